@@ -1,0 +1,60 @@
+"""Settings of the engine and of the server.
+
+One struct names every setting once: command-line flags, `SPECSERVE_*` environment variables and the YAML file are all
+derived from its fields (`specserve.cli`). Precedence: flag, environment, file, default.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the engine process needs; all of it is known before the model is read."""
+
+    model: Annotated[str, Meta(description="local Hugging Face directory or hub id; empty is the default model")] = ""
+    revision: Annotated[str | None, Meta(description="hub revision of the model")] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs")] = "auto"
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Meta(description="weights and arithmetic")] = "auto"
+    max_model_len: Annotated[int | None, Meta(description="tokens of prompt plus output; default: the model's")] = None
+    kv_cache_gib: Annotated[float, Meta(gt=0, description="memory for the KV cache, GiB")] = 2.0
+    block_size: Annotated[int, Meta(ge=1, le=256, description="tokens in one KV block")] = 16
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at the same time")] = 64
+    max_batched_tokens: Annotated[int, Meta(ge=16, description="rows of one forward pass")] = 512
+    max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; more are answered 429")] = 1024
+    prefix_caching: Annotated[bool, Meta(description="reuse KV of equal prefixes")] = True
+    speculation: Annotated[Literal["auto", "off"], Meta(description="draft and verify several tokens a step")] = "auto"
+    max_draft_tokens: Annotated[int, Meta(ge=1, le=64, description="longest draft a request may ask for")] = 16
+    max_lora_rank: Annotated[int, Meta(ge=1, le=1024, description="largest LoRA rank that is loaded")] = 256
+    max_adapters: Annotated[int, Meta(ge=1, description="adapters held in memory; idle ones make room")] = 256
+    num_threads: Annotated[int | None, Meta(description="CPU threads of the model; default: all cores")] = None
+
+
+class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`EngineConfig` and what the HTTP server needs."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
+    adapters_dir: Annotated[str | None, Meta(description="every folder in it is an adapter of that name")] = None
+    served_model_name: Annotated[str | None, Meta(description="the base model's name in the API")] = None
+    api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    admin_api_key: Annotated[
+        str | None, Meta(description="key for loading and unloading adapters; default: the API key")
+    ] = None
+    allowed_origins: Annotated[tuple[str, ...], Meta(description="browser origins that get a CORS grant")] = ()
+    allowed_hosts: Annotated[tuple[str, ...], Meta(description="Host names to accept beside the listening one")] = ()
+    max_body_mib: Annotated[float, Meta(gt=0, description="largest request body, MiB")] = 8.0
+    read_timeout_s: Annotated[float, Meta(gt=0, description="seconds for a request's headers and body")] = 30.0
+    request_timeout_s: Annotated[float, Meta(gt=0, description="longest time a request may take, seconds")] = 600.0
+    max_concurrent_requests: Annotated[int, Meta(ge=1, description="requests in the server; more get 429")] = 2048
+    drain_timeout_s: Annotated[float, Meta(ge=0, description="seconds that running requests get at shutdown")] = 30.0
+    engine_timeout_s: Annotated[
+        float, Meta(gt=0, description="silence after which the engine process counts as hung and is restarted")
+    ] = 120.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
+
+
+def engine_part(config: ServeConfig) -> EngineConfig:
+    """The engine's share of the settings."""
+    return EngineConfig(**{name: getattr(config, name) for name in EngineConfig.__struct_fields__})

@@ -1,0 +1,69 @@
+"""The errors a user can cause, and how they cross process edges.
+
+Every error that a request, a flag or a file can provoke is a `UserError`: its message names the field, the value, the
+limit and the fix. Anything else that escapes is a bug of ours and is reported as such.
+"""
+
+import msgspec
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """An error as it crosses from the engine process to the server; `status` is the HTTP status it maps to."""
+
+    message: str
+    status: int = 400
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+
+class UserError(Exception):
+    """A mistake the user can fix. `status` is the HTTP status the server answers with."""
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int | None = None):
+        super().__init__(message)
+        self.param = param
+        self.code = code if code is not None else type(self).code
+        self.status = status if status is not None else type(self).status
+
+    def info(self) -> ErrorInfo:
+        return ErrorInfo(str(self), self.status, self.type, self.param, self.code)
+
+
+class AdapterError(UserError):
+    """An adapter directory that cannot be served: format, shapes, dtypes, values or unsupported PEFT features."""
+
+    code = "invalid_adapter"
+
+
+class ModelError(UserError):
+    """A base model that cannot be served: architecture, missing or mis-shaped tensors, unreadable files."""
+
+    code = "invalid_model"
+
+
+class OverloadedError(UserError):
+    """The server is full; the client should retry after a short while."""
+
+    status = 429
+    type = "overloaded_error"
+    code = "overloaded"
+
+
+class EngineDeadError(UserError):
+    """The engine process ended while the request was running."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_unavailable"
+
+
+def from_info(info: ErrorInfo) -> UserError:
+    """Rebuild the exception that `ErrorInfo` describes, on the other side of the process edge."""
+    error = UserError(info.message, param=info.param, code=info.code, status=info.status)
+    error.type = info.type
+    return error

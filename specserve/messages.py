@@ -1,0 +1,209 @@
+"""What the server and the engine process say to each other.
+
+Frames on a socket: 4 bytes little-endian length, then one msgpack-encoded `ToEngine` or `FromEngine` union member.
+Everything here is plain values; neither side shares objects with the other. Validation of user input happens in the
+server; the engine trusts these ranges except where it says that it checks.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from .errors import ErrorInfo
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one sequence is sampled. Ranges are checked by the server; defaults are neutral (greedy is temperature 0)."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # [0, 1]
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0  # EOS and stop ids are forbidden until this many tokens
+    seed: int = 0  # unsigned 64 bit; the server draws one when the client sends none
+    logprobs: int | None = None  # None: none; n >= 0: the sampled token's and the n most likely ones'
+    prompt_logprobs: int | None = None  # the same for every prompt token after the first
+    skip_special_tokens: bool = True
+
+
+class Speculation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Per-request speculation: `auto` uses every source that helps, `ngram` only prompt lookup, `off` none."""
+
+    mode: Literal["auto", "off", "ngram"] = "auto"
+    max_draft_tokens: int = 8
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
+    """One sequence to generate. A client request with n > 1 is n of these, `sample_idx` 0 .. n-1."""
+
+    request_id: str  # unique among running requests
+    prompt_token_ids: list[int]  # 1 .. max_model_len - 1 ids in [0, vocab_size)
+    sampling: SamplingParams
+    adapter_hash: str | None = None  # content hash of a loaded adapter; None is the bare base
+    cache_salt: str = ""
+    sample_idx: int = 0
+    speculation: Speculation = Speculation()
+    prediction_token_ids: list[int] = []  # the client's expected output (OpenAI `prediction`)
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a request; its KV blocks are free before the next step. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Read, check and register the PEFT directory `path`; answered by `AdapterLoaded` or `CallFailed`."""
+
+    call_id: int
+    name: str  # for messages only; identity is the content hash
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+    """Forget an adapter once no running request uses it; answered by `CallDone`."""
+
+    call_id: int
+    adapter_hash: str
+
+
+class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
+    call_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Finish nothing more; leave the process."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
+    """First frame from the engine: the model is loaded and requests may come."""
+
+    model: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+    device: str
+    dtype: str
+    pid: int
+    eos_token_ids: list[int]
+
+
+class AdapterInfo(msgspec.Struct, frozen=True):
+    """What a loaded adapter is. `size_bytes` counts the LoRA weights as held in memory."""
+
+    content_hash: str
+    max_rank: int
+    num_modules: int
+    target_modules: list[str]
+    size_bytes: int
+    has_tokenizer: bool
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
+    call_id: int
+    adapter: AdapterInfo
+
+
+class CallDone(msgspec.Struct, frozen=True, tag="call_done"):
+    call_id: int
+
+
+class CallFailed(msgspec.Struct, frozen=True, tag="call_failed"):
+    call_id: int
+    error: ErrorInfo
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities (natural log) under the model's raw distribution, before penalties and temperature."""
+
+    logprob: float
+    top: list[tuple[int, float]]  # (token id, logprob), most likely first
+    rank: int  # 1 = the most likely token
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Counts of one finished sequence. Tokens after a stop, EOS or max_tokens are counted nowhere."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    num_forwards: int  # forwards that produced output tokens
+    draft_tokens: int  # drafts that were verified
+    accepted_draft_tokens: int  # of those, how many were kept
+    accepted_prediction_tokens: int  # the client's prediction only
+    rejected_prediction_tokens: int
+    accepted_by_source: dict[str, int] = {}
+
+
+class Delta(msgspec.Struct, frozen=True, tag="delta"):
+    """New output of one request; the last one carries `finish_reason` and `usage`.
+
+    `text` never holds an incomplete character nor text past a stop string; token ids may run ahead of it.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, on the first delta
+    finish_reason: Literal["stop", "length", "abort"] | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+    usage: Usage | None = None
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):
+    """This request ended with an error; others go on."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A snapshot of the engine; counters grow from the start of the process."""
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int  # unreferenced, whether or not they still hold a reusable prefix
+    num_adapters: int
+    adapter_bytes: int
+    num_adapter_refs: int
+    num_steps: int
+    num_preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    cached_prompt_tokens: int
+    draft_tokens: int
+    accepted_draft_tokens: int
+    drafted_by_source: dict[str, int] = {}
+    accepted_by_source: dict[str, int] = {}
+    integrity_error: str | None = None
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    call_id: int
+    stats: EngineStats
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Sent by the engine loop at least once a second between steps, with the load it sees."""
+
+    num_running: int
+    num_waiting: int
+
+
+ToEngine = GenerateRequest | Abort | LoadAdapter | UnloadAdapter | GetStats | Shutdown
+FromEngine = EngineInfo | Delta | RequestFailed | AdapterLoaded | CallDone | CallFailed | Stats | Heartbeat
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
