@@ -56,8 +56,9 @@ def convert_gguf(source: Path, out_dir: Path, *, progress: bool = True) -> None:
     write_tokenizer(metadata, config, out_dir, source)
     write_weights(reader, config, out_dir, source, progress=progress)
     _write_json(out_dir / "config.json", config)
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    _write_json(out_dir / "generation_config.json", {"_from_model_config": True, **generation})
+    generation: dict[str, Any] = {"_from_model_config": True}
+    generation |= {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    _write_json(out_dir / "generation_config.json", generation)
 
 
 def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def halves_from_pairs(rows: Any, num_heads: int) -> Any:
 
 
 def hf_tensor_name(name: str) -> str | None:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None when there is no such tensor in a llama."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None when a llama has no such tensor."""
     if name in TOP_NAMES:
         return TOP_NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
