@@ -254,10 +254,12 @@ def _hub_model(model: str, revision: str | None, *, progress: bool) -> Path:
         ) from None
     except HfHubHTTPError as error:
         raise failed(f"the hub refused {model}: {str(error).splitlines()[0]}; try again later") from None
-    except OSError as error:
-        raise failed(
-            f"could not download {model} ({error.strerror or type(error).__name__}); check the network and free disk space"
-        ) from None
+    except Exception as error:
+        # Which HTTP client the hub uses, and so which errors a lost connection raises, differs by its version.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise failed(f"could not download {model} ({reason}); check the network and free disk space") from None
     finally:
         if not progress:
             enable_progress_bars()

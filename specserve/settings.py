@@ -1,0 +1,228 @@
+"""Settings from flags, environment, YAML file and defaults, in that order of precedence.
+
+Derived wholly from the structs in `config`: a field is a flag `--kv-cache-gib`, a variable `SPECSERVE_KV_CACHE_GIB` and
+a YAML key `kv_cache_gib`; its type, limits and description are named there and nowhere else. Owns reading and checking
+the values, and the wording of what is wrong with one; knows nothing of click. Values of keys named `*api_key` are
+secrets: they appear in no message.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from .config import EngineConfig, ServeConfig
+from .errors import UserError
+
+ENV_PREFIX = "SPECSERVE_"
+CONFIG_ENV = "SPECSERVE_CONFIG"
+HIDDEN = "***"
+_UNSET = object()
+Config = TypeVar("Config", bound=EngineConfig)
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One field of a configuration struct, as its flag, its variable and its YAML key see it."""
+
+    name: str
+    kind: Literal["bool", "int", "float", "str", "list", "choice"]
+    description: str
+    default: Any
+    optional: bool  # None (YAML null) is a value
+    choices: tuple[str, ...]
+    limits: str  # "from 1 to 256"; empty when there are none
+    annotation: Any  # what msgspec.convert checks against
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def secret(self) -> bool:
+        return self.name.endswith("api_key")
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, for messages: "a whole number from 1 to 256"."""
+        if self.kind == "choice":
+            return "one of " + ", ".join(self.choices)
+        words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+        words["list"] = "a list of texts"
+        return f"{words[self.kind]} {self.limits}".rstrip()
+
+
+def settings_of(config_type: type[msgspec.Struct]) -> list[Setting]:
+    """The settings of a struct, in the order of its fields."""
+    info = inspect.type_info(config_type)
+    assert isinstance(info, inspect.StructType)
+    annotations: dict[str, Any] = {}
+    for base in reversed(config_type.__mro__):
+        annotations.update(getattr(base, "__annotations__", {}))
+    return [_setting(field, annotations[field.name]) for field in info.fields]
+
+
+def load(
+    config_type: type[Config],
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    config_file: str | Path | None = None,
+) -> Config:
+    """Build `config_type` from what is given; raises `UserError` naming key, value, limit and origin.
+
+    `flags` maps field names to the text after the flag (a bool for switches, a sequence of texts for lists); None and
+    empty sequences are flags that were not given. An empty environment variable counts as unset. The file may hold any
+    key of `ServeConfig`, so that one file serves every command; keys that `config_type` lacks are checked and unused.
+    """
+    if config_file is None:
+        config_file = environ.get(CONFIG_ENV) or None
+    from_file = read_file(config_file) if config_file is not None else {}
+    values = {}
+    for setting in settings_of(config_type):
+        flag = flags.get(setting.name)
+        if flag is not None and flag != ():
+            values[setting.name] = parse(setting, flag, setting.flag)
+        elif environ.get(setting.env):
+            values[setting.name] = parse(setting, environ[setting.env], setting.env)
+        elif setting.name in from_file:
+            values[setting.name] = from_file[setting.name]
+    return config_type(**values)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The checked values of a YAML file; raises `UserError`."""
+    import yaml
+
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the configuration file {path}: {reason}") from None
+    try:
+        content = yaml.load(text, Loader=_strict_loader())  # derived from SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not {type(content).__name__}")
+    settings = {setting.name: setting for setting in settings_of(ServeConfig)}
+    values = {}
+    for key, value in content.items():
+        if key not in settings:
+            raise UserError(f"unknown key {key!r} in {path}{_nearest(str(key), settings)}", param=str(key))
+        values[key] = parse(settings[key], value, str(path), is_text=False)
+    return values
+
+
+def parse(setting: Setting, value: Any, origin: str, *, is_text: bool = True) -> Any:
+    """`value` as the setting's type. `is_text`: it comes from a flag or variable, so that "8" is a number."""
+    if setting.kind == "list" and is_text:
+        texts = [value] if isinstance(value, str) else value
+        return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+    if setting.kind in ("str", "choice") and is_text:
+        converted = value
+        if setting.choices and value not in setting.choices:
+            converted = _UNSET
+    else:
+        try:
+            converted = msgspec.convert(value, setting.annotation, strict=not is_text)
+        except msgspec.ValidationError:
+            converted = _UNSET
+    if isinstance(converted, float) and not math.isfinite(converted):
+        converted = _UNSET
+    if converted is _UNSET:
+        shown = HIDDEN if setting.secret else repr(value)
+        raise UserError(f"{setting.name}: {shown} from {origin} is not {setting.expected}", param=setting.name)
+    return converted
+
+
+def redacted(config: msgspec.Struct) -> dict[str, Any]:
+    """The settings as a dict that may be logged."""
+    values = msgspec.structs.asdict(config)
+    return {key: HIDDEN if key.endswith("api_key") and value is not None else value for key, value in values.items()}
+
+
+def _setting(field: inspect.Field, annotation: Any) -> Setting:
+    described = field.type
+    description = ""
+    if isinstance(described, inspect.Metadata):
+        description = (described.extra_json_schema or {}).get("description", "")
+        described = described.type
+    members = described.types if isinstance(described, inspect.UnionType) else (described,)
+    optional = any(isinstance(member, inspect.NoneType) for member in members)
+    (plain,) = (member for member in members if not isinstance(member, inspect.NoneType))
+    choices: tuple[str, ...] = ()
+    kind: Literal["bool", "int", "float", "str", "list", "choice"]
+    match plain:
+        case inspect.BoolType():
+            kind = "bool"
+        case inspect.IntType():
+            kind = "int"
+        case inspect.FloatType():
+            kind = "float"
+        case inspect.StrType():
+            kind = "str"
+        case inspect.VarTupleType(item_type=inspect.StrType()):
+            kind = "list"
+        case inspect.LiteralType():
+            kind = "choice"
+            choices = _choices_in_order(annotation)
+        case _:
+            raise TypeError(f"{field.name}: settings of type {plain} have no flag")
+    default = field.default if field.default is not msgspec.NODEFAULT else None
+    limits = _limits(plain) if isinstance(plain, inspect.IntType | inspect.FloatType) else ""
+    return Setting(field.name, kind, description, default, optional, choices, limits, annotation)
+
+
+def _choices_in_order(annotation: Any) -> tuple[str, ...]:
+    """The values of Annotated[Literal[...], ...] as written; msgspec.inspect sorts them."""
+    return annotation.__origin__.__args__
+
+
+def _limits(number: inspect.IntType | inspect.FloatType) -> str:
+    if number.ge is not None and number.le is not None:
+        return f"from {number.ge} to {number.le}"
+    parts = {"at least": number.ge, "more than": number.gt, "at most": number.le, "less than": number.lt}
+    return " and ".join(f"{words} {limit}" for words, limit in parts.items() if limit is not None)
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_").lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "; `specserve serve --help` lists the settings"
+
+
+def _strict_loader() -> type:
+    """A YAML loader in which only true and false are booleans (`speculation: off` is text) and keys are unique."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
+                        )
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep=deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+    return Loader
