@@ -22,6 +22,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: Annotated[int, Meta(ge=1, le=256, description="tokens in one KV block")] = 16
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at the same time")] = 64
     max_batched_tokens: Annotated[int, Meta(ge=16, description="rows of one forward pass")] = 512
+    max_prefill_rows: Annotated[
+        int, Meta(ge=1, description="of those, rows of prompt when other sequences decode; smaller is smoother")
+    ] = 128
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; more are answered 429")] = 1024
     prefix_caching: Annotated[bool, Meta(description="reuse KV of equal prefixes")] = True
     speculation: Annotated[Literal["auto", "off"], Meta(description="draft and verify several tokens a step")] = "auto"

@@ -1,0 +1,462 @@
+"""The engine: continuous batching with speculation, one `step()` at a time.
+
+`step()` is schedule, propose, forward, verify, commit, emit. Everything here is synchronous and single-threaded; the
+process around it (`engine_process`) feeds requests in between steps. Whatever a request or an adapter does, other
+requests go on: errors are turned into that request's `RequestFailed`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .adapter_registry import AdapterRegistry
+from .block_manager import BlockManager
+from .config import EngineConfig
+from .cost_model import CostModel
+from .detokenizer import Detokenizer
+from .drafters.chooser import DraftChooser
+from .drafters.ngram import NgramDrafter
+from .drafters.prediction import PredictionDrafter
+from .drafters.protocol import SequenceDrafter
+from .errors import ErrorInfo, OverloadedError, UserError
+from .kv_cache import KVCache
+from .lora import LoraAdapter, read_adapter
+from .messages import (
+    AdapterInfo,
+    Delta,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    RequestFailed,
+    SamplingParams,
+    TokenLogprobs,
+)
+from .model.loader import load_model
+from .model_runner import ModelRunner, StepOutput
+from .sampler import RowGroup, Sampler, token_logprobs
+from .scheduler import ScheduledSequence, Scheduler
+from .sequence import Sequence
+from .special_tokens import eos_token_ids, load_backend_tokenizer
+from .verifier import accepted_tokens
+
+logger = logging.getLogger(__name__)
+
+Event = Delta | RequestFailed
+
+
+@dataclass(slots=True)
+class _Request:
+    """What belongs to a sequence beside its scheduling state."""
+
+    seq: Sequence
+    detokenizer: Detokenizer
+    drafts: DraftChooser
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+@dataclass(slots=True)
+class _Counters:
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    drafted_by_source: Counter[str] = field(default_factory=Counter)
+    accepted_by_source: Counter[str] = field(default_factory=Counter)
+
+
+class Engine:
+    """Serves one base model and any number of its LoRAs.
+
+    `model_dir` is a local Hugging Face directory. Raises `ModelError` when it cannot be served and `UserError` for
+    settings that do not fit the model.
+    """
+
+    def __init__(self, config: EngineConfig, model_dir: Path):
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else None
+        self.decoder = load_model(model_dir, device or torch.device(config.device), config.dtype)
+        self.tokenizer = load_backend_tokenizer(model_dir)
+        self.eos_token_ids = eos_token_ids(model_dir)
+        model = self.decoder.config
+        num_blocks, max_model_len = self._size_kv()
+        kv = KVCache(
+            model.num_layers,
+            num_blocks,
+            config.block_size,
+            model.num_kv_heads,
+            model.head_dim,
+            self.decoder.compute_dtype,
+            self.decoder.device,
+        )
+        self.blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            max_prefill_rows=config.max_prefill_rows,
+        )
+        self.runner = ModelRunner(self.decoder, kv, config.block_size)
+        self.sampler = Sampler(self.eos_token_ids)
+        self.registry = AdapterRegistry(config.max_adapters)
+        self.info = EngineInfo(
+            model=str(model_dir),
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            num_kv_blocks=num_blocks,
+            block_size=config.block_size,
+            device=str(self.decoder.device),
+            dtype=self.decoder.weight_dtype_name,
+            pid=0,
+            eos_token_ids=list(self.eos_token_ids),
+        )
+        self._requests: dict[str, _Request] = {}
+        self._num_added = 0
+        self._counters = _Counters()
+        self.cost_model = CostModel.measure(self._timed_step)
+
+    # -- requests
+
+    def add_request(self, request: GenerateRequest) -> None:
+        """Queue a sequence. Raises `UserError` when it can never run or there is no room to wait."""
+        self._check(request)
+        if request.adapter_hash is not None:
+            self.registry.acquire(request.adapter_hash)
+        self._num_added += 1
+        seq = Sequence(self._num_added, request)
+        sampling = request.sampling
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            request.prompt_token_ids,
+            sampling.stop,
+            sampling.include_stop_str_in_output,
+            sampling.skip_special_tokens,
+        )
+        prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
+        chooser = DraftChooser(self._drafters(request))
+        self._requests[request.request_id] = _Request(seq, detokenizer, chooser, prompt_logprobs)
+        self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; its KV blocks are free at once. Unknown ids are ignored."""
+        state = self._requests.get(request_id)
+        if state is not None:
+            self._remove(state)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    # -- adapters
+
+    def read_adapter(self, name: str, path: str | Path) -> LoraAdapter:
+        """Read and check a PEFT directory; touches no engine state, so another thread may do it while steps run."""
+        return read_adapter(
+            path,
+            self.decoder.config,
+            name=name,
+            max_rank=self.config.max_lora_rank,
+            dtype=self.decoder.compute_dtype,
+            device=self.decoder.device,
+            base_tensor=self.decoder.base_tensor,
+        )
+
+    def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:
+        for content_hash in self.registry.add(adapter):
+            self.runner.slots.drop(content_hash)
+        return adapter.info()
+
+    def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """Read, check and register the PEFT directory `path`. Raises `AdapterError`."""
+        return self.register_adapter(self.read_adapter(name, path))
+
+    def unload_adapter(self, content_hash: str) -> None:
+        """Forget an adapter as soon as no running request uses it."""
+        if self.registry.unload(content_hash):
+            self.runner.slots.drop(content_hash)
+
+    # -- the step
+
+    def step(self) -> list[Event]:
+        """Run one forward and return what it produced; empty when there is nothing to do."""
+        items = self.scheduler.schedule()
+        if not items:
+            return []
+        self._counters.num_steps += 1
+        self._propose(items)
+        events: list[Event] = []
+        for output, computed in self._forward(items, events):
+            sampled = self.sampler.sample(output.logits, output.groups)
+            self._score_prompts(output)
+            self._commit(output, computed, sampled, events)
+        return events
+
+    def _propose(self, items: Seq[ScheduledSequence]) -> None:
+        num_rows = sum(item.num_rows for item in items)
+        ready = [item for item in items if item.reaches_end and item.seq.sampling.max_tokens > 0]
+        budget = self.scheduler.max_batched_tokens - num_rows
+        for item in ready:
+            seq = item.seq
+            limit = min(self._max_drafts(seq.request), seq.max_len - len(seq.tokens) - 1, budget)
+            if limit <= 0:
+                continue
+            price = self.cost_model.row_price(len(ready), num_rows)
+            proposal = self._requests[seq.request_id].drafts.propose(seq.tokens, limit, price)
+            if proposal is None or not all(0 <= token < self.info.vocab_size for token in proposal.tokens):
+                continue
+            num_drafts = self.scheduler.reserve_drafts(item, len(proposal.tokens))
+            item.drafts = proposal.tokens[:num_drafts]
+            item.draft_sources = [proposal.source] * num_drafts
+            budget -= num_drafts
+            num_rows += num_drafts
+
+    def _forward(
+        self, items: list[ScheduledSequence], events: list[Event]
+    ) -> list[tuple[StepOutput, list[ScheduledSequence]]]:
+        """Forward of all items together; if that raises, each alone, so that only the guilty one fails."""
+        adapters = self.registry.adapters
+        try:
+            return [(self.runner.run(items, adapters), items)]
+        except Exception:
+            logger.exception("a step of %d sequences failed; running them one by one", len(items))
+        outputs = []
+        for item in items:
+            try:
+                outputs.append((self.runner.run([item], adapters), [item]))
+            except Exception as error:
+                logger.exception("request %s fails alone", item.seq.request_id)
+                self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", events)
+        return outputs
+
+    def _score_prompts(self, output: StepOutput) -> None:
+        for item, first_row, num_rows in output.prompt_rows:
+            seq = item.seq
+            scores = self._requests[seq.request_id].prompt_logprobs
+            if scores is None or len(scores) > seq.num_computed + 1:  # already scored before a preemption
+                continue
+            tokens = seq.tokens[seq.num_computed + 1 : seq.num_computed + 1 + num_rows]
+            rows = output.logits[first_row : first_row + num_rows]
+            scores += token_logprobs(rows, tokens, seq.sampling.prompt_logprobs or 0)
+
+    def _commit(
+        self, output: StepOutput, items: list[ScheduledSequence], sampled: list[list[int]], events: list[Event]
+    ) -> None:
+        tokens_of = {id(group.seq): (group, tokens) for group, tokens in zip(output.groups, sampled, strict=True)}
+        for item in items:
+            seq = item.seq
+            if seq.output_len == 0:
+                self._counters.prompt_tokens += item.num_rows
+            group, tokens = tokens_of.get(id(seq), (None, []))
+            if group is None:
+                seq.num_computed += item.num_rows
+                self._publish(seq)
+            elif not tokens:
+                self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
+            else:
+                events.append(self._commit_tokens(item, group, accepted_tokens(item.drafts, tokens), output.logits))
+
+    def _commit_tokens(
+        self, item: ScheduledSequence, group: RowGroup, tokens: list[int], logits: torch.Tensor
+    ) -> Delta:
+        seq, state = item.seq, self._requests[item.seq.request_id]
+        first_output = seq.output_len == 0
+        if first_output:
+            self._counters.cached_prompt_tokens += seq.num_cached
+        text, finish, stop_reason, committed = self._append(state, tokens)
+        num_accepted = min(len(tokens) - 1, len(committed))
+        num_drafted = min(len(item.drafts), len(committed)) if finish else len(item.drafts)
+        self._count(state, item, num_drafted, num_accepted, len(committed))
+        logprobs = None
+        if seq.sampling.logprobs is not None and committed:
+            rows = logits[group.first_row : group.first_row + len(committed)]
+            logprobs = token_logprobs(rows, committed, seq.sampling.logprobs)
+        usage = None
+        if finish is None:
+            seq.num_computed = len(seq.tokens) - 1
+            self._publish(seq)
+        else:
+            usage = seq.usage()
+            seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
+            self._publish(seq)
+            self._remove(state)
+        return Delta(
+            request_id=seq.request_id,
+            token_ids=committed,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=state.prompt_logprobs if first_output else None,
+            finish_reason=finish,
+            stop_reason=stop_reason,
+            usage=usage,
+        )
+
+    def _append(self, state: _Request, tokens: list[int]) -> tuple[str, str | None, str | int | None, list[int]]:
+        """Append tokens up to the first that ends the sequence: (text, finish reason, stop reason, kept tokens)."""
+        seq, sampling = state.seq, state.seq.sampling
+        text, committed = "", []
+        if sampling.max_tokens == 0:
+            return text, "length", None, committed
+        for token in tokens:
+            seq.append(token)
+            committed.append(token)
+            if token in self.eos_token_ids and not sampling.ignore_eos:
+                return text + state.detokenizer.flush(), "stop", None, committed
+            if token in sampling.stop_token_ids:
+                return text + state.detokenizer.flush(), "stop", token, committed
+            new, stop = state.detokenizer.push(token)
+            text += new
+            if stop is not None:
+                return text, "stop", stop, committed
+            if seq.output_len >= sampling.max_tokens:
+                return text + state.detokenizer.flush(), "length", None, committed
+        return text, None, None, committed
+
+    # -- bookkeeping
+
+    def _count(
+        self, state: _Request, item: ScheduledSequence, num_drafted: int, num_accepted: int, num_committed: int
+    ) -> None:
+        seq, counters = state.seq, self._counters
+        seq.num_forwards += 1
+        state.drafts.observe(num_drafted, num_accepted)
+        for idx in range(num_drafted):
+            source = item.draft_sources[idx]
+            seq.drafted_by_source[source] += 1
+            counters.drafted_by_source[source] += 1
+            if idx < num_accepted:
+                seq.accepted_by_source[source] += 1
+                counters.accepted_by_source[source] += 1
+        counters.generated_tokens += num_committed
+
+    def _publish(self, seq: Sequence) -> None:
+        self.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
+
+    def _remove(self, state: _Request) -> None:
+        seq = state.seq
+        self.scheduler.remove(seq)
+        del self._requests[seq.request_id]
+        if seq.adapter_hash is not None and self.registry.release(seq.adapter_hash):
+            self.runner.slots.drop(seq.adapter_hash)
+
+    def _fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
+        self._remove(self._requests[seq.request_id])
+        events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
+
+    def _max_drafts(self, request: GenerateRequest) -> int:
+        if self.config.speculation == "off" or request.speculation.mode == "off":
+            return 0
+        return min(self.config.max_draft_tokens, request.speculation.max_draft_tokens)
+
+    def _drafters(self, request: GenerateRequest) -> list[SequenceDrafter]:
+        if not self._max_drafts(request):
+            return []
+        drafters: list[SequenceDrafter] = [NgramDrafter()]
+        if request.prediction_token_ids and request.speculation.mode == "auto":
+            drafters.insert(0, PredictionDrafter(request.prediction_token_ids, len(request.prompt_token_ids)))
+        return drafters
+
+    def _check(self, request: GenerateRequest) -> None:
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        if not prompt:
+            raise UserError("the prompt is empty; send at least one token", param="prompt")
+        vocab_size = self.info.vocab_size
+        for name, ids in (
+            ("prompt", prompt),
+            ("logit_bias", list(sampling.logit_bias)),
+            ("stop_token_ids", list(sampling.stop_token_ids)),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                bad = next(token for token in ids if not 0 <= token < vocab_size)
+                raise UserError(f"{name}: token id {bad} is outside 0..{vocab_size - 1}", param=name)
+        total = len(prompt) + sampling.max_tokens
+        if total > self.info.max_model_len:
+            raise UserError(
+                f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) exceed the context of "
+                f"{self.info.max_model_len} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if total > capacity:
+            raise UserError(
+                f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) exceed the KV cache of "
+                f"{capacity} tokens; raise --kv-cache-gib",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if request.request_id in self._requests:
+            raise UserError(f"request id {request.request_id!r} is already running")
+        if len(self.scheduler.waiting) >= self.config.max_waiting + self.config.max_num_seqs:
+            raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already; retry shortly")
+
+    def _size_kv(self) -> tuple[int, int]:
+        """Number of KV blocks and the longest sequence, from the settings and the model."""
+        model, config = self.decoder.config, self.config
+        dtype_bytes = torch.empty((), dtype=self.decoder.compute_dtype).element_size()
+        token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype_bytes
+        num_blocks = int(config.kv_cache_gib * 2**30) // (token_bytes * config.block_size)
+        if num_blocks < 1:
+            raise UserError(
+                f"kv_cache_gib={config.kv_cache_gib} holds no block of {config.block_size} tokens "
+                f"({token_bytes * config.block_size} bytes); raise it",
+                param="kv_cache_gib",
+            )
+        longest = config.max_model_len or model.max_position_embeddings
+        if longest > model.max_position_embeddings:
+            raise UserError(
+                f"max_model_len={longest} exceeds the model's {model.max_position_embeddings} positions",
+                param="max_model_len",
+            )
+        if config.max_model_len and longest > num_blocks * config.block_size:
+            raise UserError(
+                f"max_model_len={longest} does not fit the KV cache of {num_blocks * config.block_size} tokens; "
+                "raise kv_cache_gib",
+                param="max_model_len",
+            )
+        return num_blocks, min(longest, num_blocks * config.block_size)
+
+    def _timed_step(self, num_rows: int) -> float:
+        """Seconds of a forward of `num_rows` rows over scratch state; also warms the libraries up."""
+        num_rows = min(num_rows, self.info.max_model_len - 1, self.blocks.num_blocks * self.blocks.block_size - 1)
+        request = GenerateRequest("warm-up", [0] * num_rows, SamplingParams(max_tokens=1))
+        seq = Sequence(0, request)
+        self.blocks.reserve(seq.block_table, num_rows)
+        start = time.perf_counter()
+        self.runner.run([ScheduledSequence(seq, 1, [0] * (num_rows - 1))], {})
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self.blocks.release(seq.block_table)
+        return seconds
+
+    def stats(self, check_integrity: bool = True) -> EngineStats:
+        """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
+        counters, sequences = self._counters, self.scheduler.sequences()
+        error = self.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_kv_blocks=self.blocks.num_blocks,
+            num_free_kv_blocks=self.blocks.num_free,
+            num_adapters=len(self.registry.adapters),
+            adapter_bytes=self.registry.size_bytes,
+            num_adapter_refs=self.registry.num_refs,
+            num_steps=counters.num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            cached_prompt_tokens=counters.cached_prompt_tokens,
+            draft_tokens=counters.drafted_by_source.total(),
+            accepted_draft_tokens=counters.accepted_by_source.total(),
+            drafted_by_source=dict(counters.drafted_by_source),
+            accepted_by_source=dict(counters.accepted_by_source),
+            integrity_error=error,
+        )

@@ -1,0 +1,158 @@
+"""The process that the engine lives in: `python -m specserve.engine_process --fd N`.
+
+Reads frames on a thread of its own, runs steps on the main thread, and reads adapters on a third one, so that neither a
+client nor a slow disk holds up decoding. First frame in: the `EngineConfig`, whose `model` is a local directory. First
+frame out: `EngineInfo`, or `CallFailed(-1)` when the model cannot be served. When the server goes away (end of stream),
+so does this process, at once: nothing is orphaned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .config import EngineConfig
+from .engine import Engine
+from .errors import ErrorInfo, UserError
+from .frames import encode_frame, read_frame, to_engine_decoder, write_frame
+from .lora import LoraAdapter
+from .messages import (
+    Abort,
+    AdapterLoaded,
+    CallDone,
+    CallFailed,
+    GenerateRequest,
+    GetStats,
+    Heartbeat,
+    LoadAdapter,
+    RequestFailed,
+    Shutdown,
+    Stats,
+    UnloadAdapter,
+)
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+
+
+class EngineProcess:
+    """Feeds messages from the socket to the engine between steps, and its events back."""
+
+    def __init__(self, engine: Engine, sock: socket.socket):
+        self._engine = engine
+        self._sock = sock
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # frames, and adapters that finished reading
+        self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter")
+        self._next_heartbeat = 0.0
+
+    def run(self) -> None:
+        """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
+        threading.Thread(target=self._read_frames, daemon=True).start()
+        while True:
+            busy = self._engine.has_work()
+            if not self._drain_inbox(wait_s=0.0 if busy else HEARTBEAT_S / 2):
+                return
+            if self._engine.has_work():
+                self._send(self._engine.step())
+            if time.monotonic() >= self._next_heartbeat:
+                scheduler = self._engine.scheduler
+                self._send([Heartbeat(len(scheduler.running), len(scheduler.waiting))])
+                self._next_heartbeat = time.monotonic() + HEARTBEAT_S
+
+    def _read_frames(self) -> None:
+        try:
+            while (payload := read_frame(self._sock)) is not None:
+                self._inbox.put(to_engine_decoder.decode(payload))
+        except Exception:
+            logger.exception("the connection to the server broke")
+        os._exit(0)
+
+    def _drain_inbox(self, wait_s: float) -> bool:
+        """Handle everything that has arrived, waiting at most `wait_s` for a first message; False on shutdown."""
+        try:
+            message = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            while True:
+                if isinstance(message, Shutdown):
+                    return False
+                self._handle(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _handle(self, message: Any) -> None:
+        engine = self._engine
+        if isinstance(message, GenerateRequest):
+            try:
+                engine.add_request(message)
+            except UserError as error:
+                self._send([RequestFailed(message.request_id, error.info())])
+        elif isinstance(message, Abort):
+            engine.abort(message.request_id)
+        elif isinstance(message, LoadAdapter):
+            future = self._readers.submit(engine.read_adapter, message.name, message.path)
+            future.add_done_callback(lambda done, call_id=message.call_id: self._inbox.put((call_id, done)))
+        elif isinstance(message, UnloadAdapter):
+            engine.unload_adapter(message.adapter_hash)
+            self._send([CallDone(message.call_id)])
+        elif isinstance(message, GetStats):
+            self._send([Stats(message.call_id, engine.stats())])
+        else:
+            self._register(*message)
+
+    def _register(self, call_id: int, done: Future[LoraAdapter]) -> None:
+        try:
+            reply: Any = AdapterLoaded(call_id, self._engine.register_adapter(done.result()))
+        except UserError as error:
+            reply = CallFailed(call_id, error.info())
+        except Exception as error:
+            logger.exception("loading an adapter failed")
+            message = f"the adapter could not be loaded: {type(error).__name__}: {error}"
+            reply = CallFailed(call_id, ErrorInfo(message, 500, "server_error", None, "adapter_load_failed"))
+        self._send([reply])
+
+    def _send(self, messages: list[Any]) -> None:
+        if messages:
+            self._sock.sendall(b"".join(encode_frame(message) for message in messages))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="engine process of specserve; started by the server")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
+    sock = socket.socket(fileno=parser.parse_args().fd)
+    # A terminal's Ctrl-C reaches the whole group; the server decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    payload = read_frame(sock)
+    if payload is None:
+        return 0
+    config = msgspec.msgpack.decode(payload, type=EngineConfig)
+    try:
+        engine = Engine(config, Path(config.model))
+    except UserError as error:
+        write_frame(sock, CallFailed(-1, error.info()))
+        return 1
+    except Exception as error:
+        logger.exception("the model could not be loaded")
+        text = f"the model could not be loaded: {type(error).__name__}: {error}"
+        write_frame(sock, CallFailed(-1, ErrorInfo(text, 500, "server_error", None, "model_load_failed")))
+        return 1
+    write_frame(sock, msgspec.structs.replace(engine.info, pid=os.getpid()))
+    EngineProcess(engine, sock).run()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,176 @@
+"""Turns logit rows into tokens, row by row as if there were no drafts.
+
+Exactness rests on two things. Each row is processed with the history it would have if all drafts before it were accepted
+(penalties, minimum length), so a kept row is sampled from the same distribution as without drafts. And its random number
+is a hash of (seed, sample index, position), not the next draw of a stream, so it is the same number either way.
+
+Order of processing, as in vLLM: penalties, logit bias, forbidden stop tokens, temperature, top-k, top-p, min-p. Sampling
+inverts the cumulative distribution in vocabulary order, in float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+
+from .messages import SamplingParams, TokenLogprobs
+from .sequence import Sequence
+
+TOP_P_CANDIDATES = 1024  # a full sort of the vocabulary is the exception: most top-p sets are smaller than this
+
+
+def uniform(seed: int, sample_idx: int, position: int) -> float:
+    """The random number in [0, 1) of one position of one sample; a pure function, equal on every platform."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed & (2**64 - 1), sample_idx, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+@dataclass(slots=True)
+class RowGroup:
+    """The logit rows of one sequence in this step: rows first_row .. first_row + len(drafts)."""
+
+    seq: Sequence
+    first_row: int
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.drafts) + 1
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0.0
+
+
+def edits_logits(seq: Sequence) -> bool:
+    """Whether rows of this sequence differ from the raw logits before temperature is applied."""
+    params = seq.sampling
+    return bool(
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or params.logit_bias
+        or seq.output_len < params.min_tokens
+    )
+
+
+class Sampler:
+    """Samples the target's token for every row of every group."""
+
+    def __init__(self, eos_token_ids: Seq[int]):
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
+        """Tokens of each group's rows, given its drafts.
+
+        `logits` is [L, V] float32 on any device and is not modified. A group with a NaN in a row it needs gets an
+        empty list: its logits are not a distribution and nothing may be made of them.
+        """
+        best_values, best = logits.max(dim=-1)  # [L], [L]; NaN propagates into the maximum
+        tokens = best.clone()
+        hot_rows: list[int] = []
+        hot_logits: list[torch.Tensor] = []
+        hot_params: list[tuple[SamplingParams, float]] = []
+        for group in groups:
+            params = group.seq.sampling
+            edited = edits_logits(group.seq)
+            if is_greedy(params) and not edited:
+                continue
+            for idx in range(group.num_rows):
+                row = group.first_row + idx
+                row_logits = logits[row]
+                if edited:
+                    row_logits = self._edit(row_logits.clone(), group, idx)
+                if is_greedy(params):
+                    tokens[row] = row_logits.argmax()
+                else:
+                    position = len(group.seq.tokens) + idx
+                    hot_rows.append(row)
+                    hot_logits.append(row_logits)
+                    hot_params.append((params, uniform(params.seed, group.seq.request.sample_idx, position)))
+        if hot_rows:
+            tokens[hot_rows] = sample_rows(torch.stack(hot_logits), hot_params)
+        # sync: the step's one copy back; everything after it needs the tokens on the host.
+        flat, bad = torch.stack([tokens, best_values.isnan().long()]).tolist()
+        result = []
+        for group in groups:
+            rows = slice(group.first_row, group.first_row + group.num_rows)
+            result.append([] if any(bad[rows]) else flat[rows])
+        return result
+
+    def _edit(self, row: torch.Tensor, group: RowGroup, idx: int) -> torch.Tensor:
+        """Apply penalties, bias and minimum length to one row [V], in place."""
+        seq, params = group.seq, group.seq.sampling
+        history = group.drafts[:idx]
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted({*seq.tokens, *history}), device=row.device)
+            values = row[seen]
+            row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            counts = dict(seq.output_counts)
+            for token in history:
+                counts[token] = counts.get(token, 0) + 1
+            if counts:
+                ids = torch.tensor(list(counts), device=row.device)
+                amounts = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+                row[ids] -= params.frequency_penalty * amounts + params.presence_penalty
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=row.device)
+            row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+        if seq.output_len + idx < params.min_tokens:
+            row[[*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
+        return row
+
+
+def sample_rows(logits: torch.Tensor, params: Seq[tuple[SamplingParams, float]]) -> torch.Tensor:
+    """Sample one token per row [M] from logits [M, V] with each row's parameters and uniform number."""
+    device = logits.device
+    temperature = torch.tensor([[p.temperature] for p, _ in params], device=device)
+    logits = logits / temperature  # [M, V]
+    for row, (p, _) in enumerate(params):
+        if p.top_k and p.top_k < logits.shape[1]:
+            kth = logits[row].topk(p.top_k).values[-1]
+            logits[row].masked_fill_(logits[row] < kth, -torch.inf)
+        if p.top_p < 1.0:
+            _keep_top_p(logits[row], p.top_p)
+    probs = logits.double().softmax(dim=-1)  # [M, V]
+    min_p = torch.tensor([[p.min_p] for p, _ in params], dtype=torch.float64, device=device)
+    probs.masked_fill_(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    cumulative = probs.cumsum(dim=-1)
+    drawn = torch.tensor([[u] for _, u in params], dtype=torch.float64, device=device)
+    picked = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)  # [M, 1]
+    return picked.clamp_(max=logits.shape[1] - 1).squeeze(1)
+
+
+def _keep_top_p(row: torch.Tensor, top_p: float) -> None:
+    """Forbid, in place, all but the smallest set of most likely tokens of row [V] whose mass reaches `top_p`."""
+    probs = row.softmax(dim=-1)
+    num = min(TOP_P_CANDIDATES, row.shape[0])
+    values = probs.topk(num).values.double()
+    mass = values.cumsum(0)
+    if mass[-1] < top_p and num < row.shape[0]:  # sync: flat distributions only, decided per row
+        values = probs.sort(descending=True).values.double()
+        mass = values.cumsum(0)
+    # The token that crosses the threshold stays in; equal probabilities stay or go together.
+    idx = torch.searchsorted(mass, torch.tensor(top_p, dtype=torch.float64, device=row.device))
+    row.masked_fill_(probs < values[idx.clamp_(max=values.shape[0] - 1)], -torch.inf)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: Seq[int], num_top: int) -> list[TokenLogprobs]:
+    """Raw log-probabilities of `tokens` under logits [M, V], one token a row, with the `num_top` most likely ones."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    ids = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    chosen = logprobs.gather(1, ids)  # [M, 1]
+    ranks = (logprobs > chosen).sum(dim=1) + 1
+    top = logprobs.topk(num_top, dim=-1) if num_top else None
+    # sync: only for requests that ask for log-probabilities.
+    rows = zip(chosen[:, 0].tolist(), ranks.tolist(), strict=True)
+    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else (((), ()) for _ in tokens)
+    return [
+        TokenLogprobs(value, list(zip(top_ids, top_values, strict=True)), rank)
+        for (value, rank), (top_ids, top_values) in zip(rows, tops, strict=True)
+    ]

@@ -1,0 +1,148 @@
+"""Decides which rows of which sequences the next forward computes. Pure Python, no torch.
+
+Continuous batching over one ragged batch. Each step, in this order: waiting sequences are admitted while there is room;
+every decoding sequence gets its row; prefills share what is left of the row budget, a quarter for the oldest and the rest
+by shortest remaining work, so that no prompt starves another and, beside decodes, a prefill stays short. When KV blocks run out the
+latest arrival is preempted: its blocks are freed and its tokens, output included, are computed again later. A sequence
+that fits the cache alone (checked at admission by the engine) therefore always finishes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from .block_manager import BlockManager
+from .sequence import Sequence, Status
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """`num_rows` tokens of `seq` from `num_computed` on, then the drafts, are computed in this step."""
+
+    seq: Sequence
+    num_rows: int
+    drafts: list[int] = field(default_factory=list)
+    draft_sources: list[str] = field(default_factory=list)  # one per draft
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether the last non-draft row is the sequence's newest token, so that a token can be sampled."""
+        return self.seq.num_computed + self.num_rows == len(self.seq.tokens)
+
+
+class Scheduler:
+    """Owns the waiting and running queues and, through `BlockManager`, every sequence's blocks."""
+
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_batched_tokens: int, max_prefill_rows: int):
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_batched_tokens = max(max_batched_tokens, max_num_seqs)
+        self.max_prefill_rows = max_prefill_rows  # rows of prefill beside running decodes
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self.num_preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def sequences(self) -> list[Sequence]:
+        return [*self.running, *self.waiting]
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a finished or aborted sequence out and free its blocks."""
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+        elif seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        seq.status = Status.FINISHED
+        self.blocks.release(seq.block_table, owner=seq.seq_id)
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """The rows of the next step; KV for them is reserved. Empty when nothing runs."""
+        self._admit()
+        decoding = [seq for seq in self.running if seq.num_uncomputed == 1]
+        prefilling = [seq for seq in self.running if seq.num_uncomputed > 1]
+        budget = self.max_batched_tokens - len(decoding)
+        if decoding:
+            budget = min(budget, self.max_prefill_rows)
+        wanted = {seq.seq_id: 1 for seq in decoding}
+        wanted.update(_share(budget, prefilling))
+        scheduled = []
+        for seq in list(self.running):
+            num_rows = wanted.get(seq.seq_id, 0)
+            if num_rows and seq.status is Status.RUNNING and self._reserve_or_preempt(seq, num_rows):
+                scheduled.append(ScheduledSequence(seq, num_rows))
+        # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
+        return [item for item in scheduled if item.seq.status is Status.RUNNING]
+
+    def reserve_drafts(self, item: ScheduledSequence, num_drafts: int) -> int:
+        """Reserve KV for drafts after the scheduled rows; returns how many fit. Never preempts for a draft."""
+        seq = item.seq
+        while num_drafts > 0:
+            if self._reserve(seq, seq.num_computed + item.num_rows + num_drafts):
+                break
+            num_drafts -= 1
+        return num_drafts
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            if seq.num_computed == 0 and not seq.block_table and not seq.wants_prompt_logprobs:
+                seq.block_table, seq.block_keys = self.blocks.match_prefix(seq.root_key, seq.tokens)
+                seq.num_computed = len(seq.block_table) * self.blocks.block_size
+            need = self.blocks.num_blocks_for(len(seq.tokens) + 1) - len(seq.block_table)
+            pending = sum(
+                max(0, self.blocks.num_blocks_for(len(s.tokens) + 1) - len(s.block_table)) for s in self.running
+            )
+            if need + pending > self.blocks.num_free and self.running:
+                self._forget(seq)
+                return
+            if seq.output_len == 0:
+                seq.num_cached = seq.num_computed
+            self.waiting.popleft()
+            seq.status = Status.RUNNING
+            self.running.append(seq)
+            self.running.sort(key=lambda s: s.seq_id)
+
+    def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        return self.blocks.reserve(seq.block_table, num_tokens, claim_tokens=seq.max_len, owner=seq.seq_id)
+
+    def _reserve_or_preempt(self, seq: Sequence, num_rows: int) -> bool:
+        while not self._reserve(seq, seq.num_computed + num_rows):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.num_preemptions += 1
+        self.running.remove(seq)
+        self._forget(seq)
+        seq.status = Status.WAITING
+        self.waiting.appendleft(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        self.blocks.release(seq.block_table, owner=seq.seq_id)
+        seq.block_keys = []
+        seq.num_computed = 0
+
+
+def _share(budget: int, prefilling: list[Sequence]) -> dict[int, int]:
+    """Split `budget` rows: a quarter for the oldest, so that nothing starves, then shortest remaining work first."""
+    rows: dict[int, int] = {}
+    if not prefilling or budget <= 0:
+        return rows
+    oldest = min(prefilling, key=lambda seq: seq.seq_id)
+    rows[oldest.seq_id] = min(oldest.num_uncomputed, max(1, budget // 4))
+    budget -= rows[oldest.seq_id]
+    for seq in sorted(prefilling, key=lambda seq: (seq.num_uncomputed, seq.seq_id)):
+        num_rows = min(seq.num_uncomputed - rows.get(seq.seq_id, 0), budget)
+        if num_rows:
+            rows[seq.seq_id] = rows.get(seq.seq_id, 0) + num_rows
+            budget -= num_rows
+    return rows
