@@ -218,9 +218,8 @@ def _strict_loader() -> type:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        raise yaml.MarkedYAMLError(
-                            problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
-                        )
+                        problem = f"key {key.value!r} stands twice"
+                        raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                     seen.add(key.value)
             return super().construct_mapping(node, deep=deep)
 

@@ -1,0 +1,63 @@
+# `make serve` from a fresh clone: a virtual environment, the project in place, the default model, the server.
+# Stamps in .venv make every target incremental: they are renewed when pyproject.toml changes.
+# Options: PYTHON=python3.12, VENV=elsewhere, ARGS="--port 9000". pip's own variables hold; on Linux without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu installs the small build of torch.
+
+PYTHON ?= $(firstword $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done) python3)
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TEST_INSTALLED := $(VENV)/.installed-test
+LINT_INSTALLED := $(VENV)/.installed-lint
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install pull serve test lint format clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## create .venv and install the project in place
+
+pull: $(INSTALLED)  ## download and convert the default model (once, about 95 MB)
+	$(BIN)/specserve pull
+
+serve: pull  ## serve the default model and examples/adapters on http://127.0.0.1:8000
+	$(BIN)/specserve serve --adapters-dir examples/adapters $(ARGS)
+
+test: $(TEST_INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(LINT_INSTALLED)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p specserve
+
+format: $(LINT_INSTALLED)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches; the converted model stays in the user's cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
+	echo "error: specserve needs Python 3.11 or 3.12, and '$(PYTHON)' is not one;" \
+	"install it and run: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	echo "error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(PIP) install --editable .
+	@touch $@
+
+$(TEST_INSTALLED): pyproject.toml | $(INSTALLED)
+	$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(LINT_INSTALLED): pyproject.toml | $(INSTALLED)
+	$(PIP) install --editable '.[lint]'
+	@touch $@
