@@ -27,10 +27,9 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 @click.option("--std", type=float, default=0.02, show_default=True, help="Standard deviation of B.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(model: str, out: Path, num: int, rank: int, modules: str, std: float, seed: int) -> None:
-    # The weights are only needed for their shapes, but the directory must name a model that exists.
     base = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=torch.bfloat16)
+    base.name_or_path = model or "HuggingFaceTB/SmolLM2-135M-Instruct"  # PEFT writes it into adapter_config.json
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=modules.split(","))
-    config.base_model_name_or_path = model or "HuggingFaceTB/SmolLM2-135M-Instruct"
     peft_model = get_peft_model(base, config)
     matrices = {name: weight for name, weight in peft_model.named_parameters() if "lora_" in name}
     for i in range(num):
