@@ -61,9 +61,9 @@ class Detokenizer:
         if not self._stop:
             return new, None
         text = self._held + new
-        found = [(idx, -len(stop), stop) for stop in self._stop if (idx := text.find(stop)) >= 0]
+        found = [(idx + len(stop), idx, stop) for stop in self._stop if (idx := text.find(stop)) >= 0]
         if found:
-            idx, _, stop = min(found)
+            _, idx, stop = min(found)  # the one that was complete first, as if text came letter by letter
             self._held = ""
             return text[: idx + len(stop)] if self._include_stop else text[:idx], stop
         num_held = max(

@@ -1,0 +1,25 @@
+"""The KV cache's tensors; which block belongs to whom is `block_manager`'s business."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Keys and values of `num_blocks` blocks, allocated once; `k[layer]` and `v[layer]` are [num_slots, Hkv, D]."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (2, num_layers, num_blocks * block_size, num_kv_heads, head_dim)
+        # Zeroed pages are mapped on first write, so an unused cache costs address space only.
+        pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = list(pool[0].unbind(0))
+        self.v = list(pool[1].unbind(0))

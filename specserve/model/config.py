@@ -1,0 +1,130 @@
+"""What a decoder needs to know of a model, read from a Hugging Face config.json.
+
+Owns the differences between architectures: everything below here asks this struct, never for a model's name. Both the
+`rope_parameters` of transformers 5 and the older `rope_theta` / `rope_scaling` are read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from .rope import RopeConfig, rope_config
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Sizes and switches of a decoder-only model; lengths in tokens, sizes in elements."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    activation: str
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMSNorm over each head of q and k
+    norm_offset: float  # Gemma multiplies by 1 + weight
+    post_norms: bool  # Gemma norms the outputs of attention and MLP too
+    embed_scale: float
+    attention_scale: float
+    final_softcap: float | None
+    windows: tuple[int | None, ...]  # per layer: tokens a row sees, itself included; None is all
+    rope_keys: tuple[str, ...]  # per layer: which entry of `ropes`
+    ropes: dict[str, RopeConfig]
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelConfig:
+        """Read `path`/config.json. Raises `ModelError` for what is not supported, by name."""
+        file = Path(path) / "config.json"
+        try:
+            raw = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise ModelError(f"{path} has no config.json; a Hugging Face model directory is expected") from None
+        except ValueError as error:
+            raise ModelError(f"{file} is not valid JSON: {error}") from None
+        try:
+            return _parse(raw)
+        except KeyError as error:
+            raise ModelError(f"{file} has no {error.args[0]!r}") from None
+
+
+def _parse(raw: dict[str, Any]) -> ModelConfig:
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"architecture {architecture} is not supported; served are {', '.join(ARCHITECTURES)}")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
+    if activation not in ACTIVATIONS:
+        raise ModelError(f"activation {activation!r} is not supported; served are {', '.join(ACTIVATIONS)}")
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if raw.get(key):
+            raise ModelError(f"{key}={raw[key]!r} is not supported")
+    gemma = architecture == "Gemma3ForCausalLM"
+    num_heads = raw["num_attention_heads"]
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+    layer_types = _layer_types(raw, architecture)
+    window = raw.get("sliding_window")
+    windows = tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    qwen2_bias = architecture == "Qwen2ForCausalLM"
+    attention_bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+        head_dim=head_dim,
+        max_position_embeddings=raw["max_position_embeddings"],
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        activation=activation,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
+        qkv_bias=attention_bias or qwen2_bias,
+        o_bias=attention_bias and architecture != "Qwen2ForCausalLM",
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"),
+        norm_offset=1.0 if gemma else 0.0,
+        post_norms=gemma,
+        embed_scale=raw["hidden_size"] ** 0.5 if gemma else 1.0,
+        attention_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+        final_softcap=raw.get("final_logit_softcapping"),
+        windows=windows,
+        rope_keys=tuple(layer_types),
+        ropes={kind: rope_config(raw, kind, head_dim) for kind in set(layer_types)},
+    )
+
+
+def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
+    """Per layer "sliding_attention" or "full_attention"."""
+    num_layers = raw["num_hidden_layers"]
+    if raw.get("layer_types"):
+        return list(raw["layer_types"])
+    if architecture == "Gemma3ForCausalLM":
+        pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
+        return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
+    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        first = raw.get("max_window_layers", num_layers) if raw.get("use_sliding_window") else num_layers
+        return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    kind = "sliding_attention" if architecture == "MistralForCausalLM" and raw.get("sliding_window") else "full_attention"
+    return [kind] * num_layers

@@ -1,0 +1,155 @@
+"""The forward pass of every supported architecture, over one ragged batch.
+
+Llama, Mistral, Qwen2, Qwen3 and Gemma 3 differ by `ModelConfig` only. Owns weights and arithmetic; knows nothing of
+requests, of which adapters there are, or of where KV blocks come from. q, k, v are one linear, gate and up another.
+Inference only: plain tensors, no modules, no autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..batch import Batch
+from ..kernels.attention import AttentionPlan, paged_attention, plan_attention, store_kv
+from ..kernels.linear import Linear
+from ..kv_cache import KVCache
+from .config import ModelConfig
+from .rope import rope_table, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer; norms are [H] (or [D]) with Gemma's offset already added."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Linear
+    post_attention_norm: torch.Tensor | None  # Gemma: on attention's output
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    post_mlp_norm: torch.Tensor | None  # Gemma: on the MLP's output
+
+
+class Decoder:
+    """A loaded model. `compute_dtype` is the dtype of activations and KV."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embed: torch.Tensor,
+        layers: list[Layer],
+        norm: torch.Tensor,
+        lm_head: Linear,
+        compute_dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+    ):
+        self.config = config
+        self.embed = embed  # [V, H] in the weights' dtype
+        self.layers = layers
+        self.norm = norm
+        self.lm_head = lm_head
+        self.compute_dtype = compute_dtype
+        self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")
+        self.device = embed.device
+        self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # rounded as transformers does
+        self._rope = {
+            kind: rope_table(rope, config.max_position_embeddings, compute_dtype, self.device)
+            for kind, rope in config.ropes.items()
+        }
+
+    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """Normed hidden states [T, H] of all rows; writes the rows' keys and values to `kv`."""
+        config, lora = self.config, batch.lora
+        x = self.embed[batch.tokens].to(self.compute_dtype)  # [T, H]
+        if config.embed_scale != 1.0:
+            x *= self._embed_scale
+        if lora is not None:
+            lora.add_embedding_(batch.tokens, x)
+        plans = {window: self._plan(batch, window) for window in set(config.windows)}
+        ropes = {kind: table[:, batch.positions] for kind, table in self._rope.items()}  # [2, T, 1, D]
+        for idx, layer in enumerate(self.layers):
+            h = self._rms_norm(x, layer.input_norm)
+            qkv = layer.qkv(h)
+            if lora is not None:
+                lora.add_(idx, "qkv", h, qkv)
+            plan, (cos, sin) = plans[config.windows[idx]], ropes[config.rope_keys[idx]]
+            attended = self._attend(idx, layer, qkv, cos, sin, plan, batch.slot_mapping, kv)
+            h = layer.o(attended)
+            if lora is not None:
+                lora.add_(idx, "o", attended, h)
+            if layer.post_attention_norm is not None:
+                h = self._rms_norm(h, layer.post_attention_norm)
+            x += h
+            h = self._rms_norm(x, layer.mlp_norm)
+            gate_up = layer.gate_up(h)
+            if lora is not None:
+                lora.add_(idx, "gate_up", h, gate_up)
+            gate, up = gate_up.chunk(2, dim=-1)  # [T, intermediate] each
+            act = F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
+            act *= up
+            h = layer.down(act)
+            if lora is not None:
+                lora.add_(idx, "down", act, h)
+            if layer.post_mlp_norm is not None:
+                h = self._rms_norm(h, layer.post_mlp_norm)
+            x += h
+        return self._rms_norm(x, self.norm)
+
+    def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits [L, V] float32 of hidden rows [L, H], the rows `batch.logits_indices` of a forward's result."""
+        logits = self.lm_head(hidden).float()
+        if batch.lora is not None:
+            batch.lora.add_lm_head_(hidden, logits)
+        if self.config.final_softcap:
+            logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
+        return logits
+
+    def base_tensor(self, name: str) -> torch.Tensor | None:
+        """The embedding or lm_head as loaded, by its name on the hub; None for other names."""
+        if name == "model.embed_tokens.weight":
+            return self.embed
+        return self.lm_head.unpacked() if name == "lm_head.weight" else None
+
+    def _attend(
+        self,
+        idx: int,
+        layer: Layer,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: AttentionPlan,
+        slots: torch.Tensor,
+        kv: KVCache,
+    ) -> torch.Tensor:
+        config = self.config
+        num_q, num_kv = config.num_heads, config.num_kv_heads
+        heads = qkv.view(qkv.shape[0], num_q + 2 * num_kv, config.head_dim)
+        qk = heads[:, : num_q + num_kv]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk[:, :num_q], qk[:, num_q:]
+            qk = torch.cat([self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)], dim=1)
+        qk = rotate(qk, cos, sin)
+        store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slots)
+        return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, config.attention_scale)
+
+    def _plan(self, batch: Batch, window: int | None) -> AttentionPlan:
+        config = self.config
+        return plan_attention(
+            batch.query_lens_list,
+            batch.context_lens_list,
+            batch.block_tables_list,
+            batch.block_size,
+            window,
+            config.num_heads // config.num_kv_heads,
+            self.compute_dtype,
+            self.device,
+        )
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)

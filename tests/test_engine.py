@@ -1,0 +1,232 @@
+"""The engine on a tiny model: batching, caching, preemption, cancellation, stops, and isolation of faults."""
+
+import random
+
+import pytest
+import torch
+from engine_fixture import check_baseline, collect, make_engine, request, run, tokens_of
+from peft_adapters import make_peft_adapter
+from tiny_models import make_tiny_model
+
+from specserve.errors import OverloadedError, UserError
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir):
+    return make_engine(model_dir)
+
+
+@pytest.fixture(scope="module")
+def adapter(engine, model_dir, tmp_path_factory):
+    path = make_peft_adapter(model_dir, tmp_path_factory.mktemp("adapters") / "a", r=4, seed=1, std=0.3)
+    return engine.load_adapter("a", path).content_hash
+
+
+def prompts(num, vocab_size, seed=0, longest=60):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(rng.randrange(1, longest))] for _ in range(num)]
+
+
+def test_mixed_batch_gives_the_tokens_of_each_request_alone(engine, adapter):
+    texts = prompts(10, engine.info.vocab_size)
+    requests = [
+        request(i, p, adapter=adapter if i % 3 == 1 else None, ignore_eos=True, salt=f"m{i}")
+        for i, p in enumerate(texts)
+    ]
+    mixed = tokens_of(run(engine, requests, stagger=1))
+    for item in requests:
+        alone = tokens_of(run(engine, [item]))
+        assert alone[item.request_id] == mixed[item.request_id]
+
+
+def test_prefix_cache_changes_no_token_and_is_counted(engine):
+    prompt = prompts(1, engine.info.vocab_size, seed=5, longest=60)[0] * 3
+    prompt = (prompt * 50)[:100]
+    first = run(engine, [request("a", prompt, salt="pc", ignore_eos=True)])["a"]
+    second = run(engine, [request("b", prompt, salt="pc", ignore_eos=True)])["b"]
+    other = run(engine, [request("c", prompt, salt="other", ignore_eos=True)])["c"]
+    assert first.tokens == second.tokens == other.tokens
+    assert first.usage.cached_tokens == 0 and other.usage.cached_tokens == 0
+    assert second.usage.cached_tokens == 96
+
+
+def test_adapter_and_base_share_no_cache(engine, adapter):
+    prompt = [(7 * i) % engine.info.vocab_size for i in range(70)]
+    base = run(engine, [request("a", prompt, ignore_eos=True)])["a"]
+    with_adapter = run(engine, [request("b", prompt, adapter=adapter, ignore_eos=True)])["b"]
+    assert with_adapter.usage.cached_tokens == 0
+    assert base.tokens != with_adapter.tokens
+
+
+def test_preemption_loses_nothing(model_dir):
+    roomy = make_engine(model_dir)
+    texts = prompts(6, roomy.info.vocab_size, seed=2, longest=30)
+    requests = [
+        request(i, p, max_tokens=40, ignore_eos=True, temperature=t, seed=i)
+        for i, (p, t) in enumerate(zip(texts, [0.0, 1.0] * 3, strict=True))
+    ]
+    want = tokens_of(run(roomy, requests))
+    model = roomy.decoder.config
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+    tight = make_engine(model_dir, kv_cache_gib=9 * 16 * token_bytes / 2**30, max_model_len=100)
+    assert tight.blocks.num_blocks == 9
+    assert tokens_of(run(tight, requests)) == want
+    assert tight.stats().num_preemptions > 0
+
+
+def test_abort_frees_blocks_at_once(engine, adapter):
+    before = engine.stats()
+    for i in range(3):
+        engine.add_request(request(i, [1, 2, 3] * 10, adapter=adapter, max_tokens=50, ignore_eos=True))
+    engine.step()
+    assert engine.stats().num_free_kv_blocks < before.num_free_kv_blocks
+    for i in range(3):
+        engine.abort(str(i))
+    engine.abort("unknown")
+    check_baseline(engine)
+    assert not engine.has_work()
+
+
+def test_stop_token_eos_and_length(engine):
+    prompt = [5, 6, 7]
+    full = run(engine, [request("a", prompt, max_tokens=12, ignore_eos=True)])["a"]
+    assert full.finish_reason == "length" and len(full.tokens) == 12
+    stop = full.tokens[4]
+    first = full.tokens.index(stop)
+    cut = run(engine, [request("b", prompt, max_tokens=12, ignore_eos=True, stop_token_ids=(stop,))])["b"]
+    assert cut.tokens == full.tokens[: first + 1]
+    assert cut.finish_reason == "stop" and cut.stop_reason == stop
+    assert cut.usage.completion_tokens == first + 1
+
+
+def test_stop_string_ends_the_text_before_it_with_and_without_drafts(engine):
+    prompt = [5, 6, 7, 8]
+    full = run(engine, [request("a", prompt, max_tokens=20, ignore_eos=True)])["a"]
+    middle = len(full.text) // 2
+    stop = full.text[middle : middle + 3]
+    assert len(stop) == 3
+    for mode in ("off", "auto"):
+        cut = run(engine, [request("b", prompt, max_tokens=20, ignore_eos=True, stop=(stop,), mode=mode)])["b"]
+        assert cut.text == full.text[: full.text.index(stop)]
+        assert cut.finish_reason == "stop" and cut.stop_reason == stop
+    kept = run(
+        engine, [request("c", prompt, max_tokens=20, ignore_eos=True, stop=(stop,), include_stop_str_in_output=True)]
+    )["c"]
+    assert kept.text == full.text[: full.text.index(stop) + 3]
+
+
+def test_prompt_logprobs_equal_the_model_and_max_tokens_zero_only_scores(engine):
+    prompt = prompts(1, engine.info.vocab_size, seed=9, longest=59)[0] * 4
+    prompt = (prompt * 20)[:90]
+    result = run(engine, [request("a", prompt, max_tokens=0, prompt_logprobs=2)])["a"]
+    assert result.tokens == [] and result.finish_reason == "length"
+    assert result.prompt_logprobs[0] is None and len(result.prompt_logprobs) == 90
+    short = run(engine, [request("b", prompt[:40], max_tokens=1, logprobs=0)])["b"]
+    again = run(engine, [request("c", [*prompt[:40], short.tokens[0]], max_tokens=0, prompt_logprobs=0)])["c"]
+    assert again.prompt_logprobs[-1].logprob == pytest.approx(short.logprobs[0].logprob, abs=1e-4)
+    assert again.prompt_logprobs[5].logprob == pytest.approx(result.prompt_logprobs[5].logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"prompt": []}, "empty"),
+        ({"prompt": [1, -1]}, "-1"),
+        ({"prompt": [2**31]}, "outside"),
+        ({"logit_bias": {10**9: 1.0}}, "logit_bias"),
+        ({"stop_token_ids": (-5,)}, "stop_token_ids"),
+        ({"max_tokens": 10**9}, "context"),
+        ({"adapter": "0" * 64}, "not loaded"),
+    ],
+    ids=str,
+)
+def test_requests_that_can_never_run_are_refused(engine, change, word):
+    change = dict(change)
+    with pytest.raises(UserError, match=word):
+        engine.add_request(request("x", change.pop("prompt", [1]), **change))
+    check_baseline(engine)
+
+
+def test_waiting_queue_is_bounded(model_dir):
+    small = make_engine(model_dir, max_waiting=2, max_num_seqs=1)
+    for i in range(3):
+        small.add_request(request(i, [1]))
+    with pytest.raises(OverloadedError):
+        small.add_request(request("x", [1]))
+
+
+def test_a_request_that_raises_in_the_forward_fails_alone(engine, monkeypatch):
+    want = tokens_of(run(engine, [request("good", [1, 2, 3], ignore_eos=True)]))
+    forward = engine.decoder.forward
+
+    def poisoned(batch, kv, *args, **kwargs):
+        if (batch.tokens == 11).any():
+            raise RuntimeError("poisoned row")
+        return forward(batch, kv, *args, **kwargs)
+
+    monkeypatch.setattr(type(engine.decoder), "forward", lambda self, *a, **k: poisoned(*a, **k))
+    results = run(
+        engine, [request("good", [1, 2, 3], ignore_eos=True, mode="off"), request("bad", [1, 11, 3], mode="off")]
+    )
+    assert results["good"].tokens == want["good"]
+    assert results["bad"].error is not None and "poisoned row" in results["bad"].error.error.message
+
+
+def test_nan_logits_fail_that_request_alone(engine, monkeypatch):
+    logits = engine.decoder.logits
+
+    def poisoned(hidden, batch, *args, **kwargs):
+        out = logits(hidden, batch, *args, **kwargs)
+        out[0] = float("nan")
+        return out
+
+    monkeypatch.setattr(type(engine.decoder), "logits", lambda self, *a, **k: poisoned(*a, **k))
+    results = run(engine, [request("bad", [1, 2]), request("good", [1, 2, 3])])
+    assert sum(result.error is not None for result in results.values()) >= 1
+    assert all(result.error is None or "NaN" in result.error.error.message for result in results.values())
+
+
+def test_unloading_waits_for_the_requests_that_use_the_adapter(engine, model_dir, tmp_path):
+    path = make_peft_adapter(model_dir, tmp_path / "b", r=3, seed=2, std=0.3)
+    content_hash = engine.load_adapter("b", path).content_hash
+    want = tokens_of(run(engine, [request("a", [4, 5, 6], adapter=content_hash, ignore_eos=True)]))
+    engine.add_request(request("a", [4, 5, 6], adapter=content_hash, ignore_eos=True))
+    results = {}
+    collect(results, engine.step())
+    engine.unload_adapter(content_hash)
+    with pytest.raises(UserError, match="not loaded"):
+        engine.add_request(request("late", [4], adapter=content_hash))
+    while engine.has_work():
+        collect(results, engine.step())
+    assert tokens_of(results) == want
+    assert content_hash not in engine.registry.adapters
+    check_baseline(engine)
+
+
+def test_idle_adapters_make_room_and_busy_ones_do_not(model_dir, tmp_path):
+    small = make_engine(model_dir, max_adapters=2)
+    hashes = [
+        small.load_adapter(str(i), make_peft_adapter(model_dir, tmp_path / str(i), r=2, seed=i)).content_hash
+        for i in range(3)
+    ]
+    assert list(small.registry.adapters) == hashes[1:]
+    for i, content_hash in enumerate(hashes[1:]):
+        small.add_request(request(i, [1, 2], adapter=content_hash))
+    with pytest.raises(OverloadedError):
+        small.load_adapter("x", tmp_path / "0")
+    while small.has_work():
+        small.step()
+    check_baseline(small)
+
+
+def test_fp16_and_bf16_generate(model_dir):
+    for dtype in ("bf16", "fp16"):
+        engine = make_engine(model_dir, dtype=dtype)
+        result = run(engine, [request("a", [1, 2, 3], ignore_eos=True)])["a"]
+        assert len(result.tokens) == 16
+    assert torch.get_default_dtype() is torch.float32

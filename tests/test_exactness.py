@@ -1,0 +1,186 @@
+"""Tokens with drafts equal tokens without, all of them: every sampler, every drafter, mixed adapters, ragged lengths."""
+
+import random
+
+import pytest
+from engine_fixture import make_engine, request, run, tokens_of
+from peft_adapters import make_peft_adapter
+from tiny_models import make_tiny_model
+
+from specserve.drafters.protocol import Proposal
+
+SAMPLERS = {
+    "greedy": {"temperature": 0.0},
+    "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.7},
+    "temperature": {"temperature": 1.0},
+    "cold top-p": {"temperature": 0.5, "top_p": 0.7},
+    "everything": {
+        "temperature": 1.2,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "presence_penalty": 0.8,
+        "frequency_penalty": 0.4,
+        "repetition_penalty": 1.1,
+        "logit_bias": {3: 2.0, 4: -3.0},
+        "min_tokens": 10,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def setup(model_dir, tmp_path_factory):
+    engine = make_engine(model_dir)
+    root = tmp_path_factory.mktemp("adapters")
+    shapes = [{"r": 4}, {"r": 1, "target_modules": ["q_proj", "down_proj"]}, {"r": 16, "lora_alpha": 64}]
+    adapters = [None] + [
+        engine.load_adapter(str(i), make_peft_adapter(model_dir, root / str(i), seed=i, std=0.3, **shape)).content_hash
+        for i, shape in enumerate(shapes)
+    ]
+    return engine, adapters
+
+
+class Oracle:
+    """Drafts from the known answer, spoiled in a chosen way; ragged lengths on purpose."""
+
+    source = "oracle"
+
+    def __init__(self, prompt_len, answer, kind, vocab_size, seed):
+        self.prompt_len, self.answer, self.kind = prompt_len, answer, kind
+        self.vocab_size, self.rng = vocab_size, random.Random(seed)
+
+    def propose(self, tokens, max_tokens):
+        done = len(tokens) - self.prompt_len
+        length = self.rng.randrange(1, max_tokens + 1)
+        right = self.answer[done : done + length]
+        if self.kind == "always right":
+            drafts = list(right)
+        elif self.kind == "always wrong":
+            drafts = [(token + 1) % self.vocab_size for token in right]
+        elif self.kind == "mostly right":
+            drafts = [t if self.rng.random() < 0.8 else self.rng.randrange(self.vocab_size) for t in right]
+        else:
+            drafts = [self.rng.randrange(self.vocab_size) for _ in range(length)]
+        return Proposal(drafts, [1.0] * len(drafts), self.source) if drafts else None
+
+    def observe(self, num_drafted, num_accepted):
+        pass
+
+
+def requests_for(engine, adapters, sampler, mode):
+    rng = random.Random(3)
+    requests = []
+    for i in range(8):
+        period = [rng.randrange(engine.info.vocab_size) for _ in range(rng.randrange(2, 6))]
+        noise = [rng.randrange(engine.info.vocab_size) for _ in range(rng.randrange(1, 30))]
+        requests.append(
+            request(
+                i,
+                noise + period * 4,
+                adapter=adapters[i % len(adapters)],
+                mode=mode,
+                max_tokens=rng.randrange(20, 48),
+                ignore_eos=i % 2 == 0,
+                seed=i,
+                **SAMPLERS[sampler],
+            )
+        )
+    return requests
+
+
+@pytest.fixture(scope="module", params=list(SAMPLERS))
+def plain(request, setup):
+    """Tokens without any draft."""
+    engine, adapters = setup
+    results = run(engine, requests_for(engine, adapters, request.param, "off"))
+    assert all(result.usage.draft_tokens == 0 for result in results.values())
+    return request.param, tokens_of(results)
+
+
+def test_ngram_drafts_change_no_token(setup, plain, monkeypatch):
+    engine, adapters = setup
+    sampler, want = plain
+    monkeypatch.setattr(engine.cost_model, "row_price", lambda *args: 0.0)
+    results = run(engine, requests_for(engine, adapters, sampler, "auto"), stagger=2)
+    assert tokens_of(results) == want
+    assert sum(result.usage.draft_tokens for result in results.values()) > 0
+
+
+@pytest.mark.parametrize("kind", ["always right", "always wrong", "mostly right", "random"])
+def test_adversarial_drafters_change_no_token(setup, plain, kind, monkeypatch):
+    engine, adapters = setup
+    sampler, want = plain
+    vocab_size = engine.info.vocab_size
+    monkeypatch.setattr(
+        engine,
+        "_drafters",
+        lambda req: [Oracle(len(req.prompt_token_ids), want[req.request_id], kind, vocab_size, req.request_id)],
+    )
+    results = run(engine, requests_for(engine, adapters, sampler, "auto"), stagger=1)
+    assert tokens_of(results) == want
+    usages = [result.usage for result in results.values()]
+    drafted, accepted = sum(u.draft_tokens for u in usages), sum(u.accepted_draft_tokens for u in usages)
+    assert drafted > 0
+    if kind == "always right":
+        assert accepted == drafted
+        assert sum(u.num_forwards for u in usages) < 0.5 * sum(u.completion_tokens for u in usages)
+    if kind == "always wrong":
+        assert accepted == 0
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_prediction_changes_no_token_and_is_accounted(setup, plain, spoil, monkeypatch):
+    engine, adapters = setup
+    sampler, want = plain
+    monkeypatch.setattr(engine.cost_model, "row_price", lambda *args: 0.0)
+    requests = []
+    for item in requests_for(engine, adapters, sampler, "auto"):
+        prediction = list(want[item.request_id])
+        if spoil:
+            prediction[3:5] = [0, 1, 2]
+        kwargs = {name: getattr(item, name) for name in item.__struct_fields__}
+        requests.append(type(item)(**{**kwargs, "prediction_token_ids": prediction}))
+    results = run(engine, requests)
+    assert tokens_of(results) == want
+    for result in results.values():
+        usage = result.usage
+        assert usage.accepted_prediction_tokens == usage.accepted_by_source.get("prediction", 0)
+        assert usage.accepted_draft_tokens <= usage.draft_tokens
+    assert sum(result.usage.accepted_prediction_tokens for result in results.values()) > 20
+
+
+def test_text_and_logprobs_are_equal_too(setup, monkeypatch):
+    engine, _ = setup
+    monkeypatch.setattr(engine.cost_model, "row_price", lambda *args: 0.0)
+    prompt = [9, 8, 7, 9, 8, 7, 9, 8]
+    off, on = (
+        run(engine, [request("a", prompt, mode=mode, max_tokens=40, logprobs=3, ignore_eos=True)])["a"]
+        for mode in ("off", "auto")
+    )
+    assert (off.tokens, off.text) == (on.tokens, on.text)
+    assert len(off.logprobs) == len(on.logprobs) == 40
+    for a, b in zip(off.logprobs, on.logprobs, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and a.rank == b.rank
+
+
+def test_drafter_that_raises_mid_run_changes_nothing(setup, plain, monkeypatch):
+    engine, adapters = setup
+    sampler, want = plain
+
+    class Broken(Oracle):
+        def propose(self, tokens, max_tokens):
+            if len(tokens) > self.prompt_len + 5:
+                raise RuntimeError("drafter bug")
+            return super().propose(tokens, max_tokens)
+
+    monkeypatch.setattr(
+        engine,
+        "_drafters",
+        lambda req: [Broken(len(req.prompt_token_ids), want[req.request_id], "random", engine.info.vocab_size, 0)],
+    )
+    assert tokens_of(run(engine, requests_for(engine, adapters, sampler, "auto"))) == want
