@@ -36,6 +36,10 @@ def latency(config: EngineConfig, batch_sizes: list[int], max_tokens: int, round
     model_dir = resolve_model(config.model, config.revision)
     engine = Engine(config, model_dir)
     prompt = load_backend_tokenizer(model_dir).encode(PASSAGE * 2 + PASSAGE[:20]).ids
+    room = engine.info.max_model_len - max_tokens
+    if room < 1:
+        raise UserError(f"--max-tokens {max_tokens} fills the context of {engine.info.max_model_len} tokens; lower it")
+    prompt = prompt[-room:]
     weight_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
     bandwidth = memory_bandwidth(engine.info.device)
     limit = bandwidth / weight_bytes

@@ -26,7 +26,8 @@ def wheel_names(tmp_path_factory) -> list[str]:
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=skipped)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(out)]
     result = subprocess.run([*command, "--disable-pip-version-check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
