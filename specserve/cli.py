@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output left, as in `specserve generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except Exception as error:
         if debug:
             raise
