@@ -23,7 +23,7 @@ class DraftChooser:
         self._chosen: SequenceDrafter | None = None
 
     def propose(self, tokens: Sequence[int], max_tokens: int, row_price: float) -> Proposal | None:
-        """The best proposal of at most `max_tokens`, cut where survival is below `row_price`; None to decode plainly."""
+        """The best proposal of at most `max_tokens`, cut where survival is below `row_price`; None: decode plainly."""
         self._chosen = None
         if max_tokens <= 0:
             return None

@@ -1,7 +1,7 @@
 """Predicted outputs: the client sends the text that it expects, and drafts are read from it.
 
-While output follows the prediction, the pointer walks along. After a divergence the newest output tokens are looked up in
-the prediction, nearest to where the pointer was, and drafting goes on from there.
+While output follows the prediction, the pointer walks along. After a divergence the newest output tokens are looked up
+in the prediction, nearest to where the pointer was, and drafting goes on from there.
 """
 
 from __future__ import annotations

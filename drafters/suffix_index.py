@@ -1,7 +1,7 @@
 """Finds where the newest tokens occurred before: the shared machinery of the drafters that copy.
 
-An index of every bigram's positions in a text that only grows. A lookup walks back from the few most recent positions of
-the newest bigram and keeps the longest match, so the continuation is the one whose context agrees furthest back.
+An index of every bigram's positions in a text that only grows. A lookup walks back from the few most recent positions
+of the newest bigram and keeps the longest match, so the continuation is the one whose context agrees furthest back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The adapters that the engine holds, by content hash, and who uses them.
 
-An adapter leaves memory when it was unloaded and its last running request is done, or when it is idle and a new one needs
-its place. Names live in the server; here a changed directory is simply another adapter.
+An adapter leaves memory when it was unloaded and its last running request is done, or when it is idle and a new one
+needs its place. Names live in the server; here a changed directory is simply another adapter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AdapterRegistry:
         return sum(adapter.info().size_bytes for adapter in self.adapters.values())
 
     def add(self, adapter: LoraAdapter) -> list[str]:
-        """Register an adapter; returns the hashes of those evicted for it. Raises `OverloadedError` if all are in use."""
+        """Register an adapter; returns the hashes evicted for it. Raises `OverloadedError` if all are in use."""
         self._leaving.discard(adapter.content_hash)
         if adapter.content_hash in self.adapters:
             return []

@@ -1,8 +1,9 @@
 """Which KV blocks belong to whom; integers only, no tensors.
 
 Owns reference counts, the prefix cache and the free list. A sequence's block table only grows through `reserve`, before
-the forward that writes it; `commit` publishes its full blocks to the prefix cache once their tokens are final; `release`
-gives everything back. Invariant (`check_integrity`): each block is either free or referenced by exactly `refs` tables.
+the forward that writes it; `commit` publishes its full blocks to the prefix cache once their tokens are final;
+`release` gives everything back. Invariant (`check_integrity`): each block is either free or referenced by exactly
+`refs` tables.
 
 A prefix-cache key is a SHA-256 chain over (adapter content hash, cache_salt) and the tokens of each full block, so two
 adapters, or two salts, can never share a block, and a collision is out of reach for a client.
@@ -75,7 +76,9 @@ class BlockManager:
             self._take(block, keep_content=True)
         return blocks, keys
 
-    def commit(self, table: Sequence[int], keys: list[bytes], root: bytes, tokens: Sequence[int], num_final: int) -> None:
+    def commit(
+        self, table: Sequence[int], keys: list[bytes], root: bytes, tokens: Sequence[int], num_final: int
+    ) -> None:
         """Publish the full blocks among the first `num_final` tokens; extends `keys`, one per published block."""
         if not self.prefix_caching:
             return

@@ -37,7 +37,7 @@ class CostModel:
         return times[idx - 1] + slope * (num_rows - rows[idx - 1])
 
     def row_price(self, num_decoding: int, num_rows: int, num_drafts: int = 4) -> float:
-        """Expected tokens that one more draft row must add; averaged over `num_drafts` rows, as steps are not smooth."""
+        """Expected tokens that one more draft row must add, averaged over `num_drafts` rows: steps are not smooth."""
         base = self.seconds(num_rows)
         marginal = (self.seconds(num_rows + num_drafts) - base) / num_drafts
         return num_decoding * marginal / base

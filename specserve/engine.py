@@ -10,21 +10,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from .adapter_registry import AdapterRegistry
+from .admission import check_request, size_kv
 from .block_manager import BlockManager
 from .config import EngineConfig
 from .cost_model import CostModel
 from .detokenizer import Detokenizer
 from .drafters.chooser import DraftChooser
-from .drafters.ngram import NgramDrafter
-from .drafters.prediction import PredictionDrafter
-from .drafters.protocol import SequenceDrafter
 from .errors import ErrorInfo, OverloadedError, UserError
 from .kv_cache import KVCache
 from .lora import LoraAdapter, read_adapter
@@ -40,6 +38,7 @@ from .messages import (
 )
 from .model.loader import load_model
 from .model_runner import ModelRunner, StepOutput
+from .proposer import Proposer
 from .sampler import RowGroup, Sampler, token_logprobs
 from .scheduler import ScheduledSequence, Scheduler
 from .sequence import Sequence
@@ -49,6 +48,7 @@ from .verifier import accepted_tokens
 logger = logging.getLogger(__name__)
 
 Event = Delta | RequestFailed
+FinishReason = Literal["stop", "length", "abort"] | None
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class Engine:
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
-        num_blocks, max_model_len = self._size_kv()
+        num_blocks, max_model_len = size_kv(config, model, self.decoder.compute_dtype)
         kv = KVCache(
             model.num_layers,
             num_blocks,
@@ -105,7 +105,7 @@ class Engine:
             max_prefill_rows=config.max_prefill_rows,
         )
         self.runner = ModelRunner(self.decoder, kv, config.block_size)
-        self.sampler = Sampler(self.eos_token_ids)
+        self.sampler = Sampler(sorted(self.eos_token_ids))
         self.registry = AdapterRegistry(config.max_adapters)
         self.info = EngineInfo(
             model=str(model_dir),
@@ -122,13 +122,17 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
         self._counters = _Counters()
-        self.cost_model = CostModel.measure(self._timed_step)
+        self.proposer = Proposer(config, CostModel.measure(self._timed_step), model.vocab_size)
 
     # -- requests
 
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a sequence. Raises `UserError` when it can never run or there is no room to wait."""
-        self._check(request)
+        check_request(request, self.info)
+        if request.request_id in self._requests:
+            raise UserError(f"request id {request.request_id!r} is already running")
+        if len(self.scheduler.waiting) >= self.config.max_waiting + self.config.max_num_seqs:
+            raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already; retry shortly")
         if request.adapter_hash is not None:
             self.registry.acquire(request.adapter_hash)
         self._num_added += 1
@@ -142,7 +146,7 @@ class Engine:
             sampling.skip_special_tokens,
         )
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
-        chooser = DraftChooser(self._drafters(request))
+        chooser = self.proposer.chooser_for(request)
         self._requests[request.request_id] = _Request(seq, detokenizer, chooser, prompt_logprobs)
         self.scheduler.add(seq)
 
@@ -191,32 +195,13 @@ class Engine:
         if not items:
             return []
         self._counters.num_steps += 1
-        self._propose(items)
+        self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
         events: list[Event] = []
         for output, computed in self._forward(items, events):
             sampled = self.sampler.sample(output.logits, output.groups)
             self._score_prompts(output)
             self._commit(output, computed, sampled, events)
         return events
-
-    def _propose(self, items: Seq[ScheduledSequence]) -> None:
-        num_rows = sum(item.num_rows for item in items)
-        ready = [item for item in items if item.reaches_end and item.seq.sampling.max_tokens > 0]
-        budget = self.scheduler.max_batched_tokens - num_rows
-        for item in ready:
-            seq = item.seq
-            limit = min(self._max_drafts(seq.request), seq.max_len - len(seq.tokens) - 1, budget)
-            if limit <= 0:
-                continue
-            price = self.cost_model.row_price(len(ready), num_rows)
-            proposal = self._requests[seq.request_id].drafts.propose(seq.tokens, limit, price)
-            if proposal is None or not all(0 <= token < self.info.vocab_size for token in proposal.tokens):
-                continue
-            num_drafts = self.scheduler.reserve_drafts(item, len(proposal.tokens))
-            item.drafts = proposal.tokens[:num_drafts]
-            item.draft_sources = [proposal.source] * num_drafts
-            budget -= num_drafts
-            num_rows += num_drafts
 
     def _forward(
         self, items: list[ScheduledSequence], events: list[Event]
@@ -298,10 +283,11 @@ class Engine:
             usage=usage,
         )
 
-    def _append(self, state: _Request, tokens: list[int]) -> tuple[str, str | None, str | int | None, list[int]]:
+    def _append(self, state: _Request, tokens: list[int]) -> tuple[str, FinishReason, str | int | None, list[int]]:
         """Append tokens up to the first that ends the sequence: (text, finish reason, stop reason, kept tokens)."""
         seq, sampling = state.seq, state.seq.sampling
-        text, committed = "", []
+        text = ""
+        committed: list[int] = []
         if sampling.max_tokens == 0:
             return text, "length", None, committed
         for token in tokens:
@@ -349,79 +335,6 @@ class Engine:
     def _fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
         self._remove(self._requests[seq.request_id])
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
-
-    def _max_drafts(self, request: GenerateRequest) -> int:
-        if self.config.speculation == "off" or request.speculation.mode == "off":
-            return 0
-        return min(self.config.max_draft_tokens, request.speculation.max_draft_tokens)
-
-    def _drafters(self, request: GenerateRequest) -> list[SequenceDrafter]:
-        if not self._max_drafts(request):
-            return []
-        drafters: list[SequenceDrafter] = [NgramDrafter()]
-        if request.prediction_token_ids and request.speculation.mode == "auto":
-            drafters.insert(0, PredictionDrafter(request.prediction_token_ids, len(request.prompt_token_ids)))
-        return drafters
-
-    def _check(self, request: GenerateRequest) -> None:
-        prompt, sampling = request.prompt_token_ids, request.sampling
-        capacity = self.blocks.num_blocks * self.blocks.block_size
-        if not prompt:
-            raise UserError("the prompt is empty; send at least one token", param="prompt")
-        vocab_size = self.info.vocab_size
-        for name, ids in (
-            ("prompt", prompt),
-            ("logit_bias", list(sampling.logit_bias)),
-            ("stop_token_ids", list(sampling.stop_token_ids)),
-        ):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                bad = next(token for token in ids if not 0 <= token < vocab_size)
-                raise UserError(f"{name}: token id {bad} is outside 0..{vocab_size - 1}", param=name)
-        total = len(prompt) + sampling.max_tokens
-        if total > self.info.max_model_len:
-            raise UserError(
-                f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) exceed the context of "
-                f"{self.info.max_model_len} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        if total > capacity:
-            raise UserError(
-                f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) exceed the KV cache of "
-                f"{capacity} tokens; raise --kv-cache-gib",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        if request.request_id in self._requests:
-            raise UserError(f"request id {request.request_id!r} is already running")
-        if len(self.scheduler.waiting) >= self.config.max_waiting + self.config.max_num_seqs:
-            raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already; retry shortly")
-
-    def _size_kv(self) -> tuple[int, int]:
-        """Number of KV blocks and the longest sequence, from the settings and the model."""
-        model, config = self.decoder.config, self.config
-        dtype_bytes = torch.empty((), dtype=self.decoder.compute_dtype).element_size()
-        token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype_bytes
-        num_blocks = int(config.kv_cache_gib * 2**30) // (token_bytes * config.block_size)
-        if num_blocks < 1:
-            raise UserError(
-                f"kv_cache_gib={config.kv_cache_gib} holds no block of {config.block_size} tokens "
-                f"({token_bytes * config.block_size} bytes); raise it",
-                param="kv_cache_gib",
-            )
-        longest = config.max_model_len or model.max_position_embeddings
-        if longest > model.max_position_embeddings:
-            raise UserError(
-                f"max_model_len={longest} exceeds the model's {model.max_position_embeddings} positions",
-                param="max_model_len",
-            )
-        if config.max_model_len and longest > num_blocks * config.block_size:
-            raise UserError(
-                f"max_model_len={longest} does not fit the KV cache of {num_blocks * config.block_size} tokens; "
-                "raise kv_cache_gib",
-                param="max_model_len",
-            )
-        return num_blocks, min(longest, num_blocks * config.block_size)
 
     def _timed_step(self, num_rows: int) -> float:
         """Seconds of a forward of `num_rows` rows over scratch state; also warms the libraries up."""

@@ -9,6 +9,7 @@ so does this process, at once: nothing is orphaned.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import queue
@@ -102,7 +103,7 @@ class EngineProcess:
             engine.abort(message.request_id)
         elif isinstance(message, LoadAdapter):
             future = self._readers.submit(engine.read_adapter, message.name, message.path)
-            future.add_done_callback(lambda done, call_id=message.call_id: self._inbox.put((call_id, done)))
+            future.add_done_callback(functools.partial(self._read_done, message.call_id))
         elif isinstance(message, UnloadAdapter):
             engine.unload_adapter(message.adapter_hash)
             self._send([CallDone(message.call_id)])
@@ -110,6 +111,9 @@ class EngineProcess:
             self._send([Stats(message.call_id, engine.stats())])
         else:
             self._register(*message)
+
+    def _read_done(self, call_id: int, done: Future[LoraAdapter]) -> None:
+        self._inbox.put((call_id, done))
 
     def _register(self, call_id: int, done: Future[LoraAdapter]) -> None:
         try:

@@ -2,7 +2,8 @@
 
 Owns the PEFT format: safetensors only, everything that PEFT writes for plain LoRA on the linears, the embedding and the
 lm_head. What we cannot serve exactly (DoRA, trained biases, modules_to_save, initialisations that change the base) is
-refused with one sentence. A `LoraAdapter` is immutable; its content hash, over configuration and weights, is its identity.
+refused with one sentence. A `LoraAdapter` is immutable; its content hash, over configuration and weights, is its
+identity.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def read_adapter(
         raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}{hint}")
     try:
         with safetensors.safe_open(weights_path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # not a dict: it has no iterator
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
     sides = _sort_tensors(name, tensors, config, base_tensor)
@@ -255,7 +256,9 @@ def _check_base_copy(name: str, key: str, module: str, tensor: torch.Tensor, bas
             "a resized vocabulary is not supported"
         )
     if not torch.allclose(base.float(), tensor.float(), atol=1e-2, rtol=1e-2):
-        raise AdapterError(f"adapter {name!r}: {key} differs from the base model's; a trained embedding is not supported")
+        raise AdapterError(
+            f"adapter {name!r}: {key} differs from the base model's; a trained embedding is not supported"
+        )
 
 
 def _check_pair(

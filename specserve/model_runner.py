@@ -1,7 +1,7 @@
 """Scheduled sequences in, logits out: builds the step's `Batch` and runs the decoder on it.
 
-Owns the decoder, the KV tensors and the adapters' slots. Row order: the base's sequences first, then adapter by adapter,
-so that each adapter's rows are one segment however many requests name it.
+Owns the decoder, the KV tensors and the adapters' slots. Row order: the base's sequences first, then adapter by
+adapter, so that each adapter's rows are one segment however many requests name it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Turns logit rows into tokens, row by row as if there were no drafts.
 
-Exactness rests on two things. Each row is processed with the history it would have if all drafts before it were accepted
-(penalties, minimum length), so a kept row is sampled from the same distribution as without drafts. And its random number
-is a hash of (seed, sample index, position), not the next draw of a stream, so it is the same number either way.
+Exactness rests on two things. Each row is processed with the history it would have if all drafts before it were
+accepted (penalties, minimum length), so a kept row is sampled from the same distribution as without drafts. And its
+random number is a hash of (seed, sample index, position), not the next draw of a stream, so it is the same number
+either way.
 
-Order of processing, as in vLLM: penalties, logit bias, forbidden stop tokens, temperature, top-k, top-p, min-p. Sampling
-inverts the cumulative distribution in vocabulary order, in float64.
+Order of processing, as in vLLM: penalties, logit bias, forbidden stop tokens, temperature, top-k, top-p, min-p.
+Sampling inverts the cumulative distribution in vocabulary order, in float64.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Decides which rows of which sequences the next forward computes. Pure Python, no torch.
 
 Continuous batching over one ragged batch. Each step, in this order: waiting sequences are admitted while there is room;
-every decoding sequence gets its row; prefills share what is left of the row budget, a quarter for the oldest and the rest
-by shortest remaining work, so that no prompt starves another and, beside decodes, a prefill stays short. When KV blocks run out the
-latest arrival is preempted: its blocks are freed and its tokens, output included, are computed again later. A sequence
-that fits the cache alone (checked at admission by the engine) therefore always finishes.
+every decoding sequence gets its row; prefills share what is left of the row budget, a quarter for the oldest and the
+rest by shortest remaining work, so that no prompt starves another and, beside decodes, a prefill stays short. When KV
+blocks run out the latest arrival is preempted: its blocks are freed and its tokens, output included, are computed again
+later. A sequence that fits the cache alone (checked at admission by the engine) therefore always finishes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens with drafts equal tokens without, all of them: every sampler, every drafter, mixed adapters, ragged lengths."""
+"""Tokens with drafts equal tokens without, all of them: every sampler, any drafter, mixed adapters, ragged lengths."""
 
 import random
 
@@ -105,7 +105,7 @@ def plain(request, setup):
 def test_ngram_drafts_change_no_token(setup, plain, monkeypatch):
     engine, adapters = setup
     sampler, want = plain
-    monkeypatch.setattr(engine.cost_model, "row_price", lambda *args: 0.0)
+    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
     results = run(engine, requests_for(engine, adapters, sampler, "auto"), stagger=2)
     assert tokens_of(results) == want
     assert sum(result.usage.draft_tokens for result in results.values()) > 0
@@ -117,8 +117,8 @@ def test_adversarial_drafters_change_no_token(setup, plain, kind, monkeypatch):
     sampler, want = plain
     vocab_size = engine.info.vocab_size
     monkeypatch.setattr(
-        engine,
-        "_drafters",
+        engine.proposer,
+        "drafters_for",
         lambda req: [Oracle(len(req.prompt_token_ids), want[req.request_id], kind, vocab_size, req.request_id)],
     )
     results = run(engine, requests_for(engine, adapters, sampler, "auto"), stagger=1)
@@ -137,7 +137,7 @@ def test_adversarial_drafters_change_no_token(setup, plain, kind, monkeypatch):
 def test_prediction_changes_no_token_and_is_accounted(setup, plain, spoil, monkeypatch):
     engine, adapters = setup
     sampler, want = plain
-    monkeypatch.setattr(engine.cost_model, "row_price", lambda *args: 0.0)
+    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
     requests = []
     for item in requests_for(engine, adapters, sampler, "auto"):
         prediction = list(want[item.request_id])
@@ -156,7 +156,7 @@ def test_prediction_changes_no_token_and_is_accounted(setup, plain, spoil, monke
 
 def test_text_and_logprobs_are_equal_too(setup, monkeypatch):
     engine, _ = setup
-    monkeypatch.setattr(engine.cost_model, "row_price", lambda *args: 0.0)
+    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
     prompt = [9, 8, 7, 9, 8, 7, 9, 8]
     off, on = (
         run(engine, [request("a", prompt, mode=mode, max_tokens=40, logprobs=3, ignore_eos=True)])["a"]
@@ -179,8 +179,8 @@ def test_drafter_that_raises_mid_run_changes_nothing(setup, plain, monkeypatch):
             return super().propose(tokens, max_tokens)
 
     monkeypatch.setattr(
-        engine,
-        "_drafters",
+        engine.proposer,
+        "drafters_for",
         lambda req: [Broken(len(req.prompt_token_ids), want[req.request_id], "random", engine.info.vocab_size, 0)],
     )
     assert tokens_of(run(engine, requests_for(engine, adapters, sampler, "auto"))) == want

@@ -1,4 +1,4 @@
-"""PEFT directories: everything PEFT writes for LoRA gives peft's tokens; everything else is refused with one sentence."""
+"""PEFT directories: all that PEFT writes for LoRA gives peft's tokens; all else is refused with one sentence."""
 
 import json
 import shutil

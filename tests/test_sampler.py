@@ -14,7 +14,8 @@ V = 40
 
 
 def sequence(sample_idx=0, prompt=(1, 2, 3), output=(), **params):
-    seq = Sequence(1, GenerateRequest("r", list(prompt), SamplingParams(max_tokens=99, **params), sample_idx=sample_idx))
+    sampling = SamplingParams(max_tokens=99, **params)
+    seq = Sequence(1, GenerateRequest("r", list(prompt), sampling, sample_idx=sample_idx))
     for token in output:
         seq.append(token)
     return seq

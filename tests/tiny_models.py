@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 )
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
-    "Pack my box with five dozen liquor jugs, and print 0123456789 in JSON: {\"a\": [1, 2.5], \"b\": null}.",
+    'Pack my box with five dozen liquor jugs, and print 0123456789 in JSON: {"a": [1, 2.5], "b": null}.',
     "A server answers many requests; each names an adapter, and each answer streams token by token.",
 ]
 MODEL_TYPES = {
@@ -54,7 +54,9 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_tiny_model(path: str | Path, architecture: str = "llama", *, vocab_size: int = 320, seed: int = 0, **overrides):
+def make_tiny_model(
+    path: str | Path, architecture: str = "llama", *, vocab_size: int = 320, seed: int = 0, **overrides
+):
     """Write a random fp32 model of `architecture` with its tokenizer to `path`; returns the path.
 
     `overrides` go to the transformers configuration. Weights are larger than the usual initialisation, so that logits

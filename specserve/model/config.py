@@ -126,5 +126,5 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         first = raw.get("max_window_layers", num_layers) if raw.get("use_sliding_window") else num_layers
         return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    kind = "sliding_attention" if architecture == "MistralForCausalLM" and raw.get("sliding_window") else "full_attention"
-    return [kind] * num_layers
+    slides = architecture == "MistralForCausalLM" and raw.get("sliding_window")
+    return ["sliding_attention" if slides else "full_attention"] * num_layers

@@ -33,7 +33,7 @@ class TensorSource:
             self._files = [safetensors.safe_open(file, framework="pt") for file in files]
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{path}: the weights are not readable as safetensors: {error}") from None
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self._file_of = {name: file for file in self._files for name in file.keys()}
         self._unused = set(self._file_of)
         self._problems: list[str] = []
 
