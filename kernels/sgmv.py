@@ -62,6 +62,7 @@ def sgmv_triton_(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, segments: S
 
     Rows of x and y are contiguous, weights have x's dtype. CPU tensors work under Triton's interpreter, for tests.
     """
+    assert x.shape[0] == y.shape[0] == segments.num_rows, (x.shape, y.shape, segments.num_rows)  # else writes astray
     tiles = segments.tiles
     if tiles is None:
         _, tiles = row_tables(segments.starts, segments.slots, x.device)
