@@ -1,0 +1,163 @@
+"""The engine process over its socket: start, errors, loading beside decoding, heartbeats, and leaving with the server."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+from engine_fixture import request
+from peft_adapters import make_peft_adapter
+from tiny_models import make_tiny_model
+
+from specserve.config import EngineConfig
+from specserve.frames import from_engine_decoder, read_frame, write_frame
+from specserve.messages import (
+    Abort,
+    AdapterLoaded,
+    CallDone,
+    CallFailed,
+    Delta,
+    EngineInfo,
+    GetStats,
+    Heartbeat,
+    LoadAdapter,
+    RequestFailed,
+    Shutdown,
+    Stats,
+    UnloadAdapter,
+)
+
+
+class Peer:
+    """The server's end of an engine process."""
+
+    def __init__(self, config):
+        self.sock, theirs = socket.socketpair()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "specserve.engine_process", "--fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self.sock.settimeout(60)
+        write_frame(self.sock, config)
+
+    def send(self, message):
+        write_frame(self.sock, message)
+
+    def receive(self, kind, match=lambda message: True):
+        while True:
+            payload = read_frame(self.sock)
+            assert payload is not None, "the engine process went away"
+            message = from_engine_decoder.decode(payload)
+            if isinstance(message, kind) and match(message):
+                return message
+
+    def close(self):
+        self.sock.close()
+        return self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def config(model_dir):
+    return EngineConfig(model=str(model_dir), dtype="fp32", kv_cache_gib=0.02, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def peer(config):
+    peer = Peer(config)
+    info = peer.receive(EngineInfo)
+    assert info.pid == peer.process.pid and info.vocab_size == 320
+    yield peer
+    peer.close()
+
+
+def finish(peer, request_id):
+    tokens = []
+    while True:
+        delta = peer.receive((Delta, RequestFailed), lambda m: m.request_id == request_id)
+        assert isinstance(delta, Delta), delta
+        tokens += delta.token_ids
+        if delta.finish_reason:
+            return tokens
+
+
+def test_adapter_loads_and_serves_while_another_request_decodes(peer, model_dir, tmp_path):
+    path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.3)
+    peer.send(request("long", [1, 2, 3], max_tokens=400, ignore_eos=True, mode="off"))
+    first = peer.receive(Delta)
+    assert first.request_id == "long"
+    peer.send(LoadAdapter(1, "a", str(path)))
+    adapter = peer.receive(AdapterLoaded).adapter
+    assert adapter.max_rank == 4 and "q_proj" in adapter.target_modules
+    peer.send(request("short", [1, 2, 3], adapter=adapter.content_hash, max_tokens=3, ignore_eos=True))
+    assert len(finish(peer, "short")) == 3
+    assert len(first.token_ids) + len(finish(peer, "long")) <= 400
+    peer.send(UnloadAdapter(2, adapter.content_hash))
+    assert peer.receive(CallDone).call_id == 2
+
+
+def test_bad_adapter_and_bad_request_are_answered_and_the_engine_goes_on(peer, tmp_path):
+    peer.send(LoadAdapter(3, "missing", str(tmp_path / "missing")))
+    failed = peer.receive(CallFailed)
+    assert failed.call_id == 3 and failed.error.code == "invalid_adapter"
+    peer.send(request("bad", [10**6]))
+    assert peer.receive(RequestFailed).error.param == "prompt"
+    peer.send(request("good", [1], max_tokens=2, ignore_eos=True))
+    assert len(finish(peer, "good")) == 2
+
+
+def test_abort_frees_everything_within_a_step(peer):
+    peer.send(request("a", [1, 2, 3], max_tokens=450, ignore_eos=True, mode="off"))
+    peer.receive(Delta, lambda m: m.request_id == "a")
+    peer.send(Abort("a"))
+    peer.send(GetStats(4))
+    stats = peer.receive(Stats).stats
+    assert stats.num_running == 0 and stats.num_free_kv_blocks == stats.num_kv_blocks
+    assert stats.integrity_error is None
+
+
+def test_heartbeats_come_while_idle(peer):
+    peer.receive(Heartbeat)
+    start = time.monotonic()
+    peer.receive(Heartbeat)
+    assert time.monotonic() - start < 5
+
+
+def test_process_leaves_when_the_server_goes_away_in_the_middle_of_a_request(config):
+    peer = Peer(config)
+    peer.receive(EngineInfo)
+    peer.send(request("a", [1, 2, 3], max_tokens=450, ignore_eos=True, mode="off"))
+    peer.receive(Delta)
+    assert peer.close() == 0
+
+
+def test_shutdown_leaves_with_zero(config):
+    peer = Peer(config)
+    peer.receive(EngineInfo)
+    peer.send(Shutdown())
+    assert peer.process.wait(timeout=20) == 0
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model": "/nonexistent"}, "config.json"),
+        ({"kv_cache_gib": 1e-9}, "kv_cache_gib"),
+        ({"max_model_len": 10**6}, "max_model_len"),
+    ],
+    ids=str,
+)
+def test_unservable_settings_are_reported_in_one_sentence(config, change, word):
+    peer = Peer(msgspec.structs.replace(config, **change))
+    failed = peer.receive(CallFailed)
+    assert failed.call_id == -1 and word in failed.error.message and "\n" not in failed.error.message
+    assert peer.close() == 1
