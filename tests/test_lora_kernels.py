@@ -122,16 +122,26 @@ def test_unused_members_are_not_read_at_either_end():
 
 def test_kernels_import_without_triton():
     code = "import sys; sys.modules['triton'] = None; import specserve.kernels.lora_stack, specserve.kernels.bgmv"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
 
 
 @needs_triton
 def test_triton_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent)]
-    command[-1] += "/triton_lora_cases.py"
+    cases = Path(__file__).with_name("triton_lora_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+@needs_triton
+def test_triton_kernels_compile_for_hopper(tmp_path):
+    script = Path(__file__).with_name("triton_lora_compile.py")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-6000:]
 
 
 @pytest.mark.gpu
