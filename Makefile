@@ -1,9 +1,9 @@
 # `make serve` from a fresh clone: a virtual environment, the project in place, the default model, the server.
 # Stamps in .venv make every target incremental: they are renewed when pyproject.toml changes.
-# Options: PYTHON=python3.12, VENV=elsewhere, ARGS="--port 9000". pip's own variables hold; on Linux without a GPU,
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu installs the small build of torch.
+# Options: PYTHON=python3.12, VENV=elsewhere, ARGS="--port 9000". pip's own variables hold, such as PIP_EXTRA_INDEX_URL
+# for the index of torch's small CPU build on Linux without a GPU.
 
-PYTHON ?= $(firstword $(shell for p in python3.12 python3.11 python3; do \
+PYTHON ?= $(firstword $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done) python3)
 VENV ?= .venv
 ARGS ?=
