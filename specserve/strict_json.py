@@ -1,0 +1,91 @@
+"""Reads a request body as JSON, and refuses what JSON parsers silently accept.
+
+Owns the syntax only: encoding, nesting, duplicate keys, numbers that are not finite. `msgspec` is several times faster
+than the standard library but keeps the last of two equal keys, which lets a proxy and this server read different
+requests; so the standard parser builds the objects and `msgspec.convert` checks their types afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from .errors import UserError
+
+MAX_NESTING = 64
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKET = re.compile(rb"[\[\]{}]")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def decode_json(body: bytes) -> Any:
+    """The value in `body`; a `UserError` (400, code `invalid_json`) says what is wrong otherwise."""
+    if not body.strip():
+        raise _invalid("the request body is empty; send a JSON object")
+    if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise _invalid("the request body starts with a byte order mark; send plain UTF-8")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _invalid(f"the request body is not UTF-8: {error.reason} at byte {error.start}") from error
+    _check_nesting(body)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+        if _SURROGATE_ESCAPE.search(body):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise _invalid(f"the request body is not valid JSON: {error}") from error
+    except UnicodeEncodeError as error:
+        raise _invalid("a string in the request holds half of a surrogate pair") from error
+    except RecursionError as error:  # json's own limit; _check_nesting is far below it
+        raise _nested() from error
+    except ValueError as error:  # an integer of more than 4300 digits
+        raise _invalid(f"the request body holds a number that cannot be read: {error}") from error
+    return value
+
+
+def _check_nesting(body: bytes) -> None:
+    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:
+        return
+    depth = 0
+    for bracket in _BRACKET.findall(_STRING.sub(b"", body)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_NESTING:
+            raise _nested()
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _invalid(f"the key {key[:100]!r} appears twice in one JSON object", param=key[:100])
+            seen.add(key)
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _invalid(f"{name} is not a JSON number; send a finite one")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _invalid(f"the number {digits[:40]} is too large for a 64-bit float")
+    return value
+
+
+def _invalid(message: str, param: str | None = None) -> UserError:
+    return UserError(message, param=param, code="invalid_json")
+
+
+def _nested() -> UserError:
+    return _invalid(f"the request body is nested deeper than {MAX_NESTING} levels")
