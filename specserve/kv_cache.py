@@ -19,7 +19,8 @@ class KVCache:
         device: torch.device,
     ):
         shape = (2, num_layers, num_blocks * block_size, num_kv_heads, head_dim)
-        # Zeroed pages are mapped on first write, so an unused cache costs address space only.
-        pool = torch.zeros(shape, dtype=dtype, device=device)
+        # Not cleared: no slot is read before it is written, and clearing would make all of it resident (torch.zeros
+        # maps 1025 MiB for 1 GiB) where an unused cache on the CPU costs address space only.
+        pool = torch.empty(shape, dtype=dtype, device=device)
         self.k = list(pool[0].unbind(0))
         self.v = list(pool[1].unbind(0))

@@ -14,13 +14,29 @@ from typing import Any
 from ..errors import ModelError
 from .rope import RopeConfig, rope_config
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma3ForCausalLM",
-)
+# What transformers assumes for a missing key where that is not what `_parse` assumes for every architecture.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 4096},
+    "Qwen2ForCausalLM": {"sliding_window": 4096},
+    "Qwen3ForCausalLM": {"sliding_window": 4096, "head_dim": 128},
+    "Gemma3ForCausalLM": {
+        "sliding_window": 4096,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}
+MODEL_TYPES = {  # for a config.json without `architectures`
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
@@ -67,12 +83,19 @@ class ModelConfig:
             return _parse(raw)
         except KeyError as error:
             raise ModelError(f"{file} has no {error.args[0]!r}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"{file} has a value of the wrong type: {error}") from None
 
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:
-    architecture = (raw.get("architectures") or ["none"])[0]
+    names = raw.get("architectures") or [MODEL_TYPES.get(raw.get("model_type", ""), raw.get("model_type"))]
+    architecture = names[0]
     if architecture not in ARCHITECTURES:
         raise ModelError(f"architecture {architecture} is not supported; served are {', '.join(ARCHITECTURES)}")
+    raw = {**ARCHITECTURES[architecture], **raw}
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"the weights are quantized ({method}); served are plain float32, bfloat16 and float16")
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise ModelError(f"activation {activation!r} is not supported; served are {', '.join(ACTIVATIONS)}")
@@ -82,8 +105,15 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     gemma = architecture == "Gemma3ForCausalLM"
     num_heads = raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+    num_kv_heads = raw.get("num_key_value_heads") or num_heads
+    if head_dim % 2 or num_heads % num_kv_heads:
+        raise ModelError(
+            f"head_dim={head_dim} must be even, and {num_heads} heads a multiple of {num_kv_heads} KV heads"
+        )
     layer_types = _layer_types(raw, architecture)
     window = raw.get("sliding_window")
+    if window is not None and window < 1:
+        raise ModelError(f"sliding_window={window} must be at least 1")
     windows = tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     qwen2_bias = architecture == "Qwen2ForCausalLM"
     attention_bias = bool(raw.get("attention_bias", False))
@@ -94,14 +124,14 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=raw["max_position_embeddings"],
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         activation=activation,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
         qkv_bias=attention_bias or qwen2_bias,
-        o_bias=attention_bias and architecture != "Qwen2ForCausalLM",
+        o_bias=attention_bias and not qwen2_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"),
         norm_offset=1.0 if gemma else 0.0,
@@ -117,14 +147,21 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
 
 def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     """Per layer "sliding_attention" or "full_attention"."""
-    num_layers = raw["num_hidden_layers"]
+    num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
+    qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    gemma = architecture == "Gemma3ForCausalLM"  # its layer types choose the rotary embedding too
+    slides = gemma or architecture == "MistralForCausalLM" or (qwen and raw.get("use_sliding_window"))
+    if not slides or (window is None and not gemma):
+        return ["full_attention"] * num_layers
     if raw.get("layer_types"):
-        return list(raw["layer_types"])
-    if architecture == "Gemma3ForCausalLM":
+        types = list(raw["layer_types"])
+        unknown = sorted(set(types) - set(LAYER_TYPES))
+        if unknown or len(types) != num_layers:
+            wanted = f"{num_layers} of {' and '.join(LAYER_TYPES)}"
+            raise ModelError(f"layer_types has {len(types)} entries {unknown or ''}; wanted are {wanted}")
+        return types
+    if gemma:
         pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
-    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        first = raw.get("max_window_layers", num_layers) if raw.get("use_sliding_window") else num_layers
-        return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    slides = architecture == "MistralForCausalLM" and raw.get("sliding_window")
-    return ["sliding_attention" if slides else "full_attention"] * num_layers
+    first = raw.get("max_window_layers", 28) if qwen else 0
+    return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]

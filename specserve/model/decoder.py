@@ -17,12 +17,12 @@ from ..kernels.attention import AttentionPlan, paged_attention, plan_attention, 
 from ..kernels.linear import Linear
 from ..kv_cache import KVCache
 from .config import ModelConfig
-from .rope import rope_table, rotate
+from .rope import Rope, rotate
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer; norms are [H] (or [D]) with Gemma's offset already added."""
+    """Weights of one layer; norms are [H] (or [D]), Gemma's in float32 with its offset already added."""
 
     input_norm: torch.Tensor
     qkv: Linear
@@ -58,21 +58,18 @@ class Decoder:
         self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")
         self.device = embed.device
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # rounded as transformers does
-        self._rope = {
-            kind: rope_table(rope, config.max_position_embeddings, compute_dtype, self.device)
-            for kind, rope in config.ropes.items()
-        }
+        self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """Normed hidden states [T, H] of all rows; writes the rows' keys and values to `kv`."""
         config, lora = self.config, batch.lora
         x = self.embed[batch.tokens].to(self.compute_dtype)  # [T, H]
+        if lora is not None:
+            lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
         if config.embed_scale != 1.0:
             x *= self._embed_scale
-        if lora is not None:
-            lora.add_embedding_(batch.tokens, x)
         plans = {window: self._plan(batch, window) for window in set(config.windows)}
-        ropes = {kind: table[:, batch.positions] for kind, table in self._rope.items()}  # [2, T, 1, D]
+        ropes = {kind: rope.cos_sin(batch.positions, self.compute_dtype) for kind, rope in self._ropes.items()}
         for idx, layer in enumerate(self.layers):
             h = self._rms_norm(x, layer.input_norm)
             qkv = layer.qkv(h)
@@ -112,7 +109,7 @@ class Decoder:
 
     def base_tensor(self, name: str) -> torch.Tensor | None:
         """The embedding or lm_head as loaded, by its name on the hub; None for other names."""
-        if name == "model.embed_tokens.weight":
+        if name == "model.embed_tokens.weight" or (name == "lm_head.weight" and self.config.tie_word_embeddings):
             return self.embed
         return self.lm_head.unpacked() if name == "lm_head.weight" else None
 
@@ -152,4 +149,6 @@ class Decoder:
         )
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype != x.dtype:  # Gemma at 16 bits
+            return F.rms_norm(x.float(), weight.shape, weight, self.config.rms_norm_eps).to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)

@@ -84,8 +84,9 @@ def load_model(path: str | Path, device: torch.device, dtype: str = "auto") -> D
         return source.take(name, shape).to(device, weight_dtype)
 
     def norm(name: str, size: int) -> torch.Tensor:
-        # Gemma's offset is added in float32: 1 + weight is not representable in 16 bits.
-        return (source.take(name, (size,)).float() + config.norm_offset).to(device, activations)
+        weight = source.take(name, (size,)).float() + config.norm_offset
+        # 1 + weight is not representable in 16 bits, so Gemma's norms stay float32, as in transformers.
+        return weight.to(device, torch.float32 if config.norm_offset else activations)
 
     def linear(prefix: str, parts: list[tuple[str, int]], size_in: int, bias: bool) -> Linear:
         weights = [weight(f"{prefix}.{name}.weight", size_out, size_in) for name, size_out in parts]

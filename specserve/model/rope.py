@@ -1,6 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, "RoFormer") in the variants that the supported models use.
 
-Owns the frequencies and the cos/sin tables; the rotation itself is one function. Half-split convention, as on the hub.
+Owns the frequencies, cos and sin of a step's positions, and the rotation. Half-split convention, as on the hub. There
+is no table by position: at 131072 positions it would take 128 MiB, and a step's own rows cost a few small operations.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 
 from ..errors import ModelError
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """One rotary embedding; `rope_type` is default, linear or llama3."""
+    """One rotary embedding; `rope_type` is one of `ROPE_TYPES`."""
 
     rope_type: str
     theta: float
@@ -25,6 +28,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0  # yarn only, as the next three
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # multiplies cos and sin
 
 
 def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConfig:
@@ -37,23 +44,38 @@ def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConf
         theta = raw["rope_local_base_freq"] if local else raw.get("rope_theta", 10000.0)
         params = {"rope_theta": theta, **({} if local else raw.get("rope_scaling") or {})}
     rope_type = params.get("rope_type") or params.get("type") or "default"
-    if rope_type not in ("default", "linear", "llama3"):
-        raise ModelError(f"rope type {rope_type!r} is not supported; served are default, linear and llama3")
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(f"rope type {rope_type!r} is not supported; served are {', '.join(ROPE_TYPES)}")
     if params.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError(f"partial_rotary_factor={params['partial_rotary_factor']} is not supported; only 1.0 is")
+    factor = 1.0 if rope_type == "default" else float(params["factor"])
     return RopeConfig(
         rope_type,
         float(params.get("rope_theta") or raw.get("rope_theta", 10000.0)),
         head_dim,
-        float(params.get("factor") or 1.0),
+        factor,
         float(params.get("low_freq_factor") or 1.0),
         float(params.get("high_freq_factor") or 4.0),
         int(params.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 8192)),
+        float(params.get("beta_fast") or 32.0),
+        float(params.get("beta_slow") or 1.0),
+        bool(params.get("truncate", True)),
+        _attention_factor(params, factor) if rope_type == "yarn" else 1.0,
     )
 
 
+def _attention_factor(params: dict[str, Any], factor: float) -> float:
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+    if params.get("attention_factor") is not None:
+        return float(params["attention_factor"])
+    mscale, mscale_all_dim = params.get("mscale"), params.get("mscale_all_dim")
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
+
+
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
-    """[D / 2] float32 radians per position. llama3: Llama 3.1's rescaling of long wavelengths."""
+    """[D / 2] float32 radians per position. llama3: Llama 3.1's rescaling of long wavelengths; yarn: Peng et al. 2023."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     inv_freq = 1.0 / (config.theta**exponents)
     if config.rope_type == "linear":
@@ -66,15 +88,42 @@ def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
         long = wavelen > original / config.low_freq_factor
         short = wavelen < original / config.high_freq_factor
         return torch.where(long, inv_freq / config.factor, torch.where(short, inv_freq, blended))
+    if config.rope_type == "yarn":
+        low, high = (_yarn_dim(config, turns) for turns in (config.beta_fast, config.beta_slow))
+        if config.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, config.head_dim - 1)
+        if low == high:
+            high += 0.001
+        ramp = ((torch.arange(config.head_dim // 2).float() - low) / (high - low)).clamp(0, 1)
+        return inv_freq / config.factor * ramp + inv_freq * (1 - ramp)
     return inv_freq
 
 
-def rope_table(config: RopeConfig, num_positions: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[2, num_positions, 1, D]: cos, and sin with the sign of the rotation's first half folded in."""
-    angles = torch.outer(torch.arange(num_positions).float(), inverse_frequencies(config))  # [P, D / 2]
-    cos, sin = angles.cos(), angles.sin()
-    table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
-    return table.unsqueeze(2).to(device, dtype)
+def _yarn_dim(config: RopeConfig, num_turns: float) -> float:
+    """The dimension that turns `num_turns` times within the original context."""
+    return (
+        config.head_dim
+        * math.log(config.original_max_position_embeddings / (num_turns * 2 * math.pi))
+        / (2 * math.log(config.theta))
+    )
+
+
+class Rope:
+    """One rotary embedding on its device."""
+
+    def __init__(self, config: RopeConfig, device: torch.device):
+        self._inv_freq = inverse_frequencies(config).to(device)
+        self._scale = config.attention_factor
+
+    def cos_sin(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, 1, D] at `positions` [T]; the rotation's sign is folded into sin. Angles are float32."""
+        angles = torch.outer(positions.float(), self._inv_freq)  # [T, D / 2]
+        cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return cos.unsqueeze(1).to(dtype), sin.unsqueeze(1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
