@@ -1,0 +1,153 @@
+"""The OpenAI routes: completions, chat completions, models, and tokenisation beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from . import validation
+from .api_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .errors import ErrorInfo, UserError
+from .generation import Generator, Job
+from .http_body import json_response, read_json
+from .responses import ResponseBuilder
+
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+WRITE_TIMEOUT_S = 60.0  # a reader that takes nothing for this long is dropped
+
+
+class OpenAIRoutes:
+    """Handlers over one `Generator`."""
+
+    def __init__(self, generator: Generator):
+        self._generator = generator
+        self._started = int(time.time())
+
+    def add_to(self, app: web.Application) -> None:
+        app.router.add_post("/v1/completions", self.completions)
+        app.router.add_post("/v1/chat/completions", self.chat_completions)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/v1/models/{model:.+}", self.model)
+        app.router.add_post("/tokenize", self.tokenize)
+        app.router.add_post("/detokenize", self.detokenize)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, CompletionRequest)
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, ChatRequest)
+
+    async def models(self, request: web.Request) -> web.Response:
+        names = [None, *self._generator.store.names()]
+        return json_response({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        name = self._generator.adapter_name(request.match_info["model"], None)
+        if name is not None:
+            self._generator.store.path(name)
+        return json_response(self._model(name))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await self._body(request, TokenizeRequest)
+        if (body.prompt is None) == (body.messages is None):
+            raise UserError("send either prompt or messages", param="prompt")
+        generator = self._generator
+        tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
+        if body.messages is not None:
+            messages = validation.chat_messages(body.messages)
+            ids = await asyncio.to_thread(tokenizer.encode_chat, messages, body.add_generation_prompt)
+        else:
+            ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", body.add_special_tokens)
+        result: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": generator.engine.info.max_model_len,
+            "tokens": ids,
+            "token_strs": [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None,
+        }
+        return json_response(result)
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        body = await self._body(request, DetokenizeRequest)
+        generator = self._generator
+        vocab_size = generator.engine.info.vocab_size
+        bad = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise UserError(f"tokens: token id {bad} is outside 0..{vocab_size - 1}", param="tokens")
+        tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
+        return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+
+    def _model(self, adapter: str | None) -> dict[str, Any]:
+        base = self._generator.model_name
+        return {
+            "id": adapter or base,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "specserve",
+            "root": adapter or base,
+            "parent": None if adapter is None else base,
+            "max_model_len": self._generator.engine.info.max_model_len,
+        }
+
+    async def _body(self, request: web.Request, kind: Any) -> Any:
+        config = self._generator.config
+        value = await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
+        return validation.convert(value, kind)
+
+    async def _generate(self, request: web.Request, kind: Any) -> web.StreamResponse:
+        body = await self._body(request, kind)
+        if body.stream_options is not None and not body.stream:
+            raise UserError("stream_options needs stream=true", param="stream_options")
+        job = await self._generator.prepare(body)
+        return await (self._stream(request, job) if body.stream else self._whole(job))
+
+    async def _whole(self, job: Job) -> web.Response:
+        builder = ResponseBuilder(job)
+        async with aclosing(self._generator.run(job)) as deltas:
+            async for idx, delta in deltas:
+                builder.add(idx, delta)
+        return json_response(builder.whole())
+
+    async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
+        """Server-sent events; the response starts with the first delta, so that early errors keep their status."""
+        builder, response = ResponseBuilder(job), web.StreamResponse(headers=SSE_HEADERS)
+        try:
+            async with aclosing(self._generator.run(job)) as deltas:
+                async for idx, delta in deltas:
+                    if not response.prepared:
+                        await response.prepare(request)
+                        await _send(response, *builder.opening())
+                    builder.add(idx, delta)
+                    if (chunk := builder.chunk(idx, delta)) is not None:
+                        await _send(response, chunk)
+            if job.request.stream_options is not None and job.request.stream_options.include_usage:
+                await _send(response, builder.usage_chunk())
+        except (UserError, ConnectionError, TimeoutError) as error:
+            if not response.prepared:
+                raise
+            if not isinstance(error, UserError):
+                return response  # nobody reads: the client has gone, or takes nothing
+            await _send(response, error_body(error.info()))
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+
+async def _send(response: web.StreamResponse, *events: dict[str, Any]) -> None:
+    if events:
+        data = b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(data)
+
+
+def error_body(info: ErrorInfo) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": info.message, "type": info.type, "param": info.param, "code": info.code}}

@@ -1,0 +1,128 @@
+"""Text to token ids and back, for the server: chat templates, plain encoding, and the bytes of single tokens.
+
+Owns one model's (or adapter's) tokenizer. Special tokens are control characters: a template may write them, a user's
+message may not. A message that spells one is encoded as the letters it consists of.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from .errors import ModelError, UserError
+
+ROLES = ("system", "developer", "user", "assistant")
+
+
+class TextTokenizer:
+    """The tokenizer of a Hugging Face directory. Thread-safe: it is never modified after construction."""
+
+    def __init__(self, path: Path):
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self._backend: Tokenizer = self._tokenizer.backend_tokenizer
+        except Exception as error:
+            raise ModelError(f"{path} has no usable fast tokenizer: {error}") from None
+        self._literal = Tokenizer.from_str(self._backend.to_str())
+        self._literal.encode_special_tokens = True  # special tokens in the text are encoded as letters
+        self._specials = [
+            token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special and token.content
+        ]
+        self._template: Any = self._tokenizer.chat_template
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def with_template_of(self, path: Path) -> TextTokenizer:
+        """This tokenizer with the chat template that the directory `path` brings, if it brings one."""
+        template = None
+        if (path / "chat_template.jinja").is_file():
+            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        elif (path / "tokenizer_config.json").is_file():
+            try:
+                template = json.loads((path / "tokenizer_config.json").read_bytes()).get("chat_template")
+            except ValueError as error:
+                raise UserError(f"{path.name}: tokenizer_config.json is not valid JSON: {error}") from None
+        if not isinstance(template, str):
+            return self
+        other = copy.copy(self)
+        other._template = template
+        return other
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens in it are recognised, as in a prompt written by hand."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_literal(self, text: str) -> list[int]:
+        """Token ids of `text` with special tokens read as plain letters."""
+        return self._literal.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token: int) -> str:
+        return self._backend.decode([token], skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> list[int]:
+        """The bytes that a token stands for, also where they are no whole character."""
+        raw = self._backend.id_to_token(token) or ""
+        if len(raw) == 6 and raw.startswith("<0x") and raw.endswith(">"):
+            return [int(raw[3:5], 16)]
+        if raw and all(char in _BYTE_OF for char in raw):
+            return [_BYTE_OF[char] for char in raw]
+        return list(self.token_text(token).encode())
+
+    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation through the chat template. Raises `UserError` when the template refuses it."""
+        spells = [any(special in message["content"] for special in self._specials) for message in messages]
+        if not any(spells):
+            return self.encode(self._render(messages, add_generation_prompt), add_special_tokens=False)
+        marks = {f"{secrets.token_hex(16)}": message["content"] for message in messages}
+        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+        ids: list[int] = []
+        rest = self._render(marked, add_generation_prompt)
+        while rest:
+            found = [(position, mark) for mark in marks if (position := rest.find(mark)) >= 0]
+            position, mark = min(found, default=(len(rest), ""))
+            ids += self.encode(rest[:position], add_special_tokens=False)
+            ids += self.encode_literal(marks.get(mark, ""))
+            rest = rest[position + len(mark) :]
+        return ids
+
+    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+        if not self.has_chat_template:
+            raise UserError("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            # transformers renders in an immutable sandbox: templates come with models and adapters.
+            rendered: Any = self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"the chat template refuses these messages: {error}", param="messages") from None
+        return rendered
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one printable character (Radford et al. 2019); this is the way back."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + idx): byte for idx, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
