@@ -75,7 +75,7 @@ def _attention_factor(params: dict[str, Any], factor: float) -> float:
 
 
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
-    """[D / 2] float32 radians per position. llama3: Llama 3.1's rescaling of long wavelengths; yarn: Peng et al. 2023."""
+    """[D / 2] float32 radians per position. llama3: long wavelengths rescaled; yarn: Peng et al. 2023."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     inv_freq = 1.0 / (config.theta**exponents)
     if config.rope_type == "linear":
