@@ -83,6 +83,7 @@ class Server:
             handler_cancellation=True,  # a client that leaves cancels its handler, which aborts its sequences
             keepalive_timeout=self.config.read_timeout_s,  # also closes connections whose headers never come
             access_log=None,
+            lingering_time=1.0,  # how long the rest of a refused body is still read
         )
         try:
             await self.engine.start()
@@ -126,7 +127,10 @@ class Server:
             return await handler(request)
         except UserError as error:
             headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
-            return json_response(error_body(error.info()), error.status, headers)
+            response = json_response(error_body(error.info()), error.status, headers)
+            if error.status in (408, 413):
+                response.force_close()  # the rest of the body is not worth waiting for
+            return response
         except web.HTTPException as error:
             message = f"{request.method} {request.path[:200]}: {error.reason}"
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None

@@ -74,7 +74,11 @@ class TextTokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token: int) -> str:
-        return self._backend.decode([token], skip_special_tokens=False)
+        """A token as text; one that is no whole character is written as its bytes, the way OpenAI does."""
+        text = self._backend.decode([token], skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.token_bytes(token))
 
     def token_bytes(self, token: int) -> list[int]:
         """The bytes that a token stands for, also where they are no whole character."""
@@ -83,7 +87,7 @@ class TextTokenizer:
             return [int(raw[3:5], 16)]
         if raw and all(char in _BYTE_OF for char in raw):
             return [_BYTE_OF[char] for char in raw]
-        return list(self.token_text(token).encode())
+        return list(self._backend.decode([token], skip_special_tokens=False).encode())
 
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation through the chat template. Raises `UserError` when the template refuses it."""

@@ -1,0 +1,118 @@
+"""A real server process with a tiny model, and small helpers to talk to it over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import requests
+
+READY = re.compile(r"is ready at (http://\S+)")
+METRIC = re.compile(r"^specserve_(\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
+
+
+class ServerProcess:
+    """`specserve serve` on a free port; `url` once it is ready."""
+
+    def __init__(self, model_dir, *flags: str, env: dict[str, str] | None = None):
+        command = [sys.executable, "-m", "specserve.cli", "serve", str(model_dir), "--port", "0", "--dtype", "fp32"]
+        command += ["--kv-cache-gib", "0.02", "--num-threads", "1", *flags]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "SPECSERVE_LOG_LEVEL": "info", **(env or {})}
+        )
+        self.log: list[str] = []
+        self.url = ""
+        self._ready = threading.Event()
+        threading.Thread(target=self._read_log, daemon=True).start()
+
+    def _read_log(self) -> None:
+        for line in self.process.stderr:
+            self.log.append(line)
+            if match := READY.search(line):
+                self.url = match[1]
+                self._ready.set()
+        self._ready.set()
+
+    def wait_ready(self, timeout_s: float = 120) -> ServerProcess:
+        assert self._ready.wait(timeout_s) and self.url, "".join(self.log)
+        return self
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=timeout_s)
+
+    # -- requests
+
+    def get(self, path: str, **kwargs):
+        return requests.get(self.url + path, timeout=60, **kwargs)
+
+    def post(self, path: str, body, **kwargs):
+        return requests.post(self.url + path, json=body, timeout=120, **kwargs)
+
+    def complete(self, prompt="The quick brown", **fields):
+        """A greedy completion's choice; fails the test on an error."""
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **fields}
+        response = self.post("/v1/completions", body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]
+
+    def stream(self, path: str, body, **kwargs):
+        """The events of a stream, decoded, without [DONE]; asserts that [DONE] came last."""
+        response = self.post(path, {**body, "stream": True}, stream=True, **kwargs)
+        assert response.status_code == 200, response.text
+        lines = [line.decode()[6:] for line in response.iter_lines() if line]
+        assert lines[-1] == "[DONE]"
+        return [json.loads(line) for line in lines[:-1]]
+
+    # -- state
+
+    def metrics(self) -> dict[str, float]:
+        """Metric values; labelled ones are keyed name{labels}."""
+        text = self.get("/metrics").text
+        return {
+            name + (f"{{{labels}}}" if labels else ""): float(value) for name, labels, value in METRIC.findall(text)
+        }
+
+    def wait_baseline(self, timeout_s: float = 30) -> None:
+        """Everything a request held has been given back."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            m = self.metrics()
+            problems = {
+                "running": m["engine_num_running"],
+                "waiting": m["engine_num_waiting"],
+                "blocks": m["engine_num_kv_blocks"] - m["engine_num_free_kv_blocks"],
+                "adapter references": m["engine_num_adapter_refs"],
+                "integrity": 1 - m["engine_integrity_ok"],
+            }
+            if not any(problems.values()):
+                return
+            assert time.monotonic() < deadline, problems
+            time.sleep(0.05)
+
+    def engine_pid(self) -> int:
+        """The engine process: the server's only child."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        pids = [int(pid) for pid in children if "engine_process" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(pids) == 1, children
+        return pids[0]
+
+
+def assert_error(response, status: int, *words: str, param: str | None = None) -> dict:
+    """An error in OpenAI's shape with this status whose message holds the words."""
+    assert response.status_code == status, f"{response.status_code}: {response.text[:500]}"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for word in words:
+        assert word in error["message"], error["message"]
+    if param is not None:
+        assert error["param"] == param, error
+    return error

@@ -1,0 +1,213 @@
+"""Faults the server survives: clients that leave, overload, a killed or hung engine, signals, and bad starts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from server_fixture import ServerProcess, assert_error
+from tiny_models import make_tiny_model
+
+LONG = {
+    "prompt": "The quick brown",
+    "max_tokens": 480,
+    "temperature": 0,
+    "ignore_eos": True,
+    "speculation": {"mode": "off"},
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(model_dir):
+    server = ServerProcess(
+        model_dir,
+        *("--max-num-seqs", "4", "--max-waiting", "4", "--max-concurrent-requests", "12", "--read-timeout-s", "2"),
+    ).wait_ready()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def golden(server):
+    """The same tokens before and after, and everything given back."""
+    before = server.complete()["text"]
+    yield before
+    server.wait_baseline()
+    assert server.complete()["text"] == before
+
+
+def raw(server, data: bytes, timeout_s=10) -> bytes:
+    """Send bytes, read until the server closes or is silent for long."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=timeout_s) as sock:
+        sock.sendall(data)
+        received = b""
+        try:
+            while chunk := sock.recv(65536):
+                received += chunk
+        except TimeoutError:
+            received += b"<timeout>"
+        return received
+
+
+def running(server) -> int:
+    m = server.metrics()
+    return int(m["engine_num_running"] + m["engine_num_waiting"])
+
+
+def wait_until(condition, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_disconnects_frees_its_blocks(server, golden, stream):
+    body = {**LONG, "n": 8, "temperature": 1, "stream": stream}
+    if stream:
+        reply = server.post("/v1/completions", body, stream=True)
+        next(reply.iter_lines())
+        assert running(server) > 0
+        reply.close()
+    else:
+        with pytest.raises(requests.exceptions.ReadTimeout):
+            requests.post(server.url + "/v1/completions", json=body, timeout=0.3)
+    before = server.metrics()["engine_generated_tokens"]
+    wait_until(lambda: running(server) == 0, timeout_s=5)
+    assert server.metrics()["engine_generated_tokens"] - before < 1000, "it ran to its end instead of being aborted"
+
+
+def test_overload_is_answered_with_429_and_retry_after_and_the_admitted_finish(server, golden):
+    replies: list[requests.Response] = []
+    body = {**LONG, "max_tokens": 60}
+    threads = [threading.Thread(target=lambda: replies.append(server.post("/v1/completions", body))) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    statuses = sorted(reply.status_code for reply in replies)
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 4
+    for reply in replies:
+        if reply.status_code == 429:
+            assert_error(reply, 429, "retry")
+            assert int(reply.headers["Retry-After"]) >= 1
+    assert len({reply.json()["choices"][0]["text"] for reply in replies if reply.status_code == 200}) == 1
+
+
+def test_slow_body_is_answered_408_and_slow_headers_are_closed(server, golden):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    start = time.monotonic()
+    assert b" 408 " in raw(server, head + b'{"prompt"').split(b"\r\n")[0]
+    chunked = head.replace(b"Content-Length: 100", b"Transfer-Encoding: chunked")
+    assert b" 408 " in raw(server, chunked + b"3\r\n{  \r\n").split(b"\r\n")[0]
+    assert b"<timeout>" not in raw(server, b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+    assert time.monotonic() - start < 20
+
+
+def test_killed_engine_ends_streams_with_an_error_and_comes_back(server, golden):
+    reply = server.post("/v1/completions", {**LONG, "stream": True}, stream=True)
+    lines = reply.iter_lines()
+    next(lines)
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    rest = [line for line in lines if line]
+    assert rest[-1] == b"data: [DONE]"
+    assert "engine" in json.loads(rest[-2][6:])["error"]["message"]
+    seen = set()
+    wait_until(lambda: seen.add(server.get("/health").status_code) or (503 in seen and 200 in seen), timeout_s=60)
+    assert server.get("/ready").status_code == 200
+
+
+def test_requests_while_the_engine_is_away_get_503(server, golden):
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    wait_until(lambda: server.get("/health").status_code == 503)
+    reply = server.post("/v1/completions", LONG)
+    assert_error(reply, 503, "engine")
+    assert reply.headers["Retry-After"]
+    wait_until(lambda: server.get("/health").status_code == 200, timeout_s=60)
+
+
+def test_hung_engine_is_replaced(model_dir):
+    server = ServerProcess(model_dir, "--engine-timeout-s", "3").wait_ready()
+    want = server.complete()["text"]
+    pid = server.engine_pid()
+    os.kill(pid, signal.SIGSTOP)
+    assert_error(server.post("/v1/completions", LONG), 503)
+    wait_until(lambda: server.get("/health").status_code == 200, timeout_s=60)
+    assert server.engine_pid() != pid
+    assert server.complete()["text"] == want
+    assert server.stop() == 0
+
+
+def test_sigterm_drains_running_requests_and_leaves_no_process(model_dir):
+    server = ServerProcess(model_dir).wait_ready()
+    pid = server.engine_pid()
+    want = server.complete(max_tokens=400, speculation={"mode": "off"})["text"]
+    reply = server.post("/v1/completions", {**LONG, "max_tokens": 400, "stream": True}, stream=True)
+    lines = reply.iter_lines()
+    first = next(lines)
+    server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: server.get("/ready").status_code == 503)
+    assert_error(server.post("/v1/completions", LONG), 503, "shutting down")
+    events = [first, *(line for line in lines if line)]
+    assert events[-1] == b"data: [DONE]"
+    assert "".join(json.loads(e[6:])["choices"][0]["text"] for e in events[:-1]) == want
+    assert server.process.wait(timeout=30) == 0
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_second_signal_stops_at_once_and_a_killed_server_leaves_no_engine(model_dir):
+    for numbers in ([signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]):
+        server = ServerProcess(model_dir).wait_ready()
+        pid = server.engine_pid()
+        reply = server.post("/v1/completions", {**LONG, "stream": True}, stream=True)
+        next(reply.iter_lines())
+        for number in numbers:
+            server.process.send_signal(number)
+            time.sleep(0.3)
+        assert server.process.wait(timeout=10) != 0
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+
+def test_request_timeout_is_504_or_an_error_event(model_dir):
+    server = ServerProcess(model_dir, "--request-timeout-s", "0.3").wait_ready()
+    assert_error(server.post("/v1/completions", {**LONG, "n": 8, "temperature": 1}), 504, "request-timeout-s")
+    events = server.stream("/v1/completions", {**LONG, "n": 8, "temperature": 1})
+    assert events[-1]["error"]["code"] == "timeout"
+    server.wait_baseline()
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--max-model-len", "100000"], "max_model_len"),
+        (["--adapters-dir", "/nonexistent"], "adapters_dir"),
+    ],
+    ids=str,
+)
+def test_bad_start_is_one_line_and_no_process_stays(model_dir, flags, word):
+    command = [sys.executable, "-m", "specserve.cli", "serve", str(model_dir), "--port", "0", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and word in last and "Traceback" not in result.stderr
+
+
+def test_port_in_use_is_one_line(model_dir, server):
+    port = server.url.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "specserve.cli", "serve", str(model_dir), "--port", port]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and port in result.stderr and "Traceback" not in result.stderr
