@@ -4,9 +4,9 @@ Semantics, for row r of a sequence at position p with window w: out[r] = softmax
 cached positions max(0, p - w + 1) .. p. Query heads share KV heads in groups of G (GQA, Ainslie et al. 2023).
 
 `plan_attention` turns the step's tables into index tensors and masks once; every layer of the same window reuses them.
-CPU: one call a sequence, which reads its blocks in place when they are one contiguous run; eight decodes padded into one
-call took 1.8 to 5 times as long at 1000 keys, without a clear gain at 200. CUDA, where a launch costs more than padding:
-all sequences of few rows in one padded call. Nothing but a sequence's own written slots is ever read.
+CPU: one call a sequence, which reads its blocks in place when they are one contiguous run; eight decodes padded into
+one call took 1.8 to 5 times as long at 1000 keys, without a clear gain at 200. CUDA, where a launch costs more than
+padding: all sequences of few rows in one padded call. Nothing but a sequence's own written slots is ever read.
 """
 
 from __future__ import annotations
