@@ -59,14 +59,14 @@ class Server:
         self.store = AdapterStore(self.engine, config.adapters_dir)
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name
-        tokenizer = TextTokenizer(model_dir)
-        self.generator = Generator(config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
+        self._model_dir = model_dir
         self.draining = False
         self._num_in_flight = 0
 
-    def application(self) -> web.Application:
+    def application(self, tokenizer: TextTokenizer) -> web.Application:
         app = web.Application(middlewares=[self._count, self._errors, self._access, self._admit], client_max_size=0)
-        OpenAIRoutes(self.generator).add_to(app)
+        generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
+        OpenAIRoutes(generator).add_to(app)
         app.router.add_post("/v1/load_lora_adapter", self._load_adapter)
         app.router.add_post("/v1/unload_lora_adapter", self._unload_adapter)
         app.router.add_get("/health", self._health)
@@ -78,15 +78,17 @@ class Server:
     async def run(self, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain. Raises `UserError` when the model or the port is unusable."""
         listener = bind(self.config.host, self.config.port)
-        runner = web.AppRunner(
-            self.application(),
-            handler_cancellation=True,  # a client that leaves cancels its handler, which aborts its sequences
-            keepalive_timeout=self.config.read_timeout_s,  # also closes connections whose headers never come
-            access_log=None,
-            lingering_time=1.0,  # how long the rest of a refused body is still read
-        )
+        runner: web.AppRunner | None = None
         try:
-            await self.engine.start()
+            # The engine imports torch and reads the model while the tokenizer loads here.
+            _, tokenizer = await asyncio.gather(self.engine.start(), asyncio.to_thread(TextTokenizer, self._model_dir))
+            runner = web.AppRunner(
+                self.application(tokenizer),
+                handler_cancellation=True,  # a client that leaves cancels its handler, which aborts its sequences
+                keepalive_timeout=self.config.read_timeout_s,  # also closes connections whose headers never come
+                access_log=None,
+                lingering_time=1.0,  # how long the rest of a refused body is still read
+            )
             await runner.setup()
             await web.SockSite(runner, listener, backlog=1024).start()
             host, port = listener.getsockname()[:2]
@@ -94,7 +96,8 @@ class Server:
             await stop.wait()
             await self._drain()
         finally:
-            await runner.cleanup()
+            if runner is not None:
+                await runner.cleanup()
             await self.engine.stop()
             listener.close()
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from .errors import ModelError, UserError
 
@@ -26,6 +25,8 @@ class TextTokenizer:
     """The tokenizer of a Hugging Face directory. Thread-safe: it is never modified after construction."""
 
     def __init__(self, path: Path):
+        from transformers import AutoTokenizer  # seconds to import: not before the engine process has started
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self._backend: Tokenizer = self._tokenizer.backend_tokenizer

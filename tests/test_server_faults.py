@@ -79,7 +79,8 @@ def test_client_that_disconnects_frees_its_blocks(server, golden, stream):
     body = {**LONG, "n": 8, "temperature": 1, "stream": stream}
     if stream:
         reply = server.post("/v1/completions", body, stream=True)
-        next(reply.iter_lines())
+        lines = reply.iter_lines()
+        next(lines)
         assert running(server) > 0
         reply.close()
     else:
@@ -172,8 +173,8 @@ def test_second_signal_stops_at_once_and_a_killed_server_leaves_no_engine(model_
     for numbers in ([signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]):
         server = ServerProcess(model_dir).wait_ready()
         pid = server.engine_pid()
-        reply = server.post("/v1/completions", {**LONG, "stream": True}, stream=True)
-        next(reply.iter_lines())
+        lines = server.post("/v1/completions", {**LONG, "stream": True}, stream=True).iter_lines()
+        next(lines)
         for number in numbers:
             server.process.send_signal(number)
             time.sleep(0.3)
