@@ -118,7 +118,8 @@ class OpenAIRoutes:
 
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
         """Server-sent events; the response starts with the first delta, so that early errors keep their status."""
-        builder, response = ResponseBuilder(job), web.StreamResponse(headers=SSE_HEADERS)
+        builder = ResponseBuilder(job)
+        response = web.StreamResponse(headers={**SSE_HEADERS, **request["cors"]})
         try:
             async with aclosing(self._generator.run(job)) as deltas:
                 async for idx, delta in deltas:

@@ -163,7 +163,7 @@ class Server:
             check_key(request, config.admin_api_key or config.api_key, "admin ")
         elif request.path not in OPEN_ROUTES:
             check_key(request, config.api_key, "")
-        request["cors"] = cors
+        request["cors"] = cors  # a stream sends its headers before it comes back here
         response = await handler(request)
         if not response.prepared:
             response.headers.update(cors)

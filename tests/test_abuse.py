@@ -155,6 +155,8 @@ def test_foreign_origin_and_rebound_host(server):
     assert_error(server.post(TEXT, text(), headers={"Host": "evil.example"}), 403, "Host")
     own = server.post(TEXT, text(), headers={"Origin": server.url})
     assert own.status_code == 200 and own.headers["Access-Control-Allow-Origin"] == server.url
+    streamed = server.post(TEXT, text(stream=True), headers={"Origin": server.url})
+    assert streamed.headers["Access-Control-Allow-Origin"] == server.url
     preflight = requests.options(server.url + TEXT, headers={"Origin": "https://evil.example"}, timeout=60)
     assert preflight.status_code == 403 and "Access-Control-Allow-Origin" not in preflight.headers
 
