@@ -6,7 +6,7 @@ Owns reading the prompt and the closing line of figures. The engine is the one t
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
@@ -104,26 +104,19 @@ def figures(usage: Usage, seconds: float) -> str:
 
 def encode_prompt(model_dir: Path, prompt: str, options: GenerateOptions) -> list[int]:
     """Token ids of the prompt, inside the chat template where that is wanted; an adapter's own tokenizer wins."""
-    from transformers import AutoTokenizer
+    from .tokenizer import TextTokenizer
 
-    source = model_dir
-    if options.adapter is not None and (options.adapter / "tokenizer.json").is_file():
-        source = options.adapter
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source} has no tokenizer that can be read ({reason}); save it there") from None
-    chat = options.chat if options.chat is not None else bool(tokenizer.chat_template)
+    tokenizer = TextTokenizer(model_dir)
+    if options.adapter is not None:
+        tokenizer = tokenizer.for_adapter(options.adapter)
+    chat = options.chat if options.chat is not None else tokenizer.has_chat_template
     if not chat:
         if options.system is not None:
             raise UserError("--system needs the chat template; leave out --raw, or put the text into the prompt")
-        return list(tokenizer.encode(prompt))
-    if not tokenizer.chat_template:
-        raise UserError(f"{source} has no chat template; use --raw")
+        return tokenizer.encode(prompt)
+    if not tokenizer.has_chat_template:
+        raise UserError(f"{model_dir} has no chat template; use --raw")
     messages = [{"role": "user", "content": prompt}]
     if options.system is not None:
         messages.insert(0, {"role": "system", "content": options.system})
-    # As text first: encoding goes one way for both, and the template has already placed the special tokens.
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return tokenizer.encode_chat(messages)

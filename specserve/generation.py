@@ -85,23 +85,9 @@ class Generator:
             return self.tokenizer, info.content_hash
         tokenizer = self._adapter_tokenizers.get(info.content_hash)
         if tokenizer is None:
-            tokenizer = await asyncio.to_thread(self._load_tokenizer, adapter)
+            tokenizer = await asyncio.to_thread(self.tokenizer.for_adapter, self.store.path(adapter))
             self._adapter_tokenizers[info.content_hash] = tokenizer
         return tokenizer, info.content_hash
-
-    def _load_tokenizer(self, adapter: str) -> TextTokenizer:
-        """The adapter's own tokenizer and template, or its template over the base's tokenizer."""
-        path = self.store.path(adapter)
-        if not (path / "tokenizer.json").is_file():
-            return self.tokenizer.with_template_of(path)
-        tokenizer = TextTokenizer(path)
-        if tokenizer.vocab_size != self.tokenizer.vocab_size:
-            raise UserError(
-                f"adapter {adapter!r} brings a tokenizer of {tokenizer.vocab_size} tokens, the base model has "
-                f"{self.tokenizer.vocab_size}; a resized vocabulary is not supported",
-                code="invalid_adapter",
-            )
-        return tokenizer
 
     async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
         """Check and tokenise a request. Raises `UserError`."""

@@ -43,8 +43,17 @@ class TextTokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def with_template_of(self, path: Path) -> TextTokenizer:
-        """This tokenizer with the chat template that the directory `path` brings, if it brings one."""
+    def for_adapter(self, path: Path) -> TextTokenizer:
+        """The tokenizer that the adapter directory `path` brings, or this one with the chat template that it brings."""
+        if (path / "tokenizer.json").is_file():
+            own = TextTokenizer(path)
+            if own.vocab_size != self.vocab_size:
+                raise UserError(
+                    f"adapter {path.name!r} brings a tokenizer of {own.vocab_size} tokens, the base model has "
+                    f"{self.vocab_size}; a resized vocabulary is not supported",
+                    code="invalid_adapter",
+                )
+            return own
         template = None
         if (path / "chat_template.jinja").is_file():
             template = (path / "chat_template.jinja").read_text(encoding="utf-8")
