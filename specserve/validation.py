@@ -1,4 +1,4 @@
-"""From request bodies to `SamplingParams` and prompts: every range checked, every error naming field, value and limit."""
+"""From request bodies to `SamplingParams` and prompts: every range checked, each error names field, value, limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine process over its socket: start, errors, loading beside decoding, heartbeats, and leaving with the server."""
+"""The engine process over its socket: start, errors, loading beside decoding, heartbeats, leaving with the server."""
 
 import socket
 import subprocess

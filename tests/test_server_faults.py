@@ -109,7 +109,8 @@ def test_overload_is_answered_with_429_and_retry_after_and_the_admitted_finish(s
 
 
 def test_slow_body_is_answered_408_and_slow_headers_are_closed(server, golden):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 100\r\n\r\n"
     start = time.monotonic()
     assert b" 408 " in raw(server, head + b'{"prompt"').split(b"\r\n")[0]
     chunked = head.replace(b"Content-Length: 100", b"Transfer-Encoding: chunked")
