@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "ready", "dead", "stopped"]
 START_TIMEOUT_S = 900.0  # reading and converting a large model from a slow disk
 MAX_BACKOFF_S = 30.0
+MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
 
 
 class EngineClient:
@@ -182,6 +183,7 @@ class EngineClient:
                     return
                 self._last_frame = time.monotonic()
                 self._dispatch(from_engine_decoder.decode(payload))
+                await asyncio.sleep(0)  # a burst of buffered frames must not keep their readers from running
         except TimeoutError:
             logger.error("the engine has been silent for %.0f s and is killed", self._silence_timeout_s)
         except Exception:
@@ -203,8 +205,14 @@ class EngineClient:
 
     def _dispatch(self, message: Any) -> None:
         if isinstance(message, Delta):
-            if (queue := self._streams.get(message.request_id)) is not None:
+            if (queue := self._streams.get(message.request_id)) is None:
+                return
+            if queue.qsize() < MAX_QUEUED_DELTAS:
                 queue.put_nowait(message)
+            elif queue.qsize() == MAX_QUEUED_DELTAS:
+                queue.put_nowait(UserError("the client does not read its stream", status=408, code="slow_reader"))
+                with contextlib.suppress(EngineDeadError):
+                    self._send(Abort(message.request_id))
         elif isinstance(message, RequestFailed):
             if (queue := self._streams.get(message.request_id)) is not None:
                 queue.put_nowait(from_info(message.error))

@@ -134,15 +134,15 @@ class Generator:
 
     async def run(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """Deltas of all choices as they come. Raises `UserError`; leaving the iterator aborts what still runs."""
-        queue: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue(maxsize=64)
 
         async def pump(idx: int, request: GenerateRequest) -> None:
             try:
                 async with aclosing(self._one(job, request)) as deltas:
                     async for delta in deltas:
-                        queue.put_nowait((idx, delta))
+                        await queue.put((idx, delta))
             except Exception as error:
-                queue.put_nowait((idx, error))
+                await queue.put((idx, error))
 
         tasks = [asyncio.create_task(pump(idx, request)) for idx, request in enumerate(job.requests)]
         watch = self.metrics.watch(job.adapter or self.model_name, num_sequences=len(tasks))

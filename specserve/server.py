@@ -87,6 +87,8 @@ class Server:
                 handler_cancellation=True,  # a client that leaves cancels its handler, which aborts its sequences
                 keepalive_timeout=self.config.read_timeout_s,  # also closes connections whose headers never come
                 access_log=None,
+                shutdown_timeout=1.0,  # requests had the drain; aiohttp would add a minute to it
+                auto_decompress=False,  # compressed bodies are refused unread, also those aiohttp cannot inflate
                 lingering_time=1.0,  # how long the rest of a refused body is still read
             )
             await runner.setup()
@@ -96,9 +98,9 @@ class Server:
             await stop.wait()
             await self._drain()
         finally:
+            await self.engine.stop()  # first: what still runs ends with an error event, not with a cut connection
             if runner is not None:
                 await runner.cleanup()
-            await self.engine.stop()
             listener.close()
 
     async def _drain(self) -> None:
@@ -133,6 +135,7 @@ class Server:
             response = json_response(error_body(error.info()), error.status, headers)
             if error.status in (408, 413):
                 response.force_close()  # the rest of the body is not worth waiting for
+            response.headers.update(request.get("cors", {}))  # or the page could not read what went wrong
             return response
         except web.HTTPException as error:
             message = f"{request.method} {request.path[:200]}: {error.reason}"
@@ -159,11 +162,13 @@ class Server:
         if request.method == "OPTIONS" and origin is not None:
             allow = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "*"}
             return web.Response(status=204, headers={**cors, **allow})
+        request["cors"] = cors  # a stream sends its headers, and an error leaves, before it comes back here
         if request.path in ADMIN_ROUTES:
+            if config.admin_api_key is None and config.api_key is None and not is_loopback(config.host):
+                raise UserError("set --admin-api-key to load adapters from other machines", status=403)
             check_key(request, config.admin_api_key or config.api_key, "admin ")
         elif request.path not in OPEN_ROUTES:
             check_key(request, config.api_key, "")
-        request["cors"] = cors  # a stream sends its headers before it comes back here
         response = await handler(request)
         if not response.prepared:
             response.headers.update(cors)

@@ -25,6 +25,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 2048
+MAX_SALT_LEN = 1024
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 _PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
@@ -49,6 +50,11 @@ def convert(value: Any, kind: type[T]) -> T:
 
 def check_supported(request: GenerationFields) -> None:
     """Refuse fields that would change the output and are not served."""
+    if request.cache_salt is not None and len(request.cache_salt) > MAX_SALT_LEN:
+        raise UserError(
+            f"cache_salt has {len(request.cache_salt)} characters; at most {MAX_SALT_LEN} are allowed",
+            param="cache_salt",
+        )
     for name, neutral in UNSUPPORTED.items():
         value = getattr(request, name, None)
         if value is not None and value not in neutral:

@@ -123,7 +123,8 @@ def test_body_over_the_limit(server):
 
 def test_compressed_body(server):
     bomb = gzip.compress(b"0" * 50_000_000)
-    assert_error(send(server, bomb, Content_Encoding="gzip"), 415, "compressed")
+    for encoding in ("gzip", "br", "deflate, gzip", "unheard-of"):
+        assert_error(send(server, bomb, Content_Encoding=encoding), 415, "compressed")
 
 
 # 7: content type and method
@@ -153,6 +154,8 @@ def test_admin_routes_need_the_admin_key(server, path):
 def test_foreign_origin_and_rebound_host(server):
     assert_error(server.post(TEXT, text(), headers={"Origin": "https://evil.example"}), 403, "Origin")
     assert_error(server.post(TEXT, text(), headers={"Host": "evil.example"}), 403, "Host")
+    refused = server.post(TEXT, text(top_p=9), headers={"Origin": server.url})
+    assert refused.status_code == 400 and refused.headers["Access-Control-Allow-Origin"] == server.url
     own = server.post(TEXT, text(), headers={"Origin": server.url})
     assert own.status_code == 200 and own.headers["Access-Control-Allow-Origin"] == server.url
     streamed = server.post(TEXT, text(stream=True), headers={"Origin": server.url})
@@ -214,6 +217,7 @@ def test_numbers_that_are_not_finite(server, field, value):
         ("logit_bias", {"x": 1}),
         ("logit_bias", {"5": 101}),
         ("logit_bias", {str(i): 1 for i in range(5000)}),
+        ("cache_salt", "x" * 2000),
         ("stream_options", {"include_usage": True}),
         ("speculation", {"mode": "warp"}),
         ("speculation", {"max_draft_tokens": 10**6}),

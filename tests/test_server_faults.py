@@ -170,6 +170,20 @@ def test_sigterm_drains_running_requests_and_leaves_no_process(model_dir):
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
+def test_drain_ends_in_time_and_the_stream_with_an_error_event(model_dir):
+    server = ServerProcess(model_dir, "--drain-timeout-s", "0.2").wait_ready()
+    lines = server.post(
+        "/v1/completions", {**LONG, "n": 32, "temperature": 1, "stream": True}, stream=True
+    ).iter_lines()
+    next(lines)
+    start = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    events = [line for line in lines if line]
+    assert events[-1] == b"data: [DONE]" and "shutting down" in json.loads(events[-2][6:])["error"]["message"]
+    assert server.process.wait(timeout=30) == 0
+    assert time.monotonic() - start < 15
+
+
 def test_second_signal_stops_at_once_and_a_killed_server_leaves_no_engine(model_dir):
     for numbers in ([signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]):
         server = ServerProcess(model_dir).wait_ready()

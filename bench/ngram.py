@@ -1,0 +1,206 @@
+"""Do drafts that need no training pay: prompt lookup (n-gram), and the client's own prediction of the output?
+
+One engine, one process; each round runs the same requests without drafts, with n-gram drafts, and with the gold
+completion as the OpenAI-style `prediction`, in an order that turns from round to round. Greedy, EOS honoured, so that a
+model that has nothing more to say does not repeat itself to the drafter's advantage. The task copies: a Debian control
+stanza becomes JSON. The base model is told so in the prompt; with --adapter a LoRA that was trained for it does it.
+The tokens of all ways must be equal, or the bench ends with an error. The floor is the weights' bytes over a measured
+read rate: the milliseconds of a step that only reads weights; drafts win by taking fewer steps.
+
+    python -m bench.ngram [--model DIR] [--rounds 5] [--batch 1,8] [--tokens 120] [--adapter DIR] [--prompts 16]
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from specserve.config import EngineConfig
+from specserve.engine import Engine
+from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
+from specserve.model_store import resolve_model
+
+from . import common
+
+INSTRUCTION = "Convert this Debian control stanza to JSON. Answer with the JSON object only.\n\n"
+WAYS = ("off", "ngram", "prediction")
+
+
+@dataclass(slots=True)
+class Task:
+    prompt: list[int]
+    gold: list[int]
+
+
+@dataclass(slots=True)
+class Figures:
+    """One way of one batch size, a value a round."""
+
+    tokens_per_s: list[float] = field(default_factory=list)
+    tokens_per_step: list[float] = field(default_factory=list)
+    acceptance: list[float] = field(default_factory=list)  # of draft tokens; none drafted: not counted
+
+
+class Runner:
+    """Runs batches of tasks on one engine."""
+
+    def __init__(self, engine: Engine, adapter_hash: str | None, num_tokens: int):
+        self.engine, self.adapter_hash, self.num_tokens = engine, adapter_hash, num_tokens
+        self._num_runs = 0
+
+    def run(self, tasks: list[Task], way: str) -> tuple[float, list[list[int]], list[Usage]]:
+        """Seconds from submission to the last token, and each request's tokens and counts."""
+        self._num_runs += 1
+        sampling = SamplingParams(max_tokens=self.num_tokens, temperature=0.0)
+        mode = "auto" if way == "prediction" else way
+        tokens: list[list[int]] = [[] for _ in tasks]
+        usages: list[Usage] = []
+        start = time.perf_counter()
+        for idx, task in enumerate(tasks):
+            self.engine.add_request(
+                GenerateRequest(
+                    f"{self._num_runs}-{idx}",
+                    task.prompt,
+                    sampling,
+                    adapter_hash=self.adapter_hash,
+                    speculation=Speculation(mode=mode),
+                    prediction_token_ids=task.gold if way == "prediction" else [],
+                )
+            )
+        while self.engine.has_work():
+            for event in self.engine.step():
+                if isinstance(event, RequestFailed):
+                    raise click.ClickException(event.error.message)
+                tokens[int(event.request_id.split("-")[1])] += event.token_ids
+                if event.usage is not None:
+                    usages.append(event.usage)
+        return time.perf_counter() - start, tokens, usages
+
+
+def measure(runner: Runner, tasks: list[Task], batch: int, rounds: int) -> dict[str, Figures]:
+    """Interleaved rounds over all tasks, `batch` at a time; ends the bench where the ways' tokens differ."""
+    groups = [tasks[first : first + batch] for first in range(0, len(tasks), batch)]
+    figures = {way: Figures() for way in WAYS}
+    for way in WAYS:
+        runner.run(groups[0], way)  # warm-up
+    for round_idx in range(rounds):
+        seconds = dict.fromkeys(WAYS, 0.0)
+        usages: dict[str, list[Usage]] = {way: [] for way in WAYS}
+        for group_idx, group in enumerate(groups):
+            turn = (round_idx + group_idx) % len(WAYS)
+            tokens = {}
+            for way in WAYS[turn:] + WAYS[:turn]:
+                elapsed, tokens[way], counts = runner.run(group, way)
+                seconds[way] += elapsed
+                usages[way] += counts
+            for way in WAYS[1:]:
+                check_equal(tokens["off"], tokens[way], way, batch)
+        for way in WAYS:
+            counts = usages[way]
+            num_tokens = sum(usage.completion_tokens for usage in counts)
+            num_drafts = sum(usage.draft_tokens for usage in counts)
+            figures[way].tokens_per_s.append(num_tokens / seconds[way])
+            figures[way].tokens_per_step.append(num_tokens / sum(usage.num_forwards for usage in counts))
+            if num_drafts:
+                num_accepted = sum(usage.accepted_draft_tokens for usage in counts)
+                figures[way].acceptance.append(num_accepted / num_drafts)
+    return figures
+
+
+def check_equal(plain: list[list[int]], drafted: list[list[int]], way: str, batch: int) -> None:
+    for idx, (ours, theirs) in enumerate(zip(plain, drafted, strict=True)):
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
+            raise click.ClickException(
+                f"{way}, batch {batch}: request {idx} differs from plain decoding at token {at}; with --dtype fp32 "
+                "that is a bug, otherwise look at the margin between the two likeliest tokens there first"
+            )
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--model", default="", help="Base model: directory or hub id; default: specserve's default model.")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
+@click.option("--adapter", type=click.Path(exists=True, file_okay=False), help="A LoRA of the task: no instruction.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--batch", "batches", default="1,8", show_default=True, help="Requests at the same time.")
+@click.option("--tokens", "num_tokens", default=120, show_default=True, help="Most output tokens of a request.")
+@click.option("--prompts", "num_prompts", default=16, show_default=True, help="Of the 32 control2json rows.")
+def main(
+    model: str, dtype: str, adapter: str | None, rounds: int, batches: str, num_tokens: int, num_prompts: int
+) -> None:
+    from transformers import AutoTokenizer
+
+    machine = common.hardware()
+    print(common.hardware_line(machine))
+    model_dir = resolve_model(model)
+    rate = common.memory_bandwidth()
+    engine = Engine(
+        EngineConfig(device="cpu", dtype=dtype, kv_cache_gib=1.0, prefix_caching=False),
+        model_dir,  # type: ignore[arg-type]
+    )
+    bytes_each = 4 if engine.info.dtype in ("float32", "fp32") else 2
+    weight_bytes = common.num_parameters(model_dir) * bytes_each
+    floor_ms = weight_bytes / rate * 1e3
+    print(
+        f"limit: {weight_bytes / 1e6:.0f} MB of weights ({engine.info.dtype}) at {rate / 1e9:.1f} GB/s: "
+        f"{floor_ms:.1f} ms a step, so at most {1e3 / floor_ms:.0f} steps/s, however many tokens a step commits"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tasks = [
+        Task(
+            common.chat_token_ids(tokenizer, ("" if adapter else INSTRUCTION) + row["prompt"]),
+            tokenizer(row["completion"], add_special_tokens=False)["input_ids"],
+        )
+        for row in common.read_prompts("control2json")[:num_prompts]
+    ]
+    adapter_hash = engine.load_adapter("task", adapter).content_hash if adapter else None
+    runner = Runner(engine, adapter_hash, num_tokens)
+    print(
+        f"\n{'batch':>5}  {'drafts':<10} {'tokens/s':>9} {'min-max':>15} {'x off':>6} {'min-max':>11} "
+        f"{'tokens/step':>11}"
+    )
+    cells: list[dict[str, Any]] = []
+    for batch in numbers(batches):
+        figures = measure(runner, tasks, batch, rounds)
+        for way, figure in figures.items():
+            speed, steps = common.spread(figure.tokens_per_s), common.spread(figure.tokens_per_step)
+            pairs = zip(figure.tokens_per_s, figures["off"].tokens_per_s, strict=True)
+            ratio = common.spread([drafted / plain for drafted, plain in pairs])
+            print(
+                f"{batch:>5}  {way:<10} {speed['median']:>9.1f} {speed['min']:>7.1f}-{speed['max']:<7.1f} "
+                f"{ratio['median']:>6.2f} {ratio['min']:>5.2f}-{ratio['max']:<5.2f} {steps['median']:>11.2f}"
+            )
+            cell = {"batch": batch, "drafts": way, "tokens_per_s": speed, "over_off": ratio}
+            cell |= {"mean_accepted_length": steps["median"], "rounds": [round(v, 2) for v in figure.tokens_per_s]}
+            if figure.acceptance:
+                cell["draft_acceptance"] = common.spread(figure.acceptance)["median"]
+            cells.append(cell)
+    print("tokens of all ways are equal\n")
+    settings = {"rounds": rounds, "max_tokens": num_tokens, "prompts": len(tasks), "prefix_caching": False}
+    result = {
+        "commit": common.commit(),
+        "hardware": machine,
+        "versions": common.versions("torch"),
+        "model": Path(model).name if model and Path(model).is_dir() else model or model_dir.name,
+        "dtype": engine.info.dtype,
+        "threads": torch.get_num_threads(),
+        "adapter": Path(adapter).name if adapter else None,
+        "settings": settings,
+        "limit": {"read_gb_per_s": round(rate / 1e9, 2), "floor_ms": round(floor_ms, 2)},
+        "tokens_equal": True,
+        "cells": cells,
+    }
+    common.append_result("ngram", result)
+
+
+if __name__ == "__main__":
+    main()
