@@ -15,7 +15,7 @@ from .kernels.segments import Segments
 from .lora import GROUPS, LoraAdapter, module_shapes
 from .model.config import ModelConfig
 
-SPARE_SLOTS = 4  # idle adapters that may stay stacked beside the active ones before a rebuild drops them
+KEEP_STEPS = 64  # an adapter that no row used for so many steps leaves the stacks when they are built next
 
 
 class LoraBatch:
@@ -61,19 +61,25 @@ class AdapterSlots:
         self.stacks: dict[tuple[int, str], LoraStack] = {}
         self.lm_head: LoraStack | None = None
         self._slot_of: dict[str, int] = {}
+        self._step = 0
+        self._last_used: dict[str, int] = {}  # content hash -> step
         self.num_rebuilds = 0
 
     def slot_of(self, content_hash: str) -> int:
         return self._slot_of[content_hash]
 
     def activate(self, active: Sequence[LoraAdapter]) -> None:
-        """Make every adapter of `active` (no duplicates) have a slot; rebuilds the stacks only when one is missing."""
-        missing = any(adapter.content_hash not in self._slot_of for adapter in active)
-        if not missing and len(self.adapters) <= 2 * len(active) + SPARE_SLOTS:
-            return
-        active_hashes = {adapter.content_hash for adapter in active}
-        idle = [adapter for adapter in self.adapters if adapter.content_hash not in active_hashes]
-        self._build([*active, *(idle[-SPARE_SLOTS:] if missing else [])])
+        """Make every adapter of `active` (no duplicates) have a slot.
+
+        Stacks are rebuilt when one is missing, or when most of them are long idle: while prompts are read adapters come
+        and go from step to step, and a rebuild copies every adapter's weights.
+        """
+        self._step += 1
+        self._last_used.update((adapter.content_hash, self._step) for adapter in active)
+        recent = [a for a in self.adapters if self._step - self._last_used[a.content_hash] < KEEP_STEPS]
+        missing = [adapter for adapter in active if adapter.content_hash not in self._slot_of]
+        if missing or len(self.adapters) > 2 * len(recent):
+            self._build([*recent, *missing])
 
     def drop(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded, so that its weights can be freed."""
@@ -93,6 +99,7 @@ class AdapterSlots:
         self.num_rebuilds += 1
         self.adapters = adapters
         self._slot_of = {adapter.content_hash: slot for slot, adapter in enumerate(adapters)}
+        self._last_used = {content_hash: self._last_used[content_hash] for content_hash in self._slot_of}
         self.stacks = {}
         for layer in range(self._config.num_layers):
             for group, modules in GROUPS.items():
