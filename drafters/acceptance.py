@@ -1,43 +1,83 @@
-"""How much a drafter of one sequence can be trusted, learned from what the verifier kept.
+"""How often a source's guesses are right, by its own class of confidence, learned from what the verifier kept.
 
-A running mean of the acceptance of single draft tokens, per class of match length, with a prior. Survival of position i
-is its (i+1)-th power: the geometric model of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
-Decoding"; we use it only to rank and cut drafts, never in verification.
+One `SharedAcceptance` an adapter learns from all of its sequences; each sequence's `Acceptance` starts from it and
+learns faster. Estimates only rank and cut drafts (the role of the acceptance rate in Leviathan et al. 2023, "Fast
+Inference from Transformers via Speculative Decoding"); they never touch verification.
 """
 
 from __future__ import annotations
 
-_CLASS_LIMITS = (2, 4, 8, 16)  # longest match length of each class; the last class is open
-_PRIOR_RATE = (0.3, 0.5, 0.7, 0.8, 0.9)
-_PRIOR_WEIGHT = 4.0  # tokens' worth of evidence
-_DECAY = 0.97  # per verified proposal, so that a change of text is noticed within some dozens
+from collections.abc import Mapping, Sequence
+
+from .protocol import DraftSource, Guess
+
+_PRIOR_WEIGHT = 8.0  # guesses' worth of evidence that a source's own prior has
+_SHARED_WEIGHT = 4.0  # and that the adapter's record has for a new sequence
+_SHARED_DECAY = 0.999  # a guess: about a thousand are remembered
+_SEQUENCE_DECAY = 0.98
+_MAX_LOADED = 200.0  # a record read from a file gives way to what is seen
 
 
-class AcceptanceModel:
-    """Per-sequence estimate of the chance that one more draft token is right."""
+class _Table:
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self.counts: dict[str, list[list[float]]] = {}  # source -> level -> [right, seen]
 
-    def __init__(self) -> None:
-        self._right = [rate * _PRIOR_WEIGHT for rate in _PRIOR_RATE]
-        self._seen = [_PRIOR_WEIGHT] * len(_PRIOR_RATE)
+    def level(self, source: DraftSource, level: int) -> list[float]:
+        counts = self.counts.get(source.source)
+        if counts is None:
+            counts = self.counts[source.source] = [[0.0, 0.0] for _ in source.prior]
+        return counts[level]
 
-    @staticmethod
-    def class_of(match_len: int) -> int:
-        return sum(match_len > limit for limit in _CLASS_LIMITS)
+    def observe(self, source: DraftSource, level: int, is_right: bool) -> None:
+        count = self.level(source, level)
+        count[0] = count[0] * self._decay + is_right
+        count[1] = count[1] * self._decay + 1.0
 
-    def survival(self, match_len: int, num_tokens: int) -> list[float]:
-        """Chance that drafts 0 .. i are all right; each accepted draft makes the match longer, hence more credible."""
-        values, value = [], 1.0
-        for idx in range(num_tokens):
-            cls = self.class_of(match_len + idx)
-            value *= self._right[cls] / self._seen[cls]
-            values.append(value)
-        return values
 
-    def observe(self, match_len: int, num_drafted: int, num_accepted: int) -> None:
-        for cls in range(len(self._seen)):
-            self._right[cls] *= _DECAY
-            self._seen[cls] *= _DECAY
-        for idx in range(min(num_drafted, num_accepted + 1)):  # later drafts were never compared on equal terms
-            cls = self.class_of(match_len + idx)
-            self._seen[cls] += 1
-            self._right[cls] += idx < num_accepted
+class SharedAcceptance(_Table):
+    """The record of one adapter, or of the base model."""
+
+    def __init__(self, loaded: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> None:
+        super().__init__(_SHARED_DECAY)
+        for source, levels in (loaded or {}).items():
+            self.counts[source] = []
+            for right, seen in levels:
+                scale = min(1.0, _MAX_LOADED / seen) if seen > 0 else 0.0
+                self.counts[source].append([min(right, seen) * scale, seen * scale])
+
+    def rate(self, source: DraftSource, level: int) -> float:
+        right, seen = self.level(source, level)
+        return (right + source.prior[level] * _PRIOR_WEIGHT) / (seen + _PRIOR_WEIGHT)
+
+    def dump(self) -> dict[str, list[tuple[float, float]]]:
+        """The record as it is stored beside a head."""
+        return {
+            source: [(round(right, 2), round(seen, 2)) for right, seen in levels]
+            for source, levels in self.counts.items()
+        }
+
+
+class Acceptance:
+    """One sequence's estimate, started from its adapter's."""
+
+    def __init__(self, shared: SharedAcceptance) -> None:
+        self._shared = shared
+        self._own = _Table(_SEQUENCE_DECAY)
+
+    def rate(self, source: DraftSource, guess: Guess) -> float:
+        right, seen = self._own.level(source, guess.level)
+        prior = self._shared.rate(source, guess.level)
+        return (right + prior * _SHARED_WEIGHT) / (seen + _SHARED_WEIGHT)
+
+    def observe(self, source: DraftSource, guess: Guess, is_right: bool) -> None:
+        self._own.observe(source, guess.level, is_right)
+        self._shared.observe(source, guess.level, is_right)
+
+
+MATCH_LIMITS = (2, 4, 8, 16)  # longest match length of each level of a copying source; the last level is open
+MATCH_PRIOR = (0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+def match_level(match_len: int) -> int:
+    return sum(match_len > limit for limit in MATCH_LIMITS)

@@ -1,8 +1,8 @@
-"""Picks one proposal for a sequence out of all of its sources, and how much of it is worth verifying.
+"""Drafts for one sequence out of all of its sources, position by position.
 
-The proposal with the highest expected number of accepted tokens wins. It is cut where survival falls below the price of
-a row: a draft row must be worth at least that share of a decode step. A source that raises is dropped for the sequence,
-which then decodes plainly; output never depends on any of this.
+At each position the guess that is most likely right is proposed, and every source goes on from it: one may continue
+where another stopped. Drafting ends where the chance that all of it is right falls below the price of a row. A source
+that raises is dropped for the sequence, which goes on without it; output never depends on any of this.
 """
 
 from __future__ import annotations
@@ -10,49 +10,70 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from .protocol import Proposal, SequenceDrafter
+from .acceptance import Acceptance, SharedAcceptance
+from .protocol import DraftSource, Guess
 
 logger = logging.getLogger(__name__)
 
 
 class DraftChooser:
-    """All drafters of one sequence."""
+    """All sources of one sequence, and the draft that is being made."""
 
-    def __init__(self, drafters: Sequence[SequenceDrafter]):
-        self._drafters = list(drafters)
-        self._chosen: SequenceDrafter | None = None
+    def __init__(self, sources: Sequence[DraftSource], shared: SharedAcceptance | None = None):
+        self.sources = list(sources)
+        self._acceptance = Acceptance(shared or SharedAcceptance())
+        self._guesses: list[list[tuple[DraftSource, Guess]]] = []  # by position, also those not chosen
+        self.tokens: list[int] = []
+        self.chosen: list[str] = []  # name of the source of each token
+        self.survival = 1.0  # chance that every token of the draft is right
 
-    def propose(self, tokens: Sequence[int], max_tokens: int, row_price: float) -> Proposal | None:
-        """The best proposal of at most `max_tokens`, cut where survival is below `row_price`; None: decode plainly."""
-        self._chosen = None
-        if max_tokens <= 0:
-            return None
-        best: Proposal | None = None
-        best_value = 0.0
-        for drafter in list(self._drafters):
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Start a draft that continues `tokens`."""
+        self.tokens, self.chosen, self._guesses, self.survival = [], [], [], 1.0
+        for source in list(self.sources):
             try:
-                proposal = drafter.propose(tokens, max_tokens)
+                source.begin(tokens)
             except Exception:
-                self._drop(drafter)
-                continue
-            if proposal is None:
-                continue
-            num_kept = sum(value >= row_price for value in proposal.survival[:max_tokens])
-            value = sum(proposal.survival[:num_kept]) - row_price * num_kept
-            if num_kept and value > best_value:
-                best = Proposal(proposal.tokens[:num_kept], proposal.survival[:num_kept], proposal.source)
-                best_value, self._chosen = value, drafter
-        return best
+                self.drop(source)
 
-    def observe(self, num_drafted: int, num_accepted: int) -> None:
-        """Report the verdict on the last proposal to the drafter that made it."""
-        if self._chosen is None or num_drafted == 0:
-            return
-        try:
-            self._chosen.observe(num_drafted, num_accepted)
-        except Exception:
-            self._drop(self._chosen)
+    def extend(self, row_price: float) -> bool:
+        """Propose one more token if it is worth `row_price`; False when the draft ends here."""
+        guesses: list[tuple[DraftSource, Guess]] = []
+        for source in list(self.sources):
+            try:
+                guess = source.peek()
+            except Exception:
+                self.drop(source)
+                continue
+            if guess is not None:
+                guesses.append((source, guess))
+        self._guesses.append(guesses)
+        best_rate, best = -1.0, None
+        for source, guess in guesses:
+            rate = self._acceptance.rate(source, guess)
+            if rate > best_rate:
+                best_rate, best = rate, (source, guess)
+        if best is None or self.survival * best_rate < row_price:
+            return False
+        self.survival *= best_rate
+        token = best[1].token
+        self.tokens.append(token)
+        self.chosen.append(best[0].source)
+        for source in list(self.sources):
+            try:
+                source.follow(token)
+            except Exception:
+                self.drop(source)
+        return True
 
-    def _drop(self, drafter: SequenceDrafter) -> None:
-        logger.exception("drafter %r failed; this sequence goes on without it", drafter.source)
-        self._drafters = [other for other in self._drafters if other is not drafter]
+    def observe(self, committed: Sequence[int]) -> None:
+        """Learn from the tokens that came: every guess up to the first wrong draft was made on true ground."""
+        for guesses, token in zip(self._guesses, committed, strict=False):
+            for source, guess in guesses:
+                self._acceptance.observe(source, guess, guess.token == token)
+        self._guesses = []
+
+    def drop(self, source: DraftSource) -> None:
+        """Go on without a source that failed; called where its exception is handled."""
+        logger.exception("draft source %r failed; this sequence goes on without it", source.source)
+        self.sources = [other for other in self.sources if other is not source]

@@ -8,37 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .acceptance import AcceptanceModel
-from .protocol import Proposal
+from .acceptance import MATCH_PRIOR, match_level
+from .protocol import Guess
 from .suffix_index import SuffixIndex
 
 
-class PredictionDrafter:
+class PredictionSource:
     """Reads drafts from `prediction`, the token ids of the client's expected output."""
 
     source = "prediction"
+    prior = MATCH_PRIOR
 
     def __init__(self, prediction: Sequence[int], prompt_len: int):
         self._prediction = list(prediction)
         self._index = SuffixIndex()
         self._index.extend(self._prediction)
-        self._acceptance = AcceptanceModel()
         self._num_seen = prompt_len  # tokens of the sequence that the pointer has taken into account
         self._next: int | None = 0  # index in the prediction that should come next; None while out of step
         self._last = 0  # where it was last in step
         self._match_len = 8  # before anything was generated the client's word counts as a good match
+        self._draft_next: int | None = None  # the same pointer within a draft
+        self._draft_len = 0
 
-    def propose(self, tokens: Sequence[int], max_tokens: int) -> Proposal | None:
-        self._follow(tokens)
-        if self._next is None or self._next >= len(self._prediction):
-            return None
-        drafts = self._prediction[self._next : self._next + max_tokens]
-        return Proposal(drafts, self._acceptance.survival(self._match_len, len(drafts)), self.source)
-
-    def observe(self, num_drafted: int, num_accepted: int) -> None:
-        self._acceptance.observe(self._match_len, num_drafted, num_accepted)
-
-    def _follow(self, tokens: Sequence[int]) -> None:
+    def begin(self, tokens: Sequence[int]) -> None:
         prediction = self._prediction
         for idx in range(self._num_seen, len(tokens)):
             if self._next is not None and self._next < len(prediction) and prediction[self._next] == tokens[idx]:
@@ -53,3 +45,16 @@ class PredictionDrafter:
                 self._next, self._match_len = match
                 self._last = self._next
         self._num_seen = len(tokens)
+        self._draft_next, self._draft_len = self._next, 0
+
+    def peek(self) -> Guess | None:
+        if self._draft_next is None or self._draft_next >= len(self._prediction):
+            return None
+        return Guess(self._prediction[self._draft_next], match_level(self._match_len + self._draft_len))
+
+    def follow(self, token: int) -> None:
+        if self._draft_next is None:
+            return
+        is_right = self._draft_next < len(self._prediction) and self._prediction[self._draft_next] == token
+        self._draft_next = self._draft_next + 1 if is_right else None
+        self._draft_len += 1

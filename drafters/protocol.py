@@ -1,37 +1,44 @@
-"""What a drafter is: something that guesses the next tokens of a sequence, cheaply and without promise.
+"""What a source of drafts is: something that guesses the next token of a sequence, cheaply and without promise.
 
-Drafters never decide what is generated; the verifier does. A drafter that is wrong, slow to learn or broken only costs
-the rows of its drafts. Drafters import kernels at most, never the engine.
+Sources never decide what is generated; the verifier does. A source that is wrong or broken only costs the rows of its
+drafts. Guesses are made position by position: after each, every source is told which token was proposed, its own or
+another's, and goes on from there. Sources import kernels at most, never the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Tokens that may come next, and how likely each one is to be reached and right.
+class Guess(NamedTuple):
+    """The token that may come next; `level` is the source's class of confidence, an index into its `prior`."""
 
-    `survival[i]` estimates the probability that tokens 0 .. i are all accepted; it never grows with i.
-    """
-
-    tokens: list[int]
-    survival: list[float]
-    source: str
+    token: int
+    level: int
 
 
-class SequenceDrafter(Protocol):
-    """Drafts for one sequence from its own text. State is per sequence; tokens are only ever appended."""
+class DraftSource(Protocol):
+    """Guesses for one sequence. State is per sequence; tokens are only ever appended."""
 
-    source: str
-
-    def propose(self, tokens: Sequence[int], max_tokens: int) -> Proposal | None:
-        """Guess what follows `tokens` (prompt and output, newest last); None when there is nothing to say."""
+    @property
+    def source(self) -> str:
+        """The name in metrics."""
         ...
 
-    def observe(self, num_drafted: int, num_accepted: int) -> None:
-        """Learn how many of its last drafts were verified and how many of them were right."""
+    @property
+    def prior(self) -> Sequence[float]:
+        """By level: how often such a guess is right, before anything was seen."""
+        ...
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Start a draft that continues `tokens`, the prompt and output so far, newest last."""
+        ...
+
+    def peek(self) -> Guess | None:
+        """Guess the next token of the draft; None when there is nothing to say."""
+        ...
+
+    def follow(self, token: int) -> None:
+        """The draft goes on with `token`."""
         ...

@@ -23,8 +23,10 @@ from .config import EngineConfig
 from .cost_model import CostModel
 from .detokenizer import Detokenizer
 from .drafters.chooser import DraftChooser
+from .drafters.head_source import HeadSource
 from .errors import ErrorInfo, OverloadedError, UserError
 from .kv_cache import KVCache
+from .lookahead import BaseIdentity
 from .lora import LoraAdapter, read_adapter
 from .messages import (
     AdapterInfo,
@@ -84,6 +86,7 @@ class Engine:
         self.config = config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else None
         self.decoder = load_model(model_dir, device or torch.device(config.device), config.dtype)
+        self._base = BaseIdentity.of(model_dir)
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
@@ -122,7 +125,7 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
         self._counters = _Counters()
-        self.proposer = Proposer(config, CostModel.measure(self._timed_step), model.vocab_size)
+        self.proposer = Proposer(config, CostModel.measure(self._timed_step), model.vocab_size, self.registry.adapters)
 
     # -- requests
 
@@ -171,11 +174,12 @@ class Engine:
             dtype=self.decoder.compute_dtype,
             device=self.decoder.device,
             base_tensor=self.decoder.base_tensor,
+            base=self._base,
         )
 
     def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:
         for content_hash in self.registry.add(adapter):
-            self.runner.slots.drop(content_hash)
+            self._forget(content_hash)
         return adapter.info()
 
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
@@ -185,7 +189,12 @@ class Engine:
     def unload_adapter(self, content_hash: str) -> None:
         """Forget an adapter as soon as no running request uses it."""
         if self.registry.unload(content_hash):
-            self.runner.slots.drop(content_hash)
+            self._forget(content_hash)
+
+    def _forget(self, content_hash: str) -> None:
+        """Free what was built of an adapter that has left the registry."""
+        self.runner.slots.drop(content_hash)
+        self.proposer.heads.forget()
 
     # -- the step
 
@@ -246,11 +255,9 @@ class Engine:
             elif not tokens:
                 self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
             else:
-                events.append(self._commit_tokens(item, group, accepted_tokens(item.drafts, tokens), output.logits))
+                events.append(self._commit_tokens(item, group, accepted_tokens(item.drafts, tokens), output))
 
-    def _commit_tokens(
-        self, item: ScheduledSequence, group: RowGroup, tokens: list[int], logits: torch.Tensor
-    ) -> Delta:
+    def _commit_tokens(self, item: ScheduledSequence, group: RowGroup, tokens: list[int], output: StepOutput) -> Delta:
         seq, state = item.seq, self._requests[item.seq.request_id]
         first_output = seq.output_len == 0
         if first_output:
@@ -258,15 +265,20 @@ class Engine:
         text, finish, stop_reason, committed = self._append(state, tokens)
         num_accepted = min(len(tokens) - 1, len(committed))
         num_drafted = min(len(item.drafts), len(committed)) if finish else len(item.drafts)
-        self._count(state, item, num_drafted, num_accepted, len(committed))
+        self._count(state, item, num_drafted, num_accepted, committed)
         logprobs = None
         if seq.sampling.logprobs is not None and committed:
-            rows = logits[group.first_row : group.first_row + len(committed)]
+            rows = output.logits[group.first_row : group.first_row + len(committed)]
             logprobs = token_logprobs(rows, committed, seq.sampling.logprobs)
         usage = None
         if finish is None:
             seq.num_computed = len(seq.tokens) - 1
             self._publish(seq)
+            for source in state.drafts.sources:
+                if isinstance(source, HeadSource):
+                    row = group.first_row + num_accepted
+                    tapped = output.taps[source.head.config.tap_layer]
+                    source.set_hidden(output.hidden, tapped, row, len(seq.tokens))
         else:
             usage = seq.usage()
             seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
@@ -308,11 +320,11 @@ class Engine:
     # -- bookkeeping
 
     def _count(
-        self, state: _Request, item: ScheduledSequence, num_drafted: int, num_accepted: int, num_committed: int
+        self, state: _Request, item: ScheduledSequence, num_drafted: int, num_accepted: int, committed: list[int]
     ) -> None:
         seq, counters = state.seq, self._counters
         seq.num_forwards += 1
-        state.drafts.observe(num_drafted, num_accepted)
+        state.drafts.observe(committed)
         for idx in range(num_drafted):
             source = item.draft_sources[idx]
             seq.drafted_by_source[source] += 1
@@ -320,7 +332,7 @@ class Engine:
             if idx < num_accepted:
                 seq.accepted_by_source[source] += 1
                 counters.accepted_by_source[source] += 1
-        counters.generated_tokens += num_committed
+        counters.generated_tokens += len(committed)
 
     def _publish(self, seq: Sequence) -> None:
         self.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
@@ -330,7 +342,7 @@ class Engine:
         self.scheduler.remove(seq)
         del self._requests[seq.request_id]
         if seq.adapter_hash is not None and self.registry.release(seq.adapter_hash):
-            self.runner.slots.drop(seq.adapter_hash)
+            self._forget(seq.adapter_hash)
 
     def _fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
         self._remove(self._requests[seq.request_id])

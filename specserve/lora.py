@@ -22,6 +22,7 @@ import torch
 
 from .errors import AdapterError
 from .kernels.lora_stack import LoraPair
+from .lookahead import LOOKAHEAD_FILES, BaseIdentity, Lookahead, read_lookahead
 from .messages import AdapterInfo
 from .model.config import ModelConfig
 
@@ -77,6 +78,7 @@ class LoraAdapter:
     embed: LoraPair | None  # A [R, V], B [H, R]
     lm_head: LoraPair | None
     has_tokenizer: bool
+    lookahead: Lookahead | None = None  # what drafts for it; None for a plain LoRA
 
     @property
     def pairs(self) -> list[LoraPair]:
@@ -92,6 +94,7 @@ class LoraAdapter:
             target_modules=modules,
             size_bytes=sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs),
             has_tokenizer=self.has_tokenizer,
+            lookahead=self.lookahead.info() if self.lookahead is not None else None,
         )
 
 
@@ -121,11 +124,13 @@ def read_adapter(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     base_tensor: BaseTensor | None = None,
+    base: BaseIdentity | None = None,
 ) -> LoraAdapter:
     """Read and check the PEFT directory `path` for a base model of shape `config`.
 
     Weights are converted to `dtype` (default: as stored) on `device`. `base_tensor(hub_name)` gives the base model's
-    weights, to check copies of the embedding that PEFT stores beside an embedding LoRA. Raises `AdapterError`.
+    weights, to check copies of the embedding that PEFT stores beside an embedding LoRA. With `base`, the lookahead
+    files beside the LoRA are read too; when they do not fit, the LoRA is served without them. Raises `AdapterError`.
     """
     path = Path(path)
     name = name or path.name
@@ -161,13 +166,17 @@ def read_adapter(
         else:
             layers[int(module.split(".")[2]), short] = kept
     has_tokenizer = any((path / file).is_file() for file in ("tokenizer_config.json", "chat_template.jinja"))
-    return LoraAdapter(name, content_hash(path), layers, extra.get("embed_tokens"), extra.get("lm_head"), has_tokenizer)
+    lookahead = read_lookahead(path, name, config, base, device) if base is not None else None
+    embed, lm_head = extra.get("embed_tokens"), extra.get("lm_head")
+    return LoraAdapter(name, content_hash(path), layers, embed, lm_head, has_tokenizer, lookahead)
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 over configuration and weights as stored; the adapter's name is no part of it."""
+    """SHA-256 over configuration, weights and lookahead files as stored; the adapter's name is no part of it."""
     digest = hashlib.sha256()
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
+    for file in (CONFIG_FILE, WEIGHTS_FILE, *LOOKAHEAD_FILES):
+        if file in LOOKAHEAD_FILES and not (path / file).is_file():
+            continue
         with open(path / file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -39,7 +39,7 @@ class Speculation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Per-request speculation: `auto` uses every source that helps, `ngram` only prompt lookup, `off` none."""
 
     mode: Literal["auto", "off", "ngram"] = "auto"
-    max_draft_tokens: int = 8
+    max_draft_tokens: int = 16
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
@@ -99,6 +99,14 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     eos_token_ids: list[int]
 
 
+class LookaheadInfo(msgspec.Struct, frozen=True):
+    """What drafts for an adapter. `error` says why a head that is there is not used."""
+
+    draft_len: int | None  # None without a usable head
+    history_tokens: int
+    error: str | None
+
+
 class AdapterInfo(msgspec.Struct, frozen=True):
     """What a loaded adapter is. `size_bytes` counts the LoRA weights as held in memory."""
 
@@ -108,6 +116,7 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     target_modules: list[str]
     size_bytes: int
     has_tokenizer: bool
+    lookahead: LookaheadInfo | None = None
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):

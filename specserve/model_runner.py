@@ -27,6 +27,8 @@ class StepOutput:
     logits: torch.Tensor
     groups: list[RowGroup]
     prompt_rows: list[tuple[ScheduledSequence, int, int]]  # (item, first row, number of rows)
+    hidden: torch.Tensor  # [L, H], normed
+    taps: dict[int, torch.Tensor]  # layer -> its output [L, H], for the layers that heads read
 
 
 class ModelRunner:
@@ -46,11 +48,13 @@ class ModelRunner:
             self.slots.activate([adapters[content_hash] for content_hash in active])
         items = sorted(items, key=self._slot)
         batch, groups, prompt_rows = self._build(items)
-        hidden = self.decoder.forward(batch, self.kv)  # [T, H]
+        heads = [adapters[key].lookahead for key in active]
+        taps = {ahead.head.config.tap_layer: batch.tokens for ahead in heads if ahead is not None and ahead.head}
+        hidden = self.decoder.forward(batch, self.kv, taps)[batch.logits_indices]  # [L, H]
         if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
-            return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size, dtype=torch.float32), [], [])
-        logits = self.decoder.logits(hidden[batch.logits_indices], batch)  # [L, V]
-        return StepOutput(logits, groups, prompt_rows)
+            return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], hidden, {})
+        logits = self.decoder.logits(hidden, batch)  # [L, V]
+        return StepOutput(logits, groups, prompt_rows, hidden, taps)
 
     def _slot(self, item: ScheduledSequence) -> int:
         return -1 if item.seq.adapter_hash is None else self.slots.slot_of(item.seq.adapter_hash)

@@ -7,7 +7,7 @@ from engine_fixture import make_engine, request, run, tokens_of
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
-from specserve.drafters.protocol import Proposal
+from specserve.drafters.protocol import Guess
 
 SAMPLERS = {
     "greedy": {"temperature": 0.0},
@@ -49,27 +49,30 @@ class Oracle:
     """Drafts from the known answer, spoiled in a chosen way; ragged lengths on purpose."""
 
     source = "oracle"
+    prior = (1.0,)
 
     def __init__(self, prompt_len, answer, kind, vocab_size, seed):
         self.prompt_len, self.answer, self.kind = prompt_len, answer, kind
         self.vocab_size, self.rng = vocab_size, random.Random(seed)
 
-    def propose(self, tokens, max_tokens):
+    def begin(self, tokens):
         done = len(tokens) - self.prompt_len
-        length = self.rng.randrange(1, max_tokens + 1)
+        length = self.rng.randrange(1, 9)
         right = self.answer[done : done + length]
         if self.kind == "always right":
-            drafts = list(right)
+            self.drafts = list(right)
         elif self.kind == "always wrong":
-            drafts = [(token + 1) % self.vocab_size for token in right]
+            self.drafts = [(token + 1) % self.vocab_size for token in right]
         elif self.kind == "mostly right":
-            drafts = [t if self.rng.random() < 0.8 else self.rng.randrange(self.vocab_size) for t in right]
+            self.drafts = [t if self.rng.random() < 0.8 else self.rng.randrange(self.vocab_size) for t in right]
         else:
-            drafts = [self.rng.randrange(self.vocab_size) for _ in range(length)]
-        return Proposal(drafts, [1.0] * len(drafts), self.source) if drafts else None
+            self.drafts = [self.rng.randrange(self.vocab_size) for _ in range(length)]
 
-    def observe(self, num_drafted, num_accepted):
-        pass
+    def peek(self):
+        return Guess(self.drafts[0], 0) if self.drafts else None
+
+    def follow(self, token):
+        self.drafts = self.drafts[1:]
 
 
 def requests_for(engine, adapters, sampler, mode):
@@ -116,6 +119,7 @@ def test_adversarial_drafters_change_no_token(setup, plain, kind, monkeypatch):
     engine, adapters = setup
     sampler, want = plain
     vocab_size = engine.info.vocab_size
+    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
     monkeypatch.setattr(
         engine.proposer,
         "drafters_for",
@@ -173,10 +177,10 @@ def test_drafter_that_raises_mid_run_changes_nothing(setup, plain, monkeypatch):
     sampler, want = plain
 
     class Broken(Oracle):
-        def propose(self, tokens, max_tokens):
+        def begin(self, tokens):
             if len(tokens) > self.prompt_len + 5:
                 raise RuntimeError("drafter bug")
-            return super().propose(tokens, max_tokens)
+            super().begin(tokens)
 
     monkeypatch.setattr(
         engine.proposer,

@@ -60,8 +60,11 @@ class Decoder:
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # rounded as transformers does
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
 
-    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
-        """Normed hidden states [T, H] of all rows; writes the rows' keys and values to `kv`."""
+    def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normed hidden states [T, H] of all rows; writes the rows' keys and values to `kv`.
+
+        Each layer index that `taps` holds gets that layer's output for the rows with logits, [L, H].
+        """
         config, lora = self.config, batch.lora
         x = self.embed[batch.tokens].to(self.compute_dtype)  # [T, H]
         if lora is not None:
@@ -96,6 +99,8 @@ class Decoder:
             if layer.post_mlp_norm is not None:
                 h = self._rms_norm(h, layer.post_mlp_norm)
             x += h
+            if taps is not None and idx in taps:
+                taps[idx] = x[batch.logits_indices]
         return self._rms_norm(x, self.norm)
 
     def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -1,0 +1,146 @@
+"""The lookahead half of an adapter directory: lookahead_config.json, lookahead.safetensors, lookahead_history.bin.
+
+Owns the format, its version and every check that needs no model: fields, vocabulary, tensor names, shapes, finiteness.
+Whoever loads a head compares the hashes with the base model and the LoRA that it has. A head that fails any of this is
+refused with the reason; its LoRA is served without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import safetensors
+import torch
+from msgspec import Meta
+from safetensors.torch import save_file
+
+from .head import WEIGHT_NAMES, HeadWeights, head_shapes
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "lookahead_config.json"
+WEIGHTS_FILE = "lookahead.safetensors"
+HISTORY_FILE = "lookahead_history.bin"
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+Count = Annotated[int, Meta(ge=0, le=1 << 20)]
+Positive = Annotated[int, Meta(ge=1, le=1 << 20)]
+
+
+class HeadError(ValueError):
+    """This head cannot be used, and why."""
+
+
+class LookaheadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What lookahead_config.json says."""
+
+    format_version: int
+    base_hash: str  # of the base model: `specserve.model.fingerprint`
+    tokenizer_hash: str
+    lora_hash: str  # SHA-256 of adapter_model.safetensors
+    hidden_size: Positive
+    state_size: Positive
+    tap_layer: Count  # the head reads the output of this layer and the last normed hidden state
+    draft_len: Annotated[int, Meta(ge=1, le=64)]
+    copy_window: Annotated[int, Meta(ge=0, le=64)]
+    copy_start: Count  # prompt tokens before the first that may be copied
+    vocab: list[int]  # token ids of the task vocabulary, ascending
+    acceptance: dict[str, list[tuple[float, float]]] = {}  # source -> (right, seen) by class of confidence
+
+
+@dataclass(frozen=True, slots=True)
+class LookaheadHeadFile:
+    """A head as read: its configuration and its weights [1, ...] in fp32."""
+
+    config: LookaheadConfig
+    weights: HeadWeights
+
+
+def write_head(directory: Path, config: LookaheadConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Write both files, weights as bf16; a crash leaves the old pair or a pair that is refused by its hash."""
+    stored = {name: tensors[name][0].to(torch.bfloat16).contiguous() for name in WEIGHT_NAMES}
+    replace_file(directory / WEIGHTS_FILE, lambda path: save_file(stored, path, metadata={"format": "pt"}))
+    text = msgspec.json.encode(config)
+    replace_file(directory / CONFIG_FILE, lambda path: path.write_bytes(text))
+
+
+def read_config(directory: Path) -> LookaheadConfig:
+    """Parse and check lookahead_config.json. Raises `HeadError`."""
+    path = directory / CONFIG_FILE
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise HeadError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        version = msgspec.json.decode(path.read_bytes(), type=dict).get("format_version")
+        if version != FORMAT_VERSION:
+            raise HeadError(f"{CONFIG_FILE} has format_version {version!r}; this version reads {FORMAT_VERSION}")
+        config = msgspec.json.decode(path.read_bytes(), type=LookaheadConfig)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise HeadError(f"{CONFIG_FILE}: {error}") from None
+    vocab = config.vocab
+    if not vocab or any(a >= b for a, b in zip(vocab, vocab[1:], strict=False)) or vocab[0] < 0:
+        raise HeadError(f"{CONFIG_FILE}: vocab is not a list of ascending token ids")
+    return config
+
+
+def read_head(
+    directory: Path,
+    *,
+    base_hash: str,
+    tokenizer_hash: str,
+    hidden_size: int,
+    num_layers: int,
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+) -> LookaheadHeadFile:
+    """Read a head and check that it belongs to this base model and to the LoRA beside it. Raises `HeadError`."""
+    config = read_config(directory)
+    lora_hash = file_hash(directory / "adapter_model.safetensors")
+    for field, found, want, whose in (
+        ("base_hash", config.base_hash, base_hash, "another base model"),
+        ("tokenizer_hash", config.tokenizer_hash, tokenizer_hash, "another tokenizer"),
+        ("lora_hash", config.lora_hash, lora_hash, "another LoRA than the one beside it"),
+    ):
+        if found != want:
+            raise HeadError(f"it was trained with {whose} ({field} {found[:12]!r}, here {want[:12]!r})")
+    if config.hidden_size != hidden_size:
+        raise HeadError(f"hidden_size is {config.hidden_size}, the base model's is {hidden_size}")
+    if config.tap_layer >= num_layers:
+        raise HeadError(f"tap_layer is {config.tap_layer}, the base model has {num_layers} layers")
+    if config.vocab[-1] >= vocab_size:
+        raise HeadError(f"vocab holds token {config.vocab[-1]}, the base model has {vocab_size}")
+    shapes = head_shapes(hidden_size, config.state_size, len(config.vocab), config.copy_window)
+    try:
+        with safetensors.safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(shapes):
+                odd = sorted(names ^ set(shapes))[0]
+                raise HeadError(f"{WEIGHTS_FILE}: tensor {odd!r} is {'unknown' if odd in names else 'missing'}")
+            tensors = {}
+            for name, shape in shapes.items():
+                found_shape = tuple(file.get_slice(name).get_shape())
+                if found_shape != shape:
+                    raise HeadError(f"{WEIGHTS_FILE}: {name} is {list(found_shape)}, wanted is {list(shape)}")
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    raise HeadError(f"{WEIGHTS_FILE}: {name} holds values that are not finite numbers")
+                tensors[name] = tensor.float().to(device)[None]
+    except (safetensors.SafetensorError, OSError) as error:
+        raise HeadError(f"{WEIGHTS_FILE} is not readable as safetensors: {error}") from None
+    return LookaheadHeadFile(config, HeadWeights(**tensors))
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then put it in its place."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,405 @@
+"""Finds where a task's earlier completions met the newest tokens before: the suffix table over one adapter's outputs.
+
+`TaskHistory` is immutable and shared by all sequences of a task; a `HistoryCursor` follows one sequence through it, and
+`LearningHistory` replaces the shared table as completions are served. A match never reaches across the end of a
+completion, a table never holds more than its `max_tokens`, and a file is either read whole or refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import threading
+import zlib
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+MAX_CONTEXT = 24  # tokens of context that are sorted and compared; more says little about the continuation
+MAX_CANDIDATES = 64  # newest occurrences that vote
+MAX_FILE_TOKENS = 1 << 24  # separators included; a header that claims more is damaged
+MAX_TOKEN_ID = 2**31 - 1
+SEPARATOR = 0  # local id that ends every completion; local id k > 0 is the k-th smallest token id of the text
+
+_MAGIC = b"SPECHIST"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIIII")  # magic, version, number of ids, length of the text, bytes of body, CRC-32 of body
+_PARTITION_LIMIT = 4096  # wider ranges are searched from the newest position back, which ends early
+
+Completion = Sequence[int] | np.ndarray
+
+
+class HistoryError(ValueError):
+    """A history file that cannot be used, and why."""
+
+
+class _Packed(NamedTuple):
+    """Completions as local ids, oldest first: what a file holds and what a table is built from."""
+
+    ids: np.ndarray  # uint32, strictly increasing token ids
+    text: np.ndarray  # uint16 or uint32 local ids, SEPARATOR after every completion
+
+    @classmethod
+    def of(cls, completions: Iterable[Completion]) -> _Packed:
+        arrays = [_as_array(completion) for completion in completions]
+        end = np.array([-1], dtype=np.int32)
+        joined = np.concatenate([part for array in arrays if len(array) for part in (array, end)] or [end[:0]])
+        unique, local = np.unique(joined, return_inverse=True)
+        if len(unique):  # the first one is the separator, so the local ids come out right
+            unique = unique[1:]
+        return cls(unique.astype(np.uint32), local.astype(_text_dtype(len(unique))))
+
+    def completions(self) -> list[np.ndarray]:
+        ends = np.flatnonzero(self.text == SEPARATOR)
+        tokens = np.concatenate([np.zeros(1, np.int32), self.ids.astype(np.int32)])[self.text]
+        return [tokens[start:end] for start, end in zip([0, *(ends[:-1] + 1)], ends, strict=False)]
+
+    def write(self, path: Path) -> None:
+        little = self.text.dtype.newbyteorder("<")
+        body = zlib.compress(self.ids.astype("<u4").tobytes() + self.text.astype(little).tobytes(), 6)
+        header = _HEADER.pack(_MAGIC, _VERSION, len(self.ids), len(self.text), len(body), zlib.crc32(body))
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            # What was served to a tenant is nobody else's to read.
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(header + body)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def read(cls, path: Path, vocab_size: int) -> _Packed:
+        with open(path, "rb") as file:
+            header = file.read(_HEADER.size)
+            if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+                raise HistoryError(f"{path}: not a task history file")
+            _, version, num_ids, text_len, body_len, checksum = _HEADER.unpack(header)
+            if version != _VERSION:
+                raise HistoryError(f"{path}: task history version {version}, this build reads version {_VERSION}")
+            if text_len > MAX_FILE_TOKENS or num_ids > text_len:
+                raise HistoryError(f"{path}: the header claims {text_len} tokens of {num_ids} kinds")
+            size = os.fstat(file.fileno()).st_size
+            if size != _HEADER.size + body_len:
+                raise HistoryError(f"{path}: {size} bytes, the header says {_HEADER.size + body_len}")
+            body = file.read(body_len)
+        if zlib.crc32(body) != checksum:
+            raise HistoryError(f"{path}: the checksum does not match, the file is damaged")
+        dtype = np.dtype(_text_dtype(num_ids)).newbyteorder("<")
+        expected = 4 * num_ids + dtype.itemsize * text_len
+        try:
+            raw = zlib.decompressobj().decompress(body, expected + 1)  # never inflates beyond what the header allows
+        except zlib.error as error:
+            raise HistoryError(f"{path}: the body cannot be decompressed: {error}") from None
+        if len(raw) != expected:
+            raise HistoryError(f"{path}: the body does not hold the {expected} bytes its header promises")
+        ids = np.frombuffer(raw, "<u4", num_ids).astype(np.uint32)
+        text = np.frombuffer(raw, dtype, text_len, 4 * num_ids).astype(_text_dtype(num_ids))
+        if num_ids and not bool((ids[1:] > ids[:-1]).all()):
+            raise HistoryError(f"{path}: the token ids are not in order")
+        if num_ids and int(ids[-1]) >= min(vocab_size, MAX_TOKEN_ID + 1):
+            raise HistoryError(f"{path}: token id {ids[-1]} is outside the vocabulary of {vocab_size}")
+        if text_len and int(text.max()) > num_ids:
+            raise HistoryError(f"{path}: the text names a token id that the file does not list")
+        ends = np.concatenate([[True], text == SEPARATOR])
+        if not ends[-1] or bool((ends[1:] & ends[:-1]).any()):
+            raise HistoryError(f"{path}: the completions are not separated as they should be")
+        return cls(ids, text)
+
+
+class TaskHistory:
+    """Every position of a task's completions, sorted by the tokens before it read backwards."""
+
+    def __init__(self, packed: _Packed) -> None:
+        self._packed = packed
+        text = packed.text
+        self._token_bytes = text.dtype.itemsize
+        self._key_bytes = MAX_CONTEXT * self._token_bytes
+        big = text.dtype.newbyteorder(">")
+        # The text backwards and big-endian: a position's context is a slice of it, and memcmp orders slices as tokens.
+        # Slices run past separators, which only orders contexts that already differ from every query there.
+        self._reversed = np.concatenate([text[::-1], np.zeros(MAX_CONTEXT, text.dtype)]).astype(big).tobytes()
+        self._origin = len(text) * self._token_bytes
+        positions = np.flatnonzero(text != SEPARATOR).astype(np.int32)
+        keys = np.ndarray(
+            (len(text) + 1,), f"S{self._key_bytes}", self._reversed, strides=(self._token_bytes,)
+        )  # overlapping views, one for each context
+        order = np.argsort(keys[len(text) - positions], kind="stable")
+        self._sorted = positions[order]
+        self._rank = np.full(len(text), -1, np.int32)  # place in _sorted, by position; separators have none
+        self._rank[self._sorted] = np.arange(len(positions), dtype=np.int32)
+        # memoryviews yield Python ints, several times faster than numpy scalars
+        self._sorted_view = self._sorted.data
+        self._text_view = np.ascontiguousarray(text).data
+        self._global: list[int | None] = [None, *packed.ids.tolist()]
+        self._local = {token: local for local, token in enumerate(packed.ids.tolist(), 1)}
+        before = np.concatenate([np.zeros(1, text.dtype), text[:-1]])[: len(text)]
+        self._starts: list[int] = np.flatnonzero(before == SEPARATOR)[-MAX_CANDIDATES:][::-1].tolist()
+
+    @classmethod
+    def build(cls, completions: Sequence[Completion], max_tokens: int) -> TaskHistory:
+        """Of `completions`, oldest first, the newest that together have at most `max_tokens` tokens.
+
+        A completion that alone is longer is skipped, so that one runaway output does not empty the table.
+        """
+        return cls(_Packed.of(_newest(completions, max_tokens)))
+
+    @classmethod
+    def load(cls, path: str | Path, vocab_size: int) -> TaskHistory:
+        """Read what `save` wrote; HistoryError when it is damaged or names tokens outside the vocabulary."""
+        return cls(_Packed.read(Path(path), vocab_size))
+
+    def save(self, path: str | Path) -> None:
+        """Replace `path` in one step; the sorted positions are not stored."""
+        self._packed.write(Path(path))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held, separators not counted."""
+        return len(self._sorted)
+
+    @property
+    def starts(self) -> list[int]:
+        """First positions of the newest completions, newest first."""
+        return self._starts
+
+    def completions(self) -> list[np.ndarray]:
+        """The completions held, oldest first."""
+        return self._packed.completions()
+
+    def token_at(self, position: int) -> int | None:
+        """The token at `position`, None where a completion ends."""
+        return self._global[self._text_view[position]]
+
+    def match(self, context: Sequence[int]) -> tuple[list[int], int] | None:
+        """Where the end of `context` occurred, agreeing as far back as anything does: (continuations, match length).
+
+        At most MAX_CANDIDATES positions, the newest ones, newest first; the length counts up to MAX_CONTEXT tokens.
+        """
+        width = self._token_bytes
+        query = bytearray()
+        for token in reversed(context[-MAX_CONTEXT:]):
+            local = self._local.get(token)
+            if local is None:
+                break
+            query += local.to_bytes(width, "big")
+        positions, key = self._sorted_view, self._key
+        place = bisect_left(positions, bytes(query), key=key)
+        length = 0
+        for neighbour in (place - 1, place):
+            if 0 <= neighbour < len(positions):
+                length = max(length, _common_tokens(key(positions[neighbour]), query, width))
+        if not length:
+            return None
+        prefix = bytes(query[: length * width])
+        low = bisect_left(positions, prefix, 0, place, key=key)
+        # No local id is all ones, so this sorts right after every context that starts with the prefix.
+        high = bisect_left(positions, prefix + b"\xff" * width, place, key=key)
+        return self._newest_in(low, high), length
+
+    def _key(self, position: int) -> bytes:
+        start = self._origin - position * self._token_bytes
+        return self._reversed[start : start + self._key_bytes]
+
+    def _newest_in(self, low: int, high: int) -> list[int]:
+        """The largest positions among the sorted places low..high-1, largest first."""
+        if high - low <= _PARTITION_LIMIT:
+            found = self._sorted[low:high]
+            if len(found) > MAX_CANDIDATES:
+                found = np.partition(found, len(found) - MAX_CANDIDATES)[-MAX_CANDIDATES:]
+            return sorted(found.tolist(), reverse=True)
+        end, chunk = len(self._rank), _PARTITION_LIMIT
+        newest: list[int] = []
+        while end > 0 and len(newest) < MAX_CANDIDATES:
+            start = max(0, end - chunk)
+            ranks = self._rank[start:end]
+            hits = np.flatnonzero((ranks >= low) & (ranks < high))[-(MAX_CANDIDATES - len(newest)) :]
+            newest.extend((hits[::-1] + start).tolist())
+            end, chunk = start, 2 * chunk
+        return newest
+
+
+class HistoryCursor:
+    """Follows one sequence's output through a history: the occurrences that still agree with it."""
+
+    def __init__(self, history: TaskHistory) -> None:
+        self._history = history
+        self._recent: list[int] = []  # the newest tokens of the output; MAX_CONTEXT of them are enough to match again
+        self._candidates: list[int] = []  # newest first
+        self._match_len = 0
+
+    def begin(self, output: Sequence[int]) -> None:
+        """Stand at the end of `output`; an empty one stands at the starts of the completions."""
+        self._recent = list(output[-MAX_CONTEXT:])
+        if self._recent:
+            self._match_again()
+        else:
+            self._candidates, self._match_len = self._history.starts, 0
+
+    def peek(self) -> tuple[int, int, int, int] | None:
+        """What most candidates continue with, the newest one's on a tie: (token, match length, votes, candidates)."""
+        votes: dict[int, int] = {}
+        for position in self._candidates:
+            token = self._history.token_at(position)
+            assert token is not None  # a candidate whose completion has ended is dropped by follow
+            votes[token] = votes.get(token, 0) + 1
+        if not votes:
+            return None
+        winner = max(votes, key=votes.__getitem__)  # the first of equals, and the newest candidate voted first
+        return winner, self._match_len, votes[winner], len(self._candidates)
+
+    def follow(self, token: int) -> None:
+        """The output went on with `token`: advance the candidates that agree, or match again when none is left."""
+        self._recent.append(token)
+        if len(self._recent) > 4 * MAX_CONTEXT:
+            del self._recent[:-MAX_CONTEXT]
+        token_at = self._history.token_at
+        self._candidates = [
+            position + 1
+            for position in self._candidates
+            if token_at(position) == token and token_at(position + 1) is not None
+        ]
+        self._match_len += 1
+        if not self._candidates:
+            self._match_again()
+
+    def _match_again(self) -> None:
+        self._candidates, self._match_len = self._history.match(self._recent) or ([], 0)
+
+
+class LearningHistory:
+    """The history of one adapter and tenant, growing with what is served.
+
+    The table holds the newest served completions and fills what they leave of `max_tokens` with the newest of `base`.
+    Only served completions are saved: base comes with the adapter. At most one rebuild runs at a time.
+    """
+
+    def __init__(
+        self,
+        base: TaskHistory | None,
+        max_tokens: int = 200_000,
+        rebuild_every: int = 4096,
+        path: Path | None = None,
+        *,
+        vocab_size: int = MAX_TOKEN_ID + 1,
+    ) -> None:
+        self._base = base.completions() if base is not None else []
+        self._max_tokens = max_tokens
+        self._rebuild_every = rebuild_every
+        self._path = path
+        self._lock = threading.Lock()  # the served completions and the counts below; never held while building
+        self._rebuild_lock = threading.Lock()  # taken before _lock
+        self._served: deque[np.ndarray] = deque()
+        self._num_served = 0
+        self._num_pending = 0
+        self._worker_running = False
+        if path is not None and path.exists():
+            try:
+                for completion in _Packed.read(path, vocab_size).completions():
+                    self._append(completion)
+            except (HistoryError, OSError) as error:
+                logger.warning("task history not loaded, starting without it: %s", error)
+        self._current = TaskHistory.build([*self._base, *self._served], max_tokens)
+
+    @property
+    def current(self) -> TaskHistory:
+        """The newest finished table."""
+        return self._current
+
+    def learn(self, completion: Completion) -> None:
+        """Add a served completion; it is in `current` after the next rebuild. One beyond max_tokens is ignored."""
+        array = _as_array(completion)
+        with self._lock:
+            if not self._append(array):
+                return
+            self._num_pending += len(array)
+            if self._num_pending < self._rebuild_every or self._worker_running:
+                return
+            self._worker_running = True
+        try:
+            threading.Thread(target=self._work, name="task-history", daemon=True).start()
+        except RuntimeError as error:  # no thread to be had; the tokens stay pending
+            logger.warning("task history not rebuilt: %s", error)
+            with self._lock:
+                self._worker_running = False
+
+    def flush(self) -> None:
+        """Bring everything learned into `current` and save it where a path was given."""
+        self._rebuild()
+        if self._path is None:
+            return
+        with self._rebuild_lock:  # two flushes would share the temporary file
+            with self._lock:
+                served = list(self._served)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _Packed.of(served).write(self._path)
+
+    def _append(self, array: np.ndarray) -> bool:
+        if not 0 < len(array) <= self._max_tokens:
+            return False
+        self._served.append(array)
+        self._num_served += len(array)
+        while self._num_served > self._max_tokens:
+            self._num_served -= len(self._served.popleft())
+        return True
+
+    def _rebuild(self) -> None:
+        with self._rebuild_lock:
+            with self._lock:
+                if not self._num_pending:
+                    return
+                served = list(self._served)
+                self._num_pending = 0
+            self._current = TaskHistory.build([*self._base, *served], self._max_tokens)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                self._rebuild()
+            except Exception:  # serving goes on with the table there is, and the next rebuild tries again
+                logger.exception("task history rebuild failed")
+            with self._lock:
+                if self._num_pending < self._rebuild_every:
+                    self._worker_running = False
+                    return
+
+
+def _text_dtype(num_ids: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if num_ids < 65535 else np.uint32  # 65535 itself stays free: see match
+
+
+def _as_array(completion: Completion) -> np.ndarray:
+    array = np.array(completion, dtype=np.int64)
+    if len(array) and (int(array.min()) < 0 or int(array.max()) > MAX_TOKEN_ID):
+        raise ValueError(f"a completion holds a token id outside 0..{MAX_TOKEN_ID}")
+    return array.astype(np.int32)
+
+
+def _newest(completions: Sequence[Completion], max_tokens: int) -> list[Completion]:
+    kept: list[Completion] = []
+    left = max_tokens
+    for completion in reversed(completions):
+        if len(completion) > max_tokens:
+            continue
+        if len(completion) > left:
+            break
+        left -= len(completion)
+        if len(completion):
+            kept.append(completion)
+    return kept[::-1]
+
+
+def _common_tokens(key: bytes, query: bytearray, width: int) -> int:
+    length = 0
+    while length < len(query) and key[length : length + width] == query[length : length + width]:
+        length += width
+    return length // width
