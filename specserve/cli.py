@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from . import __version__, settings
+from .cli_train import evaluate, train
 from .config import EngineConfig, ServeConfig
 from .errors import UserError
 
@@ -188,6 +189,10 @@ def inspect_adapter(directory: Path, model: str | None, max_lora_rank: int) -> i
     from .cli_adapters import inspect_directory
 
     return inspect_directory(directory, model, max_lora_rank)
+
+
+cli.add_command(train)
+cli.add_command(evaluate)
 
 
 @cli.group()

@@ -108,7 +108,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the configuration file {path}: {reason}") from None
     try:
-        content = yaml.load(text, Loader=_strict_loader())  # derived from SafeLoader
+        content = yaml.load(text, Loader=strict_loader())  # derived from SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
@@ -203,7 +203,7 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "; `specserve serve --help` lists the settings"
 
 
-def _strict_loader() -> type:
+def strict_loader() -> type:
     """A YAML loader in which only true and false are booleans (`speculation: off` is text) and keys are unique."""
     import yaml
 

@@ -1,0 +1,52 @@
+"""A tiny task and a trainer of a tiny model on it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from specserve.special_tokens import eos_token_ids
+from specserve.tokenizer import TextTokenizer
+from specserve.training.batching import plan_run
+from specserve.training.dataset import read_rows, tokenize
+from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
+from specserve.training.lora_model import LoraModel
+from specserve.training.run_config import HeadConfig, JointConfig, LoraConfig, OptimizerConfig, RunConfig
+from specserve.training.trainer import Trainer
+
+
+def write_rows(path: Path, num_rows: int, seed: int = 0) -> Path:
+    """Rows whose completion is JSON that copies a word and a number of the prompt."""
+    rng = random.Random(seed)
+    words = ["fox", "dog", "box", "jug", "server", "adapter", "token", "stream"]
+    with open(path, "w") as file:
+        for _ in range(num_rows):
+            word, number = rng.choice(words), rng.randrange(1000)
+            row = {"prompt": f"name: {word}\nnumber: {number}", "completion": json.dumps({"name": word, "n": number})}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def run_config(**optimizer) -> RunConfig:
+    return RunConfig(
+        lora=LoraConfig(r=4, alpha=8, dropout=0.1),
+        head=HeadConfig(hidden_size=16, vocab_size=64, draft_len=6, train_steps_ahead=4, copy_window=4),
+        joint=JointConfig(start=0.3, warmup=0.2),
+        optimizer=OptimizerConfig(**{"lr": 5e-3, "batch_tokens": 400, "epochs": 2, **optimizer}),
+    )
+
+
+def make_trainer(model_dir: Path, rows: Path, directory: Path, config: RunConfig | None = None) -> Trainer:
+    config = config or run_config()
+    tokenizer = TextTokenizer(model_dir)
+    examples = tokenize(read_rows(rows), tokenizer, min(eos_token_ids(model_dir)))
+    torch.manual_seed(0)
+    model = LoraModel(model_dir, config.lora, torch.float32, torch.device("cpu"), None)
+    head = LookaheadHead(model.hidden_size, config.head.hidden_size, task_vocab(examples, 64), config.head.copy_window)
+    opt = config.optimizer
+    plan = plan_run([len(e.tokens) for e in examples], opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
+    directory.mkdir(exist_ok=True)
+    return Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory)

@@ -1,0 +1,142 @@
+"""Answers of an adapter through the real engine, in this process: for self-distillation and for evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..config import EngineConfig
+from ..engine import Engine
+from ..errors import UserError
+from ..messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from ..model.config import ModelConfig
+
+
+@dataclass(slots=True)
+class Answer:
+    """One greedy answer; `step_lens` has the tokens that each verification gave, the prompt's first token left out."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    step_lens: list[int] = field(default_factory=list)
+    drafted: int = 0
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Answers:
+    answers: list[Answer]
+    seconds: float  # all of it
+    decode_seconds: float  # of the steps that held no prompt
+    decode_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens that a verification gave on average, the bonus token included."""
+        lens = [n for answer in self.answers for n in answer.step_lens]
+        return sum(lens) / max(1, len(lens))
+
+    @property
+    def accepted_by_source(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for answer in self.answers:
+            total.update(answer.accepted_by_source)
+        return total
+
+
+def make_engine(model_dir: Path, *, batch: int, max_len: int) -> Engine:
+    """An engine for `batch` sequences at a time, of at most `max_len` tokens or what the model allows.
+
+    Prefix caching is off, so that every run does the same work.
+    """
+    config = EngineConfig(
+        model=str(model_dir),
+        max_num_seqs=batch,
+        max_model_len=min(max_len, ModelConfig.from_dir(model_dir).max_position_embeddings),
+        max_waiting=100_000,
+        kv_cache_gib=1.0,
+        prefix_caching=False,
+        num_threads=torch.get_num_threads(),
+        max_draft_tokens=32,
+    )
+    return Engine(config, model_dir)
+
+
+def answer(
+    engine: Engine,
+    adapter_hash: str | None,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    mode: str = "auto",
+    batch: int = 8,
+) -> Answers:
+    """Greedy answers of one adapter to `prompts`, at most `batch` at a time."""
+    return answer_mixed(engine, [(adapter_hash, prompt) for prompt in prompts], max_tokens, mode=mode, batch=batch)
+
+
+def answer_mixed(
+    engine: Engine,
+    requests: Sequence[tuple[str | None, Sequence[int]]],
+    max_tokens: int,
+    *,
+    mode: str = "auto",
+    batch: int = 8,
+    max_draft_tokens: int = 16,
+) -> Answers:
+    """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails."""
+    answers = [Answer() for _ in requests]
+    waiting = list(enumerate(requests))[::-1]
+    running = 0
+    in_prefill: set[int] = set()
+    seconds = decode_seconds = 0.0
+    decode_tokens = 0
+    while waiting or running:
+        while waiting and running < batch:
+            idx, (adapter_hash, prompt) = waiting.pop()
+            limit = min(max_tokens, engine.info.max_model_len - len(prompt) - 1)
+            engine.add_request(
+                GenerateRequest(
+                    str(idx),
+                    list(prompt),
+                    SamplingParams(max_tokens=limit, temperature=0.0),
+                    adapter_hash=adapter_hash,
+                    speculation=Speculation(mode, max_draft_tokens),  # type: ignore[arg-type]
+                )
+            )
+            running += 1
+            in_prefill.add(idx)
+        is_decode = not in_prefill
+        start = time.perf_counter()
+        events = engine.step()
+        elapsed = time.perf_counter() - start
+        seconds += elapsed
+        if is_decode:
+            decode_seconds += elapsed
+        for event in events:
+            if isinstance(event, RequestFailed):
+                raise UserError(f"an answer failed: {event.error.message}")
+            idx = int(event.request_id)
+            state = answers[idx]
+            if idx in in_prefill:
+                in_prefill.discard(idx)
+            else:
+                state.step_lens.append(len(event.token_ids))
+            if is_decode:
+                decode_tokens += len(event.token_ids)
+            state.tokens += event.token_ids
+            state.text += event.text
+            if event.usage is not None:
+                running -= 1
+                state.drafted = event.usage.draft_tokens
+                state.accepted_by_source = event.usage.accepted_by_source
+    return Answers(answers, seconds, decode_seconds, decode_tokens)

@@ -1,0 +1,46 @@
+"""Which examples make up which step: batches of similar lengths, decided by the seed alone.
+
+The plan of a whole run is a function of lengths, settings and seed, so a resumed run needs only the number of its step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+_POOL = 24  # batches whose examples are sorted by length together: little padding, still a random order
+
+
+def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int) -> list[list[int]]:
+    """Indices of the examples of each step of one epoch; a batch's rows x longest row is at most `batch_tokens`."""
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    mean = sum(lengths) / len(lengths)
+    pool_len = max(1, int(_POOL * batch_tokens / mean))
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool_len):
+        pool = sorted(order[start : start + pool_len], key=lambda idx: lengths[idx])
+        batch: list[int] = []
+        for idx in pool:
+            if batch and (len(batch) + 1) * lengths[idx] > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(idx)
+        batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
+def plan_run(
+    lengths: Sequence[int], batch_tokens: int, seed: int, epochs: float, max_steps: int | None
+) -> list[list[int]]:
+    """Every step of a run; a fraction of an epoch is cut from its end."""
+    steps: list[list[int]] = []
+    epoch = 0
+    while epoch < epochs:
+        batches = plan_epoch(lengths, batch_tokens, seed * 1000 + epoch)
+        share = min(1.0, epochs - epoch)
+        steps += batches[: max(1, round(len(batches) * share))]
+        epoch += 1
+    return steps[:max_steps]

@@ -1,0 +1,103 @@
+"""What a lookahead LoRA is worth: its task metric and its speed on held-out rows, through the real engine.
+
+The same prompts are answered with drafts and without in one process. Writes report.json, plots and the model
+card; `specserve eval DIR` does it again for a finished directory.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ..errors import UserError
+from ..model_store import resolve_model
+from ..special_tokens import eos_token_ids
+from ..tokenizer import TextTokenizer
+from .answers import Answers, answer, make_engine
+from .dataset import read_rows, tokenize
+from .report import write_report
+from .run_file import load_run
+from .task_metrics import task_metrics
+
+_SINGLE_ROWS = 12  # prompts that are also answered one at a time
+
+
+def evaluate_directory(
+    directory: str | Path, data: Path | None = None, rows: int | None = None, *, max_tokens: int = 512
+) -> dict[str, Any]:
+    """Evaluate the lookahead LoRA in `directory` on `data` (default: its run's held-out rows); returns the report."""
+    directory = Path(directory)
+    run_file = directory / "run.yaml"
+    if not run_file.is_file() and data is None:
+        raise UserError(f"{directory} has no run.yaml that names held-out rows; give --data FILE", param="data")
+    config = load_run(run_file, [], {}) if run_file.is_file() else None
+    if data is None:
+        if config is None or not config.data.eval:
+            raise UserError(f"{run_file} names no held-out rows (data.eval); give --data FILE", param="data")
+        data = Path(config.data.eval)
+    model_dir = resolve_model(config.model if config is not None else "")
+    tokenizer = TextTokenizer(model_dir)
+    system = config.data.system if config is not None else None
+    examples = tokenize(read_rows(data)[:rows], tokenizer, min(eos_token_ids(model_dir)), system)
+    longest = max(len(example.prompt) for example in examples)
+    engine = make_engine(model_dir, batch=8, max_len=longest + max_tokens + 1)
+    adapter = engine.load_adapter(directory.name, directory)
+    prompts = [example.prompt for example in examples]
+    gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in examples]
+
+    runs: dict[str, dict[str, Answers]] = {"batch 1": {}, "batch 8": {}}
+    single = prompts[:_SINGLE_ROWS]
+    for name, chosen, batch in (("batch 1", single, 1), ("batch 8", prompts, 8)):
+        for mode in ("off", "auto"):
+            runs[name][mode] = answer(engine, adapter.content_hash, chosen, max_tokens, mode=mode, batch=batch)
+    drafted, plain = runs["batch 8"]["auto"], runs["batch 8"]["off"]
+    same = [a.tokens == b.tokens for a, b in zip(drafted.answers, plain.answers, strict=True)]
+    report: dict[str, Any] = {
+        "rows": len(examples),
+        "data": str(data),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {engine.info.device}",
+        "dtype": engine.info.dtype,
+        "task": task_metrics([a.text for a in plain.answers], gold),
+        "task_with_drafts": task_metrics([a.text for a in drafted.answers], gold),
+        "answers_equal_with_and_without_drafts": sum(same) / len(same),
+        "mean_accepted_length": round(drafted.mean_accepted_length, 3),
+        "mean_accepted_length_batch_1": round(runs["batch 1"]["auto"].mean_accepted_length, 3),
+        "drafts_accepted": round(
+            drafted.accepted_by_source.total() / max(1, sum(a.drafted for a in drafted.answers)), 3
+        ),
+        "accepted_by_source": dict(drafted.accepted_by_source),
+        "reached_by_position": _reached(drafted),
+        "accepted_length_histogram": dict(sorted(Counter(n for a in drafted.answers for n in a.step_lens).items())),
+        "speed": {name: _speed(modes["off"], modes["auto"]) for name, modes in runs.items()},
+        "lookahead": msgspec.to_builtins(adapter.lookahead),
+    }
+    write_report(directory, report)
+    return report
+
+
+def _reached(answers: Answers) -> list[float]:
+    """Share of verifications in which draft 1, 2, ... was accepted."""
+    lens = [n for a in answers.answers for n in a.step_lens]
+    return [round(sum(n > k for n in lens) / max(1, len(lens)), 4) for k in range(1, max(lens, default=1))]
+
+
+def _speed(off: Answers, auto: Answers) -> dict[str, float]:
+    def rate(answers: Answers) -> float:
+        return answers.num_tokens / answers.seconds
+
+    def decode_rate(answers: Answers) -> float:
+        return answers.decode_tokens / max(1e-9, answers.decode_seconds)
+
+    return {
+        "tokens_per_s_without_drafts": round(rate(off), 1),
+        "tokens_per_s": round(rate(auto), 1),
+        "ratio": round(rate(auto) / rate(off), 3),
+        "decode_tokens_per_s_without_drafts": round(decode_rate(off), 1),
+        "decode_tokens_per_s": round(decode_rate(auto), 1),
+        "decode_ratio": round(decode_rate(auto) / max(1e-9, decode_rate(off)), 3),
+    }

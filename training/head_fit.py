@@ -1,0 +1,87 @@
+"""Fits the head to what the finished adapter itself writes (self-distillation): hidden states once, then many epochs.
+
+The LoRA no longer changes here, so the costly forward is done once for all anchors and the head alone is trained on the
+stored states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from .batching import plan_epoch
+from .dataset import Example
+from .head_module import Anchors, LookaheadHead, build_anchors, head_loss
+from .lora_model import LoraModel
+from .run_config import HeadConfig
+
+_BATCH_ANCHORS = 256
+
+
+@torch.no_grad()
+def collect_states(
+    model: LoraModel, examples: Sequence[Example], batch_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Last and tapped hidden states [N, H] of all rows with loss, and each example's row of its last prompt token."""
+    model.peft.eval()
+    starts = [0] * len(examples)
+    last, tapped, num_rows = [], [], 0
+    plan = plan_epoch([len(example.tokens) for example in examples], batch_tokens, 0)
+    for batch in tqdm(plan, unit="batch", desc="hidden states", dynamic_ncols=True):
+        hidden = model.hidden([examples[idx] for idx in batch])
+        for idx in batch:
+            num_loss = sum(examples[idx].loss_mask[1:])
+            starts[idx] = num_rows + num_loss - len(examples[idx].completion)
+            num_rows += num_loss
+        last.append(hidden.last.half().cpu())
+        tapped.append(hidden.tapped.half().cpu())
+    model.peft.train()
+    return torch.cat(last), torch.cat(tapped), starts
+
+
+def fit_head(
+    head: LookaheadHead,
+    config: HeadConfig,
+    last: torch.Tensor,
+    tapped: torch.Tensor,
+    anchors: Anchors,
+    epochs: int,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Train `head` on stored states; returns loss and hit rate of the first and third step ahead, epoch by epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    num_steps = epochs * math.ceil(len(anchors) / _BATCH_ANCHORS)
+    step, log = 0, []
+    progress = tqdm(total=num_steps, unit="step", desc="head", dynamic_ncols=True)
+    for _ in range(epochs):
+        losses, rates = [], []
+        for idx in torch.randperm(len(anchors), generator=generator).split(_BATCH_ANCHORS):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (1 - step / num_steps))
+            batch = anchors.select(idx)
+            loss, rate = head_loss(head, last[batch.rows].float(), tapped[batch.rows].float(), batch, config.step_decay)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            rates.append(rate)
+            step += 1
+            progress.update()
+        mean = torch.stack(rates).mean(dim=0)
+        log.append(
+            {"loss": sum(losses) / len(losses), "hit_1": float(mean[0]), "hit_3": float(mean[min(2, len(mean) - 1)])}
+        )
+        progress.set_postfix({name: f"{value:.3f}" for name, value in log[-1].items()})
+    progress.close()
+    return log
+
+
+def anchors_of(
+    head: LookaheadHead, config: HeadConfig, examples: Sequence[Example], starts: Sequence[int], copy_start: int
+) -> Anchors:
+    return build_anchors(examples, starts, head.vocab, config.train_steps_ahead, copy_start, config.copy_window)

@@ -1,0 +1,146 @@
+"""The lookahead head as a torch module, and its loss: what `drafters/head.py` computes, with gradients.
+
+Anchors are positions of a completion whose hidden states are known; from each the head is fed the true next tokens and
+scored on the ones after them, several steps ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..drafters.copy_pointer import CopyPointer
+from ..drafters.head import HeadWeights, cell, head_shapes, initial_state, scores
+from .dataset import Example
+
+
+class LookaheadHead(nn.Module):
+    """One trainable head; `vocab` are the task's token ids, ascending."""
+
+    def __init__(self, hidden_size: int, state_size: int, vocab: Sequence[int], window: int):
+        super().__init__()
+        self.vocab = list(vocab)
+        for name, shape in head_shapes(hidden_size, state_size, len(vocab), window).items():
+            value = torch.zeros(1, *shape)
+            if not name.endswith("bias"):
+                nn.init.normal_(value, std=1.0 / math.sqrt(shape[0] if name != "embed" else shape[1]))
+            setattr(self, name, nn.Parameter(value))
+
+    def weights(self) -> HeadWeights:
+        return HeadWeights(**{name: parameter for name, parameter in self.named_parameters()})
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """N anchors of completions, K steps ahead. Token fields are local ids: below U - 1 task tokens, U - 1 any other."""
+
+    rows: torch.Tensor  # [N] int64, row of the hidden states
+    inputs: torch.Tensor  # [N, K] int64
+    moved: torch.Tensor  # [N, K] int64
+    window: torch.Tensor  # [N, K, W] int64, -1 where empty
+    hits: torch.Tensor  # [N, K, W] bool, slots that hold the target
+    targets: torch.Tensor  # [N, K] int64
+    valid: torch.Tensor  # [N, K] bool
+
+    def select(self, idx: torch.Tensor) -> Anchors:
+        return Anchors(*(getattr(self, name)[idx] for name in Anchors.__slots__))
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+
+def task_vocab(examples: Sequence[Example], size: int) -> list[int]:
+    """The most frequent completion tokens, ascending ids."""
+    counts = Counter(token for example in examples for token in example.completion)
+    return sorted(token for token, _ in counts.most_common(size))
+
+
+def common_prefix_len(examples: Sequence[Example]) -> int:
+    """Tokens that every prompt starts with: the template and the task's fixed words; copying starts behind them."""
+    first = min((example.prompt for example in examples), key=len)
+    for idx, token in enumerate(first):
+        if any(example.prompt[idx] != token for example in examples):
+            return idx
+    return len(first)
+
+
+def build_anchors(
+    examples: Sequence[Example], row_starts: Sequence[int], vocab: Sequence[int], steps: int, start: int, window: int
+) -> Anchors:
+    """All anchors of `examples`; `row_starts[i]` is the row of the hidden state of example i's last prompt token."""
+    local = {token: idx for idx, token in enumerate(vocab)}
+    other = len(vocab)
+    fields: list[list] = [[] for _ in range(6)]
+    rows: list[int] = []
+    for example, first_row in zip(examples, row_starts, strict=True):
+        prompt, completion = example.prompt, example.completion
+        pointer = CopyPointer(prompt, start, window)
+        ids, moves, windows, hits = [], [], [], []
+        for idx, token in enumerate(completion):
+            pointer.follow(token)
+            slots = pointer.window()
+            target = completion[idx + 1] if idx + 1 < len(completion) else None
+            ids.append(local.get(token, other))
+            moves.append(pointer.moved)
+            windows.append([local.get(slot, other) if slot >= 0 else -1 for slot in slots])
+            hits.append([slot == target for slot in slots])
+        for anchor in range(len(completion) - 1):
+            rows.append(first_row + anchor)
+            last = min(anchor + steps, len(completion) - 1)
+            pad = steps - (last - anchor)
+            fields[0].append(ids[anchor:last] + [0] * pad)
+            fields[1].append(moves[anchor:last] + [0] * pad)
+            fields[2].append(windows[anchor:last] + [[-1] * window] * pad)
+            fields[3].append(hits[anchor:last] + [[False] * window] * pad)
+            fields[4].append(ids[anchor + 1 : last + 1] + [0] * pad)
+            fields[5].append([True] * (last - anchor) + [False] * pad)
+    inputs, moved, windows_, hits_, targets, valid = (torch.tensor(values) for values in fields)
+    shape = (len(rows), steps, window)
+    return Anchors(
+        torch.tensor(rows), inputs, moved, windows_.view(shape), hits_.view(shape).bool(), targets, valid.bool()
+    )
+
+
+def head_loss(
+    head: LookaheadHead, last: torch.Tensor, tapped: torch.Tensor, anchors: Anchors, decay: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean weighted negative log-likelihood over the steps ahead, and the greedy hit rate [K] of each step.
+
+    last, tapped: [N, H] hidden states of the anchors' rows. A target counts as found through its vocabulary entry and
+    through every slot that holds it.
+    """
+    weights = head.weights()
+    state = initial_state(weights, last[None].float(), tapped[None].float())  # [1, N, d]
+    num_steps, other = anchors.inputs.shape[1], len(head.vocab)
+    states = []
+    for step in range(num_steps):
+        window = anchors.window[:, step]
+        next_tokens = window[:, 0].clamp(min=0) if window.shape[1] else torch.full_like(anchors.inputs[:, step], other)
+        state = cell(weights, state, anchors.inputs[None, :, step], anchors.moved[None, :, step], next_tokens[None])
+        states.append(state[0])
+    size = anchors.window.shape[2]
+    keep = anchors.valid.t().reshape(-1)  # [K * N], step by step
+    flat = torch.cat(states)[keep]
+    window = anchors.window.transpose(0, 1).reshape(num_steps * len(anchors), size)[keep]
+    hits = anchors.hits.transpose(0, 1).reshape(num_steps * len(anchors), size)[keep]
+    targets = anchors.targets.t().reshape(-1)[keep]
+    vocab, slots = scores(weights, flat[None], window[None])
+    logits = torch.cat([vocab[0], slots[0]], dim=-1)  # [M, U + W]
+    # "Another token" is a target only if no slot holds it: otherwise the slot is the answer.
+    vocab_hit = torch.nn.functional.one_hot(targets, other + 1).bool()
+    vocab_hit[:, other] &= ~hits.any(dim=1)
+    found = torch.cat([vocab_hit, hits], dim=-1)
+    nll = torch.logsumexp(logits, dim=-1) - torch.logsumexp(logits.masked_fill(~found, float("-inf")), dim=-1)
+    step_idx = torch.arange(num_steps).repeat_interleave(len(anchors))[keep]
+    weight = decay ** step_idx.to(nll.dtype)
+    loss = (nll * weight).sum() / weight.sum()
+    with torch.no_grad():
+        right = found.gather(1, logits.argmax(dim=-1, keepdim=True))[:, 0] & (logits.argmax(dim=-1) != other)
+        total = torch.bincount(step_idx, minlength=num_steps)
+        rate = torch.bincount(step_idx, weights=right.double(), minlength=num_steps) / total.clamp(min=1)
+    return loss, rate

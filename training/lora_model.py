@@ -1,0 +1,104 @@
+"""The base model with a trainable LoRA: transformers and peft, and a forward that computes what the losses need.
+
+Logits are made only for rows with loss. Rows are padded on the right without a mask: under causal attention no real
+token sees the padding, and its outputs are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dataset import Example
+from .run_config import LoraConfig
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Hidden states of the rows whose next token carries loss, example by example."""
+
+    last: torch.Tensor  # [L, H], after the final norm
+    tapped: torch.Tensor  # [L, H], output of the tapped layer
+    targets: torch.Tensor  # [L] int64, the next token
+
+
+class LoraModel:
+    """A peft model; `tap_layer` is the layer whose output the head reads."""
+
+    def __init__(
+        self, model_dir: Path, config: LoraConfig, dtype: torch.dtype, device: torch.device, tap_layer: int | None
+    ):
+        import peft
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        base: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
+        base.to(device)
+        self.device = device
+        self.num_layers: int = base.config.num_hidden_layers
+        self.hidden_size: int = base.config.hidden_size
+        self.tap_layer = self.num_layers // 2 if tap_layer is None else tap_layer
+        if config.adapter:
+            self.peft: Any = peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+        else:
+            targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
+            self.peft = peft.get_peft_model(
+                base,
+                peft.LoraConfig(
+                    r=config.r,
+                    lora_alpha=config.alpha,
+                    lora_dropout=config.dropout,
+                    target_modules=targets,
+                    task_type="CAUSAL_LM",
+                ),
+            )
+        causal = self.peft.base_model.model
+        self._inner: Any = causal.model
+        self._lm_head: nn.Module = causal.lm_head
+        self._tapped: torch.Tensor | None = None
+        self._inner.layers[self.tap_layer].register_forward_hook(self._tap)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+
+    def hidden(self, examples: Sequence[Example]) -> Hidden:
+        """Forward of a padded batch; rows are those before each token with loss."""
+        width = max(len(example.tokens) for example in examples)
+        ids = torch.tensor([example.tokens + [0] * (width - len(example.tokens)) for example in examples])
+        rows, targets = [], []
+        for idx, example in enumerate(examples):
+            positions = [p for p in range(1, len(example.tokens)) if example.loss_mask[p]]
+            rows += [idx * width + p - 1 for p in positions]
+            targets += [example.tokens[p] for p in positions]
+        last = self._inner(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        assert self._tapped is not None
+        index = torch.tensor(rows, device=self.device)
+        size = last.shape[-1]
+        tapped = self._tapped.reshape(-1, size)[index]
+        self._tapped = None
+        return Hidden(last.reshape(-1, size)[index], tapped, torch.tensor(targets, device=self.device))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._lm_head(hidden)
+
+    def save(self, directory: Path) -> None:
+        """Write the LoRA as plain PEFT files, weights in bf16."""
+        from safetensors.torch import load_file, save_file
+
+        self.peft.save_pretrained(directory, safe_serialization=True)
+        (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
+        path = directory / "adapter_model.safetensors"
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def _tap(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._tapped = output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,93 @@
+"""report.json, plots/*.png and the model card README.md of a lookahead LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+def write_report(directory: Path, report: dict[str, Any]) -> None:
+    """Write all three; plots from the run's metrics.jsonl are added when it is there."""
+    (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    plots = directory / "plots"
+    plots.mkdir(exist_ok=True)
+    _plot_positions(plots / "reached_by_position.png", report["reached_by_position"])
+    _plot_histogram(plots / "accepted_length.png", report["accepted_length_histogram"])
+    metrics = directory / "metrics.jsonl"
+    if metrics.is_file():
+        _plot_loss(plots / "loss.png", [json.loads(line) for line in metrics.read_text().splitlines()])
+    (directory / "README.md").write_text(model_card(directory.name, report), encoding="utf-8")
+
+
+def model_card(name: str, report: dict[str, Any]) -> str:
+    """The card in Markdown; every number is of report.json."""
+    task = "\n".join(f"| {key} | {value:.4f} |" for key, value in report["task"].items() if key != "main")
+    speed = "\n".join(
+        f"| {batch} | {v['tokens_per_s_without_drafts']} | {v['tokens_per_s']} | {v['ratio']} | {v['decode_ratio']} |"
+        for batch, v in report["speed"].items()
+    )
+    sources = ", ".join(f"{key} {value}" for key, value in sorted(report["accepted_by_source"].items())) or "none"
+    return f"""---
+library_name: peft
+---
+# {name}
+
+A lookahead LoRA: a plain PEFT LoRA, and beside it a small head and a task history that draft its next tokens. Any
+tool loads the LoRA alone; specserve uses the rest to answer faster with the same tokens.
+
+Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
+
+| task metric | |
+|---|---|
+{task}
+
+Tokens a verification: **{report["mean_accepted_length"]}** at batch 8, {report["mean_accepted_length_batch_1"]} at 1.
+Answers equal with and without drafts: {report["answers_equal_with_and_without_drafts"]:.1%}.
+Accepted drafts by source: {sources}.
+
+| | tokens/s without drafts | with | ratio | ratio of decoding alone |
+|---|---|---|---|---|
+{speed}
+
+![tokens a verification](plots/accepted_length.png)
+![share of verifications that reach a position](plots/reached_by_position.png)
+
+`specserve eval DIR` measures this again; `run.yaml` is the run that made it.
+"""
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _plot_positions(path: Path, reached: list[float]) -> None:
+    figure, axes = _figure()
+    axes.bar(range(1, len(reached) + 1), reached)
+    axes.set(xlabel="draft position", ylabel="share of verifications", ylim=(0, 1), title="accepted at least so far")
+    figure.savefig(path)
+
+
+def _plot_histogram(path: Path, histogram: dict[int, int]) -> None:
+    figure, axes = _figure()
+    axes.bar(list(histogram), list(histogram.values()))
+    axes.set(xlabel="tokens a verification", ylabel="verifications", title="accepted length")
+    figure.savefig(path)
+
+
+def _plot_loss(path: Path, metrics: list[dict[str, Any]]) -> None:
+    figure, axes = _figure()
+    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], label="task")
+    with_head = [m for m in metrics if "head_loss" in m]
+    if with_head:
+        axes.plot([m["step"] for m in with_head], [m["head_loss"] for m in with_head], label="head")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(path)

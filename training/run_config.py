@@ -1,0 +1,110 @@
+"""What a training run is: one struct, read from YAML, flags and `--set`, and saved as it was resolved.
+
+Every field stands here once, with its default and limits. Knows nothing of data, models or devices.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class DataConfig(_Section, frozen=True):
+    """Rows of a narrow task. Paths are relative to the run file's folder, or to the working directory for flags."""
+
+    train: Annotated[str, Meta(description="JSONL of training rows")] = ""
+    eval: Annotated[str | None, Meta(description="JSONL of held-out rows")] = None
+    max_rows: Annotated[int, Meta(ge=1, description="use only the first so many training rows")] | None = None
+    max_len: Annotated[int, Meta(ge=16, description="tokens of prompt and completion; longer rows are left out")] = 1024
+    system: Annotated[str | None, Meta(description="system message put before each row's; default: the template's")] = (
+        None
+    )
+
+
+class LoraConfig(_Section, frozen=True):
+    r: Annotated[int, Meta(ge=1, le=256, description="rank")] = 16
+    alpha: Annotated[int, Meta(ge=1, description="scale times rank")] = 32
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="dropout of the LoRA's input")] = 0.0
+    target_modules: Annotated[
+        str | tuple[str, ...],
+        Meta(description="'all-linear', or names such as [q_proj, v_proj, embed_tokens, lm_head]"),
+    ] = "all-linear"
+    adapter: Annotated[str | None, Meta(description="existing PEFT directory to start from")] = None
+
+
+class HeadConfig(_Section, frozen=True):
+    enabled: Annotated[bool, Meta(description="train a lookahead head")] = True
+    hidden_size: Annotated[int, Meta(ge=16, le=2048, description="width of the recurrent state")] = 192
+    vocab_size: Annotated[int, Meta(ge=64, le=65536, description="most tokens that it can name")] = 2048
+    draft_len: Annotated[int, Meta(ge=1, le=32, description="tokens drafted at most")] = 12
+    train_steps_ahead: Annotated[int, Meta(ge=1, le=32, description="steps that the loss looks ahead")] = 8
+    tap_layer: Annotated[int, Meta(ge=0, description="layer whose output is tapped; default: the middle")] | None = None
+    copy_window: Annotated[int, Meta(ge=0, le=32, description="prompt tokens that it can copy from; 0: no copying")] = 8
+    step_decay: Annotated[float, Meta(gt=0, le=1, description="weight of a step ahead against the one before")] = 0.9
+    lr: Annotated[float, Meta(gt=0, description="learning rate of the head")] = 3e-3
+
+
+class JointConfig(_Section, frozen=True):
+    """How far the head's loss may reach into the LoRA."""
+
+    start: Annotated[float, Meta(ge=0, le=1, description="share of steps with the LoRA alone")] = 0.5
+    head_weight: Annotated[float, Meta(ge=0, description="weight of the head's loss")] = 0.2
+    warmup: Annotated[float, Meta(ge=0, le=1, description="share of steps over which that weight rises")] = 0.1
+    detach_prob: Annotated[
+        float, Meta(ge=0, le=1, description="chance that a step's head gradient stops at the head")
+    ] = 0.5
+
+
+class OptimizerConfig(_Section, frozen=True):
+    lr: Annotated[float, Meta(gt=0, description="peak learning rate of the LoRA")] = 1e-3
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    warmup: Annotated[float, Meta(ge=0, le=1, description="share of steps")] = 0.05
+    epochs: Annotated[float, Meta(gt=0)] = 1.0
+    max_steps: Annotated[int, Meta(ge=1, description="stop after so many steps")] | None = None
+    batch_tokens: Annotated[int, Meta(ge=16, description="tokens of one step, padding included")] = 2048
+    grad_clip: Annotated[float, Meta(gt=0)] = 1.0
+
+
+class DistillConfig(_Section, frozen=True):
+    """The head is fitted again to what the finished adapter itself writes."""
+
+    rows: Annotated[int, Meta(ge=0, description="training prompts that are answered; 0: none")] = 500
+    epochs: Annotated[int, Meta(ge=1)] = 8
+    max_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 512
+
+
+class HistoryConfig(_Section, frozen=True):
+    max_tokens: Annotated[int, Meta(ge=0, description="completion tokens kept as task history; 0: none")] = 400_000
+
+
+class CheckpointConfig(_Section, frozen=True):
+    every_steps: Annotated[int, Meta(ge=1)] = 50
+
+
+class EvalConfig(_Section, frozen=True):
+    rows: Annotated[int, Meta(ge=0, description="held-out rows answered after training; 0: none")] = 100
+    max_tokens: Annotated[int, Meta(ge=1)] = 512
+
+
+class RunConfig(_Section, frozen=True):
+    """A whole run; see examples/*.yaml."""
+
+    output: Annotated[str, Meta(description="directory of the lookahead LoRA")] = ""
+    model: Annotated[str, Meta(description="base model; empty is the default model")] = ""
+    seed: Annotated[int, Meta(ge=0)] = 0
+    dtype: Annotated[Literal["auto", "fp32", "bf16"], Meta(description="arithmetic; auto: bf16 on CUDA")] = "auto"
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    head: HeadConfig = HeadConfig()
+    joint: JointConfig = JointConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    distill: DistillConfig = DistillConfig()
+    history: HistoryConfig = HistoryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()

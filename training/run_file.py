@@ -1,0 +1,118 @@
+"""A run's configuration from a YAML file, `--set` overrides and flags, in that order; later ones win.
+
+Owns the reading and the wording of what is wrong: unknown keys are refused with the nearest known one, wrong values
+with the dotted key, the value and the limit. Paths in a file are relative to the file's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from ..errors import UserError
+from ..settings import strict_loader
+from .run_config import RunConfig
+
+_PATHS = ("data.train", "data.eval", "lora.adapter", "output")
+
+
+def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> RunConfig:
+    """Build the configuration; `overrides` are "lora.r=32", `flags` dotted keys whose None values were not given.
+
+    Raises `UserError` naming the key, the value and the limit.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        for key, value in _flatten(_read_yaml(path)):
+            is_path = key in _PATHS and isinstance(value, str) and value
+            values[key] = str((path.parent / Path(value).expanduser()).resolve()) if is_path else value
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override!r} is not KEY=VALUE, as in --set lora.r=32", param="set")
+        try:
+            values[key.strip()] = yaml.load(text, Loader=strict_loader())  # derived from SafeLoader
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override!r}: the value is not YAML: {error}", param=key) from None
+    values |= {key: value for key, value in flags.items() if value is not None}
+    return _convert(values)
+
+
+def check_ready(config: RunConfig) -> None:
+    """What a run cannot start without. Raises `UserError`."""
+    if not config.data.train:
+        raise UserError("data.train is missing: name the JSONL of training rows (--data FILE)", param="data.train")
+    if not config.output:
+        raise UserError("output is missing: name the directory of the result (--output DIR)", param="output")
+    for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if file and not Path(file).is_file():
+            raise UserError(f"{key}: there is no file {file}", param=key)
+    if config.lora.adapter and not (Path(config.lora.adapter) / "adapter_config.json").is_file():
+        raise UserError(f"lora.adapter: {config.lora.adapter} is not a PEFT directory", param="lora.adapter")
+
+
+def save_resolved(config: RunConfig, path: Path) -> None:
+    """Write every setting as YAML, paths absolute; `load_run` reads it back equal."""
+    values = msgspec.to_builtins(config)
+    for key in _PATHS:
+        section, _, field = key.rpartition(".")
+        holder = values[section] if section else values
+        if holder[field]:
+            holder[field] = str(Path(holder[field]).resolve())
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def known_keys() -> list[str]:
+    """Every dotted key."""
+    return [key for key, _ in _flatten(msgspec.to_builtins(RunConfig()))]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=strict_loader())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the run file {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not {type(content).__name__}")
+    return content
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _convert(values: Mapping[str, Any]) -> RunConfig:
+    known = known_keys()
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            close = close or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            raise UserError(f"unknown key {key!r} in the run's configuration{hint}", param=key)
+        section, _, field = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[field] = value
+    try:
+        return msgspec.convert(nested, RunConfig)
+    except msgspec.ValidationError as error:
+        found = re.search(r"at `\$\.([\w.]+)", str(error))
+        key = found[1] if found else ""
+        reason = str(error).partition(" - at")[0]
+        raise UserError(f"{key} is {values.get(key)!r}: {reason}", param=key) from None

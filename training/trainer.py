@@ -1,0 +1,304 @@
+"""The joint fine-tune: the LoRA's cross-entropy and the head's loss in one backward pass.
+
+Owns the optimizer, the schedule, checkpoints, and the checks that stop a run gone wrong. A step is a function of the
+weights, the optimizer's state and the step's number, so that a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from ..errors import UserError
+from .dataset import Example
+from .head_module import LookaheadHead, build_anchors, head_loss
+from .lora_model import LoraModel
+from .run_config import RunConfig
+
+CHECKPOINT_FILE = "checkpoint.pt"
+MAX_ANCHORS = 160  # of a step's completion tokens, how many the head is trained on; the refit sees all of them
+
+
+class Interrupted(UserError):
+    """The run was stopped by a signal after its checkpoint was written."""
+
+
+class Trainer:
+    """Runs the steps of `plan`, each a list of indices into `examples`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LoraModel,
+        head: LookaheadHead | None,
+        examples: Sequence[Example],
+        plan: Sequence[Sequence[int]],
+        copy_start: int,
+        directory: Path,
+    ):
+        self.config, self.model, self.head = config, model, head
+        self.examples, self.plan, self.copy_start = examples, plan, copy_start
+        self.directory = directory
+        self.step = 0
+        self.last_loss = math.nan
+        self._first_loss: float | None = None
+        groups: list[dict[str, Any]] = [{"params": model.parameters, "lr": config.optimizer.lr}]
+        if head is not None:
+            groups.append({"params": list(head.parameters()), "lr": config.head.lr, "weight_decay": 0.0})
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=config.optimizer.weight_decay, betas=(0.9, 0.98))
+        self._peak = [group["lr"] for group in groups]
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+
+    # -- the loop
+
+    def run(self, until: int | None = None) -> None:
+        """Train to the end of the plan (or to step `until`). Raises `UserError` for a run that went wrong."""
+        end = len(self.plan) if until is None else min(until, len(self.plan))
+        writer = _tensorboard(self.directory) if self._rank == 0 else None
+        progress = tqdm(
+            total=len(self.plan), initial=self.step, unit="step", disable=self._rank != 0, dynamic_ncols=True
+        )
+        with _stop_on_signal() as stopped, open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+            while self.step < end:
+                start = time.perf_counter()
+                values = self.train_step()
+                values["tokens_per_s"] = round(values["tokens"] / (time.perf_counter() - start), 1)
+                if self._rank == 0:
+                    metrics.write(json.dumps(values) + "\n")
+                    metrics.flush()
+                    progress.update()
+                    shown = {"loss": f"{values['loss']:.3f}", "tok/s": values["tokens_per_s"]}
+                    if "head_loss" in values:
+                        shown["head"] = f"{values['head_loss']:.3f}"
+                    progress.set_postfix(shown)
+                    if writer is not None:
+                        for name in ("loss", "head_loss", "lr", "grad_norm"):
+                            if name in values:
+                                writer.add_scalar(name, values[name], values["step"])
+                if self.step % self.config.checkpoint.every_steps == 0:
+                    self.save_checkpoint()
+                if stopped():
+                    self.save_checkpoint()
+                    progress.close()
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {len(self.plan)}; go on with --resume", status=499
+                    )
+        progress.close()
+        self.save_checkpoint()
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; returns what metrics.jsonl gets."""
+        config, step = self.config, self.step
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout: a function of the step
+        rng = random.Random(config.seed * 1_000_003 + step)
+        batch = [self.examples[idx] for idx in self.plan[step][self._rank :: self._world]]
+        scale = self._schedule()
+        for group, peak in zip(self._optimizer.param_groups, self._peak, strict=True):
+            group["lr"] = peak * scale
+        if len(self._optimizer.param_groups) > 1:
+            self._optimizer.param_groups[1]["lr"] = self._peak[1] * self._head_schedule()
+        weight = self._head_weight()
+        num_targets = self._sum(sum(sum(example.loss_mask[1:]) for example in batch))
+        values: dict[str, Any] = {"step": step + 1, "lr": round(config.optimizer.lr * scale, 8)}
+        loss_sum = torch.zeros(())
+        if batch:
+            hidden = self.model.hidden(batch)
+            loss_sum = F.cross_entropy(self.model.logits(hidden.last).float(), hidden.targets, reduction="sum")
+            total = loss_sum / num_targets
+            if self.head is not None and weight > 0:
+                detached = rng.random() < config.joint.detach_prob
+                extra, rate = self._head_loss(batch, hidden.last, hidden.tapped, detached, rng)
+                # The head itself always learns at full strength: `weight` only scales what reaches the LoRA.
+                total = total + extra / self._world
+                values["head_loss"] = extra.item()  # sync: one number a step, for the log
+                values["head_hit_rate"] = [round(value, 4) for value in rate.tolist()]
+            self._optimizer.zero_grad(set_to_none=True)
+            total.backward()
+        self._all_reduce_gradients()
+        norms = [
+            float(torch.nn.utils.clip_grad_norm_(group["params"], config.optimizer.grad_clip))
+            for group in self._optimizer.param_groups
+        ]
+        loss = self._sum(loss_sum.item()) / num_targets  # sync: the run must stop on NaN before it steps
+        self._check(loss, norms[0])
+        self._optimizer.step()
+        self.step += 1
+        self.last_loss = loss
+        tokens = self._sum(sum(len(example.tokens) for example in batch))
+        return {**values, "loss": loss, "grad_norm": norms[0], "tokens": int(tokens)}
+
+    def _head_loss(
+        self, batch: list[Example], last: torch.Tensor, tapped: torch.Tensor, detached: bool, rng: random.Random
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.head is not None
+        starts, row = [], 0
+        for example in batch:
+            num_loss = sum(example.loss_mask[1:])
+            starts.append(row + num_loss - len(example.completion))
+            row += num_loss
+        head = self.config.head
+        anchors = build_anchors(
+            batch, starts, self.head.vocab, head.train_steps_ahead, self.copy_start, head.copy_window
+        )
+        if len(anchors) > MAX_ANCHORS:
+            anchors = anchors.select(torch.tensor(sorted(rng.sample(range(len(anchors)), MAX_ANCHORS))))
+        reach = 0.0 if detached else self._head_weight()
+        taken = [_scale_gradient(tensor[anchors.rows], reach) for tensor in (last, tapped)]
+        return head_loss(self.head, taken[0], taken[1], anchors, head.step_decay)
+
+    # -- schedules
+
+    def _schedule(self) -> float:
+        progress = self.step / max(1, len(self.plan))
+        warmup = self.config.optimizer.warmup
+        if progress < warmup:
+            return (self.step + 1) / max(1.0, warmup * len(self.plan))
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup)))
+
+    def _head_schedule(self) -> float:
+        start = self.config.joint.start
+        progress = (self.step / max(1, len(self.plan)) - start) / max(1e-9, 1 - start)
+        return min(1.0, max(0.0, progress) / 0.05 + 0.05) if progress >= 0 else 0.0
+
+    def _head_weight(self) -> float:
+        """Weight of the head's gradient in the LoRA; 0 while the LoRA trains alone."""
+        joint = self.config.joint
+        progress = self.step / max(1, len(self.plan)) - joint.start
+        if self.head is None or progress < 0 or joint.head_weight == 0:
+            return 0.0
+        return joint.head_weight * min(1.0, (progress + 1e-3) / max(1e-3, joint.warmup))
+
+    # -- health
+
+    def _check(self, loss: float, norm: float) -> None:
+        keep = f"the last good checkpoint is {self.directory / CHECKPOINT_FILE}"
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(
+                f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr "
+                f"({self.config.optimizer.lr}); {keep}"
+            )
+        if self._first_loss is None:
+            self._first_loss = loss
+        if self.step > 10 and loss > 4 * max(self._first_loss, 1.0):
+            raise UserError(
+                f"step {self.step + 1}: the loss rose from {self._first_loss:.2f} to {loss:.2f}; lower optimizer.lr "
+                f"({self.config.optimizer.lr}); {keep}"
+            )
+        if norm == 0.0:
+            raise UserError(f"step {self.step + 1}: the LoRA has no gradient; are its target_modules in the model?")
+
+    # -- several processes
+
+    def _sum(self, value: float) -> float:
+        if self._world == 1:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def _all_reduce_gradients(self) -> None:
+        if self._world == 1:
+            return
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    # -- checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write weights, optimizer and step; the old checkpoint stays until the new one is on disk."""
+        if self._rank:
+            return
+        state = {
+            "step": self.step,
+            "num_steps": len(self.plan),
+            "first_loss": self._first_loss,
+            "lora": [parameter.detach() for parameter in self.model.parameters],
+            "head": None if self.head is None else self.head.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        path = self.directory / CHECKPOINT_FILE
+        temporary = path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            tqdm.write(f"warning: no checkpoint at step {self.step}: {error}; training goes on, the old one stays")
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the directory. Raises `UserError` if there is none or it is of another run."""
+        path = self.directory / CHECKPOINT_FILE
+        if not path.is_file():
+            raise UserError(f"there is no {path} to resume from; leave --resume out")
+        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        if state["num_steps"] != len(self.plan) or len(state["lora"]) != len(self.model.parameters):
+            raise UserError(
+                f"{path} is of a run with other settings ({state['num_steps']} steps, here {len(self.plan)})"
+            )
+        with torch.no_grad():
+            for parameter, saved in zip(self.model.parameters, state["lora"], strict=True):
+                parameter.copy_(saved)
+        if self.head is not None and state["head"] is not None:
+            self.head.load_state_dict(state["head"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step, self._first_loss = state["step"], state["first_loss"]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * ctx.scale, None
+
+
+def _scale_gradient(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x.detach() if scale == 0.0 else _ScaleGradient.apply(x, scale)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Any]:
+    """Within: SIGINT and SIGTERM only raise a flag, read between steps."""
+    seen: list[int] = []
+    old = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, lambda received, frame: seen.append(received))
+    except ValueError:  # not the main thread: the caller handles signals
+        pass
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory / "tensorboard"))
