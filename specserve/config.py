@@ -29,6 +29,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: Annotated[bool, Meta(description="reuse KV of equal prefixes")] = True
     speculation: Annotated[Literal["auto", "off"], Meta(description="draft and verify several tokens a step")] = "auto"
     max_draft_tokens: Annotated[int, Meta(ge=1, le=64, description="longest draft a request may ask for")] = 16
+    learn_history: Annotated[
+        bool, Meta(description="draft from what an adapter served before, per adapter and cache_salt")
+    ] = False
+    history_dir: Annotated[str | None, Meta(description="where that is kept over restarts; default: nowhere")] = None
     max_lora_rank: Annotated[int, Meta(ge=1, le=1024, description="largest LoRA rank that is loaded")] = 256
     max_adapters: Annotated[int, Meta(ge=1, description="adapters held in memory; idle ones make room")] = 256
     num_threads: Annotated[int | None, Meta(description="CPU threads of the model; default: all cores")] = None

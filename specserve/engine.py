@@ -159,6 +159,10 @@ class Engine:
         if state is not None:
             self._remove(state)
 
+    def close(self) -> None:
+        """Save what was learned; call it once, when no step will follow."""
+        self.proposer.close()
+
     def has_work(self) -> bool:
         return self.scheduler.has_work()
 
@@ -281,6 +285,7 @@ class Engine:
                     source.set_hidden(output.hidden, tapped, row, len(seq.tokens))
         else:
             usage = seq.usage()
+            self.proposer.learn(seq.request, seq.output_ids)
             seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
             self._publish(seq)
             self._remove(state)

@@ -155,6 +155,7 @@ def main() -> int:
         return 1
     write_frame(sock, msgspec.structs.replace(engine.info, pid=os.getpid()))
     EngineProcess(engine, sock).run()
+    engine.close()
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .config import EngineConfig
 from .cost_model import CostModel
@@ -22,6 +23,7 @@ from .drafters.protocol import DraftSource
 from .lora import LoraAdapter
 from .messages import GenerateRequest
 from .scheduler import ScheduledSequence, Scheduler
+from .served_history import ServedHistories
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,23 @@ class Proposer:
         self._base_acceptance = SharedAcceptance()
         self.cost_model = cost_model
         self.heads = HeadRunner()
+        self._served: ServedHistories | None = None
+        if config.learn_history:
+            directory = Path(config.history_dir).expanduser() if config.history_dir else None
+            self._served = ServedHistories(directory, vocab_size)
+
+    def learn(self, request: GenerateRequest, output: Sequence[int]) -> None:
+        """Remember a finished output, if the engine is set to."""
+        adapter = self._adapters.get(request.adapter_hash or "")
+        if self._served is None or adapter is None or len(output) < 2:
+            return
+        base = adapter.lookahead.history if adapter.lookahead is not None else None
+        self._served.learn(adapter.content_hash, request.cache_salt, base, output)
+
+    def close(self) -> None:
+        """Save what was learned."""
+        if self._served is not None:
+            self._served.close()
 
     def chooser_for(self, request: GenerateRequest) -> DraftChooser:
         sources = self.drafters_for(request) if self._max_drafts(request) else []
@@ -60,8 +79,11 @@ class Proposer:
             sources.insert(0, PredictionSource(request.prediction_token_ids, len(request.prompt_token_ids)))
         adapter = self._adapters.get(request.adapter_hash or "")
         ahead = adapter.lookahead if adapter is not None else None
-        if ahead is not None and ahead.history is not None:
-            sources.append(HistorySource(ahead.history, len(request.prompt_token_ids)))
+        history = ahead.history if ahead is not None else None
+        if self._served is not None and adapter is not None:
+            history = self._served.current(adapter.content_hash, request.cache_salt, history)
+        if history is not None:
+            sources.append(HistorySource(history, len(request.prompt_token_ids)))
         if ahead is not None and ahead.head is not None:
             sources.append(HeadSource(ahead.head, ahead.local, request.prompt_token_ids))
         return sources

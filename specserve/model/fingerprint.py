@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import safetensors
+from tokenizers import Tokenizer
 
 _SHAPE_KEYS = ("architectures", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 _SLICED = "mlp.down_proj.weight"
@@ -36,5 +37,9 @@ def base_fingerprint(model_dir: Path) -> str:
 
 
 def tokenizer_fingerprint(model_dir: Path) -> str:
-    """SHA-256 of tokenizer.json."""
-    return hashlib.sha256((Path(model_dir) / "tokenizer.json").read_bytes()).hexdigest()
+    """SHA-256 of which text each token id stands for; how tokenizer.json is written does not matter."""
+    vocab = Tokenizer.from_file(str(Path(model_dir) / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    digest = hashlib.sha256()
+    for token, idx in sorted(vocab.items(), key=lambda item: item[1]):
+        digest.update(f"{idx}\0{token}\0".encode())
+    return digest.hexdigest()
