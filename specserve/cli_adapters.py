@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from .errors import AdapterError, UserError
+from .messages import LookaheadInfo
 
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 
@@ -100,14 +101,20 @@ def inspect_directory(directory: Path, model: str | None, max_lora_rank: int) ->
         raise UserError(f"there is no directory {directory}; check the path")
     summary = summarise(directory)
     problems = list(summary.problems)
+    lookahead = "yes" if summary.has_lookahead else "no"
     if model is not None and not problems:
+        from .lookahead import BaseIdentity
         from .lora import read_adapter
         from .model.config import ModelConfig
         from .model_store import resolve_model
 
-        config = ModelConfig.from_dir(resolve_model(model))
+        model_dir = resolve_model(model)
+        config, base = ModelConfig.from_dir(model_dir), BaseIdentity.of(model_dir)
         try:
-            read_adapter(directory, config, name=directory.name, max_rank=max_lora_rank)
+            adapter = read_adapter(directory, config, name=directory.name, max_rank=max_lora_rank, base=base)
+            lookahead = _lookahead_line(adapter.info().lookahead)
+            if adapter.lookahead is not None and adapter.lookahead.error:
+                problems.append(adapter.lookahead.error)
         except AdapterError as error:
             problems.append(str(error))
     rows = {
@@ -120,7 +127,7 @@ def inspect_directory(directory: Path, model: str | None, max_lora_rank: int) ->
         "pairs": f"{summary.num_pairs} (A, B)",
         "size": _mib(summary.size_bytes),
         "content hash": summary.content_hash or "?",
-        "lookahead": "yes" if summary.has_lookahead else "no",
+        "lookahead": lookahead,
         "checked": "names and files only; --model checks shapes and values" if model is None else "as the server does",
     }
     for key, value in rows.items():
@@ -128,6 +135,13 @@ def inspect_directory(directory: Path, model: str | None, max_lora_rank: int) ->
     for problem in problems:
         click.echo(f"problem       {problem}")
     return int(bool(problems))
+
+
+def _lookahead_line(info: LookaheadInfo | None) -> str:
+    if info is None:
+        return "no"
+    head = f"a head that drafts {info.draft_len} tokens" if info.draft_len else "no usable head"
+    return f"{head}, a history of {info.history_tokens} tokens"
 
 
 def _config(path: Path, summary: AdapterSummary) -> dict[str, Any]:
