@@ -90,10 +90,11 @@ class LoraModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._lm_head(hidden)
 
-    def save(self, directory: Path) -> None:
-        """Write the LoRA as plain PEFT files, weights in bf16."""
+    def save(self, directory: Path, base_name: str) -> None:
+        """Write the LoRA as plain PEFT files, weights in bf16; `base_name` is what they call the base model."""
         from safetensors.torch import load_file, save_file
 
+        self.peft.peft_config["default"].base_model_name_or_path = base_name
         self.peft.save_pretrained(directory, safe_serialization=True)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
         path = directory / "adapter_model.safetensors"

@@ -26,7 +26,7 @@ from ..drafters.head_files import (
 from ..drafters.task_history import TaskHistory
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
-from ..model_store import resolve_model
+from ..model_store import DEFAULT_MODEL, resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
 from .answers import answer, make_engine
@@ -87,7 +87,8 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
         trainer.run()
     if not is_first:
         return output
-    model.save(output)
+    # Without a path of this machine in it: peft loads the adapter by that name elsewhere.
+    model.save(output, config.model or f"HuggingFaceTB/{DEFAULT_MODEL.name}")
     if head is not None:
         answered = _self_answers(config, model_dir, output, examples, eos)
         _finish_head(config, model, head, answered or examples, copy_start)

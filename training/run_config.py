@@ -43,7 +43,7 @@ class HeadConfig(_Section, frozen=True):
     hidden_size: Annotated[int, Meta(ge=16, le=2048, description="width of the recurrent state")] = 192
     vocab_size: Annotated[int, Meta(ge=64, le=65536, description="most tokens that it can name")] = 2048
     draft_len: Annotated[int, Meta(ge=1, le=32, description="tokens drafted at most")] = 12
-    train_steps_ahead: Annotated[int, Meta(ge=1, le=32, description="steps that the loss looks ahead")] = 8
+    train_steps_ahead: Annotated[int, Meta(ge=1, le=32, description="steps that the loss looks ahead")] = 12
     tap_layer: Annotated[int, Meta(ge=0, description="layer whose output is tapped; default: the middle")] | None = None
     copy_window: Annotated[int, Meta(ge=0, le=32, description="prompt tokens that it can copy from; 0: no copying")] = 8
     step_decay: Annotated[float, Meta(gt=0, le=1, description="weight of a step ahead against the one before")] = 0.9
