@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 import torch
 from tiny_models import make_tiny_model
@@ -57,8 +58,11 @@ def test_every_example_is_in_one_batch_of_limited_size():
     assert len(plan_run(lengths, 300, 0, 2.5, 7)) == 7
 
 
-def test_both_losses_fall(model_dir, rows, tmp_path):
-    trainer = make_trainer(model_dir, rows, tmp_path / "run", run_config(epochs=6))
+@pytest.mark.parametrize("loss", ["ce", "kl", "lk"])
+def test_both_losses_fall(model_dir, rows, tmp_path, loss):
+    config = run_config(epochs=6)
+    config = msgspec.structs.replace(config, head=msgspec.structs.replace(config.head, loss=loss))
+    trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
     trainer.run()
     values = metrics(tmp_path / "run")
     assert len(values) == len(trainer.plan)

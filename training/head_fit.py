@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from .batching import plan_epoch
 from .dataset import Example
-from .head_module import Anchors, LookaheadHead, build_anchors, head_loss
+from .head_module import Anchors, LookaheadHead, build_anchors
 from .lora_model import LoraModel
+from .losses import head_loss, teacher_log_probs
 from .run_config import HeadConfig
 
 _BATCH_ANCHORS = 256
+_TEACHER_ROWS = 256  # logits over the whole vocabulary at a time
 
 
 @torch.no_grad()
@@ -42,6 +44,19 @@ def collect_states(
     return torch.cat(last), torch.cat(tapped), starts
 
 
+@torch.no_grad()
+def collect_teacher(model: LoraModel, head: LookaheadHead, last: torch.Tensor) -> torch.Tensor:
+    """The target's log-probabilities [N, U] over the head's vocabulary for stored states [N, H], in fp16."""
+    model.peft.eval()
+    vocab = torch.tensor(head.vocab, device=model.device)
+    parts = [
+        teacher_log_probs(model.logits(part.to(model.device, model.dtype)), vocab).half().cpu()
+        for part in last.split(_TEACHER_ROWS)
+    ]
+    model.peft.train()
+    return torch.cat(parts)
+
+
 def fit_head(
     head: LookaheadHead,
     config: HeadConfig,
@@ -50,10 +65,15 @@ def fit_head(
     anchors: Anchors,
     epochs: int,
     seed: int = 0,
+    teacher: torch.Tensor | None = None,
 ) -> list[dict[str, float]]:
-    """Train `head` on stored states; returns loss and hit rate of the first and third step ahead, epoch by epoch."""
+    """Train `head` on stored states; returns loss and hit rate of the first and third step ahead, epoch by epoch.
+
+    teacher: what `collect_teacher` returned; needed unless `config.loss` is "ce".
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    device = next(head.parameters()).device
     num_steps = epochs * math.ceil(len(anchors) / _BATCH_ANCHORS)
     step, log = 0, []
     progress = tqdm(total=num_steps, unit="step", desc="head", dynamic_ncols=True)
@@ -63,13 +83,14 @@ def fit_head(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (1 - step / num_steps))
             batch = anchors.select(idx)
-            loss, rate = head_loss(head, last[batch.rows].float(), tapped[batch.rows].float(), batch, config.step_decay)
+            states = [tensor[batch.rows].to(device).float() for tensor in (last, tapped)]
+            loss, rate = head_loss(head, states[0], states[1], batch, config.step_decay, config.loss, teacher)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
-            rates.append(rate)
+            rates.append(rate.cpu())
             step += 1
             progress.update()
         mean = torch.stack(rates).mean(dim=0)

@@ -1,7 +1,7 @@
-"""The lookahead head as a torch module, and its loss: what `drafters/head.py` computes, with gradients.
+"""The lookahead head as a torch module, and what it learns from: anchors.
 
 Anchors are positions of a completion whose hidden states are known; from each the head is fed the true next tokens and
-scored on the ones after them, several steps ahead.
+scored on the ones after them, several steps ahead. The arithmetic is that of `drafters/head.py`, the loss in losses.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..drafters.copy_pointer import CopyPointer
-from ..drafters.head import HeadWeights, cell, head_shapes, initial_state, scores
+from ..drafters.head import HeadWeights, head_shapes
 from .dataset import Example
 
 
@@ -49,6 +49,9 @@ class Anchors:
 
     def select(self, idx: torch.Tensor) -> Anchors:
         return Anchors(*(getattr(self, name)[idx] for name in Anchors.__slots__))
+
+    def to(self, device: torch.device) -> Anchors:
+        return Anchors(*(getattr(self, name).to(device) for name in Anchors.__slots__))
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -104,43 +107,3 @@ def build_anchors(
     return Anchors(
         torch.tensor(rows), inputs, moved, windows_.view(shape), hits_.view(shape).bool(), targets, valid.bool()
     )
-
-
-def head_loss(
-    head: LookaheadHead, last: torch.Tensor, tapped: torch.Tensor, anchors: Anchors, decay: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean weighted negative log-likelihood over the steps ahead, and the greedy hit rate [K] of each step.
-
-    last, tapped: [N, H] hidden states of the anchors' rows. A target counts as found through its vocabulary entry and
-    through every slot that holds it.
-    """
-    weights = head.weights()
-    state = initial_state(weights, last[None].float(), tapped[None].float())  # [1, N, d]
-    num_steps, other = anchors.inputs.shape[1], len(head.vocab)
-    states = []
-    for step in range(num_steps):
-        window = anchors.window[:, step]
-        next_tokens = window[:, 0].clamp(min=0) if window.shape[1] else torch.full_like(anchors.inputs[:, step], other)
-        state = cell(weights, state, anchors.inputs[None, :, step], anchors.moved[None, :, step], next_tokens[None])
-        states.append(state[0])
-    size = anchors.window.shape[2]
-    keep = anchors.valid.t().reshape(-1)  # [K * N], step by step
-    flat = torch.cat(states)[keep]
-    window = anchors.window.transpose(0, 1).reshape(num_steps * len(anchors), size)[keep]
-    hits = anchors.hits.transpose(0, 1).reshape(num_steps * len(anchors), size)[keep]
-    targets = anchors.targets.t().reshape(-1)[keep]
-    vocab, slots = scores(weights, flat[None], window[None])
-    logits = torch.cat([vocab[0], slots[0]], dim=-1)  # [M, U + W]
-    # "Another token" is a target only if no slot holds it: otherwise the slot is the answer.
-    vocab_hit = torch.nn.functional.one_hot(targets, other + 1).bool()
-    vocab_hit[:, other] &= ~hits.any(dim=1)
-    found = torch.cat([vocab_hit, hits], dim=-1)
-    nll = torch.logsumexp(logits, dim=-1) - torch.logsumexp(logits.masked_fill(~found, float("-inf")), dim=-1)
-    step_idx = torch.arange(num_steps).repeat_interleave(len(anchors))[keep]
-    weight = decay ** step_idx.to(nll.dtype)
-    loss = (nll * weight).sum() / weight.sum()
-    with torch.no_grad():
-        right = found.gather(1, logits.argmax(dim=-1, keepdim=True))[:, 0] & (logits.argmax(dim=-1) != other)
-        total = torch.bincount(step_idx, minlength=num_steps)
-        rate = torch.bincount(step_idx, weights=right.double(), minlength=num_steps) / total.clamp(min=1)
-    return loss, rate

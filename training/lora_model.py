@@ -42,7 +42,7 @@ class LoraModel:
         transformers_logging.disable_progress_bar()
         base: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
         base.to(device)
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.num_layers: int = base.config.num_hidden_layers
         self.hidden_size: int = base.config.hidden_size
         self.tap_layer = self.num_layers // 2 if tap_layer is None else tap_layer

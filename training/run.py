@@ -33,7 +33,7 @@ from .answers import answer, make_engine
 from .batching import plan_run
 from .dataset import Example, read_rows, tokenize
 from .evaluate import evaluate_directory
-from .head_fit import anchors_of, collect_states, fit_head
+from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_model import LoraModel
 from .run_config import RunConfig
@@ -93,7 +93,7 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
         answered = _self_answers(config, model_dir, output, examples, eos)
         _finish_head(config, model, head, answered or examples, copy_start)
         _write(config, model_dir, output, model, head, copy_start, {})
-        _write_history(config, output, examples, answered)
+        _write_history(config, output, _calibration_rows(config, examples)[1], answered)
         del model
         record = _calibrate(config, model_dir, output, examples)
         _rewrite_acceptance(output, record)
@@ -143,7 +143,8 @@ def _finish_head(
 ) -> None:
     last, tapped, starts = collect_states(model, examples, config.optimizer.batch_tokens)
     anchors = anchors_of(head, config.head, examples, starts, copy_start)
-    fit_head(head, config.head, last, tapped, anchors, config.distill.epochs, config.seed)
+    teacher = None if config.head.loss == "ce" else collect_teacher(model, head, last)
+    fit_head(head, config.head, last, tapped, anchors, config.distill.epochs, config.seed, teacher)
 
 
 def _write(
@@ -184,11 +185,19 @@ def _write_history(config: RunConfig, output: Path, examples: Sequence[Example],
     TaskHistory.build(completions, config.history.max_tokens).save(output / HISTORY_FILE)
 
 
+def _calibration_rows(config: RunConfig, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Rows that neither the head's last fit nor the history sees, and the others; too few rows are used for both."""
+    num_spare = len(examples) - config.distill.rows
+    if num_spare < 2 * _CALIBRATION_ROWS:
+        return list(examples[-_CALIBRATION_ROWS:]), list(examples)
+    return list(examples[-_CALIBRATION_ROWS:]), list(examples[:-_CALIBRATION_ROWS])
+
+
 def _calibrate(
     config: RunConfig, model_dir: Path, output: Path, examples: Sequence[Example]
 ) -> dict[str, list[tuple[float, float]]]:
-    """How often each source is right, seen on training prompts that the head was not fitted to where there are any."""
-    prompts = [e.prompt for e in (examples[config.distill.rows :] or examples)[-_CALIBRATION_ROWS:]]
+    """How often each source is right, seen on rows held back from them; they are all training rows of the LoRA."""
+    prompts = [e.prompt for e in _calibration_rows(config, examples)[0]]
     engine = make_engine(model_dir, batch=8, max_len=config.data.max_len + config.distill.max_tokens)
     adapter = engine.load_adapter(output.name, output)
     answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=8)

@@ -47,6 +47,10 @@ class HeadConfig(_Section, frozen=True):
     tap_layer: Annotated[int, Meta(ge=0, description="layer whose output is tapped; default: the middle")] | None = None
     copy_window: Annotated[int, Meta(ge=0, le=32, description="prompt tokens that it can copy from; 0: no copying")] = 8
     step_decay: Annotated[float, Meta(gt=0, le=1, description="weight of a step ahead against the one before")] = 0.9
+    loss: Annotated[
+        Literal["ce", "kl", "lk"],
+        Meta(description="cross-entropy, KL to the adapter's own distribution, or KL with total variation"),
+    ] = "ce"
     lr: Annotated[float, Meta(gt=0, description="learning rate of the head")] = 3e-3
 
 

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .dataset import Example
-from .head_module import LookaheadHead, build_anchors, head_loss
+from .head_module import LookaheadHead, build_anchors
 from .lora_model import LoraModel
+from .losses import head_loss, teacher_log_probs
 from .run_config import RunConfig
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -117,11 +118,12 @@ class Trainer:
         loss_sum = torch.zeros(())
         if batch:
             hidden = self.model.hidden(batch)
-            loss_sum = F.cross_entropy(self.model.logits(hidden.last).float(), hidden.targets, reduction="sum")
+            logits = self.model.logits(hidden.last).float()
+            loss_sum = F.cross_entropy(logits, hidden.targets, reduction="sum")
             total = loss_sum / num_targets
             if self.head is not None and weight > 0:
                 detached = rng.random() < config.joint.detach_prob
-                extra, rate = self._head_loss(batch, hidden.last, hidden.tapped, detached, rng)
+                extra, rate = self._head_loss(batch, hidden.last, hidden.tapped, logits.detach(), detached, rng)
                 # The head itself always learns at full strength: `weight` only scales what reaches the LoRA.
                 total = total + extra / self._world
                 values["head_loss"] = extra.item()  # sync: one number a step, for the log
@@ -142,7 +144,13 @@ class Trainer:
         return {**values, "loss": loss, "grad_norm": norms[0], "tokens": int(tokens)}
 
     def _head_loss(
-        self, batch: list[Example], last: torch.Tensor, tapped: torch.Tensor, detached: bool, rng: random.Random
+        self,
+        batch: list[Example],
+        last: torch.Tensor,
+        tapped: torch.Tensor,
+        logits: torch.Tensor,
+        detached: bool,
+        rng: random.Random,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.head is not None
         starts, row = [], 0
@@ -158,7 +166,10 @@ class Trainer:
             anchors = anchors.select(torch.tensor(sorted(rng.sample(range(len(anchors)), MAX_ANCHORS))))
         reach = 0.0 if detached else self._head_weight()
         taken = [_scale_gradient(tensor[anchors.rows], reach) for tensor in (last, tapped)]
-        return head_loss(self.head, taken[0], taken[1], anchors, head.step_decay)
+        teacher = None
+        if head.loss != "ce":
+            teacher = teacher_log_probs(logits, torch.tensor(self.head.vocab, device=logits.device))
+        return head_loss(self.head, taken[0], taken[1], anchors, head.step_decay, head.loss, teacher)
 
     # -- schedules
 

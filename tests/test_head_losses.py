@@ -1,0 +1,97 @@
+"""The head's losses against their definitions written out token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from specserve.drafters.head import cell, initial_state, scores
+from specserve.training.dataset import Example
+from specserve.training.head_module import LookaheadHead, build_anchors
+from specserve.training.losses import head_loss, teacher_log_probs
+
+VOCAB = [3, 5, 7, 9]
+HIDDEN = 6
+
+
+@pytest.fixture
+def setup():
+    torch.manual_seed(0)
+    head = LookaheadHead(HIDDEN, 16, VOCAB, 2)
+    prompt, completion = [1, 30, 5, 31], [3, 7, 30, 9]  # 30 is out of the vocabulary, and stands in the prompt
+    example = Example(prompt + completion, [False] * 4 + [True] * 4, 0)
+    anchors = build_anchors([example], [0], VOCAB, 2, 0, 2)
+    last, tapped = torch.randn(4, HIDDEN), torch.randn(4, HIDDEN)
+    teacher = teacher_log_probs(2 * torch.randn(4, 40), torch.tensor(VOCAB))
+    return head, anchors, last[anchors.rows], tapped[anchors.rows], teacher, completion
+
+
+@torch.no_grad()
+def distributions(head, anchors, last, tapped):
+    """(anchor, step) -> the head's probability of each local token, and of each slot's token that is unknown."""
+    weights = head.weights()
+    state = initial_state(weights, last[None], tapped[None])
+    for step in range(anchors.inputs.shape[1]):
+        window = anchors.window[:, step]
+        state = cell(
+            weights, state, anchors.inputs[None, :, step], anchors.moved[None, :, step], window[None, :, 0].clamp(min=0)
+        )
+        vocab, slots = scores(weights, state, window[None])
+        probs = torch.softmax(torch.cat([vocab[0], slots[0]], dim=-1), dim=-1)
+        for row in range(len(anchors)):
+            if anchors.valid[row, step]:
+                merged = probs[row, : len(VOCAB) + 1].tolist()
+                for slot, local in enumerate(window[row].tolist()):
+                    if local >= 0:
+                        merged[local] += probs[row, len(VOCAB) + 1 + slot].item()
+                yield row, step, merged, probs[row]
+
+
+def expected(kind, head, anchors, last, tapped, teacher):
+    total = weight_sum = 0.0
+    for row, step, merged, probs in distributions(head, anchors, last, tapped):
+        target = int(anchors.targets[row, step])
+        hits = [slot for slot, hit in enumerate(anchors.hits[row, step].tolist()) if hit]
+        if kind == "ce" or target == len(VOCAB):
+            chance = sum(float(probs[len(VOCAB) + 1 + slot]) for slot in hits)
+            if target < len(VOCAB) or not hits:
+                chance += float(probs[target])
+            value = -math.log(chance)
+        else:
+            wanted = teacher[int(anchors.rows[row]) + 1 + step].exp().tolist()
+            kl = sum(w * (math.log(w) - math.log(m)) for w, m in zip(wanted, merged, strict=True))
+            variation = sum(abs(w - m) for w, m in zip(wanted, merged, strict=True)) / 2
+            share = math.exp(-3.0 * (1 - variation))
+            value = kl if kind == "kl" else share * kl + (1 - share) * variation
+        total += 0.9**step * value
+        weight_sum += 0.9**step
+    return total / weight_sum
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl", "lk"])
+def test_the_loss_is_what_its_definition_says(setup, kind):
+    head, anchors, last, tapped, teacher, _ = setup
+    loss, rate = head_loss(head, last, tapped, anchors, 0.9, kind, teacher)
+    assert loss.item() == pytest.approx(expected(kind, head, anchors, last, tapped, teacher), rel=1e-4)
+    assert rate.shape == (2,)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
+
+
+def test_the_teacher_of_a_step_is_the_row_before_its_token(setup):
+    """Only rows whose distributions are compared may change the loss: row 0 predicts the token already known."""
+    head, anchors, last, tapped, teacher, _ = setup
+    loss = float(head_loss(head, last, tapped, anchors, 0.9, "kl", teacher)[0])
+    changed = teacher.clone()
+    changed[0] = teacher[0].flip(0)
+    assert float(head_loss(head, last, tapped, anchors, 0.9, "kl", changed)[0]) == loss
+    changed[1] = teacher[1].flip(0)
+    assert float(head_loss(head, last, tapped, anchors, 0.9, "kl", changed)[0]) != loss
+
+
+def test_teacher_probabilities_sum_to_one():
+    log_probs = teacher_log_probs(torch.randn(5, 40), torch.tensor(VOCAB))
+    assert log_probs.shape == (5, len(VOCAB) + 1)
+    assert torch.allclose(log_probs.exp().sum(dim=-1), torch.ones(5), atol=1e-5)
