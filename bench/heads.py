@@ -1,11 +1,11 @@
-"""Which lookahead head is worth its bytes: width, vocabulary, copy window and tapped layer, on one finished LoRA.
+"""Which lookahead head is worth its bytes: width, vocabulary, copy window, tapped layer and loss, on one finished LoRA.
 
 The adapter answers training prompts, its hidden states are stored once, and one head a variant is fitted to four fifths
 of them. On the rest, each variant drafts alone (no other source) as the engine would: the answer is walked verification
 by verification, and a draft counts up to its first wrong token. Draft milliseconds are one position for a batch of 8
 sequences of 8 different adapters.
 
-    python -m bench.heads ADAPTER_DIR --data FILE [--rows 160] [--epochs 8] [--draft-len 12]
+    python -m bench.heads ADAPTER_DIR --data FILE [--rows 160] [--epochs 8] [--draft-len 12] [--variant NAME ...]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specserve.special_tokens import eos_token_ids
 from specserve.tokenizer import TextTokenizer
 from specserve.training.answers import answer, make_engine
 from specserve.training.dataset import Example, read_rows, tokenize
-from specserve.training.head_fit import anchors_of, collect_states, fit_head
+from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from specserve.training.head_module import Anchors, LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import HeadConfig, LoraConfig
@@ -40,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "copy window 4": {"copy_window": 4},
     "4 steps ahead": {"train_steps_ahead": 4},
     "last state only": {"tapped": False},
+    "KL": {"loss": "kl"},
+    "LK": {"loss": "lk"},
 }
 
 
@@ -99,8 +101,11 @@ def draft_ms(head: LookaheadHead, hidden_size: int, repeats: int = 50) -> float:
 @click.option("--rows", type=click.IntRange(10), default=160, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--draft-len", type=click.IntRange(1, 32), default=12, show_default=True)
+@click.option("--variant", "chosen", multiple=True, type=click.Choice(list(VARIANTS)), help="Default: all of them.")
 @click.option("--save/--no-save", default=True, help="Append the result to bench/results/heads.jsonl.")
-def main(adapter: Path, data: Path, model: str, rows: int, epochs: int, draft_len: int, save: bool) -> None:
+def main(
+    adapter: Path, data: Path, model: str, rows: int, epochs: int, draft_len: int, chosen: tuple[str, ...], save: bool
+) -> None:
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     model_dir = resolve_model(model)
@@ -119,14 +124,16 @@ def main(adapter: Path, data: Path, model: str, rows: int, epochs: int, draft_le
     cut = len(examples) * 4 // 5
     copy_start = common_prefix_len(examples)
     figures = {}
-    for name, changes in VARIANTS.items():
-        changes = dict(changes)
+    for name in chosen or VARIANTS:
+        changes = dict(VARIANTS[name])
         second = tapped if changes.pop("tapped", True) else torch.zeros_like(tapped)
         config = msgspec.structs.replace(HeadConfig(draft_len=draft_len), **changes)
         vocab = task_vocab(examples[:cut], config.vocab_size)
         torch.manual_seed(0)
         head = LookaheadHead(lora.hidden_size, config.hidden_size, vocab, config.copy_window)
-        fit_head(head, config, last, second, anchors_of(head, config, examples[:cut], starts[:cut], copy_start), epochs)
+        teacher = None if config.loss == "ce" else collect_teacher(lora, head, last)
+        anchors = anchors_of(head, config, examples[:cut], starts[:cut], copy_start)
+        fit_head(head, config, last, second, anchors, epochs, teacher=teacher)
         walk = msgspec.structs.replace(config, train_steps_ahead=draft_len)
         held_out = anchors_of(head, walk, examples[cut:], starts[cut:], copy_start)
         lens = [len(example.completion) - 1 for example in examples[cut:]]

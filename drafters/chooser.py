@@ -22,14 +22,14 @@ class DraftChooser:
     def __init__(self, sources: Sequence[DraftSource], shared: SharedAcceptance | None = None):
         self.sources = list(sources)
         self._acceptance = Acceptance(shared or SharedAcceptance())
-        self._guesses: list[list[tuple[DraftSource, Guess]]] = []  # by position, also those not chosen
+        self.guesses: list[list[tuple[DraftSource, Guess]]] = []  # by position, also those not chosen
         self.tokens: list[int] = []
         self.chosen: list[str] = []  # name of the source of each token
         self.survival = 1.0  # chance that every token of the draft is right
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Start a draft that continues `tokens`."""
-        self.tokens, self.chosen, self._guesses, self.survival = [], [], [], 1.0
+        self.tokens, self.chosen, self.guesses, self.survival = [], [], [], 1.0
         for source in list(self.sources):
             try:
                 source.begin(tokens)
@@ -47,7 +47,7 @@ class DraftChooser:
                 continue
             if guess is not None:
                 guesses.append((source, guess))
-        self._guesses.append(guesses)
+        self.guesses.append(guesses)
         best_rate, best = -1.0, None
         for source, guess in guesses:
             rate = self._acceptance.rate(source, guess)
@@ -68,10 +68,10 @@ class DraftChooser:
 
     def observe(self, committed: Sequence[int]) -> None:
         """Learn from the tokens that came: every guess up to the first wrong draft was made on true ground."""
-        for guesses, token in zip(self._guesses, committed, strict=False):
+        for guesses, token in zip(self.guesses, committed, strict=False):
             for source, guess in guesses:
                 self._acceptance.observe(source, guess, guess.token == token)
-        self._guesses = []
+        self.guesses = []
 
     def drop(self, source: DraftSource) -> None:
         """Go on without a source that failed; called where its exception is handled."""

@@ -1,0 +1,247 @@
+"""Does choosing among the sources position by position reach the best of them, and would a tree of branches pay?
+
+The adapter answers held-out prompts; its hidden states are stored once, and each answer is walked verification by
+verification with the engine's own sources and chooser. Ways: each source alone; the oracle that knows which single
+source will last longest; the chooser without a price of rows, which must reach 90% of that oracle; chain and tree at
+the row price of this machine's cost table. The tree opens a branch wherever another guess's survival pays for its rows
+and drafts on behind it. Tokens a second are tokens over the cost table's seconds for all rows of all verifications,
+prompts and drafting itself left out.
+
+    python -m bench.sources ADAPTER_DIR ... --data FILE ... [--rows 24] [--max-drafts 16]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from specserve.cost_model import CostModel
+from specserve.drafters.acceptance import Acceptance, SharedAcceptance
+from specserve.drafters.chooser import DraftChooser
+from specserve.drafters.head_source import HeadRunner, HeadSource
+from specserve.drafters.history_source import HistorySource
+from specserve.drafters.ngram import NgramSource
+from specserve.drafters.protocol import DraftSource
+from specserve.lookahead import Lookahead
+from specserve.model_store import resolve_model
+from specserve.special_tokens import eos_token_ids
+from specserve.tokenizer import TextTokenizer
+from specserve.training.answers import answer, make_engine
+from specserve.training.dataset import Example, read_rows, tokenize
+from specserve.training.head_fit import collect_states
+from specserve.training.lora_model import LoraModel
+from specserve.training.run_config import LoraConfig
+
+from . import common
+
+SINGLE = ("ngram", "history", "head")
+
+
+@dataclass(slots=True)
+class Walk:
+    """What one way came to over all answers."""
+
+    tokens: int = 0
+    verifications: int = 0
+    seconds: float = 0.0
+    branches: int = 0
+    branch_hits: int = 0
+
+    def add(self, num_tokens: int, num_rows: int, cost: CostModel) -> None:
+        self.tokens += num_tokens
+        self.verifications += 1
+        self.seconds += cost.seconds(num_rows)
+
+
+@dataclass(slots=True)
+class Drafted:
+    tokens: list[int] = field(default_factory=list)
+    survival: list[float] = field(default_factory=list)  # before each token
+    others: list[list[tuple[int, float]]] = field(default_factory=list)  # (token, rate) of what was not proposed
+
+
+class Answer:
+    """One answer with the hidden state before each of its tokens, and the sources of one way."""
+
+    def __init__(self, example: Example, last: torch.Tensor, tapped: torch.Tensor, ahead: Lookahead, max_drafts: int):
+        self.tokens, self.prompt_len = example.tokens, len(example.prompt)
+        self._last, self._tapped, self._ahead, self._max_drafts = last, tapped, ahead, max_drafts
+
+    def sources(self, names: Sequence[str]) -> list[DraftSource]:
+        prompt, ahead = self.tokens[: self.prompt_len], self._ahead
+        made: list[DraftSource] = []
+        if "ngram" in names:
+            made.append(NgramSource())
+        if "history" in names and ahead.history is not None:
+            made.append(HistorySource(ahead.history, self.prompt_len))
+        if "head" in names and ahead.head is not None:
+            made.append(HeadSource(ahead.head, ahead.local, prompt))
+        return made
+
+    def draft(
+        self,
+        chooser: DraftChooser,
+        rates: Acceptance,
+        position: int,
+        forced: Sequence[int],
+        survival: float,
+        cost: CostModel | None,
+    ) -> Drafted:
+        """Draft behind `position` known tokens, the first of the draft being `forced`."""
+        runner, drafted = HeadRunner(), Drafted()
+        heads = [source for source in chooser.sources if isinstance(source, HeadSource)]
+        for head in heads:
+            head.set_hidden(self._last, self._tapped, position - 1 - self.prompt_len, position)
+        chooser.begin(self.tokens[:position])
+        if heads:
+            runner.begin(heads)
+            runner.step()
+        for token in forced:
+            for source in chooser.sources:
+                source.follow(token)
+            runner.step()
+        chooser.survival = survival
+        while len(forced) + len(drafted.tokens) < self._max_drafts:
+            before, num_rows = chooser.survival, 1 + len(forced) + len(drafted.tokens)
+            if not chooser.extend(cost.row_price(1, num_rows) if cost is not None else 0.0):
+                break
+            token = chooser.tokens[-1]
+            others: dict[int, float] = {}
+            for source, guess in chooser.guesses[-1]:
+                if guess.token != token:
+                    others[guess.token] = max(others.get(guess.token, 0.0), rates.rate(source, guess))
+            drafted.tokens.append(token)
+            drafted.survival.append(before)
+            drafted.others.append(list(others.items()))
+            runner.step()
+        return drafted
+
+    def num_right(self, tokens: Sequence[int], position: int) -> int:
+        truth = self.tokens[position:]
+        for idx, (token, wanted) in enumerate(zip(tokens, truth, strict=False)):
+            if token != wanted:
+                return idx
+        return min(len(tokens), len(truth))
+
+    def rest(self, position: int) -> int:
+        return len(self.tokens) - position
+
+
+def walk_chain(made: Answer, names: Sequence[str], shared: SharedAcceptance, cost: CostModel, priced: bool,
+               tree: bool, walk: Walk) -> None:  # fmt: skip
+    chooser, rates = DraftChooser(made.sources(names), shared), Acceptance(shared)
+    payer = cost if priced else None
+    position = made.prompt_len + 1
+    while made.rest(position) > 0:
+        drafted = made.draft(chooser, rates, position, [], 1.0, payer)
+        right = made.num_right(drafted.tokens, position)
+        num_rows, best = 1 + len(drafted.tokens), right
+        if tree:
+            branch_chooser = DraftChooser(made.sources(names), shared)
+            for idx, others in enumerate(drafted.others):
+                for token, rate in others:
+                    own = drafted.survival[idx + 1] if idx + 1 < len(drafted.survival) else 0.0
+                    survival = max(0.0, drafted.survival[idx] - own) * rate
+                    if survival < cost.row_price(1, num_rows):
+                        continue
+                    forced = [*drafted.tokens[:idx], token]
+                    branch = made.draft(branch_chooser, rates, position, forced, survival, payer)
+                    num_rows += 1 + len(branch.tokens)
+                    walk.branches += 1
+                    total = made.num_right([*forced, *branch.tokens], position)
+                    walk.branch_hits += total > max(idx, right)
+                    best = max(best, total)
+        num_tokens = min(best + 1, made.rest(position))
+        walk.add(num_tokens, num_rows, cost)
+        chooser.observe(made.tokens[position : position + right + 1])
+        position += num_tokens
+
+
+def walk_oracle(made: Answer, shared: SharedAcceptance, cost: CostModel, walk: Walk) -> None:
+    """At every verification the single source that lasts longest, known beforehand; only right drafts are rows."""
+    choosers = [DraftChooser(made.sources([name]), SharedAcceptance()) for name in SINGLE]
+    rates = Acceptance(shared)
+    position = made.prompt_len + 1
+    while made.rest(position) > 0:
+        right = max(
+            made.num_right(made.draft(chooser, rates, position, [], 1.0, None).tokens, position) for chooser in choosers
+        )
+        num_tokens = min(right + 1, made.rest(position))
+        walk.add(num_tokens, 1 + right, cost)
+        position += num_tokens
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--data", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
+@click.option("--model", default="", help="Base model; default: specserve's default model.")
+@click.option("--rows", type=click.IntRange(1), default=24, show_default=True, help="Held-out rows of each adapter.")
+@click.option("--max-drafts", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--save/--no-save", default=True, help="Append the result to bench/results/sources.jsonl.")
+def main(
+    adapters: tuple[Path, ...], data: tuple[Path, ...], model: str, rows: int, max_drafts: int, save: bool
+) -> None:
+    if len(adapters) != len(data):
+        raise click.UsageError(f"{len(adapters)} adapters but {len(data)} --data files; give one for each")
+    machine = common.hardware()
+    click.echo(common.hardware_line(machine))
+    model_dir = resolve_model(model)
+    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    figures: dict[str, Any] = {}
+    for path, file in zip(adapters, data, strict=True):
+        engine = make_engine(model_dir, batch=16, max_len=2048)
+        key = engine.load_adapter(path.name, path).content_hash
+        prompts = [example.prompt for example in tokenize(read_rows(file)[:rows], tokenizer, eos)]
+        answers = answer(engine, key, prompts, 450, batch=16).answers
+        ahead, cost = engine.registry.adapters[key].lookahead, engine.proposer.cost_model
+        if ahead is None or ahead.head is None:
+            raise click.UsageError(f"{path} has no lookahead head that fits")
+        del engine
+        examples = [
+            Example(prompt + a.tokens, [False] * len(prompt) + [True] * len(a.tokens), idx)
+            for idx, (prompt, a) in enumerate(zip(prompts, answers, strict=True))
+            if len(a.tokens) > 2
+        ]
+        lora = LoraModel(
+            model_dir, LoraConfig(adapter=str(path)), torch.float32, torch.device("cpu"), ahead.head.config.tap_layer
+        )
+        last, tapped, starts = collect_states(lora, examples, 1024)
+        del lora
+        walks = {name: Walk() for name in (*SINGLE, "oracle of the three", "chooser, no price", "chain", "tree")}
+        shared = {name: SharedAcceptance(ahead.head.config.acceptance) for name in walks}
+        for example, start in zip(examples, starts, strict=True):
+            made = Answer(example, last[start:].float(), tapped[start:].float(), ahead, max_drafts)
+            for name in SINGLE:
+                walk_chain(made, [name], shared[name], cost, False, False, walks[name])
+            walk_oracle(made, shared["oracle of the three"], cost, walks["oracle of the three"])
+            walk_chain(made, SINGLE, shared["chooser, no price"], cost, False, False, walks["chooser, no price"])
+            walk_chain(made, SINGLE, shared["chain"], cost, True, False, walks["chain"])
+            walk_chain(made, SINGLE, shared["tree"], cost, True, True, walks["tree"])
+        figures[path.name] = {}
+        for name, walk in walks.items():
+            figures[path.name][name] = {
+                "mean_accepted_length": round(walk.tokens / walk.verifications, 3),
+                "tokens_per_model_second": round(walk.tokens / walk.seconds, 1),
+            }
+            if walk.branches:
+                figures[path.name][name] |= {"branches": walk.branches, "branch_hits": walk.branch_hits}
+            click.echo(f"{path.name}, {name}: {figures[path.name][name]}")
+    record = {
+        "commit": common.commit(),
+        "versions": common.versions("torch"),
+        "hardware": machine,
+        "rows": rows,
+        "max_drafts": max_drafts,
+        "figures": figures,
+    }
+    if save:
+        common.append_result("sources", record)
+
+
+if __name__ == "__main__":
+    main()
