@@ -364,7 +364,7 @@ class LearningHistory:
     def _work(self) -> None:
         while True:
             try:
-                self._rebuild()
+                self.flush()  # a process that is killed forgets only what came since the last rebuild
             except Exception:  # serving goes on with the table there is, and the next rebuild tries again
                 logger.exception("task history rebuild failed")
             with self._lock:

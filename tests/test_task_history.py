@@ -321,6 +321,16 @@ def test_a_damaged_file_is_logged_and_ignored(content: bytes, tmp_path: Path, ca
     assert as_lists(LearningHistory(None, path=path, vocab_size=10).current) == [[1, 2]]
 
 
+def test_every_rebuild_is_saved_without_waiting_for_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "learned.history"
+    learning = LearningHistory(None, rebuild_every=6, path=path)
+    learning.learn([1, 2, 3])
+    assert not path.exists()
+    learning.learn([4, 5, 6])
+    wait_for(path.exists)
+    assert LearningHistory(None, path=path).current.num_tokens > 0
+
+
 def test_threads_learn_together_and_one_rebuild_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     build = TaskHistory.build
     running = 0
