@@ -63,6 +63,8 @@ class Drafted:
     tokens: list[int] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)  # before each token
     others: list[list[tuple[int, float]]] = field(default_factory=list)  # (token, rate) of what was not proposed
+    expected: float = 1.0  # tokens that the verification gives
+    num_rows: int = 1  # of the verification
 
 
 class Answer:
@@ -91,9 +93,12 @@ class Answer:
         forced: Sequence[int],
         survival: float,
         cost: CostModel | None,
+        trunk: Drafted | None = None,
     ) -> Drafted:
-        """Draft behind `position` known tokens, the first of the draft being `forced`."""
+        """Draft behind `position` known tokens, the first of it being `forced`; verified together with `trunk`."""
         runner, drafted = HeadRunner(), Drafted()
+        if trunk is not None:  # a branch: its first token is a row as well
+            drafted.expected, drafted.num_rows = trunk.expected + survival, trunk.num_rows + 1
         heads = [source for source in chooser.sources if isinstance(source, HeadSource)]
         for head in heads:
             head.set_hidden(self._last, self._tapped, position - 1 - self.prompt_len, position)
@@ -107,9 +112,10 @@ class Answer:
             runner.step()
         chooser.survival = survival
         while len(forced) + len(drafted.tokens) < self._max_drafts:
-            before, num_rows = chooser.survival, 1 + len(forced) + len(drafted.tokens)
-            if not chooser.extend(cost.row_price(1, num_rows) if cost is not None else 0.0):
+            before = chooser.survival
+            if not chooser.extend(_price(cost, drafted)):
                 break
+            drafted.expected, drafted.num_rows = drafted.expected + chooser.survival, drafted.num_rows + 1
             token = chooser.tokens[-1]
             others: dict[int, float] = {}
             for source, guess in chooser.guesses[-1]:
@@ -132,6 +138,10 @@ class Answer:
         return len(self.tokens) - position
 
 
+def _price(cost: CostModel | None, drafted: Drafted) -> float:
+    return cost.row_price(drafted.expected, drafted.num_rows, drafted.num_rows) if cost is not None else 0.0
+
+
 def walk_chain(made: Answer, names: Sequence[str], shared: SharedAcceptance, cost: CostModel, priced: bool,
                tree: bool, walk: Walk) -> None:  # fmt: skip
     chooser, rates = DraftChooser(made.sources(names), shared), Acceptance(shared)
@@ -140,24 +150,24 @@ def walk_chain(made: Answer, names: Sequence[str], shared: SharedAcceptance, cos
     while made.rest(position) > 0:
         drafted = made.draft(chooser, rates, position, [], 1.0, payer)
         right = made.num_right(drafted.tokens, position)
-        num_rows, best = 1 + len(drafted.tokens), right
+        trunk, best = drafted, right
         if tree:
             branch_chooser = DraftChooser(made.sources(names), shared)
             for idx, others in enumerate(drafted.others):
                 for token, rate in others:
                     own = drafted.survival[idx + 1] if idx + 1 < len(drafted.survival) else 0.0
                     survival = max(0.0, drafted.survival[idx] - own) * rate
-                    if survival < cost.row_price(1, num_rows):
+                    if survival < _price(cost, trunk):
                         continue
                     forced = [*drafted.tokens[:idx], token]
-                    branch = made.draft(branch_chooser, rates, position, forced, survival, payer)
-                    num_rows += 1 + len(branch.tokens)
+                    branch = made.draft(branch_chooser, rates, position, forced, survival, payer, trunk)
+                    trunk = branch
                     walk.branches += 1
                     total = made.num_right([*forced, *branch.tokens], position)
                     walk.branch_hits += total > max(idx, right)
                     best = max(best, total)
         num_tokens = min(best + 1, made.rest(position))
-        walk.add(num_tokens, num_rows, cost)
+        walk.add(num_tokens, trunk.num_rows, cost)
         chooser.observe(made.tokens[position : position + right + 1])
         position += num_tokens
 

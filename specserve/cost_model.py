@@ -1,8 +1,12 @@
 """What a row of a forward costs, measured once at start, and hence what a draft must be worth.
 
-A draft row pays when the tokens it is expected to add exceed what the same time would produce otherwise. With step time
-t(rows) and n sequences decoding, that price is n * (t(rows + 1) - t(rows)) / t(rows) tokens. It grows with load: at one
-sequence long shots pay, at many only near-certain drafts do.
+A step that verifies e expected tokens (one a sequence and the survival of each draft so far) in t seconds makes e / t
+tokens a second. One more draft row raises that if its survival exceeds e * dt / t, where dt is the time that the row
+adds: its price. It grows with load, and with what is drafted already: at one sequence long shots pay, at many only
+near-certain drafts do.
+
+Rows of prompts that share the step add to dt, as the row comes on top of them, but not to t: without the draft its
+token would be decoded in a later step, at the price of decoding.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 
-MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
+MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class CostModel:
@@ -36,8 +40,10 @@ class CostModel:
         slope = (times[idx] - times[idx - 1]) / (rows[idx] - rows[idx - 1])
         return times[idx - 1] + slope * (num_rows - rows[idx - 1])
 
-    def row_price(self, num_decoding: int, num_rows: int, num_drafts: int = 4) -> float:
-        """Expected tokens that one more draft row must add, averaged over `num_drafts` rows: steps are not smooth."""
-        base = self.seconds(num_rows)
-        marginal = (self.seconds(num_rows + num_drafts) - base) / num_drafts
-        return num_decoding * marginal / base
+    def row_price(self, expected_tokens: float, decode_rows: int, num_rows: int, num_drafts: int = 4) -> float:
+        """Tokens that one more row must be expected to add to a step of `num_rows`, `decode_rows` of them decoding.
+
+        Its cost is the average over `num_drafts` rows: step times are not smooth.
+        """
+        marginal = (self.seconds(num_rows + num_drafts) - self.seconds(num_rows)) / num_drafts
+        return expected_tokens * marginal / self.seconds(decode_rows)

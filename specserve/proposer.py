@@ -116,19 +116,23 @@ class Proposer:
 
     def _grow(self, drafts: list[_Draft], num_decoding: int, num_rows: int, max_rows: int) -> None:
         """Add one position to every draft that pays for it, until none does."""
+        decode_rows, expected = num_decoding, float(num_decoding)
         growing = drafts
         self._run_heads(growing, starts=True)
-        while growing and num_rows < max_rows:
+        while growing:
             still = []
             for draft in growing:
                 if num_rows >= max_rows:
                     break
-                if not draft.chooser.extend(self.cost_model.row_price(num_decoding, num_rows)):
+                chooser = draft.chooser
+                if not chooser.extend(self.cost_model.row_price(expected, decode_rows, num_rows)):
                     continue
-                num_rows += 1
-                if len(draft.chooser.tokens) < draft.limit:
+                num_rows, decode_rows, expected = num_rows + 1, decode_rows + 1, expected + chooser.survival
+                if len(chooser.tokens) < draft.limit:
                     still.append(draft)
-            growing = still
+            # What no certain guess could pay for needs no step of its head.
+            price = self.cost_model.row_price(expected, decode_rows, num_rows)
+            growing = [draft for draft in still if draft.chooser.survival >= price] if num_rows < max_rows else []
             if growing:
                 self._run_heads(growing)
         self.heads.clear()

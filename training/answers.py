@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,17 +55,13 @@ class Answers:
 
 
 def make_engine(model_dir: Path, *, batch: int, max_len: int) -> Engine:
-    """An engine for `batch` sequences at a time, of at most `max_len` tokens or what the model allows.
-
-    Prefix caching is off, so that every run does the same work.
-    """
+    """An engine for `batch` sequences at a time, of at most `max_len` tokens or what the model allows."""
     config = EngineConfig(
         model=str(model_dir),
         max_num_seqs=batch,
         max_model_len=min(max_len, ModelConfig.from_dir(model_dir).max_position_embeddings),
         max_waiting=100_000,
         kv_cache_gib=1.0,
-        prefix_caching=False,
         num_threads=torch.get_num_threads(),
         max_draft_tokens=32,
     )
@@ -93,7 +90,12 @@ def answer_mixed(
     batch: int = 8,
     max_draft_tokens: int = 16,
 ) -> Answers:
-    """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails."""
+    """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails.
+
+    Prompts share cached prefixes within one call, as they do in the server, but not with other calls, so that a call
+    repeated does the same work.
+    """
+    salt = uuid.uuid4().hex
     answers = [Answer() for _ in requests]
     waiting = list(enumerate(requests))[::-1]
     running = 0
@@ -110,6 +112,7 @@ def answer_mixed(
                     list(prompt),
                     SamplingParams(max_tokens=limit, temperature=0.0),
                     adapter_hash=adapter_hash,
+                    cache_salt=salt,
                     speculation=Speculation(mode, max_draft_tokens),  # type: ignore[arg-type]
                 )
             )
