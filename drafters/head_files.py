@@ -131,7 +131,18 @@ def read_head(
                 tensors[name] = tensor.float().to(device)[None]
     except (safetensors.SafetensorError, OSError) as error:
         raise HeadError(f"{WEIGHTS_FILE} is not readable as safetensors: {error}") from None
-    return LookaheadHeadFile(config, HeadWeights(**tensors))
+    return LookaheadHeadFile(config, HeadWeights(**_pad_vocab(tensors)))
+
+
+def _pad_vocab(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows that are never chosen, before the last one, so that heads of similar vocabularies have one shape."""
+    embed, bias = tensors["embed"], tensors["out_bias"]  # [1, U, d] and [1, 1, U]
+    last = embed.shape[1] - 1
+    padding = -last % VOCAB_STEP
+    zeros, never = embed.new_zeros(1, padding, embed.shape[2]), bias.new_full((1, 1, padding), float("-inf"))
+    embed = torch.cat([embed[:, :last], zeros, embed[:, last:]], dim=1)
+    bias = torch.cat([bias[..., :last], never, bias[..., last:]], dim=-1)
+    return tensors | {"embed": embed, "out_bias": bias}
 
 
 def file_hash(path: Path) -> str:

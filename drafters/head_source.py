@@ -30,7 +30,7 @@ class HeadSource:
         config = head.config
         self.head = head
         self._local = local  # token id -> index in the task vocabulary
-        self._other = len(config.vocab)
+        self._other = head.weights.embed.shape[1] - 1  # behind the vocabulary and its padding
         self._prompt = prompt
         self._prompt_local = [local.get(token, self._other) for token in prompt]
         self._committed = CopyPointer(prompt, config.copy_start, config.copy_window)
