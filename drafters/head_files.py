@@ -27,6 +27,7 @@ CONFIG_FILE = "lookahead_config.json"
 WEIGHTS_FILE = "lookahead.safetensors"
 HISTORY_FILE = "lookahead_history.bin"
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
+VOCAB_STEP = 1024  # a head's vocabulary is padded to a multiple in memory
 
 Count = Annotated[int, Meta(ge=0, le=1 << 20)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -55,7 +56,7 @@ class LookaheadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 @dataclass(frozen=True, slots=True)
 class LookaheadHeadFile:
-    """A head as read: its configuration and its weights [1, ...] in fp32."""
+    """A head as read: its configuration and its weights [1, ...] in fp32, the vocabulary padded to `VOCAB_STEP`."""
 
     config: LookaheadConfig
     weights: HeadWeights
@@ -131,11 +132,11 @@ def read_head(
                 tensors[name] = tensor.float().to(device)[None]
     except (safetensors.SafetensorError, OSError) as error:
         raise HeadError(f"{WEIGHTS_FILE} is not readable as safetensors: {error}") from None
-    return LookaheadHeadFile(config, HeadWeights(**_pad_vocab(tensors)))
+    return LookaheadHeadFile(config, HeadWeights(**pad_vocab(tensors)))
 
 
-def _pad_vocab(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rows that are never chosen, before the last one, so that heads of similar vocabularies have one shape."""
+def pad_vocab(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add rows that are never chosen before "another token", so that heads of similar vocabularies stack."""
     embed, bias = tensors["embed"], tensors["out_bias"]  # [1, U, d] and [1, 1, U]
     last = embed.shape[1] - 1
     padding = -last % VOCAB_STEP

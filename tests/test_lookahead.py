@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
 from specserve.drafters.head import HeadWeights, best_token, cell, head_shapes, initial_state, scores
+from specserve.drafters.head_files import VOCAB_STEP, pad_vocab
 from specserve.drafters.head_source import HeadRunner, HeadSource
 
 SHAPES = [
     {"draft_len": 6},
-    {"draft_len": 2, "history": False},
+    {"draft_len": 2, "history": False, "vocab_size": 70},
     {"state_size": 24, "vocab_size": 64, "window": 0, "draft_len": 9},
     {"draft_len": 12, "std": 30.0},
 ]
@@ -76,6 +77,8 @@ def test_drafts_of_different_adapters_have_their_own_lengths(setup, monkeypatch)
     assert lens[adapters[1]] == 2
     assert lens[adapters[2]] > 2 and lens[adapters[3]] > 2
     assert lens[adapters[4]] == lens[None] == 0
+    stacks = engine.proposer.heads._stacks.values()
+    assert sorted(len(stack.heads) for stack in stacks) == [1, 3]  # vocabularies of two sizes share one
 
 
 def test_a_head_that_raises_is_dropped_and_nothing_changes(setup, monkeypatch):
@@ -125,6 +128,31 @@ def test_heads_in_one_batch_compute_what_each_computes_alone():
         alone = step(weights, slice(idx, idx + 1))
         assert torch.equal(together[0][idx], alone[0][0])
         assert torch.allclose(together[1][idx], alone[1][0], atol=1e-5)
+
+
+def test_a_padded_vocabulary_changes_no_choice():
+    torch.manual_seed(1)
+    num_vocab, width = 50, 4
+    shapes = head_shapes(32, 16, num_vocab, width)
+    tensors = {name: torch.randn(1, *shape) * 0.3 for name, shape in shapes.items()}
+    weights, padded = HeadWeights(**tensors), HeadWeights(**pad_vocab(tensors))
+    shift = padded.embed.shape[1] - weights.embed.shape[1]
+    assert shift == VOCAB_STEP - num_vocab
+
+    def moved_up(index):  # "another token" and the slots behind it
+        return torch.where(index >= num_vocab, index + shift, index)
+
+    last, tapped = torch.randn(1, 64, 32), torch.randn(1, 64, 32)
+    tokens, moved = torch.randint(0, num_vocab + 1, (1, 64)), torch.randint(0, 3, (1, 64))
+    window = torch.randint(-1, num_vocab + 1, (1, 64, width))
+    results = []
+    for head, place in ((weights, lambda index: index), (padded, moved_up)):
+        state = initial_state(head, last, tapped)
+        state = cell(head, state, place(tokens), moved, place(window[..., 0].clamp(min=0)))
+        results.append(best_token(*scores(head, state, place(window)), place(window)))
+    assert torch.equal(moved_up(results[0][0]), results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
+    assert (results[0][0] > num_vocab).any() and (results[0][0] < num_vocab).any()
 
 
 def spoil_tensor(name, change):
