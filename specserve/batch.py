@@ -18,6 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     from .lora_batch import LoraBatch
+    from .native_lora import NativeLoraBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Batch:
     query_lens_list: list[int]  # [S]
     context_lens_list: list[int]  # [S]
     block_tables_list: list[list[int]]  # [S][blocks in use], unpadded
-    lora: LoraBatch | None  # None when no row has an adapter
+    lora: LoraBatch | NativeLoraBatch | None  # None when no row has an adapter
 
     @property
     def num_rows(self) -> int:

@@ -17,6 +17,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     revision: Annotated[str | None, Meta(description="hub revision of the model")] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs")] = "auto"
     dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Meta(description="weights and arithmetic")] = "auto"
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(description="native CPU kernels, built once; off: plain torch"),
+    ] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8", "int4"], Meta(description="hold the base model's weights in fewer bits (CPU)")
+    ] = "none"
     max_model_len: Annotated[int | None, Meta(description="tokens of prompt plus output; default: the model's")] = None
     kv_cache_gib: Annotated[float, Meta(gt=0, description="memory for the KV cache, GiB")] = 2.0
     block_size: Annotated[int, Meta(ge=1, le=256, description="tokens in one KV block")] = 16

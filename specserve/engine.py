@@ -40,6 +40,7 @@ from .messages import (
 )
 from .model.loader import load_model
 from .model_runner import ModelRunner, StepOutput
+from .native_choice import choose_native
 from .proposer import Proposer
 from .sampler import RowGroup, Sampler, token_logprobs
 from .scheduler import ScheduledSequence, Scheduler
@@ -84,8 +85,9 @@ class Engine:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else None
-        self.decoder = load_model(model_dir, device or torch.device(config.device), config.dtype)
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(automatic if config.device == "auto" else config.device)
+        self.decoder = load_model(model_dir, device, config.dtype, choose_native(config, device))
         self._base = BaseIdentity.of(model_dir)
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)
@@ -177,6 +179,7 @@ class Engine:
             max_rank=self.config.max_lora_rank,
             dtype=self.decoder.compute_dtype,
             device=self.decoder.device,
+            lay_out=self.decoder.lay_out_lora,
             base_tensor=self.decoder.base_tensor,
             base=self._base,
         )

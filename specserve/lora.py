@@ -123,14 +123,16 @@ def read_adapter(
     max_rank: int = 256,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    lay_out: Callable[[LoraPair], LoraPair] = lambda pair: pair,
     base_tensor: BaseTensor | None = None,
     base: BaseIdentity | None = None,
 ) -> LoraAdapter:
     """Read and check the PEFT directory `path` for a base model of shape `config`.
 
-    Weights are converted to `dtype` (default: as stored) on `device`. `base_tensor(hub_name)` gives the base model's
-    weights, to check copies of the embedding that PEFT stores beside an embedding LoRA. With `base`, the lookahead
-    files beside the LoRA are read too; when they do not fit, the LoRA is served without them. Raises `AdapterError`.
+    Weights are converted to `dtype` (default: as stored) on `device` and held as `lay_out` has them.
+    `base_tensor(hub_name)` gives the base model's weights, to check copies of the embedding that PEFT stores beside an
+    embedding LoRA. With `base`, the lookahead files beside the LoRA are read too; when they do not fit, the LoRA is
+    served without them. Raises `AdapterError`.
     """
     path = Path(path)
     name = name or path.name
@@ -160,7 +162,7 @@ def read_adapter(
             raise AdapterError(f"adapter {name!r}: {module} has rank {rank} but {CONFIG_FILE} says {declared}")
         alpha = _pattern_value(peft.get("alpha_pattern"), module, peft["lora_alpha"])
         scale = alpha / math.sqrt(rank) if peft.get("use_rslora") else alpha / rank
-        kept = LoraPair(a.to(device, dtype or a.dtype), b.to(device, dtype or b.dtype), scale)
+        kept = lay_out(LoraPair(a.to(device, dtype or a.dtype), b.to(device, dtype or b.dtype), scale))
         if short in ("embed_tokens", "lm_head"):
             extra[short] = kept
         else:

@@ -14,8 +14,8 @@ import torch
 from .batch import Batch
 from .kv_cache import KVCache
 from .lora import LoraAdapter
-from .lora_batch import AdapterSlots
 from .model.decoder import Decoder
+from .model.native_decoder import NativeDecoder
 from .sampler import RowGroup
 from .scheduler import ScheduledSequence
 
@@ -34,11 +34,11 @@ class StepOutput:
 class ModelRunner:
     """Runs one forward over whatever was scheduled."""
 
-    def __init__(self, decoder: Decoder, kv: KVCache, block_size: int):
+    def __init__(self, decoder: Decoder | NativeDecoder, kv: KVCache, block_size: int):
         self.decoder = decoder
         self.kv = kv
         self.block_size = block_size
-        self.slots = AdapterSlots(decoder.config, decoder.device)
+        self.slots = decoder.slots()
 
     @torch.inference_mode()
     def run(self, items: Sequence[ScheduledSequence], adapters: dict[str, LoraAdapter]) -> StepOutput:
@@ -50,7 +50,7 @@ class ModelRunner:
         batch, groups, prompt_rows = self._build(items)
         heads = [adapters[key].lookahead for key in active]
         taps = {ahead.head.config.tap_layer: batch.tokens for ahead in heads if ahead is not None and ahead.head}
-        hidden = self.decoder.forward(batch, self.kv, taps)[batch.logits_indices]  # [L, H]
+        hidden = self.decoder.forward(batch, self.kv, taps)  # [L, H]
         if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
             return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], hidden, {})
         logits = self.decoder.logits(hidden, batch)  # [L, V]

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from specserve.batch import Batch
+from specserve.kernels.native import KEYS_PER_TILE, load_library
 from specserve.kv_cache import KVCache
 from specserve.model.decoder import Decoder
+from specserve.model.native_decoder import NativeDecoder
+from specserve.native_choice import NativeChoice
+
+
+def native_choice(num_threads: int = 2, quantization: str = "none") -> NativeChoice:
+    """The native CPU path, which tests need a C++ compiler for."""
+    return NativeChoice(load_library(), num_threads, KEYS_PER_TILE, quantization, is_required=True)
 
 
 @dataclass
@@ -23,8 +31,16 @@ class Driven:
 class Driver:
     """Feeds rows of several sequences to one forward; `shuffle` scatters their blocks, otherwise each is one run."""
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int = 64, block_size: int = 4, shuffle: bool = True):
+    def __init__(
+        self,
+        decoder: Decoder | NativeDecoder,
+        *,
+        num_blocks: int = 64,
+        block_size: int | None = None,
+        shuffle: bool = True,
+    ):
         config = decoder.config
+        block_size = block_size or (KEYS_PER_TILE if isinstance(decoder, NativeDecoder) else 4)
         self.decoder = decoder
         self.block_size = block_size
         self.kv = KVCache(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from decoder_driver import Driver
+from decoder_driver import Driver, native_choice
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -47,12 +47,19 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
-def models(request, tmp_path_factory):
-    """(path, ours, transformers') in float32."""
+def family(request, tmp_path_factory):
+    """(path, transformers' model) in float32."""
     architecture, overrides = FAMILIES[request.param]
     path = make_tiny_model(tmp_path_factory.mktemp("model"), architecture, **overrides)
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return path, load_model(path, CPU, "fp32"), reference
+    return path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def models(request, family):
+    """(path, ours, transformers') in float32."""
+    path, reference = family
+    native = native_choice() if request.param == "native" else None
+    return path, load_model(path, CPU, "fp32", native), reference
 
 
 def tokens(num_tokens: int, seed: int = 0, vocab_size: int = 320) -> list[int]:

@@ -42,7 +42,9 @@ def test_specserve_is_the_only_top_level_package(wheel_names):
 @pytest.mark.parametrize("folder", LINKED)
 def test_the_linked_folders_are_in_the_wheel_as_files(wheel_names, folder):
     expected = {
-        f"specserve/{folder}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")
+        f"specserve/{folder}/{path.relative_to(ROOT / folder).as_posix()}"
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp")
     }
     assert {name for name in wheel_names if name.startswith(f"specserve/{folder}/")} == expected
 

@@ -8,6 +8,7 @@ Inference only: plain tensors, no modules, no autograd.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from ..batch import Batch
 from ..kernels.attention import AttentionPlan, paged_attention, plan_attention, store_kv
 from ..kernels.linear import Linear
+from ..kernels.lora_stack import LoraPair
 from ..kv_cache import KVCache
+from ..lora_batch import AdapterSlots, LoraBatch
 from .config import ModelConfig
 from .rope import Rope, rotate
 
@@ -60,12 +63,21 @@ class Decoder:
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # rounded as transformers does
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
 
-    def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [T, H] of all rows; writes the rows' keys and values to `kv`.
+    @staticmethod
+    def lay_out_lora(pair: LoraPair) -> LoraPair:
+        """How a LoRA's weights are held for this decoder: as PEFT has them."""
+        return pair
 
-        Each layer index that `taps` holds gets that layer's output for the rows with logits, [L, H].
+    def slots(self) -> AdapterSlots:
+        """What keeps the adapters of steps for this decoder."""
+        return AdapterSlots(self.config, self.device)
+
+    def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normed hidden states [L, H] of the rows `batch.logits_indices`; writes all rows' keys and values to `kv`.
+
+        Each layer index that `taps` holds gets that layer's output for the same rows, [L, H].
         """
-        config, lora = self.config, batch.lora
+        config, lora = self.config, cast(LoraBatch | None, batch.lora)  # what `slots` makes
         x = self.embed[batch.tokens].to(self.compute_dtype)  # [T, H]
         if lora is not None:
             lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
@@ -101,10 +113,10 @@ class Decoder:
             x += h
             if taps is not None and idx in taps:
                 taps[idx] = x[batch.logits_indices]
-        return self._rms_norm(x, self.norm)
+        return self._rms_norm(x[batch.logits_indices], self.norm)
 
     def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Logits [L, V] float32 of hidden rows [L, H], the rows `batch.logits_indices` of a forward's result."""
+        """Logits [L, V] float32 of hidden rows [L, H]."""
         logits = self.lm_head(hidden).float()
         if batch.lora is not None:
             batch.lora.add_lm_head_(hidden, logits)

@@ -16,8 +16,11 @@ import torch
 
 from ..errors import ModelError
 from ..kernels.linear import Linear, compute_dtype, packs_weights
+from ..kernels.packed import pack
+from ..native_choice import NativeChoice
 from .config import ModelConfig
 from .decoder import Decoder, Layer
+from .native_decoder import NativeDecoder, pack_layer, weight_format
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +98,14 @@ class TensorSource:
         return self._file_of[name].get_tensor(name)
 
 
-def load_model(path: str | Path, device: torch.device, dtype: str = "auto") -> Decoder:
-    """Read the model directory `path` onto `device`. `dtype` is auto (as saved), fp32, bf16 or fp16."""
+def load_model(
+    path: str | Path, device: torch.device, dtype: str = "auto", native: NativeChoice | None = None
+) -> Decoder | NativeDecoder:
+    """Read the model directory `path` onto `device`. `dtype` is auto (as saved), fp32, bf16 or fp16.
+
+    With `native` the native forward of the CPU takes the model where it can; what it cannot is logged with the reason,
+    or raised as `ModelError` where the choice says that nothing else will do.
+    """
     path = Path(path)
     config = ModelConfig.from_dir(path)
     source = TensorSource(path)
@@ -104,48 +113,113 @@ def load_model(path: str | Path, device: torch.device, dtype: str = "auto") -> D
     tied = (LM_HEAD,) if config.tie_word_embeddings else ()
     source.check(tensor_shapes(config), ignored=("rotary_emb.inv_freq", *tied))
     weight_dtype = source.dtype() if dtype == "auto" else DTYPES[dtype]
-    activations = compute_dtype(weight_dtype, device)
-    if packs_weights(weight_dtype, device):
-        logger.info("this CPU has no fast %s products: weights are packed as fp16, arithmetic is fp32", weight_dtype)
+    weights = _Weights(config, source, device, weight_dtype)
+    if native is not None:
+        reason = native.cannot_serve(config, weight_dtype)
+        if reason is None:
+            return _native(config, weights, native)
+        if native.is_required:
+            raise ModelError(f"the native CPU path was asked for and cannot serve this model: {reason}")
+        logger.warning("the native CPU path cannot serve this model (%s); torch serves it, slower", reason)
+    return _torch(config, weights)
+
+
+class _Weights:
+    """Tensors of a checked directory by their names on the hub, on `device` in `dtype`."""
+
+    def __init__(self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype):
+        self._config, self._source, self.device, self.dtype = config, source, device, dtype
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self._source.take(name).to(self.device, self.dtype)
+
+    def norm(self, name: str) -> torch.Tensor:
+        """The factors of a norm, in fp32."""
+        return (self._source.take(f"{name}.weight").float() + self._config.norm_offset).to(self.device)
+
+    def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config, module = self._config, name.rpartition(".")[2]
+        if module in ("q_proj", "k_proj", "v_proj"):
+            has_bias = config.qkv_bias
+        else:
+            has_bias = config.o_bias if module == "o_proj" else config.mlp_bias
+        return self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if has_bias else None
+
+    def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
+        """The norms of a layer, by their names in `Layer`."""
+        config, base = self._config, f"model.layers.{idx}"
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        names = {"input_norm": "input_layernorm", "mlp_norm": before_mlp}
+        if config.qk_norm:
+            names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+        if config.post_norms:
+            names |= {
+                "post_attention_norm": "post_attention_layernorm",
+                "post_mlp_norm": "post_feedforward_layernorm",
+            }
+        return {name: self.norm(f"{base}.{hub_name}") for name, hub_name in names.items()}
+
+    def embed(self) -> torch.Tensor:
+        # A copy: the file stays mapped otherwise, and whoever truncates it ends the process.
+        return self.weight(EMBEDDING).clone()
+
+    def lm_head(self, embed: torch.Tensor) -> torch.Tensor:
+        return embed if self._config.tie_word_embeddings else self.weight(LM_HEAD).clone()
+
+
+def _torch(config: ModelConfig, weights: _Weights) -> Decoder:
+    activations = compute_dtype(weights.dtype, weights.device)
+    if packs_weights(weights.dtype, weights.device):
+        logger.info("this CPU has no fast %s products: weights are packed as fp16, arithmetic is fp32", weights.dtype)
     else:
-        logger.info("weights and arithmetic are %s", weight_dtype)
+        logger.info("weights and arithmetic are %s", weights.dtype)
 
-    def weight(name: str) -> torch.Tensor:
-        return source.take(name).to(device, weight_dtype)
-
-    def norm(name: str) -> torch.Tensor:
-        weight = source.take(f"{name}.weight").float() + config.norm_offset
+    def norm(value: torch.Tensor) -> torch.Tensor:
         # 1 + weight is not representable in 16 bits, so Gemma's norms stay float32, as in transformers.
-        return weight.to(device, torch.float32 if config.norm_offset else activations)
+        return value if config.norm_offset else value.to(activations)
 
-    def linear(names: list[str], bias: bool) -> Linear:
-        biases = torch.cat([weight(f"{name}.bias") for name in names]) if bias else None
-        return Linear(torch.cat([weight(f"{name}.weight") for name in names]), biases)
+    def linear(*names: str) -> Linear:
+        pairs = [weights.linear(name) for name in names]
+        biases = [bias for _, bias in pairs if bias is not None]
+        return Linear(torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None)
 
-    # A copy: the file stays mapped otherwise, and whoever truncates it ends the process.
-    embed = weight(EMBEDDING).clone()
+    embed = weights.embed()
     layers = []
     for idx in range(config.num_layers):
-        base = f"model.layers.{idx}"
-        attention, mlp = f"{base}.self_attn", f"{base}.mlp"
-        post_norms, qk_norm = config.post_norms, config.qk_norm
-        before_mlp = "pre_feedforward_layernorm" if post_norms else "post_attention_layernorm"
+        attention, mlp = f"model.layers.{idx}.self_attn", f"model.layers.{idx}.mlp"
+        norms = {name: norm(value) for name, value in weights.layer_norms(idx).items()}
         layers.append(
             Layer(
-                input_norm=norm(f"{base}.input_layernorm"),
-                qkv=linear([f"{attention}.{name}_proj" for name in "qkv"], config.qkv_bias),
-                q_norm=norm(f"{attention}.q_norm") if qk_norm else None,
-                k_norm=norm(f"{attention}.k_norm") if qk_norm else None,
-                o=linear([f"{attention}.o_proj"], config.o_bias),
-                post_attention_norm=norm(f"{base}.post_attention_layernorm") if post_norms else None,
-                mlp_norm=norm(f"{base}.{before_mlp}"),
-                gate_up=linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], config.mlp_bias),
-                down=linear([f"{mlp}.down_proj"], config.mlp_bias),
-                post_mlp_norm=norm(f"{base}.post_feedforward_layernorm") if post_norms else None,
+                input_norm=norms["input_norm"],
+                qkv=linear(*(f"{attention}.{name}_proj" for name in "qkv")),
+                q_norm=norms.get("q_norm"),
+                k_norm=norms.get("k_norm"),
+                o=linear(f"{attention}.o_proj"),
+                post_attention_norm=norms.get("post_attention_norm"),
+                mlp_norm=norms["mlp_norm"],
+                gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+                down=linear(f"{mlp}.down_proj"),
+                post_mlp_norm=norms.get("post_mlp_norm"),
             )
         )
-    lm_head = Linear(embed if config.tie_word_embeddings else weight(LM_HEAD).clone())
-    return Decoder(config, embed, layers, norm("model.norm"), lm_head, activations, weight_dtype)
+    lm_head = Linear(weights.lm_head(embed))
+    return Decoder(config, embed, layers, norm(weights.norm("model.norm")), lm_head, activations, weights.dtype)
+
+
+def _native(config: ModelConfig, weights: _Weights, native: NativeChoice) -> NativeDecoder:
+    form = weight_format(weights.dtype, native.quantization)
+    embed = weights.embed()
+    layers = [
+        pack_layer(weights.linear, weights.layer_norms(idx), f"model.layers.{idx}", form)
+        for idx in range(config.num_layers)
+    ]
+    lm_head = pack(weights.lm_head(embed), None, form)
+    norm = weights.norm("model.norm")
+    decoder = NativeDecoder(native.library, native.num_threads, config, embed, layers, norm, lm_head, weights.dtype)
+    logger.info(
+        "native CPU path: weights are %s, activations %s, %d threads", form, decoder.compute_dtype, native.num_threads
+    )
+    return decoder
 
 
 def _weight_files(path: Path) -> list[Path]:

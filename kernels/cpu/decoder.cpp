@@ -1,0 +1,422 @@
+// The forward pass of a decoder on the CPU as one call: all layers, all sequences, all adapters of a step.
+//
+// kernels/native.py builds this file and mirrors its structs; specserve/model/native_decoder.py fills them. Owns scratch
+// memory and the order of phases; within a phase, tasks are taken from a counter (team.h). The model's semantics are those of
+// specserve/model/decoder.py, whose torch code is the reference. Invariant: the result of a row is a function of the row,
+// its context and its adapter, bit for bit, whatever else is in the step; hence drafts cannot change a token.
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "lora.h"
+#include "matmul.h"
+#include "team.h"
+
+enum Module { Q, K, V, O, GATE, UP, DOWN, NUM_MODULES };
+enum Phase { NORM, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES };
+
+struct Layer {
+  Matrix modules[NUM_MODULES];
+  const float *input_norm, *mlp_norm, *q_norm, *k_norm, *attention_post_norm, *mlp_post_norm;  // null where absent
+  void *k_cache, *v_cache;
+  int32_t window;  // 0: all
+  int32_t rope;    // which of Step::cos and sin
+};
+
+struct Model {
+  const Layer* layers;
+  const float* norm;
+  int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, is_gelu, is_bf16, unused;
+  float eps, attention_scale;
+};
+
+struct Step {
+  int32_t num_rows, num_seqs, num_logits, block_size, table_width, max_rank, num_taps, unused;
+  float* x;  // [T][H] embeddings in, scratch afterwards
+  const int64_t* slots;
+  const int32_t *cu_query_lens, *context_lens, *block_tables;
+  const int64_t* logits_indices;
+  const float *cos[2], *sin[2];  // [T][D], the second half of sin is positive
+  const int32_t* row_slots;      // [T], -1: no adapter; null: none in the step
+  const Lora* lora;              // [slots][layers][NUM_MODULES]
+  float* hidden;                 // [L][H], normed
+  int32_t tap_layers[8];
+  float* taps[8];   // [L][H] each
+  double* seconds;  // [NUM_PHASES], added to
+};
+
+struct Buffer {
+  void* data = nullptr;
+  size_t size = 0;
+  template <class T>
+  T* get(size_t count) {
+    if (count * sizeof(T) > size) {
+      free(data);
+      size = (count * sizeof(T) + 4095) / 4096 * 4096;
+      data = aligned_alloc(64, size);
+      if (!data) abort();
+    }
+    return (T*)data;
+  }
+  ~Buffer() { free(data); }
+};
+
+struct Engine {
+  explicit Engine(int num_threads) : team(num_threads), scores(num_threads) {}
+  Team team;
+  Buffer act, act2, qkv, rotated, h, y;
+  std::vector<Buffer> scores;
+};
+
+struct AttentionTask {
+  int32_t seq, head, first_row, num_rows, first_group, num_groups;
+};
+
+// Runs fn(panel, first row, rows) over all panels and tiles of rows, and waits for all.
+template <class F>
+static void for_tiles(Team& team, int num_panels, int num_rows, F fn) {
+  const int tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+  for (int i; (i = team.next(num_panels * tiles)) >= 0;) {
+    const int row = i % tiles * TILE_ROWS;
+    fn(i / tiles, row, std::min(TILE_ROWS, num_rows - row));
+  }
+  team.barrier();
+}
+
+template <class A>
+class Forward {
+ public:
+  Forward(Engine& engine, const Model& model, const Step& step) : e(engine), m(model), s(step), T(step.num_rows) {
+    q_size = m.num_heads * m.head_dim;
+    kv_size = m.num_kv_heads * m.head_dim;
+    const Layer& first = m.layers[0];
+    const int widest = std::max({first.modules[Q].kp, first.modules[O].kp, first.modules[DOWN].kp});
+    const size_t rows = T;
+    act = e.act.get<A>(rows * widest);
+    act2 = e.act2.get<A>(rows * widest);
+    qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
+    rotated = e.rotated.get<A>(rows * q_size);
+    y = e.y.get<float>(rows * m.hidden_size);
+    h_stride = 3 * s.max_rank;
+    h = e.h.get<float>(rows * h_stride + 1);
+    int longest = 0;
+    const int group = m.num_heads / m.num_kv_heads;
+    const int groups_at_once = std::min(group, QUERIES), rows_at_once = std::max(1, QUERIES / group);
+    for (int i = 0; i < s.num_seqs; i++) {
+      const int n = s.cu_query_lens[i + 1] - s.cu_query_lens[i];
+      longest = std::max(longest, s.context_lens[i]);
+      for (int row = n; row > 0; row -= rows_at_once) {  // longest contexts first
+        const int num = std::min(rows_at_once, row);
+        for (int head = 0; head < m.num_kv_heads; head++)
+          for (int g = 0; g < group; g += groups_at_once)
+            tasks.push_back({i, head, row - num, num, g, std::min(groups_at_once, group - g)});
+      }
+    }
+    for (auto& buffer : e.scores) buffer.get<float>((size_t)QUERIES * (longest + 64));
+  }
+
+  void operator()(int thread) {
+    Clock clock(thread == 0 ? s.seconds : nullptr);
+    for (int idx = 0; idx < m.num_layers; idx++) {
+      const Layer& layer = m.layers[idx];
+      norm_rows(layer.input_norm, layer.modules[Q].kp);
+      clock.end(NORM);
+      shrink_rows(idx, act, {Q, K, V});
+      clock.end(SHRINK);
+      multiply_qkv(idx, layer);
+      clock.end(QKV);
+      rotate_rows(layer);
+      clock.end(ROPE);
+      attend_rows(layer, thread);
+      clock.end(ATTENTION);
+      shrink_rows(idx, act2, {O});
+      clock.end(SHRINK);
+      multiply_residual(idx, layer, O, layer.attention_post_norm);
+      clock.end(OUT);
+      norm_rows(layer.mlp_norm, layer.modules[GATE].kp);
+      clock.end(NORM);
+      shrink_rows(idx, act, {GATE, UP});
+      clock.end(SHRINK);
+      multiply_gate_up(idx, layer);
+      clock.end(GATE_UP);
+      shrink_rows(idx, act2, {DOWN});
+      clock.end(SHRINK);
+      multiply_residual(idx, layer, DOWN, layer.mlp_post_norm);
+      clock.end(DOWN_);
+      for (int tap = 0; tap < s.num_taps; tap++)
+        if (s.tap_layers[tap] == idx && thread == 0)
+          for (int i = 0; i < s.num_logits; i++)
+            memcpy(s.taps[tap] + (size_t)i * m.hidden_size, s.x + s.logits_indices[i] * m.hidden_size,
+                   4 * (size_t)m.hidden_size);
+    }
+    for (int i; (i = e.team.next(s.num_logits)) >= 0;)
+      norm_row(s.x + s.logits_indices[i] * m.hidden_size, m.norm, 0, nullptr, s.hidden + (size_t)i * m.hidden_size);
+    e.team.barrier();
+    clock.end(NORM);
+  }
+
+ private:
+  struct Clock {
+    explicit Clock(double* seconds) : seconds(seconds) {
+      if (seconds) last = std::chrono::steady_clock::now();
+    }
+    void end(Phase phase) {
+      if (!seconds) return;
+      auto now = std::chrono::steady_clock::now();
+      seconds[phase] += std::chrono::duration<double>(now - last).count();
+      last = now;
+    }
+    double* seconds;
+    std::chrono::steady_clock::time_point last;
+  };
+
+  void norm_row(const float* x, const float* weight, int kp, A* out, float* normed) {
+    const int n = m.hidden_size;
+    f32x16 squares = {};
+    for (int c = 0; c < n; c += 16) {
+      f32x16 v = load_n(x + c, n - c);
+      squares = fma(v, v, squares);
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / n + m.eps);
+    for (int c = 0; c < n; c += 16) {
+      f32x16 v = load_n(x + c, n - c) * scale * load_n(weight + c, n - c);
+      if (out) store_n(out + c, v, n - c);
+      if (normed) store_n(normed + c, v, n - c);
+    }
+    if (out) std::fill(out + n, out + kp, A(0));
+  }
+
+  void norm_rows(const float* weight, int kp) {
+    for (int t; (t = e.team.next(T)) >= 0;)
+      norm_row(s.x + (size_t)t * m.hidden_size, weight, kp, act + (size_t)t * kp, nullptr);
+    e.team.barrier();
+  }
+
+  const Lora* lora_of(int row, int layer, int module) const {
+    const int slot = s.row_slots ? s.row_slots[row] : -1;
+    if (slot < 0) return nullptr;
+    const Lora* lora = s.lora + ((size_t)slot * m.num_layers + layer) * NUM_MODULES + module;
+    return lora->a ? lora : nullptr;
+  }
+
+  void shrink_rows(int layer, const A* x, std::initializer_list<int> modules) {
+    if (!s.row_slots) return;
+    constexpr int ROWS = 4;
+    const int chunks = (T + ROWS - 1) / ROWS, num = (int)modules.size();
+    for (int i; (i = e.team.next(chunks * num)) >= 0;) {
+      const int place = i % num, module = modules.begin()[place];
+      const Matrix& base = m.layers[layer].modules[module];
+      for (int t = i / num * ROWS; t < std::min(T, (i / num + 1) * ROWS); t++)
+        if (const Lora* lora = lora_of(t, layer, module))
+          shrink<A>(*lora, x + (size_t)t * base.kp, base.k, h + (size_t)t * h_stride + place * s.max_rank);
+    }
+    e.team.barrier();
+  }
+
+  // tile [rows][64] = columns of one module's panel, with bias and LoRA; `place` is the module's place in h.
+  void panel_of(int layer, int module, int place, int panel, const A* x, int row, int rows, float* tile) {
+    const Matrix& matrix = m.layers[layer].modules[module];
+    multiply_panel(matrix, panel, x + (size_t)row * matrix.kp, rows, tile);
+    const int column = panel * PANEL, num = std::min(PANEL, matrix.n - column);
+    for (int r = 0; r < rows; r++) {
+      if (matrix.bias)
+        for (int c = 0; c < num; c += 16) {
+          float* out = tile + r * PANEL + c;
+          store(out, load(out) + load_n(matrix.bias + column + c, num - c));
+        }
+      if (const Lora* lora = lora_of(row + r, layer, module))
+        expand<A>(*lora, h + (size_t)(row + r) * h_stride + place * s.max_rank, matrix.n, column, num,
+                  tile + r * PANEL);
+    }
+  }
+
+  void multiply_qkv(int idx, const Layer& layer) {
+    const int q_panels = layer.modules[Q].panels(), kv_panels = layer.modules[K].panels();
+    const int width = q_size + 2 * kv_size;
+    for_tiles(e.team, q_panels + 2 * kv_panels, T, [&](int panel, int row, int rows) {
+      int module = Q, start = 0;
+      if (panel >= q_panels + kv_panels) module = V, start = q_size + kv_size, panel -= q_panels + kv_panels;
+      else if (panel >= q_panels) module = K, start = q_size, panel -= q_panels;
+      alignas(64) float tile[TILE_ROWS * PANEL];
+      panel_of(idx, module, module, panel, act, row, rows, tile);
+      const int num = std::min(PANEL, layer.modules[module].n - panel * PANEL);
+      for (int r = 0; r < rows; r++)
+        memcpy(qkv + (size_t)(row + r) * width + start + panel * PANEL, tile + r * PANEL, 4 * num);
+    });
+  }
+
+  void head_norm(float* x, const float* weight) {
+    const int n = m.head_dim;
+    f32x16 squares = {};
+    for (int c = 0; c < n; c += 16) {
+      f32x16 v = load_n(x + c, n - c);
+      squares = fma(v, v, squares);
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / n + m.eps);
+    for (int c = 0; c < n; c++) x[c] = x[c] * scale * weight[c];
+  }
+
+  void rotate(float* x, const float* cos, const float* sin) {
+    const int half = m.head_dim / 2;
+    for (int i = 0; i < half; i++) {
+      const float a = x[i], b = x[i + half], c = cos[i], sn = sin[i + half];
+      x[i] = a * c - b * sn;
+      x[i + half] = b * c + a * sn;
+    }
+  }
+
+  void rotate_rows(const Layer& layer) {
+    const int dim = m.head_dim, width = q_size + 2 * kv_size;
+    for (int t; (t = e.team.next(T)) >= 0;) {
+      float* row = qkv + (size_t)t * width;
+      const float *cos = s.cos[layer.rope] + (size_t)t * dim, *sin = s.sin[layer.rope] + (size_t)t * dim;
+      for (int head = 0; head < m.num_heads; head++) {
+        float* q = row + head * dim;
+        if (layer.q_norm) head_norm(q, layer.q_norm);
+        rotate(q, cos, sin);
+        A* out = rotated + (size_t)t * q_size + head * dim;
+        for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(q + c, dim - c), dim - c);
+      }
+      for (int head = 0; head < m.num_kv_heads; head++) {
+        float* k = row + q_size + head * dim;
+        if (layer.k_norm) head_norm(k, layer.k_norm);
+        rotate(k, cos, sin);
+        store_key((A*)layer.k_cache, s.slots[t], head, m.num_kv_heads, dim, k);
+        const float* v = row + q_size + kv_size + head * dim;
+        A* out = (A*)layer.v_cache + ((size_t)s.slots[t] * m.num_kv_heads + head) * dim;
+        for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(v + c, dim - c), dim - c);
+      }
+    }
+    e.team.barrier();
+  }
+
+  void attend_rows(const Layer& layer, int thread) {
+    const int dim = m.head_dim, group = m.num_heads / m.num_kv_heads, kp = layer.modules[O].kp;
+    for (int i; (i = e.team.next((int)tasks.size())) >= 0;) {
+      const AttentionTask& task = tasks[i];
+      const int row = s.cu_query_lens[task.seq] + task.first_row;
+      const int first_position = s.context_lens[task.seq] - (s.cu_query_lens[task.seq + 1] - row);
+      alignas(64) A queries[QUERIES * 256];
+      alignas(64) float out[QUERIES * 256];
+      int positions[QUERIES], num = 0;
+      for (int r = 0; r < task.num_rows; r++)
+        for (int g = 0; g < task.num_groups; g++, num++) {
+          const int head = task.head * group + task.first_group + g;
+          memcpy(queries + num * dim, rotated + (size_t)(row + r) * q_size + head * dim, sizeof(A) * dim);
+          positions[num] = first_position + r;
+        }
+      attend_any(num, queries, (const A*)layer.k_cache, (const A*)layer.v_cache,
+                 s.block_tables + (size_t)task.seq * s.table_width, s.block_size, m.num_kv_heads, task.head, dim, positions,
+                 layer.window, m.attention_scale, (float*)e.scores[thread].data, out);
+      num = 0;
+      for (int r = 0; r < task.num_rows; r++)
+        for (int g = 0; g < task.num_groups; g++, num++) {
+          A* place = act2 + (size_t)(row + r) * kp + (task.head * group + task.first_group + g) * dim;
+          for (int c = 0; c < dim; c += 16) store_n(place + c, load_n(out + num * dim + c, dim - c), dim - c);
+        }
+      if (task.head == 0 && task.first_group == 0)
+        for (int r = 0; r < task.num_rows; r++)
+          std::fill(act2 + (size_t)(row + r) * kp + q_size, act2 + (size_t)(row + r + 1) * kp, A(0));
+    }
+    e.team.barrier();
+  }
+
+  // x += module(act2), normed first where the architecture does so.
+  void multiply_residual(int idx, const Layer& layer, int module, const float* post_norm) {
+    const Matrix& matrix = layer.modules[module];
+    for_tiles(e.team, matrix.panels(), T, [&](int panel, int row, int rows) {
+      alignas(64) float tile[TILE_ROWS * PANEL];
+      panel_of(idx, module, 0, panel, act2, row, rows, tile);
+      const int column = panel * PANEL, num = std::min(PANEL, matrix.n - column);
+      for (int r = 0; r < rows; r++)
+        for (int c = 0; c < num; c += 16) {
+          const size_t place = (size_t)(row + r) * m.hidden_size + column + c;
+          f32x16 value = load(tile + r * PANEL + c);
+          if (post_norm) store_n(y + place, value, num - c);
+          else store_n(s.x + place, load_n(s.x + place, num - c) + value, num - c);
+        }
+    });
+    if (!post_norm) return;
+    for (int t; (t = e.team.next(T)) >= 0;) {
+      float *out = y + (size_t)t * m.hidden_size, *x = s.x + (size_t)t * m.hidden_size;
+      norm_row(out, post_norm, 0, nullptr, out);
+      for (int c = 0; c < m.hidden_size; c++) x[c] += out[c];
+    }
+    e.team.barrier();
+  }
+
+  void multiply_gate_up(int idx, const Layer& layer) {
+    const int kp = layer.modules[DOWN].kp;  // equals panels * 64
+    for_tiles(e.team, layer.modules[GATE].panels(), T, [&](int panel, int row, int rows) {
+      alignas(64) float gate[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
+      panel_of(idx, GATE, 0, panel, act, row, rows, gate);
+      panel_of(idx, UP, 1, panel, act, row, rows, up);
+      for (int r = 0; r < rows; r++)
+        for (int c = 0; c < PANEL; c += 16) {
+          f32x16 g = load(gate + r * PANEL + c);
+          store(act2 + (size_t)(row + r) * kp + panel * PANEL + c,
+                (m.is_gelu ? gelu_tanh(g) : silu(g)) * load(up + r * PANEL + c));
+        }
+    });
+  }
+
+  Engine& e;
+  const Model& m;
+  const Step& s;
+  const int T;
+  int q_size, kv_size, h_stride;
+  A *act, *act2, *rotated;
+  float *qkv, *h, *y;
+  std::vector<AttentionTask> tasks;
+};
+
+// y [rows][panels * 64] = x [rows][k] times the matrix, without bias: the lm_head.
+template <class A>
+static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, float* y) {
+  A* act = e.act.get<A>((size_t)rows * matrix.kp);
+  auto work = [&](int) {
+    for (int t; (t = e.team.next(rows)) >= 0;) {
+      A* out = act + (size_t)t * matrix.kp;
+      for (int c = 0; c < matrix.k; c += 16)
+        store_n(out + c, load_n(x + (size_t)t * matrix.k + c, matrix.k - c), matrix.k - c);
+      std::fill(out + matrix.k, out + matrix.kp, A(0));
+    }
+    e.team.barrier();
+    const size_t width = (size_t)matrix.panels() * PANEL;
+    for_tiles(e.team, matrix.panels(), rows, [&](int panel, int row, int num) {
+      alignas(64) float tile[TILE_ROWS * PANEL];
+      multiply_panel(matrix, panel, act + (size_t)row * matrix.kp, num, tile);
+      for (int r = 0; r < num; r++)
+        memcpy(y + (row + r) * width + panel * PANEL, tile + r * PANEL, 4 * PANEL);
+    });
+  };
+  e.team.run(work);
+}
+
+extern "C" {
+
+int specserve_uses_bf16() { return NATIVE_BF16; }
+
+void* specserve_create(int num_threads) { return new Engine(num_threads); }
+
+void specserve_destroy(void* engine) { delete (Engine*)engine; }
+
+void specserve_forward(void* engine, const Model* model, const Step* step) {
+  Engine& e = *(Engine*)engine;
+  if (model->is_bf16) {
+    Forward<bf16> forward(e, *model, *step);
+    e.team.run(forward);
+  } else {
+    Forward<float> forward(e, *model, *step);
+    e.team.run(forward);
+  }
+}
+
+void specserve_linear(void* engine, const Matrix* matrix, int is_bf16, const float* x, int rows, float* y) {
+  if (is_bf16) linear<bf16>(*(Engine*)engine, *matrix, x, rows, y);
+  else linear<float>(*(Engine*)engine, *matrix, x, rows, y);
+}
+}

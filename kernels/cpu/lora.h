@@ -1,0 +1,69 @@
+// SGMV and BGMV on the CPU: each row's own adapter, read where it lies; nothing is stacked, padded or copied.
+//
+// Semantics for row t with adapter slot a(t) and module m: y[t] += scale * (x[t] A^T) B^T, A [R][K] row by row and B
+// transposed to [R][N]. Shrink and expand have the row's own rank and skip modules that its adapter does not target.
+// Sums are fp32 in an order that depends on K and R only, so a row gets the same bits in every batch.
+#pragma once
+
+#include "vec.h"
+
+struct Lora {
+  const void* a;  // [rank][k] in the weights' dtype; null where the module is not targeted
+  const void* b;  // [rank][n]
+  int32_t rank;
+  float scale;
+};
+
+#if NATIVE_BF16
+// Lane i of the sum holds pairs 2i, 2i+1 of every block of 32.
+INLINE f32x16 dot_pairs(f32x16 acc, const bf16* a, const bf16* x) {
+  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(x));
+}
+#endif
+
+// NR dot products of x [k] with rows of a [NR][k].
+template <int NR, class X, class W>
+INLINE void dots(const W* a, int k, const X* x, float scale, float* h) {
+  f32x16 acc[NR] = {};
+  int i = 0;
+#if NATIVE_BF16
+  if constexpr (sizeof(X) == 2 && sizeof(W) == 2) {
+    for (; i + 32 <= k; i += 32)
+      for (int r = 0; r < NR; r++) acc[r] = dot_pairs(acc[r], a + (size_t)r * k + i, x + i);
+  }
+#endif
+  for (; i + 16 <= k; i += 16)
+    for (int r = 0; r < NR; r++) acc[r] = fma(load(a + (size_t)r * k + i), load(x + i), acc[r]);
+  if (i < k)
+    for (int r = 0; r < NR; r++) acc[r] = fma(load_n(a + (size_t)r * k + i, k - i), load_n(x + i, k - i), acc[r]);
+  for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
+}
+
+// h [rank] = scale * A x
+template <class W, class X>
+static void shrink(const Lora& lora, const X* x, int k, float* h) {
+  const W* a = (const W*)lora.a;
+  int r = 0;
+  for (; r + 8 <= lora.rank; r += 8) dots<8>(a + (size_t)r * k, k, x, lora.scale, h + r);
+  for (; r + 4 <= lora.rank; r += 4) dots<4>(a + (size_t)r * k, k, x, lora.scale, h + r);
+  for (; r < lora.rank; r++) dots<1>(a + (size_t)r * k, k, x, lora.scale, h + r);
+}
+
+// y [64] += h [rank] * B[:, column .. column + num), num <= 64
+template <class W>
+static void expand(const Lora& lora, const float* h, int n, int column, int num, float* y) {
+  const W* b = (const W*)lora.b + column;
+  if (num == 64) {
+    f32x16 acc[4];
+    for (int c = 0; c < 4; c++) acc[c] = load(y + 16 * c);
+    for (int r = 0; r < lora.rank; r++)
+      for (int c = 0; c < 4; c++) acc[c] = fma(h[r], load(b + (size_t)r * n + 16 * c), acc[c]);
+    for (int c = 0; c < 4; c++) store(y + 16 * c, acc[c]);
+    return;
+  }
+  for (int c = 0; c < num; c += 16) {
+    f32x16 acc = load(y + c);
+    for (int r = 0; r < lora.rank; r++) acc = fma(h[r], load_n(b + (size_t)r * n + c, num - c), acc);
+    store(y + c, acc);
+  }
+}

@@ -1,0 +1,142 @@
+// Vectors of 16 floats and the few operations that the kernels need, for any CPU that GCC or clang knows.
+//
+// Written with the compilers' vector extension, so that AVX2, AVX-512 and NEON come from one text; intrinsics stand only
+// where the extension cannot say what is meant. Invariant: every reduction has a fixed order that does not depend on how
+// many rows a step has, so that a row's result is the same bits in every batch.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define NATIVE_BF16 1
+#else
+#define NATIVE_BF16 0
+#endif
+
+typedef uint16_t bf16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x16_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u32x16_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t u16x16_any __attribute__((vector_size(32), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE f32x16 load(const float* p) { return *(const f32x16_any*)p; }
+INLINE f32x16 load(const bf16* p) {
+  return (f32x16)(__builtin_convertvector(*(const u16x16_any*)p, u32x16) << 16);
+}
+INLINE void store(float* p, f32x16 v) { *(f32x16_any*)p = v; }
+
+// Round to nearest even, as torch does; NaN stays NaN.
+INLINE bf16 to_bf16(float v) {
+  uint32_t u;
+  memcpy(&u, &v, 4);
+  if (v != v) return 0x7fc0;
+  return (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+INLINE void store(bf16* p, f32x16 v) {
+#if NATIVE_BF16
+  __m256bh packed = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &packed, 32);
+#else
+  u32x16 u = (u32x16)v;
+  u32x16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  u32x16 nan = (u32x16)(v != v);
+  rounded = (nan & 0x7fc0) | (~nan & rounded);
+  *(u16x16_any*)p = __builtin_convertvector(rounded, u16x16);
+#endif
+}
+INLINE float to_float(float v) { return v; }
+INLINE float to_float(bf16 v) {
+  uint32_t u = (uint32_t)v << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+INLINE void from_float(float* p, float v) { *p = v; }
+INLINE void from_float(bf16* p, float v) { *p = to_bf16(v); }
+
+// The first n (at most 16) values, zeros behind them.
+template <class T>
+INLINE f32x16 load_n(const T* p, int n) {
+  if (n >= 16) return load(p);
+  float values[16] = {};
+  for (int i = 0; i < n; i++) values[i] = to_float(p[i]);
+  return load(values);
+}
+template <class T>
+INLINE void store_n(T* p, f32x16 v, int n) {
+  if (n >= 16) return store(p, v);
+  for (int i = 0; i < n; i++) from_float(p + i, v[i]);
+}
+
+INLINE f32x16 splat(float v) { return f32x16{} + v; }
+// a * b + c. Said with intrinsics, and -ffp-contract=off elsewhere: whether the compiler fuses would depend on the code
+// around, which differs between numbers of rows.
+INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  union {
+    f32x16 v;
+    __m256 half[2];
+  } x = {a}, y = {b}, z = {c};
+  for (int i = 0; i < 2; i++) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
+  return z.v;
+#else
+  return a * b + c;
+#endif
+}
+INLINE f32x16 fma(float a, f32x16 b, f32x16 c) { return fma(splat(a), b, c); }
+INLINE i32x16 lanes() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {  // mask lanes are 0 or -1
+  return (f32x16)((mask & (i32x16)a) | (~mask & (i32x16)b));
+}
+INLINE f32x16 vmax(f32x16 a, f32x16 b) { return select(a > b, a, b); }
+INLINE f32x16 vmin(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+
+INLINE float sum(f32x16 v) {
+  float a[16];
+  store(a, v);
+  float s[8];
+  for (int i = 0; i < 8; i++) s[i] = a[i] + a[i + 8];
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+INLINE float max_lane(f32x16 v) {
+  float a[16], m;
+  store(a, v);
+  m = a[0];
+  for (int i = 1; i < 16; i++) m = a[i] > m ? a[i] : m;
+  return m;
+}
+
+// e^x to about 2 ulp for x in [-87, 88], clamped outside; the polynomial is Cephes' expf.
+INLINE f32x16 vexp(f32x16 x) {
+  x = vmin(vmax(x, splat(-87.0f)), splat(88.0f));
+  f32x16 n = fma(1.44269504f, x, splat(12582912.0f));  // rounds to an integer in the low mantissa bits
+  i32x16 exponent = (i32x16)n - 0x4b400000;
+  n = n - 12582912.0f;
+  f32x16 r = fma(2.12194440e-4f, n, fma(-0.693359375f, n, x));
+  f32x16 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p * r, r, r) + 1.0f;
+  return (f32x16)((i32x16)p + (exponent << 23));
+}
+INLINE f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + vexp(-x)); }
+INLINE f32x16 silu(f32x16 x) { return x * sigmoid(x); }
+INLINE f32x16 vtanh(f32x16 x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+INLINE f32x16 gelu_tanh(f32x16 x) {
+  return 0.5f * x * (1.0f + vtanh(0.7978845608f * (x + 0.044715f * x * x * x)));
+}

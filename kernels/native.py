@@ -1,0 +1,221 @@
+"""Builds and loads the CPU's native forward pass (kernels/cpu/*.cpp) and mirrors its structs.
+
+The sources are compiled for the very CPU with the machine's own C++ compiler, once: the library is kept in the user's
+cache under a hash of sources, compiler and CPU. Nothing is specialised to shapes, so nothing is ever compiled while
+serving. Without a compiler the torch path serves; the caller decides and logs. Owns no arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "cpu"
+MAIN = "decoder.cpp"
+# No -ffast-math and no contraction: NaN must stay NaN, and a sum is the same sum in every kernel.
+FLAGS = (
+    "-std=gnu++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-w",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
+BUILD_TIMEOUT_S = 120
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PHASES = ("norm", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
+MAX_TAPS = 8
+MAX_HEAD_DIM = 256
+KEYS_PER_TILE = 16  # a KV block must be a multiple
+PANEL = 64
+
+
+class NativeError(Exception):
+    """The native path cannot be had here; the message says why."""
+
+
+class Matrix(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("levels", c_void_p),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("kp", c_int32),
+        ("format", c_int32),
+        ("group", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "post_attention_norm", "post_mlp_norm")
+
+
+class Layer(Structure):
+    _fields_ = [
+        ("modules", Matrix * len(MODULES)),
+        *((name, c_void_p) for name in NORMS),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+        ("window", c_int32),
+        ("rope", c_int32),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        ("layers", POINTER(Layer)),
+        ("norm", c_void_p),
+        ("num_layers", c_int32),
+        ("hidden_size", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("is_gelu", c_int32),
+        ("is_bf16", c_int32),
+        ("unused", c_int32),
+        ("eps", c_float),
+        ("attention_scale", c_float),
+    ]
+
+
+class Step(Structure):
+    _fields_ = [
+        ("num_rows", c_int32),
+        ("num_seqs", c_int32),
+        ("num_logits", c_int32),
+        ("block_size", c_int32),
+        ("table_width", c_int32),
+        ("max_rank", c_int32),
+        ("num_taps", c_int32),
+        ("unused", c_int32),
+        ("x", c_void_p),
+        ("slots", c_void_p),
+        ("cu_query_lens", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("logits_indices", c_void_p),
+        ("cos", c_void_p * 2),
+        ("sin", c_void_p * 2),
+        ("row_slots", c_void_p),
+        ("lora", c_void_p),
+        ("hidden", c_void_p),
+        ("tap_layers", c_int32 * MAX_TAPS),
+        ("taps", c_void_p * MAX_TAPS),
+        ("seconds", POINTER(c_double)),
+    ]
+
+
+class Lora(Structure):
+    _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int32), ("scale", c_float)]
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The loaded library. `uses_bf16`: 16-bit activations and KV, with the CPU's bf16 instructions."""
+
+    functions: ctypes.CDLL
+    uses_bf16: bool
+    build_s: float  # 0 when it came from the cache
+
+
+class Team:
+    """The threads and scratch memory that forwards run on; used from one thread at a time."""
+
+    def __init__(self, library: Library, num_threads: int):
+        self._functions = library.functions
+        self._handle = self._functions.specserve_create(num_threads)
+
+    def forward(self, model: Model, step: Step) -> None:
+        self._functions.specserve_forward(self._handle, ctypes.byref(model), ctypes.byref(step))
+
+    def linear(self, matrix: Matrix, is_bf16: bool, x: int, num_rows: int, y: int) -> None:
+        """y [rows, panels * 64] = x [rows, k] @ matrix; x and y are addresses of fp32."""
+        self._functions.specserve_linear(self._handle, ctypes.byref(matrix), int(is_bf16), x, num_rows, y)
+
+    def __del__(self) -> None:
+        self._functions.specserve_destroy(self._handle)
+
+
+@functools.cache
+def load_library() -> Library:
+    """Build the library if the cache lacks it, and load it. Raises `NativeError`."""
+    if platform.system() not in ("Linux", "Darwin"):
+        raise NativeError(f"native kernels are not built on {platform.system()}")
+    compiler = find_compiler()
+    path = _cache_dir() / f"decoder-{_key(compiler)}.so"
+    build_s = 0.0
+    if not path.is_file():
+        start = time.perf_counter()
+        build(compiler, path)
+        build_s = time.perf_counter() - start
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"{path} does not load: {error}") from None
+    functions.specserve_create.restype = c_void_p
+    functions.specserve_create.argtypes = [c_int32]
+    functions.specserve_destroy.argtypes = [c_void_p]
+    functions.specserve_forward.argtypes = [c_void_p, c_void_p, c_void_p]
+    functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
+    return Library(functions, bool(functions.specserve_uses_bf16()), build_s)
+
+
+def find_compiler() -> str:
+    """The C++ compiler: $CXX, or the first of g++, clang++ and c++ on the path. Raises `NativeError`."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise NativeError("no C++ compiler was found (g++ or clang++; or name one in CXX)")
+
+
+def build(compiler: str, path: Path) -> None:
+    """Compile the sources to `path`; another process may do the same at the same time. Raises `NativeError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        output = Path(temporary) / path.name
+        command = [compiler, *FLAGS, str(SOURCES / MAIN), "-o", str(output)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NativeError(f"{compiler} did not build the native kernels: {error}") from None
+        if done.returncode:
+            raise NativeError(f"{compiler} failed on the native kernels: {done.stderr[-500:].strip()}")
+        os.replace(output, path)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "native"
+
+
+def _key(compiler: str) -> str:
+    """A hash of everything that the library depends on."""
+    digest = hashlib.sha256()
+    for file in sorted(SOURCES.iterdir()):
+        if file.suffix in (".h", ".cpp"):
+            digest.update(file.name.encode() + file.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest.update(version + " ".join(FLAGS).encode() + platform.machine().encode() + _cpu_flags())
+    return digest.hexdigest()[:20]
+
+
+def _cpu_flags() -> bytes:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_bytes().splitlines() if cpuinfo.is_file() else []
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), platform.processor().encode())

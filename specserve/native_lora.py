@@ -1,0 +1,106 @@
+"""The adapters of one step for the native forward: which rows use which weights, read where the adapters hold them.
+
+The counterpart of `lora_batch.py` on the torch path. Nothing is stacked or copied: a step gets a table of addresses for
+the adapters that it names, so that adapters come and go at no cost, whatever their number, ranks and modules.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from .kernels.lora_stack import LoraPair
+from .kernels.native import MODULES, Lora
+from .lora import LoraAdapter
+from .model.config import ModelConfig
+
+_MAX_TABLES = 64
+
+
+class NativeLoraBatch:
+    """One step's view. `row_slots` [T] int32 is each row's place in the table, -1 without adapter."""
+
+    def __init__(
+        self, adapters: Sequence[LoraAdapter], row_slots: list[int], logits_slots: list[int], table: ctypes.Array
+    ):
+        self.row_slots = torch.tensor(row_slots, dtype=torch.int32)
+        self.max_rank = max(adapter_rank(adapter) for adapter in adapters)
+        self.table_address = ctypes.addressof(table)
+        self._adapters, self._table = adapters, table
+        self._logits_slots = torch.tensor(logits_slots, dtype=torch.int32)
+
+    def add_embedding_(self, tokens: torch.Tensor, y: torch.Tensor) -> None:
+        """y [T, H] fp32 += LoRA of the embedding for tokens [T]."""
+        for slot, adapter in enumerate(self._adapters):
+            if adapter.embed is not None:
+                rows = (self.row_slots == slot).nonzero()[:, 0]
+                a, b, scale = adapter.embed
+                y[rows] += (a.t()[tokens[rows]].float() @ b.float().t()) * scale
+
+    def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
+        """logits [L, V] += LoRA of the lm_head for hidden rows x [L, H] fp32."""
+        for slot, adapter in enumerate(self._adapters):
+            if adapter.lm_head is not None:
+                rows = (self._logits_slots == slot).nonzero()[:, 0]
+                a, b, scale = adapter.lm_head
+                logits[rows] += (x[rows] @ a.float().t() @ b.float().t()) * scale
+
+
+class NativeSlots:
+    """Tables of addresses of adapters; slot i of a step is the i-th adapter that it names."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        self._num_layers = config.num_layers
+        self._dtype = dtype
+        self._active: list[LoraAdapter] = []
+        self._slot_of: dict[str, int] = {}
+        self._tables: dict[tuple[str, ...], ctypes.Array] = {}
+
+    def slot_of(self, content_hash: str) -> int:
+        return self._slot_of[content_hash]
+
+    def activate(self, active: Sequence[LoraAdapter]) -> None:
+        """Give every adapter of `active` (no duplicates) a slot for the next batch."""
+        self._active = list(active)
+        self._slot_of = {adapter.content_hash: slot for slot, adapter in enumerate(active)}
+
+    def drop(self, content_hash: str) -> None:
+        """Forget an adapter that was unloaded."""
+        self._tables = {key: table for key, table in self._tables.items() if content_hash not in key}
+        self._active = [adapter for adapter in self._active if adapter.content_hash != content_hash]
+
+    def batch(self, runs: Sequence[tuple[str | None, int]], logits_indices: Sequence[int]) -> NativeLoraBatch | None:
+        """The step's view for `runs` of (content hash or None, rows), in row order; None without any adapter."""
+        if all(content_hash is None for content_hash, _ in runs):
+            return None
+        row_slots: list[int] = []
+        for content_hash, num_rows in runs:
+            row_slots += [-1 if content_hash is None else self._slot_of[content_hash]] * num_rows
+        key = tuple(adapter.content_hash for adapter in self._active)
+        table = self._tables.get(key)
+        if table is None:
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            table = self._tables[key] = self._build()
+        return NativeLoraBatch(self._active, row_slots, [row_slots[row] for row in logits_indices], table)
+
+    def _build(self) -> ctypes.Array:
+        table = (Lora * (len(self._active) * self._num_layers * len(MODULES)))()
+        for slot, adapter in enumerate(self._active):
+            for (layer, module), pair in adapter.layers.items():
+                a, b = pair.a, pair.b.t()  # [R, in] and [R, out], as `to_native` laid them out
+                assert a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
+                place = (slot * self._num_layers + layer) * len(MODULES) + MODULES.index(module)
+                table[place] = Lora(a.data_ptr(), b.data_ptr(), a.shape[0], pair.scale)
+        return table
+
+
+def adapter_rank(adapter: LoraAdapter) -> int:
+    return max((pair.a.shape[0] for pair in adapter.layers.values()), default=0)
+
+
+def to_native(pair: LoraPair) -> LoraPair:
+    """The same pair with B held column by column, [R, out] in memory, which the native expand reads."""
+    return LoraPair(pair.a.contiguous(), pair.b.t().contiguous().t(), pair.scale)
