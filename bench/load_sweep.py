@@ -1,0 +1,141 @@
+"""Is the adaptive draft budget ever slower than no drafts, or than any fixed draft length, at any load?
+
+One engine, one process, the demo adapters over their own held-out prompts, mixed. At each concurrency every way answers
+the same prompts: off, fixed draft lengths (verified whether or not they pay) and auto; the order of ways turns from
+round to round. Ratios are within a round; medians over rounds count. Greedy, EOS honoured, prompts included. The floor
+is printed first: the milliseconds of a step that only reads the weights.
+
+    python -m bench.load_sweep [--concurrency 1,2,4,8,16,32,64] [--ways off,1,2,4,8,auto] [--rounds 5] [--rows 16]
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+
+from specserve.model_store import resolve_model
+from specserve.special_tokens import eos_token_ids
+from specserve.tokenizer import TextTokenizer
+from specserve.training.answers import Answers, answer_mixed, make_engine
+from specserve.training.dataset import read_rows, tokenize
+
+from . import common
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("control2json", "debtags", "summary")
+Runs = dict[tuple[int, str], list[Answers]]  # by concurrency and way, one a round
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--model", default="", help="Base model; default: specserve's default model.")
+@click.option("--concurrency", default="1,2,4,8,16,32,64", show_default=True)
+@click.option("--ways", default="off,1,2,4,8,auto", show_default=True, help="off, auto, or a fixed draft length.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rows", type=click.IntRange(1), default=16, show_default=True, help="Least prompts of each adapter.")
+@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--save/--no-save", default=True, help="Append to bench/results/load_sweep.jsonl and draw the plot.")
+@click.option("--plot", type=click.Path(path_type=Path), default=ROOT / "docs" / "load_sweep.png", show_default=True)
+def main(
+    model: str, concurrency: str, ways: str, rounds: int, rows: int, max_tokens: int, save: bool, plot: Path
+) -> None:
+    sizes, names = [int(size) for size in concurrency.split(",")], ways.split(",")
+    if bad := [name for name in names if name not in ("off", "auto") and not name.isdecimal()]:
+        raise click.UsageError(f"--ways has {bad[0]!r}; a way is off, auto or a draft length such as 4")
+    machine = common.hardware()
+    click.echo(common.hardware_line(machine))
+    model_dir = resolve_model(model)
+    floor_ms = 1e3 * 2 * common.num_parameters(model_dir) / common.memory_bandwidth()
+    click.echo(f"floor: a step that only reads the weights at 16 bits takes {floor_ms:.1f} ms")
+    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    engine = make_engine(model_dir, batch=max(sizes), max_len=1024)
+    adapters = ROOT / "examples" / "adapters"
+    hashes = [engine.load_adapter(task, adapters / task).content_hash for task in TASKS]
+    prompts = []
+    for task in TASKS:
+        rows_of_task = read_rows(ROOT / "examples" / "data" / f"{task}.dev.jsonl")
+        prompts.append([example.prompt for example in tokenize(rows_of_task, tokenizer, eos)])
+    endless = [itertools.cycle(zip(itertools.repeat(key), own)) for key, own in zip(hashes, prompts, strict=True)]
+    requests = [next(task) for _ in range(max(rows, -(-max(sizes) // len(TASKS)))) for task in endless]
+    runs: Runs = {(size, way): [] for size in sizes for way in names}
+    answer_mixed(engine, requests[:6], max_tokens, batch=6)  # libraries and stacks are warm, levels are known
+    for round_idx in range(rounds):
+        order = names[round_idx % len(names) :] + names[: round_idx % len(names)]
+        for size in sizes:
+            asked = requests[: max(size, rows * len(TASKS))]
+            for way in order:
+                mode, length = (way, 16) if way in ("off", "auto") else ("fixed", int(way))
+                made = answer_mixed(engine, asked, max_tokens, mode=mode, batch=size, max_draft_tokens=length)
+                runs[size, way].append(made)
+    figures = {str(size): _figures(runs, size, names) for size in sizes}
+    for size, of_size in figures.items():
+        click.echo(f"{size} at a time: {of_size}")
+    record = {
+        "commit": common.commit(),
+        "versions": common.versions("torch"),
+        "hardware": machine,
+        "model": model_dir.name,
+        "dtype": engine.info.dtype,
+        "rounds": rounds,
+        "rows": rows,
+        "max_tokens": max_tokens,
+        "floor_ms": round(floor_ms, 1),
+        "figures": figures,
+    }
+    if save:
+        common.append_result("load_sweep", record)
+        draw(plot, figures)
+
+
+def _figures(runs: Runs, size: int, ways: list[str]) -> dict[str, Any]:
+    """By way: tokens/s, tokens a verification, and the ratio of `auto` to it, prompts included and decoding alone."""
+    figures: dict[str, Any] = {}
+    for way in ways:
+        rounds = runs[size, way]
+        figures[way] = {
+            "tokens_per_s": round(statistics.median(made.num_tokens / made.seconds for made in rounds), 1),
+            "mean_accepted_length": round(statistics.median(made.mean_accepted_length for made in rounds), 2),
+            "drafted": statistics.median(sum(answer.drafted for answer in made.answers) for made in rounds),
+        }
+        if "auto" in ways and way != "auto":
+            pairs = list(zip(runs[size, "auto"], rounds, strict=True))
+            ratios = [a.num_tokens / a.seconds * b.seconds / b.num_tokens for a, b in pairs]
+            decode = [
+                a.decode_tokens / a.decode_seconds * b.decode_seconds / b.decode_tokens
+                for a, b in pairs
+                if a.decode_tokens and b.decode_tokens
+            ]
+            figures[way]["auto_ratio"] = common.spread(ratios)
+            figures[way]["auto_decode_ratio"] = common.spread(decode) if decode else None
+    return figures
+
+
+def draw(path: Path, figures: dict[str, Any]) -> None:
+    """Tokens a second against concurrency, and the same as a share of what `auto` makes in the same round."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    rate, ratio = figure.subplots(1, 2)
+    sizes = list(figures)
+    for way in figures[sizes[0]]:
+        label = f"fixed {way}" if way.isdecimal() else way
+        style = {"linewidth": 2.5, "color": "black"} if way == "auto" else {"linestyle": "--" if way == "off" else "-"}
+        rate.plot(sizes, [figures[size][way]["tokens_per_s"] for size in sizes], label=label, **style)
+        if "auto_ratio" in figures[sizes[0]][way]:
+            shares = [1 / figures[size][way]["auto_ratio"]["median"] for size in sizes]
+            ratio.plot(sizes, shares, label=label, **style)
+    ratio.axhline(1.0, color="black", linewidth=2.5, label="auto")
+    rate.set(xlabel="requests at a time", ylabel="tokens/s, prompts included", ylim=(0, None))
+    ratio.set(xlabel="requests at a time", ylabel="tokens/s, share of auto's", ylim=(0, None))
+    rate.legend()
+    ratio.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
