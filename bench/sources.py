@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from specserve.cost_model import CostModel
+from specserve.cost_model import CostModel, StepShape
 from specserve.drafters.acceptance import Acceptance, SharedAcceptance
 from specserve.drafters.chooser import DraftChooser
 from specserve.drafters.head_source import HeadRunner, HeadSource
@@ -139,7 +139,10 @@ class Answer:
 
 
 def _price(cost: CostModel | None, drafted: Drafted) -> float:
-    return cost.row_price(drafted.expected, drafted.num_rows, drafted.num_rows) if cost is not None else 0.0
+    if cost is None:
+        return 0.0
+    curve = cost.curve(StepShape())
+    return drafted.expected * curve.row_seconds(drafted.num_rows, 8) / curve.seconds(drafted.num_rows)
 
 
 def walk_chain(made: Answer, names: Sequence[str], shared: SharedAcceptance, cost: CostModel, priced: bool,
@@ -208,7 +211,7 @@ def main(
         key = engine.load_adapter(path.name, path).content_hash
         prompts = [example.prompt for example in tokenize(read_rows(file)[:rows], tokenizer, eos)]
         answers = answer(engine, key, prompts, 450, batch=16).answers
-        ahead, cost = engine.registry.adapters[key].lookahead, engine.proposer.cost_model
+        ahead, cost = engine.registry.adapters[key].lookahead, engine.proposer.growth.cost_model
         if ahead is None or ahead.head is None:
             raise click.UsageError(f"{path} has no lookahead head that fits")
         del engine

@@ -1,8 +1,9 @@
-"""How often a source's guesses are right, by its own class of confidence, learned from what the verifier kept.
+"""How often guesses are right, by source and its own class of confidence, learned from what the verifier kept.
 
 One `SharedAcceptance` an adapter learns from all of its sequences; each sequence's `Acceptance` starts from it and
 learns faster. Estimates only rank and cut drafts (the role of the acceptance rate in Leviathan et al. 2023, "Fast
-Inference from Transformers via Speculative Decoding"); they never touch verification.
+Inference from Transformers via Speculative Decoding"); they never touch verification. An average by position stands in
+for a guess that was not made yet, when asking for it has to be worth its time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _PRIOR_WEIGHT = 8.0  # guesses' worth of evidence that a source's own prior has
 _SHARED_WEIGHT = 4.0  # and that the adapter's record has for a new sequence
 _SHARED_DECAY = 0.999  # a guess: about a thousand are remembered
 _SEQUENCE_DECAY = 0.98
+_POSITION_PRIOR = 0.8  # before anything was seen, one more position is worth a try
 _MAX_LOADED = 200.0  # a record read from a file gives way to what is seen
 
 
@@ -40,6 +42,7 @@ class SharedAcceptance(_Table):
 
     def __init__(self, loaded: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> None:
         super().__init__(_SHARED_DECAY)
+        self._positions: list[list[float]] = []  # of a draft -> [right, seen] of the best guess there
         for source, levels in (loaded or {}).items():
             self.counts[source] = []
             for right, seen in levels:
@@ -49,6 +52,18 @@ class SharedAcceptance(_Table):
     def rate(self, source: DraftSource, level: int) -> float:
         right, seen = self.level(source, level)
         return (right + source.prior[level] * _PRIOR_WEIGHT) / (seen + _PRIOR_WEIGHT)
+
+    def position_rate(self, position: int) -> float:
+        """How often the best guess at this position was right, those before it being right."""
+        right, seen = self._positions[position] if position < len(self._positions) else (0.0, 0.0)
+        return (right + _POSITION_PRIOR * _PRIOR_WEIGHT) / (seen + _PRIOR_WEIGHT)
+
+    def observe_position(self, position: int, is_right: bool) -> None:
+        while len(self._positions) <= position:
+            self._positions.append([0.0, 0.0])
+        count = self._positions[position]
+        count[0] = count[0] * _SHARED_DECAY + is_right
+        count[1] = count[1] * _SHARED_DECAY + 1.0
 
     def dump(self) -> dict[str, list[tuple[float, float]]]:
         """The record as it is stored beside a head."""

@@ -1,8 +1,8 @@
 """Drafts for one sequence out of all of its sources, position by position.
 
 At each position the guess that is most likely right is proposed, and every source goes on from it: one may continue
-where another stopped. Drafting ends where the chance that all of it is right falls below the price of a row. A source
-that raises is dropped for the sequence, which goes on without it; output never depends on any of this.
+where another stopped. Drafting ends where the chance that all of it is right falls below what the caller asks for. A
+source that raises is dropped for the sequence, which goes on without it; output never depends on any of this.
 """
 
 from __future__ import annotations
@@ -21,25 +21,32 @@ class DraftChooser:
 
     def __init__(self, sources: Sequence[DraftSource], shared: SharedAcceptance | None = None):
         self.sources = list(sources)
-        self._acceptance = Acceptance(shared or SharedAcceptance())
+        self._shared = shared or SharedAcceptance()
+        self._acceptance = Acceptance(self._shared)
         self.guesses: list[list[tuple[DraftSource, Guess]]] = []  # by position, also those not chosen
+        self._best: list[int | None] = []  # token by position asked, also the last one, which did not pay
         self.tokens: list[int] = []
         self.chosen: list[str] = []  # name of the source of each token
         self.survival = 1.0  # chance that every token of the draft is right
 
+    @property
+    def has_head(self) -> bool:
+        return any(source.source == "head" for source in self.sources)
+
     def begin(self, tokens: Sequence[int]) -> None:
         """Start a draft that continues `tokens`."""
-        self.tokens, self.chosen, self.guesses, self.survival = [], [], [], 1.0
-        for source in list(self.sources):
+        self.tokens, self.chosen, self.guesses, self._best, self.survival = [], [], [], [], 1.0
+        for source in tuple(self.sources):
             try:
                 source.begin(tokens)
             except Exception:
                 self.drop(source)
 
-    def extend(self, row_price: float) -> bool:
-        """Propose one more token if it is worth `row_price`; False when the draft ends here."""
+    def extend(self, least_survival: float) -> bool:
+        """Propose one more token if all would survive with that chance; False when the draft ends here."""
         guesses: list[tuple[DraftSource, Guess]] = []
-        for source in list(self.sources):
+        best_rate, best = -1.0, None
+        for source in tuple(self.sources):
             try:
                 guess = source.peek()
             except Exception:
@@ -47,31 +54,35 @@ class DraftChooser:
                 continue
             if guess is not None:
                 guesses.append((source, guess))
+                rate = self._acceptance.rate(source, guess)
+                if rate > best_rate:
+                    best_rate, best = rate, (source, guess)
         self.guesses.append(guesses)
-        best_rate, best = -1.0, None
-        for source, guess in guesses:
-            rate = self._acceptance.rate(source, guess)
-            if rate > best_rate:
-                best_rate, best = rate, (source, guess)
-        if best is None or self.survival * best_rate < row_price:
+        self._best.append(best[1].token if best is not None else None)
+        if best is None or self.survival * best_rate < least_survival:
             return False
         self.survival *= best_rate
         token = best[1].token
         self.tokens.append(token)
         self.chosen.append(best[0].source)
-        for source in list(self.sources):
+        for source in tuple(self.sources):
             try:
                 source.follow(token)
             except Exception:
                 self.drop(source)
         return True
 
+    def next_rate(self) -> float:
+        """How often the best guess of the next position is right, before any source was asked for it."""
+        return self._shared.position_rate(len(self.tokens))
+
     def observe(self, committed: Sequence[int]) -> None:
         """Learn from the tokens that came: every guess up to the first wrong draft was made on true ground."""
-        for guesses, token in zip(self.guesses, committed, strict=False):
+        for position, (guesses, best, token) in enumerate(zip(self.guesses, self._best, committed, strict=False)):
+            self._shared.observe_position(position, best == token)
             for source, guess in guesses:
                 self._acceptance.observe(source, guess, guess.token == token)
-        self.guesses = []
+        self.guesses, self._best = [], []
 
     def drop(self, source: DraftSource) -> None:
         """Go on without a source that failed; called where its exception is handled."""

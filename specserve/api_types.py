@@ -30,7 +30,7 @@ class Prediction(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SpeculationOptions(msgspec.Struct, forbid_unknown_fields=True):
-    mode: Literal["auto", "off", "ngram"] = "auto"
+    mode: Literal["auto", "off", "ngram", "fixed"] = "auto"
     max_draft_tokens: int | None = None
 
 

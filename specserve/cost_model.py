@@ -1,49 +1,168 @@
-"""What a row of a forward costs, measured once at start, and hence what a draft must be worth.
+"""What a step costs: a table seconds[rows][distinct adapters], measured at start and refined by every real step.
 
-A step that verifies e expected tokens (one a sequence and the survival of each draft so far) in t seconds makes e / t
-tokens a second. One more draft row raises that if its survival exceeds e * dt / t, where dt is the time that the row
-adds: its price. It grows with load, and with what is drafted already: at one sequence long shots pay, at many only
-near-certain drafts do.
+The rows axis, a sequence's fixed share and the cost of attention over long contexts are measured at start, on the bare
+base. The adapter axis is learned online: at start nobody knows the ranks and modules of the adapters to come, a draft
+never changes how many adapters its step holds, and so all that matters of a column is its shape over rows.
 
-Rows of prompts that share the step add to dt, as the row comes on top of them, but not to t: without the draft its
-token would be decoded in a later step, at the price of decoding.
+A machine's speed drifts as a whole; that is one factor, which follows fast, so that the cells, which follow slowly,
+learn from contrasts between steps that lie close in time. Logarithms of the surprise are clipped before either moves:
+a step that was not scheduled for a second counts as one slow step. Invariant: more rows never cost less. No torch.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
-MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
+NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MEASURED_ROWS = NODES[:7]
+_CONTEXT_LEN = 512  # keys of the steps that measure what context costs
+_SPEED_RATE, _CELL_RATE = 0.2, 0.1  # share of a surprise that each takes over
+_MAX_SURPRISE = 0.3  # natural log: a step counts as at most 35% slower or faster than expected
+_MAX_CORRECTION = 2.0  # and a cell as at most 7 times what was measured at start
 
 
-class CostModel:
-    """Step time by number of rows, interpolated between measurements and extrapolated beyond the last."""
+class TimedStep(Protocol):
+    """Seconds of a step of `num_rows` rows, split evenly over sequences that have `context_len` keys each already."""
 
-    def __init__(self, seconds_by_rows: dict[int, float]):
-        self._rows = sorted(seconds_by_rows)
-        times = [seconds_by_rows[rows] for rows in self._rows]
-        # More rows never cost less; a dip is noise of the measurement.
-        self._times = [max(times[: idx + 1]) for idx in range(len(times))]
+    def __call__(self, num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float: ...
 
-    @classmethod
-    def measure(cls, timed_step: Callable[[int], float], repeats: int = 3) -> CostModel:
-        """`timed_step(rows)` runs a step of that many rows and returns its seconds; the fastest repeat counts."""
-        timed_step(MEASURED_ROWS[0])
-        return cls({rows: min(timed_step(rows) for _ in range(repeats)) for rows in MEASURED_ROWS})
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step's time depends on beside its rows."""
+
+    num_seqs: int = 1
+    num_adapters: int = 0  # distinct
+    num_keys: int = 0  # of all contexts together
+
+
+class StepCurve:
+    """Seconds by rows of steps of one shape, straight between the nodes and beyond the last one."""
+
+    __slots__ = ("_rows", "_times")
+
+    def __init__(self, rows: list[int], times: list[float]):
+        self._rows, self._times = rows, times
 
     def seconds(self, num_rows: int) -> float:
         rows, times = self._rows, self._times
-        if len(rows) == 1:
-            return times[0]
-        idx = min(max(bisect.bisect_left(rows, num_rows), 1), len(rows) - 1)
-        slope = (times[idx] - times[idx - 1]) / (rows[idx] - rows[idx - 1])
-        return times[idx - 1] + slope * (num_rows - rows[idx - 1])
+        idx = bisect.bisect_left(rows, num_rows)
+        idx = 1 if idx < 1 else min(idx, len(rows) - 1)
+        low = rows[idx - 1]
+        if num_rows <= low:
+            return times[idx - 1]
+        return times[idx - 1] + (times[idx] - times[idx - 1]) * (num_rows - low) / (rows[idx] - low)
 
-    def row_price(self, expected_tokens: float, decode_rows: int, num_rows: int, num_drafts: int = 4) -> float:
-        """Tokens that one more row must be expected to add to a step of `num_rows`, `decode_rows` of them decoding.
+    def row_seconds(self, num_rows: int, room: int) -> float:
+        """The least that one more row may cost: the cheapest average over the next 1, 2, 4 .. up to `room` rows.
 
-        Its cost is the average over `num_drafts` rows: step times are not smooth.
+        Steps of time by rows are not smooth: a row that costs much may open a region where the next ones cost little.
         """
-        marginal = (self.seconds(num_rows + num_drafts) - self.seconds(num_rows)) / num_drafts
-        return expected_tokens * marginal / self.seconds(decode_rows)
+        here, ahead, least = self.seconds(num_rows), 1, math.inf
+        while ahead <= room:
+            least = min(least, (self.seconds(num_rows + ahead) - here) / ahead)
+            ahead *= 2
+        return least
+
+
+class CostModel:
+    """The table; `seconds_by_rows` is what was measured at start, of one sequence without context or adapter."""
+
+    def __init__(
+        self,
+        seconds_by_rows: Mapping[int, float],
+        *,
+        sequence_s: float = 0.0,
+        key_s: float = 0.0,
+        row_key_s: float = 0.0,
+    ):
+        measured = sorted(seconds_by_rows)
+        # More rows never cost less; a dip is noise of the measurement.
+        times = [max(seconds_by_rows[rows] for rows in measured[: idx + 1]) for idx in range(len(measured))]
+        known = StepCurve(measured, times) if len(measured) > 1 else StepCurve([*measured, NODES[-1]], times * 2)
+        self._rows = measured + [rows for rows in NODES if rows > measured[-1]]
+        self._base = [known.seconds(rows) for rows in self._rows]
+        self._sequence_s, self._key_s, self._row_key_s = sequence_s, key_s, row_key_s
+        self._columns: dict[int, list[float]] = {0: [0.0] * len(self._rows)}  # natural logs of corrections
+        self._log_speed = 0.0
+
+    @classmethod
+    def measure(cls, timed_step: TimedStep, repeats: int = 3) -> CostModel:
+        """Time steps of several shapes; the fastest repeat counts."""
+
+        def fastest(num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float:
+            return min(timed_step(num_rows, num_seqs, context_len) for _ in range(repeats))
+
+        timed_step(MEASURED_ROWS[0])
+        by_rows = {rows: fastest(rows) for rows in MEASURED_ROWS}
+        eight_apart = fastest(8, num_seqs=8)
+        one_ahead, eight_ahead = fastest(1, context_len=_CONTEXT_LEN), fastest(8, context_len=_CONTEXT_LEN)
+        key_s = max(0.0, one_ahead - by_rows[1]) / _CONTEXT_LEN
+        return cls(
+            by_rows,
+            sequence_s=max(0.0, eight_apart - by_rows[8]) / 7,
+            key_s=key_s,
+            row_key_s=max(0.0, (eight_ahead - by_rows[8]) / _CONTEXT_LEN - key_s) / 7,
+        )
+
+    def seconds(self, num_rows: int, shape: StepShape = StepShape()) -> float:
+        return self.curve(shape).seconds(num_rows)
+
+    def curve(self, shape: StepShape) -> StepCurve:
+        """Seconds by rows of steps of `shape`."""
+        fixed = self._sequence_s * (shape.num_seqs - 1) + self._key_s * shape.num_keys
+        row_s = self._row_key_s * shape.num_keys / max(1, shape.num_seqs)
+        speed, times, top = math.exp(self._log_speed), [], 0.0
+        for rows, base, correction in zip(self._rows, self._base, self._column(shape.num_adapters), strict=True):
+            top = max(top, speed * (base * math.exp(correction) + fixed + row_s * (rows - shape.num_seqs)))
+            times.append(top)
+        return StepCurve(self._rows, times)
+
+    def observe(self, num_rows: int, shape: StepShape, seconds: float) -> None:
+        """Learn from a step of decodes and verifications; one that read prompts says nothing about its rows."""
+        expected = self.seconds(num_rows, shape)
+        if seconds <= 0.0 or expected <= 0.0:
+            return
+        surprise = math.log(seconds / expected)
+        surprise = max(-_MAX_SURPRISE, min(_MAX_SURPRISE, surprise))
+        self._log_speed += _SPEED_RATE * surprise
+        column = self._columns.setdefault(_bucket(shape.num_adapters), list(self._column(shape.num_adapters)))
+        high = max(1, min(bisect.bisect_left(self._rows, num_rows), len(self._rows) - 1))
+        low_rows, high_rows = self._rows[high - 1], self._rows[high]
+        share = max(0.0, min(1.0, (num_rows - low_rows) / (high_rows - low_rows)))
+        for idx, weight in ((high - 1, 1.0 - share), (high, share)):
+            moved = column[idx] + _CELL_RATE * weight * surprise
+            column[idx] = max(-_MAX_CORRECTION, min(_MAX_CORRECTION, moved))
+
+    def _column(self, num_adapters: int) -> list[float]:
+        """The column of so many adapters, or the nearest that was seen."""
+        bucket = _bucket(num_adapters)
+        column = self._columns.get(bucket)
+        return column if column is not None else self._columns[min(self._columns, key=lambda b: abs(b - bucket))]
+
+
+class MeanSeconds:
+    """A running mean of times that is not thrown off by a few that were long; the first ones count by their least."""
+
+    _RATE = 0.1
+    _FIRST = 3
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._num_seen = 0
+
+    def observe(self, seconds: float) -> None:
+        self._num_seen += 1
+        if self._num_seen <= self._FIRST:
+            self.seconds = min(seconds, self.seconds) if self._num_seen > 1 else seconds
+        else:
+            self.seconds += self._RATE * (min(seconds, 2 * self.seconds) - self.seconds)
+
+
+def _bucket(num_adapters: int) -> int:
+    """0, 1, 2-3, 4-7, 8-15 .. 64 and more."""
+    return min(num_adapters, 64).bit_length()

@@ -201,12 +201,13 @@ class Engine:
     def _forget(self, content_hash: str) -> None:
         """Free what was built of an adapter that has left the registry."""
         self.runner.slots.drop(content_hash)
-        self.proposer.heads.forget()
+        self.proposer.forget(content_hash)
 
     # -- the step
 
     def step(self) -> list[Event]:
         """Run one forward and return what it produced; empty when there is nothing to do."""
+        start = time.perf_counter()
         items = self.scheduler.schedule()
         if not items:
             return []
@@ -217,6 +218,7 @@ class Engine:
             sampled = self.sampler.sample(output.logits, output.groups)
             self._score_prompts(output)
             self._commit(output, computed, sampled, events)
+        self.proposer.end_step(items, time.perf_counter() - start)
         return events
 
     def _forward(
@@ -333,6 +335,7 @@ class Engine:
         seq, counters = state.seq, self._counters
         seq.num_forwards += 1
         state.drafts.observe(committed)
+        self.proposer.count(item, num_drafted, num_accepted, len(committed))
         for idx in range(num_drafted):
             source = item.draft_sources[idx]
             seq.drafted_by_source[source] += 1
@@ -356,18 +359,26 @@ class Engine:
         self._remove(self._requests[seq.request_id])
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
 
-    def _timed_step(self, num_rows: int) -> float:
-        """Seconds of a forward of `num_rows` rows over scratch state; also warms the libraries up."""
-        num_rows = min(num_rows, self.info.max_model_len - 1, self.blocks.num_blocks * self.blocks.block_size - 1)
-        request = GenerateRequest("warm-up", [0] * num_rows, SamplingParams(max_tokens=1))
-        seq = Sequence(0, request)
-        self.blocks.reserve(seq.block_table, num_rows)
+    def _timed_step(self, num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float:
+        """Seconds of a forward over scratch state, rows split evenly over sequences of `context_len` keys; warms up."""
+        num_seqs = min(num_seqs, self.blocks.num_blocks)
+        room = min(self.info.max_model_len, self.blocks.num_blocks // num_seqs * self.blocks.block_size)
+        rows_each = max(1, min(num_rows // num_seqs, room - 1))
+        context_len = min(context_len, room - rows_each)
+        items = []
+        for seq_id in range(num_seqs):
+            request = GenerateRequest("warm-up", [0] * (context_len + 1), SamplingParams(max_tokens=1))
+            seq = Sequence(seq_id, request)
+            seq.num_computed = context_len
+            self.blocks.reserve(seq.block_table, context_len + rows_each)
+            items.append(ScheduledSequence(seq, 1, [0] * (rows_each - 1)))
         start = time.perf_counter()
-        self.runner.run([ScheduledSequence(seq, 1, [0] * (num_rows - 1))], {})
+        self.runner.run(items, {})
         if self.decoder.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        self.blocks.release(seq.block_table)
+        for item in items:
+            self.blocks.release(item.seq.block_table)
         return seconds
 
     def stats(self, check_integrity: bool = True) -> EngineStats:
@@ -389,6 +400,8 @@ class Engine:
             cached_prompt_tokens=counters.cached_prompt_tokens,
             draft_tokens=counters.drafted_by_source.total(),
             accepted_draft_tokens=counters.accepted_by_source.total(),
+            num_undrafted_steps=self.proposer.num_undrafted_steps,
+            drafts_by_adapter=self.proposer.drafts_by_adapter(),
             drafted_by_source=dict(counters.drafted_by_source),
             accepted_by_source=dict(counters.accepted_by_source),
             integrity_error=error,

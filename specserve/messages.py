@@ -36,9 +36,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Speculation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Per-request speculation: `auto` uses every source that helps, `ngram` only prompt lookup, `off` none."""
+    """Per-request speculation: `auto` uses every source that helps, `ngram` only prompt lookup, `off` none.
 
-    mode: Literal["auto", "off", "ngram"] = "auto"
+    `fixed` verifies as many drafts as the sources have, up to the limit, whether or not they pay.
+    """
+
+    mode: Literal["auto", "off", "ngram", "fixed"] = "auto"
     max_draft_tokens: int = 16
 
 
@@ -178,6 +181,17 @@ class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):
     error: ErrorInfo
 
 
+class AdapterDrafts(msgspec.Struct, frozen=True):
+    """What speculation did for one adapter since it was loaded, or for the bare base."""
+
+    name: str | None  # None is the base
+    num_verifications: int  # forwards that gave the adapter's sequences tokens, those without drafts included
+    generated_tokens: int
+    draft_tokens: int
+    accepted_draft_tokens: int
+    row_price: float  # running mean of the tokens that one more row had to be expected to bring
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot of the engine; counters grow from the start of the process."""
 
@@ -195,6 +209,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     cached_prompt_tokens: int
     draft_tokens: int
     accepted_draft_tokens: int
+    num_undrafted_steps: int = 0  # steps that could have verified drafts and chose none
+    drafts_by_adapter: list[AdapterDrafts] = []
     drafted_by_source: dict[str, int] = {}
     accepted_by_source: dict[str, int] = {}
     integrity_error: str | None = None

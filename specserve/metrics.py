@@ -10,7 +10,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .messages import Delta, EngineStats
+from .messages import AdapterDrafts, Delta, EngineStats
 
 MAX_MODEL_LABELS = 200
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -41,6 +41,20 @@ class Metrics:
             )
         }
 
+        self._by_model = {
+            name: Gauge(f"specserve_speculation_{name}", help_text, ["model"], registry=self.registry)
+            for name, help_text in (
+                ("drafted", "draft tokens verified since the adapter was loaded"),
+                ("accepted", "draft tokens kept since the adapter was loaded"),
+                (
+                    "tokens_per_verification",
+                    "tokens that a forward of a sequence gave, the one without a draft included",
+                ),
+                ("mean_draft_length", "drafts admitted to a forward of a sequence, none included"),
+                ("row_price", "tokens that one more draft had to be expected to bring, running mean"),
+            )
+        }
+
     def model_label(self, name: str) -> str:
         if name in self._labels or len(self._labels) < MAX_MODEL_LABELS:
             self._labels.add(name)
@@ -50,8 +64,8 @@ class Metrics:
     def watch(self, model: str, num_sequences: int) -> Watch:
         return Watch(self, self.model_label(model), num_sequences)
 
-    def render(self, stats: EngineStats | None) -> bytes:
-        """The text format of everything; `stats` is None while the engine is down."""
+    def render(self, stats: EngineStats | None, base_model: str = "base") -> bytes:
+        """The text format of everything; `stats` is None while the engine is down, `base_model` names the base."""
         self._gauge("engine_up", "1 while the engine serves").set(stats is not None)
         if stats is not None:
             for name in stats.__struct_fields__:
@@ -64,7 +78,28 @@ class Metrics:
             for kind, gauge in self._sources.items():
                 for source, value in getattr(stats, kind).items():
                     gauge.labels(source).set(value)
+            self._set_by_model(stats.drafts_by_adapter, base_model)
         return generate_latest(self.registry)
+
+    def _set_by_model(self, drafts: list[AdapterDrafts], base_model: str) -> None:
+        """Adapters of one label, the capped ones or two versions of one name, are taken together."""
+        by_label: dict[str, list[AdapterDrafts]] = {}
+        for adapter in drafts:
+            by_label.setdefault(self.model_label(adapter.name or base_model), []).append(adapter)
+        for gauge in self._by_model.values():
+            gauge.clear()  # of adapters that have left
+        for label, members in by_label.items():
+            num = max(1, sum(member.num_verifications for member in members))
+            drafted = sum(member.draft_tokens for member in members)
+            values = {
+                "drafted": drafted,
+                "accepted": sum(member.accepted_draft_tokens for member in members),
+                "tokens_per_verification": sum(member.generated_tokens for member in members) / num,
+                "mean_draft_length": drafted / num,
+                "row_price": sum(member.row_price * member.num_verifications for member in members) / num,
+            }
+            for name, value in values.items():
+                self._by_model[name].labels(label).set(value)
 
     def _gauge(self, name: str, help_text: str) -> Gauge:
         if name not in self._engine:

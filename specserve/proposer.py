@@ -1,38 +1,52 @@
-"""The engine's side of drafting: which sources a request gets, and which drafts a step verifies.
+"""The engine's side of drafting: which sources a request gets, who is asked in a step, and what came of it.
 
-Drafts of all sequences grow together, one position at a time, so that the heads of all adapters run as one batch and
-the row budget is shared out evenly.
+`draft_growth` decides how far drafts go. Here every adapter's switch says whether its sources are asked at all; after
+the step, cost table, switches and the counts by adapter learn from it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .config import EngineConfig
-from .cost_model import CostModel
+from .cost_model import CostModel, MeanSeconds, StepShape
+from .draft_growth import DraftGrowth, GrowingDraft, StepPlan
+from .draft_switch import DraftSwitch
 from .drafters.acceptance import SharedAcceptance
 from .drafters.chooser import DraftChooser
-from .drafters.head_source import HeadRunner, HeadSource
+from .drafters.head_source import HeadSource
 from .drafters.history_source import HistorySource
 from .drafters.ngram import NgramSource
 from .drafters.prediction import PredictionSource
 from .drafters.protocol import DraftSource
 from .lora import LoraAdapter
-from .messages import GenerateRequest
+from .messages import AdapterDrafts, GenerateRequest
 from .scheduler import ScheduledSequence, Scheduler
 from .served_history import ServedHistories
 
-logger = logging.getLogger(__name__)
+_PRICE_RATE = 1 / 64  # of the running mean in metrics
 
 
 @dataclass(slots=True)
-class _Draft:
-    item: ScheduledSequence
-    chooser: DraftChooser
-    limit: int
+class _Counts:
+    """Of one adapter."""
+
+    num_verifications: int = 0
+    generated: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    row_price: float | None = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What a step's sequences of one switch came to."""
+
+    num_seqs: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Proposer:
@@ -45,8 +59,13 @@ class Proposer:
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._base_acceptance = SharedAcceptance()
-        self.cost_model = cost_model
-        self.heads = HeadRunner()
+        self.growth = DraftGrowth(cost_model)
+        self.num_undrafted_steps = 0
+        self._counts: dict[str | None, _Counts] = {}  # by adapter hash
+        self._switches: dict[tuple[str | None, str, bool], DraftSwitch] = {}
+        self._draft_s = MeanSeconds()  # all of drafting, one sequence
+        self._plan: StepPlan | None = None  # of the step that runs
+        self._drafts: dict[int, GrowingDraft] = {}  # id of a scheduled sequence -> its draft in that step
         self._served: ServedHistories | None = None
         if config.learn_history:
             directory = Path(config.history_dir).expanduser() if config.history_dir else None
@@ -95,61 +114,108 @@ class Proposer:
         chooser_of: Callable[[ScheduledSequence], DraftChooser],
     ) -> None:
         """Give drafts to the items whose newest token is computed in this step."""
-        num_rows = sum(item.num_rows for item in items)
         ready = [item for item in items if item.reaches_end and item.seq.sampling.max_tokens > 0]
-        drafts = []
+        shape = StepShape(
+            num_seqs=len(items),
+            num_adapters=len({item.seq.adapter_hash for item in items} - {None}),
+            num_keys=sum(item.seq.num_computed for item in items),
+        )
+        num_rows = sum(item.num_rows for item in items)
+        curve = self.growth.cost_model.curve(shape)
+        plan = self._plan = StepPlan(shape, curve, len(ready), num_rows, scheduler.max_batched_tokens)
+        drafts: list[GrowingDraft] = []
+        asks: dict[DraftSwitch, bool] = {}
+        could_draft = False
         for item in ready:
             seq = item.seq
             limit = min(self._max_drafts(seq.request), seq.max_len - len(seq.tokens) - 1)
-            if limit > 0:
-                draft = _Draft(item, chooser_of(item), limit)
-                draft.chooser.begin(seq.tokens)
-                drafts.append(draft)
-        self._grow(drafts, len(ready), num_rows, scheduler.max_batched_tokens)
+            if limit <= 0:
+                continue
+            could_draft = True
+            is_fixed, switch = seq.request.speculation.mode == "fixed", self._switch(seq.request)
+            if not is_fixed:
+                if switch not in asks:
+                    asks[switch] = switch.asks(len(ready))
+                if not asks[switch]:
+                    continue
+            drafts.append(GrowingDraft(item, chooser_of(item), limit, is_fixed, switch))
+        if drafts:
+            self.growth.grow(drafts, plan)
+        self._drafts = {id(draft.item): draft for draft in drafts}
         for draft in drafts:
-            tokens = draft.chooser.tokens
+            tokens = draft.chooser.tokens[: draft.num_admitted]
             if not tokens or not all(0 <= token < self._vocab_size for token in tokens):
                 continue
             num_drafts = scheduler.reserve_drafts(draft.item, len(tokens))
             draft.item.drafts = tokens[:num_drafts]
             draft.item.draft_sources = draft.chooser.chosen[:num_drafts]
+        if could_draft and not any(item.drafts for item in ready):
+            self.num_undrafted_steps += 1
 
-    def _grow(self, drafts: list[_Draft], num_decoding: int, num_rows: int, max_rows: int) -> None:
-        """Add one position to every draft that pays for it, until none does."""
-        decode_rows, expected = num_decoding, float(num_decoding)
-        growing = drafts
-        self._run_heads(growing, starts=True)
-        while growing:
-            still = []
-            for draft in growing:
-                if num_rows >= max_rows:
-                    break
-                chooser = draft.chooser
-                if not chooser.extend(self.cost_model.row_price(expected, decode_rows, num_rows)):
-                    continue
-                num_rows, decode_rows, expected = num_rows + 1, decode_rows + 1, expected + chooser.survival
-                if len(chooser.tokens) < draft.limit:
-                    still.append(draft)
-            # What no certain guess could pay for needs no step of its head.
-            price = self.cost_model.row_price(expected, decode_rows, num_rows)
-            growing = [draft for draft in still if draft.chooser.survival >= price] if num_rows < max_rows else []
-            if growing:
-                self._run_heads(growing)
-        self.heads.clear()
+    def count(self, item: ScheduledSequence, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
+        """A sequence's verification gave `num_tokens`."""
+        counts = self._counts.setdefault(item.seq.adapter_hash, _Counts())
+        counts.num_verifications += 1
+        counts.generated += num_tokens
+        counts.drafted += num_drafted
+        counts.accepted += num_accepted
+        price, old = self.growth.row_price, counts.row_price
+        counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
+        draft = self._drafts.get(id(item))
+        if draft is not None:
+            draft.num_accepted = num_accepted
 
-    def _run_heads(self, drafts: Sequence[_Draft], starts: bool = False) -> None:
-        """One step of the heads; if it fails, these sequences go on without theirs."""
-        sources = [(d.chooser, s) for d in drafts for s in d.chooser.sources if isinstance(s, HeadSource)]
-        if not sources:
+    def end_step(self, items: Sequence[ScheduledSequence], seconds: float) -> None:
+        """Learn from a step that took `seconds`, drafting included."""
+        plan, drafts = self._plan, list(self._drafts.values())
+        self._plan, self._drafts = None, {}
+        if plan is None or not plan.num_decoding:
             return
-        try:
-            if starts:
-                self.heads.begin([source for _, source in sources])
-            self.heads.step()
-        except Exception:
-            self.heads.clear()
-            for chooser, source in sources:
-                chooser.drop(source)
+        num_drafts = sum(len(item.drafts) for item in items)
+        if plan.num_rows == plan.num_decoding == len(items):  # no prompts
+            self.growth.cost_model.observe(plan.num_rows + num_drafts, plan.shape, seconds - plan.draft_s)
+        if not drafts:
+            return
+        self._draft_s.observe(plan.draft_s / len(drafts))
+        sums: dict[DraftSwitch, _Asked] = {}
+        for draft in drafts:
+            if not draft.is_fixed:
+                asked = sums.setdefault(draft.switch, _Asked())
+                asked.num_seqs += 1
+                asked.drafted += len(draft.item.drafts)
+                asked.accepted += draft.num_accepted
+        # Without drafts the step would have given each sequence a token in `alone_s`.
+        alone_s = plan.seconds(0)
+        row_s = (plan.seconds(num_drafts) - alone_s) / num_drafts if num_drafts else 0.0
+        for switch, asked in sums.items():
+            spent_s = row_s * asked.drafted + self._draft_s.seconds * asked.num_seqs
+            gain = asked.accepted - spent_s * plan.num_decoding / alone_s
+            switch.observe(gain / asked.num_seqs, plan.num_decoding)
+
+    def forget(self, content_hash: str) -> None:
+        """Let go of an adapter that has left."""
+        self.growth.forget()
+        self._counts.pop(content_hash, None)
+        self._switches = {key: switch for key, switch in self._switches.items() if key[0] != content_hash}
+
+    def drafts_by_adapter(self) -> list[AdapterDrafts]:
+        adapters = self._adapters
+        return [
+            AdapterDrafts(
+                name=None if key is None else adapters[key].name,
+                num_verifications=counts.num_verifications,
+                generated_tokens=counts.generated,
+                draft_tokens=counts.drafted,
+                accepted_draft_tokens=counts.accepted,
+                row_price=counts.row_price or 0.0,
+            )
+            for key, counts in self._counts.items()
+            if key is None or key in adapters
+        ]
+
+    def _switch(self, request: GenerateRequest) -> DraftSwitch:
+        key = (request.adapter_hash, request.speculation.mode, bool(request.prediction_token_ids))
+        return self._switches.setdefault(key, DraftSwitch())
 
     def _max_drafts(self, request: GenerateRequest) -> int:
         if self._config.speculation == "off" or request.speculation.mode == "off":

@@ -219,7 +219,7 @@ class Server:
                 stats = await self.engine.stats()
         except (UserError, TimeoutError):
             stats = None
-        body = self.metrics.render(stats)
+        body = self.metrics.render(stats, self.model_name)
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

@@ -110,7 +110,7 @@ def test_stop_string_ends_the_text_before_it_with_and_without_drafts(engine):
     middle = len(full.text) // 2
     stop = full.text[middle : middle + 3]
     assert len(stop) == 3
-    for mode in ("off", "auto"):
+    for mode in ("off", "fixed"):
         cut = run(engine, [request("b", prompt, max_tokens=20, ignore_eos=True, stop=(stop,), mode=mode)])["b"]
         assert cut.text == full.text[: full.text.index(stop)]
         assert cut.finish_reason == "stop" and cut.stop_reason == stop

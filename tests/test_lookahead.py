@@ -50,11 +50,10 @@ def requests_for(adapters, mode, **sampling):
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}])
 @pytest.mark.parametrize("stagger", [0, 2])
-def test_heads_that_draft_garbage_change_no_token(setup, monkeypatch, sampling, stagger):
+def test_heads_that_draft_garbage_change_no_token(setup, sampling, stagger):
     engine, adapters = setup
     want = tokens_of(run(engine, requests_for(adapters, "off", **sampling)))
-    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
-    results = run(engine, requests_for(adapters, "auto", **sampling), stagger=stagger)
+    results = run(engine, requests_for(adapters, "fixed", **sampling), stagger=stagger)
     assert tokens_of(results) == want
     drafted = engine.stats().drafted_by_source
     assert drafted["head"] > 0 and drafted["history"] > 0
@@ -62,7 +61,6 @@ def test_heads_that_draft_garbage_change_no_token(setup, monkeypatch, sampling, 
 
 def test_drafts_of_different_adapters_have_their_own_lengths(setup, monkeypatch):
     engine, adapters = setup
-    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
     lens: dict[str, int] = {}
     propose = engine.proposer.propose
 
@@ -73,24 +71,23 @@ def test_drafts_of_different_adapters_have_their_own_lengths(setup, monkeypatch)
             lens[item.seq.adapter_hash] = max(lens.get(item.seq.adapter_hash, 0), heads)
 
     monkeypatch.setattr(engine.proposer, "propose", recording)
-    run(engine, requests_for(adapters, "auto"))
+    run(engine, requests_for(adapters, "fixed"))
     assert lens[adapters[1]] == 2
     assert lens[adapters[2]] > 2 and lens[adapters[3]] > 2
     assert lens[adapters[4]] == lens[None] == 0
-    stacks = engine.proposer.heads._stacks.values()
+    stacks = engine.proposer.growth.heads._stacks.values()
     assert sorted(len(stack.heads) for stack in stacks) == [1, 3]  # vocabularies of two sizes share one
 
 
 def test_a_head_that_raises_is_dropped_and_nothing_changes(setup, monkeypatch):
     engine, adapters = setup
     want = tokens_of(run(engine, requests_for(adapters, "off")))
-    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
 
     def broken(self):
         raise RuntimeError("head bug")
 
     monkeypatch.setattr(HeadRunner, "step", broken)
-    assert tokens_of(run(engine, requests_for(adapters, "auto"))) == want
+    assert tokens_of(run(engine, requests_for(adapters, "fixed"))) == want
 
 
 def test_a_head_whose_state_becomes_nan_says_nothing_and_nothing_changes(setup, monkeypatch):
@@ -101,7 +98,7 @@ def test_a_head_whose_state_becomes_nan_says_nothing_and_nothing_changes(setup, 
         HeadSource, "set_hidden", lambda self, last, *args: set_hidden(self, last * float("nan"), *args)
     )
     before = engine.stats().drafted_by_source.get("head", 0)
-    assert tokens_of(run(engine, requests_for(adapters, "auto"))) == want
+    assert tokens_of(run(engine, requests_for(adapters, "fixed"))) == want
     assert engine.stats().drafted_by_source.get("head", 0) == before
 
 
@@ -209,9 +206,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_does_not_fit_is_refused_with_the_reason_and_the_lora_serves_without(
-    model_dir, setup, tmp_path, case, monkeypatch
-):
+def test_what_does_not_fit_is_refused_with_the_reason_and_the_lora_serves_without(model_dir, setup, tmp_path, case):
     engine, _ = setup
     spoil, reason = SPOILED[case]
     path = make_lookahead_adapter(model_dir, tmp_path / "adapter", seed=0)
@@ -221,8 +216,7 @@ def test_what_does_not_fit_is_refused_with_the_reason_and_the_lora_serves_withou
     assert info.lookahead is not None and info.lookahead.error is not None
     assert reason in info.lookahead.error
     assert (info.lookahead.draft_len is None) == (case != "truncated history")
-    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
-    assert tokens_of(run(engine, [request("a", [5, 6, 7], adapter=info.content_hash)])) == want
+    assert tokens_of(run(engine, [request("a", [5, 6, 7], adapter=info.content_hash, mode="fixed")])) == want
 
 
 def test_a_changed_head_is_another_adapter(model_dir, setup, tmp_path):

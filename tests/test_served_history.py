@@ -20,7 +20,7 @@ def adapter_dir(model_dir, tmp_path_factory):
     return make_peft_adapter(model_dir, tmp_path_factory.mktemp("adapter") / "a", seed=3, std=0.3, r=4)
 
 
-def serve(engine, key, name, salt="", mode="auto"):
+def serve(engine, key, name, salt="", mode="fixed"):
     ask = request(name, PROMPT, adapter=key, mode=mode, salt=salt, max_tokens=40, ignore_eos=True, temperature=1.0)
     return run(engine, [ask])[name]
 
@@ -33,16 +33,13 @@ def learned(engine, key, salt):
     return table.current
 
 
-def start(model_dir, directory, monkeypatch):
+def start(model_dir, directory):
     engine = make_engine(model_dir, learn_history=True, history_dir=str(directory))
-    monkeypatch.setattr(engine.proposer.cost_model, "row_price", lambda *args: 0.0)
     return engine
 
 
-def test_drafts_improve_with_use_for_the_same_tenant_only_and_survive_a_restart(
-    model_dir, adapter_dir, tmp_path, monkeypatch
-):
-    engine = start(model_dir, tmp_path, monkeypatch)
+def test_drafts_improve_with_use_for_the_same_tenant_only_and_survive_a_restart(model_dir, adapter_dir, tmp_path):
+    engine = start(model_dir, tmp_path)
     key = engine.load_adapter("a", adapter_dir).content_hash
     plain = serve(engine, key, "plain", mode="off")
     want = tokens_of({"a": plain})["a"]
@@ -56,7 +53,7 @@ def test_drafts_improve_with_use_for_the_same_tenant_only_and_survive_a_restart(
     engine.close()
     assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 2
 
-    engine = start(model_dir, tmp_path, monkeypatch)
+    engine = start(model_dir, tmp_path)
     key = engine.load_adapter("a", adapter_dir).content_hash
     engine.proposer._served._table(key, "", None).result(timeout=30)
     again = serve(engine, key, "again")

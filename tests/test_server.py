@@ -222,6 +222,7 @@ def test_speculation_options_change_no_text_and_are_reported(server):
         {"mode": "auto"},
         {"mode": "ngram", "max_draft_tokens": 3},
         {"mode": "auto", "max_draft_tokens": 0},
+        {"mode": "fixed", "max_draft_tokens": 2},
     ):
         body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "speculation": options}
         response = server.post("/v1/completions", {**body, "return_speculation_stats": True}).json()
@@ -229,6 +230,7 @@ def test_speculation_options_change_no_text_and_are_reported(server):
         stats = response["usage"]["speculation"]
         assert stats["mean_accepted_length"] == pytest.approx(40 / stats["num_forwards"], abs=1e-3)
         assert stats["accepted_draft_tokens"] <= stats["draft_tokens"]
+    assert stats["draft_tokens"] > 0  # what is fixed need not pay
 
 
 def test_prediction_is_accepted_and_accounted(server):
@@ -267,6 +269,18 @@ def test_other_cache_salt_shares_no_cache(server):
     assert cached() > 0
     assert cached(cache_salt="tenant") == 0
     assert cached(model="alpha") == 0
+
+
+def test_metrics_say_what_speculation_did_for_an_adapter(server):
+    def of(name):
+        return server.metrics().get(f'speculation_{name}{{model="alpha"}}', 0)
+
+    before, undrafted = of("drafted"), server.metrics()["engine_num_undrafted_steps"]
+    options = {"mode": "fixed", "max_draft_tokens": 4}
+    server.complete("a b c d a b c d a b c d a b", max_tokens=30, model="alpha", speculation=options)
+    assert of("drafted") > before and of("accepted") <= of("drafted")
+    assert of("tokens_per_verification") >= 1 and 0 < of("mean_draft_length") <= 4
+    assert server.metrics()["engine_num_undrafted_steps"] >= undrafted
 
 
 def test_metrics_count_requests_tokens_and_latencies(server):
