@@ -121,6 +121,38 @@ class Step(Structure):
     ]
 
 
+HEAD_MATRICES = (
+    "init_weight", "embed", "moves", "next_weight", "gates_x", "gates_s", "out_weight", "copy_weight", "slot_weight",
+)  # fmt: skip
+HEAD_BIASES = ("init_bias", "out_bias", "gates_bias", "candidate_bias", "slot_bias")
+
+
+class Head(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in (*HEAD_MATRICES, *HEAD_BIASES)),
+        ("hidden_size", c_int32),
+        ("d", c_int32),
+        ("window", c_int32),
+        ("num_tokens", c_int32),
+        ("num_vocab", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+class HeadRow(Structure):
+    _fields_ = [
+        ("head", POINTER(Head)),
+        ("state", c_void_p),
+        ("last", c_void_p),
+        ("tapped", c_void_p),
+        ("window", c_void_p),
+        ("token", c_int32),
+        ("moved", c_int32),
+        ("choice", c_int32),
+        ("probability", c_float),
+    ]
+
+
 class Lora(Structure):
     _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int32), ("scale", c_float)]
 
@@ -148,6 +180,14 @@ class Team:
         """y [rows, panels * 64] = x [rows, k] @ matrix; x and y are addresses of fp32."""
         self._functions.specserve_linear(self._handle, ctypes.byref(matrix), int(is_bf16), x, num_rows, y)
 
+    def begin_heads(self, rows: ctypes.Array, num_rows: int) -> None:
+        """Set the states of lookahead heads from their hidden rows; see kernels/cpu/heads.h."""
+        self._functions.specserve_begin_heads(self._handle, rows, num_rows)
+
+    def step_heads(self, rows: ctypes.Array, num_rows: int) -> None:
+        """Feed each head its token and get its next choice and the probability of that."""
+        self._functions.specserve_step_heads(self._handle, rows, num_rows)
+
     def __del__(self) -> None:
         self._functions.specserve_destroy(self._handle)
 
@@ -173,6 +213,7 @@ def load_library() -> Library:
     functions.specserve_destroy.argtypes = [c_void_p]
     functions.specserve_forward.argtypes = [c_void_p, c_void_p, c_void_p]
     functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
+    functions.specserve_begin_heads.argtypes = functions.specserve_step_heads.argtypes = [c_void_p, c_void_p, c_int32]
     return Library(functions, bool(functions.specserve_uses_bf16()), build_s)
 
 

@@ -17,6 +17,7 @@ from .budget import ENTER_GAIN, best_prefix
 from .cost_model import CostModel, MeanSeconds, StepCurve, StepShape
 from .draft_switch import DraftSwitch
 from .drafters.chooser import DraftChooser
+from .drafters.head_native import NativeHeadRunner
 from .drafters.head_source import HeadRunner, HeadSource
 from .scheduler import ScheduledSequence
 
@@ -61,9 +62,9 @@ class StepPlan:
 class DraftGrowth:
     """Owns the heads and what drafting itself costs; `cost_model` says what rows cost."""
 
-    def __init__(self, cost_model: CostModel) -> None:
+    def __init__(self, cost_model: CostModel, heads: HeadRunner | NativeHeadRunner) -> None:
         self.cost_model = cost_model
-        self.heads = HeadRunner()
+        self.heads = heads
         self.row_price = 0.0  # tokens that the next row of the latest step had to bring
         self._ask_s = MeanSeconds()  # one position of one sequence, heads left out
         self._head_s: dict[int, MeanSeconds] = {}  # one step of the heads, by bit length of their number

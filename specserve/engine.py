@@ -23,7 +23,8 @@ from .config import EngineConfig
 from .cost_model import CostModel
 from .detokenizer import Detokenizer
 from .drafters.chooser import DraftChooser
-from .drafters.head_source import HeadSource
+from .drafters.head_native import NativeHeadRunner
+from .drafters.head_source import HeadRunner, HeadSource
 from .errors import ErrorInfo, OverloadedError, UserError
 from .kv_cache import KVCache
 from .lookahead import BaseIdentity
@@ -39,6 +40,7 @@ from .messages import (
     TokenLogprobs,
 )
 from .model.loader import load_model
+from .model.native_decoder import NativeDecoder
 from .model_runner import ModelRunner, StepOutput
 from .native_choice import choose_native
 from .proposer import Proposer
@@ -127,7 +129,9 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
         self._counters = _Counters()
-        self.proposer = Proposer(config, CostModel.measure(self._timed_step), model.vocab_size, self.registry.adapters)
+        heads = NativeHeadRunner(self.decoder.team) if isinstance(self.decoder, NativeDecoder) else HeadRunner()
+        cost_model = CostModel.measure(self._timed_step)
+        self.proposer = Proposer(config, cost_model, heads, model.vocab_size, self.registry.adapters)
 
     # -- requests
 

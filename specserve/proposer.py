@@ -16,7 +16,8 @@ from .draft_growth import DraftGrowth, GrowingDraft, StepPlan
 from .draft_switch import DraftSwitch
 from .drafters.acceptance import SharedAcceptance
 from .drafters.chooser import DraftChooser
-from .drafters.head_source import HeadSource
+from .drafters.head_native import NativeHeadRunner
+from .drafters.head_source import HeadRunner, HeadSource
 from .drafters.history_source import HistorySource
 from .drafters.ngram import NgramSource
 from .drafters.prediction import PredictionSource
@@ -53,13 +54,18 @@ class Proposer:
     """Fills in the drafts of scheduled sequences, within the step's row budget and the KV blocks that are free."""
 
     def __init__(
-        self, config: EngineConfig, cost_model: CostModel, vocab_size: int, adapters: Mapping[str, LoraAdapter]
+        self,
+        config: EngineConfig,
+        cost_model: CostModel,
+        heads: HeadRunner | NativeHeadRunner,
+        vocab_size: int,
+        adapters: Mapping[str, LoraAdapter],
     ):
         self._config = config
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._base_acceptance = SharedAcceptance()
-        self.growth = DraftGrowth(cost_model)
+        self.growth = DraftGrowth(cost_model, heads)
         self.num_undrafted_steps = 0
         self._counts: dict[str | None, _Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool], DraftSwitch] = {}

@@ -12,6 +12,7 @@ from specserve.cost_model import CostModel, StepShape
 from specserve.draft_growth import DraftGrowth, GrowingDraft, StepPlan
 from specserve.draft_switch import DraftSwitch
 from specserve.drafters.chooser import DraftChooser
+from specserve.drafters.head_source import HeadRunner
 from specserve.drafters.protocol import Guess
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.scheduler import ScheduledSequence
@@ -92,7 +93,7 @@ def grown(drafts: list[GrowingDraft], table: dict[int, float], *, num_rows: int 
     model = CostModel(table)
     rows = len(drafts) if num_rows is None else num_rows
     plan = StepPlan(StepShape(), model.curve(StepShape()), len(drafts), rows, max_rows)
-    DraftGrowth(model).grow(drafts, plan)
+    DraftGrowth(model, HeadRunner()).grow(drafts, plan)
     return [draft.num_admitted for draft in drafts]
 
 
@@ -161,7 +162,7 @@ def test_guesses_that_cost_more_than_they_bring_are_not_asked_for() -> None:
     draft = draft_of([0.9] * 9)
     model = CostModel({1: 1e-6, 64: 1e-6})  # a step that is quicker than any guess
     plan = StepPlan(StepShape(), model.curve(StepShape()), 1, 1, 500)
-    DraftGrowth(model).grow([draft], plan)
+    DraftGrowth(model, HeadRunner()).grow([draft], plan)
     assert draft.chooser.sources[0].num_asked == 1
 
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "heads.h"
 #include "lora.h"
 #include "matmul.h"
 #include "team.h"
@@ -418,5 +419,13 @@ void specserve_forward(void* engine, const Model* model, const Step* step) {
 void specserve_linear(void* engine, const Matrix* matrix, int is_bf16, const float* x, int rows, float* y) {
   if (is_bf16) linear<bf16>(*(Engine*)engine, *matrix, x, rows, y);
   else linear<float>(*(Engine*)engine, *matrix, x, rows, y);
+}
+
+void specserve_begin_heads(void* engine, HeadRow* rows, int num_rows) {
+  begin_heads(((Engine*)engine)->team, rows, num_rows);
+}
+
+void specserve_step_heads(void* engine, HeadRow* rows, int num_rows) {
+  step_heads(((Engine*)engine)->team, rows, num_rows);
 }
 }

@@ -118,9 +118,9 @@ INLINE float max_lane(f32x16 v) {
   return m;
 }
 
-// e^x to about 2 ulp for x in [-87, 88], clamped outside; the polynomial is Cephes' expf.
-INLINE f32x16 vexp(f32x16 x) {
-  x = vmin(vmax(x, splat(-87.0f)), splat(88.0f));
+// e^x to about 2 ulp for x in [-87, 88], clamped outside, NaN for NaN; the polynomial is Cephes' expf.
+INLINE f32x16 vexp(f32x16 given) {
+  f32x16 x = vmin(vmax(given, splat(-87.0f)), splat(88.0f));
   f32x16 n = fma(1.44269504f, x, splat(12582912.0f));  // rounds to an integer in the low mantissa bits
   i32x16 exponent = (i32x16)n - 0x4b400000;
   n = n - 12582912.0f;
@@ -132,7 +132,7 @@ INLINE f32x16 vexp(f32x16 x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p * r, r, r) + 1.0f;
-  return (f32x16)((i32x16)p + (exponent << 23));
+  return select(given == given, (f32x16)((i32x16)p + (exponent << 23)), given);
 }
 INLINE f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + vexp(-x)); }
 INLINE f32x16 silu(f32x16 x) { return x * sigmoid(x); }

@@ -71,7 +71,7 @@ class NativeDecoder:
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
         self._kinds = list(config.ropes)
         self._norm, self._layers, self._lm_head = norm, layers, lm_head
-        self._team = Team(library, num_threads)
+        self.team = Team(library, num_threads)
         self._structs = (Layer * len(layers))(*(self._layer_struct(idx) for idx in range(len(layers))))
         self._model = Model(
             ctypes.cast(self._structs, ctypes.POINTER(Layer)),
@@ -139,14 +139,14 @@ class NativeDecoder:
             taps[layer] = torch.empty(num_logits, self.config.hidden_size)
             step.tap_layers[idx], step.taps[idx] = layer, taps[layer].data_ptr()
         step.num_taps = len(wanted)
-        self._team.forward(self._model, step)
+        self.team.forward(self._model, step)
         return hidden
 
     def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits [L, V] float32 of hidden rows [L, H]."""
         num_rows = hidden.shape[0]
         padded = torch.empty(num_rows, self._lm_head.num_panels * PANEL)
-        self._team.linear(self._lm_head_struct, self.is_bf16, hidden.data_ptr(), num_rows, padded.data_ptr())
+        self.team.linear(self._lm_head_struct, self.is_bf16, hidden.data_ptr(), num_rows, padded.data_ptr())
         logits = padded[:, : self.config.vocab_size]
         if batch.lora is not None:
             batch.lora.add_lm_head_(hidden, logits)
