@@ -197,7 +197,7 @@ cli.add_command(evaluate)
 
 @cli.group()
 def bench() -> None:
-    """Measure this machine."""
+    """Measure the engine on this machine, or a server under load."""
 
 
 @bench.command(epilog=SETTINGS_HELP)
@@ -206,10 +206,10 @@ def bench() -> None:
 @click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Output per request.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repetitions.")
 @debug_option
-def latency(**params: Any) -> None:
+def offline(**params: Any) -> None:
     """Tokens per second of the engine alone, with and without drafts, at several batch sizes."""
     config = load_settings(EngineConfig, params)
-    from .cli_bench import latency as run_latency
+    from .cli_bench import offline as run_offline
 
     try:
         batch_sizes = [int(size) for size in params["batch_sizes"].split(",")]
@@ -220,7 +220,7 @@ def latency(**params: Any) -> None:
             f"--batch-sizes {params['batch_sizes']!r} is not a list of whole numbers from 1 to {config.max_num_seqs} "
             "(--max-num-seqs)"
         )
-    run_latency(config, batch_sizes, params["max_tokens"], params["rounds"])
+    run_offline(config, batch_sizes, params["max_tokens"], params["rounds"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`specserve bench latency`: how fast is the engine here, and do drafts pay?
+"""`specserve bench offline`: how fast is the engine here, and do drafts pay?
 
 Runs the engine in this process, with drafts and without in turn within each round, because a machine's speed drifts by
 more between minutes than drafts gain; only figures of one run are comparable. The prompt asks for text that repeats a
@@ -28,7 +28,7 @@ PASSAGE = (
 )
 
 
-def latency(config: EngineConfig, batch_sizes: list[int], max_tokens: int, rounds: int) -> None:
+def offline(config: EngineConfig, batch_sizes: list[int], max_tokens: int, rounds: int) -> None:
     """Print tokens/s for every batch size with drafts off and on, then one JSON line."""
     from .engine import Engine
     from .special_tokens import load_backend_tokenizer
@@ -65,7 +65,7 @@ def latency(config: EngineConfig, batch_sizes: list[int], max_tokens: int, round
             {"batch": size, "drafts": mode, "tokens_per_s": round(rate, 2), "mean_len": round(accepted_len, 3)}
         )
     summary = {
-        "bench": "latency",
+        "bench": "offline",
         "version": __version__,
         "torch": metadata.version("torch"),
         "device": engine.info.device,

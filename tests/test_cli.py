@@ -65,7 +65,7 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"specserve, version {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["pull"], ["adapters"], ["bench", "latency"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["pull"], ["adapters"], ["bench", "offline"]])
 def test_help_of_every_command(capsys, command):
     code, out, err = run(capsys, *command, "--help")
     assert code == 0 and "Usage: specserve" in out and err == ""
@@ -145,8 +145,8 @@ def test_serve_without_anything_is_the_defaults(capsys, monkeypatch):
         (["pull", "/none/such"], "there is no directory /none/such"),
         (["adapters", "list", "/none"], "there is no directory /none"),
         (["adapters", "inspect", "/none"], "there is no directory /none"),
-        (["bench", "latency", "--batch-sizes", "1,x"], "--batch-sizes '1,x' is not a list"),
-        (["bench", "latency", "--batch-sizes", "65"], "from 1 to 64"),
+        (["bench", "offline", "--batch-sizes", "1,x"], "--batch-sizes '1,x' is not a list"),
+        (["bench", "offline", "--batch-sizes", "65"], "from 1 to 64"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, part):
@@ -279,11 +279,11 @@ def test_generate_with_an_adapter_changes_the_output(capsys, model_dir, adapters
     assert generated(capsys, model_dir, *prompt, "--adapter", str(adapters_dir / "first")) != base
 
 
-def test_bench_latency_ends_in_a_json_line(capsys, model_dir):
+def test_bench_offline_ends_in_a_json_line(capsys, model_dir):
     import json
 
     flags = ["--dtype", "fp32", "--kv-cache-gib", "0.01", "--max-tokens", "8", "--rounds", "1", "--batch-sizes", "1,2"]
-    code, out, err = run(capsys, "bench", "latency", str(model_dir), *flags)
+    code, out, err = run(capsys, "bench", "offline", str(model_dir), *flags)
     assert code == 0, err
     results = json.loads(out.splitlines()[-1])["results"]
     assert [(row["batch"], row["drafts"]) for row in results] == [(1, "off"), (1, "auto"), (2, "off"), (2, "auto")]
@@ -291,6 +291,6 @@ def test_bench_latency_ends_in_a_json_line(capsys, model_dir):
 
 
 def test_engine_commands_know_exactly_the_engine_settings():
-    for command in (cli.generate, cli.bench.commands["latency"]):
+    for command in (cli.generate, cli.bench.commands["offline"]):
         names = {parameter.name for parameter in command.params}
         assert set(EngineConfig.__struct_fields__) <= names and "port" not in names
