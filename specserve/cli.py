@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from . import __version__, settings
+from .cli_bench_serve import serve as bench_serve
 from .cli_train import evaluate, train
 from .config import EngineConfig, ServeConfig
 from .errors import UserError
@@ -221,6 +222,9 @@ def offline(**params: Any) -> None:
             "(--max-num-seqs)"
         )
     run_offline(config, batch_sizes, params["max_tokens"], params["rounds"])
+
+
+bench.add_command(bench_serve)
 
 
 if __name__ == "__main__":
