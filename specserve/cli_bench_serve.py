@@ -168,6 +168,8 @@ async def _measure(
         for idx, load in enumerate(rates or concurrencies):
             rate = load if rates else None
             requests = plan(f"{params['seed']}/{idx}", params["num_requests"], rate, params["popularity"])
+            due = f"the last due after {requests[-1].arrival_s:.0f} s" if rate and requests else "as others end"
+            click.echo(f"{_name(rate, load)}: at most {len(requests)} requests, {due}", err=True)
             if rate is not None:
                 records = await client.open_loop(session, target, requests)
             else:
@@ -200,7 +202,7 @@ def _print(levels: "Sequence[LevelFigures]") -> None:
     click.echo("milliseconds; 'token' is each token's share of its gap, 'chunk' the gap between two arrivals")
     click.echo(report.table(levels))
     for level in levels:
-        load = f"rate {level.rate_offered:g}" if level.rate_offered is not None else f"parallel {level.concurrency}"
+        load = _name(level.rate_offered, level.concurrency)
         for kind, count in level.errors.items():
             example = " ".join(level.error_examples[kind].split())
             click.echo(f"{load}: {count} failed with {kind}, for example: {example}")
@@ -213,6 +215,10 @@ def _print(levels: "Sequence[LevelFigures]") -> None:
                 f"{load}: requests were sent up to {level.send_lag_ms.max:.0f} ms after they were due; this machine "
                 "is too busy to put the load"
             )
+
+
+def _name(rate: float | None, concurrency: float | None) -> str:
+    return f"rate {rate:g}" if rate is not None else f"parallel {concurrency:g}"
 
 
 def _levels(option: str, text: str | None, limit: int, whole: bool = False) -> list[float]:
