@@ -70,6 +70,8 @@ def main(
                 mode, length = (way, 16) if way in ("off", "auto") else ("fixed", int(way))
                 made = answer_mixed(engine, asked, max_tokens, mode=mode, batch=size, max_draft_tokens=length)
                 runs[size, way].append(made)
+            rates = {way: round(runs[size, way][-1].num_tokens / runs[size, way][-1].seconds, 1) for way in order}
+            click.echo(f"round {round_idx + 1}, {size} at a time, tokens/s: {rates}")
     figures = {str(size): _figures(runs, size, names) for size in sizes}
     for size, of_size in figures.items():
         click.echo(f"{size} at a time: {of_size}")

@@ -1,6 +1,7 @@
 """The engine on a tiny model: batching, caching, preemption, cancellation, stops, and isolation of faults."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from engine_fixture import check_baseline, collect, make_engine, request, run, t
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
+from specserve.drafters.protocol import Guess
 from specserve.errors import OverloadedError, UserError
 
 
@@ -249,3 +251,29 @@ def test_steady_traffic_over_the_same_adapters_rebuilds_no_stacks(model_dir, tmp
     assert engine.runner.slots.num_rebuilds == rebuilds
     run(engine, [request("alone", [1, 2], adapter=hashes[0], max_tokens=100, ignore_eos=True, mode="off")])
     assert len(engine.runner.slots.adapters) <= 2  # most of the long idle ones have left
+
+
+def test_a_source_that_costs_more_than_it_brings_is_hardly_asked(model_dir, monkeypatch):
+    class Slow:
+        source, prior, num_asked = "slow", (0.9,), 0
+
+        def begin(self, tokens):
+            pass
+
+        def peek(self):
+            Slow.num_asked += 1
+            time.sleep(0.003)
+            return Guess(1, 0)
+
+        def follow(self, token):
+            pass
+
+    engine = make_engine(model_dir)
+    monkeypatch.setattr(engine.proposer, "drafters_for", lambda req: [Slow()])
+    result = run(engine, [request("a", [5, 6, 7], max_tokens=150, ignore_eos=True, logit_bias={1: -100.0})])["a"]
+    assert result.usage.num_forwards == 150
+    # Eight steps until the first verdict, up to eight guesses in each; then a probe now and then.
+    assert 0 < Slow.num_asked < 100
+    assert engine.stats().num_undrafted_steps > 100
+    (drafts,) = engine.stats().drafts_by_adapter
+    assert drafts.name is None and drafts.num_verifications == 150 and drafts.accepted_draft_tokens == 0
