@@ -5,7 +5,8 @@ with the head's gradient reaching into it (the defaults of `specserve train`). C
 negative log-likelihood of the gold completions' tokens, which sees small differences, and the task metric of greedy
 answers through the engine. The joint run must stay within one point of the other's task metric.
 
-    python -m bench.joint_quality --data FILE --eval-data FILE [--seeds 3] [--rows 300] [--eval-rows 60]
+    python -m bench.joint_quality --data FILE --eval-data FILE [--seeds 3] [--first-seed 0] [--rows 300]
+        [--eval-rows 60]
 """
 
 from __future__ import annotations
@@ -65,15 +66,16 @@ def train(config: RunConfig, model_dir: Path, examples: list[Example], with_head
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--eval-data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--model", "model_name", default="", help="Base model; default: specserve's default model.")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many.")
+@click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True, help="To add seeds to a past run.")
 @click.option("--rows", type=click.IntRange(1), default=300, show_default=True, help="Training rows.")
 @click.option("--eval-rows", type=click.IntRange(1), default=60, show_default=True)
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--batch-tokens", type=click.IntRange(64), default=1024, show_default=True)
 @click.option("--save/--no-save", default=True, help="Append the result to bench/results/joint_quality.jsonl.")
 def main(
-    data: Path, eval_data: Path, model_name: str, seeds: int, rows: int, eval_rows: int, rank: int, batch_tokens: int,
-    save: bool,
+    data: Path, eval_data: Path, model_name: str, seeds: int, first_seed: int, rows: int, eval_rows: int, rank: int,
+    batch_tokens: int, save: bool,
 ) -> None:  # fmt: skip
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
@@ -89,7 +91,7 @@ def main(
     )
     results: dict[str, list[dict[str, Any]]] = {"alone": [], "joint": []}
     with tempfile.TemporaryDirectory() as temporary:
-        for seed in range(seeds):
+        for seed in range(first_seed, first_seed + seeds):
             for name, values in results.items():
                 directory = Path(temporary) / f"{name}-{seed}"
                 run = msgspec.structs.replace(config, seed=seed)
