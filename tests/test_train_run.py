@@ -6,7 +6,7 @@ import peft
 import pytest
 from engine_fixture import make_engine, request, run, tokens_of
 from tiny_models import make_tiny_model
-from training_fixture import write_rows
+from training_fixture import torchrun, write_rows
 from transformers import AutoModelForCausalLM
 
 from specserve.cli import run as cli
@@ -57,6 +57,21 @@ def test_the_directory_is_complete(trained):
     }
     config = json.loads((root / "out/task/lookahead_config.json").read_text())
     assert config["draft_len"] == 5 and config["acceptance"]["head"]
+
+
+def test_two_processes_finish_one_directory(trained, tmp_path):
+    root, model_dir = trained
+    (tmp_path / "run.yaml").write_text(SETTINGS.format(model=model_dir))
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    torchrun(2, "-m", "specserve.cli", "train", str(tmp_path / "run.yaml"), "--set", "optimizer.warmup=0.1")
+    names = {path.name for path in (tmp_path / "out" / "task").iterdir()}
+    assert names == {path.name for path in (root / "out" / "task").iterdir()}
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "out/task/metrics.jsonl").read_text().splitlines()]
+        for folder in (root, tmp_path)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 def test_the_report_says_what_was_measured(trained):

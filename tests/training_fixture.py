@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -50,3 +53,23 @@ def make_trainer(model_dir: Path, rows: Path, directory: Path, config: RunConfig
     plan = plan_run([len(e.tokens) for e in examples], opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
     directory.mkdir(exist_ok=True)
     return Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory)
+
+
+def torchrun(num_processes: int, *command: str, timeout_s: float = 240) -> str:
+    """Run `command` (a script, or -m and a module) in so many processes of one group; returns what they print.
+
+    The rendezvous takes a free port, so that runs beside each other do not meet.
+    """
+    tests = Path(__file__).parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent), "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", str(num_processes), *command],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=env,
+    )
+    # All of it: what the worker said stands far above torchrun's own traceback.
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -48,11 +48,14 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
     """Run all phases; returns the output directory. Raises `UserError` for what the user can fix."""
     if head_only and not config.lora.adapter:
         raise UserError("--head-only needs --adapter DIR, the LoRA that gets a head", param="lora.adapter")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    makes_group = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if makes_group:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     output = Path(config.output)
     _prepare_output(output, resume, is_first)
+    if dist.is_initialized():
+        dist.barrier()  # the others open files in the directory that the first one makes
     model_dir = resolve_model(config.model)
     tokenizer = TextTokenizer(model_dir)
     eos = min(eos_token_ids(model_dir))
@@ -68,10 +71,10 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     use_bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    torch.manual_seed(config.seed)  # before the LoRA's random half is drawn
     model = LoraModel(
         model_dir, config.lora, torch.bfloat16 if use_bf16 else torch.float32, device, config.head.tap_layer
     )
-    torch.manual_seed(config.seed)
     head = None
     copy_start = common_prefix_len(examples)
     if config.head.enabled:
@@ -85,6 +88,10 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
         if resume and (output / CHECKPOINT_FILE).is_file():
             trainer.resume()
         trainer.run()
+    if makes_group:
+        # Together: a process that leaves while another still talks to it can bring that one down.
+        dist.barrier()
+        dist.destroy_process_group()
     if not is_first:
         return output
     # Without a path of this machine in it: peft loads the adapter by that name elsewhere.
@@ -126,8 +133,9 @@ def _self_answers(
     )
     engine = make_engine(model_dir, batch=16, max_len=config.data.max_len + config.distill.max_tokens)
     adapter = engine.load_adapter(output.name, output)
-    tqdm.write(f"answering {len(chosen)} training prompts with the finished adapter")
-    results = answer(engine, adapter.content_hash, [e.prompt for e in chosen], config.distill.max_tokens, batch=16)
+    prompts = [e.prompt for e in chosen]
+    desc = "answers to training prompts"
+    results = answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=16, desc=desc)
     (output / HISTORY_FILE).unlink()
     rate = results.num_tokens / results.seconds
     tqdm.write(f"{results.num_tokens} tokens at {rate:.0f} tokens/s, {results.mean_accepted_length:.2f} a verification")
@@ -200,7 +208,7 @@ def _calibrate(
     prompts = [e.prompt for e in _calibration_rows(config, examples)[0]]
     engine = make_engine(model_dir, batch=8, max_len=config.data.max_len + config.distill.max_tokens)
     adapter = engine.load_adapter(output.name, output)
-    answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=8)
+    answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=8, desc="answers for the record")
     ahead = engine.registry.adapters[adapter.content_hash].lookahead
     if ahead is None or ahead.error:
         raise UserError(f"the finished head is refused: {ahead.error if ahead else 'no files'}")

@@ -63,6 +63,10 @@ class Trainer:
         self._peak = [group["lr"] for group in groups]
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._rank = dist.get_rank() if dist.is_initialized() else 0
+        if self._world > 1:
+            for group in groups:
+                for parameter in group["params"]:
+                    dist.broadcast(parameter.data, 0)  # gradients are summed: weights must be the same everywhere
 
     # -- the loop
 
@@ -92,7 +96,7 @@ class Trainer:
                                 writer.add_scalar(name, values[name], values["step"])
                 if self.step % self.config.checkpoint.every_steps == 0:
                     self.save_checkpoint()
-                if stopped():
+                if self._sum(float(stopped())):  # a signal may reach one process a step before the others
                     self.save_checkpoint()
                     progress.close()
                     raise Interrupted(
@@ -116,6 +120,7 @@ class Trainer:
         num_targets = self._sum(sum(sum(example.loss_mask[1:]) for example in batch))
         values: dict[str, Any] = {"step": step + 1, "lr": round(config.optimizer.lr * scale, 8)}
         loss_sum = torch.zeros(())
+        self._optimizer.zero_grad(set_to_none=True)  # also where a small batch left this process without a row
         if batch:
             hidden = self.model.hidden(batch)
             logits = self.model.logits(hidden.last).float()
@@ -128,7 +133,6 @@ class Trainer:
                 total = total + extra / self._world
                 values["head_loss"] = extra.item()  # sync: one number a step, for the log
                 values["head_hit_rate"] = [round(value, 4) for value in rate.tolist()]
-            self._optimizer.zero_grad(set_to_none=True)
             total.backward()
         self._all_reduce_gradients()
         norms = [
