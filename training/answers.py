@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..config import EngineConfig
 from ..engine import Engine
@@ -76,9 +77,11 @@ def answer(
     *,
     mode: str = "auto",
     batch: int = 8,
+    desc: str | None = None,
 ) -> Answers:
-    """Greedy answers of one adapter to `prompts`, at most `batch` at a time."""
-    return answer_mixed(engine, [(adapter_hash, prompt) for prompt in prompts], max_tokens, mode=mode, batch=batch)
+    """Greedy answers of one adapter to `prompts`, at most `batch` at a time, with a progress bar if `desc` names it."""
+    requests = [(adapter_hash, prompt) for prompt in prompts]
+    return answer_mixed(engine, requests, max_tokens, mode=mode, batch=batch, desc=desc)
 
 
 def answer_mixed(
@@ -89,6 +92,7 @@ def answer_mixed(
     mode: str = "auto",
     batch: int = 8,
     max_draft_tokens: int = 16,
+    desc: str | None = None,
 ) -> Answers:
     """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails.
 
@@ -102,6 +106,7 @@ def answer_mixed(
     in_prefill: set[int] = set()
     seconds = decode_seconds = 0.0
     decode_tokens = 0
+    progress = tqdm(total=len(requests), unit="answer", desc=desc, disable=desc is None, dynamic_ncols=True)
     while waiting or running:
         while waiting and running < batch:
             idx, (adapter_hash, prompt) = waiting.pop()
@@ -140,6 +145,8 @@ def answer_mixed(
             state.text += event.text
             if event.usage is not None:
                 running -= 1
+                progress.update()
                 state.drafted = event.usage.draft_tokens
                 state.accepted_by_source = event.usage.accepted_by_source
+    progress.close()
     return Answers(answers, seconds, decode_seconds, decode_tokens)

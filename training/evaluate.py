@@ -54,7 +54,10 @@ def evaluate_directory(
     single = prompts[:_SINGLE_ROWS]
     for name, chosen, batch in (("batch 1", single, 1), ("batch 8", prompts, 8)):
         for mode in ("off", "auto"):
-            runs[name][mode] = answer(engine, adapter.content_hash, chosen, max_tokens, mode=mode, batch=batch)
+            desc = f"{'answers one at a time' if batch == 1 else 'answers, 8 at a time'}, drafts {mode}"
+            runs[name][mode] = answer(
+                engine, adapter.content_hash, chosen, max_tokens, mode=mode, batch=batch, desc=desc
+            )
     drafted, plain = runs["batch 8"]["auto"], runs["batch 8"]["off"]
     same = [a.tokens == b.tokens for a, b in zip(drafted.answers, plain.answers, strict=True)]
     report: dict[str, Any] = {

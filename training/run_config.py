@@ -78,7 +78,7 @@ class OptimizerConfig(_Section, frozen=True):
 class DistillConfig(_Section, frozen=True):
     """The head is fitted again to what the finished adapter itself writes."""
 
-    rows: Annotated[int, Meta(ge=0, description="training prompts that are answered; 0: none")] = 500
+    rows: Annotated[int, Meta(ge=0, description="training prompts that are answered; 0: none")] = 150
     epochs: Annotated[int, Meta(ge=1)] = 8
     max_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 512
 
@@ -92,7 +92,7 @@ class CheckpointConfig(_Section, frozen=True):
 
 
 class EvalConfig(_Section, frozen=True):
-    rows: Annotated[int, Meta(ge=0, description="held-out rows answered after training; 0: none")] = 100
+    rows: Annotated[int, Meta(ge=0, description="held-out rows answered after training; 0: none")] = 40
     max_tokens: Annotated[int, Meta(ge=1)] = 512
 
 
