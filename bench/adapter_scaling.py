@@ -124,6 +124,9 @@ def main(
         turn = round_idx % len(numbers)
         for number in [*numbers[turn:], *numbers[:turn]]:
             serve(levels[number], prompts, requests, batch, tokens, zipf_exponent, round_idx, measured=round_idx > 0)
+        if round_idx > 0:
+            rates = ", ".join(f"{number} adapters {levels[number].tokens_per_s[-1]:.1f}" for number in numbers)
+            click.echo(f"round {round_idx}, tokens/s: {rates}")
     figures = {}
     for number, level in levels.items():
         versus = [a / b for a, b in zip(level.tokens_per_s, levels.get(8, level).tokens_per_s, strict=True)]
