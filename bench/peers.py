@@ -6,6 +6,10 @@ peer for the same prompts, the same adapters and the same number of greedy token
 round survive a machine that slows down. Prefix caching is off for all. The floor is the weights' bytes over a measured
 read rate. bench/README.md says how each peer is set up.
 
+With --task ADAPTER_DIR:ROWS.jsonl (once a task) there is a third kind of case: requests take turns over finished LoRAs
+and answer held-out prompts of their own tasks up to the end of the answer, as their users would have them; specserve
+does so without drafts and with, through each LoRA's lookahead head; the others load the LoRA alone.
+
     python -m bench.peers [--rounds 5] [--batch 1,8,16] [--tokens 100] [--peers specserve,transformers,vllm]
 """
 
@@ -23,16 +27,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from . import common
 
 NUM_ADAPTERS, RANK = 8, 16
+NO_LORA, MIXED_LORAS, TASK_LORAS = CASES = ("no LoRA", f"{NUM_ADAPTERS} mixed LoRAs", "task LoRAs")
 MAX_MODEL_LEN = 2048
 KV_CACHE_GIB = 1
 VLLM_VERSION = "0.32.0"
@@ -41,6 +46,9 @@ VLLM_UNWANTED = ["torchvision", "torchaudio", "torchcodec"]
 PEERS = ("specserve", "transformers", "vllm", "llamacpp")
 WORKERS = common.ROOT / "bench" / "peer_workers"
 PROBE_TOKENS = 8
+
+
+Item = TypeVar("Item")
 
 
 class WorkerError(Exception):
@@ -136,17 +144,17 @@ class Peer:
     lora: Worker | None  # None: it cannot mix adapters in a batch
     max_batch: int | None = None
 
-    def worker(self, with_lora: bool, batch: int) -> Worker | None:
+    def worker(self, adapters: str, batch: int) -> Worker | None:
         if self.max_batch is not None and batch > self.max_batch:
             return None
-        return self.lora if with_lora else self.plain
+        return self.plain if adapters == NO_LORA else self.lora
 
 
 @dataclass(slots=True)
 class Cell:
     """Figures of one case: per peer and round. Tokens are kept only until they are compared."""
 
-    with_lora: bool
+    adapters: str  # one of CASES
     batch: int
     tokens_per_s: dict[str, list[float]] = field(default_factory=dict)
     decode_tokens_per_s: dict[str, list[float]] = field(default_factory=dict)
@@ -176,6 +184,7 @@ class Setup:
             "rank": RANK,
             "kv_cache_gib": KV_CACHE_GIB,
             "max_model_len": MAX_MODEL_LEN,
+            "quantization": "none",
             "num_threads": common.num_cores(),
             "speculation": "auto",  # each request says whether it uses it
             "gguf": self.gguf,
@@ -189,7 +198,7 @@ class Setup:
         elif peer == "llamacpp":
             assert self.llamacpp_python is not None
             python = self.llamacpp_python
-        print(f"starting {peer}, {dtype}, {'8 adapters' if settings['adapters'] else 'no adapter'} ...", flush=True)
+        print(f"starting {peer}, {dtype}, {len(settings['adapters'])} adapters ...", flush=True)
         worker = Worker(peer, python, settings, env, self.start_timeout_s)
         self.stack.callback(worker.close)
         return worker
@@ -200,8 +209,16 @@ class Setup:
         return batch * PROBE_TOKENS / answer["wall_s"]
 
 
-def make_request(prompts: list[list[int]], adapters: list[int | None], num_tokens: int, mode: str) -> dict[str, Any]:
-    return {"prompts": prompts, "adapters": adapters, "num_tokens": num_tokens, "mode": mode}
+def make_request(
+    prompts: list[list[int]], adapters: list[int | None], num_tokens: int, mode: str, ignore_eos: bool = True
+) -> dict[str, Any]:
+    return {
+        "prompts": prompts,
+        "adapters": adapters,
+        "num_tokens": num_tokens,
+        "mode": mode,
+        "ignore_eos": ignore_eos,
+    }
 
 
 def vllm_environment(python: str) -> dict[str, str]:
@@ -267,20 +284,21 @@ def common_prefix_share(tokens: list[list[int]], reference: list[list[int]]) -> 
     """Mean share of each sequence before it first differs from the reference: do the peers do the same work?"""
     shares = []
     for ours, theirs in zip(tokens, reference, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
-        shares.append(same / len(theirs))
+        length = max(len(ours), len(theirs))
+        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), length))
+        shares.append(min(same, len(theirs)) / length)
     return statistics.mean(shares)
 
 
 def measure_round(cell: Cell, peers: list[Peer], request: dict[str, Any]) -> None:
     tokens: dict[str, list[list[int]]] = {}
     for peer in peers:
-        worker = peer.worker(cell.with_lora, cell.batch)
+        worker = peer.worker(cell.adapters, cell.batch)
         if worker is None:
             continue
         answer = worker.measure(request | {"mode": peer.mode})
         num_tokens = sum(map(len, answer["token_ids"]))
-        if num_tokens != cell.batch * request["num_tokens"]:
+        if request["ignore_eos"] and num_tokens != cell.batch * request["num_tokens"]:
             raise WorkerError(f"{peer.name} gave {num_tokens} tokens, asked were {cell.batch * request['num_tokens']}")
         cell.tokens_per_s.setdefault(peer.name, []).append(num_tokens / answer["wall_s"])
         decode = answer["num_decode_tokens"] / answer["decode_s"] if answer["decode_s"] > 0 else math.nan
@@ -299,7 +317,7 @@ def report(cells: list[Cell], peers: list[Peer]) -> list[dict[str, Any]]:
     )
     summary = []
     for cell in cells:
-        case = f"{NUM_ADAPTERS} mixed LoRAs" if cell.with_lora else "no LoRA"
+        case = cell.adapters
         rows: dict[str, Any] = {}
         base = cell.tokens_per_s.get("specserve")
         for peer in peers:
@@ -380,30 +398,45 @@ def find_vllm(given: str | None) -> str | None:
 
 
 def interleaved(
-    peers: list[Peer], batches: list[int], prompts: list[list[int]], num_tokens: int, rounds: int
+    peers: list[Peer],
+    batches: list[int],
+    prompts: list[list[int]],
+    task_prompts: list[list[list[int]]],
+    num_tokens: int,
+    rounds: int,
 ) -> list[Cell]:
     """Every round runs every case; peers take turns within a case, in reverse order every other round."""
-    cases = [(with_lora, batch) for with_lora in (False, True) for batch in batches]
-    cells = [Cell(with_lora, batch) for with_lora, batch in cases]
-    for with_lora, batch in cases:
-        adapters = [i % NUM_ADAPTERS if with_lora else None for i in range(batch)]
-        measure_round(Cell(with_lora, batch), peers, make_request(prompts[:batch], adapters, 8, "off"))
+    cells = [Cell(case, batch) for case in CASES if case != TASK_LORAS or task_prompts for batch in batches]
+    for cell in cells:
+        adapters: list[int | None] = [None if cell.adapters == NO_LORA else i % NUM_ADAPTERS for i in range(cell.batch)]
+        measure_round(Cell(cell.adapters, cell.batch), peers, make_request(prompts[: cell.batch], adapters, 8, "off"))
     print("warmed up", flush=True)
     next_prompts = endless(prompts)
+    # The tasks take turns, and so do each task's prompts.
+    next_tasks = endless(
+        [(NUM_ADAPTERS + i, own) for rows in zip(*task_prompts, strict=True) for i, own in enumerate(rows)]
+    )
     for round_idx in range(rounds):
         for cell in cells:
-            # First request's adapter moves on with the round; at batch 8 all adapters are in the batch.
-            adapters = [(round_idx + i) % NUM_ADAPTERS if cell.with_lora else None for i in range(cell.batch)]
-            chosen = [next(next_prompts) for _ in range(cell.batch)]
             order = peers if round_idx % 2 == 0 else peers[::-1]
+            if cell.adapters == TASK_LORAS:
+                num = cell.batch if cell.batch > 1 else len(task_prompts)  # one at a time: a request of each task
+                picked = [next(next_tasks) for _ in range(num)]
+                for part in [picked] if cell.batch > 1 else [[one] for one in picked]:
+                    request = make_request([p for _, p in part], [a for a, _ in part], num_tokens, "off", False)
+                    measure_round(cell, order, request)
+                continue
+            # First request's adapter moves on with the round; at batch 8 all adapters are in the batch.
+            adapters = [None if cell.adapters == NO_LORA else (round_idx + i) % NUM_ADAPTERS for i in range(cell.batch)]
+            chosen = [next(next_prompts) for _ in range(cell.batch)]
             measure_round(cell, order, make_request(chosen, adapters, num_tokens, "off"))
         print(f"round {round_idx + 1} of {rounds} done", flush=True)
     return cells
 
 
-def endless(prompts: list[list[int]]) -> Iterator[list[int]]:
+def endless(items: Sequence[Item]) -> Iterator[Item]:
     while True:
-        yield from prompts
+        yield from items
 
 
 def numbers(text: str) -> list[int]:
@@ -416,6 +449,7 @@ def numbers(text: str) -> list[int]:
 @click.option("--batch", "batches", default="1,8,16", show_default=True, help="Requests at the same time.")
 @click.option("--tokens", "num_tokens", default=100, show_default=True, help="Output tokens of each request.")
 @click.option("--peers", "names", default="specserve,transformers,vllm", show_default=True)
+@click.option("--task", "tasks", multiple=True, metavar="ADAPTER_DIR:ROWS", help="A finished LoRA and held-out rows.")
 @click.option("--dtypes", default="fp32,bf16", show_default=True, help="Tried for transformers and vLLM; faster wins.")
 @click.option("--drafts/--no-drafts", default=True, show_default=True, help="A second specserve column, with drafts.")
 @click.option("--vllm-python", envvar="SPECSERVE_BENCH_VLLM_PYTHON", help="Python of an environment with vLLM.")
@@ -429,6 +463,7 @@ def main(
     batches: str,
     num_tokens: int,
     names: str,
+    tasks: tuple[str, ...],
     dtypes: str,
     drafts: bool,
     vllm_python: str | None,
@@ -440,6 +475,8 @@ def main(
     from transformers import AutoTokenizer
 
     from specserve.model_store import resolve_model
+    from specserve.tokenizer import TextTokenizer
+    from specserve.training.dataset import read_rows, tokenize
 
     wanted = names.split(",")
     if unknown := set(wanted) - set(PEERS):
@@ -455,6 +492,15 @@ def main(
     }
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     adapters = make_adapters(model_dir)
+    task_prompts = []
+    for task in tasks:
+        folder, _, rows = task.rpartition(":")
+        if not Path(folder, "adapter_config.json").is_file() or not Path(rows).is_file():
+            raise click.BadParameter(f"--task {task}: an adapter's folder, a colon and a file of rows are expected")
+        adapters.append(str(Path(folder).resolve()))
+        task_prompts.append(
+            [example.prompt for example in tokenize(read_rows(Path(rows)), TextTokenizer(model_dir), 0)]
+        )
     prompts = [common.chat_token_ids(tokenizer, row["prompt"]) for row in common.read_prompts()]
     peers: list[Peer] = []
     left_out = {name: reason for name, reason in missing.items() if reason and name in wanted}
@@ -482,7 +528,7 @@ def main(
                 left_out[name] = str(error).partition("; see")[0]
         if not peers:
             raise click.ClickException("no peer runs")
-        cells = interleaved(peers, numbers(batches), prompts, num_tokens, rounds)
+        cells = interleaved(peers, numbers(batches), prompts, task_prompts, num_tokens, rounds)
     summary = report(cells, peers)
     result = {
         "commit": common.commit(),

@@ -206,6 +206,17 @@ def bench() -> None:
 @click.option("--batch-sizes", default="1,4,8", show_default=True, metavar="N,N", help="Requests at the same time.")
 @click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Output per request.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repetitions.")
+@click.option(
+    "--adapters-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Requests take turns over its adapters; default: none.",
+)
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a trace of all steps there (chrome://tracing, Perfetto) and print a table by phase.",
+)
 @debug_option
 def offline(**params: Any) -> None:
     """Tokens per second of the engine alone, with and without drafts, at several batch sizes."""
@@ -221,7 +232,7 @@ def offline(**params: Any) -> None:
             f"--batch-sizes {params['batch_sizes']!r} is not a list of whole numbers from 1 to {config.max_num_seqs} "
             "(--max-num-seqs)"
         )
-    run_offline(config, batch_sizes, params["max_tokens"], params["rounds"])
+    run_offline(config, batch_sizes, params["max_tokens"], params["rounds"], params["adapters_dir"], params["profile"])
 
 
 bench.add_command(bench_serve)

@@ -9,7 +9,8 @@ import json
 import statistics
 import time
 from importlib import metadata
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,10 +29,21 @@ PASSAGE = (
 )
 
 
-def offline(config: EngineConfig, batch_sizes: list[int], max_tokens: int, rounds: int) -> None:
-    """Print tokens/s for every batch size with drafts off and on, then one JSON line."""
+def offline(
+    config: EngineConfig,
+    batch_sizes: list[int],
+    max_tokens: int,
+    rounds: int,
+    adapters_dir: Path | None = None,
+    trace: Path | None = None,
+) -> None:
+    """Print tokens/s for every batch size with drafts off and on, then one JSON line.
+
+    With `trace` the steps are profiled, by batch size and drafts, and the trace is written there.
+    """
     from .engine import Engine
     from .special_tokens import load_backend_tokenizer
+    from .step_profile import StepProfile
 
     model_dir = resolve_model(config.model, config.revision)
     engine = Engine(config, model_dir)
@@ -48,11 +60,25 @@ def offline(config: EngineConfig, batch_sizes: list[int], max_tokens: int, round
         f"{limit:.0f} steps/s"
     )
     modes = ["off"] if config.speculation == "off" else ["off", "auto"]
+    hashes: list[str | None] = [None]
+    if adapters_dir is not None:
+        folders = sorted(file.parent for file in adapters_dir.glob("*/adapter_config.json"))
+        if not folders:
+            raise UserError(f"--adapters-dir {adapters_dir} holds no folder with an adapter_config.json")
+        hashes = [engine.load_adapter(folder.name, folder).content_hash for folder in folders]
+    profile = StepProfile(engine) if trace is not None else None
+    profiles: dict[str, dict[str, Any]] = {}
     results: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for round_idx in range(rounds + 1):
         for size in batch_sizes:
             for mode in modes:
-                figures = _run(engine, prompt, size, mode, config.max_draft_tokens, max_tokens, round_idx)
+                if profile is not None:
+                    profile.start()
+                figures = _run(engine, prompt, size, mode, hashes, config.max_draft_tokens, max_tokens, round_idx)
+                if profile is not None and trace is not None and round_idx == rounds:
+                    profiles[f"batch {size}, drafts {mode}"] = profile.summary()
+                    click.echo(f"batch {size}, drafts {mode}\n{profile.table()}\n")
+                    profile.write_trace(trace.with_stem(f"{trace.stem}-{size}-{mode}"))
                 if round_idx > 0:  # the first round warms up
                     results.setdefault((size, mode), []).append(figures)
     click.echo(f"{'batch':>5}  {'drafts':<6}  {'tokens/s':>8}  {'tokens a step':>13}")
@@ -74,7 +100,9 @@ def offline(config: EngineConfig, batch_sizes: list[int], max_tokens: int, round
         "max_tokens": max_tokens,
         "rounds": rounds,
         "limit_steps_per_s": round(limit, 1),
+        "adapters": len(hashes) if adapters_dir is not None else 0,
         "results": lines,
+        **({"profiles": profiles} if profiles else {}),
     }
     click.echo(json.dumps(summary))
 
@@ -93,7 +121,14 @@ def memory_bandwidth(device: str) -> float:
 
 
 def _run(
-    engine: "Engine", prompt: list[int], size: int, mode: str, max_draft_tokens: int, max_tokens: int, salt: int
+    engine: "Engine",
+    prompt: list[int],
+    size: int,
+    mode: str,
+    hashes: list[str | None],
+    max_draft_tokens: int,
+    max_tokens: int,
+    salt: int,
 ) -> tuple[float, float]:
     """(tokens per second, tokens per forward) of `size` equal requests started together; prefill is not counted."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
@@ -104,6 +139,7 @@ def _run(
                 request_id=f"{salt}-{mode}-{i}",
                 prompt_token_ids=prompt,
                 sampling=sampling,
+                adapter_hash=hashes[i % len(hashes)],
                 cache_salt=f"{salt}-{mode}-{i}",  # every prompt is read, none comes from the prefix cache
                 speculation=speculation,
             )

@@ -290,6 +290,25 @@ def test_bench_offline_ends_in_a_json_line(capsys, model_dir):
     assert all(row["tokens_per_s"] > 0 for row in results)
 
 
+def test_bench_offline_profiles_steps_by_phase(capsys, model_dir, adapters_dir, tmp_path):
+    import json
+
+    flags = ["--dtype", "fp32", "--kv-cache-gib", "0.01", "--max-tokens", "8", "--rounds", "1", "--batch-sizes", "2"]
+    flags += ["--adapters-dir", str(adapters_dir), "--profile", str(tmp_path / "trace.json")]
+    code, out, err = run(capsys, "bench", "offline", str(model_dir), *flags)
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["adapters"] > 0
+    for drafts in ("off", "auto"):
+        profile = summary["profiles"][f"batch 2, drafts {drafts}"]
+        assert {"gate_up", "attention", "lm_head", "sample", "propose drafts"} <= set(profile["ms_per_step"])
+        assert profile["steps"] > 1 and 0 < profile["model_share"] < 1
+        events = json.loads((tmp_path / f"trace-2-{drafts}.json").read_text())["traceEvents"]
+        assert sum(event["name"] == "sample" for event in events) == profile["steps"]
+    code, _, err = run(capsys, "bench", "offline", str(model_dir), *flags[:-4], "--adapters-dir", str(tmp_path))
+    assert code == 2 and "holds no folder with an adapter_config.json" in err
+
+
 def test_engine_commands_know_exactly_the_engine_settings():
     for command in (cli.generate, cli.bench.commands["offline"]):
         names = {parameter.name for parameter in command.params}

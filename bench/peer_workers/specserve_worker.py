@@ -23,6 +23,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
         prefix_caching=False,
         num_threads=settings["num_threads"],
         speculation=settings["speculation"],
+        quantization=settings["quantization"],
     )
     engine = Engine(config, Path(settings["model_dir"]))
     hashes = [engine.load_adapter(f"lora-{i}", path).content_hash for i, path in enumerate(settings["adapters"])]
@@ -31,7 +32,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal num_measured
         num_measured += 1
-        sampling = SamplingParams(max_tokens=request["num_tokens"], temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=request["num_tokens"], temperature=0.0, ignore_eos=request["ignore_eos"])
         speculation = Speculation(mode=request["mode"])
         recorder = Recorder(len(request["prompts"]))
         index_of = {}

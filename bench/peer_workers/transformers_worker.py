@@ -19,14 +19,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Clock(StoppingCriteria):
-    """Notes when each step's tokens came; never stops anything."""
+    """Notes when each step's tokens came, up to each sequence's end; never stops anything."""
 
-    def __init__(self, recorder: Recorder, num_requests: int):
-        self.recorder, self.num_requests = recorder, num_requests
+    def __init__(self, recorder: Recorder, num_requests: int, eos: set[int]):
+        self.recorder, self.num_requests, self.eos = recorder, num_requests, eos
+        self.ended: set[int] = set()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         for idx, token in enumerate(input_ids[:, -1].tolist()):
-            self.recorder.add(idx, [token])
+            if idx not in self.ended:
+                self.recorder.add(idx, [token])
+                if token in self.eos:
+                    self.ended.add(idx)
         return torch.zeros(self.num_requests, dtype=torch.bool)
 
 
@@ -43,7 +47,9 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
         else:
             model.load_adapter(path, adapter_name=f"lora-{i}", autocast_adapter_dtype=False)
     model.eval()
-    model.generation_config.eos_token_id = None  # nothing stops before num_tokens
+    ends = model.generation_config.eos_token_id
+    eos = set(ends if isinstance(ends, list) else [ends])
+    model.generation_config.eos_token_id = None  # nothing stops before num_tokens unless a request asks for it
     model.generation_config.pad_token_id = tokenizer.pad_token_id or 0
 
     @torch.inference_mode()
@@ -58,12 +64,16 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
         if settings["adapters"]:
             names = ["__base__" if adapter is None else f"lora-{adapter}" for adapter in request["adapters"]]
             extra["adapter_names"] = names
+        if not request["ignore_eos"]:
+            extra["eos_token_id"] = sorted(eos)
         output = model.generate(
             input_ids=input_ids,
             attention_mask=mask,
             max_new_tokens=request["num_tokens"],
             do_sample=False,
-            stopping_criteria=StoppingCriteriaList([Clock(recorder, len(prompts))]),
+            stopping_criteria=StoppingCriteriaList(
+                [Clock(recorder, len(prompts), set() if request["ignore_eos"] else eos)]
+            ),
             **extra,
         )
         tokenizer.batch_decode(output[:, longest:])  # the other peers give text, too

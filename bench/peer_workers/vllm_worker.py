@@ -46,7 +46,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
                 SamplingParams(
                     temperature=0.0,
                     max_tokens=request["num_tokens"],
-                    ignore_eos=True,
+                    ignore_eos=request["ignore_eos"],
                     output_kind=RequestOutputKind.DELTA,
                 ),
                 lora_request=None if adapter is None else requests[adapter],

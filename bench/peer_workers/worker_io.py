@@ -4,7 +4,8 @@ Standard library only, because it runs in each peer's own environment. Settings 
 library prints goes to stderr: the real stdout is kept aside for replies.
 
   worker -> bench   {"ready": {...}}                                  after loading; versions, dtype, threads
-  bench -> worker   {"prompts": [[ids]], "adapters": [idx or null], "num_tokens": n, "mode": "off"}
+  bench -> worker   {"prompts": [[ids]], "adapters": [idx or null], "num_tokens": n, "mode": "off",
+                     "ignore_eos": true}
   worker -> bench   {"wall_s", "decode_s", "num_decode_tokens", "token_ids": [[...]]} or {"error": "..."}
 """
 

@@ -1,0 +1,133 @@
+"""What do int8 and int4 weights cost in quality and bring in speed, on the tasks of finished LoRAs?
+
+Per format: perplexity of the base model on the tasks' gold completions (prompt given), perplexity and task metric of
+each LoRA on the same base, held-out rows, greedy; tokens/s of the same answers without drafts, one at a time and eight
+at a time, formats in turn within a round. The floor is printed first: bytes of the weights over a measured read rate.
+
+    python -m bench.quantization ADAPTER_DIR ... --data FILE ... [--rows 40] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+
+from specserve.config import EngineConfig
+from specserve.engine import Engine
+from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from specserve.model_store import resolve_model
+from specserve.special_tokens import eos_token_ids
+from specserve.tokenizer import TextTokenizer
+from specserve.training.answers import answer
+from specserve.training.dataset import Example, read_rows, tokenize
+from specserve.training.task_metrics import task_metrics
+
+from . import common
+
+FORMATS = ("none", "int8", "int4")
+BITS = {"none": 16, "int8": 8 + 32 / 64, "int4": 4 + 32 / 32}  # with the scale of each group
+
+
+def mean_log_prob(engine: Engine, adapter: str | None, examples: list[Example]) -> float:
+    """Mean log-probability of the completions' tokens, teacher forced."""
+    total, num_tokens = 0.0, 0
+    for idx, example in enumerate(examples):
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        request = GenerateRequest(
+            f"score-{idx}", example.tokens, sampling, adapter_hash=adapter, cache_salt=f"{idx}",
+            speculation=Speculation("off", 1),
+        )  # fmt: skip
+        engine.add_request(request)
+        while engine.has_work():
+            for event in engine.step():
+                if isinstance(event, RequestFailed):
+                    raise click.ClickException(event.error.message)
+                if event.prompt_logprobs is not None:
+                    scores = event.prompt_logprobs[len(example.prompt) :]
+                    total += sum(score.logprob for score in scores if score is not None)
+                    num_tokens += len(scores)
+    return total / num_tokens
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--data", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
+@click.option("--model", default="", help="Base model; default: specserve's default model.")
+@click.option("--rows", type=click.IntRange(1), default=40, show_default=True, help="Held-out rows of each task.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--speed-rows", type=click.IntRange(1), default=8, show_default=True, help="Rows of each timed run.")
+@click.option("--max-tokens", type=click.IntRange(1), default=450, show_default=True)
+@click.option("--save/--no-save", default=True, help="Append the result to bench/results/quantization.jsonl.")
+def main(
+    adapters: tuple[Path, ...], data: tuple[Path, ...], model: str, rows: int, rounds: int, speed_rows: int,
+    max_tokens: int, save: bool,
+) -> None:  # fmt: skip
+    if len(adapters) != len(data):
+        raise click.UsageError(f"{len(adapters)} adapters but {len(data)} --data files; give one for each")
+    machine = common.hardware()
+    click.echo(common.hardware_line(machine))
+    model_dir = resolve_model(model)
+    bandwidth, num_params = common.memory_bandwidth(), common.num_parameters(model_dir)
+    for name, bits in BITS.items():
+        click.echo(f"floor, {name}: {num_params * bits / 8 / bandwidth * 1e3:.2f} ms a step at batch 1")
+    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tasks = [tokenize(read_rows(file)[:rows], tokenizer, eos) for file in data]
+    engines = {
+        name: Engine(
+            EngineConfig(
+                model=str(model_dir),
+                device="cpu",
+                quantization=name,
+                max_num_seqs=16,
+                kv_cache_gib=0.5,
+                max_waiting=10**5,
+            ),  # type: ignore[arg-type]
+            model_dir,
+        )
+        for name in FORMATS
+    }
+    figures: dict[str, dict[str, Any]] = {}
+    hashes = {}
+    for name, engine in engines.items():
+        hashes[name] = [engine.load_adapter(path.name, path).content_hash for path in adapters]
+        figures[name] = {"tasks": {}}
+        for path, key, examples in zip(adapters, hashes[name], tasks, strict=True):
+            gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in examples]
+            answers = answer(engine, key, [example.prompt for example in examples], max_tokens, batch=16).answers
+            figures[name]["tasks"][path.name] = {
+                "perplexity_base": round(math.exp(-mean_log_prob(engine, None, examples)), 4),
+                "perplexity": round(math.exp(-mean_log_prob(engine, key, examples)), 4),
+                **{key: round(value, 4) for key, value in task_metrics([a.text for a in answers], gold).items()},
+            }
+            click.echo(f"{name}, {path.name}: {figures[name]['tasks'][path.name]}")
+    for batch in (1, 8):
+        rates: dict[str, list[float]] = {name: [] for name in FORMATS}
+        prompts = [example.prompt for example in tasks[0][:speed_rows]]
+        for round_idx in range(rounds):
+            for name in FORMATS if round_idx % 2 else FORMATS[::-1]:
+                result = answer(engines[name], hashes[name][0], prompts, 64, mode="off", batch=batch)
+                rates[name].append(result.decode_tokens / max(1e-9, result.decode_seconds))
+        for name in FORMATS:
+            ratios = [a / b for a, b in zip(rates[name], rates["none"], strict=True)]
+            figures[name][f"decode_tokens_per_s_batch_{batch}"] = round(statistics.median(rates[name]), 1)
+            figures[name][f"over_none_batch_{batch}"] = common.spread(ratios)
+    record = {
+        "commit": common.commit(),
+        "versions": common.versions("torch"),
+        "hardware": machine,
+        "model": model_dir.name,
+        "rows": rows,
+        "rounds": rounds,
+        "figures": figures,
+    }
+    click.echo(str({name: {k: v for k, v in f.items() if k != "tasks"} for name, f in figures.items()}))
+    if save:
+        common.append_result("quantization", record)
+
+
+if __name__ == "__main__":
+    main()
