@@ -24,7 +24,7 @@ from .scheduler import ScheduledSequence
 logger = logging.getLogger(__name__)
 _LEAST_LOOK = 8  # rows ahead, at least, over which a cheap region counts
 # A draft grows down to this share of a row's price: dear rows may be paid for by cheap ones behind them. On random
-# staircases 0.5 loses 0.3% of the best rate on average for 15% more guesses; 1 loses 0.7%.
+# staircases 0.5 loses 0.24% of the best rate on average, 1 loses 0.35% and asks for a tenth fewer guesses.
 _SLACK = 0.5
 
 
