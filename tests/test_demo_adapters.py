@@ -103,7 +103,7 @@ def assert_same_up_to_rounding(requests, want, got, want_rows, got_rows):
     """Equal tokens, but for a draw that falls between the two roundings of one distribution; it ends the comparison.
 
     Sampling inverts the cumulative distribution in vocabulary order, so logits that differ in the sixth digit, as they
-    do between forwards of different row counts, move thousands of its steps a little: about one draw in 500 falls on
+    do between forwards of different row counts, move thousands of its steps a little: one draw in 500 to 1,700 fell on
     such a step at temperature 0.8. Each difference must be explained by that, and few may be.
     """
     num_split = 0

@@ -18,10 +18,12 @@ from ..model_store import resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
 from .dataset import Example, read_rows, tokenize
+from .evaluate import SINGLE_ROWS
 from .run_config import RunConfig
 
 _SHOWN = 5
 _BAR = 40
+_DECODE_SHARE = 1 / 3  # of the matrix products' rate is what answers reach: their batches are small
 
 
 class DataReport(msgspec.Struct, frozen=True):
@@ -105,7 +107,7 @@ def shown_as_trained(example: Example, tokenizer: TextTokenizer) -> str:
 
 def report_estimate(config: RunConfig) -> None:
     """Print memory and time of the run, from the model's shape and a measured rate of matrix products."""
-    _, train, _ = _load(config)
+    _, train, held_out = _load(config)
     model_dir = resolve_model(config.model)
     model = ModelConfig.from_dir(model_dir)
     on_gpu = torch.cuda.is_available()
@@ -123,10 +125,22 @@ def report_estimate(config: RunConfig) -> None:
     # Forward and the gradient of activations; the base's own weights get none.
     flops = config.optimizer.epochs * 4.0 * (linears * tokens + head * loss_tokens)
     rate = _matmul_rate(torch.device("cuda" if on_gpu else "cpu"))
+    answer_len = loss_tokens / max(1, len(train))
+    num_distilled = min(config.distill.rows, len(train)) if config.head.enabled else 0
+    num_held_out = min(config.eval.rows, len(held_out))
+    # Each prompt is answered with drafts and without, a dozen one at a time as well.
+    num_answers = num_distilled + 2 * (num_held_out + min(num_held_out, SINGLE_ROWS))
+    decode_flops = 2.0 * (linears + head) * num_answers * answer_len / _DECODE_SHARE
+    d, steps = config.head.hidden_size, config.head.train_steps_ahead * config.distill.epochs
+    fit_flops = 6.0 * num_distilled * answer_len * steps * d * (10 * d + config.head.vocab_size)
     click.echo(f"memory: about {total / 2**30:.1f} GiB ({lora / 1e6:.1f} M LoRA parameters)")
     click.echo(
         f"time: about {flops / rate / 60:.0f} minutes for {tokens * config.optimizer.epochs:.0f} tokens at the "
-        f"{rate / 1e9:.0f} GFLOP/s that this machine's matrix products reach, and about half as much again for the rest"
+        f"{rate / 1e9:.0f} GFLOP/s that this machine's matrix products reach, and about half as much again around them"
+    )
+    click.echo(
+        f"then: about {decode_flops / rate / 60:.0f} minutes for {num_answers} answers (distill.rows "
+        f"{config.distill.rows}, eval.rows {config.eval.rows}) and {fit_flops / rate / 60:.0f} to fit the head to them"
     )
 
 

@@ -24,7 +24,7 @@ from .report import write_report
 from .run_file import load_run
 from .task_metrics import task_metrics
 
-_SINGLE_ROWS = 12  # prompts that are also answered one at a time
+SINGLE_ROWS = 12  # prompts that are also answered one at a time
 
 
 def evaluate_directory(
@@ -51,7 +51,7 @@ def evaluate_directory(
     gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in examples]
 
     runs: dict[str, dict[str, Answers]] = {"batch 1": {}, "batch 8": {}}
-    single = prompts[:_SINGLE_ROWS]
+    single = prompts[:SINGLE_ROWS]
     for name, chosen, batch in (("batch 1", single, 1), ("batch 8", prompts, 8)):
         for mode in ("off", "auto"):
             desc = f"{'answers one at a time' if batch == 1 else 'answers, 8 at a time'}, drafts {mode}"
