@@ -11,7 +11,7 @@ drafts exactly what is right: the limit of any confidence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +91,25 @@ def guesses_of(head: LookaheadHeadFile, last: torch.Tensor, tapped: torch.Tensor
     return Guesses(torch.stack(states, 1), torch.stack(probs, 1), hits, before & anchors.valid, lens)
 
 
-def fit_levels(fitted: Guesses, judged: Guesses) -> torch.Tensor:
-    """[N, K] of `judged`: the hit rate of the probability's level, as the engine learns it."""
+def level_of(probs: torch.Tensor) -> torch.Tensor:
+    """The engine's levels: equal steps of probability."""
+    return (probs * NUM_LEVELS).long().clamp(max=NUM_LEVELS - 1)
 
-    def level(guesses: Guesses) -> torch.Tensor:
-        return (guesses.probs * NUM_LEVELS).long().clamp(max=NUM_LEVELS - 1)
 
-    levels, right = level(fitted)[fitted.counted], fitted.right[fitted.counted].float()
+def odds_level_of(probs: torch.Tensor) -> torch.Tensor:
+    """As many levels in equal steps of log-odds, from 1 in 20 to 999 in 1,000: finer where most guesses are."""
+    return ((probs.clamp(1e-6, 1 - 1e-6).logit() + 3) / 10 * NUM_LEVELS).long().clamp(0, NUM_LEVELS - 1)
+
+
+def fit_levels(fitted: Guesses, judged: Guesses, level: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """[N, K] of `judged`: the hit rate of the probability's level, as the engine learns it; the prior is the mean
+    probability of the level."""
+    levels, right = level(fitted.probs)[fitted.counted], fitted.right[fitted.counted].float()
     seen = torch.bincount(levels, minlength=NUM_LEVELS)
     hits = torch.bincount(levels, weights=right, minlength=NUM_LEVELS)
-    prior = (torch.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS
-    return ((hits + prior * PRIOR_WEIGHT) / (seen + PRIOR_WEIGHT))[level(judged)]
+    mass = torch.bincount(levels, weights=fitted.probs[fitted.counted], minlength=NUM_LEVELS)
+    prior = mass / seen.clamp(min=1)
+    return ((hits + prior * PRIOR_WEIGHT) / (seen + PRIOR_WEIGHT))[level(judged.probs)]
 
 
 def fit_network(fitted: Guesses, judged: Guesses, with_state: bool, hidden: int) -> torch.Tensor:
@@ -202,7 +210,8 @@ def main(
     )
     confidences = {
         "own probability": judged.probs,
-        "12 learned levels": fit_levels(fitted, judged),
+        "12 learned levels": fit_levels(fitted, judged, level_of),
+        "12 learned levels of log-odds": fit_levels(fitted, judged, odds_level_of),
         "logistic on probability and position": fit_network(fitted, judged, with_state=False, hidden=0),
         "logistic with the state": fit_network(fitted, judged, with_state=True, hidden=0),
         "one hidden layer of 32 with the state": fit_network(fitted, judged, with_state=True, hidden=32),
