@@ -39,6 +39,7 @@ from . import common
 
 PRIOR_WEIGHT = 8.0  # of a level before anything was seen, as in drafters/acceptance.py
 EPOCHS = 300
+MAX_TOKENS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +192,12 @@ def main(
     sets = []
     for some in chosen:
         asked = tokenize(some, tokenizer, eos)
-        answers = answer(engine, key, [e.prompt for e in asked], 450, batch=16, desc="answers").answers
+        answers = answer(engine, key, [e.prompt for e in asked], MAX_TOKENS, batch=16, desc="answers").answers
         sets.append(
             [
                 Example(e.prompt + a.tokens, [False] * len(e.prompt) + [True] * len(a.tokens), e.line)
                 for e, a in zip(asked, answers, strict=True)
-                if len(a.tokens) > 1
+                if 1 < len(a.tokens) < MAX_TOKENS  # one that runs in circles would outweigh all others
             ]
         )
     del engine
