@@ -105,11 +105,11 @@ class Answer:
         chooser.begin(self.tokens[:position])
         if heads:
             runner.begin(heads)
-            runner.step()
+            runner.step(heads)
         for token in forced:
             for source in chooser.sources:
                 source.follow(token)
-            runner.step()
+            runner.step(heads)
         chooser.survival = survival
         while len(forced) + len(drafted.tokens) < self._max_drafts:
             before = chooser.survival
@@ -124,7 +124,7 @@ class Answer:
             drafted.tokens.append(token)
             drafted.survival.append(before)
             drafted.others.append(list(others.items()))
-            runner.step()
+            runner.step(heads)
         return drafted
 
     def num_right(self, tokens: Sequence[int], position: int) -> int:

@@ -45,20 +45,16 @@ class NativeHeadRunner:
         self._clear()
 
     def _clear(self) -> None:
-        self._sources: list[HeadSource] = []
-        self._rows: ctypes.Array | None = None
-        self._windows: list[ctypes.Array] = []
+        self._row_of: dict[int, tuple[HeadRow, ctypes.Array]] = {}  # id of a source -> its row and window
         self._kept: list[torch.Tensor] = []  # what the rows point into
 
     @torch.inference_mode()
     def begin(self, sources: Sequence[HeadSource]) -> None:
         """Start the drafts of those sources that are ready."""
         self._clear()
-        self._sources = [source for source in sources if source.is_ready]
-        if not self._sources:
-            return
-        rows = self._rows = (HeadRow * len(self._sources))()
-        for row, source in zip(rows, self._sources, strict=True):
+        ready = [source for source in sources if source.is_ready]
+        rows = (HeadRow * len(ready))()
+        for row, source in zip(rows, ready, strict=True):
             head = self._heads.get(id(source.head))
             if head is None:
                 head = self._heads[id(source.head)] = _NativeHead(source.head)
@@ -68,18 +64,23 @@ class NativeHeadRunner:
             row.head = ctypes.pointer(head.struct)
             row.state, row.last, row.tapped = state.data_ptr(), last.data_ptr(), tapped.data_ptr()
             row.window = ctypes.addressof(window)
-            self._windows.append(window)
+            self._row_of[id(source)] = row, window
             self._kept += (state, last, tapped)
-        self._team.begin_heads(rows, len(self._sources))
+        if ready:
+            self._team.begin_heads(rows, len(ready))
 
-    def step(self) -> None:
-        """Feed what each source was told to follow, and give each its next guess."""
-        if self._rows is None:
+    def step(self, sources: Sequence[HeadSource]) -> None:
+        """Feed those of `sources` that are ready what they were told to follow, and give each its next guess."""
+        going = [source for source in sources if id(source) in self._row_of]
+        if not going:
             return
-        for row, window, source in zip(self._rows, self._windows, self._sources, strict=True):
+        rows = (HeadRow * len(going))()
+        for idx, source in enumerate(going):
+            row, window = self._row_of[id(source)]
             row.token, row.moved, window[:] = source.input
-        self._team.step_heads(self._rows, len(self._sources))
-        for row, source in zip(self._rows, self._sources, strict=True):
+            rows[idx] = row
+        self._team.step_heads(rows, len(going))
+        for row, source in zip(rows, going, strict=True):
             source.set_guess(row.choice, row.probability)
 
     def clear(self) -> None:

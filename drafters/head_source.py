@@ -162,8 +162,11 @@ class HeadRunner:
         self._groups = [_Group(self._stack(shape, rows), rows) for shape, rows in by_shape.items()]
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Feed what each source was told to follow, and give each its next guess."""
+    def step(self, sources: Sequence[HeadSource]) -> None:
+        """Feed what each source was told to follow, and give each its next guess; `sources` are those still drafting.
+
+        All places of a group are computed, the others' guesses are not looked at.
+        """
         for group in self._groups:
             group.step()
 

@@ -165,7 +165,7 @@ class DraftGrowth:
                 self.heads.begin([source for _, source in sources])
                 self._num_heads = len(sources)
             start = time.perf_counter()
-            self.heads.step()
+            self.heads.step([source for _, source in sources])
             times = self._head_s.setdefault(self._num_heads.bit_length(), MeanSeconds())
             times.observe(time.perf_counter() - start)
         except Exception:

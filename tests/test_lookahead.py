@@ -87,7 +87,7 @@ def test_a_head_that_raises_is_dropped_and_nothing_changes(setup, monkeypatch):
     engine, adapters = setup
     want = tokens_of(run(engine, requests_for(adapters, "off")))
 
-    def broken(self):
+    def broken(self, sources):
         raise RuntimeError("head bug")
 
     monkeypatch.setattr(type(engine.proposer.growth.heads), "step", broken)
@@ -126,7 +126,7 @@ def test_the_native_heads_guess_what_the_torch_heads_guess(model_dir, tmp_path):
         runner.begin(sources)
         seen = []
         for position in range(8):
-            runner.step()
+            runner.step(sources)
             for idx, source in enumerate(sources):
                 seen.append(source.peek())
                 source.follow(seen[-1].token if seen[-1] and (position + idx) % 4 else prompt[9 + position])
