@@ -6,6 +6,7 @@ token sees the padding, and its outputs are never read.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,20 +47,23 @@ class LoraModel:
         self.num_layers: int = base.config.num_hidden_layers
         self.hidden_size: int = base.config.hidden_size
         self.tap_layer = self.num_layers // 2 if tap_layer is None else tap_layer
-        if config.adapter:
-            self.peft: Any = peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
-        else:
-            targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
-            self.peft = peft.get_peft_model(
-                base,
-                peft.LoraConfig(
-                    r=config.r,
-                    lora_alpha=config.alpha,
-                    lora_dropout=config.dropout,
-                    target_modules=targets,
-                    task_type="CAUSAL_LM",
-                ),
-            )
+        with warnings.catch_warnings():
+            # peft asks for an attribute that transformers has renamed; nothing for the user to act on.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            if config.adapter:
+                self.peft: Any = peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+            else:
+                targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
+                self.peft = peft.get_peft_model(
+                    base,
+                    peft.LoraConfig(
+                        r=config.r,
+                        lora_alpha=config.alpha,
+                        lora_dropout=config.dropout,
+                        target_modules=targets,
+                        task_type="CAUSAL_LM",
+                    ),
+                )
         causal = self.peft.base_model.model
         self._inner: Any = causal.model
         self._lm_head: nn.Module = causal.lm_head
@@ -95,7 +99,8 @@ class LoraModel:
         from safetensors.torch import load_file, save_file
 
         self.peft.peft_config["default"].base_model_name_or_path = base_name
-        self.peft.save_pretrained(directory, safe_serialization=True)
+        # Only the LoRA, also of embeddings; by default peft looks on the hub for whether the vocabulary has grown.
+        self.peft.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
         path = directory / "adapter_model.safetensors"
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}

@@ -75,7 +75,12 @@ class Trainer:
         end = len(self.plan) if until is None else min(until, len(self.plan))
         writer = _tensorboard(self.directory) if self._rank == 0 else None
         progress = tqdm(
-            total=len(self.plan), initial=self.step, unit="step", disable=self._rank != 0, dynamic_ncols=True
+            total=len(self.plan),
+            initial=self.step,
+            unit="step",
+            desc="training",
+            disable=self._rank != 0,
+            dynamic_ncols=True,
         )
         with _stop_on_signal() as stopped, open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as metrics:
             while self.step < end:
