@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -40,7 +42,7 @@ from .messages import (
     TokenLogprobs,
 )
 from .model.loader import load_model
-from .model.native_decoder import NativeDecoder
+from .model.native_decoder import NativeDecoder, one_torch_thread
 from .model_runner import ModelRunner, StepOutput
 from .native_choice import choose_native
 from .proposer import Proposer
@@ -129,7 +131,11 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
         self._counters = _Counters()
-        heads = NativeHeadRunner(self.decoder.team) if isinstance(self.decoder, NativeDecoder) else HeadRunner()
+        self._torch_threads: Callable[[], AbstractContextManager[None]] = nullcontext
+        heads: HeadRunner | NativeHeadRunner = HeadRunner()
+        if isinstance(self.decoder, NativeDecoder):
+            self._torch_threads = one_torch_thread
+            heads = NativeHeadRunner(self.decoder.team)
         cost_model = CostModel.measure(self._timed_step)
         self.proposer = Proposer(config, cost_model, heads, model.vocab_size, self.registry.adapters)
 
@@ -216,12 +222,13 @@ class Engine:
         if not items:
             return []
         self._counters.num_steps += 1
-        self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
         events: list[Event] = []
-        for output, computed in self._forward(items, events):
-            sampled = self.sampler.sample(output.logits, output.groups)
-            self._score_prompts(output)
-            self._commit(output, computed, sampled, events)
+        with self._torch_threads():
+            self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
+            for output, computed in self._forward(items, events):
+                sampled = self.sampler.sample(output.logits, output.groups)
+                self._score_prompts(output)
+                self._commit(output, computed, sampled, events)
         self.proposer.end_step(items, time.perf_counter() - start)
         return events
 
@@ -377,7 +384,8 @@ class Engine:
             self.blocks.reserve(seq.block_table, context_len + rows_each)
             items.append(ScheduledSequence(seq, 1, [0] * (rows_each - 1)))
         start = time.perf_counter()
-        self.runner.run(items, {})
+        with self._torch_threads():
+            self.runner.run(items, {})
         if self.decoder.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

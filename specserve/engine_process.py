@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from .config import EngineConfig
 from .engine import Engine
@@ -43,7 +42,6 @@ from .messages import (
     Stats,
     UnloadAdapter,
 )
-from .model.native_decoder import NativeDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +153,6 @@ def main() -> int:
         text = f"the model could not be loaded: {type(error).__name__}: {error}"
         write_frame(sock, CallFailed(-1, ErrorInfo(text, 500, "server_error", None, "model_load_failed")))
         return 1
-    if isinstance(engine.decoder, NativeDecoder):
-        # Its team has a thread a core; torch's own threads would spin beside it after each small operation.
-        torch.set_num_threads(1)
     write_frame(sock, msgspec.structs.replace(engine.info, pid=os.getpid()))
     EngineProcess(engine, sock).run()
     engine.close()

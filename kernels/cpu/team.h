@@ -2,10 +2,11 @@
 //
 // Not OpenMP: a step has hundreds of barriers, and a static schedule waits for whichever core another process took. Here
 // tasks are taken from a counter, and who waits at a barrier yields after a short spin. Between steps the threads
-// sleep. One team a process; calls are made from one thread at a time.
+// look for work for some milliseconds, yielding, and then sleep. One team a process; calls are made from one thread at a time.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -78,8 +79,12 @@ class Team {
   void work(int idx) {
     unsigned seen = 0;
     for (;;) {
-      int spin = 0;
-      while (run_.load(std::memory_order_acquire) == seen && ++spin < 20000) CPU_RELAX();
+      // To wake a sleeping thread takes up to milliseconds on a virtual machine, a step's Python about one.
+      const auto patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(3);
+      while (run_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < patience) {
+        for (int spin = 0; spin < 64 && run_.load(std::memory_order_acquire) == seen; spin++) CPU_RELAX();
+        if (run_.load(std::memory_order_acquire) == seen) std::this_thread::yield();
+      }
       if (run_.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return run_.load(std::memory_order_acquire) != seen; });
