@@ -7,6 +7,7 @@ import signal
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import make_tiny_model
 from training_fixture import make_trainer, run_config, torchrun, write_rows
 
@@ -154,6 +155,21 @@ def test_the_head_does_not_reach_the_lora_when_its_weight_is_zero_or_detached(mo
     alone, detached, reached = grads(head_weight=0.0), grads(detach_prob=1.0), grads(detach_prob=0.0)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, detached, strict=True))
     assert not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, reached, strict=True))
+
+
+def test_a_process_without_a_row_of_the_batch_adds_no_gradient(model_dir, rows, tmp_path, monkeypatch):
+    trainer = make_trainer(model_dir, rows, tmp_path / "run")
+    trainer.plan = [[0, 1], [2], *trainer.plan[2:]]
+    trainer._world, trainer._rank = 2, 1
+    monkeypatch.setattr(trainer, "_check", lambda *args: None)
+    monkeypatch.setattr(trainer, "_sum", lambda value: value + 1.0)  # what the other process has
+    summed = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: summed.append(float(tensor.abs().sum())))
+    trainer.train_step()
+    assert sum(summed) > 0
+    summed.clear()
+    trainer.train_step()
+    assert len(summed) == len(trainer.model.parameters) + len(list(trainer.head.parameters())) and sum(summed) == 0
 
 
 def test_two_processes_have_the_losses_of_one(model_dir, rows, tmp_path):
