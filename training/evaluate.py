@@ -63,7 +63,7 @@ def evaluate_directory(
     report: dict[str, Any] = {
         "rows": len(examples),
         "data": str(data),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {engine.info.device}",
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {engine.info.device}",
         "dtype": engine.info.dtype,
         "task": task_metrics([a.text for a in plain.answers], gold),
         "task_with_drafts": task_metrics([a.text for a in drafted.answers], gold),

@@ -45,7 +45,7 @@ Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report
 {task}
 
 Tokens a verification: **{report["mean_accepted_length"]}** at batch 8, {report["mean_accepted_length_batch_1"]} at 1.
-Answers equal with and without drafts: {report["answers_equal_with_and_without_drafts"]:.1%}.
+Answers equal with and without drafts: {report["answers_equal_with_and_without_drafts"]:.1%}{_rounding(report)}.
 Accepted drafts by source: {sources}.
 
 | | tokens/s without drafts | with | ratio | ratio of decoding alone |
@@ -57,6 +57,12 @@ Accepted drafts by source: {sources}.
 
 `specserve eval DIR` measures this again; `run.yaml` is the run that made it.
 """
+
+
+def _rounding(report: dict[str, Any]) -> str:
+    if report["answers_equal_with_and_without_drafts"] == 1.0 or report["dtype"] in ("float32", "fp32"):
+        return ""
+    return f" ({report['dtype']} rounds a row a little differently beside others)"
 
 
 def _figure() -> tuple[Any, Any]:
