@@ -59,7 +59,11 @@ class Worker:
     """One peer's process. It is stopped except while it starts or measures."""
 
     def __init__(self, script: str, python: str, settings: dict[str, Any], env: dict[str, str], start_timeout_s: float):
-        self.log = common.cache_dir() / "logs" / f"{script}-{settings['dtype']}-{len(settings['adapters'])}.log"
+        self.log = (
+            common.cache_dir()
+            / "logs"
+            / f"{script}-{settings['dtype']}-{settings['quantization']}-{len(settings['adapters'])}.log"
+        )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -174,9 +178,10 @@ class Setup:
     vllm_python: str | None
     llamacpp_python: str | None
     gguf: str | None
+    quantizations: list[str]
     probes: list[dict[str, Any]] = field(default_factory=list)
 
-    def start(self, peer: str, dtype: str, with_lora: bool) -> Worker:
+    def start(self, peer: str, dtype: str, with_lora: bool, quantization: str = "none") -> Worker:
         settings = {
             "model_dir": str(self.model_dir),
             "dtype": dtype,
@@ -184,7 +189,7 @@ class Setup:
             "rank": RANK,
             "kv_cache_gib": KV_CACHE_GIB,
             "max_model_len": MAX_MODEL_LEN,
-            "quantization": "none",
+            "quantization": quantization,
             "num_threads": common.num_cores(),
             "speculation": "auto",  # each request says whether it uses it
             "gguf": self.gguf,
@@ -263,13 +268,22 @@ def faster_dtype(setup: Setup, peer: str) -> tuple[str, Worker]:
     return best[0], best[1]
 
 
+def specserve_columns(name: str, worker: Worker, with_drafts: bool) -> list[Peer]:
+    dtype = worker.info["dtype"]
+    return [Peer(name, dtype, "off", worker, worker)] + [
+        Peer(f"{name}+drafts", dtype, "auto", worker, worker)
+    ] * with_drafts
+
+
 def start_peer(setup: Setup, name: str, with_drafts: bool) -> list[Peer]:
     """The columns of a peer. Raises `WorkerError` when it does not start."""
     if name == "specserve":
         worker = setup.start(name, "auto", with_lora=True)
-        dtype = worker.info["dtype"]
-        peers = [Peer(name, dtype, "off", worker, worker)]
-        return peers + [Peer("specserve+drafts", dtype, "auto", worker, worker)] * with_drafts
+        peers = specserve_columns(name, worker, with_drafts)
+        for quantization in setup.quantizations:
+            worker = setup.start(name, "auto", with_lora=True, quantization=quantization)
+            peers += specserve_columns(f"{name} {quantization}", worker, with_drafts)
+        return peers
     if name == "llamacpp":
         return [Peer(name, "gguf", "off", setup.start(name, "gguf", with_lora=False), None, max_batch=1)]
     dtype, plain = faster_dtype(setup, name)
@@ -312,7 +326,7 @@ def measure_round(cell: Cell, peers: list[Peer], request: dict[str, Any]) -> Non
 def report(cells: list[Cell], peers: list[Peer]) -> list[dict[str, Any]]:
     """Print the table and return it with every round's figures."""
     print(
-        f"\n{'case':<14} {'batch':>5}  {'peer':<17} {'dtype':<7} {'tokens/s':>9} {'min-max':>15} {'decode':>9} "
+        f"\n{'case':<14} {'batch':>5}  {'peer':<22} {'dtype':<7} {'tokens/s':>9} {'min-max':>15} {'decode':>9} "
         f"{'specserve/peer':>15} {'min-max':>13} {'same text':>9}"
     )
     summary = []
@@ -339,7 +353,7 @@ def report(cells: list[Cell], peers: list[Peer]) -> list[dict[str, Any]]:
                 rows[peer.name]["specserve_over_it"] = ratio
                 text = f"{ratio['median']:>15.2f} {ratio['min']:>6.2f}-{ratio['max']:<6.2f}"
             print(
-                f"{case:<14} {cell.batch:>5}  {peer.name:<17} {peer.dtype:<7} {speed['median']:>9.1f} "
+                f"{case:<14} {cell.batch:>5}  {peer.name:<22} {peer.dtype:<7} {speed['median']:>9.1f} "
                 f"{speed['min']:>7.1f}-{speed['max']:<7.1f} {decode['median']:>9.1f} {text:<29} {same:>9.0%}"
             )
         summary.append({"adapters": case, "batch": cell.batch, "peers": rows})
@@ -450,6 +464,13 @@ def numbers(text: str) -> list[int]:
 @click.option("--tokens", "num_tokens", default=100, show_default=True, help="Output tokens of each request.")
 @click.option("--peers", "names", default="specserve,transformers,vllm", show_default=True)
 @click.option("--task", "tasks", multiple=True, metavar="ADAPTER_DIR:ROWS", help="A finished LoRA and held-out rows.")
+@click.option(
+    "--quantization",
+    "quantizations",
+    multiple=True,
+    type=click.Choice(["int8", "int4"]),
+    help="More specserve columns.",
+)
 @click.option("--dtypes", default="fp32,bf16", show_default=True, help="Tried for transformers and vLLM; faster wins.")
 @click.option("--drafts/--no-drafts", default=True, show_default=True, help="A second specserve column, with drafts.")
 @click.option("--vllm-python", envvar="SPECSERVE_BENCH_VLLM_PYTHON", help="Python of an environment with vLLM.")
@@ -464,6 +485,7 @@ def main(
     num_tokens: int,
     names: str,
     tasks: tuple[str, ...],
+    quantizations: tuple[str, ...],
     dtypes: str,
     drafts: bool,
     vllm_python: str | None,
@@ -517,6 +539,7 @@ def main(
             vllm_python=vllm_python,
             llamacpp_python=llamacpp_python,
             gguf=gguf,
+            quantizations=list(quantizations),
         )
         for name in wanted:
             if name in left_out:

@@ -129,7 +129,7 @@ def read_adapter(
 ) -> LoraAdapter:
     """Read and check the PEFT directory `path` for a base model of shape `config`.
 
-    Weights are converted to `dtype` (default: as stored) on `device` and held as `lay_out` has them.
+    Weights are converted to `dtype` (default: as stored) on `device`, those of layers held as `lay_out` has them.
     `base_tensor(hub_name)` gives the base model's weights, to check copies of the embedding that PEFT stores beside an
     embedding LoRA. With `base`, the lookahead files beside the LoRA are read too; when they do not fit, the LoRA is
     served without them. Raises `AdapterError`.
@@ -162,11 +162,11 @@ def read_adapter(
             raise AdapterError(f"adapter {name!r}: {module} has rank {rank} but {CONFIG_FILE} says {declared}")
         alpha = _pattern_value(peft.get("alpha_pattern"), module, peft["lora_alpha"])
         scale = alpha / math.sqrt(rank) if peft.get("use_rslora") else alpha / rank
-        kept = lay_out(LoraPair(a.to(device, dtype or a.dtype), b.to(device, dtype or b.dtype), scale))
+        kept = LoraPair(a.to(device, dtype or a.dtype), b.to(device, dtype or b.dtype), scale)
         if short in ("embed_tokens", "lm_head"):
             extra[short] = kept
         else:
-            layers[int(module.split(".")[2]), short] = kept
+            layers[int(module.split(".")[2]), short] = lay_out(kept)
     has_tokenizer = any((path / file).is_file() for file in ("tokenizer_config.json", "chat_template.jinja"))
     lookahead = read_lookahead(path, name, config, base, device) if base is not None else None
     embed, lm_head = extra.get("embed_tokens"), extra.get("lm_head")

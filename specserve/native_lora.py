@@ -10,9 +10,10 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from .kernels.lora_stack import LoraPair
-from .kernels.native import MODULES, Lora
+from .kernels.native import MODULES, PANEL, Lora
 from .lora import LoraAdapter
 from .model.config import ModelConfig
 
@@ -90,8 +91,8 @@ class NativeSlots:
         table = (Lora * (len(self._active) * self._num_layers * len(MODULES)))()
         for slot, adapter in enumerate(self._active):
             for (layer, module), pair in adapter.layers.items():
-                a, b = pair.a, pair.b.t()  # [R, in] and [R, out], as `to_native` laid them out
-                assert a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
+                a, b = pair.a, pair.b  # as `to_native` laid them out
+                assert b.dim() == 3 and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
                 place = (slot * self._num_layers + layer) * len(MODULES) + MODULES.index(module)
                 table[place] = Lora(a.data_ptr(), b.data_ptr(), a.shape[0], pair.scale)
         return table
@@ -102,5 +103,8 @@ def adapter_rank(adapter: LoraAdapter) -> int:
 
 
 def to_native(pair: LoraPair) -> LoraPair:
-    """The same pair with B held column by column, [R, out] in memory, which the native expand reads."""
-    return LoraPair(pair.a.contiguous(), pair.b.t().contiguous().t(), pair.scale)
+    """A layer module's pair with B in panels, [panels, R, 64] padded with zeros, which the native expand reads."""
+    out, rank = pair.b.shape
+    panels = -(-out // PANEL)
+    b = F.pad(pair.b, (0, 0, 0, panels * PANEL - out)).view(panels, PANEL, rank).transpose(1, 2).contiguous()
+    return LoraPair(pair.a.contiguous(), b, pair.scale)

@@ -229,8 +229,8 @@ class Forward {
           store(out, load(out) + load_n(matrix.bias + column + c, num - c));
         }
       if (const Lora* lora = lora_of(row + r, layer, module))
-        expand<A>(*lora, h + (size_t)(row + r) * h_stride + place * s.max_rank, matrix.n, column, num,
-                  tile + r * PANEL);
+        expand((const A*)lora->b + (size_t)panel * lora->rank * PANEL, PANEL, lora->rank,
+               h + (size_t)(row + r) * h_stride + place * s.max_rank, PANEL, tile + r * PANEL);
     }
   }
 

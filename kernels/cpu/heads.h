@@ -33,12 +33,11 @@ constexpr int HEAD_CHUNK = 256;  // vocabulary rows of a task
 // y [n] = bias + x [k] M, M [k][n]
 static void times(const bf16* matrix, const float* bias, const float* x, int k, int n, float* y) {
   for (int c = 0; c < n; c++) y[c] = bias ? bias[c] : 0.0f;
-  const Lora lora = {nullptr, matrix, k, 1.0f};
   for (int c = 0; c < n; c += 64) {
     alignas(64) float part[64] = {};
     const int num = std::min(64, n - c);
     std::copy(y + c, y + c + num, part);
-    expand<bf16>(lora, x, n, c, num, part);
+    expand(matrix + c, n, k, x, num, part);
     std::copy(part, part + num, y + c);
   }
 }

@@ -1,7 +1,7 @@
 // SGMV and BGMV on the CPU: each row's own adapter, read where it lies; nothing is stacked, padded or copied.
 //
-// Semantics for row t with adapter slot a(t) and module m: y[t] += scale * (x[t] A^T) B^T, A [R][K] row by row and B
-// transposed to [R][N]. Shrink and expand have the row's own rank and skip modules that its adapter does not target.
+// Semantics for row t with adapter slot a(t) and module m: y[t] += scale * (x[t] A^T) B^T, A [R][K] row by row and B in
+// the panels of 64 columns that the base matrix has, [panel][R][64], so that a panel's part is one stream. Shrink and expand have the row's own rank and skip modules that its adapter does not target.
 // Sums are fp32 in an order that depends on K and R only, so a row gets the same bits in every batch.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 struct Lora {
   const void* a;  // [rank][k] in the weights' dtype; null where the module is not targeted
-  const void* b;  // [rank][n]
+  const void* b;  // [panel][rank][64]
   int32_t rank;
   float scale;
 };
@@ -49,21 +49,20 @@ static void shrink(const Lora& lora, const X* x, int k, float* h) {
   for (; r < lora.rank; r++) dots<1>(a + (size_t)r * k, k, x, lora.scale, h + r);
 }
 
-// y [64] += h [rank] * B[:, column .. column + num), num <= 64
+// y [64] += h [rank] * B, B [rank][num] with `stride` from row to row; num <= 64
 template <class W>
-static void expand(const Lora& lora, const float* h, int n, int column, int num, float* y) {
-  const W* b = (const W*)lora.b + column;
+static void expand(const W* b, size_t stride, int rank, const float* h, int num, float* y) {
   if (num == 64) {
     f32x16 acc[4];
     for (int c = 0; c < 4; c++) acc[c] = load(y + 16 * c);
-    for (int r = 0; r < lora.rank; r++)
-      for (int c = 0; c < 4; c++) acc[c] = fma(h[r], load(b + (size_t)r * n + 16 * c), acc[c]);
+    for (int r = 0; r < rank; r++)
+      for (int c = 0; c < 4; c++) acc[c] = fma(h[r], load(b + r * stride + 16 * c), acc[c]);
     for (int c = 0; c < 4; c++) store(y + 16 * c, acc[c]);
     return;
   }
   for (int c = 0; c < num; c += 16) {
     f32x16 acc = load(y + c);
-    for (int r = 0; r < lora.rank; r++) acc = fma(h[r], load_n(b + (size_t)r * n + c, num - c), acc);
+    for (int r = 0; r < rank; r++) acc = fma(h[r], load_n(b + r * stride + c, num - c), acc);
     store(y + c, acc);
   }
 }
