@@ -70,13 +70,17 @@ BaseTensor = Callable[[str], torch.Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """One adapter's weights in PEFT orientation: A [R, in], B [out, R], and alpha / rank as `scale`."""
+    """One adapter's weights, and alpha / rank as `scale`.
+
+    In PEFT orientation, A [R, in] and B [out, R]; those of layers as the decoder's `lay_out_lora` has them.
+    """
 
     name: str
     content_hash: str
     layers: dict[tuple[int, str], LoraPair]  # (layer, module) -> weights; untargeted modules are absent
     embed: LoraPair | None  # A [R, V], B [H, R]
     lm_head: LoraPair | None
+    max_rank: int
     has_tokenizer: bool
     lookahead: Lookahead | None = None  # what drafts for it; None for a plain LoRA
 
@@ -89,7 +93,7 @@ class LoraAdapter:
         modules += [name for name, pair in (("embed_tokens", self.embed), ("lm_head", self.lm_head)) if pair]
         return AdapterInfo(
             content_hash=self.content_hash,
-            max_rank=max(pair.a.shape[0] for pair in self.pairs),
+            max_rank=self.max_rank,
             num_modules=len(self.pairs),
             target_modules=modules,
             size_bytes=sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs),
@@ -153,10 +157,12 @@ def read_adapter(
     shapes = module_shapes(config)
     layers: dict[tuple[int, str], LoraPair] = {}
     extra: dict[str, LoraPair] = {}
+    highest = 0
     for module, pair in sides.items():
         short = module.rsplit(".", 1)[-1]
         a, b = _check_pair(name, module, pair, shapes[short], max_rank)
         rank = a.shape[0]
+        highest = max(highest, rank)
         declared = _pattern_value(peft.get("rank_pattern"), module, peft["r"])
         if declared != rank:
             raise AdapterError(f"adapter {name!r}: {module} has rank {rank} but {CONFIG_FILE} says {declared}")
@@ -170,7 +176,7 @@ def read_adapter(
     has_tokenizer = any((path / file).is_file() for file in ("tokenizer_config.json", "chat_template.jinja"))
     lookahead = read_lookahead(path, name, config, base, device) if base is not None else None
     embed, lm_head = extra.get("embed_tokens"), extra.get("lm_head")
-    return LoraAdapter(name, content_hash(path), layers, embed, lm_head, has_tokenizer, lookahead)
+    return LoraAdapter(name, content_hash(path), layers, embed, lm_head, highest, has_tokenizer, lookahead)
 
 
 def content_hash(path: Path) -> str:

@@ -27,7 +27,7 @@ class NativeLoraBatch:
         self, adapters: Sequence[LoraAdapter], row_slots: list[int], logits_slots: list[int], table: ctypes.Array
     ):
         self.row_slots = torch.tensor(row_slots, dtype=torch.int32)
-        self.max_rank = max(adapter_rank(adapter) for adapter in adapters)
+        self.max_rank = max(adapter.max_rank for adapter in adapters)
         self.table_address = ctypes.addressof(table)
         self._adapters, self._table = adapters, table
         self._logits_slots = torch.tensor(logits_slots, dtype=torch.int32)
@@ -94,17 +94,24 @@ class NativeSlots:
                 a, b = pair.a, pair.b  # as `to_native` laid them out
                 assert b.dim() == 3 and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
                 place = (slot * self._num_layers + layer) * len(MODULES) + MODULES.index(module)
-                table[place] = Lora(a.data_ptr(), b.data_ptr(), a.shape[0], pair.scale)
+                table[place] = Lora(a.data_ptr(), b.data_ptr(), b.shape[1], pair.scale)
         return table
 
 
-def adapter_rank(adapter: LoraAdapter) -> int:
-    return max((pair.a.shape[0] for pair in adapter.layers.values()), default=0)
-
-
 def to_native(pair: LoraPair) -> LoraPair:
-    """A layer module's pair with B in panels, [panels, R, 64] padded with zeros, which the native expand reads."""
-    out, rank = pair.b.shape
+    """A layer module's pair in the order in which the native kernels read it (kernels/cpu/lora.h), padded with zeros.
+
+    A is flat, with each block of 8, 4 or 1 rows as [in / 32, rows, 32]; B is [panels, R, 64].
+    """
+    rank, size_in = pair.a.shape
+    padded = F.pad(pair.a, (0, -size_in % 32))
+    blocks, row = [], 0
+    while row < rank:
+        num_rows = next(num for num in (8, 4, 1) if row + num <= rank)
+        block = padded[row : row + num_rows].view(num_rows, -1, 32)
+        blocks.append(block.transpose(0, 1).reshape(-1))
+        row += num_rows
+    out = pair.b.shape[0]
     panels = -(-out // PANEL)
     b = F.pad(pair.b, (0, 0, 0, panels * PANEL - out)).view(panels, PANEL, rank).transpose(1, 2).contiguous()
-    return LoraPair(pair.a.contiguous(), b, pair.scale)
+    return LoraPair(torch.cat(blocks), b, pair.scale)

@@ -212,7 +212,7 @@ class Forward {
       const Matrix& base = m.layers[layer].modules[module];
       for (int t = i / num * ROWS; t < std::min(T, (i / num + 1) * ROWS); t++)
         if (const Lora* lora = lora_of(t, layer, module))
-          shrink<A>(*lora, x + (size_t)t * base.kp, base.k, h + (size_t)t * h_stride + place * s.max_rank);
+          shrink(*lora, x + (size_t)t * base.kp, base.k, h + (size_t)t * h_stride + place * s.max_rank);
     }
     e.team.barrier();
   }

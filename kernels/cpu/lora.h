@@ -1,14 +1,15 @@
 // SGMV and BGMV on the CPU: each row's own adapter, read where it lies; nothing is stacked, padded or copied.
 //
-// Semantics for row t with adapter slot a(t) and module m: y[t] += scale * (x[t] A^T) B^T, A [R][K] row by row and B in
-// the panels of 64 columns that the base matrix has, [panel][R][64], so that a panel's part is one stream. Shrink and expand have the row's own rank and skip modules that its adapter does not target.
+// Semantics for row t with adapter slot a(t) and module m: y[t] += scale * (x[t] A^T) B^T, A in blocks of 8, 4
+// or 1 rows, [K/32][rows][32] each, and B in the panels of 64 columns that the base matrix has, [panel][R][64], so that each
+// task reads one stream of memory. Shrink and expand have the row's own rank and skip modules that its adapter does not target.
 // Sums are fp32 in an order that depends on K and R only, so a row gets the same bits in every batch.
 #pragma once
 
 #include "vec.h"
 
 struct Lora {
-  const void* a;  // [rank][k] in the weights' dtype; null where the module is not targeted
+  const void* a;  // [blocks of rows][k / 32][rows][32] in the weights' dtype; null where the module is not targeted
   const void* b;  // [panel][rank][64]
   int32_t rank;
   float scale;
@@ -39,14 +40,32 @@ INLINE void dots(const W* a, int k, const X* x, float scale, float* h) {
   for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
 }
 
+// The same for a block of rows, a [k / 32][NR][32]; x is padded with zeros to k, a multiple of 32.
+template <int NR, class T>
+INLINE void block_dots(const T* a, int k, const T* x, float scale, float* h) {
+  f32x16 acc[NR] = {};
+  for (int i = 0; i < k; i += 32, a += 32 * NR) {
+#if NATIVE_BF16
+    if constexpr (sizeof(T) == 2) {
+      for (int r = 0; r < NR; r++) acc[r] = dot_pairs(acc[r], a + 32 * r, x + i);
+      continue;
+    }
+#endif
+    for (int half = 0; half < 32; half += 16)
+      for (int r = 0; r < NR; r++) acc[r] = fma(load(a + 32 * r + half), load(x + i + half), acc[r]);
+  }
+  for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
+}
+
 // h [rank] = scale * A x
-template <class W, class X>
-static void shrink(const Lora& lora, const X* x, int k, float* h) {
-  const W* a = (const W*)lora.a;
+template <class T>
+static void shrink(const Lora& lora, const T* x, int k, float* h) {
+  const T* a = (const T*)lora.a;
+  const int padded = (k + 31) / 32 * 32;
   int r = 0;
-  for (; r + 8 <= lora.rank; r += 8) dots<8>(a + (size_t)r * k, k, x, lora.scale, h + r);
-  for (; r + 4 <= lora.rank; r += 4) dots<4>(a + (size_t)r * k, k, x, lora.scale, h + r);
-  for (; r < lora.rank; r++) dots<1>(a + (size_t)r * k, k, x, lora.scale, h + r);
+  for (; r + 8 <= lora.rank; r += 8) block_dots<8>(a + (size_t)r * padded, padded, x, lora.scale, h + r);
+  for (; r + 4 <= lora.rank; r += 4) block_dots<4>(a + (size_t)r * padded, padded, x, lora.scale, h + r);
+  for (; r < lora.rank; r++) block_dots<1>(a + (size_t)r * padded, padded, x, lora.scale, h + r);
 }
 
 // y [64] += h [rank] * B, B [rank][num] with `stride` from row to row; num <= 64
