@@ -220,6 +220,14 @@ class Forward {
   // tile [rows][64] = columns of one module's panel, with bias and LoRA; `place` is the module's place in h.
   void panel_of(int layer, int module, int place, int panel, const A* x, int row, int rows, float* tile) {
     const Matrix& matrix = m.layers[layer].modules[module];
+    // Each row's part of B is a short stream that starts cold; the base panel's products hide its way from memory.
+    const Lora* before = nullptr;
+    for (int r = 0; r < rows; r++)
+      if (const Lora* lora = lora_of(row + r, layer, module); lora && lora != before) {
+        const char* part = (const char*)((const A*)lora->b + (size_t)panel * lora->rank * PANEL);
+        for (size_t i = 0; i < sizeof(A) * lora->rank * PANEL; i += 64) __builtin_prefetch(part + i, 0, 2);
+        before = lora;
+      }
     multiply_panel(matrix, panel, x + (size_t)row * matrix.kp, rows, tile);
     const int column = panel * PANEL, num = std::min(PANEL, matrix.n - column);
     for (int r = 0; r < rows; r++) {
