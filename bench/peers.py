@@ -4,7 +4,8 @@ Peers: transformers + peft, vLLM's CPU build, and llama.cpp if asked for. Each i
 warms up, and then answers one measurement at a time; the others are stopped (SIGSTOP) meanwhile. Every round asks every
 peer for the same prompts, the same adapters and the same number of greedy tokens, in turn, so that ratios within a
 round survive a machine that slows down. Prefix caching is off for all. The floor is the weights' bytes over a measured
-read rate. bench/README.md says how each peer is set up.
+read rate. --setup makes vLLM's
+environment; llama.cpp needs --llamacpp-python, of an environment with llama-cpp-python, and --gguf.
 
 With --task ADAPTER_DIR:ROWS.jsonl (once a task) there is a third kind of case: requests take turns over finished LoRAs
 and answer held-out prompts of their own tasks up to the end of the answer, as their users would have them; specserve

@@ -57,7 +57,8 @@ class NativeSlots:
         self._dtype = dtype
         self._active: list[LoraAdapter] = []
         self._slot_of: dict[str, int] = {}
-        self._tables: dict[tuple[str, ...], ctypes.Array] = {}
+        # By content hashes; each with the adapters whose tensors it points into.
+        self._tables: dict[tuple[str, ...], tuple[ctypes.Array, list[LoraAdapter]]] = {}
 
     def slot_of(self, content_hash: str) -> int:
         return self._slot_of[content_hash]
@@ -69,7 +70,7 @@ class NativeSlots:
 
     def drop(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded."""
-        self._tables = {key: table for key, table in self._tables.items() if content_hash not in key}
+        self._tables = {key: known for key, known in self._tables.items() if content_hash not in key}
         self._active = [adapter for adapter in self._active if adapter.content_hash != content_hash]
 
     def batch(self, runs: Sequence[tuple[str | None, int]], logits_indices: Sequence[int]) -> NativeLoraBatch | None:
@@ -80,12 +81,12 @@ class NativeSlots:
         for content_hash, num_rows in runs:
             row_slots += [-1 if content_hash is None else self._slot_of[content_hash]] * num_rows
         key = tuple(adapter.content_hash for adapter in self._active)
-        table = self._tables.get(key)
-        if table is None:
+        known = self._tables.get(key)
+        if known is None or any(old is not new for old, new in zip(known[1], self._active, strict=True)):
             if len(self._tables) >= _MAX_TABLES:
                 self._tables.clear()
-            table = self._tables[key] = self._build()
-        return NativeLoraBatch(self._active, row_slots, [row_slots[row] for row in logits_indices], table)
+            known = self._tables[key] = self._build(), self._active
+        return NativeLoraBatch(self._active, row_slots, [row_slots[row] for row in logits_indices], known[0])
 
     def _build(self) -> ctypes.Array:
         table = (Lora * (len(self._active) * self._num_layers * len(MODULES)))()
