@@ -15,6 +15,12 @@ import requests
 from server_fixture import ServerProcess, assert_error
 from tiny_models import make_tiny_model
 
+
+def start_server(model_dir, *flags):
+    """A server on the torch path: the native one answers `LONG` before anything could happen to it."""
+    return ServerProcess(model_dir, "--compile", "off", *flags)
+
+
 LONG = {
     "prompt": "The quick brown",
     "max_tokens": 480,
@@ -142,7 +148,7 @@ def test_requests_while_the_engine_is_away_get_503(server, golden):
 
 
 def test_hung_engine_is_replaced(model_dir):
-    server = ServerProcess(model_dir, "--engine-timeout-s", "3").wait_ready()
+    server = start_server(model_dir, "--engine-timeout-s", "3").wait_ready()
     want = server.complete()["text"]
     pid = server.engine_pid()
     os.kill(pid, signal.SIGSTOP)
@@ -154,7 +160,7 @@ def test_hung_engine_is_replaced(model_dir):
 
 
 def test_sigterm_drains_running_requests_and_leaves_no_process(model_dir):
-    server = ServerProcess(model_dir).wait_ready()
+    server = start_server(model_dir).wait_ready()
     pid = server.engine_pid()
     want = server.complete(max_tokens=400, speculation={"mode": "off"})["text"]
     reply = server.post("/v1/completions", {**LONG, "max_tokens": 400, "stream": True}, stream=True)
@@ -171,7 +177,7 @@ def test_sigterm_drains_running_requests_and_leaves_no_process(model_dir):
 
 
 def test_drain_ends_in_time_and_the_stream_with_an_error_event(model_dir):
-    server = ServerProcess(model_dir, "--drain-timeout-s", "0.2").wait_ready()
+    server = start_server(model_dir, "--drain-timeout-s", "0.2").wait_ready()
     lines = server.post(
         "/v1/completions", {**LONG, "n": 32, "temperature": 1, "stream": True}, stream=True
     ).iter_lines()
@@ -186,7 +192,7 @@ def test_drain_ends_in_time_and_the_stream_with_an_error_event(model_dir):
 
 def test_second_signal_stops_at_once_and_a_killed_server_leaves_no_engine(model_dir):
     for numbers in ([signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]):
-        server = ServerProcess(model_dir).wait_ready()
+        server = start_server(model_dir).wait_ready()
         pid = server.engine_pid()
         lines = server.post("/v1/completions", {**LONG, "stream": True}, stream=True).iter_lines()
         next(lines)
@@ -198,7 +204,7 @@ def test_second_signal_stops_at_once_and_a_killed_server_leaves_no_engine(model_
 
 
 def test_request_timeout_is_504_or_an_error_event(model_dir):
-    server = ServerProcess(model_dir, "--request-timeout-s", "0.3").wait_ready()
+    server = start_server(model_dir, "--request-timeout-s", "0.3").wait_ready()
     assert_error(server.post("/v1/completions", {**LONG, "n": 8, "temperature": 1}), 504, "request-timeout-s")
     events = server.stream("/v1/completions", {**LONG, "n": 8, "temperature": 1})
     assert events[-1]["error"]["code"] == "timeout"
