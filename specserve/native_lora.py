@@ -1,7 +1,8 @@
 """The adapters of one step for the native forward: which rows use which weights, read where the adapters hold them.
 
 The counterpart of `lora_batch.py` on the torch path. Nothing is stacked or copied: a step gets a table of addresses for
-the adapters that it names, so that adapters come and go at no cost, whatever their number, ranks and modules.
+the adapters that it names, so that adapters come and go at no cost, whatever their number, ranks and modules. LoRA on
+the embedding and the lm_head goes through torch row by row: a product of several rows would round by their number.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ class NativeLoraBatch:
         """y [T, H] fp32 += LoRA of the embedding for tokens [T]."""
         for slot, adapter in enumerate(self._adapters):
             if adapter.embed is not None:
-                rows = (self.row_slots == slot).nonzero()[:, 0]
                 a, b, scale = adapter.embed
-                y[rows] += (a.t()[tokens[rows]].float() @ b.float().t()) * scale
+                b = b.float()
+                for row in (self.row_slots == slot).nonzero()[:, 0].tolist():
+                    y[row] += (b @ a[:, tokens[row]].float()) * scale
 
     def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
         """logits [L, V] += LoRA of the lm_head for hidden rows x [L, H] fp32."""
         for slot, adapter in enumerate(self._adapters):
             if adapter.lm_head is not None:
-                rows = (self._logits_slots == slot).nonzero()[:, 0]
                 a, b, scale = adapter.lm_head
-                logits[rows] += (x[rows] @ a.float().t() @ b.float().t()) * scale
+                a, b = a.float(), b.float()
+                for row in (self._logits_slots == slot).nonzero()[:, 0].tolist():
+                    logits[row] += (b @ (a @ x[row])) * scale
 
 
 class NativeSlots:

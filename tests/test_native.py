@@ -136,7 +136,8 @@ def test_sixteen_bits_and_fewer_stay_close_to_transformers(model_dir, quantizati
 def test_drafts_change_no_token_at_16_bits_or_fewer(model_dir, tmp_path, settings):
     """In fp32 tests/test_exactness.py says so; here because no row's result depends on its batch."""
     engine = make_engine(model_dir, compile="on", **settings)
-    shapes = [{"r": 4}, {"r": 3, "target_modules": ["q_proj", "down_proj"]}, {"r": 24}]
+    ends = {"r": 6, "target_modules": ["embed_tokens", "lm_head", "v_proj"]}
+    shapes = [{"r": 4}, {"r": 3, "target_modules": ["q_proj", "down_proj"]}, {"r": 24}, ends]
     adapters = [None] + [
         engine.load_adapter(
             str(i), make_peft_adapter(model_dir, tmp_path / str(i), seed=i, std=0.3, **shape)
@@ -146,9 +147,9 @@ def test_drafts_change_no_token_at_16_bits_or_fewer(model_dir, tmp_path, setting
 
     def traffic(mode):
         return [
-            request(f"{i}", random_tokens(5 + 9 * i, i) * 2, adapter=adapters[i % 4], mode=mode, max_tokens=40,
+            request(f"{i}", random_tokens(5 + 9 * i, i) * 2, adapter=adapters[i % 5], mode=mode, max_tokens=40,
                     temperature=0.9 * (i % 2), seed=i, ignore_eos=True, prediction=answers.get(str(i), ()))
-            for i in range(8)
+            for i in range(10)
         ]  # fmt: skip
 
     answers: dict[str, list[int]] = {}
