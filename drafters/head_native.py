@@ -42,16 +42,16 @@ class NativeHeadRunner:
     def __init__(self, team: Team) -> None:
         self._team = team
         self._heads: dict[int, _NativeHead] = {}
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         self._row_of: dict[int, tuple[HeadRow, ctypes.Array]] = {}  # id of a source -> its row and window
         self._kept: list[torch.Tensor] = []  # what the rows point into
 
     @torch.inference_mode()
     def begin(self, sources: Sequence[HeadSource]) -> None:
         """Start the drafts of those sources that are ready."""
-        self._clear()
+        self.clear()
         ready = [source for source in sources if source.is_ready]
         rows = (HeadRow * len(ready))()
         for row, source in zip(rows, ready, strict=True):
@@ -83,10 +83,7 @@ class NativeHeadRunner:
         for row, source in zip(rows, going, strict=True):
             source.set_guess(row.choice, row.probability)
 
-    def clear(self) -> None:
-        self._clear()
-
     def forget(self) -> None:
         """Let go of all weights, when an adapter has left; the next draft takes what it needs."""
-        self._clear()
+        self.clear()
         self._heads = {}

@@ -174,14 +174,18 @@ class Forward {
     std::chrono::steady_clock::time_point last;
   };
 
-  void norm_row(const float* x, const float* weight, int kp, A* out, float* normed) {
-    const int n = m.hidden_size;
+  float rms_scale(const float* x, int n) const {
     f32x16 squares = {};
     for (int c = 0; c < n; c += 16) {
       f32x16 v = load_n(x + c, n - c);
       squares = fma(v, v, squares);
     }
-    const float scale = 1.0f / std::sqrt(sum(squares) / n + m.eps);
+    return 1.0f / std::sqrt(sum(squares) / n + m.eps);
+  }
+
+  void norm_row(const float* x, const float* weight, int kp, A* out, float* normed) {
+    const int n = m.hidden_size;
+    const float scale = rms_scale(x, n);
     for (int c = 0; c < n; c += 16) {
       f32x16 v = load_n(x + c, n - c) * scale * load_n(weight + c, n - c);
       if (out) store_n(out + c, v, n - c);
@@ -259,12 +263,7 @@ class Forward {
 
   void head_norm(float* x, const float* weight) {
     const int n = m.head_dim;
-    f32x16 squares = {};
-    for (int c = 0; c < n; c += 16) {
-      f32x16 v = load_n(x + c, n - c);
-      squares = fma(v, v, squares);
-    }
-    const float scale = 1.0f / std::sqrt(sum(squares) / n + m.eps);
+    const float scale = rms_scale(x, n);
     for (int c = 0; c < n; c++) x[c] = x[c] * scale * weight[c];
   }
 

@@ -29,12 +29,11 @@ struct Matrix {
   int panels() const { return (n + PANEL - 1) / PANEL; }
 };
 
-#if NATIVE_BF16
-constexpr int ROWS_AT_ONCE = 6, BLOCKS_AT_ONCE = 4;
-#elif defined(__AVX512F__)
-constexpr int ROWS_AT_ONCE = 6, BLOCKS_AT_ONCE = 4;
+constexpr int ROWS_AT_ONCE = 6;
+#if defined(__AVX512F__)
+constexpr int BLOCKS_AT_ONCE = 4;
 #else
-constexpr int ROWS_AT_ONCE = 6, BLOCKS_AT_ONCE = 1;
+constexpr int BLOCKS_AT_ONCE = 1;
 #endif
 
 // tile [MR][64] (stride 64) = x [MR][2 * pairs] * w, or += scale * that if scale is given and this is not the first group.
