@@ -13,6 +13,7 @@ import torch
 
 from .batch import Batch
 from .kv_cache import KVCache
+from .logits_rows import LogitsRows
 from .lora import LoraAdapter
 from .model.decoder import Decoder
 from .model.native_decoder import NativeDecoder
@@ -47,31 +48,27 @@ class ModelRunner:
         if active:
             self.slots.activate([adapters[content_hash] for content_hash in active])
         items = sorted(items, key=self._slot)
-        batch, groups, prompt_rows = self._build(items)
+        batch, needed = self._build(items)
         heads = [adapters[key].lookahead for key in active]
         taps = {ahead.head.config.tap_layer: batch.tokens for ahead in heads if ahead is not None and ahead.head}
         hidden = self.decoder.forward(batch, self.kv, taps)  # [L, H]
         if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
             return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], hidden, {})
         logits = self.decoder.logits(hidden, batch)  # [L, V]
-        return StepOutput(logits, groups, prompt_rows, hidden, taps)
+        return StepOutput(logits, needed.groups, needed.prompt_rows, hidden, taps)
 
     def _slot(self, item: ScheduledSequence) -> int:
         return -1 if item.seq.adapter_hash is None else self.slots.slot_of(item.seq.adapter_hash)
 
-    def _build(
-        self, items: Sequence[ScheduledSequence]
-    ) -> tuple[Batch, list[RowGroup], list[tuple[ScheduledSequence, int, int]]]:
+    def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
         size = self.block_size
         tokens: list[int] = []
         positions: list[int] = []
         slot_mapping: list[int] = []
-        logits_indices: list[int] = []
         query_lens: list[int] = []
         context_lens: list[int] = []
         runs: list[tuple[str | None, int]] = []
-        groups: list[RowGroup] = []
-        prompt_rows: list[tuple[ScheduledSequence, int, int]] = []
+        needed = LogitsRows()
         for item in items:
             seq = item.seq
             first_row, start = len(tokens), seq.num_computed
@@ -83,14 +80,7 @@ class ModelRunner:
             query_lens.append(num_rows)
             context_lens.append(start + num_rows)
             runs.append((seq.adapter_hash, num_rows))
-            if seq.wants_prompt_logprobs and start < seq.prompt_len - 1 and seq.output_len == 0:
-                # Row i scores prompt token i + 1; the last prompt token's row samples the first output token.
-                num_scored = min(start + item.num_rows, seq.prompt_len - 1) - start
-                prompt_rows.append((item, len(logits_indices), num_scored))
-                logits_indices += range(first_row, first_row + num_scored)
-            if item.reaches_end:
-                groups.append(RowGroup(seq, len(logits_indices), item.drafts))
-                logits_indices += range(first_row + item.num_rows - 1, first_row + num_rows)
+            needed.add(item, first_row)
         device = self.decoder.device
         tables = [item.seq.block_table[: -(-n // size)] for item, n in zip(items, context_lens, strict=True)]
         width = max(len(table) for table in tables)
@@ -106,11 +96,11 @@ class ModelRunner:
             ),
             cu_query_lens=torch.tensor(cu_query_lens, dtype=torch.int32, device=device),
             context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
-            logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
+            logits_indices=torch.tensor(needed.rows, dtype=torch.int64, device=device),
             block_size=size,
             query_lens_list=query_lens,
             context_lens_list=context_lens,
             block_tables_list=tables,
-            lora=self.slots.batch(runs, logits_indices),
+            lora=self.slots.batch(runs, needed.rows),
         )
-        return batch, groups, prompt_rows
+        return batch, needed

@@ -128,8 +128,7 @@ class Scheduler:
 
     def _forget(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table, owner=seq.seq_id)
-        seq.block_keys = []
-        seq.num_computed = 0
+        seq.forget_blocks()
 
 
 def _share(budget: int, prefilling: list[Sequence]) -> dict[int, int]:

@@ -35,6 +35,7 @@ class Sequence:
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens taken from the prefix cache at first admission
         self.block_table: list[int] = []
+        self.table_life = object()  # a table only grows within a life
         self.block_keys: list[bytes] = []
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
         self.num_forwards = 0
@@ -60,6 +61,12 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.sampling.prompt_logprobs is not None
+
+    def forget_blocks(self) -> None:
+        """Begin anew after the block table was released."""
+        self.block_keys = []
+        self.num_computed = 0
+        self.table_life = object()
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
