@@ -16,6 +16,7 @@ from .errors import ErrorInfo, UserError
 from .generation import Generator, Job
 from .http_body import json_response, read_json
 from .responses import ResponseBuilder
+from .routes import Handler
 
 SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -32,13 +33,16 @@ class OpenAIRoutes:
         self._generator = generator
         self._started = int(time.time())
 
-    def add_to(self, app: web.Application) -> None:
-        app.router.add_post("/v1/completions", self.completions)
-        app.router.add_post("/v1/chat/completions", self.chat_completions)
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_get("/v1/models/{model:.+}", self.model)
-        app.router.add_post("/tokenize", self.tokenize)
-        app.router.add_post("/detokenize", self.detokenize)
+    def handlers(self) -> dict[str, Handler]:
+        """Handlers by the names that the route table gives them."""
+        return {
+            "completions": self.completions,
+            "chat_completions": self.chat_completions,
+            "models": self.models,
+            "model": self.model,
+            "tokenize": self.tokenize,
+            "detokenize": self.detokenize,
+        }
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, CompletionRequest)

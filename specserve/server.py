@@ -1,4 +1,4 @@
-"""The HTTP server: routes, access, limits, and a start and an end without loose ends.
+"""The HTTP server: the application, and a start and an end without loose ends.
 
 One asyncio process that never touches the model. `serve` runs until a signal: then /ready answers 503, running requests
 get `drain_timeout_s`, and the engine process is ended; a second signal ends everything at once.
@@ -7,16 +7,13 @@ get `drain_timeout_s`, and the engine process is ended; a second signal ends eve
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
@@ -26,23 +23,18 @@ from .adapter_store import AdapterStore
 from .api_types import LoadAdapterRequest, UnloadAdapterRequest
 from .config import ServeConfig, engine_part
 from .engine_client import EngineClient
-from .errors import ErrorInfo, OverloadedError, UserError
+from .errors import UserError
 from .generation import Generator
 from .http_body import json_response, read_json
 from .metrics import Metrics
+from .middlewares import Middlewares
 from .model_store import DEFAULT_MODEL, resolve_model
-from .openai_api import OpenAIRoutes, error_body
+from .openai_api import OpenAIRoutes
+from .routes import add_routes
 from .tokenizer import TextTokenizer
 from .validation import convert
 
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-OPEN_ROUTES = {"/health", "/ready", "/version", "/metrics"}
-ADMIN_ROUTES = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-RETRY_AFTER_S = 1
-LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "ip6-localhost"}
 
 
 class Server:
@@ -60,19 +52,20 @@ class Server:
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name
         self._model_dir = model_dir
-        self.draining = False
-        self._num_in_flight = 0
+        self.middlewares = Middlewares(config, self.metrics)
 
     def application(self, tokenizer: TextTokenizer) -> web.Application:
-        app = web.Application(middlewares=[self._count, self._errors, self._access, self._admit], client_max_size=0)
+        app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
         generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
-        OpenAIRoutes(generator).add_to(app)
-        app.router.add_post("/v1/load_lora_adapter", self._load_adapter)
-        app.router.add_post("/v1/unload_lora_adapter", self._unload_adapter)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/ready", self._ready)
-        app.router.add_get("/version", self._version)
-        app.router.add_get("/metrics", self._metrics)
+        own = {
+            "load_adapter": self._load_adapter,
+            "unload_adapter": self._unload_adapter,
+            "health": self._health,
+            "ready": self._ready,
+            "version": self._version,
+            "metrics": self._metrics,
+        }
+        add_routes(app, {**own, **OpenAIRoutes(generator).handlers()})
         return app
 
     async def run(self, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
@@ -104,89 +97,10 @@ class Server:
             listener.close()
 
     async def _drain(self) -> None:
-        self.draining = True
+        self.middlewares.draining = True
         deadline = asyncio.get_running_loop().time() + self.config.drain_timeout_s
-        while self._num_in_flight and asyncio.get_running_loop().time() < deadline:
+        while self.middlewares.num_in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
-
-    # -- middlewares, outermost first
-
-    @web.middleware
-    async def _count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        resource = request.match_info.route.resource
-        route = resource.canonical if resource is not None else "unknown"
-        status = 499  # the client left before there was an answer
-        self.metrics.in_flight.inc()
-        try:
-            response = await handler(request)
-            status = response.status
-            return response
-        finally:
-            self.metrics.in_flight.dec()
-            self.metrics.requests.labels(route, str(status)).inc()
-
-    @web.middleware
-    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Every error in OpenAI's shape, and none that tells more than it should."""
-        try:
-            return await handler(request)
-        except UserError as error:
-            headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
-            response = json_response(error_body(error.info()), error.status, headers)
-            if error.status in (408, 413):
-                response.force_close()  # the rest of the body is not worth waiting for
-            response.headers.update(request.get("cors", {}))  # or the page could not read what went wrong
-            return response
-        except web.HTTPException as error:
-            message = f"{request.method} {request.path[:200]}: {error.reason}"
-            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-            return json_response(error_body(ErrorInfo(message, error.status)), error.status, headers)
-        except (ConnectionError, asyncio.CancelledError):
-            raise
-        except Exception:
-            logger.exception("%s %s failed", request.method, request.path)
-            info = ErrorInfo("internal error; the server's log says more", 500, "server_error", None, "internal_error")
-            return json_response(error_body(info), 500)
-
-    @web.middleware
-    async def _access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Host, Origin and keys, before anything of the request is read."""
-        config, origin = self.config, request.headers.get("Origin")
-        if not host_allowed(request.headers.get("Host", ""), config):
-            raise UserError("this Host is not served here (--allowed-hosts)", status=403, code="host_not_allowed")
-        cors = {}
-        if origin is not None and request.path not in OPEN_ROUTES:
-            if not origin_allowed(origin, request.headers.get("Host", ""), config):
-                raise UserError("this Origin is not allowed (--allowed-origins)", status=403, code="origin_not_allowed")
-            cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        if request.method == "OPTIONS" and origin is not None:
-            allow = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "*"}
-            return web.Response(status=204, headers={**cors, **allow})
-        request["cors"] = cors  # a stream sends its headers, and an error leaves, before it comes back here
-        if request.path in ADMIN_ROUTES:
-            if config.admin_api_key is None and config.api_key is None and not is_loopback(config.host):
-                raise UserError("set --admin-api-key to load adapters from other machines", status=403)
-            check_key(request, config.admin_api_key or config.api_key, "admin ")
-        elif request.path not in OPEN_ROUTES:
-            check_key(request, config.api_key, "")
-        response = await handler(request)
-        if not response.prepared:
-            response.headers.update(cors)
-        return response
-
-    @web.middleware
-    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.method != "POST":
-            return await handler(request)
-        if self.draining:
-            raise UserError("the server is shutting down", status=503, code="shutting_down")
-        if self._num_in_flight >= self.config.max_concurrent_requests:
-            raise OverloadedError(f"{self._num_in_flight} requests are running; retry shortly")
-        self._num_in_flight += 1
-        try:
-            return await handler(request)
-        finally:
-            self._num_in_flight -= 1
 
     # -- routes beside OpenAI's
 
@@ -207,7 +121,7 @@ class Server:
         return json_response({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
 
     async def _ready(self, request: web.Request) -> web.Response:
-        state = "draining" if self.draining else self.engine.state
+        state = "draining" if self.middlewares.draining else self.engine.state
         return json_response({"status": state}, 200 if state == "ready" else 503)
 
     async def _version(self, request: web.Request) -> web.Response:
@@ -221,45 +135,6 @@ class Server:
             stats = None
         body = self.metrics.render(stats, self.model_name)
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def check_key(request: web.Request, key: str | None, kind: str) -> None:
-    """Compare the bearer token with `key` in constant time; no key set, no key needed."""
-    if key is None:
-        return
-    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    valid = hmac.compare_digest(sent.strip().encode("utf-8", "surrogateescape"), key.encode())
-    if scheme.lower() != "bearer" or not valid:
-        error = UserError(
-            f"a valid {kind}API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
-        )
-        error.type = "authentication_error"
-        raise error
-
-
-def host_allowed(host: str, config: ServeConfig) -> bool:
-    """Against DNS rebinding: a server on loopback answers loopback names and the configured ones only."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
-    if name in {item.lower() for item in (*config.allowed_hosts, config.host)}:
-        return True
-    if not is_loopback(config.host):
-        return not config.allowed_hosts
-    return is_loopback(name)
-
-
-def origin_allowed(origin: str, host: str, config: ServeConfig) -> bool:
-    same = urlsplit(origin).netloc.lower() == host.lower() and bool(host)
-    return same or origin in config.allowed_origins or "*" in config.allowed_origins
-
-
-def is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name in LOOPBACK_NAMES
 
 
 def bind(host: str, port: int) -> socket.socket:
