@@ -75,7 +75,12 @@ class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     speculation: SpeculationOptions | None = None
     return_speculation_stats: bool | None = None
     cache_salt: str | None = None
-    response_format: Any = None
+    response_format: Any = None  # these six: `structured_output`
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     # Accepted, without effect on the output.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -85,11 +90,6 @@ class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     # Known names that are refused when they ask for something.
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     logits_processors: Any = None
     use_beam_search: bool | None = None
     lora_request: Any = None
@@ -154,15 +154,9 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 # Field -> values that ask for nothing; anything else is refused as not supported.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "logits_processors": ([],),
     "use_beam_search": (False,),
     "lora_request": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),

@@ -144,6 +144,8 @@ class Engine:
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a sequence. Raises `UserError` when it can never run or there is no room to wait."""
         check_request(request, self.info)
+        if request.grammar is not None:
+            raise UserError("structured output is not served yet; leave the grammar out", code="unsupported")
         if request.request_id in self._requests:
             raise UserError(f"request id {request.request_id!r} is already running")
         if len(self.scheduler.waiting) >= self.config.max_waiting + self.config.max_num_seqs:

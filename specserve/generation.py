@@ -23,6 +23,7 @@ from .engine_client import EngineClient
 from .errors import UserError
 from .messages import Delta, GenerateRequest, Usage
 from .metrics import Metrics
+from .structured_output import grammar_spec
 from .tokenizer import TextTokenizer
 
 
@@ -92,6 +93,7 @@ class Generator:
     async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
         """Check and tokenise a request. Raises `UserError`."""
         validation.check_supported(request)
+        grammar = await asyncio.to_thread(grammar_spec, request)
         info = self.engine.info
         adapter = self.adapter_name(request.model, request.adapter_id)
         tokenizer, content_hash = await self.tokenizer_for(adapter)
@@ -119,6 +121,7 @@ class Generator:
                 sample_idx=idx % n,
                 speculation=speculation,
                 prediction_token_ids=prediction,
+                grammar=grammar,
             )
             for idx in range(n * len(prompts))
         ]

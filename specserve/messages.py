@@ -45,6 +45,17 @@ class Speculation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_draft_tokens: int = 16
 
 
+class GrammarSpec(msgspec.Struct, frozen=True):
+    """What the output must be. Equal specs share one compiled grammar; `text` has at most 256 KiB.
+
+    `text` is a JSON Schema (json_schema), nothing (json_object), a regular expression, a Lark grammar, or a JSON list
+    of strings (choice).
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "lark", "choice"]
+    text: str
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     """One sequence to generate. A client request with n > 1 is n of these, `sample_idx` 0 .. n-1."""
 
@@ -56,6 +67,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     sample_idx: int = 0
     speculation: Speculation = Speculation()
     prediction_token_ids: list[int] = []  # the client's expected output (OpenAI `prediction`)
+    grammar: GrammarSpec | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
