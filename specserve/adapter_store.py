@@ -17,6 +17,7 @@ from .errors import UserError
 from .messages import AdapterInfo
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}")
+HUB_NAME = re.compile(rf"{NAME.pattern}(/{NAME.pattern})+")
 
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
@@ -50,12 +51,7 @@ class AdapterStore:
         """The directory of a known name; raises 404 otherwise."""
         directory = self._directory(name)
         if directory is None:
-            raise UserError(
-                f"model {name[:128]!r} does not exist; GET /v1/models lists the base model and its adapters",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
+            raise _unknown(name)
         return directory
 
     async def resolve(self, name: str) -> AdapterInfo:
@@ -119,6 +115,8 @@ class AdapterStore:
         return [entry.name for entry in found if NAME.fullmatch(entry.name) and entry.name not in self._unloaded]
 
     def _directory(self, name: str) -> Path | None:
+        if len(name) <= 256 and HUB_NAME.fullmatch(name) and ".." not in name:
+            raise _unknown(name)  # a hub id is a good name of something that is not here; it is no path either
         check_name(name, "model")
         if name in self._registered:
             return self._registered[name]
@@ -155,6 +153,15 @@ class AdapterStore:
         if not directory.is_dir():
             raise UserError(f"lora_path {path!r} is not a directory on the server", param="lora_path")
         return directory
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(
+        f"model {name[:128]!r} does not exist; GET /v1/models lists the base model and its adapters",
+        param="model",
+        code="model_not_found",
+        status=404,
+    )
 
 
 def check_name(name: str, param: str) -> None:

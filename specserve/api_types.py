@@ -112,6 +112,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     parallel_tool_calls: bool | None = None  # without tools it has no effect
     tools: list[Any] | None = None
     tool_choice: Any = None
@@ -143,7 +144,8 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool = False
 
 

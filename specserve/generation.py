@@ -29,7 +29,7 @@ from .tokenizer import TextTokenizer
 
 @dataclass(slots=True)
 class Job:
-    """A checked request; choice i belongs to prompt i // n."""
+    """A checked request; sequence i belongs to prompt i // n, and the best `num_choices` of a prompt are answered."""
 
     id: str
     model: str  # as the client named it
@@ -38,6 +38,7 @@ class Job:
     tokenizer: TextTokenizer
     prompts: list[tuple[str | None, list[int]]]
     n: int
+    num_choices: int
     requests: list[GenerateRequest]
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -99,15 +100,16 @@ class Generator:
         tokenizer, content_hash = await self.tokenizer_for(adapter)
         if isinstance(request, ChatRequest):
             messages = validation.chat_messages(request.messages)
-            generation_prompt = request.add_generation_prompt is not False
-            ids = await asyncio.to_thread(tokenizer.encode_chat, messages, generation_prompt)
+            ids = await asyncio.to_thread(tokenizer.encode_chat, messages, *validation.chat_ending(request))
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
             prompts = await asyncio.to_thread(validation.completion_prompts, request.prompt, tokenizer)
         for _, ids in prompts:
             validation.check_prompt_ids(ids, info)
-        n = validation.num_choices(request, len(prompts))
+        num_choices, n = validation.num_choices(request, len(prompts))
         sampling = validation.sampling_params(request, self.config, info, [len(ids) for _, ids in prompts])
+        if n > num_choices and sampling.logprobs is None:
+            sampling = msgspec.structs.replace(sampling, logprobs=0)  # what ranks them
         speculation = validation.speculation(request, self.config)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         prediction = await self._prediction(request, tokenizer)
@@ -126,7 +128,7 @@ class Generator:
             for idx in range(n * len(prompts))
         ]
         name = request.model or adapter or self.model_name
-        return Job(job_id, name, adapter, request, tokenizer, prompts, n, requests)
+        return Job(job_id, name, adapter, request, tokenizer, prompts, n, num_choices, requests)
 
     async def _prediction(self, request: GenerationFields, tokenizer: TextTokenizer) -> list[int]:
         if request.prediction is None:

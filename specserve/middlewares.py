@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import uuid
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -22,7 +24,8 @@ from .routes import ACCESS, Handler
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
+RETRY_HEADERS = {"Retry-After": "1", "x-should-retry": "true"}
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
 
 
 class Middlewares:
@@ -36,6 +39,12 @@ class Middlewares:
 
     def all(self) -> list[Callable[..., Awaitable[web.StreamResponse]]]:
         return [self.count, self.errors, self.access, self.admit]
+
+    async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Before any headers leave, a stream's and an error's too: the request's id and the CORS grant."""
+        sent = request.headers.get("X-Request-Id", "")
+        response.headers["X-Request-Id"] = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        response.headers.update(request.get("cors", {}))
 
     @web.middleware
     async def count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -57,11 +66,10 @@ class Middlewares:
         try:
             return await handler(request)
         except UserError as error:
-            headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
+            headers = RETRY_HEADERS if error.status in (429, 503) else None
             response = json_response(error_body(error.info()), error.status, headers)
             if error.status in (408, 413):
                 response.force_close()  # the rest of the body is not worth waiting for
-            response.headers.update(request.get("cors", {}))  # or the page could not read what went wrong
             return response
         except web.HTTPException as error:
             message = f"{request.method} {request.path[:200]}: {error.reason}"
@@ -89,17 +97,14 @@ class Middlewares:
         if request.method == "OPTIONS" and origin is not None:
             allow = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "*"}
             return web.Response(status=204, headers={**cors, **allow})
-        request["cors"] = cors  # a stream sends its headers, and an error leaves, before it comes back here
+        request["cors"] = cors
         if access == "admin":
             if config.admin_api_key is None and config.api_key is None and not is_loopback(config.host):
                 raise UserError("set --admin-api-key to load adapters from other machines", status=403)
             check_key(request, config.admin_api_key or config.api_key, "admin ")
         elif access != "open":
             check_key(request, config.api_key, "")
-        response = await handler(request)
-        if not response.prepared:
-            response.headers.update(cors)
-        return response
+        return await handler(request)
 
     @web.middleware
     async def admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -68,7 +68,7 @@ class OpenAIRoutes:
         tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
         if body.messages is not None:
             messages = validation.chat_messages(body.messages)
-            ids = await asyncio.to_thread(tokenizer.encode_chat, messages, body.add_generation_prompt)
+            ids = await asyncio.to_thread(tokenizer.encode_chat, messages, *validation.chat_ending(body))
         else:
             ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", body.add_special_tokens)
         result: dict[str, Any] = {
@@ -123,7 +123,7 @@ class OpenAIRoutes:
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
         """Server-sent events; the response starts with the first delta, so that early errors keep their status."""
         builder = ResponseBuilder(job)
-        response = web.StreamResponse(headers={**SSE_HEADERS, **request["cors"]})
+        response = web.StreamResponse(headers=SSE_HEADERS)
         try:
             async with aclosing(self._generator.run(job)) as deltas:
                 async for idx, delta in deltas:

@@ -32,6 +32,10 @@ class Choice:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.usage = delta.usage
 
+    def mean_logprob(self) -> float:
+        """Of its tokens, under the raw distribution: what best_of ranks by."""
+        return sum(item.logprob for item in self.logprobs) / max(1, len(self.logprobs))
+
 
 class ResponseBuilder:
     """Shapes the output of one job."""
@@ -50,12 +54,24 @@ class ResponseBuilder:
             usage["speculation"] = speculation_stats(usages)
         return usage
 
+    def best(self) -> list[int]:
+        """The sequences that are answered: of each prompt those of the highest mean log-probability, best first."""
+        job = self._job
+        if job.n == job.num_choices:
+            return list(range(len(self.choices)))
+        kept = []
+        for first in range(0, len(self.choices), job.n):
+            of_prompt = range(first, first + job.n)
+            kept += sorted(of_prompt, key=lambda idx: -self.choices[idx].mean_logprob())[: job.num_choices]
+        return kept
+
     def whole(self) -> dict[str, Any]:
         """The response of a request that does not stream."""
         choices = []
-        for idx, choice in enumerate(self.choices):
+        for index, idx in enumerate(self.best()):
+            choice = self.choices[idx]
             echo_text, logprobs = self._echo(idx), self._logprobs(choice, choice.tokens, choice.logprobs, idx)
-            body: dict[str, Any] = {"index": idx, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+            body: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
             if self._job.is_chat:
                 body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
             else:
@@ -90,6 +106,12 @@ class ResponseBuilder:
     def usage_chunk(self) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk", "text_completion"), "choices": [], "usage": self.usage()}
 
+    def _usage_so_far(self) -> dict[str, int]:
+        prompt_tokens = sum(len(ids) for _, ids in self._job.prompts)
+        completion_tokens = sum(len(choice.tokens) for choice in self.choices)
+        total = prompt_tokens + completion_tokens
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
     def _head(self, chat_object: str, completion_object: str) -> dict[str, Any]:
         job = self._job
         kind = chat_object if job.is_chat else completion_object
@@ -107,7 +129,7 @@ class ResponseBuilder:
         chunk = {**self._head("chat.completion.chunk", "text_completion"), "choices": [choice]}
         options = self._job.request.stream_options
         if options is not None and options.include_usage:
-            chunk["usage"] = None
+            chunk["usage"] = self._usage_so_far() if options.continuous_usage_stats else None
         return chunk
 
     def _echo(self, idx: int) -> str:

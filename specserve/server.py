@@ -56,6 +56,7 @@ class Server:
 
     def application(self, tokenizer: TextTokenizer) -> web.Application:
         app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
+        app.on_response_prepare.append(self.middlewares.add_headers)
         generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
         own = {
             "load_adapter": self._load_adapter,

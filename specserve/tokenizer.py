@@ -99,15 +99,26 @@ class TextTokenizer:
             return [_BYTE_OF[char] for char in raw]
         return list(self._backend.decode([token], skip_special_tokens=False).encode())
 
-    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation through the chat template. Raises `UserError` when the template refuses it."""
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True, continue_final: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation through the chat template. Raises `UserError` when the template refuses it.
+
+        With `continue_final` they end with the last message's text instead of the template's end of that message.
+        """
         spells = [any(special in message["content"] for special in self._specials) for message in messages]
-        if not any(spells):
+        if not any(spells) and not continue_final:
             return self.encode(self._render(messages, add_generation_prompt), add_special_tokens=False)
         marks = {f"{secrets.token_hex(16)}": message["content"] for message in messages}
         marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
         ids: list[int] = []
         rest = self._render(marked, add_generation_prompt)
+        if continue_final:
+            last_mark = marked[-1]["content"]
+            head, found_mark, _ = rest.rpartition(last_mark)
+            if not found_mark:
+                raise UserError("the chat template leaves out the last message; it cannot go on", param="messages")
+            rest = head + last_mark
         while rest:
             found = [(position, mark) for mark in marks if (position := rest.find(mark)) >= 0]
             position, mark = min(found, default=(len(rest), ""))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .api_types import UNSUPPORTED, ChatRequest, CompletionRequest, GenerationFields, Message, TextPart
+from .api_types import UNSUPPORTED, ChatRequest, CompletionRequest, GenerationFields, Message, TextPart, TokenizeRequest
 from .config import ServeConfig
 from .errors import UserError
 from .messages import EngineInfo, SamplingParams, Speculation
@@ -112,16 +112,23 @@ def speculation(request: GenerationFields, config: ServeConfig) -> Speculation:
     return Speculation(options.mode if limit else "off", limit)
 
 
-def num_choices(request: CompletionRequest | ChatRequest, num_prompts: int) -> int:
-    """n, checked together with best_of and the number of prompts."""
+def num_choices(request: CompletionRequest | ChatRequest, num_prompts: int) -> tuple[int, int]:
+    """(n, best_of): how many choices of a prompt are answered, and of how many sequences they are the best."""
     n = _integer(request, "n", 1, MAX_CHOICES, 1)
-    if request.best_of is not None and request.best_of != n:
-        raise UserError(f"best_of is {request.best_of}; only best_of equal to n ({n}) is supported", param="best_of")
-    if n * num_prompts > MAX_CHOICES:
+    best_of = _integer(request, "best_of", n, MAX_CHOICES, n)
+    if best_of > n and request.stream:
         raise UserError(
-            f"n times the number of prompts is {n * num_prompts}; at most {MAX_CHOICES} is allowed", param="n"
+            f"best_of is {best_of} and n is {n}: the best are known at the end, so they cannot be streamed; "
+            "leave out stream or best_of",
+            param="best_of",
         )
-    return n
+    if best_of * num_prompts > MAX_CHOICES:
+        name = "n" if best_of == n else "best_of"
+        raise UserError(
+            f"{name} times the number of prompts is {best_of * num_prompts}; at most {MAX_CHOICES} is allowed",
+            param=name,
+        )
+    return n, best_of
 
 
 def completion_prompts(prompt: str | list[Any], tokenizer: TextTokenizer) -> list[tuple[str | None, list[int]]]:
@@ -171,6 +178,20 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
         role = "system" if message.role == "developer" else message.role
         result.append({"role": role, "content": joined(message.content)})
     return result
+
+
+def chat_ending(request: ChatRequest | TokenizeRequest) -> tuple[bool, bool]:
+    """(open an answer, continue the last message) of a conversation; it cannot end both ways."""
+    if not request.continue_final_message:
+        return request.add_generation_prompt is not False, False
+    if request.add_generation_prompt:
+        raise UserError(
+            "continue_final_message and add_generation_prompt exclude each other; send one",
+            param="continue_final_message",
+        )
+    if request.messages and not joined(request.messages[-1].content or ""):
+        raise UserError("continue_final_message needs text in the last message", param="continue_final_message")
+    return False, True
 
 
 def joined(content: str | list[TextPart]) -> str:

@@ -110,7 +110,7 @@ def test_overload_is_answered_with_429_and_retry_after_and_the_admitted_finish(s
     for reply in replies:
         if reply.status_code == 429:
             assert_error(reply, 429, "retry")
-            assert int(reply.headers["Retry-After"]) >= 1
+            assert int(reply.headers["Retry-After"]) >= 1 and reply.headers["x-should-retry"] == "true"
     assert len({reply.json()["choices"][0]["text"] for reply in replies if reply.status_code == 200}) == 1
 
 
