@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +128,8 @@ class Engine:
             pid=0,
             eos_token_ids=list(self.eos_token_ids),
         )
+        self.is_asynchronous = self.decoder.device.type == "cuda"
+        self._unpublished: list[Sequence] = []  # of the latest step, where forwards leave the host free
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
         self._counters = _Counters()
@@ -217,8 +219,11 @@ class Engine:
 
     # -- the step
 
-    def step(self) -> list[Event]:
-        """Run one forward and return what it produced; empty when there is nothing to do."""
+    def step(self, while_running: Callable[[], None] = lambda: None) -> list[Event]:
+        """Run one forward and return what it produced; empty when there is nothing to do.
+
+        On a device that runs by itself, `while_running` is called once the forward is queued.
+        """
         start = time.perf_counter()
         items = self.scheduler.schedule()
         if not items:
@@ -228,6 +233,9 @@ class Engine:
         with self._torch_threads():
             self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
             for output, computed in self._forward(items, events):
+                if self.is_asynchronous:
+                    while_running()
+                    self._publish_committed()
                 sampled = self.sampler.sample(output.logits, output.groups)
                 self._score_prompts(output)
                 self._commit(output, computed, sampled, events)
@@ -236,21 +244,27 @@ class Engine:
 
     def _forward(
         self, items: list[ScheduledSequence], events: list[Event]
-    ) -> list[tuple[StepOutput, list[ScheduledSequence]]]:
-        """Forward of all items together; if that raises, each alone, so that only the guilty one fails."""
+    ) -> Iterator[tuple[StepOutput, list[ScheduledSequence]]]:
+        """Forward of all items together; if that raises, each alone, so that only the guilty one fails.
+
+        An output is good until the next one is asked for.
+        """
         adapters = self.registry.adapters
         try:
-            return [(self.runner.run(items, adapters), items)]
+            output = self.runner.run(items, adapters)
         except Exception:
             logger.exception("a step of %d sequences failed; running them one by one", len(items))
-        outputs = []
+        else:
+            yield output, items
+            return
         for item in items:
             try:
-                outputs.append((self.runner.run([item], adapters), [item]))
+                output = self.runner.run([item], adapters)
             except Exception as error:
                 logger.exception("request %s fails alone", item.seq.request_id)
                 self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", events)
-        return outputs
+            else:
+                yield output, [item]
 
     def _score_prompts(self, output: StepOutput) -> None:
         for item, first_row, num_rows in output.prompt_rows:
@@ -273,7 +287,7 @@ class Engine:
             group, tokens = tokens_of.get(id(seq), (None, []))
             if group is None:
                 seq.num_computed += item.num_rows
-                self._publish(seq)
+                self._publish_later(seq)
             elif not tokens:
                 self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
             else:
@@ -295,7 +309,7 @@ class Engine:
         usage = None
         if finish is None:
             seq.num_computed = len(seq.tokens) - 1
-            self._publish(seq)
+            self._publish_later(seq)
             for source in state.drafts.sources:
                 if isinstance(source, HeadSource):
                     row = group.first_row + num_accepted
@@ -357,6 +371,19 @@ class Engine:
                 seq.accepted_by_source[source] += 1
                 counters.accepted_by_source[source] += 1
         counters.generated_tokens += len(committed)
+
+    def _publish_later(self, seq: Sequence) -> None:
+        """Publish the full blocks of a sequence that goes on: during the next forward, if the host is free then."""
+        if self.is_asynchronous:
+            self._unpublished.append(seq)
+        else:
+            self._publish(seq)
+
+    def _publish_committed(self) -> None:
+        for seq in self._unpublished:
+            if seq.request_id in self._requests:  # else its blocks are gone
+                self._publish(seq)
+        self._unpublished.clear()
 
     def _publish(self, seq: Sequence) -> None:
         self.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)

@@ -57,6 +57,7 @@ class EngineProcess:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # frames, and adapters that finished reading
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter")
         self._next_heartbeat = 0.0
+        self._held: list[Any] = []
 
     def run(self) -> None:
         """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
@@ -66,7 +67,12 @@ class EngineProcess:
             if not self._drain_inbox(wait_s=0.0 if busy else HEARTBEAT_S / 2):
                 return
             if self._engine.has_work():
-                self._send(self._engine.step())
+                events = self._engine.step(self._send_held)
+                self._send_held()
+                if self._engine.is_asynchronous and self._engine.has_work():
+                    self._held = events  # sent while the next forward runs
+                else:
+                    self._send(events)
             if time.monotonic() >= self._next_heartbeat:
                 scheduler = self._engine.scheduler
                 self._send([Heartbeat(len(scheduler.running), len(scheduler.waiting))])
@@ -125,6 +131,10 @@ class EngineProcess:
             message = f"the adapter could not be loaded: {type(error).__name__}: {error}"
             reply = CallFailed(call_id, ErrorInfo(message, 500, "server_error", None, "adapter_load_failed"))
         self._send([reply])
+
+    def _send_held(self) -> None:
+        held, self._held = self._held, []
+        self._send(held)
 
     def _send(self, messages: list[Any]) -> None:
         if messages:
