@@ -1,0 +1,84 @@
+"""The Triton kernel of residual addition and RMS norm: one program a row. Semantics and launch: add_norm.py.
+
+A row of one block stays in registers between the addition and the norm. A longer row is summed block by block and read
+a second time to be normed; nothing that the program wrote is read back, so no barrier is needed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _total(
+    residual, h, post_weight, columns, mask, post_scale,
+    HAS_H: tl.constexpr, HAS_POST: tl.constexpr,
+):  # fmt: skip
+    """residual + h of some columns in fp32, rounded as the residual is stored."""
+    x = tl.load(residual + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_H:
+        added = tl.load(h + columns, mask=mask, other=0.0).to(tl.float32)
+        if HAS_POST:
+            added = added * post_scale * tl.load(post_weight + columns, mask=mask, other=0.0).to(tl.float32)
+        x = (x + added).to(residual.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def add_rms_norm_kernel(
+    out, residual, h, rows, sums, weight, post_weight, hidden, eps,
+    out_stride, residual_stride, h_stride, sums_stride,
+    HAS_H: tl.constexpr, HAS_POST: tl.constexpr, GATHER: tl.constexpr, HAS_SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows of out,)."""
+    out_row = tl.program_id(0).to(tl.int64)
+    row = out_row
+    limit = hidden  # columns that are read
+    if GATHER:
+        row = tl.load(rows + out_row)
+        limit = tl.where(row >= 0, hidden, 0)
+        row = tl.maximum(row, 0)
+    residual += row * residual_stride
+    h += row * h_stride
+    out += out_row * out_stride
+    sums += out_row * sums_stride
+    columns = tl.arange(0, BLOCK)
+
+    post_scale = 1.0
+    if HAS_POST:
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        for block in range(NUM_BLOCKS):
+            c = block * BLOCK + columns
+            value = tl.load(h + c, mask=c < limit, other=0.0).to(tl.float32)
+            squares += value * value
+        post_scale = tl.rsqrt(tl.sum(squares, axis=0) / hidden + eps)
+
+    if NUM_BLOCKS == 1:
+        mask = columns < hidden
+        x = _total(residual, h, post_weight, columns, columns < limit, post_scale, HAS_H, HAS_POST)
+        if HAS_H and not GATHER:
+            tl.store(residual + columns, x.to(residual.dtype.element_ty), mask=mask)
+        if HAS_SUMS:
+            tl.store(sums + columns, x.to(sums.dtype.element_ty), mask=mask)
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
+        y = x * scale * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + columns, y.to(out.dtype.element_ty), mask=mask)
+    else:
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        for block in range(NUM_BLOCKS):
+            c = block * BLOCK + columns
+            x = _total(residual, h, post_weight, c, c < limit, post_scale, HAS_H, HAS_POST)
+            squares += x * x
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / hidden + eps)
+        for block in range(NUM_BLOCKS):
+            c = block * BLOCK + columns
+            mask = c < hidden
+            x = _total(residual, h, post_weight, c, c < limit, post_scale, HAS_H, HAS_POST)
+            if HAS_H and not GATHER:
+                tl.store(residual + c, x.to(residual.dtype.element_ty), mask=mask)
+            if HAS_SUMS:
+                tl.store(sums + c, x.to(sums.dtype.element_ty), mask=mask)
+            y = x * scale * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out + c, y.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,104 @@
+"""Compiles the forward pass's kernels for Hopper (sm_90), which needs no GPU, and looks at what came out.
+
+The interpreter accepts programs that the compiler refuses. Each line says registers, spilled bytes, shared memory and
+the widest global loads; a kernel that spills, or a fast case that lost its 16-byte loads or its matrix instructions,
+fails. Run by test_forward_kernels.py as a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from specserve.kernels import add_norm_triton, gated_activation_triton, rope_kv_triton
+
+
+def compile_kernel(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], floats: tuple[str, ...] = (), **options: int
+) -> dict[str, int]:
+    """Figures of the PTX and of the binary. Pointers and the other integers are multiples of 16, as at a launch."""
+    names = kernel.arg_names
+    types = dict.fromkeys(constants, "constexpr") | pointers | dict.fromkeys(floats, "fp32")
+    signature = {name: types.get(name, "i32") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {
+        (idx,): [["tt.divisibility", 16]]
+        for idx, name in enumerate(names)
+        if name not in constants and name not in floats
+    }
+    source = ASTSource(kernel, signature, values, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert registers and spills, log
+    vectors = re.findall(r"ld\.global[\w.:]*\.v(\d)\.b(\d+)", ptx)
+    copies = re.findall(r"cp\.async\.c[ag][\w.:]* *\[[^]]*\], *\[[^]]*\], *(0x\w+|\d+)", ptx)
+    return {
+        "registers": int(registers[1]),
+        "spilled": sum(map(int, spills)),
+        "shared": compiled.metadata.shared,
+        "load_bytes": max([int(n) * int(bits) // 8 for n, bits in vectors], default=4),
+        "copy_bytes": max([int(size, 0) for size in copies], default=0),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+    }
+
+
+def report(name: str, figures: dict[str, int]) -> None:
+    print(f"{name:44}", "  ".join(f"{key} {value}" for key, value in figures.items()))
+    assert figures["spilled"] == 0, f"{name} spills {figures['spilled']} bytes of registers"
+
+
+def compile_elementwise(dtype: str) -> None:
+    pointer = f"*{dtype}"
+    for residual in {pointer, "*fp32"}:
+        for gather in (False, True):
+            pointers = {"out": pointer, "residual": residual, "h": pointer, "rows": "*i64", "sums": residual}
+            pointers |= {"weight": "*fp32", "post_weight": "*fp32"}
+            flags = {"HAS_H": True, "HAS_POST": gather, "GATHER": gather, "HAS_SUMS": gather}
+            for block, warps, num_blocks in ((1024, 4, 1), (4096, 16, 1), (16384, 16, 2)):
+                sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks}
+                figures = compile_kernel(
+                    add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps
+                )
+                report(f"add_rms_norm {dtype} {residual} {'rows' if gather else ''} {block} x {num_blocks}", figures)
+                assert figures["load_bytes"] == 16
+    names = ("qkv", "k_cache", "v_cache")
+    pointers = dict.fromkeys(names, pointer) | dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")
+    pointers["slot_mapping"] = "*i64"
+    for num_heads, num_kv_heads, head_dim, has_norm in ((9, 3, 64, False), (32, 8, 128, True), (4, 1, 256, True)):
+        constants = {
+            "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "HAS_NORM": has_norm,
+            "BLOCK_HEADS": 2048 // head_dim, "BLOCK_HALF": head_dim // 2,
+        }  # fmt: skip
+        figures = compile_kernel(rope_kv_triton.rope_store_kernel, pointers, constants, ("eps",), num_warps=4)
+        report(f"rope_store {dtype} {num_heads}/{num_kv_heads}/{head_dim}", figures)
+        assert figures["load_bytes"] == 16
+    for gelu in (False, True):
+        figures = compile_kernel(
+            gated_activation_triton.gated_activation_kernel,
+            {"out": pointer, "gate_up": pointer},
+            {"GELU": gelu, "BLOCK": 1024},
+            num_warps=4,
+        )
+        report(f"gated_activation {dtype} {'gelu' if gelu else 'silu'}", figures)
+        assert figures["load_bytes"] == 16
+
+
+if __name__ == "__main__":
+    for element in ("bf16", "fp32"):
+        compile_elementwise(element)
