@@ -62,7 +62,6 @@ def make_engine(model_dir: Path, *, batch: int, max_len: int) -> Engine:
         max_num_seqs=batch,
         max_model_len=min(max_len, ModelConfig.from_dir(model_dir).max_position_embeddings),
         max_waiting=100_000,
-        kv_cache_gib=1.0,
         num_threads=torch.get_num_threads(),
         max_draft_tokens=32,
     )
