@@ -2,7 +2,8 @@
 
 At each position the guess that is most likely right is proposed, and every source goes on from it: one may continue
 where another stopped. Drafting ends where the chance that all of it is right falls below what the caller asks for. A
-source that raises is dropped for the sequence, which goes on without it; output never depends on any of this.
+source that raises is dropped for the sequence, which goes on without it; output never depends on any of this. Under a
+grammar a guess that it forbids is passed over for the next best: it could not be right.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 from collections.abc import Sequence
 
 from .acceptance import Acceptance, SharedAcceptance
+from .grammar_source import Constraint
 from .protocol import DraftSource, Guess
 
 logger = logging.getLogger(__name__)
@@ -19,8 +21,14 @@ logger = logging.getLogger(__name__)
 class DraftChooser:
     """All sources of one sequence, and the draft that is being made."""
 
-    def __init__(self, sources: Sequence[DraftSource], shared: SharedAcceptance | None = None):
+    def __init__(
+        self,
+        sources: Sequence[DraftSource],
+        shared: SharedAcceptance | None = None,
+        constraint: Constraint | None = None,
+    ):
         self.sources = list(sources)
+        self._constraint = constraint
         self._shared = shared or SharedAcceptance()
         self._acceptance = Acceptance(self._shared)
         self.guesses: list[list[tuple[DraftSource, Guess]]] = []  # by position, also those not chosen
@@ -36,6 +44,8 @@ class DraftChooser:
     def begin(self, tokens: Sequence[int]) -> None:
         """Start a draft that continues `tokens`."""
         self.tokens, self.chosen, self.guesses, self._best, self.survival = [], [], [], [], 1.0
+        if self._constraint is not None:
+            self._constraint.rewind()
         for source in tuple(self.sources):
             try:
                 source.begin(tokens)
@@ -45,7 +55,7 @@ class DraftChooser:
     def extend(self, least_survival: float) -> bool:
         """Propose one more token if all would survive with that chance; False when the draft ends here."""
         guesses: list[tuple[DraftSource, Guess]] = []
-        best_rate, best = -1.0, None
+        rates: list[float] = []
         for source in tuple(self.sources):
             try:
                 guess = source.peek()
@@ -54,9 +64,8 @@ class DraftChooser:
                 continue
             if guess is not None:
                 guesses.append((source, guess))
-                rate = self._acceptance.rate(source, guess)
-                if rate > best_rate:
-                    best_rate, best = rate, (source, guess)
+                rates.append(self._acceptance.rate(source, guess))
+        best_rate, best = self._take_best(guesses, rates)
         self.guesses.append(guesses)
         self._best.append(best[1].token if best is not None else None)
         if best is None or self.survival * best_rate < least_survival:
@@ -70,7 +79,20 @@ class DraftChooser:
                 source.follow(token)
             except Exception:
                 self.drop(source)
+        if self._constraint is not None:
+            self._constraint.advance((token,))
         return True
+
+    def _take_best(
+        self, guesses: list[tuple[DraftSource, Guess]], rates: list[float]
+    ) -> tuple[float, tuple[DraftSource, Guess] | None]:
+        """The most credible guess that is allowed, the earlier source's of equal ones; forbidden ones are taken out."""
+        while guesses:
+            idx = max(range(len(rates)), key=rates.__getitem__)
+            if self._constraint is None or self._constraint.allows(guesses[idx][1].token):
+                return rates[idx], guesses[idx]
+            del guesses[idx], rates[idx]
+        return -1.0, None
 
     def next_rate(self) -> float:
         """How often the best guess of the next position is right, before any source was asked for it."""

@@ -28,6 +28,9 @@ from .drafters.chooser import DraftChooser
 from .drafters.head_native import NativeHeadRunner
 from .drafters.head_source import HeadRunner, HeadSource
 from .errors import ErrorInfo, OverloadedError, UserError
+from .grammar import CompiledGrammar
+from .grammar_compiler import GrammarCompiler
+from .grammar_masks import MaskMaker
 from .kv_cache import KVCache
 from .lookahead import BaseIdentity
 from .lora import LoraAdapter, read_adapter
@@ -46,7 +49,8 @@ from .model.native_decoder import NativeDecoder, one_torch_thread
 from .model_runner import ModelRunner, StepOutput
 from .native_choice import choose_native
 from .proposer import Proposer
-from .sampler import RowGroup, Sampler, token_logprobs
+from .row_group import RowGroup
+from .sampler import Sampler, token_logprobs
 from .scheduler import ScheduledSequence, Scheduler
 from .sequence import Sequence
 from .special_tokens import eos_token_ids, load_backend_tokenizer
@@ -114,7 +118,9 @@ class Engine:
             max_prefill_rows=config.max_prefill_rows,
         )
         self.runner = ModelRunner(self.decoder, kv, config.block_size)
-        self.sampler = Sampler(sorted(self.eos_token_ids))
+        self.grammars = GrammarCompiler(self.tokenizer, model.vocab_size, sorted(self.eos_token_ids))
+        self.masks = MaskMaker(self.grammars.mask_words)
+        self.sampler = Sampler(sorted(self.eos_token_ids), self.masks)
         self.registry = AdapterRegistry(config.max_adapters)
         self.info = EngineInfo(
             model=str(model_dir),
@@ -143,11 +149,14 @@ class Engine:
 
     # -- requests
 
-    def add_request(self, request: GenerateRequest) -> None:
-        """Queue a sequence. Raises `UserError` when it can never run or there is no room to wait."""
+    def add_request(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
+        """Queue a sequence. Raises `UserError` when it can never run or there is no room to wait.
+
+        `grammar` is what `request.grammar` was compiled to, where that was done before; else it is done now.
+        """
         check_request(request, self.info)
-        if request.grammar is not None:
-            raise UserError("structured output is not served yet; leave the grammar out", code="unsupported")
+        if request.grammar is not None and grammar is None:
+            grammar = self.grammars.compile(request.grammar)
         if request.request_id in self._requests:
             raise UserError(f"request id {request.request_id!r} is already running")
         if len(self.scheduler.waiting) >= self.config.max_waiting + self.config.max_num_seqs:
@@ -155,8 +164,9 @@ class Engine:
         if request.adapter_hash is not None:
             self.registry.acquire(request.adapter_hash)
         self._num_added += 1
-        seq = Sequence(self._num_added, request)
         sampling = request.sampling
+        place = grammar.start(sampling.ignore_eos) if request.grammar is not None and grammar is not None else None
+        seq = Sequence(self._num_added, request, place)
         detokenizer = Detokenizer(
             self.tokenizer,
             request.prompt_token_ids,
@@ -165,7 +175,7 @@ class Engine:
             sampling.skip_special_tokens,
         )
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
-        chooser = self.proposer.chooser_for(request)
+        chooser = self.proposer.chooser_for(request, place)
         self._requests[request.request_id] = _Request(seq, detokenizer, chooser, prompt_logprobs)
         self.scheduler.add(seq)
 
@@ -178,6 +188,7 @@ class Engine:
     def close(self) -> None:
         """Save what was learned; call it once, when no step will follow."""
         self.proposer.close()
+        self.grammars.close()
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -288,6 +299,8 @@ class Engine:
             if group is None:
                 seq.num_computed += item.num_rows
                 self._publish_later(seq)
+            elif group.failure == "grammar":
+                self._fail_at_dead_end(seq, events)
             elif not tokens:
                 self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
             else:
@@ -342,7 +355,7 @@ class Engine:
         for token in tokens:
             seq.append(token)
             committed.append(token)
-            if token in self.eos_token_ids and not sampling.ignore_eos:
+            if token in self.eos_token_ids and (seq.grammar is not None or not sampling.ignore_eos):
                 return text + state.detokenizer.flush(), "stop", None, committed
             if token in sampling.stop_token_ids:
                 return text + state.detokenizer.flush(), "stop", token, committed
@@ -350,6 +363,8 @@ class Engine:
             text += new
             if stop is not None:
                 return text, "stop", stop, committed
+            if seq.grammar is not None and seq.grammar.accept(token) and seq.grammar.is_terminated:
+                return text + state.detokenizer.flush(), "stop", None, committed
             if seq.output_len >= sampling.max_tokens:
                 return text + state.detokenizer.flush(), "length", None, committed
         return text, None, None, committed
@@ -399,6 +414,12 @@ class Engine:
         self._remove(self._requests[seq.request_id])
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
 
+    def _fail_at_dead_end(self, seq: Sequence, events: list[Event]) -> None:
+        reason = seq.grammar.error if seq.grammar is not None else ""
+        message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
+        self._remove(self._requests[seq.request_id])
+        events.append(RequestFailed(seq.request_id, ErrorInfo(message, code="grammar_dead_end")))
+
     def _timed_step(self, num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float:
         """Seconds of a forward over scratch state, rows split evenly over sequences of `context_len` keys; warms up."""
         num_seqs = min(num_seqs, self.blocks.num_blocks)
@@ -446,5 +467,10 @@ class Engine:
             drafts_by_adapter=self.proposer.drafts_by_adapter(),
             drafted_by_source=dict(counters.drafted_by_source),
             accepted_by_source=dict(counters.accepted_by_source),
+            num_grammars_compiled=self.grammars.num_compiled,
+            num_grammar_cache_hits=self.grammars.num_cache_hits,
+            num_cached_grammars=self.grammars.num_cached,
+            grammar_compile_seconds=self.grammars.compile_s,
+            grammar_mask_seconds=self.masks.seconds,
             integrity_error=error,
         )

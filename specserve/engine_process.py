@@ -1,9 +1,9 @@
 """The process that the engine lives in: `python -m specserve.engine_process --fd N`.
 
-Reads frames on a thread of its own, runs steps on the main thread, and reads adapters on a third one, so that neither a
-client nor a slow disk holds up decoding. First frame in: the `EngineConfig`, whose `model` is a local directory. First
-frame out: `EngineInfo`, or `CallFailed(-1)` when the model cannot be served. When the server goes away (end of stream),
-so does this process, at once: nothing is orphaned.
+Reads frames on a thread of its own, runs steps on the main thread, reads adapters and compiles grammars on others, so
+that neither a client nor a slow disk nor a large schema holds up decoding. First frame in: the `EngineConfig`, whose
+`model` is a local directory. First frame out: `EngineInfo`, or `CallFailed(-1)` when the model cannot be served. When
+the server goes away (end of stream), so does this process, at once: nothing is orphaned.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ import msgspec
 
 from .config import EngineConfig
 from .engine import Engine
-from .errors import ErrorInfo, UserError
+from .errors import ErrorInfo, OverloadedError, UserError
 from .frames import encode_frame, read_frame, to_engine_decoder, write_frame
+from .grammar import CompiledGrammar
+from .grammar_compiler import COMPILE_TIMEOUT_S, GrammarError
 from .lora import LoraAdapter
 from .messages import (
     Abort,
@@ -35,6 +38,7 @@ from .messages import (
     CallFailed,
     GenerateRequest,
     GetStats,
+    GrammarSpec,
     Heartbeat,
     LoadAdapter,
     RequestFailed,
@@ -46,6 +50,13 @@ from .messages import (
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+MAX_COMPILING = 1024  # requests
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    request_id: str
+    future: Future[CompiledGrammar]
 
 
 class EngineProcess:
@@ -58,11 +69,13 @@ class EngineProcess:
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter")
         self._next_heartbeat = 0.0
         self._held: list[Any] = []
+        self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
 
     def run(self) -> None:
         """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
         threading.Thread(target=self._read_frames, daemon=True).start()
         while True:
+            self._give_up_compiling()
             busy = self._engine.has_work()
             if not self._drain_inbox(wait_s=0.0 if busy else HEARTBEAT_S / 2):
                 return
@@ -101,11 +114,12 @@ class EngineProcess:
     def _handle(self, message: Any) -> None:
         engine = self._engine
         if isinstance(message, GenerateRequest):
-            try:
-                engine.add_request(message)
-            except UserError as error:
-                self._send([RequestFailed(message.request_id, error.info())])
+            if message.grammar is None:
+                self._add(message)
+            else:
+                self._compile(message, message.grammar)
         elif isinstance(message, Abort):
+            self._compiling.pop(message.request_id, None)
             engine.abort(message.request_id)
         elif isinstance(message, LoadAdapter):
             future = self._readers.submit(engine.read_adapter, message.name, message.path)
@@ -115,8 +129,50 @@ class EngineProcess:
             self._send([CallDone(message.call_id)])
         elif isinstance(message, GetStats):
             self._send([Stats(message.call_id, engine.stats())])
+        elif isinstance(message, _Compiled):
+            self._compiled(message)
         else:
             self._register(*message)
+
+    def _add(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
+        try:
+            self._engine.add_request(request, grammar)
+        except UserError as error:
+            self._send([RequestFailed(request.request_id, error.info())])
+
+    def _compile(self, request: GenerateRequest, spec: GrammarSpec) -> None:
+        if len(self._compiling) >= MAX_COMPILING:
+            error = OverloadedError(f"{len(self._compiling)} requests wait for their grammars; retry shortly")
+            self._send([RequestFailed(request.request_id, error.info())])
+            return
+        self._compiling[request.request_id] = request, time.monotonic() + COMPILE_TIMEOUT_S
+        future = self._engine.grammars.submit(spec)
+        if future.done():
+            self._compiled(_Compiled(request.request_id, future))
+        else:
+            future.add_done_callback(lambda done: self._inbox.put(_Compiled(request.request_id, done)))
+
+    def _compiled(self, message: _Compiled) -> None:
+        request, _ = self._compiling.pop(message.request_id, (None, 0.0))
+        if request is None:  # aborted, or given up
+            return
+        try:
+            grammar = message.future.result()
+        except UserError as error:
+            self._send([RequestFailed(request.request_id, error.info())])
+        except Exception as error:
+            logger.exception("compiling a grammar failed")
+            info = ErrorInfo(f"the grammar could not be compiled: {type(error).__name__}: {error}", 500, "server_error")
+            self._send([RequestFailed(request.request_id, info)])
+        else:
+            self._add(request, grammar)
+
+    def _give_up_compiling(self) -> None:
+        now = time.monotonic()
+        for request_id in [key for key, (_, deadline) in self._compiling.items() if deadline < now]:
+            del self._compiling[request_id]
+            error = GrammarError(f"the grammar took longer than {COMPILE_TIMEOUT_S:g} s to compile; that is the limit")
+            self._send([RequestFailed(request_id, error.info())])
 
     def _read_done(self, call_id: int, done: Future[LoraAdapter]) -> None:
         self._inbox.put((call_id, done))

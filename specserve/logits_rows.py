@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .sampler import RowGroup
+from .row_group import RowGroup
 from .scheduler import ScheduledSequence
 
 

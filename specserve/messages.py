@@ -226,6 +226,11 @@ class EngineStats(msgspec.Struct, frozen=True):
     drafts_by_adapter: list[AdapterDrafts] = []
     drafted_by_source: dict[str, int] = {}
     accepted_by_source: dict[str, int] = {}
+    num_grammars_compiled: int = 0
+    num_grammar_cache_hits: int = 0
+    num_cached_grammars: int = 0
+    grammar_compile_seconds: float = 0.0
+    grammar_mask_seconds: float = 0.0  # masks and checks of sampled tokens
     integrity_error: str | None = None
 
 

@@ -70,7 +70,7 @@ class Metrics:
         if stats is not None:
             for name in stats.__struct_fields__:
                 value = getattr(stats, name)
-                if isinstance(value, int):
+                if isinstance(value, int | float):
                     self._gauge(f"engine_{name}", f"{name.replace('_', ' ')} of the engine").set(value)
             self._gauge("engine_integrity_ok", "1 while block accounting is consistent").set(not stats.integrity_error)
             used = 1 - stats.num_free_kv_blocks / stats.num_kv_blocks

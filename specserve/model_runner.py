@@ -17,7 +17,7 @@ from .logits_rows import LogitsRows
 from .lora import LoraAdapter
 from .model.decoder import Decoder
 from .model.native_decoder import NativeDecoder
-from .sampler import RowGroup
+from .row_group import RowGroup
 from .scheduler import ScheduledSequence
 
 

@@ -16,12 +16,14 @@ from .draft_growth import DraftGrowth, GrowingDraft, StepPlan
 from .draft_switch import DraftSwitch
 from .drafters.acceptance import SharedAcceptance
 from .drafters.chooser import DraftChooser
+from .drafters.grammar_source import GrammarSource
 from .drafters.head_native import NativeHeadRunner
 from .drafters.head_source import HeadRunner, HeadSource
 from .drafters.history_source import HistorySource
 from .drafters.ngram import NgramSource
 from .drafters.prediction import PredictionSource
 from .drafters.protocol import DraftSource
+from .grammar import Grammar
 from .lora import LoraAdapter
 from .messages import AdapterDrafts, GenerateRequest
 from .scheduler import ScheduledSequence, Scheduler
@@ -68,7 +70,7 @@ class Proposer:
         self.growth = DraftGrowth(cost_model, heads)
         self.num_undrafted_steps = 0
         self._counts: dict[str | None, _Counts] = {}  # by adapter hash
-        self._switches: dict[tuple[str | None, str, bool], DraftSwitch] = {}
+        self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._draft_s = MeanSeconds()  # all of drafting, one sequence
         self._plan: StepPlan | None = None  # of the step that runs
         self._drafts: dict[int, GrowingDraft] = {}  # id of a scheduled sequence -> its draft in that step
@@ -90,11 +92,13 @@ class Proposer:
         if self._served is not None:
             self._served.close()
 
-    def chooser_for(self, request: GenerateRequest) -> DraftChooser:
+    def chooser_for(self, request: GenerateRequest, grammar: Grammar | None = None) -> DraftChooser:
         sources = self.drafters_for(request) if self._max_drafts(request) else []
+        if grammar is not None and sources and request.speculation.mode != "ngram":
+            sources.insert(0, GrammarSource(grammar))
         adapter = self._adapters.get(request.adapter_hash or "")
         ahead = adapter.lookahead if adapter is not None else None
-        return DraftChooser(sources, ahead.acceptance if ahead is not None else self._base_acceptance)
+        return DraftChooser(sources, ahead.acceptance if ahead is not None else self._base_acceptance, grammar)
 
     def drafters_for(self, request: GenerateRequest) -> list[DraftSource]:
         sources: list[DraftSource] = [NgramSource()]
@@ -150,6 +154,9 @@ class Proposer:
         self._drafts = {id(draft.item): draft for draft in drafts}
         for draft in drafts:
             tokens = draft.chooser.tokens[: draft.num_admitted]
+            if (grammar := draft.item.seq.grammar) is not None:
+                grammar.rewind()
+                tokens = tokens[: grammar.num_allowed(tokens)]  # a row that cannot be kept is not worth its time
             if not tokens or not all(0 <= token < self._vocab_size for token in tokens):
                 continue
             num_drafts = scheduler.reserve_drafts(draft.item, len(tokens))
@@ -220,7 +227,8 @@ class Proposer:
         ]
 
     def _switch(self, request: GenerateRequest) -> DraftSwitch:
-        key = (request.adapter_hash, request.speculation.mode, bool(request.prediction_token_ids))
+        mode, has_grammar = request.speculation.mode, request.grammar is not None
+        key = (request.adapter_hash, mode, bool(request.prediction_token_ids), has_grammar)
         return self._switches.setdefault(key, DraftSwitch())
 
     def _max_drafts(self, request: GenerateRequest) -> int:

@@ -5,7 +5,8 @@ accepted (penalties, minimum length), so a kept row is sampled from the same dis
 random number is a hash of (seed, sample index, position), not the next draw of a stream, so it is the same number
 either way.
 
-Order of processing, as in vLLM: penalties, logit bias, forbidden stop tokens, temperature, top-k, top-p, min-p.
+Order of processing, as in vLLM: penalties, logit bias, forbidden stop tokens, the grammar's mask, temperature, top-k,
+top-p, min-p.
 Sampling inverts the cumulative distribution in vocabulary order, in float64.
 """
 
@@ -14,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from .grammar_masks import MaskMaker, allowed_tokens
 from .messages import SamplingParams, TokenLogprobs
+from .row_group import RowGroup
 from .sequence import Sequence
 
 TOP_P_CANDIDATES = 1024  # a full sort of the vocabulary is the exception: most top-p sets are smaller than this
@@ -28,23 +31,6 @@ def uniform(seed: int, sample_idx: int, position: int) -> float:
     """The random number in [0, 1) of one position of one sample; a pure function, equal on every platform."""
     digest = hashlib.blake2b(struct.pack("<QQQ", seed & (2**64 - 1), sample_idx, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
-@dataclass(slots=True)
-class RowGroup:
-    """The logit rows of one sequence in this step: rows first_row .. first_row + len(drafts)."""
-
-    seq: Sequence
-    first_row: int
-    drafts: list[int] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.drafts) + 1
-
-
-def is_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0.0
 
 
 def edits_logits(seq: Sequence) -> bool:
@@ -76,31 +62,34 @@ def best_of_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Sampler:
     """Samples the target's token for every row of every group."""
 
-    def __init__(self, eos_token_ids: Seq[int]):
+    def __init__(self, eos_token_ids: Seq[int], masks: MaskMaker | None = None):
         self._eos_token_ids = tuple(eos_token_ids)
+        self._masks = masks or MaskMaker(0)
 
     def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
         """Tokens of each group's rows, given its drafts.
 
         `logits` is [L, V] float32 on any device and is not modified. A group with a NaN in a row it needs gets an
-        empty list: its logits are not a distribution and nothing may be made of them.
+        empty list: its logits are not a distribution and nothing may be made of them. Under a grammar the list ends
+        early where nothing may come or a draft was wrong; an empty list's reason is the group's `failure`.
         """
         best_values, best = best_of_rows(logits)  # [L], [L]; NaN propagates into the maximum
         tokens = best.clone()
         hot_rows: list[int] = []
         hot_logits: list[torch.Tensor] = []
         hot_params: list[tuple[SamplingParams, float]] = []
+        is_dead = torch.zeros_like(best_values, dtype=torch.bool)  # [L] nothing may be sampled there
         for group in groups:
             params = group.seq.sampling
             edited = edits_logits(group.seq)
-            if is_greedy(params) and not edited:
+            if group.is_greedy and not edited:
                 continue
             for idx in range(group.num_rows):
                 row = group.first_row + idx
                 row_logits = logits[row]
                 if edited:
                     row_logits = self._edit(row_logits.clone(), group, idx)
-                if is_greedy(params):
+                if group.is_greedy:
                     tokens[row] = row_logits.argmax()
                 else:
                     position = len(group.seq.tokens) + idx
@@ -108,14 +97,48 @@ class Sampler:
                     hot_logits.append(row_logits)
                     hot_params.append((params, uniform(params.seed, group.seq.request.sample_idx, position)))
         if hot_rows:
-            tokens[hot_rows] = sample_rows(torch.stack(hot_logits), hot_params)
+            stacked = torch.stack(hot_logits)  # [M, V]
+            if (masks := self._masks.masks(groups)) is not None:
+                place = {row: idx for idx, row in enumerate(hot_rows)}
+                masked = torch.tensor([place[row] for row in masks.rows], device=logits.device)
+                allowed = allowed_tokens(masks.bits, logits.shape[1], logits.device)  # [R, V]
+                rows = stacked[masked].masked_fill_(~allowed, -torch.inf)
+                is_dead[masks.rows] = rows.amax(dim=-1) == -torch.inf
+                stacked[masked] = rows
+            tokens[hot_rows] = sample_rows(stacked, hot_params)
         # sync: the step's one copy back; everything after it needs the tokens on the host.
-        flat, bad = torch.stack([tokens, best_values.isnan().long()]).tolist()
-        result = []
+        flat, bad, dead = torch.stack([tokens, best_values.isnan().long(), is_dead.long()]).tolist()
+        result: list[list[int]] = []
         for group in groups:
-            rows = slice(group.first_row, group.first_row + group.num_rows)
-            result.append([] if any(bad[rows]) else flat[rows])
+            own = slice(group.first_row, group.first_row + group.num_rows)
+            if any(bad[own]):
+                group.failure = "nan"
+                result.append([])
+                continue
+            sampled = flat[own]
+            if group.seq.grammar is not None:
+                sampled = self._constrain(logits, group, sampled, dead[own])
+            result.append(sampled)
         return result
+
+    def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: list[int]) -> list[int]:
+        """The tokens of a group under a grammar, up to the first row where there is none."""
+
+        def masked_best(idx: int, bits: np.ndarray) -> int | None:
+            row = logits[group.first_row + idx].clone()
+            if edits_logits(group.seq):
+                row = self._edit(row, group, idx)
+            row.masked_fill_(~allowed_tokens(bits, row.shape[0], row.device)[0], -torch.inf)
+            best = int(row.argmax())  # sync: only where the most likely token of all is forbidden
+            return None if row[best] == -torch.inf else best
+
+        if group.is_greedy:
+            sampled = self._masks.constrain_greedy(group, sampled, masked_best)
+        elif any(dead):
+            sampled = sampled[: dead.index(1)]
+        if not sampled:
+            group.failure = "grammar"
+        return sampled
 
     def _edit(self, row: torch.Tensor, group: RowGroup, idx: int) -> torch.Tensor:
         """Apply penalties, bias and minimum length to one row [V], in place."""
@@ -158,7 +181,9 @@ def sample_rows(logits: torch.Tensor, params: Seq[tuple[SamplingParams, float]])
     cumulative = probs.cumsum(dim=-1)
     drawn = torch.tensor([[u] for _, u in params], dtype=torch.float64, device=device)
     picked = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)  # [M, 1]
-    return picked.clamp_(max=logits.shape[1] - 1).squeeze(1)
+    # u * total may round to total: then the last token that has a probability, which a grammar allows too.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())  # [M, 1]
+    return torch.minimum(picked, last).clamp_(max=logits.shape[1] - 1).squeeze(1)
 
 
 def _keep_top_p(row: torch.Tensor, top_p: float) -> None:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from .block_manager import root_key
 from .messages import GenerateRequest, SamplingParams, Usage
+
+if TYPE_CHECKING:
+    from .grammar import Grammar
 
 
 class Status(enum.Enum):
@@ -22,7 +26,7 @@ class Status(enum.Enum):
 class Sequence:
     """State of one `GenerateRequest`; `seq_id` orders arrivals."""
 
-    def __init__(self, seq_id: int, request: GenerateRequest):
+    def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
         self.seq_id = seq_id
         self.request = request
         self.request_id = request.request_id
@@ -38,6 +42,7 @@ class Sequence:
         self.table_life = object()  # a table only grows within a life
         self.block_keys: list[bytes] = []
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
+        self.grammar = grammar  # its place in what it must keep to
         self.num_forwards = 0
         self.drafted_by_source: Counter[str] = Counter()
         self.accepted_by_source: Counter[str] = Counter()

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 
 def accepted_tokens(drafts: Sequence[int], sampled: Sequence[int]) -> list[int]:
-    """The tokens to commit: `sampled[i]` was drawn given drafts[:i]; len(sampled) == len(drafts) + 1."""
-    num_accepted = 0
-    while num_accepted < len(drafts) and sampled[num_accepted] == drafts[num_accepted]:
+    """The tokens to commit: `sampled[i]` was drawn given drafts[:i].
+
+    There are len(drafts) + 1 of them, or fewer where none could be drawn behind the last.
+    """
+    num_accepted, most = 0, min(len(drafts), len(sampled) - 1)
+    while num_accepted < most and sampled[num_accepted] == drafts[num_accepted]:
         num_accepted += 1
     return list(sampled[: num_accepted + 1])

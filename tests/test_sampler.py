@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 
 from specserve.messages import GenerateRequest, SamplingParams
-from specserve.sampler import RowGroup, Sampler, best_of_rows, token_logprobs, uniform
+from specserve.row_group import RowGroup
+from specserve.sampler import Sampler, best_of_rows, token_logprobs, uniform
 from specserve.sequence import Sequence
 from specserve.verifier import accepted_tokens
 

@@ -1,0 +1,137 @@
+"""One sequence's place in a grammar: what may come next, what must come next, and whether anything may.
+
+Owns the matcher of one sequence. Its place is the committed output plus, while drafts are made or verified, some tokens
+ahead; `rewind` goes back, and nothing but `accept` commits. Invariant: a matcher that fails on tokens that were only
+tried is made anew from the committed ones, so drafts can spoil nothing; one that fails on committed tokens allows
+nothing any more. llguidance never raises: `is_error` is asked after everything that may have failed, because a failed
+matcher's mask allows the end of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llguidance import LLMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """What all sequences of one grammar share; `prototype` is never advanced. Masks have `mask_words` int32 words."""
+
+    prototype: LLMatcher
+    vocab_size: int  # ids that the matcher knows; it must never see another
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def mask_words(self) -> int:
+        return (self.vocab_size + 31) // 32
+
+    def start(self, ignore_eos: bool = False) -> Grammar:
+        """A sequence's place before its first token; with `ignore_eos` it ends only where nothing else may come."""
+        return Grammar(self, ignore_eos)
+
+
+class Grammar:
+    """The place of one sequence. Token ids may be any integers; those outside the vocabulary are not allowed."""
+
+    def __init__(self, compiled: CompiledGrammar, ignore_eos: bool = False):
+        self.compiled = compiled
+        self.error = ""  # why nothing is allowed any more, once that is so
+        self._matcher = compiled.prototype.deep_copy()
+        self._committed: list[int] = []
+        self._num_ahead = 0
+        self._never = frozenset(compiled.eos_token_ids) if ignore_eos else frozenset()
+
+    @property
+    def is_terminated(self) -> bool:
+        """Whether the committed output is complete and nothing can be added."""
+        self.rewind()
+        return not self.error and self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def accept(self, token: int) -> bool:
+        """Commit a token; False, and nothing is allowed from then on, when the grammar forbids it."""
+        self.rewind()
+        if self.error:
+            return False
+        if not (self._is_known(token) and self._matcher.try_consume_tokens([token]) == 1):
+            self._fail(f"token {token} is not allowed here")
+            return False
+        self._committed.append(token)
+        return True
+
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, in order, may come next."""
+        known = list(tokens)
+        for idx, token in enumerate(known):
+            if not self._is_known(token):
+                del known[idx:]
+                break
+        return self._matcher.validate_tokens(known) if known and not self.error else 0
+
+    def allows(self, token: int) -> bool:
+        return self.num_allowed((token,)) == 1
+
+    def advance(self, tokens: Sequence[int]) -> bool:
+        """Go ahead of the committed output; False, at the first token that is not allowed."""
+        if self.error or not all(map(self._is_known, tokens)):
+            return False
+        num = self._matcher.try_consume_tokens(list(tokens))
+        self._num_ahead += num
+        return num == len(tokens)
+
+    def rewind(self) -> None:
+        """Back to the committed output."""
+        if self._num_ahead or self._matcher.is_error():
+            if self._matcher.is_error() or not self._matcher.rollback(self._num_ahead):
+                self._start_again()
+            self._num_ahead = 0
+
+    def forced_tokens(self) -> list[int]:
+        """Tokens of the text that must come next, as the tokenizer would write it; the model may write it otherwise."""
+        return [] if self.error else self._matcher.compute_ff_tokens()
+
+    def fill_mask(self, row: np.ndarray) -> bool:
+        """Write what may come next, a bit a token, into row [mask_words] int32; False, and zeros, if nothing may."""
+        if not self.error:
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self.error or self._matcher.is_error():
+            row[:] = 0
+            return False
+        self._hide_eos(row[np.newaxis])
+        return bool(row.any())
+
+    def fill_masks(self, drafts: Sequence[int], rows: np.ndarray) -> None:
+        """Masks behind the committed output and each of `drafts` into rows [len(drafts) + 1, mask_words].
+
+        Rows behind the first draft that is not allowed are zeros: nothing may be sampled there.
+        """
+        self.rewind()
+        rows[:] = 0
+        for idx, row in enumerate(rows):
+            if not self.fill_mask(row) or idx == len(drafts) or not self.advance(drafts[idx : idx + 1]):
+                break
+        self.rewind()
+
+    def _hide_eos(self, rows: np.ndarray) -> None:
+        """Take the end of text out of rows that allow anything else."""
+        if not self._never:
+            return
+        kept = rows.copy()
+        for token in self._never:
+            kept[:, token // 32] &= np.int32(~np.uint32(1 << token % 32).view(np.int32))
+        other = kept.any(axis=1)
+        rows[other] = kept[other]
+
+    def _is_known(self, token: int) -> bool:
+        return 0 <= token < self.compiled.vocab_size and token not in self._never
+
+    def _start_again(self) -> None:
+        matcher = self.compiled.prototype.deep_copy()
+        if matcher.try_consume_tokens(self._committed) != len(self._committed) or matcher.is_error():
+            self._fail(matcher.get_error() or "the committed output is not allowed")
+        self._matcher = matcher
+
+    def _fail(self, reason: str) -> None:
+        self.error = reason.partition("\n")[0]

@@ -1,0 +1,26 @@
+"""The logit rows of one sequence in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .sequence import Sequence
+
+
+@dataclass(slots=True)
+class RowGroup:
+    """The logit rows of one sequence in this step: rows first_row .. first_row + len(drafts)."""
+
+    seq: Sequence
+    first_row: int
+    drafts: list[int] = field(default_factory=list)
+    failure: Literal["nan", "grammar"] | None = None  # why its first row gave no token; the sampler says
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.drafts) + 1
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.seq.sampling.temperature == 0.0
