@@ -8,12 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attention_cases
 import elementwise_cases
 import pytest
 import torch
+from attention_cases import CASES
 from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
+from specserve.kernels.ragged_attention import (
+    attention_scratch,
+    block_parameters,
+    choose_splits,
+    longest_range,
+    ragged_attention_,
+    split_len_for,
+)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton])]
@@ -47,8 +57,112 @@ def test_an_unknown_activation_is_refused():
         gated_activation(torch.zeros(1, 2), "relu")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_of_ragged_rows_in_any_number_of_splits(case, window, device):
+    scene = attention_cases.make_scene(CASES[case], (6, 2, 16), torch.float32, device)
+    attention_cases.check(scene, window, (1, 2, 4, 32), split_len=64 if case == "mixed" else None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads", [(2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_of_head_groups_and_dtypes(dtype, heads, device):
+    for tile_rows in (1, 8, 16):
+        for window in (None, 70):
+            scene = attention_cases.make_scene(CASES["mixed"], heads, dtype, device, tile_rows=tile_rows)
+            attention_cases.check(scene, window, (1, 4))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window):
+    attention_cases.check_same_row_alone(dtype, (32, 8, 128), window, "cuda")
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_cuda_attention_replays_in_a_graph_with_other_tables(num_splits):
+    """Other rows a sequence, contexts, blocks and split length, through the same buffers."""
+    heads = (9, 3, 64)
+    first = attention_cases.make_scene([(8, 300), (1, 40), (1, 500), (4, 20)], heads, torch.bfloat16, "cuda")
+    other = attention_cases.make_scene([(1, 700), (8, 60), (2, 2), (3, 90)], heads, torch.bfloat16, "cuda", seed=1)
+    num_slots = max(len(first.k_cache), len(other.k_cache))
+    width = max(first.block_tables.shape[1], other.block_tables.shape[1])
+    buffers = {
+        name: torch.zeros(shape, dtype=getattr(first, name).dtype, device="cuda")
+        for name, shape in {
+            "q": (20, *first.q.shape[1:]), "k_cache": (num_slots, *first.k_cache.shape[1:]),
+            "v_cache": (num_slots, *first.k_cache.shape[1:]), "positions": (20,), "tiles": (8, 3),
+            "block_tables": (4, width),
+        }.items()
+    }  # fmt: skip
+    split_len = torch.empty(1, dtype=torch.int32, device="cuda")
+    out = torch.empty(20, heads[0] * heads[2], dtype=torch.bfloat16, device="cuda")
+
+    def fill(scene):
+        buffers["tiles"].fill_(-1)
+        for name, buffer in buffers.items():
+            value = getattr(scene, name)
+            buffer[: len(value), ..., : value.shape[-1]] = value
+        split_len.fill_(split_len_for(scene.max_context, num_splits))
+        out.fill_(torch.nan)
+
+    def check(scene):
+        attention_cases.close(out[: len(scene.q)], scene.expected(None))
+
+    def launch():
+        ragged_attention_(
+            out, *buffers_in_order, split_len, scratch, block_size=16, scale=attention_cases.SCALE, window=None,
+            num_splits=num_splits, tile_rows=8,
+        )  # fmt: skip
+
+    names = ("q", "k_cache", "v_cache", "tiles", "positions", "block_tables")
+    buffers_in_order = [buffers[name] for name in names]
+    scratch = attention_scratch(num_splits, 20, heads[0], heads[2], "cuda")
+    fill(first)
+    launch()  # compiles outside the capture
+    check(first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for scene in (other, first):
+        fill(scene)
+        graph.replay()
+        check(scene)
+
+
+def test_splits_fill_the_device_and_no_more():
+    assert choose_splits(1, 8, 132) == 32 and choose_splits(8, 8, 132) == 8
+    assert choose_splits(64, 8, 132) == 1 and choose_splits(0, 8, 132) == 32
+    for tiles in range(1, 300, 7):
+        num_splits = choose_splits(tiles, 3, 132)
+        assert num_splits == 32 or 2 * 132 <= tiles * 3 * num_splits < 4 * 132 or num_splits == 1
+
+
+def test_split_lengths_hold_the_longest_range():
+    for num_splits in (1, 2, 32):
+        for max_keys in (1, 64, 256, 257, 4096, 32769):
+            length = split_len_for(max_keys, num_splits)
+            assert length % 64 == 0 and length >= 256 and length * num_splits >= max_keys
+    assert split_len_for(32768, 32) == 1024
+    assert longest_range(32768, None, 8) == 32768 and longest_range(100, 512, 8) == 100
+    assert longest_range(32768, 512, 8) == 512 + 7 + 127
+
+
+def test_tiles_that_are_too_large_are_refused():
+    with pytest.raises(ValueError, match="tile_rows=64 with 4 query heads"):
+        block_parameters(64, 4, 128, 2)
+    with pytest.raises(ValueError, match="heads of a multiple of 8 up to 256"):
+        block_parameters(8, 4, 264, 2)
+
+
 def test_kernels_import_without_triton():
-    modules = "add_norm, gated_activation, rope_kv".replace(" ", " specserve.kernels.")
+    modules = "add_norm, gated_activation, ragged_attention, rope_kv".replace(" ", " specserve.kernels.")
     code = f"import sys; sys.modules['triton'] = None; import specserve.kernels.{modules}"
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)

@@ -1,0 +1,242 @@
+"""Paged attention of ragged queries by tiles of rows: prefill chunks, decodes and verifications in one launch.
+
+Semantics, for row r of a tile (first, end, sequence) and its position p = positions[r], with window w:
+    out[r] = softmax(scale * q[r] K^T) V over the sequence's cached positions max(0, p - w + 1) .. p
+Rows of a tile are consecutive and in order of position. Long contexts are cut along their keys into splits, which
+`merge_splits_kernel` joins: split s of a tile has keys [lo + s * split_len, lo + (s + 1) * split_len), the last one all
+that are left; lo is 0, or the first row's window start aligned down. split_len is read on the device, so a captured
+graph follows growing contexts. Rows in no tile (padding) are not read, and their rows of out are left as they were.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .attention import attention_reference
+from .triton_choice import launches_triton
+
+MAX_BLOCK_M = 128  # rows of a tile times heads of a group, padded
+MAX_HEAD_DIM = 256
+MAX_SPLITS = 32
+SPLIT_UNIT = 64
+MIN_SPLIT_LEN = 256  # below, a split's start and its partial result cost more than its keys
+
+# Keys a block, by bytes of a padded head row: a block of K and V is 32 KiB from 128 bytes on. 4.8 TB/s at about 1 us of
+# latency want 36 KiB under way on each of 132 SMs. Loads hang on loads here (block table, then K), for which the
+# compiler divides the stages: 5 keep two blocks in flight below 64 rows, 72 KiB of shared memory, three programs an SM;
+# from 64 rows on the matrix instructions read shared memory, and 3 stages do the same. Sizes are as compiled for sm_90;
+# none of this has been timed. fp32 has no matrix instructions at full precision: it is for checks, so only small.
+BLOCK_N = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64, 512: 32, 1024: 16}
+
+
+def block_parameters(tile_rows: int, group: int, head_dim: int, itemsize: int) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, ALIGN, num_warps and num_stages of a launch."""
+    block_m = max(16, _power_of_two(tile_rows * group))
+    block_d = max(16, _power_of_two(head_dim))
+    if block_m > MAX_BLOCK_M or head_dim > MAX_HEAD_DIM or head_dim % 8:
+        raise ValueError(
+            f"tile_rows={tile_rows} with {group} query heads a KV head of {head_dim}: at most {MAX_BLOCK_M} rows and "
+            f"heads together, and heads of a multiple of 8 up to {MAX_HEAD_DIM}; take smaller tiles"
+        )
+    is_half = itemsize == 2
+    block_n = BLOCK_N[block_d * itemsize] if is_half else min(32, BLOCK_N[block_d * itemsize])
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        # Blocks start at multiples of their own size, so that a row meets the same blocks in whichever tile it stands.
+        "ALIGN": max(SPLIT_UNIT, block_n),
+        # 4 warps are the one warp group that a matrix instruction of 64 rows needs; 128 rows are two of them.
+        "num_warps": 8 if block_m == 128 or (block_m == 64 and not is_half) else 4,
+        "num_stages": 2 if not is_half else 5 if block_m < 64 else 3,
+    }
+
+
+def choose_splits(num_tiles_capacity: int, num_kv_heads: int, num_sms: int) -> int:
+    """Splits (a power of two, 1 to 32) that give each of `num_sms` two programs when the tiles alone do not.
+
+    Two keep the memory busy (BLOCK_N); more would only add partial results. For one context much longer than the
+    others, take more.
+    """
+    wanted = 2 * num_sms / max(1, num_tiles_capacity * num_kv_heads)
+    return min(MAX_SPLITS, _power_of_two(math.ceil(wanted)))
+
+
+def longest_range(max_context_len: int, window: int | None, tile_rows: int) -> int:
+    """The most keys that the splits of a tile share: what `split_len_for` wants, per window."""
+    if window is None:
+        return max_context_len
+    return min(max_context_len, window + tile_rows - 1 + max(SPLIT_UNIT, *BLOCK_N.values()) - 1)
+
+
+def split_len_for(max_keys: int, num_splits: int) -> int:
+    """Keys a split, a multiple of 64 and at least 256, so that `num_splits` of them hold `max_keys`."""
+    return max(MIN_SPLIT_LEN, -(-max_keys // (num_splits * SPLIT_UNIT)) * SPLIT_UNIT)
+
+
+def attention_scratch(
+    num_splits: int, num_rows: int, num_heads: int, head_dim: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Partial outputs [num_splits, T, Hq, D] and (max, sum) [num_splits, T, Hq, 2], float32; None for one split.
+
+    `num_rows` is the largest T: a launch with fewer rows or splits uses the front of both.
+    """
+    if num_splits == 1:
+        return None
+    partial = torch.empty(num_splits, num_rows, num_heads, head_dim, dtype=torch.float32, device=device)
+    return partial, torch.empty(num_splits, num_rows, num_heads, 2, dtype=torch.float32, device=device)
+
+
+def ragged_attention_(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tiles: torch.Tensor,
+    positions: torch.Tensor,
+    block_tables: torch.Tensor,
+    split_len: torch.Tensor | None,
+    scratch: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    num_splits: int,
+    tile_rows: int,
+) -> None:
+    """Write attention's output of all rows that stand in a tile to out [T, Hq * D], contiguous.
+
+    q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [num_slots, Hkv, D] in q's
+    dtype; tiles [max_tiles, 3] int32 (first row, end row, sequence), sequence -1 unused; positions [T] int64;
+    block_tables [S, N] int32; split_len [1] int32 on the device, a multiple of 64, with num_splits * split_len at least
+    the longest range (`split_len_for`; a smaller one is correct but slow); scratch of `attention_scratch`. Both may be
+    None for one split, which reads every key itself. `num_splits` is a power of two up to 32.
+    """
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    group = num_heads // num_kv_heads
+    assert group * num_kv_heads == num_heads and k_cache.shape[2] == head_dim, (q.shape, k_cache.shape)
+    assert num_splits in (1, 2, 4, 8, 16, 32), num_splits
+    if not launches_triton(q):
+        _attend_on_cpu(out, q, k_cache, v_cache, tiles, positions, block_tables, block_size, scale, window)
+        return
+    from .ragged_attention_triton import merge_splits_kernel, ragged_attention_kernel
+
+    assert q.dtype == k_cache.dtype == v_cache.dtype, (q.dtype, k_cache.dtype, v_cache.dtype)
+    assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and out.numel() == q.numel(), (q.stride(), out.shape)
+    assert k_cache.stride()[1:] == v_cache.stride()[1:] == (head_dim, 1), (k_cache.stride(), v_cache.stride())
+    assert tiles.is_contiguous() and positions.is_contiguous() and block_tables.stride(1) == 1
+    if tiles.shape[0] == 0:
+        return
+    partial, stats = out, out  # not touched by one split
+    if num_splits > 1:
+        assert scratch is not None and split_len is not None
+        partial, stats = scratch
+        assert partial.shape[0] >= num_splits and partial.shape[1] >= q.shape[0], (partial.shape, num_splits, q.shape)
+        assert partial.shape[2:] == q.shape[1:] and partial.is_contiguous() and stats.is_contiguous()
+        assert stats.shape == (*partial.shape[:3], 2)
+    blocks = block_parameters(tile_rows, group, head_dim, q.element_size())
+    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0, "NUM_SPLITS": num_splits}
+    lengths = positions if split_len is None else split_len
+    ragged_attention_kernel[(tiles.shape[0], num_kv_heads, num_splits)](
+        out,
+        partial,
+        stats,
+        q,
+        k_cache,
+        v_cache,
+        tiles,
+        positions,
+        block_tables,
+        lengths,
+        scale * math.log2(math.e),
+        q.stride(0),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        block_tables.stride(0),
+        partial.stride(0),
+        stats.stride(0),
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        IEEE=q.dtype == torch.float32,
+        **shape,
+        **blocks,
+    )
+    if num_splits > 1:
+        merge_splits_kernel[(tiles.shape[0] * tile_rows, num_heads)](
+            out,
+            partial,
+            stats,
+            tiles,
+            positions,
+            lengths,
+            partial.stride(0),
+            stats.stride(0),
+            ALIGN=blocks["ALIGN"],
+            TILE_ROWS=tile_rows,
+            BLOCK_D=blocks["BLOCK_D"],
+            num_warps=4,
+            **shape,
+        )
+
+
+def ragged_attention_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tiles: torch.Tensor,
+    positions: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """The definition in float32, tile by tile: [T, Hq * D], NaN in rows of no tile."""
+    out = torch.full((q.shape[0], q.shape[1] * q.shape[2]), torch.nan)
+    for first, end, sequence in tiles.tolist():
+        if sequence >= 0:
+            slots = _slots(block_tables[sequence], int(positions[end - 1]) + 1, block_size)
+            k, v = k_cache[slots], v_cache[slots]  # [keys, Hkv, D]
+            out[first:end] = attention_reference(q[first:end], k, v, int(positions[first]), scale, window)
+    return out
+
+
+def _slots(table: torch.Tensor, num_keys: int, block_size: int) -> torch.Tensor:
+    keys = torch.arange(num_keys, device=table.device)
+    return table[keys // block_size].long() * block_size + keys % block_size
+
+
+def _attend_on_cpu(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tiles: torch.Tensor,
+    positions: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+    scale: float,
+    window: int | None,
+) -> None:
+    group = q.shape[1] // k_cache.shape[1]
+    for first, end, sequence in tiles.tolist():
+        if sequence < 0:
+            continue
+        rows = positions[first:end].unsqueeze(1)
+        begin = max(0, int(rows[0]) - window + 1) if window else 0
+        slots = _slots(block_tables[sequence], int(rows[-1]) + 1, block_size)[begin:]
+        keys = torch.arange(begin, begin + len(slots)).unsqueeze(0)
+        mask = keys <= rows
+        if window:
+            mask &= keys > rows - window
+        k, v = (c[slots].transpose(0, 1).repeat_interleave(group, 0) for c in (k_cache, v_cache))  # [Hq, keys, D]
+        attended = F.scaled_dot_product_attention(q[first:end].transpose(0, 1), k, v, attn_mask=mask, scale=scale)
+        out.view(q.shape)[first:end] = attended.transpose(0, 1)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
