@@ -168,6 +168,7 @@ class Usage(msgspec.Struct, frozen=True):
     accepted_prediction_tokens: int  # the client's prediction only
     rejected_prediction_tokens: int
     accepted_by_source: dict[str, int] = {}
+    queue_s: float = 0.0  # from arrival in the engine to the first admission to a step
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):

@@ -18,9 +18,10 @@ from .access import check_key, host_allowed, is_loopback, origin_allowed
 from .config import ServeConfig
 from .errors import ErrorInfo, OverloadedError, UserError
 from .http_body import json_response
+from .lorax_responses import lorax_error
 from .metrics import Metrics
 from .openai_api import error_body
-from .routes import ACCESS, Handler
+from .routes import ACCESS, ERRORS, Handler
 
 logger = logging.getLogger(__name__)
 
@@ -62,25 +63,25 @@ class Middlewares:
 
     @web.middleware
     async def errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Every error in OpenAI's shape, and none that tells more than it should."""
+        """Every error in its route's shape, and none that tells more than it should."""
         try:
             return await handler(request)
         except UserError as error:
             headers = RETRY_HEADERS if error.status in (429, 503) else None
-            response = json_response(error_body(error.info()), error.status, headers)
+            response = error_response(request, error.info(), headers)
             if error.status in (408, 413):
                 response.force_close()  # the rest of the body is not worth waiting for
             return response
         except web.HTTPException as error:
             message = f"{request.method} {request.path[:200]}: {error.reason}"
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-            return json_response(error_body(ErrorInfo(message, error.status)), error.status, headers)
+            return error_response(request, ErrorInfo(message, error.status), headers)
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             info = ErrorInfo("internal error; the server's log says more", 500, "server_error", None, "internal_error")
-            return json_response(error_body(info), 500)
+            return error_response(request, info)
 
     @web.middleware
     async def access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -119,3 +120,11 @@ class Middlewares:
             return await handler(request)
         finally:
             self.num_in_flight -= 1
+
+
+def error_response(request: web.Request, info: ErrorInfo, headers: dict[str, str] | None = None) -> web.Response:
+    """`info` in OpenAI's shape, or in LoRAX's on its routes and where a handler has seen that the body is LoRAX's."""
+    if request.get("errors", ERRORS.get(request.path)) == "lorax":
+        status, body = lorax_error(info)
+        return json_response(body, status, headers)
+    return json_response(error_body(info), info.status, headers)

@@ -7,7 +7,6 @@ import time
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from . import validation
@@ -15,15 +14,10 @@ from .api_types import ChatRequest, CompletionRequest, DetokenizeRequest, Tokeni
 from .errors import ErrorInfo, UserError
 from .generation import Generator, Job
 from .http_body import json_response, read_json
+from .lorax_types import LoraxTokenizeRequest, SimpleToken
 from .responses import ResponseBuilder
 from .routes import Handler
-
-SSE_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
-WRITE_TIMEOUT_S = 60.0  # a reader that takes nothing for this long is dropped
+from .sse import SSE_HEADERS, send_events
 
 
 class OpenAIRoutes:
@@ -61,7 +55,11 @@ class OpenAIRoutes:
         return json_response(self._model(name))
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        body = await self._body(request, TokenizeRequest)
+        value = await self._json(request)
+        if isinstance(value, dict) and "inputs" in value:
+            request["errors"] = "lorax"
+            return await self._tokenize_inputs(validation.convert(value, LoraxTokenizeRequest))
+        body = validation.convert(value, TokenizeRequest)
         if (body.prompt is None) == (body.messages is None):
             raise UserError("send either prompt or messages", param="prompt")
         generator = self._generator
@@ -70,6 +68,8 @@ class OpenAIRoutes:
             messages = validation.chat_messages(body.messages)
             ids = await asyncio.to_thread(tokenizer.encode_chat, messages, *validation.chat_ending(body))
         else:
+            if body.continue_final_message:
+                raise UserError("continue_final_message goes with messages", param="continue_final_message")
             ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", body.add_special_tokens)
         result: dict[str, Any] = {
             "count": len(ids),
@@ -78,6 +78,12 @@ class OpenAIRoutes:
             "token_strs": [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None,
         }
         return json_response(result)
+
+    async def _tokenize_inputs(self, body: LoraxTokenizeRequest) -> web.Response:
+        """LoRAX's /tokenize: the base model's tokens and the characters that they stand for."""
+        encode = self._generator.tokenizer.encode_with_offsets
+        tokens = await asyncio.to_thread(encode, body.inputs, body.add_special_tokens is not False)
+        return json_response([SimpleToken(*token) for token in tokens])
 
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await self._body(request, DetokenizeRequest)
@@ -101,10 +107,12 @@ class OpenAIRoutes:
             "max_model_len": self._generator.engine.info.max_model_len,
         }
 
-    async def _body(self, request: web.Request, kind: Any) -> Any:
+    async def _json(self, request: web.Request) -> Any:
         config = self._generator.config
-        value = await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
-        return validation.convert(value, kind)
+        return await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
+
+    async def _body(self, request: web.Request, kind: Any) -> Any:
+        return validation.convert(await self._json(request), kind)
 
     async def _generate(self, request: web.Request, kind: Any) -> web.StreamResponse:
         body = await self._body(request, kind)
@@ -129,28 +137,21 @@ class OpenAIRoutes:
                 async for idx, delta in deltas:
                     if not response.prepared:
                         await response.prepare(request)
-                        await _send(response, *builder.opening())
+                        await send_events(response, *builder.opening())
                     builder.add(idx, delta)
                     if (chunk := builder.chunk(idx, delta)) is not None:
-                        await _send(response, chunk)
+                        await send_events(response, chunk)
             if job.request.stream_options is not None and job.request.stream_options.include_usage:
-                await _send(response, builder.usage_chunk())
+                await send_events(response, builder.usage_chunk())
         except (UserError, ConnectionError, TimeoutError) as error:
             if not response.prepared:
                 raise
             if not isinstance(error, UserError):
                 return response  # nobody reads: the client has gone, or takes nothing
-            await _send(response, error_body(error.info()))
+            await send_events(response, error_body(error.info()))
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
-
-
-async def _send(response: web.StreamResponse, *events: dict[str, Any]) -> None:
-    if events:
-        data = b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await response.write(data)
 
 
 def error_body(info: ErrorInfo) -> dict[str, Any]:

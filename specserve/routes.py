@@ -16,12 +16,16 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One method of one path. `access`: open to everyone, with the API key, or with the admin key."""
+    """One method of one path.
+
+    `access`: open to everyone, with the API key, or with the admin key. `errors`: whose error shape it answers with.
+    """
 
     method: Literal["GET", "POST"]
     path: str
     handler: str
     access: Literal["open", "key", "admin"] = "key"
+    errors: Literal["openai", "lorax"] = "openai"
 
 
 ROUTES = (
@@ -31,6 +35,10 @@ ROUTES = (
     Route("GET", "/v1/models/{model:.+}", "model"),
     Route("POST", "/tokenize", "tokenize"),
     Route("POST", "/detokenize", "detokenize"),
+    Route("POST", "/generate", "lorax_generate", errors="lorax"),
+    Route("POST", "/generate_stream", "lorax_generate_stream", errors="lorax"),
+    Route("POST", "/", "lorax_compat", errors="lorax"),
+    Route("GET", "/info", "lorax_info", errors="lorax"),
     Route("POST", "/v1/load_lora_adapter", "load_adapter", "admin"),
     Route("POST", "/v1/unload_lora_adapter", "unload_adapter", "admin"),
     Route("GET", "/health", "health", "open"),
@@ -40,6 +48,7 @@ ROUTES = (
 )
 
 ACCESS: dict[str, str] = {route.path: route.access for route in ROUTES}
+ERRORS: dict[str, str] = {route.path: route.errors for route in ROUTES}
 
 
 def add_routes(app: web.Application, handlers: Mapping[str, Handler]) -> None:

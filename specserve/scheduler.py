@@ -104,7 +104,7 @@ class Scheduler:
             if seq.output_len == 0:
                 seq.num_cached = seq.num_computed
             self.waiting.popleft()
-            seq.status = Status.RUNNING
+            seq.admit()
             self.running.append(seq)
             self.running.sort(key=lambda s: s.seq_id)
 

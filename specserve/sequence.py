@@ -7,6 +7,7 @@ compute; otherwise it prefills. Pure Python: the scheduler and its tests need no
 from __future__ import annotations
 
 import enum
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ class Sequence:
         self.sampling: SamplingParams = request.sampling
         self.adapter_hash = request.adapter_hash
         self.status = Status.WAITING
+        self._arrived = time.monotonic()
+        self._queue_s: float | None = None
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.tokens)
         self.output_counts: Counter[int] = Counter()
@@ -73,6 +76,12 @@ class Sequence:
         self.num_computed = 0
         self.table_life = object()
 
+    def admit(self) -> None:
+        """It runs now, for the first time or after a preemption."""
+        self.status = Status.RUNNING
+        if self._queue_s is None:
+            self._queue_s = time.monotonic() - self._arrived
+
     def append(self, token: int) -> None:
         self.tokens.append(token)
         self.output_counts[token] += 1
@@ -88,4 +97,5 @@ class Sequence:
             accepted_prediction_tokens=self.accepted_by_source["prediction"],
             rejected_prediction_tokens=self.drafted_by_source["prediction"] - self.accepted_by_source["prediction"],
             accepted_by_source=dict(self.accepted_by_source),
+            queue_s=self._queue_s or 0.0,
         )

@@ -26,6 +26,7 @@ from .engine_client import EngineClient
 from .errors import UserError
 from .generation import Generator
 from .http_body import json_response, read_json
+from .lorax_api import LoraxRoutes
 from .metrics import Metrics
 from .middlewares import Middlewares
 from .model_store import DEFAULT_MODEL, resolve_model
@@ -66,7 +67,7 @@ class Server:
             "version": self._version,
             "metrics": self._metrics,
         }
-        add_routes(app, {**own, **OpenAIRoutes(generator).handlers()})
+        add_routes(app, {**own, **OpenAIRoutes(generator).handlers(), **LoraxRoutes(generator).handlers()})
         return app
 
     async def run(self, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:

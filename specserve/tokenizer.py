@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 
+from .detokenizer import Detokenizer
 from .errors import ModelError, UserError
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -37,6 +38,7 @@ class TextTokenizer:
         self._specials = [
             token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special and token.content
         ]
+        self._special_ids = {idx for idx, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         self._template: Any = self._tokenizer.chat_template
 
     @property
@@ -82,6 +84,19 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
+        """(id, vocabulary entry, first character, character after the last) of each token of `text`."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        entries = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+        return [(token, entry, start, stop) for token, entry, (start, stop) in entries]
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """The text that follows `prompt_ids` a token at a time, special tokens written out."""
+        return Detokenizer(self._backend, prompt_ids, skip_special_tokens=False)
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
 
     def token_text(self, token: int) -> str:
         """A token as text; one that is no whole character is written as its bytes, the way OpenAI does."""
