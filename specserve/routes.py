@@ -1,51 +1,124 @@
-"""Every HTTP route, once: the table that the server registers and that access rules are read from.
+"""Every HTTP route, once: what the server registers, what access rules are read from, and what /openapi.json says.
 
-A route names its handler; `add_routes` binds names to methods and refuses a table and handlers that do not match.
+A route names its handler, its bodies and its statuses; `add_routes` binds names to methods and refuses a table and
+handlers that do not match. Tests hold every response to what stands here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from aiohttp import web
 
+from .api_types import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
+from .lorax_types import (
+    LoraxInfo,
+    LoraxRequest,
+    LoraxResponse,
+    LoraxStreamResponse,
+    LoraxTokenizeRequest,
+    SimpleToken,
+)
+from .response_types import (
+    AdapterLoadedResponse,
+    ChatChunk,
+    ChatResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    MessageResponse,
+    Model,
+    ModelList,
+    OpenApiDocument,
+    StateResponse,
+    TokenizeResponse,
+    VersionResponse,
+)
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+GET = (401, 403, 500)
+POST = (400, *GET, 408, 413, 415, 429, 503)
+GENERATE = (*POST, 404, 504)
+LORAX = (*(status for status in GENERATE if status != 400), 422, 424)
+STATE = (403, 500, 503)
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """One method of one path.
 
-    `access`: open to everyone, with the API key, or with the admin key. `errors`: whose error shape it answers with.
+    `body`, `answer` and `events` are types: of the request, of the JSON answer (None: text), and of a stream's events;
+    several are alternatives.
+    `statuses` are those of errors. `access`: open to everyone, with the API key, or with the admin key.
+    `errors`: whose error shape it answers with.
     """
 
     method: Literal["GET", "POST"]
     path: str
     handler: str
+    summary: str
+    statuses: tuple[int, ...]
+    body: Any = None
+    answer: Any = None
+    events: Any = None
     access: Literal["open", "key", "admin"] = "key"
     errors: Literal["openai", "lorax"] = "openai"
 
 
 ROUTES = (
-    Route("POST", "/v1/completions", "completions"),
-    Route("POST", "/v1/chat/completions", "chat_completions"),
-    Route("GET", "/v1/models", "models"),
-    Route("GET", "/v1/models/{model:.+}", "model"),
-    Route("POST", "/tokenize", "tokenize"),
-    Route("POST", "/detokenize", "detokenize"),
-    Route("POST", "/generate", "lorax_generate", errors="lorax"),
-    Route("POST", "/generate_stream", "lorax_generate_stream", errors="lorax"),
-    Route("POST", "/", "lorax_compat", errors="lorax"),
-    Route("GET", "/info", "lorax_info", errors="lorax"),
-    Route("POST", "/v1/load_lora_adapter", "load_adapter", "admin"),
-    Route("POST", "/v1/unload_lora_adapter", "unload_adapter", "admin"),
-    Route("GET", "/health", "health", "open"),
-    Route("GET", "/ready", "ready", "open"),
-    Route("GET", "/version", "version", "open"),
-    Route("GET", "/metrics", "metrics", "open"),
-)
+    Route(
+        "POST", "/v1/completions", "completions", "Text or token ids, continued", GENERATE,
+        CompletionRequest, CompletionResponse, CompletionResponse,
+    ),
+    Route(
+        "POST", "/v1/chat/completions", "chat_completions", "The next message of a conversation", GENERATE,
+        ChatRequest, ChatResponse, ChatChunk,
+    ),
+    Route("GET", "/v1/models", "models", "The base model and its adapters", GET, answer=ModelList),
+    Route("GET", "/v1/models/{model:.+}", "model", "One of them", (400, *GET, 404), answer=Model),
+    Route(
+        "POST", "/tokenize", "tokenize", "Text or messages as token ids; with inputs in LoRAX's shape",
+        (*POST, 404, 422), (TokenizeRequest, LoraxTokenizeRequest), (TokenizeResponse, list[SimpleToken]),
+    ),
+    Route(
+        "POST", "/detokenize", "detokenize", "Token ids as text", (*POST, 404), DetokenizeRequest, DetokenizeResponse
+    ),
+    Route(
+        "POST", "/generate", "lorax_generate", "LoRAX: text continued", LORAX, LoraxRequest, LoraxResponse,
+        errors="lorax",
+    ),
+    Route(
+        "POST", "/generate_stream", "lorax_generate_stream", "LoRAX: text continued, a token an event", LORAX,
+        LoraxRequest, events=LoraxStreamResponse, errors="lorax",
+    ),
+    Route(
+        "POST", "/", "lorax_compat", "LoRAX: one of both, by `stream`", LORAX, LoraxRequest, list[LoraxResponse],
+        LoraxStreamResponse, errors="lorax",
+    ),
+    Route("GET", "/info", "lorax_info", "LoRAX: model and limits", GET, answer=LoraxInfo, errors="lorax"),
+    Route(
+        "POST", "/v1/load_lora_adapter", "load_adapter", "Load an adapter directory under a name", (*POST, 404, 409),
+        LoadAdapterRequest, AdapterLoadedResponse, access="admin",
+    ),
+    Route(
+        "POST", "/v1/unload_lora_adapter", "unload_adapter", "Take a name away", (*POST, 404),
+        UnloadAdapterRequest, MessageResponse, access="admin",
+    ),
+    Route("GET", "/health", "health", "200 while the engine serves", STATE, answer=StateResponse, access="open"),
+    Route("GET", "/ready", "ready", "503 during shutdown too", STATE, answer=StateResponse, access="open"),
+    Route("GET", "/version", "version", "The server's version", (403, 500), answer=VersionResponse, access="open"),
+    Route("GET", "/metrics", "metrics", "Prometheus text", (403, 500), access="open"),
+    Route("GET", "/openapi.json", "openapi", "This document", (403, 500), answer=OpenApiDocument, access="open"),
+)  # fmt: skip
 
 ACCESS: dict[str, str] = {route.path: route.access for route in ROUTES}
 ERRORS: dict[str, str] = {route.path: route.errors for route in ROUTES}

@@ -31,6 +31,7 @@ from .metrics import Metrics
 from .middlewares import Middlewares
 from .model_store import DEFAULT_MODEL, resolve_model
 from .openai_api import OpenAIRoutes
+from .openapi import openapi_document
 from .routes import add_routes
 from .tokenizer import TextTokenizer
 from .validation import convert
@@ -54,6 +55,7 @@ class Server:
         self.model_name = config.served_model_name or default_name
         self._model_dir = model_dir
         self.middlewares = Middlewares(config, self.metrics)
+        self._openapi_body = msgspec.json.encode(openapi_document())
 
     def application(self, tokenizer: TextTokenizer) -> web.Application:
         app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
@@ -66,6 +68,7 @@ class Server:
             "ready": self._ready,
             "version": self._version,
             "metrics": self._metrics,
+            "openapi": self._openapi,
         }
         add_routes(app, {**own, **OpenAIRoutes(generator).handlers(), **LoraxRoutes(generator).handlers()})
         return app
@@ -128,6 +131,9 @@ class Server:
 
     async def _version(self, request: web.Request) -> web.Response:
         return json_response({"version": __version__})
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._openapi_body, content_type="application/json")
 
     async def _metrics(self, request: web.Request) -> web.Response:
         try:

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import api_contract
 import requests
 
 READY = re.compile(r"is ready at (http://\S+)")
@@ -52,10 +53,14 @@ class ServerProcess:
     # -- requests
 
     def get(self, path: str, **kwargs):
-        return requests.get(self.url + path, timeout=60, **kwargs)
+        response = requests.get(self.url + path, timeout=60, **kwargs)
+        api_contract.check("GET", path, response)
+        return response
 
     def post(self, path: str, body, **kwargs):
-        return requests.post(self.url + path, json=body, timeout=120, **kwargs)
+        response = requests.post(self.url + path, json=body, timeout=120, **kwargs)
+        api_contract.check("POST", path, response, is_stream=kwargs.get("stream", False))
+        return response
 
     def complete(self, prompt="The quick brown", **fields):
         """A greedy completion's choice; fails the test on an error."""
@@ -70,7 +75,10 @@ class ServerProcess:
         assert response.status_code == 200, response.text
         lines = [line.decode()[6:] for line in response.iter_lines() if line]
         assert lines[-1] == "[DONE]"
-        return [json.loads(line) for line in lines[:-1]]
+        events = [json.loads(line) for line in lines[:-1]]
+        for event in events:
+            api_contract.check_event(path, event)
+        return events
 
     # -- state
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import requests
+from api_contract import check_event
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
@@ -40,7 +41,10 @@ def events(server, path="/generate_stream", stream=None, **parameters):
     assert response.status_code == 200, response.text
     lines = [line for line in response.iter_lines() if line]
     assert all(line.startswith(b"data:{") for line in lines)  # no space, and no [DONE] at the end
-    return [json.loads(line[5:]) for line in lines]
+    found = [json.loads(line[5:]) for line in lines]
+    for event in found:
+        check_event(path, event)
+    return found
 
 
 def assert_lorax_error(response, status, error_type, *words):
