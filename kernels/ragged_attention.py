@@ -138,7 +138,7 @@ def ragged_attention_(
         assert partial.shape[2:] == q.shape[1:] and partial.is_contiguous() and stats.is_contiguous()
         assert stats.shape == (*partial.shape[:3], 2)
     blocks = block_parameters(tile_rows, group, head_dim, q.element_size())
-    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0, "NUM_SPLITS": num_splits}
+    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0}
     lengths = positions if split_len is None else split_len
     ragged_attention_kernel[(tiles.shape[0], num_kv_heads, num_splits)](
         out,
@@ -161,6 +161,7 @@ def ragged_attention_(
         GROUP=group,
         BLOCK_SIZE=block_size,
         IEEE=q.dtype == torch.float32,
+        IS_SPLIT=num_splits > 1,  # not their number: one binary serves every number of splits
         **shape,
         **blocks,
     )
@@ -174,6 +175,7 @@ def ragged_attention_(
             lengths,
             partial.stride(0),
             stats.stride(0),
+            NUM_SPLITS=num_splits,
             ALIGN=blocks["ALIGN"],
             TILE_ROWS=tile_rows,
             BLOCK_D=blocks["BLOCK_D"],

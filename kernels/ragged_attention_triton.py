@@ -17,7 +17,7 @@ def ragged_attention_kernel(
     out, partial, stats, q, k_cache, v_cache, tiles, positions, block_tables, split_len, scale_log2,
     q_stride, k_stride, v_stride, table_stride, partial_stride, stats_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, NUM_SPLITS: tl.constexpr, IEEE: tl.constexpr,
+    WINDOW: tl.constexpr, IS_SPLIT: tl.constexpr, IEEE: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV heads, splits). WINDOW 0: no window."""
@@ -34,11 +34,11 @@ def ragged_attention_kernel(
         begin = tl.maximum(tl.load(positions + first).to(tl.int32) - WINDOW + 1, 0)
     stop = tl.load(positions + end - 1).to(tl.int32) + 1
     lo = begin // ALIGN * ALIGN
-    if NUM_SPLITS > 1:
+    if IS_SPLIT:
         length = tl.load(split_len)
         lo += split * length
         # The last split takes whatever is left, so a split_len that is too small costs time, not correctness.
-        stop = tl.where(split < NUM_SPLITS - 1, tl.minimum(stop, lo + length), stop)
+        stop = tl.where(split < tl.num_programs(2) - 1, tl.minimum(stop, lo + length), stop)
     if lo >= stop:
         return
 
@@ -92,17 +92,17 @@ def ragged_attention_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc)
         top = new_top
 
-    if NUM_SPLITS == 1:
-        acc = acc / total[:, None]
-        target = out + (rows * NUM_HEADS + heads)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(target, acc.to(out.dtype.element_ty), mask=q_mask)
-    else:
-        entry = rows * NUM_HEADS + heads
+    entry = rows * NUM_HEADS + heads
+    if IS_SPLIT:
         target = partial + split.to(tl.int64) * partial_stride + entry[:, None] * HEAD_DIM + d[None, :]
         tl.store(target, acc, mask=q_mask)
         stat = stats + split.to(tl.int64) * stats_stride + entry * 2
         tl.store(stat, top, mask=row_mask)
         tl.store(stat + 1, total, mask=row_mask)
+    else:
+        acc = acc / total[:, None]
+        target = out + entry[:, None] * HEAD_DIM + d[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit

@@ -144,3 +144,56 @@ def check_same_row_alone(dtype: torch.dtype, heads: tuple[int, int, int], window
             mixed.block_tables, mixed.block_size, mixed.tile_rows, context,
         )  # fmt: skip
         assert torch.equal(single.run(window, 1)[0], together[row])
+
+
+def check_other_tables(num_splits: int, device: str) -> None:
+    """One launch, captured in a graph on CUDA, serves other rows, contexts, blocks and split lengths in its buffers."""
+    num_rows, num_heads, num_kv_heads, head_dim = 20, 9, 3, 64
+    scenes = [
+        make_scene(case, (num_heads, num_kv_heads, head_dim), torch.bfloat16, device, seed=seed)
+        for seed, case in enumerate([[(8, 300), (1, 40), (1, 500), (4, 20)], [(1, 700), (8, 60), (2, 2), (3, 90)]])
+    ]
+    num_slots = max(len(scene.k_cache) for scene in scenes)
+    width = max(scene.block_tables.shape[1] for scene in scenes)
+    shapes = {"tiles": (8, 3), "positions": (num_rows,), "block_tables": (4, width)}
+    shapes |= {"q": (num_rows, num_heads, head_dim)}
+    shapes |= dict.fromkeys(("k_cache", "v_cache"), (num_slots, num_kv_heads, head_dim))
+    buffers = {
+        name: torch.zeros(shape, dtype=getattr(scenes[0], name).dtype, device=device) for name, shape in shapes.items()
+    }
+    split_len = torch.zeros(1, dtype=torch.int32, device=device)
+    scratch = attention_scratch(num_splits, num_rows, num_heads, head_dim, device)
+    out = torch.empty(num_rows, num_heads * head_dim, dtype=torch.bfloat16, device=device)
+
+    def fill(scene: Scene) -> None:
+        for name, buffer in buffers.items():
+            buffer.fill_(-1)
+            value = getattr(scene, name)
+            buffer[tuple(slice(size) for size in value.shape)] = value
+        split_len.fill_(split_len_for(scene.max_context, num_splits))
+        out.fill_(torch.nan)
+
+    def check_out(scene: Scene) -> None:
+        close(out[: len(scene.q)], scene.expected(None))
+        assert out[len(scene.q) :].isnan().all()
+
+    def launch() -> None:
+        tensors = (buffers[name] for name in ("q", "k_cache", "v_cache", "tiles", "positions", "block_tables"))
+        ragged_attention_(
+            out, *tensors, split_len, scratch, block_size=16, scale=SCALE, window=None, num_splits=num_splits,
+            tile_rows=8,
+        )  # fmt: skip
+
+    fill(scenes[0])
+    launch()  # compiles before the capture
+    check_out(scenes[0])
+    replay = launch
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        replay = graph.replay
+    for scene in (scenes[1], scenes[0]):
+        fill(scene)
+        replay()
+        check_out(scene)

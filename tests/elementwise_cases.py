@@ -46,8 +46,7 @@ def check_add_norm(dtype: torch.dtype, hidden: int, device: str, residual_dtype:
         padding = torch.tensor([False, True, False, False])
         assert torch.equal(chosen[0], chosen[3]) and not chosen[padding].any() and not sums[padding].any()
         close(chosen[~padding], normed[rows.cpu()[~padding]], dtype)
-        assert torch.equal(sums[~padding], got[rows[~padding]]), "the chosen rows' sums are those of the whole batch"
-        assert torch.equal(chosen[~padding], out.to(dtype)[rows[~padding]]) or added is None
+        close(sums[~padding], new[rows.cpu()[~padding]], residual_dtype)
     target = torch.empty(5, hidden, device=device, dtype=dtype)
     assert add_rms_norm_(residual.clone(), h, weight, EPS, out=target) is target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -17,24 +18,30 @@ from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
 from specserve.kernels.ragged_attention import (
-    attention_scratch,
     block_parameters,
     choose_splits,
     longest_range,
-    ragged_attention_,
     split_len_for,
 )
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256))
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton])]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("hidden", [*NORM_SIZES, 20000])
-def test_addition_and_norm(dtype, hidden, device):
-    elementwise_cases.check_add_norm(dtype, hidden, device)
-    elementwise_cases.check_add_norm(dtype, hidden, device, torch.float32)
+def test_addition_and_norm(dtype, hidden):
+    elementwise_cases.check_add_norm(dtype, hidden, "cpu")
+    elementwise_cases.check_add_norm(dtype, hidden, "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("hidden", [576, 20000])  # few, as each is compiled
+def test_addition_and_norm_on_cuda(hidden):
+    elementwise_cases.check_add_norm(torch.bfloat16, hidden, "cuda")
+    elementwise_cases.check_add_norm(torch.bfloat16, hidden, "cuda", torch.float32)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -65,75 +72,44 @@ def test_attention_of_ragged_rows_in_any_number_of_splits(case, window, device):
     attention_cases.check(scene, window, (1, 2, 4, 32), split_len=64 if case == "mixed" else None)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("heads", [(2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256)], ids=str)
+@pytest.mark.parametrize("heads", ATTENTION_HEADS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_attention_of_head_groups_and_dtypes(dtype, heads, device):
+def test_attention_of_head_groups_and_dtypes(dtype, heads):
     for tile_rows in (1, 8, 16):
         for window in (None, 70):
-            scene = attention_cases.make_scene(CASES["mixed"], heads, dtype, device, tile_rows=tile_rows)
+            scene = attention_cases.make_scene(CASES["mixed"], heads, dtype, "cpu", tile_rows=tile_rows)
             attention_cases.check(scene, window, (1, 4))
 
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("heads", ATTENTION_HEADS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cuda_attention_of_head_groups(dtype, heads):
+    scene = attention_cases.make_scene(CASES["mixed"], heads, dtype, "cuda")
+    attention_cases.check(scene, None, (1, 4))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("tile_rows", [1, 16, 32])  # with 4 heads a group: 16, 64 and 128 rows of a matrix product
+def test_cuda_attention_of_tile_sizes(tile_rows):
+    scene = attention_cases.make_scene(CASES["mixed"], (8, 2, 128), torch.bfloat16, "cuda", tile_rows=tile_rows)
+    attention_cases.check(scene, 70, (1, 2))
+
+
+@pytest.mark.gpu
+@needs_triton
 @pytest.mark.parametrize("window", [None, 100])
-def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window):
-    attention_cases.check_same_row_alone(dtype, (32, 8, 128), window, "cuda")
+def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(window):
+    attention_cases.check_same_row_alone(torch.bfloat16, (32, 8, 128), window, "cuda")
 
 
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_cuda_attention_replays_in_a_graph_with_other_tables(num_splits):
-    """Other rows a sequence, contexts, blocks and split length, through the same buffers."""
-    heads = (9, 3, 64)
-    first = attention_cases.make_scene([(8, 300), (1, 40), (1, 500), (4, 20)], heads, torch.bfloat16, "cuda")
-    other = attention_cases.make_scene([(1, 700), (8, 60), (2, 2), (3, 90)], heads, torch.bfloat16, "cuda", seed=1)
-    num_slots = max(len(first.k_cache), len(other.k_cache))
-    width = max(first.block_tables.shape[1], other.block_tables.shape[1])
-    buffers = {
-        name: torch.zeros(shape, dtype=getattr(first, name).dtype, device="cuda")
-        for name, shape in {
-            "q": (20, *first.q.shape[1:]), "k_cache": (num_slots, *first.k_cache.shape[1:]),
-            "v_cache": (num_slots, *first.k_cache.shape[1:]), "positions": (20,), "tiles": (8, 3),
-            "block_tables": (4, width),
-        }.items()
-    }  # fmt: skip
-    split_len = torch.empty(1, dtype=torch.int32, device="cuda")
-    out = torch.empty(20, heads[0] * heads[2], dtype=torch.bfloat16, device="cuda")
-
-    def fill(scene):
-        buffers["tiles"].fill_(-1)
-        for name, buffer in buffers.items():
-            value = getattr(scene, name)
-            buffer[: len(value), ..., : value.shape[-1]] = value
-        split_len.fill_(split_len_for(scene.max_context, num_splits))
-        out.fill_(torch.nan)
-
-    def check(scene):
-        attention_cases.close(out[: len(scene.q)], scene.expected(None))
-
-    def launch():
-        ragged_attention_(
-            out, *buffers_in_order, split_len, scratch, block_size=16, scale=attention_cases.SCALE, window=None,
-            num_splits=num_splits, tile_rows=8,
-        )  # fmt: skip
-
-    names = ("q", "k_cache", "v_cache", "tiles", "positions", "block_tables")
-    buffers_in_order = [buffers[name] for name in names]
-    scratch = attention_scratch(num_splits, 20, heads[0], heads[2], "cuda")
-    fill(first)
-    launch()  # compiles outside the capture
-    check(first)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    for scene in (other, first):
-        fill(scene)
-        graph.replay()
-        check(scene)
+    attention_cases.check_other_tables(num_splits, "cuda")
 
 
 def test_splits_fill_the_device_and_no_more():
@@ -184,3 +160,14 @@ def test_triton_kernels_compile_for_hopper(tmp_path):
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
     result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+@needs_triton
+def test_the_kernel_bench_runs_end_to_end_without_a_gpu():
+    command = [sys.executable, "-m", "bench.attention_kernels", "--dry-run", "--budget", "600"]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["bench"] == "attention_kernels" and record["left_out"] == 0
+    kinds = {case["kind"] for case in record["results"]}
+    assert kinds == {"decode", "verify", "prefill", "add_rms_norm", "rope_store", "gated_activation"}

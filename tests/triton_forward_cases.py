@@ -102,3 +102,7 @@ def test_attention_of_tile_sizes(tile_rows):
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window):
     attention_cases.check_same_row_alone(dtype, (6, 2, 16), window, "cpu")
+
+
+def test_attention_of_other_tables_in_the_same_buffers():
+    attention_cases.check_other_tables(4, "cpu")

@@ -116,8 +116,9 @@ def compile_attention(dtype: str) -> None:
         blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
         for window, num_splits in ((0, 1), (512, 8)):
-            shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "NUM_SPLITS": num_splits}
-            constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16, "IEEE": itemsize == 4}
+            shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window}
+            constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
+            constants |= {"IEEE": itemsize == 4, "IS_SPLIT": num_splits > 1}
             kernel = ragged_attention_triton.ragged_attention_kernel
             figures = compile_kernel(kernel, pointers, constants, ("scale_log2",), **options)
             name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} splits {num_splits}"
@@ -125,7 +126,9 @@ def compile_attention(dtype: str) -> None:
             if itemsize == 2:
                 assert figures["mma"] or figures["wgmma"], "no matrix instructions"
                 assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
-        constants = shape | {name: blocks[name] for name in ("ALIGN", "BLOCK_D")} | {"TILE_ROWS": tile_rows}
+        constants = (
+            shape | {name: blocks[name] for name in ("ALIGN", "BLOCK_D")} | {"TILE_ROWS": tile_rows, "NUM_SPLITS": 8}
+        )
         figures = compile_kernel(ragged_attention_triton.merge_splits_kernel, pointers, constants, num_warps=4)
         report(f"merge_splits {dtype} {head_dim}", figures)
 

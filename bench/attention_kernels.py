@@ -1,0 +1,240 @@
+"""How near to the memory's bandwidth do attention and the row-wise kernels of the GPU's forward pass come?
+
+Decodes read K and V once, so the limit is their bytes over the measured copy bandwidth; a verification of 8 rows should
+cost what one row costs; a prefill chunk is bound by arithmetic and is given in TFLOP/s. torch's SDPA over contiguous KV
+is the comparison (it needs no block table and no ragged rows). Every call has a KV of its own, as layers have, as far
+as that is needed to miss the cache. Cases are left out once --budget seconds are over, and said to be.
+
+    python -m bench.attention_kernels [--budget 50] [--only decode,verify,prefill,rows] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+
+from specserve.kernels.add_norm import add_rms_norm_
+from specserve.kernels.gated_activation import gated_activation
+from specserve.kernels.ragged_attention import attention_scratch, choose_splits, ragged_attention_, split_len_for
+from specserve.kernels.rope_kv import rope_store_
+
+from . import common
+from .gpu_timing import copy_bandwidth, seconds_per_call
+
+BLOCK_SIZE = 16
+CACHE_BYTES = 256 << 20  # KV that is cycled through: several times the last-level cache
+MAX_COPIES = 16
+COMPARED_BYTES = 8 << 30  # beyond, SDPA's own KV would not fit beside ours
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+SHAPES = (Shape("llama8b", 32, 8, 128), Shape("smollm2", 9, 3, 64))
+DECODES = [(b, c) for c in (4096, 512, 32768) for b in (8, 1, 64, 256)]  # (batch, context), most telling first
+
+
+class Attention:
+    """`batch` sequences of `context` keys with `rows` queries each, over shuffled blocks; one call a copy of the KV."""
+
+    def __init__(self, shape: Shape, batch: int, context: int, rows: int, tile_rows: int, device: torch.device):
+        self.shape, self.batch, self.context, self.rows, self.device = shape, batch, context, rows, device
+        self.dtype = torch.bfloat16
+        num_blocks = -(-context // BLOCK_SIZE)
+        self.kv_bytes = 2 * batch * context * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
+        self.copies = max(1, min(MAX_COPIES, CACHE_BYTES // self.kv_bytes)) if device.type == "cuda" else 1
+        size = (batch * num_blocks * BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+        self.kv = [[self.normal(*size) for _ in "kv"] for _ in range(self.copies)]
+        blocks = torch.randperm(batch * num_blocks, device=device)
+        self.block_tables = blocks.to(torch.int32).view(batch, num_blocks)
+        self.positions = torch.arange(context - rows, context, device=device).repeat(batch)
+        tiles = [
+            (start, min(start + tile_rows, (sequence + 1) * rows), sequence)
+            for sequence in range(batch)
+            for start in range(sequence * rows, (sequence + 1) * rows, tile_rows)
+        ]
+        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
+        self.tile_rows = tile_rows
+        self.q = self.normal(batch * rows, shape.num_heads, shape.head_dim)
+        self.out = torch.empty(batch * rows, shape.num_heads * shape.head_dim, dtype=self.dtype, device=device)
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self.num_splits = choose_splits(len(tiles), shape.num_kv_heads, num_sms)
+        length = split_len_for(context, self.num_splits)
+        self.split_len = torch.tensor([length], dtype=torch.int32, device=device)
+        self.scratch = attention_scratch(self.num_splits, len(self.q), shape.num_heads, shape.head_dim, device)
+
+    def normal(self, *size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=self.dtype, device=self.device).normal_()
+
+    def attend(self, copy: int) -> None:
+        ragged_attention_(
+            self.out, self.q, *self.kv[copy], self.tiles, self.positions, self.block_tables, self.split_len,
+            self.scratch, block_size=BLOCK_SIZE, scale=self.shape.head_dim**-0.5, window=None,
+            num_splits=self.num_splits, tile_rows=self.tile_rows,
+        )  # fmt: skip
+
+    def seconds(self) -> float:
+        calls = [lambda copy=copy: self.attend(copy) for copy in range(self.copies)]
+        return seconds_per_call(calls, self.device)
+
+    def sdpa_seconds(self) -> float:
+        """The same rows over contiguous KV, [B, heads, rows, D]; causal only where rows are the whole context."""
+        shape = self.shape
+        q = self.normal(self.batch, shape.num_heads, self.rows, shape.head_dim)
+        kv = [
+            [self.normal(self.batch, shape.num_kv_heads, self.context, shape.head_dim) for _ in "kv"]
+            for _ in range(self.copies)
+        ]
+        causal = self.rows == self.context
+        calls = [
+            lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True) for k, v in kv
+        ]
+        return seconds_per_call(calls, self.device)
+
+
+def decode(shape: Shape, batch: int, context: int, limit: float, device: torch.device) -> dict[str, Any]:
+    work = Attention(shape, batch, context, 1, 1, device)
+    seconds = work.seconds()
+    result = {
+        "kind": "decode", "shape": shape.name, "batch": batch, "context": context, "splits": work.num_splits,
+        "us": round(seconds * 1e6, 2), "gb_s": round(work.kv_bytes / seconds / 1e9, 1),
+        "of_limit": round(work.kv_bytes / seconds / limit, 3),
+    }  # fmt: skip
+    if work.kv_bytes * work.copies <= COMPARED_BYTES:
+        result["sdpa_us"] = round(work.sdpa_seconds() * 1e6, 2)
+    return result
+
+
+def verify(shape: Shape, batch: int, context: int, device: torch.device) -> dict[str, Any]:
+    """8 rows a sequence against 1, each in tiles of its own size, and 1 row in the tiles of 8."""
+    rows, one, wide = (
+        Attention(shape, batch, context, n, tile_rows, device).seconds() for n, tile_rows in ((8, 8), (1, 1), (1, 8))
+    )
+    return {
+        "kind": "verify", "shape": shape.name, "batch": batch, "context": context, "us_8_rows": round(rows * 1e6, 2),
+        "us_1_row": round(one * 1e6, 2), "us_1_row_in_tiles_of_8": round(wide * 1e6, 2), "ratio": round(rows / one, 3),
+    }  # fmt: skip
+
+
+def prefill(shape: Shape, rows: int, context: int, device: torch.device) -> dict[str, Any]:
+    """Two products of 2 D operations a query head and visible key."""
+    tile_rows = 128 // (1 << (shape.num_heads // shape.num_kv_heads - 1).bit_length())
+    work = Attention(shape, 1, context, rows, tile_rows, device)
+    operations = 4 * shape.head_dim * shape.num_heads * sum(range(context - rows + 1, context + 1))
+    seconds = work.seconds()
+    result = {
+        "kind": "prefill", "shape": shape.name, "rows": rows, "context": context, "us": round(seconds * 1e6, 1),
+        "tflop_s": round(operations / seconds / 1e12, 2),
+    }  # fmt: skip
+    if rows == context:
+        result["sdpa_tflop_s"] = round(operations / work.sdpa_seconds() / 1e12, 2)
+    return result
+
+
+def rows_of(shape: Shape, name: str, num_rows: int, limit: float, device: torch.device) -> dict[str, Any]:
+    """A row-wise kernel at a model's sizes: bytes read and written over time."""
+    hidden, intermediate = (4096, 14336) if shape.name == "llama8b" else (576, 1536)
+    size = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+
+    def normal(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device).normal_()
+
+    def build() -> tuple[Callable[[], object], int]:
+        if name == "add_rms_norm":
+            residual, h, out = normal(num_rows, hidden), normal(num_rows, hidden), normal(num_rows, hidden)
+            weight = normal(hidden, dtype=torch.float32)
+            return lambda: add_rms_norm_(residual, h, weight, 1e-5, out=out), 4 * h.nbytes
+        if name == "gated_activation":
+            gate_up, out = normal(num_rows, 2 * intermediate), normal(num_rows, intermediate)
+            return lambda: gated_activation(gate_up, "silu", out), gate_up.nbytes + out.nbytes
+        qkv, (cos, sin) = normal(num_rows, size), (normal(num_rows, shape.head_dim, dtype=torch.float32) for _ in "cs")
+        slots = torch.randperm(num_rows, device=device)
+        caches = [normal(num_rows, shape.num_kv_heads, shape.head_dim) for _ in "kv"]
+        heads = (shape.num_heads, shape.num_kv_heads)
+        moved = 2 * qkv.nbytes + caches[0].nbytes + cos.nbytes + sin.nbytes  # q, k in place; k, v to the caches
+        return lambda: rope_store_(qkv, cos, sin, slots, *caches, *heads, None, None, 1e-5), moved
+
+    call, moved = build()
+    copies = max(1, min(MAX_COPIES, CACHE_BYTES // moved)) if device.type == "cuda" else 1
+    seconds = seconds_per_call([call, *(build()[0] for _ in range(copies - 1))], device)
+    return {
+        "kind": name, "shape": shape.name, "rows": num_rows, "us": round(seconds * 1e6, 2),
+        "gb_s": round(moved / seconds / 1e9, 1), "of_limit": round(moved / seconds / limit, 3),
+    }  # fmt: skip
+
+
+def plan(
+    only: list[str], is_dry: bool, limit: float, device: torch.device
+) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    """(name, case), most telling first."""
+    kernels = ("add_rms_norm", "rope_store", "gated_activation")
+    shapes = (Shape("smollm2", 3, 1, 16),) if is_dry else SHAPES
+    decodes = [(2, 40)] if is_dry else DECODES
+    num_rows = (2,) if is_dry else (8, 4096)
+    prefills = ((20, 20), (20, 40)) if is_dry else ((2048, 2048), (2048, 8192))
+    batch, context = (2, 40) if is_dry else (8, 4096)
+    cases: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    cases += [("decode", lambda s=s, b=b, c=c: decode(s, b, c, limit, device)) for b, c in decodes[:1] for s in shapes]
+    cases += [("verify", lambda s=s: verify(s, batch, context, device)) for s in shapes]
+    cases += [
+        ("rows", lambda s=s, k=k, n=n: rows_of(s, k, n, limit, device))
+        for s in shapes
+        for k in kernels
+        for n in num_rows
+    ]
+    cases += [("prefill", lambda s=s, r=r, c=c: prefill(s, r, c, device)) for r, c in prefills for s in shapes]
+    cases += [("decode", lambda s=s, b=b, c=c: decode(s, b, c, limit, device)) for b, c in decodes[1:] for s in shapes]
+    return [case for case in cases if not only or case[0] in only]
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--budget", "budget_s", default=50.0, show_default=True, help="No case is begun after so many seconds.")
+@click.option("--only", default="", help="decode, verify, prefill, rows; separated by commas. Default: all.")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
+@torch.inference_mode()
+def main(budget_s: float, only: str, is_dry: bool) -> None:
+    end = time.monotonic() + budget_s
+    names = [name for name in only.split(",") if name]
+    unknown = sorted(set(names) - {"decode", "verify", "prefill", "rows"})
+    if unknown:
+        raise click.UsageError(f"--only: {', '.join(unknown)} is none of decode, verify, prefill, rows")
+    if is_dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch imports triton
+    elif not torch.cuda.is_available():
+        raise click.UsageError("this bench needs a CUDA device; --dry-run runs tiny sizes without one")
+    device = torch.device("cpu" if is_dry else "cuda")
+    limit = copy_bandwidth(device, 1 << 20 if is_dry else 1 << 30)
+    machine = f"{common.hardware()['cpu']}, dry run" if is_dry else torch.cuda.get_device_name()
+    click.echo(f"limit: {limit / 1e9:.0f} GB/s read and written by a copy on {machine}")
+    results, left_out = [], 0
+    for _, case in plan(names, is_dry, limit, device):
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        result = case()
+        results.append(result)
+        click.echo("  ".join(f"{key} {value}" for key, value in result.items()))
+        if not is_dry:
+            torch.cuda.empty_cache()
+    if left_out:
+        click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
+    setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
+    limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
+    click.echo(json.dumps({"bench": "attention_kernels", **setup, **limits, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
