@@ -1,4 +1,4 @@
-"""Output under a grammar: always what the grammar says, the same with drafts as without, and ended where it is complete."""
+"""Output under a grammar: always what the grammar says, equal with and without drafts, ended where it is complete."""
 
 import json
 import random
