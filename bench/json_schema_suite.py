@@ -93,7 +93,7 @@ class Checker:
     def accepts(self, compiled: CompiledGrammar, text: str) -> bool:
         grammar = compiled.start()
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not all(grammar.accept(token) for token in tokens):
+        if not all(grammar.commit([token]) for token in tokens):
             return False
         return grammar.is_terminated or any(grammar.allows(token) for token in self._eos)
 

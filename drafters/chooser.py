@@ -65,7 +65,7 @@ class DraftChooser:
             if guess is not None:
                 guesses.append((source, guess))
                 rates.append(self._acceptance.rate(source, guess))
-        best_rate, best = self._take_best(guesses, rates)
+        best_rate, best = self._take_best(guesses, rates, least_survival)
         self.guesses.append(guesses)
         self._best.append(best[1].token if best is not None else None)
         if best is None or self.survival * best_rate < least_survival:
@@ -79,18 +79,24 @@ class DraftChooser:
                 source.follow(token)
             except Exception:
                 self.drop(source)
-        if self._constraint is not None:
-            self._constraint.advance((token,))
         return True
 
     def _take_best(
-        self, guesses: list[tuple[DraftSource, Guess]], rates: list[float]
+        self, guesses: list[tuple[DraftSource, Guess]], rates: list[float], least_survival: float
     ) -> tuple[float, tuple[DraftSource, Guess] | None]:
-        """The most credible guess that is allowed, the earlier source's of equal ones; forbidden ones are taken out."""
+        """The most credible guess that is allowed, the earlier source's of equal ones; forbidden ones are taken out.
+
+        The constraint goes on by it unless the draft ends here for want of survival.
+        """
         while guesses:
-            idx = max(range(len(rates)), key=rates.__getitem__)
-            if self._constraint is None or self._constraint.allows(guesses[idx][1].token):
-                return rates[idx], guesses[idx]
+            best_rate = max(rates)
+            idx = rates.index(best_rate)
+            token = guesses[idx][1].token
+            goes_on = self.survival * best_rate >= least_survival
+            if self._constraint is None or (
+                self._constraint.advance((token,)) if goes_on else self._constraint.allows(token)
+            ):
+                return best_rate, guesses[idx]
             del guesses[idx], rates[idx]
         return -1.0, None
 

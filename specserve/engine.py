@@ -304,7 +304,13 @@ class Engine:
             elif not tokens:
                 self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
             else:
-                events.append(self._commit_tokens(item, group, accepted_tokens(item.drafts, tokens), output))
+                kept = accepted_tokens(item.drafts, tokens)
+                if seq.grammar is not None:
+                    kept = kept[: seq.grammar.commit(kept)]
+                if kept:
+                    events.append(self._commit_tokens(item, group, kept, output))
+                else:
+                    self._fail_at_dead_end(seq, events)
 
     def _commit_tokens(self, item: ScheduledSequence, group: RowGroup, tokens: list[int], output: StepOutput) -> Delta:
         seq, state = item.seq, self._requests[item.seq.request_id]
@@ -352,6 +358,7 @@ class Engine:
         committed: list[int] = []
         if sampling.max_tokens == 0:
             return text, "length", None, committed
+        is_complete = seq.grammar is not None and seq.grammar.is_terminated
         for token in tokens:
             seq.append(token)
             committed.append(token)
@@ -363,7 +370,7 @@ class Engine:
             text += new
             if stop is not None:
                 return text, "stop", stop, committed
-            if seq.grammar is not None and seq.grammar.accept(token) and seq.grammar.is_terminated:
+            if is_complete and len(committed) == len(tokens):
                 return text + state.detokenizer.flush(), "stop", None, committed
             if seq.output_len >= sampling.max_tokens:
                 return text + state.detokenizer.flush(), "length", None, committed

@@ -1,7 +1,7 @@
 """One sequence's place in a grammar: what may come next, what must come next, and whether anything may.
 
 Owns the matcher of one sequence. Its place is the committed output plus, while drafts are made or verified, some tokens
-ahead; `rewind` goes back, and nothing but `accept` commits. Invariant: a matcher that fails on tokens that were only
+ahead; `rewind` goes back, and nothing but `commit` commits. Invariant: a matcher that fails on tokens that were only
 tried is made anew from the committed ones, so drafts can spoil nothing; one that fails on committed tokens allows
 nothing any more. llguidance never raises: `is_error` is asked after everything that may have failed, because a failed
 matcher's mask allows the end of text.
@@ -9,6 +9,7 @@ matcher's mask allows the end of text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,24 +51,24 @@ class Grammar:
         self.rewind()
         return not self.error and self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def accept(self, token: int) -> bool:
-        """Commit a token; False, and nothing is allowed from then on, when the grammar forbids it."""
+    def commit(self, tokens: Sequence[int]) -> int:
+        """Commit as many of `tokens` as are allowed, in order, and say how many; none behind a complete output.
+
+        When a token is forbidden although the output can go on, nothing is allowed from then on.
+        """
         self.rewind()
         if self.error:
-            return False
-        if not (self._is_known(token) and self._matcher.try_consume_tokens([token]) == 1):
-            self._fail(f"token {token} is not allowed here")
-            return False
-        self._committed.append(token)
-        return True
+            return 0
+        known = list(itertools.takewhile(self._is_known, tokens))
+        num = self._matcher.try_consume_tokens(known)
+        self._committed += known[:num]
+        if num < len(tokens) and not self.is_terminated:
+            self._fail(self._matcher.get_error() or f"token {tokens[num]} is not allowed here")
+        return num
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
         """How many of `tokens`, in order, may come next."""
-        known = list(tokens)
-        for idx, token in enumerate(known):
-            if not self._is_known(token):
-                del known[idx:]
-                break
+        known = list(itertools.takewhile(self._is_known, tokens))
         return self._matcher.validate_tokens(known) if known and not self.error else 0
 
     def allows(self, token: int) -> bool:

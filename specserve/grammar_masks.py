@@ -62,18 +62,22 @@ class MaskMaker:
         assert grammar is not None
         start = time.perf_counter()
         grammar.rewind()
-        result: list[int] = []
-        for idx, token in enumerate(tokens):
+        drafts = group.drafts
+        num_right = 0  # drafts are allowed tokens, so those that the model agrees with need no question
+        while num_right < len(drafts) and tokens[num_right] == drafts[num_right]:
+            num_right += 1
+        result = list(tokens[:num_right])
+        grammar.advance(result)
+        for idx in range(num_right, len(tokens)):
+            token = tokens[idx]
             if not grammar.allows(token):
-                row = np.zeros((1, grammar.compiled.mask_words), dtype=np.int32)
-                if not grammar.fill_mask(row[0]):
-                    break
-                best = masked_best(idx, row)
+                row = np.zeros((1, self._num_words), dtype=np.int32)
+                best = masked_best(idx, row) if grammar.fill_mask(row[0]) else None
                 if best is None:
                     break
                 token = best
             result.append(token)
-            if idx == len(group.drafts) or token != group.drafts[idx] or not grammar.advance((token,)):
+            if idx == len(drafts) or token != drafts[idx] or not grammar.advance((token,)):
                 break
         grammar.rewind()
         self.seconds += time.perf_counter() - start

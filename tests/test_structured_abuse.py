@@ -232,7 +232,8 @@ def test_schema_of_many_bytes_is_refused_with_the_limit(server):
     "keyword",
     [
         {"not": {"type": "null"}}, {"if": {}, "then": {}}, {"contains": {}}, {"uniqueItems": True},
-        {"propertyNames": {}}, {"dependentRequired": {"a": ["b"]}}, {"dependentSchemas": {"a": {}}}, {"unevaluatedProperties": False},
+        {"propertyNames": {}}, {"dependentRequired": {"a": ["b"]}}, {"dependentSchemas": {"a": {}}},
+        {"unevaluatedProperties": False},
         {"unevaluatedItems": False}, {"$dynamicRef": "#a"}, {"contentEncoding": "base64"}, {"nullable": True},
         {"minProperties": 3},
     ],

@@ -203,7 +203,7 @@ def test_drafts_into_a_dead_end_spoil_nothing(engine):
     rows = np.ones((3, compiled.mask_words), dtype=np.int32)
     grammar.fill_masks([x, z], rows)
     assert rows[0].any() and rows[1].any() and not rows[2].any()
-    assert not grammar.error and grammar.accept(y) and grammar.allows(a) and not grammar.allows(x)
+    assert not grammar.error and grammar.commit([y]) == 1 and grammar.allows(a) and not grammar.allows(x)
 
 
 def test_token_ids_outside_the_vocabulary_poison_nothing(engine):
@@ -211,7 +211,7 @@ def test_token_ids_outside_the_vocabulary_poison_nothing(engine):
     for token in (-1, 320, 10**9):
         assert not grammar.allows(token) and not grammar.advance((token,))
     assert grammar.num_allowed([engine.tokenizer.token_to_id("f"), 10**9]) == 1
-    assert not grammar.accept(10**9) and grammar.error
+    assert grammar.commit([10**9]) == 0 and grammar.error
     row = np.ones(grammar.compiled.mask_words, dtype=np.int32)
     assert not grammar.fill_mask(row) and not row.any()
 

@@ -1,0 +1,227 @@
+"""Does a grammar make decoding faster, what do its masks cost, and is every output valid?
+
+One engine, one process; each round answers the same held-out prompts in every way, in an order that turns from round
+to round: `free` (drafts, no grammar), `grammar` (drafts and forced spans under the task's JSON Schema) and `no spans`
+(the same grammar, forced spans not drafted). Each adapter is measured with its lookahead head and history, and as a
+LoRA alone, where drafts come from the prompt only. Greedy. Ratios are of tokens a second, round by round. Then
+--valid-rows rows are answered under the grammar at temperatures 0 and 1 and every output is validated; one that ran
+out of tokens counts apart.
+
+    python -m bench.structured ADAPTER_DIR ... --data FILE ... --schema FILE ... [--rounds 5] [--rows 16] [--batch 1,8]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import jsonschema
+
+from specserve.drafters.grammar_source import GrammarSource
+from specserve.engine import Engine
+from specserve.messages import Delta, GenerateRequest, GrammarSpec, SamplingParams
+from specserve.model_store import resolve_model
+from specserve.special_tokens import eos_token_ids
+from specserve.tokenizer import TextTokenizer
+from specserve.training.answers import make_engine
+from specserve.training.dataset import read_rows, tokenize
+
+from . import common
+
+WAYS = ("free", "grammar", "no spans")
+FILES = {"adapter_config.json", "adapter_model.safetensors"}  # of a LoRA alone
+
+
+@dataclass(slots=True)
+class Run:
+    """One pass over the prompts of a case."""
+
+    texts: list[str]
+    finished: list[bool]  # ended by itself
+    seconds: float = 0.0
+    mask_seconds: float = 0.0
+    num_tokens: int = 0
+    num_forwards: int = 0
+    accepted_by_source: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rate(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def generate(
+    engine: Engine, key: str, prompts: Sequence[list[int]], spec: GrammarSpec | None, batch: int, max_tokens: int,
+    temperature: float = 0.0,
+) -> Run:  # fmt: skip
+    """Answer all prompts, `batch` at a time."""
+    run = Run([""] * len(prompts), [False] * len(prompts))
+    waiting, start, masks = list(range(len(prompts)))[::-1], time.perf_counter(), engine.masks.seconds
+    num_running = 0
+    while waiting or engine.has_work():
+        while waiting and num_running < batch:
+            idx, num_running = waiting.pop(), num_running + 1
+            sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=idx)
+            engine.add_request(
+                GenerateRequest(str(idx), prompts[idx], sampling, adapter_hash=key, cache_salt="", grammar=spec)
+            )
+        for event in engine.step():
+            if not isinstance(event, Delta):
+                raise RuntimeError(event.error.message)
+            run.texts[int(event.request_id)] += event.text
+            if event.usage is not None:
+                num_running -= 1
+                run.finished[int(event.request_id)] = event.finish_reason == "stop"
+                run.num_tokens += event.usage.completion_tokens
+                run.num_forwards += event.usage.num_forwards
+                run.accepted_by_source.update(event.usage.accepted_by_source)
+    run.seconds, run.mask_seconds = time.perf_counter() - start, engine.masks.seconds - masks
+    return run
+
+
+@contextmanager
+def spans_drafted(way: str) -> Iterator[None]:
+    """Without forced spans for the way that has none."""
+    peek = GrammarSource.peek
+    if way == "no spans":
+        GrammarSource.peek = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GrammarSource.peek = peek  # type: ignore[method-assign]
+
+
+def check(run: Run, schema: Any) -> dict[str, int]:
+    """How many outputs satisfy the schema; an invalid one is printed."""
+    counts = {"valid": 0, "out_of_tokens": 0, "invalid": 0}
+    for text, finished in zip(run.texts, run.finished, strict=True):
+        if not finished:
+            counts["out_of_tokens"] += 1
+            continue
+        try:
+            jsonschema.validate(json.loads(text), schema)
+            counts["valid"] += 1
+        except (ValueError, jsonschema.ValidationError) as error:
+            counts["invalid"] += 1
+            click.echo(f"invalid: {text[:300]!r}: {error}")
+    return counts
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--data", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
+@click.option("--schema", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
+@click.option("--model", default="", help="Base model; default: specserve's default model.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rows", type=click.IntRange(1), default=16, show_default=True, help="Prompts that are timed.")
+@click.option("--valid-rows", type=click.IntRange(0), default=300, show_default=True, help="Prompts validated.")
+@click.option("--batch", default="1,8", show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=600, show_default=True)
+@click.option("--save/--no-save", default=True, help="Append the result to bench/results/structured.jsonl.")
+def main(
+    adapters: tuple[Path, ...], data: tuple[Path, ...], schema: tuple[Path, ...], model: str, rounds: int, rows: int,
+    valid_rows: int, batch: str, max_tokens: int, save: bool,
+) -> None:  # fmt: skip
+    if not len(adapters) == len(data) == len(schema):
+        raise click.UsageError("give one --data and one --schema for each adapter")
+    machine = common.hardware()
+    click.echo(common.hardware_line(machine))
+    model_dir = resolve_model(model)
+    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    sizes = [int(size) for size in batch.split(",")]
+    engine = make_engine(model_dir, batch=max(8, *sizes), max_len=2048)
+    floor_ms = 1e3 * engine.proposer.growth.cost_model.seconds(1)
+    click.echo(f"floor: a step of one row takes {floor_ms:.1f} ms")
+    figures: dict[str, Any] = {}
+    valid: dict[str, Any] = {}
+    for path, file, schema_file in zip(adapters, data, schema, strict=True):
+        text = schema_file.read_text(encoding="utf-8")
+        spec, rules = GrammarSpec("json_schema", text), json.loads(text)
+        prompts = [example.prompt for example in tokenize(read_rows(file), tokenizer, eos)]
+        full = engine.load_adapter(path.name, path).content_hash
+        with tempfile.TemporaryDirectory() as folder:
+            for name in FILES:
+                (Path(folder) / name).write_bytes((path / name).read_bytes())
+            alone = engine.load_adapter(f"{path.name}-lora", folder).content_hash
+        for size in sizes:
+            for key, kind in ((full, "lookahead"), (alone, "LoRA alone")):
+                name = f"{path.name}, {kind}, batch {size}"
+                figures[name] = measure(engine, key, prompts[:rows], spec, rules, size, rounds, max_tokens)
+                click.echo(f"{name}: {figures[name]}")
+        for temperature in (0.0, 1.0) if valid_rows else ():
+            run = generate(engine, full, prompts[:valid_rows], spec, max(sizes), max_tokens, temperature)
+            valid[f"{path.name}, temperature {temperature:g}"] = check(run, rules)
+            click.echo(f"{path.name}, temperature {temperature:g}: {check(run, rules)}")
+    record = {
+        "commit": common.commit(),
+        "versions": common.versions("torch", "llguidance"),
+        "hardware": machine,
+        "dtype": engine.info.dtype,
+        "rounds": rounds,
+        "rows": rows,
+        "figures": figures,
+        "validity": valid,
+    }
+    if save:
+        common.append_result("structured", record)
+
+
+def measure(
+    engine: Engine, key: str, prompts: list[list[int]], spec: GrammarSpec, rules: Any, batch: int, rounds: int,
+    max_tokens: int,
+) -> dict[str, Any]:  # fmt: skip
+    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    for round_idx in range(-1, rounds):  # the first warms up what is learned, and does not count
+        for way in WAYS if round_idx % 2 else WAYS[::-1]:
+            with spans_drafted(way):
+                run = generate(engine, key, prompts, None if way == "free" else spec, batch, max_tokens)
+            if round_idx >= 0:
+                runs[way].append(run)
+    same = [a == b for a, b in zip(runs["free"][0].texts, runs["grammar"][0].texts, strict=True)]
+
+    def ratio(one: str, other: str) -> dict[str, float]:
+        return common.spread([a.rate / b.rate for a, b in zip(runs[one], runs[other], strict=True)])
+
+    return {
+        "grammar_over_free": ratio("grammar", "free"),
+        "grammar_over_no_spans": ratio("grammar", "no spans"),
+        "answers_a_second_over_free": common.spread(
+            [a.seconds / b.seconds for a, b in zip(runs["free"], runs["grammar"], strict=True)]
+        ),
+        "mask_share": round(max(run.mask_seconds / run.seconds for run in runs["grammar"]), 5),
+        "texts_equal_to_free": round(sum(same) / len(same), 3),
+        "valid_free": check_quietly(runs["free"][0], rules),
+        "valid_grammar": check_quietly(runs["grammar"][0], rules),
+        "ways": {
+            way: {
+                "tokens_per_s": round(statistics.median(run.rate for run in own), 1),
+                "tokens_per_forward": round(own[-1].num_tokens / own[-1].num_forwards, 3),
+                "accepted_by_source": dict(own[-1].accepted_by_source),
+            }
+            for way, own in runs.items()
+        },
+    }
+
+
+def check_quietly(run: Run, rules: Any) -> float:
+    """Share of outputs that satisfy the schema."""
+    num = 0
+    for text in run.texts:
+        try:
+            jsonschema.validate(json.loads(text), rules)
+            num += 1
+        except (ValueError, jsonschema.ValidationError):
+            pass
+    return round(num / len(run.texts), 3)
+
+
+if __name__ == "__main__":
+    main()
