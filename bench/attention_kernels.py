@@ -32,7 +32,7 @@ from .gpu_timing import copy_bandwidth, seconds_per_call
 BLOCK_SIZE = 16
 CACHE_BYTES = 256 << 20  # KV that is cycled through: several times the last-level cache
 MAX_COPIES = 16
-COMPARED_BYTES = 8 << 30  # beyond, SDPA's own KV would not fit beside ours
+COMPARED_BYTES = 4 << 30  # beyond, SDPA's own KV would not fit beside ours
 
 
 @dataclass(frozen=True, slots=True)

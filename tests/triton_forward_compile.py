@@ -10,12 +10,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from specserve.kernels import add_norm_triton, gated_activation_triton, ragged_attention_triton, rope_kv_triton
@@ -38,19 +36,18 @@ def compile_kernel(
     source = ASTSource(kernel, signature, values, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", log)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-    assert registers and spills, log
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK"))
+    assert registers and stack, usage
     vectors = re.findall(r"ld\.global[\w.:]*\.v(\d)\.b(\d+)", ptx)
     copies = re.findall(r"cp\.async\.c[ag][\w.:]* *\[[^]]*\], *\[[^]]*\], *(0x\w+|\d+)", ptx)
     return {
         "registers": int(registers[1]),
-        "spilled": sum(map(int, spills)),
+        "spilled": int(stack[1]),  # no kernel has another use for a stack
         "shared": compiled.metadata.shared,
         "load_bytes": max([int(n) * int(bits) // 8 for n, bits in vectors], default=4),
         "copy_bytes": max([int(size, 0) for size in copies], default=0),
