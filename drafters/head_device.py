@@ -1,0 +1,185 @@
+"""Lookahead heads on a device: who is where in the tables of kernels/head_loop.py, and a source of what came out.
+
+`DeviceHeads` owns the heads' tensors, the static buffers and the places of running sequences; `launch` only launches,
+so a CUDA graph can hold it. `ChainSource` stands in for `HeadSource`: its guesses were made on the device, each from
+the one before, and brought back with the step's tokens. Invariant: it speaks only while the draft is its own chain.
+Whoever drives this says where a sequence is; a place is given by one sequence at a time, from `add_sequence` on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..kernels.head_loop import HeadScratch, HeadTables, HeadTensors, LoopRows, PromptPool, head_loop_
+from .copy_pointer import CopyPointer
+from .head_files import HeadError, LookaheadHeadFile
+from .head_source import NUM_LEVELS
+from .protocol import Guess
+
+_MATRICES = (
+    "init_weight", "moves", "next_weight", "gates_x", "gates_s", "out_weight", "copy_weight", "slot_weight",
+)  # fmt: skip
+_BIASES = ("init_bias", "gates_bias", "candidate_bias", "slot_bias")
+
+
+def head_tensors(head: LookaheadHeadFile, vocab_size: int, device: torch.device | str) -> HeadTensors:
+    """The head without the padding of its vocabulary, weights in bf16 as the files have them."""
+    weights, vocab = head.weights, torch.tensor(head.config.vocab, dtype=torch.int32)
+    num = len(vocab)
+
+    def unpadded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor[:num], tensor[-1:]]).to(device)
+
+    local_of = torch.full((vocab_size,), num, dtype=torch.int32)
+    local_of[vocab.long()] = torch.arange(num, dtype=torch.int32)
+    return HeadTensors(
+        **{name: getattr(weights, name)[0].to(device, torch.bfloat16).contiguous() for name in _MATRICES},
+        **{name: getattr(weights, name)[0, 0].to(device, torch.float32).contiguous() for name in _BIASES},
+        embed=unpadded(weights.embed[0]).to(torch.bfloat16),
+        out_bias=unpadded(weights.out_bias[0, 0]).float(),
+        local_of=local_of.to(device),
+        token_of=vocab.to(device),
+    )
+
+
+class DeviceHeads:
+    """Heads of up to the given sizes for up to `max_num_seqs` sequences; all memory but the heads' is taken here.
+
+    `results` [2, max_num_seqs, max_draft_len] int32 holds `guesses` (token ids, -1: none) and the bits of
+    `probabilities`, so that one copy brings both; launches fill [:, :S, :K].
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        tap_layers: Sequence[int],
+        max_heads: int,
+        max_num_seqs: int,
+        max_prompt_len: int,
+        max_draft_len: int,
+        max_state_size: int = 512,
+        max_vocab: int = 8192,
+        max_window: int = 16,
+        device: torch.device | str,
+    ) -> None:
+        self.tap_layers = tuple(tap_layers)  # row of `tapped` -> layer
+        self._limits = {"state_size": max_state_size, "copy_window": max_window, "vocab": max_vocab}
+        self._hidden_size, self._vocab_size = hidden_size, vocab_size
+        self._max_prompt_len, self._device = max_prompt_len, torch.device(device)
+        self._tables = HeadTables.allocate(max_heads, device)
+        self._pool = PromptPool.allocate(max_num_seqs, max_prompt_len, device)
+        self._scratch = HeadScratch.allocate(max_num_seqs, hidden_size, max_state_size, max_vocab, max_window, device)
+        self.results = torch.full((2, max_num_seqs, max_draft_len), -1, dtype=torch.int32, device=device)
+        self.guesses = self.results[0]  # [S, K] int32
+        self.probabilities = self.results[1].view(torch.float32)  # [S, K]
+        self._heads: dict[int, tuple[LookaheadHeadFile, HeadTensors]] = {}  # by slot
+        self._local_of: dict[int, torch.Tensor] = {}  # by slot, on the host
+        self._slot_of: dict[int, int] = {}  # id of a head -> slot
+
+    def add_head(self, head: LookaheadHeadFile) -> int:
+        """Slot of the head, which is brought to the device if it is new. Raises `HeadError` where it does not fit."""
+        slot = self._slot_of.get(id(head))
+        if slot is not None:
+            return slot
+        config = head.config
+        sizes = {"state_size": config.state_size, "copy_window": config.copy_window, "vocab": len(config.vocab)}
+        for field, limit in self._limits.items():
+            if sizes[field] > limit:
+                raise HeadError(f"{field} is {sizes[field]}, heads on the device have at most {limit}")
+        if config.tap_layer not in self.tap_layers:
+            raise HeadError(f"tap_layer is {config.tap_layer}, the device keeps the output of {list(self.tap_layers)}")
+        if config.hidden_size != self._hidden_size or config.vocab[-1] >= self._vocab_size:
+            raise HeadError(f"it is for another model: hidden_size {config.hidden_size}, not {self._hidden_size}")
+        free = set(range(self._tables.sizes.shape[0])) - self._heads.keys()
+        if not free:
+            raise HeadError(f"all {len(self._heads)} places for heads on the device are taken")
+        slot = min(free)
+        tensors = head_tensors(head, self._vocab_size, self._device)
+        self._tables.set(slot, tensors, config.draft_len, self.tap_layers.index(config.tap_layer))
+        self._heads[slot] = head, tensors
+        self._local_of[slot] = tensors.local_of.cpu()
+        self._slot_of[id(head)] = slot
+        return slot
+
+    def slot_of(self, head: LookaheadHeadFile) -> int:
+        """Its slot, -1 if it was not added."""
+        return self._slot_of.get(id(head), -1)
+
+    def forget(self, head: LookaheadHeadFile) -> None:
+        """Let go of a head that no later launch names; unknown ones are ignored."""
+        slot = self._slot_of.pop(id(head), None)
+        if slot is not None:
+            self._tables.sizes[slot].zero_()
+            del self._heads[slot], self._local_of[slot]
+
+    def add_sequence(
+        self, seq_slot: int, prompt: Sequence[int], head: LookaheadHeadFile, output: Sequence[int] = ()
+    ) -> bool:
+        """A sequence takes the place `seq_slot`; False where its prompt is too long, so that it goes without its head.
+
+        `output` is what it has already, such as after preemption: the next launch follows only what comes then.
+        """
+        num, slot = len(prompt), self._slot_of[id(head)]
+        if num > self._max_prompt_len:
+            return False
+        pointer = CopyPointer(prompt, head.config.copy_start, head.config.copy_window)
+        for token in output:
+            pointer.follow(token)
+        tokens = torch.tensor(prompt, dtype=torch.int32)
+        self._pool.tokens[seq_slot, :num].copy_(tokens)
+        self._pool.local[seq_slot, :num].copy_(self._local_of[slot][tokens.long()])
+        self._pool.lens[seq_slot].fill_(num)
+        self._pool.positions[seq_slot].fill_(pointer.position)
+        return True
+
+    def launch(self, rows: LoopRows, hidden: torch.Tensor, tapped: torch.Tensor, num_guesses: int) -> None:
+        """Draft for the sequences of `rows`: `guesses` and `probabilities` [:S, :num_guesses] are written.
+
+        hidden [L, H] and tapped [layers, L, H] are rows that logits were made of, in the order of `sampled`.
+        """
+        num_seqs = rows.seq_slots.shape[0]
+        head_loop_(
+            self.guesses[:num_seqs, :num_guesses],
+            self.probabilities[:num_seqs, :num_guesses],
+            rows,
+            hidden,
+            tapped,
+            self._tables,
+            self._pool,
+            self._scratch,
+        )
+
+
+class ChainSource:
+    """One sequence's chain of guesses that were made on the device."""
+
+    source = "head"
+    prior = tuple((level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS))
+
+    def __init__(self, head: LookaheadHeadFile):
+        self.head = head
+        self._chain: list[Guess] = []
+        self._chain_len = -1  # tokens of the sequence that the chain continues
+        self._next = 0  # place in the chain; behind it when the draft has left it
+
+    def set_chain(self, tokens: Sequence[int], probabilities: Sequence[float], num_tokens: int) -> None:
+        """Guesses that continue the first `num_tokens` tokens of the sequence; the first that is -1 ends them."""
+        self._chain, self._chain_len = [], num_tokens
+        for token, probability in zip(tokens, probabilities, strict=True):
+            if token < 0 or not 0.0 <= probability <= 1.0:
+                break
+            self._chain.append(Guess(token, min(NUM_LEVELS - 1, int(probability * NUM_LEVELS))))
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self._next = 0 if len(tokens) == self._chain_len else len(self._chain)
+
+    def peek(self) -> Guess | None:
+        return self._chain[self._next] if self._next < len(self._chain) else None
+
+    def follow(self, token: int) -> None:
+        guess = self.peek()
+        self._next = self._next + 1 if guess is not None and guess.token == token else len(self._chain)

@@ -1,0 +1,49 @@
+"""Compiles the heads' loop for Hopper (sm_90), which needs no GPU; run by test_device_heads.py as a process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from specserve.kernels import head_loop_triton as k
+from specserve.kernels.head_loop import _BLOCK_K, _BLOCK_N, _CHUNK, TILE_ROWS
+
+FLOATS = (
+    "partials", "squares", "state", "new_state", "x", "queries", "slot_scores", "scores", "copy_queries",
+    "probabilities",
+)  # fmt: skip
+INTS = (
+    "input_tokens", "moves", "draft_positions", "positions", "prompt_tokens", "prompt_local", "prompt_lens",
+    "seq_slots", "head_slots", "first_rows", "num_accepted", "last_row", "tiles", "sizes", "guesses",
+)  # fmt: skip
+POINTERS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INTS, "*i32") | {"sampled": "*i64", "addresses": "*i64"}
+TILE = {"TILE_ROWS": TILE_ROWS, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
+
+
+def compile_kernel(kernel: Any, hidden: str, **constants: Any) -> int:
+    """Size in bytes of the kernel's binary."""
+    names = kernel.arg_names
+    types = POINTERS | dict.fromkeys(constants, "constexpr") | dict.fromkeys(("hidden", "tapped"), f"*{hidden}")
+    signature = {name: types.get(name, "i32") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
+    return len(compiled.asm["cubin"])
+
+
+if __name__ == "__main__":
+    for kernel, hidden, constants in (
+        (k.walk_pointers, "bf16", {"WIDTH": 16}),
+        (k.begin_states, "bf16", TILE | {"IS_BF16": True, "CHUNK": _CHUNK}),
+        (k.begin_states, "fp32", TILE | {"IS_BF16": False, "CHUNK": _CHUNK}),
+        (k.finish_states, "bf16", {"BLOCK_N": _BLOCK_N}),
+        (k.feed, "bf16", TILE),
+        (k.step_cells, "bf16", TILE),
+        (k.make_queries, "bf16", TILE),
+        (k.score_tokens, "bf16", TILE),
+        (k.choose, "bf16", {"WIDTH": 16, "BLOCK_U": 1024, "BLOCK_K": _BLOCK_K}),
+        (k.choose, "bf16", {"WIDTH": 64, "BLOCK_U": 1024, "BLOCK_K": _BLOCK_K}),
+    ):
+        print(kernel.__name__, hidden, compile_kernel(kernel, hidden, **constants), "bytes")
