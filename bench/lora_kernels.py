@@ -81,7 +81,7 @@ class Workload:
 
     def ours(self) -> None:
         runs = [(slot, self.rows) for slot in range(self.num_adapters)]
-        segments = Segments.build(runs, self.num_adapters, self.device)
+        segments = Segments.build(runs, self.num_adapters)
         for layer in self.stacks:
             for stack, (in_size, _), y in zip(layer, self.linears, self.y, strict=True):
                 add_lora_(y, self.x[in_size], stack, segments)

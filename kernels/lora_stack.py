@@ -1,7 +1,7 @@
-"""The LoRA weights of one fused linear for the adapters of a batch, and the dispatch that applies them.
+"""The LoRA weights of one fused linear for the adapters of a batch, as the torch path on the CPU wants them.
 
-Owns how weights are laid out for each device, decided when a stack is built: it is built once per set of adapters and
-serves many steps. Does not own which rows use which adapter (segments.py) or the arithmetic (sgmv.py, bgmv.py).
+Owns how weights are laid out there, built once per set of adapters and used for many steps; the device's are in
+lora_tables.py. Does not own which rows use which adapter (segments.py) or the arithmetic (sgmv.py).
 Invariant: true ranks. Work and memory traffic of an adapter follow its own rank in each module, 0 where untargeted.
 """
 
@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from .bgmv import bgmv_triton_
 from .segments import Segments
-from .sgmv import sgmv_torch_, sgmv_triton_
+from .sgmv import sgmv_torch_
 
 
 class LoraPair(NamedTuple):
@@ -37,25 +36,11 @@ class RankGroup:
     launch_rows: int  # what one more launch costs, in rows of work with one member
 
 
-@dataclass(frozen=True, slots=True)
-class PointerTables:
-    """Where the Triton kernels find each slot's weights: separate tensors, nothing copied or padded. M modules."""
-
-    weights: torch.Tensor  # [slots, M, 2] int64, addresses of A and B; 0 where untargeted
-    ranks: torch.Tensor  # [slots, M] int32, 0 where untargeted
-    scales: torch.Tensor  # [slots, M] fp32
-    columns: torch.Tensor  # [M, 3] int32: first column in h, first column in y, number of columns in y
-    is_aligned: bool  # every address is a multiple of 16 bytes, so loads may be vectors
-    h_size: int  # columns of the intermediate: the largest rank of each module, side by side (space, not work)
-    max_rank: int
-
-
 class LoraStack:
     """Weights of one fused linear (such as q, k, v side by side) in one layer, for the slots of a batch.
 
     `slots[s][m]` is adapter s in module m, None where it does not target it; `out_sizes` are the modules' widths in y.
-    All pairs share one dtype and one device. On the CPU the stack holds fp32 copies, with each scale folded into B;
-    on CUDA it holds the given tensors and tables of their addresses.
+    All pairs share one dtype. The stack holds fp32 copies, with each scale folded into B.
     """
 
     def __init__(self, slots: Sequence[Sequence[LoraPair | None]], out_sizes: tuple[int, ...]):
@@ -64,28 +49,13 @@ class LoraStack:
         pairs = [pair for modules in self.slots for pair in modules if pair is not None]
         self.is_empty = not pairs
         self.groups: tuple[RankGroup, ...] = ()
-        self.tables: PointerTables | None = None
         if self.is_empty:
             return
-        in_size, device = pairs[0].a.shape[1], pairs[0].a.device
+        in_size = pairs[0].a.shape[1]
         for modules in self.slots:
             for pair, out_size in zip(modules, out_sizes, strict=True):
-                assert pair is None or pair.a.device == pair.b.device == device
                 assert pair is None or (pair.a.shape[1] == in_size and pair.b.shape == (out_size, pair.a.shape[0]))
-        if device.type == "cuda":
-            self.tables = _pointer_tables(self.slots, out_sizes)
-        else:
-            self.groups = _rank_groups(self.slots, out_sizes)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(pair.a.dtype for modules in self.slots for pair in modules if pair is not None)
-
-    def pointer_tables(self) -> PointerTables:
-        """The tables for the Triton kernels; built on demand on the CPU, where only the interpreter asks for them."""
-        if self.tables is None:
-            self.tables = _pointer_tables(self.slots, self.out_sizes)
-        return self.tables
+        self.groups = _rank_groups(self.slots, out_sizes)
 
 
 def add_lora_(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, segments: Segments) -> None:
@@ -97,36 +67,7 @@ def add_lora_(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, segments: Segm
     assert x.shape[0] == y.shape[0] == segments.num_rows, (x.shape, y.shape, segments.num_rows)
     if stack.is_empty or not segments.has_adapters:
         return
-    if not y.is_cuda:
-        sgmv_torch_(y, x, stack, segments)
-    elif segments.is_single_row:
-        bgmv_triton_(y, x, stack, segments)
-    else:
-        sgmv_triton_(y, x, stack, segments)
-
-
-def _pointer_tables(slots: Sequence[Sequence[LoraPair | None]], out_sizes: tuple[int, ...]) -> PointerTables:
-    """The tables of `slots`, on the device of its weights, which must stay alive as long as the tables."""
-    device = next(pair.a.device for modules in slots for pair in modules if pair is not None)
-    empty = (0, 0, 0, 0.0)
-    rows = [
-        [empty if p is None else (p.a.data_ptr(), p.b.data_ptr(), p.a.shape[0], p.scale) for p in modules]
-        for modules in slots
-    ]
-    columns, h_start, y_start = [], 0, 0
-    for module, out_size in enumerate(out_sizes):
-        columns.append((h_start, y_start, out_size))
-        h_start += max(modules[module][2] for modules in rows)
-        y_start += out_size
-    return PointerTables(
-        weights=torch.tensor([[(a, b) for a, b, _, _ in modules] for modules in rows], device=device),
-        ranks=torch.tensor([[r for _, _, r, _ in modules] for modules in rows], dtype=torch.int32, device=device),
-        scales=torch.tensor([[s for _, _, _, s in modules] for modules in rows], dtype=torch.float32, device=device),
-        columns=torch.tensor(columns, dtype=torch.int32, device=device),
-        is_aligned=all(a % 16 == 0 and b % 16 == 0 for modules in rows for a, b, _, _ in modules),
-        h_size=h_start,
-        max_rank=max(r for modules in rows for _, _, r, _ in modules),
-    )
+    sgmv_torch_(y, x, stack, segments)
 
 
 # One launch more costs about 25 us of calls: 8 rows of work with the 41 k weights that a rank-16 adapter has in one

@@ -25,13 +25,16 @@ _MAX_SPLITS = 16
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Block sizes, by a roofline for an H200: 132 SMs, 4.8 TB/s, so about 25 KB in flight an SM hide 700 ns of latency.
+    """Block sizes, by a roofline for an H200 and what the sm_90 binaries show; not yet measured on a GPU.
 
-    Shrink at 64 rows of 64 adapters, in 4096, rank 16: chunks of 512 make 8 x 64 programs, 4 an SM, each reading 16 KB
-    of A in 4 steps of 4 KB, 3 of them in flight: 48 KB an SM. 8 KB of shared memory a stage, 32 KB a program, so that 7
-    fit an SM. 16 ranks by 16 rows are two instructions wide: more than 2 warps would repeat each other's products.
-    Expand there: blocks of 128 columns make 32 x 64 programs, 16 an SM in one wave, each with 4 KB of B in flight and
-    a short chain of loads (tile, record, B and h and y at once).
+    132 SMs and 4.8 TB/s: about 25 KB in flight an SM hide 700 ns of latency. The case is 64 rows of 64 adapters, in
+    and out 4096, rank 16, 64 KB of A and as much of B an SM.
+    Shrink: chunks of 512 make 8 x 64 programs, all at once (25 KB of shared memory each, so up to 8 an SM). Each reads
+    16 KB of A in 4 steps of 4 KB, of which the pipeline holds 3 in flight: 48 KB an SM with 4 programs. 16 ranks by
+    16 rows are two instructions wide, so more than 2 warps would only repeat each other's products.
+    Expand: 128 columns by 16 ranks are 4 KB of B; 122 registers allow 4 programs an SM with 2 steps in flight, 32 KB.
+    A program pays a chain of three loads (tile, record, weights) before its first product, so it takes up to 8 blocks
+    of columns one after the other, but no more than leave 4 programs for every SM: few tiles are spread widely.
     """
 
     shrink_chunk: int = 512  # of K, a split; longer where the splits would be more than _MAX_SPLITS
@@ -39,8 +42,10 @@ class _Sizes:
     shrink_warps: int = 2
     shrink_stages: int = 4
     expand_block_n: int = 128
+    expand_max_blocks: int = 8  # of columns, a program
+    expand_programs: int = 4 * 132  # what one wave holds
     expand_warps: int = 4
-    expand_stages: int = 1
+    expand_stages: int = 3
 
 
 SIZES = _Sizes()
@@ -131,13 +136,16 @@ def _expand_(y: torch.Tensor, entry: LoraEntry, tiles: torch.Tensor, scratch: to
 
     block_n = SIZES.expand_block_n
     out_0, out_1, out_2 = (*entry.shape.out_sizes, 0, 0)[:3]
-    num_blocks = sum(-(-out_size // block_n) for out_size in entry.shape.out_sizes)
-    lora_expand[(tiles.shape[0], num_blocks)](
+    # From the table's capacity, not its contents; columns are independent, so that this changes no bits.
+    num_blocks = tiles.shape[0] * sum(-(-out_size // block_n) for out_size in entry.shape.out_sizes)
+    blocks = min(SIZES.expand_max_blocks, triton.next_power_of_2(-(-num_blocks // SIZES.expand_programs)))
+    num_pieces = sum(-(-out_size // (block_n * blocks)) for out_size in entry.shape.out_sizes)
+    lora_expand[(tiles.shape[0], num_pieces)](
         y, scratch, entry.records, tiles, entry.records.stride(0), y.stride(0), entry.num_rank_blocks,
         out_0, out_1, out_2,
         NUM_MODULES=entry.num_modules, SPLITS=splits, BLOCK_SPLITS=triton.next_power_of_2(splits),
         DTYPE=_triton_dtype(entry.dtype),
-        TILE_ROWS=TILE_ROWS, BLOCK_R=BLOCK_R, BLOCK_N=block_n,
+        TILE_ROWS=TILE_ROWS, BLOCK_R=BLOCK_R, BLOCK_N=block_n, COLUMN_BLOCKS=blocks,
         num_warps=SIZES.expand_warps, num_stages=SIZES.expand_stages,
     )  # fmt: skip
 

@@ -88,33 +88,34 @@ def lora_gather(
 def lora_expand(
     y, h, records, tiles, slot_stride, y_stride, num_rank_blocks, out_0, out_1, out_2,
     NUM_MODULES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, DTYPE: tl.constexpr,
-    TILE_ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """y[rows, block] += scale * (h summed over splits) @ B[block]^T. Grid (tiles, column blocks of all modules)."""
+    """y[rows, block] += scale * (h summed over splits) @ B[block]^T. Grid (tiles, pieces of columns)."""
     tile = tiles + tl.program_id(0) * 3
     slot = tl.load(tile + 2)
     if slot < 0:
         return
-    # Which module this block of columns is of: modules stand side by side, their last blocks may be short.
+    # Which module this piece of columns is of: modules stand side by side, their last pieces may be short.
+    PIECE: tl.constexpr = BLOCK_N * COLUMN_BLOCKS
     module = 0
     column = 0
     out_size = out_0
-    block = tl.program_id(1)
+    piece = tl.program_id(1)
     if NUM_MODULES > 1:
-        num_blocks = tl.cdiv(out_0, BLOCK_N)
-        is_later = block >= num_blocks
+        end_0 = tl.cdiv(out_0, PIECE)
+        is_later = piece >= end_0
+        first = tl.where(is_later, end_0, 0)
         module = tl.where(is_later, 1, module)
         column = tl.where(is_later, out_0, column)
         out_size = tl.where(is_later, out_1, out_size)
         if NUM_MODULES > 2:
-            num_blocks_2 = num_blocks + tl.cdiv(out_1, BLOCK_N)
-            is_last = block >= num_blocks_2
+            end_1 = end_0 + tl.cdiv(out_1, PIECE)
+            is_last = piece >= end_1
+            first = tl.where(is_last, end_1, first)
             module = tl.where(is_last, 2, module)
             column = tl.where(is_last, out_0 + out_1, column)
             out_size = tl.where(is_last, out_2, out_size)
-            block = block - tl.where(is_last, num_blocks_2, tl.where(is_later, num_blocks, 0))
-        else:
-            block = block - tl.where(is_later, num_blocks, 0)
+        piece = piece - first
     record = records + slot.to(tl.int64) * slot_stride + module * 4
     rank = tl.load(record + 2).to(tl.int32)
     if rank == 0:
@@ -122,32 +123,43 @@ def lora_expand(
     b = tl.multiple_of(tl.load(record + 1).to(tl.pointer_type(DTYPE)), 16)  # [out, R rounded up to 8]
     b_stride = tl.cdiv(rank, 8) * 8
     scale = tl.load(record + 3).to(tl.int32).to(tl.float32, bitcast=True)
-    rows = tl.load(tile) + tl.arange(0, TILE_ROWS)
-    row_mask = rows < tl.load(tile + 1)
-    rows = rows.to(tl.int64)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = n < out_size
-    y_mask = row_mask[:, None] & n_mask[None, :]
-    y_tile = y + rows[:, None] * y_stride + (column + n)[None, :]
-    old = tl.load(y_tile, mask=y_mask, other=0.0)  # before the loop: its latency passes meanwhile
+    end = tl.load(tile + 1)
+    rows = (tl.load(tile) + tl.arange(0, TILE_ROWS)).to(tl.int64)
+    y_rows = y + rows[:, None] * y_stride + column
     h_rows = h + ((rows * NUM_MODULES + module) * num_rank_blocks * SPLITS)[:, None, None] * BLOCK_R
     splits = tl.arange(0, BLOCK_SPLITS)
-    h_mask = row_mask[:, None, None] & (splits < SPLITS)[None, :, None]
-    b_rows = b + n.to(tl.int64)[:, None] * b_stride
+    ranks = tl.cdiv(rank, BLOCK_R)
+    num_blocks = tl.minimum(COLUMN_BLOCKS, tl.cdiv(out_size - piece * PIECE, BLOCK_N))
+    total = tl.zeros((TILE_ROWS, BLOCK_R), dtype=tl.float32)
     acc = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
-    for rank_block in range(0, tl.cdiv(rank, BLOCK_R)):
+    # One loop over columns and rank blocks, so that B is prefetched across blocks of columns too.
+    for step in range(0, num_blocks * ranks):
+        column_block = step // ranks
+        rank_block = step - column_block * ranks
+        is_end = rank_block == ranks - 1
+        n = piece * PIECE + column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_mask = n < out_size
+        y_mask = (rows < tl.where(is_end, end, 0))[:, None] & n_mask[None, :]
+        old = tl.load(y_rows + n[None, :], mask=y_mask, other=0.0)  # early: its latency passes during the products
         r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
         b_tile = tl.load(
-            b_rows + r[None, :], mask=n_mask[:, None] & (r < b_stride)[None, :], other=0.0
-        )  # [BLOCK_N, BLOCK_R]
-        # All 16 of a block, which vectorises: beyond the rank shrink wrote products with zeros.
+            b + n.to(tl.int64)[:, None] * b_stride + r[None, :],
+            mask=n_mask[:, None] & (r < b_stride)[None, :], other=0.0,
+        )  # [BLOCK_N, BLOCK_R]  # fmt: skip
+        # All 16 ranks of a block, which vectorises: beyond the rank shrink wrote products with zeros. One block's h
+        # serves all columns.
+        is_new = (step == 0) | (ranks > 1)
         h_block = (
             h_rows + (rank_block * SPLITS + splits)[None, :, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, None, :]
         )
+        h_mask = (rows < tl.where(is_new, end, 0))[:, None, None] & (splits < SPLITS)[None, :, None]
         parts = tl.load(h_block, mask=h_mask, other=0.0)  # [TILE_ROWS, splits, BLOCK_R]
-        acc = _dot_fp32(tl.sum(parts, 1), tl.trans(b_tile), acc)
-    result = old.to(tl.float32) + acc * scale
-    tl.store(y_tile, result.to(y.dtype.element_ty), mask=y_mask)
+        total = tl.where(is_new, tl.sum(parts, 1), total)
+        acc = tl.where(rank_block == 0, 0.0, acc)
+        acc = _dot_fp32(total, tl.trans(b_tile), acc)
+        if is_end:
+            result = old.to(tl.float32) + acc * scale
+            tl.store(y_rows + n[None, :], result.to(y.dtype.element_ty), mask=y_mask)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """Which rows of a step belong to which adapter slot: built once a step, read by every LoRA launch of every layer.
 
 Owns the row layout only and knows no weights. Invariants: the segments cover all T rows in order, neighbouring segments
-have different slots, none is empty, and slot -1 (no adapter) appears in no tile and in no plan, so that such rows cost
+have different slots, none is empty, and slot -1 (no adapter) appears in no plan, so that such rows cost
 nothing and are never written.
 
-Two views: `tiles` and `row_slots` for the Triton kernels, `plan()` for the CPU path.
+For the torch path on the CPU; on a GPU tiles play this part (tiles.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 import torch
 
 PlanKey = tuple[tuple[int, ...], int]
-
-TILE_ROWS = 16  # rows of a Triton tile; 16 is the smallest M of tl.dot, and the same for SGMV and BGMV
 
 # Reading one adapter's weights costs a CPU launch as much as this many rows of work with them. Measured with 8 adapters
 # of rank 16 on all modules of SmolLM2-135M, per fused linear and adapter: 23 us for 1 row, 3.6 us for each further row.
@@ -45,24 +43,17 @@ class Segments:
     slots: tuple[int, ...]  # [S] adapter slot, -1 = no adapter
     num_slots: int
     has_adapters: bool
-    is_single_row: bool  # every adapter segment has one row: BGMV serves the step
-    row_slots: torch.Tensor | None  # [T] int32, on the device; None on CPU
-    tiles: torch.Tensor | None  # [num_tiles, 3] int32 (first row, end row, slot), on the device; None on CPU
     _plans: dict[PlanKey, tuple[Launch, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
         return self.starts[-1]
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu") if self.tiles is None else self.tiles.device
-
     @classmethod
-    def build(cls, runs: Sequence[tuple[int, int]], num_slots: int, device: torch.device | str) -> Segments:
+    def build(cls, runs: Sequence[tuple[int, int]], num_slots: int) -> Segments:
         """Segments of `runs`, (slot, number of rows) in row order; equal neighbours are merged, empty runs dropped.
 
-        Slots are -1 or in [0, num_slots). Row tables go to `device` unless it is the CPU, whose path needs none.
+        Slots are -1 or in [0, num_slots).
         """
         starts: list[int] = [0]
         slots: list[int] = []
@@ -75,14 +66,12 @@ class Segments:
             else:
                 starts.append(starts[-1] + num_rows)
                 slots.append(slot)
-        row_slots, tiles = (None, None) if torch.device(device).type == "cpu" else row_tables(starts, slots, device)
-        lens = [end - start for start, end, slot in zip(starts, starts[1:], slots, strict=False) if slot >= 0]
-        return cls(tuple(starts), tuple(slots), num_slots, bool(lens), all(n == 1 for n in lens), row_slots, tiles)
+        return cls(tuple(starts), tuple(slots), num_slots, any(slot >= 0 for slot in slots))
 
     def select(self, rows: Sequence[int]) -> Segments:
         """The segments of a subset of rows, ascending: row i of the result is row `rows[i]` of these."""
         runs = [(self.slots[bisect_right(self.starts, row) - 1], 1) for row in rows]
-        return Segments.build(runs, self.num_slots, self.device)
+        return Segments.build(runs, self.num_slots)
 
     def plan(self, members: tuple[int, ...], launch_rows: int) -> tuple[Launch, ...]:
         """How to serve the slots `members`, whose weights are stacked in this order, in few batched products.
@@ -146,19 +135,3 @@ def _launch(lo: int, hi: int, rows_of: dict[int, list[int]]) -> Launch:
         valid=None if full else torch.tensor(valid),
         scatter=None if adjacent else torch.tensor(rows),
     )
-
-
-def row_tables(
-    starts: Sequence[int], slots: Sequence[int], device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row_slots [T] int32, tiles [num_tiles, 3] int32) of the segments, for the Triton kernels."""
-    row_slots: list[int] = []
-    tiles: list[int] = []
-    for start, end, slot in zip(starts, starts[1:], slots, strict=False):
-        row_slots += [slot] * (end - start)
-        if slot >= 0:
-            for first in range(start, end, TILE_ROWS):
-                tiles += (first, min(first + TILE_ROWS, end), slot)
-    # One copy to the device for both tables; asynchronous from pageable memory as far as the driver allows.
-    packed = torch.tensor(row_slots + tiles, dtype=torch.int32).to(device, non_blocking=True)
-    return packed[: len(row_slots)], packed[len(row_slots) :].view(-1, 3)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from .device_lora import DeviceLoraBatch
     from .lora_batch import LoraBatch
     from .native_lora import NativeLoraBatch
 
@@ -36,7 +37,7 @@ class Batch:
     query_lens_list: list[int]  # [S]
     context_lens_list: list[int]  # [S]
     block_tables_list: list[list[int]]  # [S][blocks in use], unpadded
-    lora: LoraBatch | NativeLoraBatch | None  # None when no row has an adapter
+    lora: LoraBatch | DeviceLoraBatch | NativeLoraBatch | None  # None when no row has an adapter
 
     @property
     def num_rows(self) -> int:

@@ -1,7 +1,8 @@
-"""The adapters of one step: which rows use which weights, for every layer.
+"""The adapters of one step in torch on the CPU: which rows use which weights, for every layer.
 
 `AdapterSlots` keeps the stacked weights of the adapters that recent steps used, so that steady traffic over the same
 adapters builds nothing. `LoraBatch` is one step's view of them; the decoder calls its hooks and knows no adapter.
+The counterpart on a GPU is `device_lora.py`, that of the native CPU path `native_lora.py`.
 """
 
 from __future__ import annotations
@@ -53,9 +54,8 @@ class LoraBatch:
 class AdapterSlots:
     """Stacked weights of a changing set of adapters; slot i of every stack is `adapters[i]`."""
 
-    def __init__(self, config: ModelConfig, device: torch.device):
+    def __init__(self, config: ModelConfig):
         self._config = config
-        self._device = device
         self._shapes = module_shapes(config)
         self.adapters: list[LoraAdapter] = []
         self.stacks: dict[tuple[int, str], LoraStack] = {}
@@ -91,7 +91,7 @@ class AdapterSlots:
         if all(content_hash is None for content_hash, _ in runs):
             return None
         slot_runs = [(-1 if h is None else self._slot_of[h], num_rows) for h, num_rows in runs]
-        segments = Segments.build(slot_runs, len(self.adapters), self._device)
+        segments = Segments.build(slot_runs, len(self.adapters))
         logits_segments = segments.select(logits_indices) if self.lm_head is not None else segments
         return LoraBatch(self, segments, logits_segments)
 

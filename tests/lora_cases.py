@@ -1,4 +1,7 @@
-"""Random LoRA batches for the kernel tests: odd shapes, mixed ranks, untargeted modules, skewed adapter popularity."""
+"""Random LoRA batches for the kernel tests: odd shapes, mixed ranks, untargeted modules, skewed adapter popularity.
+
+`make_case` is for the CPU's stacks, `TilesCase` for the device's tables, over the same runs and weights.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from specserve.kernels.lora_stack import LoraPair, LoraStack
+from specserve.kernels.lora_tables import LoraShape, LoraTables
+from specserve.kernels.lora_tiles import TILE_ROWS, lora_add_, lora_reference, scratch_size
 from specserve.kernels.segments import Segments
+from specserve.kernels.tiles import build_tiles_, max_tiles
 
 IN_SIZE, OUT_SIZES = 70, (33, 17, 17)
 POPULARITY = ("uniform", "zipf", "distinct", "identical", "none")
@@ -33,7 +39,11 @@ def make_runs(popularity: str, num_slots: int, num_segments: int, max_segment: i
 
 
 def make_slots(
-    ranks: Sequence[Sequence[int | None]], dtype: torch.dtype, device: str = "cpu"
+    ranks: Sequence[Sequence[int | None]],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    in_size: int = IN_SIZE,
+    out_sizes: tuple[int, ...] = OUT_SIZES,
 ) -> list[list[LoraPair | None]]:
     torch.manual_seed(0)
     return [
@@ -41,11 +51,11 @@ def make_slots(
             None
             if rank is None
             else LoraPair(
-                (torch.randn(rank, IN_SIZE) / IN_SIZE**0.5).to(device, dtype),
+                (torch.randn(rank, in_size) / in_size**0.5).to(device, dtype),
                 (torch.randn(out_size, rank) / rank**0.5).to(device, dtype),
                 0.25 * (1 + slot),
             )
-            for rank, out_size in zip(modules, OUT_SIZES, strict=True)
+            for rank, out_size in zip(modules, out_sizes, strict=True)
         ]
         for slot, modules in enumerate(ranks)
     ]
@@ -58,17 +68,64 @@ def make_case(
     max_segment: int,
     num_segments: int,
     ranks: Sequence[Sequence[int | None]] = RANKS,
-    device: str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor, LoraStack, Segments]:
     """x [T, in], y [T, sum(out)], the stack and the segments; max_segment 1 gives one row a segment."""
-    stack = LoraStack(make_slots(ranks, dtype, device), OUT_SIZES)
+    stack = LoraStack(make_slots(ranks, dtype), OUT_SIZES)
     runs = make_runs(popularity, len(ranks), num_segments, max_segment)
-    segments = Segments.build(runs, len(ranks), device)
-    x = torch.randn(segments.num_rows, IN_SIZE).to(device, dtype)
-    y = torch.randn(segments.num_rows, sum(OUT_SIZES)).to(device, dtype)
+    segments = Segments.build(runs, len(ranks))
+    x = torch.randn(segments.num_rows, IN_SIZE).to(dtype)
+    y = torch.randn(segments.num_rows, sum(OUT_SIZES)).to(dtype)
     return x, y, stack, segments
 
 
 def row_slots_of(segments: Segments) -> list[int]:
     lens = [end - start for start, end in zip(segments.starts, segments.starts[1:], strict=False)]
     return [slot for slot, n in zip(segments.slots, lens, strict=True) for _ in range(n)]
+
+
+class TilesCase:
+    """Rows, tables and scratch with fixed addresses, as a CUDA graph holds them; `run` launches over the row slots.
+
+    Unused memory holds NaN, so that a kernel that reads what it must not is seen.
+    """
+
+    def __init__(
+        self,
+        slots: list[list[LoraPair | None]],
+        num_rows: int,
+        dtype: torch.dtype,
+        *,
+        in_size: int = IN_SIZE,
+        out_sizes: tuple[int, ...] = OUT_SIZES,
+        max_rank: int = 65,
+        y_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ):
+        self.slots, self.out_sizes = slots, out_sizes
+        self.tables = LoraTables({"group": LoraShape(in_size, out_sizes)}, len(slots) + 2, max_rank, dtype, device)
+        for slot, modules in enumerate(slots):
+            self.tables.set_slot(slot, {"group": modules})
+        self.entry = self.tables.entry("group")
+        self.row_slots = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
+        num_tiles = max_tiles(num_rows, TILE_ROWS, num_rows)
+        self.tiles = torch.zeros(num_tiles, 3, dtype=torch.int32, device=device)
+        self.scratch = torch.full((scratch_size(self.entry, num_rows),), float("nan"), device=device)
+        self.x = torch.randn(num_rows, in_size).to(device, dtype)
+        self.y = torch.randn(num_rows, sum(out_sizes)).to(device, y_dtype or dtype)
+
+    def set_rows(self, row_slots: list[int]) -> None:
+        """Slots of the first rows; the rest is padding."""
+        padded = row_slots + [-1] * (len(self.row_slots) - len(row_slots))
+        self.row_slots.copy_(torch.tensor(padded, dtype=torch.int32))
+
+    def launch(self, y: torch.Tensor) -> None:
+        build_tiles_(self.tiles, self.row_slots, TILE_ROWS)
+        lora_add_(y, self.x, self.entry, self.tiles, self.scratch)
+
+    def run(self) -> torch.Tensor:
+        y = self.y.clone()
+        self.launch(y)
+        return y
+
+    def reference(self) -> torch.Tensor:
+        return lora_reference(self.y, self.x, self.slots, self.out_sizes, self.row_slots.tolist())

@@ -1,10 +1,15 @@
-"""Compiles the LoRA kernels for Hopper (sm_90), which needs no GPU; run by test_lora_kernels.py as a process.
+"""Compiles the kernels of LoRA and tiles for Hopper (sm_90), which needs no GPU; test_lora_kernels.py runs it.
 
-The interpreter accepts programs that the compiler refuses. A process of its own, without TRITON_INTERPRET.
+The interpreter accepts programs that the compiler refuses. Beyond that it checks what speed rests on and a binary
+shows: weights come in pieces of 16 bytes, tensor cores at 16 bits, no spilled registers. A process of its own, without
+TRITON_INTERPRET. With a folder as argument it leaves PTX and SASS there.
 """
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -12,29 +17,63 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specserve.kernels import lora_triton
+from specserve.kernels import lora_tiles_triton, tiles_triton
+from specserve.kernels.lora_tables import BLOCK_R
+from specserve.kernels.lora_tiles import SIZES, split_k
 
-DTYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
-POINTERS = {"h": "*fp32", "scales": "*fp32", "weights": "*i64"} | dict.fromkeys(
-    ("ranks", "columns", "tiles", "row_slots"), "*i32"
-)
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+SPLITS, CHUNK = split_k(4096)
+MULTIPLES_OF_16 = ("in_size", "x_stride", "y_stride", "slot_stride", "out_0", "out_1", "out_2")  # as at H = 4096
+COPY_16_BYTES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10|ld\.global\S*\.v4\.b32")
+SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
-def compile_kernel(kernel: Any, dtype: str) -> int:
-    """Size in bytes of the kernel's binary for q/k/v with rank-16 adapters."""
+def compile_kernel(kernel: Any, dtype: str, num_warps: int, num_stages: int = 3, **constants: Any) -> Any:
+    """The kernel for q/k/v of a model with H 4096, specialised as Triton's launcher does."""
     constants = {
-        "NUM_MODULES": 3, "ALIGNED": True, "TILE_ROWS": 16, "BLOCK_R": 16, "BLOCK_K": lora_triton.BLOCK_K,
-        "BLOCK_N": lora_triton.BLOCK_N, "DTYPE": DTYPES[dtype],
-    }  # fmt: skip
+        "NUM_MODULES": 3, "SPLITS": SPLITS, "BLOCK_SPLITS": triton.next_power_of_2(SPLITS), "CHUNK": CHUNK,
+        "TILE_ROWS": 16, "BLOCK_R": BLOCK_R, "BLOCK_K": SIZES.shrink_block_k, "BLOCK_N": SIZES.expand_block_n,
+        "COLUMN_BLOCKS": SIZES.expand_max_blocks, "DTYPE": DTYPES[dtype],
+    } | constants  # fmt: skip
     names = kernel.arg_names
-    types = POINTERS | {"x": f"*{dtype}", "y": f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
+    types = {"h": "*fp32", "records": "*i64", "tiles": "*i32", "row_ids": "*i32", "tokens": "*i64"}
+    types |= {"x": f"*{dtype}", "y": f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
-    compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
-    return len(compiled.asm["cubin"])
+    aligned = [name for name in names if signature[name][0] == "*" or name in MULTIPLES_OF_16]
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(
+        ASTSource(kernel, signature, values, attrs), target=GPUTarget("cuda", 90, 32), options=options
+    )
+
+
+def main(folder: Path | None) -> None:
+    binaries = {}
+    for dtype in DTYPES:
+        binaries[f"shrink-{dtype}"] = compile_kernel(
+            lora_tiles_triton.lora_shrink, dtype, SIZES.shrink_warps, SIZES.shrink_stages
+        )
+        binaries[f"expand-{dtype}"] = compile_kernel(
+            lora_tiles_triton.lora_expand, dtype, SIZES.expand_warps, SIZES.expand_stages
+        )
+        binaries[f"gather-{dtype}"] = compile_kernel(lora_tiles_triton.lora_gather, dtype, 2, NUM_MODULES=1, SPLITS=1)
+    for block in (16, 1024, 8192):
+        binaries[f"build_tiles-{block}"] = compile_kernel(
+            tiles_triton.build_tiles, "fp32", 4 if block <= 1024 else 16, BLOCK_T=block, BLOCK_TILES=block
+        )
+    for name, compiled in binaries.items():
+        ptx, sass = compiled.asm["ptx"], compiled.asm["sass"]
+        num_copies, num_mma = len(COPY_16_BYTES.findall(ptx)), len(re.findall(r"mma\.sync|wgmma\.mma", ptx))
+        print(f"{name}: {compiled.metadata.shared} bytes shared, {num_copies} 16-byte loads, {num_mma} mma")
+        if folder is not None:
+            (folder / f"{name}.ptx").write_text(ptx)
+            (folder / f"{name}.sass").write_text(sass)
+        assert not SPILL.search(sass), f"{name} spills registers"
+        if name.startswith(("shrink", "expand")):
+            assert num_copies, f"{name} reads weights in small pieces"
+            assert num_mma or name.endswith("fp32"), f"{name} does not use tensor cores"
 
 
 if __name__ == "__main__":
-    for dtype in DTYPES:
-        for name in ("sgmv_shrink", "sgmv_expand", "bgmv_shrink", "bgmv_expand"):
-            print(name, dtype, compile_kernel(getattr(lora_triton, name), dtype), "bytes")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..batch import Batch
+from ..device_lora import DeviceAdapterSlots, DeviceLoraBatch
 from ..kernels.attention import AttentionPlan, paged_attention, plan_attention, store_kv
 from ..kernels.linear import Linear
 from ..kernels.lora_stack import LoraPair
@@ -70,16 +71,20 @@ class Decoder:
         """How a LoRA's weights are held for this decoder: as PEFT has them."""
         return pair
 
-    def slots(self) -> AdapterSlots:
-        """What keeps the adapters of steps for this decoder."""
-        return AdapterSlots(self.config, self.device)
+    def slots(self, max_adapters: int = 256, max_rank: int = 256) -> AdapterSlots | DeviceAdapterSlots:
+        """What keeps the adapters of steps for this decoder; the limits hold on a GPU."""
+        if self.device.type == "cpu":
+            return AdapterSlots(self.config)
+        return DeviceAdapterSlots(
+            self.config, self.device, max_adapters, max_rows=0, dtype=self.compute_dtype, max_rank=max_rank
+        )
 
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
         """Normed hidden states [L, H] of the rows `batch.logits_indices`; writes all rows' keys and values to `kv`.
 
         Each layer index that `taps` holds gets that layer's output for the same rows, [L, H].
         """
-        config, lora = self.config, cast(LoraBatch | None, batch.lora)  # what `slots` makes
+        config, lora = self.config, cast(LoraBatch | DeviceLoraBatch | None, batch.lora)  # what `slots` makes
         x = self.embed[batch.tokens].to(self.compute_dtype)  # [T, H]
         if lora is not None:
             lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
