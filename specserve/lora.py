@@ -284,11 +284,11 @@ def _check_pair(
     if missing := {"A", "B"} - set(pair):
         raise AdapterError(f"adapter {name!r}: {module} has no lora_{missing.pop()} weight")
     a, b = pair["A"], pair["B"]
-    for side, tensor in (("A", a), ("B", b)):
+    for side, tensor, want_text in (("A", a, f"[rank, {shape[0]}]"), ("B", b, f"[{shape[1]}, rank]")):
         if tensor.dim() != 2 or not tensor.is_floating_point():
             raise AdapterError(
                 f"adapter {name!r}: {module} lora_{side} is {tensor.dtype} {list(tensor.shape)}; "
-                "a floating-point matrix is expected"
+                f"a floating-point matrix {want_text} is expected"
             )
     rank, size_in, size_out = a.shape[0], *shape
     if not 1 <= rank <= max_rank:

@@ -283,7 +283,7 @@ def _stop_ids(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
 
 def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
     def parse(key: str) -> int:
-        if not re.fullmatch(r"-?\d{1,20}", key):
+        if not re.fullmatch(r"-?[0-9]{1,20}", key):
             raise UserError(f"logit_bias: {key[:64]!r} is not a token id", param="logit_bias")
         return int(key)
 
