@@ -79,7 +79,14 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
     if route.answer is not None:
         content["application/json"] = media(*_alternatives(route.answer))
     if route.events is not None:
-        content["text/event-stream"] = media(route.events, error)
+        data = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": media(route.events, error)["schema"],
+        }
+        content["text/event-stream"] = {
+            "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        }
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content or {"text/plain": {}}}}
     for status in sorted(route.statuses):
         kinds = [LoraxError if status == 422 else error]
