@@ -73,6 +73,8 @@ def _response_format(value: Any) -> GrammarSpec | None:
     fields = _object(value, "response_format")
     kind = fields.pop("type", None)
     schema = fields.pop("schema", None)  # LoRAX's form
+    if schema is None:
+        schema = fields.pop("value", None)  # text-generation-inference's
     nested = fields.pop("json_schema", None)  # OpenAI's form
     _no_more(fields, "response_format")
     if kind == "json_schema" and nested is not None and schema is None:
