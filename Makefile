@@ -11,14 +11,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
 LINT_INSTALLED := $(VENV)/.installed-lint
+CLIENTS := $(patsubst tests/conformance/requirements-%.txt,%,$(wildcard tests/conformance/requirements-*.txt))
+CLIENTS_INSTALLED := $(CLIENTS:%=.venv-conformance/%/.installed)
 # Compiling every module of torch and transformers takes half of the install's CPU time; few of them are ever imported.
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test lint format clean
+.PHONY: help install pull serve test conformance lint format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(INSTALLED)  ## create .venv and install the project in place
 
@@ -31,6 +33,9 @@ serve: pull  ## serve the default model and examples/adapters on http://127.0.0.
 test: $(TEST_INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+conformance: $(TEST_INSTALLED) $(CLIENTS_INSTALLED)  ## run other projects' clients, each in an environment of its own
+	$(BIN)/python -m pytest -m slow tests/conformance $(ARGS)
+
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,8 +45,8 @@ format: $(LINT_INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv and caches; the converted model stays in the user's cache
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the environments and caches; the converted model stays in the user's cache
+	rm -rf $(VENV) .venv-conformance build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -58,6 +63,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 
 $(TEST_INSTALLED): pyproject.toml | $(INSTALLED)
 	$(PIP_INSTALL) '.[test]'
+	@touch $@
+
+.venv-conformance/%/.installed: tests/conformance/requirements-%.txt | $(BIN)/python
+	$(PYTHON) -m venv .venv-conformance/$*
+	.venv-conformance/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile -r $<
 	@touch $@
 
 $(LINT_INSTALLED): pyproject.toml | $(INSTALLED)

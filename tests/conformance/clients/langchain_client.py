@@ -1,0 +1,68 @@
+"""langchain-openai: chat, streams, completions, structured output, tools."""
+
+from typing import Literal
+
+from cases import check_answer, run
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    """An answer."""
+
+    model_config = ConfigDict(extra="forbid")  # or a model that knows nothing adds properties for ever
+
+    ok: bool
+    level: Literal["low", "high"]
+
+
+@tool
+def set_level(ok: bool, level: Literal["low", "high"]) -> str:
+    """Set the level."""
+    return "done"
+
+
+def chat(url, key, **fields):
+    return ChatOpenAI(base_url=f"{url}/v1", api_key=key, model="tiny", temperature=0, max_retries=0, **fields)
+
+
+def case_chat_and_its_stream(url, key):
+    model = chat(url, key, max_completion_tokens=24, stream_usage=True)
+    whole = model.invoke("Say hello")
+    chunks = list(model.stream("Say hello"))
+    assert "".join(chunk.content for chunk in chunks) == whole.content
+    assert (
+        sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata)
+        == (whole.usage_metadata["output_tokens"])
+    )
+
+
+def case_completions(url, key):
+    model = OpenAI(base_url=f"{url}/v1", api_key=key, model="alpha", max_tokens=8, temperature=0, max_retries=0)
+    assert "".join(model.stream("The quick")) == model.invoke("The quick")
+
+
+async def case_async(url, key):
+    model = chat(url, key, max_completion_tokens=12)
+    texts = [chunk.content async for chunk in model.astream("Say hello")]
+    assert "".join(texts) == (await model.ainvoke("Say hello")).content
+
+
+def case_structured_json_schema(url, key):
+    model = chat(url, key, max_completion_tokens=200).with_structured_output(Answer, method="json_schema")
+    answer = model.invoke("Say hello")
+    check_answer(answer.ok, answer.level)
+
+
+def case_tools(url, key):
+    model = chat(url, key, max_completion_tokens=200).bind_tools([set_level], tool_choice="set_level")
+    call = model.invoke("Say hello").tool_calls[0]
+    assert call["name"] == "set_level"
+    check_answer(**call["args"])
+    answer = chat(url, key, max_completion_tokens=200).with_structured_output(Answer, method="function_calling")
+    check_answer(**answer.invoke("Say hello").model_dump())
+
+
+if __name__ == "__main__":
+    run(globals())

@@ -1,0 +1,111 @@
+"""The openai package: sync, async, streams, structured output with pydantic models, tools."""
+
+import json
+from typing import Literal
+
+import openai
+from cases import MESSAGES, TOOL, check_answer, run
+from pydantic import BaseModel
+
+FIELDS = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_completion_tokens": 24, "seed": 1}
+
+
+class Answer(BaseModel):
+    ok: bool
+    level: Literal["low", "high"]
+
+
+def client(url, key):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+
+def case_models(url, key):
+    assert {model.id for model in client(url, key).models.list()} == {"tiny", "alpha"}
+    assert client(url, key).models.retrieve("alpha").id == "alpha"
+
+
+def case_chat_and_its_stream(url, key):
+    whole = client(url, key).chat.completions.create(**FIELDS)
+    chunks = list(
+        client(url, key).chat.completions.create(**FIELDS, stream=True, stream_options={"include_usage": True})
+    )
+    assert chunks[-1].usage == whole.usage
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+
+
+def case_logprobs_n_and_prediction(url, key):
+    fields = {**FIELDS, "temperature": 1.0, "n": 2, "logprobs": True, "top_logprobs": 3}
+    answer = client(url, key).chat.completions.create(**fields, prediction={"type": "content", "content": "hello"})
+    assert len(answer.choices) == 2
+    assert all(len(item.top_logprobs) == 3 for item in answer.choices[0].logprobs.content)
+
+
+def case_completions(url, key):
+    fields = {"model": "alpha", "prompt": ["The", "A"], "max_tokens": 6, "best_of": 3, "logprobs": 2, "echo": True}
+    answer = client(url, key).completions.create(**fields)
+    assert len(answer.choices) == 2 and answer.choices[1].text.startswith("A")
+    assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.text_offset)
+
+
+def case_errors(url, key):
+    try:
+        client(url, key).chat.completions.create(**{**FIELDS, "model": "some/model"})
+        raise AssertionError("an unknown model was served")
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found" and error.request_id
+    try:
+        client(url, "wrong").models.list()
+        raise AssertionError("a wrong key was accepted")
+    except openai.AuthenticationError:
+        pass
+
+
+async def case_async_stream(url, key):
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as session:
+        stream = await session.chat.completions.create(**FIELDS, stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        assert text == (await session.chat.completions.create(**FIELDS)).choices[0].message.content
+
+
+def case_structured_parse(url, key):
+    fields = {**FIELDS, "max_completion_tokens": 100}
+    parsed = client(url, key).chat.completions.parse(**fields, response_format=Answer).choices[0].message.parsed
+    check_answer(parsed.ok, parsed.level)
+    with client(url, key).chat.completions.stream(**fields, response_format=Answer) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+
+
+def case_structured_json_object(url, key):
+    fields = {**FIELDS, "max_completion_tokens": 100}
+    answer = client(url, key).chat.completions.create(
+        **fields, extra_body={"guided_json": TOOL["function"]["parameters"]}
+    )
+    check_answer(**json.loads(answer.choices[0].message.content))
+
+
+def case_tools(url, key):
+    choice = {"type": "function", "function": {"name": "set_level"}}
+    fields = {**FIELDS, "max_completion_tokens": 200, "tools": [TOOL]}
+    for tool_choice in (choice, "required"):
+        answer = client(url, key).chat.completions.create(**fields, tool_choice=tool_choice).choices[0]
+        call = answer.message.tool_calls[0]
+        assert call.function.name == "set_level" and call.id
+        check_answer(**json.loads(call.function.arguments))
+    with client(url, key).chat.completions.stream(**fields, tool_choice="required") as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion().choices[0].message.tool_calls[0]
+    assert streamed.function.arguments == call.function.arguments
+    history = [
+        *MESSAGES,
+        {"role": "assistant", "tool_calls": [call.model_dump()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "done"},
+    ]
+    after = client(url, key).chat.completions.create(**{**fields, "messages": history, "tool_choice": "none"})
+    assert after.choices[0].message.tool_calls is None
+
+
+if __name__ == "__main__":
+    run(globals())
