@@ -4,6 +4,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,7 +14,9 @@ from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
 from specserve.config import EngineConfig
+from specserve.engine_process import EngineProcess
 from specserve.frames import from_engine_decoder, read_frame, write_frame
+from specserve.grammar_compiler import COMPILE_TIMEOUT_S
 from specserve.messages import (
     Abort,
     AdapterLoaded,
@@ -21,6 +25,7 @@ from specserve.messages import (
     Delta,
     EngineInfo,
     GetStats,
+    GrammarSpec,
     Heartbeat,
     LoadAdapter,
     RequestFailed,
@@ -28,6 +33,34 @@ from specserve.messages import (
     Stats,
     UnloadAdapter,
 )
+
+
+def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monkeypatch):
+    never: Future = Future()
+    ours, theirs = socket.socketpair()
+    added = []
+    engine = SimpleNamespace(
+        grammars=SimpleNamespace(submit=lambda spec: never),
+        add_request=lambda *args: added.append(args),
+        abort=lambda request_id: None,
+    )
+    process = EngineProcess(engine, theirs)
+    slow = msgspec.structs.replace(request("slow", [1]), grammar=GrammarSpec("regex", "a"))
+    process._handle(slow)
+    process._handle(msgspec.structs.replace(slow, request_id="left"))
+    process._handle(Abort("left"))
+    process._give_up_compiling()
+    assert set(process._compiling) == {"slow"}
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic(): now + COMPILE_TIMEOUT_S + 1)
+    process._give_up_compiling()
+    failed = from_engine_decoder.decode(read_frame(ours))
+    assert isinstance(failed, RequestFailed) and failed.request_id == "slow" and failed.error.status == 400
+    assert f"{COMPILE_TIMEOUT_S:g} s" in failed.error.message
+    never.set_result(object())  # too late for both
+    process._drain_inbox(0)
+    assert not added
+    ours.close()
+    theirs.close()
 
 
 class Peer:
