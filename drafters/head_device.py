@@ -109,6 +109,10 @@ class DeviceHeads:
         """Its slot, -1 if it was not added."""
         return self._slot_of.get(id(head), -1)
 
+    def tensors(self, head: LookaheadHeadFile) -> HeadTensors:
+        """What is held of a head that was added."""
+        return self._heads[self._slot_of[id(head)]][1]
+
     def forget(self, head: LookaheadHeadFile) -> None:
         """Let go of a head that no later launch names; unknown ones are ignored."""
         slot = self._slot_of.pop(id(head), None)

@@ -1,0 +1,160 @@
+"""What do K guesses of every sequence's lookahead head cost on a GPU, without the host in between?
+
+The limit is reading the weights of the heads that are in use, once for the first state and once a position, at the
+measured copy bandwidth; weights that stay in the cache may beat it. The comparison is the loop that the host drives
+(HeadRunner: batched products in torch, one synchronisation a position). Cases are left out once --budget seconds are
+over, and said to be.
+
+    python -m bench.head_loop [--budget 25] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+
+from specserve.drafters.head import HeadWeights, head_shapes
+from specserve.drafters.head_device import DeviceHeads
+from specserve.drafters.head_files import LookaheadConfig, LookaheadHeadFile, pad_vocab
+from specserve.drafters.head_source import HeadRunner, HeadSource
+from specserve.kernels.head_loop import LoopRows
+
+from . import common
+from .gpu_timing import copy_bandwidth, seconds_per_call
+
+PROMPT_LEN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    name: str
+    hidden_size: int
+    state_size: int
+    num_tokens: int  # of the task vocabulary
+    window: int
+    vocab_size: int
+
+
+SHAPES = (Shape("smollm2", 576, 192, 2048, 8, 49152), Shape("llama8b", 4096, 256, 4096, 8, 128256))
+TINY = Shape("tiny", 32, 16, 40, 4, 100)
+
+
+def make_head(shape: Shape, draft_len: int, device: torch.device) -> LookaheadHeadFile:
+    """A random head, as read from a file."""
+    config = LookaheadConfig(
+        format_version=1, base_hash="", tokenizer_hash="", lora_hash="", hidden_size=shape.hidden_size,
+        state_size=shape.state_size, tap_layer=0, draft_len=draft_len, copy_window=shape.window, copy_start=0,
+        vocab=list(range(shape.num_tokens)),
+    )  # fmt: skip
+    shapes = head_shapes(shape.hidden_size, shape.state_size, shape.num_tokens, shape.window)
+    tensors = {
+        name: torch.empty(1, *size, device=device).normal_(std=size[0] ** -0.5).bfloat16().float()
+        for name, size in shapes.items()
+    }
+    return LookaheadHeadFile(config, HeadWeights(**pad_vocab(tensors)))
+
+
+def loop(
+    shape: Shape, num_seqs: int, num_heads: int, num_guesses: int, limit: float, device: torch.device
+) -> dict[str, Any]:
+    heads = [make_head(shape, num_guesses, device) for _ in range(num_heads)]
+    head_of = [heads[idx * num_heads // num_seqs] for idx in range(num_seqs)]
+    on_device = DeviceHeads(
+        hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, tap_layers=[0], max_heads=num_heads,
+        max_num_seqs=num_seqs, max_prompt_len=PROMPT_LEN, max_draft_len=num_guesses, max_state_size=shape.state_size,
+        max_vocab=shape.num_tokens, max_window=shape.window, device=device,
+    )  # fmt: skip
+    prompt = torch.randint(shape.vocab_size, (PROMPT_LEN,)).tolist()
+    slots = [on_device.add_head(head) for head in head_of]
+    for seq, head in enumerate(head_of):
+        on_device.add_sequence(seq, prompt, head)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter has no bf16 products
+    hidden = torch.empty(num_seqs, shape.hidden_size, dtype=dtype, device=device).normal_()
+    tapped = hidden.clone()[None]
+    rows = torch.arange(num_seqs, dtype=torch.int32, device=device)
+    sampled = torch.randint(shape.num_tokens, (num_seqs,), device=device)
+    table = LoopRows(
+        rows, torch.tensor(slots, dtype=torch.int32, device=device), rows, torch.zeros_like(rows), rows, sampled
+    )
+    seconds = seconds_per_call([lambda: on_device.launch(table, hidden, tapped, num_guesses)], device)
+    tensors = on_device.tensors(heads[0])
+    first = tensors.init_weight.nbytes
+    a_position = tensors.num_bytes - first - tensors.local_of.nbytes - tensors.token_of.nbytes
+    limit_s = num_heads * (first + num_guesses * a_position) / limit
+    host_s = host_loop_seconds(head_of, prompt, sampled.tolist(), hidden, num_guesses)
+    return {
+        "shape": shape.name, "sequences": num_seqs, "heads": num_heads, "guesses": num_guesses,
+        "us": round(seconds * 1e6, 1), "limit_us": round(limit_s * 1e6, 1), "host_us": round(host_s * 1e6, 1),
+    }  # fmt: skip
+
+
+def host_loop_seconds(
+    head_of: list[LookaheadHeadFile], prompt: list[int], sampled: list[int], hidden: torch.Tensor, num_guesses: int
+) -> float:
+    local = {token: idx for idx, token in enumerate(head_of[0].config.vocab)}
+    sources = [HeadSource(head, local, prompt) for head in head_of]
+    runner, times = HeadRunner(), []
+    for _ in range(5):
+        start = time.perf_counter()
+        for row, source in enumerate(sources):
+            source.set_hidden(hidden, hidden, row, len(prompt) + 1)
+            source.begin([*prompt, sampled[row]])
+        runner.begin(sources)
+        for _ in range(num_guesses):
+            runner.step(sources)
+            for source in sources:
+                guess = source.peek()
+                if guess is not None:
+                    source.follow(guess.token)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def plan(is_dry: bool, limit: float, device: torch.device) -> list[Callable[[], dict[str, Any]]]:
+    """Cases, most telling first."""
+    if is_dry:
+        return [lambda: loop(TINY, 3, 2, 2, limit, device)]
+    counts = ((8, 8), (1, 1), (64, 64), (64, 1), (64, 8))  # sequences, heads
+    return [lambda s=s, n=n, h=h: loop(s, n, h, 8, limit, device) for n, h in counts for s in SHAPES]
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--budget", "budget_s", default=25.0, show_default=True, help="No case is begun after so many seconds.")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
+@torch.inference_mode()
+def main(budget_s: float, is_dry: bool) -> None:
+    end = time.monotonic() + budget_s
+    if is_dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch imports triton
+    elif not torch.cuda.is_available():
+        raise click.UsageError("this bench needs a CUDA device; --dry-run runs tiny sizes without one")
+    device = torch.device("cpu" if is_dry else "cuda")
+    limit = copy_bandwidth(device, 1 << 20 if is_dry else 1 << 30)
+    machine = f"{common.hardware()['cpu']}, dry run" if is_dry else torch.cuda.get_device_name()
+    click.echo(f"limit: {limit / 1e9:.0f} GB/s read and written by a copy on {machine}")
+    results, left_out = [], 0
+    for case in plan(is_dry, limit, device):
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        results.append(case())
+        click.echo("  ".join(f"{key} {value}" for key, value in results[-1].items()))
+        if not is_dry:
+            torch.cuda.empty_cache()
+    if left_out:
+        click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
+    setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
+    limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
+    click.echo(json.dumps({"bench": "head_loop", **setup, **limits, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

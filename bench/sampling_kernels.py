@@ -1,0 +1,116 @@
+"""What does the end of a step cost on a GPU: sampling with each kind of parameters, and the verification of drafts?
+
+The limit is one reading of the logits at the measured copy bandwidth. Greedy rows are compared with torch.argmax, rows
+with top-k and top-p with a sort of the vocabulary in torch, which knows neither ties nor fp64 masses. Times are of
+captured launches. Cases are left out once --budget seconds are over, and said to be.
+
+    python -m bench.sampling_kernels [--budget 25] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+
+from specserve.kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, sample_logits_
+from specserve.kernels.verify import verify_drafts_
+
+from . import common
+from .gpu_timing import copy_bandwidth, seconds_per_call
+
+MODES: dict[str, tuple[SamplingRow, dict[str, bool]]] = {
+    "greedy": (SamplingRow(), {"draws": False}),
+    "temperature": (SamplingRow(0.8, uniform=0.4), {"cuts_top_k": False, "cuts_top_p": False}),
+    "top_p": (SamplingRow(0.8, top_p=0.95, uniform=0.4), {"cuts_top_k": False}),
+    "top_k top_p": (SamplingRow(0.8, top_k=50, top_p=0.95, uniform=0.4), {}),
+    "greedy, all stages": (SamplingRow(), {}),
+}
+
+
+def by_sorting(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+    """The common way in torch: sort, cut, draw."""
+    values, order = (logits / row.temperature).sort(dim=-1, descending=True)
+    if row.top_k:
+        values[:, row.top_k :] = -torch.inf
+    probs = values.softmax(dim=-1)
+    probs[probs.cumsum(dim=-1) - probs > row.top_p] = 0.0
+    sums = probs.cumsum(dim=-1)
+    picked = (sums > row.uniform * sums[:, -1:]).int().argmax(dim=-1, keepdim=True)
+    return order.gather(1, picked)
+
+
+def sample(mode: str, num_rows: int, vocab_size: int, limit: float, device: torch.device) -> dict[str, Any]:
+    row, stages = MODES[mode]
+    logits = torch.empty(num_rows, vocab_size, device=device).normal_(std=3.0)
+    host = SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu")
+    host.write([row] * num_rows)
+    params = SamplingTensors.allocate(num_rows, vocab_size, 0, device)
+    params.copy_(host)
+    scratch = SamplingScratch.allocate(num_rows, vocab_size, device)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
+    bad = torch.empty(num_rows, dtype=torch.int32, device=device)
+    seconds = seconds_per_call([lambda: sample_logits_(tokens, bad, logits, params, scratch, **stages)], device)
+    result = {
+        "kind": mode, "rows": num_rows, "vocab": vocab_size, "us": round(seconds * 1e6, 2),
+        "limit_us": round(logits.nbytes / limit * 1e6, 2),
+    }  # fmt: skip
+    if mode in ("greedy", "top_p", "top_k top_p"):
+        torch_way = (lambda: by_sorting(logits, row)) if row.temperature else (lambda: logits.argmax(dim=-1))
+        result["torch_us"] = round(seconds_per_call([torch_way], device) * 1e6, 2)
+    return result
+
+
+def verify(num_seqs: int, num_drafts: int, device: torch.device) -> dict[str, Any]:
+    rows = num_seqs * (num_drafts + 1)
+    tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+    first = torch.arange(0, rows, num_drafts + 1, dtype=torch.int32, device=device)
+    nums = torch.full_like(first, num_drafts)
+    out = torch.empty_like(first), torch.empty_like(first)
+    seconds = seconds_per_call([lambda: verify_drafts_(*out, tokens, tokens, first, nums)], device)
+    return {"kind": "verify", "sequences": num_seqs, "drafts": num_drafts, "us": round(seconds * 1e6, 2)}
+
+
+def plan(is_dry: bool, limit: float, device: torch.device) -> list[Callable[[], dict[str, Any]]]:
+    """Cases, most telling first."""
+    shapes = ((2, 100),) if is_dry else ((64, 128256), (1, 128256), (8, 128256), (64, 49152), (256, 128256))
+    cases: list[Callable[[], dict[str, Any]]] = [lambda: verify(2 if is_dry else 64, 8, device)]
+    cases += [lambda m=m, n=n, v=v: sample(m, n, v, limit, device) for n, v in shapes for m in MODES]
+    return cases
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--budget", "budget_s", default=25.0, show_default=True, help="No case is begun after so many seconds.")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
+@torch.inference_mode()
+def main(budget_s: float, is_dry: bool) -> None:
+    end = time.monotonic() + budget_s
+    if is_dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch imports triton
+    elif not torch.cuda.is_available():
+        raise click.UsageError("this bench needs a CUDA device; --dry-run runs tiny sizes without one")
+    device = torch.device("cpu" if is_dry else "cuda")
+    limit = copy_bandwidth(device, 1 << 20 if is_dry else 1 << 30)
+    machine = f"{common.hardware()['cpu']}, dry run" if is_dry else torch.cuda.get_device_name()
+    click.echo(f"limit: {limit / 1e9:.0f} GB/s read and written by a copy on {machine}")
+    results, left_out = [], 0
+    for case in plan(is_dry, limit, device):
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        results.append(case())
+        click.echo("  ".join(f"{key} {value}" for key, value in results[-1].items()))
+    if left_out:
+        click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
+    setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
+    limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
+    click.echo(json.dumps({"bench": "sampling_kernels", **setup, **limits, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
