@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -143,6 +144,16 @@ def test_triton_kernels_compile_for_hopper(tmp_path):
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
     result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-6000:]
+
+
+@needs_triton
+def test_the_bench_for_gpus_runs_end_to_end():
+    command = [sys.executable, "-m", "bench.lora_kernels", "--dry-run", "--budget", "600"]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["bench"] == "lora_kernels" and record["left_out"] == 0
+    assert {case["mix"] for case in record["results"]} == {"distinct", "uniform", "zipf", "identical"}
 
 
 @pytest.mark.parametrize("in_size", [1, 70, 512, 576, 4096, 11008, 14336, 53248])
