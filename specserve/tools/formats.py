@@ -1,0 +1,80 @@
+"""How models write tool calls: the frame around each call, by model family.
+
+Owns the literal text of each format and the choice of one for a chat template. The grammar, the parser and the prompt
+read it from here, so what is forced is what is parsed. A call is one JSON object {"name": ..., ARGUMENTS_KEY: {...}},
+written as Python's json.dumps writes it; the frame is what stands before, between and after calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import string
+from dataclasses import dataclass
+
+_ALPHANUMERIC = string.ascii_letters + string.digits
+_RENDERS_TOOLS = re.compile(r"\btools\b")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """One family's frame. `marker` opens the first call and may be one token; "" means the message starts with it."""
+
+    name: str
+    marker: str
+    opening: str  # between the marker and the first call
+    between: tuple[str, ...]  # between two calls, markers as parts of their own; empty: one call a message
+    closing: tuple[str, ...]  # after the last call
+    arguments_key: str
+
+    def head(self, tool: str) -> str:
+        """A call's text up to its arguments, without the space before them."""
+        return f'{{"name": "{tool}", "{self.arguments_key}":'
+
+    def call_id(self) -> str:
+        """A fresh id; Mistral's templates refuse all but nine letters and digits."""
+        if self.name == "mistral":
+            return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))
+        return f"call_{secrets.token_hex(12)}"
+
+    def template_id(self, call_id: str) -> str:
+        """A client's id as the template takes it; equal ids stay equal."""
+        if self.name != "mistral" or re.fullmatch(r"[A-Za-z0-9]{9}", call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
+HERMES_END = "</tool_call>"
+HERMES = ToolFormat(
+    "hermes", "<tool_call>", "\n", ("\n", HERMES_END, "\n", "<tool_call>", "\n"), ("\n", HERMES_END), "arguments"
+)
+LLAMA3 = ToolFormat("llama3", "", "", (), (), "parameters")
+MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", " [", (", ",), ("]",), "arguments")
+FORMATS = {item.name: item for item in (HERMES, LLAMA3, MISTRAL)}
+PYTHON_TAG = "<|python_tag|>"  # Llama may write it before a call
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenFormat:
+    """A format for one template. `native`: the template itself renders tools, calls and results in it."""
+
+    format: ToolFormat
+    native: bool
+    reason: str
+
+
+def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
+    """The format of a chat template's text; `setting` is --tool-format."""
+    text = template if isinstance(template, str) else ""
+    renders = bool(_RENDERS_TOOLS.search(text))
+    if setting != "auto":
+        return ChosenFormat(FORMATS[setting], renders, "--tool-format")
+    if renders and "[TOOL_CALLS]" in text and "[ARGS]" not in text:
+        return ChosenFormat(MISTRAL, True, "the chat template writes [TOOL_CALLS]")
+    if renders and "<tool_call>" in text and "<function=" not in text:
+        return ChosenFormat(HERMES, True, "the chat template writes <tool_call>")
+    if renders and (PYTHON_TAG in text or "ipython" in text):
+        return ChosenFormat(LLAMA3, True, "the chat template has Llama's tool role")
+    reason = "the chat template's own tool format is not known" if renders else "the chat template renders no tools"
+    return ChosenFormat(HERMES, False, reason)
