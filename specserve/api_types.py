@@ -114,7 +114,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     parallel_tool_calls: bool | None = None  # without tools it has no effect
-    tools: list[Any] | None = None
+    tools: list[Any] | None = None  # these two: `tools.definitions`
     tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
@@ -143,6 +143,7 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    tools: list[Any] | None = None  # with messages
     add_special_tokens: bool = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -160,8 +161,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "lora_request": (),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),

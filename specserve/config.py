@@ -66,6 +66,10 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     engine_timeout_s: Annotated[
         float, Meta(gt=0, description="silence after which the engine process counts as hung and is restarted")
     ] = 120.0
+    tool_format: Annotated[
+        Literal["auto", "hermes", "llama3", "mistral"],
+        Meta(description="how the model writes tool calls; auto: as its chat template does"),
+    ] = "auto"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
 

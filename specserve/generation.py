@@ -7,9 +7,10 @@ sequences, measures latencies, and aborts everything that still runs when the cl
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ import msgspec
 
 from . import validation
 from .adapter_store import AdapterStore
-from .api_types import ChatRequest, CompletionRequest, GenerationFields
+from .api_types import ChatRequest, CompletionRequest, GenerationFields, TokenizeRequest
 from .config import ServeConfig
 from .engine_client import EngineClient
 from .errors import UserError
@@ -25,6 +26,13 @@ from .messages import Delta, GenerateRequest, Usage
 from .metrics import Metrics
 from .structured_output import grammar_spec
 from .tokenizer import TextTokenizer
+from .tools.definitions import Tool, ToolUse, all_tools, tool_use
+from .tools.formats import choose_format
+from .tools.phases import run_switching
+from .tools.plan import ToolPlan, direct_adapter, make_plan, markers
+from .tools.prompt import for_template
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -40,6 +48,7 @@ class Job:
     n: int
     num_choices: int
     requests: list[GenerateRequest]
+    tools: ToolPlan | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -66,6 +75,8 @@ class Generator:
         self.model_name = model_name
         self.metrics = metrics
         self._adapter_tokenizers: dict[str, TextTokenizer] = {}  # by content hash
+        chosen = choose_format(tokenizer.chat_template, config.tool_format)
+        logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
 
     def adapter_name(self, model: str | None, adapter_id: str | None) -> str | None:
         """The adapter that a request names through `model` or `adapter_id`; None is the base model."""
@@ -96,11 +107,19 @@ class Generator:
         validation.check_supported(request)
         grammar = await asyncio.to_thread(grammar_spec, request)
         info = self.engine.info
-        adapter = self.adapter_name(request.model, request.adapter_id)
+        use = tool_use(request) if isinstance(request, ChatRequest) else None
+        if use is not None and grammar is not None:
+            raise UserError(
+                "an answer that may call tools has the tools' grammar; leave out response_format, structured_outputs "
+                "and guided_*, or send tool_choice none",
+                param="tools",
+            )
+        adapter = direct_adapter(use, self.adapter_name(request.model, request.adapter_id))
+        await self._load_tool_adapters(use)
         tokenizer, content_hash = await self.tokenizer_for(adapter)
+        plan: ToolPlan | None = None
         if isinstance(request, ChatRequest):
-            messages = validation.chat_messages(request.messages)
-            ids = await asyncio.to_thread(tokenizer.encode_chat, messages, *validation.chat_ending(request))
+            ids, plan = await asyncio.to_thread(self._chat, request, use, tokenizer, adapter)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
             prompts = await asyncio.to_thread(validation.completion_prompts, request.prompt, tokenizer)
@@ -110,6 +129,10 @@ class Generator:
         sampling = validation.sampling_params(request, self.config, info, [len(ids) for _, ids in prompts])
         if n > num_choices and sampling.logprobs is None:
             sampling = msgspec.structs.replace(sampling, logprobs=0)  # what ranks them
+        if plan is not None:
+            grammar = plan.grammar
+            if tokenizer.is_special(plan.marks.get(plan.format.marker, -1)):
+                sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
         speculation = validation.speculation(request, self.config)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         prediction = await self._prediction(request, tokenizer)
@@ -128,7 +151,35 @@ class Generator:
             for idx in range(n * len(prompts))
         ]
         name = request.model or adapter or self.model_name
-        return Job(job_id, name, adapter, request, tokenizer, prompts, n, num_choices, requests)
+        return Job(job_id, name, adapter, request, tokenizer, prompts, n, num_choices, requests, plan)
+
+    def chat_ids(
+        self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
+    ) -> list[int]:
+        """The conversation's token ids; `tools` are described to the model. Raises `UserError`."""
+        chosen = choose_format(tokenizer.chat_template, self.config.tool_format)
+        messages, definitions = for_template(validation.chat_messages(request.messages or []), tools, chosen)
+        return tokenizer.encode_chat(messages, *validation.chat_ending(request), definitions)
+
+    def _chat(
+        self, request: ChatRequest, use: ToolUse | None, tokenizer: TextTokenizer, adapter: str | None
+    ) -> tuple[list[int], ToolPlan | None]:
+        if use is None:
+            return self.chat_ids(request, tokenizer, ()), None
+        format = choose_format(tokenizer.chat_template, self.config.tool_format).format
+        plan = make_plan(use, format, tokenizer.added_tokens(markers(format)), adapter)
+        return self.chat_ids(request, tokenizer, all_tools(request)), plan
+
+    async def _load_tool_adapters(self, use: ToolUse | None) -> None:
+        """Load what the tools name before anything is generated, so that what is missing is a plain error."""
+        for tool in use.tools if use is not None else ():
+            if tool.adapter is None:
+                continue
+            try:
+                await self.store.resolve(tool.adapter)
+            except UserError as error:
+                message = f"x-adapter of tool {tool.name!r}: {error}"
+                raise UserError(message, param="tools", code=error.code, status=error.status) from None
 
     async def _prediction(self, request: GenerationFields, tokenizer: TextTokenizer) -> list[int]:
         if request.prediction is None:
@@ -143,7 +194,7 @@ class Generator:
 
         async def pump(idx: int, request: GenerateRequest) -> None:
             try:
-                async with aclosing(self._one(job, request)) as deltas:
+                async with aclosing(self._choice(job, request)) as deltas:
                     async for delta in deltas:
                         await queue.put((idx, delta))
             except Exception as error:
@@ -173,7 +224,21 @@ class Generator:
             await asyncio.gather(*tasks, return_exceptions=True)
             watch.done()
 
-    async def _one(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
+    def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
+        """One sequence, or several as one where tools bring adapters."""
+        if job.tools is None or not job.tools.switching:
+            return self._one(request, job.adapter)
+        eos_token_ids = frozenset(self.engine.info.eos_token_ids)
+        return run_switching(job.tools, request, job.adapter, eos_token_ids, self._one_with)
+
+    async def _one_with(self, request: GenerateRequest, adapter: str | None) -> AsyncGenerator[Delta]:
+        """One sequence with the adapter of that name, whatever `request` holds."""
+        content_hash = None if adapter is None else (await self.store.resolve(adapter)).content_hash
+        async with aclosing(self._one(msgspec.structs.replace(request, adapter_hash=content_hash), adapter)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _one(self, request: GenerateRequest, adapter: str | None) -> AsyncGenerator[Delta]:
         """One sequence; when its adapter was evicted meanwhile, it is loaded again, once."""
         for attempt in range(2):
             try:
@@ -182,10 +247,10 @@ class Generator:
                         yield delta
                 return
             except UserError as error:
-                if error.code != "adapter_not_resident" or job.adapter is None or attempt:
+                if error.code != "adapter_not_resident" or adapter is None or attempt:
                     raise
-            self.store.forget(job.adapter)
-            info = await self.store.resolve(job.adapter)
+            self.store.forget(adapter)
+            info = await self.store.resolve(adapter)
             request = msgspec.structs.replace(request, adapter_hash=info.content_hash)
 
 

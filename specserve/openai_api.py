@@ -18,6 +18,7 @@ from .lorax_types import LoraxTokenizeRequest, SimpleToken
 from .responses import ResponseBuilder
 from .routes import Handler
 from .sse import SSE_HEADERS, send_events
+from .tools.definitions import all_tools
 
 
 class OpenAIRoutes:
@@ -65,8 +66,7 @@ class OpenAIRoutes:
         generator = self._generator
         tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
         if body.messages is not None:
-            messages = validation.chat_messages(body.messages)
-            ids = await asyncio.to_thread(tokenizer.encode_chat, messages, *validation.chat_ending(body))
+            ids = await asyncio.to_thread(generator.chat_ids, body, tokenizer, all_tools(body))
         else:
             if body.continue_final_message:
                 raise UserError("continue_final_message goes with messages", param="continue_final_message")

@@ -9,6 +9,7 @@ from .api_types import CompletionRequest
 from .generation import Job, speculation_stats, usage_of
 from .messages import Delta, TokenLogprobs, Usage
 from .tokenizer import TextTokenizer
+from .tools.answer import ToolAnswer
 
 
 @dataclass(slots=True)
@@ -43,9 +44,16 @@ class ResponseBuilder:
     def __init__(self, job: Job):
         self._job = job
         self.choices = [Choice() for _ in job.requests]
+        self._tool_answers = [ToolAnswer(job.tools) for _ in job.requests] if job.tools is not None else None
 
     def add(self, idx: int, delta: Delta) -> None:
-        self.choices[idx].add(delta)
+        choice = self.choices[idx]
+        choice.add(delta)
+        if self._tool_answers is not None:
+            answer = self._tool_answers[idx]
+            answer.feed(delta.text, final=delta.finish_reason is not None)
+            if answer.has_calls and choice.finish_reason == "stop":
+                choice.finish_reason = "tool_calls"
 
     def usage(self) -> dict[str, object]:
         usages = [choice.usage for choice in self.choices if choice.usage is not None]
@@ -73,7 +81,9 @@ class ResponseBuilder:
             echo_text, logprobs = self._echo(idx), self._logprobs(choice, choice.tokens, choice.logprobs, idx)
             body: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
             if self._job.is_chat:
-                body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+                content = {"content": choice.text}
+                said = content if self._tool_answers is None else self._tool_answers[idx].message()
+                body["message"] = {"role": "assistant", **said, "refusal": None}
             else:
                 body["text"] = echo_text + choice.text
             body["stop_reason"] = choice.stop_reason
@@ -98,9 +108,13 @@ class ResponseBuilder:
         text = delta.text
         if delta.prompt_logprobs is not None:
             text = self._echo(idx) + text
-        if not text and logprobs is None and delta.finish_reason is None:
-            return None
         payload: Any = ({"content": text} if text or delta.finish_reason is None else {}) if self._job.is_chat else text
+        says = bool(text)
+        if self._tool_answers is not None:
+            payload = self._tool_answers[idx].delta()
+            says = bool(payload)  # what may begin a call waits
+        if not says and logprobs is None and delta.finish_reason is None:
+            return None
         return self._chunk(idx, payload, logprobs, delta)
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -122,7 +136,7 @@ class ResponseBuilder:
             "index": idx,
             "delta" if self._job.is_chat else "text": payload,
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason if delta else None,
+            "finish_reason": self.choices[idx].finish_reason if delta else None,
         }
         if delta is not None and delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from .detokenizer import Detokenizer
 from .errors import ModelError, UserError
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class TextTokenizer:
@@ -40,6 +41,11 @@ class TextTokenizer:
         ]
         self._special_ids = {idx for idx, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         self._template: Any = self._tokenizer.chat_template
+
+    @property
+    def chat_template(self) -> object:
+        """The template's text; None without one."""
+        return self._template
 
     @property
     def has_chat_template(self) -> bool:
@@ -95,6 +101,11 @@ class TextTokenizer:
         """The text that follows `prompt_ids` a token at a time, special tokens written out."""
         return Detokenizer(self._backend, prompt_ids, skip_special_tokens=False)
 
+    def added_tokens(self, texts: Collection[str]) -> dict[str, int]:
+        """Those of `texts` that are one added token each, with its id: text never encodes to pieces of it."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {token.content: idx for idx, token in added if token.content in texts}
+
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
 
@@ -115,40 +126,63 @@ class TextTokenizer:
         return list(self._backend.decode([token], skip_special_tokens=False).encode())
 
     def encode_chat(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True, continue_final: bool = False
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation through the chat template. Raises `UserError` when the template refuses it.
 
         With `continue_final` they end with the last message's text instead of the template's end of that message.
+        Special tokens that messages, tool calls or tools spell are letters: marks stand for them while it renders.
         """
-        spells = [any(special in message["content"] for special in self._specials) for message in messages]
-        if not any(spells) and not continue_final:
-            return self.encode(self._render(messages, add_generation_prompt), add_special_tokens=False)
-        marks = {f"{secrets.token_hex(16)}": message["content"] for message in messages}
-        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-        ids: list[int] = []
-        rest = self._render(marked, add_generation_prompt)
+        spells = any(special in message["content"] for message in messages for special in self._specials)
+        nonce = secrets.token_hex(16)
+        marks = {f"{nonce}{idx:08x}": special for idx, special in enumerate(self._specials)}
+        hidden: list[dict[str, Any]] = [
+            {**self._hide({**message, "content": ""}, marks), "content": message["content"]} for message in messages
+        ]
+        hidden_tools = self._hide(tools, marks)
+        plain = hidden == list(messages) and hidden_tools == tools
+        if plain and not spells and not continue_final:
+            return self.encode(self._render(messages, add_generation_prompt, tools), add_special_tokens=False)
+        for idx, message in enumerate(hidden, len(self._specials)):
+            mark = f"{nonce}{idx:08x}"
+            marks[mark], message["content"] = message["content"], mark
+        rest = self._render(hidden, add_generation_prompt, hidden_tools)
         if continue_final:
-            last_mark = marked[-1]["content"]
+            last_mark = hidden[-1]["content"]
             head, found_mark, _ = rest.rpartition(last_mark)
             if not found_mark:
                 raise UserError("the chat template leaves out the last message; it cannot go on", param="messages")
             rest = head + last_mark
-        while rest:
-            found = [(position, mark) for mark in marks if (position := rest.find(mark)) >= 0]
-            position, mark = min(found, default=(len(rest), ""))
-            ids += self.encode(rest[:position], add_special_tokens=False)
-            ids += self.encode_literal(marks.get(mark, ""))
-            rest = rest[position + len(mark) :]
+        ids: list[int] = []
+        for idx, part in enumerate(re.split(f"({nonce}[0-9a-f]{{8}})", rest)):
+            ids += self.encode_literal(marks[part]) if idx % 2 else self.encode(part, add_special_tokens=False)
         return ids
 
-    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _hide(self, value: Any, marks: dict[str, str]) -> Any:
+        """`value` with a mark for every special token that a text in it, or a key, spells."""
+        if isinstance(value, dict):
+            return {self._hide(key, marks): self._hide(item, marks) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._hide(item, marks) for item in value]
+        if isinstance(value, str):
+            for mark, special in marks.items():
+                value = value.replace(special, mark)
+        return value
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: list[dict[str, Any]] | None
+    ) -> str:
         if not self.has_chat_template:
             raise UserError("this model has no chat template; use /v1/completions", param="messages")
         try:
             # transformers renders in an immutable sandbox: templates come with models and adapters.
             rendered: Any = self._tokenizer.apply_chat_template(
                 list(messages),
+                tools=tools,  # type: ignore[arg-type]
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,

@@ -14,6 +14,7 @@ from .config import ServeConfig
 from .errors import UserError
 from .messages import EngineInfo, SamplingParams, Speculation
 from .tokenizer import ROLES, TextTokenizer
+from .tools.prompt import answered_call, tool_calls
 
 T = TypeVar("T")
 
@@ -158,25 +159,33 @@ def completion_prompts(prompt: str | list[Any], tokenizer: TextTokenizer) -> lis
     return result
 
 
-def chat_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages as the chat template takes them: role and text."""
+def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as the chat template takes them: role, text, and what they have of tools."""
     if not messages:
         raise UserError("messages is empty; send at least one message", param="messages")
     if len(messages) > MAX_MESSAGES:
         raise UserError(f"messages has {len(messages)} entries; at most {MAX_MESSAGES} are allowed", param="messages")
-    result = []
+    result: list[dict[str, Any]] = []
     for idx, message in enumerate(messages):
         where = f"messages[{idx}]"
         if message.role not in ROLES:
             raise UserError(
                 f"{where}.role is {message.role[:64]!r}; served are {', '.join(ROLES)}", param=f"{where}.role"
             )
-        if message.tool_calls or message.function_call or message.audio:
-            raise UserError(f"{where}: tool calls and audio are not supported", param=where, code="unsupported")
-        if message.content is None:
+        if message.function_call or message.audio:
+            raise UserError(f"{where}: function_call and audio are not supported", param=where, code="unsupported")
+        if message.tool_calls and message.role != "assistant":
+            raise UserError(f"{where}: only assistant messages have tool_calls", param=f"{where}.tool_calls")
+        calls = tool_calls(message, where)
+        if message.content is None and not calls:
             raise UserError(f"{where}.content is missing", param=f"{where}.content")
         role = "system" if message.role == "developer" else message.role
-        result.append({"role": role, "content": joined(message.content)})
+        item: dict[str, Any] = {"role": role, "content": joined(message.content or "")}
+        if calls:
+            item["tool_calls"] = calls
+        if role == "tool":
+            item |= answered_call(message, result, where)
+        result.append(item)
     return result
 
 

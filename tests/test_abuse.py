@@ -288,8 +288,9 @@ def test_prompt_longer_than_the_kv_cache_names_both_counts(model_dir):
         {"chat_template_kwargs": {"chat_template": "x"}},
         {"chat_template_kwargs": {"tokenize": True}},
         {"tokenize": True},
-        {"tools": [{"type": "function"}]},
         {"tool_choice": "required"},
+        {"functions": [{"name": "f"}]},
+        {"function_call": {"name": "f"}},
         {"response_format": {"type": "yaml"}},
         {"guided_json": 5},
         {"made_up_field": 1},
@@ -322,6 +323,48 @@ def test_field_that_would_change_the_output_is_refused_by_name(server, fields):
 def test_messages_that_are_not_served(server, messages):
     error = assert_error(server.post(CHAT, {"messages": messages, "max_tokens": 2}), 400)
     assert "messages" in f"{error['param']} {error['message']}"
+
+
+# 29: tools
+def tool(name="f", **fields):
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+NOT = {"type": "object", "properties": {"a": {"not": {}}}}
+BAD_TOOLS = {
+    "duplicates": {"tools": [tool(), tool()]},
+    "10,000 tools": {"tools": [tool(f"f{idx}") for idx in range(10_000)]},
+    "129 tools": {"tools": [tool(f"f{idx}") for idx in range(129)]},
+    "unknown tool_choice": {"tools": [tool()], "tool_choice": "sometimes"},
+    "tool_choice of another tool": {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+    "tool_choice is a number": {"tools": [tool()], "tool_choice": 5},
+    "tool_choice is nested": {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": ["f"]}}},
+    "name with a quote": {"tools": [tool('f"')]},
+    "name with a line end": {"tools": [tool("f\n")]},
+    "empty name": {"tools": [tool("")]},
+    "tools is text": {"tools": "f"},
+    "tools holds null": {"tools": [None]},
+    "deep schema": {"tools": [tool(parameters=json.loads('{"items":' * 50 + "{}" + "}" * 50))]},
+    "large schema": {"tools": [tool(parameters={"description": "x" * 100_000})]},
+    "unenforceable schema": {"tools": [tool(parameters=NOT)], "tool_choice": "required"},
+    "remote $ref": {"tools": [tool(parameters={"$ref": "http://127.0.0.1/x"})], "tool_choice": "required"},
+    "parallel_tool_calls is text": {"tools": [tool()], "parallel_tool_calls": "no"},
+    "adapter path": {"tools": [{**tool(), "x-adapter": "../good"}]},
+    "adapter list": {"tools": [{**tool(), "x-adapter": ["good"]}]},
+    "response_format too": {"tools": [tool()], "response_format": {"type": "json_object"}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOOLS)
+def test_tools_that_are_not_served(server, name):
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, **BAD_TOOLS[name]}
+    error = assert_error(server.post(CHAT, body), 400)
+    assert "tool" in f"{error['param']} {error['message']}" and len(error["message"]) < 1000
+
+
+def test_unknown_adapter_of_a_tool(server):
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": [{**tool(), "x-adapter": "nobody"}]}
+    assert_error(server.post(CHAT, body), 404, "'f'", "nobody")
 
 
 # 30, 31: names and paths

@@ -72,7 +72,7 @@ def test_errors_become_the_clients_exceptions(server, client):
     assert caught.value.param == "temperature"
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(
-            model="tiny", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
+            model="tiny", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f", "made_up": 1}}]
         )
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-test-kez", max_retries=0)
     with pytest.raises(openai.AuthenticationError):

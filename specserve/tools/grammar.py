@@ -1,0 +1,87 @@
+"""Tool calls as Lark grammars: the format's frame around each tool's parameter schema.
+
+Owns the grammar text. `calls_grammar` holds a whole answer; `name_grammar` and `arguments_grammar` hold parts of one
+whose arguments are written by another adapter than its names. Free text goes on until the frame's marker, from there on
+the frame is forced, and after the calls only the end of the answer is left.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .definitions import Tool
+from .formats import PYTHON_TAG, ToolFormat
+
+_TEXT = r"TEXT: /(.|\n)*/"
+# Llama's frame has no marker: what starts like a call is one.
+_TEXT_BEFORE_NO_CALL = r'TEXT: /(?s:.*)/ & ~/\{"name": "(?s:.*)/'
+Marks = Mapping[str, int]  # marker -> id, of those that are one added token of the tokenizer
+
+
+def calls_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, *, free_text: bool, parallel: bool) -> str:
+    """The whole answer: calls of `tools`, behind or instead of free text if `free_text`."""
+    call = f'call: "{{\\"name\\": \\"" ({" | ".join(f"tool_{idx}" for idx in range(len(tools)))}) "}}"'
+    rules = [call]
+    for idx, tool in enumerate(tools):
+        rules += [f"tool_{idx}: {_literal(_tail_of_head(format, tool) + ' ')} args_{idx}", _schema(idx, tool)]
+    rest = f"({_terms(format.between, marks)} call)*" if parallel and format.between else ""
+    rules.append(f"calls: call {rest} {_terms(format.closing, marks)}")
+    return "\n".join([*_start(format, marks, "calls", free_text), *rules]) + "\n"
+
+
+def name_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, *, free_text: bool) -> str:
+    """An answer up to the colon before its first call's arguments, or free text to its end."""
+    return "\n".join([*_start(format, marks, "name", free_text), _name(format, tools)]) + "\n"
+
+
+def arguments_grammar(format: ToolFormat, tool: Tool, tools: Sequence[Tool], marks: Marks, *, parallel: bool) -> str:
+    """From the colon before the arguments of `tool` to the end of the answer or the colon of the next call."""
+    rules = [_schema(0, tool)]
+    end = _terms(format.closing, marks)
+    if parallel and format.between:
+        rules.append(_name(format, tools))
+        after = f"({end} | {_terms(format.between, marks)} name)"
+    else:
+        after = end
+    return "\n".join([f'start: " " args_0 "}}" {after}', *rules]) + "\n"
+
+
+def _start(format: ToolFormat, marks: Marks, body: str, free_text: bool) -> list[str]:
+    opening = _terms((format.opening,), marks)
+    if not format.marker:
+        tagged = f" | {_terms((PYTHON_TAG,), marks)} {body}" if PYTHON_TAG in marks else ""
+        return [f"start: TEXT | {body}{tagged}", _TEXT_BEFORE_NO_CALL] if free_text else [f"start: {body}"]
+    marker = _terms((format.marker,), marks)
+    if not free_text:
+        return [f"start: {marker} {opening} {body}"]
+    if format.marker in marks:
+        return [f"start: TEXT | TEXT {marker} {opening} {body}", _TEXT]
+    return [f"start: TEXT | before {opening} {body}", f"before[lazy]: TEXT {marker}", _TEXT]
+
+
+def _name(format: ToolFormat, tools: Sequence[Tool]) -> str:
+    names = " | ".join(_literal(_tail_of_head(format, tool)) for tool in tools)
+    return f'name: "{{\\"name\\": \\"" ({names})'
+
+
+def _tail_of_head(format: ToolFormat, tool: Tool) -> str:
+    return format.head(tool.name).removeprefix('{"name": "')
+
+
+def _schema(idx: int, tool: Tool) -> str:
+    return f"args_{idx}: %json {_dump(tool.schema)}"
+
+
+def _terms(parts: Sequence[str], marks: Marks) -> str:
+    """Grammar terms that spell `parts`; added tokens can only be named by id."""
+    return " ".join(f"<[{marks[part]}]>" if part in marks else _literal(part) for part in parts if part)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text)
+
+
+def _dump(schema: dict[str, Any]) -> str:
+    return json.dumps(schema)
