@@ -422,7 +422,7 @@ class Engine:
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
 
     def _fail_at_dead_end(self, seq: Sequence, events: list[Event]) -> None:
-        reason = seq.grammar.error if seq.grammar is not None else ""
+        reason = seq.grammar.problem or seq.grammar.error if seq.grammar is not None else ""
         message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
         self._remove(self._requests[seq.request_id])
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, code="grammar_dead_end")))

@@ -40,6 +40,7 @@ class Grammar:
     def __init__(self, compiled: CompiledGrammar, ignore_eos: bool = False):
         self.compiled = compiled
         self.error = ""  # why nothing is allowed any more, once that is so
+        self.problem = ""  # what the matcher said when it last had no mask to give
         self._matcher = compiled.prototype.deep_copy()
         self._committed: list[int] = []
         self._num_ahead = 0
@@ -98,6 +99,7 @@ class Grammar:
         if not self.error:
             self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self.error or self._matcher.is_error():
+            self.problem = self.error or self._matcher.get_error().partition("\n")[0]
             row[:] = 0
             return False
         self._hide_eos(row[np.newaxis])

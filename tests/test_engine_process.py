@@ -51,7 +51,8 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
     process._handle(Abort("left"))
     process._give_up_compiling()
     assert set(process._compiling) == {"slow"}
-    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic(): now + COMPILE_TIMEOUT_S + 1)
+    later = time.monotonic() + COMPILE_TIMEOUT_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     process._give_up_compiling()
     failed = from_engine_decoder.decode(read_frame(ours))
     assert isinstance(failed, RequestFailed) and failed.request_id == "slow" and failed.error.status == 400
