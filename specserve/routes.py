@@ -128,4 +128,5 @@ def add_routes(app: web.Application, handlers: Mapping[str, Handler]) -> None:
     """Register the whole table; `handlers` must hold exactly its handler names."""
     assert set(handlers) == {route.handler for route in ROUTES}, set(handlers) ^ {route.handler for route in ROUTES}
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, handlers[route.handler])
+        add = app.router.add_get if route.method == "GET" else app.router.add_post  # add_get serves HEAD too
+        add(route.path, handlers[route.handler])

@@ -1,6 +1,7 @@
 """OpenAI's API beyond the plain answer: best_of, usage in streams, continued messages, names, ids and retry headers."""
 
 import pytest
+import requests
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
 from tiny_models import make_tiny_model
@@ -92,6 +93,12 @@ def test_request_id_is_echoed_on_answers_streams_and_errors_and_made_where_it_is
     assert server.get("/nowhere", headers=headers).headers["X-Request-Id"] == "trace-7"
     made = {server.get("/health", headers=sent).headers["X-Request-Id"] for sent in ({}, {}, {"X-Request-Id": "a b"})}
     assert len(made) == 3 and all(len(value) == 32 for value in made)
+
+
+def test_head_answers_where_get_does(server):
+    for path in ("/health", "/v1/models", "/openapi.json"):
+        assert requests.head(server.url + path, timeout=60).status_code == 200
+    assert requests.head(server.url + TEXT, timeout=60).status_code == 405
 
 
 def test_seed_user_and_metadata_change_nothing_but_are_accepted(server):

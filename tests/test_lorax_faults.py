@@ -1,0 +1,73 @@
+"""LoRAX's routes when the server is full or the engine dies: its error shape, in answers and in streams."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from server_fixture import ServerProcess
+from tiny_models import make_tiny_model
+
+LONG = {"inputs": "The quick", "parameters": {"max_new_tokens": 480, "ignore_eos_token": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    flags = ("--compile", "off", "--speculation", "off", "--max-concurrent-requests", "1")  # slow enough to be cut off
+    server = ServerProcess(model_dir, *flags).wait_ready()
+    yield server
+    server.wait_baseline()
+    assert server.stop() == 0
+
+
+def test_full_server_answers_overloaded_with_retry_headers(server):
+    running = server.post("/generate_stream", LONG, stream=True)
+    lines = running.iter_lines()
+    next(lines)
+    try:
+        for path in ("/generate", "/generate_stream", "/"):
+            reply = server.post(path, {"inputs": "a", "parameters": {"max_new_tokens": 1}})
+            assert reply.status_code == 429 and reply.json()["error_type"] == "overloaded"
+            assert reply.headers["Retry-After"] == "1" and reply.headers["x-should-retry"] == "true"
+    finally:
+        running.close()
+    server.wait_baseline()
+
+
+def test_client_that_leaves_a_stream_frees_its_sequence(server):
+    before = server.metrics()["engine_generated_tokens"]
+    running = server.post("/generate_stream", LONG, stream=True)
+    next(running.iter_lines())
+    running.close()
+    server.wait_baseline(timeout_s=10)
+    assert server.metrics()["engine_generated_tokens"] - before < 480
+
+
+def test_engine_that_dies_ends_streams_with_an_error_event_and_answers_with_an_error(server):
+    want = server.post("/generate", {"inputs": "The", "parameters": {"max_new_tokens": 5}}).json()
+    running = server.post("/generate_stream", LONG, stream=True)
+    lines = running.iter_lines()
+    next(lines)
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    rest = [line for line in lines if line]
+    last = json.loads(rest[-1].removeprefix(b"data:"))
+    assert set(last) == {"error", "error_type"} and last["error_type"] == "incomplete_generation"
+    deadline = time.monotonic() + 60
+    while server.get("/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.post("/generate", {"inputs": "The", "parameters": {"max_new_tokens": 5}}).json() == want
+    replies = []
+    whole = threading.Thread(target=lambda: replies.append(server.post("/generate", LONG)))
+    whole.start()
+    while not server.metrics().get("engine_num_running"):
+        time.sleep(0.01)
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    whole.join()
+    assert replies[0].status_code == 503 and replies[0].json()["error_type"] == "incomplete_generation"
+    while server.get("/health").status_code != 200:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.1)
