@@ -11,34 +11,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels.head_loop import HeadScratch, HeadTables, HeadTensors, LoopRows, PromptPool, head_loop_
 from .copy_pointer import CopyPointer
+from .head import WEIGHT_NAMES
 from .head_files import HeadError, LookaheadHeadFile
 from .head_source import NUM_LEVELS
 from .protocol import Guess
 
-_MATRICES = (
-    "init_weight", "moves", "next_weight", "gates_x", "gates_s", "out_weight", "copy_weight", "slot_weight",
-)  # fmt: skip
-_BIASES = ("init_bias", "gates_bias", "candidate_bias", "slot_bias")
-
 
 def head_tensors(head: LookaheadHeadFile, vocab_size: int, device: torch.device | str) -> HeadTensors:
-    """The head without the padding of its vocabulary, weights in bf16 as the files have them."""
-    weights, vocab = head.weights, torch.tensor(head.config.vocab, dtype=torch.int32)
-    num = len(vocab)
+    """The head without the padding of its vocabulary, weights in bf16 as the files have them, rows aligned."""
+    vocab = torch.tensor(head.config.vocab, dtype=torch.int32)
+    num, d = len(vocab), head.config.state_size
+    zeros = -d % 16
+    w = {name: getattr(head.weights, name)[0].to(device) for name in WEIGHT_NAMES}
 
-    def unpadded(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor[:num], tensor[-1:]]).to(device)
+    def matrix(x: torch.Tensor, more_columns: int = zeros, more_rows: int = 0) -> torch.Tensor:
+        return F.pad(x, (0, more_columns, 0, more_rows)).to(torch.bfloat16).contiguous()
+
+    def bias(x: torch.Tensor, more: int = 0) -> torch.Tensor:
+        return F.pad(x, (0, more)).float().contiguous().clone()
+
+    def gates(x: torch.Tensor) -> torch.Tensor:
+        return matrix(F.pad(x.view(d, 3, d), (0, zeros)).flatten(1), 0, zeros)
+
+    def unpadded(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:num], x[-1:]])
 
     local_of = torch.full((vocab_size,), num, dtype=torch.int32)
     local_of[vocab.long()] = torch.arange(num, dtype=torch.int32)
     return HeadTensors(
-        **{name: getattr(weights, name)[0].to(device, torch.bfloat16).contiguous() for name in _MATRICES},
-        **{name: getattr(weights, name)[0, 0].to(device, torch.float32).contiguous() for name in _BIASES},
-        embed=unpadded(weights.embed[0]).to(torch.bfloat16),
-        out_bias=unpadded(weights.out_bias[0, 0]).float(),
+        init_weight=matrix(w["init_weight"]),
+        init_bias=bias(w["init_bias"][0], zeros),
+        embed=matrix(unpadded(w["embed"])),
+        out_bias=bias(unpadded(w["out_bias"][0])),
+        moves=matrix(w["moves"]),
+        next_weight=matrix(w["next_weight"], zeros, zeros),
+        gates_x=gates(w["gates_x"]),
+        gates_s=gates(w["gates_s"]),
+        gates_bias=bias(w["gates_bias"].view(3, d), zeros).flatten(),
+        candidate_bias=bias(w["candidate_bias"][0], zeros),
+        out_weight=matrix(w["out_weight"], zeros, zeros),
+        copy_weight=matrix(w["copy_weight"], zeros, zeros),
+        slot_weight=matrix(w["slot_weight"], -head.config.copy_window % 16, zeros),
+        slot_bias=bias(w["slot_bias"][0]),
         local_of=local_of.to(device),
         token_of=vocab.to(device),
     )
@@ -99,7 +117,7 @@ class DeviceHeads:
             raise HeadError(f"all {len(self._heads)} places for heads on the device are taken")
         slot = min(free)
         tensors = head_tensors(head, self._vocab_size, self._device)
-        self._tables.set(slot, tensors, config.draft_len, self.tap_layers.index(config.tap_layer))
+        self._tables.set(slot, tensors, config.state_size, config.draft_len, self.tap_layers.index(config.tap_layer))
         self._heads[slot] = head, tensors
         self._local_of[slot] = tensors.local_of.cpu()
         self._slot_of[id(head)] = slot

@@ -29,7 +29,10 @@ _CHUNK = 512  # hidden units a program of the first product
 
 @dataclass(frozen=True, slots=True)
 class HeadTensors:
-    """One head where the kernels read it. d state size, U task vocabulary plus one, W window, V vocabulary."""
+    """One head where the kernels read it. d state size, U task vocabulary plus one, W window, V vocabulary.
+
+    d is a multiple of 16, so that rows of weights are aligned: zeros behind a head's own state size, which stay zero.
+    """
 
     init_weight: torch.Tensor  # [2H, d] bf16
     init_bias: torch.Tensor  # [d] fp32
@@ -43,7 +46,7 @@ class HeadTensors:
     candidate_bias: torch.Tensor  # [d] fp32
     out_weight: torch.Tensor  # [d, d] bf16
     copy_weight: torch.Tensor  # [d, d] bf16
-    slot_weight: torch.Tensor  # [d, W] bf16
+    slot_weight: torch.Tensor  # [d, W up to a multiple of 16] bf16
     slot_bias: torch.Tensor  # [W] fp32
     local_of: torch.Tensor  # [V] int32: index in the task vocabulary, U - 1 for other tokens
     token_of: torch.Tensor  # [U - 1] int32
@@ -58,19 +61,20 @@ class HeadTables:
     """Where the heads are; row h belongs to head slot h."""
 
     addresses: torch.Tensor  # [heads, 16] int64, in the order of HeadTensors
-    sizes: torch.Tensor  # [heads, 5] int32: d, U - 1, W, draft length (0: no head), row of `tapped`
+    sizes: torch.Tensor  # [heads, 6] int32: d, U - 1, W, draft length (0: no head), row of `tapped`, own state size
 
     @classmethod
     def allocate(cls, num_heads: int, device: torch.device | str) -> HeadTables:
         addresses = torch.zeros(num_heads, len(fields(HeadTensors)), dtype=torch.int64, device=device)
-        return cls(addresses, torch.zeros(num_heads, 5, dtype=torch.int32, device=device))
+        return cls(addresses, torch.zeros(num_heads, 6, dtype=torch.int32, device=device))
 
-    def set(self, slot: int, head: HeadTensors, draft_len: int, tap: int) -> None:
-        """`head` must stay alive until the slot is set again or no launch names it."""
+    def set(self, slot: int, head: HeadTensors, state_size: int, draft_len: int, tap: int) -> None:
+        """`head` must stay alive until the slot is set again or no launch names it; `state_size` is without zeros."""
         tensors = [getattr(head, field.name) for field in fields(HeadTensors)]
-        assert all(tensor.is_contiguous() for tensor in tensors)
+        assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        assert head.embed.shape[1] % 16 == head.slot_weight.shape[1] % 16 == 0
         assert head.embed.dtype == torch.bfloat16 and head.out_bias.dtype == torch.float32
-        sizes = [head.embed.shape[1], head.embed.shape[0] - 1, head.slot_bias.shape[0], draft_len, tap]
+        sizes = [head.embed.shape[1], head.embed.shape[0] - 1, head.slot_bias.shape[0], draft_len, tap, state_size]
         self.addresses[slot] = torch.tensor([tensor.data_ptr() for tensor in tensors])
         self.sizes[slot] = torch.tensor(sizes, dtype=torch.int32)
 
@@ -93,7 +97,7 @@ class PromptPool:
 
 @dataclass(frozen=True, slots=True)
 class HeadScratch:
-    """What launches hand on, for up to S sequences and heads up to the given sizes."""
+    """What launches hand on, for up to S sequences and heads up to the given sizes; D is a multiple of 16."""
 
     tiles: torch.Tensor  # [S, 3] int32, of sequences with one head
     input_tokens: torch.Tensor  # [S] int32, in the head's vocabulary
@@ -121,6 +125,7 @@ class HeadScratch:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         ints = torch.zeros(3, num_seqs, dtype=torch.int32, device=device)
+        max_state_size = -(-max_state_size // 16) * 16
         chunks = 2 * -(-hidden_size // _CHUNK)
         return cls(
             tiles=torch.zeros(num_seqs, 3, dtype=torch.int32, device=device),
@@ -151,6 +156,7 @@ class LoopRows:
 
 def chain_reference(
     head: HeadTensors,
+    state_size: int,
     last: torch.Tensor,
     tapped: torch.Tensor,
     prompt: Sequence[int],
@@ -189,8 +195,8 @@ def chain_reference(
         candidate = torch.tanh(from_x[2 * d :] + reset * (from_s[2 * d :] + w["candidate_bias"]))
         state = candidate + update * (state - candidate)
         vocab = w["embed"] @ (state @ w["out_weight"]) + w["out_bias"]  # [U]
-        slots = (state @ w["slot_weight"] + w["slot_bias"])[: len(window)]
-        slots = slots + w["embed"][window] @ (state @ w["copy_weight"]) * d**-0.5
+        slots = (state @ w["slot_weight"][:, :width] + w["slot_bias"])[: len(window)]
+        slots = slots + w["embed"][window] @ (state @ w["copy_weight"]) * state_size**-0.5
         every = torch.softmax(torch.cat([vocab, slots]), 0)
         merged, copied = every[:num_tokens].clone(), every[num_tokens + 1 :].clone()
         for idx, token in enumerate(window):

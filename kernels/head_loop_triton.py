@@ -34,7 +34,8 @@ NUM_TOKENS = tl.constexpr(1)
 WINDOW = tl.constexpr(2)
 DRAFT_LEN = tl.constexpr(3)
 TAP = tl.constexpr(4)
-NUM_SIZES = tl.constexpr(5)
+KEY_SIZE = tl.constexpr(5)
+NUM_SIZES = tl.constexpr(6)
 
 
 @triton.jit
@@ -43,8 +44,15 @@ def _size(sizes, head, field):
 
 
 @triton.jit
+def _state_size(sizes, head):
+    """The head's d; rows of weights are padded, so that loads may be vectors."""
+    return tl.multiple_of(tl.load(sizes + head * NUM_SIZES + STATE_SIZE), 16)
+
+
+@triton.jit
 def _weights(addresses, head, field):
-    return tl.load(addresses + head * NUM_ADDRESSES + field).to(tl.pointer_type(tl.bfloat16))
+    address = tl.load(addresses + head * NUM_ADDRESSES + field)
+    return tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
 
 
 @triton.jit
@@ -121,7 +129,7 @@ def begin_states(
     tile = tiles + tl.program_id(0) * 3
     first, end, head = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if head >= 0:
-        d = _size(sizes, head, STATE_SIZE)
+        d = _state_size(sizes, head)
         if tl.program_id(1) * BLOCK_N < d:
             part = tl.program_id(2)
             half, start = part // chunks_a_half, part % chunks_a_half * CHUNK
@@ -164,7 +172,7 @@ def finish_states(
     """Grid (sequences, column blocks): tanh of both halves, each normalised, and the bias."""
     seq, head = tl.program_id(0), tl.load(head_slots + tl.program_id(0))
     if (head >= 0) & (tl.load(last_row + seq) >= 0):
-        d = _size(sizes, head, STATE_SIZE)
+        d = _state_size(sizes, head)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         total = tl.load(_biases(addresses, head, INIT_BIAS) + n, mask=n < d, other=0.0)
         for half in range(0, 2):
@@ -188,7 +196,7 @@ def feed(
     tile = tiles + tl.program_id(0) * 3
     first, end, head = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if head >= 0:
-        d = _size(sizes, head, STATE_SIZE)
+        d = _state_size(sizes, head)
         if (tl.program_id(1) * BLOCK_N < d) & (position_idx < _size(sizes, head, DRAFT_LEN)):
             seqs = first + tl.arange(0, TILE_ROWS)
             slots = tl.load(seq_slots + seqs, mask=seqs < end, other=-1)
@@ -225,7 +233,7 @@ def step_cells(
     tile = tiles + tl.program_id(0) * 3
     first, end, head = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if head >= 0:
-        d = _size(sizes, head, STATE_SIZE)
+        d = _state_size(sizes, head)
         if (tl.program_id(1) * BLOCK_N < d) & (position_idx < _size(sizes, head, DRAFT_LEN)):
             seqs = first + tl.arange(0, TILE_ROWS)
             row_mask = tl.load(last_row + seqs, mask=seqs < end, other=-1) >= 0
@@ -261,7 +269,7 @@ def make_queries(
     first, end, head = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     which = tl.program_id(2)
     if head >= 0:
-        d, window = _size(sizes, head, STATE_SIZE), _size(sizes, head, WINDOW)
+        d, window = _state_size(sizes, head), _size(sizes, head, WINDOW)
         size = tl.where(which == 2, window, tl.where((which == 1) & (window == 0), 0, d))
         if (tl.program_id(1) * BLOCK_N < size) & (position_idx < _size(sizes, head, DRAFT_LEN)):
             seqs = first + tl.arange(0, TILE_ROWS)
@@ -271,7 +279,8 @@ def make_queries(
             n_mask = n < size
             weight = _weights(addresses, head, OUT_WEIGHT + which)  # out, copy, slot: neighbours in the table
             acc = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
-            acc = _product(acc, state, rows * state_stride, row_mask, weight, size, n, 1, n_mask, d, BLOCK_K)
+            stride = tl.multiple_of(tl.where(which == 2, (window + 15) // 16 * 16, d), 16)
+            acc = _product(acc, state, rows * state_stride, row_mask, weight, stride, n, 1, n_mask, d, BLOCK_K)
             mask = row_mask[:, None] & n_mask[None, :]
             if which == 2:
                 bias = tl.load(_biases(addresses, head, SLOT_BIAS) + n, mask=n_mask, other=0.0)
@@ -290,7 +299,7 @@ def score_tokens(
     tile = tiles + tl.program_id(0) * 3
     first, end, head = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if head >= 0:
-        d, size = _size(sizes, head, STATE_SIZE), _size(sizes, head, NUM_TOKENS) + 1
+        d, size = _state_size(sizes, head), _size(sizes, head, NUM_TOKENS) + 1
         if (tl.program_id(1) * BLOCK_N < size) & (position_idx < _size(sizes, head, DRAFT_LEN)):
             seqs = first + tl.arange(0, TILE_ROWS)
             row_mask = tl.load(last_row + seqs, mask=seqs < end, other=-1) >= 0
@@ -325,7 +334,7 @@ def choose(
     tl.store(probabilities + seq * guess_stride + position_idx, 0.0)
     if goes_on:
         d, num_tokens, window = (
-            _size(sizes, head, STATE_SIZE), _size(sizes, head, NUM_TOKENS), _size(sizes, head, WINDOW),
+            _state_size(sizes, head), _size(sizes, head, NUM_TOKENS), _size(sizes, head, WINDOW),
         )  # fmt: skip
         pointer, length = tl.load(draft_positions + seq), tl.load(prompt_lens + slot)
         prompt = slot.to(tl.int64) * prompt_stride
@@ -345,7 +354,9 @@ def choose(
             )  # fmt: skip
             match += tl.sum(keys.to(tl.float32) * query[None, :], axis=1)
         slot_score = tl.load(slot_scores + seq * slot_stride + idx, mask=is_filled, other=0.0)
-        slot_score = tl.where(is_filled, slot_score + match / tl.sqrt(d.to(tl.float32)), float("-inf"))  # [W]
+        slot_score = tl.where(
+            is_filled, slot_score + match / tl.sqrt(_size(sizes, head, KEY_SIZE).to(tl.float32)), float("-inf")
+        )  # [W]
 
         of_seq = scores + seq.to(tl.int64) * score_stride
         top = tl.max(slot_score, axis=0)

@@ -180,7 +180,7 @@ def reference_chain(source, prompt, tokens, hidden, tapped, row, num_guesses) ->
     head = head_tensors(source.head, VOCAB_SIZE, "cpu")
     kept = tokens[len(prompt) :]
     guesses, probs, _ = chain_reference(
-        head, hidden[row], tapped[row], prompt, start, kept, min(num_guesses, config.draft_len)
+        head, config.state_size, hidden[row], tapped[row], prompt, start, kept, min(num_guesses, config.draft_len)
     )
     rest = num_guesses - len(guesses)
     return guesses + [-1] * rest, probs + [0.0] * rest

@@ -1,4 +1,4 @@
-"""The benches of sampling and of the heads' loop run at tiny sizes without a GPU, so that they run when there is one."""
+"""The benches of sampling and of the heads' loop run at tiny sizes without a GPU, lest they fail on the first one."""
 
 from __future__ import annotations
 
