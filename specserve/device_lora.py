@@ -114,23 +114,23 @@ class DeviceAdapterSlots:
                 "fewer adapters at a time",
                 param="max_adapters",
             )
-        missing = []
         for adapter in active:
-            slot = self._slot_of.pop(adapter.content_hash, None)
-            if slot is None:
-                missing.append(adapter)
-            else:
-                self._slot_of[adapter.content_hash] = slot  # now the most recently used
-        for adapter in missing:
             if adapter.max_rank > self.max_rank:
                 raise UserError(
                     f"adapter {adapter.name!r} has rank {adapter.max_rank}, but the limit is {self.max_rank}; raise "
                     "max_lora_rank",
                     param="max_lora_rank",
                 )
-            slot = self._free.pop() if self._free else self._slot_of.pop(next(iter(self._slot_of)))
-            self._slot_of[adapter.content_hash] = slot
-            self._fill(slot, adapter)
+        missing = [adapter for adapter in active if adapter.content_hash not in self._slot_of]
+        for adapter in active:
+            if adapter.content_hash in self._slot_of:  # now the most recently used
+                self._slot_of[adapter.content_hash] = self._slot_of.pop(adapter.content_hash)
+        for adapter in missing:
+            if not self._free:
+                self._free.append(self._slot_of.pop(next(iter(self._slot_of))))
+            slot = self._free[-1]
+            self._fill(slot, adapter)  # before anything names the slot, should it raise
+            self._slot_of[adapter.content_hash] = self._free.pop()
 
     def drop(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded, so that its weights can be freed."""

@@ -19,6 +19,7 @@ from specserve.kernels.segments import Segments
 from specserve.kernels.sgmv import sgmv_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+CUDA_TOLERANCE = TOLERANCE | {torch.float32: 1e-4}  # thousands of inputs, summed in another order
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -177,7 +178,8 @@ def test_cuda_kernels_equal_the_reference(dtype, popularity, max_segment, in_siz
     case = TilesCase(slots, len(row_slots) + 3, dtype, in_size=in_size, out_sizes=out_sizes, device="cuda")
     case.set_rows(row_slots)
     result = case.run()
-    torch.testing.assert_close(result.float(), case.reference(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    tolerance = CUDA_TOLERANCE[dtype]
+    torch.testing.assert_close(result.float(), case.reference(), atol=tolerance, rtol=tolerance)
     assert torch.equal(result[case.row_slots == -1], case.y[case.row_slots == -1])
 
 
