@@ -1,6 +1,7 @@
 """LoRAX's routes on a tiny model: the shapes of answers, streams, headers and errors, and what the parameters mean."""
 
 import json
+import re
 
 import pytest
 import requests
@@ -183,6 +184,42 @@ def test_truncate_keeps_the_end_and_apply_chat_template_wraps_the_inputs(server)
     messages = [{"role": "user", "content": INPUTS}]
     chat = server.post("/tokenize", {"messages": messages}).json()["tokens"]
     assert ask(server, **GREEDY, apply_chat_template=True).json()["generated_text"] == server.complete(chat)["text"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "level": {"enum": ["low", "high"]}},
+    "required": ["ok", "level"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"schema": SCHEMA},
+        {"schema": json.dumps(SCHEMA)},
+        {"grammar": {"type": "json", "value": SCHEMA}},
+    ],
+    ids=lambda value: f"{next(iter(value))} {type(next(iter(value.values()))).__name__}",
+)
+def test_every_form_of_a_schema_holds_the_text_to_it_and_its_stream_has_the_same_tokens(server, parameters):
+    body = ask(server, max_new_tokens=60, details=True, **parameters).json()
+    value = json.loads(body["generated_text"])
+    assert isinstance(value["ok"], bool) and value["level"] in ("low", "high")
+    assert body["details"]["finish_reason"] == "eos_token"
+    got = events(server, max_new_tokens=60, **parameters)
+    assert "".join(event["token"]["text"] for event in got if not event["token"]["special"]) == body["generated_text"]
+    assert got[-1]["generated_text"] == body["generated_text"]
+
+
+def test_regex_grammar_and_a_bad_grammar(server):
+    text = ask(server, max_new_tokens=20, grammar={"type": "regex", "value": "[0-9]{3}-(on|off)"}).json()
+    assert re.fullmatch("[0-9]{3}-(on|off)", text["generated_text"])
+    for parameters in ({"schema": {"type": "wrong"}}, {"grammar": {"type": "regex", "value": "("}}, {"schema": 5}):
+        reply = server.post("/generate", {"inputs": "x", "parameters": parameters})
+        assert_lorax_error(reply, 422, "validation")
 
 
 def test_default_length_is_the_room_in_the_context(server):
