@@ -24,6 +24,7 @@ from .tiles import build_tiles_
 TILE_ROWS = 16
 _BLOCK_N = 32
 _BLOCK_K = 64
+_CELL_BLOCK_K = 32  # six products at a time: more would not fit into registers
 _CHUNK = 512  # hidden units a program of the first product
 
 
@@ -271,7 +272,9 @@ def head_loop_(
             s.x, s.input_tokens, s.moves, s.draft_positions, pool.local, pool.lens, r.seq_slots, tiles, *table,
             prompt_stride, state_stride, idx, **tile,
         )  # fmt: skip
-        kernels.step_cells[(num_tiles, blocks)](new, old, s.x, r.last_row, tiles, *table, state_stride, idx, **tile)
+        kernels.step_cells[(num_tiles, blocks)](
+            new, old, s.x, r.last_row, tiles, *table, state_stride, idx, **tile | {"BLOCK_K": _CELL_BLOCK_K}
+        )
         kernels.make_queries[(num_tiles, triton.cdiv(max(state_size, max_window), _BLOCK_N), 3)](
             s.queries, s.slot_scores, new, r.last_row, tiles, *table,
             capacity, state_stride, s.slot_scores.stride(0), idx, **tile,

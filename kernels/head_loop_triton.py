@@ -71,17 +71,21 @@ def _tanh(x):
 
 
 @triton.jit
-def _product(acc, a, rows, row_mask, b, k_stride, n, n_stride, n_mask, size, BLOCK_K: tl.constexpr):
-    """acc + a[rows, :size] @ b[:size, n], k ascending; `rows` are offsets of a's rows."""
+def _part(acc, a, rows, row_mask, b, k_stride, n, n_mask, size, k_start, BLOCK_K: tl.constexpr):
+    """acc + the products of one block of a[rows, :size] @ b[:size, n]; `rows` are offsets of a's rows."""
+    k = k_start + tl.arange(0, BLOCK_K)
+    k_mask = k < size
+    a_tile = tl.load(a + rows[:, None] + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+    b_tile = tl.load(b + k[:, None] * k_stride + n[None, :], mask=k_mask[:, None] & n_mask[None, :], other=0.0)
+    # The state keeps its fp32 bits: heads are small, and the host computes them so.
+    return tl.dot(a_tile.to(tl.float32), b_tile.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def _product(acc, a, rows, row_mask, b, k_stride, n, n_mask, size, BLOCK_K: tl.constexpr):
+    """acc + a[rows, :size] @ b[:size, n], k ascending."""
     for k_start in range(0, size, BLOCK_K):
-        k = k_start + tl.arange(0, BLOCK_K)
-        k_mask = k < size
-        a_tile = tl.load(a + rows[:, None] + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-        b_tile = tl.load(
-            b + k[:, None] * k_stride + n[None, :] * n_stride, mask=k_mask[:, None] & n_mask[None, :], other=0.0
-        )
-        # The state keeps its fp32 bits: heads are small, and the host computes them so.
-        acc = tl.dot(a_tile.to(tl.float32), b_tile.to(tl.float32), acc, input_precision="ieee")
+        acc = _part(acc, a, rows, row_mask, b, k_stride, n, n_mask, size, k_start, BLOCK_K)
     return acc
 
 
@@ -220,7 +224,7 @@ def feed(
             of_move = tl.load(_weights(addresses, head, MOVES) + moved[:, None] * d + n[None, :], mask=mask, other=0.0)
             acc = of_token.to(tl.float32) + of_move.to(tl.float32)
             weight = _weights(addresses, head, NEXT_WEIGHT)
-            acc = _product(acc, embed, following.to(tl.int64) * d, row_mask, weight, d, n, 1, n_mask, d, BLOCK_K)
+            acc = _product(acc, embed, following.to(tl.int64) * d, row_mask, weight, d, n, n_mask, d, BLOCK_K)
             tl.store(x + seqs.to(tl.int64)[:, None] * state_stride + n[None, :], acc, mask=mask)
 
 
@@ -242,15 +246,19 @@ def step_cells(
             n_mask = n < d
             gates_x, gates_s = _weights(addresses, head, GATES_X), _weights(addresses, head, GATES_S)
             bias = _biases(addresses, head, GATES_BIAS)
-            zero = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
-            reset = _product(zero, x, rows, row_mask, gates_x, 3 * d, n, 1, n_mask, d, BLOCK_K)
-            reset = _product(reset, state, rows, row_mask, gates_s, 3 * d, n, 1, n_mask, d, BLOCK_K)
+            reset = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
+            update = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
+            from_x = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
+            from_s = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
+            for k_start in range(0, d, BLOCK_K):
+                reset = _part(reset, x, rows, row_mask, gates_x, 3 * d, n, n_mask, d, k_start, BLOCK_K)
+                update = _part(update, x, rows, row_mask, gates_x + d, 3 * d, n, n_mask, d, k_start, BLOCK_K)
+                from_x = _part(from_x, x, rows, row_mask, gates_x + 2 * d, 3 * d, n, n_mask, d, k_start, BLOCK_K)
+                reset = _part(reset, state, rows, row_mask, gates_s, 3 * d, n, n_mask, d, k_start, BLOCK_K)
+                update = _part(update, state, rows, row_mask, gates_s + d, 3 * d, n, n_mask, d, k_start, BLOCK_K)
+                from_s = _part(from_s, state, rows, row_mask, gates_s + 2 * d, 3 * d, n, n_mask, d, k_start, BLOCK_K)
             reset = tl.sigmoid(reset + tl.load(bias + n, mask=n_mask, other=0.0)[None, :])
-            update = _product(zero, x, rows, row_mask, gates_x + d, 3 * d, n, 1, n_mask, d, BLOCK_K)
-            update = _product(update, state, rows, row_mask, gates_s + d, 3 * d, n, 1, n_mask, d, BLOCK_K)
             update = tl.sigmoid(update + tl.load(bias + d + n, mask=n_mask, other=0.0)[None, :])
-            from_x = _product(zero, x, rows, row_mask, gates_x + 2 * d, 3 * d, n, 1, n_mask, d, BLOCK_K)
-            from_s = _product(zero, state, rows, row_mask, gates_s + 2 * d, 3 * d, n, 1, n_mask, d, BLOCK_K)
             from_x += tl.load(bias + 2 * d + n, mask=n_mask, other=0.0)[None, :]
             from_s += tl.load(_biases(addresses, head, CANDIDATE_BIAS) + n, mask=n_mask, other=0.0)[None, :]
             candidate = _tanh(from_x + reset * from_s)
@@ -280,7 +288,7 @@ def make_queries(
             weight = _weights(addresses, head, OUT_WEIGHT + which)  # out, copy, slot: neighbours in the table
             acc = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
             stride = tl.multiple_of(tl.where(which == 2, (window + 15) // 16 * 16, d), 16)
-            acc = _product(acc, state, rows * state_stride, row_mask, weight, stride, n, 1, n_mask, d, BLOCK_K)
+            acc = _product(acc, state, rows * state_stride, row_mask, weight, stride, n, n_mask, d, BLOCK_K)
             mask = row_mask[:, None] & n_mask[None, :]
             if which == 2:
                 bias = tl.load(_biases(addresses, head, SLOT_BIAS) + n, mask=n_mask, other=0.0)
@@ -308,7 +316,9 @@ def score_tokens(
             n_mask = n < size
             acc = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
             embed = _weights(addresses, head, EMBED)
-            acc = _product(acc, queries, rows * state_stride, row_mask, embed, 1, n.to(tl.int64), d, n_mask, d, BLOCK_K)
+            acc = _product(
+                acc, queries, rows * state_stride, row_mask, embed, 1, n.to(tl.int64) * d, n_mask, d, BLOCK_K
+            )
             acc += tl.load(_biases(addresses, head, OUT_BIAS) + n, mask=n_mask, other=0.0)[None, :]
             target = scores + rows[:, None] * score_stride + n[None, :]
             tl.store(target, acc, mask=row_mask[:, None] & n_mask[None, :])

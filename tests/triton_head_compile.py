@@ -1,15 +1,14 @@
-"""Compiles the heads' loop for Hopper (sm_90), which needs no GPU; run by test_device_heads.py as a process."""
+"""Compiles the heads' loop for Hopper (sm_90), which needs no GPU; run by test_device_heads.py as a process.
+
+A kernel that the compiler refuses, or that spills registers, fails.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_forward_compile import compile_kernel, report
 
 from specserve.kernels import head_loop_triton as k
-from specserve.kernels.head_loop import _BLOCK_K, _BLOCK_N, _CHUNK, TILE_ROWS
+from specserve.kernels.head_loop import _BLOCK_K, _BLOCK_N, _CELL_BLOCK_K, _CHUNK, TILE_ROWS
 
 FLOATS = (
     "partials", "squares", "state", "new_state", "x", "queries", "slot_scores", "scores", "copy_queries",
@@ -23,16 +22,6 @@ POINTERS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INTS, "*i32") | {"samp
 TILE = {"TILE_ROWS": TILE_ROWS, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
 
 
-def compile_kernel(kernel: Any, hidden: str, **constants: Any) -> int:
-    """Size in bytes of the kernel's binary."""
-    names = kernel.arg_names
-    types = POINTERS | dict.fromkeys(constants, "constexpr") | dict.fromkeys(("hidden", "tapped"), f"*{hidden}")
-    signature = {name: types.get(name, "i32") for name in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
-    return len(compiled.asm["cubin"])
-
-
 if __name__ == "__main__":
     for kernel, hidden, constants in (
         (k.walk_pointers, "bf16", {"WIDTH": 16}),
@@ -40,10 +29,12 @@ if __name__ == "__main__":
         (k.begin_states, "fp32", TILE | {"IS_BF16": False, "CHUNK": _CHUNK}),
         (k.finish_states, "bf16", {"BLOCK_N": _BLOCK_N}),
         (k.feed, "bf16", TILE),
-        (k.step_cells, "bf16", TILE),
+        (k.step_cells, "bf16", TILE | {"BLOCK_K": _CELL_BLOCK_K}),
         (k.make_queries, "bf16", TILE),
         (k.score_tokens, "bf16", TILE),
         (k.choose, "bf16", {"WIDTH": 16, "BLOCK_U": 1024, "BLOCK_K": _BLOCK_K}),
         (k.choose, "bf16", {"WIDTH": 64, "BLOCK_U": 1024, "BLOCK_K": _BLOCK_K}),
     ):
-        print(kernel.__name__, hidden, compile_kernel(kernel, hidden, **constants), "bytes")
+        pointers = POINTERS | dict.fromkeys(("hidden", "tapped"), f"*{hidden}")
+        pointers = {name: pointer for name, pointer in pointers.items() if name in kernel.arg_names}
+        report(f"{kernel.__name__} {hidden}", compile_kernel(kernel, pointers, constants))

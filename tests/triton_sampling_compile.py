@@ -1,15 +1,12 @@
 """Compiles the sampling and verification kernels for Hopper (sm_90), which needs no GPU; run as a process.
 
-The interpreter accepts programs that the compiler refuses. A process of its own, without TRITON_INTERPRET.
+The interpreter accepts programs that the compiler refuses; one that spills registers fails too. A process of its
+own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_forward_compile import compile_kernel, report
 
 from specserve.kernels import sampling_triton, verify_triton
 from specserve.kernels.sampling import BLOCK
@@ -28,16 +25,6 @@ POINTERS = (
 )  # fmt: skip
 
 
-def compile_kernel(kernel: Any, **constants: Any) -> int:
-    """Size in bytes of the kernel's binary."""
-    names = kernel.arg_names
-    types = POINTERS | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
-    return len(compiled.asm["cubin"])
-
-
 if __name__ == "__main__":
     k = sampling_triton
     for blocks in (1, 64):
@@ -52,4 +39,5 @@ if __name__ == "__main__":
             (k.draw, {"BLOCK": BLOCK, "BLOCKS": blocks}),
             (verify_triton.verify_drafts, {"MAX_DRAFTS": 64}),
         ):
-            print(kernel.__name__, constants, compile_kernel(kernel, **constants), "bytes")
+            pointers = {name: pointer for name, pointer in POINTERS.items() if name in kernel.arg_names}
+            report(f"{kernel.__name__} {blocks} blocks", compile_kernel(kernel, pointers, constants))
