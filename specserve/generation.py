@@ -28,6 +28,7 @@ from .structured_output import grammar_spec
 from .tokenizer import TextTokenizer
 from .tools.definitions import Tool, ToolUse, all_tools, tool_use
 from .tools.formats import choose_format
+from .tools.grammar import Marks
 from .tools.phases import run_switching
 from .tools.plan import ToolPlan, direct_adapter, make_plan, markers
 from .tools.prompt import for_template
@@ -131,7 +132,7 @@ class Generator:
             sampling = msgspec.structs.replace(sampling, logprobs=0)  # what ranks them
         if plan is not None:
             grammar = plan.grammar
-            if tokenizer.is_special(plan.marks.get(plan.format.marker, -1)):
+            if tokenizer.is_special(plan.marks.ids.get(plan.format.marker, -1)):
                 sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
         speculation = validation.speculation(request, self.config)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
@@ -167,7 +168,7 @@ class Generator:
         if use is None:
             return self.chat_ids(request, tokenizer, ()), None
         format = choose_format(tokenizer.chat_template, self.config.tool_format).format
-        plan = make_plan(use, format, tokenizer.added_tokens(markers(format)), adapter)
+        plan = make_plan(use, format, Marks(*tokenizer.added_tokens(markers(format))), adapter)
         return self.chat_ids(request, tokenizer, all_tools(request)), plan
 
     async def _load_tool_adapters(self, use: ToolUse | None) -> None:

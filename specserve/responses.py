@@ -52,7 +52,7 @@ class ResponseBuilder:
         if self._tool_answers is not None:
             answer = self._tool_answers[idx]
             answer.feed(delta.text, final=delta.finish_reason is not None)
-            if answer.has_calls and choice.finish_reason == "stop":
+            if answer.is_called and choice.finish_reason == "stop":
                 choice.finish_reason = "tool_calls"
 
     def usage(self) -> dict[str, object]:

@@ -101,10 +101,14 @@ class TextTokenizer:
         """The text that follows `prompt_ids` a token at a time, special tokens written out."""
         return Detokenizer(self._backend, prompt_ids, skip_special_tokens=False)
 
-    def added_tokens(self, texts: Collection[str]) -> dict[str, int]:
-        """Those of `texts` that are one added token each, with its id: text never encodes to pieces of it."""
+    def added_tokens(self, texts: Collection[str]) -> tuple[dict[str, int], tuple[int, ...]]:
+        """({text: id} of those of `texts` that are one added token each, the ids of others that are not special).
+
+        An added token is never encoded or generated in pieces.
+        """
         added = self._tokenizer.added_tokens_decoder.items()
-        return {token.content: idx for idx, token in added if token.content in texts}
+        named = {token.content: idx for idx, token in added if token.content in texts}
+        return named, tuple(sorted(idx for idx, token in added if token.content not in texts and not token.special))
 
     def is_special(self, token: int) -> bool:
         return token in self._special_ids

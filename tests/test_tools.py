@@ -1,5 +1,6 @@
 """Tools of a request: definitions, prompts of each model family, and the grammars that hold calls to their schemas."""
 
+import dataclasses
 import json
 import random
 
@@ -8,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from tiny_models import CHAT_TEMPLATE, make_tokenizer
+from tokenizers import AddedToken
 from tool_templates import TEMPLATES, make_tool_tokenizer
 
 from specserve import validation
@@ -18,6 +20,7 @@ from specserve.messages import GrammarSpec
 from specserve.tokenizer import TextTokenizer
 from specserve.tools.definitions import tool_use
 from specserve.tools.formats import FORMATS, choose_format
+from specserve.tools.grammar import Marks
 from specserve.tools.plan import direct_adapter, make_plan, markers
 from specserve.tools.prompt import for_template
 
@@ -55,7 +58,7 @@ BOTH = [function("get_weather", description="the weather"), function("add")]
 
 def plan_of(format="hermes", marks=None, own_adapter=None, **fields):
     use = tool_use(request(**{"tools": BOTH, **fields}))
-    return make_plan(use, FORMATS[format], marks or {}, own_adapter)
+    return make_plan(use, FORMATS[format], marks or Marks(), own_adapter)
 
 
 # -- definitions
@@ -193,7 +196,7 @@ def compilers():
 
 def marks_of(fast, family):
     wanted = markers(FORMATS[family])
-    return {token.content: idx for idx, token in fast.added_tokens_decoder.items() if token.content in wanted}
+    return Marks({token.content: idx for idx, token in fast.added_tokens_decoder.items() if token.content in wanted})
 
 
 def generate(compiled, eos, rng, max_tokens=400):
@@ -276,6 +279,29 @@ def test_under_auto_text_is_free_until_a_call_and_forced_from_there(compilers, f
     num, total = num_allowed(compiled, fast, good + " more")
     assert num < total
     assert read(plan, good) == (lead, [("add", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(("family", "added"), tokenizers())
+def test_free_text_may_hold_added_tokens_that_are_text(family, added):
+    """A thinking model writes <think> as one token, which no regular expression of a grammar matches."""
+    fast = make_tool_tokenizer(family, 318, added=added)
+    fast.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    eos = fast.convert_tokens_to_ids("<|im_end|>")
+    compiler = GrammarCompiler(fast.backend_tokenizer, 320, [eos])
+    think = tuple(fast.convert_tokens_to_ids(["<think>", "</think>"]))
+    plan = plan_of(family, dataclasses.replace(marks_of(fast, family), text_ids=think))
+    compiled = compiler.compile(plan.grammar)
+    key = FORMATS[family].arguments_key
+    for text in ("<think>", "<think>\nHm.\n</think>", "<think>\nHm.</think> It <rains>."):
+        num, total = num_allowed(compiled, fast, text)
+        assert num == total, text
+        if family != "llama3":
+            call = f'{text}{OPENINGS[family]}{{"name": "add", "{key}": {{"a": 1}}}}{CLOSINGS[family]}'
+            num, total = num_allowed(compiled, fast, call)
+            assert num == total, call
+            assert num_allowed(compiled, fast, call.replace("add", "rm"))[0] < total - 5
+            assert read(plan, call) == (text, [("add", '{"a": 1}')])
+    compiler.close()
 
 
 @pytest.mark.parametrize(("family", "added"), tokenizers())

@@ -3,12 +3,15 @@
 import json
 
 import jsonschema
+import msgspec
 import openai
 import pytest
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
 from tiny_models import make_tiny_model
 from tool_templates import make_tool_tokenizer
+
+from specserve import response_types
 
 CHAT = "/v1/chat/completions"
 WEATHER = {
@@ -202,6 +205,24 @@ def test_drafts_change_no_call(server):
 def test_calls_cut_by_max_tokens_finish_with_length(server):
     (choice,) = choices(server, tool_choice=NAMED, max_tokens=60, temperature=0)
     assert choice["finish_reason"] == "length"
+
+
+def test_a_stop_string_within_a_call_is_no_finished_call(server):
+    (choice,) = choices(server, tool_choice=NAMED, temperature=0, stop='"letters"')
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", '"letters"')
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "pick", "arguments": "{"}
+
+
+def test_answers_and_chunks_have_the_documented_shape(server):
+    fields = {**ASK, "tool_choice": "required", "seed": 1}
+    msgspec.convert(server.post(CHAT, fields).json(), response_types.ChatResponse)
+    for event in server.stream(CHAT, fields):
+        msgspec.convert(event, response_types.ChatChunk)
+
+
+def test_tokenize_shows_the_prompt_with_tools(server):
+    counted = server.post("/tokenize", {"messages": ASK["messages"], "tools": TOOLS}).json()["count"]
+    assert server.post(CHAT, {**ASK, "max_tokens": 1}).json()["usage"]["prompt_tokens"] == counted
 
 
 def test_tool_choice_none_shows_no_tools_to_the_model(server):

@@ -22,8 +22,9 @@ class ToolAnswer:
         self._calls: list[dict[str, Any]] = []
 
     @property
-    def has_calls(self) -> bool:
-        return bool(self._calls)
+    def is_called(self) -> bool:
+        """Whether there are calls, and the last was not cut off by a stop string."""
+        return bool(self._calls) and self._parser.is_whole
 
     def feed(self, text: str, final: bool) -> None:
         self._new = self._parser.push(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .definitions import Tool
@@ -17,7 +18,17 @@ from .formats import PYTHON_TAG, ToolFormat
 _TEXT = r"TEXT: /(.|\n)*/"
 # Llama's frame has no marker: what starts like a call is one.
 _TEXT_BEFORE_NO_CALL = r'TEXT: /(?s:.*)/ & ~/\{"name": "(?s:.*)/'
-Marks = Mapping[str, int]  # marker -> id, of those that are one added token of the tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What a grammar can only name by id. `ids` are the format's parts that are one added token of the tokenizer each.
+
+    `text_ids` are the other added tokens that are written as text, such as a thinking model's: free text may hold them.
+    """
+
+    ids: Mapping[str, int] = field(default_factory=dict)
+    text_ids: tuple[int, ...] = ()
 
 
 def calls_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, *, free_text: bool, parallel: bool) -> str:
@@ -49,16 +60,21 @@ def arguments_grammar(format: ToolFormat, tool: Tool, tools: Sequence[Tool], mar
 
 
 def _start(format: ToolFormat, marks: Marks, body: str, free_text: bool) -> list[str]:
+    """The rule `start`: the frame's opening before `body`, which free text may precede or take the place of."""
     opening = _terms((format.opening,), marks)
-    if not format.marker:
-        tagged = f" | {_terms((PYTHON_TAG,), marks)} {body}" if PYTHON_TAG in marks else ""
-        return [f"start: TEXT | {body}{tagged}", _TEXT_BEFORE_NO_CALL] if free_text else [f"start: {body}"]
     marker = _terms((format.marker,), marks)
     if not free_text:
         return [f"start: {marker} {opening} {body}"]
-    if format.marker in marks:
-        return [f"start: TEXT | TEXT {marker} {opening} {body}", _TEXT]
-    return [f"start: TEXT | before {opening} {body}", f"before[lazy]: TEXT {marker}", _TEXT]
+    token = f"<[{','.join(map(str, marks.text_ids))}]>"
+    if not format.marker:
+        tagged = f" | {_terms((PYTHON_TAG,), marks)} {body}" if PYTHON_TAG in marks.ids else ""
+        more = f" ({token} ANY)*" if marks.text_ids else ""
+        return [f"start: TEXT{more} | {body}{tagged}", _TEXT_BEFORE_NO_CALL, _TEXT.replace("TEXT", "ANY")]
+    text = f"(TEXT {token})* TEXT" if marks.text_ids else "TEXT"
+    if format.marker in marks.ids:
+        return [f"start: {text} | {text} {marker} {opening} {body}", _TEXT]
+    before = text.removesuffix("TEXT") + "before"
+    return [f"start: {text} | {before} {opening} {body}", f"before[lazy]: TEXT {marker}", _TEXT]
 
 
 def _name(format: ToolFormat, tools: Sequence[Tool]) -> str:
@@ -76,7 +92,7 @@ def _schema(idx: int, tool: Tool) -> str:
 
 def _terms(parts: Sequence[str], marks: Marks) -> str:
     """Grammar terms that spell `parts`; added tokens can only be named by id."""
-    return " ".join(f"<[{marks[part]}]>" if part in marks else _literal(part) for part in parts if part)
+    return " ".join(f"<[{marks.ids[part]}]>" if part in marks.ids else _literal(part) for part in parts if part)
 
 
 def _literal(text: str) -> str:

@@ -99,6 +99,11 @@ class CallParser:
         self._events: list[Event] = []
         self.num_calls = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every announced call has all of its arguments."""
+        return self._state is not _State.ARGUMENTS
+
     def push(self, text: str) -> list[Event]:
         self._buffer += text
         while self._step(final=False):
