@@ -195,11 +195,23 @@ def test_under_auto_a_begun_call_is_held_to_its_tool(start):
 
 
 def test_drafts_change_no_call(server):
-    for choice in ("required", NAMED):
-        fields = {"tool_choice": choice, "seed": 7, "temperature": 1, "n": 2}
+    for choice, tools in (("required", TOOLS), (NAMED, TOOLS), ("required", with_adapters(pick="alpha"))):
+        fields = {"tool_choice": choice, "tools": tools, "seed": 7, "temperature": 1, "n": 2}
         off = choices(server, **fields, speculation={"mode": "off"})
-        fixed = choices(server, **fields, speculation={"mode": "fixed", "max_draft_tokens": 8})
-        assert without_ids(off) == without_ids(fixed)
+        drafted = {**fields, "speculation": {"mode": "fixed", "max_draft_tokens": 8}, "return_speculation_stats": True}
+        body = server.post(CHAT, {**ASK, **drafted}).json()
+        assert without_ids(body["choices"]) == without_ids(off)
+        assert body["usage"]["speculation"]["accepted_by_source"]["grammar"] > 20  # frames, names and keys
+
+
+def test_a_client_that_leaves_a_switching_answer_frees_its_sequence(server):
+    fields = {"tools": with_adapters(pick="alpha"), "tool_choice": "required", "seed": 4, "n": 4, "stream": True}
+    response = server.post(CHAT, {**ASK, **fields}, stream=True)
+    lines = response.iter_lines()
+    while b"arguments" not in next(lines):
+        pass
+    response.close()
+    server.wait_baseline(timeout_s=20)
 
 
 def test_calls_cut_by_max_tokens_finish_with_length(server):
