@@ -6,7 +6,8 @@ import random
 import pytest
 
 from specserve.tools.formats import FORMATS
-from specserve.tools.parser import Arguments, CallParser, CallStart, Content, ObjectScanner
+from specserve.tools.object_scanner import ObjectScanner
+from specserve.tools.parser import Arguments, CallParser, CallStart, Content
 
 TOOLS = ["get_weather", "add", "get"]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "K\\u00f6ln \\"}</tool_call>", "n": [1, {"a": []}]}}'
