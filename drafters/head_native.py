@@ -39,6 +39,8 @@ class _NativeHead:
 class NativeHeadRunner:
     """Runs the heads of a step's sequences, position by position."""
 
+    source = HeadSource
+
     def __init__(self, team: Team) -> None:
         self._team = team
         self._heads: dict[int, _NativeHead] = {}

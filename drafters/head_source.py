@@ -144,6 +144,8 @@ class _Group:
 class HeadRunner:
     """Runs the heads of a step's sequences, position by position."""
 
+    source = HeadSource
+
     def __init__(self) -> None:
         self._stacks: dict[tuple[int, ...], _Stack] = {}
         self._last_used: dict[int, int] = {}  # id of a head -> number of the draft

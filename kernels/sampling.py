@@ -5,7 +5,7 @@ largest logit, of equals the lowest token. Else x = logits / temperature in fp32
 to the kth stay), top-p (the largest v such that tokens with x >= v have top_p of the mass; equals stay or go together),
 min-p, and the first token in vocabulary order up to which more than u of the mass that is left lies. Masses are fp64.
 The same as `specserve.sampler`, whose penalties and bias are applied before; a row with NaN, or without any token that
-is possible, is flagged bad and gets token 0.
+is possible, is flagged bad (1 and 2) and gets token 0.
 
 kth value and v are found by bisection on the bits of fp32, 4 bits a pass, which is exact and needs no sort. A row is
 split over programs of `BLOCK` tokens, so that few rows use the whole device too. Launches depend on shapes alone, so a
@@ -131,7 +131,7 @@ def sample_logits_reference(logits: torch.Tensor, params: SamplingTensors) -> tu
         if mask_row >= 0:
             x[params.masks[mask_row].cpu()[ids // 32] >> (ids % 32) & 1 == 0] = -torch.inf
         if has_nan or x.max() == -torch.inf:
-            bad[row] = 1
+            bad[row] = 1 if has_nan else 2
             continue
         temperature, top_k, top_p = params.temperature[row].cpu(), int(params.top_k[row]), float(params.top_p[row])
         if temperature == 0:

@@ -78,7 +78,7 @@ def best_of_rows(
     token = tl.min(tl.where(bests == best, firsts, 2147483647), axis=0)
     is_bad = (nan > 0) | (best == float("-inf"))
     tl.store(sampled + row, tl.where(is_bad, 0, token).to(tl.int64))
-    tl.store(bad + row, is_bad.to(tl.int32))
+    tl.store(bad + row, tl.where(nan > 0, 1, tl.where(is_bad, 2, 0)))
     temperature = tl.load(temperatures + row)
     tl.store(row_top + row, tl.div_rn(best, tl.where(temperature > 0.0, temperature, 1.0)))
     tl.store(thresholds + row, tl.full((), _LEAST, tl.int32))

@@ -39,13 +39,16 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
             )
 
 
-def size_kv(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """(number of KV blocks, longest sequence in tokens) for KV of `dtype`. Raises `UserError` for what does not fit."""
+def size_kv(config: EngineConfig, kv_gib: float, model: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """(number of KV blocks, longest sequence in tokens) for `kv_gib` GiB of KV of `dtype`.
+
+    Raises `UserError` for what does not fit.
+    """
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-    num_blocks = int(config.kv_cache_gib * 2**30) // (token_bytes * config.block_size)
+    num_blocks = int(kv_gib * 2**30) // (token_bytes * config.block_size)
     if num_blocks < 1:
         raise UserError(
-            f"kv_cache_gib={config.kv_cache_gib} holds no block of {config.block_size} tokens "
+            f"kv_cache_gib={kv_gib:g} holds no block of {config.block_size} tokens "
             f"({token_bytes * config.block_size} bytes); raise it",
             param="kv_cache_gib",
         )

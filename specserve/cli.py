@@ -222,7 +222,10 @@ def offline(**params: Any) -> None:
     """Tokens per second of the engine alone, with and without drafts, at several batch sizes."""
     config = load_settings(EngineConfig, params)
     from .cli_bench import offline as run_offline
+    from .device_choice import choose_device, with_defaults
 
+    config = with_defaults(config, choose_device(config))
+    assert config.max_num_seqs is not None
     try:
         batch_sizes = [int(size) for size in params["batch_sizes"].split(",")]
     except ValueError:

@@ -18,20 +18,33 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs")] = "auto"
     dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Meta(description="weights and arithmetic")] = "auto"
     compile: Annotated[
-        Literal["auto", "on", "off"],
-        Meta(description="native CPU kernels, built once; off: plain torch"),
+        Literal["auto", "on", "off", "triton"],
+        Meta(description="own kernels: native ones on a CPU, Triton's on CUDA; off: plain torch"),
     ] = "auto"
     quantization: Annotated[
         Literal["none", "int8", "int4"], Meta(description="hold the base model's weights in fewer bits (CPU)")
     ] = "none"
+    cuda_graphs: Annotated[bool, Meta(description="capture a step's launches on CUDA and replay them")] = True
     max_model_len: Annotated[int | None, Meta(description="tokens of prompt plus output; default: the model's")] = None
-    kv_cache_gib: Annotated[float, Meta(gt=0, description="memory for the KV cache, GiB")] = 2.0
+    kv_cache_gib: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="memory for the KV cache, GiB; default: 2, on CUDA four fifths of what the model leaves"),
+    ] = None
     block_size: Annotated[int, Meta(ge=1, le=256, description="tokens in one KV block")] = 16
-    max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at the same time")] = 64
-    max_batched_tokens: Annotated[int, Meta(ge=16, description="rows of one forward pass")] = 512
+    max_num_seqs: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)] | None,
+        Meta(description="sequences that run at the same time; default: 64, on CUDA 256"),
+    ] = None
+    max_batched_tokens: Annotated[
+        Annotated[int, Meta(ge=16)] | None, Meta(description="rows of one forward pass; default: 512, on CUDA 2048")
+    ] = None
     max_prefill_rows: Annotated[
-        int, Meta(ge=1, description="of those, rows of prompt when other sequences decode; smaller is smoother")
-    ] = 128
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(
+            description="of those, rows of prompt when other sequences decode; smaller is smoother; "
+            "default: 128, on CUDA 1024"
+        ),
+    ] = None
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; more are answered 429")] = 1024
     prefix_caching: Annotated[bool, Meta(description="reuse KV of equal prefixes")] = True
     speculation: Annotated[Literal["auto", "off"], Meta(description="draft and verify several tokens a step")] = "auto"

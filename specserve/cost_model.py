@@ -19,6 +19,7 @@ from typing import Protocol
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 MEASURED_ROWS = NODES[:7]
+MEASURED_SEQS = 8  # of the step that measures what a sequence costs
 _CONTEXT_LEN = 512  # keys of the steps that measure what context costs
 _SPEED_RATE, _CELL_RATE = 0.2, 0.1  # share of a surprise that each takes over
 _MAX_SURPRISE = 0.3  # natural log: a step counts as at most 35% slower or faster than expected
@@ -102,7 +103,7 @@ class CostModel:
 
         timed_step(MEASURED_ROWS[0])
         by_rows = {rows: fastest(rows) for rows in MEASURED_ROWS}
-        eight_apart = fastest(8, num_seqs=8)
+        eight_apart = fastest(8, num_seqs=MEASURED_SEQS)
         one_ahead, eight_ahead = fastest(1, context_len=_CONTEXT_LEN), fastest(8, context_len=_CONTEXT_LEN)
         key_s = max(0.0, one_ahead - by_rows[1]) / _CONTEXT_LEN
         return cls(

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from .budget import ENTER_GAIN, best_prefix
 from .cost_model import CostModel, MeanSeconds, StepCurve, StepShape
@@ -20,6 +21,11 @@ from .drafters.chooser import DraftChooser
 from .drafters.head_native import NativeHeadRunner
 from .drafters.head_source import HeadRunner, HeadSource
 from .scheduler import ScheduledSequence
+
+if TYPE_CHECKING:
+    from .device_drafts import DeviceDrafts
+
+Heads: TypeAlias = "HeadRunner | NativeHeadRunner | DeviceDrafts"
 
 logger = logging.getLogger(__name__)
 _LEAST_LOOK = 8  # rows ahead, at least, over which a cheap region counts
@@ -62,7 +68,7 @@ class StepPlan:
 class DraftGrowth:
     """Owns the heads and what drafting itself costs; `cost_model` says what rows cost."""
 
-    def __init__(self, cost_model: CostModel, heads: HeadRunner | NativeHeadRunner) -> None:
+    def __init__(self, cost_model: CostModel, heads: Heads) -> None:
         self.cost_model = cost_model
         self.heads = heads
         self.row_price = 0.0  # tokens that the next row of the latest step had to bring

@@ -22,9 +22,15 @@ from .adapter_registry import AdapterRegistry
 from .admission import check_request, size_kv
 from .block_manager import BlockManager
 from .config import EngineConfig
-from .cost_model import CostModel
+from .cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
 from .detokenizer import Detokenizer
+from .device_choice import choose_device, chooses_triton, kv_cache_gib, with_defaults
+from .device_drafts import DeviceDrafts
+from .device_runner import DeviceRunner
+from .device_sampler import DeviceSampler
+from .draft_growth import Heads
 from .drafters.chooser import DraftChooser
+from .drafters.head_device import ChainSource
 from .drafters.head_native import NativeHeadRunner
 from .drafters.head_source import HeadRunner, HeadSource
 from .errors import ErrorInfo, OverloadedError, UserError
@@ -46,6 +52,7 @@ from .messages import (
 )
 from .model.loader import load_model
 from .model.native_decoder import NativeDecoder, one_torch_thread
+from .model.triton_decoder import TritonDecoder
 from .model_runner import ModelRunner, StepOutput
 from .native_choice import choose_native
 from .proposer import Proposer
@@ -92,15 +99,16 @@ class Engine:
     def __init__(self, config: EngineConfig, model_dir: Path):
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.config = config
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(automatic if config.device == "auto" else config.device)
-        self.decoder = load_model(model_dir, device, config.dtype, choose_native(config, device))
+        device = choose_device(config)
+        self.config = config = with_defaults(config, device)
+        assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows
+        native, is_triton = choose_native(config, device), chooses_triton(config, device)
+        self.decoder = load_model(model_dir, device, config.dtype, native, is_triton)
         self._base = BaseIdentity.of(model_dir)
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
-        num_blocks, max_model_len = size_kv(config, model, self.decoder.compute_dtype)
+        num_blocks, max_model_len = size_kv(config, kv_cache_gib(config, device), model, self.decoder.compute_dtype)
         kv = KVCache(
             model.num_layers,
             num_blocks,
@@ -117,10 +125,10 @@ class Engine:
             max_batched_tokens=config.max_batched_tokens,
             max_prefill_rows=config.max_prefill_rows,
         )
-        self.runner = ModelRunner(self.decoder, kv, config.block_size)
+        self.runner = self._make_runner(kv, max_model_len)
         self.grammars = GrammarCompiler(self.tokenizer, model.vocab_size, sorted(self.eos_token_ids))
         self.masks = MaskMaker(self.grammars.mask_words)
-        self.sampler = Sampler(sorted(self.eos_token_ids), self.masks)
+        self.sampler = self._make_sampler()
         self.registry = AdapterRegistry(config.max_adapters)
         self.info = EngineInfo(
             model=str(model_dir),
@@ -140,12 +148,58 @@ class Engine:
         self._num_added = 0
         self._counters = _Counters()
         self._torch_threads: Callable[[], AbstractContextManager[None]] = nullcontext
-        heads: HeadRunner | NativeHeadRunner = HeadRunner()
+        heads: Heads = HeadRunner()
         if isinstance(self.decoder, NativeDecoder):
             self._torch_threads = one_torch_thread
             heads = NativeHeadRunner(self.decoder.team)
+        elif isinstance(self.runner, DeviceRunner):
+            heads = self._make_device_drafts(self.runner)
         cost_model = CostModel.measure(self._timed_step)
         self.proposer = Proposer(config, cost_model, heads, model.vocab_size, self.registry.adapters)
+
+    def _make_runner(self, kv: KVCache, max_model_len: int) -> ModelRunner | DeviceRunner:
+        config = self.config
+        if not isinstance(self.decoder, TritonDecoder):
+            return ModelRunner(self.decoder, kv, config.block_size)
+        return DeviceRunner(
+            self.decoder,
+            kv,
+            config.block_size,
+            max_rows=max(self.scheduler.max_batched_tokens, MEASURED_ROWS[-1]),
+            max_seqs=max(self.scheduler.max_num_seqs, MEASURED_SEQS),
+            max_model_len=max_model_len,
+            max_adapters=config.max_adapters,
+            max_lora_rank=config.max_lora_rank,
+            cuda_graphs=config.cuda_graphs,
+        )
+
+    def _make_device_drafts(self, runner: DeviceRunner) -> DeviceDrafts:
+        assert isinstance(self.sampler, DeviceSampler)
+        config = self.config
+        drafts = self.sampler.drafts = DeviceDrafts(
+            runner,
+            self.sampler.sampled,
+            self.registry.adapters,
+            self._chain_source,
+            max_heads=config.max_adapters,
+            max_model_len=self.info.max_model_len,
+            max_draft_len=config.max_draft_tokens,
+        )
+        runner.on_seated = drafts.prepare
+        runner.capture()
+        drafts.capture()
+        return drafts
+
+    def _chain_source(self, seq: Sequence) -> ChainSource | None:
+        state = self._requests.get(seq.request_id)
+        sources = state.drafts.sources if state is not None else []
+        return next((source for source in sources if isinstance(source, ChainSource)), None)
+
+    def _make_sampler(self) -> Sampler:
+        eos = sorted(self.eos_token_ids)
+        if not isinstance(self.runner, DeviceRunner):
+            return Sampler(eos, self.masks)
+        return DeviceSampler(eos, self.masks, self.runner)
 
     # -- requests
 
@@ -159,7 +213,7 @@ class Engine:
             grammar = self.grammars.compile(request.grammar)
         if request.request_id in self._requests:
             raise UserError(f"request id {request.request_id!r} is already running")
-        if len(self.scheduler.waiting) >= self.config.max_waiting + self.config.max_num_seqs:
+        if len(self.scheduler.waiting) >= self.config.max_waiting + self.scheduler.max_num_seqs:
             raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already; retry shortly")
         if request.adapter_hash is not None:
             self.registry.acquire(request.adapter_hash)
@@ -453,6 +507,7 @@ class Engine:
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
         counters, sequences = self._counters, self.scheduler.sequences()
+        graphs = self.runner.graphs if isinstance(self.runner, DeviceRunner) else None
         error = self.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
         return EngineStats(
             num_running=len(self.scheduler.running),
@@ -470,6 +525,10 @@ class Engine:
             draft_tokens=counters.drafted_by_source.total(),
             accepted_draft_tokens=counters.accepted_by_source.total(),
             num_kernel_builds=self.decoder.num_builds,
+            num_cuda_graphs=graphs.num_graphs if graphs else 0,
+            cuda_graph_bytes=graphs.capture_bytes if graphs else 0,
+            cuda_graph_capture_seconds=graphs.capture_s if graphs else 0.0,
+            num_eager_parts=graphs.num_eager.total() if graphs else 0,
             num_undrafted_steps=self.proposer.num_undrafted_steps,
             drafts_by_adapter=self.proposer.drafts_by_adapter(),
             drafted_by_source=dict(counters.drafted_by_source),

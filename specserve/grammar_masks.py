@@ -33,9 +33,12 @@ class MaskMaker:
         self._num_words = mask_words
         self.seconds = 0.0
 
-    def masks(self, groups: Sequence[RowGroup]) -> StepMasks | None:
-        """Masks of the rows that are drawn at a temperature under a grammar; on a device, while its forward runs."""
-        drawn = [group for group in groups if group.seq.grammar is not None and not group.is_greedy]
+    def masks(self, groups: Sequence[RowGroup], also_greedy: bool = False) -> StepMasks | None:
+        """Masks of the rows that are drawn at a temperature under a grammar; on a device, while its forward runs.
+
+        `also_greedy` is for who cannot ask row by row.
+        """
+        drawn = [g for g in groups if g.seq.grammar is not None and (also_greedy or not g.is_greedy)]
         if not drawn:
             return None
         start = time.perf_counter()

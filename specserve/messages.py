@@ -223,6 +223,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     draft_tokens: int
     accepted_draft_tokens: int
     num_kernel_builds: int = 0  # native kernels compiled by this process: at start or never
+    num_cuda_graphs: int = 0
+    cuda_graph_bytes: int = 0
+    cuda_graph_capture_seconds: float = 0.0
+    num_eager_parts: int = 0  # parts of steps that no graph was captured for
     num_undrafted_steps: int = 0  # steps that could have verified drafts and chose none
     drafts_by_adapter: list[AdapterDrafts] = []
     drafted_by_source: dict[str, int] = {}

@@ -42,12 +42,12 @@ class NativeChoice:
 def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | None:
     """The native path as `config` wants it on `device`, or None for torch. Raises `ModelError` where it is required."""
     quantized = config.quantization != "none"
-    is_required = config.compile == "on" or quantized
+    is_required = (config.compile == "on" and device.type == "cpu") or quantized
     reason = None
     if device.type != "cpu":
         reason = f"the model runs on {device.type}"
-    elif config.compile == "off":
-        reason = "compile is off"
+    elif config.compile in ("off", "triton"):
+        reason = f"compile is {config.compile}"
     else:
         try:
             library = load_library()

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from .config import EngineConfig
 from .cost_model import CostModel, MeanSeconds, StepShape
-from .draft_growth import DraftGrowth, GrowingDraft, StepPlan
+from .draft_growth import DraftGrowth, GrowingDraft, Heads, StepPlan
 from .draft_switch import DraftSwitch
 from .drafters.acceptance import SharedAcceptance
 from .drafters.chooser import DraftChooser
 from .drafters.grammar_source import GrammarSource
-from .drafters.head_native import NativeHeadRunner
-from .drafters.head_source import HeadRunner, HeadSource
 from .drafters.history_source import HistorySource
 from .drafters.ngram import NgramSource
 from .drafters.prediction import PredictionSource
@@ -59,7 +57,7 @@ class Proposer:
         self,
         config: EngineConfig,
         cost_model: CostModel,
-        heads: HeadRunner | NativeHeadRunner,
+        heads: Heads,
         vocab_size: int,
         adapters: Mapping[str, LoraAdapter],
     ):
@@ -114,7 +112,7 @@ class Proposer:
         if history is not None:
             sources.append(HistorySource(history, len(request.prompt_token_ids)))
         if ahead is not None and ahead.head is not None:
-            sources.append(HeadSource(ahead.head, ahead.local, request.prompt_token_ids))
+            sources.append(self.growth.heads.source(ahead.head, ahead.local, request.prompt_token_ids))
         return sources
 
     def propose(

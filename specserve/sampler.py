@@ -73,6 +73,25 @@ class Sampler:
         empty list: its logits are not a distribution and nothing may be made of them. Under a grammar the list ends
         early where nothing may come or a draft was wrong; an empty list's reason is the group's `failure`.
         """
+        flat, bad, dead = self._draw(logits, groups)
+        result: list[list[int]] = []
+        for group in groups:
+            own = slice(group.first_row, group.first_row + group.num_rows)
+            if any(bad[own]):
+                group.failure = "nan"
+                result.append([])
+                continue
+            sampled = flat[own]
+            if group.seq.grammar is not None:
+                sampled = self._constrain(logits, group, sampled, dead[own])
+            result.append(sampled)
+        return result
+
+    def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> tuple[list[int], list[int], list[int]]:
+        """By row: its token, whether it holds NaN, and whether the grammar's mask leaves nothing of it.
+
+        Greedy rows of a group under a grammar get the most likely token of all; `_constrain` sees to the grammar.
+        """
         best_values, best = best_of_rows(logits)  # [L], [L]; NaN propagates into the maximum
         tokens = best.clone()
         hot_rows: list[int] = []
@@ -108,18 +127,7 @@ class Sampler:
             tokens[hot_rows] = sample_rows(stacked, hot_params)
         # sync: the step's one copy back; everything after it needs the tokens on the host.
         flat, bad, dead = torch.stack([tokens, best_values.isnan().long(), is_dead.long()]).tolist()
-        result: list[list[int]] = []
-        for group in groups:
-            own = slice(group.first_row, group.first_row + group.num_rows)
-            if any(bad[own]):
-                group.failure = "nan"
-                result.append([])
-                continue
-            sampled = flat[own]
-            if group.seq.grammar is not None:
-                sampled = self._constrain(logits, group, sampled, dead[own])
-            result.append(sampled)
-        return result
+        return flat, bad, dead
 
     def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: list[int]) -> list[int]:
         """The tokens of a group under a grammar, up to the first row where there is none."""

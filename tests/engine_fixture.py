@@ -22,8 +22,8 @@ class Result:
 
 
 def make_engine(model_dir, **overrides) -> Engine:
-    settings = {"dtype": "fp32", "kv_cache_gib": 0.02, "max_num_seqs": 16, "max_batched_tokens": 64, **overrides}
-    return Engine(EngineConfig(model=str(model_dir), device="cpu", **settings), model_dir)
+    settings = {"device": "cpu", "dtype": "fp32", "kv_cache_gib": 0.02, "max_num_seqs": 16, "max_batched_tokens": 64}
+    return Engine(EngineConfig(model=str(model_dir), **settings | overrides), model_dir)
 
 
 def request(request_id, prompt, *, adapter=None, mode="auto", max_draft_tokens=8, prediction=(), salt="", **sampling):

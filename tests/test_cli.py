@@ -78,7 +78,7 @@ def test_help_shows_every_setting_with_its_description_and_default(capsys, monke
     for setting in settings.settings_of(ServeConfig):
         assert setting.flag in words
         assert setting.description[1:] in words
-    assert "[default: 2.0]" in words and "--no-prefix-caching" in words and "SPECSERVE_KV_CACHE_GIB" in words
+    assert "[default: 30.0]" in words and "--no-prefix-caching" in words and "SPECSERVE_KV_CACHE_GIB" in words
 
 
 def test_help_never_shows_a_key(capsys, monkeypatch):

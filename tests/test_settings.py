@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from specserve.config import EngineConfig, ServeConfig
+from specserve.device_choice import kv_cache_gib, with_defaults
 from specserve.errors import UserError
 from specserve.settings import load, read_file, redacted, settings_of
 
@@ -44,7 +46,15 @@ def test_every_field_has_a_flag_a_variable_and_a_description():
     assert [s.name for s in settings] == list(ServeConfig.__struct_fields__)
     assert all(s.description for s in settings)
     kv = next(s for s in settings if s.name == "kv_cache_gib")
-    assert (kv.flag, kv.env, kv.default) == ("--kv-cache-gib", "SPECSERVE_KV_CACHE_GIB", 2.0)
+    assert (kv.flag, kv.env, kv.default) == ("--kv-cache-gib", "SPECSERVE_KV_CACHE_GIB", None)
+
+
+def test_sizes_that_nobody_set_follow_the_device():
+    cpu, cuda = (with_defaults(EngineConfig(max_prefill_rows=7), torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert (cpu.max_num_seqs, cpu.max_batched_tokens, cpu.max_prefill_rows) == (64, 512, 7)
+    assert (cuda.max_num_seqs, cuda.max_batched_tokens, cuda.max_prefill_rows) == (256, 2048, 7)
+    assert kv_cache_gib(cpu, torch.device("cpu")) == 2.0
+    assert kv_cache_gib(EngineConfig(kv_cache_gib=0.5), torch.device("cuda")) == 0.5
 
 
 def test_choices_keep_the_order_they_are_written_in():

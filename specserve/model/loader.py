@@ -15,12 +15,13 @@ import safetensors
 import torch
 
 from ..errors import ModelError
-from ..kernels.linear import Linear, compute_dtype, packs_weights
-from ..kernels.packed import pack
 from ..native_choice import NativeChoice
+from .build import build_native, build_torch, build_triton
 from .config import ModelConfig
-from .decoder import Decoder, Layer
-from .native_decoder import NativeDecoder, pack_layer, weight_format
+from .decoder import Decoder
+from .native_decoder import NativeDecoder
+from .triton_decoder import TritonDecoder
+from .triton_decoder import cannot_serve as triton_cannot_serve
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +100,17 @@ class TensorSource:
 
 
 def load_model(
-    path: str | Path, device: torch.device, dtype: str = "auto", native: NativeChoice | None = None
-) -> Decoder | NativeDecoder:
+    path: str | Path,
+    device: torch.device,
+    dtype: str = "auto",
+    native: NativeChoice | None = None,
+    is_triton: bool = False,
+) -> Decoder | NativeDecoder | TritonDecoder:
     """Read the model directory `path` onto `device`. `dtype` is auto (as saved), fp32, bf16 or fp16.
 
     With `native` the native forward of the CPU takes the model where it can; what it cannot is logged with the reason,
-    or raised as `ModelError` where the choice says that nothing else will do.
+    or raised as `ModelError` where the choice says that nothing else will do. With `is_triton` the Triton kernels take
+    it where they can.
     """
     path = Path(path)
     config = ModelConfig.from_dir(path)
@@ -113,18 +119,23 @@ def load_model(
     tied = (LM_HEAD,) if config.tie_word_embeddings else ()
     source.check(tensor_shapes(config), ignored=("rotary_emb.inv_freq", *tied))
     weight_dtype = source.dtype() if dtype == "auto" else DTYPES[dtype]
-    weights = _Weights(config, source, device, weight_dtype)
+    weights = StoredWeights(config, source, device, weight_dtype)
     if native is not None:
         reason = native.cannot_serve(config, weight_dtype)
         if reason is None:
-            return _native(config, weights, native)
+            return build_native(config, weights, native)
         if native.is_required:
             raise ModelError(f"the native CPU path was asked for and cannot serve this model: {reason}")
         logger.warning("the native CPU path cannot serve this model (%s); torch serves it, slower", reason)
-    return _torch(config, weights)
+    if is_triton:
+        reason = triton_cannot_serve(config)
+        if reason is None:
+            return build_triton(config, weights)
+        logger.warning("the Triton kernels cannot serve this model (%s); torch serves it, slower", reason)
+    return build_torch(config, weights)
 
 
-class _Weights:
+class StoredWeights:
     """Tensors of a checked directory by their names on the hub, on `device` in `dtype`."""
 
     def __init__(self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype):
@@ -165,61 +176,6 @@ class _Weights:
 
     def lm_head(self, embed: torch.Tensor) -> torch.Tensor:
         return embed if self._config.tie_word_embeddings else self.weight(LM_HEAD).clone()
-
-
-def _torch(config: ModelConfig, weights: _Weights) -> Decoder:
-    activations = compute_dtype(weights.dtype, weights.device)
-    if packs_weights(weights.dtype, weights.device):
-        logger.info("this CPU has no fast %s products: weights are packed as fp16, arithmetic is fp32", weights.dtype)
-    else:
-        logger.info("weights and arithmetic are %s", weights.dtype)
-
-    def norm(value: torch.Tensor) -> torch.Tensor:
-        # 1 + weight is not representable in 16 bits, so Gemma's norms stay float32, as in transformers.
-        return value if config.norm_offset else value.to(activations)
-
-    def linear(*names: str) -> Linear:
-        pairs = [weights.linear(name) for name in names]
-        biases = [bias for _, bias in pairs if bias is not None]
-        return Linear(torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None)
-
-    embed = weights.embed()
-    layers = []
-    for idx in range(config.num_layers):
-        attention, mlp = f"model.layers.{idx}.self_attn", f"model.layers.{idx}.mlp"
-        norms = {name: norm(value) for name, value in weights.layer_norms(idx).items()}
-        layers.append(
-            Layer(
-                input_norm=norms["input_norm"],
-                qkv=linear(*(f"{attention}.{name}_proj" for name in "qkv")),
-                q_norm=norms.get("q_norm"),
-                k_norm=norms.get("k_norm"),
-                o=linear(f"{attention}.o_proj"),
-                post_attention_norm=norms.get("post_attention_norm"),
-                mlp_norm=norms["mlp_norm"],
-                gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-                down=linear(f"{mlp}.down_proj"),
-                post_mlp_norm=norms.get("post_mlp_norm"),
-            )
-        )
-    lm_head = Linear(weights.lm_head(embed))
-    return Decoder(config, embed, layers, norm(weights.norm("model.norm")), lm_head, activations, weights.dtype)
-
-
-def _native(config: ModelConfig, weights: _Weights, native: NativeChoice) -> NativeDecoder:
-    form = weight_format(weights.dtype, native.quantization)
-    embed = weights.embed()
-    layers = [
-        pack_layer(weights.linear, weights.layer_norms(idx), f"model.layers.{idx}", form)
-        for idx in range(config.num_layers)
-    ]
-    lm_head = pack(weights.lm_head(embed), None, form)
-    norm = weights.norm("model.norm")
-    decoder = NativeDecoder(native.library, native.num_threads, config, embed, layers, norm, lm_head, weights.dtype)
-    logger.info(
-        "native CPU path: weights are %s, activations %s, %d threads", form, decoder.compute_dtype, native.num_threads
-    )
-    return decoder
 
 
 def _weight_files(path: Path) -> list[Path]:

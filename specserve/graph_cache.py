@@ -1,0 +1,77 @@
+"""CUDA graphs of the parts of a step, by bucket: captured once, replayed from then on.
+
+What is captured reads static buffers only, so that neither other lengths nor other adapters ask for another capture.
+All graphs share one memory pool: they are replayed one after the other and none keeps anything there between replays.
+On a CPU, and where graphs are off, the same functions simply run. A part that runs eagerly on CUDA is counted and
+logged with its reason, once each.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+import torch
+
+logger = logging.getLogger(__name__)
+_WARM_UPS = 2  # runs before a capture: kernels are compiled and library handles made outside of it
+
+
+class GraphCache:
+    """Graphs by key; `is_enabled` is false on CPUs and with --cuda-graphs off."""
+
+    def __init__(self, device: torch.device, is_enabled: bool):
+        self._device = device
+        self.is_enabled = is_enabled and device.type == "cuda"
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.is_enabled else None
+        self._logged: set[str] = set()
+        self.capture_s = 0.0
+        self.capture_bytes = 0
+        self.num_eager: Counter[str] = Counter()  # by reason
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def run(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
+        """Run `part`, by its graph where there is one or may be one; `eager_reason` says why this step has none."""
+        if not self.is_enabled or eager_reason is not None:
+            if eager_reason is not None and self.is_enabled:
+                self._note(eager_reason)
+            part()
+            return
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._capture(key, part)
+        graph.replay()
+
+    def forget(self) -> None:
+        """Drop all graphs, when what they were captured with has changed."""
+        self._graphs.clear()
+
+    def _capture(self, key: Hashable, part: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        start, before = time.perf_counter(), torch.cuda.memory_reserved(self._device)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                part()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            part()
+        self._graphs[key] = graph
+        seconds = time.perf_counter() - start
+        self.capture_s += seconds
+        self.capture_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        logger.debug("captured %s in %.2f s", key, seconds)
+        return graph
+
+    def _note(self, reason: str) -> None:
+        self.num_eager[reason] += 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("a step runs without a CUDA graph, slower: %s", reason)
