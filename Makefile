@@ -17,7 +17,7 @@ CLIENTS_INSTALLED := $(CLIENTS:%=.venv-conformance/%/.installed)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test conformance lint format clean
+.PHONY: help install pull serve test gpu conformance lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ test: $(TEST_INSTALLED)  ## run the tests
 
 conformance: $(TEST_INSTALLED) $(CLIENTS_INSTALLED)  ## run other projects' clients, each in an environment of its own
 	$(BIN)/python -m pytest -m slow tests/conformance $(ARGS)
+
+gpu: $(TEST_INSTALLED)  ## on a CUDA machine: the GPU tests and benches, under nine minutes; results in gpu-results/
+	$(BIN)/specserve pull
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

@@ -1,0 +1,247 @@
+"""How far is a decoding step on a GPU from reading the weights once, and what do LoRA and draft rows add to it?
+
+A decoder of a published shape with random weights (a step's time does not depend on their values), run by the engine's
+own runner and graphs: one sequence's step against weight bytes over the measured copy bandwidth; 8 rows of one sequence
+(a verification) against 1; 32 sequences with 32 distinct rank-16 adapters on all linears against none. The ways take
+turns. --shape tiny with --device cpu (TRITON_INTERPRET=1) only shows that the bench runs.
+
+    python -m bench.gpu_steps [--shape llama8b|smollm2|tiny] [--rounds 20] [--context 512]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+
+from specserve.block_manager import BlockManager
+from specserve.device_runner import DeviceRunner
+from specserve.kernels.lora_stack import LoraPair
+from specserve.kv_cache import KVCache
+from specserve.lora import LoraAdapter, module_shapes
+from specserve.messages import GenerateRequest, SamplingParams
+from specserve.model.build import build_triton
+from specserve.model.config import ModelConfig
+from specserve.model.rope import RopeConfig
+from specserve.scheduler import ScheduledSequence
+from specserve.sequence import Sequence
+
+from . import common
+
+# hidden, intermediate, layers, query heads, KV heads, head size, vocabulary, tied
+SHAPES = {
+    "llama8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
+    "smollm2": (576, 1536, 30, 9, 3, 64, 49152, True),
+    "tiny": (64, 96, 2, 4, 2, 16, 320, True),
+}
+BLOCK_SIZE = 16
+RANK = 16
+QUEUED = 8  # steps in a row: the host prepares one while the device runs the one before, as in the engine
+WANTED = {"floor_ratio": 1.25, "verify_ratio": 1.1, "lora_share": 0.10}
+
+
+def model_config(shape: str) -> ModelConfig:
+    hidden, inner, num_layers, num_heads, num_kv_heads, head_dim, vocab, tied = SHAPES[shape]
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        activation="silu",
+        tie_word_embeddings=tied,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        norm_offset=0.0,
+        post_norms=False,
+        embed_scale=1.0,
+        attention_scale=head_dim**-0.5,
+        final_softcap=None,
+        windows=(None,) * num_layers,
+        rope_keys=("full_attention",) * num_layers,
+        ropes={"full_attention": RopeConfig("default", 500_000.0, head_dim)},
+    )
+
+
+class RandomWeights:
+    """Weights of a model that nobody trained, made on the device."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+        self.config, self.device, self.dtype = config, device, dtype
+        self._shapes = module_shapes(config)
+
+    def _random(self, rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=self.device, dtype=self.dtype).mul_(columns**-0.5)
+
+    def norm(self, name: str) -> torch.Tensor:
+        return torch.ones(self.config.hidden_size, device=self.device)
+
+    def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        in_size, out_size = self._shapes[name.rpartition(".")[2]]
+        return self._random(out_size, in_size), None
+
+    def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
+        return {"input_norm": self.norm(""), "mlp_norm": self.norm("")}
+
+    def embed(self) -> torch.Tensor:
+        return self._random(self.config.vocab_size, self.config.hidden_size)
+
+    def lm_head(self, embed: torch.Tensor) -> torch.Tensor:
+        return embed if self.config.tie_word_embeddings else self.embed()
+
+
+def random_adapter(config: ModelConfig, idx: int, device: torch.device, dtype: torch.dtype) -> LoraAdapter:
+    layers = {}
+    for layer in range(config.num_layers):
+        for module, (in_size, out_size) in module_shapes(config).items():
+            a = torch.randn(RANK, in_size, device=device, dtype=dtype).mul_(in_size**-0.5)
+            b = torch.randn(out_size, RANK, device=device, dtype=dtype).mul_(0.01)
+            layers[layer, module] = LoraPair(a, b, 1.0)
+    return LoraAdapter(f"random-{idx}", f"random-{idx}", layers, None, None, RANK, False)
+
+
+class Steps:
+    """Steps of one shape over sequences that stay where they are, so that each repeat does the same work."""
+
+    def __init__(self, shape: str, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int):
+        config = model_config(shape)
+        weights = RandomWeights(config, device, dtype)
+        self.decoder = build_triton(config, weights)
+        self.device = device
+        num_blocks = num_seqs * (-(-(context + 64) // BLOCK_SIZE))
+        self._blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=False)
+        kv = KVCache(config.num_layers, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim, dtype, device)
+        for k, v in zip(kv.k, kv.v, strict=True):  # what was never written may hold NaN
+            k.normal_(), v.normal_()
+        self.runner = DeviceRunner(
+            self.decoder, kv, BLOCK_SIZE, max_rows=512, max_seqs=num_seqs, max_model_len=context + 64,
+            max_adapters=max(1, num_seqs), max_lora_rank=RANK, cuda_graphs=True,
+        )  # fmt: skip
+        self._context = context
+        self.weight_bytes = sum(p.nbytes for p in _tensors(self.decoder))
+
+    def way(self, num_seqs: int, num_rows: int, adapters: list[LoraAdapter]) -> Callable[[], None]:
+        """A step of `num_seqs` sequences with `num_rows` rows each, adapter i for sequence i."""
+        items = []
+        for idx in range(num_seqs):
+            key = adapters[idx].content_hash if adapters else None
+            request = GenerateRequest(
+                str(idx), [1] * (self._context + 1), SamplingParams(max_tokens=64), adapter_hash=key
+            )
+            seq = Sequence(idx, request)
+            seq.num_computed = self._context
+            assert self._blocks.reserve(seq.block_table, self._context + num_rows)
+            items.append(ScheduledSequence(seq, 1, [2] * (num_rows - 1)))
+        for item in items:  # ways take turns, so they may lie in the same blocks
+            self._blocks.release(list(item.seq.block_table))
+        held = {adapter.content_hash: adapter for adapter in adapters}
+
+        def run() -> None:
+            for _ in range(QUEUED):
+                self.runner.run(items, held)
+
+        return run
+
+
+def _tensors(decoder: Any) -> list[torch.Tensor]:
+    linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return [linear.unpacked() for linear in (*linears, decoder.lm_head)]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read plus written, of a large copy on the device; the median of ten."""
+    num_bytes = 1 << (31 if device.type == "cuda" else 26)
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def timed(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, until the device is done."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="llama8b", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--context", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--seqs", "num_seqs", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--save/--no-save", default=False, help="Append the result to bench/results/gpu_steps.jsonl.")
+@torch.inference_mode()
+def main(shape: str, rounds: int, context: int, num_seqs: int, device: str, save: bool) -> None:
+    place = torch.device(device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    bandwidth = copy_bandwidth(place)
+    steps = Steps(shape, place, dtype, num_seqs, context)
+    floor_ms = 1e3 * steps.weight_bytes / bandwidth
+    click.echo(
+        f"floor: {steps.weight_bytes / 1e9:.2f} GB of weights at {bandwidth / 1e9:.0f} GB/s take {floor_ms:.3f} ms"
+    )
+    adapters = [random_adapter(steps.decoder.config, idx, place, dtype) for idx in range(num_seqs)]
+    ways = {
+        "1 row": steps.way(1, 1, []),
+        "8 rows of one": steps.way(1, 8, []),
+        f"{num_seqs} rows": steps.way(num_seqs, 1, []),
+        f"{num_seqs} rows, {num_seqs} adapters": steps.way(num_seqs, 1, adapters),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(1e3 * timed(way, place) / QUEUED)
+    ms = {name: common.spread(values) for name, values in times.items()}
+    one, eight, many, mixed = (ms[name]["median"] for name in ways)
+    figures = {
+        "floor_ratio": round(one / floor_ms, 3),
+        "verify_ratio": round(eight / one, 3),
+        "lora_share": round((mixed - many) / mixed, 3),
+    }
+    for name, spread in ms.items():
+        click.echo(f"{name}: {spread['median']:.3f} ms ({spread['min']:.3f} to {spread['max']:.3f})")
+    for name, value in figures.items():
+        click.echo(f"{name}: {value} (wanted at most {WANTED[name]})")
+    graphs = steps.runner.graphs
+    record = {
+        "commit": common.commit(),
+        "versions": common.versions("torch", "triton"),
+        "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else common.hardware(),
+        "shape": shape,
+        "context": context,
+        "rounds": rounds,
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "floor_ms": round(floor_ms, 4),
+        "ms": ms,
+        "figures": figures,
+        "graphs": {"num": graphs.num_graphs, "capture_s": round(graphs.capture_s, 2), "bytes": graphs.capture_bytes},
+    }
+    if save:
+        common.append_result("gpu_steps", record)
+    else:
+        click.echo(json.dumps({"bench": "gpu_steps", **record}))
+
+
+if __name__ == "__main__":
+    main()
