@@ -23,7 +23,7 @@ from specserve.block_manager import BlockManager
 from specserve.device_runner import DeviceRunner
 from specserve.kernels.lora_stack import LoraPair
 from specserve.kv_cache import KVCache
-from specserve.lora import LoraAdapter, module_shapes
+from specserve.lora import GROUPS, LoraAdapter, module_shapes
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.model.build import build_triton
 from specserve.model.config import ModelConfig
@@ -103,9 +103,10 @@ class RandomWeights:
 
 
 def random_adapter(config: ModelConfig, idx: int, device: torch.device, dtype: torch.dtype) -> LoraAdapter:
-    layers = {}
+    layers, shapes = {}, module_shapes(config)
+    linears = [module for modules in GROUPS.values() for module in modules]
     for layer in range(config.num_layers):
-        for module, (in_size, out_size) in module_shapes(config).items():
+        for module, (in_size, out_size) in ((name, shapes[name]) for name in linears):
             a = torch.randn(RANK, in_size, device=device, dtype=dtype).mul_(in_size**-0.5)
             b = torch.randn(out_size, RANK, device=device, dtype=dtype).mul_(0.01)
             layers[layer, module] = LoraPair(a, b, 1.0)

@@ -24,6 +24,7 @@ from .block_manager import BlockManager
 from .config import EngineConfig
 from .cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
 from .detokenizer import Detokenizer
+from .device_buffers import beside_steps
 from .device_choice import choose_device, chooses_triton, kv_cache_gib, with_defaults
 from .device_drafts import DeviceDrafts
 from .device_runner import DeviceRunner
@@ -251,17 +252,18 @@ class Engine:
 
     def read_adapter(self, name: str, path: str | Path) -> LoraAdapter:
         """Read and check a PEFT directory; touches no engine state, so another thread may do it while steps run."""
-        return read_adapter(
-            path,
-            self.decoder.config,
-            name=name,
-            max_rank=self.config.max_lora_rank,
-            dtype=self.decoder.compute_dtype,
-            device=self.decoder.device,
-            lay_out=self.decoder.lay_out_lora,
-            base_tensor=self.decoder.base_tensor,
-            base=self._base,
-        )
+        with beside_steps(self.decoder.device):
+            return read_adapter(
+                path,
+                self.decoder.config,
+                name=name,
+                max_rank=self.config.max_lora_rank,
+                dtype=self.decoder.compute_dtype,
+                device=self.decoder.device,
+                lay_out=self.decoder.lay_out_lora,
+                base_tensor=self.decoder.base_tensor,
+                base=self._base,
+            )
 
     def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:
         for content_hash in self.registry.add(adapter):

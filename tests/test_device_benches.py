@@ -1,4 +1,4 @@
-"""The benches of sampling and of the heads' loop run at tiny sizes without a GPU, lest they fail on the first one."""
+"""GPU benches run at tiny sizes without a GPU, lest they fail on the first one."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def test_benches_run_dry_and_end_in_their_json_line(name):
     assert result.returncode == 0, result.stderr[-4000:]
     record = json.loads(result.stdout.splitlines()[-1])
     assert record["bench"] == name and record["dry_run"] and record["results"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_bench_of_steps_runs_the_runner_in_the_interpreter():
+    root = Path(__file__).parents[1]
+    options = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--context", "20", "--seqs", "2"]
+    command = [sys.executable, "-m", "bench.gpu_steps", *options]
+    env = os.environ | {"PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-4000:]
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["bench"] == "gpu_steps" and set(record["figures"]) == {"floor_ratio", "verify_ratio", "lora_share"}

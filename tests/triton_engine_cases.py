@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -192,3 +193,18 @@ def test_graphs_change_nothing_and_are_captured_once(model_dir, adapter_dirs):
     assert tokens[0][:2] == tokens[1] and tokens[0][0] == tokens[0][1]
     assert num_graphs > 0 and eager.runner.graphs.num_graphs == 0
     assert not graphed.runner.graphs.num_eager
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="streams need CUDA")
+def test_an_adapter_that_is_read_while_steps_run_is_whole(model_dir, adapter_dirs):
+    engine, plain = make_pair(model_dir)
+    want_key = plain.load_adapter("late", adapter_dirs[2]).content_hash
+    late = request("late", [5, 6, 7, 8], adapter=want_key, max_tokens=8)
+    want = tokens_of(run(plain, [late]))
+    engine.add_request(request("long", range(20, 40), max_tokens=40, ignore_eos=True))
+    with ThreadPoolExecutor(1) as readers:
+        reading = readers.submit(engine.read_adapter, "late", adapter_dirs[2])
+        while not reading.done():
+            engine.step()
+    engine.register_adapter(reading.result())
+    assert tokens_of({key: r for key, r in run(engine, [late]).items() if key == "late"}) == want
