@@ -24,7 +24,7 @@ from .engine_client import EngineClient
 from .errors import UserError
 from .messages import Delta, GenerateRequest, Usage
 from .metrics import Metrics
-from .structured_output import grammar_spec
+from .structured_output import asks_for_grammar, grammar_spec
 from .tokenizer import TextTokenizer
 from .tools.definitions import Tool, ToolUse, all_tools, tool_use
 from .tools.formats import choose_format
@@ -106,7 +106,7 @@ class Generator:
     async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
         """Check and tokenise a request. Raises `UserError`."""
         validation.check_supported(request)
-        grammar = await asyncio.to_thread(grammar_spec, request)
+        grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = self.engine.info
         use = tool_use(request) if isinstance(request, ChatRequest) else None
         if use is not None and grammar is not None:

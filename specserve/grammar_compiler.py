@@ -7,7 +7,6 @@ grammar that was asked for. Threads may call `compile`; the matcher lets go of t
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -35,6 +34,7 @@ NUM_THREADS = 2
 COMPILE_TIMEOUT_S = 10.0
 _EMBEDDED = re.compile(r"%json\s*(?=\{)")
 _UNSERVED = re.compile(r"\[[^\]\n]*\b(max_tokens|temperature)\s*=")
+_GBNF = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
 _REMOTE = re.compile(r"Resource '([^']*)' is not present")
 
 
@@ -170,17 +170,15 @@ def _source(spec: GrammarSpec) -> str:
     if spec.kind == "choice":
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in _parse(spec.text))
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}\n")
-    check_repeats(spec.text)
     if spec.kind == "regex":
+        check_repeats(spec.text)
         return LLMatcher.grammar_from_regex(spec.text)
     text = spec.text
-    if "::=" in text:
+    if _GBNF.search(text):
         try:
             text = gbnf_to_lark.gbnf_to_lark(text)
         except Exception as error:  # whatever its parser trips over is the grammar's fault
             raise GrammarError(f"the EBNF grammar cannot be read: {error}") from None
-    if match := _UNSERVED.search(text):
-        raise GrammarError(f"the attribute {match[1]!r} in a grammar is not supported")
     return LLMatcher.grammar_from_lark(_with_prepared_schemas(text))
 
 
@@ -202,15 +200,23 @@ def _with_prepared_schemas(text: str) -> str:
     """A Lark grammar whose %json schemas obey the same rules as a schema that stands alone."""
     result, end = [], 0
     for match in _EMBEDDED.finditer(text):
-        if match.start() < end:
+        if match.start() < end:  # inside the schema before
             continue
         try:
             schema, length = json.JSONDecoder().raw_decode(text[match.end() :])
         except (ValueError, RecursionError) as error:
             raise GrammarError(f"a %json schema in the grammar cannot be read: {error}") from None
-        result += [text[end : match.start()], "%json ", json.dumps(prepare(copy.deepcopy(schema)))]
+        result += [_checked(text[end : match.start()]), "%json ", json.dumps(prepare(schema))]
         end = match.end() + length
-    return "".join([*result, text[end:]])
+    return "".join([*result, _checked(text[end:])])
+
+
+def _checked(lark: str) -> str:
+    """A part of a Lark grammar that is not JSON."""
+    check_repeats(lark)
+    if match := _UNSERVED.search(lark):
+        raise GrammarError(f"the attribute {match[1]!r} in a grammar is not supported")
+    return lark
 
 
 def _readable(spec: GrammarSpec, error: str) -> str:

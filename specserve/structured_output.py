@@ -23,6 +23,11 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
+def asks_for_grammar(request: GenerationFields) -> bool:
+    """Whether `grammar_spec` has anything to read, which for a large schema is worth a thread."""
+    return any(getattr(request, name) is not None for name in ("response_format", "structured_outputs", *_GUIDED))
+
+
 def grammar_spec(request: GenerationFields) -> GrammarSpec | None:
     """The grammar that `request` asks for, None for free text. Raises `UserError`, also when it asks for several."""
     found: dict[str, GrammarSpec] = {}

@@ -193,6 +193,9 @@ def test_schemas_inside_a_grammar_obey_the_same_rules(compiler, tokenizer):
     spec = GrammarSpec("lark", text)
     assert accepts(compiler, tokenizer, spec, '<tool>["}", 2]</tool>')
     assert not accepts(compiler, tokenizer, spec, '<tool>["}",2]</tool>')
+    described = {"type": "null", "description": "x ::= [max_tokens=1] a{100000} %json {"}
+    text = f'start: "n" v | "m" v\nv: %json {json.dumps(described)}\n'
+    assert accepts(compiler, tokenizer, GrammarSpec("lark", text), "nnull")  # words about a schema are only words
     with pytest.raises(GrammarError, match="'not'"):
         compiler.compile(GrammarSpec("lark", 'start: %json {"not": {}}'))
     with pytest.raises(GrammarError, match="max_tokens"):
