@@ -48,7 +48,7 @@ def prepare(schema: Any) -> dict[str, Any]:
     """The schema to compile. Raises `UserError` that names the keyword and its place."""
     if schema is False:
         raise UserError("the JSON Schema is false: no output satisfies it")
-    walk = _Walk()
+    walk = _Walk(schema)
     options = walk.options(schema)
     result = walk.schema(schema, "#", 0)
     if walk.combines and math.lcm(*walk.multiples) > MAX_MULTIPLE:
@@ -68,7 +68,10 @@ def prepare(schema: Any) -> dict[str, Any]:
 class _Walk:
     """One pass over a schema: refuses, rewrites, and notes what concerns the whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Any) -> None:
+        draft = str(root.get("$schema", "")) if isinstance(root, dict) else ""
+        # Up to draft 7 an $id beside a $ref is ignored, later it counts; the matcher lets it count.
+        self._id_beside_ref = "2019-09" in draft or "2020-12" in draft
         self.num_schemas = 0
         self.has_open_keys = False
         self.combines = False
@@ -127,8 +130,11 @@ class _Walk:
             raise UserError(f"x-guidance at {path} is not supported; only the whole JSON Schema may have it")
         if "$ref" in schema and len(schema) > 1:
             self.combines = True
-            if "$id" in schema or "id" in schema:
-                raise UserError(f"the JSON Schema keyword '$id' beside '$ref' at {path} is not supported")
+            if not self._id_beside_ref and ("$id" in schema or "id" in schema):
+                raise UserError(
+                    f"the JSON Schema keyword '$id' beside '$ref' at {path} is not supported without a \"$schema\" of "
+                    "draft 2019-09 or 2020-12"
+                )
         self.combines |= "allOf" in schema
         if (multiple := schema.get("multipleOf")) is not None:
             self._check_multiple(multiple, path)

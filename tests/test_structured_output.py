@@ -154,10 +154,11 @@ def test_sequence_ends_with_its_grammar_without_an_end_token(engine):
     assert result.tokens[-1] not in engine.eos_token_ids
 
 
-def test_complete_output_may_end_or_go_on_and_ignore_eos_makes_it_go_on(engine):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_complete_output_may_end_or_go_on_and_ignore_eos_makes_it_go_on(engine, temperature):
     spec = GrammarSpec("regex", "a{1,40}")
     eos = next(iter(engine.eos_token_ids))
-    wanted = {"logit_bias": {eos: 100.0}, "max_tokens": 60}
+    wanted = {"logit_bias": {eos: 100.0}, "max_tokens": 60, "temperature": temperature}
     ended = run(engine, [constrained("a", [1, 2], spec, **wanted)])["a"]
     assert ended.finish_reason == "stop" and len(ended.text) < 40 and ended.tokens[-1] == eos
     went_on = run(engine, [constrained("a", [1, 2], spec, ignore_eos=True, **wanted)])["a"]
