@@ -21,6 +21,7 @@ import torch
 
 from .device_buffers import Layout, Page
 from .device_lora import EMBEDDING, LM_HEAD, DeviceAdapterSlots, DeviceLoraBatch
+from .errors import UserError
 from .graph_cache import GraphCache
 from .kernels.lora_tiles import TILE_ROWS as LORA_TILE_ROWS
 from .kernels.ragged_attention import attention_scratch, choose_splits, split_len_for
@@ -36,6 +37,7 @@ from .seats import Seats
 logger = logging.getLogger(__name__)
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+MAX_ROWS = 8192  # one program finds the tiles of all rows
 _EAGER_STEP = 64  # rows of larger steps are padded to a multiple of this
 _ADAPTER_BUCKETS = (8, 64)  # segments of adapters that a graph has places for; beyond: as many as there are rows
 _FEW_ROWS = (1, 4, 16)  # rows a tile of attention
@@ -60,7 +62,10 @@ def padded(num_rows: int) -> int:
 
 
 class DeviceRunner:
-    """Runs one forward over whatever was scheduled: at most `max_rows` rows of `max_seqs` sequences."""
+    """Runs one forward over whatever was scheduled: at most `max_rows` rows of `max_seqs` sequences.
+
+    Raises `UserError` for more rows than the kernels take.
+    """
 
     def __init__(
         self,
@@ -77,6 +82,11 @@ class DeviceRunner:
     ):
         config, device = decoder.config, decoder.device
         self.decoder, self.kv, self.block_size = decoder, kv, block_size
+        if max_rows > MAX_ROWS:
+            raise UserError(
+                f"max_batched_tokens={max_rows} is more than the {MAX_ROWS} rows that a step may have on CUDA",
+                param="max_batched_tokens",
+            )
         self.max_rows = padded(max_rows)
         self.slots = DeviceAdapterSlots(
             config, device, max_adapters, self.max_rows, dtype=decoder.compute_dtype, max_rank=max_lora_rank

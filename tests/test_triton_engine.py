@@ -13,7 +13,7 @@ import torch
 from engine_fixture import make_engine
 from tiny_models import make_tiny_model
 
-from specserve.errors import ModelError
+from specserve.errors import ModelError, UserError
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -41,3 +41,10 @@ def test_triton_without_cuda_or_interpreter_is_refused_with_the_reason(tmp_path,
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ModelError, match=r"compile=triton needs CUDA, or Triton's interpreter \(TRITON_INTERPRET=1\)"):
         make_engine(make_tiny_model(tmp_path), compile="triton")
+
+
+@needs_triton
+def test_more_rows_than_the_kernels_take_are_refused_with_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="max_batched_tokens=9000 is more than the 8192 rows"):
+        make_engine(make_tiny_model(tmp_path), compile="triton", max_batched_tokens=9000)

@@ -11,7 +11,7 @@ from worker_io import Measure, Recorder, serve
 from specserve import __version__
 from specserve.config import EngineConfig
 from specserve.engine import Engine
-from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from specserve.messages import GenerateRequest, GrammarSpec, RequestFailed, SamplingParams, Speculation
 
 
 def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
@@ -40,8 +40,16 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
             request_id = f"{num_measured}-{idx}"
             index_of[request_id] = idx
             adapter_hash = None if adapter is None else hashes[adapter]
+            schema = request["schemas"][idx] if request.get("schemas") else None
             engine.add_request(
-                GenerateRequest(request_id, prompt, sampling, adapter_hash=adapter_hash, speculation=speculation)
+                GenerateRequest(
+                    request_id,
+                    prompt,
+                    sampling,
+                    adapter_hash=adapter_hash,
+                    speculation=speculation,
+                    grammar=None if schema is None else GrammarSpec("json_schema", schema),
+                )
             )
         while engine.has_work():
             for event in engine.step():

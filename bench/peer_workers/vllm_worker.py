@@ -18,7 +18,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     import vllm
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     lora: dict[str, Any] = {}
     if settings["adapters"]:
@@ -40,6 +40,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
         num_measured += 1
         recorder = Recorder(len(request["prompts"]))
         for idx, (prompt, adapter) in enumerate(zip(request["prompts"], request["adapters"], strict=True)):
+            schema = request["schemas"][idx] if request.get("schemas") else None
             engine.add_request(
                 f"{num_measured}-{idx}",
                 {"prompt_token_ids": prompt},
@@ -48,6 +49,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
                     max_tokens=request["num_tokens"],
                     ignore_eos=request["ignore_eos"],
                     output_kind=RequestOutputKind.DELTA,
+                    structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
                 ),
                 lora_request=None if adapter is None else requests[adapter],
             )

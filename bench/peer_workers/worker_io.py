@@ -5,7 +5,7 @@ library prints goes to stderr: the real stdout is kept aside for replies.
 
   worker -> bench   {"ready": {...}}                                  after loading; versions, dtype, threads
   bench -> worker   {"prompts": [[ids]], "adapters": [idx or null], "num_tokens": n, "mode": "off",
-                     "ignore_eos": true}
+                     "ignore_eos": true, "schemas": [JSON Schema text or null] (optional)}
   worker -> bench   {"wall_s", "decode_s", "num_decode_tokens", "token_ids": [[...]]} or {"error": "..."}
 """
 
