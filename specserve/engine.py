@@ -7,11 +7,11 @@ requests go on: errors are turned into that request's `RequestFailed`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,19 +21,16 @@ import torch
 from .adapter_registry import AdapterRegistry
 from .admission import check_request, size_kv
 from .block_manager import BlockManager
+from .compute_path import make_path
 from .config import EngineConfig
-from .cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
+from .cost_model import CostModel
 from .detokenizer import Detokenizer
 from .device_buffers import beside_steps
 from .device_choice import choose_device, chooses_triton, kv_cache_gib, with_defaults
-from .device_drafts import DeviceDrafts
 from .device_runner import DeviceRunner
-from .device_sampler import DeviceSampler
-from .draft_growth import Heads
 from .drafters.chooser import DraftChooser
 from .drafters.head_device import ChainSource
-from .drafters.head_native import NativeHeadRunner
-from .drafters.head_source import HeadRunner, HeadSource
+from .drafters.head_source import HeadSource
 from .errors import ErrorInfo, OverloadedError, UserError
 from .grammar import CompiledGrammar
 from .grammar_compiler import GrammarCompiler
@@ -48,17 +45,14 @@ from .messages import (
     EngineStats,
     GenerateRequest,
     RequestFailed,
-    SamplingParams,
     TokenLogprobs,
 )
 from .model.loader import load_model
-from .model.native_decoder import NativeDecoder, one_torch_thread
-from .model.triton_decoder import TritonDecoder
-from .model_runner import ModelRunner, StepOutput
+from .model_runner import StepOutput
 from .native_choice import choose_native
 from .proposer import Proposer
 from .row_group import RowGroup
-from .sampler import Sampler, token_logprobs
+from .sampler import token_logprobs
 from .scheduler import ScheduledSequence, Scheduler
 from .sequence import Sequence
 from .special_tokens import eos_token_ids, load_backend_tokenizer
@@ -126,10 +120,8 @@ class Engine:
             max_batched_tokens=config.max_batched_tokens,
             max_prefill_rows=config.max_prefill_rows,
         )
-        self.runner = self._make_runner(kv, max_model_len)
         self.grammars = GrammarCompiler(self.tokenizer, model.vocab_size, sorted(self.eos_token_ids))
         self.masks = MaskMaker(self.grammars.mask_words)
-        self.sampler = self._make_sampler()
         self.registry = AdapterRegistry(config.max_adapters)
         self.info = EngineInfo(
             model=str(model_dir),
@@ -143,64 +135,30 @@ class Engine:
             pid=0,
             eos_token_ids=list(self.eos_token_ids),
         )
-        self.is_asynchronous = self.decoder.device.type == "cuda"
         self._unpublished: list[Sequence] = []  # of the latest step, where forwards leave the host free
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
         self._counters = _Counters()
-        self._torch_threads: Callable[[], AbstractContextManager[None]] = nullcontext
-        heads: Heads = HeadRunner()
-        if isinstance(self.decoder, NativeDecoder):
-            self._torch_threads = one_torch_thread
-            heads = NativeHeadRunner(self.decoder.team)
-        elif isinstance(self.runner, DeviceRunner):
-            heads = self._make_device_drafts(self.runner)
-        cost_model = CostModel.measure(self._timed_step)
-        self.proposer = Proposer(config, cost_model, heads, model.vocab_size, self.registry.adapters)
-
-    def _make_runner(self, kv: KVCache, max_model_len: int) -> ModelRunner | DeviceRunner:
-        config = self.config
-        if not isinstance(self.decoder, TritonDecoder):
-            return ModelRunner(self.decoder, kv, config.block_size)
-        return DeviceRunner(
+        path = make_path(
+            config,
             self.decoder,
             kv,
-            config.block_size,
-            max_rows=max(self.scheduler.max_batched_tokens, MEASURED_ROWS[-1]),
-            max_seqs=max(self.scheduler.max_num_seqs, MEASURED_SEQS),
-            max_model_len=max_model_len,
-            max_adapters=config.max_adapters,
-            max_lora_rank=config.max_lora_rank,
-            cuda_graphs=config.cuda_graphs,
-        )
-
-    def _make_device_drafts(self, runner: DeviceRunner) -> DeviceDrafts:
-        assert isinstance(self.sampler, DeviceSampler)
-        config = self.config
-        drafts = self.sampler.drafts = DeviceDrafts(
-            runner,
-            self.sampler.sampled,
+            self.scheduler,
+            self.masks,
+            sorted(self.eos_token_ids),
+            max_model_len,
             self.registry.adapters,
             self._chain_source,
-            max_heads=config.max_adapters,
-            max_model_len=self.info.max_model_len,
-            max_draft_len=config.max_draft_tokens,
         )
-        runner.on_seated = drafts.prepare
-        runner.capture()
-        drafts.capture()
-        return drafts
+        self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
+        self._torch_threads, heads = path.torch_threads, path.heads
+        cost_model = CostModel.measure(functools.partial(path.seconds, self.blocks, max_model_len))
+        self.proposer = Proposer(config, cost_model, heads, model.vocab_size, self.registry.adapters)
 
     def _chain_source(self, seq: Sequence) -> ChainSource | None:
         state = self._requests.get(seq.request_id)
         sources = state.drafts.sources if state is not None else []
         return next((source for source in sources if isinstance(source, ChainSource)), None)
-
-    def _make_sampler(self) -> Sampler:
-        eos = sorted(self.eos_token_ids)
-        if not isinstance(self.runner, DeviceRunner):
-            return Sampler(eos, self.masks)
-        return DeviceSampler(eos, self.masks, self.runner)
 
     # -- requests
 
@@ -482,29 +440,6 @@ class Engine:
         message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
         self._remove(self._requests[seq.request_id])
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, code="grammar_dead_end")))
-
-    def _timed_step(self, num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float:
-        """Seconds of a forward over scratch state, rows split evenly over sequences of `context_len` keys; warms up."""
-        num_seqs = min(num_seqs, self.blocks.num_blocks)
-        room = min(self.info.max_model_len, self.blocks.num_blocks // num_seqs * self.blocks.block_size)
-        rows_each = max(1, min(num_rows // num_seqs, room - 1))
-        context_len = min(context_len, room - rows_each)
-        items = []
-        for seq_id in range(num_seqs):
-            request = GenerateRequest("warm-up", [0] * (context_len + 1), SamplingParams(max_tokens=1))
-            seq = Sequence(seq_id, request)
-            seq.num_computed = context_len
-            self.blocks.reserve(seq.block_table, context_len + rows_each)
-            items.append(ScheduledSequence(seq, 1, [0] * (rows_each - 1)))
-        start = time.perf_counter()
-        with self._torch_threads():
-            self.runner.run(items, {})
-        if self.decoder.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        for item in items:
-            self.blocks.release(item.seq.block_table)
-        return seconds
 
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
