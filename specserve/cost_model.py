@@ -95,16 +95,19 @@ class CostModel:
         self._log_speed = 0.0
 
     @classmethod
-    def measure(cls, timed_step: TimedStep, repeats: int = 3) -> CostModel:
-        """Time steps of several shapes; the fastest repeat counts."""
+    def measure(cls, timed_step: TimedStep, repeats: int = 5) -> CostModel:
+        """Time steps of several shapes; the fastest repeat counts.
 
-        def fastest(num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float:
-            return min(timed_step(num_rows, num_seqs, context_len) for _ in range(repeats))
-
+        The shapes take turns, so that a busy moment of the machine spoils one repeat of each and not all of one: a shape
+        that came out too dear would hardly be visited, and so stay so.
+        """
+        apart, ahead = (8, MEASURED_SEQS, 0), [(1, 1, _CONTEXT_LEN), (8, 1, _CONTEXT_LEN)]
+        shapes = [*((rows, 1, 0) for rows in MEASURED_ROWS), apart, *ahead]
         timed_step(MEASURED_ROWS[0])
-        by_rows = {rows: fastest(rows) for rows in MEASURED_ROWS}
-        eight_apart = fastest(8, num_seqs=MEASURED_SEQS)
-        one_ahead, eight_ahead = fastest(1, context_len=_CONTEXT_LEN), fastest(8, context_len=_CONTEXT_LEN)
+        turns = [[timed_step(*shape) for shape in shapes] for _ in range(repeats)]
+        fastest = dict(zip(shapes, map(min, zip(*turns, strict=True)), strict=True))
+        by_rows = {rows: fastest[rows, 1, 0] for rows in MEASURED_ROWS}
+        eight_apart, (one_ahead, eight_ahead) = fastest[apart], (fastest[shape] for shape in ahead)
         key_s = max(0.0, one_ahead - by_rows[1]) / _CONTEXT_LEN
         return cls(
             by_rows,

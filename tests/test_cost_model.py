@@ -21,6 +21,18 @@ def test_interpolates_extrapolates_and_never_falls() -> None:
     assert model.seconds(2 * NODES[-1]) == pytest.approx(2 * NODES[-1] - 1.0)
 
 
+def test_a_busy_moment_at_start_makes_no_shape_look_dear() -> None:
+    num_calls = 0
+
+    def timed(rows: int, num_seqs: int = 1, context_len: int = 0) -> float:
+        nonlocal num_calls
+        num_calls += 1
+        return (10.0 if 4 <= num_calls < 30 else 1.0) * rows
+
+    model = CostModel.measure(timed)
+    assert [model.seconds(rows) for rows in MEASURED_ROWS] == pytest.approx(list(MEASURED_ROWS))
+
+
 def test_measures_the_fastest_repeat_and_takes_shapes_apart() -> None:
     calls: list[int] = []
 
