@@ -98,8 +98,8 @@ class CostModel:
     def measure(cls, timed_step: TimedStep, repeats: int = 5) -> CostModel:
         """Time steps of several shapes; the fastest repeat counts.
 
-        The shapes take turns, so that a busy moment of the machine spoils one repeat of each and not all of one: a shape
-        that came out too dear would hardly be visited, and so stay so.
+        The shapes take turns, so that a busy moment of the machine spoils one repeat of each and not all of one: a
+        shape that came out too dear would hardly be visited, and so stay so.
         """
         apart, ahead = (8, MEASURED_SEQS, 0), [(1, 1, _CONTEXT_LEN), (8, 1, _CONTEXT_LEN)]
         shapes = [*((rows, 1, 0) for rows in MEASURED_ROWS), apart, *ahead]
