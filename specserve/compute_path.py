@@ -84,9 +84,12 @@ def make_path(
 ) -> ComputePath:
     """The path of `decoder`. `chain_source` finds the source of a sequence whose head drafts on the device."""
     if not isinstance(decoder, TritonDecoder):
-        runner, sampler = ModelRunner(decoder, kv, config.block_size), Sampler(eos_token_ids, masks)
+        sampler = Sampler(eos_token_ids, masks)
         if isinstance(decoder, NativeDecoder):
+            runner = ModelRunner(decoder, kv, config.block_size, decoder.slots())
             return ComputePath(runner, sampler, NativeHeadRunner(decoder.team), one_torch_thread, False)
+        slots = decoder.slots(config.max_adapters, config.max_lora_rank)
+        runner = ModelRunner(decoder, kv, config.block_size, slots)
         return ComputePath(runner, sampler, HeadRunner(), nullcontext, decoder.device.type == "cuda")
     device_runner = DeviceRunner(
         decoder,

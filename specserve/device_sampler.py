@@ -46,6 +46,7 @@ class DeviceSampler(Sampler):
         self.drafts.collect({id(g.seq): len(accepted_tokens(g.drafts, tokens)) for g, tokens in pairs if tokens})
         return sampled
 
+    @torch.inference_mode()
     def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> tuple[list[int], list[int], list[int]]:
         num_rows, padded = logits.shape[0], self._runner.padded_logits
         size = padded.shape[0]

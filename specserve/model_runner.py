@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from .batch import Batch
+from .device_lora import DeviceAdapterSlots
 from .kv_cache import KVCache
 from .logits_rows import LogitsRows
 from .lora import LoraAdapter
+from .lora_batch import AdapterSlots
 from .model.decoder import Decoder
 from .model.native_decoder import NativeDecoder
+from .native_lora import NativeSlots
 from .row_group import RowGroup
 from .scheduler import ScheduledSequence
+
+Slots: TypeAlias = AdapterSlots | DeviceAdapterSlots | NativeSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +41,11 @@ class StepOutput:
 class ModelRunner:
     """Runs one forward over whatever was scheduled."""
 
-    def __init__(self, decoder: Decoder | NativeDecoder, kv: KVCache, block_size: int):
+    def __init__(self, decoder: Decoder | NativeDecoder, kv: KVCache, block_size: int, slots: Slots):
         self.decoder = decoder
         self.kv = kv
         self.block_size = block_size
-        self.slots = decoder.slots()
+        self.slots = slots
 
     @torch.inference_mode()
     def run(self, items: Sequence[ScheduledSequence], adapters: dict[str, LoraAdapter]) -> StepOutput:

@@ -18,6 +18,7 @@ from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
+from specserve import device_runner
 from specserve.cost_model import CostModel
 from specserve.device_runner import DeviceRunner
 from specserve.messages import GrammarSpec
@@ -97,6 +98,19 @@ def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(pai
     assert tokens_of(triton) == tokens_of(plain)
     for a, b in zip(triton["hot"].logprobs, plain["hot"].logprobs, strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and [t for t, _ in a.top] == [t for t, _ in b.top]
+    scores = [[s.logprob for s in r["scored"].prompt_logprobs[1:]] for r in (triton, plain)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_steps_beyond_the_largest_bucket_equal_the_torch_path(model_dir, monkeypatch):
+    monkeypatch.setattr(device_runner, "ROW_BUCKETS", (1, 2, 4, 8))
+    requests = [
+        request("scored", range(20, 50), max_tokens=3, prompt_logprobs=1),
+        request("beside", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=8, mode="fixed", frequency_penalty=0.5),
+        request("hot", range(60, 80), max_tokens=3, temperature=1.0, seed=2),
+    ]
+    triton, plain = (run(engine, requests) for engine in make_pair(model_dir))
+    assert tokens_of(triton) == tokens_of(plain)
     scores = [[s.logprob for s in r["scored"].prompt_logprobs[1:]] for r in (triton, plain)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
