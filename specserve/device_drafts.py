@@ -3,13 +3,14 @@
 Stands where `HeadRunner` does, but nothing is asked position by position: verification and the heads' whole loop are
 queued behind sampling, and their guesses come to the host with the step's tokens. A sequence's `ChainSource` then
 speaks as long as the draft follows its own chain. Owns which sequence is on which place of the device's prompt pool:
-the places are the runner's seats.
+the places are the runner's seats. If it fails, it is switched off, and everything goes on without heads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -88,6 +89,7 @@ class DeviceDrafts:
         self._places: dict[int, _Place] = {}  # by seat
         self._known: dict[int, LookaheadHeadFile] = {}  # by id: heads that were added, or refused
         self._entries: list[_Entry] = []  # of the launch that is under way
+        self._is_off = False
         self._longest = longest  # draft lately, decaying
         self._num_guesses = 0
 
@@ -127,13 +129,27 @@ class DeviceDrafts:
 
     def prepare(self, items: Seq[ScheduledSequence], seats: Seq[int]) -> None:
         """Bring sequences that will draft to their seats' places; before the step is queued, as it waits for copies."""
-        for item, seat in zip(items, seats, strict=True):
-            source = self._source_of(item.seq) if item.reaches_end else None
-            if source is not None and source.is_asked:
-                self._take_place(item.seq, seat, source.head)
+        with self._or_off():
+            for item, seat in zip(items, seats, strict=True):
+                source = self._source_of(item.seq) if item.reaches_end else None
+                if source is not None and source.is_asked:
+                    self._take_place(item.seq, seat, source.head)
 
     def launch(self, groups: Seq[RowGroup]) -> None:
         """Queue verification and drafts behind sampling."""
+        with self._or_off():
+            self._launch(groups)
+
+    @contextlib.contextmanager
+    def _or_off(self) -> Iterator[None]:
+        """Drafts are never worth a step: whatever they raise ends them and nothing else."""
+        try:
+            yield
+        except Exception:
+            logger.exception("drafting on the device failed; lookahead heads are off from now on")
+            self._is_off, self._entries, self._places = True, [], {}
+
+    def _launch(self, groups: Seq[RowGroup]) -> None:
         entries = []
         for group in groups:
             source = self._source_of(group.seq)
@@ -197,7 +213,7 @@ class DeviceDrafts:
 
     def _take_place(self, seq: Sequence, seat: int, head: LookaheadHeadFile) -> None:
         """Make the pool's row `seat` that of the sequence, unless it is so; nothing where its head cannot draft."""
-        if self._is_in_place(seq, seat) or not self._is_known(head):
+        if self._is_off or self._is_in_place(seq, seat) or not self._is_known(head):
             return
         self._places.pop(seat, None)
         if self._heads.add_sequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids):

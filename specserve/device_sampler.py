@@ -1,8 +1,7 @@
 """The sampler on CUDA: kernels draw a token from every row, and one small copy brings all of them to the host.
 
 The same function of logits, parameters, masks and random numbers as `Sampler`, which it asks for penalties and bias of
-the the rows that have them. Launches are CUDA graphs by padded rows and by which stages
-some row needs.
+the rows that have them. Launches are CUDA graphs by padded rows and by which stages some row needs.
 """
 
 from __future__ import annotations

@@ -174,6 +174,21 @@ def test_heads_draft_on_the_device_what_they_draft_on_the_host(model_dir, tmp_pa
     assert len(drafted[0]) == 3 and drafted[0] == drafted[1]
 
 
+def test_heads_that_fail_on_the_device_change_nothing(model_dir, tmp_path, caplog):
+    engine, plain = make_pair(model_dir, max_draft_tokens=4)
+    path = make_lookahead_adapter(model_dir, tmp_path / "a", tap_layer=1, history=False)
+    tokens = []
+    for one in (engine, plain):
+        key = one.load_adapter("a", path).content_hash
+        if one is engine:
+            one.sampler.drafts._heads.launch = None  # calling it raises
+        requests = [request(i, range(5, 12 + i), adapter=key, mode="fixed", max_tokens=5) for i in range(2)]
+        tokens.append(tokens_of(run(one, requests)))
+    assert tokens[0] == tokens[1]
+    assert "lookahead heads are off from now on" in caplog.text
+    assert engine.stats().drafted_by_source.get("head", 0) == 0
+
+
 def test_constrained_requests_equal_the_torch_path(pair):
     schema = (
         '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}'
