@@ -40,8 +40,10 @@ class Layer:
     post_mlp_norm: torch.Tensor | None  # Gemma: on the MLP's output
 
 
-class Decoder:
-    """A loaded model. `compute_dtype` is the dtype of activations and KV."""
+class DecoderWeights:
+    """A loaded model as plain matrices, whatever multiplies them. `compute_dtype` is that of activations and KV."""
+
+    num_builds = 0  # nothing is compiled while serving
 
     def __init__(
         self,
@@ -64,12 +66,20 @@ class Decoder:
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # rounded as transformers does
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
 
-    num_builds = 0  # nothing is compiled here
-
     @staticmethod
     def lay_out_lora(pair: LoraPair) -> LoraPair:
         """How a LoRA's weights are held for this decoder: as PEFT has them."""
         return pair
+
+    def base_tensor(self, name: str) -> torch.Tensor | None:
+        """The embedding or lm_head as loaded, by its name on the hub; None for other names."""
+        if name == "model.embed_tokens.weight" or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+            return self.embed
+        return self.lm_head.unpacked() if name == "lm_head.weight" else None
+
+
+class Decoder(DecoderWeights):
+    """The forward pass in torch."""
 
     def slots(self, max_adapters: int = 256, max_rank: int = 256) -> AdapterSlots | DeviceAdapterSlots:
         """What keeps the adapters of steps for this decoder; the limits hold on a GPU."""
@@ -130,12 +140,6 @@ class Decoder:
         if self.config.final_softcap:
             logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
         return logits
-
-    def base_tensor(self, name: str) -> torch.Tensor | None:
-        """The embedding or lm_head as loaded, by its name on the hub; None for other names."""
-        if name == "model.embed_tokens.weight" or (name == "lm_head.weight" and self.config.tie_word_embeddings):
-            return self.embed
-        return self.lm_head.unpacked() if name == "lm_head.weight" else None
 
     def _attend(
         self,

@@ -17,12 +17,11 @@ from ..device_lora import DeviceLoraBatch
 from ..kernels.add_norm import add_rms_norm_
 from ..kernels.gated_activation import gated_activation
 from ..kernels.linear import Linear
-from ..kernels.lora_stack import LoraPair
 from ..kernels.ragged_attention import ragged_attention_
 from ..kernels.rope_kv import rope_store_
 from ..kv_cache import KVCache
 from .config import ModelConfig
-from .decoder import Layer
+from .decoder import DecoderWeights, Layer
 from .rope import Rope
 
 MAX_HEAD_DIM = 256
@@ -53,35 +52,8 @@ def cannot_serve(config: ModelConfig) -> str | None:
     return None
 
 
-class TritonDecoder:
-    """A loaded model; `norm` and the layers' norms are fp32. `compute_dtype` is the dtype of activations and KV."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        embed: torch.Tensor,
-        layers: list[Layer],
-        norm: torch.Tensor,
-        lm_head: Linear,
-        compute_dtype: torch.dtype,
-        weight_dtype: torch.dtype,
-    ):
-        self.config = config
-        self.embed = embed  # [V, H] in the weights' dtype
-        self.layers = layers
-        self.norm = norm
-        self.lm_head = lm_head
-        self.compute_dtype = compute_dtype
-        self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")
-        self.device = embed.device
-        self.num_builds = 0  # Triton compiles while the engine starts, before it is ready
-        self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # as transformers rounds it
-        self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
-
-    @staticmethod
-    def lay_out_lora(pair: LoraPair) -> LoraPair:
-        """How a LoRA's weights are held for this decoder: as PEFT has them."""
-        return pair
+class TritonDecoder(DecoderWeights):
+    """The forward pass through Triton kernels; `norm` and the layers' norms are fp32."""
 
     def forward_rows(
         self,
@@ -127,12 +99,6 @@ class TritonDecoder:
         cap = self.config.final_softcap
         if cap:
             out.div_(cap).tanh_().mul_(cap)
-
-    def base_tensor(self, name: str) -> torch.Tensor | None:
-        """The embedding or lm_head as loaded, by its name on the hub; None for other names."""
-        if name == "model.embed_tokens.weight" or (name == "lm_head.weight" and self.config.tie_word_embeddings):
-            return self.embed
-        return self.lm_head.unpacked() if name == "lm_head.weight" else None
 
     def _attend(
         self,
