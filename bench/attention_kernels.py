@@ -10,9 +10,6 @@ as that is needed to miss the cache. Cases are left out once --budget seconds ar
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +23,8 @@ from specserve.kernels.gated_activation import gated_activation
 from specserve.kernels.ragged_attention import attention_scratch, choose_splits, ragged_attention_, split_len_for
 from specserve.kernels.rope_kv import rope_store_
 
-from . import common
-from .gpu_timing import copy_bandwidth, seconds_per_call
+from .gpu_cases import Case, run_cases
+from .gpu_timing import seconds_per_call
 
 BLOCK_SIZE = 16
 CACHE_BYTES = 256 << 20  # KV that is cycled through: several times the last-level cache
@@ -176,10 +173,8 @@ def rows_of(shape: Shape, name: str, num_rows: int, limit: float, device: torch.
     }  # fmt: skip
 
 
-def plan(
-    only: list[str], is_dry: bool, limit: float, device: torch.device
-) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
-    """(name, case), most telling first."""
+def plan(only: list[str], is_dry: bool, limit: float, device: torch.device) -> list[Case]:
+    """Cases of the kinds `only`, all if it is empty; most telling first."""
     kernels = ("add_rms_norm", "rope_store", "gated_activation")
     shapes = (Shape("smollm2", 3, 1, 16),) if is_dry else SHAPES
     decodes = [(2, 40)] if is_dry else DECODES
@@ -197,7 +192,7 @@ def plan(
     ]
     cases += [("prefill", lambda s=s, r=r, c=c: prefill(s, r, c, device)) for r, c in prefills for s in shapes]
     cases += [("decode", lambda s=s, b=b, c=c: decode(s, b, c, limit, device)) for b, c in decodes[1:] for s in shapes]
-    return [case for case in cases if not only or case[0] in only]
+    return [case for kind, case in cases if not only or kind in only]
 
 
 @click.command(help=__doc__.partition("\n")[0])
@@ -206,34 +201,16 @@ def plan(
 @click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
 @torch.inference_mode()
 def main(budget_s: float, only: str, is_dry: bool) -> None:
-    end = time.monotonic() + budget_s
     names = [name for name in only.split(",") if name]
     unknown = sorted(set(names) - {"decode", "verify", "prefill", "rows"})
     if unknown:
         raise click.UsageError(f"--only: {', '.join(unknown)} is none of decode, verify, prefill, rows")
-    if is_dry:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch imports triton
-    elif not torch.cuda.is_available():
-        raise click.UsageError("this bench needs a CUDA device; --dry-run runs tiny sizes without one")
-    device = torch.device("cpu" if is_dry else "cuda")
-    limit = copy_bandwidth(device, 1 << 20 if is_dry else 1 << 30)
-    machine = f"{common.hardware()['cpu']}, dry run" if is_dry else torch.cuda.get_device_name()
-    click.echo(f"limit: {limit / 1e9:.0f} GB/s read and written by a copy on {machine}")
-    results, left_out = [], 0
-    for _, case in plan(names, is_dry, limit, device):
-        if time.monotonic() > end:
-            left_out += 1
-            continue
-        result = case()
-        results.append(result)
-        click.echo("  ".join(f"{key} {value}" for key, value in result.items()))
-        if not is_dry:
-            torch.cuda.empty_cache()
-    if left_out:
-        click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
-    setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
-    limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
-    click.echo(json.dumps({"bench": "attention_kernels", **setup, **limits, "results": results}))
+    run_cases(
+        "attention_kernels",
+        lambda limit, device: plan(names, is_dry, limit, device),
+        budget_s,
+        is_dry,
+    )
 
 
 if __name__ == "__main__":

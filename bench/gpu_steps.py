@@ -11,7 +11,6 @@ turns. --shape tiny with --device cpu (TRITON_INTERPRET=1) only shows that the b
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +31,7 @@ from specserve.scheduler import ScheduledSequence
 from specserve.sequence import Sequence
 
 from . import common
+from .gpu_timing import copy_bandwidth
 
 # hidden, intermediate, layers, query heads, KV heads, head size, vocabulary, tied
 SHAPES = {
@@ -161,14 +161,6 @@ def _tensors(decoder: Any) -> list[torch.Tensor]:
     return [linear.unpacked() for linear in (*linears, decoder.lm_head)]
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read plus written, of a large copy on the device; the median of ten."""
-    num_bytes = 1 << (31 if device.type == "cuda" else 26)
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_(0, 255)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / statistics.median(timed(lambda: target.copy_(source), device) for _ in range(10))
-
-
 def timed(step: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, until the device is done."""
     if device.type != "cuda":
@@ -194,7 +186,7 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
 def main(shape: str, rounds: int, context: int, num_seqs: int, device: str, save: bool) -> None:
     place = torch.device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    bandwidth = copy_bandwidth(place)
+    bandwidth = copy_bandwidth(place, 1 << (31 if place.type == "cuda" else 26))
     steps = Steps(shape, place, dtype, num_seqs, context)
     floor_ms = 1e3 * steps.weight_bytes / bandwidth
     click.echo(

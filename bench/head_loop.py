@@ -10,11 +10,8 @@ over, and said to be.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +24,8 @@ from specserve.drafters.head_files import LookaheadConfig, LookaheadHeadFile, pa
 from specserve.drafters.head_source import HeadRunner, HeadSource
 from specserve.kernels.head_loop import LoopRows
 
-from . import common
-from .gpu_timing import copy_bandwidth, seconds_per_call
+from .gpu_cases import Case, run_cases
+from .gpu_timing import seconds_per_call
 
 PROMPT_LEN = 200
 
@@ -118,7 +115,7 @@ def host_loop_seconds(
     return statistics.median(times)
 
 
-def plan(is_dry: bool, limit: float, device: torch.device) -> list[Callable[[], dict[str, Any]]]:
+def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     """Cases, most telling first."""
     if is_dry:
         return [lambda: loop(TINY, 3, 2, 2, limit, device)]
@@ -131,29 +128,7 @@ def plan(is_dry: bool, limit: float, device: torch.device) -> list[Callable[[], 
 @click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
 @torch.inference_mode()
 def main(budget_s: float, is_dry: bool) -> None:
-    end = time.monotonic() + budget_s
-    if is_dry:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch imports triton
-    elif not torch.cuda.is_available():
-        raise click.UsageError("this bench needs a CUDA device; --dry-run runs tiny sizes without one")
-    device = torch.device("cpu" if is_dry else "cuda")
-    limit = copy_bandwidth(device, 1 << 20 if is_dry else 1 << 30)
-    machine = f"{common.hardware()['cpu']}, dry run" if is_dry else torch.cuda.get_device_name()
-    click.echo(f"limit: {limit / 1e9:.0f} GB/s read and written by a copy on {machine}")
-    results, left_out = [], 0
-    for case in plan(is_dry, limit, device):
-        if time.monotonic() > end:
-            left_out += 1
-            continue
-        results.append(case())
-        click.echo("  ".join(f"{key} {value}" for key, value in results[-1].items()))
-        if not is_dry:
-            torch.cuda.empty_cache()
-    if left_out:
-        click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
-    setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
-    limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
-    click.echo(json.dumps({"bench": "head_loop", **setup, **limits, "results": results}))
+    run_cases("head_loop", lambda limit, device: plan(is_dry, limit, device), budget_s, is_dry)
 
 
 if __name__ == "__main__":

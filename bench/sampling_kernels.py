@@ -9,10 +9,6 @@ captured launches. Cases are left out once --budget seconds are over, and said t
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -21,8 +17,8 @@ import torch
 from specserve.kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, sample_logits_
 from specserve.kernels.verify import verify_drafts_
 
-from . import common
-from .gpu_timing import copy_bandwidth, seconds_per_call
+from .gpu_cases import Case, run_cases
+from .gpu_timing import seconds_per_call
 
 MODES: dict[str, tuple[SamplingRow, dict[str, bool]]] = {
     "greedy": (SamplingRow(), {"draws": False}),
@@ -76,10 +72,10 @@ def verify(num_seqs: int, num_drafts: int, device: torch.device) -> dict[str, An
     return {"kind": "verify", "sequences": num_seqs, "drafts": num_drafts, "us": round(seconds * 1e6, 2)}
 
 
-def plan(is_dry: bool, limit: float, device: torch.device) -> list[Callable[[], dict[str, Any]]]:
+def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     """Cases, most telling first."""
     shapes = ((2, 100),) if is_dry else ((64, 128256), (1, 128256), (8, 128256), (64, 49152), (256, 128256))
-    cases: list[Callable[[], dict[str, Any]]] = [lambda: verify(2 if is_dry else 64, 8, device)]
+    cases: list[Case] = [lambda: verify(2 if is_dry else 64, 8, device)]
     cases += [lambda m=m, n=n, v=v: sample(m, n, v, limit, device) for n, v in shapes for m in MODES]
     return cases
 
@@ -89,27 +85,7 @@ def plan(is_dry: bool, limit: float, device: torch.device) -> list[Callable[[], 
 @click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
 @torch.inference_mode()
 def main(budget_s: float, is_dry: bool) -> None:
-    end = time.monotonic() + budget_s
-    if is_dry:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch imports triton
-    elif not torch.cuda.is_available():
-        raise click.UsageError("this bench needs a CUDA device; --dry-run runs tiny sizes without one")
-    device = torch.device("cpu" if is_dry else "cuda")
-    limit = copy_bandwidth(device, 1 << 20 if is_dry else 1 << 30)
-    machine = f"{common.hardware()['cpu']}, dry run" if is_dry else torch.cuda.get_device_name()
-    click.echo(f"limit: {limit / 1e9:.0f} GB/s read and written by a copy on {machine}")
-    results, left_out = [], 0
-    for case in plan(is_dry, limit, device):
-        if time.monotonic() > end:
-            left_out += 1
-            continue
-        results.append(case())
-        click.echo("  ".join(f"{key} {value}" for key, value in results[-1].items()))
-    if left_out:
-        click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
-    setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
-    limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
-    click.echo(json.dumps({"bench": "sampling_kernels", **setup, **limits, "results": results}))
+    run_cases("sampling_kernels", lambda limit, device: plan(is_dry, limit, device), budget_s, is_dry)
 
 
 if __name__ == "__main__":

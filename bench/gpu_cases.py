@@ -1,0 +1,47 @@
+"""Runs a kernel bench's cases on a GPU within a budget: the limit first, a line a case, all of it as one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+import torch
+
+from . import common
+from .gpu_timing import copy_bandwidth
+
+Case = Callable[[], dict[str, Any]]
+
+
+def run_cases(name: str, plan: Callable[[float, torch.device], Sequence[Case]], budget_s: float, is_dry: bool) -> None:
+    """Run what `plan(bytes a second of a copy, device)` gives; no case is begun after `budget_s` seconds.
+
+    `is_dry` is for tiny cases on the CPU under Triton's interpreter.
+    """
+    end = time.monotonic() + budget_s
+    if is_dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first launch imports triton
+    elif not torch.cuda.is_available():
+        raise click.UsageError("this bench needs a CUDA device; --dry-run runs tiny sizes without one")
+    device = torch.device("cpu" if is_dry else "cuda")
+    limit = copy_bandwidth(device, 1 << 20 if is_dry else 1 << 30)
+    machine = f"{common.hardware()['cpu']}, dry run" if is_dry else torch.cuda.get_device_name()
+    click.echo(f"limit: {limit / 1e9:.0f} GB/s read and written by a copy on {machine}")
+    results, left_out = [], 0
+    for case in plan(limit, device):
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        results.append(case())
+        click.echo("  ".join(f"{key} {value}" for key, value in results[-1].items()))
+        if not is_dry:
+            torch.cuda.empty_cache()
+    if left_out:
+        click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
+    setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
+    limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
+    click.echo(json.dumps({"bench": name, **setup, **limits, "results": results}))
