@@ -48,10 +48,6 @@ class GraphCache:
             graph = self._capture(key, part)
         graph.replay()
 
-    def forget(self) -> None:
-        """Drop all graphs, when what they were captured with has changed."""
-        self._graphs.clear()
-
     def _capture(self, key: Hashable, part: Callable[[], None]) -> torch.cuda.CUDAGraph:
         start, before = time.perf_counter(), torch.cuda.memory_reserved(self._device)
         stream = torch.cuda.Stream(self._device)
