@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from head_cases import VOCAB_SIZE, Sequences, host_chain, mixed_heads, random_head, reference_chain, trained_heads
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
 
 from specserve.drafters.chooser import DraftChooser
 from specserve.drafters.head_device import ChainSource, DeviceHeads
@@ -18,8 +13,6 @@ from specserve.drafters.head_files import HeadError
 from specserve.drafters.head_source import HeadSource
 from specserve.drafters.protocol import Guess
 from specserve.kernels.head_loop import LoopRows
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def make_device_heads(device: str = "cpu", **changes) -> DeviceHeads:
@@ -124,27 +117,17 @@ def test_a_sequence_that_comes_back_stands_behind_its_output():
 
 
 def test_kernels_import_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import specserve.drafters.head_device"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    import_without_triton("specserve.drafters.head_device")
 
 
 @needs_triton
 def test_kernels_under_the_interpreter():
-    cases = Path(__file__).with_name("triton_head_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    run_cases("triton_head_cases.py")
 
 
 @needs_triton
 def test_kernels_compile_for_hopper(tmp_path):
-    script = Path(__file__).with_name("triton_head_compile.py")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
-    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-6000:]
+    compile_for_hopper("triton_head_compile.py", tmp_path)
 
 
 @pytest.mark.gpu

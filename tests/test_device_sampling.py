@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from sampling_cases import SHAPES, make_rows, make_tensors, run_kernels, sample_on_the_host
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
 from verify_cases import make_verification, run_verify, verified_one_by_one
 
 from specserve.kernels.sampling import SamplingScratch, sample_logits_, sample_logits_reference
 from specserve.kernels.verify import verify_reference
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
@@ -35,27 +28,17 @@ def test_the_verification_reference_accepts_what_the_verifier_accepts(seed):
 
 
 def test_kernels_import_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import specserve.kernels.sampling, specserve.kernels.verify"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    import_without_triton("specserve.kernels.sampling, specserve.kernels.verify")
 
 
 @needs_triton
 def test_kernels_under_the_interpreter():
-    cases = Path(__file__).with_name("triton_sampling_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    run_cases("triton_sampling_cases.py")
 
 
 @needs_triton
 def test_kernels_compile_for_hopper(tmp_path):
-    script = Path(__file__).with_name("triton_sampling_compile.py")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
-    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-6000:]
+    compile_for_hopper("triton_sampling_compile.py", tmp_path)
 
 
 @pytest.mark.gpu

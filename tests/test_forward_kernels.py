@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from attention_cases import CASES
 from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
 from specserve.kernels.ragged_attention import (
@@ -24,7 +23,6 @@ from specserve.kernels.ragged_attention import (
     split_len_for,
 )
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256))
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton])]
 
@@ -139,27 +137,17 @@ def test_tiles_that_are_too_large_are_refused():
 
 def test_kernels_import_without_triton():
     modules = "add_norm, gated_activation, ragged_attention, rope_kv".replace(" ", " specserve.kernels.")
-    code = f"import sys; sys.modules['triton'] = None; import specserve.kernels.{modules}"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    import_without_triton(f"specserve.kernels.{modules}")
 
 
 @needs_triton
 def test_triton_kernels_under_the_interpreter():
-    cases = Path(__file__).with_name("triton_forward_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    run_cases("triton_forward_cases.py", timeout_s=400)
 
 
 @needs_triton
 def test_triton_kernels_compile_for_hopper(tmp_path):
-    script = Path(__file__).with_name("triton_forward_compile.py")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
-    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    compile_for_hopper("triton_forward_compile.py", tmp_path, timeout_s=600)
 
 
 @needs_triton

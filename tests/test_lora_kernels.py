@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_cases import IN_SIZE, OUT_SIZES, POPULARITY, RANKS, TilesCase, make_case, make_runs, make_slots, row_slots_of
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
 
 from specserve.kernels.lora_stack import LoraStack, add_lora_
 from specserve.kernels.lora_tiles import lora_reference, split_k
@@ -20,7 +19,6 @@ from specserve.kernels.sgmv import sgmv_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 CUDA_TOLERANCE = TOLERANCE | {torch.float32: 1e-4}  # thousands of inputs, summed in another order
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -124,27 +122,17 @@ def test_unused_members_are_not_read_at_either_end():
 
 
 def test_kernels_import_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import specserve.kernels.lora_tiles, specserve.kernels.tiles"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    import_without_triton("specserve.kernels.lora_tiles, specserve.kernels.tiles")
 
 
 @needs_triton
 def test_triton_kernels_under_the_interpreter():
-    cases = Path(__file__).with_name("triton_lora_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    run_cases("triton_lora_cases.py")
 
 
 @needs_triton
 def test_triton_kernels_compile_for_hopper(tmp_path):
-    script = Path(__file__).with_name("triton_lora_compile.py")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[1])}
-    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-6000:]
+    compile_for_hopper("triton_lora_compile.py", tmp_path)
 
 
 @needs_triton

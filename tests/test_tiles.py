@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from triton_process import needs_triton, run_cases
 
 from specserve.kernels.tiles import build_tiles_, build_tiles_reference, max_tiles
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def test_the_reference_cuts_segments_from_their_first_row():
@@ -23,11 +16,7 @@ def test_the_reference_cuts_segments_from_their_first_row():
 
 @needs_triton
 def test_the_kernel_under_the_interpreter():
-    cases = Path(__file__).with_name("triton_tiles_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    run_cases("triton_tiles_cases.py")
 
 
 @pytest.mark.gpu

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from engine_fixture import make_engine
 from tiny_models import make_tiny_model
+from triton_process import needs_triton, run_cases
 
 from specserve.errors import ModelError, UserError
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def run_cases(**env: str) -> None:
-    cases = Path(__file__).with_name("triton_engine_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
-    result = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
 @needs_triton
 def test_the_engine_serves_on_triton_kernels_under_the_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+    run_cases("triton_engine_cases.py", timeout_s=600)
 
 
 @pytest.mark.gpu
 @needs_triton
 def test_the_engine_serves_on_cuda_with_graphs():
     assert torch.cuda.is_available()
-    run_cases(TRITON_INTERPRET="0")
+    run_cases("triton_engine_cases.py", interpret="0", timeout_s=600)
 
 
 def test_triton_without_cuda_or_interpreter_is_refused_with_the_reason(tmp_path, monkeypatch):
