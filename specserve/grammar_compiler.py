@@ -33,8 +33,8 @@ MAX_CACHED_BYTES = 4 * 2**20  # of grammar text; a compiled one takes from 40 KB
 NUM_THREADS = 2
 COMPILE_TIMEOUT_S = 10.0
 _EMBEDDED = re.compile(r"%json\s*(?=\{)")
-_UNSERVED = re.compile(r"\[[^\]\n]*\b(max_tokens|temperature)\s*=")
-_GBNF = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
+_ATTRIBUTES = re.compile(r"[\[\]\n]|\b(max_tokens|temperature)\s*+=")
+_GBNF = re.compile(r"^[^\S\n]*+[A-Za-z][\w-]*+\s*+::=", re.MULTILINE)
 _REMOTE = re.compile(r"Resource '([^']*)' is not present")
 
 
@@ -203,19 +203,23 @@ def _with_prepared_schemas(text: str) -> str:
         if match.start() < end:  # inside the schema before
             continue
         try:
-            schema, length = json.JSONDecoder().raw_decode(text[match.end() :])
+            schema, schema_end = json.JSONDecoder().raw_decode(text, match.end())
         except (ValueError, RecursionError) as error:
             raise GrammarError(f"a %json schema in the grammar cannot be read: {error}") from None
         result += [_checked(text[end : match.start()]), "%json ", json.dumps(prepare(schema))]
-        end = match.end() + length
+        end = schema_end
     return "".join([*result, _checked(text[end:])])
 
 
 def _checked(lark: str) -> str:
     """A part of a Lark grammar that is not JSON."""
     check_repeats(lark)
-    if match := _UNSERVED.search(lark):
-        raise GrammarError(f"the attribute {match[1]!r} in a grammar is not supported")
+    is_open = False  # within the brackets of one line
+    for match in _ATTRIBUTES.finditer(lark):
+        if match[1] is None:
+            is_open = match[0] == "["
+        elif is_open:
+            raise GrammarError(f"the attribute {match[1]!r} in a grammar is not supported")
     return lark
 
 

@@ -3,7 +3,7 @@
 Owns one choice's text. However it is cut into pieces, the joined events are the same, and no text is lost: what is not
 a well-formed call of a known tool is content. With `eager`, for output that a grammar holds to the exact frame, a call
 is announced once its name is certain and its arguments follow as they come; otherwise a call is held back until its
-frame is complete and its JSON is read. White space around frames belongs to them.
+frame is complete and its JSON is read. White space around frames belongs to them, up to MAX_FRAME_SPACE characters.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class CallParser:
         text, self._buffer = self._buffer[:length], self._buffer[length:]
         if text and (self._space or not self._in_content):
             text, self._space = self._space + text, ""
-            if not text.strip():
+            if len(text) <= MAX_FRAME_SPACE and not text.strip():
                 self._space = text
                 return False
         if text:
@@ -148,6 +148,9 @@ class CallParser:
         skip = "" if self._eager else " \t\r\n"
         call = buffer.lstrip(skip + ";" if self.num_calls else skip) if skip else buffer
         lead = buffer[: len(buffer) - len(call)]
+        if len(lead) > MAX_FRAME_SPACE:
+            self._state = _State.REST
+            return True
         opener = PYTHON_TAG if call.startswith(PYTHON_TAG) else ""
         if not final and (not call or (not opener and PYTHON_TAG.startswith(call))):
             return False
