@@ -193,8 +193,12 @@ class EngineProcess:
         self._send(held)
 
     def _send(self, messages: list[Any]) -> None:
-        if messages:
+        if not messages:
+            return
+        try:
             self._sock.sendall(b"".join(encode_frame(message) for message in messages))
+        except OSError:  # the server has gone, and the reading thread is about to see it
+            os._exit(0)
 
 
 def main() -> int:

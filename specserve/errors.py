@@ -55,11 +55,15 @@ class OverloadedError(UserError):
 
 
 class EngineDeadError(UserError):
-    """The engine process ended while the request was running."""
+    """There is no engine process that could serve the request now."""
 
     status = 503
     type = "server_error"
     code = "engine_unavailable"
+
+
+class EngineLostError(EngineDeadError):
+    """The engine process ended while the request was in it."""
 
 
 def from_info(info: ErrorInfo) -> UserError:

@@ -106,12 +106,14 @@ class ServerProcess:
             assert time.monotonic() < deadline, problems
             time.sleep(0.05)
 
-    def engine_pid(self) -> int:
-        """The engine process: the server's only child."""
+    def engine_pids(self) -> set[int]:
+        """The engine processes among the server's children: one, but for a moment of a restart."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        pids = [int(pid) for pid in children if "engine_process" in Path(f"/proc/{pid}/cmdline").read_text()]
-        assert len(pids) == 1, children
-        return pids[0]
+        return {int(pid) for pid in children if "engine_process" in Path(f"/proc/{pid}/cmdline").read_text()}
+
+    def engine_pid(self) -> int:
+        (pid,) = self.engine_pids()
+        return pid
 
 
 def assert_error(response, status: int, *words: str, param: str | None = None) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -136,6 +137,38 @@ def test_killed_engine_ends_streams_with_an_error_and_comes_back(server, golden)
     seen = set()
     wait_until(lambda: seen.add(server.get("/health").status_code) or (503 in seen and 200 in seen), timeout_s=60)
     assert server.get("/ready").status_code == 200
+
+
+def test_engine_killed_again_while_it_starts_comes_back(server, golden):
+    pids = set()
+    for _ in range(3):
+        wait_until(lambda: server.engine_pids() - pids)
+        time.sleep(0.3)
+        (pid,) = server.engine_pids() - pids
+        pids.add(pid)
+        os.kill(pid, signal.SIGKILL)
+    assert server.get("/health").json()["status"] == "restarting"
+    wait_until(lambda: server.get("/health").status_code == 200, timeout_s=60)
+    assert sum("SIGKILL" in line and "starting it again" in line for line in server.log) >= 3
+
+
+def test_engine_killed_while_handles_are_out_comes_back(server, golden):
+    """The limit is lowered under the server's feet: what it may do beforehand to keep handles does not count."""
+    path = Path(f"/proc/{server.process.pid}/fd")
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    host, port = server.url.removeprefix("http://").split(":")
+    pid = server.engine_pid()
+    num_lines = len(server.log)
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (len(list(path.iterdir())) + 4, limits[1]))
+    connections = [socket.create_connection((host, int(port))) for _ in range(10)]
+    try:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: any("cannot be started: Too many" in line for line in server.log[num_lines:]))
+    finally:
+        for connection in connections:
+            connection.close()
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+    wait_until(lambda: server.get("/health").status_code == 200, timeout_s=60)
 
 
 def test_requests_while_the_engine_is_away_get_503(server, golden):

@@ -1,0 +1,63 @@
+"""An engine process without an engine: what it does is the next word of the file that FAKE_ENGINE_PLAN names.
+
+It starts in a tenth of a second, which is what makes a supervisor's failures cheap to try.
+"""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from specserve.config import EngineConfig
+from specserve.errors import ErrorInfo
+from specserve.frames import read_frame, to_engine_decoder, write_frame
+from specserve.messages import CallDone, CallFailed, EngineInfo, Heartbeat, Shutdown, UnloadAdapter
+
+
+def next_word() -> str:
+    """Taken from the plan; its last word stays."""
+    path = Path(os.environ["FAKE_ENGINE_PLAN"])
+    first, _, rest = path.read_text().partition(" ")
+    if rest:
+        path.write_text(rest)
+    return first
+
+
+def main() -> None:
+    sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
+    word = next_word()
+    if word == "exit":
+        sys.exit(3)
+    if word == "garbage":
+        sock.sendall(b"\x03\0\0\0abc")
+    if word == "half":
+        sock.sendall(b"\x30\0\0")
+    if word == "huge":
+        sock.sendall(b"\xff" * 64)
+    if word == "refuse":
+        write_frame(sock, CallFailed(-1, ErrorInfo("no such model")))
+    if word not in ("serve", "silent", "nonsense"):
+        return
+    config = msgspec.msgpack.decode(read_frame(sock), type=EngineConfig)
+    write_frame(sock, EngineInfo(config.model, "fake", 320, 128, 8, 16, "cpu", "fp32", os.getpid(), [2]))
+    if word == "nonsense":
+        sock.sendall(b"\x01\0\0\0\xc1")
+    while word == "serve":
+        sock.settimeout(0.1)
+        try:
+            payload = read_frame(sock)
+        except TimeoutError:
+            write_frame(sock, Heartbeat(0, 0))
+            continue
+        message = to_engine_decoder.decode(payload) if payload else Shutdown()
+        if isinstance(message, Shutdown):
+            return
+        if isinstance(message, UnloadAdapter):
+            write_frame(sock, CallDone(message.call_id))
+    time.sleep(100)
+
+
+main()
