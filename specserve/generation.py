@@ -10,9 +10,10 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,7 +26,7 @@ from .errors import UserError
 from .messages import Delta, GenerateRequest, Usage
 from .metrics import Metrics
 from .structured_output import asks_for_grammar, grammar_spec
-from .tokenizer import TextTokenizer
+from .tokenizer import LONG_TEXT, TextTokenizer
 from .tools.definitions import Tool, ToolUse, all_tools, tool_use
 from .tools.formats import choose_format
 from .tools.grammar import Marks
@@ -34,6 +35,7 @@ from .tools.plan import ToolPlan, direct_adapter, make_plan, markers
 from .tools.prompt import for_template
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.model_name = model_name
         self.metrics = metrics
+        self._long_texts = asyncio.Lock()
         self._adapter_tokenizers: dict[str, TextTokenizer] = {}  # by content hash
         chosen = choose_format(tokenizer.chat_template, config.tool_format)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
@@ -103,6 +106,13 @@ class Generator:
             self._adapter_tokenizers[info.content_hash] = tokenizer
         return tokenizer, info.content_hash
 
+    async def off_loop(self, num_chars: int, read: Callable[..., T], *args: object) -> T:
+        """`read(*args)` on a thread; long texts one after the other: each takes 60 times its size while it is read."""
+        if num_chars <= LONG_TEXT:
+            return await asyncio.to_thread(read, *args)
+        async with self._long_texts:
+            return await asyncio.to_thread(read, *args)
+
     async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
         """Check and tokenise a request. Raises `UserError`."""
         validation.check_supported(request)
@@ -120,10 +130,11 @@ class Generator:
         tokenizer, content_hash = await self.tokenizer_for(adapter)
         plan: ToolPlan | None = None
         if isinstance(request, ChatRequest):
-            ids, plan = await asyncio.to_thread(self._chat, request, use, tokenizer, adapter)
+            ids, plan = await self.off_loop(messages_len(request), self._chat, request, use, tokenizer, adapter)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
-            prompts = await asyncio.to_thread(validation.completion_prompts, request.prompt, tokenizer)
+            size = text_len(request.prompt)
+            prompts = await self.off_loop(size, validation.completion_prompts, request.prompt, tokenizer, info)
         for _, ids in prompts:
             validation.check_prompt_ids(ids, info)
         num_choices, n = validation.num_choices(request, len(prompts))
@@ -160,7 +171,8 @@ class Generator:
         """The conversation's token ids; `tools` are described to the model. Raises `UserError`."""
         chosen = choose_format(tokenizer.chat_template, self.config.tool_format)
         messages, definitions = for_template(validation.chat_messages(request.messages or []), tools, chosen)
-        return tokenizer.encode_chat(messages, *validation.chat_ending(request), definitions)
+        limit = self.engine.info.max_model_len
+        return tokenizer.encode_chat(messages, *validation.chat_ending(request), definitions, max_tokens=limit)
 
     def _chat(
         self, request: ChatRequest, use: ToolUse | None, tokenizer: TextTokenizer, adapter: str | None
@@ -185,9 +197,9 @@ class Generator:
     async def _prediction(self, request: GenerationFields, tokenizer: TextTokenizer) -> list[int]:
         if request.prediction is None:
             return []
-        text = validation.joined(request.prediction.content)
-        ids = await asyncio.to_thread(tokenizer.encode_literal, text)
-        return ids[: self.engine.info.max_model_len]
+        text, limit = validation.joined(request.prediction.content), self.engine.info.max_model_len
+        tokenizer.check_len([text], limit, "prediction")
+        return (await self.off_loop(len(text), tokenizer.encode_literal, text))[:limit]
 
     async def run(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """Deltas of all choices as they come. Raises `UserError`; leaving the iterator aborts what still runs."""
@@ -253,6 +265,15 @@ class Generator:
             self.store.forget(adapter)
             info = await self.store.resolve(adapter)
             request = msgspec.structs.replace(request, adapter_hash=info.content_hash)
+
+
+def text_len(prompt: str | list[Any]) -> int:
+    """The characters of all texts in a prompt."""
+    return len(prompt) if isinstance(prompt, str) else sum(len(item) for item in prompt if isinstance(item, str))
+
+
+def messages_len(request: ChatRequest | TokenizeRequest) -> int:
+    return sum(len(validation.joined(message.content or "")) for message in request.messages or ())
 
 
 def usage_of(usages: list[Usage], num_prompts: int, n: int) -> dict[str, object]:

@@ -141,7 +141,8 @@ class LoraxRoutes:
         info, adapter = self._generator.engine.info, parameters.adapter_id
         adapter = None if adapter == BASE_MODEL else adapter or None
         tokenizer, _ = await self._generator.tokenizer_for(self._generator.adapter_name(None, adapter))
-        ids = await asyncio.to_thread(prompt_ids, body.inputs, parameters, tokenizer)
+        size, limit = len(body.inputs), info.max_model_len
+        ids = await self._generator.off_loop(size, prompt_ids, body.inputs, parameters, tokenizer, limit)
         validation.check_prompt_ids(ids, info)
         room = info.max_model_len - len(ids)
         max_tokens = parameters.max_new_tokens if parameters.max_new_tokens is not None else max(1, room)
@@ -160,11 +161,17 @@ class LoraxRoutes:
         return job, LoraxBuilder(job, parameters, prefix, seed, eos)
 
 
-def prompt_ids(inputs: str, parameters: LoraxParameters, tokenizer: TextTokenizer) -> list[int]:
-    """Token ids of the inputs, as a user's message if so asked, cut at the front to `truncate` tokens."""
+def prompt_ids(inputs: str, parameters: LoraxParameters, tokenizer: TextTokenizer, max_tokens: int) -> list[int]:
+    """Token ids of the inputs, as a user's message if so asked, cut at the front to `truncate` tokens.
+
+    Raises `UserError` for what is certain to have more than `max_tokens`, unless it is cut.
+    """
+    limit = max_tokens if parameters.truncate is None else None
     if parameters.apply_chat_template:
-        ids = tokenizer.encode_chat([{"role": "user", "content": inputs}])
+        ids = tokenizer.encode_chat([{"role": "user", "content": inputs}], max_tokens=limit)
     else:
+        if limit is not None:
+            tokenizer.check_len([inputs], limit, "inputs")
         ids = tokenizer.encode(inputs)
     return ids if parameters.truncate is None else ids[-parameters.truncate :]
 

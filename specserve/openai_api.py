@@ -12,7 +12,7 @@ from aiohttp import web
 from . import validation
 from .api_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .errors import ErrorInfo, UserError
-from .generation import Generator, Job
+from .generation import Generator, Job, messages_len
 from .http_body import json_response, read_json
 from .lorax_types import LoraxTokenizeRequest, SimpleToken
 from .responses import ResponseBuilder
@@ -66,23 +66,28 @@ class OpenAIRoutes:
         generator = self._generator
         tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
         if body.messages is not None:
-            ids = await asyncio.to_thread(generator.chat_ids, body, tokenizer, all_tools(body))
+            size = messages_len(body)
+            ids = await generator.off_loop(size, generator.chat_ids, body, tokenizer, all_tools(body))
         else:
             if body.continue_final_message:
                 raise UserError("continue_final_message goes with messages", param="continue_final_message")
-            ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", body.add_special_tokens)
+            text = body.prompt or ""
+            tokenizer.check_len([text], generator.engine.info.max_model_len, "prompt")
+            ids = await generator.off_loop(len(text), tokenizer.encode, text, body.add_special_tokens)
         result: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": generator.engine.info.max_model_len,
             "tokens": ids,
-            "token_strs": [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None,
+            "token_strs": await asyncio.to_thread(tokenizer.token_texts, ids) if body.return_token_strs else None,
         }
         return json_response(result)
 
     async def _tokenize_inputs(self, body: LoraxTokenizeRequest) -> web.Response:
         """LoRAX's /tokenize: the base model's tokens and the characters that they stand for."""
-        encode = self._generator.tokenizer.encode_with_offsets
-        tokens = await asyncio.to_thread(encode, body.inputs, body.add_special_tokens is not False)
+        generator, text = self._generator, body.inputs
+        generator.tokenizer.check_len([text], generator.engine.info.max_model_len, "inputs")
+        special = body.add_special_tokens is not False
+        tokens = await generator.off_loop(len(text), generator.tokenizer.encode_with_offsets, text, special)
         return json_response([SimpleToken(*token) for token in tokens])
 
     async def detokenize(self, request: web.Request) -> web.Response:

@@ -172,6 +172,7 @@ def serve(config: ServeConfig) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
         raise UserError(f"adapters_dir {config.adapters_dir!r} is not a directory; create it or leave it out")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's; a text is one thread's work
     bind(config.host, config.port).close()  # a port that is taken should not cost the wait for the model
     model_dir = resolve_model(config.model, revision=config.revision)
     print(f"loading {model_dir.name} ...", file=sys.stderr, flush=True)

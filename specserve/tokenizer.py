@@ -7,6 +7,7 @@ message may not. A message that spells one is encoded as the letters it consists
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import re
 import secrets
@@ -19,7 +20,9 @@ from tokenizers import Tokenizer
 
 from .detokenizer import Detokenizer
 from .errors import ModelError, UserError
+from .text_bounds import BYTE_OF, TokenBound
 
+LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -34,6 +37,7 @@ class TextTokenizer:
             self._backend: Tokenizer = self._tokenizer.backend_tokenizer
         except Exception as error:
             raise ModelError(f"{path} has no usable fast tokenizer: {error}") from None
+        self._bound = TokenBound(self._backend)
         self._literal = Tokenizer.from_str(self._backend.to_str())
         self._literal.encode_special_tokens = True  # special tokens in the text are encoded as letters
         self._specials = [
@@ -82,18 +86,28 @@ class TextTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens in it are recognised, as in a prompt written by hand."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return _ids(self._backend, text, add_special_tokens)
 
     def encode_literal(self, text: str) -> list[int]:
         """Token ids of `text` with special tokens read as plain letters."""
-        return self._literal.encode(text, add_special_tokens=False).ids
+        return _ids(self._literal, text, add_special_tokens=False)
+
+    def check_len(self, texts: Sequence[str], max_tokens: int, param: str) -> None:
+        """Refuse, by their bytes alone, texts that have more than `max_tokens` tokens however they are tokenised."""
+        if (least := sum(map(self._bound.min_num_tokens, texts))) > max_tokens:
+            num_bytes = sum(len(text.encode()) for text in texts)
+            raise UserError(
+                f"{param}: {num_bytes} bytes of text are at least {least} tokens; the context holds {max_tokens}",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
         """(id, vocabulary entry, first character, character after the last) of each token of `text`."""
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         entries = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
         return [(token, entry, start, stop) for token, entry, (start, stop) in entries]
 
@@ -120,13 +134,16 @@ class TextTokenizer:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.token_bytes(token))
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        return [self.token_text(token) for token in ids]
+
     def token_bytes(self, token: int) -> list[int]:
         """The bytes that a token stands for, also where they are no whole character."""
         raw = self._backend.id_to_token(token) or ""
         if len(raw) == 6 and raw.startswith("<0x") and raw.endswith(">"):
             return [int(raw[3:5], 16)]
-        if raw and all(char in _BYTE_OF for char in raw):
-            return [_BYTE_OF[char] for char in raw]
+        if raw and all(char in BYTE_OF for char in raw):
+            return [BYTE_OF[char] for char in raw]
         return list(self._backend.decode([token], skip_special_tokens=False).encode())
 
     def encode_chat(
@@ -135,10 +152,12 @@ class TextTokenizer:
         add_generation_prompt: bool = True,
         continue_final: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation through the chat template. Raises `UserError` when the template refuses it.
 
-        With `continue_final` they end with the last message's text instead of the template's end of that message.
+        A text that is certain to have more than `max_tokens` is refused before it is tokenised. With `continue_final`
+        the ids end with the last message's text instead of the template's end of that message.
         Special tokens that messages, tool calls or tools spell are letters: marks stand for them while it renders.
         """
         spells = any(special in message["content"] for message in messages for special in self._specials)
@@ -150,7 +169,10 @@ class TextTokenizer:
         hidden_tools = self._hide(tools, marks)
         plain = hidden == list(messages) and hidden_tools == tools
         if plain and not spells and not continue_final:
-            return self.encode(self._render(messages, add_generation_prompt, tools), add_special_tokens=False)
+            text = self._render(messages, add_generation_prompt, tools)
+            if max_tokens is not None:
+                self.check_len([text], max_tokens, "messages")
+            return self.encode(text, add_special_tokens=False)
         for idx, message in enumerate(hidden, len(self._specials)):
             mark = f"{nonce}{idx:08x}"
             marks[mark], message["content"] = message["content"], mark
@@ -161,9 +183,13 @@ class TextTokenizer:
             if not found_mark:
                 raise UserError("the chat template leaves out the last message; it cannot go on", param="messages")
             rest = head + last_mark
+        parts = re.split(f"({nonce}[0-9a-f]{{8}})", rest)
+        parts[1::2] = [marks[part] for part in parts[1::2]]
+        if max_tokens is not None:
+            self.check_len(parts, max_tokens, "messages")
         ids: list[int] = []
-        for idx, part in enumerate(re.split(f"({nonce}[0-9a-f]{{8}})", rest)):
-            ids += self.encode_literal(marks[part]) if idx % 2 else self.encode(part, add_special_tokens=False)
+        for idx, part in enumerate(parts):
+            ids += self.encode_literal(part) if idx % 2 else self.encode(part, add_special_tokens=False)
         return ids
 
     def _hide(self, value: Any, marks: dict[str, str]) -> Any:
@@ -196,11 +222,9 @@ class TextTokenizer:
         return rendered
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character (Radford et al. 2019); this is the way back."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + idx): byte for idx, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()
+def _ids(backend: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """The methods for batches let go of the interpreter lock, `encode` does not: 9 s for 8 MB."""
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    if len(text) > LONG_TEXT and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+    return ids

@@ -132,7 +132,9 @@ def num_choices(request: CompletionRequest | ChatRequest, num_prompts: int) -> t
     return n, best_of
 
 
-def completion_prompts(prompt: str | list[Any], tokenizer: TextTokenizer) -> list[tuple[str | None, list[int]]]:
+def completion_prompts(
+    prompt: str | list[Any], tokenizer: TextTokenizer, info: EngineInfo
+) -> list[tuple[str | None, list[int]]]:
     """(text, token ids) of each prompt: a text, a list of texts, token ids, or a list of token id lists."""
     if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
         items: list[Any] = [prompt]
@@ -145,6 +147,7 @@ def completion_prompts(prompt: str | list[Any], tokenizer: TextTokenizer) -> lis
     result: list[tuple[str | None, list[int]]] = []
     for item in items:
         if isinstance(item, str):
+            tokenizer.check_len([item], info.max_model_len, "prompt")
             ids = tokenizer.encode(item)
             result.append((item, ids))
         elif isinstance(item, list) and all(type(token) is int for token in item):
@@ -209,9 +212,6 @@ def joined(content: str | list[TextPart]) -> str:
 
 def check_prompt_ids(ids: Sequence[int], info: EngineInfo) -> None:
     """Token ids in range, and a prompt that leaves room for an answer in the context and in the KV cache."""
-    bad = next((token for token in ids if not 0 <= token < info.vocab_size), None)
-    if bad is not None:
-        raise UserError(f"prompt: token id {bad} is outside 0..{info.vocab_size - 1}", param="prompt")
     for limit, what in (
         (info.max_model_len, "the context"),
         (info.num_kv_blocks * info.block_size, "the whole KV cache"),
@@ -222,6 +222,9 @@ def check_prompt_ids(ids: Sequence[int], info: EngineInfo) -> None:
                 param="prompt",
                 code="context_length_exceeded",
             )
+    bad = next((token for token in ids if not 0 <= token < info.vocab_size), None)
+    if bad is not None:
+        raise UserError(f"prompt: token id {bad} is outside 0..{info.vocab_size - 1}", param="prompt")
 
 
 def _max_tokens(request: CompletionRequest | ChatRequest, room: int, prompt_len: int, info: EngineInfo) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,45 @@ def test_prompt_longer_than_the_context_names_both_counts(server):
     assert server.post(TEXT, text(prompt=[5] * 500, max_tokens=12)).status_code == 200
     long = {"messages": [{"role": "user", "content": "word " * 2000}]}
     assert_error(server.post(CHAT, long), 400, str(CONTEXT))
+
+
+LONG = "The quick brown fox. " * 45_000  # nearly a megabyte, which the server takes 0.7 s to tokenise
+LONG_BODIES = {
+    TEXT: text(prompt=["The quick", LONG]),
+    f"{TEXT} prediction": text(prediction={"type": "content", "content": LONG}),
+    CHAT: {"messages": [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "user", "content": LONG}]},
+    "/tokenize": {"prompt": LONG},
+    "/tokenize messages": {"messages": [{"role": "user", "content": LONG}]},
+    "/tokenize inputs": {"inputs": LONG},
+    "/generate": {"inputs": LONG},
+    "/generate template": {"inputs": LONG, "parameters": {"apply_chat_template": True}},
+}
+
+
+@pytest.mark.parametrize("name", LONG_BODIES)
+def test_text_that_must_be_too_long_is_refused_by_its_bytes(server, name):
+    response = server.post(name.split()[0], LONG_BODIES[name])
+    assert response.status_code in (400, 422)
+    for words in ("bytes of text are at least", f"the context holds {CONTEXT}"):
+        assert words in response.text
+    assert response.elapsed.total_seconds() < 0.4  # tokenising takes longer
+
+
+def test_tokenising_a_long_text_holds_up_nobody_and_leaves_no_memory(server):
+    body = {"inputs": LONG, "parameters": {"truncate": 8, "max_new_tokens": 1}}  # whatever its length, its end is used
+    assert server.post("/generate", body).status_code == 200
+    before, slowest = resident_mib(server.process.pid), 0.0
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.post, "/generate", body)
+        while not running.done():
+            slowest = max(slowest, requests.get(server.url + "/health", timeout=60).elapsed.total_seconds())
+    assert running.result().status_code == 200
+    assert slowest < 0.4, slowest
+    assert resident_mib(server.process.pid) < before + 20
+
+
+def resident_mib(pid) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_prompt_longer_than_the_kv_cache_names_both_counts(model_dir):
