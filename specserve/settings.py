@@ -204,7 +204,8 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
 
 
 def strict_loader() -> type:
-    """A YAML loader in which only true and false are booleans (`speculation: off` is text) and keys are unique."""
+    """A YAML loader in which only true and false are booleans (`speculation: off` is text), 1e-3 is a number as in YAML
+    1.2, and keys are unique."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -223,5 +224,7 @@ def strict_loader() -> type:
                     seen.add(key.value)
             return super().construct_mapping(node, deep=deep)
 
+    exponent = re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
     return Loader

@@ -20,6 +20,20 @@ def test_flags_win_over_overrides_and_these_over_the_file(run_yaml):
     assert load_run(run_yaml, ["lora.target_modules=[o_proj]"], {}).lora.target_modules == ("o_proj",)
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "+1e-3", "0.001"])
+def test_a_number_may_be_written_with_an_exponent(run_yaml, text):
+    assert load_run(run_yaml, [f"optimizer.lr={text}"], {}).optimizer.lr == 1e-3
+    run_yaml.write_text(run_yaml.read_text() + f"optimizer: {{lr: {text}}}\n")
+    assert load_run(run_yaml, [], {}).optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize("text", ["q_proj", "[q_proj]", "[q_proj, q_proj]"])
+def test_one_module_may_stand_alone(run_yaml, text):
+    assert load_run(run_yaml, [f"lora.target_modules={text}"], {}).lora.target_modules == ("q_proj",)
+    assert load_run(run_yaml, ["lora.target_modules=q_proj, lm_head"], {}).lora.target_modules == ("q_proj", "lm_head")
+    assert load_run(run_yaml, ["lora.target_modules=all-linear"], {}).lora.target_modules == "all-linear"
+
+
 def test_paths_of_a_file_are_relative_to_it_and_those_of_flags_to_the_working_directory(run_yaml):
     config = load_run(run_yaml, [], {"data.eval": "dev.jsonl"})
     assert config.data.train == str(run_yaml.parent / "rows.jsonl")
@@ -43,6 +57,16 @@ def test_a_saved_configuration_reads_back_equal(run_yaml, tmp_path):
         ("optimizer.lr=-1", "optimizer.lr is -1"),
         ("head.copy_window=true", "head.copy_window is True"),
         ("dtype=fp64", "dtype is 'fp64'"),
+        ("optimizer.lr=.inf", "optimizer.lr is inf: a finite number"),
+        ("head.lr=.nan", "head.lr is nan: a finite number"),
+        ("optimizer.lr=1000", "optimizer.lr is 1000.*<= 1"),
+        ("lora.target_modules=[]", "lora.target_modules is empty"),
+        ("lora.target_modules=[q_proj, nosuch]", "lora.target_modules holds 'nosuch', which is no module"),
+        ("lora.target_modules=q_porj", "holds 'q_porj'.*did you mean 'q_proj'"),
+        ("lora.target_modules=.*(q|v)_proj", "regular expressions"),
+        ("lora.target_modules=[model.layers.0.self_attn.q_proj]", "names of single layers are not supported"),
+        ("lora.target_modules=3", "lora.target_modules is 3"),
+        ("lora.target_modules=[3]", "holds 3"),
         ("lora.r", "not KEY=VALUE"),
         ("lora.r=[", "not YAML"),
     ],

@@ -10,6 +10,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+ALL_LINEAR = "all-linear"
+TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("embed_tokens", "lm_head"),  # not part of "all-linear"
+)
+
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
@@ -21,7 +27,17 @@ class DataConfig(_Section, frozen=True):
     train: Annotated[str, Meta(description="JSONL of training rows")] = ""
     eval: Annotated[str | None, Meta(description="JSONL of held-out rows")] = None
     max_rows: Annotated[int, Meta(ge=1, description="use only the first so many training rows")] | None = None
-    max_len: Annotated[int, Meta(ge=16, description="tokens of prompt and completion; longer rows are left out")] = 1024
+    max_len: (
+        Annotated[
+            int,
+            Meta(
+                ge=16,
+                description="tokens of prompt and completion; longer rows are left out; default: 1024, or the base "
+                "model's positions if it has fewer",
+            ),
+        ]
+        | None
+    ) = None
     system: Annotated[str | None, Meta(description="system message put before each row's; default: the template's")] = (
         None
     )
@@ -51,7 +67,7 @@ class HeadConfig(_Section, frozen=True):
         Literal["ce", "kl", "lk"],
         Meta(description="cross-entropy, KL to the adapter's own distribution, or KL with total variation"),
     ] = "ce"
-    lr: Annotated[float, Meta(gt=0, description="learning rate of the head")] = 3e-3
+    lr: Annotated[float, Meta(gt=0, le=1, description="learning rate of the head")] = 3e-3
 
 
 class JointConfig(_Section, frozen=True):
@@ -66,7 +82,7 @@ class JointConfig(_Section, frozen=True):
 
 
 class OptimizerConfig(_Section, frozen=True):
-    lr: Annotated[float, Meta(gt=0, description="peak learning rate of the LoRA")] = 1e-3
+    lr: Annotated[float, Meta(gt=0, le=1, description="peak learning rate of the LoRA")] = 1e-3
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     warmup: Annotated[float, Meta(ge=0, le=1, description="share of steps")] = 0.05
     epochs: Annotated[float, Meta(gt=0)] = 1.0

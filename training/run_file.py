@@ -1,12 +1,14 @@
 """A run's configuration from a YAML file, `--set` overrides and flags, in that order; later ones win.
 
 Owns the reading and the wording of what is wrong: unknown keys are refused with the nearest known one, wrong values
-with the dotted key, the value and the limit. Paths in a file are relative to the file's folder.
+with the dotted key, the value and the limit. Paths in a file are relative to the file's folder. What only the base
+model or the data can tell is looked at in preflight.py.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import yaml
 
 from ..errors import UserError
 from ..settings import strict_loader
-from .run_config import RunConfig
+from .run_config import ALL_LINEAR, TARGETS, RunConfig
 
 _PATHS = ("data.train", "data.eval", "lora.adapter", "output")
 
@@ -29,7 +31,7 @@ def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, An
     """
     values: dict[str, Any] = {}
     if path is not None:
-        for key, value in _flatten(_read_yaml(path)):
+        for key, value in flatten(_read_yaml(path)):
             is_path = key in _PATHS and isinstance(value, str) and value
             values[key] = str((path.parent / Path(value).expanduser()).resolve()) if is_path else value
     for override in overrides:
@@ -59,18 +61,23 @@ def check_ready(config: RunConfig) -> None:
 
 def save_resolved(config: RunConfig, path: Path) -> None:
     """Write every setting as YAML, paths absolute; `load_run` reads it back equal."""
+    path.write_text(yaml.safe_dump(absolute(config), sort_keys=False), encoding="utf-8")
+
+
+def absolute(config: RunConfig) -> dict[str, Any]:
+    """Every setting, nested, with absolute paths."""
     values = msgspec.to_builtins(config)
     for key in _PATHS:
         section, _, field = key.rpartition(".")
         holder = values[section] if section else values
         if holder[field]:
             holder[field] = str(Path(holder[field]).resolve())
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return values
 
 
 def known_keys() -> list[str]:
     """Every dotted key."""
-    return [key for key, _ in _flatten(msgspec.to_builtins(RunConfig()))]
+    return [key for key, _ in flatten(msgspec.to_builtins(RunConfig()))]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -89,11 +96,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested settings."""
     for key, value in content.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{dotted}.")
+            yield from flatten(value, f"{dotted}.")
         else:
             yield dotted, value
 
@@ -107,6 +115,10 @@ def _convert(values: Mapping[str, Any]) -> RunConfig:
             close = close or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
             raise UserError(f"unknown key {key!r} in the run's configuration{hint}", param=key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}: a finite number is expected", param=key)
+        if key == "lora.target_modules":
+            value = _target_modules(value)
         section, _, field = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[field] = value
     try:
@@ -116,3 +128,24 @@ def _convert(values: Mapping[str, Any]) -> RunConfig:
         key = found[1] if found else ""
         reason = str(error).partition(" - at")[0]
         raise UserError(f"{key} is {values.get(key)!r}: {reason}", param=key) from None
+
+
+def _target_modules(value: Any) -> Any:
+    """'all-linear', or a list of modules, also where one stands alone. Raises `UserError`; leaves wrong types."""
+    key = "lora.target_modules"
+    if value == ALL_LINEAR or not isinstance(value, str | list | tuple):
+        return value
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    known = ", ".join(TARGETS)
+    if not names:
+        raise UserError(f"{key} is empty, so that nothing would be trained; give {ALL_LINEAR!r} or some of {known}")
+    for name in names:
+        if name not in TARGETS:
+            close = difflib.get_close_matches(str(name), TARGETS, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(
+                f"{key} holds {name!r}, which is no module that a LoRA can be served on{hint}; give {ALL_LINEAR!r} or "
+                f"a list of {known} (regular expressions and names of single layers are not supported)",
+                param=key,
+            )
+    return list(dict.fromkeys(names))
