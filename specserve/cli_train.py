@@ -47,6 +47,9 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
     from .training.run import train_run
 
     output = train_run(config, resume=params["resume"], head_only=head_only)
+    if output is None:
+        click.echo(f"{config.output} is finished already; there is nothing to resume")
+        return 0
     click.echo(f"{output} is ready: serve it with `specserve serve --adapters-dir {output.parent}`")
     return 0
 

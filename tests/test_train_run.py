@@ -1,15 +1,21 @@
 """`specserve train` from a YAML to a directory that peft loads and the engine drafts with; `specserve eval` of it."""
 
 import json
+import os
+import signal
 
 import peft
 import pytest
 from engine_fixture import make_engine, request, run, tokens_of
-from tiny_models import make_tiny_model
+from peft_adapters import make_peft_adapter
+from tiny_models import CHAT_TEMPLATE, make_tiny_model
 from training_fixture import torchrun, write_rows
 from transformers import AutoModelForCausalLM
 
 from specserve.cli import run as cli
+from specserve.errors import UserError
+from specserve.training.run_directory import held_directory
+from specserve.training.trainer import Trainer
 
 SETTINGS = """
 model: {model}
@@ -113,33 +119,133 @@ def test_eval_repeats_the_report(trained, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
-def test_an_output_that_is_there_is_not_overwritten(trained, capsys):
-    assert cli(["train", str(trained[0] / "run.yaml")]) == 2
-    assert "is not empty" in capsys.readouterr().err
+def files_of(directory):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_an_existing_lora_gets_a_head(trained, tmp_path):
+def test_a_finished_run_is_not_touched(trained, capsys):
+    root, _ = trained
+    before = files_of(root / "out" / "task")
+    arguments = ["train", str(root / "run.yaml"), "--set", "optimizer.warmup=0.1"]
+    assert cli(arguments) == 2
+    assert "is not empty: it holds a run (finished)" in capsys.readouterr().err
+    assert cli([*arguments, "--resume"]) == 0
+    assert "is finished already; there is nothing to resume" in capsys.readouterr().out
+    assert cli([*arguments, "--resume", "--set", "lora.r=16"]) == 2
+    assert "finished run in" in (err := capsys.readouterr().err) and "lora.r was 4 and is 16" in err
+    assert files_of(root / "out" / "task") == before
+
+
+def test_a_run_that_was_stopped_goes_on_only_as_itself(trained, tmp_path, capsys, monkeypatch):
+    root, _ = trained
+    output = tmp_path / "out"
+    arguments = ["train", str(root / "run.yaml"), "--output", str(output), "--set", "head.enabled=false"]
+    arguments += ["--set", "eval.rows=0", "--set", "checkpoint.every_steps=1"]
+    with monkeypatch.context() as patch:
+        save = Trainer.save_checkpoint
+
+        def stopped_after(trainer):
+            save(trainer)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Trainer, "save_checkpoint", stopped_after)
+        assert cli(arguments) == 2
+    assert "with --resume" in capsys.readouterr().err
+    before = files_of(output)
+    rows = write_rows(tmp_path / "other.jsonl", 40, seed=7)
+    for key, value, named in (
+        ("optimizer.lr", "2e-3", "optimizer.lr was 0.005 and is 0.002"),
+        ("lora.r", "8", "lora.r was 4 and is 8"),
+        ("seed", "3", "seed was 0 and is 3"),
+        ("data.train", str(rows), "the training rows as tokens was"),
+        ("data.max_len", "10000", "data.max_len is 10000 tokens, but the base model has 512 positions"),
+    ):
+        assert cli([*arguments, "--resume", "--set", f"{key}={value}"]) == 2
+        assert named in capsys.readouterr().err
+        assert files_of(output).keys() == before.keys()
+        assert {path: data for path, (data, _) in files_of(output).items()} == {
+            p: data for p, (data, _) in before.items()
+        }
+    with held_directory(output, resume=True):
+        assert cli([*arguments, "--resume"]) == 2
+        assert f"process {os.getpid()}" in capsys.readouterr().err
+    assert not (output / "adapter_model.safetensors").exists()
+    before[output / "run.lock"] = (b"", 0)
+    (output / "run.lock").touch()
+    assert cli([*arguments, "--resume"]) == 0
+    assert "is ready" in capsys.readouterr().out
+    assert not {"run.lock", "checkpoint.pt"} & {path.name for path in output.iterdir()}
+
+
+def test_an_existing_lora_gets_a_head_and_stays_as_it_is(trained, tmp_path):
     root, model_dir = trained
-    adapter = root / "out" / "task"
-    weights = (adapter / "adapter_model.safetensors").read_bytes()
-    arguments = [
-        "--adapter",
-        str(adapter),
-        "--head-only",
-        "--data",
-        str(root / "train.jsonl"),
-        "--model",
-        str(model_dir),
-    ]
+    adapter = make_peft_adapter(model_dir, tmp_path / "old", r=4)  # in fp32, with a chat template of its own
+    (adapter / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<|im_start|>", "<|im_start|> "))
+    arguments = ["--adapter", str(adapter), "--head-only", "--model", str(model_dir)]
+    arguments += ["--data", str(root / "train.jsonl"), "--output", str(tmp_path / "new")]
     small = ["--set", "head.hidden_size=16", "--set", "head.copy_window=0", "--set", "distill.rows=8"]
     small += ["--set", "distill.epochs=1", "--set", "distill.max_tokens=16"]
-    assert cli(["train", *arguments, "--output", str(tmp_path / "new"), *small]) == 0
-    from safetensors.torch import load, load_file
-
-    new, old = load_file(tmp_path / "new" / "adapter_model.safetensors"), load(weights)
-    assert new.keys() == old.keys() and all((new[name] == old[name]).all() for name in old)
+    assert cli(["train", *arguments, *small]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"):
+        assert (tmp_path / "new" / name).read_bytes() == (adapter / name).read_bytes()
     info = make_engine(model_dir).load_adapter("new", tmp_path / "new")
     assert info.lookahead is not None and info.lookahead.error is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"r": 8}, "has rank 4 but"),
+    ],
+)
+def test_a_lora_that_cannot_be_continued_is_refused_before_anything(trained, tmp_path, capsys, changes, named):
+    root, model_dir = trained
+    adapter = make_peft_adapter(model_dir, tmp_path / "old", r=4)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    arguments = ["--adapter", str(adapter), "--model", str(model_dir), "--data", str(root / "train.jsonl")]
+    assert cli(["train", *arguments, "--output", str(tmp_path / "new")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: lora.adapter: ") and named in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lora_of_another_size_and_a_layer_that_is_not_there_are_refused_by_name(trained, tmp_path, capsys):
+    root, model_dir = trained
+    common = ["--model", str(model_dir), "--data", str(root / "train.jsonl"), "--output", str(tmp_path / "new")]
+    larger = make_tiny_model(tmp_path / "larger", hidden_size=128)
+    adapter = make_peft_adapter(larger, tmp_path / "old", r=4)
+    assert cli(["train", *common, "--adapter", str(adapter)]) == 2
+    assert "was it trained for another base?" in capsys.readouterr().err
+    assert cli(["train", *common, "--set", "head.tap_layer=99"]) == 2
+    assert "head.tap_layer is 99, but the base model has 2 layers: give 0 to 1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_and_shared_held_out_rows_are_said_before_training(trained, tmp_path, capsys, monkeypatch):
+    root, model_dir = trained
+    rows = (root / "train.jsonl").read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text(rows[0] + "\n{\n")
+    (tmp_path / "same.jsonl").write_text(rows[4] + "\n")
+    common = ["--model", str(model_dir), "--data", str(root / "train.jsonl"), "--output", str(tmp_path / "new")]
+    assert cli(["train", *common, "--eval-data", str(tmp_path / "bad.jsonl")]) == 2
+    assert "bad.jsonl line 2 is not JSON" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+    def not_reached(*args, **kwargs):
+        raise UserError("training starts")
+
+    monkeypatch.setattr("specserve.training.run.LoraModel", not_reached)
+    assert cli(["train", *common, "--eval-data", str(tmp_path / "same.jsonl")]) == 2
+    out, err = capsys.readouterr()
+    assert (
+        "training starts" in err and "1 training prompts are in data.eval too (line 5 is held-out line 1)" in out + err
+    )
 
 
 def test_checking_the_data_finds_what_is_wrong_with_it(trained, tmp_path, capsys):

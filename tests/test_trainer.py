@@ -1,5 +1,7 @@
 """The joint trainer: it learns, resumes identically, stops when it goes wrong, and is one run over two processes."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -13,7 +15,12 @@ from training_fixture import make_trainer, run_config, torchrun, write_rows
 
 from specserve.errors import UserError
 from specserve.training.batching import plan_epoch, plan_run
-from specserve.training.trainer import CHECKPOINT_FILE, Interrupted
+from specserve.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
+from specserve.training.health import Health
+from specserve.training.metrics_file import MetricsFile
+from specserve.training.run_config import CheckpointConfig
+from specserve.training.run_identity import check_same_run, run_identity
+from specserve.training.signals import Interrupted
 
 WORKER = """
 import json, sys
@@ -133,12 +140,142 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(model_dir, rows, tmp_pat
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_resuming_what_is_not_there_or_another_run_is_refused(model_dir, rows, tmp_path):
+def test_resuming_what_is_not_there_is_refused(model_dir, rows, tmp_path):
     with pytest.raises(UserError, match="to resume from"):
         make_trainer(model_dir, rows, tmp_path / "run").resume()
-    make_trainer(model_dir, rows, tmp_path / "run").run(until=1)
-    with pytest.raises(UserError, match="other settings"):
-        make_trainer(model_dir, rows, tmp_path / "run", run_config(epochs=3)).resume()
+
+
+@pytest.fixture(scope="module")
+def begun(model_dir, rows, tmp_path_factory):
+    """A directory with the checkpoint of a run that was stopped."""
+    trainer = make_trainer(model_dir, rows, tmp_path_factory.mktemp("begun") / "run")
+    trainer.run(until=2)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("lora.r", 8),
+        ("lora.alpha", 16),
+        ("lora.dropout", 0.0),
+        ("lora.target_modules", ("q_proj",)),
+        ("head.lr", 1e-3),
+        ("head.tap_layer", 0),
+        ("joint.detach_prob", 0.1),
+        ("optimizer.lr", 1e-3),
+        ("optimizer.weight_decay", 0.1),
+        ("optimizer.epochs", 3),
+        ("data.system", "be brief"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_by_name(begun, model_dir, key, value):
+    section, _, field = key.rpartition(".")
+    config = begun.config
+    if section:
+        nested = msgspec.structs.replace(getattr(config, section), **{field: value})
+        config = msgspec.structs.replace(config, **{section: nested})
+    else:
+        config = msgspec.structs.replace(config, **{field: value})
+    saved = read_checkpoint(begun.directory / CHECKPOINT_FILE)["identity"]
+    with pytest.raises(UserError, match=f"{key} was .* and is .*another --output"):
+        check_same_run(saved, run_identity(config, model_dir, begun.examples, begun.plan), "the checkpoint")
+
+
+def test_a_checkpoint_of_other_rows_or_another_model_is_refused_by_name(begun, model_dir, tmp_path):
+    saved = read_checkpoint(begun.directory / CHECKPOINT_FILE)["identity"]
+    check_same_run(saved, run_identity(begun.config, model_dir, begun.examples, begun.plan), "the checkpoint")
+    others = [*begun.examples[1:], begun.examples[0]]
+    with pytest.raises(UserError, match="the training rows as tokens was"):
+        check_same_run(saved, run_identity(begun.config, model_dir, others, begun.plan), "the checkpoint")
+    qwen = make_tiny_model(tmp_path / "qwen", "qwen2")
+    with pytest.raises(UserError, match="the base model was"):
+        check_same_run(saved, run_identity(begun.config, qwen, begun.examples, begun.plan), "the checkpoint")
+    two = run_identity(begun.config, model_dir, begun.examples, begun.plan, num_processes=2)
+    with pytest.raises(UserError, match="the number of processes was 1 and is 2"):
+        check_same_run(saved, two, "the checkpoint")
+
+
+def test_a_broken_checkpoint_is_named(begun, tmp_path):
+    whole = (begun.directory / CHECKPOINT_FILE).read_bytes()
+    path = tmp_path / CHECKPOINT_FILE
+    for content, reason in ((b"", "it is empty"), (whole[: len(whole) // 2], "whole checkpoint"), (b"PK no", "whole")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{CHECKPOINT_FILE} is not a.*{reason}.*remove it"):
+            read_checkpoint(path)
+    torch.save({"step": 3}, path)
+    with pytest.raises(UserError, match="another version"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_of_every_step_is_never_of_diverged_weights(model_dir, rows, tmp_path):
+    config = run_config(lr=0.02, epochs=4)
+    config = msgspec.structs.replace(config, checkpoint=CheckpointConfig(every_steps=1))
+    trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
+    trainer._schedule = lambda: 1.0 if trainer.step < 8 else -1.0  # from there on it climbs
+    with pytest.raises(UserError, match="lower optimizer.lr.*checkpoint.pt holds the last good weights") as error:
+        trainer.run()
+    losses = [value["loss"] for value in metrics(tmp_path / "run")]
+    again = make_trainer(model_dir, rows, tmp_path / "run", config)
+    again.resume()
+    assert f"step {again.step}" in str(error.value)
+    assert 7 <= again.step <= 12 and len(losses) < 38
+    assert again._loss_now() < 0.8 * losses[0] < 0.5 * losses[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_weights_that_end_as_nan_are_no_result(model_dir, rows, tmp_path, steps):
+    config = run_config(lr=1e36, max_steps=steps, warmup=0.0)
+    trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
+    with pytest.raises(UserError, match="lower optimizer.lr.*no checkpoint has been written") as error:
+        trainer.run()
+    assert "has no gradient" not in str(error.value)
+    assert not (tmp_path / "run" / CHECKPOINT_FILE).exists()
+
+
+def test_the_first_step_without_a_gradient_is_told_from_weights_that_ran_away():
+    health = Health()
+    assert "no token with loss" in health.problem(0, 2.0, 0.0)
+    health.see(2.0)
+    assert "3 steps have driven" in health.problem(3, 11.0, 0.0)
+    assert health.problem(3, 2.1, 1.0) is None
+
+
+def test_good_weights_are_near_the_best_and_a_growing_loss_does_not_move_the_measure():
+    health = Health()
+    for loss in [2.0] + [0.1] * 30:
+        health.see(loss)
+    for loss in (0.3, 0.6, 0.9, 1.4):
+        health.see(loss)
+    assert health.is_good(0.4) and not health.is_good(1.0) and not health.is_good(float("nan"))
+
+
+def test_a_resumed_run_has_each_step_once_in_its_metrics(model_dir, rows, tmp_path):
+    trainer = make_trainer(model_dir, rows, tmp_path / "run")
+    trainer.run(until=2)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # a step behind the checkpoint, and a torn line
+    again = make_trainer(model_dir, rows, tmp_path / "run")
+    again.resume()
+    again.run(until=4)
+    assert [value["step"] for value in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_tears_no_line_of_the_metrics(tmp_path, capfd):
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            room = 99 - self.tell()
+            if room <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:room])
+
+    file = MetricsFile(tmp_path, 0)
+    file._file = FullDisk(tmp_path / "metrics.jsonl", "ab")
+    for step in range(1, 9):
+        file.write({"step": step, "loss": 1.0})
+    assert [value["step"] for value in metrics(tmp_path)] == [1, 2, 3]
+    assert "".join(capfd.readouterr()).count("takes no more lines: No space left") == 1
 
 
 def test_the_head_does_not_reach_the_lora_when_its_weight_is_zero_or_detached(model_dir, rows, tmp_path):

@@ -18,6 +18,7 @@ from specserve.training.dataset import read_rows, tokenize
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import HeadConfig, JointConfig, LoraConfig, OptimizerConfig, RunConfig
+from specserve.training.run_identity import run_identity
 from specserve.training.trainer import Trainer
 
 
@@ -52,7 +53,8 @@ def make_trainer(model_dir: Path, rows: Path, directory: Path, config: RunConfig
     opt = config.optimizer
     plan = plan_run([len(e.tokens) for e in examples], opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
     directory.mkdir(exist_ok=True)
-    return Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory)
+    identity = run_identity(config, model_dir, examples, plan)
+    return Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory, identity)
 
 
 def torchrun(num_processes: int, *command: str, timeout_s: float = 240) -> str:

@@ -19,6 +19,7 @@ from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
 from .dataset import Example, read_rows, tokenize
 from .evaluate import SINGLE_ROWS
+from .preflight import settled
 from .run_config import RunConfig
 
 _SHOWN = 5
@@ -86,8 +87,9 @@ def format_report(report: DataReport, max_len: int) -> str:
 def report_data(config: RunConfig) -> int:
     """Print the report and three rows as trained; returns the number of problems."""
     tokenizer, train, held_out = _load(config)
-    report = check_data(train, held_out, config.data.max_len)
-    click.echo(format_report(report, config.data.max_len))
+    max_len = _max_len(config)
+    report = check_data(train, held_out, max_len)
+    click.echo(format_report(report, max_len))
     for example in train[:3]:
         click.echo(f"\nline {example.line}, loss only on what stands between [[ and ]]:")
         click.echo(shown_as_trained(example, tokenizer))
@@ -120,8 +122,9 @@ def report_estimate(config: RunConfig) -> None:
     lora = config.lora.r * width * model.num_layers
     activations = config.optimizer.batch_tokens * model.num_layers * 2 * width * bytes_each
     total = (linears + head) * bytes_each + lora * 16 + activations
-    tokens = sum(len(e.tokens) for e in train if len(e.tokens) <= config.data.max_len)
-    loss_tokens = sum(sum(e.loss_mask) for e in train if len(e.tokens) <= config.data.max_len)
+    max_len = _max_len(config)
+    tokens = sum(len(e.tokens) for e in train if len(e.tokens) <= max_len)
+    loss_tokens = sum(sum(e.loss_mask) for e in train if len(e.tokens) <= max_len)
     # Forward and the gradient of activations; the base's own weights get none.
     flops = config.optimizer.epochs * 4.0 * (linears * tokens + head * loss_tokens)
     rate = _matmul_rate(torch.device("cuda" if on_gpu else "cpu"))
@@ -166,6 +169,12 @@ def _load(config: RunConfig) -> tuple[TextTokenizer, list[Example], list[Example
     if config.data.eval:
         held_out = tokenize(read_rows(Path(config.data.eval)), tokenizer, eos, config.data.system)
     return tokenizer, train, held_out
+
+
+def _max_len(config: RunConfig) -> int:
+    max_len = settled(config, ModelConfig.from_dir(resolve_model(config.model))).data.max_len
+    assert max_len is not None
+    return max_len
 
 
 def _histogram(name: str, lens: Sequence[int]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from .metrics_file import METRICS_FILE, read_metrics
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
@@ -16,9 +17,8 @@ def write_report(directory: Path, report: dict[str, Any]) -> None:
     plots.mkdir(exist_ok=True)
     _plot_positions(plots / "reached_by_position.png", report["reached_by_position"])
     _plot_histogram(plots / "accepted_length.png", report["accepted_length_histogram"])
-    metrics = directory / "metrics.jsonl"
-    if metrics.is_file():
-        _plot_loss(plots / "loss.png", [json.loads(line) for line in metrics.read_text().splitlines()])
+    if metrics := read_metrics(directory / METRICS_FILE):
+        _plot_loss(plots / "loss.png", metrics)
     (directory / "README.md").write_text(model_card(directory.name, report), encoding="utf-8")
 
 

@@ -2,14 +2,15 @@
 
 Phases: the LoRA alone, LoRA and head together (trainer.py), answers of the finished adapter to its own training
 prompts, the head fitted to those (head_fit.py), evaluation on held-out rows (evaluate.py). Whatever exists after a
-phase is a servable directory.
+phase is a servable directory. Nothing is written before everything is checked (preflight.py) and the directory is held
+(run_directory.py).
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,78 +27,121 @@ from ..drafters.head_files import (
 from ..drafters.task_history import TaskHistory
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
-from ..model_store import DEFAULT_MODEL, resolve_model
-from ..special_tokens import eos_token_ids
-from ..tokenizer import TextTokenizer
+from ..model_store import DEFAULT_MODEL
 from .answers import answer, make_engine
-from .batching import plan_run
-from .dataset import Example, read_rows, tokenize
+from .checkpoint import CHECKPOINT_FILE, read_checkpoint
+from .dataset import Example
 from .evaluate import evaluate_directory
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
+from .lora_files import LORA_FILES, TOKENIZER_FILES, check_finite, copy_files
 from .lora_model import LoraModel
+from .preflight import Prepared, prepare
+from .processes import first_process
 from .run_config import RunConfig
-from .run_file import save_resolved
-from .trainer import CHECKPOINT_FILE, Trainer
+from .run_directory import RunDirectory, disk_errors, held_directory, started_as, state_of
+from .run_identity import check_same_run, check_same_settings, run_identity
+from .trainer import Trainer
 
-RUN_FILE = "run.yaml"
 _CALIBRATION_ROWS = 16
 
 
-def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = False) -> Path:
-    """Run all phases; returns the output directory. Raises `UserError` for what the user can fix."""
-    if head_only and not config.lora.adapter:
-        raise UserError("--head-only needs --adapter DIR, the LoRA that gets a head", param="lora.adapter")
+def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = False) -> Path | None:
+    """Run all phases; returns the output directory, or None if a resumed run is finished there already.
+
+    Raises `UserError` for what the user can fix, before anything is written where it can be known before.
+    """
     makes_group = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if makes_group:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     output = Path(config.output)
-    _prepare_output(output, resume, is_first)
-    if dist.is_initialized():
-        dist.barrier()  # the others open files in the directory that the first one makes
-    model_dir = resolve_model(config.model)
-    tokenizer = TextTokenizer(model_dir)
-    eos = min(eos_token_ids(model_dir))
-    rows = read_rows(config.data.train)[: config.data.max_rows]
-    examples = [e for e in tokenize(rows, tokenizer, eos, config.data.system) if len(e.tokens) <= config.data.max_len]
-    if not examples:
-        raise UserError(f"every row is longer than data.max_len ({config.data.max_len} tokens)", param="data.max_len")
-    if len(examples) < len(rows):
-        tqdm.write(f"{len(rows) - len(examples)} of {len(rows)} rows are longer than data.max_len and left out")
-    if is_first:
-        save_resolved(config, output / RUN_FILE)
+    directory: RunDirectory | None = None
+    with ExitStack() as stack:
+
+        def open_output() -> bool:
+            nonlocal directory
+            if resume and state_of(output) == "finished":
+                check_same_settings(started_as(output), config, f"the finished run in {output}")
+                return True
+            directory = stack.enter_context(held_directory(output, resume))
+            return False
+
+        is_finished = first_process(open_output)
+        if not is_finished:
+            stack.enter_context(disk_errors(output))
+            _run(config, directory, resume, head_only, is_first)
+    if makes_group:
+        dist.destroy_process_group()
+    return None if is_finished else output
+
+
+def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, head_only: bool, is_first: bool) -> None:
+    """`directory` is the first process's; the others only train."""
+    output = Path(config.output)
+    prepared = prepare(config, head_only=head_only)
+    given, config = config, prepared.config
+    examples, copy_start = prepared.examples, common_prefix_len(prepared.examples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     use_bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
-    torch.manual_seed(config.seed)  # before the LoRA's random half is drawn
-    model = LoraModel(
-        model_dir, config.lora, torch.bfloat16 if use_bf16 else torch.float32, device, config.head.tap_layer
+    identity = run_identity(
+        config,
+        prepared.model_dir,
+        examples,
+        prepared.plan,
+        uses_bf16=use_bf16,
+        num_processes=dist.get_world_size() if dist.is_initialized() else 1,
     )
+    checkpoint = output / CHECKPOINT_FILE
+    if resume and checkpoint.is_file():
+        check_same_run(read_checkpoint(checkpoint)["identity"], identity, str(checkpoint))
+    elif resume and directory is not None:
+        check_same_settings(started_as(output), given, f"the run in {output}, which has no checkpoint yet,")
+    if dist.is_initialized():
+        dist.barrier()  # the others are as content before anything is written
+    if directory is not None:
+        directory.begin(given)
+        for warning in prepared.warnings:
+            tqdm.write(f"warning: {warning}")
+    torch.manual_seed(config.seed)  # before the LoRA's random half is drawn
+    dtype = torch.bfloat16 if use_bf16 else torch.float32
+    model = LoraModel(prepared.model_dir, config.lora, dtype, device, config.head.tap_layer)
     head = None
-    copy_start = common_prefix_len(examples)
     if config.head.enabled:
         vocab = task_vocab(examples, config.head.vocab_size)
         head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
     if not head_only:
-        opt = config.optimizer
-        lengths = [len(example.tokens) for example in examples]
-        plan = plan_run(lengths, opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
-        trainer = Trainer(config, model, head, examples, plan, copy_start, output)
-        if resume and (output / CHECKPOINT_FILE).is_file():
+        trainer = Trainer(config, model, head, examples, prepared.plan, copy_start, output, identity)
+        if resume and checkpoint.is_file():
             trainer.resume()
         trainer.run()
-    if makes_group:
+    if dist.is_initialized():
         # Together: a process that leaves while another still talks to it can bring that one down.
         dist.barrier()
-        dist.destroy_process_group()
-    if not is_first:
-        return output
-    # Without a path of this machine in it: peft loads the adapter by that name elsewhere.
-    model.save(output, config.model or f"HuggingFaceTB/{DEFAULT_MODEL.name}")
+    if is_first:
+        _finish(prepared, model, head, copy_start, head_only)
+
+
+def _finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, copy_start: int, head_only: bool) -> None:
+    """Everything behind the steps: the LoRA's files, its head and history, and what they are worth."""
+    config, model_dir, examples = prepared.config, prepared.model_dir, prepared.examples
+    output = Path(config.output)
+    source = Path(config.lora.adapter) if config.lora.adapter else None
+    if source is not None:
+        copy_files(source, output, TOKENIZER_FILES)
+    if head_only:
+        assert source is not None
+        copy_files(source, output, LORA_FILES)
+    else:
+        # Without a path of this machine in it: peft loads the adapter by that name elsewhere.
+        model.save(output, config.model or f"HuggingFaceTB/{DEFAULT_MODEL.name}")
+        check_finite(output, config.optimizer.lr)
     if head is not None:
-        answered = _self_answers(config, model_dir, output, examples, eos)
+        answered = _self_answers(config, model_dir, output, examples, prepared.eos)
         _finish_head(config, model, head, answered or examples, copy_start)
         _write(config, model_dir, output, model, head, copy_start, {})
         _write_history(config, output, _calibration_rows(config, examples)[1], answered)
@@ -107,18 +151,6 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
     if config.data.eval and config.eval.rows:
         evaluate_directory(output, Path(config.data.eval), config.eval.rows, max_tokens=config.eval.max_tokens)
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
-    return output
-
-
-def _prepare_output(output: Path, resume: bool, is_first: bool) -> None:
-    if resume or not is_first:
-        return
-    if output.is_dir() and any(output.iterdir()):
-        fix = "go on with --resume" if (output / CHECKPOINT_FILE).is_file() else "give another --output or remove it"
-        raise UserError(f"the output directory {output} is not empty; {fix}", param="output")
-    output.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(output).free < 200 << 20:
-        raise UserError(f"less than 200 MiB are free at {output}", param="output")
 
 
 def _self_answers(
@@ -131,7 +163,7 @@ def _self_answers(
     TaskHistory.build([e.completion for e in examples], config.history.max_tokens or 100_000).save(
         output / HISTORY_FILE
     )
-    engine = make_engine(model_dir, batch=16, max_len=config.data.max_len + config.distill.max_tokens)
+    engine = make_engine(model_dir, batch=16, max_len=_max_len(config))
     adapter = engine.load_adapter(output.name, output)
     prompts = [e.prompt for e in chosen]
     desc = "answers to training prompts"
@@ -144,6 +176,12 @@ def _self_answers(
         for e, a in zip(chosen, results.answers, strict=True)
         if len(a.tokens) > 1
     ]
+
+
+def _max_len(config: RunConfig) -> int:
+    """Tokens of the longest row and its answer."""
+    assert config.data.max_len is not None
+    return config.data.max_len + config.distill.max_tokens
 
 
 def _finish_head(
@@ -206,7 +244,7 @@ def _calibrate(
 ) -> dict[str, list[tuple[float, float]]]:
     """How often each source is right, seen on rows held back from them; they are all training rows of the LoRA."""
     prompts = [e.prompt for e in _calibration_rows(config, examples)[0]]
-    engine = make_engine(model_dir, batch=8, max_len=config.data.max_len + config.distill.max_tokens)
+    engine = make_engine(model_dir, batch=8, max_len=_max_len(config))
     adapter = engine.load_adapter(output.name, output)
     answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=8, desc="answers for the record")
     ahead = engine.registry.adapters[adapter.content_hash].lookahead

@@ -1,21 +1,20 @@
 """The joint fine-tune: the LoRA's cross-entropy and the head's loss in one backward pass.
 
-Owns the optimizer, the schedule, checkpoints, and the checks that stop a run gone wrong. A step is a function of the
-weights, the optimizer's state and the step's number, so that a resumed run goes on as if it had never stopped.
+Owns the optimizer, the schedule, and when a checkpoint is due; health.py judges the losses. A step is a function of the
+weights, the optimizer's state and the step's number, so that a resumed run goes on as if it had never stopped. A
+checkpoint is only made of weights whose own loss was seen and is good: it is written in the step after, between the
+loss and the update.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,22 +22,22 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..errors import UserError
+from .checkpoint import CHECKPOINT_FILE, read_checkpoint, write_checkpoint
 from .dataset import Example
 from .head_module import LookaheadHead, build_anchors
+from .health import Health
 from .lora_model import LoraModel
 from .losses import head_loss, teacher_log_probs
+from .metrics_file import MetricsFile
 from .run_config import RunConfig
+from .run_identity import check_same_run
+from .signals import Interrupted, stop_on_signal
 
-CHECKPOINT_FILE = "checkpoint.pt"
 MAX_ANCHORS = 160  # of a step's completion tokens, how many the head is trained on; the refit sees all of them
 
 
-class Interrupted(UserError):
-    """The run was stopped by a signal after its checkpoint was written."""
-
-
 class Trainer:
-    """Runs the steps of `plan`, each a list of indices into `examples`."""
+    """Runs the steps of `plan`, each a list of indices into `examples`; `identity` goes into the checkpoints."""
 
     def __init__(
         self,
@@ -49,13 +48,15 @@ class Trainer:
         plan: Sequence[Sequence[int]],
         copy_start: int,
         directory: Path,
+        identity: Mapping[str, Any],
     ):
         self.config, self.model, self.head = config, model, head
         self.examples, self.plan, self.copy_start = examples, plan, copy_start
-        self.directory = directory
+        self.directory, self.identity = directory, identity
         self.step = 0
-        self.last_loss = math.nan
-        self._first_loss: float | None = None
+        self.saved_step: int | None = None  # of the checkpoint in the directory
+        self._health = Health()
+        self._checkpoint_due = False
         groups: list[dict[str, Any]] = [{"params": model.parameters, "lr": config.optimizer.lr}]
         if head is not None:
             groups.append({"params": list(head.parameters()), "lr": config.head.lr, "weight_decay": 0.0})
@@ -73,7 +74,6 @@ class Trainer:
     def run(self, until: int | None = None) -> None:
         """Train to the end of the plan (or to step `until`). Raises `UserError` for a run that went wrong."""
         end = len(self.plan) if until is None else min(until, len(self.plan))
-        writer = _tensorboard(self.directory) if self._rank == 0 else None
         progress = tqdm(
             total=len(self.plan),
             initial=self.step,
@@ -82,32 +82,31 @@ class Trainer:
             disable=self._rank != 0,
             dynamic_ncols=True,
         )
-        with _stop_on_signal() as stopped, open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+        metrics = MetricsFile(self.directory, self.step) if self._rank == 0 else None
+        with stop_on_signal() as stopped:
             while self.step < end:
                 start = time.perf_counter()
                 values = self.train_step()
                 values["tokens_per_s"] = round(values["tokens"] / (time.perf_counter() - start), 1)
-                if self._rank == 0:
-                    metrics.write(json.dumps(values) + "\n")
-                    metrics.flush()
+                if metrics is not None:
+                    metrics.write(values)
                     progress.update()
                     shown = {"loss": f"{values['loss']:.3f}", "tok/s": values["tokens_per_s"]}
                     if "head_loss" in values:
                         shown["head"] = f"{values['head_loss']:.3f}"
                     progress.set_postfix(shown)
-                    if writer is not None:
-                        for name in ("loss", "head_loss", "lr", "grad_norm"):
-                            if name in values:
-                                writer.add_scalar(name, values[name], values["step"])
-                if self.step % self.config.checkpoint.every_steps == 0:
-                    self.save_checkpoint()
+                self._checkpoint_due |= self.step % self.config.checkpoint.every_steps == 0
                 if self._sum(float(stopped())):  # a signal may reach one process a step before the others
-                    self.save_checkpoint()
                     progress.close()
-                    raise Interrupted(
-                        f"stopped at step {self.step} of {len(self.plan)}; go on with --resume", status=499
-                    )
+                    self._stop()
         progress.close()
+        if metrics is not None:
+            metrics.close()
+        loss = self._loss_now()
+        if not self._is_good_now(loss):
+            raise self._gone_wrong(
+                f"the loss of the first step's rows was {self._health.first} and is {loss} at the end"
+            )
         self.save_checkpoint()
 
     def train_step(self) -> dict[str, Any]:
@@ -145,10 +144,12 @@ class Trainer:
             for group in self._optimizer.param_groups
         ]
         loss = self._sum(loss_sum.item()) / num_targets  # sync: the run must stop on NaN before it steps
-        self._check(loss, norms[0])
+        self._check(loss, norms)
+        if self._checkpoint_due and self._health.is_good(loss):
+            self.save_checkpoint()
+        self._health.see(loss)
         self._optimizer.step()
         self.step += 1
-        self.last_loss = loss
         tokens = self._sum(sum(len(example.tokens) for example in batch))
         return {**values, "loss": loss, "grad_norm": norms[0], "tokens": int(tokens)}
 
@@ -204,22 +205,53 @@ class Trainer:
 
     # -- health
 
-    def _check(self, loss: float, norm: float) -> None:
-        keep = f"the last good checkpoint is {self.directory / CHECKPOINT_FILE}"
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(
-                f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr "
-                f"({self.config.optimizer.lr}); {keep}"
-            )
-        if self._first_loss is None:
-            self._first_loss = loss
-        if self.step > 10 and loss > 4 * max(self._first_loss, 1.0):
-            raise UserError(
-                f"step {self.step + 1}: the loss rose from {self._first_loss:.2f} to {loss:.2f}; lower optimizer.lr "
-                f"({self.config.optimizer.lr}); {keep}"
-            )
-        if norm == 0.0:
-            raise UserError(f"step {self.step + 1}: the LoRA has no gradient; are its target_modules in the model?")
+    def _check(self, loss: float, norms: Sequence[float]) -> None:
+        problem = self._health.problem(self.step, loss, norms[0])
+        if problem is not None:
+            raise self._gone_wrong(problem)
+        if not all(math.isfinite(norm) for norm in norms):
+            raise self._gone_wrong(f"the gradient of the head has norm {norms[1]}", "head.lr")
+
+    @torch.no_grad()
+    def _loss_now(self) -> float:
+        """The loss of the weights as they are: over the next step's rows, or the first step's when all are done."""
+        step = self.step if self.step < len(self.plan) else 0
+        torch.manual_seed(self.config.seed * 1_000_003 + step)
+        batch = [self.examples[idx] for idx in self.plan[step][self._rank :: self._world]]
+        loss, num_targets = 0.0, self._sum(sum(sum(example.loss_mask[1:]) for example in batch))
+        if batch:
+            hidden = self.model.hidden(batch)
+            logits = self.model.logits(hidden.last).float()
+            loss = F.cross_entropy(logits, hidden.targets, reduction="sum").item()
+        return self._sum(loss) / num_targets
+
+    def _is_good_now(self, loss: float) -> bool:
+        at_end = self.step == len(self.plan)
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters)
+        return finite and (self._health.is_good_end(loss) if at_end else self._health.is_good(loss))
+
+    def _gone_wrong(self, problem: str, setting: str = "optimizer.lr") -> UserError:
+        rate = self.config.head.lr if setting == "head.lr" else self.config.optimizer.lr
+        step = min(self.step + 1, len(self.plan))
+        return UserError(
+            f"step {step}: {problem}; lower {setting} ({rate}) and start again in another --output; {self._kept()}",
+            param=setting,
+        )
+
+    def _kept(self) -> str:
+        if self.saved_step is None:
+            return "no checkpoint has been written"
+        return f"{self.directory / CHECKPOINT_FILE} holds the last good weights, those of step {self.saved_step}"
+
+    def _stop(self) -> NoReturn:
+        if self._is_good_now(self._loss_now()):
+            self.save_checkpoint()
+        if self.saved_step is None:
+            raise Interrupted(f"stopped at step {self.step} of {len(self.plan)}; no checkpoint has been written")
+        raise Interrupted(
+            f"stopped at step {self.step} of {len(self.plan)}; go on from step {self.saved_step} with --resume",
+            status=499,
+        )
 
     # -- several processes
 
@@ -242,46 +274,38 @@ class Trainer:
     # -- checkpoints
 
     def save_checkpoint(self) -> None:
-        """Write weights, optimizer and step; the old checkpoint stays until the new one is on disk."""
+        """Write weights, optimizer and step; a disk that takes no more costs the checkpoint and not the run."""
+        self._checkpoint_due = False
         if self._rank:
+            self.saved_step = self.step
             return
         state = {
             "step": self.step,
-            "num_steps": len(self.plan),
-            "first_loss": self._first_loss,
+            "identity": dict(self.identity),
+            "health": asdict(self._health),
             "lora": [parameter.detach() for parameter in self.model.parameters],
             "head": None if self.head is None else self.head.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        path = self.directory / CHECKPOINT_FILE
-        temporary = path.with_suffix(".tmp")
         try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_checkpoint(self.directory / CHECKPOINT_FILE, state)
+            self.saved_step = self.step
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             tqdm.write(f"warning: no checkpoint at step {self.step}: {error}; training goes on, the old one stays")
 
     def resume(self) -> None:
         """Go on from the checkpoint in the directory. Raises `UserError` if there is none or it is of another run."""
         path = self.directory / CHECKPOINT_FILE
-        if not path.is_file():
-            raise UserError(f"there is no {path} to resume from; leave --resume out")
-        state = torch.load(path, map_location=self.model.device, weights_only=True)
-        if state["num_steps"] != len(self.plan) or len(state["lora"]) != len(self.model.parameters):
-            raise UserError(
-                f"{path} is of a run with other settings ({state['num_steps']} steps, here {len(self.plan)})"
-            )
+        state = read_checkpoint(path)
+        check_same_run(state["identity"], self.identity, str(path))
         with torch.no_grad():
             for parameter, saved in zip(self.model.parameters, state["lora"], strict=True):
                 parameter.copy_(saved)
-        if self.head is not None and state["head"] is not None:
+        if self.head is not None:
             self.head.load_state_dict(state["head"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.step, self._first_loss = state["step"], state["first_loss"]
+        self._health = Health(**state["health"])
+        self.step = self.saved_step = state["step"]
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -297,28 +321,3 @@ class _ScaleGradient(torch.autograd.Function):
 
 def _scale_gradient(x: torch.Tensor, scale: float) -> torch.Tensor:
     return x.detach() if scale == 0.0 else _ScaleGradient.apply(x, scale)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Any]:
-    """Within: SIGINT and SIGTERM only raise a flag, read between steps."""
-    seen: list[int] = []
-    old = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, lambda received, frame: seen.append(received))
-    except ValueError:  # not the main thread: the caller handles signals
-        pass
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory / "tensorboard"))

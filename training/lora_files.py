@@ -1,0 +1,36 @@
+"""A LoRA's files as they lie in a directory: copied byte for byte, and checked once they are written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..errors import UserError
+from ..lora import CONFIG_FILE, WEIGHTS_FILE
+
+LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:
+    """Those of `names` that are in `source`."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def check_finite(directory: Path, rate: float) -> None:
+    """Raises `UserError` if the LoRA as stored holds a value that no server takes, and removes its weights then."""
+    path = directory / WEIGHTS_FILE
+    bad = [name for name, value in load_file(path).items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        path.unlink()
+        raise UserError(
+            f"the trained LoRA holds NaN or infinite values ({bad[0]} and {len(bad) - 1} more): it diverged; lower "
+            f"optimizer.lr ({rate}) and start again in another --output",
+            param="optimizer.lr",
+        )

@@ -1,0 +1,128 @@
+"""Everything about a run that can be known before it trains or writes: said first, and all of it here.
+
+Reads the base model's configuration, the adapter to start from, and the rows of both files; changes nothing. What needs
+no model is checked with the configuration (run_file.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ..errors import AdapterError, UserError
+from ..lora import read_adapter
+from ..model.config import ModelConfig
+from ..model_store import resolve_model
+from ..special_tokens import eos_token_ids
+from ..tokenizer import TextTokenizer
+from .batching import plan_run
+from .dataset import Example, read_rows, tokenize
+from .run_config import RunConfig
+from .run_file import check_ready
+
+_SHOWN = 5
+_MAX_LEN = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run works on. `config` has no open defaults left: what follows from model or rows is filled in."""
+
+    config: RunConfig
+    model_dir: Path
+    tokenizer: TextTokenizer
+    eos: int
+    examples: list[Example]  # those of at most data.max_len tokens
+    held_out: list[Example]
+    plan: list[list[int]]  # indices into `examples`, step by step
+    warnings: list[str]
+
+
+def prepare(config: RunConfig, *, head_only: bool = False) -> Prepared:
+    """Check all there is to check. Raises `UserError` naming the setting, its value, the limit and the fix."""
+    check_ready(config)
+    if head_only and not config.lora.adapter:
+        raise UserError("--head-only needs --adapter DIR, the LoRA that gets a head", param="lora.adapter")
+    if head_only and not config.head.enabled:
+        raise UserError("--head-only with head.enabled=false trains nothing; leave one of them out", param="head")
+    model_dir = resolve_model(config.model)
+    model = ModelConfig.from_dir(model_dir)
+    config = settled(config, model)
+    max_len = config.data.max_len
+    assert max_len is not None
+    tokenizer = TextTokenizer(model_dir)
+    if config.lora.adapter:
+        _check_adapter(Path(config.lora.adapter), model)
+        tokenizer = tokenizer.for_adapter(Path(config.lora.adapter))
+    eos = min(eos_token_ids(model_dir))
+    rows = read_rows(config.data.train)[: config.data.max_rows]
+    examples = [e for e in tokenize(rows, tokenizer, eos, config.data.system) if len(e.tokens) <= max_len]
+    if not examples:
+        raise UserError(f"every row is longer than data.max_len ({max_len} tokens)", param="data.max_len")
+    warnings = []
+    if len(examples) < len(rows):
+        warnings.append(f"{len(rows) - len(examples)} of {len(rows)} rows are longer than data.max_len and left out")
+    held_out = []
+    if config.data.eval and config.eval.rows:
+        held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
+        _check_held_out(held_out, config.data.eval, model)
+        warnings += _overlap(examples, held_out)
+    opt = config.optimizer
+    plan = plan_run([len(e.tokens) for e in examples], opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
+    return Prepared(config, model_dir, tokenizer, eos, examples, held_out, plan, warnings)
+
+
+def settled(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """`config` with what follows from the base model, checked against it."""
+    tap, layers = config.head.tap_layer, model.num_layers
+    if config.head.enabled and tap is not None and tap >= layers:
+        raise UserError(
+            f"head.tap_layer is {tap}, but the base model has {layers} layers: give 0 to {layers - 1}, or leave it out "
+            f"for the middle one ({layers // 2})",
+            param="head.tap_layer",
+        )
+    if config.data.max_len is None:
+        data = msgspec.structs.replace(config.data, max_len=min(_MAX_LEN, model.max_position_embeddings))
+        return msgspec.structs.replace(config, data=data)
+    if config.data.max_len > model.max_position_embeddings:
+        raise UserError(
+            f"data.max_len is {config.data.max_len} tokens, but the base model has {model.max_position_embeddings} "
+            f"positions: give at most {model.max_position_embeddings} (--set data.max_len=...)",
+            param="data.max_len",
+        )
+    return config
+
+
+def _check_adapter(path: Path, model: ModelConfig) -> None:
+    """With the eyes of the server: what it would refuse can be continued no more than it can be served."""
+    try:
+        read_adapter(path, model)
+    except AdapterError as error:
+        raise UserError(f"lora.adapter: {error}", param="lora.adapter", code=error.code) from None
+
+
+def _check_held_out(held_out: Sequence[Example], file: str, model: ModelConfig) -> None:
+    limit = model.max_position_embeddings - 1
+    for example in held_out:
+        if example.prompt_len > limit:
+            raise UserError(
+                f"{file} line {example.line}: the prompt has {example.prompt_len} tokens, but the base model has "
+                f"{model.max_position_embeddings} positions; shorten it or leave it out",
+                param="data.eval",
+            )
+
+
+def _overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
+    lines = {tuple(example.prompt): example.line for example in held_out}
+    found = [(e.line, lines[tuple(e.prompt)]) for e in train if tuple(e.prompt) in lines]
+    if not found:
+        return []
+    shown = ", ".join(f"line {a} is held-out line {b}" for a, b in found[:_SHOWN])
+    more = ", ..." if len(found) > _SHOWN else ""
+    return [
+        f"{len(found)} training prompts are in data.eval too ({shown}{more}): what is measured on these rows says "
+        "nothing about new ones"
+    ]

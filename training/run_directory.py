@@ -1,0 +1,166 @@
+"""The output directory of a run: what may be written where, and one run at a time in it.
+
+A directory is empty, interrupted (a run.yaml of ours, and a lock file or a checkpoint), finished (neither of these), or
+somebody else's, which is never written into. The lock is the kernel's, on `run.lock`: it ends with the process that
+holds it, however that ends. The file itself stays until the run is finished; it holds the process id of the holder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors
+
+from ..errors import UserError
+from .checkpoint import CHECKPOINT_FILE
+from .run_config import RunConfig
+from .run_file import load_run, save_resolved
+
+RUN_FILE = "run.yaml"
+LOCK_FILE = "run.lock"
+_LORA_FILE = "adapter_model.safetensors"
+_LEAST_FREE_BYTES = 200 << 20
+_DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "too large a file"}
+
+State = Literal["empty", "interrupted", "finished"]
+
+
+@dataclass(slots=True)
+class RunDirectory:
+    """One output directory, held by this process."""
+
+    path: Path
+    began: bool = False
+
+    def begin(self, config: RunConfig) -> None:
+        """From here on the directory is this run's: writes run.yaml."""
+        self.began = True
+        save_resolved(config, self.path / RUN_FILE)
+
+
+def state_of(path: Path) -> State:
+    """Look at an output directory without touching it. Raises `UserError` for one that is not ours."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output is {path}, which is a file; give a directory (--output DIR)", param="output")
+    if not path.is_dir():
+        return "empty"
+    names = {entry.name for entry in path.iterdir()}
+    if not names - {LOCK_FILE}:
+        return "empty"
+    if RUN_FILE not in names:
+        shown = ", ".join(sorted(names)[:3])
+        raise UserError(
+            f"the output directory {path} is not empty and holds no run of ours ({shown}); give another --output or "
+            "empty it",
+            param="output",
+        )
+    has_result = _LORA_FILE in names and not names & {LOCK_FILE, CHECKPOINT_FILE}
+    return "finished" if has_result else "interrupted"
+
+
+def started_as(path: Path) -> RunConfig:
+    """The configuration in the directory's run.yaml. Raises `UserError`."""
+    try:
+        return load_run(path / RUN_FILE, [], {})
+    except UserError as error:
+        raise UserError(
+            f"the output directory {path} holds a {RUN_FILE} that is no run of ours ({error}); give another --output",
+            param="output",
+        ) from None
+
+
+@contextmanager
+def held_directory(path: Path, resume: bool) -> Iterator[RunDirectory]:
+    """Hold `path` for one run, made if need be; what was made is removed again if the run never `begin`s.
+
+    Raises `UserError` if the directory is not fit for it, or another run is in it.
+    """
+    _check_state(path, resume)  # before a lock file is laid into somebody else's directory
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    lock_path = path / LOCK_FILE
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        is_new = not lock_path.exists()
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write to the output directory {path}: {error.strerror}", param="output") from None
+    directory = None
+    try:
+        _take(lock, lock_path)
+        directory = RunDirectory(path)
+        _check_state(path, resume)
+        if shutil.disk_usage(path).free < _LEAST_FREE_BYTES:
+            raise UserError(f"less than {_LEAST_FREE_BYTES >> 20} MiB are free at {path}", param="output")
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield directory
+        lock_path.unlink()
+    except BaseException:
+        if directory is not None:
+            if is_new and not directory.began:
+                lock_path.unlink()
+            else:
+                os.ftruncate(lock, 0)
+            for folder in made if not directory.began else ():
+                with suppress(OSError):  # not empty: others write there too
+                    folder.rmdir()
+        raise
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Within: a full disk is a `UserError`, whichever library met it."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        reason = next((text for number, text in _DISK_ERRORS.items() if code == number or _says(error, number)), None)
+        if reason is None:
+            raise
+        checkpoint = path / CHECKPOINT_FILE
+        fix = "free some space and go on with --resume" if checkpoint.is_file() else "free some space and start again"
+        raise UserError(f"cannot write to {path}: {reason}; {fix}", param="output") from error
+
+
+def _check_state(path: Path, resume: bool) -> None:
+    state = state_of(path)
+    if state == "empty":
+        if resume:
+            raise UserError(f"there is no run in {path} to resume; leave --resume out, or name its --output")
+        return
+    started_as(path)
+    if not resume or state == "finished":
+        fix = "go on with --resume" if state == "interrupted" else "give another --output or remove it"
+        raise UserError(f"the output directory {path} is not empty: it holds a run ({state}); {fix}", param="output")
+
+
+def _take(lock: int, path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace") or "unknown"
+        raise UserError(
+            f"another run is writing to {path.parent} (process {holder}); wait for it, or give another --output",
+            param="output",
+        ) from None
+    try:
+        is_same = os.fstat(lock).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        is_same = False
+    if not is_same:
+        raise UserError(f"another run has just finished in {path.parent}; give another --output", param="output")
+
+
+def _says(error: Exception, number: int) -> bool:
+    """safetensors has no errno, only text."""
+    return f"os error {number}" in str(error)
