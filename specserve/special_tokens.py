@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,11 +23,25 @@ def load_backend_tokenizer(model_dir: Path) -> Tokenizer:
 
 
 def eos_token_ids(model_dir: Path) -> frozenset[int]:
-    """Every id that ends a sequence, from generation_config.json and, without that, config.json."""
+    """Every id at which serving stops: generation_config.json's or, without any, config.json's, and the tokenizer's."""
+    model_dir = Path(model_dir)
+    ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        path = Path(model_dir) / name
-        if path.is_file():
-            found = json.loads(path.read_text()).get("eos_token_id")
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()
+        if not ids and (model_dir / name).is_file():
+            found = json.loads((model_dir / name).read_text()).get("eos_token_id")
+            ids = set(found) if isinstance(found, list) else {found} - {None}
+    return frozenset(ids | _tokenizer_eos(model_dir))
+
+
+def _tokenizer_eos(model_dir: Path) -> set[int]:
+    """The id of the tokenizer's own eos_token: chat models tuned from a base model often name their end only there."""
+    config, tokenizer = model_dir / "tokenizer_config.json", model_dir / "tokenizer.json"
+    if not config.is_file() or not tokenizer.is_file():
+        return set()
+    token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    # Only the list of added tokens, which stands first: the whole file can take seconds.
+    text = tokenizer.read_text(encoding="utf-8")
+    start = re.search(r'"added_tokens"\s*:\s*', text)
+    added = json.JSONDecoder().raw_decode(text, start.end())[0] if start is not None else []
+    return {item["id"] for item in added if item["content"] == content}
