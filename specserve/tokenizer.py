@@ -26,6 +26,31 @@ LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+class Marks:
+    """Stand-ins, which nobody can guess, for texts whose special tokens must stay letters while a template renders."""
+
+    def __init__(self) -> None:
+        self._nonce = secrets.token_hex(16)
+        self._texts: list[str] = []
+        self._known: dict[str, str] = {}
+
+    def new(self, text: str) -> str:
+        """Another mark that stands for `text`."""
+        self._texts.append(text)
+        return f"{self._nonce}{len(self._texts) - 1:08x}"
+
+    def of(self, text: str) -> str:
+        """The mark that stands for `text`, the same one each time."""
+        if text not in self._known:
+            self._known[text] = self.new(text)
+        return self._known[text]
+
+    def parts(self, rendered: str) -> list[tuple[str, bool]]:
+        """`rendered` in order: (text, whether a mark stood for it)."""
+        parts = re.split(f"{self._nonce}([0-9a-f]{{8}})", rendered)
+        return [(self._texts[int(part, 16)], True) if idx % 2 else (part, False) for idx, part in enumerate(parts)]
+
+
 class TextTokenizer:
     """The tokenizer of a Hugging Face directory. Thread-safe: it is never modified after construction."""
 
@@ -40,10 +65,9 @@ class TextTokenizer:
         self._bound = TokenBound(self._backend)
         self._literal = Tokenizer.from_str(self._backend.to_str())
         self._literal.encode_special_tokens = True  # special tokens in the text are encoded as letters
-        self._specials = [
-            token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special and token.content
-        ]
-        self._special_ids = {idx for idx, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        added = self._tokenizer.added_tokens_decoder.items()
+        self._special_ids = {idx for idx, token in added if token.special}
+        self._specials = {token.content: idx for idx, token in added if token.special and token.content}
         self._template: Any = self._tokenizer.chat_template
 
     @property
@@ -124,6 +148,11 @@ class TextTokenizer:
         named = {token.content: idx for idx, token in added if token.content in texts}
         return named, tuple(sorted(idx for idx, token in added if token.content not in texts and not token.special))
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens by their text."""
+        return dict(self._specials)
+
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
 
@@ -161,51 +190,53 @@ class TextTokenizer:
         Special tokens that messages, tool calls or tools spell are letters: marks stand for them while it renders.
         """
         spells = any(special in message["content"] for message in messages for special in self._specials)
-        nonce = secrets.token_hex(16)
-        marks = {f"{nonce}{idx:08x}": special for idx, special in enumerate(self._specials)}
+        marks = Marks()
         hidden: list[dict[str, Any]] = [
-            {**self._hide({**message, "content": ""}, marks), "content": message["content"]} for message in messages
+            {**self.hide({**message, "content": ""}, marks), "content": message["content"]} for message in messages
         ]
-        hidden_tools = self._hide(tools, marks)
+        hidden_tools = self.hide(tools, marks)
         plain = hidden == list(messages) and hidden_tools == tools
         if plain and not spells and not continue_final:
-            text = self._render(messages, add_generation_prompt, tools)
+            text = self.render(messages, add_generation_prompt, tools)
             if max_tokens is not None:
                 self.check_len([text], max_tokens, "messages")
             return self.encode(text, add_special_tokens=False)
-        for idx, message in enumerate(hidden, len(self._specials)):
-            mark = f"{nonce}{idx:08x}"
-            marks[mark], message["content"] = message["content"], mark
-        rest = self._render(hidden, add_generation_prompt, hidden_tools)
+        for message in hidden:
+            message["content"] = marks.new(message["content"])
+        rest = self.render(hidden, add_generation_prompt, hidden_tools)
         if continue_final:
             last_mark = hidden[-1]["content"]
             head, found_mark, _ = rest.rpartition(last_mark)
             if not found_mark:
                 raise UserError("the chat template leaves out the last message; it cannot go on", param="messages")
             rest = head + last_mark
-        parts = re.split(f"({nonce}[0-9a-f]{{8}})", rest)
-        parts[1::2] = [marks[part] for part in parts[1::2]]
         if max_tokens is not None:
-            self.check_len(parts, max_tokens, "messages")
+            self.check_len([text for text, _ in marks.parts(rest)], max_tokens, "messages")
+        return self.encode_marked(rest, marks)
+
+    def encode_marked(self, rendered: str, marks: Marks) -> list[int]:
+        """Token ids of a rendered template: its special tokens are tokens, what `marks` stand for are letters."""
         ids: list[int] = []
-        for idx, part in enumerate(parts):
-            ids += self.encode_literal(part) if idx % 2 else self.encode(part, add_special_tokens=False)
+        for text, is_marked in marks.parts(rendered):
+            ids += self.encode_literal(text) if is_marked else self.encode(text, add_special_tokens=False)
         return ids
 
-    def _hide(self, value: Any, marks: dict[str, str]) -> Any:
+    def hide(self, value: Any, marks: Marks) -> Any:
         """`value` with a mark for every special token that a text in it, or a key, spells."""
         if isinstance(value, dict):
-            return {self._hide(key, marks): self._hide(item, marks) for key, item in value.items()}
+            return {self.hide(key, marks): self.hide(item, marks) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._hide(item, marks) for item in value]
+            return [self.hide(item, marks) for item in value]
         if isinstance(value, str):
-            for mark, special in marks.items():
-                value = value.replace(special, mark)
+            for special in self._specials:
+                if special in value:
+                    value = value.replace(special, marks.of(special))
         return value
 
-    def _render(
+    def render(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: list[dict[str, Any]] | None
     ) -> str:
+        """The conversation's text through the chat template. Raises `UserError` when that refuses the messages."""
         if not self.has_chat_template:
             raise UserError("this model has no chat template; use /v1/completions", param="messages")
         try:
