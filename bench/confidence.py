@@ -182,7 +182,7 @@ def main(
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     model_dir = resolve_model(model)
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     chosen = read_rows(data)[skip : skip + rows], read_rows(eval_data)[:eval_rows]
     engine = make_engine(model_dir, batch=16, max_len=1500)
     key = engine.load_adapter(adapter.name, adapter).content_hash

@@ -92,7 +92,7 @@ def main(loads: str, rounds: int, max_tokens: int, max_requests: int, peft_batch
     hashes = {task: engine.load_adapter(task, EXAMPLES / "adapters" / task).content_hash for task in TASKS}
     tokenizer, eos = TextTokenizer(model_dir), sorted(eos_token_ids(model_dir))
     prompts = {
-        task: [e.prompt for e in tokenize(read_rows(EXAMPLES / "data" / f"{task}.dev.jsonl"), tokenizer, eos[0])]
+        task: [e.prompt for e in tokenize(read_rows(EXAMPLES / "data" / f"{task}.dev.jsonl"), tokenizer, eos)]
         for task in TASKS
     }
     figures: dict[str, Any] = {}

@@ -109,7 +109,7 @@ def main(
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     model_dir = resolve_model(model)
-    all_rows = tokenize(read_rows(data)[:rows], TextTokenizer(model_dir), min(eos_token_ids(model_dir)))
+    all_rows = tokenize(read_rows(data)[:rows], TextTokenizer(model_dir), eos_token_ids(model_dir))
     engine = make_engine(model_dir, batch=16, max_len=1500)
     key = engine.load_adapter(adapter.name, adapter).content_hash
     answers = answer(engine, key, [e.prompt for e in all_rows], 450, batch=16).answers

@@ -80,7 +80,7 @@ def main(
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     model_dir = resolve_model(model_name)
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     examples = tokenize(read_rows(data)[:rows], tokenizer, eos)
     held_out = tokenize(read_rows(eval_data)[:eval_rows], tokenizer, eos)
     gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in held_out]

@@ -50,7 +50,7 @@ def main(
     model_dir = resolve_model(model)
     floor_ms = 1e3 * 2 * common.num_parameters(model_dir) / common.memory_bandwidth()
     click.echo(f"floor: a step that only reads the weights at 16 bits takes {floor_ms:.1f} ms")
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     engine = make_engine(model_dir, batch=max(sizes), max_len=1024)
     adapters = ROOT / "examples" / "adapters"
     hashes = [engine.load_adapter(task, adapters / task).content_hash for task in TASKS]

@@ -49,7 +49,7 @@ def main(
     model_dir = resolve_model(model)
     floor_ms = 1e3 * 2 * common.num_parameters(model_dir) / common.memory_bandwidth()
     click.echo(f"floor: a step that only reads the weights at 16 bits takes {floor_ms:.1f} ms")
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     batches = [int(size) for size in batch.split(",")]
     engine = make_engine(model_dir, batch=max(batches), max_len=2048)
     hashes = [engine.load_adapter(path.name, path).content_hash for path in adapters]

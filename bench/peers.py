@@ -498,6 +498,7 @@ def main(
     from transformers import AutoTokenizer
 
     from specserve.model_store import resolve_model
+    from specserve.special_tokens import eos_token_ids
     from specserve.tokenizer import TextTokenizer
     from specserve.training.dataset import read_rows, tokenize
 
@@ -521,9 +522,8 @@ def main(
         if not Path(folder, "adapter_config.json").is_file() or not Path(rows).is_file():
             raise click.BadParameter(f"--task {task}: an adapter's folder, a colon and a file of rows are expected")
         adapters.append(str(Path(folder).resolve()))
-        task_prompts.append(
-            [example.prompt for example in tokenize(read_rows(Path(rows)), TextTokenizer(model_dir), 0)]
-        )
+        examples = tokenize(read_rows(Path(rows)), TextTokenizer(model_dir), eos_token_ids(model_dir))
+        task_prompts.append([example.prompt for example in examples])
     prompts = [common.chat_token_ids(tokenizer, row["prompt"]) for row in common.read_prompts()]
     peers: list[Peer] = []
     left_out = {name: reason for name, reason in missing.items() if reason and name in wanted}

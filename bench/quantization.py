@@ -74,7 +74,7 @@ def main(
     bandwidth, num_params = common.memory_bandwidth(), common.num_parameters(model_dir)
     for name, bits in BITS.items():
         click.echo(f"floor, {name}: {num_params * bits / 8 / bandwidth * 1e3:.2f} ms a step at batch 1")
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     tasks = [tokenize(read_rows(file)[:rows], tokenizer, eos) for file in data]
     engines = {
         name: Engine(

@@ -204,7 +204,7 @@ def main(
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     model_dir = resolve_model(model)
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     figures: dict[str, Any] = {}
     for path, file in zip(adapters, data, strict=True):
         engine = make_engine(model_dir, batch=16, max_len=2048)

@@ -135,7 +135,7 @@ def main(
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     model_dir = resolve_model(model)
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     sizes = [int(size) for size in batch.split(",")]
     engine = make_engine(model_dir, batch=max(8, *sizes), max_len=2048)
     floor_ms = 1e3 * engine.proposer.growth.cost_model.seconds(1)

@@ -62,7 +62,7 @@ def main(
     text_tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     schemas = [(EXAMPLES / "data" / f"{task}.schema.json").read_text(encoding="utf-8") for task in TASKS]
     rows = [read_rows(EXAMPLES / "data" / f"{task}.dev.jsonl") for task in TASKS]
-    prompts = [[e.prompt for e in tokenize(own, text_tokenizer, min(eos))] for own in rows]
+    prompts = [[e.prompt for e in tokenize(own, text_tokenizer, eos)] for own in rows]
     sizes = numbers(batch)
     figures: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:

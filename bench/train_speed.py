@@ -81,7 +81,7 @@ def main(data: Path, model: str, rank: int, rounds: int, steps: int, batch_token
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     model_dir = resolve_model(model)
-    examples = tokenize(read_rows(data), TextTokenizer(model_dir), min(eos_token_ids(model_dir)))
+    examples = tokenize(read_rows(data), TextTokenizer(model_dir), eos_token_ids(model_dir))
     random.Random(0).shuffle(examples)
     config = RunConfig(
         lora=LoraConfig(r=rank, alpha=2 * rank),

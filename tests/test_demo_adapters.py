@@ -32,7 +32,7 @@ def model_dir():
 @pytest.fixture(scope="module")
 def prompts(model_dir):
     """Held-out prompts of each task as token ids."""
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     files = {name: EXAMPLES / "data" / f"{name}.dev.jsonl" for name in DEMOS}
     return {
         name: [e.prompt for e in tokenize(read_rows(file)[:PROMPTS_EACH], tokenizer, eos)]

@@ -46,7 +46,7 @@ def run_config(**optimizer) -> RunConfig:
 def make_trainer(model_dir: Path, rows: Path, directory: Path, config: RunConfig | None = None) -> Trainer:
     config = config or run_config()
     tokenizer = TextTokenizer(model_dir)
-    examples = tokenize(read_rows(rows), tokenizer, min(eos_token_ids(model_dir)))
+    examples = tokenize(read_rows(rows), tokenizer, eos_token_ids(model_dir))
     torch.manual_seed(0)
     model = LoraModel(model_dir, config.lora, torch.float32, torch.device("cpu"), None)
     head = LookaheadHead(model.hidden_size, config.head.hidden_size, task_vocab(examples, 64), config.head.copy_window)

@@ -55,12 +55,12 @@ def check_data(train: Sequence[Example], held_out: Sequence[Example], max_len: i
         first.setdefault(key, example.line)
     prompts = {tuple(example.prompt): example.line for example in held_out}
     return DataReport(
-        num_rows=len(train),
+        num_rows=len({example.line for example in train}),
         num_tokens=sum(len(example.tokens) for example in train),
         num_loss_tokens=sum(sum(example.loss_mask) for example in train),
         prompt_lens=[example.prompt_len for example in train],
         completion_lens=[len(example.completion) for example in train],
-        too_long=[example.line for example in train if len(example.tokens) > max_len],
+        too_long=list(dict.fromkeys(example.line for example in train if len(example.tokens) > max_len)),
         duplicates=duplicates,
         overlap=[(e.line, prompts[tuple(e.prompt)]) for e in train if tuple(e.prompt) in prompts],
     )
@@ -163,7 +163,7 @@ def _matmul_rate(device: torch.device) -> float:
 
 def _load(config: RunConfig) -> tuple[TextTokenizer, list[Example], list[Example]]:
     model_dir = resolve_model(config.model)
-    tokenizer, eos = TextTokenizer(model_dir), min(eos_token_ids(model_dir))
+    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
     train = tokenize(read_rows(Path(config.data.train))[: config.data.max_rows], tokenizer, eos, config.data.system)
     held_out = []
     if config.data.eval:

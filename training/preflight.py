@@ -34,7 +34,6 @@ class Prepared:
     config: RunConfig
     model_dir: Path
     tokenizer: TextTokenizer
-    eos: int
     examples: list[Example]  # those of at most data.max_len tokens
     held_out: list[Example]
     plan: list[list[int]]  # indices into `examples`, step by step
@@ -57,14 +56,14 @@ def prepare(config: RunConfig, *, head_only: bool = False) -> Prepared:
     if config.lora.adapter:
         _check_adapter(Path(config.lora.adapter), model)
         tokenizer = tokenizer.for_adapter(Path(config.lora.adapter))
-    eos = min(eos_token_ids(model_dir))
+    eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train)[: config.data.max_rows]
     examples = [e for e in tokenize(rows, tokenizer, eos, config.data.system) if len(e.tokens) <= max_len]
     if not examples:
         raise UserError(f"every row is longer than data.max_len ({max_len} tokens)", param="data.max_len")
     warnings = []
-    if len(examples) < len(rows):
-        warnings.append(f"{len(rows) - len(examples)} of {len(rows)} rows are longer than data.max_len and left out")
+    if num_left_out := len(rows) - len({e.line for e in examples}):
+        warnings.append(f"{num_left_out} of {len(rows)} rows are longer than data.max_len and left out")
     held_out = []
     if config.data.eval and config.eval.rows:
         held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
@@ -72,7 +71,7 @@ def prepare(config: RunConfig, *, head_only: bool = False) -> Prepared:
         warnings += _overlap(examples, held_out)
     opt = config.optimizer
     plan = plan_run([len(e.tokens) for e in examples], opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
-    return Prepared(config, model_dir, tokenizer, eos, examples, held_out, plan, warnings)
+    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings)
 
 
 def settled(config: RunConfig, model: ModelConfig) -> RunConfig:

@@ -141,7 +141,7 @@ def _finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, co
         model.save(output, config.model or f"HuggingFaceTB/{DEFAULT_MODEL.name}")
         check_finite(output, config.optimizer.lr)
     if head is not None:
-        answered = _self_answers(config, model_dir, output, examples, prepared.eos)
+        answered = _self_answers(config, model_dir, output, examples)
         _finish_head(config, model, head, answered or examples, copy_start)
         _write(config, model_dir, output, model, head, copy_start, {})
         _write_history(config, output, _calibration_rows(config, examples)[1], answered)
@@ -153,9 +153,7 @@ def _finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, co
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
-def _self_answers(
-    config: RunConfig, model_dir: Path, output: Path, examples: Sequence[Example], eos: int
-) -> list[Example]:
+def _self_answers(config: RunConfig, model_dir: Path, output: Path, examples: Sequence[Example]) -> list[Example]:
     """Training prompts with what the finished adapter answers, drafted from the training completions."""
     chosen = examples[: config.distill.rows]
     if not chosen:

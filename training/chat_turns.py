@@ -1,0 +1,213 @@
+"""One turn of the assistant as token ids: the prompt that the server makes before it, and the answer up to its stop.
+
+The chat template alone decides both. An answer is what the template writes behind the generation prompt, up to and
+including the token that ends the turn; so thinking blocks, tool calls and channels need no rules of their own, and
+neither do templates that trim. Owns the refusal of what cannot be told: a template that leaves out part of a message,
+writes no end of turn, or ends it with a token at which serving does not stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path
+import re
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from ..tokenizer import Marks, TextTokenizer
+from ..tools.definitions import Tool
+from ..tools.formats import choose_format
+from ..tools.prompt import ChatMessage, for_template
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one thing under three names, by template
+_MAX_OPENING = 64  # characters of a prompt's end
+_LEFT_OUT = "the chat template leaves out the message's {}, so it would not be learned; leave it out of the row too"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An assistant's message as `validation.chat_messages` makes it, and the reasoning before it."""
+
+    message: ChatMessage
+    reasoning: str | None = None
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return self.message.get("tool_calls", [])
+
+    def pieces(self) -> Iterator[tuple[str, str]]:
+        """(name, text) of all that the template must write; arguments as JSON writes them."""
+        if self.reasoning:
+            yield "reasoning", self.reasoning
+        if self.message["content"]:
+            yield "content", self.message["content"]
+        for call in self.calls:
+            yield "tool_calls", call["function"]["name"]
+            for text in _texts(call["function"]["arguments"]):
+                yield "tool_calls", json.dumps(text, ensure_ascii=False)[1:-1]
+
+    def stand_in(self) -> Answer:
+        """The same kind of message with texts that stand nowhere else."""
+        message = {**self.message, "content": _unique() if self.message["content"] else ""}
+        if self.calls:
+            message["tool_calls"] = [
+                {**call, "function": {"name": _unique(), "arguments": {_unique(): _unique()}}} for call in self.calls
+            ]
+        return Answer(message, _unique() if self.reasoning else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """`answer` ends with the token at which the server stops, and holds no other such."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class TurnEncoder:
+    """Makes turns with one model's template; `eos_token_ids` are where its server stops."""
+
+    def __init__(self, tokenizer: TextTokenizer, eos_token_ids: Collection[int]):
+        if not tokenizer.has_chat_template:
+            raise UserError(
+                "the model has no chat template, so rows cannot be written as conversations; put a "
+                "chat_template.jinja into its directory",
+                param="model",
+            )
+        self._tokenizer = tokenizer
+        self._format = choose_format(tokenizer.chat_template)
+        texts = {tokenizer.token_text(token): token for token in sorted(eos_token_ids)}
+        self._eos = {text: token for text, token in texts.items() if text}  # some lists name ids beyond the tokenizer
+        self._specials = {**tokenizer.special_tokens, **self._eos}
+        self._any_eos, self._any_special = _any_of(self._eos), _any_of(self._specials)
+        self._ends: dict[tuple[bool, bool, int, bool], str] = {}  # what ends an answer that holds these
+
+    def turn(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool] = ()) -> Turn:
+        """`answer` after `history`, messages as `validation.chat_messages` makes them.
+
+        Raises `UserError` for what cannot be told.
+        """
+        before, definitions = for_template(history, tools, self._format)
+        prompt = self._tokenizer.encode_chat(before, True, False, definitions)
+        marks = Marks()
+        asked = self._render(before, True, definitions, marks)
+        whole = self._render_answer(history, answer, tools, marks)
+        kind = (bool(answer.message["content"]), bool(answer.reasoning), len(answer.calls), bool(tools))
+        if kind not in self._ends:
+            self._ends[kind] = self._end(history, answer, tools)
+        start = len(asked) if whole.startswith(asked) else self._start(history, answer, tools, asked, whole, marks)
+        stop = self._any_eos.search(whole, start)
+        # A message may spell the opening of a block that the prompt has opened already: "<think>".
+        shown_from = max(0, start - _MAX_OPENING)
+        if missing := _missing(answer, whole[shown_from:], marks):
+            raise UserError(_LEFT_OUT.format(missing))
+        if stop is None or stop[0] != self._ends[kind] or _missing(answer, whole[shown_from : stop.start()], marks):
+            raise UserError(
+                f"the chat template writes {stop[0] if stop else 'no eos token'!r} where this message's text ends or "
+                f"before; others end with {self._ends[kind]!r}"
+            )
+        ids = self._tokenizer.encode_marked(whole[: stop.end()], marks)
+        if ids[: len(prompt)] == prompt:
+            ids = ids[len(prompt) :]
+        else:  # letters of prompt and answer would become one token, which no server can split
+            ids = self._tokenizer.encode_marked(whole[start : stop.end()], marks)
+        if ids[-1] != self._eos[stop[0]] or any(token in self._eos.values() for token in ids[:-1]):
+            raise UserError(f"the message spells {stop[0]!r}, which ends answers but is no special token of the model")
+        return Turn(prompt, ids)
+
+    def _end(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool]) -> str:
+        """The text of the token that ends such an answer: the first special one behind all of its texts."""
+        stand_in = answer.stand_in()
+        text = self._render_answer(history, stand_in, tools, Marks())
+        behind = 0
+        for name, piece in stand_in.pieces():
+            if piece not in text:
+                raise UserError(_LEFT_OUT.format(name))
+            behind = max(behind, text.rindex(piece) + len(piece))
+        found = self._any_special.search(text, behind)
+        if found is None:
+            raise UserError(
+                "the chat template writes no special token behind the assistant's message, so an answer would have no "
+                "end; let it write one of the model's eos tokens there",
+                param="model",
+            )
+        if found[0] not in self._eos:
+            token = self._specials[found[0]]
+            known = ", ".join(f"{token} {text!r}" for text, token in self._eos.items()) or "none"
+            raise UserError(
+                f"the chat template ends the assistant's message with {found[0]!r} (id {token}), where the server "
+                f"would not stop: the model's eos_token_id is {known}; add {token} in its generation_config.json",
+                param="model",
+            )
+        return found[0]
+
+    def _start(
+        self,
+        history: Sequence[ChatMessage],
+        answer: Answer,
+        tools: Sequence[Tool],
+        asked: str,
+        whole: str,
+        marks: Marks,
+    ) -> int:
+        """Where the answer starts in a rendering that begins otherwise than the prompt: some drop earlier reasoning."""
+        before, definitions = for_template(history, tools, self._format)
+        closed = self._render(before, False, definitions, marks)
+        opening = asked[len(os.path.commonprefix([asked, closed])) :]
+        other = self._render_answer(history, answer.stand_in(), tools, marks)
+        found = os.path.commonprefix([whole, other]).rfind(opening) if opening else -1
+        if found < 0:
+            raise UserError(
+                f"the chat template asks for an answer with {opening!r} but does not write the assistant's message "
+                "that way, so what an answer is cannot be told; train with a template that does",
+                param="model",
+            )
+        return found + len(opening)
+
+    def _render_answer(
+        self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool], marks: Marks
+    ) -> str:
+        messages, definitions = for_template([*history, answer.message], tools, self._format)
+        if answer.reasoning is not None:
+            messages[-1] |= dict.fromkeys(REASONING_FIELDS, answer.reasoning)
+        return self._render(messages, False, definitions, marks)
+
+    def _render(
+        self, messages: list[ChatMessage], is_prompt: bool, definitions: list[dict[str, Any]] | None, marks: Marks
+    ) -> str:
+        hide = self._tokenizer.hide
+        return self._tokenizer.render(hide(messages, marks), is_prompt, hide(definitions, marks))
+
+
+def _missing(answer: Answer, rendered: str, marks: Marks) -> str | None:
+    """What of the answer stands nowhere in `rendered`, space aside: templates trim."""
+    shown = _without_space("".join(text for text, _ in marks.parts(rendered)))
+    return next((name for name, text in answer.pieces() if _without_space(text) not in shown), None)
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _unique() -> str:
+    return secrets.token_hex(16)
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,94 @@
+"""Rows of a JSONL file as messages, in the shape in which a client sends them to the server.
+
+Owns the row formats and the wording of what is wrong with a row, by file, line and field. Nothing that shapes a
+conversation is passed over: it is read, or refused by name. How messages become tokens is dataset.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import UserError
+from .row_messages import Conversation, read_conversation
+
+MAX_ROW_BYTES = 16 << 20  # some millions of tokens: more than any context holds, and a minute to tokenize
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row before it is tokenized."""
+
+    conversation: Conversation
+    line: int  # 1-based
+    where: str = ""  # file and line, for messages
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages as a client sends them."""
+        return self.conversation.messages
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read a JSONL file of `messages`, `prompt`/`completion`, `conversations` or `instruction`/`output` rows.
+
+    Raises `UserError` that names the file, the line and the field.
+    """
+    rows = [parse_row(text, number, f"{path} line {number}") for number, text in row_texts(path)]
+    if not rows:
+        raise UserError(f"{path} holds no rows", param="data")
+    return rows
+
+
+def row_texts(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(1-based line, its text) of every line that is not blank."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            number = 0
+            while text := file.readline(MAX_ROW_BYTES + 1):
+                number += 1
+                if len(text) > MAX_ROW_BYTES:
+                    raise UserError(
+                        f"{path} line {number} is longer than {MAX_ROW_BYTES} characters; split the row", param="data"
+                    )
+                if text.strip():
+                    yield number, text
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", param="data") from None
+
+
+def parse_row(text: str, line: int, where: str) -> Row:
+    """One line of the file. Raises `UserError` that starts with `where`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        if _SURROGATE_ESCAPE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UserError as error:
+        raise UserError(f"{where}: {error}", param="data") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character", param="data") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deep", param="data") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}", param="data") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {type(value).__name__}, not an object", param="data")
+    return Row(read_conversation(value, where), line, where)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for idx, key in enumerate(keys) if key in keys[:idx])
+        raise UserError(f"the key {twice[:100]!r} stands twice in one object; which one is meant?")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise UserError(f"{name} is not a JSON number")
