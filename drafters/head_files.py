@@ -21,12 +21,9 @@ from msgspec import Meta
 from safetensors.torch import save_file
 
 from .head import WEIGHT_NAMES, HeadWeights, head_shapes
+from .head_file_names import CONFIG_FILE, WEIGHTS_FILE
 
 FORMAT_VERSION = 1
-CONFIG_FILE = "lookahead_config.json"
-WEIGHTS_FILE = "lookahead.safetensors"
-HISTORY_FILE = "lookahead_history.bin"
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
 VOCAB_STEP = 1024  # a head's vocabulary is padded to a multiple in memory
 
 Count = Annotated[int, Meta(ge=0, le=1 << 20)]
@@ -70,16 +67,14 @@ def write_head(directory: Path, config: LookaheadConfig, tensors: dict[str, torc
     replace_file(directory / CONFIG_FILE, lambda path: path.write_bytes(text))
 
 
-def read_config(directory: Path) -> LookaheadConfig:
-    """Parse and check lookahead_config.json. Raises `HeadError`."""
-    path = directory / CONFIG_FILE
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise HeadError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
+def read_config(path: Path) -> LookaheadConfig:
+    """Parse and check a lookahead_config.json. Raises `HeadError`."""
+    text = path.read_bytes()
     try:
-        version = msgspec.json.decode(path.read_bytes(), type=dict).get("format_version")
+        version = msgspec.json.decode(text, type=dict).get("format_version")
         if version != FORMAT_VERSION:
             raise HeadError(f"{CONFIG_FILE} has format_version {version!r}; this version reads {FORMAT_VERSION}")
-        config = msgspec.json.decode(path.read_bytes(), type=LookaheadConfig)
+        config = msgspec.json.decode(text, type=LookaheadConfig)
     except (msgspec.DecodeError, RecursionError) as error:
         raise HeadError(f"{CONFIG_FILE}: {error}") from None
     vocab = config.vocab
@@ -89,8 +84,10 @@ def read_config(directory: Path) -> LookaheadConfig:
 
 
 def read_head(
-    directory: Path,
+    config_path: Path,
+    weights_path: Path,
     *,
+    lora_hash: str,
     base_hash: str,
     tokenizer_hash: str,
     hidden_size: int,
@@ -98,9 +95,11 @@ def read_head(
     vocab_size: int,
     device: torch.device | str = "cpu",
 ) -> LookaheadHeadFile:
-    """Read a head and check that it belongs to this base model and to the LoRA beside it. Raises `HeadError`."""
-    config = read_config(directory)
-    lora_hash = file_hash(directory / "adapter_model.safetensors")
+    """Read a head and check that it belongs to this base model and to the LoRA of this hash. Raises `HeadError`.
+
+    The weights are mapped while they are read: nobody may write to `weights_path` meanwhile.
+    """
+    config = read_config(config_path)
     for field, found, want, whose in (
         ("base_hash", config.base_hash, base_hash, "another base model"),
         ("tokenizer_hash", config.tokenizer_hash, tokenizer_hash, "another tokenizer"),
@@ -116,7 +115,7 @@ def read_head(
         raise HeadError(f"vocab holds token {config.vocab[-1]}, the base model has {vocab_size}")
     shapes = head_shapes(hidden_size, config.state_size, len(config.vocab), config.copy_window)
     try:
-        with safetensors.safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+        with safetensors.safe_open(weights_path, framework="pt") as file:
             names = set(file.keys())
             if names != set(shapes):
                 odd = sorted(names ^ set(shapes))[0]

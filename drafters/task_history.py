@@ -78,41 +78,38 @@ class _Packed(NamedTuple):
             raise
 
     @classmethod
-    def read(cls, path: Path, vocab_size: int) -> _Packed:
-        with open(path, "rb") as file:
-            header = file.read(_HEADER.size)
-            if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-                raise HistoryError(f"{path}: not a task history file")
-            _, version, num_ids, text_len, body_len, checksum = _HEADER.unpack(header)
-            if version != _VERSION:
-                raise HistoryError(f"{path}: task history version {version}, this build reads version {_VERSION}")
-            if text_len > MAX_FILE_TOKENS or num_ids > text_len:
-                raise HistoryError(f"{path}: the header claims {text_len} tokens of {num_ids} kinds")
-            size = os.fstat(file.fileno()).st_size
-            if size != _HEADER.size + body_len:
-                raise HistoryError(f"{path}: {size} bytes, the header says {_HEADER.size + body_len}")
-            body = file.read(body_len)
+    def parse(cls, data: bytes, vocab_size: int) -> _Packed:
+        header, body = data[: _HEADER.size], data[_HEADER.size :]
+        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+            raise HistoryError("not a task history file")
+        _, version, num_ids, text_len, body_len, checksum = _HEADER.unpack(header)
+        if version != _VERSION:
+            raise HistoryError(f"task history version {version}, this build reads version {_VERSION}")
+        if text_len > MAX_FILE_TOKENS or num_ids > text_len:
+            raise HistoryError(f"the header claims {text_len} tokens of {num_ids} kinds")
+        if len(body) != body_len:
+            raise HistoryError(f"{len(data)} bytes, the header says {_HEADER.size + body_len}")
         if zlib.crc32(body) != checksum:
-            raise HistoryError(f"{path}: the checksum does not match, the file is damaged")
+            raise HistoryError("the checksum does not match, the file is damaged")
         dtype = np.dtype(_text_dtype(num_ids)).newbyteorder("<")
         expected = 4 * num_ids + dtype.itemsize * text_len
         try:
             raw = zlib.decompressobj().decompress(body, expected + 1)  # never inflates beyond what the header allows
         except zlib.error as error:
-            raise HistoryError(f"{path}: the body cannot be decompressed: {error}") from None
+            raise HistoryError(f"the body cannot be decompressed: {error}") from None
         if len(raw) != expected:
-            raise HistoryError(f"{path}: the body does not hold the {expected} bytes its header promises")
+            raise HistoryError(f"the body does not hold the {expected} bytes its header promises")
         ids = np.frombuffer(raw, "<u4", num_ids).astype(np.uint32)
         text = np.frombuffer(raw, dtype, text_len, 4 * num_ids).astype(_text_dtype(num_ids))
         if num_ids and not bool((ids[1:] > ids[:-1]).all()):
-            raise HistoryError(f"{path}: the token ids are not in order")
+            raise HistoryError("the token ids are not in order")
         if num_ids and int(ids[-1]) >= min(vocab_size, MAX_TOKEN_ID + 1):
-            raise HistoryError(f"{path}: token id {ids[-1]} is outside the vocabulary of {vocab_size}")
+            raise HistoryError(f"token id {ids[-1]} is outside the vocabulary of {vocab_size}")
         if text_len and int(text.max()) > num_ids:
-            raise HistoryError(f"{path}: the text names a token id that the file does not list")
+            raise HistoryError("the text names a token id that the file does not list")
         ends = np.concatenate([[True], text == SEPARATOR])
         if not ends[-1] or bool((ends[1:] & ends[:-1]).any()):
-            raise HistoryError(f"{path}: the completions are not separated as they should be")
+            raise HistoryError("the completions are not separated as they should be")
         return cls(ids, text)
 
 
@@ -156,7 +153,12 @@ class TaskHistory:
     @classmethod
     def load(cls, path: str | Path, vocab_size: int) -> TaskHistory:
         """Read what `save` wrote; HistoryError when it is damaged or names tokens outside the vocabulary."""
-        return cls(_Packed.read(Path(path), vocab_size))
+        return cls.parse(Path(path).read_bytes(), vocab_size)
+
+    @classmethod
+    def parse(cls, data: bytes, vocab_size: int) -> TaskHistory:
+        """The history in a file's bytes; HistoryError as `load`."""
+        return cls(_Packed.parse(data, vocab_size))
 
     def save(self, path: str | Path) -> None:
         """Replace `path` in one step; the sorted positions are not stored."""
@@ -304,10 +306,10 @@ class LearningHistory:
         self._worker_running = False
         if path is not None and path.exists():
             try:
-                for completion in _Packed.read(path, vocab_size).completions():
+                for completion in _Packed.parse(path.read_bytes(), vocab_size).completions():
                     self._append(completion)
             except (HistoryError, OSError) as error:
-                logger.warning("task history not loaded, starting without it: %s", error)
+                logger.warning("task history not loaded, starting without it: %s: %s", path, error)
         self._current = TaskHistory.build([*self._base, *self._served], max_tokens)
 
     @property

@@ -2,43 +2,59 @@
 
 Names are the folders of `adapters_dir`, looked up when asked for, and those registered at run time. A name is resolved
 to the content hash of what is in its directory now: when files change, the name means another adapter from the next
-request on. First uses of one adapter load it once; a slow or failing load holds up nobody else.
+request on, and the next request waits until the change is complete. Uses of one adapter that is not loaded load it
+once; a slow or failing load holds up nobody else, and takes nothing from a name that others gave away meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import re
+from collections.abc import Container, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+from .adapter_files import ChangingError, Stamp, age_s, changing, read_texts, stamp_of
 from .engine_client import EngineClient
-from .errors import UserError
+from .errors import EngineDeadError, UserError
 from .messages import AdapterInfo
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}")
 HUB_NAME = re.compile(rf"{NAME.pattern}(/{NAME.pattern})+")
 
-Fingerprint = tuple[tuple[str, int, int, int], ...]
+SETTLE_S = 1.0  # files that changed later than this ago may be half of something
+CHANGING_TIMEOUT_S = 30.0  # how long a request waits for files that go on changing
+MAX_WARNINGS = 1024  # folder names that are remembered as warned of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Loaded:
-    fingerprint: Fingerprint
+    directory: Path
+    stamp: Stamp
     generation: int  # of the engine process that holds it
     info: AdapterInfo
 
 
 class AdapterStore:
-    """Resolves adapter names for one engine."""
+    """Resolves adapter names for one engine; `base_name` is the base model's and no adapter's."""
 
-    def __init__(self, engine: EngineClient, adapters_dir: str | None):
+    def __init__(self, engine: EngineClient, adapters_dir: str | None, base_name: str):
         self._engine = engine
         self._root = Path(adapters_dir).resolve() if adapters_dir else None
+        self._base_name = base_name
         self._registered: dict[str, Path] = {}
         self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
         self._loaded: dict[str, _Loaded] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
+        self._claims: dict[str, tuple[Path, object]] = {}  # names that a load will give to a directory
+        self._warned: set[str] = set()
 
     def names(self) -> list[str]:
         """Every name that can be asked for now."""
@@ -56,63 +72,178 @@ class AdapterStore:
 
     async def resolve(self, name: str) -> AdapterInfo:
         """The loaded adapter that `name` means now; loads it if needed. Raises `UserError`."""
-        directory = self.path(name)
-        lock = self._locks.setdefault(name, asyncio.Lock())
-        async with lock:
-            fingerprint = await asyncio.to_thread(_fingerprint, directory)
+        deadline = asyncio.get_running_loop().time() + CHANGING_TIMEOUT_S
+        while True:
+            directory, stamp = await asyncio.to_thread(self._look_up, name)
             loaded = self._loaded.get(name)
-            current = loaded is not None and loaded.generation == self._engine.generation
-            if loaded is not None and current and loaded.fingerprint == fingerprint:
+            is_same = loaded is not None and (loaded.directory, loaded.stamp) == (directory, stamp)
+            if loaded is not None and is_same and self._is_current(loaded):
                 return loaded.info
-            info = await self._engine.load_adapter(name, str(directory))
-            self._loaded[name] = _Loaded(fingerprint, self._engine.generation, info)
-            if loaded is not None and current:
-                await self._release(loaded.info.content_hash)
-            return info
+            if asyncio.get_running_loop().time() > deadline:
+                raise changing(name)
+            key = (name, directory)
+            if key not in self._loading:
+                self._loading[key] = _start(self._load_named(name, directory))
+            # What was loaded may be of a moment before this request: look again.
+            await asyncio.shield(self._loading[key])
 
-    def forget(self, name: str) -> None:
-        """The engine no longer holds what `name` meant; the next request loads it again."""
-        self._loaded.pop(name, None)
-
-    async def register(self, name: str, path: str) -> AdapterInfo:
-        """Give `name` to the directory `path` and load it; a name that is taken is refused."""
-        check_name(name, "lora_name")
-        directory = self._local_directory(path)
-        known = self._directory(name)
-        if known is not None and known != directory:
-            raise UserError(
-                f"the name {name!r} is taken by another adapter; unload it first", param="lora_name", status=409
-            )
-        before = self._registered.get(name)
-        self._registered[name] = directory
-        try:
+    async def resolve_with_texts(self, name: str, known: Container[str]) -> tuple[AdapterInfo, dict[str, bytes] | None]:
+        """As `resolve`, with the template and tokenizer files of that moment; None where `known` has their hash."""
+        while True:
             info = await self.resolve(name)
-        except BaseException:
-            if before is None:
-                self._registered.pop(name, None)
-            raise
-        self._unloaded.discard(name)
-        return info
+            if info.text_hash is None or info.text_hash in known:
+                return info, None
+            with contextlib.suppress(ChangingError):
+                text_hash, files = await asyncio.to_thread(read_texts, self.path(name), name)
+                if text_hash == info.text_hash:
+                    return info, files
+            # Then they changed since they were loaded: `resolve` sees that, and gives up in the end.
+
+    def forget(self, name: str, content_hash: str | None) -> None:
+        """The engine no longer holds `content_hash`, which `name` meant; the next request loads it again."""
+        loaded = self._loaded.get(name)
+        if loaded is not None and loaded.info.content_hash == content_hash:
+            del self._loaded[name]
+
+    async def register(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
+        """Load the directory `path`, then give `name` to it; a name that is taken is refused unless `replace`.
+
+        The name keeps its old meaning until the load is done, and when it fails.
+        """
+        check_name(name, "lora_name")
+        if name == self._base_name:
+            raise UserError(f"{name!r} is the base model's name; choose another", param="lora_name", status=409)
+        directory = await asyncio.to_thread(self._local_directory, path)
+        known = self._directory(name) or self._claims.get(name, (None, None))[0]
+        if known is not None and known != directory and not replace:
+            raise UserError(
+                f"the name {name!r} is taken by another adapter; unload it first, or replace it with load_inplace=true",
+                param="lora_name",
+                status=409,
+            )
+        claim = self._claims[name] = (directory, object())
+        # A client that leaves does not stop it: the engine would hold an adapter that no name means.
+        return await asyncio.shield(_start(self._register(name, claim)))
+
+    async def _register(self, name: str, claim: tuple[Path, object]) -> AdapterInfo:
+        try:
+            loaded = await self._load(name, claim[0])
+            if self._claims.get(name, (None, None))[0] != claim[0]:
+                await self._release(loaded)
+                message = f"the name {name!r} was unloaded or given away while the adapter loaded"
+                raise UserError(message, param="lora_name", status=409)
+            self._registered[name] = claim[0]
+            self._unloaded.discard(name)
+            await self._keep(name, loaded)
+            return loaded.info
+        finally:
+            if self._claims.get(name) is claim:
+                del self._claims[name]
 
     async def unregister(self, name: str) -> None:
-        """Take the name away at once; requests that run with it finish."""
-        self.path(name)
+        """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
+        claim = self._claims.pop(name, None)
+        if claim is None or self._directory(name) is not None:
+            self.path(name)
         self._registered.pop(name, None)
         if name in self._folders():
             self._unloaded.add(name)
         loaded = self._loaded.pop(name, None)
-        if loaded is not None and loaded.generation == self._engine.generation:
-            await self._release(loaded.info.content_hash)
+        if loaded is not None:
+            await self._release(loaded)
+        logger.info("adapter %r: unloaded", name)
 
-    async def _release(self, content_hash: str) -> None:
+    async def _load_named(self, name: str, directory: Path) -> None:
+        try:
+            loaded = await self._load(name, directory)
+            if self._directory(name) == directory:
+                await self._keep(name, loaded)
+            else:  # unloaded or given away meanwhile
+                await self._release(loaded)
+        finally:
+            del self._loading[name, directory]
+
+    async def _load(self, name: str, directory: Path) -> _Loaded:
+        """Load what is in `directory` once it holds still."""
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        while True:
+            stamp = await asyncio.to_thread(stamp_of, directory)
+            age = age_s(stamp)
+            if 0 <= age < SETTLE_S:
+                await asyncio.sleep(SETTLE_S - age)
+                if await asyncio.to_thread(stamp_of, directory) != stamp:
+                    if loop.time() - start > CHANGING_TIMEOUT_S:
+                        raise changing(name)
+                    continue
+            generation = self._engine.generation
+            try:
+                info = await self._engine.load_adapter(name, str(directory))
+            except UserError as error:
+                if await asyncio.to_thread(stamp_of, directory) == stamp or loop.time() - start > CHANGING_TIMEOUT_S:
+                    logger.info("adapter %r: not loaded: %s", name, error)
+                    raise
+                continue
+            loaded = _Loaded(directory, stamp, generation, info)
+            if await asyncio.to_thread(stamp_of, directory) == stamp:
+                seconds = loop.time() - start
+                logger.info("adapter %r: loaded %s (%.2f s)", name, info.content_hash[:12], seconds)
+                return loaded
+            await self._release(loaded)
+            if loop.time() - start > CHANGING_TIMEOUT_S:
+                raise changing(name)
+
+    async def _keep(self, name: str, loaded: _Loaded) -> None:
+        before = self._loaded.get(name)
+        self._loaded[name] = loaded
+        if before is not None:
+            await self._release(before)
+
+    async def _release(self, loaded: _Loaded) -> None:
+        """Let the engine forget an adapter that no name means any more."""
+        if not self._is_current(loaded):
+            return
+        content_hash = loaded.info.content_hash
         if all(other.info.content_hash != content_hash for other in self._loaded.values()):
-            await self._engine.unload_adapter(content_hash)
+            with contextlib.suppress(EngineDeadError):
+                await self._engine.unload_adapter(content_hash)
+
+    def _is_current(self, loaded: _Loaded) -> bool:
+        return loaded.generation == self._engine.generation
+
+    def _look_up(self, name: str) -> tuple[Path, Stamp]:
+        directory = self.path(name)
+        stamp = stamp_of(directory)
+        if not stamp and not directory.is_dir():
+            raise _unknown(name)
+        return directory, stamp
 
     def _folders(self) -> list[str]:
-        if self._root is None or not self._root.is_dir():
+        """Names of `adapters_dir`; those that cannot be used are warned of, once."""
+        if self._root is None:
             return []
-        found = (entry for entry in self._root.iterdir() if (entry / "adapter_config.json").exists())
-        return [entry.name for entry in found if NAME.fullmatch(entry.name) and entry.name not in self._unloaded]
+        try:
+            found = [entry.name for entry in self._root.iterdir() if (entry / "adapter_config.json").exists()]
+        except OSError:  # the whole folder has gone, or an entry of it while it was read
+            return []
+        names = []
+        for name in found:
+            if name.startswith("."):
+                continue
+            if problem := self._problem(name):
+                if name not in self._warned and len(self._warned) < MAX_WARNINGS:
+                    self._warned.add(name)
+                    logger.warning("the folder %r in %s is not served: %s", name, self._root, problem)
+            elif name not in self._unloaded:
+                names.append(name)
+        return names
+
+    def _problem(self, name: str) -> str | None:
+        if name == self._base_name:
+            return "that is the base model's name; rename the folder"
+        if not NAME.fullmatch(name) or ".." in name:
+            return "a name has letters, digits, '.', '-' and '_' only (at most 128); rename the folder"
+        return None
 
     def _directory(self, name: str) -> Path | None:
         if len(name) <= 256 and HUB_NAME.fullmatch(name) and ".." not in name:
@@ -120,12 +251,17 @@ class AdapterStore:
         check_name(name, "model")
         if name in self._registered:
             return self._registered[name]
-        if self._root is None or name in self._unloaded:
+        if self._root is None or name in self._unloaded or name == self._base_name:
             return None
         entry = self._root / name
-        if not entry.is_dir():
+        try:
+            if not entry.is_dir():
+                return None
+            self._check_inside(entry, name)
+        except FileNotFoundError:
             return None
-        self._check_inside(entry, name)
+        except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's word for a link that leads back to itself
+            raise _unusable(f"adapter {name!r} is not readable: {error}") from None
         return entry
 
     def _check_inside(self, directory: Path, name: str) -> None:
@@ -145,7 +281,10 @@ class AdapterStore:
         directory = Path(path)
         if not directory.is_absolute() and self._root is not None:
             directory = self._root / directory
-        directory = directory.resolve()
+        try:
+            directory = directory.resolve()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"lora_path {path!r} is not readable: {error}", param="lora_path") from None
         if self._root is not None and not directory.is_relative_to(self._root):
             raise UserError(
                 f"lora_path {path!r} lies outside the adapters folder; move it there", param="lora_path", status=403
@@ -153,6 +292,13 @@ class AdapterStore:
         if not directory.is_dir():
             raise UserError(f"lora_path {path!r} is not a directory on the server", param="lora_path")
         return directory
+
+
+def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that goes on when those who wait for it leave, and whose error is theirs alone."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 def _unknown(name: str) -> UserError:
@@ -164,6 +310,10 @@ def _unknown(name: str) -> UserError:
     )
 
 
+def _unusable(message: str) -> UserError:
+    return UserError(message, param="model", code="invalid_adapter")
+
+
 def check_name(name: str, param: str) -> None:
     """Names reach the file system, logs and metrics: letters, digits, dot, dash and underscore only."""
     if not NAME.fullmatch(name) or ".." in name:
@@ -173,13 +323,3 @@ def check_name(name: str, param: str) -> None:
             param=param,
             code="invalid_model_name",
         )
-
-
-def _fingerprint(directory: Path) -> Fingerprint:
-    """Changes whenever the adapter's files do: name, size, modification time and inode of each."""
-    try:
-        entries = sorted(directory.iterdir())
-        stats = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
-    except OSError as error:
-        raise UserError(f"adapter {directory.name!r} is not readable: {error.strerror}", status=400) from None
-    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)

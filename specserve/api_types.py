@@ -131,7 +131,7 @@ class ChatRequest(GenerationFields, kw_only=True):
 class LoadAdapterRequest(msgspec.Struct, forbid_unknown_fields=True):
     lora_name: str
     lora_path: str
-    load_inplace: bool = False  # vLLM's flag; a changed directory is noticed by itself
+    load_inplace: bool = False  # vLLM's flag: give the name to this directory though another one has it
 
 
 class UnloadAdapterRequest(msgspec.Struct, forbid_unknown_fields=True):

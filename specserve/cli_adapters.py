@@ -66,7 +66,7 @@ def summarise(path: Path) -> AdapterSummary:
     if shapes and not sides:
         summary.problems.append("adapter_model.safetensors holds no LoRA tensors")
     if not summary.problems:
-        from .lora import content_hash
+        from .adapter_files import content_hash
 
         summary.content_hash = content_hash(path)
     return summary

@@ -108,7 +108,7 @@ def encode_prompt(model_dir: Path, prompt: str, options: GenerateOptions) -> lis
 
     tokenizer = TextTokenizer(model_dir)
     if options.adapter is not None:
-        tokenizer = tokenizer.for_adapter(options.adapter)
+        tokenizer = tokenizer.for_adapter_in(options.adapter)
     chat = options.chat if options.chat is not None else tokenizer.has_chat_template
     if not chat:
         if options.system is not None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from .tools.prompt import for_template
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+MAX_TOKENIZERS = 64  # of adapters; others are read again
+MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
 
 
 @dataclass(slots=True)
@@ -78,7 +82,7 @@ class Generator:
         self.model_name = model_name
         self.metrics = metrics
         self._long_texts = asyncio.Lock()
-        self._adapter_tokenizers: dict[str, TextTokenizer] = {}  # by content hash
+        self._adapter_tokenizers: OrderedDict[str, TextTokenizer] = OrderedDict()  # by text hash, latest use last
         chosen = choose_format(tokenizer.chat_template, config.tool_format)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
 
@@ -97,13 +101,17 @@ class Generator:
         """The tokenizer to use, and the content hash of the loaded adapter; loads the adapter if needed."""
         if adapter is None:
             return self.tokenizer, None
-        info = await self.store.resolve(adapter)
-        if not info.has_tokenizer:
+        info, files = await self.store.resolve_with_texts(adapter, self._adapter_tokenizers)
+        if info.text_hash is None:
             return self.tokenizer, info.content_hash
-        tokenizer = self._adapter_tokenizers.get(info.content_hash)
-        if tokenizer is None:
-            tokenizer = await asyncio.to_thread(self.tokenizer.for_adapter, self.store.path(adapter))
-            self._adapter_tokenizers[info.content_hash] = tokenizer
+        if files is not None:
+            tokenizer = await asyncio.to_thread(self.tokenizer.for_adapter, adapter, files)
+            tokenizer = self._adapter_tokenizers.setdefault(info.text_hash, tokenizer)
+            if len(self._adapter_tokenizers) > MAX_TOKENIZERS:
+                self._adapter_tokenizers.popitem(last=False)
+        else:
+            tokenizer = self._adapter_tokenizers[info.text_hash]
+            self._adapter_tokenizers.move_to_end(info.text_hash)
         return tokenizer, info.content_hash
 
     async def off_loop(self, num_chars: int, read: Callable[..., T], *args: object) -> T:
@@ -240,31 +248,48 @@ class Generator:
     def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
         """One sequence, or several as one where tools bring adapters."""
         if job.tools is None or not job.tools.switching:
-            return self._one(request, job.adapter)
+            return self._one(request, job.adapter, job.tokenizer)
         eos_token_ids = frozenset(self.engine.info.eos_token_ids)
         return run_switching(job.tools, request, job.adapter, eos_token_ids, self._one_with)
 
     async def _one_with(self, request: GenerateRequest, adapter: str | None) -> AsyncGenerator[Delta]:
         """One sequence with the adapter of that name, whatever `request` holds."""
         content_hash = None if adapter is None else (await self.store.resolve(adapter)).content_hash
-        async with aclosing(self._one(msgspec.structs.replace(request, adapter_hash=content_hash), adapter)) as deltas:
+        request = msgspec.structs.replace(request, adapter_hash=content_hash)
+        async with aclosing(self._one(request, adapter, None)) as deltas:
             async for delta in deltas:
                 yield delta
 
-    async def _one(self, request: GenerateRequest, adapter: str | None) -> AsyncGenerator[Delta]:
-        """One sequence; when its adapter was evicted meanwhile, it is loaded again, once."""
-        for attempt in range(2):
+    async def _one(
+        self, request: GenerateRequest, adapter: str | None, tokenizer: TextTokenizer | None
+    ) -> AsyncGenerator[Delta]:
+        """One sequence; when its adapter had to make room meanwhile, it is loaded again and the sequence starts then.
+
+        `tokenizer` is what made the prompt of the adapter's own chat template, if it did.
+        """
+        for attempt in range(MAX_RELOADS + 1):
             try:
                 async with aclosing(self.engine.generate(request)) as deltas:
                     async for delta in deltas:
                         yield delta
                 return
             except UserError as error:
-                if error.code != "adapter_not_resident" or adapter is None or attempt:
+                if error.code != "adapter_not_resident" or adapter is None or attempt == MAX_RELOADS:
                     raise
-            self.store.forget(adapter)
-            info = await self.store.resolve(adapter)
-            request = msgspec.structs.replace(request, adapter_hash=info.content_hash)
+            self.store.forget(adapter, request.adapter_hash)
+            content_hash: str | None
+            if tokenizer is None:
+                content_hash = (await self.store.resolve(adapter)).content_hash
+            else:
+                now, content_hash = await self.tokenizer_for(adapter)
+                if now is not tokenizer:
+                    raise UserError(
+                        f"adapter {adapter!r} got another chat template or tokenizer while the request waited for it; "
+                        "send the request again",
+                        status=409,
+                        code="adapter_changed",
+                    )
+            request = msgspec.structs.replace(request, adapter_hash=content_hash)
 
 
 def text_len(prompt: str | list[Any]) -> int:

@@ -7,19 +7,19 @@ refused with the reason, logged and reported; the LoRA is served without it. Not
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .drafters.acceptance import SharedAcceptance
-from .drafters.head_files import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE, HeadError, LookaheadHeadFile, read_head
+from .drafters.head_file_names import CONFIG_FILE, HISTORY_FILE, LOOKAHEAD_FILES, WEIGHTS_FILE
+from .drafters.head_files import HeadError, LookaheadHeadFile, read_head
 from .drafters.task_history import HistoryError, TaskHistory
 from .messages import LookaheadInfo
 from .model.config import ModelConfig
 from .model.fingerprint import base_fingerprint, tokenizer_fingerprint
-
-LOOKAHEAD_FILES = (CONFIG_FILE, WEIGHTS_FILE, HISTORY_FILE)
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +55,25 @@ class Lookahead:
 
 
 def read_lookahead(
-    path: Path, name: str, config: ModelConfig, base: BaseIdentity, device: torch.device | str
+    paths: Mapping[str, Path],
+    lora_hash: str,
+    name: str,
+    config: ModelConfig,
+    base: BaseIdentity,
+    device: torch.device | str,
 ) -> Lookahead | None:
-    """Read what is there; None when the directory holds a plain LoRA only."""
-    if not any((path / file).is_file() for file in LOOKAHEAD_FILES):
+    """Read the files `paths`, by name, beside the LoRA of hash `lora_hash`; None when none of them is a lookahead's."""
+    if not paths.keys() & set(LOOKAHEAD_FILES):
         return None
     head, history, errors = None, None, []
     try:
-        if (path / CONFIG_FILE).is_file() or (path / WEIGHTS_FILE).is_file():
+        if paths.keys() & {CONFIG_FILE, WEIGHTS_FILE}:
+            if missing := {CONFIG_FILE, WEIGHTS_FILE} - paths.keys():
+                raise HeadError(f"{missing.pop()} is missing")
             head = read_head(
-                path,
+                paths[CONFIG_FILE],
+                paths[WEIGHTS_FILE],
+                lora_hash=lora_hash,
                 base_hash=base.model_hash,
                 tokenizer_hash=base.tokenizer_hash,
                 hidden_size=config.hidden_size,
@@ -75,8 +84,8 @@ def read_lookahead(
     except (HeadError, OSError) as error:
         errors.append(f"its lookahead head is not used: {error}")
     try:
-        if (path / HISTORY_FILE).is_file():
-            history = TaskHistory.load(path / HISTORY_FILE, vocab_size=config.vocab_size)
+        if HISTORY_FILE in paths:
+            history = TaskHistory.load(paths[HISTORY_FILE], vocab_size=config.vocab_size)
     except (HistoryError, OSError) as error:
         errors.append(f"its task history is not used: {error}")
     for message in errors:

@@ -8,7 +8,6 @@ identity.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -20,15 +19,12 @@ from typing import Any
 import safetensors
 import torch
 
+from .adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, open_adapter
 from .errors import AdapterError
 from .kernels.lora_stack import LoraPair
-from .lookahead import LOOKAHEAD_FILES, BaseIdentity, Lookahead, read_lookahead
+from .lookahead import BaseIdentity, Lookahead, read_lookahead
 from .messages import AdapterInfo
 from .model.config import ModelConfig
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 # The fused linears of a layer, in the order of their columns.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -81,7 +77,7 @@ class LoraAdapter:
     embed: LoraPair | None  # A [R, V], B [H, R]
     lm_head: LoraPair | None
     max_rank: int
-    has_tokenizer: bool
+    text_hash: str | None  # of the chat template and tokenizer that it brings
     lookahead: Lookahead | None = None  # what drafts for it; None for a plain LoRA
 
     @property
@@ -97,7 +93,7 @@ class LoraAdapter:
             num_modules=len(self.pairs),
             target_modules=modules,
             size_bytes=sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs),
-            has_tokenizer=self.has_tokenizer,
+            text_hash=self.text_hash,
             lookahead=self.lookahead.info() if self.lookahead is not None else None,
         )
 
@@ -140,14 +136,28 @@ def read_adapter(
     """
     path = Path(path)
     name = name or path.name
-    peft = _read_config(path, name)
-    weights_path = path / WEIGHTS_FILE
-    if not weights_path.is_file():
-        found = sorted(p.name for p in path.glob("adapter_model.*"))
-        hint = f"; {found[0]} is a pickle and is never loaded: save with safe_serialization=True" if found else ""
-        raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}{hint}")
+    with open_adapter(path, name, max_weights_bytes=_max_weights_bytes(config, max_rank)) as files:
+        if CONFIG_FILE not in files.paths:
+            raise AdapterError(f"adapter {name!r}: {path} has no {CONFIG_FILE}; a PEFT LoRA directory is expected")
+        if WEIGHTS_FILE not in files.paths:
+            raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}{_other_weights(path)}")
+        return _read_files(files, name, config, max_rank, dtype, device, lay_out, base_tensor, base)
+
+
+def _read_files(
+    files: AdapterFiles,
+    name: str,
+    config: ModelConfig,
+    max_rank: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    lay_out: Callable[[LoraPair], LoraPair],
+    base_tensor: BaseTensor | None,
+    base: BaseIdentity | None,
+) -> LoraAdapter:
+    peft = _read_config(files.paths[CONFIG_FILE], name)
     try:
-        with safetensors.safe_open(weights_path, framework="pt") as file:
+        with safetensors.safe_open(files.paths[WEIGHTS_FILE], framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # not a dict: it has no iterator
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
@@ -173,32 +183,35 @@ def read_adapter(
             extra[short] = kept
         else:
             layers[int(module.split(".")[2]), short] = lay_out(kept)
-    has_tokenizer = any((path / file).is_file() for file in ("tokenizer_config.json", "chat_template.jinja"))
-    lookahead = read_lookahead(path, name, config, base, device) if base is not None else None
+    lookahead = None
+    if base is not None:
+        lookahead = read_lookahead(files.paths, files.digests[WEIGHTS_FILE].hex(), name, config, base, device)
     embed, lm_head = extra.get("embed_tokens"), extra.get("lm_head")
-    return LoraAdapter(name, content_hash(path), layers, embed, lm_head, highest, has_tokenizer, lookahead)
+    return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead)
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 over configuration, weights and lookahead files as stored; the adapter's name is no part of it."""
-    digest = hashlib.sha256()
-    for file in (CONFIG_FILE, WEIGHTS_FILE, *LOOKAHEAD_FILES):
-        if file in LOOKAHEAD_FILES and not (path / file).is_file():
-            continue
-        with open(path / file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def _max_weights_bytes(config: ModelConfig, max_rank: int) -> int:
+    """What the largest adapter takes in fp64, with copies of the embeddings and room for the header."""
+    shapes = module_shapes(config)
+    num_values = sum((size_in + size_out) * max_rank for size_in, size_out in shapes.values()) * config.num_layers
+    num_values += 2 * config.vocab_size * config.hidden_size
+    return 8 * num_values + 100_000_000
+
+
+def _other_weights(path: Path) -> str:
+    """What stands in the place of the weights file, for the error message."""
+    found = sorted(entry.name for entry in path.glob("adapter_model*"))
+    if any(".safetensors" in file for file in found):
+        return f"; {found[0]} is one part of a weights file that was split; join the parts into one {WEIGHTS_FILE}"
+    if found:
+        return f"; {found[0]} is not read: .bin and .pt files are pickles; save with safe_serialization=True"
+    return ""
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
-    """The adapter_config.json, with everything refused that we cannot serve exactly."""
-    config_path = path / CONFIG_FILE
-    if not config_path.is_file():
-        raise AdapterError(f"adapter {name!r}: {path} has no {CONFIG_FILE}; a PEFT LoRA directory is expected")
-    if config_path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"adapter {name!r}: {CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
+    """The adapter_config.json at `path`, with everything refused that we cannot serve exactly."""
     try:
-        config = json.loads(config_path.read_bytes())
+        config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"adapter {name!r}: {CONFIG_FILE} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

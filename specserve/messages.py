@@ -130,7 +130,7 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     num_modules: int
     target_modules: list[str]
     size_bytes: int
-    has_tokenizer: bool
+    text_hash: str | None  # of the chat template and tokenizer files that it brings; None when the base's serve
     lookahead: LookaheadInfo | None = None
 
 

@@ -50,9 +50,9 @@ class Server:
             silence_timeout_s=config.engine_timeout_s,
             command=engine_command,
         )
-        self.store = AdapterStore(self.engine, config.adapters_dir)
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name
+        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name)
         self._model_dir = model_dir
         self.middlewares = Middlewares(config, self.metrics)
         self._openapi_body = msgspec.json.encode(openapi_document())
@@ -112,7 +112,7 @@ class Server:
     async def _load_adapter(self, request: web.Request) -> web.Response:
         value = await read_json(request, 2**20, self.config.read_timeout_s)
         body = convert(value, LoadAdapterRequest)
-        info = await self.store.register(body.lora_name, body.lora_path)
+        info = await self.store.register(body.lora_name, body.lora_path, replace=body.load_inplace)
         return json_response({"message": f"adapter {body.lora_name!r} is loaded", "adapter": info})
 
     async def _unload_adapter(self, request: web.Request) -> web.Response:

@@ -11,15 +11,17 @@ import ctypes
 import json
 import re
 import secrets
-from collections.abc import Collection, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer
 
+from .adapter_files import read_texts
 from .detokenizer import Detokenizer
-from .errors import ModelError, UserError
+from .errors import AdapterError, ModelError, UserError
 from .text_bounds import BYTE_OF, TokenBound
 
 LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
@@ -79,25 +81,38 @@ class TextTokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def for_adapter(self, path: Path) -> TextTokenizer:
-        """The tokenizer that the adapter directory `path` brings, or this one with the chat template that it brings."""
-        if (path / "tokenizer.json").is_file():
-            own = TextTokenizer(path)
+    def for_adapter_in(self, directory: Path) -> TextTokenizer:
+        """The tokenizer that requests for the adapter in `directory` get."""
+        text_hash, files = read_texts(directory, directory.name)
+        return self if text_hash is None else self.for_adapter(directory.name, files)
+
+    def for_adapter(self, name: str, files: Mapping[str, bytes]) -> TextTokenizer:
+        """The tokenizer that the adapter `name` brings in `files`, or this one with its chat template."""
+        if "tokenizer.json" in files:
+            with tempfile.TemporaryDirectory() as directory:
+                for file, content in files.items():
+                    (Path(directory) / file).write_bytes(content)
+                try:
+                    own = TextTokenizer(Path(directory))
+                except ModelError as error:
+                    message = f"adapter {name!r}: {str(error).replace(directory, 'it')}"
+                    raise AdapterError(message) from None
             if own.vocab_size != self.vocab_size:
                 raise UserError(
-                    f"adapter {path.name!r} brings a tokenizer of {own.vocab_size} tokens, the base model has "
+                    f"adapter {name!r} brings a tokenizer of {own.vocab_size} tokens, the base model has "
                     f"{self.vocab_size}; a resized vocabulary is not supported",
                     code="invalid_adapter",
                 )
             return own
         template = None
-        if (path / "chat_template.jinja").is_file():
-            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        elif (path / "tokenizer_config.json").is_file():
-            try:
-                template = json.loads((path / "tokenizer_config.json").read_bytes()).get("chat_template")
-            except ValueError as error:
-                raise UserError(f"{path.name}: tokenizer_config.json is not valid JSON: {error}") from None
+        try:
+            if "chat_template.jinja" in files:
+                template = files["chat_template.jinja"].decode("utf-8")
+            elif "tokenizer_config.json" in files:
+                config = json.loads(files["tokenizer_config.json"])
+                template = config.get("chat_template") if isinstance(config, dict) else None
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"adapter {name!r}: its chat template cannot be read: {error}") from None
         if not isinstance(template, str):
             return self
         other = copy.copy(self)

@@ -10,6 +10,7 @@ import torch
 from specserve.drafters.copy_pointer import CopyPointer
 from specserve.drafters.head import HeadWeights, head_shapes
 from specserve.drafters.head_device import DeviceHeads, head_tensors
+from specserve.drafters.head_file_names import CONFIG_FILE, WEIGHTS_FILE
 from specserve.drafters.head_files import LookaheadConfig, LookaheadHeadFile, pad_vocab, read_config, read_head
 from specserve.drafters.head_source import HeadRunner, HeadSource
 from specserve.kernels.head_loop import LoopRows, chain_reference
@@ -50,11 +51,11 @@ def mixed_heads() -> list[LookaheadHeadFile]:
 def trained_heads() -> list[LookaheadHeadFile]:
     heads = []
     for path in sorted(path.parent for path in ADAPTERS.glob("*/lookahead_config.json")):
-        config = read_config(path)
+        config = read_config(path / CONFIG_FILE)
         heads.append(
             read_head(
-                path, base_hash=config.base_hash, tokenizer_hash=config.tokenizer_hash, hidden_size=576, num_layers=30,
-                vocab_size=49152,
+                path / CONFIG_FILE, path / WEIGHTS_FILE, lora_hash=config.lora_hash, base_hash=config.base_hash,
+                tokenizer_hash=config.tokenizer_hash, hidden_size=576, num_layers=30, vocab_size=49152,
             )
         )  # fmt: skip
     return heads

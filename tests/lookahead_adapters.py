@@ -9,7 +9,8 @@ import torch
 from peft_adapters import make_peft_adapter
 
 from specserve.drafters.head import head_shapes
-from specserve.drafters.head_files import FORMAT_VERSION, HISTORY_FILE, LookaheadConfig, file_hash, write_head
+from specserve.drafters.head_file_names import HISTORY_FILE
+from specserve.drafters.head_files import FORMAT_VERSION, LookaheadConfig, file_hash, write_head
 from specserve.drafters.task_history import TaskHistory
 from specserve.model.fingerprint import base_fingerprint, tokenizer_fingerprint
 

@@ -15,7 +15,8 @@ from specserve.drafters.head_files import VOCAB_STEP, pad_vocab
 from specserve.drafters.head_native import NativeHeadRunner
 from specserve.drafters.head_source import HeadRunner, HeadSource
 from specserve.kernels.native import Team, load_library
-from specserve.lookahead import BaseIdentity, read_lookahead
+from specserve.lookahead import BaseIdentity
+from specserve.lora import read_adapter
 from specserve.model.config import ModelConfig
 
 SHAPES = [
@@ -111,7 +112,7 @@ def test_the_native_heads_guess_what_the_torch_heads_guess(model_dir, tmp_path):
     heads, base = [], BaseIdentity.of(model_dir)
     for seed, shape in enumerate(SHAPES[:3] * 2):
         path = make_lookahead_adapter(model_dir, tmp_path / str(seed), seed=seed, **{"draft_len": 9, **shape})
-        ahead = read_lookahead(path, "x", ModelConfig.from_dir(model_dir), base, "cpu")
+        ahead = read_adapter(path, ModelConfig.from_dir(model_dir), base=base).lookahead
         assert ahead is not None and ahead.head is not None, ahead
         heads.append(ahead)
     prompt = [(5 * i * i + 3) % 320 for i in range(40)]

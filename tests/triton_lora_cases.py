@@ -189,7 +189,7 @@ def make_adapter(name: str, rank: int, *, extra: bool = False) -> LoraAdapter:
 
     layers = {(layer, module): pair(module) for layer in range(2) for module in ("q_proj", "v_proj", "down_proj")}
     embed, lm_head = (pair("embed_tokens"), pair("lm_head")) if extra else (None, None)
-    return LoraAdapter(name, name, layers, embed, lm_head, rank, has_tokenizer=False)
+    return LoraAdapter(name, name, layers, embed, lm_head, rank, text_hash=None)
 
 
 def test_a_device_batch_adds_each_rows_own_adapter_to_every_module():

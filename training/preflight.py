@@ -55,7 +55,7 @@ def prepare(config: RunConfig, *, head_only: bool = False) -> Prepared:
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
         _check_adapter(Path(config.lora.adapter), model)
-        tokenizer = tokenizer.for_adapter(Path(config.lora.adapter))
+        tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train)[: config.data.max_rows]
     examples = [e for e in tokenize(rows, tokenizer, eos, config.data.system) if len(e.tokens) <= max_len]

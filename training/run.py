@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ..drafters.head_file_names import HISTORY_FILE
 from ..drafters.head_files import (
     FORMAT_VERSION,
-    HISTORY_FILE,
     LookaheadConfig,
     file_hash,
     write_head,
@@ -254,7 +254,8 @@ def _calibrate(
 def _rewrite_acceptance(output: Path, record: dict[str, list[tuple[float, float]]]) -> None:
     import msgspec
 
-    from ..drafters.head_files import CONFIG_FILE, read_config, replace_file
+    from ..drafters.head_file_names import CONFIG_FILE
+    from ..drafters.head_files import read_config, replace_file
 
-    config = msgspec.structs.replace(read_config(output), acceptance=record)
+    config = msgspec.structs.replace(read_config(output / CONFIG_FILE), acceptance=record)
     replace_file(output / CONFIG_FILE, lambda path: path.write_bytes(msgspec.json.encode(config)))

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
+from ..adapter_files import content_hash
 from ..errors import UserError
-from ..lora import content_hash
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from .dataset import Example
 from .run_config import RunConfig

@@ -1,0 +1,202 @@
+"""The files of an adapter directory, read as one state of it while anybody may be writing there.
+
+A directory is read into private copies: nothing is mapped that another process can truncate under us, and hashes are
+those of the bytes that were read. When its stamp differs after reading from before, it was read in the middle of a
+change and is read again. What an adapter means is in these files alone; others in the folder are not looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .drafters.head_file_names import CONFIG_FILE as HEAD_CONFIG_FILE
+from .drafters.head_file_names import LOOKAHEAD_FILES
+from .errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# Where the chat template or a tokenizer may stand: they shape a request before the engine sees it.
+TEXT_FILES = (
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+ALL_FILES = (CONFIG_FILE, WEIGHTS_FILE, *LOOKAHEAD_FILES, *TEXT_FILES)
+MAX_CONFIG_BYTES = 4 << 20
+MAX_FILE_BYTES = dict.fromkeys((*LOOKAHEAD_FILES, *TEXT_FILES), 256 << 20) | dict.fromkeys(
+    (CONFIG_FILE, HEAD_CONFIG_FILE), MAX_CONFIG_BYTES
+)
+
+NUM_ATTEMPTS = 4
+PAUSE_S = 0.25  # between attempts
+_CHUNK = 4 << 20
+
+Stamp = tuple[tuple[str, int, int, int, int, int], ...]
+
+
+class ChangingError(AdapterError):
+    """The directory changed whenever it was read; the same request succeeds once the change is complete."""
+
+    code = "adapter_changing"
+    status = 409
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """Private copies of what was there, by file name, and their SHA-256."""
+
+    paths: Mapping[str, Path]  # good until the `open_adapter` that made them is left; what maps them may stay
+    digests: Mapping[str, bytes]
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over configuration, weights and lookahead files as stored; the adapter's name is no part of it."""
+        names = (CONFIG_FILE, WEIGHTS_FILE, *LOOKAHEAD_FILES)
+        return hashlib.sha256(b"".join(self.digests[name] for name in names if name in self.digests)).hexdigest()
+
+    @property
+    def text_hash(self) -> str | None:
+        """SHA-256 over the chat template and tokenizer files; None for an adapter that is served with the base's."""
+        if not {"tokenizer_config.json", "chat_template.jinja"} & self.digests.keys():
+            return None
+        found = [name.encode() + b"\0" + self.digests[name] for name in TEXT_FILES if name in self.digests]
+        return hashlib.sha256(b"".join(found)).hexdigest()
+
+
+def stamp_of(directory: Path) -> Stamp:
+    """What changes whenever the adapter does: name, device, inode, size, modification and change time of its files.
+
+    The change time cannot be set by programs that unpack or copy. Raises `AdapterError`.
+    """
+    found = []
+    for name in ALL_FILES:
+        try:
+            status = os.stat(directory / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _unreadable(directory.name, name, error) from None
+        found.append((name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return tuple(found)
+
+
+def age_s(stamp: Stamp) -> float:
+    """Seconds since the newest change that the stamp knows of."""
+    newest_ns = max((max(mtime, ctime) for *_, mtime, ctime in stamp), default=0)
+    return time.time() - newest_ns / 1e9
+
+
+@contextlib.contextmanager
+def open_adapter(
+    directory: Path, name: str, *, names: Sequence[str] = ALL_FILES, max_weights_bytes: int = 64 << 30
+) -> Iterator[AdapterFiles]:
+    """Read those of `names` that are in `directory` into private copies, as they stood together at one time.
+
+    Raises `AdapterError` for what cannot be read, and `ChangingError` when the directory never held still.
+    """
+    limits = {**MAX_FILE_BYTES, WEIGHTS_FILE: max_weights_bytes}
+    for attempt in range(NUM_ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE_S)
+        with contextlib.ExitStack() as stack:
+            before = stamp_of(directory)
+            paths: dict[str, Path] = {}
+            digests: dict[str, bytes] = {}
+            try:
+                for file in names:
+                    copy = _private_copy(directory / file, limits[file])
+                    if copy is not None:
+                        fd, digests[file] = copy
+                        stack.callback(os.close, fd)
+                        paths[file] = Path(f"/dev/fd/{fd}")
+            except OSError as error:
+                if stamp_of(directory) == before:
+                    raise _unreadable(name, file, error) from None
+                continue
+            except AdapterError as error:
+                if stamp_of(directory) == before:
+                    raise AdapterError(f"adapter {name!r}: {error}") from None
+                continue
+            if stamp_of(directory) == before:
+                yield AdapterFiles(paths, digests)
+                return
+    raise changing(name)
+
+
+def read_texts(directory: Path, name: str) -> tuple[str | None, dict[str, bytes]]:
+    """(hash, contents by name) of the chat template and tokenizer files in `directory`. Raises `AdapterError`."""
+    with open_adapter(directory, name, names=TEXT_FILES) as files:
+        return files.text_hash, {file: path.read_bytes() for file, path in files.paths.items()}
+
+
+def changing(name: str) -> ChangingError:
+    return ChangingError(f"adapter {name!r} changes while it is read; ask again when its files are complete")
+
+
+def content_hash(directory: Path) -> str:
+    """The identity of the adapter in `directory`. Raises `AdapterError`."""
+    with open_adapter(directory, directory.name) as files:
+        for required in (CONFIG_FILE, WEIGHTS_FILE):
+            if required not in files.digests:
+                raise AdapterError(f"adapter {directory.name!r} has no {required}")
+        return files.content_hash
+
+
+def _private_copy(path: Path, max_bytes: int) -> tuple[int, bytes] | None:
+    """(descriptor of a copy that nobody else can open, SHA-256); None when there is no such file."""
+    try:
+        # O_NONBLOCK: opening a pipe would wait for a writer.
+        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with open(source, "rb", buffering=0) as stream:
+        status = os.fstat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterError(f"{path.name} is {_kind(status.st_mode)}, not a file")
+        if status.st_size > max_bytes:
+            raise AdapterError(f"{path.name} has {status.st_size} bytes; at most {max_bytes} are read")
+        target = _anonymous_file(path.name)
+        try:
+            digest = hashlib.sha256()
+            num_bytes = 0
+            while chunk := stream.read(_CHUNK):
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:  # it grows
+                    raise AdapterError(f"{path.name} has more than {max_bytes} bytes; at most so many are read")
+                digest.update(chunk)
+                written = 0
+                while written < len(chunk):
+                    written += os.write(target, memoryview(chunk)[written:])
+        except BaseException:
+            os.close(target)
+            raise
+    return target, digest.digest()
+
+
+def _anonymous_file(name: str) -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name, os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((text for is_kind, text in kinds if is_kind(mode)), "a device")
+
+
+def _unreadable(adapter: str, file: str, error: OSError) -> AdapterError:
+    is_loop = error.errno == errno.ELOOP
+    reason = "is a link that leads back to itself" if is_loop else f"is not readable: {error.strerror}"
+    return AdapterError(f"adapter {adapter!r}: {file} {reason}")
