@@ -46,6 +46,7 @@ class LoraModel:
         self.device, self.dtype = device, dtype
         self.num_layers: int = base.config.num_hidden_layers
         self.hidden_size: int = base.config.hidden_size
+        self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.tap_layer = self.num_layers // 2 if tap_layer is None else tap_layer
         with warnings.catch_warnings():
             # peft asks for an attribute that transformers has renamed; nothing for the user to act on.
@@ -92,7 +93,9 @@ class LoraModel:
         return Hidden(last.reshape(-1, size)[index], tapped, torch.tensor(targets, device=self.device))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._lm_head(hidden)
+        """Logits [L, V] of final hidden states [L, H], capped as the model caps them (Gemma)."""
+        logits: torch.Tensor = self._lm_head(hidden)
+        return logits if not self._softcap else self._softcap * torch.tanh(logits.float() / self._softcap)
 
     def save(self, directory: Path, base_name: str) -> None:
         """Write the LoRA as plain PEFT files, weights in bf16; `base_name` is what they call the base model."""

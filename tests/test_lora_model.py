@@ -1,0 +1,35 @@
+"""The trainer's forward against transformers' own: the same loss and the same gradients for every architecture."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import MODEL_TYPES, make_tiny_model
+
+from specserve.training.dataset import Example
+from specserve.training.lora_model import LoraModel
+from specserve.training.run_config import LoraConfig
+
+CASES = [(name, {}) for name in MODEL_TYPES] + [("gemma3", {"final_logit_softcapping": 3.0})]
+
+
+@pytest.mark.parametrize(("architecture", "settings"), CASES)
+def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path, architecture, settings):
+    make_tiny_model(tmp_path, architecture, **settings)
+    torch.manual_seed(0)
+    model = LoraModel(tmp_path, LoraConfig(r=4, alpha=8, dropout=0.0), torch.float32, torch.device("cpu"), None)
+    with torch.no_grad():
+        for parameter in model.parameters:  # B starts at zero, and with it A's gradient
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    tokens = torch.randint(3, 300, (2, 24)).tolist()
+    examples = [Example(tokens[0], [False] * 9 + [True] * 15, 1), Example(tokens[1], [False, True, True] * 8, 2)]
+
+    hidden = model.hidden(examples)
+    F.cross_entropy(model.logits(hidden.last).float(), hidden.targets).backward()
+    ours = [parameter.grad.clone() for parameter in model.parameters]
+    model.peft.zero_grad()
+    labels = torch.tensor([[t if m else -100 for t, m in zip(e.tokens, e.loss_mask, strict=True)] for e in examples])
+    model.peft(input_ids=torch.tensor(tokens), labels=labels).loss.backward()
+    wanted = [parameter.grad for parameter in model.parameters]
+    assert len(ours) == len(wanted) > 0
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
