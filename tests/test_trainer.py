@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import types
 
 import msgspec
 import pytest
@@ -14,12 +15,13 @@ from tiny_models import make_tiny_model
 from training_fixture import make_trainer, run_config, torchrun, write_rows
 
 from specserve.errors import UserError
-from specserve.training.batching import plan_epoch, plan_run
+from specserve.training.batching import default_epochs, plan_epoch, plan_run
 from specserve.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
 from specserve.training.health import Health
 from specserve.training.metrics_file import MetricsFile
-from specserve.training.run_config import CheckpointConfig
+from specserve.training.run_config import CheckpointConfig, JointConfig, OptimizerConfig
 from specserve.training.run_identity import check_same_run, run_identity
+from specserve.training.schedule import Schedule
 from specserve.training.signals import Interrupted
 
 WORKER = """
@@ -64,6 +66,25 @@ def test_every_example_is_in_one_batch_of_limited_size():
     assert plan_epoch(lengths, 300, seed=1) == batches != plan_epoch(lengths, 300, seed=2)
     assert len(plan_run(lengths, 300, 0, 2.5, None)) == pytest.approx(2.5 * len(batches), abs=4)
     assert len(plan_run(lengths, 300, 0, 2.5, 7)) == 7
+
+
+@pytest.mark.parametrize(("num_rows", "steps"), [(1, 10), (3, 10), (90, 24)])
+def test_few_rows_are_seen_more_often_until_there_are_enough_steps(num_rows, steps):
+    lengths = [30 + (i * 37) % 120 for i in range(num_rows)]
+    epochs = default_epochs(lengths, 850, 0, min_steps=24)
+    assert len(plan_run(lengths, 850, 0, epochs, None)) == steps
+    assert default_epochs([90] * 400, 850, 0, min_steps=24) == 1.0
+
+
+def test_a_short_run_warms_up_for_some_steps_and_a_long_one_for_its_share():
+    def rates(num_steps, **optimizer):
+        schedule = Schedule(num_steps, OptimizerConfig(**optimizer), JointConfig())
+        return [round(schedule.rate(step), 3) for step in range(num_steps)]
+
+    assert rates(24)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates(24)[-1] < 0.1
+    assert rates(4)[:2] == [1.0, 1.0]
+    assert rates(24, warmup=0.0)[0] == 1.0
+    assert rates(200)[:10] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "lk"])
@@ -213,7 +234,8 @@ def test_a_checkpoint_of_every_step_is_never_of_diverged_weights(model_dir, rows
     config = run_config(lr=0.02, epochs=4)
     config = msgspec.structs.replace(config, checkpoint=CheckpointConfig(every_steps=1))
     trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
-    trainer._schedule = lambda: 1.0 if trainer.step < 8 else -1.0  # from there on it climbs
+    rate = lambda step: 1.0 if step < 8 else -1.0  # from there on it climbs  # noqa: E731
+    trainer._schedule = types.SimpleNamespace(rate=rate, head_rate=lambda step: 0.0, head_weight=lambda step: 0.0)
     with pytest.raises(UserError, match="lower optimizer.lr.*checkpoint.pt holds the last good weights") as error:
         trainer.run()
     losses = [value["loss"] for value in metrics(tmp_path / "run")]

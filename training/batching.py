@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+_MOST_EPOCHS = 10.0  # by default: more would only learn a handful of rows by heart
 _POOL = 24  # batches whose examples are sorted by length together: little padding, still a random order
 
 
@@ -44,3 +45,9 @@ def plan_run(
         steps += batches[: max(1, round(len(batches) * share))]
         epoch += 1
     return steps[:max_steps]
+
+
+def default_epochs(lengths: Sequence[int], batch_tokens: int, seed: int, min_steps: int) -> float:
+    """One, or as many (not whole) as few rows need to make `min_steps` steps, within reason."""
+    num_steps = len(plan_epoch(lengths, batch_tokens, seed * 1000))
+    return min(_MOST_EPOCHS, max(1.0, min_steps / num_steps))

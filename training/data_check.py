@@ -17,6 +17,7 @@ from ..model.config import ModelConfig
 from ..model_store import resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
+from .batching import default_epochs
 from .dataset import Example, read_rows, tokenize
 from .evaluate import SINGLE_ROWS
 from .preflight import settled
@@ -126,7 +127,10 @@ def report_estimate(config: RunConfig) -> None:
     tokens = sum(len(e.tokens) for e in train if len(e.tokens) <= max_len)
     loss_tokens = sum(sum(e.loss_mask) for e in train if len(e.tokens) <= max_len)
     # Forward and the gradient of activations; the base's own weights get none.
-    flops = config.optimizer.epochs * 4.0 * (linears * tokens + head * loss_tokens)
+    opt = config.optimizer
+    lengths = [len(e.tokens) for e in train if len(e.tokens) <= max_len]
+    epochs = opt.epochs or default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps)
+    flops = epochs * 4.0 * (linears * tokens + head * loss_tokens)
     rate = _matmul_rate(torch.device("cuda" if on_gpu else "cpu"))
     answer_len = loss_tokens / max(1, len(train))
     num_distilled = min(config.distill.rows, len(train)) if config.head.enabled else 0
@@ -138,7 +142,7 @@ def report_estimate(config: RunConfig) -> None:
     fit_flops = 6.0 * num_distilled * answer_len * steps * d * (10 * d + config.head.vocab_size)
     click.echo(f"memory: about {total / 2**30:.1f} GiB ({lora / 1e6:.1f} M LoRA parameters)")
     click.echo(
-        f"time: about {flops / rate / 60:.0f} minutes for {tokens * config.optimizer.epochs:.0f} tokens at the "
+        f"time: about {flops / rate / 60:.0f} minutes for {tokens * epochs:.0f} tokens at the "
         f"{rate / 1e9:.0f} GFLOP/s that this machine's matrix products reach, and about half as much again around them"
     )
     click.echo(

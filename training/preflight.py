@@ -18,7 +18,7 @@ from ..model.config import ModelConfig
 from ..model_store import resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
-from .batching import plan_run
+from .batching import default_epochs, plan_run
 from .dataset import Example, read_rows, tokenize
 from .run_config import RunConfig
 from .run_file import check_ready
@@ -69,8 +69,13 @@ def prepare(config: RunConfig, *, head_only: bool = False) -> Prepared:
         held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
         _check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
-    opt = config.optimizer
-    plan = plan_run([len(e.tokens) for e in examples], opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
+    lengths, opt = [len(e.tokens) for e in examples], config.optimizer
+    if opt.epochs is None:
+        epochs = default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps)
+        opt = msgspec.structs.replace(opt, epochs=epochs)
+        config = msgspec.structs.replace(config, optimizer=opt)
+    assert opt.epochs is not None
+    plan = plan_run(lengths, opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
     return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings)
 
 

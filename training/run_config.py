@@ -85,7 +85,16 @@ class OptimizerConfig(_Section, frozen=True):
     lr: Annotated[float, Meta(gt=0, le=1, description="peak learning rate of the LoRA")] = 1e-3
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     warmup: Annotated[float, Meta(ge=0, le=1, description="share of steps")] = 0.05
-    epochs: Annotated[float, Meta(gt=0)] = 1.0
+    epochs: (
+        Annotated[
+            float,
+            Meta(gt=0, description="how often each row is seen; default: once, or until there are min_steps steps"),
+        ]
+        | None
+    ) = None
+    min_steps: Annotated[
+        int, Meta(ge=1, description="least steps of the default epochs; a run of fewer ends with a warning")
+    ] = 24
     max_steps: Annotated[int, Meta(ge=1, description="stop after so many steps")] | None = None
     batch_tokens: Annotated[int, Meta(ge=16, description="tokens of one step, padding included")] = 2048
     grad_clip: Annotated[float, Meta(gt=0)] = 1.0

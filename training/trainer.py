@@ -1,6 +1,6 @@
 """The joint fine-tune: the LoRA's cross-entropy and the head's loss in one backward pass.
 
-Owns the optimizer, the schedule, and when a checkpoint is due; health.py judges the losses. A step is a function of the
+Owns the optimizer and when a checkpoint is due; health.py judges the losses. A step is a function of the
 weights, the optimizer's state and the step's number, so that a resumed run goes on as if it had never stopped. A
 checkpoint is only made of weights whose own loss was seen and is good: it is written in the step after, between the
 loss and the update.
@@ -31,6 +31,7 @@ from .losses import head_loss, teacher_log_probs
 from .metrics_file import MetricsFile
 from .run_config import RunConfig
 from .run_identity import check_same_run
+from .schedule import Schedule
 from .signals import Interrupted, stop_on_signal
 
 MAX_ANCHORS = 160  # of a step's completion tokens, how many the head is trained on; the refit sees all of them
@@ -56,6 +57,7 @@ class Trainer:
         self.step = 0
         self.saved_step: int | None = None  # of the checkpoint in the directory
         self._health = Health()
+        self._schedule = Schedule(len(plan), config.optimizer, config.joint)
         self._checkpoint_due = False
         groups: list[dict[str, Any]] = [{"params": model.parameters, "lr": config.optimizer.lr}]
         if head is not None:
@@ -115,12 +117,12 @@ class Trainer:
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout: a function of the step
         rng = random.Random(config.seed * 1_000_003 + step)
         batch = [self.examples[idx] for idx in self.plan[step][self._rank :: self._world]]
-        scale = self._schedule()
+        scale = self._schedule.rate(step)
         for group, peak in zip(self._optimizer.param_groups, self._peak, strict=True):
             group["lr"] = peak * scale
         if len(self._optimizer.param_groups) > 1:
-            self._optimizer.param_groups[1]["lr"] = self._peak[1] * self._head_schedule()
-        weight = self._head_weight()
+            self._optimizer.param_groups[1]["lr"] = self._peak[1] * self._schedule.head_rate(step)
+        weight = self._schedule.head_weight(step)
         num_targets = self._sum(sum(sum(example.loss_mask[1:]) for example in batch))
         values: dict[str, Any] = {"step": step + 1, "lr": round(config.optimizer.lr * scale, 8)}
         loss_sum = torch.zeros(())
@@ -174,34 +176,12 @@ class Trainer:
         )
         if len(anchors) > MAX_ANCHORS:
             anchors = anchors.select(torch.tensor(sorted(rng.sample(range(len(anchors)), MAX_ANCHORS))))
-        reach = 0.0 if detached else self._head_weight()
+        reach = 0.0 if detached else self._schedule.head_weight(self.step)
         taken = [_scale_gradient(tensor[anchors.rows], reach) for tensor in (last, tapped)]
         teacher = None
         if head.loss != "ce":
             teacher = teacher_log_probs(logits, torch.tensor(self.head.vocab, device=logits.device))
         return head_loss(self.head, taken[0], taken[1], anchors, head.step_decay, head.loss, teacher)
-
-    # -- schedules
-
-    def _schedule(self) -> float:
-        progress = self.step / max(1, len(self.plan))
-        warmup = self.config.optimizer.warmup
-        if progress < warmup:
-            return (self.step + 1) / max(1.0, warmup * len(self.plan))
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup)))
-
-    def _head_schedule(self) -> float:
-        start = self.config.joint.start
-        progress = (self.step / max(1, len(self.plan)) - start) / max(1e-9, 1 - start)
-        return min(1.0, max(0.0, progress) / 0.05 + 0.05) if progress >= 0 else 0.0
-
-    def _head_weight(self) -> float:
-        """Weight of the head's gradient in the LoRA; 0 while the LoRA trains alone."""
-        joint = self.config.joint
-        progress = self.step / max(1, len(self.plan)) - joint.start
-        if self.head is None or progress < 0 or joint.head_weight == 0:
-            return 0.0
-        return joint.head_weight * min(1.0, (progress + 1e-3) / max(1e-3, joint.warmup))
 
     # -- health
 
