@@ -17,7 +17,7 @@ CLIENTS_INSTALLED := $(CLIENTS:%=.venv-conformance/%/.installed)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test gpu conformance lint format clean
+.PHONY: help install pull serve test churn gpu conformance lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ conformance: $(TEST_INSTALLED) $(CLIENTS_INSTALLED)  ## run other projects' clie
 gpu: $(TEST_INSTALLED)  ## on a CUDA machine: the GPU tests and benches, under nine minutes; results in gpu-results/
 	$(BIN)/specserve pull
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+churn: $(TEST_INSTALLED)  ## change ten adapters in every way while they are served, for an hour (ARGS="--minutes 5")
+	$(BIN)/specserve pull
+	PYTHONPATH=tests:. $(BIN)/python -m churn $(ARGS)
 
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
