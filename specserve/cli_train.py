@@ -45,12 +45,24 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
             report_estimate(config)
         return 1 if problems else 0
     from .training.run import train_run
+    from .training.verdict import summary_of
 
-    output = train_run(config, resume=params["resume"], head_only=head_only)
-    if output is None:
-        click.echo(f"{config.output} is finished already; there is nothing to resume")
+    result = train_run(config, resume=params["resume"], head_only=head_only)
+    if result.was_finished:
+        click.echo(f"{result.output} is finished already; there is nothing to resume")
         return 0
-    click.echo(f"{output} is ready: serve it with `specserve serve --adapters-dir {output.parent}`")
+    for line in summary_of(result.report) if result.report is not None else ():
+        click.echo(line)
+    if result.report is None:
+        click.echo("nothing was measured: there are no held-out rows (--eval-data FILE)")
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    serve = f"serve it with `specserve serve --adapters-dir {result.output.parent}`"
+    click.echo(
+        f"{result.output} is written; see the warnings, then {serve}"
+        if result.warnings
+        else f"{result.output} is ready: {serve}"
+    )
     return 0
 
 

@@ -84,6 +84,8 @@ def test_the_report_says_what_was_measured(trained):
     report = json.loads((trained[0] / "out/task/report.json").read_text())
     assert report["rows"] == 6
     assert report["mean_accepted_length"] >= 1.0
+    steps = len((trained[0] / "out/task/metrics.jsonl").read_text().splitlines())
+    assert report["steps"] == steps < 24 and f"only {steps} optimizer steps" in report["warnings"][0]
     assert report["answers_equal_with_and_without_drafts"] >= 0.5
     assert report["lookahead"] == {
         "draft_len": 5,
@@ -140,7 +142,7 @@ def test_a_run_that_was_stopped_goes_on_only_as_itself(trained, tmp_path, capsys
     root, _ = trained
     output = tmp_path / "out"
     arguments = ["train", str(root / "run.yaml"), "--output", str(output), "--set", "head.enabled=false"]
-    arguments += ["--set", "eval.rows=0", "--set", "checkpoint.every_steps=1"]
+    arguments += ["--set", "eval.rows=0", "--set", "checkpoint.every_steps=1", "--set", "optimizer.min_steps=4"]
     with monkeypatch.context() as patch:
         save = Trainer.save_checkpoint
 
@@ -173,7 +175,7 @@ def test_a_run_that_was_stopped_goes_on_only_as_itself(trained, tmp_path, capsys
     before[output / "run.lock"] = (b"", 0)
     (output / "run.lock").touch()
     assert cli([*arguments, "--resume"]) == 0
-    assert "is ready" in capsys.readouterr().out
+    assert "is ready" in (out := capsys.readouterr().out) and "nothing was measured" in out
     assert not {"run.lock", "checkpoint.pt"} & {path.name for path in output.iterdir()}
 
 

@@ -27,6 +27,7 @@ class Answer:
     text: str = ""
     step_lens: list[int] = field(default_factory=list)
     drafted: int = 0
+    finish_reason: str | None = None
     accepted_by_source: dict[str, int] = field(default_factory=dict)
 
 
@@ -143,6 +144,7 @@ def answer_mixed(
             state.tokens += event.token_ids
             state.text += event.text
             if event.usage is not None:
+                state.finish_reason = event.finish_reason
                 running -= 1
                 progress.update()
                 state.drafted = event.usage.draft_tokens

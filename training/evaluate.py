@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from ..model_store import resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
 from .answers import Answers, answer, make_engine
-from .dataset import read_rows, tokenize
+from .dataset import Example, read_rows, tokenize
+from .metrics_file import METRICS_FILE, read_metrics
 from .report import write_report
+from .run_config import RunConfig
 from .run_file import load_run
 from .task_metrics import task_metrics
+from .verdict import steps_warning, warnings_of
 
 SINGLE_ROWS = 12  # prompts that are also answered one at a time
 
@@ -41,7 +45,7 @@ def evaluate_directory(
             raise UserError(f"{run_file} names no held-out rows (data.eval); give --data FILE", param="data")
         data = Path(config.data.eval)
     model_dir = resolve_model(config.model if config is not None else "")
-    tokenizer = TextTokenizer(model_dir)
+    tokenizer = TextTokenizer(model_dir).for_adapter_in(directory)
     system = config.data.system if config is not None else None
     examples = tokenize(read_rows(data)[:rows], tokenizer, eos_token_ids(model_dir), system)
     longest = max(len(example.prompt) for example in examples)
@@ -74,13 +78,29 @@ def evaluate_directory(
             drafted.accepted_by_source.total() / max(1, sum(a.drafted for a in drafted.answers)), 3
         ),
         "accepted_by_source": dict(drafted.accepted_by_source),
+        **_endless(drafted, examples, max_tokens),
         "reached_by_position": _reached(drafted),
         "accepted_length_histogram": dict(sorted(Counter(n for a in drafted.answers for n in a.step_lens).items())),
         "speed": {name: _speed(modes["off"], modes["auto"]) for name, modes in runs.items()},
         "lookahead": msgspec.to_builtins(adapter.lookahead),
     }
+    steps = [values["step"] for values in read_metrics(directory / METRICS_FILE)]
+    optimizer = (config or RunConfig()).optimizer
+    report["steps"] = max(steps, default=None)
+    report["warnings"] = [*steps_warning(report["steps"], optimizer.min_steps), *warnings_of(report)]
     write_report(directory, report)
     return report
+
+
+def _endless(answers: Answers, examples: Sequence[Example], max_tokens: int) -> dict[str, float]:
+    """Shares of answers, and of accepted drafts, that belong to answers at their limit where the wanted one is shorter."""
+    pairs = zip(answers.answers, examples, strict=True)
+    endless = [a for a, e in pairs if a.finish_reason == "length" and len(e.completion) < max_tokens]
+    accepted = sum(sum(a.accepted_by_source.values()) for a in endless)
+    return {
+        "answers_without_end": round(len(endless) / len(examples), 4),
+        "accepted_in_answers_without_end": round(accepted / max(1, answers.accepted_by_source.total()), 4),
+    }
 
 
 def _reached(answers: Answers) -> list[float]:

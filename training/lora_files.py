@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import UserError
-from ..lora import CONFIG_FILE, WEIGHTS_FILE
 
 LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:

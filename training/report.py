@@ -38,7 +38,7 @@ library_name: peft
 A lookahead LoRA: a plain PEFT LoRA, and beside it a small head and a task history that draft its next tokens. Any
 tool loads the LoRA alone; specserve uses the rest to answer faster with the same tokens.
 
-Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
+{_warnings(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
 
 | task metric | |
 |---|---|
@@ -57,6 +57,10 @@ Accepted drafts by source: {sources}.
 
 `specserve eval DIR` measures this again; `run.yaml` is the run that made it.
 """
+
+
+def _warnings(report: dict[str, Any]) -> str:
+    return "".join(f"> **Warning:** {text}.\n>\n" for text in report["warnings"]) + ("\n" if report["warnings"] else "")
 
 
 def _rounding(report: dict[str, Any]) -> str:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ..adapter_files import TEXT_FILES
 from ..drafters.head_file_names import HISTORY_FILE
 from ..drafters.head_files import (
     FORMAT_VERSION,
@@ -34,7 +37,7 @@ from .dataset import Example
 from .evaluate import evaluate_directory
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
-from .lora_files import LORA_FILES, TOKENIZER_FILES, check_finite, copy_files
+from .lora_files import LORA_FILES, check_finite, copy_files
 from .lora_model import LoraModel
 from .preflight import Prepared, prepare
 from .processes import first_process
@@ -42,12 +45,23 @@ from .run_config import RunConfig
 from .run_directory import RunDirectory, disk_errors, held_directory, started_as, state_of
 from .run_identity import check_same_run, check_same_settings, run_identity
 from .trainer import Trainer
+from .verdict import steps_warning
 
 _CALIBRATION_ROWS = 16
 
 
-def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = False) -> Path | None:
-    """Run all phases; returns the output directory, or None if a resumed run is finished there already.
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What became of a run, in the first process."""
+
+    output: Path
+    was_finished: bool = False  # before; nothing was done
+    report: dict[str, Any] | None = None  # None without held-out rows
+    warnings: tuple[str, ...] = ()
+
+
+def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = False) -> TrainResult:
+    """Run all phases, or none if a resumed run is finished already.
 
     Raises `UserError` for what the user can fix, before anything is written where it can be known before.
     """
@@ -69,16 +83,19 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
             directory = stack.enter_context(held_directory(output, resume))
             return False
 
-        is_finished = first_process(open_output)
-        if not is_finished:
+        if first_process(open_output):
+            result = TrainResult(output, was_finished=True)
+        else:
             stack.enter_context(disk_errors(output))
-            _run(config, directory, resume, head_only, is_first)
+            result = _run(config, directory, resume, head_only, is_first)
     if makes_group:
         dist.destroy_process_group()
-    return None if is_finished else output
+    return result
 
 
-def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, head_only: bool, is_first: bool) -> None:
+def _run(
+    config: RunConfig, directory: RunDirectory | None, resume: bool, head_only: bool, is_first: bool
+) -> TrainResult:
     """`directory` is the first process's; the others only train."""
     output = Path(config.output)
     prepared = prepare(config, head_only=head_only)
@@ -122,17 +139,22 @@ def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, head_o
     if dist.is_initialized():
         # Together: a process that leaves while another still talks to it can bring that one down.
         dist.barrier()
-    if is_first:
-        _finish(prepared, model, head, copy_start, head_only)
+    report = _finish(prepared, model, head, copy_start, head_only) if is_first else None
+    if report is not None:
+        return TrainResult(output, report=report, warnings=tuple(report["warnings"]))
+    num_steps = None if head_only else len(prepared.plan)
+    return TrainResult(output, warnings=tuple(steps_warning(num_steps, config.optimizer.min_steps)))
 
 
-def _finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, copy_start: int, head_only: bool) -> None:
+def _finish(
+    prepared: Prepared, model: LoraModel, head: LookaheadHead | None, copy_start: int, head_only: bool
+) -> dict[str, Any] | None:
     """Everything behind the steps: the LoRA's files, its head and history, and what they are worth."""
     config, model_dir, examples = prepared.config, prepared.model_dir, prepared.examples
     output = Path(config.output)
     source = Path(config.lora.adapter) if config.lora.adapter else None
     if source is not None:
-        copy_files(source, output, TOKENIZER_FILES)
+        copy_files(source, output, TEXT_FILES)
     if head_only:
         assert source is not None
         copy_files(source, output, LORA_FILES)
@@ -148,9 +170,11 @@ def _finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, co
         del model
         record = _calibrate(config, model_dir, output, examples)
         _rewrite_acceptance(output, record)
+    report = None
     if config.data.eval and config.eval.rows:
-        evaluate_directory(output, Path(config.data.eval), config.eval.rows, max_tokens=config.eval.max_tokens)
+        report = evaluate_directory(output, Path(config.data.eval), config.eval.rows, max_tokens=config.eval.max_tokens)
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return report
 
 
 def _self_answers(config: RunConfig, model_dir: Path, output: Path, examples: Sequence[Example]) -> list[Example]:

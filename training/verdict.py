@@ -1,0 +1,63 @@
+"""What a finished run came to, in a few sentences: its task metric, its speed, and what speaks against it.
+
+Reads a report (evaluate.py) and the number of steps; knows nothing of models. A speed is only worth what the answers
+are: drafts that were accepted in answers that never end are repetition, and are counted apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LOW_VALID_JSON = 0.9
+_LOW_FIELD_MATCH = 0.5
+_LOW_ROUGE_L = 0.15
+_MOST_ENDLESS = 0.05  # share of answers
+_MOST_REPEATED = 0.2  # share of accepted drafts
+
+
+def summary_of(report: dict[str, Any]) -> list[str]:
+    """Task metric and speed, a line each."""
+    task = ", ".join(f"{key} {value:.3f}" for key, value in report["task"].items() if key != "main")
+    speed = [
+        f"{batch}: {v['tokens_per_s']:.0f} tokens/s with drafts, {v['tokens_per_s_without_drafts']:.0f} without "
+        f"({v['ratio']:.2f}x)"
+        for batch, v in report["speed"].items()
+    ]
+    return [f"task, on {report['rows']} held-out rows: {task}", f"speed, {'; '.join(speed)}"]
+
+
+def steps_warning(num_steps: int | None, least: int) -> list[str]:
+    """What to say of a run of so few steps; None: not known, or none were taken."""
+    if num_steps is None or num_steps >= least:
+        return []
+    return [
+        f"only {num_steps} optimizer steps were taken ({least} is the least that usually does): give more rows, raise "
+        "optimizer.epochs, or lower optimizer.batch_tokens"
+    ]
+
+
+def warnings_of(report: dict[str, Any]) -> list[str]:
+    """What is wrong with the answers that were measured."""
+    found = []
+    task = report["task"]
+    if task.get("valid_json", 1.0) < _LOW_VALID_JSON:
+        found.append(f"only {task['valid_json']:.0%} of the answers are valid JSON, as all of the wanted ones are")
+    elif task.get("field_match", 1.0) < _LOW_FIELD_MATCH:
+        found.append(f"only {task['field_match']:.0%} of the fields are right")
+    if task.get("rouge_l", 1.0) < _LOW_ROUGE_L:
+        found.append(f"the answers have little in common with the wanted ones (ROUGE-L {task['rouge_l']:.2f})")
+    if report["answers_without_end"] > _MOST_ENDLESS:
+        found.append(
+            f"{report['answers_without_end']:.0%} of the answers do not end where the wanted ones do, but at the limit "
+            "of tokens: they probably loop"
+        )
+    if report["accepted_in_answers_without_end"] > _MOST_REPEATED:
+        total = max(1, sum(report["accepted_by_source"].values()))
+        copied = report["accepted_by_source"].get("ngram", 0) / total
+        found.append(
+            f"the speed is mostly that of repetition: {report['accepted_in_answers_without_end']:.0%} of the accepted "
+            f"drafts are in answers that do not end, {copied:.0%} copy the answer's own text (n-gram)"
+        )
+    if found:
+        found.append("train on more rows or for more steps (optimizer.epochs), and look at --check-data")
+    return found
