@@ -25,7 +25,7 @@ _MAX_SPLITS = 16
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Block sizes, by a roofline for an H200 and what the sm_90 binaries show; not yet measured on a GPU.
+    """Block sizes, by a roofline for an H200 and the sm_90 binaries; what an H100 made of them: docs/performance.md.
 
     132 SMs and 4.8 TB/s: about 25 KB in flight an SM hide 700 ns of latency. The case is 64 rows of 64 adapters, in
     and out 4096, rank 16, 64 KB of A and as much of B an SM.
