@@ -27,7 +27,8 @@ from .errors import UserError
 from .messages import Delta, GenerateRequest, Usage
 from .metrics import Metrics
 from .structured_output import asks_for_grammar, grammar_spec
-from .tokenizer import LONG_TEXT, TextTokenizer
+from .template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
+from .tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
 from .tools.definitions import Tool, ToolUse, all_tools, tool_use
 from .tools.formats import choose_format
 from .tools.grammar import Marks
@@ -81,10 +82,14 @@ class Generator:
         self.tokenizer = tokenizer
         self.model_name = model_name
         self.metrics = metrics
+        self.templates = TemplateRenderer()
         self._long_texts = asyncio.Lock()
         self._adapter_tokenizers: OrderedDict[str, TextTokenizer] = OrderedDict()  # by text hash, latest use last
         chosen = choose_format(tokenizer.chat_template, config.tool_format)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
+
+    async def close(self, _: object = None) -> None:
+        await self.templates.close()
 
     def adapter_name(self, model: str | None, adapter_id: str | None) -> str | None:
         """The adapter that a request names through `model` or `adapter_id`; None is the base model."""
@@ -138,7 +143,7 @@ class Generator:
         tokenizer, content_hash = await self.tokenizer_for(adapter)
         plan: ToolPlan | None = None
         if isinstance(request, ChatRequest):
-            ids, plan = await self.off_loop(messages_len(request), self._chat, request, use, tokenizer, adapter)
+            ids, plan = await self._chat(request, use, tokenizer, adapter)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
             size = text_len(request.prompt)
@@ -173,23 +178,39 @@ class Generator:
         name = request.model or adapter or self.model_name
         return Job(job_id, name, adapter, request, tokenizer, prompts, n, num_choices, requests, plan)
 
-    def chat_ids(
+    async def chat_ids(
         self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
     ) -> list[int]:
         """The conversation's token ids; `tools` are described to the model. Raises `UserError`."""
         chosen = choose_format(tokenizer.chat_template, self.config.tool_format)
-        messages, definitions = for_template(validation.chat_messages(request.messages or []), tools, chosen)
-        limit = self.engine.info.max_model_len
-        return tokenizer.encode_chat(messages, *validation.chat_ending(request), definitions, max_tokens=limit)
 
-    def _chat(
+        def prepare() -> HiddenChat:
+            messages, definitions = for_template(validation.chat_messages(request.messages or []), tools, chosen)
+            return tokenizer.hidden_chat(messages, *validation.chat_ending(request), definitions)
+
+        return await self.rendered_ids(tokenizer, prepare, self.engine.info.max_model_len)
+
+    async def rendered_ids(
+        self, tokenizer: TextTokenizer, prepare: Callable[[], HiddenChat], max_tokens: int | None
+    ) -> list[int]:
+        """Token ids of a conversation, rendered where its template may do no harm."""
+        chat = await asyncio.to_thread(prepare)
+        if tokenizer.is_template_trusted:
+            render = tokenizer.render
+            text = await asyncio.to_thread(render, chat.messages, chat.add_generation_prompt, chat.tools)
+        else:
+            text = await self.templates.render(tokenizer.template_job(chat, RENDER_TIMEOUT_S), tokenizer.template_name)
+        return await self.off_loop(len(text) + chat.marks.num_chars, tokenizer.chat_ids, chat, text, max_tokens)
+
+    async def _chat(
         self, request: ChatRequest, use: ToolUse | None, tokenizer: TextTokenizer, adapter: str | None
     ) -> tuple[list[int], ToolPlan | None]:
         if use is None:
-            return self.chat_ids(request, tokenizer, ()), None
+            return await self.chat_ids(request, tokenizer, ()), None
         format = choose_format(tokenizer.chat_template, self.config.tool_format).format
-        plan = make_plan(use, format, Marks(*tokenizer.added_tokens(markers(format))), adapter)
-        return self.chat_ids(request, tokenizer, all_tools(request)), plan
+        marks = Marks(*tokenizer.added_tokens(markers(format)))
+        plan = await asyncio.to_thread(make_plan, use, format, marks, adapter)
+        return await self.chat_ids(request, tokenizer, all_tools(request)), plan
 
     async def _load_tool_adapters(self, use: ToolUse | None) -> None:
         """Load what the tools name before anything is generated, so that what is missing is a plain error."""
@@ -295,10 +316,6 @@ class Generator:
 def text_len(prompt: str | list[Any]) -> int:
     """The characters of all texts in a prompt."""
     return len(prompt) if isinstance(prompt, str) else sum(len(item) for item in prompt if isinstance(item, str))
-
-
-def messages_len(request: ChatRequest | TokenizeRequest) -> int:
-    return sum(len(validation.joined(message.content or "")) for message in request.messages or ())
 
 
 def usage_of(usages: list[Usage], num_prompts: int, n: int) -> dict[str, object]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -141,8 +142,7 @@ class LoraxRoutes:
         info, adapter = self._generator.engine.info, parameters.adapter_id
         adapter = None if adapter == BASE_MODEL else adapter or None
         tokenizer, _ = await self._generator.tokenizer_for(self._generator.adapter_name(None, adapter))
-        size, limit = len(body.inputs), info.max_model_len
-        ids = await self._generator.off_loop(size, prompt_ids, body.inputs, parameters, tokenizer, limit)
+        ids = await self._prompt_ids(body.inputs, parameters, tokenizer)
         validation.check_prompt_ids(ids, info)
         room = info.max_model_len - len(ids)
         max_tokens = parameters.max_new_tokens if parameters.max_new_tokens is not None else max(1, room)
@@ -160,20 +160,18 @@ class LoraxRoutes:
         eos = next(iter(info.eos_token_ids), 0)
         return job, LoraxBuilder(job, parameters, prefix, seed, eos)
 
-
-def prompt_ids(inputs: str, parameters: LoraxParameters, tokenizer: TextTokenizer, max_tokens: int) -> list[int]:
-    """Token ids of the inputs, as a user's message if so asked, cut at the front to `truncate` tokens.
-
-    Raises `UserError` for what is certain to have more than `max_tokens`, unless it is cut.
-    """
-    limit = max_tokens if parameters.truncate is None else None
-    if parameters.apply_chat_template:
-        ids = tokenizer.encode_chat([{"role": "user", "content": inputs}], max_tokens=limit)
-    else:
-        if limit is not None:
-            tokenizer.check_len([inputs], limit, "inputs")
-        ids = tokenizer.encode(inputs)
-    return ids if parameters.truncate is None else ids[-parameters.truncate :]
+    async def _prompt_ids(self, inputs: str, parameters: LoraxParameters, tokenizer: TextTokenizer) -> list[int]:
+        """Token ids of the inputs, as a user's message if so asked, cut at the front to `truncate` tokens."""
+        generator, length = self._generator, parameters.truncate
+        limit = generator.engine.info.max_model_len if length is None else None
+        if parameters.apply_chat_template:
+            message = {"role": "user", "content": inputs}
+            ids = await generator.rendered_ids(tokenizer, partial(tokenizer.hidden_chat, [message]), limit)
+        else:
+            if limit is not None:
+                tokenizer.check_len([inputs], limit, "inputs")
+            ids = await generator.off_loop(len(inputs), tokenizer.encode, inputs)
+        return ids if length is None else ids[-length:]
 
 
 def samples(parameters: LoraxParameters) -> bool:

@@ -12,7 +12,7 @@ from aiohttp import web
 from . import validation
 from .api_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .errors import ErrorInfo, UserError
-from .generation import Generator, Job, messages_len
+from .generation import Generator, Job
 from .http_body import json_response, read_json
 from .lorax_types import LoraxTokenizeRequest, SimpleToken
 from .responses import ResponseBuilder
@@ -66,8 +66,7 @@ class OpenAIRoutes:
         generator = self._generator
         tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
         if body.messages is not None:
-            size = messages_len(body)
-            ids = await generator.off_loop(size, generator.chat_ids, body, tokenizer, all_tools(body))
+            ids = await generator.chat_ids(body, tokenizer, all_tools(body))
         else:
             if body.continue_final_message:
                 raise UserError("continue_final_message goes with messages", param="continue_final_message")

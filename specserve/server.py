@@ -61,6 +61,7 @@ class Server:
         app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
         app.on_response_prepare.append(self.middlewares.add_headers)
         generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
+        app.on_cleanup.append(generator.close)
         own = {
             "load_adapter": self._load_adapter,
             "unload_adapter": self._unload_adapter,

@@ -13,15 +13,17 @@ import re
 import secrets
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tokenizers import Tokenizer
 
 from .adapter_files import read_texts
+from .chat_templates import may_render_here
 from .detokenizer import Detokenizer
 from .errors import AdapterError, ModelError, UserError
+from .template_worker import TemplateJob
 from .text_bounds import BYTE_OF, TokenBound
 
 LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
@@ -52,11 +54,26 @@ class Marks:
         parts = re.split(f"{self._nonce}([0-9a-f]{{8}})", rendered)
         return [(self._texts[int(part, 16)], True) if idx % 2 else (part, False) for idx, part in enumerate(parts)]
 
+    @property
+    def num_chars(self) -> int:
+        return sum(map(len, self._texts))
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenChat:
+    """A conversation as its template is given it, `marks` in the place of texts that must stay letters."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    add_generation_prompt: bool
+    marks: Marks
+    last_mark: str | None  # where the text is to end
+
 
 class TextTokenizer:
     """The tokenizer of a Hugging Face directory. Thread-safe: it is never modified after construction."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, trusted: bool = True):
         from transformers import AutoTokenizer  # seconds to import: not before the engine process has started
 
         try:
@@ -71,6 +88,8 @@ class TextTokenizer:
         self._special_ids = {idx for idx, token in added if token.special}
         self._specials = {token.content: idx for idx, token in added if token.special and token.content}
         self._template: Any = self._tokenizer.chat_template
+        self.template_name = "the chat template"
+        self.is_template_trusted = trusted and may_render_here(self._template)
 
     @property
     def chat_template(self) -> object:
@@ -93,7 +112,7 @@ class TextTokenizer:
                 for file, content in files.items():
                     (Path(directory) / file).write_bytes(content)
                 try:
-                    own = TextTokenizer(Path(directory))
+                    own = TextTokenizer(Path(directory), trusted=False)
                 except ModelError as error:
                     message = f"adapter {name!r}: {str(error).replace(directory, 'it')}"
                     raise AdapterError(message) from None
@@ -103,6 +122,7 @@ class TextTokenizer:
                     f"{self.vocab_size}; a resized vocabulary is not supported",
                     code="invalid_adapter",
                 )
+            own._bring_template(own._template, self, name)
             return own
         template = None
         try:
@@ -116,8 +136,14 @@ class TextTokenizer:
         if not isinstance(template, str):
             return self
         other = copy.copy(self)
-        other._template = template
+        other._bring_template(template, self, name)
         return other
+
+    def _bring_template(self, template: Any, base: TextTokenizer, adapter: str) -> None:
+        """Use an adapter's template: a stranger's program, unless it is the model's own."""
+        self._template = template
+        self.template_name = f"the chat template of adapter {adapter!r}"
+        self.is_template_trusted = template == base._template and base.is_template_trusted
 
     @property
     def vocab_size(self) -> int:
@@ -202,8 +228,19 @@ class TextTokenizer:
 
         A text that is certain to have more than `max_tokens` is refused before it is tokenised. With `continue_final`
         the ids end with the last message's text instead of the template's end of that message.
-        Special tokens that messages, tool calls or tools spell are letters: marks stand for them while it renders.
         """
+        chat = self.hidden_chat(messages, add_generation_prompt, continue_final, tools)
+        return self.chat_ids(chat, self.render(chat.messages, chat.add_generation_prompt, chat.tools), max_tokens)
+
+    def hidden_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> HiddenChat:
+        """The conversation to render. Special tokens that messages, tool calls or tools spell are letters: marks stand
+        for them while it renders."""
         spells = any(special in message["content"] for message in messages for special in self._specials)
         marks = Marks()
         hidden: list[dict[str, Any]] = [
@@ -212,22 +249,29 @@ class TextTokenizer:
         hidden_tools = self.hide(tools, marks)
         plain = hidden == list(messages) and hidden_tools == tools
         if plain and not spells and not continue_final:
-            text = self.render(messages, add_generation_prompt, tools)
-            if max_tokens is not None:
-                self.check_len([text], max_tokens, "messages")
-            return self.encode(text, add_special_tokens=False)
+            return HiddenChat(hidden, tools, add_generation_prompt, marks, None)
         for message in hidden:
             message["content"] = marks.new(message["content"])
-        rest = self.render(hidden, add_generation_prompt, hidden_tools)
-        if continue_final:
-            last_mark = hidden[-1]["content"]
-            head, found_mark, _ = rest.rpartition(last_mark)
+        last_mark = hidden[-1]["content"] if continue_final else None
+        return HiddenChat(hidden, hidden_tools, add_generation_prompt, marks, last_mark)
+
+    def chat_ids(self, chat: HiddenChat, rendered: str, max_tokens: int | None = None) -> list[int]:
+        """Token ids of what the template made of `chat`. Raises `UserError`, also for what must be too long."""
+        if chat.last_mark is not None:
+            head, found_mark, _ = rendered.rpartition(chat.last_mark)
             if not found_mark:
                 raise UserError("the chat template leaves out the last message; it cannot go on", param="messages")
-            rest = head + last_mark
+            rendered = head + chat.last_mark
         if max_tokens is not None:
-            self.check_len([text for text, _ in marks.parts(rest)], max_tokens, "messages")
-        return self.encode_marked(rest, marks)
+            self.check_len([text for text, _ in chat.marks.parts(rendered)], max_tokens, "messages")
+        return self.encode_marked(rendered, chat.marks)
+
+    def template_job(self, chat: HiddenChat, timeout_s: float) -> TemplateJob:
+        """What another process needs to render `chat` as `render` would. Raises `UserError`."""
+        variables = dict(self._tokenizer.special_tokens_map)
+        messages = [{key: item for key, item in message.items() if item is not None} for message in chat.messages]
+        template = self._template_for(chat.tools)
+        return TemplateJob(template, messages, chat.tools, chat.add_generation_prompt, variables, timeout_s)
 
     def encode_marked(self, rendered: str, marks: Marks) -> list[int]:
         """Token ids of a rendered template: its special tokens are tokens, what `marks` stand for are letters."""
@@ -252,20 +296,30 @@ class TextTokenizer:
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: list[dict[str, Any]] | None
     ) -> str:
         """The conversation's text through the chat template. Raises `UserError` when that refuses the messages."""
-        if not self.has_chat_template:
-            raise UserError("this model has no chat template; use /v1/completions", param="messages")
+        template = self._template_for(tools)
         try:
             # transformers renders in an immutable sandbox: templates come with models and adapters.
             rendered: Any = self._tokenizer.apply_chat_template(
                 list(messages),
                 tools=tools,  # type: ignore[arg-type]
-                chat_template=self._template,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise UserError(f"the chat template refuses these messages: {error}", param="messages") from None
-        return rendered
+        except Exception as error:  # a template is a program of its own: it may raise anything
+            raise UserError(f"{self.template_name} refuses these messages: {error}", param="messages") from None
+        return str(rendered)
+
+    def _template_for(self, tools: list[dict[str, Any]] | None) -> str:
+        """The template's text; a model may have several, one of them for tools."""
+        if self._template is None:
+            raise UserError("this model has no chat template; use /v1/completions", param="messages")
+        if isinstance(self._template, str):
+            return self._template
+        try:
+            return str(self._tokenizer.get_chat_template(None, tools))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(f"{self.template_name} cannot be used: {error}", param="messages") from None
 
 
 def _ids(backend: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
