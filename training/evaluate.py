@@ -93,7 +93,7 @@ def evaluate_directory(
 
 
 def _endless(answers: Answers, examples: Sequence[Example], max_tokens: int) -> dict[str, float]:
-    """Shares of answers, and of accepted drafts, that belong to answers at their limit where the wanted one is shorter."""
+    """Of all answers and of all accepted drafts, the share of answers at the limit where the wanted one is shorter."""
     pairs = zip(answers.answers, examples, strict=True)
     endless = [a for a, e in pairs if a.finish_reason == "length" and len(e.completion) < max_tokens]
     accepted = sum(sum(a.accepted_by_source.values()) for a in endless)
