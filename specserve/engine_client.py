@@ -13,11 +13,14 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import msgspec
+
 from .config import EngineConfig
 from .engine_link import EngineLink
 from .engine_supervisor import EngineSupervisor, State
 from .errors import EngineDeadError, EngineLostError, UserError, from_info
 from .messages import (
+    SNAPSHOT,
     Abort,
     AdapterInfo,
     AdapterLoaded,
@@ -35,6 +38,7 @@ from .messages import (
 )
 
 MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
+STATS_PATIENCE_S = 0.25
 
 
 class EngineClient:
@@ -44,7 +48,8 @@ class EngineClient:
         self,
         config: EngineConfig,
         *,
-        silence_timeout_s: float = 120.0,
+        silence_timeout_s: float = 60.0,
+        step_timeout_s: float = 300.0,
         command: list[str] | None = None,
     ):
         self.config = config
@@ -54,10 +59,12 @@ class EngineClient:
             self._dispatch,
             self._lost,
             silence_timeout_s=silence_timeout_s,
+            step_timeout_s=step_timeout_s,
         )
         self._streams: dict[str, asyncio.Queue[Delta | UserError]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
+        self._snapshot: EngineStats | None = None  # the newest of the process that serves
 
     @property
     def state(self) -> State:
@@ -111,8 +118,14 @@ class EngineClient:
     async def unload_adapter(self, adapter_hash: str) -> None:
         await self._call(UnloadAdapter(next(self._call_ids), adapter_hash))
 
-    async def stats(self) -> EngineStats:
-        return (await self._call(GetStats(next(self._call_ids)))).stats
+    async def stats(self) -> EngineStats | None:
+        """A snapshot of now, or of just before a step that takes long; None while no engine serves."""
+        try:
+            async with asyncio.timeout(STATS_PATIENCE_S):
+                await self._call(GetStats(next(self._call_ids)))
+        except (EngineDeadError, TimeoutError):
+            pass
+        return self._snapshot
 
     # -- messages
 
@@ -128,12 +141,23 @@ class EngineClient:
         elif isinstance(message, RequestFailed):
             if (queue := self._streams.get(message.request_id)) is not None:
                 queue.put_nowait(from_info(message.error))
+        elif isinstance(message, Stats):
+            self._take_snapshot(message)
         elif isinstance(message, CallFailed):
             if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
                 future.set_exception(from_info(message.error))
-        elif isinstance(message, AdapterLoaded | CallDone | Stats):
-            if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
-                future.set_result(message)
+        elif isinstance(message, AdapterLoaded | CallDone):
+            self._answer(message)
+
+    def _take_snapshot(self, message: Stats) -> None:
+        error = self._snapshot.integrity_error if self._snapshot is not None else None
+        checked = message.call_id != SNAPSHOT
+        self._snapshot = message.stats if checked else msgspec.structs.replace(message.stats, integrity_error=error)
+        self._answer(message)
+
+    def _answer(self, message: AdapterLoaded | CallDone | Stats) -> None:
+        if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
+            future.set_result(message)
 
     async def _call(self, message: LoadAdapter | UnloadAdapter | GetStats) -> Any:
         engine = await self._engine.link()
@@ -146,6 +170,7 @@ class EngineClient:
             self._calls.pop(message.call_id, None)
 
     def _lost(self) -> None:
+        self._snapshot = None
         self._fail_all(EngineLostError, "the engine process ended while the request was running; retry")
 
     def _fail_all(self, kind: type[EngineDeadError], reason: str) -> None:

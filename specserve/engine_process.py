@@ -1,9 +1,9 @@
 """The process that the engine lives in: `python -m specserve.engine_process --fd N`.
 
-Reads frames on a thread of its own, runs steps on the main thread, reads adapters and compiles grammars on others, so
-that neither a client nor a slow disk nor a large schema holds up decoding. First frame in: the `EngineConfig`, whose
-`model` is a local directory. First frame out: `EngineInfo`, or `CallFailed(-1)` when the model cannot be served. When
-the server goes away (end of stream), so does this process, at once: nothing is orphaned.
+Runs steps on the main thread; frames are read on another (`server_link`), adapters are read and grammars compiled on
+more, so that neither a client nor a slow disk nor a large schema holds up decoding. First frame in: the `EngineConfig`,
+whose `model` is a local directory. First frame out: `EngineInfo`, or `CallFailed(-1)` when the model cannot be served.
+When the server goes away (end of stream), so does this process, at once: nothing is orphaned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import queue
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ import msgspec
 from .config import EngineConfig
 from .engine import Engine
 from .errors import ErrorInfo, OverloadedError, UserError
-from .frames import encode_frame, read_frame, to_engine_decoder, write_frame
+from .frames import read_frame
 from .grammar import CompiledGrammar
 from .grammar_compiler import COMPILE_TIMEOUT_S, GrammarError
 from .lora import LoraAdapter
 from .messages import (
+    SNAPSHOT,
     Abort,
     AdapterLoaded,
     CallDone,
@@ -39,17 +39,18 @@ from .messages import (
     GenerateRequest,
     GetStats,
     GrammarSpec,
-    Heartbeat,
     LoadAdapter,
     RequestFailed,
     Shutdown,
     Stats,
     UnloadAdapter,
 )
+from .server_link import ServerLink
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0
+SNAPSHOT_S = 1.0
+IDLE_S = 0.5  # the longest wait for a message
 MAX_COMPILING = 1024  # requests
 
 
@@ -62,22 +63,26 @@ class _Compiled:
 class EngineProcess:
     """Feeds messages from the socket to the engine between steps, and its events back."""
 
-    def __init__(self, engine: Engine, sock: socket.socket):
+    def __init__(self, engine: Engine, link: ServerLink):
         self._engine = engine
-        self._sock = sock
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # frames, and adapters that finished reading
+        self._link = link
+        self._inbox = link.inbox  # messages, and adapters that finished reading
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter")
-        self._next_heartbeat = 0.0
+        self._next_snapshot = 0.0
         self._held: list[Any] = []
         self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
 
     def run(self) -> None:
         """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
-        threading.Thread(target=self._read_frames, daemon=True).start()
+        self._link.start_heartbeat(self._load)
         while True:
+            self._link.begin_turn()
             self._give_up_compiling()
+            if time.monotonic() >= self._next_snapshot:
+                self._send([Stats(SNAPSHOT, self._engine.stats(check_integrity=False))])
+                self._next_snapshot = time.monotonic() + SNAPSHOT_S
             busy = self._engine.has_work()
-            if not self._drain_inbox(wait_s=0.0 if busy else HEARTBEAT_S / 2):
+            if not self._drain_inbox(wait_s=0.0 if busy else IDLE_S):
                 return
             if self._engine.has_work():
                 events = self._engine.step(self._send_held)
@@ -86,18 +91,10 @@ class EngineProcess:
                     self._held = events  # sent while the next forward runs
                 else:
                     self._send(events)
-            if time.monotonic() >= self._next_heartbeat:
-                scheduler = self._engine.scheduler
-                self._send([Heartbeat(len(scheduler.running), len(scheduler.waiting))])
-                self._next_heartbeat = time.monotonic() + HEARTBEAT_S
 
-    def _read_frames(self) -> None:
-        try:
-            while (payload := read_frame(self._sock)) is not None:
-                self._inbox.put(to_engine_decoder.decode(payload))
-        except Exception:
-            logger.exception("the connection to the server broke")
-        os._exit(0)
+    def _load(self) -> tuple[int, int, int]:
+        scheduler = self._engine.scheduler
+        return len(scheduler.running), len(scheduler.waiting), scheduler.num_scheduled_rows
 
     def _drain_inbox(self, wait_s: float) -> bool:
         """Handle everything that has arrived, waiting at most `wait_s` for a first message; False on shutdown."""
@@ -193,12 +190,7 @@ class EngineProcess:
         self._send(held)
 
     def _send(self, messages: list[Any]) -> None:
-        if not messages:
-            return
-        try:
-            self._sock.sendall(b"".join(encode_frame(message) for message in messages))
-        except OSError:  # the server has gone, and the reading thread is about to see it
-            os._exit(0)
+        self._link.send(messages)
 
 
 def main() -> int:
@@ -213,18 +205,20 @@ def main() -> int:
     if payload is None:
         return 0
     config = msgspec.msgpack.decode(payload, type=EngineConfig)
+    link = ServerLink(sock)
+    link.start_reading()
     try:
         engine = Engine(config, Path(config.model))
     except UserError as error:
-        write_frame(sock, CallFailed(-1, error.info()))
+        link.send([CallFailed(-1, error.info())])
         return 1
     except Exception as error:
         logger.exception("the model could not be loaded")
         text = f"the model could not be loaded: {type(error).__name__}: {error}"
-        write_frame(sock, CallFailed(-1, ErrorInfo(text, 500, "server_error", None, "model_load_failed")))
+        link.send([CallFailed(-1, ErrorInfo(text, 500, "server_error", None, "model_load_failed"))])
         return 1
-    write_frame(sock, msgspec.structs.replace(engine.info, pid=os.getpid()))
-    EngineProcess(engine, sock).run()
+    link.send([msgspec.structs.replace(engine.info, pid=os.getpid())])
+    EngineProcess(engine, link).run()
     engine.close()
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from .awake_clock import AwakeClock
 from .engine_link import EngineLink
 from .errors import EngineDeadError
-from .messages import EngineInfo, Shutdown
+from .messages import EngineInfo, Heartbeat, Shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ _STABLE_S = 60.0  # a process that served for so long is replaced without a paus
 _STOP_GRACE_S = 5.0  # in which the engine saves what it learned
 _EXIT_S = 0.5  # between a process's last word and its end
 _MAX_TICK_S = 1.0
+_ROWS = 512  # of the steps that `step_timeout_s` is meant for; larger ones get more
 
 
 class EngineSupervisor:
@@ -40,6 +41,7 @@ class EngineSupervisor:
         on_lost: Callable[[], None],
         *,
         silence_timeout_s: float,
+        step_timeout_s: float,
     ):
         self.state: State = "stopped"
         self.generation = 0
@@ -48,11 +50,13 @@ class EngineSupervisor:
         self._on_message = on_message
         self._on_lost = on_lost
         self._silence_timeout_s = silence_timeout_s
+        self._step_timeout_s = step_timeout_s
         self._link: EngineLink | None = None
         self._problem = ""
         self._settled = asyncio.Event()  # the state is "ready" or "stopped"
         self._task: asyncio.Task[None] | None = None
         self._heard = False
+        self._heartbeat: Heartbeat | None = None  # the newest of the process that serves
 
     async def start(self) -> None:
         """Start the first process and wait for its model; raises the `UserError` that says why it cannot serve."""
@@ -118,7 +122,7 @@ class EngineSupervisor:
 
     async def _serve(self, link: EngineLink) -> str:
         """Dispatch what the process says until it ends or has to be ended; says why. The process is gone then."""
-        self.info, self.state = link.info, "ready"
+        self.info, self.state, self._heartbeat = link.info, "ready", None
         self.generation += 1
         self._settled.set()
         tasks = asyncio.create_task(self._read(link)), asyncio.create_task(self._watch())
@@ -139,11 +143,13 @@ class EngineSupervisor:
             self._on_lost()
         finally:
             status = await link.end(_EXIT_S if not problem else 0.0)
-        return f"{problem or 'the engine process ended'} ({status})"
+        return problem or f"the engine process ended ({status})"
 
     async def _read(self, link: EngineLink) -> str:
         async for message in link.messages():
             self._heard = True
+            if isinstance(message, Heartbeat):
+                self._heartbeat = message
             self._on_message(message)
             await asyncio.sleep(0)  # a burst of buffered frames must not keep their readers from running
         return ""
@@ -159,6 +165,12 @@ class EngineSupervisor:
                 self._heard, heard_at = False, now
             if now - heard_at > self._silence_timeout_s:
                 return f"the engine has been silent for {now - heard_at:.0f} s and was killed (--engine-timeout-s)"
+            beat = self._heartbeat
+            if beat is not None and beat.turn_s > self._step_timeout_s * max(1.0, beat.num_rows / _ROWS):
+                return (
+                    f"the engine has been busy with one step of {beat.num_rows} rows for {beat.turn_s:.0f} s and was "
+                    "killed (--engine-step-timeout-s)"
+                )
 
 
 def _pause_s(num_failures: int) -> float:

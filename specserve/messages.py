@@ -239,16 +239,26 @@ class EngineStats(msgspec.Struct, frozen=True):
     integrity_error: str | None = None
 
 
+SNAPSHOT = -1  # the call id of `Stats` that nobody asked for; blocks were not checked for them
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """The answer to `GetStats`, and about once a second between steps without being asked for."""
+
     call_id: int
     stats: EngineStats
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """Sent by the engine loop at least once a second between steps, with the load it sees."""
+    """Sent once a second by a thread of its own, whatever the engine's loop is doing.
+
+    `turn_s` is how long the process was awake in the loop's present turn: a step, or the messages between two.
+    """
 
     num_running: int
     num_waiting: int
+    turn_s: float
+    num_rows: int  # of the newest step
 
 
 ToEngine = GenerateRequest | Abort | LoadAdapter | UnloadAdapter | GetStats | Shutdown

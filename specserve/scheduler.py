@@ -42,6 +42,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
+        self.num_scheduled_rows = 0  # of the newest step, without drafts
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -77,7 +78,9 @@ class Scheduler:
             if num_rows and seq.status is Status.RUNNING and self._reserve_or_preempt(seq, num_rows):
                 scheduled.append(ScheduledSequence(seq, num_rows))
         # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
-        return [item for item in scheduled if item.seq.status is Status.RUNNING]
+        scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]
+        self.num_scheduled_rows = sum(item.num_rows for item in scheduled)
+        return scheduled
 
     def reserve_drafts(self, item: ScheduledSequence, num_drafts: int) -> int:
         """Reserve KV for drafts after the scheduled rows; returns how many fit. Never preempts for a draft."""

@@ -48,6 +48,7 @@ class Server:
         self.engine = EngineClient(
             msgspec.structs.replace(engine_part(config), model=str(model_dir)),
             silence_timeout_s=config.engine_timeout_s,
+            step_timeout_s=config.engine_step_timeout_s,
             command=engine_command,
         )
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
@@ -137,12 +138,7 @@ class Server:
         return web.Response(body=self._openapi_body, content_type="application/json")
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        try:
-            async with asyncio.timeout(5.0):
-                stats = await self.engine.stats()
-        except (UserError, TimeoutError):
-            stats = None
-        body = self.metrics.render(stats, self.model_name)
+        body = self.metrics.render(await self.engine.stats(), self.model_name)
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

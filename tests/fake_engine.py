@@ -14,7 +14,17 @@ import msgspec
 from specserve.config import EngineConfig
 from specserve.errors import ErrorInfo
 from specserve.frames import read_frame, to_engine_decoder, write_frame
-from specserve.messages import CallDone, CallFailed, EngineInfo, Heartbeat, Shutdown, UnloadAdapter
+from specserve.messages import (
+    SNAPSHOT,
+    CallDone,
+    CallFailed,
+    EngineInfo,
+    EngineStats,
+    Heartbeat,
+    Shutdown,
+    Stats,
+    UnloadAdapter,
+)
 
 
 def next_word() -> str:
@@ -39,18 +49,23 @@ def main() -> None:
         sock.sendall(b"\xff" * 64)
     if word == "refuse":
         write_frame(sock, CallFailed(-1, ErrorInfo("no such model")))
-    if word not in ("serve", "silent", "nonsense"):
+    if word not in ("serve", "silent", "nonsense", "stuck"):
         return
     config = msgspec.msgpack.decode(read_frame(sock), type=EngineConfig)
     write_frame(sock, EngineInfo(config.model, "fake", 320, 128, 8, 16, "cpu", "fp32", os.getpid(), [2]))
     if word == "nonsense":
         sock.sendall(b"\x01\0\0\0\xc1")
+    write_frame(sock, Stats(SNAPSHOT, EngineStats(*range(14))))
+    if word == "stuck":
+        write_frame(sock, Heartbeat(1, 0, 20.0, 2048))  # may be: it is large
+        time.sleep(0.5)
+        write_frame(sock, Heartbeat(1, 0, 20.0, 512))
     while word == "serve":
         sock.settimeout(0.1)
         try:
             payload = read_frame(sock)
         except TimeoutError:
-            write_frame(sock, Heartbeat(0, 0))
+            write_frame(sock, Heartbeat(1, 0, 0.0, 1))
             continue
         message = to_engine_decoder.decode(payload) if payload else Shutdown()
         if isinstance(message, Shutdown):

@@ -1,8 +1,10 @@
 """The engine process over its socket: start, errors, loading beside decoding, heartbeats, leaving with the server."""
 
+import contextlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from engine_fixture import request
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
+from specserve import server_link
 from specserve.config import EngineConfig
 from specserve.engine_process import EngineProcess
 from specserve.frames import from_engine_decoder, read_frame, write_frame
@@ -33,6 +36,7 @@ from specserve.messages import (
     Stats,
     UnloadAdapter,
 )
+from specserve.server_link import ServerLink
 
 
 def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monkeypatch):
@@ -44,7 +48,7 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
         add_request=lambda *args: added.append(args),
         abort=lambda request_id: None,
     )
-    process = EngineProcess(engine, theirs)
+    process = EngineProcess(engine, ServerLink(theirs))
     slow = msgspec.structs.replace(request("slow", [1]), grammar=GrammarSpec("regex", "a"))
     process._handle(slow)
     process._handle(msgspec.structs.replace(slow, request_id="left"))
@@ -62,6 +66,41 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
     assert not added
     ours.close()
     theirs.close()
+
+
+def test_heartbeat_comes_while_the_loop_is_held_up_and_waiting_for_the_server_is_no_part_of_a_turn(monkeypatch):
+    monkeypatch.setattr(server_link, "HEARTBEAT_S", 0.05)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    left = threading.Event()
+    link = ServerLink(theirs, leave=lambda status: left.set())
+    link.start_heartbeat(lambda: (2, 1, 7))
+    beats = [from_engine_decoder.decode(read_frame(ours)) for _ in range(6)]  # of one turn: nothing begins another
+    assert all((beat.num_running, beat.num_waiting, beat.num_rows) == (2, 1, 7) for beat in beats)
+    assert [beat.turn_s for beat in beats] == sorted(beat.turn_s for beat in beats) and 0.15 < beats[-1].turn_s < 5
+    link.begin_turn()
+    assert from_engine_decoder.decode(read_frame(ours)).turn_s < 0.1
+    # The server takes nothing: the loop waits in the middle of a frame, and no heartbeat may cut in, wait, or blame it.
+    delta = Delta("a", [], "x" * 2**21)
+    loop = threading.Thread(target=link.send, args=([delta],), daemon=True)
+    loop.start()
+    time.sleep(0.5)
+    assert loop.is_alive()
+    kinds = []
+    while not kinds or kinds[-1] != delta:
+        kinds.append(from_engine_decoder.decode(read_frame(ours)))
+    assert from_engine_decoder.decode(read_frame(ours)).turn_s < 0.2
+    loop.join(timeout=10)
+    # And with the socket full to the brim the heartbeat passes over its turn.
+    theirs.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(b"x" * 1024)
+    theirs.setblocking(True)
+    time.sleep(0.2)
+    assert not link._sending.locked() and not left.is_set()
+    ours.close()
+    assert left.wait(10)
 
 
 class Peer:
@@ -194,4 +233,5 @@ def test_unservable_settings_are_reported_in_one_sentence(config, change, word):
     peer = Peer(msgspec.structs.replace(config, **change))
     failed = peer.receive(CallFailed)
     assert failed.call_id == -1 and word in failed.error.message and "\n" not in failed.error.message
-    assert peer.close() == 1
+    assert peer.process.wait(timeout=20) == 1
+    peer.close()

@@ -147,3 +147,32 @@ def test_silence_counts_only_while_this_process_was_awake_to_hear(plan, caplog):
 
     asyncio.run(run())
     assert caplog.text.count("silent for") == 1
+
+
+def test_a_step_that_does_not_end_is_told_from_a_long_one(plan, caplog):
+    plan("stuck serve")
+
+    async def run():
+        async with started(silence_timeout_s=5.0, step_timeout_s=10.0) as client:
+            await asyncio.sleep(0.4)
+            assert client.generation == 1 and client.state == "ready"
+            await wait_for(lambda: client.generation == 2)
+
+    asyncio.run(run())
+    assert "one step of 512 rows for 20 s" in caplog.text and "--engine-step-timeout-s" in caplog.text
+
+
+def test_stats_do_not_wait_for_a_step(plan):
+    """The fake engine answers no `GetStats`."""
+    plan("serve exit serve")
+
+    async def run():
+        async with started() as client:
+            before = time.monotonic()
+            assert (await client.stats()).num_kv_blocks == 2
+            assert time.monotonic() - before < 1
+            os.kill(client.info.pid, signal.SIGKILL)
+            await wait_for(lambda: client.state != "ready")
+            assert await client.stats() is None
+
+    asyncio.run(run())
