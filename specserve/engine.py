@@ -228,6 +228,13 @@ class Engine:
             self._forget(content_hash)
         return adapter.info()
 
+    def place_adapter(self, adapter: LoraAdapter) -> AdapterInfo | None:
+        """As `register_adapter`, for one that can wait for its place: None while there is none."""
+        evicted = self.registry.place(adapter)
+        for content_hash in evicted or ():
+            self._forget(content_hash)
+        return adapter.info() if evicted is not None else None
+
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         """Read, check and register the PEFT directory `path`. Raises `AdapterError`."""
         return self.register_adapter(self.read_adapter(name, path))

@@ -9,31 +9,29 @@ When the server goes away (end of stream), so does this process, at once: nothin
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import os
 import queue
 import signal
 import socket
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from .adapter_loads import AdapterLoads
 from .config import EngineConfig
 from .engine import Engine
 from .errors import ErrorInfo, OverloadedError, UserError
 from .frames import read_frame
 from .grammar import CompiledGrammar
 from .grammar_compiler import COMPILE_TIMEOUT_S, GrammarError
-from .lora import LoraAdapter
 from .messages import (
     SNAPSHOT,
     Abort,
-    AdapterLoaded,
     CallDone,
     CallFailed,
     GenerateRequest,
@@ -51,7 +49,13 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOT_S = 1.0
 IDLE_S = 0.5  # the longest wait for a message
+PLACE_S = 0.05  # between looks for a place that an adapter waits for
 MAX_COMPILING = 1024  # requests
+
+
+@dataclass(frozen=True, slots=True)
+class _AdapterRead:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,8 @@ class EngineProcess:
     def __init__(self, engine: Engine, link: ServerLink):
         self._engine = engine
         self._link = link
-        self._inbox = link.inbox  # messages, and adapters that finished reading
-        self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter")
+        self._inbox = link.inbox  # messages, and what other threads have done
+        self._loads = AdapterLoads(engine, lambda: self._inbox.put(_AdapterRead()))
         self._next_snapshot = 0.0
         self._held: list[Any] = []
         self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
@@ -82,8 +86,9 @@ class EngineProcess:
                 self._send([Stats(SNAPSHOT, self._engine.stats(check_integrity=False))])
                 self._next_snapshot = time.monotonic() + SNAPSHOT_S
             busy = self._engine.has_work()
-            if not self._drain_inbox(wait_s=0.0 if busy else IDLE_S):
+            if not self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S):
                 return
+            self._send(self._loads.place())
             if self._engine.has_work():
                 events = self._engine.step(self._send_held)
                 self._send_held()
@@ -119,8 +124,7 @@ class EngineProcess:
             self._compiling.pop(message.request_id, None)
             engine.abort(message.request_id)
         elif isinstance(message, LoadAdapter):
-            future = self._readers.submit(engine.read_adapter, message.name, message.path)
-            future.add_done_callback(functools.partial(self._read_done, message.call_id))
+            self._send(self._loads.submit(message))
         elif isinstance(message, UnloadAdapter):
             engine.unload_adapter(message.adapter_hash)
             self._send([CallDone(message.call_id)])
@@ -129,7 +133,7 @@ class EngineProcess:
         elif isinstance(message, _Compiled):
             self._compiled(message)
         else:
-            self._register(*message)
+            assert isinstance(message, _AdapterRead)  # it only ends the wait for a message
 
     def _add(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
         try:
@@ -170,20 +174,6 @@ class EngineProcess:
             del self._compiling[request_id]
             error = GrammarError(f"the grammar took longer than {COMPILE_TIMEOUT_S:g} s to compile; that is the limit")
             self._send([RequestFailed(request_id, error.info())])
-
-    def _read_done(self, call_id: int, done: Future[LoraAdapter]) -> None:
-        self._inbox.put((call_id, done))
-
-    def _register(self, call_id: int, done: Future[LoraAdapter]) -> None:
-        try:
-            reply: Any = AdapterLoaded(call_id, self._engine.register_adapter(done.result()))
-        except UserError as error:
-            reply = CallFailed(call_id, error.info())
-        except Exception as error:
-            logger.exception("loading an adapter failed")
-            message = f"the adapter could not be loaded: {type(error).__name__}: {error}"
-            reply = CallFailed(call_id, ErrorInfo(message, 500, "server_error", None, "adapter_load_failed"))
-        self._send([reply])
 
     def _send_held(self) -> None:
         held, self._held = self._held, []

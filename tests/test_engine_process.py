@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from engine_fixture import request
+from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
 from specserve import server_link
+from specserve.adapter_files import content_hash
 from specserve.config import EngineConfig
 from specserve.engine_process import EngineProcess
 from specserve.frames import from_engine_decoder, read_frame, write_frame
@@ -175,6 +177,34 @@ def test_adapter_loads_and_serves_while_another_request_decodes(peer, model_dir,
     assert len(first.token_ids) + len(finish(peer, "long")) <= 400
     peer.send(UnloadAdapter(2, adapter.content_hash))
     assert peer.receive(CallDone).call_id == 2
+
+
+def test_an_adapter_that_is_rewritten_and_truncated_while_it_is_read_fails_alone(peer, model_dir, tmp_path):
+    path = make_lookahead_adapter(model_dir, tmp_path / "moving", state_size=64, vocab_size=300)
+    names = ("adapter_model.safetensors", "lookahead.safetensors", "lookahead_history.bin")
+    texts = {name: (path / name).read_bytes() for name in names}
+    stop = threading.Event()
+
+    def rewrite():
+        while not stop.is_set():
+            for name, text in texts.items():
+                with open(path / name, "r+b") as file:
+                    file.truncate(len(text) // 3)
+                    file.write(text)
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        for idx in range(20):
+            peer.send(LoadAdapter(100 + idx, "moving", str(path)))
+        for _ in range(20):
+            reply = peer.receive((AdapterLoaded, CallFailed))
+            assert isinstance(reply, AdapterLoaded) or reply.error.status in (400, 409), reply
+    finally:
+        stop.set()
+        thread.join()
+    peer.send(LoadAdapter(120, "moving", str(path)))
+    assert peer.receive(AdapterLoaded).adapter.content_hash == content_hash(path)
 
 
 def test_bad_adapter_and_bad_request_are_answered_and_the_engine_goes_on(peer, tmp_path):
