@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from . import __version__
 from .adapter_store import AdapterStore
 from .api_types import LoadAdapterRequest, UnloadAdapterRequest
 from .config import ServeConfig, engine_part
+from .connections import Connections, raise_handle_limit
+from .console import configure_logging, say, settle
 from .engine_client import EngineClient
 from .errors import UserError
 from .generation import Generator
@@ -79,26 +80,35 @@ class Server:
         """Serve until `stop` is set, then drain. Raises `UserError` when the model or the port is unusable."""
         listener = bind(self.config.host, self.config.port)
         runner: web.AppRunner | None = None
+        listening: asyncio.Server | None = None
+        num_handles = raise_handle_limit()  # before the engine starts, which inherits it
         try:
             # The engine imports torch and reads the model while the tokenizer loads here.
             _, tokenizer = await asyncio.gather(self.engine.start(), asyncio.to_thread(TextTokenizer, self._model_dir))
             runner = web.AppRunner(
                 self.application(tokenizer),
                 handler_cancellation=True,  # a client that leaves cancels its handler, which aborts its sequences
+                shutdown_timeout=1.0,  # requests had the drain; aiohttp would add a minute to it
+            )
+            await runner.setup()
+            assert runner.server is not None
+            connections = Connections(
+                runner.server,
+                num_handles,
                 keepalive_timeout=self.config.read_timeout_s,  # also closes connections whose headers never come
                 access_log=None,
-                shutdown_timeout=1.0,  # requests had the drain; aiohttp would add a minute to it
                 auto_decompress=False,  # compressed bodies are refused unread, also those aiohttp cannot inflate
                 lingering_time=1.0,  # how long the rest of a refused body is still read
             )
-            await runner.setup()
-            await web.SockSite(runner, listener, backlog=1024).start()
+            listening = await connections.listen(listener)
             host, port = listener.getsockname()[:2]
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             await stop.wait()
             await self._drain()
         finally:
             await self.engine.stop()  # first: what still runs ends with an error event, not with a cut connection
+            if listening is not None:
+                listening.close()
             if runner is not None:
                 await runner.cleanup()
             listener.close()
@@ -165,19 +175,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(config: ServeConfig) -> None:
     """Run the server until SIGINT or SIGTERM. Raises `UserError` when it cannot start."""
-    level = getattr(logging, config.log_level.upper())
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(config.log_level)
     if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
         raise UserError(f"adapters_dir {config.adapters_dir!r} is not a directory; create it or leave it out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's; a text is one thread's work
     bind(config.host, config.port).close()  # a port that is taken should not cost the wait for the model
     model_dir = resolve_model(config.model, revision=config.revision)
-    print(f"loading {model_dir.name} ...", file=sys.stderr, flush=True)
+    say(f"loading {model_dir.name} ...")
     server = Server(config, model_dir)
 
     def announce(url: str) -> None:
         names = ", ".join([server.model_name, *server.store.names()])
-        print(f"specserve {__version__} is ready at {url} (models: {names})", file=sys.stderr, flush=True)
+        say(f"specserve {__version__} is ready at {url} (models: {names})")
 
     async def main() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -186,11 +195,14 @@ def serve(config: ServeConfig) -> None:
         def on_signal() -> None:
             if stop.is_set() or server.engine.state == "starting":
                 os._exit(1)  # the engine process leaves by itself when its socket closes
-            print("shutting down; running requests may finish (once more to stop at once)", file=sys.stderr, flush=True)
             stop.set()
+            say("shutting down; running requests may finish (once more to stop at once)")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
         await task
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    finally:
+        settle()

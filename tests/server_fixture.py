@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import api_contract
@@ -22,12 +23,11 @@ METRIC = re.compile(r"^specserve_(\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
 class ServerProcess:
     """`specserve serve` on a free port; `url` once it is ready."""
 
-    def __init__(self, model_dir, *flags: str, env: dict[str, str] | None = None):
+    def __init__(self, model_dir, *flags: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()):
         command = [sys.executable, "-m", "specserve.cli", "serve", str(model_dir), "--port", "0", "--dtype", "fp32"]
         command += ["--kv-cache-gib", "0.02", "--num-threads", "1", *flags]
-        self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "SPECSERVE_LOG_LEVEL": "info", **(env or {})}
-        )
+        env = {**os.environ, "SPECSERVE_LOG_LEVEL": "info", **(env or {})}
+        self.process = subprocess.Popen([*prefix, *command], stderr=subprocess.PIPE, text=True, env=env)
         self.log: list[str] = []
         self.url = ""
         self._ready = threading.Event()

@@ -1,0 +1,120 @@
+"""Connections within what the process may open: raised limits, a bound, and peers that do not speak HTTP.
+
+Owns the sockets between `accept` and a request. When all places are taken, the longest idle connection makes room for a
+new one; when none is idle the new one gets a 503. Errors before there is a request are JSON as all others are, and one
+line of log, however many there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_request import BaseRequest
+
+from .console import Seldom
+from .errors import ErrorInfo
+from .openai_api import error_body
+
+logger = logging.getLogger(__name__)
+
+MAX_HANDLES = 65_536  # enough for anyone, and few enough that what goes through all handles of a process stays quick
+RESERVED_HANDLES = 128  # adapters and models that are read, the engine's restart, logs
+ACCEPTED_AT_ONCE = 16  # asyncio accepts so many before the first of them gets a protocol, and so a place
+
+
+def raise_handle_limit() -> int:
+    """Let the process open as many files as it may; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_HANDLES if hard == resource.RLIM_INFINITY else min(hard, MAX_HANDLES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return MAX_HANDLES if soft == resource.RLIM_INFINITY else soft
+
+
+class Connections:
+    """Gives each accepted socket its protocol; `handler_options` are those of aiohttp's request handlers."""
+
+    def __init__(self, server: web.Server, num_handles: int, **handler_options: Any):
+        self._server = server
+        self._options = handler_options
+        self._limit = max(num_handles - RESERVED_HANDLES, num_handles // 2)
+        self._full, self._malformed, self._accept = (Seldom(logger) for _ in range(3))
+
+    async def listen(self, listener: socket.socket) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        server = await loop.create_server(self._protocol, sock=listener, backlog=ACCEPTED_AT_ONCE)
+        listener.listen(1024)  # what waits in the system is another number
+        return server
+
+    def _protocol(self) -> asyncio.Protocol:
+        connections = self._server.connections  # the oldest first
+        if len(connections) >= self._limit:
+            self._full.warn(
+                f"{len(connections)} connections are open, as many as the limit of file handles allows; idle ones are "
+                "closed for new ones (ulimit -n)"
+            )
+            idle = next((item for item in connections if isinstance(item, _Connection) and item.is_idle), None)
+            if idle is None:
+                return _Refusal()
+            idle.force_close()
+        loop = asyncio.get_running_loop()
+        return _Connection(self._malformed, self._server, loop=loop, **self._options)
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if context["message"].startswith("socket.accept()"):
+            self._accept.warn(f"{context['message']}: {context.get('exception')}; new connections wait for a second")
+        else:
+            loop.default_exception_handler(context)
+
+
+class _Connection(RequestHandler):
+    """aiohttp's connection with errors in this server's shape."""
+
+    __slots__ = ("_seldom",)
+
+    def __init__(self, seldom: Seldom, manager: web.Server, **options: Any):
+        super().__init__(manager, **options)
+        self._seldom = seldom
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered, and nobody has closed it yet."""
+        return self._current_request is None and self.transport is not None
+
+    def handle_error(
+        self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """A request that could not be read; what handlers raise is answered before it comes here."""
+        reason = (message or HTTPStatus(status).phrase).splitlines()[0][:200]
+        self._seldom.warn(f"a request from {request.remote} cannot be read: {reason!r}")
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of the answer is sent already")
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        info = ErrorInfo(f"the request cannot be read: {reason}", status, kind, None, "malformed_http")
+        response = web.Response(status=status, body=msgspec.json.encode(error_body(info)))
+        response.content_type = "application/json"
+        response.force_close()
+        return response
+
+
+class _Refusal(asyncio.Protocol):
+    """Says that there is no place, and closes."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        info = ErrorInfo("all connections are taken; retry shortly", 503, "overloaded_error", None, "overloaded")
+        body = msgspec.json.encode(error_body(info))
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+        head += f"x-should-retry: true\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        transport.write(head.encode() + body)
+        transport.close()
