@@ -38,11 +38,14 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
     config = load_run(run_file, overrides, {key: params[name] for name, key in _FLAGS.items()})
     check_ready(config)
     if params["check_data"] or params["dry_run"]:
-        from .training.data_check import report_data, report_estimate
+        from .training.data_check import report_data
 
         problems = report_data(config) if params["check_data"] else 0
         if params["dry_run"]:
-            report_estimate(config)
+            from .training.estimate import report_estimate
+            from .training.preflight import prepare
+
+            report_estimate(prepare(config, head_only=head_only), head_only=head_only)
         return 1 if problems else 0
     from .training.run import train_run
     from .training.verdict import summary_of

@@ -256,10 +256,38 @@ def test_checking_the_data_finds_what_is_wrong_with_it(trained, tmp_path, capsys
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, rows[0]]) + "\n")
     (tmp_path / "b.jsonl").write_text(rows[2] + "\n")
     common = ["--data", str(tmp_path / "a.jsonl"), "--eval-data", str(tmp_path / "b.jsonl"), "--model", str(model_dir)]
-    assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data", "--dry-run"]) == 1
+    assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
     out = capsys.readouterr().out
-    assert "line 6 repeats 1" in out and "line 3 is held-out line 1" in out and "[[" in out
-    assert "GiB" in out and "minutes" in out
+    assert "line 6 repeats 1" in out and "line 3 is held-out line 1" in out and "[[" in out and "bad rows: 0" in out
+    assert not (tmp_path / "o").exists()
+
+
+def test_checking_the_data_shows_every_bad_row_of_both_files(trained, tmp_path, capsys):
+    root, model_dir = trained
+    rows = (root / "train.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "{", '{"prompt": "p"}', rows[1], '"text"']) + "\n")
+    (tmp_path / "b.jsonl").write_text("[1]\n" + rows[2] + "\n")
+    common = ["--data", str(tmp_path / "a.jsonl"), "--eval-data", str(tmp_path / "b.jsonl"), "--model", str(model_dir)]
+    assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
+    out = capsys.readouterr().out
+    for where in ("a.jsonl line 2 is not JSON", "a.jsonl line 3", "a.jsonl line 5 is str", "b.jsonl line 1 is list"):
+        assert where in out
+    assert "bad rows: 4" in out and "2 rows," in out
+    assert cli(["train", *common, "--output", str(tmp_path / "o")]) == 2  # a run stops at the first
+    (tmp_path / "a.jsonl").write_text("{\n[\n")
+    assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
+    assert "bad rows: 3" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_the_time_of_each_phase_and_writes_nothing(trained, tmp_path, capsys):
+    root, _ = trained
+    arguments = ["train", str(root / "run.yaml"), "--output", str(tmp_path / "o"), "--dry-run"]
+    assert cli(arguments) == 0
+    out = capsys.readouterr().out
+    steps = len((root / "out/task/metrics.jsonl").read_text().splitlines())
+    assert "GiB" in out and "time: about" in out and f"for {steps} steps over 40 rows" in out
+    for phase in ("training", "hidden states", "fit of the head", "28 answers to training", "24 answers to held-out"):
+        assert f"  {phase}" in out
     assert not (tmp_path / "o").exists()
 
 

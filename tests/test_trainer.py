@@ -235,7 +235,7 @@ def test_a_checkpoint_of_every_step_is_never_of_diverged_weights(model_dir, rows
     config = msgspec.structs.replace(config, checkpoint=CheckpointConfig(every_steps=1))
     trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
     rate = lambda step: 1.0 if step < 8 else -1.0  # from there on it climbs  # noqa: E731
-    trainer._schedule = types.SimpleNamespace(rate=rate, head_rate=lambda step: 0.0, head_weight=lambda step: 0.0)
+    trainer.schedule = types.SimpleNamespace(rate=rate, head_rate=lambda step: 0.0, head_weight=lambda step: 0.0)
     with pytest.raises(UserError, match="lower optimizer.lr.*checkpoint.pt holds the last good weights") as error:
         trainer.run()
     losses = [value["loss"] for value in metrics(tmp_path / "run")]

@@ -1,31 +1,29 @@
 """What is in the data before hours go into it: lengths, rows left out, duplicates, leaks, and rows as they are trained.
 
-Also the estimate of memory and time of a run. Reads and prints; changes nothing.
+Reads and prints; changes nothing. Unlike a run it does not stop at the first bad row.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import click
 import msgspec
-import torch
 
+from ..errors import UserError
 from ..model.config import ModelConfig
 from ..model_store import resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
-from .batching import default_epochs
-from .dataset import Example, read_rows, tokenize
-from .evaluate import SINGLE_ROWS
+from .dataset import Example, RowEncoder
 from .preflight import settled
+from .rows import parse_row, row_texts
 from .run_config import RunConfig
 
 _SHOWN = 5
 _BAR = 40
-_DECODE_SHARE = 1 / 3  # of the matrix products' rate is what answers reach: their batches are small
 
 
 class DataReport(msgspec.Struct, frozen=True):
@@ -86,15 +84,52 @@ def format_report(report: DataReport, max_len: int) -> str:
 
 
 def report_data(config: RunConfig) -> int:
-    """Print the report and three rows as trained; returns the number of problems."""
-    tokenizer, train, held_out = _load(config)
-    max_len = _max_len(config)
-    report = check_data(train, held_out, max_len)
-    click.echo(format_report(report, max_len))
+    """Print every bad row, the report and three rows as trained; returns the number of problems."""
+    model_dir = resolve_model(config.model)
+    config = settled(config, ModelConfig.from_dir(model_dir))
+    assert config.data.max_len is not None
+    tokenizer = TextTokenizer(model_dir)
+    if config.lora.adapter:
+        tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
+    encoder = RowEncoder(tokenizer, eos_token_ids(model_dir), config.data.system)
+    train, bad = read_examples(config.data.train, encoder, config.data.max_rows)
+    held_out: list[Example] = []
+    if config.data.eval:
+        held_out, bad_too = read_examples(config.data.eval, encoder)
+        bad += bad_too
+    for error in bad:
+        click.echo(f"bad row: {error}")
+    click.echo(f"bad rows: {len(bad)}")
+    if not train:
+        return len(bad)
+    report = check_data(train, held_out, config.data.max_len)
+    click.echo(format_report(report, config.data.max_len))
     for example in train[:3]:
         click.echo(f"\nline {example.line}, loss only on what stands between [[ and ]]:")
         click.echo(shown_as_trained(example, tokenizer))
-    return report.num_problems
+    return report.num_problems + len(bad)
+
+
+def read_examples(
+    path: str | Path, encoder: RowEncoder, max_rows: int | None = None
+) -> tuple[list[Example], list[UserError]]:
+    """The examples of all good rows and what is wrong with the others. Raises `UserError` for a file without rows."""
+    examples: list[Example] = []
+    bad: list[UserError] = []
+    num_rows = 0
+    try:
+        for number, text in islice(row_texts(path), max_rows):
+            num_rows += 1
+            try:
+                examples += list(encoder.examples(parse_row(text, number, f"{path} line {number}")))
+            except UserError as error:
+                bad.append(error)
+    except UserError as error:  # what cannot be read as lines of text ends the file
+        bad.append(error)
+        return examples, bad
+    if not num_rows:
+        raise UserError(f"{path} holds no rows", param="data")
+    return examples, bad
 
 
 def shown_as_trained(example: Example, tokenizer: TextTokenizer) -> str:
@@ -106,79 +141,6 @@ def shown_as_trained(example: Example, tokenizer: TextTokenizer) -> str:
             parts.append(f"[[{text}]]" if example.loss_mask[start] else text)
             start = idx
     return "".join(parts)
-
-
-def report_estimate(config: RunConfig) -> None:
-    """Print memory and time of the run, from the model's shape and a measured rate of matrix products."""
-    _, train, held_out = _load(config)
-    model_dir = resolve_model(config.model)
-    model = ModelConfig.from_dir(model_dir)
-    on_gpu = torch.cuda.is_available()
-    bytes_each = 2 if config.dtype == "bf16" or (config.dtype == "auto" and on_gpu) else 4
-    per_layer = model.hidden_size * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    per_layer += 3 * model.hidden_size * model.intermediate_size
-    linears, head = per_layer * model.num_layers, model.hidden_size * model.vocab_size
-    width = 2 * model.hidden_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    width += 2 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
-    lora = config.lora.r * width * model.num_layers
-    activations = config.optimizer.batch_tokens * model.num_layers * 2 * width * bytes_each
-    total = (linears + head) * bytes_each + lora * 16 + activations
-    max_len = _max_len(config)
-    tokens = sum(len(e.tokens) for e in train if len(e.tokens) <= max_len)
-    loss_tokens = sum(sum(e.loss_mask) for e in train if len(e.tokens) <= max_len)
-    # Forward and the gradient of activations; the base's own weights get none.
-    opt = config.optimizer
-    lengths = [len(e.tokens) for e in train if len(e.tokens) <= max_len]
-    epochs = opt.epochs or default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps)
-    flops = epochs * 4.0 * (linears * tokens + head * loss_tokens)
-    rate = _matmul_rate(torch.device("cuda" if on_gpu else "cpu"))
-    answer_len = loss_tokens / max(1, len(train))
-    num_distilled = min(config.distill.rows, len(train)) if config.head.enabled else 0
-    num_held_out = min(config.eval.rows, len(held_out))
-    # Each prompt is answered with drafts and without, a dozen one at a time as well.
-    num_answers = num_distilled + 2 * (num_held_out + min(num_held_out, SINGLE_ROWS))
-    decode_flops = 2.0 * (linears + head) * num_answers * answer_len / _DECODE_SHARE
-    d, steps = config.head.hidden_size, config.head.train_steps_ahead * config.distill.epochs
-    fit_flops = 6.0 * num_distilled * answer_len * steps * d * (10 * d + config.head.vocab_size)
-    click.echo(f"memory: about {total / 2**30:.1f} GiB ({lora / 1e6:.1f} M LoRA parameters)")
-    click.echo(
-        f"time: about {flops / rate / 60:.0f} minutes for {tokens * epochs:.0f} tokens at the "
-        f"{rate / 1e9:.0f} GFLOP/s that this machine's matrix products reach, and about half as much again around them"
-    )
-    click.echo(
-        f"then: about {decode_flops / rate / 60:.0f} minutes for {num_answers} answers (distill.rows "
-        f"{config.distill.rows}, eval.rows {config.eval.rows}) and {fit_flops / rate / 60:.0f} to fit the head to them"
-    )
-
-
-def _matmul_rate(device: torch.device) -> float:
-    size = 4096 if device.type == "cuda" else 768
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x = torch.randn(size, size, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
-def _load(config: RunConfig) -> tuple[TextTokenizer, list[Example], list[Example]]:
-    model_dir = resolve_model(config.model)
-    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
-    train = tokenize(read_rows(Path(config.data.train))[: config.data.max_rows], tokenizer, eos, config.data.system)
-    held_out = []
-    if config.data.eval:
-        held_out = tokenize(read_rows(Path(config.data.eval)), tokenizer, eos, config.data.system)
-    return tokenizer, train, held_out
-
-
-def _max_len(config: RunConfig) -> int:
-    max_len = settled(config, ModelConfig.from_dir(resolve_model(config.model))).data.max_len
-    assert max_len is not None
-    return max_len
 
 
 def _histogram(name: str, lens: Sequence[int]) -> list[str]:

@@ -25,14 +25,14 @@ _TEACHER_ROWS = 256  # logits over the whole vocabulary at a time
 
 @torch.no_grad()
 def collect_states(
-    model: LoraModel, examples: Sequence[Example], batch_tokens: int
+    model: LoraModel, examples: Sequence[Example], batch_tokens: int, *, progress: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Last and tapped hidden states [N, H] of all rows with loss, and each example's row of its last prompt token."""
     model.peft.eval()
     starts = [0] * len(examples)
     last, tapped, num_rows = [], [], 0
     plan = plan_epoch([len(example.tokens) for example in examples], batch_tokens, 0)
-    for batch in tqdm(plan, unit="batch", desc="hidden states", dynamic_ncols=True):
+    for batch in tqdm(plan, unit="batch", desc="hidden states", dynamic_ncols=True, disable=not progress):
         hidden = model.hidden([examples[idx] for idx in batch])
         for idx in batch:
             num_loss = sum(examples[idx].loss_mask[1:])
@@ -66,6 +66,8 @@ def fit_head(
     epochs: int,
     seed: int = 0,
     teacher: torch.Tensor | None = None,
+    *,
+    progress: bool = True,
 ) -> list[dict[str, float]]:
     """Train `head` on stored states; returns loss and hit rate of the first and third step ahead, epoch by epoch.
 
@@ -76,7 +78,7 @@ def fit_head(
     device = next(head.parameters()).device
     num_steps = epochs * math.ceil(len(anchors) / _BATCH_ANCHORS)
     step, log = 0, []
-    progress = tqdm(total=num_steps, unit="step", desc="head", dynamic_ncols=True)
+    bar = tqdm(total=num_steps, unit="step", desc="head", dynamic_ncols=True, disable=not progress)
     for _ in range(epochs):
         losses, rates = [], []
         for idx in torch.randperm(len(anchors), generator=generator).split(_BATCH_ANCHORS):
@@ -92,13 +94,13 @@ def fit_head(
             losses.append(loss.item())
             rates.append(rate.cpu())
             step += 1
-            progress.update()
+            bar.update()
         mean = torch.stack(rates).mean(dim=0)
         log.append(
             {"loss": sum(losses) / len(losses), "hit_1": float(mean[0]), "hit_3": float(mean[min(2, len(mean) - 1)])}
         )
-        progress.set_postfix({name: f"{value:.3f}" for name, value in log[-1].items()})
-    progress.close()
+        bar.set_postfix({name: f"{value:.3f}" for name, value in log[-1].items()})
+    bar.close()
     return log
 
 

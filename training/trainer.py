@@ -57,7 +57,7 @@ class Trainer:
         self.step = 0
         self.saved_step: int | None = None  # of the checkpoint in the directory
         self._health = Health()
-        self._schedule = Schedule(len(plan), config.optimizer, config.joint)
+        self.schedule = Schedule(len(plan), config.optimizer, config.joint)
         self._checkpoint_due = False
         groups: list[dict[str, Any]] = [{"params": model.parameters, "lr": config.optimizer.lr}]
         if head is not None:
@@ -117,12 +117,12 @@ class Trainer:
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout: a function of the step
         rng = random.Random(config.seed * 1_000_003 + step)
         batch = [self.examples[idx] for idx in self.plan[step][self._rank :: self._world]]
-        scale = self._schedule.rate(step)
+        scale = self.schedule.rate(step)
         for group, peak in zip(self._optimizer.param_groups, self._peak, strict=True):
             group["lr"] = peak * scale
         if len(self._optimizer.param_groups) > 1:
-            self._optimizer.param_groups[1]["lr"] = self._peak[1] * self._schedule.head_rate(step)
-        weight = self._schedule.head_weight(step)
+            self._optimizer.param_groups[1]["lr"] = self._peak[1] * self.schedule.head_rate(step)
+        weight = self.schedule.head_weight(step)
         num_targets = self._sum(sum(sum(example.loss_mask[1:]) for example in batch))
         values: dict[str, Any] = {"step": step + 1, "lr": round(config.optimizer.lr * scale, 8)}
         loss_sum = torch.zeros(())
@@ -176,7 +176,7 @@ class Trainer:
         )
         if len(anchors) > MAX_ANCHORS:
             anchors = anchors.select(torch.tensor(sorted(rng.sample(range(len(anchors)), MAX_ANCHORS))))
-        reach = 0.0 if detached else self._schedule.head_weight(self.step)
+        reach = 0.0 if detached else self.schedule.head_weight(self.step)
         taken = [_scale_gradient(tensor[anchors.rows], reach) for tensor in (last, tapped)]
         teacher = None
         if head.loss != "ce":

@@ -1,0 +1,182 @@
+"""How long a run will take and how much memory: by doing a little of each phase on this machine, with this model.
+
+A few steps of the trainer, a forward, some steps of the head's fit and short answers are timed and scaled to the run's
+tokens. Nothing is kept. What cannot be measured beforehand is assumed, and said: that answers are as long as those of
+the rows, and that drafts bring `_DRAFT_RATIO` times the speed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from ..model.config import ModelConfig
+from .answers import answer, make_engine
+from .batching import plan_epoch
+from .dataset import Example
+from .evaluate import SINGLE_ROWS
+from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
+from .head_module import LookaheadHead, common_prefix_len, task_vocab
+from .lora_model import LoraModel
+from .preflight import Prepared
+from .run_config import RunConfig
+from .trainer import Trainer
+
+_SAMPLE_TOKENS = 1024  # of what is trained on for the measurement
+_FIT_EPOCHS = 2
+_ANSWER_TOKENS = 12
+_DRAFT_RATIO = 2.0
+_NUM_RECORDED = 16  # answers for the record of acceptance
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str
+    seconds: float
+
+
+def estimate_phases(prepared: Prepared, *, head_only: bool = False) -> list[Phase]:
+    """The phases of a run in order, each with the seconds that it should take."""
+    config, examples = prepared.config, prepared.examples
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    model = LoraModel(prepared.model_dir, config.lora, dtype, device, config.head.tap_layer)
+    sample = _sample(examples)
+    phases, after = [], []
+    head = None
+    if config.head.enabled:
+        vocab = task_vocab(examples, config.head.vocab_size)
+        head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder), "")
+        if not head_only:
+            phases.append(Phase("training", _training_seconds(prepared, model, head, sample, Path(folder))))
+        if head is not None:
+            after = list(_head_phases(config, model, head, examples[: config.distill.rows] or examples, sample))
+        del model
+        return [*phases, *after, *_answer_phases(prepared, Path(folder), sample)]
+
+
+def report_estimate(prepared: Prepared, *, head_only: bool = False) -> None:
+    """Print memory and time."""
+    total, lora = _memory(prepared)
+    click.echo(f"memory: about {total / 2**30:.1f} GiB ({lora / 1e6:.1f} M LoRA parameters)")
+    click.echo("measuring a little of each phase ...")
+    phases = [phase for phase in estimate_phases(prepared, head_only=head_only) if phase.seconds]
+    for phase in phases:
+        click.echo(f"  {phase.name}: {_minutes(phase.seconds)}")
+    click.echo(
+        f"time: about {_minutes(sum(phase.seconds for phase in phases))} for {len(prepared.plan)} steps over "
+        f"{len(prepared.examples)} rows, if answers are as long as those of the rows and drafts make them "
+        f"{_DRAFT_RATIO:g} times as fast"
+    )
+
+
+def _training_seconds(
+    prepared: Prepared, model: LoraModel, head: LookaheadHead | None, sample: Sequence[Example], folder: Path
+) -> float:
+    config, plan = prepared.config, prepared.plan
+    same = [list(range(len(sample)))] * len(plan)
+    trainer = Trainer(config, model, head, sample, same, common_prefix_len(sample), folder, {})
+    joint = (step for step in range(len(plan)) if head is not None and trainer.schedule.head_weight(step))
+    first_joint = next(joint, len(plan))
+    trainer.train_step()  # the first one pays for what is made once
+    seconds = 0.0
+    for steps, number in ((plan[:first_joint], 0), (plan[first_joint:], first_joint)):
+        if steps:
+            trainer.step = number
+            begin = time.perf_counter()
+            trainer.train_step()
+            per_token = (time.perf_counter() - begin) / _padded(sample)
+            seconds += per_token * sum(_padded([prepared.examples[idx] for idx in batch]) for batch in steps)
+    return seconds
+
+
+def _head_phases(
+    config: RunConfig, model: LoraModel, head: LookaheadHead, fitted: Sequence[Example], sample: Sequence[Example]
+) -> Iterator[Phase]:
+    """Hidden states of the rows that the head is fitted to, and the fit."""
+    begin = time.perf_counter()
+    last, tapped, starts = collect_states(model, sample, config.optimizer.batch_tokens, progress=False)
+    seconds = time.perf_counter() - begin
+    plan = plan_epoch([len(example.tokens) for example in fitted], config.optimizer.batch_tokens, 0)
+    num_tokens = sum(_padded([fitted[idx] for idx in batch]) for batch in plan)
+    yield Phase("hidden states for the head", seconds / _padded(sample) * num_tokens)
+    anchors = anchors_of(head, config.head, sample, starts, 0)
+    teacher = None if config.head.loss == "ce" else collect_teacher(model, head, last)
+    begin = time.perf_counter()
+    fit_head(head, config.head, last, tapped, anchors, _FIT_EPOCHS, 0, teacher, progress=False)
+    seconds = (time.perf_counter() - begin) / (_FIT_EPOCHS * len(anchors))
+    num_anchors = sum(len(example.completion) - 1 for example in fitted)
+    yield Phase("fit of the head", seconds * config.distill.epochs * num_anchors)
+
+
+def _answer_phases(prepared: Prepared, adapter: Path, sample: Sequence[Example]) -> Iterator[Phase]:
+    """Answers to training prompts, for the head's record, and to held-out rows with drafts and without."""
+    config = prepared.config
+    answer_len = sum(len(e.completion) for e in prepared.examples) / len(prepared.examples)
+    longest = max(len(e.prompt) for e in sample) + _ANSWER_TOKENS + 1
+    engine = make_engine(prepared.model_dir, batch=8, max_len=longest)
+    content_hash = engine.load_adapter(adapter.name, adapter).content_hash
+    seconds = {}
+    for batch in (1, 8):
+        prompts = [e.prompt for e in (list(sample) * batch)[:batch]]
+        got = answer(engine, content_hash, prompts, _ANSWER_TOKENS, mode="off", batch=batch)
+        prefill = (got.seconds - got.decode_seconds) / batch
+        seconds[batch] = prefill, got.decode_seconds / max(1, got.decode_tokens)
+
+    def each(batch: int, most: int, ratio: float) -> float:
+        prefill, token = seconds[batch]
+        return prefill + min(answer_len, most) * token / ratio
+
+    if config.head.enabled:
+        num_answers = min(config.distill.rows, len(prepared.examples)) + min(_NUM_RECORDED, len(prepared.examples))
+        yield Phase(
+            f"{num_answers} answers to training prompts", num_answers * each(8, config.distill.max_tokens, _DRAFT_RATIO)
+        )
+    num_rows, most = min(config.eval.rows, len(prepared.held_out)), config.eval.max_tokens
+    num_single = min(num_rows, SINGLE_ROWS)
+    yield Phase(
+        f"{2 * (num_rows + num_single)} answers to held-out rows",
+        sum(num_rows * each(8, most, ratio) + num_single * each(1, most, ratio) for ratio in (1.0, _DRAFT_RATIO)),
+    )
+
+
+def _sample(examples: Sequence[Example]) -> list[Example]:
+    """Rows of the middle lengths, so many that they make a step's work measurable."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    middle = len(ordered[len(ordered) // 2].tokens)
+    num_rows = max(1, min(len(ordered), _SAMPLE_TOKENS // middle))
+    first = (len(ordered) - num_rows) // 2
+    return ordered[first : first + num_rows]
+
+
+def _padded(examples: Sequence[Example]) -> int:
+    return len(examples) * max(len(example.tokens) for example in examples)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
+def _memory(prepared: Prepared) -> tuple[float, float]:
+    """Bytes at the peak of training, and parameters of the LoRA."""
+    config = prepared.config
+    model = ModelConfig.from_dir(prepared.model_dir)
+    on_gpu = torch.cuda.is_available()
+    bytes_each = 2 if config.dtype == "bf16" or (config.dtype == "auto" and on_gpu) else 4
+    per_layer = model.hidden_size * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_layer += 3 * model.hidden_size * model.intermediate_size
+    linears, head = per_layer * model.num_layers, model.hidden_size * model.vocab_size
+    width = 2 * model.hidden_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    width += 2 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
+    lora = config.lora.r * width * model.num_layers
+    activations = config.optimizer.batch_tokens * model.num_layers * 2 * width * bytes_each
+    return (linears + head) * bytes_each + lora * 16 + activations, lora
