@@ -1,9 +1,12 @@
 """A run's configuration: what wins, what is refused and how it is said, and that a saved one reads back equal."""
 
+from pathlib import Path
+
 import pytest
 
 from specserve.errors import UserError
-from specserve.training.run_file import check_ready, load_run, save_resolved
+from specserve.training.run_file import check_ready, known_keys, load_run, save_resolved
+from specserve.training.settings_table import settings_table
 
 
 @pytest.fixture
@@ -103,3 +106,10 @@ def test_what_a_run_cannot_start_without(run_yaml, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(UserError, match="not a PEFT directory"):
         check_ready(load_run(run_yaml, ["lora.adapter=nowhere"], {}))
+
+
+def test_the_page_on_training_lists_every_setting_with_default_and_meaning():
+    table = settings_table()
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == known_keys()
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    assert page.endswith(table + "\n"), "run `python -m specserve.training.settings_table` and put it there"

@@ -83,8 +83,10 @@ class JointConfig(_Section, frozen=True):
 
 class OptimizerConfig(_Section, frozen=True):
     lr: Annotated[float, Meta(gt=0, le=1, description="peak learning rate of the LoRA")] = 1e-3
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    warmup: Annotated[float, Meta(ge=0, le=1, description="share of steps")] = 0.05
+    weight_decay: Annotated[float, Meta(ge=0, description="of the LoRA; the head has none")] = 0.0
+    warmup: Annotated[
+        float, Meta(ge=0, le=1, description="share of steps over which the rate rises; at least 4 steps unless it is 0")
+    ] = 0.05
     epochs: (
         Annotated[
             float,
@@ -97,14 +99,14 @@ class OptimizerConfig(_Section, frozen=True):
     ] = 24
     max_steps: Annotated[int, Meta(ge=1, description="stop after so many steps")] | None = None
     batch_tokens: Annotated[int, Meta(ge=16, description="tokens of one step, padding included")] = 2048
-    grad_clip: Annotated[float, Meta(gt=0)] = 1.0
+    grad_clip: Annotated[float, Meta(gt=0, description="largest norm of a gradient, LoRA and head apart")] = 1.0
 
 
 class DistillConfig(_Section, frozen=True):
     """The head is fitted again to what the finished adapter itself writes."""
 
     rows: Annotated[int, Meta(ge=0, description="training prompts that are answered; 0: none")] = 150
-    epochs: Annotated[int, Meta(ge=1)] = 8
+    epochs: Annotated[int, Meta(ge=1, description="how often the head sees each answer")] = 8
     max_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 512
 
 
@@ -113,12 +115,14 @@ class HistoryConfig(_Section, frozen=True):
 
 
 class CheckpointConfig(_Section, frozen=True):
-    every_steps: Annotated[int, Meta(ge=1)] = 50
+    every_steps: Annotated[
+        int, Meta(ge=1, description="steps between checkpoints; one is written once the loss after it was good")
+    ] = 50
 
 
 class EvalConfig(_Section, frozen=True):
     rows: Annotated[int, Meta(ge=0, description="held-out rows answered after training; 0: none")] = 40
-    max_tokens: Annotated[int, Meta(ge=1)] = 512
+    max_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 512
 
 
 class RunConfig(_Section, frozen=True):
@@ -126,7 +130,7 @@ class RunConfig(_Section, frozen=True):
 
     output: Annotated[str, Meta(description="directory of the lookahead LoRA")] = ""
     model: Annotated[str, Meta(description="base model; empty is the default model")] = ""
-    seed: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, description="of the first weights, the order of the rows and dropout")] = 0
     dtype: Annotated[Literal["auto", "fp32", "bf16"], Meta(description="arithmetic; auto: bf16 on CUDA")] = "auto"
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
