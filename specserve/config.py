@@ -73,6 +73,9 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     allowed_hosts: Annotated[tuple[str, ...], Meta(description="Host names to accept beside the listening one")] = ()
     max_body_mib: Annotated[float, Meta(gt=0, description="largest request body, MiB")] = 8.0
     read_timeout_s: Annotated[float, Meta(gt=0, description="seconds for a request's headers and body")] = 30.0
+    write_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds that a stream's reader may take nothing before it is cut off")
+    ] = 60.0
     request_timeout_s: Annotated[float, Meta(gt=0, description="longest time a request may take, seconds")] = 600.0
     max_concurrent_requests: Annotated[int, Meta(ge=1, description="requests in the server; more get 429")] = 2048
     drain_timeout_s: Annotated[float, Meta(ge=0, description="seconds that running requests get at shutdown")] = 30.0

@@ -54,6 +54,14 @@ class OverloadedError(UserError):
     code = "overloaded"
 
 
+class ShuttingDownError(UserError):
+    """The server takes no more requests; another one may."""
+
+    status = 503
+    type = "server_error"
+    code = "shutting_down"
+
+
 class EngineDeadError(UserError):
     """There is no engine process that could serve the request now."""
 

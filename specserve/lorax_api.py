@@ -22,7 +22,7 @@ from .http_body import json_response, read_json
 from .lorax_responses import LoraxBuilder, Timer, lorax_error
 from .lorax_types import LoraxInfo, LoraxParameters, LoraxRequest
 from .routes import Handler
-from .sse import SSE_HEADERS, send_events
+from .sse import EventStream
 from .tokenizer import TextTokenizer
 
 BASE_MODEL = "__base_model__"  # how LoRAX spells that no adapter is meant
@@ -108,22 +108,18 @@ class LoraxRoutes:
     async def _stream(self, request: web.Request, body: LoraxRequest) -> web.StreamResponse:
         """Events of tokens; the response starts with the first delta, so that early errors keep their status."""
         job, builder = await self._prepare(body, stream=True)
-        response = web.StreamResponse(headers={**SSE_HEADERS, **self._headers(body, job)})
+        timeout_s, headers = self._generator.config.write_timeout_s, self._headers(body, job)
+        stream = EventStream(request, timeout_s, headers, mark=b"data:")
         try:
             async with aclosing(self._generator.run(job)) as deltas:
                 async for idx, delta in deltas:
-                    if not response.prepared:
-                        await response.prepare(request)
                     builder.add(idx, delta)
-                    await send_events(response, *builder.events(delta), mark=b"data:")
-        except (UserError, ConnectionError, TimeoutError) as error:
-            if not response.prepared:
+                    await stream.send(*builder.events(delta))
+        except UserError as error:
+            if not stream.is_open:
                 raise
-            if not isinstance(error, UserError):
-                return response  # nobody reads: the client has gone, or takes nothing
-            await send_events(response, lorax_error(error.info())[1], mark=b"data:")
-        await response.write_eof()
-        return response
+            await stream.send(lorax_error(error.info())[1])
+        return await stream.end()
 
     def _headers(self, body: LoraxRequest, job: Job) -> dict[str, str]:
         device = self._generator.engine.info.device

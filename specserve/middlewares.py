@@ -16,7 +16,7 @@ from aiohttp import web
 
 from .access import check_key, host_allowed, is_loopback, origin_allowed
 from .config import ServeConfig
-from .errors import ErrorInfo, OverloadedError, UserError
+from .errors import ErrorInfo, OverloadedError, ShuttingDownError, UserError
 from .http_body import json_response
 from .lorax_responses import lorax_error
 from .metrics import Metrics
@@ -112,7 +112,7 @@ class Middlewares:
         if request.method != "POST":
             return await handler(request)
         if self.draining:
-            raise UserError("the server is shutting down", status=503, code="shutting_down")
+            raise ShuttingDownError("the server is shutting down")
         if self.num_in_flight >= self._config.max_concurrent_requests:
             raise OverloadedError(f"{self.num_in_flight} requests are running; retry shortly")
         self.num_in_flight += 1

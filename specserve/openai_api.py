@@ -17,7 +17,7 @@ from .http_body import json_response, read_json
 from .lorax_types import LoraxTokenizeRequest, SimpleToken
 from .responses import ResponseBuilder
 from .routes import Handler
-from .sse import SSE_HEADERS, send_events
+from .sse import EventStream
 from .tools.definitions import all_tools
 
 
@@ -135,27 +135,22 @@ class OpenAIRoutes:
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
         """Server-sent events; the response starts with the first delta, so that early errors keep their status."""
         builder = ResponseBuilder(job)
-        response = web.StreamResponse(headers=SSE_HEADERS)
+        stream = EventStream(request, self._generator.config.write_timeout_s)
         try:
             async with aclosing(self._generator.run(job)) as deltas:
                 async for idx, delta in deltas:
-                    if not response.prepared:
-                        await response.prepare(request)
-                        await send_events(response, *builder.opening())
+                    if not stream.is_open:
+                        await stream.send(*builder.opening())
                     builder.add(idx, delta)
                     if (chunk := builder.chunk(idx, delta)) is not None:
-                        await send_events(response, chunk)
+                        await stream.send(chunk)
             if job.request.stream_options is not None and job.request.stream_options.include_usage:
-                await send_events(response, builder.usage_chunk())
-        except (UserError, ConnectionError, TimeoutError) as error:
-            if not response.prepared:
+                await stream.send(builder.usage_chunk())
+        except UserError as error:
+            if not stream.is_open:
                 raise
-            if not isinstance(error, UserError):
-                return response  # nobody reads: the client has gone, or takes nothing
-            await send_events(response, error_body(error.info()))
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
+            await stream.send(error_body(error.info()))
+        return await stream.end(b"data: [DONE]\n\n")
 
 
 def error_body(info: ErrorInfo) -> dict[str, Any]:

@@ -1,24 +1,57 @@
-"""Server-sent events: headers and writing. A reader that takes nothing for a minute is dropped."""
+"""Server-sent events. A reader that takes nothing for long is cut off, so that what it has does not look complete."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-SSE_HEADERS = {
+HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-WRITE_TIMEOUT_S = 60.0
 
 
-async def send_events(response: web.StreamResponse, *events: Any, mark: bytes = b"data: ") -> None:
-    """Write `events` as JSON in one piece; raises `TimeoutError` when the reader takes nothing."""
-    if events:
-        data = b"".join(mark + msgspec.json.encode(event) + b"\n\n" for event in events)
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await response.write(data)
+class EventStream:
+    """The answer to `request`, which starts with the first event. Raises `ConnectionError` when nobody reads it."""
+
+    def __init__(
+        self, request: web.Request, timeout_s: float, headers: Mapping[str, str] | None = None, mark: bytes = b"data: "
+    ):
+        self.response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
+        self._request = request
+        self._timeout_s = timeout_s
+        self._mark = mark
+
+    @property
+    def is_open(self) -> bool:
+        return self.response.prepared
+
+    async def open(self) -> None:
+        if not self.is_open:
+            await self._taken(self.response.prepare(self._request))
+
+    async def send(self, *events: Any) -> None:
+        """Write `events` as JSON in one piece."""
+        await self.open()
+        if events:
+            data = b"".join(self._mark + msgspec.json.encode(event) + b"\n\n" for event in events)
+            await self._taken(self.response.write(data))
+
+    async def end(self, last: bytes = b"") -> web.StreamResponse:
+        """Write `last` and what says that the stream is complete."""
+        await self._taken(self.response.write_eof(last))
+        return self.response
+
+    async def _taken(self, write: Awaitable[Any]) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await write
+        except TimeoutError:
+            if (transport := self._request.transport) is not None:
+                transport.abort()  # a clean end would be written behind the text when the reader comes back
+            raise ConnectionResetError(f"the reader took nothing for {self._timeout_s:g} s") from None
