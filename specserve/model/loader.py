@@ -7,7 +7,6 @@ tensors are then read one by one, so that the peak is the model plus one layer.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -20,15 +19,13 @@ from .build import build_native, build_torch, build_triton
 from .config import ModelConfig
 from .decoder import Decoder
 from .native_decoder import NativeDecoder
+from .stored_rows import EMBEDDING, LM_HEAD, MAX_NAMED, STORED, weight_files
 from .triton_decoder import TritonDecoder
 from .triton_decoder import cannot_serve as triton_cannot_serve
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MAX_NAMED = 5  # tensors named in one message
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -67,7 +64,7 @@ class TensorSource:
 
     def __init__(self, path: Path):
         try:
-            files = [safetensors.safe_open(file, framework="pt") for file in _weight_files(path)]
+            files = [safetensors.safe_open(file, framework="pt") for file in weight_files(path)]
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{path}: the weights are not readable as safetensors: {error}") from None
         self._path = path
@@ -99,6 +96,15 @@ class TensorSource:
         return self._file_of[name].get_tensor(name)
 
 
+def checked_source(path: Path, config: ModelConfig) -> TensorSource:
+    """The tensors of a directory, which are those of `config`. Raises `ModelError`."""
+    source = TensorSource(path)
+    # Old checkpoints carry their rotary buffers; a tied model may carry its embedding twice.
+    tied = (LM_HEAD,) if config.tie_word_embeddings else ()
+    source.check(tensor_shapes(config), ignored=("rotary_emb.inv_freq", *tied))
+    return source
+
+
 def load_model(
     path: str | Path,
     device: torch.device,
@@ -114,10 +120,7 @@ def load_model(
     """
     path = Path(path)
     config = ModelConfig.from_dir(path)
-    source = TensorSource(path)
-    # Old checkpoints carry their rotary buffers; a tied model may carry its embedding twice.
-    tied = (LM_HEAD,) if config.tie_word_embeddings else ()
-    source.check(tensor_shapes(config), ignored=("rotary_emb.inv_freq", *tied))
+    source = checked_source(path, config)
     weight_dtype = source.dtype() if dtype == "auto" else DTYPES[dtype]
     weights = StoredWeights(config, source, device, weight_dtype)
     if native is not None:
@@ -176,22 +179,3 @@ class StoredWeights:
 
     def lm_head(self, embed: torch.Tensor) -> torch.Tensor:
         return embed if self._config.tie_word_embeddings else self.weight(LM_HEAD).clone()
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            files = [path / name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is not a safetensors index: {error}") from None
-        missing = [file.name for file in files if not file.is_file() or file.parent != path]
-        if missing:
-            raise ModelError(f"{path} lacks {', '.join(missing[:MAX_NAMED])}, which its index names")
-        return files
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    found = sorted(file.name for file in path.glob("*.bin"))
-    hint = f"; {found[0]} is a pickle and is never loaded: save with safe_serialization=True" if found else ""
-    raise ModelError(f"{path} has no model.safetensors{hint}")
