@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from specserve.config import EngineConfig
 from specserve.engine import Engine
 from specserve.loadgen.plan import pick_models
-from specserve.lora import LoraAdapter, module_shapes
+from specserve.lora import LoraAdapter
+from specserve.lora_tensors import module_shapes
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
 from specserve.model_store import resolve_model
 from specserve.tokenizer import TextTokenizer

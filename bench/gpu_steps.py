@@ -22,7 +22,8 @@ from specserve.block_manager import BlockManager
 from specserve.device_runner import DeviceRunner
 from specserve.kernels.lora_stack import LoraPair
 from specserve.kv_cache import KVCache
-from specserve.lora import GROUPS, LoraAdapter, module_shapes
+from specserve.lora import GROUPS, LoraAdapter
+from specserve.lora_tensors import module_shapes
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.model.build import build_triton
 from specserve.model.config import ModelConfig

@@ -147,10 +147,26 @@ def changing(name: str) -> ChangingError:
 def content_hash(directory: Path) -> str:
     """The identity of the adapter in `directory`. Raises `AdapterError`."""
     with open_adapter(directory, directory.name) as files:
-        for required in (CONFIG_FILE, WEIGHTS_FILE):
-            if required not in files.digests:
-                raise AdapterError(f"adapter {directory.name!r} has no {required}")
+        check_complete(files, directory, directory.name)
         return files.content_hash
+
+
+def check_complete(files: AdapterFiles, directory: Path, name: str) -> None:
+    """Raise `AdapterError` when `files`, read from `directory`, are no adapter."""
+    if CONFIG_FILE not in files.paths:
+        raise AdapterError(f"adapter {name!r}: {directory} has no {CONFIG_FILE}; a PEFT LoRA directory is expected")
+    if WEIGHTS_FILE not in files.paths:
+        raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}{_other_weights(directory)}")
+
+
+def _other_weights(directory: Path) -> str:
+    """What stands in the place of the weights file, for the error message."""
+    found = sorted(entry.name for entry in directory.glob("adapter_model*"))
+    if any(".safetensors" in file for file in found):
+        return f"; {found[0]} is one part of a weights file that was split; join the parts into one {WEIGHTS_FILE}"
+    if found:
+        return f"; {found[0]} is not read: .bin and .pt files are pickles; save with safe_serialization=True"
+    return ""
 
 
 def _private_copy(path: Path, max_bytes: int) -> tuple[int, bytes] | None:

@@ -183,13 +183,17 @@ def list_adapters(directory: Path) -> int:
 @adapters.command("inspect")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--model", help="Base model to check the shapes against: directory, hub id, or '' for the default model.")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--max-lora-rank", type=click.IntRange(1), default=256, show_default=True)
 @debug_option
-def inspect_adapter(directory: Path, model: str | None, max_lora_rank: int) -> int:
-    """Show what the LoRA in DIRECTORY is, and check it. Exit code 1 if it cannot be served."""
+def inspect_adapter(directory: Path, model: str | None, dtype: str, max_lora_rank: int) -> int:
+    """Show what the LoRA in DIRECTORY is, and check it. Exit code 1 if it cannot be served.
+
+    With --model it is read as the server reads it with the same --dtype and --max-lora-rank.
+    """
     from .cli_adapters import inspect_directory
 
-    return inspect_directory(directory, model, max_lora_rank)
+    return inspect_directory(directory, model, dtype, max_lora_rank)
 
 
 cli.add_command(train)

@@ -4,7 +4,6 @@ Without a base model only headers are read: which modules, which ranks, whether 
 engine's own reader decides, so that what passes here is what the server loads.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import click
 import msgspec
 
+from .adapter_files import CONFIG_FILE, HEAD_CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
 from .errors import AdapterError, UserError
 from .messages import LookaheadInfo
 
@@ -37,13 +37,35 @@ class AdapterSummary(msgspec.Struct):
 
 def summarise(path: Path) -> AdapterSummary:
     """Read configuration and tensor names of the directory `path`; never raises for what is wrong inside it."""
-    summary = AdapterSummary(path, has_lookahead=(path / "lookahead_config.json").is_file())
-    config = _config(path, summary)
-    summary.base_model = str(config.get("base_model_name_or_path") or "")
-    summary.peft_type = str(config.get("peft_type") or "")
+    summary = AdapterSummary(path)
+    try:
+        with open_adapter(path, path.name) as files:
+            _summarise_files(files, summary)
+    except AdapterError as error:
+        summary.problems.append(str(error))
+    return summary
+
+
+def _summarise_files(files: AdapterFiles, summary: AdapterSummary) -> None:
+    from .lora_config import decode_config, parse_config
+
+    name = summary.path.name
+    summary.has_lookahead = HEAD_CONFIG_FILE in files.paths
+    check_complete(files, summary.path, name)
+    data = files.paths[CONFIG_FILE].read_bytes()
+    config = decode_config(name, data)
+    summary.base_model = _text(config.get("base_model_name_or_path"))
+    summary.peft_type = _text(config.get("peft_type"))
     alpha = config.get("lora_alpha")
-    summary.alpha = alpha if isinstance(alpha, int | float) else None
-    shapes = _shapes(path, summary)
+    summary.alpha = float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e300 else None
+    parse_config(name, data)
+    shapes = _shapes(name, files.paths[WEIGHTS_FILE])
+    summary.size_bytes = files.paths[WEIGHTS_FILE].stat().st_size
+    summary.content_hash = files.content_hash
+    _summarise_shapes(shapes, summary)
+
+
+def _summarise_shapes(shapes: dict[str, list[int]], summary: AdapterSummary) -> None:
     ranks: set[int] = set()
     modules: set[str] = set()
     layers: set[int] = set()
@@ -62,14 +84,9 @@ def summarise(path: Path) -> AdapterSummary:
     summary.num_pairs = sum(found == {"A", "B"} for found in sides.values())
     halves = sorted(module for module, found in sides.items() if found != {"A", "B"})
     if halves:
-        summary.problems.append(f"{halves[0]} has only one of lora_A and lora_B")
-    if shapes and not sides:
-        summary.problems.append("adapter_model.safetensors holds no LoRA tensors")
-    if not summary.problems:
-        from .adapter_files import content_hash
-
-        summary.content_hash = content_hash(path)
-    return summary
+        summary.problems.append(f"{halves[0]!r} has only one of lora_A and lora_B")
+    if not sides:
+        summary.problems.append(f"{WEIGHTS_FILE} holds no LoRA tensors")
 
 
 def list_directory(directory: Path) -> int:
@@ -95,23 +112,24 @@ def list_directory(directory: Path) -> int:
     return int(any(summary.problems for summary in summaries))
 
 
-def inspect_directory(directory: Path, model: str | None, max_lora_rank: int) -> int:
-    """Print all that is known of one adapter; with `model`, check it as the engine would. 1 on problems."""
+def inspect_directory(directory: Path, model: str | None, dtype: str, max_lora_rank: int) -> int:
+    """Print all that is known of one adapter; with `model`, served as `dtype`, check it as the engine would.
+
+    1 on problems.
+    """
     if not directory.is_dir():
         raise UserError(f"there is no directory {directory}; check the path")
     summary = summarise(directory)
     problems = list(summary.problems)
     lookahead = "yes" if summary.has_lookahead else "no"
     if model is not None and not problems:
-        from .lookahead import BaseIdentity
         from .lora import read_adapter
-        from .model.config import ModelConfig
         from .model_store import resolve_model
+        from .served_base import ServedBase
 
-        model_dir = resolve_model(model)
-        config, base = ModelConfig.from_dir(model_dir), BaseIdentity.of(model_dir)
+        base = ServedBase.of_files(resolve_model(model), dtype)
         try:
-            adapter = read_adapter(directory, config, name=directory.name, max_rank=max_lora_rank, base=base)
+            adapter = read_adapter(directory, base, name=directory.name, max_rank=max_lora_rank)
             lookahead = _lookahead_line(adapter.info().lookahead)
             if adapter.lookahead is not None and adapter.lookahead.error:
                 problems.append(adapter.lookahead.error)
@@ -144,39 +162,20 @@ def _lookahead_line(info: LookaheadInfo | None) -> str:
     return f"{head}, a history of {info.history_tokens} tokens"
 
 
-def _config(path: Path, summary: AdapterSummary) -> dict[str, Any]:
-    file = path / "adapter_config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except OSError as error:
-        summary.problems.append(f"adapter_config.json: {error.strerror}; a PEFT LoRA directory is expected")
-        return {}
-    except (ValueError, RecursionError) as error:
-        summary.problems.append(f"adapter_config.json is not valid JSON: {error}")
-        return {}
-    if not isinstance(config, dict):
-        summary.problems.append("adapter_config.json is not a JSON object")
-        return {}
-    if config.get("peft_type") != "LORA":
-        summary.problems.append(f"peft_type is {config.get('peft_type')!r}; only 'LORA' is served")
-    return config
-
-
-def _shapes(path: Path, summary: AdapterSummary) -> dict[str, list[int]]:
+def _shapes(name: str, file: Path) -> dict[str, list[int]]:
     import safetensors
 
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        hint = "; .bin files are pickles and never loaded" if any(path.glob("adapter_model.bin")) else ""
-        summary.problems.append(f"there is no adapter_model.safetensors{hint}")
-        return {}
-    summary.size_bytes = file.stat().st_size
     try:
         with safetensors.safe_open(file, framework="np") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        summary.problems.append(f"adapter_model.safetensors is not readable: {error}")
-        return {}
+        raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
+
+
+def _text(value: Any) -> str:
+    from .lora_config import shown
+
+    return value if isinstance(value, str) and value.isprintable() else "" if value is None else shown(value)
 
 
 def _ranks(summary: AdapterSummary) -> str:

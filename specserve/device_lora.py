@@ -18,7 +18,8 @@ from .kernels.lora_stack import LoraPair
 from .kernels.lora_tables import LoraShape, LoraTables
 from .kernels.lora_tiles import TILE_ROWS, lora_add_, lora_embedding_add_, scratch_size
 from .kernels.tiles import build_tiles_, max_tiles
-from .lora import GROUPS, LoraAdapter, module_shapes
+from .lora import GROUPS, LoraAdapter
+from .lora_tensors import module_shapes
 from .model.config import ModelConfig
 
 EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"  # keys of the tables beside (layer, group)

@@ -36,7 +36,6 @@ from .grammar import CompiledGrammar
 from .grammar_compiler import GrammarCompiler
 from .grammar_masks import MaskMaker
 from .kv_cache import KVCache
-from .lookahead import BaseIdentity
 from .lora import LoraAdapter, read_adapter
 from .messages import (
     AdapterInfo,
@@ -55,6 +54,7 @@ from .row_group import RowGroup
 from .sampler import token_logprobs
 from .scheduler import ScheduledSequence, Scheduler
 from .sequence import Sequence
+from .served_base import ServedBase
 from .special_tokens import eos_token_ids, load_backend_tokenizer
 from .verifier import accepted_tokens
 
@@ -99,7 +99,7 @@ class Engine:
         assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows
         native, is_triton = choose_native(config, device), chooses_triton(config, device)
         self.decoder = load_model(model_dir, device, config.dtype, native, is_triton)
-        self._base = BaseIdentity.of(model_dir)
+        self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
@@ -213,14 +213,11 @@ class Engine:
         with beside_steps(self.decoder.device):
             return read_adapter(
                 path,
-                self.decoder.config,
+                self._base,
                 name=name,
                 max_rank=self.config.max_lora_rank,
-                dtype=self.decoder.compute_dtype,
                 device=self.decoder.device,
                 lay_out=self.decoder.lay_out_lora,
-                base_tensor=self.decoder.base_tensor,
-                base=self._base,
             )
 
     def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:

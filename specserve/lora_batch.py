@@ -13,7 +13,8 @@ import torch
 
 from .kernels.lora_stack import LoraStack, add_lora_
 from .kernels.segments import Segments
-from .lora import GROUPS, LoraAdapter, module_shapes
+from .lora import GROUPS, LoraAdapter
+from .lora_tensors import module_shapes
 from .model.config import ModelConfig
 
 KEEP_STEPS = 64  # an adapter that no row used for so many steps leaves the stacks when they are built next

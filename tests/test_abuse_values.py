@@ -160,6 +160,11 @@ UNFIT = {
     "one dimension": (reshape(lambda a: a.flatten()), ("lora_A", "[384]", "[rank, 96]")),
     "rank 1e6": (configure(r=10**6), ("1000000",)),
     "rank 0": (configure(r=0), ("0",)),
+    "rank of no whole number": (configure(r=4.0), ("r is 4.0", "whole number")),
+    "infinite alpha": (configure(lora_alpha=float("inf")), ("lora_alpha is inf", "finite")),
+    "alpha pattern that is a list": (configure(alpha_pattern=["q_proj"]), ("alpha_pattern is ['q_proj']", "object")),
+    "narrower than its tensors": (configure(target_modules=["q_proj"]), ("k_proj", "target_modules", "leaves it out")),
+    "beyond the range": (reshape(lambda a: a.double() * 1e300), ("lora_A", "beyond the range of float32")),
 }
 
 

@@ -1,18 +1,23 @@
 """The command line: one line per mistake, exit codes, and what each command prints."""
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from adapter_edits import cast, edit_config, edit_tensors, scale
+from engine_fixture import make_engine
 from peft_adapters import make_peft_adapter
+from safetensors.torch import load_file
 from tiny_gguf import write_gguf
 
 from specserve import __version__, cli, settings
 from specserve.cli_generate import figures, read_prompt
 from specserve.config import EngineConfig, ServeConfig
-from specserve.errors import UserError
+from specserve.errors import AdapterError, UserError
 from specserve.messages import Usage
 
 
@@ -216,7 +221,7 @@ def test_adapters_list_of_an_empty_folder_is_fine(capsys, tmp_path):
 def test_adapters_list_names_the_broken_ones(capsys, tmp_path):
     (tmp_path / "broken").mkdir()
     code, out, _ = run(capsys, "adapters", "list", str(tmp_path))
-    assert code == 1 and "broken  problem: adapter_config.json: No such file" in out
+    assert code == 1 and "broken  problem: " in out and "a PEFT LoRA directory is expected" in out
 
 
 def test_adapters_inspect_shows_what_it_is(capsys, model_dir, adapters_dir):
@@ -235,14 +240,50 @@ def test_adapters_inspect_finds_problems_only_the_model_shows(capsys, model_dir,
     assert code == 1 and "problem" in out and "rank 8" in out
 
 
+def trained_copy(path, model_dir):
+    weight = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"].float()
+    weight[7] += 5e-3
+    edit_tensors(path, lambda tensors: tensors | {"base_model.model.model.embed_tokens.weight": weight})
+
+
+UNSERVED = {
+    "trained copy": (trained_copy, "differs from the base model's"),
+    "narrower": (lambda path, model_dir: edit_config(path, target_modules=["q_proj"]), "leaves it out"),
+    "values": (lambda path, model_dir: edit_tensors(path, scale(1e40)), "beyond the range of bfloat16"),
+    "alpha": (lambda path, model_dir: edit_config(path, lora_alpha=1e300), "beyond the range of bfloat16"),
+    "pattern": (lambda path, model_dir: edit_config(path, alpha_pattern="q_proj"), "alpha_pattern is 'q_proj'"),
+    "int8": (lambda path, model_dir: edit_tensors(path, cast(torch.int8)), "int8"),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_adapters_inspect_says_what_the_server_says(capsys, model_dir, adapters_dir, engine, tmp_path, name):
+    spoil, part = UNSERVED[name]
+    path = shutil.copytree(adapters_dir / "first", tmp_path / "unserved")
+    spoil(path, model_dir)
+    with pytest.raises(AdapterError, match=part) as caught:
+        engine.load_adapter("unserved", path)
+    code, out, _ = run(capsys, "adapters", "inspect", str(path), "--model", str(model_dir))
+    assert code == 1 and str(caught.value) in out
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir):
+    return make_engine(model_dir, dtype="auto")
+
+
+PLAIN, WEIGHTS = '{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', "adapter_model.safetensors"
+
+
 @pytest.mark.parametrize(
     "files,part",
     [
-        ({"adapter_config.json": "{"}, "not valid JSON"),
-        ({"adapter_config.json": "[]"}, "not a JSON object"),
-        ({"adapter_config.json": '{"peft_type": "IA3"}'}, "peft_type is 'IA3'"),
-        ({"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.bin": ""}, "never loaded"),
-        ({"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": "x"}, "not readable"),
+        ({"adapter_config.json": "{", WEIGHTS: ""}, "not valid JSON"),
+        ({"adapter_config.json": "[]", WEIGHTS: ""}, "holds list, not an object"),
+        ({"adapter_config.json": '{"peft_type": "IA3"}', WEIGHTS: ""}, "peft_type is 'IA3'"),
+        ({"adapter_config.json": PLAIN, "adapter_model.bin": ""}, "pickles"),
+        ({"adapter_config.json": PLAIN, WEIGHTS: "x"}, "not readable"),
+        ({WEIGHTS: "x"}, "a PEFT LoRA directory is expected"),
     ],
 )
 def test_adapters_inspect_names_what_is_wrong(capsys, tmp_path, files, part):

@@ -15,9 +15,8 @@ from specserve.drafters.head_files import VOCAB_STEP, pad_vocab
 from specserve.drafters.head_native import NativeHeadRunner
 from specserve.drafters.head_source import HeadRunner, HeadSource
 from specserve.kernels.native import Team, load_library
-from specserve.lookahead import BaseIdentity
 from specserve.lora import read_adapter
-from specserve.model.config import ModelConfig
+from specserve.served_base import ServedBase
 
 SHAPES = [
     {"draft_len": 6},
@@ -109,10 +108,10 @@ def test_a_head_whose_state_becomes_nan_says_nothing_and_nothing_changes(setup, 
 
 def test_the_native_heads_guess_what_the_torch_heads_guess(model_dir, tmp_path):
     """Of every shape, position by position, fed what was guessed, a wrong token now and then."""
-    heads, base = [], BaseIdentity.of(model_dir)
+    heads, base = [], ServedBase.of_files(model_dir)
     for seed, shape in enumerate(SHAPES[:3] * 2):
         path = make_lookahead_adapter(model_dir, tmp_path / str(seed), seed=seed, **{"draft_len": 9, **shape})
-        ahead = read_adapter(path, ModelConfig.from_dir(model_dir), base=base).lookahead
+        ahead = read_adapter(path, base).lookahead
         assert ahead is not None and ahead.head is not None, ahead
         heads.append(ahead)
     prompt = [(5 * i * i + 3) % 320 for i in range(40)]

@@ -1,20 +1,19 @@
 """PEFT directories: all that PEFT writes for LoRA gives peft's tokens; all else is refused with one sentence."""
 
-import json
 import shutil
 
 import pytest
 import torch
+from adapter_edits import cast, config_of, edit_config, edit_tensors, keep, tensors_of
 from engine_fixture import make_engine, request, run, tokens_of
 from peft import PeftModel
-from peft_adapters import make_peft_adapter
+from peft_adapters import ALL_MODULES, make_peft_adapter
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from specserve.adapter_files import WEIGHTS_FILE
 from specserve.errors import AdapterError
-from specserve.lora import WEIGHTS_FILE, read_adapter
-from specserve.model.config import ModelConfig
 
 KINDS = {
     "rank 1": {"r": 1},
@@ -115,6 +114,77 @@ def test_other_architectures_equal_peft(architecture, tmp_path):
     assert results["b"] == peft_reference(model_dir, None, [3, 1, 4, 1, 5], 10)[0]
 
 
+SERVED = {
+    "all-linear": config_of(target_modules="all-linear"),
+    "targets by a regular expression": config_of(target_modules=r".*\.(self_attn|mlp)\.\w+_proj"),
+    "targets by full names": lambda path: edit_config(
+        path, target_modules=[f"model.layers.{i}.{p}.{m}_proj" for i in (0, 1) for p, m in PLACES]
+    ),
+    "PEFT's own targets": lambda path: (edit_config(path, target_modules=None), keep(path, "q_proj", "v_proj")),
+    "excluded modules": lambda path: (edit_config(path, exclude_modules=r".*\.o_proj"), keep(path, *ALL_MODULES[:3])),
+    "layers by a pattern": lambda path: (
+        edit_config(path, layers_to_transform=[1], layers_pattern="layers", target_modules=list(ALL_MODULES)),
+        keep(path, "layers.1."),
+    ),
+    "patterns of all kinds": lambda path: edit_config(
+        path, alpha_pattern={"^model.layers.0.mlp.up_proj": 3, r".*1.*\.k_proj": 5.5, "mlp.down_proj": 50, "o.proj": 1}
+    ),
+    "a module without weights": lambda path: keep(path, *ALL_MODULES[1:]),
+    "orthogonal": config_of(init_lora_weights="orthogonal"),
+    "fan_in_fan_out": config_of(fan_in_fan_out=True, lora_dropout=0.5),
+    "alpha of no whole number": config_of(lora_alpha=2.5, use_rslora=None),
+    "fields of a future version": config_of(use_future=False, future_group_size=16),
+    "fp64": tensors_of(cast(torch.float64)),
+    "bf16": tensors_of(cast(torch.bfloat16)),
+    "fp16": tensors_of(cast(torch.float16)),
+    "fp8 e4m3": tensors_of(cast(torch.float8_e4m3fn)),
+    "fp8 e5m2": tensors_of(cast(torch.float8_e5m2)),
+}
+PLACES = [("self_attn", name) for name in "qkvo"] + [("mlp", name) for name in ("gate", "up", "down")]
+
+
+def served_and_theirs(engine, model_dir, path, num_tokens=5):
+    content_hash = engine.load_adapter("edited", path).content_hash
+    prompt = [3, 1, 4, 1, 5, 9]
+    ask = request("a", prompt, adapter=content_hash, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+    result = run(engine, [ask])["a"]
+    assert result.error is None
+    tokens, logprobs = peft_reference(model_dir, path, prompt, num_tokens)
+    return (result.tokens, [item.logprob for item in result.logprobs]), (tokens, pytest.approx(logprobs, abs=1e-4))
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_configuration_and_its_tensors_may_say_equals_peft(engine, adapters, model_dir, tmp_path, kind):
+    path = shutil.copytree(adapters["rslora"], tmp_path / "edited")
+    SERVED[kind](path)
+    ours, theirs = served_and_theirs(engine, model_dir, path)
+    assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loras_on_tied_embeddings_equal_peft_apart_and_as_one(tmp_path):
+    model_dir = make_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.15, embed=True, lm_head=True)
+    engine = make_engine(model_dir)
+    ours, theirs = served_and_theirs(engine, model_dir, path)
+    assert ours == theirs
+    edit_config(path, ensure_weight_tying=True, target_modules=[*ALL_MODULES, "embed_tokens"])
+    with pytest.raises(AdapterError, match="ensure_weight_tying"):
+        engine.load_adapter("a", path)
+    edit_tensors(path, lambda tensors: tensors | tied_head(tensors))
+    ours, theirs = served_and_theirs(engine, model_dir, path)
+    assert ours == theirs
+
+
+def tied_head(tensors):
+    embed, head = "base_model.model.model.embed_tokens.lora_embedding_", "base_model.model.lm_head.lora_"
+    return {
+        f"{head}A.weight": tensors[f"{embed}B"].T.contiguous(),
+        f"{head}B.weight": tensors[f"{embed}A"].T.contiguous(),
+    }
+
+
 def test_identity_is_the_content_not_the_name(engine, adapters, tmp_path):
     path = adapters["rank 1"]
     copy = shutil.copytree(path, tmp_path / "renamed")
@@ -124,129 +194,3 @@ def test_identity_is_the_content_not_the_name(engine, adapters, tmp_path):
     tensors[name] = tensors[name] * 1.01
     save_file(tensors, copy / WEIGHTS_FILE)
     assert engine.load_adapter("x", copy).content_hash != engine.load_adapter("y", path).content_hash
-
-
-# -- refusals
-
-
-def edit_config(path, **changes):
-    config = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-
-
-def edit_tensors(path, change):
-    tensors = load_file(path / WEIGHTS_FILE)
-    save_file(change(tensors), path / WEIGHTS_FILE)
-
-
-def first(tensors, side):
-    return next(name for name in sorted(tensors) if f"lora_{side}" in name)
-
-
-def drop_b(tensors):
-    del tensors[first(tensors, "B")]
-    return tensors
-
-
-def wrong_shape(tensors):
-    name = first(tensors, "A")
-    tensors[name] = torch.zeros(tensors[name].shape[0], 99)
-    return tensors
-
-
-def poison(value):
-    def change(tensors):
-        tensors[first(tensors, "A")][0, 0] = value
-        return tensors
-
-    return change
-
-
-def rename(old, new):
-    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
-
-
-def garbage(size):
-    return lambda path: (path / WEIGHTS_FILE).write_bytes(size.to_bytes(8, "little") + b"x" * 64)
-
-
-def truncate(path):
-    data = (path / WEIGHTS_FILE).read_bytes()
-    (path / WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
-
-
-def overlap(path):
-    data = (path / WEIGHTS_FILE).read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    names = [name for name in header if name != "__metadata__"]
-    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
-    new = json.dumps(header).encode()
-    (path / WEIGHTS_FILE).write_bytes(len(new).to_bytes(8, "little") + new + data[8 + size :])
-
-
-def pickled(path):
-    (path / WEIGHTS_FILE).unlink()
-    (path / "adapter_model.bin").write_bytes(b"\x80\x04")
-
-
-REFUSALS = {
-    "no config": (lambda path: (path / "adapter_config.json").unlink(), "adapter_config.json"),
-    "config is no JSON": (lambda path: (path / "adapter_config.json").write_text("{"), "not valid JSON"),
-    "config is a list": (lambda path: (path / "adapter_config.json").write_text("[]"), "peft_type"),
-    "deep config": (lambda path: (path / "adapter_config.json").write_text("[" * 100_000), "not valid JSON"),
-    "other peft type": (lambda path: edit_config(path, peft_type="IA3"), "IA3"),
-    "dora": (lambda path: edit_config(path, use_dora=True), "DoRA"),
-    "bias": (lambda path: edit_config(path, bias="all"), "bias"),
-    "lora bias": (lambda path: edit_config(path, lora_bias=True), "bias"),
-    "modules to save": (lambda path: edit_config(path, modules_to_save=["lm_head"]), "modules_to_save"),
-    "pissa": (lambda path: edit_config(path, init_lora_weights="pissa_niter_4"), "pissa"),
-    "remote code": (lambda path: edit_config(path, auto_map={"x": "y"}), "remote code"),
-    "rank of config": (lambda path: edit_config(path, r=3), "rank"),
-    "rank a million": (lambda path: edit_config(path, r=10**6), "rank"),
-    "alpha NaN": (lambda path: edit_config(path, lora_alpha=float("nan")), "lora_alpha"),
-    "pickle": (pickled, "pickle"),
-    "truncated": (truncate, "safetensors"),
-    "huge header": (garbage(2**60), "safetensors"),
-    "overlapping tensors": (overlap, "safetensors"),
-    "missing B": (lambda path: edit_tensors(path, drop_b), "lora_B"),
-    "wrong shape": (lambda path: edit_tensors(path, wrong_shape), "99.*wants"),
-    "NaN": (lambda path: edit_tensors(path, poison(float("nan"))), "NaN"),
-    "infinity": (lambda path: edit_tensors(path, poison(float("inf"))), "infinite"),
-    "unknown module": (lambda path: edit_tensors(path, rename("q_proj", "z_proj")), "z_proj"),
-    "layer beyond the model": (lambda path: edit_tensors(path, rename("layers.1.", "layers.77.")), "layers"),
-    "no tensors": (lambda path: save_file({}, path / WEIGHTS_FILE), "no LoRA tensors"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_unservable_adapter_is_refused_with_one_clear_sentence(engine, adapters, tmp_path, name):
-    spoil, word = REFUSALS[name]
-    path = shutil.copytree(adapters["rslora"], tmp_path / "spoiled")
-    spoil(path)
-    before = engine.stats()
-    with pytest.raises(AdapterError, match=f"(?s){word}") as caught:
-        engine.load_adapter("spoiled", path)
-    assert "\n" not in str(caught.value) and "spoiled" in str(caught.value)
-    assert engine.stats() == before
-
-
-def test_rank_above_the_limit_is_refused(adapters, model_dir):
-    with pytest.raises(AdapterError, match="max-lora-rank"):
-        read_adapter(adapters["rank 64, large alpha"], ModelConfig.from_dir(model_dir), max_rank=32)
-
-
-def test_trained_embedding_beside_an_embedding_lora_is_refused(engine, adapters, tmp_path):
-    path = shutil.copytree(adapters["embedding"], tmp_path / "trained")
-
-    def train(tensors):
-        name = next((n for n in tensors if n.endswith("embed_tokens.base_layer.weight")), None)
-        if name is None:
-            name = "base_model.model.model.embed_tokens.base_layer.weight"
-            tensors[name] = engine.decoder.base_tensor("model.embed_tokens.weight").float().clone()
-        tensors[name] = tensors[name] + 1.0
-        return tensors
-
-    edit_tensors(path, train)
-    with pytest.raises(AdapterError, match="trained embedding"):
-        engine.load_adapter("trained", path)

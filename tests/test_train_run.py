@@ -199,7 +199,7 @@ def test_an_existing_lora_gets_a_head_and_stays_as_it_is(trained, tmp_path):
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_dora": True}, "DoRA"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"r": 8}, "has rank 4 but"),

@@ -20,7 +20,8 @@ from specserve.kernels.lora_stack import LoraPair
 from specserve.kernels.lora_tables import LoraShape, LoraTables
 from specserve.kernels.lora_tiles import TILE_ROWS, lora_embedding_add_, scratch_size
 from specserve.kernels.tiles import build_tiles_, max_tiles
-from specserve.lora import GROUPS, LoraAdapter, module_shapes
+from specserve.lora import GROUPS, LoraAdapter
+from specserve.lora_tensors import module_shapes
 from specserve.model.config import ModelConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

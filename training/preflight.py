@@ -7,7 +7,7 @@ no model is checked with the configuration (run_file.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from ..errors import AdapterError, UserError
 from ..lora import read_adapter
 from ..model.config import ModelConfig
 from ..model_store import resolve_model
+from ..served_base import ServedBase
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
 from .batching import default_epochs, plan_run
@@ -54,7 +55,7 @@ def prepare(config: RunConfig, *, head_only: bool = False) -> Prepared:
     assert max_len is not None
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
-        _check_adapter(Path(config.lora.adapter), model)
+        _check_adapter(Path(config.lora.adapter), model_dir)
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train)[: config.data.max_rows]
@@ -100,10 +101,11 @@ def settled(config: RunConfig, model: ModelConfig) -> RunConfig:
     return config
 
 
-def _check_adapter(path: Path, model: ModelConfig) -> None:
+def _check_adapter(path: Path, model_dir: Path) -> None:
     """With the eyes of the server: what it would refuse can be continued no more than it can be served."""
+    base = replace(ServedBase.of_files(model_dir), identity=None)  # a head beside it is trained anew
     try:
-        read_adapter(path, model)
+        read_adapter(path, base)
     except AdapterError as error:
         raise UserError(f"lora.adapter: {error}", param="lora.adapter", code=error.code) from None
 

@@ -71,12 +71,6 @@ class DecoderWeights:
         """How a LoRA's weights are held for this decoder: as PEFT has them."""
         return pair
 
-    def base_tensor(self, name: str) -> torch.Tensor | None:
-        """The embedding or lm_head as loaded, by its name on the hub; None for other names."""
-        if name == "model.embed_tokens.weight" or (name == "lm_head.weight" and self.config.tie_word_embeddings):
-            return self.embed
-        return self.lm_head.unpacked() if name == "lm_head.weight" else None
-
 
 class Decoder(DecoderWeights):
     """The forward pass in torch."""

@@ -170,11 +170,6 @@ class NativeDecoder:
             logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
         return logits
 
-    def base_tensor(self, name: str) -> torch.Tensor | None:
-        """The embedding as loaded, by its name on the hub; None for other names."""
-        tied = name == "lm_head.weight" and self.config.tie_word_embeddings
-        return self.embed if tied or name == "model.embed_tokens.weight" else None
-
     def _layer_struct(self, idx: int) -> Layer:
         layer, config = self._layers[idx], self.config
         struct = Layer()
