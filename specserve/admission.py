@@ -39,10 +39,12 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
             )
 
 
-def size_kv(config: EngineConfig, kv_gib: float, model: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
+def size_kv(
+    config: EngineConfig, kv_gib: float, model: ModelConfig, dtype: torch.dtype, memory_bytes: int | None = None
+) -> tuple[int, int]:
     """(number of KV blocks, longest sequence in tokens) for `kv_gib` GiB of KV of `dtype`.
 
-    Raises `UserError` for what does not fit.
+    `memory_bytes` is all that the device has, where that is known. Raises `UserError` for what does not fit.
     """
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     num_blocks = int(kv_gib * 2**30) // (token_bytes * config.block_size)
@@ -50,6 +52,12 @@ def size_kv(config: EngineConfig, kv_gib: float, model: ModelConfig, dtype: torc
         raise UserError(
             f"kv_cache_gib={kv_gib:g} holds no block of {config.block_size} tokens "
             f"({token_bytes * config.block_size} bytes); raise it",
+            param="kv_cache_gib",
+        )
+    if memory_bytes is not None and kv_gib * 2**30 > memory_bytes:
+        raise UserError(
+            f"kv_cache_gib={kv_gib:g} is more than the memory of the device ({memory_bytes / 2**30:.1f} GiB); lower it "
+            "(--kv-cache-gib)",
             param="kv_cache_gib",
         )
     capacity = num_blocks * config.block_size

@@ -146,8 +146,10 @@ def serve(**params: Any) -> None:
 def generate(**params: Any) -> None:
     """Generate from one prompt, without a server; the text goes to stdout as it comes, the speed to stderr."""
     config = load_settings(EngineConfig, params)
-    from .cli_generate import GenerateOptions, generate_text, read_prompt
+    from .cli_generate import GenerateOptions, generate_text, read_prompt, refuse_prompt_as_model
 
+    if params["prompt"] is None and params["prompt_file"] is None:
+        refuse_prompt_as_model(config.model, sys.stdin)
     prompt = read_prompt(params["prompt"], params["prompt_file"], sys.stdin)
     names = GenerateOptions.__struct_fields__
     generate_text(config, prompt, GenerateOptions(**{name: params[name] for name in names}))

@@ -3,6 +3,7 @@
 Owns reading the prompt and the closing line of figures. The engine is the one that serves; there is no second path.
 """
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import msgspec
 from .config import EngineConfig
 from .errors import UserError, from_info
 from .messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
-from .model_store import resolve_model
+from .model_store import is_hub_id, resolve_model
 
 
 class GenerateOptions(msgspec.Struct, frozen=True):
@@ -29,6 +30,18 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     stop: tuple[str, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+
+
+def refuse_prompt_as_model(model: str, stdin: IO[str]) -> None:
+    """Raise `UserError` where a text stands in the place of MODEL; one word is a hub id if a prompt is piped in."""
+    is_path = not model or model.endswith(".gguf") or Path(model).expanduser().exists()
+    looks_like_id = is_hub_id(model) and ("/" in model or not stdin.isatty())
+    if not is_path and not looks_like_id:
+        raise UserError(
+            f"{model!r} stands in the place of MODEL, and there is no such model; give the prompt with -p: "
+            f"specserve generate -p {shlex.quote(model)}",
+            param="model",
+        )
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None, stdin: IO[str]) -> str:

@@ -44,6 +44,13 @@ def kv_cache_gib(config: EngineConfig, device: torch.device) -> float:
     return free / 2**30 * _CUDA_KV_SHARE
 
 
+def memory_bytes(device: torch.device) -> int:
+    """All memory that the device has, in use or not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def chooses_triton(config: EngineConfig, device: torch.device) -> bool:
     """Whether the Triton kernels serve. Raises `ModelError` where they were asked for and cannot."""
     if config.compile == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -26,7 +26,7 @@ from .config import EngineConfig
 from .cost_model import CostModel
 from .detokenizer import Detokenizer
 from .device_buffers import beside_steps
-from .device_choice import choose_device, chooses_triton, kv_cache_gib, with_defaults
+from .device_choice import choose_device, chooses_triton, kv_cache_gib, memory_bytes, with_defaults
 from .device_runner import DeviceRunner
 from .drafters.chooser import DraftChooser
 from .drafters.head_device import ChainSource
@@ -103,7 +103,9 @@ class Engine:
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
-        num_blocks, max_model_len = size_kv(config, kv_cache_gib(config, device), model, self.decoder.compute_dtype)
+        num_blocks, max_model_len = size_kv(
+            config, kv_cache_gib(config, device), model, self.decoder.compute_dtype, memory_bytes(device)
+        )
         kv = KVCache(
             model.num_layers,
             num_blocks,

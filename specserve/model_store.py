@@ -71,9 +71,14 @@ def resolve_model(model: str, revision: str | None = None, *, progress: bool = T
         return _gguf_model(path, progress=progress)
     if path.is_file():
         raise ModelError(f"{path} is a file; give the directory that holds it and config.json", param="model")
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model):
+    if not is_hub_id(model):
         raise ModelError(f"there is no directory {path}, and {model!r} is not a hub id (owner/name)", param="model")
     return _hub_model(model, revision, progress=progress)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` has the shape of a hub id: "owner/name", or one name."""
+    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model) is not None
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:

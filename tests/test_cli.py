@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_gguf import write_gguf
 
 from specserve import __version__, cli, settings
-from specserve.cli_generate import figures, read_prompt
+from specserve.cli_generate import figures, read_prompt, refuse_prompt_as_model
 from specserve.config import EngineConfig, ServeConfig
 from specserve.errors import AdapterError, UserError
 from specserve.messages import Usage
@@ -146,6 +146,7 @@ def test_serve_without_anything_is_the_defaults(capsys, monkeypatch):
         (["serve", "--config", "/none.yaml"], "cannot read the configuration file /none.yaml"),
         (["generate", "-p", "x", "--prompt-file", "y"], "give the prompt once"),
         (["generate", "-p", ""], "the prompt is empty"),
+        (["generate", "Write it's name"], "give the prompt with -p: specserve generate -p 'Write it'"),
         (["generate", "-p", "x", "--max-tokens", "0"], "--max-tokens"),
         (["pull", "/none/such"], "there is no directory /none/such"),
         (["adapters", "list", "/none"], "there is no directory /none"),
@@ -158,6 +159,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, part):
     code, out, err = run(capsys, *argv)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and part in err
+
+
+def test_one_word_at_a_terminal_is_no_hub_id_and_a_piped_prompt_leaves_it_one():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    with pytest.raises(UserError, match="'hello' stands in the place of MODEL.*-p hello"):
+        refuse_prompt_as_model("hello", Terminal())
+    for model, stdin in (("", Terminal()), ("owner/name", Terminal()), ("gpt2", io.StringIO()), ("x.gguf", Terminal())):
+        refuse_prompt_as_model(model, stdin)
+
+
+def test_a_cache_beyond_the_memory_is_refused_by_name(capsys, model_dir):
+    code, _, err = run(capsys, "generate", str(model_dir), "-p", "x", "--kv-cache-gib", "99999", "--compile", "off")
+    assert code == 2 and "kv_cache_gib=99999 is more than the memory of the device" in err and err.count("\n") == 1
 
 
 def test_a_bug_of_ours_is_one_line_unless_debugging(capsys, monkeypatch):
