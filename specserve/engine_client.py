@@ -38,6 +38,7 @@ from .messages import (
 )
 
 MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
+RESTART_PATIENCE_S = 60.0  # that a request waits for an engine that is started again
 STATS_PATIENCE_S = 0.25
 
 
@@ -92,8 +93,11 @@ class EngineClient:
         await self._engine.stop()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]:
-        """Deltas of one sequence; raises `UserError` when it fails. Close the iterator to abort."""
-        engine = await self._engine.link()
+        """Deltas of one sequence; raises `UserError` when it fails. Close the iterator to abort.
+
+        Waits for an engine that is started again, and raises `EngineDeadError` when that takes too long.
+        """
+        engine = await self._engine.link(RESTART_PATIENCE_S)
         queue: asyncio.Queue[Delta | UserError] = asyncio.Queue()
         self._streams[request.request_id] = queue
         finished = False
@@ -122,7 +126,7 @@ class EngineClient:
         """A snapshot of now, or of just before a step that takes long; None while no engine serves."""
         try:
             async with asyncio.timeout(STATS_PATIENCE_S):
-                await self._call(GetStats(next(self._call_ids)))
+                await self._call(GetStats(next(self._call_ids)), patience_s=0.0)
         except (EngineDeadError, TimeoutError):
             pass
         return self._snapshot
@@ -159,15 +163,20 @@ class EngineClient:
         if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
             future.set_result(message)
 
-    async def _call(self, message: LoadAdapter | UnloadAdapter | GetStats) -> Any:
-        engine = await self._engine.link()
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._calls[message.call_id] = future
-        try:
-            engine.send(message)
-            return await future
-        finally:
-            self._calls.pop(message.call_id, None)
+    async def _call(self, message: LoadAdapter | UnloadAdapter | GetStats, patience_s: float | None = None) -> Any:
+        """The answer; asked for once more of the next engine when this one ends meanwhile."""
+        for is_last in (False, True):
+            engine = await self._engine.link(RESTART_PATIENCE_S if patience_s is None else patience_s)
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._calls[message.call_id] = future
+            try:
+                engine.send(message)
+                return await future
+            except EngineLostError:
+                if is_last:
+                    raise
+            finally:
+                self._calls.pop(message.call_id, None)
 
     def _lost(self) -> None:
         self._snapshot = None

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "ready", "restarting", "stopped"]
 MAX_BACKOFF_S = 10.0
 _FIRST_BACKOFF_S = 0.5
-_STABLE_S = 60.0  # a process that served for so long is replaced without a pause
+_STABLE_S = 10.0  # a process that served for so long is replaced without a pause
 _STOP_GRACE_S = 5.0  # in which the engine saves what it learned
 _EXIT_S = 0.5  # between a process's last word and its end
 _MAX_TICK_S = 1.0
@@ -98,12 +98,14 @@ class EngineSupervisor:
     async def _run(self, started: asyncio.Future[None]) -> None:
         num_failures = 0
         while True:
-            since = time.monotonic()
+            served_s = 0.0
             try:
                 self._link = await self._launch()
+                since = time.monotonic()
                 if not started.done():
                     started.set_result(None)
                 problem = await self._serve(self._link)
+                served_s = time.monotonic() - since
             except asyncio.CancelledError:
                 if not started.done():
                     started.set_exception(EngineDeadError("the server is shutting down"))
@@ -115,7 +117,7 @@ class EngineSupervisor:
                 logger.debug("the engine is away", exc_info=True)
                 problem = str(error) or type(error).__name__
             self._problem = problem
-            num_failures = 1 if time.monotonic() - since > _STABLE_S else num_failures + 1
+            num_failures = 1 if served_s > _STABLE_S else num_failures + 1
             pause_s = _pause_s(num_failures)
             logger.error("%s; starting it again in %.1f s (failure %d in a row)", problem, pause_s, num_failures)
             await asyncio.sleep(pause_s)

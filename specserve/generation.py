@@ -26,6 +26,7 @@ from .engine_client import EngineClient
 from .errors import UserError
 from .messages import Delta, GenerateRequest, Usage
 from .metrics import Metrics
+from .resending import Losses, Resender
 from .structured_output import asks_for_grammar, grammar_spec
 from .template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
 from .tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
@@ -78,6 +79,7 @@ class Generator:
     ):
         self.config = config
         self.engine = engine
+        self._resender = Resender(engine)
         self.store = store
         self.tokenizer = tokenizer
         self.model_name = model_name
@@ -284,13 +286,14 @@ class Generator:
     async def _one(
         self, request: GenerateRequest, adapter: str | None, tokenizer: TextTokenizer | None
     ) -> AsyncGenerator[Delta]:
-        """One sequence; when its adapter had to make room meanwhile, it is loaded again and the sequence starts then.
+        """One sequence; when its adapter had to make room meanwhile, or went with its engine, it is loaded again.
 
         `tokenizer` is what made the prompt of the adapter's own chat template, if it did.
         """
+        losses = Losses()
         for attempt in range(MAX_RELOADS + 1):
             try:
-                async with aclosing(self.engine.generate(request)) as deltas:
+                async with aclosing(self._resender.generate(request, losses)) as deltas:
                     async for delta in deltas:
                         yield delta
                 return

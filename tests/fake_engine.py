@@ -18,13 +18,17 @@ from specserve.messages import (
     SNAPSHOT,
     CallDone,
     CallFailed,
+    Delta,
     EngineInfo,
     EngineStats,
+    GenerateRequest,
     Heartbeat,
     Shutdown,
     Stats,
     UnloadAdapter,
 )
+
+POISON = 13  # a prompt with it ends the process
 
 
 def next_word() -> str:
@@ -60,16 +64,24 @@ def main() -> None:
         write_frame(sock, Heartbeat(1, 0, 20.0, 2048))  # may be: it is large
         time.sleep(0.5)
         write_frame(sock, Heartbeat(1, 0, 20.0, 512))
+    waiting: list[str] = []
     while word == "serve":
         sock.settimeout(0.1)
         try:
             payload = read_frame(sock)
         except TimeoutError:
+            for request_id in waiting:
+                write_frame(sock, Delta(request_id, [7], "seven", finish_reason="stop"))
+            waiting.clear()
             write_frame(sock, Heartbeat(1, 0, 0.0, 1))
             continue
         message = to_engine_decoder.decode(payload) if payload else Shutdown()
         if isinstance(message, Shutdown):
             return
+        if isinstance(message, GenerateRequest):
+            waiting.append(message.request_id)
+            if POISON in message.prompt_token_ids:
+                sys.exit(9)
         if isinstance(message, UnloadAdapter):
             write_frame(sock, CallDone(message.call_id))
     time.sleep(100)

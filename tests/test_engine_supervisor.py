@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
+from engine_fixture import request
 
-from specserve import engine_supervisor
+from specserve import engine_client, engine_supervisor
 from specserve.config import EngineConfig
 from specserve.engine_client import EngineClient
 from specserve.errors import EngineDeadError, UserError
+from specserve.resending import Losses, Resender
 
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_engine.py")]
 
@@ -71,8 +73,6 @@ def test_a_restart_survives_every_way_in_which_a_start_fails(plan, caplog):
             await wait_for(lambda: client.state != "ready")
             assert client.state == "restarting"
             await wait_for(lambda: "SIGKILL" in caplog.text)
-            with pytest.raises(EngineDeadError, match="SIGKILL|while it was starting"):
-                await client.unload_adapter("a")
             pid = client.info.pid
             await wait_for(lambda: client.state == "ready" and client.generation == 4 and client.info.pid != pid)
             await client.unload_adapter("a")
@@ -174,5 +174,42 @@ def test_stats_do_not_wait_for_a_step(plan):
             os.kill(client.info.pid, signal.SIGKILL)
             await wait_for(lambda: client.state != "ready")
             assert await client.stats() is None
+
+    asyncio.run(run())
+
+
+def test_sequences_without_output_outlive_their_engine_and_what_ends_it_twice_is_refused(plan):
+    plan("serve")
+
+    async def text(resender, request_id, prompt):
+        return "".join([delta.text async for delta in resender.generate(request(request_id, prompt), Losses())])
+
+    async def run():
+        async with started() as client:
+            resender = Resender(client)
+            prompts = [[1], [2], [13], [3], [4]]  # the third ends every engine that reads it
+            jobs = [asyncio.create_task(text(resender, str(idx), ids)) for idx, ids in enumerate(prompts)]
+            await wait_for(lambda: client.state != "ready")
+            late = asyncio.create_task(text(resender, "late", [5]))
+            results = await asyncio.gather(*jobs, late, return_exceptions=True)
+            error = results.pop(2)
+            assert results == ["seven"] * 5
+            assert error.status == 500 and error.code == "engine_crashed" and "2 times" in str(error)
+            assert client.generation == 3
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_does_not_come_back_is_waited_for_so_long(plan, monkeypatch):
+    monkeypatch.setattr(engine_client, "RESTART_PATIENCE_S", 0.5)
+    plan("serve refuse")
+
+    async def run():
+        async with started() as client:
+            os.kill(client.info.pid, signal.SIGKILL)
+            await wait_for(lambda: client.state != "ready")
+            for call in (client.unload_adapter("a"), anext(client.generate(request("a", [1])))):
+                with pytest.raises(EngineDeadError, match="no such model"):
+                    await call
 
     asyncio.run(run())
