@@ -73,13 +73,13 @@ class Middlewares:
                 response.force_close()  # the rest of the body is not worth waiting for
             return response
         except web.HTTPException as error:
-            message = f"{request.method} {request.path[:200]}: {error.reason}"
+            message = f"{request.method} {request.rel_url.raw_path[:200]}: {error.reason}"  # raw: nothing unprintable
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
             return error_response(request, ErrorInfo(message, error.status), headers)
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            logger.exception("%s %s failed", request.method, request.path)
+            logger.exception("%s %s failed", request.method, request.rel_url.raw_path)
             info = ErrorInfo("internal error; the server's log says more", 500, "server_error", None, "internal_error")
             return error_response(request, info)
 

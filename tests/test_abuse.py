@@ -310,12 +310,21 @@ def resident_mib(pid) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def test_prompt_longer_than_the_kv_cache_names_both_counts(model_dir):
+def test_prompt_longer_than_the_kv_cache_names_both_counts_and_is_never_queued(model_dir):
     token_bytes = 2 * 2 * 2 * 16 * 4
     small = ServerProcess(model_dir, "--kv-cache-gib", str(4 * 16 * token_bytes / 2**30)).wait_ready()
     try:
-        assert_error(small.post(TEXT, text(prompt=[5] * 100)), 400, "100", "64")
-        assert small.complete([5] * 40)["text"]
+        want = small.complete([5] * 40)["text"]
+        long, words = [7] * 100, "The quick brown fox jumps over the lazy dog. " * 12
+        for body in (text(prompt=long), text(prompt=[[5], long]), text(prompt=long, n=2, stream=True)):
+            assert_error(small.post(TEXT, body), 400, "100", "64")
+        assert_error(small.post(TEXT, text(prompt=[5] * 60, max_tokens=100)), 400, "160", "64")
+        assert_error(small.post(CHAT, {"messages": [{"role": "user", "content": words}]}), 400, "64")
+        for path in ("/generate", "/generate_stream", "/"):
+            reply = small.post(path, {"inputs": words, "parameters": {}})
+            assert reply.status_code == 422 and "64" in reply.json()["error"], reply.text
+        small.wait_baseline(timeout_s=1)
+        assert small.complete([5] * 40)["text"] == want
     finally:
         assert small.stop() == 0
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from server_fixture import ServerProcess, assert_error
 from tiny_models import make_tiny_model
 
+from specserve.routes import ERRORS, ROUTES
+
 TEXT, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 VOCAB_SIZE = 320
 
@@ -189,6 +191,88 @@ def test_adapter_of_a_larger_base_is_refused_by_its_shapes(server, adapters_dir,
         assert_lorax_error(server.post(GENERATE, generate(adapter_id="foreign")), 424, "generation", "128", "64")
     finally:
         shutil.rmtree(adapters_dir / "foreign")
+
+
+# 2, 3: broken JSON on every route that takes a body
+BROKEN = {
+    "syntax": b'{"prompt": ',
+    "nothing": b"",
+    "white space": b" \n",
+    "two values": b'{"prompt": "a"} {"prompt": "b"}',
+    "trailing comma": b'{"prompt": "a",}',
+    "comment": b'{"prompt": "a"} // no',
+    "single quotes": b"{'prompt': 'a'}",
+    "duplicate keys": b'{"prompt": "a", "prompt": "b"}',
+    "duplicate keys, one escaped": b'{"prompt": "a", "pr\\u006fmpt": "b"}',
+    "duplicate keys, deep": b'{"messages": [{"role": "user", "role": "system"}]}',
+    "byte order mark": b'\xef\xbb\xbf{"prompt": "a"}',
+    "UTF-16": '{"prompt": "a"}'.encode("utf-16"),
+    "Latin-1": b'{"prompt": "caf\xe9"}',
+    "cut character": b'{"prompt": "\xe2\x82"}',
+    "overlong character": b'{"prompt": "\xc0\xaf"}',
+    "encoded surrogate": b'{"prompt": "\xed\xa0\x80"}',
+    "half a surrogate": b'{"prompt": "\\ud800"}',
+    "control character": b'{"prompt": "a\x01"}',
+    "arrays nested 10,000 deep": b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+    "objects nested 10,000 deep": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "nested without end": b"[" * 100_000,
+    "quotes nested without end": b"[" * 65 + b'"' + b'\\"' * 64_000,
+}
+BODY_ROUTES = [route.path for route in ROUTES if route.body is not None]
+
+
+@pytest.mark.parametrize("path", BODY_ROUTES)
+def test_broken_json_is_refused_at_once_on_every_route(server, path):
+    wanted = 422 if ERRORS[path] == "lorax" else 400
+    for name, data in BROKEN.items():
+        reply = requests.post(server.url + path, data=data, headers={"Content-Type": "application/json"}, timeout=60)
+        assert reply.status_code == wanted, f"{name}: {reply.status_code} {reply.text[:300]}"
+        assert reply.elapsed.total_seconds() < 1, name
+        assert len(reply.content) < 1000, name
+
+
+# 50: names and headers that would write into logs, headers or pages
+EVIL = [
+    "\x1b[31mred",
+    "a\nFAKE 2026-01-01 ERROR forged",
+    "a\r\nSet-Cookie: x=1",
+    "<script>alert(1)</script>",
+    "\u202egnp",
+    "a\0b",
+]
+
+
+@pytest.mark.parametrize("evil", EVIL, ids=ascii)
+def test_names_with_escapes_or_markup_reach_no_log_header_or_page_raw(server, evil):
+    num_lines = len(server.log)
+    answers = [
+        server.post(TEXT, text(model=evil)),
+        server.post(TEXT, text(adapter_id=evil)),
+        server.post(CHAT, chat(model=evil)),
+        server.post("/v1/load_lora_adapter", {"lora_name": evil, "lora_path": "good"}),
+        server.post("/v1/load_lora_adapter", {"lora_name": "fine", "lora_path": evil}),
+        server.post("/v1/unload_lora_adapter", {"lora_name": evil}),
+        server.post(GENERATE, generate(adapter_id=evil)),
+        server.post(TEXT, {**text(), evil: 1}),
+        requests.get(f"{server.url}/v1/models/{requests.utils.quote(evil, safe='')}", timeout=60),
+        requests.get(f"{server.url}/{requests.utils.quote(evil, safe='')}", timeout=60),
+    ]
+    for answer in answers:
+        assert 400 <= answer.status_code < 500, answer.text
+        assert answer.headers["Content-Type"].startswith("application/json")
+        assert "Set-Cookie" not in answer.headers and evil not in str(answer.headers)
+        error = answer.json()["error"]
+        message = error if isinstance(error, str) else error["message"]
+        assert "<" in evil or evil not in message, message  # markup is text in JSON
+    logged = "".join(server.log[num_lines:])
+    assert not any(char in logged for char in ("\x1b", "\u202e", "\0")), logged
+    assert not any(line.startswith(("FAKE", "Set-Cookie")) for line in server.log[num_lines:])
+
+
+def test_request_ids_that_would_split_headers_are_replaced(server):
+    for sent in ("a b", "a;b", "<b>", "x" * 129, "é"):
+        answer = requests.post(server.url + TEXT, json=text(), headers={"X-Request-Id": sent.encode()}, timeout=60)
+        assert answer.status_code == 200 and answer.headers["X-Request-Id"] not in (sent, "")
 
 
 # 1 to 7, 30: the same faults in LoRAX's shape

@@ -147,10 +147,11 @@ async def main_async(
         model_dir = resolve_model(model)
         demos, dtype = [common.ROOT / "examples" / "adapters" / name for name in DEMOS], "auto"
         rows = [common.read_prompts(task)[0]["prompt"] for task in ("control2json", "debtags")]
+        story = "Write a story in which somebody installs these two packages and is surprised."
         prompts = [
-            Prompt("What is the capital of France?", 24),
-            Prompt("Tell me about this package.\n" + rows[0], 24),
-            Prompt("\n".join([*rows, "What do these two have in common? Say it in a poem."]), 24),
+            Prompt("Tell me about yourself.", 24),
+            Prompt("Write a poem about the sea and the people who live by it.", 16),
+            Prompt("\n".join([*rows, story]), 24),
         ]
     click.echo("making the contents, and reading their texts where nothing disturbs them ...")
     contents = await asyncio.to_thread(make_contents, model_dir, demos, work / "contents")

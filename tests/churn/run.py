@@ -114,15 +114,18 @@ class Run:
     async def call(self, session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
         ask, is_streamed = self.pick(rng), rng.random() < 0.6
         body = body_of(ask, self.prompts[ask.prompt_idx], self.base_name, rng)
-        leave_after, leave_s = None, None
+        leave_after, leave_s, is_away = None, None, False
         if rng.random() < 0.1:
             leave_after, leave_s = (rng.randrange(6), None) if is_streamed else (None, rng.uniform(0.01, 1.0))
         try:
             async with asyncio.timeout(leave_s):
                 reply = await ask_once(session, url, ask, body, leave_after, is_streamed)
             self.record(ask, reply, "stream" if is_streamed else "whole")
+            is_away = reply.status == 503
         except TimeoutError:
             self.verdicts["left"] += 1
+        if is_away:
+            await asyncio.sleep(1.0)  # as Retry-After says
         await asyncio.sleep(rng.choice([0.0, 0.0, rng.uniform(0, 1)]))
 
     async def freeze(self, url: str, rng: random.Random) -> None:

@@ -9,7 +9,7 @@ from .history import FAULTS
 MORE_HANDLES = 16  # kept-alive connections, event loops of new threads
 MIB_PER_MIN, MIB_IN_ALL = 2.0, 48.0  # both must be exceeded: allocators settle in steps
 LEAST_MEASURED_MIN = 5.0  # over less than that growth is warm-up
-LEAST_RIGHT = 0.5  # of all requests: refusing everything would never be wrong
+LEAST_RIGHT = 0.4  # of all requests: refusing everything would never be wrong
 
 
 def failures(result: dict[str, Any]) -> list[str]:
