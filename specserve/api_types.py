@@ -40,6 +40,8 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
     refusal: str | None = None  # what clients echo of earlier answers
     annotations: list[Any] | None = None
+    reasoning_content: str | None = None  # the template decides what becomes of it
+    reasoning: str | None = None  # vLLM's name for the same
     tool_calls: list[Any] | None = None
     tool_call_id: str | None = None
     function_call: Any = None
@@ -124,7 +126,8 @@ class ChatRequest(GenerationFields, kw_only=True):
     verbosity: str | None = None
     web_search_options: Any = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
     documents: Any = None
 
 
@@ -147,6 +150,7 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
     add_special_tokens: bool = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
 
@@ -165,10 +169,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
 }

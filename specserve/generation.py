@@ -26,6 +26,7 @@ from .engine_client import EngineClient
 from .errors import UserError
 from .messages import Delta, GenerateRequest, Usage
 from .metrics import Metrics
+from .reasoning import THINK, THINK_END, Thinking, may_think
 from .resending import Losses, Resender
 from .structured_output import asks_for_grammar, grammar_spec
 from .template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
@@ -58,6 +59,7 @@ class Job:
     num_choices: int
     requests: list[GenerateRequest]
     tools: ToolPlan | None = None
+    thinking: Thinking | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -144,8 +146,11 @@ class Generator:
         await self._load_tool_adapters(use)
         tokenizer, content_hash = await self.tokenizer_for(adapter)
         plan: ToolPlan | None = None
+        thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
             ids, plan = await self._chat(request, use, tokenizer, adapter)
+            if grammar is None and (plan is None or plan.free_text):  # a grammar leaves no room for thoughts
+                thinking = thinking_of(tokenizer, ids, plan)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
             size = text_len(request.prompt)
@@ -160,6 +165,8 @@ class Generator:
             grammar = plan.grammar
             if tokenizer.is_special(plan.marks.ids.get(plan.format.marker, -1)):
                 sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
+        if thinking is not None and tokenizer.is_special(tokenizer.added_tokens({THINK_END})[0].get(THINK_END, -1)):
+            sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
         speculation = validation.speculation(request, self.config)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         prediction = await self._prediction(request, tokenizer)
@@ -178,7 +185,7 @@ class Generator:
             for idx in range(n * len(prompts))
         ]
         name = request.model or adapter or self.model_name
-        return Job(job_id, name, adapter, request, tokenizer, prompts, n, num_choices, requests, plan)
+        return Job(job_id, name, adapter, request, tokenizer, prompts, n, num_choices, requests, plan, thinking)
 
     async def chat_ids(
         self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
@@ -188,7 +195,8 @@ class Generator:
 
         def prepare() -> HiddenChat:
             messages, definitions = for_template(validation.chat_messages(request.messages or []), tools, chosen)
-            return tokenizer.hidden_chat(messages, *validation.chat_ending(request), definitions)
+            variables = validation.template_variables(request)
+            return tokenizer.hidden_chat(messages, *validation.chat_ending(request), definitions, variables)
 
         return await self.rendered_ids(tokenizer, prepare, self.engine.info.max_model_len)
 
@@ -198,8 +206,7 @@ class Generator:
         """Token ids of a conversation, rendered where its template may do no harm."""
         chat = await asyncio.to_thread(prepare)
         if tokenizer.is_template_trusted:
-            render = tokenizer.render
-            text = await asyncio.to_thread(render, chat.messages, chat.add_generation_prompt, chat.tools)
+            text = await asyncio.to_thread(tokenizer.render_chat, chat)
         else:
             text = await self.templates.render(tokenizer.template_job(chat, RENDER_TIMEOUT_S), tokenizer.template_name)
         return await self.off_loop(len(text) + chat.marks.num_chars, tokenizer.chat_ids, chat, text, max_tokens)
@@ -314,6 +321,14 @@ class Generator:
                         code="adapter_changed",
                     )
             request = msgspec.structs.replace(request, adapter_hash=content_hash)
+
+
+def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolPlan | None) -> Thinking | None:
+    """How the answer to a chat's prompt may think; None: not at all."""
+    if not may_think(tokenizer.chat_template, tokenizer.added_tokens({THINK, THINK_END})[0]):
+        return None
+    is_open = tokenizer.decode(prompt_ids[-32:]).rstrip().endswith(THINK)
+    return Thinking(is_open, (plan.format.marker,) if plan is not None and plan.format.marker else ())
 
 
 def text_len(prompt: str | list[Any]) -> int:

@@ -115,6 +115,8 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     content: str | None
     refusal: None = None
     tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # the same
 
 
 class ChatChoice(msgspec.Struct, forbid_unknown_fields=True):
@@ -139,6 +141,8 @@ class ChatDelta(msgspec.Struct, forbid_unknown_fields=True):
     content: str | None = None
     refusal: None = None
     tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, forbid_unknown_fields=True):

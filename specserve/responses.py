@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .api_types import CompletionRequest
+from .api_types import ChatRequest, CompletionRequest
+from .chat_answer import ChatAnswer
 from .generation import Job, speculation_stats, usage_of
 from .messages import Delta, TokenLogprobs, Usage
 from .tokenizer import TextTokenizer
-from .tools.answer import ToolAnswer
 
 
 @dataclass(slots=True)
@@ -44,13 +44,16 @@ class ResponseBuilder:
     def __init__(self, job: Job):
         self._job = job
         self.choices = [Choice() for _ in job.requests]
-        self._tool_answers = [ToolAnswer(job.tools) for _ in job.requests] if job.tools is not None else None
+        self._answers: list[ChatAnswer] = []
+        if isinstance(job.request, ChatRequest):
+            shown = job.request.include_reasoning is not False
+            self._answers = [ChatAnswer(job.tools, job.thinking, shown) for _ in job.requests]
 
     def add(self, idx: int, delta: Delta) -> None:
         choice = self.choices[idx]
         choice.add(delta)
-        if self._tool_answers is not None:
-            answer = self._tool_answers[idx]
+        if self._answers:
+            answer = self._answers[idx]
             answer.feed(delta.text, final=delta.finish_reason is not None)
             if answer.is_called and choice.finish_reason == "stop":
                 choice.finish_reason = "tool_calls"
@@ -81,9 +84,7 @@ class ResponseBuilder:
             echo_text, logprobs = self._echo(idx), self._logprobs(choice, choice.tokens, choice.logprobs, idx)
             body: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
             if self._job.is_chat:
-                content = {"content": choice.text}
-                said = content if self._tool_answers is None else self._tool_answers[idx].message()
-                body["message"] = {"role": "assistant", **said, "refusal": None}
+                body["message"] = {"role": "assistant", **self._answers[idx].message(), "refusal": None}
             else:
                 body["text"] = echo_text + choice.text
             body["stop_reason"] = choice.stop_reason
@@ -108,12 +109,8 @@ class ResponseBuilder:
         text = delta.text
         if delta.prompt_logprobs is not None:
             text = self._echo(idx) + text
-        payload: Any = ({"content": text} if text or delta.finish_reason is None else {}) if self._job.is_chat else text
-        says = bool(text)
-        if self._tool_answers is not None:
-            payload = self._tool_answers[idx].delta()
-            says = bool(payload)  # what may begin a call waits
-        if not says and logprobs is None and delta.finish_reason is None:
+        payload: Any = self._answers[idx].delta() if self._answers else text  # what may begin a marker or a call waits
+        if not payload and logprobs is None and delta.finish_reason is None:
             return None
         return self._chunk(idx, payload, logprobs, delta)
 

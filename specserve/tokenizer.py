@@ -68,6 +68,7 @@ class HiddenChat:
     add_generation_prompt: bool
     marks: Marks
     last_mark: str | None  # where the text is to end
+    variables: dict[str, Any]  # what else the template reads
 
 
 class TextTokenizer:
@@ -230,7 +231,7 @@ class TextTokenizer:
         the ids end with the last message's text instead of the template's end of that message.
         """
         chat = self.hidden_chat(messages, add_generation_prompt, continue_final, tools)
-        return self.chat_ids(chat, self.render(chat.messages, chat.add_generation_prompt, chat.tools), max_tokens)
+        return self.chat_ids(chat, self.render_chat(chat), max_tokens)
 
     def hidden_chat(
         self,
@@ -238,22 +239,30 @@ class TextTokenizer:
         add_generation_prompt: bool = True,
         continue_final: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> HiddenChat:
-        """The conversation to render. Special tokens that messages, tool calls or tools spell are letters: marks stand
-        for them while it renders."""
+        """The conversation to render. Special tokens that messages, tool calls, tools or variables spell are letters:
+        marks stand for them while it renders. Raises `UserError` for a variable that would replace a special token."""
+        for name in variables or ():
+            if name in self._tokenizer.special_tokens_map:
+                raise UserError(
+                    f"chat_template_kwargs.{name} would replace a token of the model; leave it out",
+                    param="chat_template_kwargs",
+                )
         spells = any(special in message["content"] for message in messages for special in self._specials)
         marks = Marks()
         hidden: list[dict[str, Any]] = [
             {**self.hide({**message, "content": ""}, marks), "content": message["content"]} for message in messages
         ]
         hidden_tools = self.hide(tools, marks)
-        plain = hidden == list(messages) and hidden_tools == tools
+        hidden_variables = self.hide(dict(variables or {}), marks)
+        plain = hidden == list(messages) and hidden_tools == tools and hidden_variables == (variables or {})
         if plain and not spells and not continue_final:
-            return HiddenChat(hidden, tools, add_generation_prompt, marks, None)
+            return HiddenChat(hidden, tools, add_generation_prompt, marks, None, hidden_variables)
         for message in hidden:
             message["content"] = marks.new(message["content"])
         last_mark = hidden[-1]["content"] if continue_final else None
-        return HiddenChat(hidden, hidden_tools, add_generation_prompt, marks, last_mark)
+        return HiddenChat(hidden, hidden_tools, add_generation_prompt, marks, last_mark, hidden_variables)
 
     def chat_ids(self, chat: HiddenChat, rendered: str, max_tokens: int | None = None) -> list[int]:
         """Token ids of what the template made of `chat`. Raises `UserError`, also for what must be too long."""
@@ -268,7 +277,7 @@ class TextTokenizer:
 
     def template_job(self, chat: HiddenChat, timeout_s: float) -> TemplateJob:
         """What another process needs to render `chat` as `render` would. Raises `UserError`."""
-        variables = dict(self._tokenizer.special_tokens_map)
+        variables = {**self._tokenizer.special_tokens_map, **chat.variables}
         messages = [{key: item for key, item in message.items() if item is not None} for message in chat.messages]
         template = self._template_for(chat.tools)
         return TemplateJob(template, messages, chat.tools, chat.add_generation_prompt, variables, timeout_s)
@@ -292,8 +301,15 @@ class TextTokenizer:
                     value = value.replace(special, marks.of(special))
         return value
 
+    def render_chat(self, chat: HiddenChat) -> str:
+        return self.render(chat.messages, chat.add_generation_prompt, chat.tools, chat.variables)
+
     def render(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: list[dict[str, Any]] | None
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation's text through the chat template. Raises `UserError` when that refuses the messages."""
         template = self._template_for(tools)
@@ -305,6 +321,7 @@ class TextTokenizer:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **(variables or {}),
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
             raise UserError(f"{self.template_name} refuses these messages: {error}", param="messages") from None

@@ -27,6 +27,12 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 2048
 MAX_SALT_LEN = 1024
+MAX_TEMPLATE_KWARGS = 64
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    "chat_template conversation conversations messages tools documents add_generation_prompt continue_final_message "
+    "tokenize padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs "
+    "sanitize_control_tokens raise_exception strftime_now".split()
+)
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 _PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
@@ -180,10 +186,15 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message.tool_calls and message.role != "assistant":
             raise UserError(f"{where}: only assistant messages have tool_calls", param=f"{where}.tool_calls")
         calls = tool_calls(message, where)
-        if message.content is None and not calls:
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning and message.role != "assistant":
+            raise UserError(f"{where}: only assistant messages have reasoning_content", param=where)
+        if message.content is None and not calls and not reasoning:
             raise UserError(f"{where}.content is missing", param=f"{where}.content")
         role = "system" if message.role == "developer" else message.role
         item: dict[str, Any] = {"role": role, "content": joined(message.content or "")}
+        if reasoning:
+            item["reasoning_content"] = reasoning
         if calls:
             item["tool_calls"] = calls
         if role == "tool":
@@ -204,6 +215,27 @@ def chat_ending(request: ChatRequest | TokenizeRequest) -> tuple[bool, bool]:
     if request.messages and not joined(request.messages[-1].content or ""):
         raise UserError("continue_final_message needs text in the last message", param="continue_final_message")
     return False, True
+
+
+def template_variables(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+    """What the chat template is given beside the conversation; names that it does not read change nothing."""
+    given = request.chat_template_kwargs or {}
+    where = "chat_template_kwargs"
+    if len(given) > MAX_TEMPLATE_KWARGS:
+        raise UserError(f"{where} has {len(given)} names; at most {MAX_TEMPLATE_KWARGS} are allowed", param=where)
+    for name, value in given.items():
+        if name in RESERVED_TEMPLATE_KWARGS:
+            raise UserError(
+                f"{where}.{name} would replace what the server gives the template; leave it out", param=where
+            )
+        if not isinstance(value, str | int | float | None):
+            raise UserError(
+                f"{where}.{name[:64]} is {type(value).__name__}; send text, a number, true, false or null", param=where
+            )
+    effort = request.reasoning_effort if isinstance(request, ChatRequest) else None
+    if effort is None:
+        return given
+    return {"reasoning_effort": effort, **({"enable_thinking": False} if effort == "none" else {}), **given}
 
 
 def joined(content: str | list[TextPart]) -> str:

@@ -116,6 +116,7 @@ def _plain(messages: Sequence[ChatMessage], definitions: Sequence[dict[str, Any]
         elif role == "system" and definitions and len(result) == 1:
             result[0]["content"] = f"{content}\n\n{result[0]['content']}"
         else:
-            result.append({"role": role, "content": content})
+            thoughts = {key: message[key] for key in ("reasoning_content",) if key in message}
+            result.append({"role": role, "content": content, **thoughts})
         after_tool = is_tool
     return result
