@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from tiny_models import MODEL_TYPES, make_tiny_model
 
 from specserve.training.dataset import Example
+from specserve.training.head_fit import collect_states
+from specserve.training.head_module import task_vocab
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import LoraConfig
 
@@ -33,3 +35,19 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path, architecture,
     assert len(ours) == len(wanted) > 0
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_states_of_a_row_with_several_answers_start_at_its_last_prompt(tmp_path):
+    make_tiny_model(tmp_path)
+    model = LoraModel(tmp_path, LoraConfig(r=4), torch.float32, torch.device("cpu"), None)
+    tokens = torch.randint(3, 300, (2, 20)).tolist()
+    masks = [[False] * 5 + [True] * 4 + [False] * 6 + [True] * 5, [False] * 8 + [True] * 12]
+    examples = [Example(row, mask, 1) for row, mask in zip(tokens, masks, strict=True)]
+    last, _, starts = collect_states(model, examples, 100)
+    for example, start in zip(examples, starts, strict=True):
+        with torch.no_grad():
+            whole = model._inner(input_ids=torch.tensor([example.tokens])).last_hidden_state[0]
+        wanted = whole[example.prompt_len - 1 : len(example.tokens) - 1]
+        torch.testing.assert_close(last[start : start + len(wanted)].float(), wanted, rtol=2e-3, atol=2e-3)
+    assert examples[0].answers == [tokens[0][5:9], tokens[0][15:]] and examples[0].completion == tokens[0][15:]
+    assert task_vocab(examples, 300) == sorted({t for e in examples for answer in e.answers for t in answer})

@@ -7,6 +7,7 @@ their thinking) makes several examples of one row, so that each answer stands wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,12 @@ class Example:
         while start and self.loss_mask[start - 1]:
             start -= 1
         return start
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """All answers, the last of them `completion`."""
+        runs = itertools.groupby(zip(self.loss_mask, self.tokens, strict=True), key=lambda pair: pair[0])
+        return [[token for _, token in run] for has_loss, run in runs if has_loss]
 
     @property
     def prompt(self) -> list[int]:

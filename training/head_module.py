@@ -58,8 +58,8 @@ class Anchors:
 
 
 def task_vocab(examples: Sequence[Example], size: int) -> list[int]:
-    """The most frequent completion tokens, ascending ids."""
-    counts = Counter(token for example in examples for token in example.completion)
+    """The most frequent tokens of answers, ascending ids."""
+    counts = Counter(token for example in examples for answer in example.answers for token in answer)
     return sorted(token for token, _ in counts.most_common(size))
 
 

@@ -182,7 +182,7 @@ def _self_answers(config: RunConfig, model_dir: Path, output: Path, examples: Se
     chosen = examples[: config.distill.rows]
     if not chosen:
         return []
-    TaskHistory.build([e.completion for e in examples], config.history.max_tokens or 100_000).save(
+    TaskHistory.build([answer for e in examples for answer in e.answers], config.history.max_tokens or 100_000).save(
         output / HISTORY_FILE
     )
     engine = make_engine(model_dir, batch=16, max_len=_max_len(config))
@@ -245,12 +245,13 @@ def _write(
 
 
 def _write_history(config: RunConfig, output: Path, examples: Sequence[Example], answered: Sequence[Example]) -> None:
-    """The adapter's own answers count as the newest, behind the completions that it learned from."""
+    """The adapter's own answers count as the newest, behind the answers that it learned from."""
     if not config.history.max_tokens:
         return
-    own = {e.line for e in answered}
-    completions = [e.completion for e in examples if e.line not in own] + [e.completion for e in answered]
-    TaskHistory.build(completions, config.history.max_tokens).save(output / HISTORY_FILE)
+    own = {(e.line, e.prompt_len) for e in answered}
+    learned = [e.answers[:-1] if (e.line, e.prompt_len) in own else e.answers for e in examples]
+    answers = [answer for row in learned for answer in row] + [e.completion for e in answered]
+    TaskHistory.build(answers, config.history.max_tokens).save(output / HISTORY_FILE)
 
 
 def _calibration_rows(config: RunConfig, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
