@@ -115,6 +115,25 @@ def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each(make):
     ]
 
 
+def test_reasoning_before_a_call_is_history_where_the_template_keeps_it(make):
+    template = HERMES.replace(
+        "{{ m.content }}{% for",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% for",
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "reasoning": "ask", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "b", "thinking": "told"},
+    ]
+    rows = [parse_row(json.dumps({"messages": messages}), 1, "")]
+    (text,) = trained(make(template), rows, ["<|im_end|>"])
+    parts = [part.partition("]]")[0] for part in text.split("[[")[1:]]
+    assert [part.partition("</think>")[0] for part in parts] == ["<think>ask", "<think>told"]
+    assert "</think>" in text[: text.rindex("[[")]  # the second prompt still has the first one's
+
+
 def test_channels_belong_to_the_answer_and_only_its_last_end_stops(make):
     tokenizer = make(CHANNELS)
     messages = [

@@ -265,14 +265,15 @@ def test_checking_the_data_finds_what_is_wrong_with_it(trained, tmp_path, capsys
 def test_checking_the_data_shows_every_bad_row_of_both_files(trained, tmp_path, capsys):
     root, model_dir = trained
     rows = (root / "train.jsonl").read_text().splitlines()[:3]
-    (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "{", '{"prompt": "p"}', rows[1], '"text"']) + "\n")
+    unread = json.dumps({**json.loads(rows[1]), "source": "web"})
+    (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "{", '{"prompt": "p"}', unread, '"text"']) + "\n")
     (tmp_path / "b.jsonl").write_text("[1]\n" + rows[2] + "\n")
     common = ["--data", str(tmp_path / "a.jsonl"), "--eval-data", str(tmp_path / "b.jsonl"), "--model", str(model_dir)]
     assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
     out = capsys.readouterr().out
     for where in ("a.jsonl line 2 is not JSON", "a.jsonl line 3", "a.jsonl line 5 is str", "b.jsonl line 1 is list"):
         assert where in out
-    assert "bad rows: 4" in out and "2 rows," in out
+    assert "bad rows: 4" in out and "2 rows," in out and "fields that are not read: source (1 rows)" in out
     assert cli(["train", *common, "--output", str(tmp_path / "o")]) == 2  # a run stops at the first
     (tmp_path / "a.jsonl").write_text("{\n[\n")
     assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1

@@ -5,6 +5,7 @@ Reads and prints; changes nothing. Unlike a run it does not stop at the first ba
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -92,7 +93,8 @@ def report_data(config: RunConfig) -> int:
     if config.lora.adapter:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     encoder = RowEncoder(tokenizer, eos_token_ids(model_dir), config.data.system)
-    train, bad = read_examples(config.data.train, encoder, config.data.max_rows)
+    unread: Counter[str] = Counter()
+    train, bad = read_examples(config.data.train, encoder, config.data.max_rows, unread)
     held_out: list[Example] = []
     if config.data.eval:
         held_out, bad_too = read_examples(config.data.eval, encoder)
@@ -102,6 +104,9 @@ def report_data(config: RunConfig) -> int:
     click.echo(f"bad rows: {len(bad)}")
     if not train:
         return len(bad)
+    if unread:
+        fields = ", ".join(f"{name} ({count} rows)" for name, count in unread.most_common())
+        click.echo(f"fields that are not read: {fields}")
     report = check_data(train, held_out, config.data.max_len)
     click.echo(format_report(report, config.data.max_len))
     for example in train[:3]:
@@ -111,9 +116,12 @@ def report_data(config: RunConfig) -> int:
 
 
 def read_examples(
-    path: str | Path, encoder: RowEncoder, max_rows: int | None = None
+    path: str | Path, encoder: RowEncoder, max_rows: int | None = None, unread: Counter[str] | None = None
 ) -> tuple[list[Example], list[UserError]]:
-    """The examples of all good rows and what is wrong with the others. Raises `UserError` for a file without rows."""
+    """The examples of all good rows and what is wrong with the others. Raises `UserError` for a file without rows.
+
+    Fields that no format has are counted in `unread`.
+    """
     examples: list[Example] = []
     bad: list[UserError] = []
     num_rows = 0
@@ -121,7 +129,10 @@ def read_examples(
         for number, text in islice(row_texts(path), max_rows):
             num_rows += 1
             try:
-                examples += list(encoder.examples(parse_row(text, number, f"{path} line {number}")))
+                row = parse_row(text, number, f"{path} line {number}")
+                examples += list(encoder.examples(row))
+                if unread is not None:
+                    unread.update(row.conversation.unread)
             except UserError as error:
                 bad.append(error)
     except UserError as error:  # what cannot be read as lines of text ends the file
