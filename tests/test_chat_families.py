@@ -183,3 +183,56 @@ def _trained(examples, prompt):
             )
             return example.tokens[len(prompt) : stop]
     raise AssertionError("no example has this prompt")
+
+
+@pytest.fixture(scope="module")
+def plain(family):
+    """(family, tokenizer, server) of the weights as they are."""
+    name, model_dir = family
+    server = ServerProcess(model_dir).wait_ready()
+    yield name, TextTokenizer(model_dir), server
+    server.stop()
+
+
+def test_thinking_is_switched_and_told_apart(plain):
+    name, tokenizer, server = plain
+    if name != "qwen3":
+        pytest.skip("this family's template writes no <think>")
+    body = {"messages": [user("Hi")], "temperature": 0, "max_tokens": 12}
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    opened, closed = (server.post("/tokenize", {"messages": [user("Hi")], **f}).json()["tokens"] for f in ({}, off))
+    assert closed == [*opened, *tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False)]
+    end = tokenizer.encode("</think>", add_special_tokens=False)
+    begin = tokenizer.encode("<think>", add_special_tokens=False)
+    assert len(end) == len(begin) == 1
+    for forced, want in ((begin, "reasoning_content"), (end, "content")):
+        ask = {**body, "logit_bias": {str(forced[0]): 100}}
+        message = server.post("/v1/chat/completions", ask).json()["choices"][0]["message"]
+        events = server.stream("/v1/chat/completions", ask)
+        joined = "".join(event["choices"][0]["delta"].get(want) or "" for event in events)
+        assert message[want] == joined and joined
+        text = server.complete(opened, max_tokens=12, ignore_eos=False, logit_bias=ask["logit_bias"])["text"]
+        assert joined == (text.removeprefix("<think>").strip() if want == "reasoning_content" else text)
+    unthinking = server.post("/v1/chat/completions", {**body, **off}).json()["choices"][0]["message"]
+    assert unthinking["content"] == server.complete(closed, max_tokens=12, ignore_eos=False)["text"]
+    history = [user("Hi"), assistant("Yes", reasoning_content="Hm"), {"role": "user", "content": "<tool_response>"}]
+    assert server.post("/tokenize", {"messages": history}).status_code == 200
+
+
+def test_tools_results_and_schemas_are_served(plain):
+    name, _, server = plain
+    if name == "gptoss":
+        pytest.skip("its channels have no place in a grammar")
+    returned = {"role": "tool", "tool_call_id": "call00001", "content": "sun"}
+    history = [user("Is it sunny in Bonn?"), assistant("", tool_calls=[CALL]), returned]
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for off in ({}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        for messages in ([user("Hi")], history):
+            body = {"messages": messages, "temperature": 0, "max_tokens": 64, **off}
+            answer = server.post("/v1/chat/completions", {**body, "response_format": form}).json()["choices"][0]
+            assert json.loads(answer["message"]["content"])["a"] in (1, 2)
+            choice = {"type": "function", "function": {"name": "weather"}}
+            body |= {"tools": TOOLS, "tool_choice": choice}
+            answer = server.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+            assert answer["tool_calls"][0]["function"]["name"] == "weather"
