@@ -35,7 +35,8 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
     """Train a LoRA and its lookahead head together, from RUN_FILE (YAML) or from flags."""
     from .training.run_file import check_ready, load_run
 
-    config = load_run(run_file, overrides, {key: params[name] for name, key in _FLAGS.items()})
+    flags = {key: params[name] for name, key in _FLAGS.items()}
+    config = load_run(run_file, overrides, {**flags, "lora.frozen": True if head_only else None})
     check_ready(config)
     if params["check_data"] or params["dry_run"]:
         from .training.data_check import report_data
@@ -45,12 +46,12 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
             from .training.estimate import report_estimate
             from .training.preflight import prepare
 
-            report_estimate(prepare(config, head_only=head_only), head_only=head_only)
+            report_estimate(prepare(config))
         return 1 if problems else 0
     from .training.run import train_run
     from .training.verdict import summary_of
 
-    result = train_run(config, resume=params["resume"], head_only=head_only)
+    result = train_run(config, resume=params["resume"])
     if result.was_finished:
         click.echo(f"{result.output} is finished already; there is nothing to resume")
         return 0

@@ -179,7 +179,7 @@ def test_a_run_that_was_stopped_goes_on_only_as_itself(trained, tmp_path, capsys
     assert not {"run.lock", "checkpoint.pt"} & {path.name for path in output.iterdir()}
 
 
-def test_an_existing_lora_gets_a_head_and_stays_as_it_is(trained, tmp_path):
+def test_an_existing_lora_gets_a_head_and_stays_as_it_is(trained, tmp_path, capsys):
     root, model_dir = trained
     adapter = make_peft_adapter(model_dir, tmp_path / "old", r=4)  # in fp32, with a chat template of its own
     (adapter / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<|im_start|>", "<|im_start|> "))
@@ -192,6 +192,10 @@ def test_an_existing_lora_gets_a_head_and_stays_as_it_is(trained, tmp_path):
         assert (tmp_path / "new" / name).read_bytes() == (adapter / name).read_bytes()
     info = make_engine(model_dir).load_adapter("new", tmp_path / "new")
     assert info.lookahead is not None and info.lookahead.error is None
+    assert cli(["train", *arguments, *small, "--resume"]) == 0  # it is finished
+    arguments.remove("--head-only")
+    assert cli(["train", *arguments, *small, "--resume"]) == 2
+    assert "lora.frozen was True and is False" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Phase:
     seconds: float
 
 
-def estimate_phases(prepared: Prepared, *, head_only: bool = False) -> list[Phase]:
+def estimate_phases(prepared: Prepared) -> list[Phase]:
     """The phases of a run in order, each with the seconds that it should take."""
     config, examples = prepared.config, prepared.examples
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +56,7 @@ def estimate_phases(prepared: Prepared, *, head_only: bool = False) -> list[Phas
         head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder), "")
-        if not head_only:
+        if not config.lora.frozen:
             phases.append(Phase("training", _training_seconds(prepared, model, head, sample, Path(folder))))
         if head is not None:
             after = list(_head_phases(config, model, head, examples[: config.distill.rows] or examples, sample))
@@ -64,12 +64,12 @@ def estimate_phases(prepared: Prepared, *, head_only: bool = False) -> list[Phas
         return [*phases, *after, *_answer_phases(prepared, Path(folder), sample)]
 
 
-def report_estimate(prepared: Prepared, *, head_only: bool = False) -> None:
+def report_estimate(prepared: Prepared) -> None:
     """Print memory and time."""
     total, lora = _memory(prepared)
     click.echo(f"memory: about {total / 2**30:.1f} GiB ({lora / 1e6:.1f} M LoRA parameters)")
     click.echo("measuring a little of each phase ...")
-    phases = [phase for phase in estimate_phases(prepared, head_only=head_only) if phase.seconds]
+    phases = [phase for phase in estimate_phases(prepared) if phase.seconds]
     for phase in phases:
         click.echo(f"  {phase.name}: {_minutes(phase.seconds)}")
     click.echo(

@@ -60,7 +60,7 @@ class TrainResult:
     warnings: tuple[str, ...] = ()
 
 
-def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = False) -> TrainResult:
+def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult:
     """Run all phases, or none if a resumed run is finished already.
 
     Raises `UserError` for what the user can fix, before anything is written where it can be known before.
@@ -87,18 +87,16 @@ def train_run(config: RunConfig, *, resume: bool = False, head_only: bool = Fals
             result = TrainResult(output, was_finished=True)
         else:
             stack.enter_context(disk_errors(output))
-            result = _run(config, directory, resume, head_only, is_first)
+            result = _run(config, directory, resume, is_first)
     if makes_group:
         dist.destroy_process_group()
     return result
 
 
-def _run(
-    config: RunConfig, directory: RunDirectory | None, resume: bool, head_only: bool, is_first: bool
-) -> TrainResult:
+def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, is_first: bool) -> TrainResult:
     """`directory` is the first process's; the others only train."""
     output = Path(config.output)
-    prepared = prepare(config, head_only=head_only)
+    prepared = prepare(config)
     given, config = config, prepared.config
     examples, copy_start = prepared.examples, common_prefix_len(prepared.examples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +129,7 @@ def _run(
     if config.head.enabled:
         vocab = task_vocab(examples, config.head.vocab_size)
         head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
-    if not head_only:
+    if not config.lora.frozen:
         trainer = Trainer(config, model, head, examples, prepared.plan, copy_start, output, identity)
         if resume and checkpoint.is_file():
             trainer.resume()
@@ -139,23 +137,21 @@ def _run(
     if dist.is_initialized():
         # Together: a process that leaves while another still talks to it can bring that one down.
         dist.barrier()
-    report = _finish(prepared, model, head, copy_start, head_only) if is_first else None
+    report = _finish(prepared, model, head, copy_start) if is_first else None
     if report is not None:
         return TrainResult(output, report=report, warnings=tuple(report["warnings"]))
-    num_steps = None if head_only else len(prepared.plan)
+    num_steps = None if config.lora.frozen else len(prepared.plan)
     return TrainResult(output, warnings=tuple(steps_warning(num_steps, config.optimizer.min_steps)))
 
 
-def _finish(
-    prepared: Prepared, model: LoraModel, head: LookaheadHead | None, copy_start: int, head_only: bool
-) -> dict[str, Any] | None:
+def _finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, copy_start: int) -> dict[str, Any] | None:
     """Everything behind the steps: the LoRA's files, its head and history, and what they are worth."""
     config, model_dir, examples = prepared.config, prepared.model_dir, prepared.examples
     output = Path(config.output)
     source = Path(config.lora.adapter) if config.lora.adapter else None
     if source is not None:
         copy_files(source, output, TEXT_FILES)
-    if head_only:
+    if config.lora.frozen:
         assert source is not None
         copy_files(source, output, LORA_FILES)
     else:

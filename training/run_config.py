@@ -52,6 +52,9 @@ class LoraConfig(_Section, frozen=True):
         Meta(description="'all-linear', or names such as [q_proj, v_proj, embed_tokens, lm_head]"),
     ] = "all-linear"
     adapter: Annotated[str | None, Meta(description="existing PEFT directory to start from")] = None
+    frozen: Annotated[
+        bool, Meta(description="leave that LoRA's files as they are and train only a head for it (--head-only)")
+    ] = False
 
 
 class HeadConfig(_Section, frozen=True):

@@ -127,9 +127,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = next((text for number, text in _DISK_ERRORS.items() if code == number or _says(error, number)), None)
         if reason is None:
             raise
-        checkpoint = path / CHECKPOINT_FILE
-        fix = "free some space and go on with --resume" if checkpoint.is_file() else "free some space and start again"
-        raise UserError(f"cannot write to {path}: {reason}; {fix}", param="output") from error
+        raise UserError(
+            f"cannot write to {path}: {reason}; free some space and go on with --resume", param="output"
+        ) from error
 
 
 def _check_state(path: Path, resume: bool) -> None:
