@@ -24,7 +24,7 @@ from .adapter_files import CONFIG_FILE
 from .errors import AdapterError
 
 # For all regular expressions of an adapter: of a processor, and of the clock on a machine that is too busy for that.
-MATCHING_CPU_S, MATCHING_TIMEOUT_S = 1.0, 10.0
+MATCHING_CPU_S, MATCHING_TIMEOUT_S = 1.0, 30.0
 
 _REFUSED_FEATURES = {
     "use_dora": "DoRA",
@@ -84,7 +84,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "exclude_modules": (_is_names, "a list of module names, a regular expression or null", None),
     "layers_to_transform": (_is_indices, "a list of layer numbers, one number or null", None),
     "layers_pattern": (_is_names, "a list of regular expressions, one of them or null", None),
-    "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false or a name", None),
+    "init_lora_weights": (lambda value: isinstance(value, bool | str | None), "true, false, a name or null", True),
     "bias": (lambda value: value == "none", "'none' (trained biases are not served)", "none"),
     "r": (_is_rank, RANK, ...),
     "lora_alpha": (_is_number, NUMBER, ...),
@@ -120,7 +120,7 @@ class LoraConfig:
     def is_empty_untrained(self) -> bool:
         """Whether a module without weights in the file changes nothing, rather than being random in PEFT."""
         init = self.raw["init_lora_weights"]
-        return init is None or init is True or (isinstance(init, str) and init.lower() in _EMPTY_INITS)
+        return init is True or (isinstance(init, str) and init.lower() in _EMPTY_INITS)
 
     def is_tied(self, ties_embedding: bool) -> bool:
         """Whether lm_head and embedding of a model have one LoRA."""
@@ -241,8 +241,12 @@ def _resolve_apart(name: str, fields: dict[str, Any], modules: list[str]) -> dic
     try:
         done = subprocess.run(command, input=request, capture_output=True, timeout=MATCHING_TIMEOUT_S, check=False)
         out, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        out, code = error.stdout or b"", -signal.SIGVTALRM
+    except subprocess.TimeoutExpired:
+        raise AdapterError(
+            f"adapter {name!r}: this machine is too busy to match its regular expressions: no answer in "
+            f"{MATCHING_TIMEOUT_S:g} s; try again",
+            status=503,
+        ) from None
     except OSError as error:
         _refuse(name, f"no process could be started to match its regular expressions: {error.strerror}; try again")
     lines = [json.loads(line) for line in out.splitlines() if line.endswith(b"}")]

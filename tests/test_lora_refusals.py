@@ -98,6 +98,10 @@ REFUSALS = {
         lambda path: (keep(path, *ALL_MODULES[1:]), edit_config(path, init_lora_weights=False)),
         "q_proj.*have no weights",
     ),
+    "unsaved module of no known start": (
+        lambda path: (keep(path, *ALL_MODULES[1:]), edit_config(path, init_lora_weights=None)),
+        "q_proj.*have no weights",
+    ),
     "alpha NaN": (config_of(lora_alpha=float("nan")), "lora_alpha"),
     "pickle": (pickled, "pickle"),
     "truncated": (truncate, "safetensors"),
@@ -186,7 +190,7 @@ def test_steps_go_on_while_a_catastrophic_pattern_is_matched(engine, adapters, t
             num_steps += bool(engine.step())
             longest = max(longest, time.monotonic() - start)
     assert isinstance(reading.exception(), AdapterError) and CATASTROPHE in str(reading.exception())
-    assert num_steps > 10 and longest < 1.0
+    assert num_steps > 10 and longest < 5.0
     engine.abort("a")
     check_baseline(engine)
 
