@@ -96,7 +96,7 @@ def main(data: Path, model: str, rank: int, rounds: int, steps: int, batch_token
     plain = PlainLoop(model_dir, rank, examples, batch_tokens)
     rates: dict[str, list[float]] = {"plain": [], "joint": []}
     with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer(config, lora, head, examples, plan, common_prefix_len(examples), Path(directory))
+        trainer = Trainer(config, lora, head, examples, plan, common_prefix_len(examples), Path(directory), {})
         plain.step()
         trainer.train_step()
         for _ in range(rounds):
