@@ -75,10 +75,12 @@ class TextTokenizer:
     """The tokenizer of a Hugging Face directory. Thread-safe: it is never modified after construction."""
 
     def __init__(self, path: Path, *, trusted: bool = True):
-        from transformers import AutoTokenizer  # seconds to import: not before the engine process has started
+        # Not AutoTokenizer: it imports torch and a model's classes (340 MB, 5 s) to find a class that reads the same
+        # tokenizer.json, and Gemma's adds a token that the model does not have.
+        from transformers import PreTrainedTokenizerFast  # half a second: not before the engine process has started
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
             self._backend: Tokenizer = self._tokenizer.backend_tokenizer
         except Exception as error:
             raise ModelError(f"{path} has no usable fast tokenizer: {error}") from None

@@ -83,6 +83,13 @@ def wait_until(condition, timeout_s=20):
         time.sleep(0.02)
 
 
+def test_the_server_process_holds_no_torch(server):
+    reply = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2})
+    assert reply.status_code == 200
+    assert "tokenizers" in (maps := Path(f"/proc/{server.process.pid}/maps").read_text())
+    assert "libtorch" not in maps
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_disconnects_frees_its_blocks(server, golden, stream):
     body = {**LONG, "n": 8, "temperature": 1, "stream": stream}
