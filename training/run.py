@@ -69,7 +69,8 @@ def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult:
     if makes_group:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Losses are summed from the CPU, gradients on the device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     output = Path(config.output)
     directory: RunDirectory | None = None
