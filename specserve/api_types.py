@@ -91,16 +91,36 @@ class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    priority: int | None = None  # vLLM's: requests are served in order of arrival
+    request_id: str | None = None  # vLLM's: the answer has an id of its own
+    guided_decoding_backend: str | None = None
     # Known names that are refused when they ask for something.
     logits_processors: Any = None
     use_beam_search: bool | None = None
     lora_request: Any = None
+    mm_processor_kwargs: Any = None
+    media_io_kwargs: Any = None
+    truncate_prompt_tokens: Any = None
+    prompt_logprobs: Any = None
+    length_penalty: float | None = None
+    early_stopping: Any = None
+    spaces_between_special_tokens: bool | None = None
+    detokenize: bool | None = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    guided_whitespace_pattern: Any = None
+    structural_tag: Any = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    kv_transfer_params: Any = None
+    vllm_xargs: Any = None
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
     """Body of /v1/completions."""
 
     prompt: str | list[Any]
+    add_special_tokens: bool | None = None
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -114,6 +134,8 @@ class ChatRequest(GenerationFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None  # the template writes them
+    echo: bool | None = None
     continue_final_message: bool | None = None
     parallel_tool_calls: bool | None = None  # without tools it has no effect
     tools: list[Any] | None = None  # these two: `tools.definitions`
@@ -173,4 +195,20 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "chat_template": (),
     "documents": ([],),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "kv_transfer_params": ({},),
+    "vllm_xargs": ({},),
 }

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from . import validation
+from .activity_log import RequestLine
 from .adapter_store import AdapterStore
 from .api_types import ChatRequest, CompletionRequest, GenerationFields, TokenizeRequest
 from .config import ServeConfig
@@ -154,7 +155,8 @@ class Generator:
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
             size = text_len(request.prompt)
-            prompts = await self.off_loop(size, validation.completion_prompts, request.prompt, tokenizer, info)
+            special = request.add_special_tokens is not False
+            prompts = await self.off_loop(size, validation.completion_prompts, request.prompt, tokenizer, info, special)
         for _, ids in prompts:
             validation.check_prompt_ids(ids, info)
         num_choices, n = validation.num_choices(request, len(prompts))
@@ -253,6 +255,7 @@ class Generator:
 
         tasks = [asyncio.create_task(pump(idx, request)) for idx, request in enumerate(job.requests)]
         watch = self.metrics.watch(job.adapter or self.model_name, num_sequences=len(tasks))
+        line = RequestLine(job.id, job.adapter or self.model_name, len(tasks))
         num_running = len(tasks)
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
@@ -262,8 +265,13 @@ class Generator:
                         raise item
                     num_running -= item.finish_reason is not None
                     watch.delta(idx, item)
+                    line.delta(item)
                     yield idx, item
+        except UserError as error:
+            line.failed(error.code or error.type)
+            raise
         except TimeoutError:
+            line.failed("timeout")
             raise UserError(
                 f"the request took longer than {self.config.request_timeout_s:g} s (--request-timeout-s)",
                 status=504,
@@ -274,6 +282,7 @@ class Generator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             watch.done()
+            line.ended()
 
     def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
         """One sequence, or several as one where tools bring adapters."""

@@ -13,6 +13,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from .messages import AdapterDrafts, Delta, EngineStats
 
 MAX_MODEL_LABELS = 200
+# What the engine counts from its start.
+CUMULATIVE = (
+    *(f"engine_{name}".encode() for name in
+      ("num_steps", "num_preemptions", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "draft_tokens",
+       "accepted_draft_tokens", "num_kernel_builds", "cuda_graph_capture_seconds", "num_eager_parts",
+       "num_undrafted_steps", "num_grammars_compiled", "num_grammar_cache_hits", "grammar_compile_seconds",
+       "grammar_mask_seconds", "drafted_by_source", "accepted_by_source")),
+    b"speculation_drafted", b"speculation_accepted",
+)  # fmt: skip
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 
 
@@ -79,7 +88,7 @@ class Metrics:
                 for source, value in getattr(stats, kind).items():
                     gauge.labels(source).set(value)
             self._set_by_model(stats.drafts_by_adapter, base_model)
-        return generate_latest(self.registry)
+        return _typed(generate_latest(self.registry))
 
     def _set_by_model(self, drafts: list[AdapterDrafts], base_model: str) -> None:
         """Adapters of one label, the capped ones or two versions of one name, are taken together."""
@@ -111,6 +120,14 @@ class Metrics:
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
         return Histogram(f"specserve_{name}", help_text, ["model"], buckets=_LATENCY_BUCKETS, registry=self.registry)
+
+
+def _typed(text: bytes) -> bytes:
+    """The text with what only grows typed as counters. The client library gives counters of its own the ending _total,
+    which would rename these."""
+    for name in CUMULATIVE:
+        text = text.replace(b"# TYPE specserve_%s gauge\n" % name, b"# TYPE specserve_%s counter\n" % name)
+    return text
 
 
 class Watch:

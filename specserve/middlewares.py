@@ -21,7 +21,7 @@ from .http_body import json_response
 from .lorax_responses import lorax_error
 from .metrics import Metrics
 from .openai_api import error_body
-from .routes import ACCESS, ERRORS, Handler
+from .routes import ERRORS, Handler, access_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Middlewares:
     async def access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Host, Origin and keys, before anything of the request is read."""
         config, origin = self._config, request.headers.get("Origin")
-        access = ACCESS.get(request.path, "key")
+        access = access_of(request.method, request.path)
         if not host_allowed(request.headers.get("Host", ""), config):
             raise UserError("this Host is not served here (--allowed-hosts)", status=403, code="host_not_allowed")
         cors = {}

@@ -101,6 +101,10 @@ ROUTES = (
         LoraxRequest, events=LoraxStreamResponse, errors="lorax",
     ),
     Route(
+        "GET", "/", "root", "As /health, for those who look whether anyone is there", STATE, answer=StateResponse,
+        access="open", errors="lorax",
+    ),
+    Route(
         "POST", "/", "lorax_compat", "LoRAX: one of both, by `stream`", LORAX, LoraxRequest, list[LoraxResponse],
         LoraxStreamResponse, errors="lorax",
     ),
@@ -120,8 +124,15 @@ ROUTES = (
     Route("GET", "/openapi.json", "openapi", "This document", (403, 500), answer=OpenApiDocument, access="open"),
 )  # fmt: skip
 
-ACCESS: dict[str, str] = {route.path: route.access for route in ROUTES}
+ACCESS: dict[tuple[str, str], str] = {(route.method, route.path): route.access for route in ROUTES}
 ERRORS: dict[str, str] = {route.path: route.errors for route in ROUTES}
+
+
+def access_of(method: str, path: str) -> str:
+    """Who may ask; what is no route, and a method that a path has not, is for those with the key."""
+    methods = ("GET", "POST") if method == "OPTIONS" else ("GET" if method == "HEAD" else method,)
+    found = {ACCESS.get((name, path), "none") for name in methods} - {"none"}
+    return found.pop() if len(found) == 1 else "key"
 
 
 def add_routes(app: web.Application, handlers: Mapping[str, Handler]) -> None:

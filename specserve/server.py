@@ -18,6 +18,7 @@ import msgspec
 from aiohttp import web
 
 from . import __version__
+from .activity_log import summarize
 from .adapter_store import AdapterStore
 from .api_types import LoadAdapterRequest, UnloadAdapterRequest
 from .config import ServeConfig, engine_part
@@ -68,6 +69,7 @@ class Server:
             "load_adapter": self._load_adapter,
             "unload_adapter": self._unload_adapter,
             "health": self._health,
+            "root": self._health,
             "ready": self._ready,
             "version": self._version,
             "metrics": self._metrics,
@@ -81,6 +83,7 @@ class Server:
         listener = bind(self.config.host, self.config.port)
         runner: web.AppRunner | None = None
         listening: asyncio.Server | None = None
+        summaries: asyncio.Task[None] | None = None
         num_handles = raise_handle_limit()  # before the engine starts, which inherits it
         try:
             # The engine imports torch and reads the model while the tokenizer loads here.
@@ -102,10 +105,13 @@ class Server:
             )
             listening = await connections.listen(listener)
             host, port = listener.getsockname()[:2]
+            summaries = asyncio.create_task(summarize(self.engine.stats))
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             await stop.wait()
             await self._drain()
         finally:
+            if summaries is not None:
+                summaries.cancel()
             await self.engine.stop()  # first: what still runs ends with an error event, not with a cut connection
             if listening is not None:
                 listening.close()

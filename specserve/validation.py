@@ -62,6 +62,14 @@ def check_supported(request: GenerationFields) -> None:
             f"cache_salt has {len(request.cache_salt)} characters; at most {MAX_SALT_LEN} are allowed",
             param="cache_salt",
         )
+    if isinstance(request, ChatRequest):
+        for name in ("add_special_tokens", "echo"):
+            if getattr(request, name):
+                raise UserError(
+                    f"{name!r} is not supported in chat, whose template writes the prompt; leave it out",
+                    param=name,
+                    code="unsupported",
+                )
     for name, neutral in UNSUPPORTED.items():
         value = getattr(request, name, None)
         if value is not None and value not in neutral:
@@ -139,7 +147,7 @@ def num_choices(request: CompletionRequest | ChatRequest, num_prompts: int) -> t
 
 
 def completion_prompts(
-    prompt: str | list[Any], tokenizer: TextTokenizer, info: EngineInfo
+    prompt: str | list[Any], tokenizer: TextTokenizer, info: EngineInfo, add_special_tokens: bool = True
 ) -> list[tuple[str | None, list[int]]]:
     """(text, token ids) of each prompt: a text, a list of texts, token ids, or a list of token id lists."""
     if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
@@ -154,7 +162,7 @@ def completion_prompts(
     for item in items:
         if isinstance(item, str):
             tokenizer.check_len([item], info.max_model_len, "prompt")
-            ids = tokenizer.encode(item)
+            ids = tokenizer.encode(item, add_special_tokens)
             result.append((item, ids))
         elif isinstance(item, list) and all(type(token) is int for token in item):
             ids = item

@@ -132,13 +132,17 @@ def served(family, tmp_path_factory):
     tokenizer = TextTokenizer(model_dir)
     examples = tokenize(read_rows(root / "rows.jsonl"), tokenizer, eos_token_ids(model_dir))
     server = ServerProcess(model_dir, "--adapters-dir", str(root / "adapters")).wait_ready()
-    # The first grammar waits for an index of the vocabulary; on a busy machine that of 262,208 tokens takes too long.
-    warm = {"model": "task", "messages": [user("Hi")], "tools": TOOLS, "max_tokens": 1}
+    _warm(server)
+    yield name, tokenizer, examples, server
+    server.stop()
+
+
+def _warm(server):
+    """The first grammar waits for an index of the vocabulary; on a busy machine 262,208 tokens take too long."""
+    warm = {"messages": [user("Hi")], "tools": TOOLS, "max_tokens": 1}
     for _ in range(20):
         if server.post("/v1/chat/completions", warm).status_code == 200:
             break
-    yield name, tokenizer, examples, server
-    server.stop()
 
 
 def test_every_answer_ends_with_the_templates_token(served):
@@ -190,6 +194,7 @@ def plain(family):
     """(family, tokenizer, server) of the weights as they are."""
     name, model_dir = family
     server = ServerProcess(model_dir).wait_ready()
+    _warm(server)
     yield name, TextTokenizer(model_dir), server
     server.stop()
 

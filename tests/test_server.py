@@ -2,8 +2,10 @@
 
 import shutil
 import threading
+import time
 
 import pytest
+import requests
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
 from tiny_models import make_tiny_model
@@ -295,3 +297,43 @@ def test_metrics_count_requests_tokens_and_latencies(server):
     assert grew('http_requests_total{route="/v1/completions",status="200"}') == 1
     assert grew('time_to_first_token_seconds_count{model="alpha"}') == 1
     assert after["engine_kv_cache_usage_ratio"] == 0
+
+
+HARMLESS = {
+    "priority": 3, "request_id": "mine", "store": True, "metadata": {"a": "b"}, "user": "me", "service_tier": "auto",
+    "mm_processor_kwargs": None, "truncate_prompt_tokens": None, "length_penalty": 1.0, "early_stopping": False,
+    "spaces_between_special_tokens": True, "detokenize": True, "bad_words": [], "allowed_token_ids": None,
+    "guided_decoding_backend": "xgrammar", "return_token_ids": False, "kv_transfer_params": None, "echo": False,
+}  # fmt: skip
+
+
+def test_fields_that_change_nothing_are_accepted(server):
+    want = server.complete(max_tokens=4)
+    assert server.complete(max_tokens=4, add_special_tokens=True, **HARMLESS) == want
+    chat = {**CHAT, "temperature": 0, "max_tokens": 4}
+    want = server.post("/v1/chat/completions", chat).json()["choices"]
+    more = {
+        "add_special_tokens": False,
+        "reasoning_effort": "low",
+        "parallel_tool_calls": False,
+        "include_reasoning": True,
+    }
+    assert server.post("/v1/chat/completions", {**chat, **HARMLESS, **more}).json()["choices"] == want
+
+
+def test_each_request_is_a_line_of_log_without_its_text(server):
+    prompt = "something very private"
+    body = {"prompt": [prompt, "x"], "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    answer = server.post("/v1/completions", body).json()
+    deadline = time.monotonic() + 10
+    while not (lines := [line for line in server.log if answer["id"] in line]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert len(lines) == 1
+    assert f"'tiny': length, {answer['usage']['prompt_tokens']} prompt tokens" in lines[0] and "6 generated" in lines[0]
+    assert prompt not in "".join(server.log)
+
+
+def test_root_answers_whether_anyone_is_there(server):
+    assert server.get("/").json() == {"status": "ok"}
+    assert requests.head(server.url + "/", timeout=60).status_code == 200
