@@ -58,7 +58,8 @@ async def churn(run: Run, server: Server, changer: Changer, num_callers: int, nu
     async def disturb(rng: random.Random) -> None:
         await asyncio.sleep(rng.expovariate(1 / gap_s))
         may_kill = run.may_kill and time.monotonic() - run.started < 0.55 * 60 * run.minutes
-        await rng.choice([trouble.kill_engine] * 3 * may_kill + [trouble.stop_server, trouble.stop_engine])(rng)
+        others = [] if may_kill and not trouble.counts else [trouble.stop_server, trouble.stop_engine]  # a kill first
+        await rng.choice([trouble.kill_engine] * 3 * may_kill + others)(rng)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         async with session.get(server.url + "/v1/models") as response:
