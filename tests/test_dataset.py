@@ -158,6 +158,12 @@ def test_a_wrong_row_is_named(tmp_path, row, message):
     assert "rows.jsonl" in str(error.value)
 
 
+def test_a_row_beyond_any_context_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr("specserve.training.rows.MAX_ROW_BYTES", 100)
+    with pytest.raises(UserError, match="line 2 is longer than 100 characters"):
+        read_rows(write(tmp_path, SAME[1], {"prompt": "a" * 200, "completion": "b"}))
+
+
 def test_a_file_without_rows_or_without_existence(tmp_path):
     with pytest.raises(UserError, match="holds no rows"):
         read_rows(write(tmp_path, ""))

@@ -54,10 +54,9 @@ class Conversation:
 
     def for_template(self) -> list[dict[str, Any]]:
         """The messages as the server hands them to the chat template, when a client sends the reasoning along."""
-        messages = chat_messages([Message(**message) for message in self.messages])
-        for idx, text in self.reasoning.items():
-            messages[idx]["reasoning_content"] = text
-        return messages
+        return chat_messages(
+            [Message(**message, reasoning_content=self.reasoning.get(i)) for i, message in enumerate(self.messages)]
+        )
 
 
 def read_conversation(value: dict[str, Any], where: str) -> Conversation:
