@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from . import validation
+from . import chat_validation, validation
 from .activity_log import RequestLine
 from .adapter_store import AdapterStore
 from .api_types import ChatRequest, CompletionRequest, GenerationFields, TokenizeRequest
@@ -196,9 +196,9 @@ class Generator:
         chosen = choose_format(tokenizer.chat_template, self.config.tool_format)
 
         def prepare() -> HiddenChat:
-            messages, definitions = for_template(validation.chat_messages(request.messages or []), tools, chosen)
-            variables = validation.template_variables(request)
-            return tokenizer.hidden_chat(messages, *validation.chat_ending(request), definitions, variables)
+            messages, definitions = for_template(chat_validation.chat_messages(request.messages or []), tools, chosen)
+            variables = chat_validation.template_variables(request)
+            return tokenizer.hidden_chat(messages, *chat_validation.chat_ending(request), definitions, variables)
 
         return await self.rendered_ids(tokenizer, prepare, self.engine.info.max_model_len)
 
@@ -237,7 +237,7 @@ class Generator:
     async def _prediction(self, request: GenerationFields, tokenizer: TextTokenizer) -> list[int]:
         if request.prediction is None:
             return []
-        text, limit = validation.joined(request.prediction.content), self.engine.info.max_model_len
+        text, limit = chat_validation.joined(request.prediction.content), self.engine.info.max_model_len
         tokenizer.check_len([text], limit, "prediction")
         return (await self.off_loop(len(text), tokenizer.encode_literal, text))[:limit]
 

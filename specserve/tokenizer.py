@@ -9,11 +9,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
-import re
-import secrets
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +20,12 @@ from .adapter_files import read_texts
 from .chat_templates import may_render_here
 from .detokenizer import Detokenizer
 from .errors import AdapterError, ModelError, UserError
+from .hidden_chat import HiddenChat, Marks
 from .template_worker import TemplateJob
 from .text_bounds import BYTE_OF, TokenBound
 
 LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class Marks:
-    """Stand-ins, which nobody can guess, for texts whose special tokens must stay letters while a template renders."""
-
-    def __init__(self) -> None:
-        self._nonce = secrets.token_hex(16)
-        self._texts: list[str] = []
-        self._known: dict[str, str] = {}
-
-    def new(self, text: str) -> str:
-        """Another mark that stands for `text`."""
-        self._texts.append(text)
-        return f"{self._nonce}{len(self._texts) - 1:08x}"
-
-    def of(self, text: str) -> str:
-        """The mark that stands for `text`, the same one each time."""
-        if text not in self._known:
-            self._known[text] = self.new(text)
-        return self._known[text]
-
-    def parts(self, rendered: str) -> list[tuple[str, bool]]:
-        """`rendered` in order: (text, whether a mark stood for it)."""
-        parts = re.split(f"{self._nonce}([0-9a-f]{{8}})", rendered)
-        return [(self._texts[int(part, 16)], True) if idx % 2 else (part, False) for idx, part in enumerate(parts)]
-
-    @property
-    def num_chars(self) -> int:
-        return sum(map(len, self._texts))
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenChat:
-    """A conversation as its template is given it, `marks` in the place of texts that must stay letters."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    add_generation_prompt: bool
-    marks: Marks
-    last_mark: str | None  # where the text is to end
-    variables: dict[str, Any]  # what else the template reads
 
 
 class TextTokenizer:
@@ -177,7 +134,10 @@ class TextTokenizer:
         """(id, vocabulary entry, first character, character after the last) of each token of `text`."""
         encoding = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         entries = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
-        return [(token, entry, start, stop) for token, entry, (start, stop) in entries]
+        tokens = [(token, entry, start, stop) for token, entry, (start, stop) in entries]
+        del encoding, entries
+        _give_memory_back(text)
+        return tokens
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """The text that follows `prompt_ids` a token at a time, special tokens written out."""
@@ -344,6 +304,11 @@ class TextTokenizer:
 def _ids(backend: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     """The methods for batches let go of the interpreter lock, `encode` does not: 9 s for 8 MB."""
     ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    _give_memory_back(text)
+    return ids
+
+
+def _give_memory_back(text: str) -> None:
+    """What a long text took stays with the allocator otherwise: half a gigabyte for 8 MB."""
     if len(text) > LONG_TEXT and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
-    return ids

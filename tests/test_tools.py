@@ -12,8 +12,8 @@ from tiny_models import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import AddedToken
 from tool_templates import TEMPLATES, make_tool_tokenizer
 
-from specserve import validation
 from specserve.api_types import ChatRequest, Message
+from specserve.chat_validation import chat_messages
 from specserve.errors import UserError
 from specserve.grammar_compiler import GrammarCompiler
 from specserve.messages import GrammarSpec
@@ -364,7 +364,7 @@ TALK = [
 
 
 def chat(messages):
-    return validation.chat_messages(msgspec.convert(messages, list[Message]))
+    return chat_messages(msgspec.convert(messages, list[Message]))
 
 
 def save(tokenizer, path):

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..tokenizer import Marks, TextTokenizer
+from ..hidden_chat import Marks
+from ..tokenizer import TextTokenizer
 from ..tools.definitions import Tool
 from ..tools.formats import choose_format
 from ..tools.prompt import ChatMessage, for_template
@@ -29,7 +30,7 @@ _LEFT_OUT = "the chat template leaves out the message's {}, so it would not be l
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An assistant's message as `validation.chat_messages` makes it, and the reasoning before it."""
+    """An assistant's message as `chat_validation.chat_messages` makes it, and the reasoning before it."""
 
     message: ChatMessage
     reasoning: str | None = None
@@ -86,7 +87,7 @@ class TurnEncoder:
         self._ends: dict[tuple[bool, bool, int, bool], str] = {}  # what ends an answer that holds these
 
     def turn(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool] = ()) -> Turn:
-        """`answer` after `history`, messages as `validation.chat_messages` makes them.
+        """`answer` after `history`, messages as `chat_validation.chat_messages` makes them.
 
         Raises `UserError` for what cannot be told.
         """

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..api_types import ChatRequest, Message
+from ..chat_validation import chat_messages
 from ..errors import UserError
 from ..tools.definitions import Tool, all_tools
-from ..validation import chat_messages
 from .chat_turns import REASONING_FIELDS
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {
