@@ -22,7 +22,7 @@ from .messages import EngineInfo, Heartbeat, Shutdown
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "restarting", "stopped"]
-MAX_BACKOFF_S = 10.0
+MAX_BACKOFF_S = 5.0  # with the start of a small model that makes less than 10 s
 _FIRST_BACKOFF_S = 0.5
 _STABLE_S = 10.0  # a process that served for so long is replaced without a pause
 _STOP_GRACE_S = 5.0  # in which the engine saves what it learned
