@@ -68,12 +68,23 @@ def test_every_example_is_in_one_batch_of_limited_size():
     assert len(plan_run(lengths, 300, 0, 2.5, 7)) == 7
 
 
-@pytest.mark.parametrize(("num_rows", "steps"), [(1, 10), (3, 10), (90, 24)])
-def test_few_rows_are_seen_more_often_until_there_are_enough_steps(num_rows, steps):
+@pytest.mark.parametrize(
+    ("num_rows", "batch_tokens", "epochs"),
+    [
+        (1, 850, 10.0),
+        (3, 850, 10.0),
+        (90, 850, 4.0),
+        (90, 4000, 8.0),
+        (200, 850, 1.8),
+        (360, 850, 1.0),
+        (4000, 850, 1.0),
+    ],
+)
+def test_few_rows_are_seen_more_often_until_there_are_enough_steps_and_rows(num_rows, batch_tokens, epochs):
     lengths = [30 + (i * 37) % 120 for i in range(num_rows)]
-    epochs = default_epochs(lengths, 850, 0, min_steps=24)
-    assert len(plan_run(lengths, 850, 0, epochs, None)) == steps
-    assert default_epochs([90] * 400, 850, 0, min_steps=24) == 1.0
+    found = default_epochs(lengths, batch_tokens, 0, min_steps=24, min_rows=360)
+    assert found == epochs
+    assert num_rows < 90 or len(plan_run(lengths, batch_tokens, 0, found, None)) >= 24
 
 
 def test_a_short_run_warms_up_for_some_steps_and_a_long_one_for_its_share():

@@ -43,7 +43,7 @@ def test_a_good_run_ends_with_its_metric_and_its_speed():
         ({"answers_without_end": 0.3}, "30% of the answers do not end"),
         (
             {"accepted_in_answers_without_end": 0.9, "accepted_by_source": {"ngram": 80, "head": 20}},
-            "mostly that of repetition: 90% .* 80% copy the answer's own text",
+            "most of the speed is that of repetition: 90% .* 80% copy the answer's own text",
         ),
     ],
 )

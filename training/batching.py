@@ -47,7 +47,7 @@ def plan_run(
     return steps[:max_steps]
 
 
-def default_epochs(lengths: Sequence[int], batch_tokens: int, seed: int, min_steps: int) -> float:
-    """One, or as many (not whole) as few rows need to make `min_steps` steps, within reason."""
+def default_epochs(lengths: Sequence[int], batch_tokens: int, seed: int, min_steps: int, min_rows: int) -> float:
+    """One, or as many (not whole) as few rows need for `min_steps` steps over `min_rows` rows, within reason."""
     num_steps = len(plan_epoch(lengths, batch_tokens, seed * 1000))
-    return min(_MOST_EPOCHS, max(1.0, min_steps / num_steps))
+    return min(_MOST_EPOCHS, max(1.0, min_steps / num_steps, min_rows / len(lengths)))

@@ -72,7 +72,7 @@ def prepare(config: RunConfig) -> Prepared:
         warnings += _overlap(examples, held_out)
     lengths, opt = [len(e.tokens) for e in examples], config.optimizer
     if opt.epochs is None:
-        epochs = default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps)
+        epochs = default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps, opt.min_rows)
         opt = msgspec.structs.replace(opt, epochs=epochs)
         config = msgspec.structs.replace(config, optimizer=opt)
     assert opt.epochs is not None

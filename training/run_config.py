@@ -93,13 +93,19 @@ class OptimizerConfig(_Section, frozen=True):
     epochs: (
         Annotated[
             float,
-            Meta(gt=0, description="how often each row is seen; default: once, or until there are min_steps steps"),
+            Meta(
+                gt=0,
+                description="how often each row is seen; default: once, or until min_steps and min_rows hold",
+            ),
         ]
         | None
     ) = None
     min_steps: Annotated[
         int, Meta(ge=1, description="least steps of the default epochs; a run of fewer ends with a warning")
     ] = 24
+    min_rows: Annotated[
+        int, Meta(ge=0, description="least rows that the default epochs go over, repetitions counted")
+    ] = 360
     max_steps: Annotated[int, Meta(ge=1, description="stop after so many steps")] | None = None
     batch_tokens: Annotated[int, Meta(ge=16, description="tokens of one step, padding included")] = 2048
     grad_clip: Annotated[float, Meta(gt=0, description="largest norm of a gradient, LoRA and head apart")] = 1.0

@@ -52,10 +52,10 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             "of tokens: they probably loop"
         )
     if report["accepted_in_answers_without_end"] > _MOST_REPEATED:
-        total = max(1, sum(report["accepted_by_source"].values()))
-        copied = report["accepted_by_source"].get("ngram", 0) / total
+        share, sources = report["accepted_in_answers_without_end"], report["accepted_by_source"]
+        copied = sources.get("ngram", 0) / max(1, sum(sources.values()))
         found.append(
-            f"the speed is mostly that of repetition: {report['accepted_in_answers_without_end']:.0%} of the accepted "
+            f"{'most' if share > 0.5 else 'part'} of the speed is that of repetition: {share:.0%} of the accepted "
             f"drafts are in answers that do not end, {copied:.0%} copy the answer's own text (n-gram)"
         )
     if found:
