@@ -75,6 +75,9 @@ def test_errors_are_right_where_something_moved_and_wrong_where_all_stood_still(
     assert verdict(timeline, 101, 103, **bad)[0] == "refused"
     assert verdict(timeline, 200, 201, **bad)[0] == "unexpected error"
     assert verdict(timeline, 305, 306, away, **bad)[0] == "unexpected error"  # a dead engine spoils no adapter
+    changing = error(409, "adapter_changing", "adapter 'name' changes while it is read; ask again")
+    assert verdict(timeline, 305, 306, away, **changing)[0] == "refused"  # but may interrupt its reading
+    assert verdict(timeline, 200, 201, away, **changing)[0] == "unexpected error"
     gone = error(503, "engine_unavailable")
     assert verdict(timeline, 305, 306, away, **gone)[0] == "refused"
     assert verdict(timeline, 101, 103, away, **gone)[0] == "unexpected error"

@@ -45,6 +45,11 @@ DEMOS = ("control2json", "debtags", "summary")
 SETTLE_S = 120.0
 
 
+def open_session() -> aiohttp.ClientSession:
+    """A connection a request: one that is kept may be closed just as it is used again, by a server that was stopped."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+
 async def churn(run: Run, server: Server, changer: Changer, num_callers: int, num_changers: int) -> dict[str, Any]:
     """The time of `run.minutes`, then the quiet end; the figures of it. Raises `ServerGone`."""
     watch = Watch(server)
@@ -61,7 +66,7 @@ async def churn(run: Run, server: Server, changer: Changer, num_callers: int, nu
         others = [] if may_kill and not trouble.counts else [trouble.stop_server, trouble.stop_engine]  # a kill first
         await rng.choice([trouble.kill_engine] * 3 * may_kill + others)(rng)
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with open_session() as session:
         async with session.get(server.url + "/v1/models") as response:
             run.base_name = (await response.json())["data"][0]["id"]
         await changer.load_shelf()
@@ -177,7 +182,7 @@ async def main_async(
         on_shelf = idx >= NUM_NAMES - NUM_ON_SHELF
         folder = root / SHELF / f"name-{idx}-0" if on_shelf else root / f"name-{idx}"
         run.adapters.append(Adapter(f"name-{idx}", folder, is_on_shelf=on_shelf))
-    async with aiohttp.ClientSession() as session:
+    async with open_session() as session:
         changer = Changer("", root, contents, run.adapters, run.disturbances, session, run.note)
         changer.prepare(random.Random(run.seed))
         flags = ["--adapters-dir", str(root), "--max-adapters", "12", "--engine-timeout-s", str(ENGINE_TIMEOUT_S)]

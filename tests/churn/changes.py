@@ -147,7 +147,7 @@ class Changer:
             if status in wanted:
                 return True
             away = self.disturbances.overlaps(start - 2, time.monotonic())
-            if not (status == 503 and away) or time.monotonic() > deadline:
+            if not (status in (0, 503) and away) or time.monotonic() > deadline:
                 what = f"{path} of an adapter that stood still: {status} {text[:300]}"
                 self.num_refused += 1
                 self.note({"fault": "refused change", "name": adapter.name, "what": what})

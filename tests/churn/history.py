@@ -92,6 +92,7 @@ class Reply:
 
 Golden = Mapping[tuple[str, str, int], str]  # (content, route, prompt) -> text
 CLEAN = frozenset({400, 403, 404, 408, 409, 422, 424, 429, 503, 504})
+CHANGING = "changes while it is read"  # asks to be asked again
 AWAY = frozenset({"engine_unavailable", "incomplete_generation", "shutting_down"})
 
 
@@ -126,6 +127,8 @@ def judge_error(reply: Reply, recent: list[State], disturbances: Disturbances) -
     away = disturbances.overlaps(reply.start - 2, reply.end)
     stood_still = len(recent) == 1 and not recent[0].is_moving and recent[0].content is not None
     about_engine = reply.status in (503, 504) or reply.code in AWAY
+    if CHANGING in reply.error and away:
+        return "refused", ""  # it was being read when the engine went, or when time stood still
     if reply.may_be_cut or (away if about_engine else not stood_still):
         return "refused", ""
     why = "nobody had disturbed the engine" if about_engine else "the adapter stood still"
