@@ -172,12 +172,11 @@ def _other_weights(directory: Path) -> str:
 def _private_copy(path: Path, max_bytes: int) -> tuple[int, bytes] | None:
     """(descriptor of a copy that nobody else can open, SHA-256); None when there is no such file."""
     try:
-        # O_NONBLOCK: opening a pipe would wait for a writer.
-        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        stream = open(path, "rb", buffering=0, opener=_open_now)
     except FileNotFoundError:
         return None
-    with open(source, "rb", buffering=0) as stream:
-        status = os.fstat(source)
+    with stream:
+        status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise AdapterError(f"{path.name} is {_kind(status.st_mode)}, not a file")
         if status.st_size > max_bytes:
@@ -200,6 +199,10 @@ def _private_copy(path: Path, max_bytes: int) -> tuple[int, bytes] | None:
     return target, digest.digest()
 
 
+def _open_now(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+
+
 def _anonymous_file(name: str) -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name, os.MFD_CLOEXEC)
@@ -208,8 +211,7 @@ def _anonymous_file(name: str) -> int:
 
 
 def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
-    return next((text for is_kind, text in kinds if is_kind(mode)), "a device")
+    return "a named pipe" if stat.S_ISFIFO(mode) else "a device"
 
 
 def _unreadable(adapter: str, file: str, error: OSError) -> AdapterError:

@@ -89,13 +89,14 @@ def test_the_chat_template_is_no_part_of_the_content_but_has_a_hash(adapter):
     assert plain.text_hash is None and one.text_hash and two.text_hash and one.text_hash != two.text_hash
 
 
-def test_what_is_no_file_is_refused_by_its_kind(adapter):
+def test_what_is_no_file_is_refused_by_its_kind_and_not_kept_open(adapter):
     def pipe(path):
         os.mkfifo(path)
 
     def loop(path):
         path.symlink_to(path)
 
+    before = len(os.listdir("/proc/self/fd"))
     for make, words in ((pipe, "named pipe"), (lambda path: path.mkdir(), "directory"), (loop, "leads back to itself")):
         path = adapter / "lookahead.safetensors"
         make(path)
@@ -106,6 +107,7 @@ def test_what_is_no_file_is_refused_by_its_kind(adapter):
     (adapter / WEIGHTS_FILE).mkdir()
     with pytest.raises(AdapterError, match="directory"):
         content_hash(adapter)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_sizes_are_bounded_before_and_while_a_file_is_read(adapter):
