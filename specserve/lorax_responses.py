@@ -215,9 +215,9 @@ _ERROR_TYPES = {
 
 
 def lorax_error(info: ErrorInfo) -> tuple[int, LoraxError]:
-    """(status, body) in LoRAX's shape: bad input is 422, an adapter or a model that fails is 424."""
+    """(status, body) in LoRAX's shape: bad input is 422, an adapter or a model that fails or changes is 424."""
     status = info.status
-    if info.code in ("invalid_adapter", "model_failure"):
+    if info.code in ("invalid_adapter", "adapter_changing", "adapter_changed", "model_failure"):
         status = 424
     elif status in (400, 409):
         status = 422

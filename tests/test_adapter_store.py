@@ -6,12 +6,13 @@ import asyncio
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from specserve import adapter_files, adapter_store
-from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, content_hash, open_adapter
+from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, ChangingError, content_hash, open_adapter
 from specserve.adapter_store import AdapterStore
 from specserve.errors import AdapterError, UserError
 from specserve.messages import AdapterInfo
@@ -121,6 +122,37 @@ async def test_a_file_that_is_still_written_is_not_served_before_it_is_complete(
     info = await store.resolve("a")
     assert filling.done() and info.content_hash == content_hash(path)
     assert engine.held == {info.content_hash}
+
+
+async def test_files_that_go_on_changing_are_refused_until_they_are_complete(store, engine, root, monkeypatch):
+    monkeypatch.setattr(adapter_store, "MAX_CHANGES", 3)
+    path = make(root / "a", "0")
+    num = iter(range(100))
+
+    async def change(name, directory):
+        make(path, str(next(num)))
+
+    engine.during = change
+    with pytest.raises(ChangingError, match="changes while it is read"):
+        await store.resolve("a")
+    assert not engine.held
+    engine.during = None
+    assert (await store.resolve("a")).content_hash == content_hash(path)
+
+
+async def test_a_load_that_takes_long_is_no_change(store, engine, root, monkeypatch):
+    """However long an engine is away, or the server itself: files that stood still are served."""
+    make(root / "a", "one")
+    clock = time.time, time.monotonic
+
+    async def away(name, directory):
+        engine.generation += 1  # the load was asked for again of the next engine
+        for name, real in zip(("time", "monotonic"), clock, strict=True):
+            monkeypatch.setattr(time, name, lambda real=real: real() + 3600)
+
+    engine.during = away
+    assert (await store.resolve("a")).content_hash in engine.held
+    assert engine.num_loads == 1
 
 
 async def test_other_content_of_the_same_size_times_and_inode_is_noticed(store, root):
