@@ -27,9 +27,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}")
 HUB_NAME = re.compile(rf"{NAME.pattern}(/{NAME.pattern})+")
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
-MAX_CHANGES = (
-    30  # that a load waits out, each for up to `SETTLE_S`; time itself says nothing of a server that was stopped
-)
+# That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
+MAX_CHANGES = 30
 MAX_LOADS = 4  # that a request sees overtaken by changes
 MAX_WARNINGS = 1024  # folder names that are remembered as warned of
 
