@@ -78,7 +78,7 @@ async def _ask(worker: asyncio.subprocess.Process, job: TemplateJob) -> Rendered
     worker.stdin.write(pack(job))
     await worker.stdin.drain()
     head = await worker.stdout.readexactly(4)
-    return msgspec.msgpack.decode(await worker.stdout.readexactly(payload_len(head)), type=Rendered)
+    return msgspec.json.decode(await worker.stdout.readexactly(payload_len(head)), type=Rendered)
 
 
 async def _kill(worker: asyncio.subprocess.Process) -> None:

@@ -39,7 +39,7 @@ class Rendered(msgspec.Struct, frozen=True):
 
 
 def pack(value: TemplateJob | Rendered) -> bytes:
-    payload = msgspec.msgpack.encode(value)
+    payload = msgspec.json.encode(value)  # not msgpack, which has no integers beyond 64 bits
     return _LENGTH.pack(len(payload)) + payload
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     jobs = sys.stdin.buffer
     while (head := jobs.read(_LENGTH.size)) and (payload := jobs.read(payload_len(head))):
-        job = msgspec.msgpack.decode(payload, type=TemplateJob)
+        job = msgspec.json.decode(payload, type=TemplateJob)
         signal.setitimer(signal.ITIMER_REAL, job.timeout_s + 1)  # ends this process, whatever it is doing
         answer(answers, _render(render_jinja_template, job) if job.template else Rendered())
         signal.setitimer(signal.ITIMER_REAL, 0)

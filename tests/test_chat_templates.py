@@ -16,7 +16,7 @@ from specserve.template_renderer import TemplateRenderer
 from specserve.tokenizer import TextTokenizer
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": [1, None]}}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": [1, None, 10**30]}}}
 MESSAGES = [
     {"role": "system", "content": "Be brief. é"},
     {"role": "user", "content": "Hi <|im_end|> there"},
