@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 from weakref import WeakValueDictionary
 
 import msgspec
 
-from .errors import UserError
+from .errors import OverloadedError, UserError
 from .template_worker import Rendered, TemplateJob, pack, payload_len
+
+logger = logging.getLogger(__name__)
 
 NUM_WORKERS = 2
 RENDER_TIMEOUT_S = 5.0
@@ -35,7 +38,7 @@ class TemplateRenderer:
         """The text of `job`, whose template is called `name` in errors. Raises `UserError` when there is none."""
         turn = self._turns.setdefault(job.template, asyncio.Lock())
         async with turn, self._workers:
-            worker = self._idle.pop() if self._idle else await _start()
+            worker = self._idle_worker() or await _start()
             try:
                 async with asyncio.timeout(job.timeout_s):
                     rendered = await _ask(worker, job)
@@ -51,6 +54,14 @@ class TemplateRenderer:
             raise _refused(name, rendered.error)
         return rendered.text
 
+    def _idle_worker(self) -> asyncio.subprocess.Process | None:
+        """One that still lives: what ended the others while nobody used them is no template's fault."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.returncode is None:
+                return worker
+        return None
+
     async def close(self) -> None:
         while self._idle:
             await _kill(self._idle.pop())
@@ -61,14 +72,24 @@ def _refused(name: str, reason: str) -> UserError:
 
 
 async def _start() -> asyncio.subprocess.Process:
-    worker = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "specserve.template_worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
+    """Raises `OverloadedError` when there is no place for another process."""
+    worker: asyncio.subprocess.Process | None = None
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
+            worker = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "specserve.template_worker"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
             await _ask(worker, _READY)
-    except BaseException:
-        await _kill(worker)
+    except BaseException as error:
+        if worker is not None:
+            await _kill(worker)
+        if isinstance(error, asyncio.IncompleteReadError | OSError):
+            logger.warning("a process that renders chat templates does not start: %s", error or "too slow")
+            raise OverloadedError(
+                "no process could be started to render the adapter's chat template; retry shortly", status=503
+            ) from None
         raise
     return worker
 

@@ -135,6 +135,26 @@ def test_bad_templates_are_refused_by_name_and_good_ones_go_on(of_adapter):
     run(all_of_them)
 
 
+def test_processes_that_do_not_start_or_end_by_themselves_are_no_templates_fault(of_adapter, monkeypatch):
+    good = of_adapter("{{ messages[0].content }}", "good")
+    job = good.template_job(good.hidden_chat(MESSAGES[:1]), 10.0)
+
+    async def work(renderer):
+        for executable in ("/bin/false", "/no/such/python"):
+            with monkeypatch.context() as patch:
+                patch.setattr("sys.executable", executable)
+                with pytest.raises(UserError, match="retry shortly") as refused:
+                    await renderer.render(job, good.template_name)
+                assert refused.value.status == 503
+        assert await renderer.render(job, good.template_name) == MESSAGES[0]["content"]
+        (worker,) = renderer._idle
+        worker.kill()
+        await worker.wait()
+        assert await renderer.render(job, good.template_name) == MESSAGES[0]["content"]
+
+    run(work)
+
+
 def test_a_slow_template_of_an_adapter_holds_up_nobody(model_dir, tmp_path):
     for name, template, std in (("slow", LOOPS, 0.2), ("good", "{{ messages[0].content }}", 0.3)):
         make_peft_adapter(model_dir, tmp_path / name, r=4, std=std)
