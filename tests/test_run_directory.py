@@ -95,6 +95,9 @@ def test_an_output_that_cannot_be_a_directory_is_named(tmp_path):
             pass
     with pytest.raises(UserError, match="no run in .*leave --resume out"), held_directory(tmp_path / "no", resume=True):
         pass
+    with pytest.raises(UserError, match="cannot read the output directory.*File name too long"):
+        with held_directory(tmp_path / ("x" * 300), resume=False):
+            pass
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -105,6 +108,22 @@ def test_an_interrupted_run_is_gone_on_with_and_remembers_how_it_was_started(out
     assert started_as(output).seed == 5
     with held_directory(output, resume=True):
         pass
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_the_old_run_or_nothing(output, monkeypatch):
+    def torn(config, path):
+        path.write_text("model: ")
+        raise OSError(28, "No space left on device")
+
+    for is_resumed in (False, True):
+        if is_resumed:
+            begin(output)
+        before = contents(output)
+        with monkeypatch.context() as patch:
+            patch.setattr("specserve.training.run_directory.save_resolved", torn)
+            with pytest.raises(OSError), held_directory(output, resume=is_resumed) as directory:
+                directory.begin(RunConfig(output=str(output)))
+        assert contents(output) == before and output.exists() == is_resumed
 
 
 def test_a_full_disk_is_the_users_to_mend_in_every_librarys_words(tmp_path):

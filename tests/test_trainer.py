@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import types
+import zipfile
 
 import msgspec
 import pytest
@@ -236,6 +237,11 @@ def test_a_broken_checkpoint_is_named(begun, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{CHECKPOINT_FILE} is not a.*{reason}.*remove it"):
             read_checkpoint(path)
+    with zipfile.ZipFile(io.BytesIO(whole)) as good, zipfile.ZipFile(path, "w") as damaged:
+        for name in good.namelist():
+            damaged.writestr(name, b"\x80\x02." if name.endswith("data.pkl") else good.read(name))
+    with pytest.raises(UserError, match=f"{CHECKPOINT_FILE} is not a whole checkpoint .pop from empty list"):
+        read_checkpoint(path)
     torch.save({"step": 3}, path)
     with pytest.raises(UserError, match="another version"):
         read_checkpoint(path)

@@ -6,7 +6,6 @@ Knows nothing of what is in it beyond the fields; what a checkpoint is of stands
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no {path} to resume from; leave --resume out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a damaged pickle raises has no end: IndexError, TypeError, ...
         reason = "it is empty" if not path.stat().st_size else str(error).partition("\n")[0]
         raise UserError(f"{path} is not a whole checkpoint ({reason}); {fix}") from None
     if not isinstance(state, dict) or any(field not in state for field in _FIELDS):

@@ -19,6 +19,7 @@ from typing import Literal
 
 import safetensors
 
+from ..drafters.head_files import replace_file
 from ..errors import UserError
 from .checkpoint import CHECKPOINT_FILE
 from .run_config import RunConfig
@@ -41,18 +42,21 @@ class RunDirectory:
     began: bool = False
 
     def begin(self, config: RunConfig) -> None:
-        """From here on the directory is this run's: writes run.yaml."""
+        """From here on the directory is this run's: writes run.yaml, or leaves the old one."""
+        replace_file(self.path / RUN_FILE, lambda path: save_resolved(config, path))
         self.began = True
-        save_resolved(config, self.path / RUN_FILE)
 
 
 def state_of(path: Path) -> State:
     """Look at an output directory without touching it. Raises `UserError` for one that is not ours."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output is {path}, which is a file; give a directory (--output DIR)", param="output")
-    if not path.is_dir():
-        return "empty"
-    names = {entry.name for entry in path.iterdir()}
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output is {path}, which is a file; give a directory (--output DIR)", param="output")
+        if not path.is_dir():
+            return "empty"
+        names = {entry.name for entry in path.iterdir()}
+    except OSError as error:  # too long a name, no permission
+        raise UserError(f"cannot read the output directory {path}: {error.strerror}", param="output") from None
     if not names - {LOCK_FILE}:
         return "empty"
     if RUN_FILE not in names:
