@@ -269,7 +269,7 @@ def test_checking_the_data_finds_what_is_wrong_with_it(trained, tmp_path, capsys
 def test_checking_the_data_shows_every_bad_row_of_both_files(trained, tmp_path, capsys):
     root, model_dir = trained
     rows = (root / "train.jsonl").read_text().splitlines()[:3]
-    unread = json.dumps({**json.loads(rows[1]), "source": "web"})
+    unread = json.dumps({**json.loads(rows[1]), "instruction": "p", "source": "web"})
     (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "{", '{"prompt": "p"}', unread, '"text"']) + "\n")
     (tmp_path / "b.jsonl").write_text("[1]\n" + rows[2] + "\n")
     common = ["--data", str(tmp_path / "a.jsonl"), "--eval-data", str(tmp_path / "b.jsonl"), "--model", str(model_dir)]

@@ -21,8 +21,7 @@ from .chat_turns import REASONING_FIELDS
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {
     role: role for role in ("user", "assistant", "system", "developer", "tool")
 }
-_READ = {"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "response"}
-_READ |= {"system", "tools"}
+_COMMON = {"system", "tools"}
 _HARMLESS = {"parallel_tool_calls", "tool_choice"}  # of requests: they change no prompt
 _REFUSED = (
     *("functions", "function_call", "documents", "history", "chat_template_kwargs", "chat_template"),
@@ -66,11 +65,14 @@ def read_conversation(value: dict[str, Any], where: str) -> Conversation:
         if name in value:
             raise UserError(f"{where}: {name} is not read; leave it out, or write it into the messages", param="data")
     if "messages" in value:
+        read = {"messages"}
         conversation = _Reader(where, "messages", "role", "content").read(value["messages"])
     elif "conversations" in value:
+        read = {"conversations"}
         conversation = _Reader(where, "conversations", "from", "value").read(value["conversations"])
     else:
-        conversation = Conversation(_pair(value, where))
+        pair, read = _pair(value, where)
+        conversation = Conversation(pair)
     messages = conversation.messages
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
@@ -81,15 +83,17 @@ def read_conversation(value: dict[str, Any], where: str) -> Conversation:
         if messages[0]["role"] in ("system", "developer"):
             raise UserError(f"{where} has a system message and the field system; keep one", param="data")
         conversation = conversation.with_system(text)
-    unread = tuple(name for name in value if name not in _READ | _HARMLESS)
+    unread = tuple(name for name in value if name not in read | _COMMON | _HARMLESS)
     return dataclasses.replace(conversation, tools=_tools(value.get("tools"), where), unread=unread)
 
 
-def _pair(value: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _pair(value: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], set[str]]:
+    """Question and answer as messages, and the fields of that format."""
     if "prompt" in value or "completion" in value:
-        question, answer = _text(value, "prompt", where), "completion"
+        question, answer, read = _text(value, "prompt", where), "completion", {"prompt"}
     elif "instruction" in value:
         question, answer = _text(value, "instruction", where), "output" if "output" in value else "response"
+        read = {"instruction", "input"}
         if value.get("input"):
             question += "\n\n" + _text(value, "input", where)
     else:
@@ -98,7 +102,8 @@ def _pair(value: dict[str, Any], where: str) -> list[dict[str, Any]]:
             "'completion', 'conversations', or 'instruction' and 'output'",
             param="data",
         )
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(value, answer, where)}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(value, answer, where)}]
+    return messages, read | {answer}
 
 
 class _Reader:
