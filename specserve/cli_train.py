@@ -52,6 +52,8 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
     from .training.verdict import summary_of
 
     result = train_run(config, resume=params["resume"])
+    if result is None:
+        return 0
     if result.was_finished:
         click.echo(f"{result.output} is finished already; there is nothing to resume")
         return 0

@@ -70,7 +70,8 @@ def test_two_processes_finish_one_directory(trained, tmp_path):
     (tmp_path / "run.yaml").write_text(SETTINGS.format(model=model_dir))
     for name in ("train.jsonl", "dev.jsonl"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
-    torchrun(2, "-m", "specserve.cli", "train", str(tmp_path / "run.yaml"), "--set", "optimizer.warmup=0.1")
+    out = torchrun(2, "-m", "specserve.cli", "train", str(tmp_path / "run.yaml"), "--set", "optimizer.warmup=0.1")
+    assert out.count("is written") == 1 and "task, on 6 held-out rows" in out and "nothing was measured" not in out
     names = {path.name for path in (tmp_path / "out" / "task").iterdir()}
     assert names == {path.name for path in (root / "out" / "task").iterdir()}
     losses = [

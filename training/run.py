@@ -15,18 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from ..adapter_files import TEXT_FILES
-from ..drafters.head_file_names import HISTORY_FILE
-from ..drafters.head_files import (
-    FORMAT_VERSION,
-    LookaheadConfig,
-    file_hash,
-    write_head,
-)
+from ..drafters.head_file_names import CONFIG_FILE, HISTORY_FILE
+from ..drafters.head_files import FORMAT_VERSION, LookaheadConfig, file_hash, read_config, replace_file, write_head
 from ..drafters.task_history import TaskHistory
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
@@ -52,7 +48,7 @@ _CALIBRATION_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What became of a run, in the first process."""
+    """What became of a run."""
 
     output: Path
     was_finished: bool = False  # before; nothing was done
@@ -60,8 +56,8 @@ class TrainResult:
     warnings: tuple[str, ...] = ()
 
 
-def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult:
-    """Run all phases, or none if a resumed run is finished already.
+def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult | None:
+    """Run all phases, or none if a resumed run is finished already. The first process returns what became of it.
 
     Raises `UserError` for what the user can fix, before anything is written where it can be known before.
     """
@@ -91,7 +87,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult:
             result = _run(config, directory, resume, is_first)
     if makes_group:
         dist.destroy_process_group()
-    return result
+    return result if is_first else None
 
 
 def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, is_first: bool) -> TrainResult:
@@ -274,10 +270,5 @@ def _calibrate(
 
 
 def _rewrite_acceptance(output: Path, record: dict[str, list[tuple[float, float]]]) -> None:
-    import msgspec
-
-    from ..drafters.head_file_names import CONFIG_FILE
-    from ..drafters.head_files import read_config, replace_file
-
     config = msgspec.structs.replace(read_config(output / CONFIG_FILE), acceptance=record)
     replace_file(output / CONFIG_FILE, lambda path: path.write_bytes(msgspec.json.encode(config)))
