@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from specserve.cli import run as cli
 from specserve.errors import UserError
+from specserve.training.answers import answer
+from specserve.training.answers import make_engine as make_answering_engine
 from specserve.training.run_directory import held_directory
 from specserve.training.trainer import Trainer
 
@@ -278,7 +280,11 @@ def test_checking_the_data_shows_every_bad_row_of_both_files(trained, tmp_path, 
     out = capsys.readouterr().out
     for where in ("a.jsonl line 2 is not JSON", "a.jsonl line 3", "a.jsonl line 5 is str", "b.jsonl line 1 is list"):
         assert where in out
-    assert "bad rows: 4" in out and "2 rows," in out and "fields that are not read: source (1 rows)" in out
+    assert (
+        "bad rows: 4" in out
+        and "2 rows," in out
+        and "fields that are not read: instruction (1 rows), source (1 rows)" in out
+    )
     assert cli(["train", *common, "--output", str(tmp_path / "o")]) == 2  # a run stops at the first
     (tmp_path / "a.jsonl").write_text("{\n[\n")
     assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
@@ -295,6 +301,11 @@ def test_a_dry_run_names_the_time_of_each_phase_and_writes_nothing(trained, tmp_
     for phase in ("training", "hidden states", "fit of the head", "28 answers to training", "24 answers to held-out"):
         assert f"  {phase}" in out
     assert not (tmp_path / "o").exists()
+
+
+def test_the_longest_prompt_has_room_for_one_token(trained):
+    engine = make_answering_engine(trained[1], batch=1, max_len=6)
+    assert len(answer(engine, None, [[7, 8, 9, 10, 11]], 24).answers[0].tokens) == 1
 
 
 def test_head_only_needs_an_adapter(trained, tmp_path, capsys):

@@ -110,7 +110,7 @@ def answer_mixed(
     while waiting or running:
         while waiting and running < batch:
             idx, (adapter_hash, prompt) = waiting.pop()
-            limit = min(max_tokens, engine.info.max_model_len - len(prompt) - 1)
+            limit = min(max_tokens, engine.info.max_model_len - len(prompt))
             engine.add_request(
                 GenerateRequest(
                     str(idx),
