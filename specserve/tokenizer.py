@@ -21,7 +21,7 @@ from .chat_templates import may_render_here
 from .detokenizer import Detokenizer
 from .errors import AdapterError, ModelError, UserError
 from .hidden_chat import HiddenChat, Marks
-from .template_worker import TemplateJob
+from .template_worker import MAX_RENDERED_BYTES, TemplateJob
 from .text_bounds import BYTE_OF, TokenBound
 
 LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
@@ -233,8 +233,16 @@ class TextTokenizer:
             if not found_mark:
                 raise UserError("the chat template leaves out the last message; it cannot go on", param="messages")
             rendered = head + chat.last_mark
+        texts = [text for text, _ in chat.marks.parts(rendered)]
+        if (num_chars := sum(map(len, texts))) > MAX_RENDERED_BYTES:  # each mark may stand for a long text
+            raise UserError(
+                f"{self.template_name} refuses these messages: it makes {num_chars} characters of text; at most "
+                f"{MAX_RENDERED_BYTES} are allowed",
+                param="messages",
+                code="chat_template_failed",
+            )
         if max_tokens is not None:
-            self.check_len([text for text, _ in chat.marks.parts(rendered)], max_tokens, "messages")
+            self.check_len(texts, max_tokens, "messages")
         return self.encode_marked(rendered, chat.marks)
 
     def template_job(self, chat: HiddenChat, timeout_s: float) -> TemplateJob:

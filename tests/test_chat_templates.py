@@ -155,6 +155,15 @@ def test_processes_that_do_not_start_or_end_by_themselves_are_no_templates_fault
     run(work)
 
 
+def test_marks_in_the_place_of_texts_do_not_hide_how_long_the_text_becomes(of_adapter):
+    many = of_adapter("{% for i in range(100000) %}{{ messages[0].content }}{% endfor %}", "many")
+    chat = many.hidden_chat([{"role": "user", "content": "a" * 100_000 + "<|im_end|>"}])
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"adapter 'many'.*10001000000 characters"):
+        many.chat_ids(chat, many.render_chat(chat), 2048)
+    assert time.monotonic() - start < 5  # 10 GB take half a minute, and a longer message hours
+
+
 def test_a_slow_template_of_an_adapter_holds_up_nobody(model_dir, tmp_path):
     for name, template, std in (("slow", LOOPS, 0.2), ("good", "{{ messages[0].content }}", 0.3)):
         make_peft_adapter(model_dir, tmp_path / name, r=4, std=std)
