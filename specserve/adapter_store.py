@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .adapter_files import ChangingError, Stamp, age_s, changing, read_texts, stamp_of
+from .adapter_files import CONFIG_FILE, ChangingError, Stamp, age_s, changing, read_texts, stamp_of
 from .engine_client import EngineClient
 from .errors import EngineDeadError, UserError
 from .messages import AdapterInfo
@@ -133,7 +133,8 @@ class AdapterStore:
     async def _register(self, name: str, claim: tuple[Path, object]) -> AdapterInfo:
         try:
             loaded = await self._load(name, claim[0])
-            if self._claims.get(name, (None, None))[0] != claim[0]:
+            # Another load of the same directory under this name may have ended first, and given up the claim.
+            if self._claims.get(name, (self._registered.get(name),))[0] != claim[0]:
                 await self._release(loaded)
                 message = f"the name {name!r} was unloaded or given away while the adapter loaded"
                 raise UserError(message, param="lora_name", status=409)
@@ -148,7 +149,7 @@ class AdapterStore:
     async def unregister(self, name: str) -> None:
         """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
         claim = self._claims.pop(name, None)
-        if claim is None or self._directory(name) is not None:
+        if claim is None:
             self.path(name)
         self._registered.pop(name, None)
         if name in self._folders():
@@ -223,9 +224,10 @@ class AdapterStore:
         if self._root is None:
             return []
         try:
-            found = [entry.name for entry in self._root.iterdir() if (entry / "adapter_config.json").exists()]
-        except OSError:  # the whole folder has gone, or an entry of it while it was read
+            entries = list(self._root.iterdir())
+        except OSError:  # the whole folder has gone
             return []
+        found = [entry.name for entry in entries if _has_config(entry)]
         names = []
         for name in found:
             if name.startswith("."):
@@ -292,6 +294,13 @@ class AdapterStore:
         if not directory.is_dir():
             raise UserError(f"lora_path {path!r} is not a directory on the server", param="lora_path")
         return directory
+
+
+def _has_config(directory: Path) -> bool:
+    try:
+        return (directory / CONFIG_FILE).exists()
+    except OSError:  # not ours to look into, which whoever asks for it is told
+        return True
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -216,6 +216,39 @@ async def test_a_load_that_ends_late_takes_nothing_from_a_newer_one_of_its_name(
     assert engine.held == {content_hash(good)}
 
 
+async def test_two_loads_of_one_directory_under_one_name_succeed_in_whatever_order_they_end(store, engine, root):
+    path = make(root / ".one", "one")
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, directory):
+        engine.during = None
+        reading.set()
+        await go_on.wait()
+
+    engine.during = wait
+    first = asyncio.create_task(store.register("n", str(path)))
+    await reading.wait()
+    second = await store.register("n", str(path))
+    go_on.set()
+    assert await first == second and store.names() == ["n"] and engine.held == {second.content_hash}
+
+
+async def test_a_folder_that_cannot_be_looked_into_hides_no_other(store, root, monkeypatch):
+    for name in ("a", "b"):
+        make(root / name, name)
+    exists = Path.exists
+
+    def refused(path):
+        if path.parent == root / "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    assert "a" in store.names()
+    await store.unregister("a")
+    assert not store.has("a")
+
+
 async def test_a_client_that_leaves_during_its_load_leaves_no_adapter_without_a_name(store, engine, root):
     path = make(root / ".one", "one")
     reading, go_on = asyncio.Event(), asyncio.Event()
