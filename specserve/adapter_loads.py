@@ -21,7 +21,8 @@ from .messages import AdapterLoaded, CallFailed, LoadAdapter
 MAX_LOADS = 1024  # that wait
 MAX_READ = 4  # that are being read, or are read and wait for a place
 NUM_READERS = 2
-WAIT_S = 60.0
+WAIT_S = 60.0  # for a place
+READ_S = 600.0  # a disk that has not given an adapter by then is away
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class AdapterLoads:
                 answer = self._end(load, load.adapter, is_full)
                 is_full = is_full or answer is None
             if answer is None and now > load.deadline:
-                answer = CallFailed(load.message.call_id, self._no_place().info())
+                answer = CallFailed(load.message.call_id, self._late(load).info())
             if answer is not None:
                 self._loads.remove(load)
                 answers.append(answer)
@@ -96,11 +97,23 @@ class AdapterLoads:
             if num_read >= MAX_READ:
                 return
             if load.adapter is None:
-                load.adapter = self._readers.submit(self._engine.read_adapter, load.message.name, load.message.path)
+                load.deadline = self._clock() + READ_S
+                load.adapter = self._readers.submit(self._read_one, load)
                 load.adapter.add_done_callback(lambda _: self._wake())
                 num_read += 1
 
-    def _no_place(self) -> OverloadedError:
+    def _read_one(self, load: _Load) -> LoraAdapter:
+        """On a reader's thread: how long it takes is no part of the wait for a place."""
+        try:
+            return self._engine.read_adapter(load.message.name, load.message.path)
+        finally:
+            load.deadline = self._clock() + WAIT_S
+
+    def _late(self, load: _Load) -> OverloadedError:
+        if load.adapter is not None and not load.adapter.done():
+            return OverloadedError(
+                f"adapter {load.message.name!r} was not read in {READ_S:g} s; is its disk slow or away?", status=503
+            )
         return OverloadedError(
             f"the adapter found no place in {WAIT_S:g} s: all {self._engine.registry.max_adapters} are in use; "
             "retry later or raise --max-adapters",

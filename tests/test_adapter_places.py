@@ -121,6 +121,31 @@ def test_loads_are_placed_in_order_few_are_read_and_late_ones_are_refused(regist
     assert loads.submit(LoadAdapter(-7, "z", "/x"))[0].call_id == -7
 
 
+def test_the_wait_for_a_place_begins_when_the_adapter_is_read_and_a_read_without_end_is_refused(registry, clock):
+    reads = []
+    engine = SimpleNamespace(
+        registry=registry,
+        place_adapter=lambda loaded: registry.place(loaded) and None,
+        read_adapter=lambda name, path: adapter(name),
+    )
+    loads = AdapterLoads(engine, lambda: None, clock)
+    loads._readers = SimpleNamespace(submit=lambda read, *args: reads.append((Future(), read, args)) or reads[-1][0])
+    fill(registry, clock)
+    for idx, name in enumerate("cd"):
+        assert loads.submit(LoadAdapter(idx, name, "/x")) == []
+    clock.now += adapter_loads.WAIT_S + 1
+    assert loads.place() == []  # a large adapter on a slow disk
+    future, read, args = reads[0]
+    future.set_result(read(*args))
+    assert loads.place() == [] and loads.is_waiting
+    clock.now += adapter_loads.WAIT_S + 1
+    (late,) = loads.place()
+    assert late.call_id == 0 and "found no place in 60 s" in late.error.message
+    clock.now += adapter_loads.READ_S
+    (late,) = loads.place()
+    assert late.call_id == 1 and late.error.status == 503 and "not read in 600 s" in late.error.message
+
+
 def _now(read, *args):
     future = Future()
     future.set_result(read(*args))
