@@ -57,6 +57,11 @@ def make_trainer(model_dir: Path, rows: Path, directory: Path, config: RunConfig
     return Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory, identity)
 
 
+def few_steps(plan: list[list[int]]) -> list[list[int]]:
+    """Four, one of them of a single row: one of two processes gets none."""
+    return [plan[0], plan[1][:1], *plan[2:4]]
+
+
 def torchrun(num_processes: int, *command: str, timeout_s: float = 240) -> str:
     """Run `command` (a script, or -m and a module) in so many processes of one group; returns what they print.
 
