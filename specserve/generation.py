@@ -25,7 +25,7 @@ from .api_types import ChatRequest, CompletionRequest, GenerationFields, Tokeniz
 from .config import ServeConfig
 from .engine_client import EngineClient
 from .errors import UserError
-from .messages import Delta, GenerateRequest, Usage
+from .messages import AdapterInfo, Delta, GenerateRequest, Usage
 from .metrics import Metrics
 from .reasoning import THINK, THINK_END, Thinking, may_think
 from .resending import Losses, Resender
@@ -53,6 +53,7 @@ class Job:
     id: str
     model: str  # as the client named it
     adapter: str | None
+    adapter_info: AdapterInfo | None  # of the adapter as it was when the prompt was made
     request: CompletionRequest | ChatRequest
     tokenizer: TextTokenizer
     prompts: list[tuple[str | None, list[int]]]
@@ -107,13 +108,13 @@ class Generator:
             )
         return adapter_id
 
-    async def tokenizer_for(self, adapter: str | None) -> tuple[TextTokenizer, str | None]:
-        """The tokenizer to use, and the content hash of the loaded adapter; loads the adapter if needed."""
+    async def tokenizer_for(self, adapter: str | None) -> tuple[TextTokenizer, AdapterInfo | None]:
+        """The tokenizer to use, and the loaded adapter; loads the adapter if needed."""
         if adapter is None:
             return self.tokenizer, None
         info, files = await self.store.resolve_with_texts(adapter, self._adapter_tokenizers)
         if info.text_hash is None:
-            return self.tokenizer, info.content_hash
+            return self.tokenizer, info
         if files is not None:
             tokenizer = await asyncio.to_thread(self.tokenizer.for_adapter, adapter, files)
             tokenizer = self._adapter_tokenizers.setdefault(info.text_hash, tokenizer)
@@ -122,7 +123,7 @@ class Generator:
         else:
             tokenizer = self._adapter_tokenizers[info.text_hash]
             self._adapter_tokenizers.move_to_end(info.text_hash)
-        return tokenizer, info.content_hash
+        return tokenizer, info
 
     async def off_loop(self, num_chars: int, read: Callable[..., T], *args: object) -> T:
         """`read(*args)` on a thread; long texts one after the other: each takes 60 times its size while it is read."""
@@ -145,7 +146,7 @@ class Generator:
             )
         adapter = direct_adapter(use, self.adapter_name(request.model, request.adapter_id))
         await self._load_tool_adapters(use)
-        tokenizer, content_hash = await self.tokenizer_for(adapter)
+        tokenizer, adapter_info = await self.tokenizer_for(adapter)
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
@@ -177,7 +178,7 @@ class Generator:
                 request_id=f"{job_id}-{idx}",
                 prompt_token_ids=prompts[idx // n][1],
                 sampling=sampling,
-                adapter_hash=content_hash,
+                adapter_hash=None if adapter_info is None else adapter_info.content_hash,
                 cache_salt=request.cache_salt or "",
                 sample_idx=idx % n,
                 speculation=speculation,
@@ -187,7 +188,10 @@ class Generator:
             for idx in range(n * len(prompts))
         ]
         name = request.model or adapter or self.model_name
-        return Job(job_id, name, adapter, request, tokenizer, prompts, n, num_choices, requests, plan, thinking)
+        return Job(
+            *(job_id, name, adapter, adapter_info, request, tokenizer, prompts),
+            *(n, num_choices, requests, plan, thinking),
+        )
 
     async def chat_ids(
         self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
@@ -287,7 +291,7 @@ class Generator:
     def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
         """One sequence, or several as one where tools bring adapters."""
         if job.tools is None or not job.tools.switching:
-            return self._one(request, job.adapter, job.tokenizer)
+            return self._one(request, job.adapter, job.adapter_info)
         eos_token_ids = frozenset(self.engine.info.eos_token_ids)
         return run_switching(job.tools, request, job.adapter, eos_token_ids, self._one_with)
 
@@ -300,11 +304,11 @@ class Generator:
                 yield delta
 
     async def _one(
-        self, request: GenerateRequest, adapter: str | None, tokenizer: TextTokenizer | None
+        self, request: GenerateRequest, adapter: str | None, prompted: AdapterInfo | None
     ) -> AsyncGenerator[Delta]:
         """One sequence; when its adapter had to make room meanwhile, or went with its engine, it is loaded again.
 
-        `tokenizer` is what made the prompt of the adapter's own chat template, if it did.
+        `prompted` is the adapter whose chat template and tokenizer made the prompt, if it did: they must be the same.
         """
         losses = Losses()
         for attempt in range(MAX_RELOADS + 1):
@@ -317,19 +321,15 @@ class Generator:
                 if error.code != "adapter_not_resident" or adapter is None or attempt == MAX_RELOADS:
                     raise
             self.store.forget(adapter, request.adapter_hash)
-            content_hash: str | None
-            if tokenizer is None:
-                content_hash = (await self.store.resolve(adapter)).content_hash
-            else:
-                now, content_hash = await self.tokenizer_for(adapter)
-                if now is not tokenizer:
-                    raise UserError(
-                        f"adapter {adapter!r} got another chat template or tokenizer while the request waited for it; "
-                        "send the request again",
-                        status=409,
-                        code="adapter_changed",
-                    )
-            request = msgspec.structs.replace(request, adapter_hash=content_hash)
+            now = await self.store.resolve(adapter)
+            if prompted is not None and now.text_hash != prompted.text_hash:
+                raise UserError(
+                    f"adapter {adapter!r} got another chat template or tokenizer while the request waited for it; "
+                    "send the request again",
+                    status=409,
+                    code="adapter_changed",
+                )
+            request = msgspec.structs.replace(request, adapter_hash=now.content_hash)
 
 
 def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolPlan | None) -> Thinking | None:

@@ -1,0 +1,82 @@
+"""Jobs between the routes and the engine: adapters that leave while a request waits, and long texts."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from tiny_models import make_tiny_model
+
+from specserve.api_types import ChatRequest, Message
+from specserve.config import ServeConfig
+from specserve.errors import UserError
+from specserve.generation import Generator
+from specserve.messages import AdapterInfo, Delta, EngineInfo
+from specserve.metrics import Metrics
+from specserve.tokenizer import TextTokenizer
+
+INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2])
+
+
+class Store:
+    """One adapter that brings a chat template."""
+
+    def __init__(self):
+        self.info = AdapterInfo("weights", 1, 1, [], 1, "one template")
+
+    async def resolve(self, name):
+        return self.info
+
+    async def resolve_with_texts(self, name, known):
+        return self.info, None if self.info.text_hash in known else {"chat_template.jinja": b"Hi"}
+
+    def forget(self, name, content_hash):
+        pass
+
+
+class Engine:
+    """Has let go of each adapter that it is asked for the first time; `meanwhile` happens then."""
+
+    info = INFO
+
+    def __init__(self):
+        self.asked = []
+        self.meanwhile = lambda: None
+
+    async def generate(self, request):
+        self.asked.append(request.adapter_hash)
+        if len(self.asked) == 1:
+            self.meanwhile()
+            raise UserError("not loaded", code="adapter_not_resident", status=409)
+        yield Delta(request.request_id, [7], "seven", finish_reason="stop")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return TextTokenizer(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def generator(tokenizer):
+    return Generator(ServeConfig(), Engine(), Store(), tokenizer, "base", Metrics())
+
+
+async def answer(generator):
+    job = await generator.prepare(ChatRequest(model="a", messages=[Message(role="user", content="Hi")]))
+    return [delta.text async for _, delta in generator.run(job)]
+
+
+async def test_a_request_goes_on_with_its_adapter_though_the_tokenizer_was_given_up_meanwhile(generator):
+    generator.engine.meanwhile = generator._adapter_tokenizers.clear
+    assert await answer(generator) == ["seven"] and generator.engine.asked == ["weights", "weights"]
+    await generator.close()
+
+
+async def test_a_prompt_of_another_chat_template_is_not_run(generator):
+    def edit():
+        generator.store.info = msgspec.structs.replace(generator.store.info, text_hash="another template")
+
+    generator.engine.meanwhile = edit
+    with pytest.raises(UserError, match="another chat template") as refused:
+        await answer(generator)
+    assert refused.value.code == "adapter_changed" and generator.engine.asked == ["weights"]
+    await generator.close()
