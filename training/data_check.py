@@ -18,7 +18,7 @@ from ..model.config import ModelConfig
 from ..model_store import resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
-from .dataset import Example, RowEncoder
+from .dataset import Example, RowEncoder, shared_prompts
 from .preflight import settled
 from .rows import parse_row, row_texts
 from .run_config import RunConfig
@@ -53,7 +53,6 @@ def check_data(train: Sequence[Example], held_out: Sequence[Example], max_len: i
         if key in first:
             duplicates.append((example.line, first[key]))
         first.setdefault(key, example.line)
-    prompts = {tuple(example.prompt): example.line for example in held_out}
     return DataReport(
         num_rows=len({example.line for example in train}),
         num_tokens=sum(len(example.tokens) for example in train),
@@ -62,7 +61,7 @@ def check_data(train: Sequence[Example], held_out: Sequence[Example], max_len: i
         completion_lens=[len(example.completion) for example in train],
         too_long=list(dict.fromkeys(example.line for example in train if len(example.tokens) > max_len)),
         duplicates=duplicates,
-        overlap=[(e.line, prompts[tuple(e.prompt)]) for e in train if tuple(e.prompt) in prompts],
+        overlap=shared_prompts(train, held_out),
     )
 
 

@@ -16,7 +16,7 @@ from ..tokenizer import TextTokenizer
 from .chat_turns import Answer, TurnEncoder
 from .rows import Row, read_rows
 
-__all__ = ["Example", "Row", "RowEncoder", "read_rows", "tokenize"]
+__all__ = ["Example", "Row", "RowEncoder", "read_rows", "shared_prompts", "tokenize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,12 @@ class RowEncoder:
             mask = mask + [False] * (len(turn.prompt) - len(tokens)) + [True] * len(turn.answer)
             tokens = turn.prompt + turn.answer
         yield Example(tokens, mask, row.line)
+
+
+def shared_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[int, int]]:
+    """(line of a training row, line of a held-out row with the same prompt)."""
+    lines = {tuple(example.prompt): example.line for example in held_out}
+    return [(e.line, lines[tuple(e.prompt)]) for e in train if tuple(e.prompt) in lines]
 
 
 def tokenize(

@@ -23,8 +23,9 @@ from .dataset import Example
 from .evaluate import SINGLE_ROWS
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
-from .lora_model import LoraModel
+from .lora_model import LoraModel, arithmetic
 from .preflight import Prepared
+from .run import CALIBRATION_ROWS
 from .run_config import RunConfig
 from .trainer import Trainer
 
@@ -32,7 +33,6 @@ _SAMPLE_TOKENS = 1024  # of what is trained on for the measurement
 _FIT_EPOCHS = 2
 _ANSWER_TOKENS = 12
 _DRAFT_RATIO = 2.0
-_NUM_RECORDED = 16  # answers for the record of acceptance
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,8 @@ class Phase:
 def estimate_phases(prepared: Prepared) -> list[Phase]:
     """The phases of a run in order, each with the seconds that it should take."""
     config, examples = prepared.config, prepared.examples
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    device = _device()
+    dtype = arithmetic(config.dtype, device)
     model = LoraModel(prepared.model_dir, config.lora, dtype, device, config.head.tap_layer)
     sample = _sample(examples)
     phases, after = [], []
@@ -137,7 +136,7 @@ def _answer_phases(prepared: Prepared, adapter: Path, sample: Sequence[Example])
         return prefill + min(answer_len, most) * token / ratio
 
     if config.head.enabled:
-        num_answers = min(config.distill.rows, len(prepared.examples)) + min(_NUM_RECORDED, len(prepared.examples))
+        num_answers = min(config.distill.rows, len(prepared.examples)) + min(CALIBRATION_ROWS, len(prepared.examples))
         yield Phase(
             f"{num_answers} answers to training prompts", num_answers * each(8, config.distill.max_tokens, _DRAFT_RATIO)
         )
@@ -162,6 +161,10 @@ def _padded(examples: Sequence[Example]) -> int:
     return len(examples) * max(len(example.tokens) for example in examples)
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
 
@@ -170,8 +173,7 @@ def _memory(prepared: Prepared) -> tuple[float, float]:
     """Bytes at the peak of training, and parameters of the LoRA."""
     config = prepared.config
     model = ModelConfig.from_dir(prepared.model_dir)
-    on_gpu = torch.cuda.is_available()
-    bytes_each = 2 if config.dtype == "bf16" or (config.dtype == "auto" and on_gpu) else 4
+    bytes_each = arithmetic(config.dtype, _device()).itemsize
     per_layer = model.hidden_size * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     per_layer += 3 * model.hidden_size * model.intermediate_size
     linears, head = per_layer * model.num_layers, model.hidden_size * model.vocab_size

@@ -21,6 +21,12 @@ from .run_config import LoraConfig
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def arithmetic(setting: str, device: torch.device) -> torch.dtype:
+    """What the setting `dtype` means on `device`."""
+    is_bf16 = setting == "bf16" or (setting == "auto" and device.type == "cuda")
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
 @dataclass(frozen=True, slots=True)
 class Hidden:
     """Hidden states of the rows whose next token carries loss, example by example."""

@@ -20,7 +20,7 @@ from ..served_base import ServedBase
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
 from .batching import default_epochs, plan_run
-from .dataset import Example, read_rows, tokenize
+from .dataset import Example, read_rows, shared_prompts, tokenize
 from .run_config import RunConfig
 from .run_file import check_ready
 
@@ -122,8 +122,7 @@ def _check_held_out(held_out: Sequence[Example], file: str, model: ModelConfig) 
 
 
 def _overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
-    lines = {tuple(example.prompt): example.line for example in held_out}
-    found = [(e.line, lines[tuple(e.prompt)]) for e in train if tuple(e.prompt) in lines]
+    found = shared_prompts(train, held_out)
     if not found:
         return []
     shown = ", ".join(f"line {a} is held-out line {b}" for a, b in found[:_SHOWN])

@@ -34,7 +34,7 @@ from .evaluate import evaluate_directory
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_files import LORA_FILES, check_finite, copy_files
-from .lora_model import LoraModel
+from .lora_model import LoraModel, arithmetic
 from .preflight import Prepared, prepare
 from .processes import first_process
 from .run_config import RunConfig
@@ -43,7 +43,7 @@ from .run_identity import check_same_run, check_same_settings, run_identity
 from .trainer import Trainer
 from .verdict import steps_warning
 
-_CALIBRATION_ROWS = 16
+CALIBRATION_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,13 @@ def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, is_fir
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    use_bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    dtype = arithmetic(config.dtype, device)
     identity = run_identity(
         config,
         prepared.model_dir,
         examples,
         prepared.plan,
-        uses_bf16=use_bf16,
+        uses_bf16=dtype == torch.bfloat16,
         num_processes=dist.get_world_size() if dist.is_initialized() else 1,
     )
     checkpoint = output / CHECKPOINT_FILE
@@ -120,7 +120,6 @@ def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, is_fir
         for warning in prepared.warnings:
             tqdm.write(f"warning: {warning}")
     torch.manual_seed(config.seed)  # before the LoRA's random half is drawn
-    dtype = torch.bfloat16 if use_bf16 else torch.float32
     model = LoraModel(prepared.model_dir, config.lora, dtype, device, config.head.tap_layer)
     head = None
     if config.head.enabled:
@@ -250,9 +249,9 @@ def _write_history(config: RunConfig, output: Path, examples: Sequence[Example],
 def _calibration_rows(config: RunConfig, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """Rows that neither the head's last fit nor the history sees, and the others; too few rows are used for both."""
     num_spare = len(examples) - config.distill.rows
-    if num_spare < 2 * _CALIBRATION_ROWS:
-        return list(examples[-_CALIBRATION_ROWS:]), list(examples)
-    return list(examples[-_CALIBRATION_ROWS:]), list(examples[:-_CALIBRATION_ROWS])
+    if num_spare < 2 * CALIBRATION_ROWS:
+        return list(examples[-CALIBRATION_ROWS:]), list(examples)
+    return list(examples[-CALIBRATION_ROWS:]), list(examples[:-CALIBRATION_ROWS])
 
 
 def _calibrate(
