@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -89,12 +90,14 @@ class Generator:
         self.model_name = model_name
         self.metrics = metrics
         self.templates = TemplateRenderer()
-        self._long_texts = asyncio.Lock()
+        # One thread, not a lock: a reader goes on when its client leaves, and the next one must wait for that too.
+        self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long text")
         self._adapter_tokenizers: OrderedDict[str, TextTokenizer] = OrderedDict()  # by text hash, latest use last
         chosen = choose_format(tokenizer.chat_template, config.tool_format)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
 
     async def close(self, _: object = None) -> None:
+        self._long_texts.shutdown(wait=False, cancel_futures=True)
         await self.templates.close()
 
     def adapter_name(self, model: str | None, adapter_id: str | None) -> str | None:
@@ -129,8 +132,7 @@ class Generator:
         """`read(*args)` on a thread; long texts one after the other: each takes 60 times its size while it is read."""
         if num_chars <= LONG_TEXT:
             return await asyncio.to_thread(read, *args)
-        async with self._long_texts:
-            return await asyncio.to_thread(read, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._long_texts, read, *args)
 
     async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
         """Check and tokenise a request. Raises `UserError`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import msgspec
 import pytest
 from tiny_models import make_tiny_model
@@ -12,7 +15,7 @@ from specserve.errors import UserError
 from specserve.generation import Generator
 from specserve.messages import AdapterInfo, Delta, EngineInfo
 from specserve.metrics import Metrics
-from specserve.tokenizer import TextTokenizer
+from specserve.tokenizer import LONG_TEXT, TextTokenizer
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2])
 
@@ -79,4 +82,25 @@ async def test_a_prompt_of_another_chat_template_is_not_run(generator):
     with pytest.raises(UserError, match="another chat template") as refused:
         await answer(generator)
     assert refused.value.code == "adapter_changed" and generator.engine.asked == ["weights"]
+    await generator.close()
+
+
+async def test_long_texts_are_read_one_at_a_time_also_when_clients_leave(generator):
+    num_reading, go_on, most = 0, threading.Event(), []
+
+    def read():
+        nonlocal num_reading
+        num_reading += 1
+        most.append(num_reading)
+        go_on.wait(10)
+        num_reading -= 1
+
+    readers = [asyncio.create_task(generator.off_loop(LONG_TEXT + 1, read)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    for reader in readers[:2]:
+        reader.cancel()
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await readers[2]
+    assert most == [1, 1]  # the second had not begun
     await generator.close()
