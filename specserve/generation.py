@@ -283,6 +283,9 @@ class Generator:
                 status=504,
                 code="timeout",
             ) from None
+        except Exception:
+            line.failed("internal_error")
+            raise
         finally:
             for task in tasks:
                 task.cancel()

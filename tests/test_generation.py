@@ -104,3 +104,14 @@ async def test_long_texts_are_read_one_at_a_time_also_when_clients_leave(generat
     await readers[2]
     assert most == [1, 1]  # the second had not begun
     await generator.close()
+
+
+async def test_the_line_of_a_request_that_we_failed_does_not_blame_the_client(generator, caplog):
+    def fail():
+        raise RuntimeError("a bug")
+
+    generator.engine.meanwhile = fail
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="a bug"):
+        await answer(generator)
+    assert any("internal_error" in record.getMessage() for record in caplog.records)
+    await generator.close()
