@@ -88,8 +88,8 @@ class _Connection(RequestHandler):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is being answered, and nobody has closed it yet."""
-        return self._current_request is None and self.transport is not None
+        """Whether it waits for a request: none has come that is not answered in full, and nobody has closed it yet."""
+        return self._waiter is not None and not self._waiter.done() and self.transport is not None
 
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -1,5 +1,6 @@
 """Connections and standard error that run out: idle peers, peers that speak no HTTP, a log that nobody takes."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -7,11 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import requests
+from aiohttp import web
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
+
+from specserve.connections import Connections, _Refusal
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,27 @@ def test_idle_connections_over_the_hard_limit_make_room_and_a_line_of_log(server
         assert server.complete()["text"]
     assert sum("connections are open" in line for line in server.log[before:]) == 1
     assert len(server.log) - before < 5, server.log[before:]
+
+
+async def test_a_connection_whose_request_has_just_come_is_not_idle():
+    ended = asyncio.Event()
+
+    async def handle(request):
+        await ended.wait()
+        return web.Response()
+
+    connections = Connections(web.Server(handle), num_handles=2)  # one connection
+    first = connections._protocol()
+    first.connection_made(Mock(spec=asyncio.Transport, is_closing=lambda: False))
+    await asyncio.sleep(0.01)
+    assert first.is_idle
+    first.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    for num_steps in range(8):  # from the bytes to the handler
+        assert not first.is_idle and isinstance(connections._protocol(), _Refusal), num_steps
+        await asyncio.sleep(0)
+    ended.set()
+    await asyncio.sleep(0.01)
+    assert first.is_idle and not isinstance(connections._protocol(), _Refusal) and not first.is_idle
 
 
 def test_malformed_http_is_answered_in_json_and_a_line_of_log(server):
