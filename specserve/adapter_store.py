@@ -94,7 +94,7 @@ class AdapterStore:
 
     async def resolve_with_texts(self, name: str, known: Container[str]) -> tuple[AdapterInfo, dict[str, bytes] | None]:
         """As `resolve`, with the template and tokenizer files of that moment; None where `known` has their hash."""
-        while True:
+        for _ in range(MAX_LOADS):
             info = await self.resolve(name)
             if info.text_hash is None or info.text_hash in known:
                 return info, None
@@ -102,7 +102,8 @@ class AdapterStore:
                 text_hash, files = await asyncio.to_thread(read_texts, self.path(name), name)
                 if text_hash == info.text_hash:
                     return info, files
-            # Then they changed since they were loaded: `resolve` sees that, and gives up in the end.
+            # Then they changed since they were loaded, which `resolve` sees.
+        raise changing(name)
 
     def forget(self, name: str, content_hash: str | None) -> None:
         """The engine no longer holds `content_hash`, which `name` meant; the next request loads it again."""

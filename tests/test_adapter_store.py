@@ -326,6 +326,14 @@ async def test_an_edited_chat_template_and_equal_weights_with_another_one(store,
     assert (await store.resolve_with_texts("a", {info.text_hash}))[1] is None
 
 
+async def test_texts_that_are_never_those_that_were_loaded_are_refused_in_the_end(store, root, monkeypatch):
+    make(root / "a", "one")
+    (root / "a" / "chat_template.jinja").write_text("one")
+    monkeypatch.setattr(adapter_store, "read_texts", lambda directory, name: ("another", {}))  # its times do not tell
+    with pytest.raises(adapter_files.ChangingError):
+        await asyncio.wait_for(store.resolve_with_texts("a", ()), 10)
+
+
 async def test_an_adapter_that_the_engine_let_go_is_loaded_again_unless_that_is_old_news(store, engine, root):
     make(root / "a", "one")
     info = await store.resolve("a")
