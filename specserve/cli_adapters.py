@@ -1,7 +1,7 @@
 """`specserve adapters`: what LoRA directories hold and what is wrong with them.
 
-Without a base model only headers are read: which modules, which ranks, whether the files fit each other. With one, the
-engine's own reader decides, so that what passes here is what the server loads.
+Without a base model the configuration is checked, and of the tensors only names and shapes: which modules, which ranks.
+With one, the engine's own reader decides, so that what passes here is what the server loads.
 """
 
 import re

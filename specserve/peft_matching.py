@@ -130,9 +130,8 @@ def main() -> None:
 
     request = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    signal.setitimer(
-        signal.ITIMER_VIRTUAL, request["cpu_s"]
-    )  # the signal ends the process, in the midst of a match too
+    # The signal ends the process, in the midst of a match too.
+    signal.setitimer(signal.ITIMER_VIRTUAL, request["cpu_s"])
 
     def note(field: str, pattern: str) -> None:
         print(json.dumps({"field": field, "pattern": pattern}), flush=True)
