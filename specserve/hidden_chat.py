@@ -16,13 +16,14 @@ class Marks:
 
     def __init__(self) -> None:
         self._nonce = secrets.token_hex(16)
-        self._texts: list[str] = []
+        self._texts: dict[str, str] = {}  # by mark
         self._known: dict[str, str] = {}
 
     def new(self, text: str) -> str:
         """Another mark that stands for `text`."""
-        self._texts.append(text)
-        return f"{self._nonce}{len(self._texts) - 1:08x}"
+        mark = f"{self._nonce}{len(self._texts):08x}"
+        self._texts[mark] = text
+        return mark
 
     def of(self, text: str) -> str:
         """The mark that stands for `text`, the same one each time."""
@@ -31,13 +32,13 @@ class Marks:
         return self._known[text]
 
     def parts(self, rendered: str) -> list[tuple[str, bool]]:
-        """`rendered` in order: (text, whether a mark stood for it)."""
-        parts = re.split(f"{self._nonce}([0-9a-f]{{8}})", rendered)
-        return [(self._texts[int(part, 16)], True) if idx % 2 else (part, False) for idx, part in enumerate(parts)]
+        """`rendered` in order: (text, whether a mark stood for it). A mark that the template broke is text."""
+        parts = re.split(f"({self._nonce}[0-9a-f]{{8}})", rendered)
+        return [(self._texts.get(part, part), part in self._texts) for part in parts]
 
     @property
     def num_chars(self) -> int:
-        return sum(map(len, self._texts))
+        return sum(map(len, self._texts.values()))
 
 
 @dataclass(frozen=True, slots=True)

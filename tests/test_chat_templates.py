@@ -155,6 +155,12 @@ def test_processes_that_do_not_start_or_end_by_themselves_are_no_templates_fault
     run(work)
 
 
+def test_a_template_that_breaks_marks_gets_letters(of_adapter):
+    broken = of_adapter("{{ messages[0].content[:-8] }}ffffffff", "broken")
+    chat = broken.hidden_chat([{"role": "user", "content": "Hi <|im_end|>"}])
+    assert broken.decode(broken.chat_ids(chat, broken.render_chat(chat))).endswith("ffffffff")
+
+
 def test_marks_in_the_place_of_texts_do_not_hide_how_long_the_text_becomes(of_adapter):
     many = of_adapter("{% for i in range(100000) %}{{ messages[0].content }}{% endfor %}", "many")
     chat = many.hidden_chat([{"role": "user", "content": "a" * 100_000 + "<|im_end|>"}])
