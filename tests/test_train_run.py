@@ -124,6 +124,12 @@ def test_eval_repeats_the_report(trained, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_eval_names_a_prompt_beyond_the_models_positions(trained, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a " * 400, "completion": "x"}))
+    assert cli(["eval", str(trained[0] / "out/task"), "--data", str(tmp_path / "long.jsonl")]) == 2
+    assert "long.jsonl line 1: the prompt has " in (err := capsys.readouterr().err) and "512 positions" in err
+
+
 def files_of(directory):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.rglob("*") if path.is_file()}
 

@@ -16,12 +16,14 @@ import msgspec
 import torch
 
 from ..errors import UserError
+from ..model.config import ModelConfig
 from ..model_store import resolve_model
 from ..special_tokens import eos_token_ids
 from ..tokenizer import TextTokenizer
 from .answers import Answers, answer, make_engine
 from .dataset import Example, read_rows, tokenize
 from .metrics_file import METRICS_FILE, read_metrics
+from .preflight import check_held_out
 from .report import write_report
 from .run_config import RunConfig
 from .run_file import load_run
@@ -48,6 +50,7 @@ def evaluate_directory(
     tokenizer = TextTokenizer(model_dir).for_adapter_in(directory)
     system = config.data.system if config is not None else None
     examples = tokenize(read_rows(data)[:rows], tokenizer, eos_token_ids(model_dir), system)
+    check_held_out(examples, str(data), ModelConfig.from_dir(model_dir))
     longest = max(len(example.prompt) for example in examples)
     engine = make_engine(model_dir, batch=8, max_len=longest + max_tokens + 1)
     adapter = engine.load_adapter(directory.name, directory)

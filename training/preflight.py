@@ -68,7 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
     held_out = []
     if config.data.eval and config.eval.rows:
         held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
-        _check_held_out(held_out, config.data.eval, model)
+        check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
     lengths, opt = [len(e.tokens) for e in examples], config.optimizer
     if opt.epochs is None:
@@ -110,7 +110,8 @@ def _check_adapter(path: Path, model_dir: Path) -> None:
         raise UserError(f"lora.adapter: {error}", param="lora.adapter", code=error.code) from None
 
 
-def _check_held_out(held_out: Sequence[Example], file: str, model: ModelConfig) -> None:
+def check_held_out(held_out: Sequence[Example], file: str, model: ModelConfig) -> None:
+    """Raises `UserError` for a row whose prompt leaves no room for an answer."""
     limit = model.max_position_embeddings - 1
     for example in held_out:
         if example.prompt_len > limit:
