@@ -48,6 +48,8 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+        if self._board is not None:
+            self._board.close()  # it keeps the last minutes in memory
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

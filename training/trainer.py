@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,7 +86,7 @@ class Trainer:
             dynamic_ncols=True,
         )
         metrics = MetricsFile(self.directory, self.step) if self._rank == 0 else None
-        with stop_on_signal() as stopped:
+        with stop_on_signal() as stopped, closing(metrics) if metrics is not None else nullcontext():
             while self.step < end:
                 start = time.perf_counter()
                 values = self.train_step()
@@ -102,8 +103,6 @@ class Trainer:
                     progress.close()
                     self._stop()
         progress.close()
-        if metrics is not None:
-            metrics.close()
         loss = self._loss_now()
         if not self._is_good_now(loss):
             raise self._gone_wrong(
