@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .drafters.head_file_names import CONFIG_FILE as HEAD_CONFIG_FILE
 from .drafters.head_file_names import LOOKAHEAD_FILES
-from .errors import AdapterError
+from .errors import AdapterError, OverloadedError, UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,6 +38,7 @@ MAX_FILE_BYTES = dict.fromkeys((*LOOKAHEAD_FILES, *TEXT_FILES), 256 << 20) | dic
     (CONFIG_FILE, HEAD_CONFIG_FILE), MAX_CONFIG_BYTES
 )
 
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # handles or memory are out
 NUM_ATTEMPTS = 4
 PAUSE_S = 0.25  # between attempts
 _CHUNK = 4 << 20
@@ -214,7 +215,14 @@ def _kind(mode: int) -> str:
     return "a named pipe" if stat.S_ISFIFO(mode) else "a device"
 
 
-def _unreadable(adapter: str, file: str, error: OSError) -> AdapterError:
+def exhausted(adapter: str, error: OSError) -> OverloadedError:
+    """What is wrong with this process and not with the adapter."""
+    return OverloadedError(f"adapter {adapter!r} cannot be read now: {error.strerror}; retry shortly", status=503)
+
+
+def _unreadable(adapter: str, file: str, error: OSError) -> UserError:
+    if error.errno in EXHAUSTED:
+        return exhausted(adapter, error)
     is_loop = error.errno == errno.ELOOP
     reason = "is a link that leads back to itself" if is_loop else f"is not readable: {error.strerror}"
     return AdapterError(f"adapter {adapter!r}: {file} {reason}")

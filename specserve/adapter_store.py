@@ -11,26 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Container, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .adapter_files import CONFIG_FILE, ChangingError, Stamp, age_s, changing, read_texts, stamp_of
+from .adapter_files import ChangingError, Stamp, age_s, changing, read_texts, stamp_of
+from .adapter_paths import HUB_NAME, AdapterPaths, check_name, is_one_directory, unknown
 from .engine_client import EngineClient
 from .errors import EngineDeadError, UserError
 from .messages import AdapterInfo
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}")
-HUB_NAME = re.compile(rf"{NAME.pattern}(/{NAME.pattern})+")
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
 # That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
 MAX_CHANGES = 30
 MAX_LOADS = 4  # that a request sees overtaken by changes
-MAX_WARNINGS = 1024  # folder names that are remembered as warned of
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +46,13 @@ class AdapterStore:
 
     def __init__(self, engine: EngineClient, adapters_dir: str | None, base_name: str):
         self._engine = engine
-        self._root = Path(adapters_dir).resolve() if adapters_dir else None
+        self._paths = AdapterPaths(adapters_dir, base_name)
         self._base_name = base_name
         self._registered: dict[str, Path] = {}
         self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
         self._loaded: dict[str, _Loaded] = {}
         self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
         self._claims: dict[str, tuple[Path, object]] = {}  # names that a load will give to a directory
-        self._warned: set[str] = set()
 
     def names(self) -> list[str]:
         """Every name that can be asked for now."""
@@ -70,7 +65,7 @@ class AdapterStore:
         """The directory of a known name; raises 404 otherwise."""
         directory = self._directory(name)
         if directory is None:
-            raise _unknown(name)
+            raise unknown(name)
         return directory
 
     async def resolve(self, name: str) -> AdapterInfo:
@@ -119,9 +114,9 @@ class AdapterStore:
         check_name(name, "lora_name")
         if name == self._base_name:
             raise UserError(f"{name!r} is the base model's name; choose another", param="lora_name", status=409)
-        directory = await asyncio.to_thread(self._local_directory, path)
+        directory = await asyncio.to_thread(self._paths.given, name, path)
         known = self._directory(name) or self._claims.get(name, (None, None))[0]
-        if known is not None and known != directory and not replace:
+        if known is not None and not replace and not is_one_directory(known, directory):
             raise UserError(
                 f"the name {name!r} is taken by another adapter; unload it first, or replace it with load_inplace=true",
                 param="lora_name",
@@ -215,93 +210,23 @@ class AdapterStore:
 
     def _look_up(self, name: str) -> tuple[Path, Stamp]:
         directory = self.path(name)
+        if name in self._registered and not self._paths.is_usable(directory, name):
+            raise unknown(name)
         stamp = stamp_of(directory)
         if not stamp and not directory.is_dir():
-            raise _unknown(name)
+            raise unknown(name)
         return directory, stamp
-
-    def _folders(self) -> list[str]:
-        """Names of `adapters_dir`; those that cannot be used are warned of, once."""
-        if self._root is None:
-            return []
-        try:
-            entries = list(self._root.iterdir())
-        except OSError:  # the whole folder has gone
-            return []
-        found = [entry.name for entry in entries if _has_config(entry)]
-        names = []
-        for name in found:
-            if name.startswith("."):
-                continue
-            if problem := self._problem(name):
-                if name not in self._warned and len(self._warned) < MAX_WARNINGS:
-                    self._warned.add(name)
-                    logger.warning("the folder %r in %s is not served: %s", name, self._root, problem)
-            elif name not in self._unloaded:
-                names.append(name)
-        return names
-
-    def _problem(self, name: str) -> str | None:
-        if name == self._base_name:
-            return "that is the base model's name; rename the folder"
-        if not NAME.fullmatch(name) or ".." in name:
-            return "a name has letters, digits, '.', '-' and '_' only (at most 128); rename the folder"
-        return None
 
     def _directory(self, name: str) -> Path | None:
         if len(name) <= 256 and HUB_NAME.fullmatch(name) and ".." not in name:
-            raise _unknown(name)  # a hub id is a good name of something that is not here; it is no path either
+            raise unknown(name)  # a hub id is a good name of something that is not here; it is no path either
         check_name(name, "model")
         if name in self._registered:
             return self._registered[name]
-        if self._root is None or name in self._unloaded or name == self._base_name:
-            return None
-        entry = self._root / name
-        try:
-            if not entry.is_dir():
-                return None
-            self._check_inside(entry, name)
-        except FileNotFoundError:
-            return None
-        except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's word for a link that leads back to itself
-            raise _unusable(f"adapter {name!r} is not readable: {error}") from None
-        return entry
+        return None if name in self._unloaded else self._paths.folder(name)
 
-    def _check_inside(self, directory: Path, name: str) -> None:
-        """Refuse an adapter whose folder or files are links that leave the adapters folder."""
-        assert self._root is not None
-        for path in (directory, *directory.iterdir()):
-            if not path.resolve().is_relative_to(self._root):
-                raise UserError(
-                    f"adapter {name!r}: {path.name} is a link that leaves the adapters folder",
-                    param="model",
-                    status=403,
-                )
-
-    def _local_directory(self, path: str) -> Path:
-        if "\0" in path or "://" in path or len(path) > 4096:
-            raise UserError("lora_path must be a local directory, not an address", param="lora_path")
-        directory = Path(path)
-        if not directory.is_absolute() and self._root is not None:
-            directory = self._root / directory
-        try:
-            directory = directory.resolve()
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"lora_path {path!r} is not readable: {error}", param="lora_path") from None
-        if self._root is not None and not directory.is_relative_to(self._root):
-            raise UserError(
-                f"lora_path {path!r} lies outside the adapters folder; move it there", param="lora_path", status=403
-            )
-        if not directory.is_dir():
-            raise UserError(f"lora_path {path!r} is not a directory on the server", param="lora_path")
-        return directory
-
-
-def _has_config(directory: Path) -> bool:
-    try:
-        return (directory / CONFIG_FILE).exists()
-    except OSError:  # not ours to look into, which whoever asks for it is told
-        return True
+    def _folders(self) -> list[str]:
+        return [name for name in self._paths.folders() if name not in self._unloaded]
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -309,27 +234,3 @@ def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     task = asyncio.create_task(work)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return task
-
-
-def _unknown(name: str) -> UserError:
-    return UserError(
-        f"model {name[:128]!r} does not exist; GET /v1/models lists the base model and its adapters",
-        param="model",
-        code="model_not_found",
-        status=404,
-    )
-
-
-def _unusable(message: str) -> UserError:
-    return UserError(message, param="model", code="invalid_adapter")
-
-
-def check_name(name: str, param: str) -> None:
-    """Names reach the file system, logs and metrics: letters, digits, dot, dash and underscore only."""
-    if not NAME.fullmatch(name) or ".." in name:
-        shown = name[:64].encode("unicode_escape").decode()
-        raise UserError(
-            f"{param} '{shown}' is not a valid name; use letters, digits, '.', '-' and '_' (at most 128)",
-            param=param,
-            code="invalid_model_name",
-        )

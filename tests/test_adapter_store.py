@@ -341,3 +341,46 @@ async def test_an_adapter_that_the_engine_let_go_is_loaded_again_unless_that_is_
     assert await store.resolve("a") == info and engine.num_loads == 1
     store.forget("a", info.content_hash)
     assert await store.resolve("a") == info and engine.num_loads == 2
+
+
+async def test_a_link_that_is_switched_means_the_new_content_by_whatever_name(store, root):
+    def switch(version):
+        (root / "link.new").symlink_to(f".store/{version}")
+        os.replace(root / "link.new", root / "link")
+
+    (root / ".store").mkdir()
+    hashes = {version: content_hash(make(root / ".store" / version, version)) for version in ("one", "two")}
+    switch("one")
+    await store.register("link", "link")  # its own name: it is what the name means already
+    await store.register("other", str(root / "link"))
+    for version in ("two", "one"):
+        switch(version)
+        assert [(await store.resolve(name)).content_hash for name in ("link", "other")] == [hashes[version]] * 2
+        await store.register("other", "link")
+
+
+async def test_files_of_a_registered_adapter_that_are_links_out_of_the_folder(store, root, tmp_path):
+    secret = make(tmp_path / "elsewhere", "secret")
+    make(root / "a", "one")
+    await store.register("fresh", "a")
+    (root / "a" / WEIGHTS_FILE).unlink()
+    (root / "a" / WEIGHTS_FILE).symlink_to(secret / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="leaves the adapters folder"):
+        await store.resolve("fresh")
+    with pytest.raises(UserError, match="leaves the adapters folder"):
+        await store.register("another", "a")
+    shutil.rmtree(root / "a")
+    await store.unregister("fresh")  # a name whose directory has gone can be taken away
+
+
+async def test_a_process_that_is_out_of_handles_does_not_blame_the_adapter(store, root, monkeypatch):
+    def out_of_handles(*args, **options):
+        raise OSError(24, "Too many open files")
+
+    make(root / "a", "one")
+    for where, name in ((os, "open"), (Path, "iterdir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, out_of_handles)
+            with pytest.raises(UserError, match="Too many open files") as failed:
+                await store.resolve("a")
+        assert (failed.value.status, failed.value.code) == (503, "overloaded")
