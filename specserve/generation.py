@@ -25,7 +25,7 @@ from .adapter_store import AdapterStore
 from .api_types import ChatRequest, CompletionRequest, GenerationFields, TokenizeRequest
 from .config import ServeConfig
 from .engine_client import EngineClient
-from .errors import UserError
+from .errors import OverloadedError, UserError
 from .messages import AdapterInfo, Delta, GenerateRequest, Usage
 from .metrics import Metrics
 from .reasoning import THINK, THINK_END, Thinking, may_think
@@ -323,8 +323,14 @@ class Generator:
                         yield delta
                 return
             except UserError as error:
-                if error.code != "adapter_not_resident" or adapter is None or attempt == MAX_RELOADS:
+                if error.code != "adapter_not_resident" or adapter is None:
                     raise
+                if attempt == MAX_RELOADS:
+                    raise OverloadedError(
+                        f"adapter {adapter!r} had to make room for others {attempt + 1} times before this request ran; "
+                        "retry later or raise --max-adapters",
+                        status=503,
+                    ) from None
             self.store.forget(adapter, request.adapter_hash)
             now = await self.store.resolve(adapter)
             if prompted is not None and now.text_hash != prompted.text_hash:

@@ -37,17 +37,18 @@ class Store:
 
 
 class Engine:
-    """Has let go of each adapter that it is asked for the first time; `meanwhile` happens then."""
+    """Has let go of the adapter the first `num_refusals` times that it is asked for; `meanwhile` happens then."""
 
     info = INFO
 
     def __init__(self):
         self.asked = []
+        self.num_refusals = 1
         self.meanwhile = lambda: None
 
     async def generate(self, request):
         self.asked.append(request.adapter_hash)
-        if len(self.asked) == 1:
+        if len(self.asked) <= self.num_refusals:
             self.meanwhile()
             raise UserError("not loaded", code="adapter_not_resident", status=409)
         yield Delta(request.request_id, [7], "seven", finish_reason="stop")
@@ -114,4 +115,12 @@ async def test_the_line_of_a_request_that_we_failed_does_not_blame_the_client(ge
     with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="a bug"):
         await answer(generator)
     assert any("internal_error" in record.getMessage() for record in caplog.records)
+    await generator.close()
+
+
+async def test_an_adapter_that_never_stays_for_its_request_is_an_overload(generator):
+    generator.engine.num_refusals = 1000
+    with pytest.raises(UserError, match="--max-adapters") as refused:
+        await answer(generator)
+    assert refused.value.status == 503 and refused.value.code == "overloaded"
     await generator.close()
