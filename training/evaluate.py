@@ -26,6 +26,7 @@ from .metrics_file import METRICS_FILE, read_metrics
 from .preflight import check_held_out
 from .report import write_report
 from .run_config import RunConfig
+from .run_directory import RUN_FILE
 from .run_file import load_run
 from .task_metrics import task_metrics
 from .verdict import steps_warning, warnings_of
@@ -38,7 +39,7 @@ def evaluate_directory(
 ) -> dict[str, Any]:
     """Evaluate the lookahead LoRA in `directory` on `data` (default: its run's held-out rows); returns the report."""
     directory = Path(directory)
-    run_file = directory / "run.yaml"
+    run_file = directory / RUN_FILE
     if not run_file.is_file() and data is None:
         raise UserError(f"{directory} has no run.yaml that names held-out rows; give --data FILE", param="data")
     config = load_run(run_file, [], {}) if run_file.is_file() else None

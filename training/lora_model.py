@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter_files import WEIGHTS_FILE
 from .dataset import Example
 from .run_config import LoraConfig
 
@@ -111,7 +112,7 @@ class LoraModel:
         # Only the LoRA, also of embeddings; by default peft looks on the hub for whether the vocabulary has grown.
         self.peft.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
-        path = directory / "adapter_model.safetensors"
+        path = directory / WEIGHTS_FILE
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
         save_file(tensors, path, metadata={"format": "pt"})
 

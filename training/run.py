@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ..adapter_files import TEXT_FILES
+from ..adapter_files import TEXT_FILES, WEIGHTS_FILE
 from ..drafters.head_file_names import CONFIG_FILE, HISTORY_FILE
 from ..drafters.head_files import FORMAT_VERSION, LookaheadConfig, file_hash, read_config, replace_file, write_head
 from ..drafters.task_history import TaskHistory
@@ -223,7 +223,7 @@ def _write(
         format_version=FORMAT_VERSION,
         base_hash=base_fingerprint(model_dir),
         tokenizer_hash=tokenizer_fingerprint(model_dir),
-        lora_hash=file_hash(output / "adapter_model.safetensors"),
+        lora_hash=file_hash(output / WEIGHTS_FILE),
         hidden_size=model.hidden_size,
         state_size=config.head.hidden_size,
         tap_layer=model.tap_layer,

@@ -19,6 +19,7 @@ from typing import Literal
 
 import safetensors
 
+from ..adapter_files import WEIGHTS_FILE
 from ..drafters.head_files import replace_file
 from ..errors import UserError
 from .checkpoint import CHECKPOINT_FILE
@@ -27,7 +28,6 @@ from .run_file import load_run, save_resolved
 
 RUN_FILE = "run.yaml"
 LOCK_FILE = "run.lock"
-_LORA_FILE = "adapter_model.safetensors"
 _LEAST_FREE_BYTES = 200 << 20
 _DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "too large a file"}
 
@@ -66,7 +66,7 @@ def state_of(path: Path) -> State:
             "empty it",
             param="output",
         )
-    has_result = _LORA_FILE in names and not names & {LOCK_FILE, CHECKPOINT_FILE}
+    has_result = WEIGHTS_FILE in names and not names & {LOCK_FILE, CHECKPOINT_FILE}
     return "finished" if has_result else "interrupted"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from ..adapter_files import CONFIG_FILE
 from ..errors import UserError
 from ..settings import strict_loader
 from .run_config import ALL_LINEAR, TARGETS, RunConfig
@@ -55,7 +56,7 @@ def check_ready(config: RunConfig) -> None:
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if file and not Path(file).is_file():
             raise UserError(f"{key}: there is no file {file}", param=key)
-    if config.lora.adapter and not (Path(config.lora.adapter) / "adapter_config.json").is_file():
+    if config.lora.adapter and not (Path(config.lora.adapter) / CONFIG_FILE).is_file():
         raise UserError(f"lora.adapter: {config.lora.adapter} is not a PEFT directory", param="lora.adapter")
 
 

@@ -228,8 +228,7 @@ class Trainer:
         if self.saved_step is None:
             raise Interrupted(f"stopped at step {self.step} of {len(self.plan)}; no checkpoint has been written")
         raise Interrupted(
-            f"stopped at step {self.step} of {len(self.plan)}; go on from step {self.saved_step} with --resume",
-            status=499,
+            f"stopped at step {self.step} of {len(self.plan)}; go on from step {self.saved_step} with --resume"
         )
 
     # -- several processes
