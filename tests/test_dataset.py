@@ -38,6 +38,13 @@ def test_all_formats_of_one_row_give_the_same_tokens(tokenizer, tmp_path):
     assert [example.line for example in examples] == [1, 2, 3, 4]
 
 
+def test_lines_behind_the_last_row_that_is_wanted_are_not_looked_at(tmp_path):
+    path = write(tmp_path, SAME[0], "", SAME[1], "{")
+    assert [row.line for row in read_rows(path, 2)] == [1, 3]
+    with pytest.raises(UserError, match="line 4"):
+        read_rows(path)
+
+
 def test_an_instruction_takes_its_input_along(tmp_path):
     rows = read_rows(write(tmp_path, {"instruction": "Add", "input": "1 2", "output": "3"}))
     assert rows[0].messages[0]["content"] == "Add\n\n1 2"

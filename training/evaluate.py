@@ -50,7 +50,7 @@ def evaluate_directory(
     model_dir = resolve_model(config.model if config is not None else "")
     tokenizer = TextTokenizer(model_dir).for_adapter_in(directory)
     system = config.data.system if config is not None else None
-    examples = tokenize(read_rows(data)[:rows], tokenizer, eos_token_ids(model_dir), system)
+    examples = tokenize(read_rows(data, rows), tokenizer, eos_token_ids(model_dir), system)
     check_held_out(examples, str(data), ModelConfig.from_dir(model_dir))
     longest = max(len(example.prompt) for example in examples)
     engine = make_engine(model_dir, batch=8, max_len=longest + max_tokens + 1)

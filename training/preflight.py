@@ -58,7 +58,7 @@ def prepare(config: RunConfig) -> Prepared:
         _check_adapter(Path(config.lora.adapter), model_dir)
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     eos = eos_token_ids(model_dir)
-    rows = read_rows(config.data.train)[: config.data.max_rows]
+    rows = read_rows(config.data.train, config.data.max_rows)
     examples = [e for e in tokenize(rows, tokenizer, eos, config.data.system) if len(e.tokens) <= max_len]
     if not examples:
         raise UserError(f"every row is longer than data.max_len ({max_len} tokens)", param="data.max_len")

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,12 +35,12 @@ class Row:
         return self.conversation.messages
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, max_rows: int | None = None) -> list[Row]:
     """Read a JSONL file of `messages`, `prompt`/`completion`, `conversations` or `instruction`/`output` rows.
 
-    Raises `UserError` that names the file, the line and the field.
+    Lines behind the first `max_rows` rows are not looked at. Raises `UserError` that names the file, the line and the field.
     """
-    rows = [parse_row(text, number, f"{path} line {number}") for number, text in row_texts(path)]
+    rows = [parse_row(text, number, f"{path} line {number}") for number, text in islice(row_texts(path), max_rows)]
     if not rows:
         raise UserError(f"{path} holds no rows", param="data")
     return rows
