@@ -38,7 +38,8 @@ class Row:
 def read_rows(path: str | Path, max_rows: int | None = None) -> list[Row]:
     """Read a JSONL file of `messages`, `prompt`/`completion`, `conversations` or `instruction`/`output` rows.
 
-    Lines behind the first `max_rows` rows are not looked at. Raises `UserError` that names the file, the line and the field.
+    Lines behind the first `max_rows` rows are not looked at. Raises `UserError` that names the file, the line and the
+    field.
     """
     rows = [parse_row(text, number, f"{path} line {number}") for number, text in islice(row_texts(path), max_rows)]
     if not rows:
