@@ -41,7 +41,7 @@ class ServerProcess:
                 self._ready.set()
         self._ready.set()
 
-    def wait_ready(self, timeout_s: float = 120) -> ServerProcess:
+    def wait_ready(self, timeout_s: float = 300) -> ServerProcess:
         assert self._ready.wait(timeout_s) and self.url, "".join(self.log)
         return self
 
@@ -109,11 +109,19 @@ class ServerProcess:
     def engine_pids(self) -> set[int]:
         """The engine processes among the server's children: one, but for a moment of a restart."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return {int(pid) for pid in children if "engine_process" in Path(f"/proc/{pid}/cmdline").read_text()}
+        return {int(pid) for pid in children if "engine_process" in _command_of(pid)}
 
     def engine_pid(self) -> int:
         (pid,) = self.engine_pids()
         return pid
+
+
+def _command_of(pid: str) -> str:
+    """Nothing for a process that has just gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def assert_error(response, status: int, *words: str, param: str | None = None) -> dict:
