@@ -1,8 +1,8 @@
 """Connections within what the process may open: raised limits, a bound, and peers that do not speak HTTP.
 
 Owns the sockets between `accept` and a request. When all places are taken, the longest idle connection makes room for a
-new one; when none is idle the new one gets a 503. Errors before there is a request are JSON as all others are, and one
-line of log, however many there are.
+new one; when none is idle, which a new one is not yet, it gets a 503. Errors before there is a request are JSON as all
+others are, and one line of log, however many there are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import select
 import socket
+import time
 from http import HTTPStatus
 from typing import Any
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MAX_HANDLES = 65_536  # enough for anyone, and few enough that what goes through all handles of a process stays quick
 RESERVED_HANDLES = 128  # adapters and models that are read, the engine's restart, logs
+ARRIVAL_S = 0.5  # in which a new connection's request may come, before it counts as idle
+REFUSAL_S = 1.0  # in which a refused peer may read why
 ACCEPTED_AT_ONCE = 16  # asyncio accepts so many before the first of them gets a protocol, and so a place
 
 
@@ -47,6 +51,8 @@ class Connections:
         self._server = server
         self._options = handler_options
         self._limit = max(num_handles - RESERVED_HANDLES, num_handles // 2)
+        self._max_refusals = (num_handles - self._limit) // 4
+        self._refusals: set[_Refusal] = set()
         self._full, self._malformed, self._accept = (Seldom(logger) for _ in range(3))
 
     async def listen(self, listener: socket.socket) -> asyncio.Server:
@@ -65,7 +71,7 @@ class Connections:
             )
             idle = next((item for item in connections if isinstance(item, _Connection) and item.is_idle), None)
             if idle is None:
-                return _Refusal()
+                return _Refusal(self._refusals, self._max_refusals)
             idle.force_close()
         loop = asyncio.get_running_loop()
         return _Connection(self._malformed, self._server, loop=loop, **self._options)
@@ -80,16 +86,22 @@ class Connections:
 class _Connection(RequestHandler):
     """aiohttp's connection with errors in this server's shape."""
 
-    __slots__ = ("_seldom",)
+    __slots__ = ("_seldom", "_since")
 
     def __init__(self, seldom: Seldom, manager: web.Server, **options: Any):
         super().__init__(manager, **options)
         self._seldom = seldom
+        self._since = time.monotonic()
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for a request: none has come that is not answered in full, and nobody has closed it yet."""
-        return self._waiter is not None and not self._waiter.done() and self.transport is not None
+        """Whether it waits for a request: none has come that is not answered in full, and nobody has closed it yet.
+
+        One that has only been opened is about to send its request, and one with unread bytes has sent it.
+        """
+        if self._waiter is None or self._waiter.done() or self.transport is None:
+            return False
+        return time.monotonic() - self._since >= ARRIVAL_S and not _has_unread(self.transport)
 
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -107,8 +119,22 @@ class _Connection(RequestHandler):
         return response
 
 
+def _has_unread(transport: asyncio.BaseTransport) -> bool:
+    poll = select.poll()  # takes no handle
+    poll.register(transport.get_extra_info("socket"), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class _Refusal(asyncio.Protocol):
-    """Says that there is no place, and closes."""
+    """Says that there is no place, and closes when the peer has, of whom `max_open` are waited for at a time.
+
+    A socket that is closed with bytes of its request unread resets the connection, and the peer never sees the answer.
+    """
+
+    def __init__(self, open_now: set[_Refusal], max_open: int):
+        self._open_now = open_now
+        self._max_open = max_open
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -117,4 +143,17 @@ class _Refusal(asyncio.Protocol):
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
         head += f"x-should-retry: true\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         transport.write(head.encode() + body)
-        transport.close()
+        if len(self._open_now) >= self._max_open:
+            transport.close()
+            return
+        self._open_now.add(self)
+        transport.write_eof()
+        self._timer = asyncio.get_running_loop().call_later(REFUSAL_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        pass
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._open_now.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()

@@ -10,13 +10,14 @@ import sys
 import time
 from unittest.mock import Mock
 
+import aiohttp
 import pytest
 import requests
 from aiohttp import web
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
-from specserve.connections import Connections, _Refusal
+from specserve.connections import ACCEPTED_AT_ONCE, Connections, _Refusal
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def test_soft_limit_of_file_handles_is_raised(server):
 def test_idle_connections_over_the_hard_limit_make_room_and_a_line_of_log(server):
     before = len(server.log)
     with idle(server, 900):
+        time.sleep(0.5)  # until then they may be about to send a request
         for _ in range(3):
             assert requests.get(server.url + "/health", timeout=10).status_code == 200
         assert server.complete()["text"]
@@ -66,7 +68,9 @@ def test_idle_connections_over_the_hard_limit_make_room_and_a_line_of_log(server
     assert len(server.log) - before < 5, server.log[before:]
 
 
-async def test_a_connection_whose_request_has_just_come_is_not_idle():
+async def test_a_connection_whose_request_has_just_come_is_not_idle(monkeypatch):
+    monkeypatch.setattr("specserve.connections.ARRIVAL_S", 0.05)
+    peer, sock = socket.socketpair()
     ended = asyncio.Event()
 
     async def handle(request):
@@ -75,8 +79,14 @@ async def test_a_connection_whose_request_has_just_come_is_not_idle():
 
     connections = Connections(web.Server(handle), num_handles=2)  # one connection
     first = connections._protocol()
-    first.connection_made(Mock(spec=asyncio.Transport, is_closing=lambda: False))
+    first.connection_made(Mock(spec=asyncio.Transport, is_closing=lambda: False, get_extra_info=lambda name: sock))
     await asyncio.sleep(0.01)
+    assert not first.is_idle  # its request is on its way
+    await asyncio.sleep(0.05)
+    assert first.is_idle
+    peer.send(b"x")
+    assert not first.is_idle  # here it is
+    sock.recv(1)
     assert first.is_idle
     first.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
     for num_steps in range(8):  # from the bytes to the handler
@@ -85,6 +95,38 @@ async def test_a_connection_whose_request_has_just_come_is_not_idle():
     ended.set()
     await asyncio.sleep(0.01)
     assert first.is_idle and not isinstance(connections._protocol(), _Refusal) and not first.is_idle
+
+
+async def test_in_a_crowd_each_gets_a_place_or_can_read_why_not():
+    ended = asyncio.Event()
+
+    async def handle(request):
+        await ended.wait()
+        return web.Response()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    connections = Connections(web.Server(handle), num_handles=300)  # 172 connections, and 32 refusals at a time
+    listening = await connections.listen(listener)
+
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    async def ask(num_bytes):
+        async with aiohttp.ClientSession() as session, session.post(url, data=bytes(num_bytes)) as response:
+            return response.status
+
+    crowd = [asyncio.create_task(ask(num_bytes)) for num_bytes in 100 * (10, 100_000)]
+    await asyncio.sleep(0.1)
+    ended.set()
+    statuses = []
+    for answer in await asyncio.gather(*crowd, return_exceptions=True):
+        assert not isinstance(answer, BaseException), answer
+        statuses.append(answer)
+    assert 172 <= statuses.count(200) <= 172 + ACCEPTED_AT_ONCE, statuses
+    assert set(statuses) == {200, 503}
+    await asyncio.sleep(0.01)
+    assert not connections._refusals
+    listening.close()
 
 
 def test_malformed_http_is_answered_in_json_and_a_line_of_log(server):
