@@ -83,6 +83,8 @@ def test_the_field_system_is_a_system_message_in_every_format(tokenizer, tmp_pat
     examples = tokenize(read_rows(write(tmp_path, *rows)), tokenizer, [EOS], "Be brief")
     assert len({tuple(example.tokens) for example in examples}) == 1
     assert "<|im_start|>system\nOwn" in tokenizer.decode(examples[0].prompt)
+    bare = read_rows(write(tmp_path, SAME[0], {"system": "", **SAME[0]}, {"system": None, **SAME[0]}))
+    assert len({tuple(example.tokens) for example in tokenize(bare, tokenizer, [EOS])}) == 1
 
 
 def test_an_answer_of_weight_0_is_context(tokenizer, tmp_path):

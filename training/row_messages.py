@@ -78,7 +78,7 @@ def read_conversation(value: dict[str, Any], where: str) -> Conversation:
         raise UserError(f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
     if len(messages) < 2 or messages[0]["role"] == "assistant":
         raise UserError(f"{where}: nothing stands before the assistant's message; a prompt is needed")
-    if "system" in value:
+    if value.get("system") not in (None, ""):  # ShareGPT's files have an empty one in most rows
         text = _text(value, "system", where)
         if messages[0]["role"] in ("system", "developer"):
             raise UserError(f"{where} has a system message and the field system; keep one", param="data")
