@@ -169,7 +169,9 @@ class EngineProcess:
             self._add(request, grammar)
 
     def _give_up_compiling(self) -> None:
-        now = time.monotonic()
+        now, began = time.monotonic(), self._engine.grammars.began
+        if began is None or now - began < COMPILE_TIMEOUT_S:  # indexing a large vocabulary is not the grammar's time
+            return
         for request_id in [key for key, (_, deadline) in self._compiling.items() if deadline < now]:
             del self._compiling[request_id]
             error = GrammarError(f"the grammar took longer than {COMPILE_TIMEOUT_S:g} s to compile; that is the limit")

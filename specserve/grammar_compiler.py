@@ -66,6 +66,7 @@ class GrammarCompiler:
         self._cached_bytes = 0
         self._running: dict[tuple[str, bytes], Future[CompiledGrammar]] = {}
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
+        self.began: float | None = None  # when the vocabulary was indexed, on the monotonic clock; None before
         self.num_compiled = 0
         self.num_cache_hits = 0
         self.compile_s = 0.0
@@ -154,6 +155,7 @@ class GrammarCompiler:
                     )
                 except Exception as error:  # the binding raises what it has
                     raise GrammarError(f"this model's tokenizer allows no structured output: {error}") from None
+                self.began = time.monotonic()
             return self._ll_tokenizer
 
 

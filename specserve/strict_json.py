@@ -49,7 +49,7 @@ def decode_json(body: bytes) -> Any:
     except RecursionError as error:  # json's own limit; _check_nesting is far below it
         raise _nested() from error
     except ValueError as error:  # an integer of more than 4300 digits
-        raise _invalid(f"the request body holds a number that cannot be read: {error}") from error
+        raise _invalid("the request body holds an integer of more than 4,300 digits") from error
     return value
 
 

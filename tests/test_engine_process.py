@@ -46,7 +46,7 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
     ours, theirs = socket.socketpair()
     added = []
     engine = SimpleNamespace(
-        grammars=SimpleNamespace(submit=lambda spec: never),
+        grammars=SimpleNamespace(submit=lambda spec: never, began=None),
         add_request=lambda *args: added.append(args),
         abort=lambda request_id: None,
     )
@@ -59,6 +59,11 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
     assert set(process._compiling) == {"slow"}
     later = time.monotonic() + COMPILE_TIMEOUT_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
+    for began in (None, later - COMPILE_TIMEOUT_S / 2):  # the vocabulary is being indexed, or was until just now
+        engine.grammars.began = began
+        process._give_up_compiling()
+        assert set(process._compiling) == {"slow"}
+    engine.grammars.began = 0.0
     process._give_up_compiling()
     failed = from_engine_decoder.decode(read_frame(ours))
     assert isinstance(failed, RequestFailed) and failed.request_id == "slow" and failed.error.status == 400
