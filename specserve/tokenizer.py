@@ -7,7 +7,6 @@ message may not. A message that spells one is encoded as the letters it consists
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +20,7 @@ from .chat_templates import may_render_here
 from .detokenizer import Detokenizer
 from .errors import AdapterError, ModelError, UserError
 from .hidden_chat import HiddenChat, Marks
+from .memory import give_memory_back
 from .template_worker import MAX_RENDERED_BYTES, TemplateJob
 from .text_bounds import BYTE_OF, TokenBound
 
@@ -318,5 +318,5 @@ def _ids(backend: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
 
 def _give_memory_back(text: str) -> None:
     """What a long text took stays with the allocator otherwise: half a gigabyte for 8 MB."""
-    if len(text) > LONG_TEXT and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+    if len(text) > LONG_TEXT:
+        give_memory_back()

@@ -86,7 +86,7 @@ def test_where_one_request_goes_on_for_long_another_adapter_is_asked(registry, c
     registry.acquire("a")
 
 
-def test_loads_are_placed_in_order_few_are_read_and_late_ones_are_refused(registry, clock):
+def test_loads_are_placed_in_order_few_are_read_and_late_ones_are_refused(registry, clock, monkeypatch):
     fill(registry, clock)
     reads = []
 
@@ -101,9 +101,12 @@ def test_loads_are_placed_in_order_few_are_read_and_late_ones_are_refused(regist
     )
     loads = AdapterLoads(engine, lambda: None, clock)
     loads._readers = SimpleNamespace(submit=_now)
+    trimmed = []
+    monkeypatch.setattr(adapter_loads, "give_memory_back", lambda: trimmed.append(len(reads)))
     for idx, name in enumerate("cdefgh"):
         assert loads.submit(LoadAdapter(idx, name, "/x")) == []
     assert reads == list("cdef") and loads.place() == [] and loads.is_waiting
+    assert trimmed == [1, 2, 3, 4]  # behind every read
     registry.release("a")
     assert [answer.call_id for answer in loads.place()] == [0] and reads == list("cdefg")
     registry.acquire("c")
