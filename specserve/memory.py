@@ -1,4 +1,4 @@
-"""Gives freed memory back to the system where the allocator keeps it: what comes and goes in large pieces fragments it."""
+"""Gives freed memory back to the system: what comes and goes in large pieces stays with the allocator otherwise."""
 
 from __future__ import annotations
 
