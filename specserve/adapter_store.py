@@ -74,10 +74,9 @@ class AdapterStore:
         while True:
             directory, stamp = await asyncio.to_thread(self._look_up, name)
             loaded = self._loaded.get(name)
-            is_same = loaded is not None and (loaded.directory, loaded.stamp) == (directory, stamp)
-            if loaded is not None and is_same and self._is_current(loaded):
-                return loaded.info
             if loaded is not None and loaded.directory == directory and self._is_current(loaded):
+                if loaded.stamp == stamp:
+                    return loaded.info
                 num_loads += 1
                 if num_loads > MAX_LOADS:
                     raise changing(name)
