@@ -42,7 +42,7 @@ gpu: $(TEST_INSTALLED)  ## on a CUDA machine: the GPU tests and benches, under n
 
 churn: $(TEST_INSTALLED)  ## change ten adapters in every way while they are served, for an hour (ARGS="--minutes 5")
 	$(BIN)/specserve pull
-	PYTHONPATH=tests:. $(BIN)/python -m churn $(ARGS)
+	PYTHONPATH=tests/fixtures:tests:. $(BIN)/python -m churn $(ARGS)
 
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

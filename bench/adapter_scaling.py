@@ -26,14 +26,14 @@ import click
 import torch
 from safetensors.torch import save_file
 
+from specserve.adapters.lora import LoraAdapter
+from specserve.adapters.tensors import module_shapes
 from specserve.config import EngineConfig
-from specserve.engine import Engine
+from specserve.engine.engine import Engine
 from specserve.loadgen.plan import pick_models
-from specserve.lora import LoraAdapter
-from specserve.lora_tensors import module_shapes
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
-from specserve.model_store import resolve_model
-from specserve.tokenizer import TextTokenizer
+from specserve.model.store import resolve_model
+from specserve.text.tokenizer import TextTokenizer
 
 from . import common
 

@@ -20,7 +20,12 @@ import torch.nn.functional as F
 
 from specserve.kernels.add_norm import add_rms_norm_
 from specserve.kernels.gated_activation import gated_activation
-from specserve.kernels.ragged_attention import attention_scratch, choose_splits, ragged_attention_, split_len_for
+from specserve.kernels.ragged_attention import (
+    attention_scratch,
+    choose_splits,
+    ragged_attention_,
+    split_len_for,
+)
 from specserve.kernels.rope_kv import rope_store_
 
 from .gpu_cases import Case, run_cases

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specserve.cost_model import CostModel
 from specserve.drafters.head import best_token, cell, initial_state, scores
 from specserve.drafters.head_files import LookaheadHeadFile
 from specserve.drafters.head_source import NUM_LEVELS
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.drafting.cost_model import CostModel
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer, make_engine
 from specserve.training.dataset import Example, read_rows, tokenize
 from specserve.training.head_fit import collect_states

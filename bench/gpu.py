@@ -33,8 +33,10 @@ class Part:
 
 def gpu_tests() -> tuple[str, ...]:
     """The files that hold tests for a GPU: the others may need packages that a GPU machine has no use for."""
-    files = sorted((common.ROOT / "tests").glob("test_*.py"))
-    return tuple(f"tests/{file.name}" for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8"))
+    files = sorted((common.ROOT / "tests").rglob("test_*.py"))
+    return tuple(
+        str(file.relative_to(common.ROOT)) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")
+    )
 
 
 PARTS = (

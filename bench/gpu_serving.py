@@ -19,10 +19,10 @@ import click
 import torch
 
 from specserve.config import EngineConfig
-from specserve.engine import Engine
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.engine.engine import Engine
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer_mixed
 from specserve.training.dataset import read_rows, tokenize
 

@@ -18,18 +18,18 @@ from typing import Any
 import click
 import torch
 
-from specserve.block_manager import BlockManager
-from specserve.device_runner import DeviceRunner
+from specserve.adapters.lora import GROUPS, LoraAdapter
+from specserve.adapters.tensors import module_shapes
+from specserve.compute.build import build_triton
+from specserve.compute.cuda.runner import DeviceRunner
+from specserve.compute.kv_cache import KVCache
 from specserve.kernels.lora_stack import LoraPair
-from specserve.kv_cache import KVCache
-from specserve.lora import GROUPS, LoraAdapter
-from specserve.lora_tensors import module_shapes
 from specserve.messages import GenerateRequest, SamplingParams
-from specserve.model.build import build_triton
 from specserve.model.config import ModelConfig
 from specserve.model.rope import RopeConfig
-from specserve.scheduler import ScheduledSequence
-from specserve.sequence import Sequence
+from specserve.schedule.block_manager import BlockManager
+from specserve.schedule.scheduler import ScheduledSequence
+from specserve.schedule.sequence import Sequence
 
 from . import common
 from .gpu_timing import copy_bandwidth

@@ -19,9 +19,9 @@ import msgspec
 import torch
 
 from specserve.drafters.head import WEIGHT_NAMES, HeadWeights, best_token, cell, initial_state, scores
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer, make_engine
 from specserve.training.dataset import Example, read_rows, tokenize
 from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head

@@ -21,9 +21,9 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer, make_engine
 from specserve.training.batching import plan_epoch, plan_run
 from specserve.training.dataset import Example, read_rows, tokenize

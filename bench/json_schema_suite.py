@@ -28,11 +28,11 @@ from typing import Any
 import click
 
 from specserve.errors import UserError
-from specserve.grammar import CompiledGrammar
-from specserve.grammar_compiler import GrammarCompiler
+from specserve.grammar.compiler import GrammarCompiler
+from specserve.grammar.grammar import CompiledGrammar
 from specserve.messages import GrammarSpec
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids, load_backend_tokenizer
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids, load_backend_tokenizer
 
 from . import common
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import click
 
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import Answers, answer_mixed, make_engine
 from specserve.training.dataset import read_rows, tokenize
 

@@ -21,9 +21,9 @@ import click
 import torch
 
 from specserve.config import EngineConfig
-from specserve.engine import Engine
+from specserve.engine.engine import Engine
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
-from specserve.model_store import resolve_model
+from specserve.model.store import resolve_model
 
 from . import common
 

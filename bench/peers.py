@@ -497,9 +497,9 @@ def main(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from specserve.model_store import resolve_model
-    from specserve.special_tokens import eos_token_ids
-    from specserve.tokenizer import TextTokenizer
+    from specserve.model.store import resolve_model
+    from specserve.text.special_tokens import eos_token_ids
+    from specserve.text.tokenizer import TextTokenizer
     from specserve.training.dataset import read_rows, tokenize
 
     wanted = names.split(",")

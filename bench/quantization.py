@@ -17,11 +17,11 @@ from typing import Any
 import click
 
 from specserve.config import EngineConfig
-from specserve.engine import Engine
+from specserve.engine.engine import Engine
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer
 from specserve.training.dataset import Example, read_rows, tokenize
 from specserve.training.task_metrics import task_metrics

@@ -20,17 +20,17 @@ from typing import Any
 import click
 import torch
 
-from specserve.cost_model import CostModel, StepShape
+from specserve.adapters.lookahead import Lookahead
 from specserve.drafters.acceptance import Acceptance, SharedAcceptance
 from specserve.drafters.chooser import DraftChooser
 from specserve.drafters.head_source import HeadRunner, HeadSource
 from specserve.drafters.history_source import HistorySource
 from specserve.drafters.ngram import NgramSource
 from specserve.drafters.protocol import DraftSource
-from specserve.lookahead import Lookahead
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.drafting.cost_model import CostModel, StepShape
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer, make_engine
 from specserve.training.dataset import Example, read_rows, tokenize
 from specserve.training.head_fit import collect_states

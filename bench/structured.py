@@ -27,11 +27,11 @@ import click
 import jsonschema
 
 from specserve.drafters.grammar_source import GrammarSource
-from specserve.engine import Engine
+from specserve.engine.engine import Engine
 from specserve.messages import Delta, GenerateRequest, GrammarSpec, SamplingParams
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import make_engine
 from specserve.training.dataset import read_rows, tokenize
 

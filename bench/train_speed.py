@@ -21,9 +21,9 @@ import click
 import msgspec
 import torch
 
-from specserve.model_store import resolve_model
-from specserve.special_tokens import eos_token_ids
-from specserve.tokenizer import TextTokenizer
+from specserve.model.store import resolve_model
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.batching import plan_run
 from specserve.training.dataset import Example, read_rows, tokenize
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab

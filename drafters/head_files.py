@@ -20,8 +20,8 @@ import torch
 from msgspec import Meta
 from safetensors.torch import save_file
 
+from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE
 from .head import WEIGHT_NAMES, HeadWeights, head_shapes
-from .head_file_names import CONFIG_FILE, WEIGHTS_FILE
 
 FORMAT_VERSION = 1
 VOCAB_STEP = 1024  # a head's vocabulary is padded to a multiple in memory
@@ -62,9 +62,9 @@ class LookaheadHeadFile:
 def write_head(directory: Path, config: LookaheadConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write both files, weights as bf16; a crash leaves the old pair or a pair that is refused by its hash."""
     stored = {name: tensors[name][0].to(torch.bfloat16).contiguous() for name in WEIGHT_NAMES}
-    replace_file(directory / WEIGHTS_FILE, lambda path: save_file(stored, path, metadata={"format": "pt"}))
+    replace_file(directory / HEAD_WEIGHTS_FILE, lambda path: save_file(stored, path, metadata={"format": "pt"}))
     text = msgspec.json.encode(config)
-    replace_file(directory / CONFIG_FILE, lambda path: path.write_bytes(text))
+    replace_file(directory / HEAD_CONFIG_FILE, lambda path: path.write_bytes(text))
 
 
 def read_config(path: Path) -> LookaheadConfig:
@@ -73,13 +73,13 @@ def read_config(path: Path) -> LookaheadConfig:
     try:
         version = msgspec.json.decode(text, type=dict).get("format_version")
         if version != FORMAT_VERSION:
-            raise HeadError(f"{CONFIG_FILE} has format_version {version!r}; this version reads {FORMAT_VERSION}")
+            raise HeadError(f"{HEAD_CONFIG_FILE} has format_version {version!r}; this version reads {FORMAT_VERSION}")
         config = msgspec.json.decode(text, type=LookaheadConfig)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise HeadError(f"{CONFIG_FILE}: {error}") from None
+        raise HeadError(f"{HEAD_CONFIG_FILE}: {error}") from None
     vocab = config.vocab
     if not vocab or any(a >= b for a, b in zip(vocab, vocab[1:], strict=False)) or vocab[0] < 0:
-        raise HeadError(f"{CONFIG_FILE}: vocab is not a list of ascending token ids")
+        raise HeadError(f"{HEAD_CONFIG_FILE}: vocab is not a list of ascending token ids")
     return config
 
 
@@ -119,18 +119,18 @@ def read_head(
             names = set(file.keys())
             if names != set(shapes):
                 odd = sorted(names ^ set(shapes))[0]
-                raise HeadError(f"{WEIGHTS_FILE}: tensor {odd!r} is {'unknown' if odd in names else 'missing'}")
+                raise HeadError(f"{HEAD_WEIGHTS_FILE}: tensor {odd!r} is {'unknown' if odd in names else 'missing'}")
             tensors = {}
             for name, shape in shapes.items():
                 found_shape = tuple(file.get_slice(name).get_shape())
                 if found_shape != shape:
-                    raise HeadError(f"{WEIGHTS_FILE}: {name} is {list(found_shape)}, wanted is {list(shape)}")
+                    raise HeadError(f"{HEAD_WEIGHTS_FILE}: {name} is {list(found_shape)}, wanted is {list(shape)}")
                 tensor = file.get_tensor(name)
                 if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                    raise HeadError(f"{WEIGHTS_FILE}: {name} holds values that are not finite numbers")
+                    raise HeadError(f"{HEAD_WEIGHTS_FILE}: {name} holds values that are not finite numbers")
                 tensors[name] = tensor.float().to(device)[None]
     except (safetensors.SafetensorError, OSError) as error:
-        raise HeadError(f"{WEIGHTS_FILE} is not readable as safetensors: {error}") from None
+        raise HeadError(f"{HEAD_WEIGHTS_FILE} is not readable as safetensors: {error}") from None
     return LookaheadHeadFile(config, HeadWeights(**pad_vocab(tensors)))
 
 

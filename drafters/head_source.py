@@ -8,13 +8,14 @@ adapters within a step. Invariant: a head's state follows what is proposed, also
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from .copy_pointer import CopyPointer
 from .head import WEIGHT_NAMES, HeadWeights, best_token, cell, initial_state, scores
 from .head_files import LookaheadHeadFile
-from .protocol import Guess
+from .protocol import DraftSource, Guess
 
 NUM_LEVELS = 12
 KEEP_DRAFTS = 64  # a head that no draft used for so long leaves its stack when that is built next
@@ -86,6 +87,30 @@ class HeadSource:
         start, width = self._pointer.position, self.head.config.copy_window
         window = self._prompt_local[start : start + width]
         self.input = (self._local.get(token, self._other), self._pointer.moved, window + [-1] * (width - len(window)))
+
+
+class Heads(Protocol):
+    """Runs the heads of all sequences of a step together, position by position, or has them draft by themselves."""
+
+    def source(self, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]) -> DraftSource:
+        """A sequence's view of its head; `local` maps token ids to the head's vocabulary."""
+        ...
+
+    def begin(self, sources: Sequence[HeadSource]) -> None:
+        """Start the drafts of those sources that are ready."""
+        ...
+
+    def step(self, sources: Sequence[HeadSource]) -> None:
+        """Feed each source what it was told to follow, and give it its next guess."""
+        ...
+
+    def clear(self) -> None:
+        """The step's drafts are done."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of the weights of adapters that have left."""
+        ...
 
 
 class _Stack:

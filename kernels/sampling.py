@@ -4,8 +4,8 @@ Semantics, for row r with uniform number u in [0, 1): tokens that the row's mask
 largest logit, of equals the lowest token. Else x = logits / temperature in fp32 and in this order: top-k (tokens equal
 to the kth stay), top-p (the largest v such that tokens with x >= v have top_p of the mass; equals stay or go together),
 min-p, and the first token in vocabulary order up to which more than u of the mass that is left lies. Masses are fp64.
-The same as `specserve.sampler`, whose penalties and bias are applied before; a row with NaN, or without any token that
-is possible, is flagged bad (1 and 2) and gets token 0.
+The same as `specserve.compute.sampler`, whose penalties and bias are applied before; a row with NaN, or without any
+token that is possible, is flagged bad (1 and 2) and gets token 0.
 
 kth value and v are found by bisection on the bits of fp32, 4 bits a pass, which is exact and needs no sort. A row is
 split over programs of `BLOCK` tokens, so that few rows use the whole device too. Launches depend on shapes alone, so a

@@ -4,7 +4,7 @@ Semantics, for sequence s whose newest token is the step's input at row f = firs
 behind it (tokens[f+1 .. f+d], one row each; rows of input and of logits coincide):
     num_accepted[s] = the largest n <= d such that sampled[f+i] == tokens[f+1+i] for all i < n
     last_row[s] = f + num_accepted[s], whose hidden state drew the last token that is kept
-The rule of `specserve.verifier`. Padding has first row -1 and gets (0, -1); nothing of it is read.
+The rule of `specserve.schedule.verifier`. Padding has first row -1 and gets (0, -1); nothing of it is read.
 """
 
 from __future__ import annotations

@@ -18,12 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .drafters.head_file_names import CONFIG_FILE as HEAD_CONFIG_FILE
-from .drafters.head_file_names import LOOKAHEAD_FILES
 from .errors import AdapterError, OverloadedError, UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Its lookahead half.
+HEAD_CONFIG_FILE = "lookahead_config.json"
+HEAD_WEIGHTS_FILE = "lookahead.safetensors"
+HISTORY_FILE = "lookahead_history.bin"
+LOOKAHEAD_FILES = (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE)
 # Where the chat template or a tokenizer may stand: they shape a request before the engine sees it.
 TEXT_FILES = (
     "chat_template.jinja",

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import EngineConfig
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..errors import UserError
 from ..messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
 from ..model.config import ModelConfig

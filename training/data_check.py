@@ -15,9 +15,9 @@ import msgspec
 
 from ..errors import UserError
 from ..model.config import ModelConfig
-from ..model_store import resolve_model
-from ..special_tokens import eos_token_ids
-from ..tokenizer import TextTokenizer
+from ..model.store import resolve_model
+from ..text.special_tokens import eos_token_ids
+from ..text.tokenizer import TextTokenizer
 from .dataset import Example, RowEncoder, shared_prompts
 from .preflight import settled
 from .rows import parse_row, row_texts

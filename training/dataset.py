@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..tokenizer import TextTokenizer
+from ..text.tokenizer import TextTokenizer
 from .chat_turns import Answer, TurnEncoder
 from .rows import Row, read_rows
 

@@ -17,9 +17,9 @@ import torch
 
 from ..errors import UserError
 from ..model.config import ModelConfig
-from ..model_store import resolve_model
-from ..special_tokens import eos_token_ids
-from ..tokenizer import TextTokenizer
+from ..model.store import resolve_model
+from ..text.special_tokens import eos_token_ids
+from ..text.tokenizer import TextTokenizer
 from .answers import Answers, answer, make_engine
 from .dataset import Example, read_rows, tokenize
 from .metrics_file import METRICS_FILE, read_metrics

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import msgspec
 
+from ..adapters.lora import read_adapter
+from ..adapters.served_base import ServedBase
+from ..compute.device_choice import choose_device
+from ..config import EngineConfig
 from ..errors import AdapterError, UserError
-from ..lora import read_adapter
 from ..model.config import ModelConfig
-from ..model_store import resolve_model
-from ..served_base import ServedBase
-from ..special_tokens import eos_token_ids
-from ..tokenizer import TextTokenizer
+from ..model.store import resolve_model
+from ..text.special_tokens import eos_token_ids
+from ..text.tokenizer import TextTokenizer
 from .batching import default_epochs, plan_run
 from .dataset import Example, read_rows, shared_prompts, tokenize
 from .run_config import RunConfig
@@ -103,7 +105,8 @@ def settled(config: RunConfig, model: ModelConfig) -> RunConfig:
 
 def _check_adapter(path: Path, model_dir: Path) -> None:
     """With the eyes of the server: what it would refuse can be continued no more than it can be served."""
-    base = replace(ServedBase.of_files(model_dir), identity=None)  # a head beside it is trained anew
+    base = ServedBase.of_files(model_dir, choose_device(EngineConfig()))
+    base = replace(base, identity=None)  # a head beside it is trained anew
     try:
         read_adapter(path, base)
     except AdapterError as error:

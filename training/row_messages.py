@@ -12,10 +12,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..api_types import ChatRequest, Message
-from ..chat_validation import chat_messages
+from ..chat.messages import chat_messages
+from ..chat.tools.definitions import Tool, all_tools
+from ..chat.types import Message
 from ..errors import UserError
-from ..tools.definitions import Tool, all_tools
 from .chat_turns import REASONING_FIELDS
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {
@@ -230,7 +230,7 @@ def _tools(value: Any, where: str) -> tuple[Tool, ...]:
     if not isinstance(value, list):
         raise UserError(f"{where}: tools is {type(value).__name__}, not a list of definitions", param="data")
     try:
-        return all_tools(ChatRequest(messages=[], tools=value))
+        return all_tools(value)
     except UserError as error:
         raise UserError(f"{where}: {error}", param="data") from None
 

@@ -20,13 +20,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ..adapter_files import TEXT_FILES, WEIGHTS_FILE
-from ..drafters.head_file_names import CONFIG_FILE, HISTORY_FILE
-from ..drafters.head_files import FORMAT_VERSION, LookaheadConfig, file_hash, read_config, replace_file, write_head
+from ..adapter_files import HEAD_CONFIG_FILE, HISTORY_FILE, TEXT_FILES, WEIGHTS_FILE
+from ..drafters.head_files import (
+    FORMAT_VERSION,
+    LookaheadConfig,
+    file_hash,
+    read_config,
+    replace_file,
+    write_head,
+)
 from ..drafters.task_history import TaskHistory
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
-from ..model_store import DEFAULT_MODEL
+from ..model.store import DEFAULT_MODEL
 from .answers import answer, make_engine
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint
 from .dataset import Example
@@ -269,5 +275,5 @@ def _calibrate(
 
 
 def _rewrite_acceptance(output: Path, record: dict[str, list[tuple[float, float]]]) -> None:
-    config = msgspec.structs.replace(read_config(output / CONFIG_FILE), acceptance=record)
-    replace_file(output / CONFIG_FILE, lambda path: path.write_bytes(msgspec.json.encode(config)))
+    config = msgspec.structs.replace(read_config(output / HEAD_CONFIG_FILE), acceptance=record)
+    replace_file(output / HEAD_CONFIG_FILE, lambda path: path.write_bytes(msgspec.json.encode(config)))

@@ -10,7 +10,7 @@ from worker_io import Measure, Recorder, serve
 
 from specserve import __version__
 from specserve.config import EngineConfig
-from specserve.engine import Engine
+from specserve.engine.engine import Engine
 from specserve.messages import GenerateRequest, GrammarSpec, RequestFailed, SamplingParams, Speculation
 
 

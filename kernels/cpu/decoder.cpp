@@ -1,8 +1,8 @@
 // The forward pass of a decoder on the CPU as one call: all layers, all sequences, all adapters of a step.
 //
-// kernels/native.py builds this file and mirrors its structs; specserve/model/native_decoder.py fills them. Owns scratch
+// kernels/native.py builds this file and mirrors its structs; specserve/compute/native/decoder.py fills them. Owns scratch
 // memory and the order of phases; within a phase, tasks are taken from a counter (team.h). The model's semantics are those of
-// specserve/model/decoder.py, whose torch code is the reference. Invariant: the result of a row is a function of the row,
+// specserve/compute/torch/decoder.py, whose torch code is the reference. Invariant: the result of a row is a function of the row,
 // its context and its adapter, bit for bit, whatever else is in the step; hence drafts cannot change a token.
 #include <algorithm>
 #include <chrono>

@@ -28,7 +28,7 @@ import aiohttp
 import click
 
 from bench import common
-from specserve.model_store import resolve_model
+from specserve.model.store import resolve_model
 
 from .callers import Prompt, ask_once, body_of
 from .changes import SHELF, Adapter, Changer

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from specserve.lora_tensors import module_shapes
+from specserve.adapters.tensors import module_shapes
 from specserve.model.config import ModelConfig
 
 WEIGHTS, TEMPLATE = "adapter_model.safetensors", "chat_template.jinja"

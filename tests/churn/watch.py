@@ -56,7 +56,7 @@ class Server:
     def engine_pid(self) -> int | None:
         """The running engine process; None while there is none."""
         for pid in _read(f"/proc/{self.pid}/task/{self.pid}/children").split():
-            if "engine_process" in _read(f"/proc/{pid}/cmdline"):
+            if "specserve.engine." in _read(f"/proc/{pid}/cmdline"):
                 return int(pid)
         return None
 

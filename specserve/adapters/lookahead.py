@@ -1,0 +1,95 @@
+"""What an adapter brings to draft with: its lookahead head, its task history, and the record of what was accepted.
+
+Reads the files beside a PEFT LoRA. A file that is damaged, or that belongs to another base model, tokenizer or LoRA, is
+refused with the reason, logged and reported; the LoRA is served without it. Nothing here can fail a load.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, LOOKAHEAD_FILES
+from ..drafters.acceptance import SharedAcceptance
+from ..drafters.head_files import HeadError, LookaheadHeadFile, read_head
+from ..drafters.task_history import HistoryError, TaskHistory
+from ..messages import LookaheadInfo
+from ..model.config import ModelConfig
+from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """The base model that heads must have been trained with."""
+
+    model_hash: str
+    tokenizer_hash: str
+
+    @classmethod
+    def of(cls, model_dir: Path) -> BaseIdentity:
+        return cls(base_fingerprint(model_dir), tokenizer_fingerprint(model_dir))
+
+
+@dataclass(frozen=True, slots=True)
+class Lookahead:
+    """Immutable but for `acceptance`, which learns."""
+
+    head: LookaheadHeadFile | None
+    local: dict[int, int]  # token id -> index in the head's vocabulary
+    history: TaskHistory | None
+    acceptance: SharedAcceptance
+    error: str | None
+
+    def info(self) -> LookaheadInfo:
+        return LookaheadInfo(
+            draft_len=self.head.config.draft_len if self.head is not None else None,
+            history_tokens=self.history.num_tokens if self.history is not None else 0,
+            error=self.error,
+        )
+
+
+def read_lookahead(
+    paths: Mapping[str, Path],
+    lora_hash: str,
+    name: str,
+    config: ModelConfig,
+    base: BaseIdentity,
+    device: torch.device | str,
+) -> Lookahead | None:
+    """Read the files `paths`, by name, beside the LoRA of hash `lora_hash`; None when none of them is a lookahead's."""
+    if not paths.keys() & set(LOOKAHEAD_FILES):
+        return None
+    head, history, errors = None, None, []
+    try:
+        if paths.keys() & {HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE}:
+            if missing := {HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE} - paths.keys():
+                raise HeadError(f"{missing.pop()} is missing")
+            head = read_head(
+                paths[HEAD_CONFIG_FILE],
+                paths[HEAD_WEIGHTS_FILE],
+                lora_hash=lora_hash,
+                base_hash=base.model_hash,
+                tokenizer_hash=base.tokenizer_hash,
+                hidden_size=config.hidden_size,
+                num_layers=config.num_layers,
+                vocab_size=config.vocab_size,
+                device=device,
+            )
+    except (HeadError, OSError) as error:
+        errors.append(f"its lookahead head is not used: {error}")
+    try:
+        if HISTORY_FILE in paths:
+            history = TaskHistory.load(paths[HISTORY_FILE], vocab_size=config.vocab_size)
+    except (HistoryError, OSError) as error:
+        errors.append(f"its task history is not used: {error}")
+    for message in errors:
+        logger.warning("adapter %r is served without drafts of its own: %s", name, message)
+    local = {token: idx for idx, token in enumerate(head.config.vocab)} if head is not None else {}
+    acceptance = SharedAcceptance(head.config.acceptance if head is not None else None)
+    return Lookahead(head, local, history, acceptance, "; ".join(errors) or None)

@@ -1,0 +1,130 @@
+"""Reads a PEFT LoRA directory and checks all of it before anything is served with it.
+
+Owns the PEFT directory: safetensors only, everything that PEFT writes for plain LoRA on the linears, the embedding and
+the lm_head; `peft_config.py` has what the configuration may say, `tensors.py` what the tensors may be. What we
+cannot serve exactly is refused with one sentence. A `LoraAdapter` is immutable; its content hash, over configuration
+and weights, is its identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+
+from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
+from ..errors import AdapterError
+from ..kernels.lora_stack import LoraPair
+from ..messages import AdapterInfo
+from ..model.config import ModelConfig
+from .lookahead import Lookahead, read_lookahead
+from .peft_config import parse_config
+from .served_base import ServedBase
+from .tensors import check_tensors, module_shapes
+
+# The fused linears of a layer, in the order of their columns.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """One adapter's weights, and alpha / rank as `scale`.
+
+    In PEFT orientation, A [R, in] and B [out, R]; those of layers as the decoder's `lay_out_lora` has them.
+    """
+
+    name: str
+    content_hash: str
+    layers: dict[tuple[int, str], LoraPair]  # (layer, module) -> weights; untargeted modules are absent
+    embed: LoraPair | None  # A [R, V], B [H, R]
+    lm_head: LoraPair | None
+    max_rank: int
+    text_hash: str | None  # of the chat template and tokenizer that it brings
+    lookahead: Lookahead | None = None  # what drafts for it; None for a plain LoRA
+
+    @property
+    def pairs(self) -> list[LoraPair]:
+        return [*self.layers.values(), *(pair for pair in (self.embed, self.lm_head) if pair is not None)]
+
+    def info(self) -> AdapterInfo:
+        modules = sorted({module for _, module in self.layers})
+        modules += [name for name, pair in (("embed_tokens", self.embed), ("lm_head", self.lm_head)) if pair]
+        return AdapterInfo(
+            content_hash=self.content_hash,
+            max_rank=self.max_rank,
+            num_modules=len(self.pairs),
+            target_modules=modules,
+            size_bytes=sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs),
+            text_hash=self.text_hash,
+            lookahead=self.lookahead.info() if self.lookahead is not None else None,
+        )
+
+
+def read_adapter(
+    path: str | Path,
+    base: ServedBase,
+    *,
+    name: str | None = None,
+    max_rank: int = 256,
+    device: torch.device | str = "cpu",
+    lay_out: Callable[[LoraPair], LoraPair] = lambda pair: pair,
+) -> LoraAdapter:
+    """Read and check the PEFT directory `path` for the base model `base`.
+
+    Weights are on `device`, those of layers held as `lay_out` has them. Where lookahead files beside the LoRA do not
+    fit, the LoRA is served without them. Raises `AdapterError`.
+    """
+    path = Path(path)
+    name = name or path.name
+    with open_adapter(path, name, max_weights_bytes=_max_weights_bytes(base.config, max_rank)) as files:
+        check_complete(files, path, name)
+        return _read_files(files, name, base, max_rank, device, lay_out)
+
+
+def _read_files(
+    files: AdapterFiles,
+    name: str,
+    base: ServedBase,
+    max_rank: int,
+    device: torch.device | str,
+    lay_out: Callable[[LoraPair], LoraPair],
+) -> LoraAdapter:
+    peft = parse_config(name, files.paths[CONFIG_FILE].read_bytes())
+    try:
+        with safetensors.safe_open(files.paths[WEIGHTS_FILE], framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # not a dict: it has no iterator
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
+    pairs = check_tensors(peft, tensors, base, max_rank)
+    layers: dict[tuple[int, str], LoraPair] = {}
+    extra: dict[str, LoraPair] = {}
+    for module, pair in pairs.items():
+        short = module.rsplit(".", 1)[-1]
+        kept = LoraPair(pair.a.to(device), pair.b.to(device), pair.scale)
+        if short in ("embed_tokens", "lm_head"):
+            extra[short] = kept
+        else:
+            layers[int(module.split(".")[2]), short] = lay_out(kept)
+    highest = max(pair.a.shape[0] for pair in pairs.values())
+    lookahead = None
+    if base.identity is not None:
+        digest = files.digests[WEIGHTS_FILE].hex()
+        lookahead = read_lookahead(files.paths, digest, name, base.config, base.identity, device)
+    embed, lm_head = extra.get("embed_tokens"), extra.get("lm_head")
+    return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead)
+
+
+def _max_weights_bytes(config: ModelConfig, max_rank: int) -> int:
+    """What the largest adapter takes in fp64, with copies of the embeddings and room for the header."""
+    shapes = module_shapes(config)
+    num_values = sum((size_in + size_out) * max_rank for size_in, size_out in shapes.values()) * config.num_layers
+    num_values += 2 * config.vocab_size * config.hidden_size
+    return 8 * num_values + 100_000_000

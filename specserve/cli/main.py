@@ -1,0 +1,247 @@
+"""The `specserve` command: flags to settings, errors to one line on stderr, each command's work elsewhere.
+
+Exit codes: 0 done, 1 a check found problems or a bug of ours, 2 the user can fix it, 130 interrupted. Nothing heavy is
+imported before a command runs, so that `--help` and a typing mistake answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from .. import __version__, settings
+from ..config import EngineConfig, ServeConfig
+from ..errors import UserError
+from .bench_serve import serve as bench_serve
+from .train import evaluate, train
+
+DEBUG_ENV = "SPECSERVE_DEBUG"
+SETTINGS_HELP = (
+    "Every setting is also an environment variable (SPECSERVE_KV_CACHE_GIB) and a key of the --config file "
+    "(kv_cache_gib: 2.0). A flag wins over the variable, the variable over the file."
+)
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+Command = TypeVar("Command", bound=Callable[..., Any])
+Config = TypeVar("Config", bound=EngineConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line and return its exit code; prints errors, raises nothing unless debugging is on."""
+    debug = "--debug" in argv or os.environ.get(DEBUG_ENV, "0") not in ("", "0")
+    try:
+        result = cli.main(args=list(argv), prog_name="specserve", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        if debug:
+            raise
+        return _fail(str(error), 2)
+    except click.ClickException as error:
+        hint = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
+        return _fail(f"{error.format_message()}{hint}", 2)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `specserve generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"internal error, please report it: {type(error).__name__}: {error}; --debug shows where", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def debug_option(command: Command) -> Command:
+    """--debug on every command; `run` looks for it itself, as it must also hold for errors in parsing."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")(command)
+
+
+def settings_options(config_type: type[EngineConfig]) -> Callable[[Command], Command]:
+    """The model argument, --config, and a flag for every field of `config_type`."""
+
+    def decorate(command: Command) -> Command:
+        for setting in reversed(settings.settings_of(config_type)):
+            command = _setting_option(setting)(command)
+        config_file = click.option(
+            "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of settings."
+        )
+        return click.argument("model_argument", metavar="[MODEL]", required=False)(config_file(command))
+
+    return decorate
+
+
+def _setting_option(setting: settings.Setting) -> Callable[[Command], Command]:
+    help_text = setting.description[:1].upper() + setting.description[1:]
+    if setting.kind == "bool":
+        help_text += f"  [default: {'on' if setting.default else 'off'}]"
+        return click.option(f"{setting.flag}/--no-{setting.flag[2:]}", setting.name, default=None, help=help_text)
+    metavar = {"int": "N", "float": "X", "str": "TEXT", "list": "TEXT", "choice": "|".join(setting.choices)}
+    if setting.kind == "list":
+        help_text += " (repeat the flag or separate by commas)"
+    elif setting.default not in (None, ""):
+        help_text += f"  [default: {setting.default}]"
+    # Values stay text here: settings.parse checks flags, variables and files alike, with one wording.
+    return click.option(
+        setting.flag, setting.name, metavar=metavar[setting.kind], multiple=setting.kind == "list", help=help_text
+    )
+
+
+def load_settings(config_type: type[Config], params: dict[str, Any]) -> Config:
+    """The settings from what `settings_options` put into a command's parameters; other parameters are ignored."""
+    if params["model_argument"] is not None:
+        if params["model"] is not None:
+            raise click.UsageError("give the model once: as MODEL or as --model")
+        params = {**params, "model": params["model_argument"]}
+    return settings.load(config_type, params, os.environ, params["config_file"])
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="specserve")
+@debug_option
+def cli() -> None:
+    """Serve many task LoRAs of one language model, several times faster through exact speculation."""
+
+
+@cli.command(epilog=SETTINGS_HELP)
+@settings_options(ServeConfig)
+@debug_option
+def serve(**params: Any) -> None:
+    """Serve MODEL over HTTP with the OpenAI API.
+
+    MODEL is a Hugging Face directory, a .gguf file or a hub id; without it, SmolLM2-135M-Instruct is used.
+    """
+    config = load_settings(ServeConfig, params)
+    from ..server.app import serve as run_server
+
+    run_server(config)
+
+
+@cli.command(epilog=SETTINGS_HELP)
+@settings_options(EngineConfig)
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt; without it, standard input is read.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from FILE.")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="LoRA directory to use.")
+@click.option("--chat/--raw", default=None, help="Apply the chat template or not.  [default: if there is one]")
+@click.option("--system", metavar="TEXT", help="System message; only with the chat template.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest output.")
+@click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 is off.")
+@click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; may be repeated.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+@click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
+@debug_option
+def generate(**params: Any) -> None:
+    """Generate from one prompt, without a server; the text goes to stdout as it comes, the speed to stderr."""
+    config = load_settings(EngineConfig, params)
+    from .generate import GenerateOptions, generate_text, read_prompt, refuse_prompt_as_model
+
+    if params["prompt"] is None and params["prompt_file"] is None:
+        refuse_prompt_as_model(config.model, sys.stdin)
+    prompt = read_prompt(params["prompt"], params["prompt_file"], sys.stdin)
+    names = GenerateOptions.__struct_fields__
+    generate_text(config, prompt, GenerateOptions(**{name: params[name] for name in names}))
+
+
+@cli.command()
+@click.argument("model", required=False, default="")
+@click.option("--revision", help="Hub revision.")
+@click.option("--quiet", is_flag=True, help="Print nothing but the directory.")
+@debug_option
+def pull(model: str, revision: str | None, quiet: bool) -> None:
+    """Download MODEL (default: SmolLM2-135M-Instruct), convert it if it must be, and print its directory."""
+    from ..model.store import resolve_model
+
+    click.echo(resolve_model(model, revision, progress=not quiet))
+
+
+@cli.group()
+def adapters() -> None:
+    """Look at LoRA directories."""
+
+
+@adapters.command("list")
+@click.argument("directory", type=click.Path(path_type=Path))
+@debug_option
+def list_adapters(directory: Path) -> int:
+    """List the adapters in DIRECTORY: every folder in it is one. Exit code 1 if one has a problem."""
+    from .adapters import list_directory
+
+    return list_directory(directory)
+
+
+@adapters.command("inspect")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--model", help="Base model to check the shapes against: directory, hub id, or '' for the default model.")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
+@click.option("--max-lora-rank", type=click.IntRange(1), default=256, show_default=True)
+@debug_option
+def inspect_adapter(directory: Path, model: str | None, dtype: str, max_lora_rank: int) -> int:
+    """Show what the LoRA in DIRECTORY is, and check it. Exit code 1 if it cannot be served.
+
+    With --model it is read as the server reads it with the same --dtype and --max-lora-rank.
+    """
+    from .adapters import inspect_directory
+
+    return inspect_directory(directory, model, dtype, max_lora_rank)
+
+
+cli.add_command(train)
+cli.add_command(evaluate)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure the engine on this machine, or a server under load."""
+
+
+@bench.command(epilog=SETTINGS_HELP)
+@settings_options(EngineConfig)
+@click.option("--batch-sizes", default="1,4,8", show_default=True, metavar="N,N", help="Requests at the same time.")
+@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Output per request.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repetitions.")
+@click.option(
+    "--adapters-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Requests take turns over its adapters; default: none.",
+)
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a trace of all steps there (chrome://tracing, Perfetto) and print a table by phase.",
+)
+@debug_option
+def offline(**params: Any) -> None:
+    """Tokens per second of the engine alone, with and without drafts, at several batch sizes."""
+    config = load_settings(EngineConfig, params)
+    from ..compute.device_choice import choose_device, with_defaults
+    from .bench import offline as run_offline
+
+    config = with_defaults(config, choose_device(config))
+    assert config.max_num_seqs is not None
+    try:
+        batch_sizes = [int(size) for size in params["batch_sizes"].split(",")]
+    except ValueError:
+        batch_sizes = []
+    if not batch_sizes or not all(1 <= size <= config.max_num_seqs for size in batch_sizes):
+        raise UserError(
+            f"--batch-sizes {params['batch_sizes']!r} is not a list of whole numbers from 1 to {config.max_num_seqs} "
+            "(--max-num-seqs)"
+        )
+    run_offline(config, batch_sizes, params["max_tokens"], params["rounds"], params["adapters_dir"], params["profile"])
+
+
+bench.add_command(bench_serve)

@@ -1,0 +1,87 @@
+"""`specserve train` and `specserve eval`: flags to a run's configuration; the work is in `specserve.training`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FLAGS = {
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "output": "output",
+    "model": "model",
+    "max_steps": "optimizer.max_steps",
+    "lora_r": "lora.r",
+    "adapter": "lora.adapter",
+}
+
+
+@click.command()
+@click.argument("run_file", required=False, type=click.Path(path_type=Path))
+@click.option("--data", metavar="FILE", help="JSONL of training rows.")
+@click.option("--eval-data", metavar="FILE", help="JSONL of held-out rows.")
+@click.option("--output", metavar="DIR", help="Where the lookahead LoRA goes.")
+@click.option("--model", help="Base model: directory or hub id; default: specserve's default model.")
+@click.option("--max-steps", type=click.IntRange(1), help="Stop after so many steps.")
+@click.option("--lora-r", type=click.IntRange(1, 256), help="Rank of the LoRA.")
+@click.option("--adapter", metavar="DIR", help="Start from this PEFT LoRA.")
+@click.option("--head-only", is_flag=True, help="With --adapter: leave the LoRA as it is and train a head for it.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any setting, as in --set lora.r=32.")
+@click.option("--check-data", is_flag=True, help="Only look at the data. Exit code 1 if it has problems.")
+@click.option("--dry-run", is_flag=True, help="Only estimate memory and time.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **params: Any) -> int:
+    """Train a LoRA and its lookahead head together, from RUN_FILE (YAML) or from flags."""
+    from ..training.run_file import check_ready, load_run
+
+    flags = {key: params[name] for name, key in _FLAGS.items()}
+    config = load_run(run_file, overrides, {**flags, "lora.frozen": True if head_only else None})
+    check_ready(config)
+    if params["check_data"] or params["dry_run"]:
+        from ..training.data_check import report_data
+
+        problems = report_data(config) if params["check_data"] else 0
+        if params["dry_run"]:
+            from ..training.estimate import report_estimate
+            from ..training.preflight import prepare
+
+            report_estimate(prepare(config))
+        return 1 if problems else 0
+    from ..training.run import train_run
+    from ..training.verdict import summary_of
+
+    result = train_run(config, resume=params["resume"])
+    if result is None:
+        return 0
+    if result.was_finished:
+        click.echo(f"{result.output} is finished already; there is nothing to resume")
+        return 0
+    for line in summary_of(result.report) if result.report is not None else ():
+        click.echo(line)
+    if result.report is None:
+        click.echo("nothing was measured: there are no held-out rows (--eval-data FILE)")
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    serve = f"serve it with `specserve serve --adapters-dir {result.output.parent}`"
+    click.echo(
+        f"{result.output} is written; see the warnings, then {serve}"
+        if result.warnings
+        else f"{result.output} is ready: {serve}"
+    )
+    return 0
+
+
+@click.command("eval")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="Held-out rows; default: the run's.")
+@click.option("--rows", type=click.IntRange(1), help="Only the first so many.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+def evaluate(directory: Path, data: Path | None, rows: int | None, max_tokens: int) -> None:
+    """Measure the lookahead LoRA in DIRECTORY: its task metric, and its speed with and without drafts."""
+    from ..training.evaluate import evaluate_directory
+
+    report = evaluate_directory(directory, data, rows, max_tokens=max_tokens)
+    click.echo((directory / "README.md").read_text(encoding="utf-8").partition("---\n# ")[2])
+    click.echo(f"written to {directory / 'report.json'}; {report['rows']} rows")

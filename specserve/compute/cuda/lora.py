@@ -1,0 +1,184 @@
+"""The adapters of a step on a GPU: slots in static tables, so that adapters come and go without any launch changing.
+
+The counterpart of `compute/torch/lora.py`. `DeviceAdapterSlots` owns the tables of addresses, the scratch memory
+and which adapter has which slot; `DeviceLoraBatch` holds what one step's launches read and does nothing but launch.
+Invariant: tensors that a captured CUDA graph holds keep their addresses; an adapter that joins or leaves changes data
+in them, ordered by the stream. So a graph is right for any adapters, as long as it launches the groups that they
+target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+
+import torch
+
+from ...adapters.lora import GROUPS, LoraAdapter
+from ...adapters.tensors import module_shapes
+from ...errors import UserError
+from ...kernels.lora_stack import LoraPair
+from ...kernels.lora_tables import LoraShape, LoraTables
+from ...kernels.lora_tiles import TILE_ROWS, lora_add_, lora_embedding_add_, scratch_size
+from ...kernels.tiles import build_tiles_, max_tiles
+from ...model.config import ModelConfig
+
+EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"  # keys of the tables beside (layer, group)
+
+
+class DeviceLoraBatch:
+    """Adds each row's own adapter to the outputs of the base model's modules, in place, by launches alone.
+
+    `tiles` [max_tiles, 3] int32 cover the step's rows, `logits_tiles` those of its logits, ids are slots
+    (`kernels/tiles.py`, TILE_ROWS rows); they may be rebuilt before each replay. `scratch` is flat fp32 of at least
+    `slots.scratch_size(rows)`. Groups that no adapter targets may be left out of `groups`, which spares their launches.
+    """
+
+    def __init__(
+        self,
+        slots: DeviceAdapterSlots,
+        tiles: torch.Tensor,
+        logits_tiles: torch.Tensor,
+        has_embedding: bool,
+        has_lm_head: bool,
+        scratch: torch.Tensor,
+        groups: Collection[str] = tuple(GROUPS),
+    ):
+        self._tables = slots.tables
+        self._tiles, self._logits_tiles, self._scratch = tiles, logits_tiles, scratch
+        self._has_embedding, self._has_lm_head = has_embedding, has_lm_head
+        self._groups = frozenset(groups)
+
+    def add_(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y [T, out] += LoRA(x [T, in]) for the fused linear `group` of `layer`."""
+        if group in self._groups:
+            lora_add_(y, x, self._tables.entry((layer, group)), self._tiles, self._scratch)
+
+    def add_embedding_(self, tokens: torch.Tensor, y: torch.Tensor) -> None:
+        """y [T, H] += LoRA of the embedding for tokens [T]."""
+        if self._has_embedding:
+            lora_embedding_add_(y, tokens, self._tables.entry(EMBEDDING), self._tiles, self._scratch)
+
+    def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
+        """logits [L, V] += LoRA of the lm_head for hidden rows x [L, H]."""
+        if self._has_lm_head:
+            lora_add_(logits, x, self._tables.entry(LM_HEAD), self._logits_tiles, self._scratch)
+
+
+class DeviceAdapterSlots:
+    """Up to `capacity` adapters of rank up to `max_rank` on the device, the least recently used making room.
+
+    `scratch` serves launches over `max_rows` rows. `targeted_groups` names what any adapter so far targets, of GROUPS,
+    EMBEDDING and LM_HEAD; it only grows, and a graph that was captured for fewer must be captured again.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        capacity: int,
+        max_rows: int,
+        *,
+        dtype: torch.dtype,
+        max_rank: int = 256,
+    ):
+        self._device = device
+        sizes = module_shapes(config)
+        shapes: dict[Hashable, LoraShape] = {
+            (layer, group): LoraShape(sizes[modules[0]][0], tuple(sizes[module][1] for module in modules))
+            for layer in range(config.num_layers)
+            for group, modules in GROUPS.items()
+        }
+        shapes |= {key: LoraShape(sizes[key][0], (sizes[key][1],)) for key in (EMBEDDING, LM_HEAD)}
+        self.capacity, self.max_rank = capacity, max_rank
+        self.tables = LoraTables(shapes, capacity, max_rank, dtype, device)
+        self.targeted_groups: frozenset[str] = frozenset()
+        self._keys = [*((0, group) for group in GROUPS), EMBEDDING, LM_HEAD]  # all layers have one shape
+        self.scratch = torch.empty(self.scratch_size(max_rows), dtype=torch.float32, device=device)
+        self._slot_of: dict[str, int] = {}  # least recently used first
+        self._free = list(range(capacity - 1, -1, -1))
+
+    def scratch_size(self, num_rows: int) -> int:
+        """fp32 elements of scratch that the launches of a step of `num_rows` rows need, one after the other."""
+        return max(scratch_size(self.tables.entry(key), num_rows, is_embedding=key == EMBEDDING) for key in self._keys)
+
+    def slot_of(self, content_hash: str) -> int:
+        return self._slot_of[content_hash]
+
+    def activate(self, active: Sequence[LoraAdapter]) -> None:
+        """Make every adapter of `active` (no duplicates) have a slot; none of these loses its own.
+
+        Raises `UserError` when there are more than `capacity`, or one of a rank beyond `max_rank`.
+        """
+        if len(active) > self.capacity:
+            raise UserError(
+                f"{len(active)} adapters in one step, but there is room for {self.capacity}; raise max_adapters or run "
+                "fewer adapters at a time",
+                param="max_adapters",
+            )
+        for adapter in active:
+            if adapter.max_rank > self.max_rank:
+                raise UserError(
+                    f"adapter {adapter.name!r} has rank {adapter.max_rank}, but the limit is {self.max_rank}; raise "
+                    "max_lora_rank",
+                    param="max_lora_rank",
+                )
+        missing = [adapter for adapter in active if adapter.content_hash not in self._slot_of]
+        for adapter in active:
+            if adapter.content_hash in self._slot_of:  # now the most recently used
+                self._slot_of[adapter.content_hash] = self._slot_of.pop(adapter.content_hash)
+        for adapter in missing:
+            if not self._free:
+                self._free.append(self._slot_of.pop(next(iter(self._slot_of))))
+            slot = self._free[-1]
+            self._fill(slot, adapter)  # before anything names the slot, should it raise
+            self._slot_of[adapter.content_hash] = self._free.pop()
+
+    def drop(self, content_hash: str) -> None:
+        """Forget an adapter that was unloaded, so that its weights can be freed."""
+        slot = self._slot_of.pop(content_hash, None)
+        if slot is not None:
+            self.tables.clear_slot(slot)
+            self._free.append(slot)
+
+    def batch(self, runs: Sequence[tuple[str | None, int]], logits_indices: Sequence[int]) -> DeviceLoraBatch | None:
+        """A step's view outside of graphs, for `runs` of (content hash or None, rows); None without any adapter."""
+        if all(content_hash is None for content_hash, _ in runs):
+            return None
+        row_slots: list[int] = []
+        for content_hash, num_rows in runs:
+            row_slots += [-1 if content_hash is None else self._slot_of[content_hash]] * num_rows
+        needed = self.scratch_size(len(row_slots))
+        fits = needed <= self.scratch.numel()
+        scratch = self.scratch if fits else torch.empty(needed, dtype=torch.float32, device=self._device)
+        has_lm_head = LM_HEAD in self.targeted_groups
+        logits_slots = [row_slots[row] for row in logits_indices] if has_lm_head else []
+        return DeviceLoraBatch(
+            self,
+            self._tiles(row_slots),
+            self._tiles(logits_slots),
+            EMBEDDING in self.targeted_groups,
+            has_lm_head,
+            scratch,
+            self.targeted_groups,
+        )
+
+    def _tiles(self, row_slots: list[int]) -> torch.Tensor:
+        row_ids = torch.tensor(row_slots, dtype=torch.int32).to(self._device, non_blocking=True)
+        num_tiles = max_tiles(len(row_slots), TILE_ROWS, len(row_slots))
+        tiles = torch.empty(num_tiles, 3, dtype=torch.int32, device=self._device)
+        build_tiles_(tiles, row_ids, TILE_ROWS)
+        return tiles
+
+    def _fill(self, slot: int, adapter: LoraAdapter) -> None:
+        group_of = {module: (group, m) for group, modules in GROUPS.items() for m, module in enumerate(modules)}
+        pairs: dict[Hashable, list[LoraPair | None]] = {}
+        for (layer, module), pair in adapter.layers.items():
+            group, m = group_of[module]
+            pairs.setdefault((layer, group), [None] * len(GROUPS[group]))[m] = pair
+        groups = {group_of[module][0] for _, module in adapter.layers}
+        for key, extra in ((EMBEDDING, adapter.embed), (LM_HEAD, adapter.lm_head)):
+            if extra is not None:
+                pairs[key] = [extra]
+                groups.add(key)
+        self.tables.set_slot(slot, pairs)
+        self.targeted_groups |= groups

@@ -1,0 +1,137 @@
+"""The sampler on CUDA: kernels draw a token from every row, and one small copy brings all of them to the host.
+
+The same function of logits, parameters, masks and random numbers as `Sampler`, which it asks for penalties and bias of
+the rows that have them. Launches are CUDA graphs by padded rows and by which stages some row needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from ...kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, sample_logits_
+from ...schedule.row_group import RowGroup
+from ...schedule.verifier import accepted_tokens
+from ..grammar_masks import MaskMaker
+from ..sampler import Sampler, edits_logits, uniform
+from .buffers import Layout, Page
+from .drafts import DeviceDrafts
+from .runner import DeviceRunner
+
+NOTHING_POSSIBLE = 2  # flag of a row of which the mask leaves nothing; 1 is NaN
+
+
+class DeviceSampler(Sampler):
+    """Samples the target's token for every row of every group of the runner's latest step."""
+
+    def __init__(self, eos_token_ids: Seq[int], masks: MaskMaker, runner: DeviceRunner):
+        super().__init__(eos_token_ids, masks)
+        self._runner = runner
+        self._device = runner.decoder.device
+        self._vocab_size = runner.decoder.config.vocab_size
+        self._buffers: dict[int, _Buffers] = {}  # by padded rows
+        self._results = _Results(runner.picked_tokens.shape[0], self._device)
+        self.drafts: DeviceDrafts  # set by who makes it, from `sampled`
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """[L] int64, where the tokens of each step lie on the device."""
+        return self._results.tokens
+
+    def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
+        sampled = super().sample(logits, groups)
+        pairs = zip(groups, sampled, strict=True)
+        self.drafts.collect({id(g.seq): len(accepted_tokens(g.drafts, tokens)) for g, tokens in pairs if tokens})
+        return sampled
+
+    @torch.inference_mode()
+    def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> tuple[list[int], list[int], list[int]]:
+        num_rows, padded = logits.shape[0], self._runner.padded_logits
+        size = padded.shape[0]
+        buffers, results = self._buffers.get(size), self._results
+        if buffers is None:
+            buffers = self._buffers[size] = _Buffers(size, self._vocab_size, self._device)
+        reason = self._runner.logits_reason
+        if reason is not None:
+            results = _Results(size, self._device)
+        rows, edited = self._rows(num_rows, groups)
+        # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
+        if (masks := self._masks.masks(groups, also_greedy=True)) is not None:
+            for idx, row in enumerate(masks.rows):
+                rows[row] = rows[row]._replace(mask_row=idx)
+            buffers.upload_masks(torch.from_numpy(masks.bits))
+        buffers.upload(rows)
+        raw = logits[edited] if edited else None  # [edited, V]
+        if edited:
+            for group in groups:
+                if edits_logits(group.seq):
+                    for idx in range(group.num_rows):
+                        self._edit(logits[group.first_row + idx], group, idx)
+        draws = any(row.temperature > 0 for row in rows)
+        cuts_top_k, cuts_top_p = any(row.top_k for row in rows), any(row.top_p < 1 for row in rows)
+        stages = {"draws": draws, "cuts_top_k": draws and cuts_top_k, "cuts_top_p": draws and cuts_top_p}
+        self._runner.graphs.run(
+            ("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, **stages), reason
+        )
+        if reason is None:
+            self.drafts.launch(groups)
+        if raw is not None:
+            logits[edited] = raw  # log-probabilities are those of the model
+        tokens, flags = results.download(num_rows)
+        return tokens, [flag == 1 for flag in flags], [flag == NOTHING_POSSIBLE for flag in flags]
+
+    def _rows(self, num_rows: int, groups: Seq[RowGroup]) -> tuple[list[SamplingRow], list[int]]:
+        """Parameters of every row, and which rows are edited before they are sampled."""
+        rows = [SamplingRow()] * num_rows
+        edited: list[int] = []
+        for group in groups:
+            seq, params = group.seq, group.seq.sampling
+            own = range(group.first_row, group.first_row + group.num_rows)
+            if edits_logits(seq):
+                edited += own
+            if group.is_greedy:
+                continue
+            for idx, row in enumerate(own):
+                drawn = uniform(params.seed, seq.request.sample_idx, len(seq.tokens) + idx)
+                top_k = params.top_k if params.top_k < self._vocab_size else 0
+                rows[row] = SamplingRow(params.temperature, top_k, params.top_p, params.min_p, drawn)
+        return rows, edited
+
+
+class _Results:
+    """Tokens and flags of up to `num_rows` rows, and their way to the host."""
+
+    def __init__(self, num_rows: int, device: torch.device):
+        self._layout = Layout.of({"tokens": (num_rows, torch.int64), "flags": (num_rows, torch.int32)})
+        self._page = Page(self._layout.num_bytes, device)
+        fields = self._page.device(self._layout)
+        self.tokens, self.flags = fields["tokens"], fields["flags"]
+
+    def download(self, num_rows: int) -> tuple[list[int], list[int]]:
+        self._page.download(self._layout)
+        host = self._page.host(self._layout)  # sync: the step's one wait; all that follows needs the tokens
+        return host["tokens"][:num_rows].tolist(), host["flags"][:num_rows].tolist()
+
+
+class _Buffers:
+    """Parameters and scratch of one number of padded rows."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device):
+        is_cuda = device.type == "cuda"
+        self._host = SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu", pin=is_cuda)
+        self._params = SamplingTensors.allocate(num_rows, vocab_size, num_rows, device)
+        self._scratch = SamplingScratch.allocate(num_rows, vocab_size, device)
+
+    def upload(self, rows: list[SamplingRow]) -> None:
+        self._host.write(rows)
+        self._params.copy_(self._host)
+
+    def upload_masks(self, bits: torch.Tensor) -> None:
+        self._params.masks[: bits.shape[0]].copy_(bits)
+
+    def sample_(self, results: _Results, logits: torch.Tensor, **stages: bool) -> None:
+        """The launches, for a graph."""
+        num_rows = logits.shape[0]
+        tokens, flags = results.tokens[:num_rows], results.flags[:num_rows]
+        sample_logits_(tokens, flags, logits, self._params, self._scratch, **stages)

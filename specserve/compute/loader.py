@@ -1,0 +1,57 @@
+"""Loads a model directory strictly, for the path that serves it: safetensors only, every tensor accounted for.
+
+A model that loads is the model on disk (`model/weights.py`). Tensors are read one by one, so that the peak is the model
+plus one layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from ..errors import ModelError
+from ..model.config import ModelConfig
+from ..model.weights import DTYPES, StoredWeights, checked_source
+from .build import build_native, build_torch, build_triton
+from .cuda.decoder import TritonDecoder
+from .cuda.decoder import cannot_serve as triton_cannot_serve
+from .native.choice import NativeChoice
+from .native.decoder import NativeDecoder
+from .torch.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device,
+    dtype: str = "auto",
+    native: NativeChoice | None = None,
+    is_triton: bool = False,
+) -> Decoder | NativeDecoder | TritonDecoder:
+    """Read the model directory `path` onto `device`. `dtype` is auto (as saved), fp32, bf16 or fp16.
+
+    With `native` the native forward of the CPU takes the model where it can; what it cannot is logged with the reason,
+    or raised as `ModelError` where the choice says that nothing else will do. With `is_triton` the Triton kernels take
+    it where they can.
+    """
+    path = Path(path)
+    config = ModelConfig.from_dir(path)
+    source = checked_source(path, config)
+    weight_dtype = source.dtype() if dtype == "auto" else DTYPES[dtype]
+    weights = StoredWeights(config, source, device, weight_dtype)
+    if native is not None:
+        reason = native.cannot_serve(config, weight_dtype)
+        if reason is None:
+            return build_native(config, weights, native)
+        if native.is_required:
+            raise ModelError(f"the native CPU path was asked for and cannot serve this model: {reason}")
+        logger.warning("the native CPU path cannot serve this model (%s); torch serves it, slower", reason)
+    if is_triton:
+        reason = triton_cannot_serve(config)
+        if reason is None:
+            return build_triton(config, weights)
+        logger.warning("the Triton kernels cannot serve this model (%s); torch serves it, slower", reason)
+    return build_torch(config, weights)

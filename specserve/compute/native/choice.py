@@ -1,0 +1,67 @@
+"""Decides, once at start, whether the native forward of the CPU serves the model, and logs why not.
+
+`compile=auto` takes it where a C++ compiler and the model allow it, `on` fails where they do not, `off` is torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ...config import EngineConfig
+from ...errors import ModelError
+from ...kernels.native import KEYS_PER_TILE, MAX_HEAD_DIM, Library, NativeError, load_library
+from ...model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeChoice:
+    """That, and how, the native forward shall serve. `is_required`: rather fail than fall back to torch."""
+
+    library: Library
+    num_threads: int
+    block_size: int
+    quantization: str = "none"
+    is_required: bool = False
+
+    def cannot_serve(self, config: ModelConfig, dtype: torch.dtype) -> str | None:
+        """Why the native forward cannot serve this model; None if it can."""
+        if self.block_size % KEYS_PER_TILE:
+            return f"block_size={self.block_size} is no multiple of {KEYS_PER_TILE}"
+        if config.head_dim > MAX_HEAD_DIM:
+            return f"head_dim={config.head_dim} is above {MAX_HEAD_DIM}"
+        if dtype == torch.float16 and self.quantization == "none":
+            return "float16 weights have no native form; --dtype bf16 or fp32 has"
+        return None
+
+
+def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | None:
+    """The native path as `config` wants it on `device`, or None for torch. Raises `ModelError` where it is required."""
+    quantized = config.quantization != "none"
+    is_required = (config.compile == "on" and device.type == "cpu") or quantized
+    reason = None
+    if device.type != "cpu":
+        reason = f"the model runs on {device.type}"
+    elif config.compile in ("off", "triton"):
+        reason = f"compile is {config.compile}"
+    else:
+        try:
+            library = load_library()
+        except NativeError as error:
+            reason = str(error)
+    if reason is not None:
+        if quantized:
+            raise ModelError(f"quantization={config.quantization} needs the native CPU path: {reason}")
+        if is_required:
+            raise ModelError(f"compile=on needs the native CPU path: {reason}")
+        if device.type == "cpu" and config.compile == "auto":
+            logger.warning("the native CPU path is off, torch serves instead, slower: %s", reason)
+        return None
+    if library.build_s:
+        logger.info("built the native CPU kernels in %.1f s; they are cached", library.build_s)
+    num_threads = config.num_threads or torch.get_num_threads()
+    return NativeChoice(library, num_threads, config.block_size, config.quantization, is_required)

@@ -1,0 +1,202 @@
+"""The decoder on the CPU through the native forward (kernels/cpu): one call a step for all layers.
+
+Takes the place of `Decoder` behind the same methods: `forward` gives hidden rows, `logits` turns them into logits. Owns
+the packed weights and their C structs. Activations and KV are bf16 where the CPU multiplies bf16 natively and weights
+are 16 bits or fewer, else fp32; the residual stream and all sums are fp32. Unlike the torch path, a row's result does
+not depend on the other rows of its step, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels.native import MAX_TAPS, MODULES, NORMS, PANEL, PHASES, Layer, Library, Model, Step, Team
+from ...kernels.packed import PackedMatrix, WeightFormat, pack
+from ...model.config import ModelConfig
+from ...model.rope import Rope
+from ..batch import Batch
+from ..kv_cache import KVCache
+from .lora import NativeLoraBatch, NativeSlots, to_native
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's small operations on one thread: after each parallel one its OpenMP threads spin for milliseconds, on the
+    cores that the native team needs next (a decoding step took 15 ms instead of 8 on two cores)."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# (weight, bias) of a linear by its name on the hub.
+LinearSource = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLayer:
+    """Packed weights of one layer, by module, and its norms in fp32, by the names of `NORMS`."""
+
+    modules: dict[str, PackedMatrix]
+    norms: dict[str, torch.Tensor]
+
+
+def weight_format(dtype: torch.dtype, quantization: str) -> WeightFormat:
+    """How weights of `dtype` are packed. int8 and int4 hold for the linears and the lm_head."""
+    if quantization != "none":
+        return quantization  # type: ignore[return-value]
+    return "bf16" if dtype == torch.bfloat16 else "f32"
+
+
+class NativeDecoder:
+    """A loaded model. `compute_dtype` is the dtype of KV and of what the matrices multiply."""
+
+    def __init__(
+        self,
+        library: Library,
+        num_threads: int,
+        config: ModelConfig,
+        embed: torch.Tensor,
+        layers: list[NativeLayer],
+        norm: torch.Tensor,
+        lm_head: PackedMatrix,
+        weight_dtype: torch.dtype,
+    ):
+        self.config = config
+        self.embed = embed  # [V, H] in the weights' dtype
+        self.device = embed.device
+        self.num_builds = int(library.build_s > 0)
+        self.is_bf16 = library.uses_bf16 and lm_head.format != "f32"
+        self.compute_dtype = torch.bfloat16 if self.is_bf16 else torch.float32
+        self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")
+        if lm_head.format in ("int8", "int4"):
+            self.weight_dtype_name = lm_head.format
+        self.phase_seconds = (ctypes.c_double * len(PHASES))()
+        self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # as transformers rounds it
+        self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
+        self._kinds = list(config.ropes)
+        self._norm, self._layers, self._lm_head = norm, layers, lm_head
+        self.team = Team(library, num_threads)
+        self._structs = (Layer * len(layers))(*(self._layer_struct(idx) for idx in range(len(layers))))
+        self._model = Model(
+            ctypes.cast(self._structs, ctypes.POINTER(Layer)),
+            norm.data_ptr(),
+            len(layers),
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            int(config.activation != "silu"),
+            int(self.is_bf16),
+            0,
+            config.rms_norm_eps,
+            config.attention_scale,
+        )
+        self._lm_head_struct = lm_head.struct()
+        self._kv: KVCache | None = None
+
+    lay_out_lora = staticmethod(to_native)
+
+    def slots(self) -> NativeSlots:
+        """What keeps the adapters of steps for this decoder."""
+        return NativeSlots(self.config, self.compute_dtype)
+
+    def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normed hidden states [L, H] fp32 of the rows `batch.logits_indices`; writes all rows' KV to `kv`.
+
+        Each layer index that `taps` holds gets that layer's output for the same rows, [L, H] fp32.
+        """
+        self._bind(kv)
+        lora = batch.lora
+        assert lora is None or isinstance(lora, NativeLoraBatch)
+        x = F.embedding(batch.tokens, self.embed).float()  # [T, H]
+        if lora is not None:
+            lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
+        if self.config.embed_scale != 1.0:
+            x *= self._embed_scale
+        num_logits = batch.logits_indices.shape[0]
+        hidden = torch.empty(num_logits, self.config.hidden_size)
+        cos_sin = [self._ropes[kind].cos_sin(batch.positions, torch.float32) for kind in self._kinds]
+        step = Step(
+            num_rows=batch.num_rows,
+            num_seqs=len(batch.query_lens_list),
+            num_logits=num_logits,
+            block_size=batch.block_size,
+            table_width=batch.block_tables.shape[1],
+            x=x.data_ptr(),
+            slots=batch.slot_mapping.data_ptr(),
+            cu_query_lens=batch.cu_query_lens.data_ptr(),
+            context_lens=batch.context_lens.data_ptr(),
+            block_tables=batch.block_tables.data_ptr(),
+            logits_indices=batch.logits_indices.data_ptr(),
+            hidden=hidden.data_ptr(),
+            seconds=self.phase_seconds,
+        )
+        for idx, (cos, sin) in enumerate(cos_sin):
+            step.cos[idx], step.sin[idx] = cos.data_ptr(), sin.data_ptr()
+        if lora is not None:
+            step.row_slots, step.lora = lora.row_slots.data_ptr(), lora.table_address
+            step.max_rank = lora.max_rank
+        wanted = sorted(taps or ())
+        assert len(wanted) <= MAX_TAPS
+        for idx, layer in enumerate(wanted):
+            assert taps is not None
+            taps[layer] = torch.empty(num_logits, self.config.hidden_size)
+            step.tap_layers[idx], step.taps[idx] = layer, taps[layer].data_ptr()
+        step.num_taps = len(wanted)
+        self.team.forward(self._model, step)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits [L, V] float32 of hidden rows [L, H]."""
+        num_rows = hidden.shape[0]
+        padded = torch.empty(num_rows, self._lm_head.num_panels * PANEL)
+        self.team.linear(self._lm_head_struct, self.is_bf16, hidden.data_ptr(), num_rows, padded.data_ptr())
+        logits = padded[:, : self.config.vocab_size]
+        if batch.lora is not None:
+            batch.lora.add_lm_head_(hidden, logits)
+        if self.config.final_softcap:
+            logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
+        return logits
+
+    def _layer_struct(self, idx: int) -> Layer:
+        layer, config = self._layers[idx], self.config
+        struct = Layer()
+        for place, module in enumerate(MODULES):
+            struct.modules[place] = layer.modules[module].struct()
+        for name in NORMS:
+            if name in layer.norms:
+                setattr(struct, name, layer.norms[name].data_ptr())
+        struct.window = config.windows[idx] or 0
+        struct.rope = self._kinds.index(config.rope_keys[idx])
+        return struct
+
+    def _bind(self, kv: KVCache) -> None:
+        """Point the layers at the cache's tensors: keys in tiles (kernels/cpu/attention.h), values by slot."""
+        if self._kv is kv:
+            return
+        for idx, struct in enumerate(self._structs):
+            assert kv.k[idx].dtype == self.compute_dtype and kv.k[idx].shape[0] % 16 == 0
+            struct.k_cache, struct.v_cache = kv.k[idx].data_ptr(), kv.v[idx].data_ptr()
+        self._kv = kv
+
+
+def pack_layer(linear: LinearSource, norms: dict[str, torch.Tensor], base: str, form: WeightFormat) -> NativeLayer:
+    """One layer from its unpacked linears; `base` is its name on the hub."""
+    modules = {}
+    for module in MODULES:
+        parent = "self_attn" if module in MODULES[:4] else "mlp"
+        weight, bias = linear(f"{base}.{parent}.{module}")
+        modules[module] = pack(weight, bias, form)
+    return NativeLayer(modules, norms)

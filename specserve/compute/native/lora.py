@@ -1,0 +1,121 @@
+"""The adapters of one step for the native forward: which rows use which weights, read where the adapters hold them.
+
+The counterpart of `compute/torch/lora.py`. Nothing is stacked or copied: a step gets a table of addresses for
+the adapters that it names, so that adapters come and go at no cost, whatever their number, ranks and modules. LoRA on
+the embedding and the lm_head goes through torch row by row: a product of several rows would round by their number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ...adapters.lora import LoraAdapter
+from ...kernels.lora_stack import LoraPair
+from ...kernels.native import MODULES, PANEL, Lora
+from ...model.config import ModelConfig
+
+_MAX_TABLES = 64
+
+
+class NativeLoraBatch:
+    """One step's view. `row_slots` [T] int32 is each row's place in the table, -1 without adapter."""
+
+    def __init__(
+        self, adapters: Sequence[LoraAdapter], row_slots: list[int], logits_slots: list[int], table: ctypes.Array
+    ):
+        self.row_slots = torch.tensor(row_slots, dtype=torch.int32)
+        self.max_rank = max(adapter.max_rank for adapter in adapters)
+        self.table_address = ctypes.addressof(table)
+        self._adapters, self._table = adapters, table
+        self._logits_slots = torch.tensor(logits_slots, dtype=torch.int32)
+
+    def add_embedding_(self, tokens: torch.Tensor, y: torch.Tensor) -> None:
+        """y [T, H] fp32 += LoRA of the embedding for tokens [T]."""
+        for slot, adapter in enumerate(self._adapters):
+            if adapter.embed is not None:
+                a, b, scale = adapter.embed
+                b = b.float()
+                for row in (self.row_slots == slot).nonzero()[:, 0].tolist():
+                    y[row] += (b @ a[:, tokens[row]].float()) * scale
+
+    def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
+        """logits [L, V] += LoRA of the lm_head for hidden rows x [L, H] fp32."""
+        for slot, adapter in enumerate(self._adapters):
+            if adapter.lm_head is not None:
+                a, b, scale = adapter.lm_head
+                a, b = a.float(), b.float()
+                for row in (self._logits_slots == slot).nonzero()[:, 0].tolist():
+                    logits[row] += (b @ (a @ x[row])) * scale
+
+
+class NativeSlots:
+    """Tables of addresses of adapters; slot i of a step is the i-th adapter that it names."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        self._num_layers = config.num_layers
+        self._dtype = dtype
+        self._active: list[LoraAdapter] = []
+        self._slot_of: dict[str, int] = {}
+        # By content hashes; each with the adapters whose tensors it points into.
+        self._tables: dict[tuple[str, ...], tuple[ctypes.Array, list[LoraAdapter]]] = {}
+
+    def slot_of(self, content_hash: str) -> int:
+        return self._slot_of[content_hash]
+
+    def activate(self, active: Sequence[LoraAdapter]) -> None:
+        """Give every adapter of `active` (no duplicates) a slot for the next batch."""
+        self._active = list(active)
+        self._slot_of = {adapter.content_hash: slot for slot, adapter in enumerate(active)}
+
+    def drop(self, content_hash: str) -> None:
+        """Forget an adapter that was unloaded."""
+        self._tables = {key: known for key, known in self._tables.items() if content_hash not in key}
+        self._active = [adapter for adapter in self._active if adapter.content_hash != content_hash]
+
+    def batch(self, runs: Sequence[tuple[str | None, int]], logits_indices: Sequence[int]) -> NativeLoraBatch | None:
+        """The step's view for `runs` of (content hash or None, rows), in row order; None without any adapter."""
+        if all(content_hash is None for content_hash, _ in runs):
+            return None
+        row_slots: list[int] = []
+        for content_hash, num_rows in runs:
+            row_slots += [-1 if content_hash is None else self._slot_of[content_hash]] * num_rows
+        key = tuple(adapter.content_hash for adapter in self._active)
+        known = self._tables.get(key)
+        if known is None or any(old is not new for old, new in zip(known[1], self._active, strict=True)):
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            known = self._tables[key] = self._build(), self._active
+        return NativeLoraBatch(self._active, row_slots, [row_slots[row] for row in logits_indices], known[0])
+
+    def _build(self) -> ctypes.Array:
+        table = (Lora * (len(self._active) * self._num_layers * len(MODULES)))()
+        for slot, adapter in enumerate(self._active):
+            for (layer, module), pair in adapter.layers.items():
+                a, b = pair.a, pair.b  # as `to_native` laid them out
+                assert b.dim() == 3 and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
+                place = (slot * self._num_layers + layer) * len(MODULES) + MODULES.index(module)
+                table[place] = Lora(a.data_ptr(), b.data_ptr(), b.shape[1], pair.scale)
+        return table
+
+
+def to_native(pair: LoraPair) -> LoraPair:
+    """A layer module's pair in the order in which the native kernels read it (kernels/cpu/lora.h), padded with zeros.
+
+    A is flat, with each block of 8, 4 or 1 rows as [in / 32, rows, 32]; B is [panels, R, 64].
+    """
+    rank, size_in = pair.a.shape
+    padded = F.pad(pair.a, (0, -size_in % 32))
+    blocks, row = [], 0
+    while row < rank:
+        num_rows = next(num for num in (8, 4, 1) if row + num <= rank)
+        block = padded[row : row + num_rows].view(num_rows, -1, 32)
+        blocks.append(block.transpose(0, 1).reshape(-1))
+        row += num_rows
+    out = pair.b.shape[0]
+    panels = -(-out // PANEL)
+    b = F.pad(pair.b, (0, 0, 0, panels * PANEL - out)).view(panels, PANEL, rank).transpose(1, 2).contiguous()
+    return LoraPair(torch.cat(blocks), b, pair.scale)

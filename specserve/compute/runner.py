@@ -1,0 +1,112 @@
+"""Scheduled sequences in, logits out: builds the step's `Batch` and runs the decoder on it.
+
+Owns the decoder, the KV tensors and the adapters' slots. Row order: the base's sequences first, then adapter by
+adapter, so that each adapter's rows are one segment however many requests name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from ..adapters.lora import LoraAdapter
+from ..schedule.logits_rows import LogitsRows
+from ..schedule.row_group import RowGroup
+from ..schedule.scheduler import ScheduledSequence
+from .batch import Batch
+from .cuda.lora import DeviceAdapterSlots
+from .kv_cache import KVCache
+from .native.decoder import NativeDecoder
+from .native.lora import NativeSlots
+from .torch.decoder import Decoder
+from .torch.lora import AdapterSlots
+
+Slots: TypeAlias = AdapterSlots | DeviceAdapterSlots | NativeSlots
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Logits [L, V] float32; `groups` are the rows to sample, `prompt_rows` those of prompt log-probabilities."""
+
+    logits: torch.Tensor
+    groups: list[RowGroup]
+    prompt_rows: list[tuple[ScheduledSequence, int, int]]  # (item, first row, number of rows)
+    hidden: torch.Tensor  # [L, H], normed
+    taps: dict[int, torch.Tensor]  # layer -> its output [L, H], for the layers that heads read
+
+
+class ModelRunner:
+    """Runs one forward over whatever was scheduled."""
+
+    def __init__(self, decoder: Decoder | NativeDecoder, kv: KVCache, block_size: int, slots: Slots):
+        self.decoder = decoder
+        self.kv = kv
+        self.block_size = block_size
+        self.slots = slots
+
+    @torch.inference_mode()
+    def run(self, items: Sequence[ScheduledSequence], adapters: dict[str, LoraAdapter]) -> StepOutput:
+        """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
+        active = list(dict.fromkeys(item.seq.adapter_hash for item in items if item.seq.adapter_hash is not None))
+        if active:
+            self.slots.activate([adapters[content_hash] for content_hash in active])
+        items = sorted(items, key=self._slot)
+        batch, needed = self._build(items)
+        heads = [adapters[key].lookahead for key in active]
+        taps = {ahead.head.config.tap_layer: batch.tokens for ahead in heads if ahead is not None and ahead.head}
+        hidden = self.decoder.forward(batch, self.kv, taps)  # [L, H]
+        if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
+            return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], hidden, {})
+        logits = self.decoder.logits(hidden, batch)  # [L, V]
+        return StepOutput(logits, needed.groups, needed.prompt_rows, hidden, taps)
+
+    def _slot(self, item: ScheduledSequence) -> int:
+        return -1 if item.seq.adapter_hash is None else self.slots.slot_of(item.seq.adapter_hash)
+
+    def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
+        size = self.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slot_mapping: list[int] = []
+        query_lens: list[int] = []
+        context_lens: list[int] = []
+        runs: list[tuple[str | None, int]] = []
+        needed = LogitsRows()
+        for item in items:
+            seq = item.seq
+            first_row, start = len(tokens), seq.num_computed
+            tokens += seq.tokens[start : start + item.num_rows]
+            tokens += item.drafts
+            num_rows = item.num_rows + len(item.drafts)
+            positions += range(start, start + num_rows)
+            slot_mapping += [seq.block_table[p // size] * size + p % size for p in range(start, start + num_rows)]
+            query_lens.append(num_rows)
+            context_lens.append(start + num_rows)
+            runs.append((seq.adapter_hash, num_rows))
+            needed.add(item, first_row)
+        device = self.decoder.device
+        tables = [item.seq.block_table[: -(-n // size)] for item, n in zip(items, context_lens, strict=True)]
+        width = max(len(table) for table in tables)
+        cu_query_lens = [0]
+        for n in query_lens:
+            cu_query_lens.append(cu_query_lens[-1] + n)
+        batch = Batch(
+            tokens=torch.tensor(tokens, device=device),
+            positions=torch.tensor(positions, device=device),
+            slot_mapping=torch.tensor(slot_mapping, device=device),
+            block_tables=torch.tensor(
+                [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32, device=device
+            ),
+            cu_query_lens=torch.tensor(cu_query_lens, dtype=torch.int32, device=device),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
+            logits_indices=torch.tensor(needed.rows, dtype=torch.int64, device=device),
+            block_size=size,
+            query_lens_list=query_lens,
+            context_lens_list=context_lens,
+            block_tables_list=tables,
+            lora=self.slots.batch(runs, needed.rows),
+        )
+        return batch, needed

@@ -1,0 +1,224 @@
+"""Turns logit rows into tokens, row by row as if there were no drafts.
+
+Exactness rests on two things. Each row is processed with the history it would have if all drafts before it were
+accepted (penalties, minimum length), so a kept row is sampled from the same distribution as without drafts. And its
+random number is a hash of (seed, sample index, position), not the next draw of a stream, so it is the same number
+either way.
+
+Order of processing, as in vLLM: penalties, logit bias, forbidden stop tokens, the grammar's mask, temperature, top-k,
+top-p, min-p.
+Sampling inverts the cumulative distribution in vocabulary order, in float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+
+from ..messages import SamplingParams, TokenLogprobs
+from ..schedule.row_group import RowGroup
+from ..schedule.sequence import Sequence
+from .grammar_masks import MaskMaker, allowed_tokens
+
+TOP_P_CANDIDATES = 1024  # a full sort of the vocabulary is the exception: most top-p sets are smaller than this
+
+
+def uniform(seed: int, sample_idx: int, position: int) -> float:
+    """The random number in [0, 1) of one position of one sample; a pure function, equal on every platform."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed & (2**64 - 1), sample_idx, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def edits_logits(seq: Sequence) -> bool:
+    """Whether rows of this sequence differ from the raw logits before temperature is applied."""
+    params = seq.sampling
+    return bool(
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or params.logit_bias
+        or seq.output_len < params.min_tokens
+    )
+
+
+def best_of_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest value and its index of each row of logits [L, V]; NaN where a row holds one.
+
+    By blocks of 64 where they fit: on a CPU `max` with indices of 64 rows takes 1.5 ms, `amax` 0.13.
+    """
+    num_rows, vocab_size = logits.shape
+    if vocab_size % 64 or not num_rows:
+        return logits.max(dim=-1)
+    blocks = logits.unflatten(-1, (vocab_size // 64, 64))  # [L, V / 64, 64]
+    values, block = blocks.amax(dim=-1).max(dim=-1)  # [L]
+    rows = blocks[torch.arange(num_rows, device=logits.device), block]  # [L, 64]
+    return values, rows.argmax(dim=-1) + 64 * block
+
+
+class Sampler:
+    """Samples the target's token for every row of every group."""
+
+    def __init__(self, eos_token_ids: Seq[int], masks: MaskMaker | None = None):
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._masks = masks or MaskMaker(0)
+
+    def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
+        """Tokens of each group's rows, given its drafts.
+
+        `logits` is [L, V] float32 on any device and is not modified. A group with a NaN in a row it needs gets an
+        empty list: its logits are not a distribution and nothing may be made of them. Under a grammar the list ends
+        early where nothing may come or a draft was wrong; an empty list's reason is the group's `failure`.
+        """
+        flat, bad, dead = self._draw(logits, groups)
+        result: list[list[int]] = []
+        for group in groups:
+            own = slice(group.first_row, group.first_row + group.num_rows)
+            if any(bad[own]):
+                group.failure = "nan"
+                result.append([])
+                continue
+            sampled = flat[own]
+            if group.seq.grammar is not None:
+                sampled = self._constrain(logits, group, sampled, dead[own])
+            result.append(sampled)
+        return result
+
+    def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> tuple[list[int], list[int], list[int]]:
+        """By row: its token, whether it holds NaN, and whether the grammar's mask leaves nothing of it.
+
+        Greedy rows of a group under a grammar get the most likely token of all; `_constrain` sees to the grammar.
+        """
+        best_values, best = best_of_rows(logits)  # [L], [L]; NaN propagates into the maximum
+        tokens = best.clone()
+        hot_rows: list[int] = []
+        hot_logits: list[torch.Tensor] = []
+        hot_params: list[tuple[SamplingParams, float]] = []
+        is_dead = torch.zeros_like(best_values, dtype=torch.bool)  # [L] nothing may be sampled there
+        for group in groups:
+            params = group.seq.sampling
+            edited = edits_logits(group.seq)
+            if group.is_greedy and not edited:
+                continue
+            for idx in range(group.num_rows):
+                row = group.first_row + idx
+                row_logits = logits[row]
+                if edited:
+                    row_logits = self._edit(row_logits.clone(), group, idx)
+                if group.is_greedy:
+                    tokens[row] = row_logits.argmax()
+                else:
+                    position = len(group.seq.tokens) + idx
+                    hot_rows.append(row)
+                    hot_logits.append(row_logits)
+                    hot_params.append((params, uniform(params.seed, group.seq.request.sample_idx, position)))
+        if hot_rows:
+            stacked = torch.stack(hot_logits)  # [M, V]
+            if (masks := self._masks.masks(groups)) is not None:
+                place = {row: idx for idx, row in enumerate(hot_rows)}
+                masked = torch.tensor([place[row] for row in masks.rows], device=logits.device)
+                allowed = allowed_tokens(masks.bits, logits.shape[1], logits.device)  # [R, V]
+                rows = stacked[masked].masked_fill_(~allowed, -torch.inf)
+                is_dead[masks.rows] = rows.amax(dim=-1) == -torch.inf
+                stacked[masked] = rows
+            tokens[hot_rows] = sample_rows(stacked, hot_params)
+        # sync: the step's one copy back; everything after it needs the tokens on the host.
+        flat, bad, dead = torch.stack([tokens, best_values.isnan().long(), is_dead.long()]).tolist()
+        return flat, bad, dead
+
+    def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: list[int]) -> list[int]:
+        """The tokens of a group under a grammar, up to the first row where there is none."""
+
+        def masked_best(idx: int, bits: np.ndarray) -> int | None:
+            row = logits[group.first_row + idx].clone()
+            if edits_logits(group.seq):
+                row = self._edit(row, group, idx)
+            row.masked_fill_(~allowed_tokens(bits, row.shape[0], row.device)[0], -torch.inf)
+            best = int(row.argmax())  # sync: only where the most likely token of all is forbidden
+            return None if row[best] == -torch.inf else best
+
+        if group.is_greedy:
+            sampled = self._masks.constrain_greedy(group, sampled, masked_best)
+        elif any(dead):
+            sampled = sampled[: dead.index(1)]
+        if not sampled:
+            group.failure = "grammar"
+        return sampled
+
+    def _edit(self, row: torch.Tensor, group: RowGroup, idx: int) -> torch.Tensor:
+        """Apply penalties, bias and minimum length to one row [V], in place."""
+        seq, params = group.seq, group.seq.sampling
+        history = group.drafts[:idx]
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted({*seq.tokens, *history}), device=row.device)
+            values = row[seen]
+            row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            counts = dict(seq.output_counts)
+            for token in history:
+                counts[token] = counts.get(token, 0) + 1
+            if counts:
+                ids = torch.tensor(list(counts), device=row.device)
+                amounts = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+                row[ids] -= params.frequency_penalty * amounts + params.presence_penalty
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=row.device)
+            row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+        if seq.output_len + idx < params.min_tokens:
+            row[[*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
+        return row
+
+
+def sample_rows(logits: torch.Tensor, params: Seq[tuple[SamplingParams, float]]) -> torch.Tensor:
+    """Sample one token per row [M] from logits [M, V] with each row's parameters and uniform number."""
+    device = logits.device
+    temperature = torch.tensor([[p.temperature] for p, _ in params], device=device)
+    logits = logits / temperature  # [M, V]
+    for row, (p, _) in enumerate(params):
+        if p.top_k and p.top_k < logits.shape[1]:
+            kth = logits[row].topk(p.top_k).values[-1]
+            logits[row].masked_fill_(logits[row] < kth, -torch.inf)
+        if p.top_p < 1.0:
+            _keep_top_p(logits[row], p.top_p)
+    probs = logits.double().softmax(dim=-1)  # [M, V]
+    min_p = torch.tensor([[p.min_p] for p, _ in params], dtype=torch.float64, device=device)
+    probs.masked_fill_(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    cumulative = probs.cumsum(dim=-1)
+    drawn = torch.tensor([[u] for _, u in params], dtype=torch.float64, device=device)
+    picked = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)  # [M, 1]
+    # u * total may round to total: then the last token that has a probability, which a grammar allows too.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())  # [M, 1]
+    return torch.minimum(picked, last).clamp_(max=logits.shape[1] - 1).squeeze(1)
+
+
+def _keep_top_p(row: torch.Tensor, top_p: float) -> None:
+    """Forbid, in place, all but the smallest set of most likely tokens of row [V] whose mass reaches `top_p`."""
+    probs = row.softmax(dim=-1)
+    num = min(TOP_P_CANDIDATES, row.shape[0])
+    values = probs.topk(num).values.double()
+    mass = values.cumsum(0)
+    if mass[-1] < top_p and num < row.shape[0]:  # sync: flat distributions only, decided per row
+        values = probs.sort(descending=True).values.double()
+        mass = values.cumsum(0)
+    # The token that crosses the threshold stays in; equal probabilities stay or go together.
+    idx = torch.searchsorted(mass, torch.tensor(top_p, dtype=torch.float64, device=row.device))
+    row.masked_fill_(probs < values[idx.clamp_(max=values.shape[0] - 1)], -torch.inf)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: Seq[int], num_top: int) -> list[TokenLogprobs]:
+    """Raw log-probabilities of `tokens` under logits [M, V], one token a row, with the `num_top` most likely ones."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    ids = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    chosen = logprobs.gather(1, ids)  # [M, 1]
+    ranks = (logprobs > chosen).sum(dim=1) + 1
+    top = logprobs.topk(num_top, dim=-1) if num_top else None
+    # sync: only for requests that ask for log-probabilities.
+    rows = zip(chosen[:, 0].tolist(), ranks.tolist(), strict=True)
+    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else (((), ()) for _ in tokens)
+    return [
+        TokenLogprobs(value, list(zip(top_ids, top_values, strict=True)), rank)
+        for (value, rank), (top_ids, top_values) in zip(rows, tops, strict=True)
+    ]

@@ -1,0 +1,120 @@
+"""The forward pass of every supported architecture, over one ragged batch.
+
+Llama, Mistral, Qwen2, Qwen3 and Gemma 3 differ by `ModelConfig` only. Owns weights and arithmetic; knows nothing of
+requests, of which adapters there are, or of where KV blocks come from. q, k, v are one linear, gate and up another.
+Inference only: plain tensors, no modules, no autograd.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels.attention import AttentionPlan, paged_attention, plan_attention, store_kv
+from ...model.rope import rotate
+from ..batch import Batch
+from ..decoder_weights import DecoderWeights, Layer
+from ..kv_cache import KVCache
+from .lora import AdapterSlots, LoraBatch
+
+
+class Decoder(DecoderWeights):
+    """The forward pass in torch."""
+
+    def slots(self) -> AdapterSlots:
+        """What keeps the adapters of steps for this decoder."""
+        return AdapterSlots(self.config)
+
+    def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normed hidden states [L, H] of the rows `batch.logits_indices`; writes all rows' keys and values to `kv`.
+
+        Each layer index that `taps` holds gets that layer's output for the same rows, [L, H].
+        """
+        config, lora = self.config, cast(LoraBatch | None, batch.lora)  # what `slots` makes
+        x = self.embed[batch.tokens].to(self.compute_dtype)  # [T, H]
+        if lora is not None:
+            lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
+        if config.embed_scale != 1.0:
+            x *= self._embed_scale
+        plans = {window: self._plan(batch, window) for window in set(config.windows)}
+        ropes = {kind: rope.cos_sin(batch.positions, self.compute_dtype) for kind, rope in self._ropes.items()}
+        for idx, layer in enumerate(self.layers):
+            h = self._rms_norm(x, layer.input_norm)
+            qkv = layer.qkv(h)
+            if lora is not None:
+                lora.add_(idx, "qkv", h, qkv)
+            plan, (cos, sin) = plans[config.windows[idx]], ropes[config.rope_keys[idx]]
+            attended = self._attend(idx, layer, qkv, cos, sin, plan, batch.slot_mapping, kv)
+            h = layer.o(attended)
+            if lora is not None:
+                lora.add_(idx, "o", attended, h)
+            if layer.post_attention_norm is not None:
+                h = self._rms_norm(h, layer.post_attention_norm)
+            x += h
+            h = self._rms_norm(x, layer.mlp_norm)
+            gate_up = layer.gate_up(h)
+            if lora is not None:
+                lora.add_(idx, "gate_up", h, gate_up)
+            gate, up = gate_up.chunk(2, dim=-1)  # [T, intermediate] each
+            act = F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
+            act *= up
+            h = layer.down(act)
+            if lora is not None:
+                lora.add_(idx, "down", act, h)
+            if layer.post_mlp_norm is not None:
+                h = self._rms_norm(h, layer.post_mlp_norm)
+            x += h
+            if taps is not None and idx in taps:
+                taps[idx] = x[batch.logits_indices]
+        return self._rms_norm(x[batch.logits_indices], self.norm)
+
+    def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits [L, V] float32 of hidden rows [L, H]."""
+        logits = self.lm_head(hidden).float()
+        if batch.lora is not None:
+            batch.lora.add_lm_head_(hidden, logits)
+        if self.config.final_softcap:
+            logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
+        return logits
+
+    def _attend(
+        self,
+        idx: int,
+        layer: Layer,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: AttentionPlan,
+        slots: torch.Tensor,
+        kv: KVCache,
+    ) -> torch.Tensor:
+        config = self.config
+        num_q, num_kv = config.num_heads, config.num_kv_heads
+        heads = qkv.view(qkv.shape[0], num_q + 2 * num_kv, config.head_dim)
+        qk = heads[:, : num_q + num_kv]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk[:, :num_q], qk[:, num_q:]
+            qk = torch.cat([self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)], dim=1)
+        qk = rotate(qk, cos, sin)
+        store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slots)
+        return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, config.attention_scale)
+
+    def _plan(self, batch: Batch, window: int | None) -> AttentionPlan:
+        config = self.config
+        return plan_attention(
+            batch.query_lens_list,
+            batch.context_lens_list,
+            batch.block_tables_list,
+            batch.block_size,
+            window,
+            config.num_heads // config.num_kv_heads,
+            self.compute_dtype,
+            self.device,
+        )
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype != x.dtype:  # Gemma at 16 bits
+            return F.rms_norm(x.float(), weight.shape, weight, self.config.rms_norm_eps).to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)

@@ -1,0 +1,77 @@
+"""Refuses requests that can never run and settings that do not fit the model, with the numbers that say why.
+
+The server checks the same limits earlier, field by field; this is the engine's own guard, so that no frame can hurt it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import EngineConfig
+from ..errors import UserError
+from ..messages import EngineInfo, GenerateRequest
+from ..model.config import ModelConfig
+
+
+def check_request(request: GenerateRequest, info: EngineInfo) -> None:
+    """Raise `UserError` for a request that can never run on the engine described by `info`."""
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if not prompt:
+        raise UserError("the prompt is empty; send at least one token", param="prompt")
+    for name, ids in (
+        ("prompt", prompt),
+        ("logit_bias", list(sampling.logit_bias)),
+        ("stop_token_ids", list(sampling.stop_token_ids)),
+    ):
+        bad = next((token for token in ids if not 0 <= token < info.vocab_size), None)
+        if bad is not None:
+            raise UserError(f"{name}: token id {bad} is outside 0..{info.vocab_size - 1}", param=name)
+    capacity = info.num_kv_blocks * info.block_size
+    for limit, what in (
+        (info.max_model_len, f"context of {info.max_model_len} tokens"),
+        (capacity, f"KV cache of {capacity} tokens; raise --kv-cache-gib"),
+    ):
+        if len(prompt) + sampling.max_tokens > limit:
+            raise UserError(
+                f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) exceed the {what}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
+
+def size_kv(
+    config: EngineConfig, kv_gib: float, model: ModelConfig, dtype: torch.dtype, memory_bytes: int | None = None
+) -> tuple[int, int]:
+    """(number of KV blocks, longest sequence in tokens) for `kv_gib` GiB of KV of `dtype`.
+
+    `memory_bytes` is all that the device has, where that is known. Raises `UserError` for what does not fit.
+    """
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    num_blocks = int(kv_gib * 2**30) // (token_bytes * config.block_size)
+    if num_blocks < 1:
+        raise UserError(
+            f"kv_cache_gib={kv_gib:g} holds no block of {config.block_size} tokens "
+            f"({token_bytes * config.block_size} bytes); raise it",
+            param="kv_cache_gib",
+        )
+    if memory_bytes is not None and kv_gib * 2**30 > memory_bytes:
+        raise UserError(
+            f"kv_cache_gib={kv_gib:g} is more than the memory of the device ({memory_bytes / 2**30:.1f} GiB); lower it "
+            "(--kv-cache-gib)",
+            param="kv_cache_gib",
+        )
+    capacity = num_blocks * config.block_size
+    longest = config.max_model_len
+    if longest is None:
+        return num_blocks, min(model.max_position_embeddings, capacity)
+    if longest > model.max_position_embeddings:
+        raise UserError(
+            f"max_model_len={longest} exceeds the model's {model.max_position_embeddings} positions",
+            param="max_model_len",
+        )
+    if longest > capacity:
+        raise UserError(
+            f"max_model_len={longest} does not fit the KV cache of {capacity} tokens; raise kv_cache_gib",
+            param="max_model_len",
+        )
+    return num_blocks, longest

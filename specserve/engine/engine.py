@@ -1,0 +1,486 @@
+"""The engine: continuous batching with speculation, one `step()` at a time.
+
+`step()` is schedule, propose, forward, verify, commit, emit. Everything here is synchronous and single-threaded; the
+process around it (`process`) feeds requests in between steps. Whatever a request or an adapter does, other
+requests go on: errors are turned into that request's `RequestFailed`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..adapters.lora import LoraAdapter, read_adapter
+from ..adapters.registry import AdapterRegistry
+from ..adapters.served_base import ServedBase
+from ..compute.cuda.buffers import beside_steps
+from ..compute.cuda.runner import DeviceRunner
+from ..compute.device_choice import choose_device, chooses_triton, kv_cache_gib, memory_bytes, with_defaults
+from ..compute.grammar_masks import MaskMaker
+from ..compute.kv_cache import KVCache
+from ..compute.loader import load_model
+from ..compute.native.choice import choose_native
+from ..compute.path import make_path
+from ..compute.runner import StepOutput
+from ..compute.sampler import token_logprobs
+from ..config import EngineConfig
+from ..drafters.chooser import DraftChooser
+from ..drafters.head_device import ChainSource
+from ..drafters.head_source import HeadSource
+from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
+from ..drafting.proposer import Proposer
+from ..errors import ErrorInfo, OverloadedError, UserError
+from ..grammar.compiler import GrammarCompiler
+from ..grammar.grammar import CompiledGrammar
+from ..messages import (
+    AdapterInfo,
+    Delta,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    RequestFailed,
+    TokenLogprobs,
+)
+from ..schedule.block_manager import BlockManager
+from ..schedule.row_group import RowGroup
+from ..schedule.scheduler import ScheduledSequence, Scheduler
+from ..schedule.sequence import Sequence
+from ..schedule.verifier import accepted_tokens
+from ..text.detokenizer import Detokenizer
+from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
+from .admission import check_request, size_kv
+
+logger = logging.getLogger(__name__)
+
+Event = Delta | RequestFailed
+FinishReason = Literal["stop", "length", "abort"] | None
+
+
+@dataclass(slots=True)
+class _Request:
+    """What belongs to a sequence beside its scheduling state."""
+
+    seq: Sequence
+    detokenizer: Detokenizer
+    drafts: DraftChooser
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+@dataclass(slots=True)
+class _Counters:
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    drafted_by_source: Counter[str] = field(default_factory=Counter)
+    accepted_by_source: Counter[str] = field(default_factory=Counter)
+
+
+class Engine:
+    """Serves one base model and any number of its LoRAs.
+
+    `model_dir` is a local Hugging Face directory. Raises `ModelError` when it cannot be served and `UserError` for
+    settings that do not fit the model.
+    """
+
+    def __init__(self, config: EngineConfig, model_dir: Path):
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        device = choose_device(config)
+        self.config = config = with_defaults(config, device)
+        assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows
+        native, is_triton = choose_native(config, device), chooses_triton(config, device)
+        self.decoder = load_model(model_dir, device, config.dtype, native, is_triton)
+        self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
+        self.tokenizer = load_backend_tokenizer(model_dir)
+        self.eos_token_ids = eos_token_ids(model_dir)
+        model = self.decoder.config
+        num_blocks, max_model_len = size_kv(
+            config, kv_cache_gib(config, device), model, self.decoder.compute_dtype, memory_bytes(device)
+        )
+        kv = KVCache(
+            model.num_layers,
+            num_blocks,
+            config.block_size,
+            model.num_kv_heads,
+            model.head_dim,
+            self.decoder.compute_dtype,
+            self.decoder.device,
+        )
+        self.blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            max_prefill_rows=config.max_prefill_rows,
+        )
+        self.grammars = GrammarCompiler(self.tokenizer, model.vocab_size, sorted(self.eos_token_ids))
+        self.masks = MaskMaker(self.grammars.mask_words)
+        self.registry = AdapterRegistry(config.max_adapters)
+        self.info = EngineInfo(
+            model=str(model_dir),
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            num_kv_blocks=num_blocks,
+            block_size=config.block_size,
+            device=str(self.decoder.device),
+            dtype=self.decoder.weight_dtype_name,
+            pid=0,
+            eos_token_ids=list(self.eos_token_ids),
+        )
+        self._unpublished: list[Sequence] = []  # of the latest step, where forwards leave the host free
+        self._requests: dict[str, _Request] = {}
+        self._num_added = 0
+        self._counters = _Counters()
+        path = make_path(
+            config,
+            self.decoder,
+            kv,
+            max(config.max_batched_tokens, MEASURED_ROWS[-1]),
+            max(config.max_num_seqs, MEASURED_SEQS),
+            self.masks,
+            sorted(self.eos_token_ids),
+            max_model_len,
+            self.registry.adapters,
+            self._chain_source,
+        )
+        self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
+        self._torch_threads, heads = path.torch_threads, path.heads
+        cost_model = CostModel.measure(functools.partial(path.seconds, self.blocks, max_model_len))
+        self.proposer = Proposer(config, cost_model, heads, model.vocab_size, self.registry.adapters)
+
+    def _chain_source(self, seq: Sequence) -> ChainSource | None:
+        state = self._requests.get(seq.request_id)
+        sources = state.drafts.sources if state is not None else []
+        return next((source for source in sources if isinstance(source, ChainSource)), None)
+
+    # -- requests
+
+    def add_request(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
+        """Queue a sequence. Raises `UserError` when it can never run or there is no room to wait.
+
+        `grammar` is what `request.grammar` was compiled to, where that was done before; else it is done now.
+        """
+        check_request(request, self.info)
+        if request.grammar is not None and grammar is None:
+            grammar = self.grammars.compile(request.grammar)
+        if request.request_id in self._requests:
+            raise UserError(f"request id {request.request_id!r} is already running")
+        if len(self.scheduler.waiting) >= self.config.max_waiting + self.scheduler.max_num_seqs:
+            raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already; retry shortly")
+        if request.adapter_hash is not None:
+            self.registry.acquire(request.adapter_hash)
+        self._num_added += 1
+        sampling = request.sampling
+        place = grammar.start(sampling.ignore_eos) if request.grammar is not None and grammar is not None else None
+        seq = Sequence(self._num_added, request, place)
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            request.prompt_token_ids,
+            sampling.stop,
+            sampling.include_stop_str_in_output,
+            sampling.skip_special_tokens,
+        )
+        prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
+        chooser = self.proposer.chooser_for(request, place)
+        self._requests[request.request_id] = _Request(seq, detokenizer, chooser, prompt_logprobs)
+        self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; its KV blocks are free at once. Unknown ids are ignored."""
+        state = self._requests.get(request_id)
+        if state is not None:
+            self._remove(state)
+
+    def close(self) -> None:
+        """Save what was learned; call it once, when no step will follow."""
+        self.proposer.close()
+        self.grammars.close()
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    # -- adapters
+
+    def read_adapter(self, name: str, path: str | Path) -> LoraAdapter:
+        """Read and check a PEFT directory; touches no engine state, so another thread may do it while steps run."""
+        with beside_steps(self.decoder.device):
+            return read_adapter(
+                path,
+                self._base,
+                name=name,
+                max_rank=self.config.max_lora_rank,
+                device=self.decoder.device,
+                lay_out=self.decoder.lay_out_lora,
+            )
+
+    def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:
+        for content_hash in self.registry.add(adapter):
+            self._forget(content_hash)
+        return adapter.info()
+
+    def place_adapter(self, adapter: LoraAdapter) -> AdapterInfo | None:
+        """As `register_adapter`, for one that can wait for its place: None while there is none."""
+        evicted = self.registry.place(adapter)
+        for content_hash in evicted or ():
+            self._forget(content_hash)
+        return adapter.info() if evicted is not None else None
+
+    def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """Read, check and register the PEFT directory `path`. Raises `AdapterError`."""
+        return self.register_adapter(self.read_adapter(name, path))
+
+    def unload_adapter(self, content_hash: str) -> None:
+        """Forget an adapter as soon as no running request uses it."""
+        if self.registry.unload(content_hash):
+            self._forget(content_hash)
+
+    def _forget(self, content_hash: str) -> None:
+        """Free what was built of an adapter that has left the registry."""
+        self.runner.slots.drop(content_hash)
+        self.proposer.forget(content_hash)
+
+    # -- the step
+
+    def step(self, while_running: Callable[[], None] = lambda: None) -> list[Event]:
+        """Run one forward and return what it produced; empty when there is nothing to do.
+
+        On a device that runs by itself, `while_running` is called once the forward is queued.
+        """
+        start = time.perf_counter()
+        items = self.scheduler.schedule()
+        if not items:
+            return []
+        self._counters.num_steps += 1
+        events: list[Event] = []
+        with self._torch_threads():
+            self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
+            for output, computed in self._forward(items, events):
+                if self.is_asynchronous:
+                    while_running()
+                    self._publish_committed()
+                sampled = self.sampler.sample(output.logits, output.groups)
+                self._score_prompts(output)
+                self._commit(output, computed, sampled, events)
+        self.proposer.end_step(items, time.perf_counter() - start)
+        return events
+
+    def _forward(
+        self, items: list[ScheduledSequence], events: list[Event]
+    ) -> Iterator[tuple[StepOutput, list[ScheduledSequence]]]:
+        """Forward of all items together; if that raises, each alone, so that only the guilty one fails.
+
+        An output is good until the next one is asked for.
+        """
+        adapters = self.registry.adapters
+        try:
+            output = self.runner.run(items, adapters)
+        except Exception:
+            logger.exception("a step of %d sequences failed; running them one by one", len(items))
+        else:
+            yield output, items
+            return
+        for item in items:
+            try:
+                output = self.runner.run([item], adapters)
+            except Exception as error:
+                logger.exception("request %s fails alone", item.seq.request_id)
+                self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", events)
+            else:
+                yield output, [item]
+
+    def _score_prompts(self, output: StepOutput) -> None:
+        for item, first_row, num_rows in output.prompt_rows:
+            seq = item.seq
+            scores = self._requests[seq.request_id].prompt_logprobs
+            if scores is None or len(scores) > seq.num_computed + 1:  # already scored before a preemption
+                continue
+            tokens = seq.tokens[seq.num_computed + 1 : seq.num_computed + 1 + num_rows]
+            rows = output.logits[first_row : first_row + num_rows]
+            scores += token_logprobs(rows, tokens, seq.sampling.prompt_logprobs or 0)
+
+    def _commit(
+        self, output: StepOutput, items: list[ScheduledSequence], sampled: list[list[int]], events: list[Event]
+    ) -> None:
+        tokens_of = {id(group.seq): (group, tokens) for group, tokens in zip(output.groups, sampled, strict=True)}
+        for item in items:
+            seq = item.seq
+            if seq.output_len == 0:
+                self._counters.prompt_tokens += item.num_rows
+            group, tokens = tokens_of.get(id(seq), (None, []))
+            if group is None:
+                seq.num_computed += item.num_rows
+                self._publish_later(seq)
+            elif group.failure == "grammar":
+                self._fail_at_dead_end(seq, events)
+            elif not tokens:
+                self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
+            else:
+                kept = accepted_tokens(item.drafts, tokens)
+                if seq.grammar is not None:
+                    kept = kept[: seq.grammar.commit(kept)]
+                if kept:
+                    events.append(self._commit_tokens(item, group, kept, output))
+                else:
+                    self._fail_at_dead_end(seq, events)
+
+    def _commit_tokens(self, item: ScheduledSequence, group: RowGroup, tokens: list[int], output: StepOutput) -> Delta:
+        seq, state = item.seq, self._requests[item.seq.request_id]
+        first_output = seq.output_len == 0
+        if first_output:
+            self._counters.cached_prompt_tokens += seq.num_cached
+        text, finish, stop_reason, committed = self._append(state, tokens)
+        num_accepted = min(len(tokens) - 1, len(committed))
+        num_drafted = min(len(item.drafts), len(committed)) if finish else len(item.drafts)
+        self._count(state, item, num_drafted, num_accepted, committed)
+        logprobs = None
+        if seq.sampling.logprobs is not None and committed:
+            rows = output.logits[group.first_row : group.first_row + len(committed)]
+            logprobs = token_logprobs(rows, committed, seq.sampling.logprobs)
+        usage = None
+        if finish is None:
+            seq.num_computed = len(seq.tokens) - 1
+            self._publish_later(seq)
+            for source in state.drafts.sources:
+                if isinstance(source, HeadSource):
+                    row = group.first_row + num_accepted
+                    tapped = output.taps[source.head.config.tap_layer]
+                    source.set_hidden(output.hidden, tapped, row, len(seq.tokens))
+        else:
+            usage = seq.usage()
+            self.proposer.learn(seq.request, seq.output_ids)
+            seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
+            self._publish(seq)
+            self._remove(state)
+        return Delta(
+            request_id=seq.request_id,
+            token_ids=committed,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=state.prompt_logprobs if first_output else None,
+            finish_reason=finish,
+            stop_reason=stop_reason,
+            usage=usage,
+        )
+
+    def _append(self, state: _Request, tokens: list[int]) -> tuple[str, FinishReason, str | int | None, list[int]]:
+        """Append tokens up to the first that ends the sequence: (text, finish reason, stop reason, kept tokens)."""
+        seq, sampling = state.seq, state.seq.sampling
+        text = ""
+        committed: list[int] = []
+        if sampling.max_tokens == 0:
+            return text, "length", None, committed
+        is_complete = seq.grammar is not None and seq.grammar.is_terminated
+        for token in tokens:
+            seq.append(token)
+            committed.append(token)
+            if token in self.eos_token_ids and (seq.grammar is not None or not sampling.ignore_eos):
+                return text + state.detokenizer.flush(), "stop", None, committed
+            if token in sampling.stop_token_ids:
+                return text + state.detokenizer.flush(), "stop", token, committed
+            new, stop = state.detokenizer.push(token)
+            text += new
+            if stop is not None:
+                return text, "stop", stop, committed
+            if is_complete and len(committed) == len(tokens):
+                return text + state.detokenizer.flush(), "stop", None, committed
+            if seq.output_len >= sampling.max_tokens:
+                return text + state.detokenizer.flush(), "length", None, committed
+        return text, None, None, committed
+
+    # -- bookkeeping
+
+    def _count(
+        self, state: _Request, item: ScheduledSequence, num_drafted: int, num_accepted: int, committed: list[int]
+    ) -> None:
+        seq, counters = state.seq, self._counters
+        seq.num_forwards += 1
+        state.drafts.observe(committed)
+        self.proposer.count(item, num_drafted, num_accepted, len(committed))
+        for idx in range(num_drafted):
+            source = item.draft_sources[idx]
+            seq.drafted_by_source[source] += 1
+            counters.drafted_by_source[source] += 1
+            if idx < num_accepted:
+                seq.accepted_by_source[source] += 1
+                counters.accepted_by_source[source] += 1
+        counters.generated_tokens += len(committed)
+
+    def _publish_later(self, seq: Sequence) -> None:
+        """Publish the full blocks of a sequence that goes on: during the next forward, if the host is free then."""
+        if self.is_asynchronous:
+            self._unpublished.append(seq)
+        else:
+            self._publish(seq)
+
+    def _publish_committed(self) -> None:
+        for seq in self._unpublished:
+            if seq.request_id in self._requests:  # else its blocks are gone
+                self._publish(seq)
+        self._unpublished.clear()
+
+    def _publish(self, seq: Sequence) -> None:
+        self.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
+
+    def _remove(self, state: _Request) -> None:
+        seq = state.seq
+        self.scheduler.remove(seq)
+        del self._requests[seq.request_id]
+        if seq.adapter_hash is not None and self.registry.release(seq.adapter_hash):
+            self._forget(seq.adapter_hash)
+
+    def _fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
+        self._remove(self._requests[seq.request_id])
+        events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
+
+    def _fail_at_dead_end(self, seq: Sequence, events: list[Event]) -> None:
+        reason = seq.grammar.problem or seq.grammar.error if seq.grammar is not None else ""
+        message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
+        self._remove(self._requests[seq.request_id])
+        events.append(RequestFailed(seq.request_id, ErrorInfo(message, code="grammar_dead_end")))
+
+    def stats(self, check_integrity: bool = True) -> EngineStats:
+        """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
+        counters, sequences = self._counters, self.scheduler.sequences()
+        graphs = self.runner.graphs if isinstance(self.runner, DeviceRunner) else None
+        error = self.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_kv_blocks=self.blocks.num_blocks,
+            num_free_kv_blocks=self.blocks.num_free,
+            num_adapters=len(self.registry.adapters),
+            adapter_bytes=self.registry.size_bytes,
+            num_adapter_refs=self.registry.num_refs,
+            num_steps=counters.num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            cached_prompt_tokens=counters.cached_prompt_tokens,
+            draft_tokens=counters.drafted_by_source.total(),
+            accepted_draft_tokens=counters.accepted_by_source.total(),
+            num_kernel_builds=self.decoder.num_builds,
+            num_cuda_graphs=graphs.num_graphs if graphs else 0,
+            cuda_graph_bytes=graphs.capture_bytes if graphs else 0,
+            cuda_graph_capture_seconds=graphs.capture_s if graphs else 0.0,
+            num_eager_parts=graphs.num_eager.total() if graphs else 0,
+            num_undrafted_steps=self.proposer.num_undrafted_steps,
+            drafts_by_adapter=self.proposer.drafts_by_adapter(),
+            drafted_by_source=dict(counters.drafted_by_source),
+            accepted_by_source=dict(counters.accepted_by_source),
+            num_grammars_compiled=self.grammars.num_compiled,
+            num_grammar_cache_hits=self.grammars.num_cache_hits,
+            num_cached_grammars=self.grammars.num_cached,
+            grammar_compile_seconds=self.grammars.compile_s,
+            grammar_mask_seconds=self.masks.seconds,
+            integrity_error=error,
+        )

@@ -1,0 +1,219 @@
+"""The process that the engine lives in: `python -m specserve.engine.process --fd N`.
+
+Runs steps on the main thread; frames are read on another (`server_link`), adapters are read and grammars compiled on
+more, so that neither a client nor a slow disk nor a large schema holds up decoding. First frame in: the `EngineConfig`,
+whose `model` is a local directory. First frame out: `EngineInfo`, or `CallFailed(-1)` when the model cannot be served.
+When the server goes away (end of stream), so does this process, at once: nothing is orphaned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import socket
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..config import EngineConfig
+from ..errors import ErrorInfo, OverloadedError, UserError
+from ..frames import read_frame
+from ..grammar.compiler import COMPILE_TIMEOUT_S, GrammarError
+from ..grammar.grammar import CompiledGrammar
+from ..messages import (
+    SNAPSHOT,
+    Abort,
+    CallDone,
+    CallFailed,
+    GenerateRequest,
+    GetStats,
+    GrammarSpec,
+    LoadAdapter,
+    RequestFailed,
+    Shutdown,
+    Stats,
+    UnloadAdapter,
+)
+from .adapter_loads import AdapterLoads
+from .engine import Engine
+from .server_link import ServerLink
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_S = 1.0
+IDLE_S = 0.5  # the longest wait for a message
+PLACE_S = 0.05  # between looks for a place that an adapter waits for
+MAX_COMPILING = 1024  # requests
+
+
+@dataclass(frozen=True, slots=True)
+class _AdapterRead:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    request_id: str
+    future: Future[CompiledGrammar]
+
+
+class EngineProcess:
+    """Feeds messages from the socket to the engine between steps, and its events back."""
+
+    def __init__(self, engine: Engine, link: ServerLink):
+        self._engine = engine
+        self._link = link
+        self._inbox = link.inbox  # messages, and what other threads have done
+        self._loads = AdapterLoads(engine, lambda: self._inbox.put(_AdapterRead()))
+        self._next_snapshot = 0.0
+        self._held: list[Any] = []
+        self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
+
+    def run(self) -> None:
+        """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
+        self._link.start_heartbeat(self._load)
+        while True:
+            self._link.begin_turn()
+            self._give_up_compiling()
+            if time.monotonic() >= self._next_snapshot:
+                self._send([Stats(SNAPSHOT, self._engine.stats(check_integrity=False))])
+                self._next_snapshot = time.monotonic() + SNAPSHOT_S
+            busy = self._engine.has_work()
+            if not self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S):
+                return
+            self._send(self._loads.place())
+            if self._engine.has_work():
+                events = self._engine.step(self._send_held)
+                self._send_held()
+                if self._engine.is_asynchronous and self._engine.has_work():
+                    self._held = events  # sent while the next forward runs
+                else:
+                    self._send(events)
+
+    def _load(self) -> tuple[int, int, int]:
+        scheduler = self._engine.scheduler
+        return len(scheduler.running), len(scheduler.waiting), scheduler.num_scheduled_rows
+
+    def _drain_inbox(self, wait_s: float) -> bool:
+        """Handle everything that has arrived, waiting at most `wait_s` for a first message; False on shutdown."""
+        try:
+            message = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            while True:
+                if isinstance(message, Shutdown):
+                    return False
+                self._handle(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _handle(self, message: Any) -> None:
+        engine = self._engine
+        if isinstance(message, GenerateRequest):
+            if message.grammar is None:
+                self._add(message)
+            else:
+                self._compile(message, message.grammar)
+        elif isinstance(message, Abort):
+            self._compiling.pop(message.request_id, None)
+            engine.abort(message.request_id)
+        elif isinstance(message, LoadAdapter):
+            self._send(self._loads.submit(message))
+        elif isinstance(message, UnloadAdapter):
+            engine.unload_adapter(message.adapter_hash)
+            self._send([CallDone(message.call_id)])
+        elif isinstance(message, GetStats):
+            self._send([Stats(message.call_id, engine.stats())])
+        elif isinstance(message, _Compiled):
+            self._compiled(message)
+        else:
+            assert isinstance(message, _AdapterRead)  # it only ends the wait for a message
+
+    def _add(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
+        try:
+            self._engine.add_request(request, grammar)
+        except UserError as error:
+            self._send([RequestFailed(request.request_id, error.info())])
+
+    def _compile(self, request: GenerateRequest, spec: GrammarSpec) -> None:
+        if len(self._compiling) >= MAX_COMPILING:
+            error = OverloadedError(f"{len(self._compiling)} requests wait for their grammars; retry shortly")
+            self._send([RequestFailed(request.request_id, error.info())])
+            return
+        self._compiling[request.request_id] = request, time.monotonic() + COMPILE_TIMEOUT_S
+        future = self._engine.grammars.submit(spec)
+        if future.done():
+            self._compiled(_Compiled(request.request_id, future))
+        else:
+            future.add_done_callback(lambda done: self._inbox.put(_Compiled(request.request_id, done)))
+
+    def _compiled(self, message: _Compiled) -> None:
+        request, _ = self._compiling.pop(message.request_id, (None, 0.0))
+        if request is None:  # aborted, or given up
+            return
+        try:
+            grammar = message.future.result()
+        except UserError as error:
+            self._send([RequestFailed(request.request_id, error.info())])
+        except Exception as error:
+            logger.exception("compiling a grammar failed")
+            info = ErrorInfo(f"the grammar could not be compiled: {type(error).__name__}: {error}", 500, "server_error")
+            self._send([RequestFailed(request.request_id, info)])
+        else:
+            self._add(request, grammar)
+
+    def _give_up_compiling(self) -> None:
+        now, began = time.monotonic(), self._engine.grammars.began
+        if began is None or now - began < COMPILE_TIMEOUT_S:  # indexing a large vocabulary is not the grammar's time
+            return
+        for request_id in [key for key, (_, deadline) in self._compiling.items() if deadline < now]:
+            del self._compiling[request_id]
+            error = GrammarError(f"the grammar took longer than {COMPILE_TIMEOUT_S:g} s to compile; that is the limit")
+            self._send([RequestFailed(request_id, error.info())])
+
+    def _send_held(self) -> None:
+        held, self._held = self._held, []
+        self._send(held)
+
+    def _send(self, messages: list[Any]) -> None:
+        self._link.send(messages)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="engine process of specserve; started by the server")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
+    sock = socket.socket(fileno=parser.parse_args().fd)
+    # A terminal's Ctrl-C reaches the whole group; the server decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    payload = read_frame(sock)
+    if payload is None:
+        return 0
+    config = msgspec.msgpack.decode(payload, type=EngineConfig)
+    link = ServerLink(sock)
+    link.start_reading()
+    try:
+        engine = Engine(config, Path(config.model))
+    except UserError as error:
+        link.send([CallFailed(-1, error.info())])
+        return 1
+    except Exception as error:
+        logger.exception("the model could not be loaded")
+        text = f"the model could not be loaded: {type(error).__name__}: {error}"
+        link.send([CallFailed(-1, ErrorInfo(text, 500, "server_error", None, "model_load_failed"))])
+        return 1
+    link.send([msgspec.structs.replace(engine.info, pid=os.getpid())])
+    EngineProcess(engine, link).run()
+    engine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""The engine's end of the socket: what the server says, what the loop sends, and a heartbeat that no step holds up.
+
+Three threads meet here. One reads frames into `inbox` from before the model is loaded, and leaves the process when the
+server goes. The loop sends, and says when its next turn begins. The heartbeat tells once a second that the process
+lives and how long the present turn has taken; it never waits for the socket, which the loop may have filled.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..awake_clock import AwakeClock
+from ..frames import encode_frame, read_frame, to_engine_decoder
+from ..messages import Heartbeat
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+
+
+class ServerLink:
+    """Owns the socket from when the first frame, the configuration, has been read."""
+
+    def __init__(self, sock: socket.socket, leave: Callable[[int], Any] = os._exit):
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # messages, and what else is to be handled by the loop
+        self._sock = sock
+        self._leave = leave  # the process, at once, with this status
+        self._sending = threading.Lock()
+        self._turn = 0
+
+    def start_reading(self) -> None:
+        """From here on the process leaves when the server does."""
+        threading.Thread(target=self._read, name="frames", daemon=True).start()
+
+    def start_heartbeat(self, load: Callable[[], tuple[int, int, int]]) -> None:
+        """`load` says how many sequences run and wait, and how many rows the newest step has."""
+        threading.Thread(target=self._beat, args=(load,), name="heartbeat", daemon=True).start()
+
+    def begin_turn(self) -> None:
+        """What the loop does from here to the next call is what a heartbeat calls a turn."""
+        self._turn += 1
+
+    def send(self, messages: Sequence[Any]) -> None:
+        """Send them; waits while the server takes nothing."""
+        if not messages:
+            return
+        data = b"".join(encode_frame(message) for message in messages)
+        with self._sending:
+            try:
+                self._sock.sendall(data)
+            except OSError:  # the server has gone, and the reading thread is about to see it
+                self._leave(0)
+            self._turn += 1  # waiting for the server is no part of a turn
+
+    def _read(self) -> None:
+        try:
+            while (payload := read_frame(self._sock)) is not None:
+                self.inbox.put(to_engine_decoder.decode(payload))
+        except ConnectionError:
+            pass
+        except Exception:
+            logger.exception("the connection to the server broke")
+        self._leave(0)
+
+    def _beat(self, load: Callable[[], tuple[int, int, int]]) -> None:
+        clock, turn, since = AwakeClock(HEARTBEAT_S), -1, 0.0
+        while True:
+            time.sleep(HEARTBEAT_S)
+            now = clock.tick()
+            if not self._sending.acquire(blocking=False):
+                continue  # the loop is sending: that is a sign of life, or the server takes nothing
+            try:
+                if turn != self._turn:
+                    turn, since = self._turn, now
+                num_running, num_waiting, num_rows = load()
+                self._send_now(encode_frame(Heartbeat(num_running, num_waiting, now - since, num_rows)))
+            finally:
+                self._sending.release()
+
+    def _send_now(self, data: bytes) -> None:
+        """Send a small frame if the socket has room for it."""
+        try:
+            num_sent = self._sock.send(data, socket.MSG_DONTWAIT)
+            if num_sent < len(data):  # the start of a frame commits to all of it
+                self._sock.sendall(data[num_sent:])
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._leave(0)

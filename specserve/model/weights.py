@@ -1,0 +1,138 @@
+"""The tensors of a model directory: which there must be, by name and shape, and taking them one by one.
+
+A missing, unexpected or mis-shaped tensor is an error that names it, with the shape found and the shape wanted; names,
+shapes and dtypes are checked by the files' headers before anything is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+import torch
+
+from ..errors import ModelError
+from .config import ModelConfig
+from .stored_rows import EMBEDDING, LM_HEAD, MAX_NAMED, STORED, weight_files
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model directory, by its name on the hub, with its shape."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q_size, hidden, config.qkv_bias),
+        "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
+        "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, q_size, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.post_norms:
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
+    for name, (size_out, size_in, bias) in linears.items():
+        layer[f"{name}.weight"] = (size_out, size_in)
+        if bias:
+            layer[f"{name}.bias"] = (size_out,)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    for idx in range(config.num_layers):
+        shapes |= {f"model.layers.{idx}.{name}": shape for name, shape in layer.items()}
+    if not config.tie_word_embeddings:
+        shapes[LM_HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+class TensorSource:
+    """The tensors of a directory's safetensors files."""
+
+    def __init__(self, path: Path):
+        try:
+            files = [safetensors.safe_open(file, framework="pt") for file in weight_files(path)]
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: the weights are not readable as safetensors: {error}") from None
+        self._path = path
+        self._file_of = {name: file for file in files for name in file.keys()}
+
+    def check(self, shapes: dict[str, tuple[int, ...]], ignored: tuple[str, ...]) -> None:
+        """Raise unless the files hold exactly `shapes`, by their headers: nothing is read, nothing is allocated."""
+        problems = []
+        for name, shape in shapes.items():
+            if name not in self._file_of:
+                problems.append(f"{name} {list(shape)} is missing")
+                continue
+            header = self._file_of[name].get_slice(name)
+            if tuple(header.get_shape()) != shape:
+                problems.append(f"{name} has shape {header.get_shape()}, wanted {list(shape)}")
+            elif header.get_dtype() not in STORED:
+                problems.append(f"{name} has dtype {header.get_dtype()}, wanted {', '.join(STORED)}")
+        unexpected = sorted(name for name in self._file_of.keys() - shapes.keys() if not name.endswith(ignored))
+        problems += [f"{name} is not part of this architecture" for name in unexpected]
+        if problems:
+            more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+            raise ModelError(f"{self._path} does not fit its config.json: {'; '.join(problems[:MAX_NAMED])}{more}")
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding: what the checkpoint was saved in."""
+        return STORED[self._file_of[EMBEDDING].get_slice(EMBEDDING).get_dtype()]
+
+    def take(self, name: str) -> torch.Tensor:
+        return self._file_of[name].get_tensor(name)
+
+
+def checked_source(path: Path, config: ModelConfig) -> TensorSource:
+    """The tensors of a directory, which are those of `config`. Raises `ModelError`."""
+    source = TensorSource(path)
+    # Old checkpoints carry their rotary buffers; a tied model may carry its embedding twice.
+    tied = (LM_HEAD,) if config.tie_word_embeddings else ()
+    source.check(tensor_shapes(config), ignored=("rotary_emb.inv_freq", *tied))
+    return source
+
+
+class StoredWeights:
+    """Tensors of a checked directory by their names on the hub, on `device` in `dtype`."""
+
+    def __init__(self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype):
+        self._config, self._source, self.device, self.dtype = config, source, device, dtype
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self._source.take(name).to(self.device, self.dtype)
+
+    def norm(self, name: str) -> torch.Tensor:
+        """The factors of a norm, in fp32."""
+        return (self._source.take(f"{name}.weight").float() + self._config.norm_offset).to(self.device)
+
+    def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config, module = self._config, name.rpartition(".")[2]
+        if module in ("q_proj", "k_proj", "v_proj"):
+            has_bias = config.qkv_bias
+        else:
+            has_bias = config.o_bias if module == "o_proj" else config.mlp_bias
+        return self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if has_bias else None
+
+    def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
+        """The norms of a layer, by their names in `Layer`."""
+        config, base = self._config, f"model.layers.{idx}"
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        names = {"input_norm": "input_layernorm", "mlp_norm": before_mlp}
+        if config.qk_norm:
+            names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+        if config.post_norms:
+            names |= {
+                "post_attention_norm": "post_attention_layernorm",
+                "post_mlp_norm": "post_feedforward_layernorm",
+            }
+        return {name: self.norm(f"{base}.{hub_name}") for name, hub_name in names.items()}
+
+    def embed(self) -> torch.Tensor:
+        # A copy: the file stays mapped otherwise, and whoever truncates it ends the process.
+        return self.weight(EMBEDDING).clone()
+
+    def lm_head(self, embed: torch.Tensor) -> torch.Tensor:
+        return embed if self._config.tie_word_embeddings else self.weight(LM_HEAD).clone()

@@ -1,0 +1,101 @@
+"""One sequence that is being generated: its tokens, its place in the KV cache, its drafts and its counts.
+
+Invariant: KV holds the first `num_computed` tokens of `tokens`. A sequence decodes when exactly one token is left to
+compute; otherwise it prefills. Pure Python: the scheduler and its tests need no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from ..messages import GenerateRequest, SamplingParams, Usage
+from .block_manager import root_key
+
+if TYPE_CHECKING:
+    from ..grammar.grammar import Grammar
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """State of one `GenerateRequest`; `seq_id` orders arrivals."""
+
+    def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
+        self.seq_id = seq_id
+        self.request = request
+        self.request_id = request.request_id
+        self.sampling: SamplingParams = request.sampling
+        self.adapter_hash = request.adapter_hash
+        self.status = Status.WAITING
+        self._arrived = time.monotonic()
+        self._queue_s: float | None = None
+        self.tokens: list[int] = list(request.prompt_token_ids)
+        self.prompt_len = len(self.tokens)
+        self.output_counts: Counter[int] = Counter()
+        self.num_computed = 0
+        self.num_cached = 0  # prompt tokens taken from the prefix cache at first admission
+        self.block_table: list[int] = []
+        self.table_life = object()  # a table only grows within a life
+        self.block_keys: list[bytes] = []
+        self.root_key = root_key(request.adapter_hash, request.cache_salt)
+        self.grammar = grammar  # its place in what it must keep to
+        self.num_forwards = 0
+        self.drafted_by_source: Counter[str] = Counter()
+        self.accepted_by_source: Counter[str] = Counter()
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def max_len(self) -> int:
+        return self.prompt_len + self.sampling.max_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None
+
+    def forget_blocks(self) -> None:
+        """Begin anew after the block table was released."""
+        self.block_keys = []
+        self.num_computed = 0
+        self.table_life = object()
+
+    def admit(self) -> None:
+        """It runs now, for the first time or after a preemption."""
+        self.status = Status.RUNNING
+        if self._queue_s is None:
+            self._queue_s = time.monotonic() - self._arrived
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.output_counts[token] += 1
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_len,
+            completion_tokens=self.output_len,
+            cached_tokens=self.num_cached,
+            num_forwards=self.num_forwards,
+            draft_tokens=self.drafted_by_source.total(),
+            accepted_draft_tokens=self.accepted_by_source.total(),
+            accepted_prediction_tokens=self.accepted_by_source["prediction"],
+            rejected_prediction_tokens=self.drafted_by_source["prediction"] - self.accepted_by_source["prediction"],
+            accepted_by_source=dict(self.accepted_by_source),
+            queue_s=self._queue_s or 0.0,
+        )

@@ -1,0 +1,235 @@
+"""Adapter names: which directory a name means, and which loaded weights a directory means.
+
+Names are the folders of `adapters_dir`, looked up when asked for, and those registered at run time. A name is resolved
+to the content hash of what is in its directory now: when files change, the name means another adapter from the next
+request on, and the next request waits until the change is complete. Uses of one adapter that is not loaded load it
+once; a slow or failing load holds up nobody else, and takes nothing from a name that others gave away meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Container, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..adapter_files import ChangingError, Stamp, age_s, changing, read_texts, stamp_of
+from ..errors import EngineDeadError, UserError
+from ..messages import AdapterInfo
+from .adapter_paths import HUB_NAME, AdapterPaths, check_name, is_one_directory, unknown
+from .engine_client.client import EngineClient
+
+SETTLE_S = 1.0  # files that changed later than this ago may be half of something
+# That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
+MAX_CHANGES = 30
+MAX_LOADS = 4  # that a request sees overtaken by changes
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    directory: Path
+    stamp: Stamp
+    generation: int  # of the engine process that holds it
+    info: AdapterInfo
+
+
+class AdapterStore:
+    """Resolves adapter names for one engine; `base_name` is the base model's and no adapter's."""
+
+    def __init__(self, engine: EngineClient, adapters_dir: str | None, base_name: str):
+        self._engine = engine
+        self._paths = AdapterPaths(adapters_dir, base_name)
+        self._base_name = base_name
+        self._registered: dict[str, Path] = {}
+        self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
+        self._loaded: dict[str, _Loaded] = {}
+        self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
+        self._claims: dict[str, tuple[Path, object]] = {}  # names that a load will give to a directory
+
+    def names(self) -> list[str]:
+        """Every name that can be asked for now."""
+        return sorted({*self._folders(), *self._registered})
+
+    def has(self, name: str) -> bool:
+        return self._directory(name) is not None
+
+    def path(self, name: str) -> Path:
+        """The directory of a known name; raises 404 otherwise."""
+        directory = self._directory(name)
+        if directory is None:
+            raise unknown(name)
+        return directory
+
+    async def resolve(self, name: str) -> AdapterInfo:
+        """The loaded adapter that `name` means now; loads it if needed. Raises `UserError`."""
+        num_loads = 0
+        while True:
+            directory, stamp = await asyncio.to_thread(self._look_up, name)
+            loaded = self._loaded.get(name)
+            if loaded is not None and loaded.directory == directory and self._is_current(loaded):
+                if loaded.stamp == stamp:
+                    return loaded.info
+                num_loads += 1
+                if num_loads > MAX_LOADS:
+                    raise changing(name)
+            key = (name, directory)
+            if key not in self._loading:
+                self._loading[key] = _start(self._load_named(name, directory))
+            # What was loaded may be of a moment before this request: look again.
+            await asyncio.shield(self._loading[key])
+
+    async def resolve_with_texts(self, name: str, known: Container[str]) -> tuple[AdapterInfo, dict[str, bytes] | None]:
+        """As `resolve`, with the template and tokenizer files of that moment; None where `known` has their hash."""
+        for _ in range(MAX_LOADS):
+            info = await self.resolve(name)
+            if info.text_hash is None or info.text_hash in known:
+                return info, None
+            with contextlib.suppress(ChangingError):
+                text_hash, files = await asyncio.to_thread(read_texts, self.path(name), name)
+                if text_hash == info.text_hash:
+                    return info, files
+            # Then they changed since they were loaded, which `resolve` sees.
+        raise changing(name)
+
+    def forget(self, name: str, content_hash: str | None) -> None:
+        """The engine no longer holds `content_hash`, which `name` meant; the next request loads it again."""
+        loaded = self._loaded.get(name)
+        if loaded is not None and loaded.info.content_hash == content_hash:
+            del self._loaded[name]
+
+    async def register(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
+        """Load the directory `path`, then give `name` to it; a name that is taken is refused unless `replace`.
+
+        The name keeps its old meaning until the load is done, and when it fails.
+        """
+        check_name(name, "lora_name")
+        if name == self._base_name:
+            raise UserError(f"{name!r} is the base model's name; choose another", param="lora_name", status=409)
+        directory = await asyncio.to_thread(self._paths.given, name, path)
+        known = self._directory(name) or self._claims.get(name, (None, None))[0]
+        if known is not None and not replace and not is_one_directory(known, directory):
+            raise UserError(
+                f"the name {name!r} is taken by another adapter; unload it first, or replace it with load_inplace=true",
+                param="lora_name",
+                status=409,
+            )
+        claim = self._claims[name] = (directory, object())
+        # A client that leaves does not stop it: the engine would hold an adapter that no name means.
+        return await asyncio.shield(_start(self._register(name, claim)))
+
+    async def _register(self, name: str, claim: tuple[Path, object]) -> AdapterInfo:
+        try:
+            loaded = await self._load(name, claim[0])
+            # Another load of the same directory under this name may have ended first, and given up the claim.
+            if self._claims.get(name, (self._registered.get(name),))[0] != claim[0]:
+                await self._release(loaded)
+                message = f"the name {name!r} was unloaded or given away while the adapter loaded"
+                raise UserError(message, param="lora_name", status=409)
+            self._registered[name] = claim[0]
+            self._unloaded.discard(name)
+            await self._keep(name, loaded)
+            return loaded.info
+        finally:
+            if self._claims.get(name) is claim:
+                del self._claims[name]
+
+    async def unregister(self, name: str) -> None:
+        """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
+        claim = self._claims.pop(name, None)
+        if claim is None:
+            self.path(name)
+        self._registered.pop(name, None)
+        if name in self._folders():
+            self._unloaded.add(name)
+        loaded = self._loaded.pop(name, None)
+        if loaded is not None:
+            await self._release(loaded)
+        logger.info("adapter %r: unloaded", name)
+
+    async def _load_named(self, name: str, directory: Path) -> None:
+        try:
+            loaded = await self._load(name, directory)
+            if self._directory(name) == directory:
+                await self._keep(name, loaded)
+            else:  # unloaded or given away meanwhile
+                await self._release(loaded)
+        finally:
+            del self._loading[name, directory]
+
+    async def _load(self, name: str, directory: Path) -> _Loaded:
+        """Load what is in `directory` once it holds still."""
+        start = time.monotonic()
+        for _ in range(MAX_CHANGES):
+            stamp = await asyncio.to_thread(stamp_of, directory)
+            age = age_s(stamp)
+            if 0 <= age < SETTLE_S:
+                await asyncio.sleep(SETTLE_S - age)
+                if await asyncio.to_thread(stamp_of, directory) != stamp:
+                    continue
+            try:
+                info = await self._engine.load_adapter(name, str(directory))
+            except UserError as error:
+                if await asyncio.to_thread(stamp_of, directory) == stamp:
+                    logger.info("adapter %r: not loaded: %s", name, error)
+                    raise
+                continue
+            loaded = _Loaded(directory, stamp, self._engine.generation, info)
+            if await asyncio.to_thread(stamp_of, directory) == stamp:
+                seconds = time.monotonic() - start
+                logger.info("adapter %r: loaded %s (%.2f s)", name, info.content_hash[:12], seconds)
+                return loaded
+            await self._release(loaded)
+        raise changing(name)
+
+    async def _keep(self, name: str, loaded: _Loaded) -> None:
+        before = self._loaded.get(name)
+        self._loaded[name] = loaded
+        if before is not None:
+            await self._release(before)
+
+    async def _release(self, loaded: _Loaded) -> None:
+        """Let the engine forget an adapter that no name means any more."""
+        if not self._is_current(loaded):
+            return
+        content_hash = loaded.info.content_hash
+        if all(other.info.content_hash != content_hash for other in self._loaded.values()):
+            with contextlib.suppress(EngineDeadError):
+                await self._engine.unload_adapter(content_hash)
+
+    def _is_current(self, loaded: _Loaded) -> bool:
+        return loaded.generation == self._engine.generation
+
+    def _look_up(self, name: str) -> tuple[Path, Stamp]:
+        directory = self.path(name)
+        if name in self._registered and not self._paths.is_usable(directory, name):
+            raise unknown(name)
+        stamp = stamp_of(directory)
+        if not stamp and not directory.is_dir():
+            raise unknown(name)
+        return directory, stamp
+
+    def _directory(self, name: str) -> Path | None:
+        if len(name) <= 256 and HUB_NAME.fullmatch(name) and ".." not in name:
+            raise unknown(name)  # a hub id is a good name of something that is not here; it is no path either
+        check_name(name, "model")
+        if name in self._registered:
+            return self._registered[name]
+        return None if name in self._unloaded else self._paths.folder(name)
+
+    def _folders(self) -> list[str]:
+        return [name for name in self._paths.folders() if name not in self._unloaded]
+
+
+def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that goes on when those who wait for it leave, and whose error is theirs alone."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task

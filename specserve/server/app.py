@@ -1,0 +1,214 @@
+"""The HTTP server: the application, and a start and an end without loose ends.
+
+One asyncio process that never touches the model. `serve` runs until a signal: then /ready answers 503, running requests
+get `drain_timeout_s`, and the engine process is ended; a second signal ends everything at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from .. import __version__
+from ..config import ServeConfig, engine_part
+from ..errors import UserError
+from ..model.store import DEFAULT_MODEL, resolve_model
+from ..text.tokenizer import TextTokenizer
+from .activity_log import summarize
+from .adapter_store import AdapterStore
+from .connections import Connections, raise_handle_limit
+from .console import configure_logging, say, settle
+from .engine_client.client import EngineClient
+from .generation import Generator
+from .http_body import json_response, read_json
+from .lorax.api import LoraxRoutes
+from .metrics import Metrics
+from .middlewares import Middlewares
+from .openai.api import OpenAIRoutes
+from .openai.conversion import convert
+from .openai.types import LoadAdapterRequest, UnloadAdapterRequest
+from .openapi import openapi_document
+from .routes import add_routes
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """One engine behind one aiohttp application."""
+
+    def __init__(self, config: ServeConfig, model_dir: Path, engine_command: list[str] | None = None):
+        self.config = config
+        self.metrics = Metrics()
+        self.engine = EngineClient(
+            msgspec.structs.replace(engine_part(config), model=str(model_dir)),
+            silence_timeout_s=config.engine_timeout_s,
+            step_timeout_s=config.engine_step_timeout_s,
+            command=engine_command,
+        )
+        default_name = model_dir.name if config.model else DEFAULT_MODEL.name
+        self.model_name = config.served_model_name or default_name
+        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name)
+        self._model_dir = model_dir
+        self.middlewares = Middlewares(config, self.metrics)
+        self._openapi_body = msgspec.json.encode(openapi_document())
+
+    def application(self, tokenizer: TextTokenizer) -> web.Application:
+        app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
+        app.on_response_prepare.append(self.middlewares.add_headers)
+        generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
+        app.on_cleanup.append(generator.close)
+        own = {
+            "load_adapter": self._load_adapter,
+            "unload_adapter": self._unload_adapter,
+            "health": self._health,
+            "root": self._health,
+            "ready": self._ready,
+            "version": self._version,
+            "metrics": self._metrics,
+            "openapi": self._openapi,
+        }
+        add_routes(app, {**own, **OpenAIRoutes(generator).handlers(), **LoraxRoutes(generator).handlers()})
+        return app
+
+    async def run(self, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then drain. Raises `UserError` when the model or the port is unusable."""
+        listener = bind(self.config.host, self.config.port)
+        runner: web.AppRunner | None = None
+        listening: asyncio.Server | None = None
+        summaries: asyncio.Task[None] | None = None
+        num_handles = raise_handle_limit()  # before the engine starts, which inherits it
+        try:
+            # The engine imports torch and reads the model while the tokenizer loads here.
+            _, tokenizer = await asyncio.gather(self.engine.start(), asyncio.to_thread(TextTokenizer, self._model_dir))
+            runner = web.AppRunner(
+                self.application(tokenizer),
+                handler_cancellation=True,  # a client that leaves cancels its handler, which aborts its sequences
+                shutdown_timeout=1.0,  # requests had the drain; aiohttp would add a minute to it
+            )
+            await runner.setup()
+            assert runner.server is not None
+            connections = Connections(
+                runner.server,
+                num_handles,
+                keepalive_timeout=self.config.read_timeout_s,  # also closes connections whose headers never come
+                access_log=None,
+                auto_decompress=False,  # compressed bodies are refused unread, also those aiohttp cannot inflate
+                lingering_time=1.0,  # how long the rest of a refused body is still read
+            )
+            listening = await connections.listen(listener)
+            host, port = listener.getsockname()[:2]
+            summaries = asyncio.create_task(summarize(self.engine.stats))
+            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            await stop.wait()
+            await self._drain()
+        finally:
+            if summaries is not None:
+                summaries.cancel()
+            await self.engine.stop()  # first: what still runs ends with an error event, not with a cut connection
+            if listening is not None:
+                listening.close()
+            if runner is not None:
+                await runner.cleanup()
+            listener.close()
+
+    async def _drain(self) -> None:
+        self.middlewares.draining = True
+        deadline = asyncio.get_running_loop().time() + self.config.drain_timeout_s
+        while self.middlewares.num_in_flight and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+
+    # -- routes beside OpenAI's
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        value = await read_json(request, 2**20, self.config.read_timeout_s)
+        body = convert(value, LoadAdapterRequest)
+        info = await self.store.register(body.lora_name, body.lora_path, replace=body.load_inplace)
+        return json_response({"message": f"adapter {body.lora_name!r} is loaded", "adapter": info})
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        value = await read_json(request, 2**20, self.config.read_timeout_s)
+        body = convert(value, UnloadAdapterRequest)
+        await self.store.unregister(body.lora_name)
+        return json_response({"message": f"adapter {body.lora_name!r} is unloaded"})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        state = self.engine.state
+        return json_response({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        state = "draining" if self.middlewares.draining else self.engine.state
+        return json_response({"status": state}, 200 if state == "ready" else 503)
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return json_response({"version": __version__})
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._openapi_body, content_type="application/json")
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        body = self.metrics.render(await self.engine.stats(), self.model_name)
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; raises `UserError` when the address is taken or unknown."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host", param="port"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def serve(config: ServeConfig) -> None:
+    """Run the server until SIGINT or SIGTERM. Raises `UserError` when it cannot start."""
+    configure_logging(config.log_level)
+    if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
+        raise UserError(f"adapters_dir {config.adapters_dir!r} is not a directory; create it or leave it out")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's; a text is one thread's work
+    bind(config.host, config.port).close()  # a port that is taken should not cost the wait for the model
+    model_dir = resolve_model(config.model, revision=config.revision)
+    say(f"loading {model_dir.name} ...")
+    server = Server(config, model_dir)
+
+    def announce(url: str) -> None:
+        names = ", ".join([server.model_name, *server.store.names()])
+        say(f"specserve {__version__} is ready at {url} (models: {names})")
+
+    async def main() -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        task = asyncio.ensure_future(server.run(announce, stop))
+
+        def on_signal() -> None:
+            if stop.is_set() or server.engine.state == "starting":
+                os._exit(1)  # the engine process leaves by itself when its socket closes
+            stop.set()
+            say("shutting down; running requests may finish (once more to stop at once)")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        await task
+
+    try:
+        asyncio.run(main())
+    finally:
+        settle()

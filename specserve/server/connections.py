@@ -1,0 +1,159 @@
+"""Connections within what the process may open: raised limits, a bound, and peers that do not speak HTTP.
+
+Owns the sockets between `accept` and a request. When all places are taken, the longest idle connection makes room for a
+new one; when none is idle, which a new one is not yet, it gets a 503. Errors before there is a request are JSON as all
+others are, and one line of log, however many there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import select
+import socket
+import time
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_request import BaseRequest
+
+from ..errors import ErrorInfo
+from .console import Seldom
+from .openai.api import error_body
+
+logger = logging.getLogger(__name__)
+
+MAX_HANDLES = 65_536  # enough for anyone, and few enough that what goes through all handles of a process stays quick
+RESERVED_HANDLES = 128  # adapters and models that are read, the engine's restart, logs
+ARRIVAL_S = 0.5  # in which a new connection's request may come, before it counts as idle
+REFUSAL_S = 1.0  # in which a refused peer may read why
+ACCEPTED_AT_ONCE = 16  # asyncio accepts so many before the first of them gets a protocol, and so a place
+
+
+def raise_handle_limit() -> int:
+    """Let the process open as many files as it may; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_HANDLES if hard == resource.RLIM_INFINITY else min(hard, MAX_HANDLES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return MAX_HANDLES if soft == resource.RLIM_INFINITY else soft
+
+
+class Connections:
+    """Gives each accepted socket its protocol; `handler_options` are those of aiohttp's request handlers."""
+
+    def __init__(self, server: web.Server, num_handles: int, **handler_options: Any):
+        self._server = server
+        self._options = handler_options
+        self._limit = max(num_handles - RESERVED_HANDLES, num_handles // 2)
+        self._max_refusals = (num_handles - self._limit) // 4
+        self._refusals: set[_Refusal] = set()
+        self._full, self._malformed, self._accept = (Seldom(logger) for _ in range(3))
+
+    async def listen(self, listener: socket.socket) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        server = await loop.create_server(self._protocol, sock=listener, backlog=ACCEPTED_AT_ONCE)
+        listener.listen(1024)  # what waits in the system is another number
+        return server
+
+    def _protocol(self) -> asyncio.Protocol:
+        connections = self._server.connections  # the oldest first
+        if len(connections) >= self._limit:
+            self._full.warn(
+                f"{len(connections)} connections are open, as many as the limit of file handles allows; idle ones are "
+                "closed for new ones (ulimit -n)"
+            )
+            idle = next((item for item in connections if isinstance(item, _Connection) and item.is_idle), None)
+            if idle is None:
+                return _Refusal(self._refusals, self._max_refusals)
+            idle.force_close()
+        loop = asyncio.get_running_loop()
+        return _Connection(self._malformed, self._server, loop=loop, **self._options)
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if context["message"].startswith("socket.accept()"):
+            self._accept.warn(f"{context['message']}: {context.get('exception')}; new connections wait for a second")
+        else:
+            loop.default_exception_handler(context)
+
+
+class _Connection(RequestHandler):
+    """aiohttp's connection with errors in this server's shape."""
+
+    __slots__ = ("_seldom", "_since")
+
+    def __init__(self, seldom: Seldom, manager: web.Server, **options: Any):
+        super().__init__(manager, **options)
+        self._seldom = seldom
+        self._since = time.monotonic()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a request: none has come that is not answered in full, and nobody has closed it yet.
+
+        One that has only been opened is about to send its request, and one with unread bytes has sent it.
+        """
+        if self._waiter is None or self._waiter.done() or self.transport is None:
+            return False
+        return time.monotonic() - self._since >= ARRIVAL_S and not _has_unread(self.transport)
+
+    def handle_error(
+        self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """A request that could not be read; what handlers raise is answered before it comes here."""
+        reason = (message or HTTPStatus(status).phrase).splitlines()[0][:200]
+        self._seldom.warn(f"a request from {request.remote} cannot be read: {reason!r}")
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of the answer is sent already")
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        info = ErrorInfo(f"the request cannot be read: {reason}", status, kind, None, "malformed_http")
+        response = web.Response(status=status, body=msgspec.json.encode(error_body(info)))
+        response.content_type = "application/json"
+        response.force_close()
+        return response
+
+
+def _has_unread(transport: asyncio.BaseTransport) -> bool:
+    poll = select.poll()  # takes no handle
+    poll.register(transport.get_extra_info("socket"), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class _Refusal(asyncio.Protocol):
+    """Says that there is no place, and closes when the peer has, of whom `max_open` are waited for at a time.
+
+    A socket that is closed with bytes of its request unread resets the connection, and the peer never sees the answer.
+    """
+
+    def __init__(self, open_now: set[_Refusal], max_open: int):
+        self._open_now = open_now
+        self._max_open = max_open
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        info = ErrorInfo("all connections are taken; retry shortly", 503, "overloaded_error", None, "overloaded")
+        body = msgspec.json.encode(error_body(info))
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+        head += f"x-should-retry: true\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        transport.write(head.encode() + body)
+        if len(self._open_now) >= self._max_open:
+            transport.close()
+            return
+        self._open_now.add(self)
+        transport.write_eof()
+        self._timer = asyncio.get_running_loop().call_later(REFUSAL_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        pass
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._open_now.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,191 @@
+"""The server's side of the engine: requests and calls out, streams of deltas and answers back.
+
+Owns one queue per running request; the process is its supervisor's. A request's stream ends with its last delta, with
+its own error, or with `EngineLostError` when the process goes; leaving a stream early aborts the request. After a
+restart the engine holds no adapters: `generation` tells the adapter store that what it knew is void.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+
+from ...config import EngineConfig
+from ...errors import EngineDeadError, EngineLostError, UserError, from_info
+from ...messages import (
+    SNAPSHOT,
+    Abort,
+    AdapterInfo,
+    AdapterLoaded,
+    CallDone,
+    CallFailed,
+    Delta,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    GetStats,
+    LoadAdapter,
+    RequestFailed,
+    Stats,
+    UnloadAdapter,
+)
+from .link import EngineLink
+from .supervisor import EngineSupervisor, State
+
+MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
+RESTART_PATIENCE_S = 60.0  # that a request waits for an engine that is started again
+STATS_PATIENCE_S = 0.25
+
+
+class EngineClient:
+    """An engine for `config`, whose `model` is a local directory, in a process that is replaced when it fails."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        silence_timeout_s: float = 60.0,
+        step_timeout_s: float = 300.0,
+        command: list[str] | None = None,
+    ):
+        self.config = config
+        command = command or [sys.executable, "-m", "specserve.engine.process"]
+        self._engine = EngineSupervisor(
+            lambda: EngineLink.launch(command, config),
+            self._dispatch,
+            self._lost,
+            silence_timeout_s=silence_timeout_s,
+            step_timeout_s=step_timeout_s,
+        )
+        self._streams: dict[str, asyncio.Queue[Delta | UserError]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count()
+        self._snapshot: EngineStats | None = None  # the newest of the process that serves
+
+    @property
+    def state(self) -> State:
+        return self._engine.state
+
+    @property
+    def generation(self) -> int:
+        """Counts started processes."""
+        return self._engine.generation
+
+    @property
+    def info(self) -> EngineInfo:
+        """Of the process that serves or served last."""
+        if self._engine.info is None:
+            raise EngineDeadError("the engine has not started yet; retry shortly")
+        return self._engine.info
+
+    async def start(self) -> None:
+        """Start the process and wait for the model; raises the `UserError` that says why it cannot be served."""
+        await self._engine.start()
+
+    async def stop(self) -> None:
+        """End the process; running streams end with an error."""
+        self._fail_all(EngineDeadError, "the server is shutting down")
+        await self._engine.stop()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]:
+        """Deltas of one sequence; raises `UserError` when it fails. Close the iterator to abort.
+
+        Waits for an engine that is started again, and raises `EngineDeadError` when that takes too long.
+        """
+        engine = await self._engine.link(RESTART_PATIENCE_S)
+        queue: asyncio.Queue[Delta | UserError] = asyncio.Queue()
+        self._streams[request.request_id] = queue
+        finished = False
+        try:
+            engine.send(request)
+            while not finished:
+                item = await queue.get()
+                if isinstance(item, UserError):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            self._streams.pop(request.request_id, None)
+            if not finished:
+                engine.send(Abort(request.request_id))
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Load the PEFT directory `path`; raises `UserError` when it cannot be served."""
+        return (await self._call(LoadAdapter(next(self._call_ids), name, path))).adapter
+
+    async def unload_adapter(self, adapter_hash: str) -> None:
+        await self._call(UnloadAdapter(next(self._call_ids), adapter_hash))
+
+    async def stats(self) -> EngineStats | None:
+        """A snapshot of now, or of just before a step that takes long; None while no engine serves."""
+        try:
+            async with asyncio.timeout(STATS_PATIENCE_S):
+                await self._call(GetStats(next(self._call_ids)), patience_s=0.0)
+        except (EngineDeadError, TimeoutError):
+            pass
+        return self._snapshot
+
+    # -- messages
+
+    def _dispatch(self, message: Any) -> None:
+        if isinstance(message, Delta):
+            if (queue := self._streams.get(message.request_id)) is None:
+                return
+            if queue.qsize() < MAX_QUEUED_DELTAS:
+                queue.put_nowait(message)
+            elif queue.qsize() == MAX_QUEUED_DELTAS:
+                queue.put_nowait(UserError("the client does not read its stream", status=408, code="slow_reader"))
+                self._engine.send(Abort(message.request_id))
+        elif isinstance(message, RequestFailed):
+            if (queue := self._streams.get(message.request_id)) is not None:
+                queue.put_nowait(from_info(message.error))
+        elif isinstance(message, Stats):
+            self._take_snapshot(message)
+        elif isinstance(message, CallFailed):
+            if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
+                future.set_exception(from_info(message.error))
+        elif isinstance(message, AdapterLoaded | CallDone):
+            self._answer(message)
+
+    def _take_snapshot(self, message: Stats) -> None:
+        error = self._snapshot.integrity_error if self._snapshot is not None else None
+        checked = message.call_id != SNAPSHOT
+        self._snapshot = message.stats if checked else msgspec.structs.replace(message.stats, integrity_error=error)
+        self._answer(message)
+
+    def _answer(self, message: AdapterLoaded | CallDone | Stats) -> None:
+        if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
+            future.set_result(message)
+
+    async def _call(self, message: LoadAdapter | UnloadAdapter | GetStats, patience_s: float | None = None) -> Any:
+        """The answer; asked for once more of the next engine when this one ends meanwhile."""
+        for is_last in (False, True):
+            engine = await self._engine.link(RESTART_PATIENCE_S if patience_s is None else patience_s)
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._calls[message.call_id] = future
+            try:
+                engine.send(message)
+                return await future
+            except EngineLostError:
+                if is_last:
+                    raise
+            finally:
+                self._calls.pop(message.call_id, None)
+
+    def _lost(self) -> None:
+        self._snapshot = None
+        self._fail_all(EngineLostError, "the engine process ended while the request was running; retry")
+
+    def _fail_all(self, kind: type[EngineDeadError], reason: str) -> None:
+        for queue in self._streams.values():
+            queue.put_nowait(kind(reason))
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(kind(reason))
+        self._calls.clear()

@@ -1,0 +1,47 @@
+"""Reads request bodies within limits of size and time, and writes JSON responses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from ..errors import UserError
+from ..strict_json import decode_json
+
+OFF_LOOP_BYTES = 64 * 1024  # larger bodies are parsed on a thread
+
+
+async def read_json(request: web.Request, max_bytes: int, timeout_s: float) -> Any:
+    """The body as JSON. Raises `UserError` with status 408, 413, 415 or 400."""
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UserError("compressed request bodies are not accepted; send plain JSON", status=415)
+    if request.content_type != "application/json":
+        raise UserError(f"the content type is {request.content_type[:100]!r}; send application/json", status=415)
+    too_large = UserError(
+        f"the request body is larger than {max_bytes} bytes (--max-body-mib)", status=413, code="body_too_large"
+    )
+    if request.content_length is not None and request.content_length > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.content.iter_any():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise UserError(
+            f"the request body did not arrive within {timeout_s:g} s (--read-timeout-s)", status=408, code="timeout"
+        ) from None
+    if len(body) > OFF_LOOP_BYTES:
+        return await asyncio.to_thread(decode_json, bytes(body))
+    return decode_json(bytes(body))
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(value), status=status, headers=headers, content_type="application/json"
+    )

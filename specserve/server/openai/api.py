@@ -1,0 +1,158 @@
+"""The OpenAI routes: completions, chat completions, models, and tokenisation beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from typing import Any
+
+from aiohttp import web
+
+from ...chat.tools.definitions import all_tools
+from ...errors import ErrorInfo, UserError
+from ..generation import Generator, Job
+from ..http_body import json_response, read_json
+from ..lorax.types import LoraxTokenizeRequest, SimpleToken
+from ..routes import Handler
+from ..sse import EventStream
+from . import conversion as validation
+from .responses import ResponseBuilder
+from .types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+
+class OpenAIRoutes:
+    """Handlers over one `Generator`."""
+
+    def __init__(self, generator: Generator):
+        self._generator = generator
+        self._started = int(time.time())
+
+    def handlers(self) -> dict[str, Handler]:
+        """Handlers by the names that the route table gives them."""
+        return {
+            "completions": self.completions,
+            "chat_completions": self.chat_completions,
+            "models": self.models,
+            "model": self.model,
+            "tokenize": self.tokenize,
+            "detokenize": self.detokenize,
+        }
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, CompletionRequest)
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, ChatRequest)
+
+    async def models(self, request: web.Request) -> web.Response:
+        names = [None, *self._generator.store.names()]
+        return json_response({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        name = self._generator.adapter_name(request.match_info["model"], None)
+        if name is not None:
+            self._generator.store.path(name)
+        return json_response(self._model(name))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        value = await self._json(request)
+        if isinstance(value, dict) and "inputs" in value:
+            request["errors"] = "lorax"
+            return await self._tokenize_inputs(validation.convert(value, LoraxTokenizeRequest))
+        body = validation.convert(value, TokenizeRequest)
+        if (body.prompt is None) == (body.messages is None):
+            raise UserError("send either prompt or messages", param="prompt")
+        generator = self._generator
+        tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
+        if body.messages is not None:
+            ids = await generator.chat_ids(body, tokenizer, all_tools(body.tools))
+        else:
+            if body.continue_final_message:
+                raise UserError("continue_final_message goes with messages", param="continue_final_message")
+            text = body.prompt or ""
+            tokenizer.check_len([text], generator.engine.info.max_model_len, "prompt")
+            ids = await generator.off_loop(len(text), tokenizer.encode, text, body.add_special_tokens)
+        result: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": generator.engine.info.max_model_len,
+            "tokens": ids,
+            "token_strs": await asyncio.to_thread(tokenizer.token_texts, ids) if body.return_token_strs else None,
+        }
+        return json_response(result)
+
+    async def _tokenize_inputs(self, body: LoraxTokenizeRequest) -> web.Response:
+        """LoRAX's /tokenize: the base model's tokens and the characters that they stand for."""
+        generator, text = self._generator, body.inputs
+        generator.tokenizer.check_len([text], generator.engine.info.max_model_len, "inputs")
+        special = body.add_special_tokens is not False
+        tokens = await generator.off_loop(len(text), generator.tokenizer.encode_with_offsets, text, special)
+        return json_response([SimpleToken(*token) for token in tokens])
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        body = await self._body(request, DetokenizeRequest)
+        generator = self._generator
+        vocab_size = generator.engine.info.vocab_size
+        bad = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise UserError(f"tokens: token id {bad} is outside 0..{vocab_size - 1}", param="tokens")
+        tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
+        return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+
+    def _model(self, adapter: str | None) -> dict[str, Any]:
+        base = self._generator.model_name
+        return {
+            "id": adapter or base,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "specserve",
+            "root": adapter or base,
+            "parent": None if adapter is None else base,
+            "max_model_len": self._generator.engine.info.max_model_len,
+        }
+
+    async def _json(self, request: web.Request) -> Any:
+        config = self._generator.config
+        return await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
+
+    async def _body(self, request: web.Request, kind: Any) -> Any:
+        return validation.convert(await self._json(request), kind)
+
+    async def _generate(self, request: web.Request, kind: Any) -> web.StreamResponse:
+        body = await self._body(request, kind)
+        if body.stream_options is not None and not body.stream:
+            raise UserError("stream_options needs stream=true", param="stream_options")
+        job = await self._generator.prepare(body)
+        return await (self._stream(request, job) if body.stream else self._whole(job))
+
+    async def _whole(self, job: Job) -> web.Response:
+        builder = ResponseBuilder(job)
+        async with aclosing(self._generator.run(job)) as deltas:
+            async for idx, delta in deltas:
+                builder.add(idx, delta)
+        return json_response(builder.whole())
+
+    async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
+        """Server-sent events; the response starts with the first delta, so that early errors keep their status."""
+        builder = ResponseBuilder(job)
+        stream = EventStream(request, self._generator.config.write_timeout_s)
+        try:
+            async with aclosing(self._generator.run(job)) as deltas:
+                async for idx, delta in deltas:
+                    if not stream.is_open:
+                        await stream.send(*builder.opening())
+                    builder.add(idx, delta)
+                    if (chunk := builder.chunk(idx, delta)) is not None:
+                        await stream.send(chunk)
+            if job.request.stream_options is not None and job.request.stream_options.include_usage:
+                await stream.send(builder.usage_chunk())
+        except UserError as error:
+            if not stream.is_open:
+                raise
+            await stream.send(error_body(error.info()))
+        return await stream.end(b"data: [DONE]\n\n")
+
+
+def error_body(info: ErrorInfo) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": info.message, "type": info.type, "param": info.param, "code": info.code}}

@@ -1,0 +1,143 @@
+"""Every HTTP route, once: what the server registers, what access rules are read from, and what /openapi.json says.
+
+A route names its handler, its bodies and its statuses; `add_routes` binds names to methods and refuses a table and
+handlers that do not match. Tests hold every response to what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aiohttp import web
+
+from .lorax.types import (
+    LoraxInfo,
+    LoraxRequest,
+    LoraxResponse,
+    LoraxStreamResponse,
+    LoraxTokenizeRequest,
+    SimpleToken,
+)
+from .openai.response_types import (
+    AdapterLoadedResponse,
+    ChatChunk,
+    ChatResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    MessageResponse,
+    Model,
+    ModelList,
+    OpenApiDocument,
+    StateResponse,
+    TokenizeResponse,
+    VersionResponse,
+)
+from .openai.types import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+GET = (401, 403, 500)
+POST = (400, *GET, 408, 413, 415, 429, 503)
+GENERATE = (*POST, 404, 504)
+LORAX = (*(status for status in GENERATE if status != 400), 422, 424)
+STATE = (403, 500, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path.
+
+    `body`, `answer` and `events` are types: of the request, of the JSON answer (None: text), and of a stream's events;
+    several are alternatives.
+    `statuses` are those of errors. `access`: open to everyone, with the API key, or with the admin key.
+    `errors`: whose error shape it answers with.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    handler: str
+    summary: str
+    statuses: tuple[int, ...]
+    body: Any = None
+    answer: Any = None
+    events: Any = None
+    access: Literal["open", "key", "admin"] = "key"
+    errors: Literal["openai", "lorax"] = "openai"
+
+
+ROUTES = (
+    Route(
+        "POST", "/v1/completions", "completions", "Text or token ids, continued", GENERATE,
+        CompletionRequest, CompletionResponse, CompletionResponse,
+    ),
+    Route(
+        "POST", "/v1/chat/completions", "chat_completions", "The next message of a conversation", GENERATE,
+        ChatRequest, ChatResponse, ChatChunk,
+    ),
+    Route("GET", "/v1/models", "models", "The base model and its adapters", GET, answer=ModelList),
+    Route("GET", "/v1/models/{model:.+}", "model", "One of them", (400, *GET, 404), answer=Model),
+    Route(
+        "POST", "/tokenize", "tokenize", "Text or messages as token ids; with inputs in LoRAX's shape",
+        (*POST, 404, 422), (TokenizeRequest, LoraxTokenizeRequest), (TokenizeResponse, list[SimpleToken]),
+    ),
+    Route(
+        "POST", "/detokenize", "detokenize", "Token ids as text", (*POST, 404), DetokenizeRequest, DetokenizeResponse
+    ),
+    Route(
+        "POST", "/generate", "lorax_generate", "LoRAX: text continued", LORAX, LoraxRequest, LoraxResponse,
+        errors="lorax",
+    ),
+    Route(
+        "POST", "/generate_stream", "lorax_generate_stream", "LoRAX: text continued, a token an event", LORAX,
+        LoraxRequest, events=LoraxStreamResponse, errors="lorax",
+    ),
+    Route(
+        "GET", "/", "root", "As /health, for those who look whether anyone is there", STATE, answer=StateResponse,
+        access="open", errors="lorax",
+    ),
+    Route(
+        "POST", "/", "lorax_compat", "LoRAX: one of both, by `stream`", LORAX, LoraxRequest, list[LoraxResponse],
+        LoraxStreamResponse, errors="lorax",
+    ),
+    Route("GET", "/info", "lorax_info", "LoRAX: model and limits", GET, answer=LoraxInfo, errors="lorax"),
+    Route(
+        "POST", "/v1/load_lora_adapter", "load_adapter", "Load an adapter directory under a name", (*POST, 404, 409),
+        LoadAdapterRequest, AdapterLoadedResponse, access="admin",
+    ),
+    Route(
+        "POST", "/v1/unload_lora_adapter", "unload_adapter", "Take a name away", (*POST, 404),
+        UnloadAdapterRequest, MessageResponse, access="admin",
+    ),
+    Route("GET", "/health", "health", "200 while the engine serves", STATE, answer=StateResponse, access="open"),
+    Route("GET", "/ready", "ready", "503 during shutdown too", STATE, answer=StateResponse, access="open"),
+    Route("GET", "/version", "version", "The server's version", (403, 500), answer=VersionResponse, access="open"),
+    Route("GET", "/metrics", "metrics", "Prometheus text", (403, 500), access="open"),
+    Route("GET", "/openapi.json", "openapi", "This document", (403, 500), answer=OpenApiDocument, access="open"),
+)  # fmt: skip
+
+ACCESS: dict[tuple[str, str], str] = {(route.method, route.path): route.access for route in ROUTES}
+ERRORS: dict[str, str] = {route.path: route.errors for route in ROUTES}
+
+
+def access_of(method: str, path: str) -> str:
+    """Who may ask; what is no route, and a method that a path has not, is for those with the key."""
+    methods = ("GET", "POST") if method == "OPTIONS" else ("GET" if method == "HEAD" else method,)
+    found = {ACCESS.get((name, path), "none") for name in methods} - {"none"}
+    return found.pop() if len(found) == 1 else "key"
+
+
+def add_routes(app: web.Application, handlers: Mapping[str, Handler]) -> None:
+    """Register the whole table; `handlers` must hold exactly its handler names."""
+    assert set(handlers) == {route.handler for route in ROUTES}, set(handlers) ^ {route.handler for route in ROUTES}
+    for route in ROUTES:
+        add = app.router.add_get if route.method == "GET" else app.router.add_post  # add_get serves HEAD too
+        add(route.path, handlers[route.handler])

@@ -1,0 +1,47 @@
+"""What the engine needs of a tokenizer: the fast backend that decodes, and the ids that end a sequence."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..errors import ModelError
+
+
+def load_backend_tokenizer(model_dir: Path) -> Tokenizer:
+    """The Rust tokenizer of a model directory. Raises `ModelError` when there is none."""
+    path = Path(model_dir) / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{model_dir} has no tokenizer.json; save the model's fast tokenizer there")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the bindings raise bare Exception
+        raise ModelError(f"{path} is not readable: {error}") from None
+
+
+def eos_token_ids(model_dir: Path) -> frozenset[int]:
+    """Every id at which serving stops: generation_config.json's or, without any, config.json's, and the tokenizer's."""
+    model_dir = Path(model_dir)
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if not ids and (model_dir / name).is_file():
+            found = json.loads((model_dir / name).read_text()).get("eos_token_id")
+            ids = set(found) if isinstance(found, list) else {found} - {None}
+    return frozenset(ids | _tokenizer_eos(model_dir))
+
+
+def _tokenizer_eos(model_dir: Path) -> set[int]:
+    """The id of the tokenizer's own eos_token: chat models tuned from a base model often name their end only there."""
+    config, tokenizer = model_dir / "tokenizer_config.json", model_dir / "tokenizer.json"
+    if not config.is_file() or not tokenizer.is_file():
+        return set()
+    token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    # Only the list of added tokens, which stands first: the whole file can take seconds.
+    text = tokenizer.read_text(encoding="utf-8")
+    start = re.search(r'"added_tokens"\s*:\s*', text)
+    added = json.JSONDecoder().raw_decode(text, start.end())[0] if start is not None else []
+    return {item["id"] for item in added if item["content"] == content}

@@ -1,0 +1,474 @@
+"""Tools of a request: definitions, prompts of each model family, and the grammars that hold calls to their schemas."""
+
+import dataclasses
+import json
+import random
+
+import jsonschema
+import msgspec
+import numpy as np
+import pytest
+from tiny_models import CHAT_TEMPLATE, make_tokenizer
+from tokenizers import AddedToken
+from tool_templates import TEMPLATES, make_tool_tokenizer
+
+from specserve.chat.messages import chat_messages
+from specserve.chat.tools.definitions import tool_use
+from specserve.chat.tools.formats import FORMATS, choose_format
+from specserve.chat.tools.grammar import Marks
+from specserve.chat.tools.plan import direct_adapter, make_plan, markers
+from specserve.chat.tools.prompt import for_template
+from specserve.chat.types import Message
+from specserve.errors import UserError
+from specserve.grammar.compiler import GrammarCompiler
+from specserve.messages import GrammarSpec
+from specserve.server.openai.types import ChatRequest
+from specserve.text.tokenizer import TextTokenizer
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 6},
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "days": {"type": "array", "items": {"$ref": "#/$defs/day"}, "maxItems": 3},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+    "$defs": {"day": {"type": "integer", "minimum": 0, "maximum": 365}},
+}
+ADD = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+SCHEMAS = {"get_weather": CITY, "add": ADD}
+
+
+def function(name, parameters=None, **fields):
+    return {"type": "function", "function": {"name": name, "parameters": parameters or SCHEMAS[name], **fields}}
+
+
+def request(**fields):
+    fields = {"messages": [{"role": "user", "content": "hi"}], **fields}
+    return msgspec.convert(fields, ChatRequest)
+
+
+BOTH = [function("get_weather", description="the weather"), function("add")]
+
+
+def plan_of(format="hermes", marks=None, own_adapter=None, **fields):
+    use = tool_use(request(**{"tools": BOTH, **fields}))
+    return make_plan(use, FORMATS[format], marks or Marks(), own_adapter)
+
+
+# -- definitions
+
+
+def test_no_tools_or_tool_choice_none_offer_nothing():
+    assert tool_use(request()) is None
+    assert tool_use(request(tools=[], tool_choice="auto")) is None
+    assert tool_use(request(tools=BOTH, tool_choice="none")) is None
+
+
+def test_tool_choice_says_which_tools_and_how():
+    assert tool_use(request(tools=BOTH)).mode == "auto"
+    use = tool_use(request(tools=BOTH, tool_choice="required", parallel_tool_calls=False))
+    assert (use.mode, use.parallel, len(use.tools)) == ("required", False, 2)
+    named = tool_use(request(tools=BOTH, tool_choice={"type": "function", "function": {"name": "add"}}))
+    assert (named.mode, named.parallel, [tool.name for tool in named.tools]) == ("named", False, ["add"])
+
+
+BAD_TOOLS = {
+    "too many": ([function(f"f{idx}", ADD) for idx in range(129)], "128"),
+    "two of one name": ([function("add"), function("add")], "add"),
+    "a name with a space": ([function("a b", ADD)], "a b"),
+    "a long name": ([function("a" * 65, ADD)], "64"),
+    "no function": ([{"type": "function"}], "function"),
+    "another type": ([{"type": "retrieval"}], "function"),
+    "text": (["add"], "function"),
+    "an unknown field": ([{**function("add"), "name": "add"}], "name"),
+    "a schema that is no object": ([function("add", {"type": "array"})], "object"),
+    "a large schema": ([function("add", {"description": "x" * 70_000})], "65536"),
+    "a deep schema": ([function("add", json.loads('{"items":' * 50 + "{}" + "}" * 50))], "deep"),
+    "strict is text": ([function("add", strict="yes")], "strict"),
+    "an adapter that is a number": ([{**function("add"), "x-adapter": 3}], "x-adapter"),
+    "two adapters": ([{**function("add", **{"x-adapter": "a"}), "x-adapter": "b"}], "two adapters"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOOLS)
+def test_bad_tools_are_refused_by_place(name):
+    tools, word = BAD_TOOLS[name]
+    with pytest.raises(UserError, match=word) as caught:
+        tool_use(request(tools=tools))
+    assert caught.value.param.startswith("tools") and caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "choice", ["any", 5, {"type": "function"}, {"type": "function", "function": {"name": "rm"}}, {"name": "add"}, []]
+)
+def test_unknown_tool_choice_is_refused(choice):
+    with pytest.raises(UserError, match="tool_choice"):
+        tool_use(request(tools=BOTH, tool_choice=choice))
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_call_without_tools_is_refused(choice):
+    with pytest.raises(UserError, match="no tools"):
+        tool_use(request(tool_choice=choice))
+
+
+def test_adapter_is_read_from_either_place():
+    tools = [{**function("add"), "x-adapter": "one"}, function("get_weather", **{"x-adapter": "two"})]
+    use = tool_use(request(tools=tools))
+    assert [tool.adapter for tool in use.tools] == ["one", "two"]
+    assert all("x-adapter" not in json.dumps(tool.definition()) for tool in use.tools)
+
+
+def test_adapters_of_tools_switch_unless_the_request_can_run_with_them():
+    tools = [{**function("add"), "x-adapter": "one"}, function("get_weather")]
+    named = {"type": "function", "function": {"name": "add"}}
+    use = tool_use(request(tools=tools, tool_choice=named))
+    assert direct_adapter(use, None) == "one" and direct_adapter(use, "two") == "two"
+    assert not plan_of(tools=tools, tool_choice=named, own_adapter="one").switching
+    assert plan_of(tools=tools, tool_choice=named, own_adapter="two").switching
+    assert plan_of(tools=tools).switching and not plan_of(tools=BOTH, own_adapter="two").switching
+
+
+# -- what cannot be enforced
+
+UNSERVED = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tools": [function("f", UNSERVED, strict=True)]},
+    ],
+    ids=["required", "named", "strict"],
+)
+def test_schema_that_cannot_be_enforced_is_refused_where_it_must_be(fields):
+    with pytest.raises(UserError, match="'f'.*not") as caught:
+        plan_of(**{"tools": [function("f", UNSERVED)], **fields})
+    assert caught.value.code == "invalid_function_parameters"
+
+
+def test_schema_that_cannot_be_enforced_allows_any_object_under_auto():
+    plan = plan_of(tools=[function("f", UNSERVED), function("add")])
+    assert [tool.schema for tool in plan.tools] == [{"type": "object"}, ADD]
+    assert plan.grammar is not None
+
+
+def test_tools_too_large_for_a_grammar_are_read_as_found_under_auto_only():
+    large = {"type": "object", "properties": {f"p{idx}": {"enum": ["x" * 900]} for idx in range(60)}}
+    tools = [function(f"f{idx}", large) for idx in range(6)]
+    assert plan_of(tools=tools).grammar is None
+    with pytest.raises(UserError, match="bytes"):
+        plan_of(tools=tools, tool_choice="required")
+
+
+# -- grammars
+
+
+def tokenizers():
+    for family in FORMATS:
+        for added in (True, False):
+            yield pytest.param(family, added, id=f"{family}-{'added' if added else 'plain'}")
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    made = {}
+
+    def get(family, added):
+        if (family, added) not in made:
+            fast = make_tool_tokenizer(family, 320, added=added)
+            eos = fast.convert_tokens_to_ids("<|im_end|>")
+            made[family, added] = fast, eos, GrammarCompiler(fast.backend_tokenizer, 320, [eos])
+        return made[family, added]
+
+    yield get
+    for _, _, compiler in made.values():
+        compiler.close()
+
+
+def marks_of(fast, family):
+    wanted = markers(FORMATS[family])
+    return Marks({token.content: idx for idx, token in fast.added_tokens_decoder.items() if token.content in wanted})
+
+
+def generate(compiled, eos, rng, max_tokens=400):
+    """Random tokens that the grammar allows, until it ends; None when it does not within `max_tokens`."""
+    grammar, ids = compiled.start(), []
+    row = np.zeros(compiled.mask_words, np.int32)
+    while len(ids) < max_tokens and not grammar.is_terminated:
+        assert grammar.fill_mask(row), grammar.error
+        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")[: compiled.vocab_size])
+        token = int(rng.choice(list(allowed)))
+        if token == eos:
+            return ids
+        assert grammar.commit([token]) == 1
+        ids.append(token)
+    return ids if grammar.is_terminated else None
+
+
+def read(plan, text):
+    parser = plan.parser()
+    events = parser.push(text) + parser.finish()
+    content = "".join(event.text for event in events if hasattr(event, "text") and not hasattr(event, "index"))
+    names = [event.name for event in events if hasattr(event, "name")]
+    arguments = [
+        "".join(e.text for e in events if getattr(e, "index", -1) == i and hasattr(e, "text")) for i in range(99)
+    ]
+    return content, list(zip(names, arguments, strict=False))
+
+
+@pytest.mark.parametrize(("family", "added"), tokenizers())
+def test_whatever_a_required_grammar_allows_is_calls_with_valid_arguments(compilers, family, added):
+    fast, eos, compiler = compilers(family, added)
+    plan = plan_of(family, marks_of(fast, family), tool_choice="required")
+    compiled, rng, counts = compiler.compile(plan.grammar), random.Random(0), []
+    for _ in range(40):
+        if (ids := generate(compiled, eos, rng)) is not None:
+            content, calls = read(plan, fast.decode(ids))
+            assert content == "" and calls
+            for name, arguments in calls:
+                jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+            counts.append(len(calls))
+    assert len(counts) > 20 and (max(counts) > 1) == (family != "llama3")
+
+
+@pytest.mark.parametrize(("family", "added"), tokenizers())
+def test_parallel_tool_calls_false_and_a_named_tool_allow_exactly_one(compilers, family, added):
+    fast, eos, compiler = compilers(family, added)
+    named = {"type": "function", "function": {"name": "add"}}
+    for fields in ({"tool_choice": "required", "parallel_tool_calls": False}, {"tool_choice": named}):
+        plan = plan_of(family, marks_of(fast, family), **fields)
+        compiled, rng = compiler.compile(plan.grammar), random.Random(1)
+        texts = [fast.decode(ids) for _ in range(20) if (ids := generate(compiled, eos, rng)) is not None]
+        assert texts and all(len(read(plan, text)[1]) == 1 for text in texts)
+        if "tool_choice" in fields and fields["tool_choice"] is named:
+            assert {read(plan, text)[1][0][0] for text in texts} == {"add"}
+
+
+def num_allowed(compiled, fast, text):
+    ids = fast.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return compiled.start().num_allowed(ids), len(ids)
+
+
+OPENINGS = {"hermes": "<tool_call>\n", "mistral": "[TOOL_CALLS] [", "llama3": ""}
+CLOSINGS = {"hermes": "\n</tool_call>", "mistral": "]", "llama3": ""}
+
+
+@pytest.mark.parametrize(("family", "added"), tokenizers())
+def test_under_auto_text_is_free_until_a_call_and_forced_from_there(compilers, family, added):
+    fast, _, compiler = compilers(family, added)
+    plan = plan_of(family, marks_of(fast, family))
+    compiled, key = compiler.compile(plan.grammar), FORMATS[family].arguments_key
+    lead = "" if family == "llama3" else "Let me see. "
+    opening, closing = lead + OPENINGS[family], CLOSINGS[family]
+    good = f'{opening}{{"name": "add", "{key}": {{"a": 1}}}}{closing}'
+    for text in ("", "Hello, {braces} and <tool_ or [TOOL and \u00e9.\n", '{"a": 1}', '{"name": 5}', good):
+        num, total = num_allowed(compiled, fast, text)
+        assert num == total, text
+    for bad in ('{"name": "rm"', f'{{"name": "add", "{key}": {{"b"', f'{{"name": "add", "{key}": {{"a": 100'):
+        num, total = num_allowed(compiled, fast, opening + bad)
+        assert num < total, bad
+    num, total = num_allowed(compiled, fast, good + " more")
+    assert num < total
+    assert read(plan, good) == (lead, [("add", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(("family", "added"), tokenizers())
+def test_free_text_may_hold_added_tokens_that_are_text(family, added):
+    """A thinking model writes <think> as one token, which no regular expression of a grammar matches."""
+    fast = make_tool_tokenizer(family, 318, added=added)
+    fast.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    eos = fast.convert_tokens_to_ids("<|im_end|>")
+    compiler = GrammarCompiler(fast.backend_tokenizer, 320, [eos])
+    think = tuple(fast.convert_tokens_to_ids(["<think>", "</think>"]))
+    plan = plan_of(family, dataclasses.replace(marks_of(fast, family), text_ids=think))
+    compiled = compiler.compile(plan.grammar)
+    key = FORMATS[family].arguments_key
+    for text in ("<think>", "<think>\nHm.\n</think>", "<think>\nHm.</think> It <rains>."):
+        num, total = num_allowed(compiled, fast, text)
+        assert num == total, text
+        if family != "llama3":
+            call = f'{text}{OPENINGS[family]}{{"name": "add", "{key}": {{"a": 1}}}}{CLOSINGS[family]}'
+            num, total = num_allowed(compiled, fast, call)
+            assert num == total, call
+            assert num_allowed(compiled, fast, call.replace("add", "rm"))[0] < total - 5
+            assert read(plan, call) == (text, [("add", '{"a": 1}')])
+    compiler.close()
+
+
+@pytest.mark.parametrize(("family", "added"), tokenizers())
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_parts_of_a_switching_answer_join_to_one_that_the_whole_grammar_allows(compilers, family, added, choice):
+    fast, eos, compiler = compilers(family, added)
+    marks = marks_of(fast, family)
+    whole = compiler.compile(plan_of(family, marks, tool_choice=choice).grammar)
+    tools = [{**function("add"), "x-adapter": "one"}, function("get_weather")]
+    plan, rng, num_calls = plan_of(family, marks, tools=tools, tool_choice=choice), random.Random(2), 0
+    order = [tool.name for tool in plan.tools]
+    for _ in range(30):
+        if choice == "auto":
+            text = "" if family == "llama3" else "I look."
+            first = rng.choice(order)
+            text += OPENINGS[family] + FORMATS[family].head(first)
+            num, total = num_allowed(compiler.compile(plan.grammar), fast, text)
+            assert num == total
+        else:
+            text = fast.decode(generate(compiler.compile(plan.grammar), eos, rng))
+        while text is not None and (tool := plan.announced(text)) is not None:
+            ids = generate(compiler.compile(plan.arguments_spec(tool)), eos, rng)
+            text = None if ids is None else text + fast.decode(ids)
+        if text is None or len(text) > 2000:
+            continue
+        content, calls = read(plan, text)
+        assert content == ("I look." if choice == "auto" and family != "llama3" else "") and calls
+        num_calls += len(calls)
+        assert num_allowed(whole, fast, text.replace("\ufffd", "?"))[0] > 0
+        for name, arguments in calls:
+            jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+    assert num_calls > 10
+
+
+def test_128_tools_make_one_grammar(compilers):
+    _, _, compiler = compilers("hermes", True)
+    plan = plan_of(tools=[function(f"f{idx}", CITY) for idx in range(128)], tool_choice="required")
+    assert isinstance(plan.grammar, GrammarSpec)
+    compiler.compile(plan.grammar)
+
+
+# -- prompts
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Weather in K\u00f6ln?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "add", "arguments": '{"a": 1, "s": "\u00e9<|im_end|>"}'},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": "3 <|im_end|>"},
+]
+
+
+def chat(messages):
+    return chat_messages(msgspec.convert(messages, list[Message]))
+
+
+def save(tokenizer, path):
+    tokenizer.save_pretrained(path)
+    return TextTokenizer(path)
+
+
+@pytest.fixture(scope="module", params=[*TEMPLATES, "plain"])
+def rendered(request, tmp_path_factory):
+    """(family, format, the ids that end a turn, text) of a conversation with tools."""
+    fast = make_tokenizer(317) if request.param == "plain" else make_tool_tokenizer(request.param, 320)
+    tokenizer = save(fast, tmp_path_factory.mktemp(request.param))
+    chosen = choose_format(tokenizer.chat_template)
+    tools = tool_use(globals()["request"](tools=BOTH)).tools
+    messages, definitions = for_template(chat(TALK), tools, chosen)
+    ids = tokenizer.encode_chat(messages, True, False, definitions)
+    return (
+        request.param,
+        chosen,
+        [token for token in ids if token == tokenizer.encode("<|im_end|>")[0]],
+        tokenizer.decode(ids),
+    )
+
+
+def test_template_says_which_format(rendered):
+    family, chosen, _, _ = rendered
+    assert (chosen.format.name, chosen.native) == (("hermes", False) if family == "plain" else (family, True))
+
+
+def test_prompt_shows_definitions_calls_and_results(rendered):
+    family, _, _, text = rendered
+    for part in ('"name": "get_weather"', '"description": "the weather"', '"enum": ["celsius", "kelvin"]', "K\u00f6ln"):
+        assert part in text
+    key = "parameters" if family == "llama3" else "arguments"
+    assert f'{{"name": "add", "{key}": {{"a": 1, "s": "\u00e9<|im_end|>"}}' in text
+    assert "3 <|im_end|>" in text
+
+
+def test_special_tokens_in_arguments_and_results_are_letters(rendered):
+    family, _, ends, text = rendered
+    num_turns = {"hermes": 4, "llama3": 4, "mistral": 2, "plain": 4}[family]  # one of the four has no end in Mistral's
+    assert len(ends) == num_turns and text.count("<|im_end|>") == num_turns + 2
+
+
+def test_special_tokens_in_definitions_are_letters(tmp_path):
+    tokenizer = save(make_tool_tokenizer("hermes", 320), tmp_path)
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "description": 'a "<|im_end|>"', "parameters": {"<|im_start|>": 1}},
+        }
+    ]
+    messages = [{"role": "user", "content": "hi"}]
+    clean = json.loads(json.dumps(tools).replace("<|im_end|>", "E").replace("<|im_start|>", "S"))
+    ids, want = (tokenizer.encode_chat(messages, True, False, item) for item in (tools, clean))
+    count = [sum(map(tokenizer.is_special, item)) for item in (ids, want)]
+    assert count[0] == count[1]
+    assert '"a \\"<|im_end|>\\""' in tokenizer.decode(ids) and '"<|im_start|>": 1' in tokenizer.decode(ids)
+
+
+def test_template_without_tools_gets_them_in_the_system_message():
+    chosen = choose_format(CHAT_TEMPLATE)
+    tools = tool_use(request(tools=BOTH)).tools
+    second = {**TALK[3], "content": "4"}
+    messages, definitions = for_template(chat([*TALK, second]), tools, chosen)
+    assert definitions is None
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[0]["content"].startswith("Be brief.\n\n") and "get_weather" in messages[0]["content"]
+    assert messages[3]["content"].count("<tool_response>") == 2
+    alone, _ = for_template(chat(TALK[1:2]), tools, chosen)
+    assert [message["role"] for message in alone] == ["system", "user"]
+
+
+def test_override_is_taken_and_unknown_tool_templates_are_not_trusted():
+    assert choose_format(CHAT_TEMPLATE, "mistral").format.name == "mistral"
+    own = "{% for tool in tools %}{{ tool }}{% endfor %}<tool_call>\n<function=x>"
+    assert (choose_format(own).format.name, choose_format(own).native) == ("hermes", False)
+    newer = "{{ tools }}[TOOL_CALLS]name[ARGS]{}"
+    assert not choose_format(newer).native
+
+
+BAD_TALK = {
+    "result without call": ([*TALK[:2], TALK[3]], "answers no tool call"),
+    "result of another call": ([*TALK[:3], {**TALK[3], "tool_call_id": "call_2"}], "call_2"),
+    "result without id": ([*TALK[:3], {"role": "tool", "content": "x"}], "tool_call_id"),
+    "arguments that are no JSON": (
+        [{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": "{"}}]}],
+        "arguments",
+    ),
+    "arguments that are a list": (
+        [{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": "[]"}}]}],
+        "arguments",
+    ),
+    "call without id": ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}], "id"),
+    "call that is text": ([{"role": "assistant", "tool_calls": ["f"]}], "tool_calls"),
+    "calls of the user": ([{"role": "user", "content": "x", "tool_calls": [{}]}], "assistant"),
+    "very many calls": ([{"role": "assistant", "tool_calls": [{}] * 1000}], "128"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TALK)
+def test_bad_calls_and_results_in_messages_are_refused_by_place(name):
+    messages, word = BAD_TALK[name]
+    with pytest.raises(UserError, match=word) as caught:
+        chat(messages)
+    assert caught.value.param.startswith("messages[")

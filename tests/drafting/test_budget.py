@@ -1,0 +1,213 @@
+"""Which drafts a step verifies: against brute force, and what growth, switches and the clock make of it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from specserve.drafters.chooser import DraftChooser
+from specserve.drafters.head_source import HeadRunner
+from specserve.drafters.protocol import Guess
+from specserve.drafting.budget import best_prefix
+from specserve.drafting.cost_model import CostModel, StepShape
+from specserve.drafting.growth import DraftGrowth, GrowingDraft, StepPlan
+from specserve.drafting.switch import DraftSwitch
+from specserve.messages import GenerateRequest, SamplingParams
+from specserve.schedule.scheduler import ScheduledSequence
+from specserve.schedule.sequence import Sequence
+
+
+def staircase(rng: random.Random, num_rows: int) -> dict[int, float]:
+    seconds, table = rng.uniform(1.0, 20.0), {}
+    for rows in range(1, num_rows + 1):
+        seconds += rng.choice([0.0, 0.0, rng.uniform(0.0, 1.0), rng.uniform(0.0, 6.0)])
+        table[rows] = seconds
+    return table
+
+
+def chains(rng: random.Random, num_seqs: int, length: int) -> list[list[float]]:
+    """Rates of being right, by position, of each sequence."""
+    return [[rng.choice([rng.random(), rng.uniform(0.7, 1.0)]) for _ in range(length)] for _ in range(num_seqs)]
+
+
+def best_by_force(rates: list[list[float]], table: dict[int, float], draft_s: float = 0.0) -> float:
+    """The most tokens a second over all draft lengths of all sequences."""
+    best = 0.0
+    for lens in itertools.product(*(range(len(chain) + 1) for chain in rates)):
+        tokens = float(len(rates))
+        for chain, num in zip(rates, lens, strict=True):
+            tokens += sum(itertools.accumulate(chain[:num], lambda a, b: a * b))
+        best = max(best, tokens / (table[len(rates) + sum(lens)] + draft_s))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_best_prefix_is_the_best_of_all_sets(seed: int) -> None:
+    rng = random.Random(seed)
+    rates = chains(rng, rng.randint(1, 3), 4)
+    table = staircase(rng, 20)
+    survivals = sorted((s for chain in rates for s in itertools.accumulate(chain, lambda a, b: a * b)), reverse=True)
+    n, draft_s = len(rates), rng.uniform(0.0, 2.0)
+    num = best_prefix(survivals, float(n), lambda m: table[n + m] + draft_s)
+    rate = (n + sum(survivals[:num])) / (table[n + num] + draft_s)
+    assert rate == pytest.approx(best_by_force(rates, table, draft_s))
+
+
+def test_the_fewest_drafts_that_reach_the_best_rate_and_none_that_gain_too_little() -> None:
+    assert best_prefix([0.0, 0.0], 1.0, lambda m: 1.0) == 0
+    assert best_prefix([0.5, 0.5], 1.0, lambda m: 1.0 + 0.5 * m) == 0
+    assert best_prefix([0.02], 4.0, lambda m: 1.0, enter_gain=0.01) == 0
+    assert best_prefix([0.02], 4.0, lambda m: 1.0) == 1
+    assert best_prefix([], 4.0, lambda m: 1.0) == 0
+
+
+class Chain:
+    """A source whose guesses are right at the given rates, and says so."""
+
+    source = "chain"
+
+    def __init__(self, rates: list[float]):
+        self.prior, self.at, self.num_asked = rates, 0, 0
+
+    def begin(self, tokens):
+        self.at = 0
+
+    def peek(self):
+        self.num_asked += 1
+        return Guess(7, self.at) if self.at < len(self.prior) else None
+
+    def follow(self, token):
+        self.at += 1
+
+
+def draft_of(rates: list[float], *, limit: int = 16, is_fixed: bool = False) -> GrowingDraft:
+    seq = Sequence(0, GenerateRequest("a", [1, 2], SamplingParams(max_tokens=50)))
+    chooser = DraftChooser([Chain(rates)])
+    return GrowingDraft(ScheduledSequence(seq, 1), chooser, limit, is_fixed, DraftSwitch())
+
+
+def grown(drafts: list[GrowingDraft], table: dict[int, float], *, num_rows: int | None = None, max_rows: int = 500):
+    """Admitted lengths; seconds in the table are long beside what drafting takes here."""
+    model = CostModel(table)
+    rows = len(drafts) if num_rows is None else num_rows
+    plan = StepPlan(StepShape(), model.curve(StepShape()), len(drafts), rows, max_rows)
+    DraftGrowth(model, HeadRunner()).grow(drafts, plan)
+    return [draft.num_admitted for draft in drafts]
+
+
+def nodes(rng: random.Random, num_rows: int) -> dict[int, float]:
+    """Dear and cheap regions between powers of two."""
+    seconds, table = rng.uniform(5.0, 20.0), {}
+    for rows in range(1, num_rows + 1):
+        if rows.bit_count() == 1:
+            per_row = rng.choice([0.0, rng.uniform(0.0, 1.0), rng.uniform(0.0, 4.0)])
+        seconds += per_row
+        table[rows] = seconds
+    return table
+
+
+def affine(rng: random.Random, num_rows: int) -> dict[int, float]:
+    fixed, per_row = rng.uniform(5.0, 50.0), rng.uniform(0.1, 3.0)
+    return {rows: fixed + per_row * rows for rows in range(1, num_rows + 1)}
+
+
+@pytest.mark.parametrize(
+    ("tables", "worst", "mean"), [(affine, 0.999, 0.9999), (staircase, 0.85, 0.997), (nodes, 0.85, 0.995)]
+)
+def test_growth_reaches_the_best_of_all_sets_or_nearly(tables, worst, mean) -> None:
+    shares = []
+    for seed in range(300):
+        rng = random.Random(seed)
+        rates = chains(rng, rng.randint(1, 4), 4)
+        table = tables(rng, 24)
+        lens = grown([draft_of(chain) for chain in rates], table)
+        tokens = len(rates) + sum(
+            sum(itertools.accumulate(chain[:num], lambda a, b: a * b)) for chain, num in zip(rates, lens, strict=True)
+        )
+        shares.append(tokens / table[len(rates) + sum(lens)] / best_by_force(rates, table))
+    assert min(shares) > worst
+    assert sum(shares) / len(shares) > mean
+
+
+def test_prompts_in_the_step_do_not_make_drafts_cheap() -> None:
+    table = {1: 21.0, 8: 28.0, 64: 84.0}
+    rates = [[0.9, 0.5, 0.3, 0.1] for _ in range(8)]
+    alone = grown([draft_of(chain) for chain in rates], table)
+    assert grown([draft_of(chain) for chain in rates], table, num_rows=408) == alone
+    assert 0 < sum(alone) < 32
+
+
+def test_fixed_drafts_ignore_the_price_and_leave_the_others_theirs() -> None:
+    table = {1: 1.0, 64: 64.0}
+    assert grown([draft_of([0.1] * 9, limit=4, is_fixed=True)], table) == [4]
+    fixed, auto = draft_of([0.1] * 3, is_fixed=True), draft_of([0.1] * 3)
+    assert grown([fixed, auto], table) == [3, 0]
+
+
+def test_no_draft_passes_the_row_limit() -> None:
+    table = {1: 1.0, 64: 1.0}
+    assert sum(grown([draft_of([0.9] * 9) for _ in range(3)], table, max_rows=8)) == 5
+    assert sum(grown([draft_of([0.9] * 9, is_fixed=True) for _ in range(3)], table, max_rows=8)) == 5
+
+
+def test_without_gain_a_single_position_is_asked_for() -> None:
+    draft = draft_of([0.2] * 9)
+    assert grown([draft], {1: 1.0, 64: 64.0}) == [0]
+    assert draft.chooser.sources[0].num_asked == 1
+
+
+def test_guesses_that_cost_more_than_they_bring_are_not_asked_for() -> None:
+    draft = draft_of([0.9] * 9)
+    model = CostModel({1: 1e-6, 64: 1e-6})  # a step that is quicker than any guess
+    plan = StepPlan(StepShape(), model.curve(StepShape()), 1, 1, 500)
+    DraftGrowth(model, HeadRunner()).grow([draft], plan)
+    assert draft.chooser.sources[0].num_asked == 1
+
+
+def run_switch(switch: DraftSwitch, gain: float, num_steps: int, num_seqs: int = 8) -> int:
+    """Steps of `num_steps` that asked."""
+    asked = 0
+    for _ in range(num_steps):
+        if switch.asks(num_seqs):
+            asked += 1
+            switch.observe(gain, num_seqs)
+    return asked
+
+
+def test_sources_that_bring_nothing_are_asked_ever_more_seldom() -> None:
+    switch = DraftSwitch()
+    assert run_switch(switch, -0.03, 100) < 40
+    assert run_switch(switch, -0.03, 5000) < 100
+    assert run_switch(switch, -0.03, 5000) < 60
+    assert not switch.is_on
+
+
+def test_sources_that_became_useful_are_found_again_and_kept() -> None:
+    switch = DraftSwitch()
+    run_switch(switch, -0.05, 2000)
+    run_switch(switch, 0.5, 600)
+    assert switch.is_on
+    assert run_switch(switch, 0.5, 100) == 100
+
+
+def test_a_switch_does_not_flap_between_its_thresholds() -> None:
+    for is_on in (True, False):
+        switch = DraftSwitch()
+        if not is_on:
+            run_switch(switch, -0.05, 100)
+        changes = 0
+        for step in range(2000):
+            before = switch.is_on
+            if switch.asks(8):
+                switch.observe(0.008 if step % 2 else -0.008, 8)
+            changes += switch.is_on != before
+        assert changes == 0
+
+
+def test_a_fallen_load_is_a_reason_to_try_at_once() -> None:
+    switch = DraftSwitch()
+    run_switch(switch, -0.05, 3000, num_seqs=64)
+    assert not switch.asks(64)
+    assert switch.asks(4)

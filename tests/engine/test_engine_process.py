@@ -1,0 +1,273 @@
+"""The engine process over its socket: start, errors, loading beside decoding, heartbeats, leaving with the server."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from engine_fixture import request
+from lookahead_adapters import make_lookahead_adapter
+from peft_adapters import make_peft_adapter
+from tiny_models import make_tiny_model
+
+from specserve.adapter_files import content_hash
+from specserve.config import EngineConfig
+from specserve.engine import server_link
+from specserve.engine.process import EngineProcess
+from specserve.engine.server_link import ServerLink
+from specserve.frames import from_engine_decoder, read_frame, write_frame
+from specserve.grammar.compiler import COMPILE_TIMEOUT_S
+from specserve.messages import (
+    Abort,
+    AdapterLoaded,
+    CallDone,
+    CallFailed,
+    Delta,
+    EngineInfo,
+    GetStats,
+    GrammarSpec,
+    Heartbeat,
+    LoadAdapter,
+    RequestFailed,
+    Shutdown,
+    Stats,
+    UnloadAdapter,
+)
+
+
+def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monkeypatch):
+    never: Future = Future()
+    ours, theirs = socket.socketpair()
+    added = []
+    engine = SimpleNamespace(
+        grammars=SimpleNamespace(submit=lambda spec: never, began=None),
+        add_request=lambda *args: added.append(args),
+        abort=lambda request_id: None,
+    )
+    process = EngineProcess(engine, ServerLink(theirs))
+    slow = msgspec.structs.replace(request("slow", [1]), grammar=GrammarSpec("regex", "a"))
+    process._handle(slow)
+    process._handle(msgspec.structs.replace(slow, request_id="left"))
+    process._handle(Abort("left"))
+    process._give_up_compiling()
+    assert set(process._compiling) == {"slow"}
+    later = time.monotonic() + COMPILE_TIMEOUT_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    for began in (None, later - COMPILE_TIMEOUT_S / 2):  # the vocabulary is being indexed, or was until just now
+        engine.grammars.began = began
+        process._give_up_compiling()
+        assert set(process._compiling) == {"slow"}
+    engine.grammars.began = 0.0
+    process._give_up_compiling()
+    failed = from_engine_decoder.decode(read_frame(ours))
+    assert isinstance(failed, RequestFailed) and failed.request_id == "slow" and failed.error.status == 400
+    assert f"{COMPILE_TIMEOUT_S:g} s" in failed.error.message
+    never.set_result(object())  # too late for both
+    process._drain_inbox(0)
+    assert not added
+    ours.close()
+    theirs.close()
+
+
+def test_heartbeat_comes_while_the_loop_is_held_up_and_waiting_for_the_server_is_no_part_of_a_turn(monkeypatch):
+    monkeypatch.setattr(server_link, "HEARTBEAT_S", 0.05)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    left = threading.Event()
+    link = ServerLink(theirs, leave=lambda status: left.set())
+    link.start_heartbeat(lambda: (2, 1, 7))
+    beats = [from_engine_decoder.decode(read_frame(ours)) for _ in range(6)]  # of one turn: nothing begins another
+    assert all((beat.num_running, beat.num_waiting, beat.num_rows) == (2, 1, 7) for beat in beats)
+    assert [beat.turn_s for beat in beats] == sorted(beat.turn_s for beat in beats) and 0.15 < beats[-1].turn_s < 5
+    link.begin_turn()
+    turns = (from_engine_decoder.decode(read_frame(ours)).turn_s for _ in range(20))  # some may be on their way
+    assert any(turn_s < beats[-1].turn_s for turn_s in turns)
+    # The server takes nothing: the loop waits in the middle of a frame, and no heartbeat may cut in, wait, or blame it.
+    delta = Delta("a", [], "x" * 2**21)
+    loop = threading.Thread(target=link.send, args=([delta],), daemon=True)
+    loop.start()
+    time.sleep(0.5)
+    assert loop.is_alive()
+    kinds = []
+    while not kinds or kinds[-1] != delta:
+        kinds.append(from_engine_decoder.decode(read_frame(ours)))
+    assert from_engine_decoder.decode(read_frame(ours)).turn_s < 0.45  # 0.5 and more with the wait
+    loop.join(timeout=10)
+    # And with the socket full to the brim the heartbeat passes over its turn.
+    theirs.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(b"x" * 1024)
+    theirs.setblocking(True)
+    time.sleep(0.2)
+    assert not link._sending.locked() and not left.is_set()
+    ours.close()
+    assert left.wait(10)
+
+
+class Peer:
+    """The server's end of an engine process."""
+
+    def __init__(self, config):
+        self.sock, theirs = socket.socketpair()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "specserve.engine.process", "--fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self.sock.settimeout(60)
+        write_frame(self.sock, config)
+
+    def send(self, message):
+        write_frame(self.sock, message)
+
+    def receive(self, kind, match=lambda message: True):
+        while True:
+            payload = read_frame(self.sock)
+            assert payload is not None, "the engine process went away"
+            message = from_engine_decoder.decode(payload)
+            if isinstance(message, kind) and match(message):
+                return message
+
+    def close(self):
+        self.sock.close()
+        return self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def config(model_dir):
+    return EngineConfig(model=str(model_dir), dtype="fp32", kv_cache_gib=0.02, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def peer(config):
+    peer = Peer(config)
+    info = peer.receive(EngineInfo)
+    assert info.pid == peer.process.pid and info.vocab_size == 320
+    yield peer
+    peer.close()
+
+
+def finish(peer, request_id):
+    tokens = []
+    while True:
+        delta = peer.receive((Delta, RequestFailed), lambda m: m.request_id == request_id)
+        assert isinstance(delta, Delta), delta
+        tokens += delta.token_ids
+        if delta.finish_reason:
+            return tokens
+
+
+def test_adapter_loads_and_serves_while_another_request_decodes(peer, model_dir, tmp_path):
+    path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.3)
+    peer.send(request("long", [1, 2, 3], max_tokens=400, ignore_eos=True, mode="off"))
+    first = peer.receive(Delta)
+    assert first.request_id == "long"
+    peer.send(LoadAdapter(1, "a", str(path)))
+    adapter = peer.receive(AdapterLoaded).adapter
+    assert adapter.max_rank == 4 and "q_proj" in adapter.target_modules
+    peer.send(request("short", [1, 2, 3], adapter=adapter.content_hash, max_tokens=3, ignore_eos=True))
+    assert len(finish(peer, "short")) == 3
+    assert len(first.token_ids) + len(finish(peer, "long")) <= 400
+    peer.send(UnloadAdapter(2, adapter.content_hash))
+    assert peer.receive(CallDone).call_id == 2
+
+
+def test_an_adapter_that_is_rewritten_and_truncated_while_it_is_read_fails_alone(peer, model_dir, tmp_path):
+    path = make_lookahead_adapter(model_dir, tmp_path / "moving", state_size=64, vocab_size=300)
+    names = ("adapter_model.safetensors", "lookahead.safetensors", "lookahead_history.bin")
+    texts = {name: (path / name).read_bytes() for name in names}
+    stop = threading.Event()
+
+    def rewrite():
+        while not stop.is_set():
+            for name, text in texts.items():
+                with open(path / name, "r+b") as file:
+                    file.truncate(len(text) // 3)
+                    file.write(text)
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        for idx in range(20):
+            peer.send(LoadAdapter(100 + idx, "moving", str(path)))
+        for _ in range(20):
+            reply = peer.receive((AdapterLoaded, CallFailed))
+            assert isinstance(reply, AdapterLoaded) or reply.error.status in (400, 409), reply
+    finally:
+        stop.set()
+        thread.join()
+    peer.send(LoadAdapter(120, "moving", str(path)))
+    assert peer.receive(AdapterLoaded).adapter.content_hash == content_hash(path)
+
+
+def test_bad_adapter_and_bad_request_are_answered_and_the_engine_goes_on(peer, tmp_path):
+    peer.send(LoadAdapter(3, "missing", str(tmp_path / "missing")))
+    failed = peer.receive(CallFailed)
+    assert failed.call_id == 3 and failed.error.code == "invalid_adapter"
+    peer.send(request("bad", [10**6]))
+    assert peer.receive(RequestFailed).error.param == "prompt"
+    peer.send(request("good", [1], max_tokens=2, ignore_eos=True))
+    assert len(finish(peer, "good")) == 2
+
+
+def test_abort_frees_everything_within_a_step(peer):
+    peer.send(request("a", [1, 2, 3], max_tokens=450, ignore_eos=True, mode="off"))
+    peer.receive(Delta, lambda m: m.request_id == "a")
+    peer.send(Abort("a"))
+    peer.send(GetStats(4))
+    stats = peer.receive(Stats).stats
+    assert stats.num_running == 0 and stats.num_free_kv_blocks == stats.num_kv_blocks
+    assert stats.integrity_error is None
+
+
+def test_heartbeats_come_while_idle(peer):
+    peer.receive(Heartbeat)
+    start = time.monotonic()
+    peer.receive(Heartbeat)
+    assert time.monotonic() - start < 5
+
+
+def test_process_leaves_when_the_server_goes_away_in_the_middle_of_a_request(config):
+    peer = Peer(config)
+    peer.receive(EngineInfo)
+    peer.send(request("a", [1, 2, 3], max_tokens=450, ignore_eos=True, mode="off"))
+    peer.receive(Delta)
+    assert peer.close() == 0
+
+
+def test_shutdown_leaves_with_zero(config):
+    peer = Peer(config)
+    peer.receive(EngineInfo)
+    peer.send(Shutdown())
+    assert peer.process.wait(timeout=20) == 0
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model": "/nonexistent"}, "config.json"),
+        ({"kv_cache_gib": 1e-9}, "kv_cache_gib"),
+        ({"max_model_len": 10**6}, "max_model_len"),
+    ],
+    ids=str,
+)
+def test_unservable_settings_are_reported_in_one_sentence(config, change, word):
+    peer = Peer(msgspec.structs.replace(config, **change))
+    failed = peer.receive(CallFailed)
+    assert failed.call_id == -1 and word in failed.error.message and "\n" not in failed.error.message
+    assert peer.process.wait(timeout=20) == 1
+    peer.close()

@@ -1,0 +1,165 @@
+"""Settings: precedence, types, limits, and messages that say what is wrong and where it was said."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from places import EXAMPLES
+
+from specserve.compute.device_choice import kv_cache_gib, with_defaults
+from specserve.config import EngineConfig, ServeConfig
+from specserve.errors import UserError
+from specserve.settings import load, read_file, redacted, settings_of
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def error_of(call, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_flag_wins_over_environment_over_file_over_default(tmp_path):
+    file = write(tmp_path, "port: 1\nmax_num_seqs: 2\nblock_size: 4\n")
+    env = {"SPECSERVE_PORT": "11", "SPECSERVE_MAX_NUM_SEQS": "12"}
+    config = load(ServeConfig, {"port": "21"}, env, file)
+    assert (config.port, config.max_num_seqs, config.block_size, config.max_waiting) == (21, 12, 4, 1024)
+
+
+def test_nothing_given_is_the_defaults():
+    assert load(ServeConfig, {}, {}) == ServeConfig()
+    assert load(ServeConfig, {"port": None, "allowed_hosts": ()}, {"SPECSERVE_PORT": ""}) == ServeConfig()
+
+
+def test_config_file_may_come_from_the_environment(tmp_path):
+    file = write(tmp_path, "port: 1\n")
+    assert load(ServeConfig, {}, {"SPECSERVE_CONFIG": str(file)}).port == 1
+
+
+def test_every_field_has_a_flag_a_variable_and_a_description():
+    settings = settings_of(ServeConfig)
+    assert [s.name for s in settings] == list(ServeConfig.__struct_fields__)
+    assert all(s.description for s in settings)
+    kv = next(s for s in settings if s.name == "kv_cache_gib")
+    assert (kv.flag, kv.env, kv.default) == ("--kv-cache-gib", "SPECSERVE_KV_CACHE_GIB", None)
+
+
+def test_sizes_that_nobody_set_follow_the_device():
+    cpu, cuda = (with_defaults(EngineConfig(max_prefill_rows=7), torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert (cpu.max_num_seqs, cpu.max_batched_tokens, cpu.max_prefill_rows) == (64, 512, 7)
+    assert (cuda.max_num_seqs, cuda.max_batched_tokens, cuda.max_prefill_rows) == (256, 2048, 7)
+    assert kv_cache_gib(cpu, torch.device("cpu")) == 2.0
+    assert kv_cache_gib(EngineConfig(kv_cache_gib=0.5), torch.device("cuda")) == 0.5
+
+
+def test_choices_keep_the_order_they_are_written_in():
+    log_level = next(s for s in settings_of(ServeConfig) if s.name == "log_level")
+    assert log_level.choices == ("debug", "info", "warning", "error")
+
+
+@pytest.mark.parametrize("text,expected", [("true", True), ("0", False), ("False", False)])
+def test_booleans_from_the_environment(text, expected):
+    assert load(EngineConfig, {}, {"SPECSERVE_PREFIX_CACHING": text}).prefix_caching is expected
+
+
+def test_switches_come_as_booleans():
+    assert load(EngineConfig, {"prefix_caching": False}, {"SPECSERVE_PREFIX_CACHING": "true"}).prefix_caching is False
+
+
+def test_lists_come_from_repeated_flags_commas_and_yaml(tmp_path):
+    assert load(ServeConfig, {"allowed_hosts": ("a", "b,c")}, {}).allowed_hosts == ("a", "b", "c")
+    assert load(ServeConfig, {}, {"SPECSERVE_ALLOWED_HOSTS": "a, b"}).allowed_hosts == ("a", "b")
+    assert load(ServeConfig, {}, {}, write(tmp_path, "allowed_hosts: [a, b]")).allowed_hosts == ("a", "b")
+
+
+def test_text_that_looks_like_a_number_stays_text():
+    config = load(ServeConfig, {"api_key": "123", "model": "null"}, {})
+    assert (config.api_key, config.model) == ("123", "null")
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ({"port": "99999"}, "port: '99999' from --port is not a whole number from 0 to 65535"),
+        ({"port": "x"}, "port: 'x' from --port is not a whole number from 0 to 65535"),
+        ({"kv_cache_gib": "-1"}, "kv_cache_gib: '-1' from --kv-cache-gib is not a number more than 0"),
+        ({"kv_cache_gib": "nan"}, "kv_cache_gib: 'nan' from --kv-cache-gib is not a number more than 0"),
+        ({"kv_cache_gib": "inf"}, "kv_cache_gib: 'inf' from --kv-cache-gib is not a number more than 0"),
+        ({"device": "tpu"}, "device: 'tpu' from --device is not one of auto, cpu, cuda"),
+        ({"max_waiting": "1.5"}, "max_waiting: '1.5' from --max-waiting is not a whole number at least 0"),
+    ],
+)
+def test_a_wrong_flag_names_key_value_limit_and_flag(flags, message):
+    assert error_of(load, ServeConfig, flags, {}) == message
+
+
+def test_a_wrong_variable_names_the_variable():
+    message = error_of(load, ServeConfig, {}, {"SPECSERVE_PREFIX_CACHING": "perhaps"})
+    assert message == "prefix_caching: 'perhaps' from SPECSERVE_PREFIX_CACHING is not true or false"
+
+
+def test_a_wrong_file_value_names_the_file(tmp_path):
+    file = write(tmp_path, "port: '8000'\n")
+    assert error_of(read_file, file) == f"port: '8000' from {file} is not a whole number from 0 to 65535"
+
+
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path):
+    assert "did you mean 'kv_cache_gib'?" in error_of(read_file, write(tmp_path, "kv-cache-gb: 3\n"))
+    assert "--help" in error_of(read_file, write(tmp_path, "zzz: 3\n"))
+
+
+def test_off_is_text_in_yaml(tmp_path):
+    assert load(EngineConfig, {}, {}, write(tmp_path, "speculation: off\n")).speculation == "off"
+    assert load(EngineConfig, {}, {}, write(tmp_path, "prefix_caching: false\n")).prefix_caching is False
+
+
+def test_null_in_yaml_is_none_only_where_none_is_a_value(tmp_path):
+    assert load(ServeConfig, {}, {}, write(tmp_path, "api_key: null\n")).api_key is None
+    assert "whole number" in error_of(read_file, write(tmp_path, "port: null\n"))
+
+
+def test_one_file_serves_commands_that_know_fewer_settings(tmp_path):
+    assert load(EngineConfig, {}, {}, write(tmp_path, "port: 1\nblock_size: 4\n")).block_size == 4
+
+
+@pytest.mark.parametrize(
+    "text,part",
+    [
+        ("port: 1\nport: 2\n", "line 2 is not valid YAML: key 'port' stands twice"),
+        ("port: [1\n", "is not valid YAML"),
+        ("- port\n", "must hold `key: value` lines"),
+        ("? [1, 2]\n: 3\n", "not valid YAML"),
+        ("model: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path, text, part):
+    assert part in error_of(read_file, write(tmp_path, text))
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    assert "No such file" in error_of(read_file, tmp_path / "none.yaml")
+
+
+def test_an_empty_file_sets_nothing(tmp_path):
+    assert read_file(write(tmp_path, "# nothing\n")) == {}
+
+
+def test_secrets_appear_in_no_message(tmp_path):
+    assert "s3cret" not in error_of(read_file, write(tmp_path, "api_key: [s3cret]\n"))
+    shown = redacted(ServeConfig(api_key="s3cret"))
+    assert shown["api_key"] == "***" and shown["admin_api_key"] is None and "s3cret" not in str(shown)
+
+
+def test_the_example_file_is_valid_and_shows_only_defaults():
+    """What the example sets is commented with the default, so it must not drift from the code."""
+    example = EXAMPLES / "config.yaml"
+    values = read_file(example)
+    assert values.pop("adapters_dir") == "examples/adapters"
+    defaults = ServeConfig()
+    assert values and all(getattr(defaults, key) == value for key, value in values.items())

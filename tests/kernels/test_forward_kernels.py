@@ -1,0 +1,156 @@
+"""The kernels of the GPU's forward pass equal their definitions: torch path, interpreter, compiler, and CUDA."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import attention_cases
+import elementwise_cases
+import pytest
+import torch
+from attention_cases import CASES
+from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
+from places import ROOT
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
+
+from specserve.kernels.gated_activation import KINDS, gated_activation
+from specserve.kernels.ragged_attention import block_parameters, choose_splits, longest_range, split_len_for
+
+ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256))
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton])]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("hidden", [*NORM_SIZES, 20000])
+def test_addition_and_norm(dtype, hidden):
+    elementwise_cases.check_add_norm(dtype, hidden, "cpu")
+    elementwise_cases.check_add_norm(dtype, hidden, "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("hidden", [576, 20000])  # few, as each is compiled
+def test_addition_and_norm_on_cuda(hidden):
+    elementwise_cases.check_add_norm(torch.bfloat16, hidden, "cuda")
+    elementwise_cases.check_add_norm(torch.bfloat16, hidden, "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_head_norms_rotation_and_kv_write(dtype, heads, device):
+    elementwise_cases.check_rope(dtype, heads, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [8, 100, 1536])
+def test_gated_activation(dtype, kind, size, device):
+    elementwise_cases.check_activation(dtype, kind, size, device)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="kind='relu': must be one of silu, gelu_tanh"):
+        gated_activation(torch.zeros(1, 2), "relu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_of_ragged_rows_in_any_number_of_splits(case, window, device):
+    scene = attention_cases.make_scene(CASES[case], (6, 2, 16), torch.float32, device)
+    attention_cases.check(scene, window, (1, 2, 4, 32), split_len=64 if case == "mixed" else None)
+
+
+@pytest.mark.parametrize("heads", ATTENTION_HEADS, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attention_of_head_groups_and_dtypes(dtype, heads):
+    for tile_rows in (1, 8, 16):
+        for window in (None, 70):
+            scene = attention_cases.make_scene(CASES["mixed"], heads, dtype, "cpu", tile_rows=tile_rows)
+            attention_cases.check(scene, window, (1, 4))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("heads", ATTENTION_HEADS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cuda_attention_of_head_groups(dtype, heads):
+    scene = attention_cases.make_scene(CASES["mixed"], heads, dtype, "cuda")
+    attention_cases.check(scene, None, (1, 4))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("tile_rows", [1, 16, 32])  # with 4 heads a group: 16, 64 and 128 rows of a matrix product
+def test_cuda_attention_of_tile_sizes(tile_rows):
+    scene = attention_cases.make_scene(CASES["mixed"], (8, 2, 128), torch.bfloat16, "cuda", tile_rows=tile_rows)
+    attention_cases.check(scene, 70, (1, 2))
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(window):
+    attention_cases.check_same_row_alone(torch.bfloat16, (32, 8, 128), window, "cuda")
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_cuda_attention_replays_in_a_graph_with_other_tables(num_splits):
+    attention_cases.check_other_tables(num_splits, "cuda")
+
+
+def test_splits_fill_the_device_and_no_more():
+    assert choose_splits(1, 8, 132) == 32 and choose_splits(8, 8, 132) == 8
+    assert choose_splits(64, 8, 132) == 1 and choose_splits(0, 8, 132) == 32
+    for tiles in range(1, 300, 7):
+        num_splits = choose_splits(tiles, 3, 132)
+        assert num_splits == 32 or 2 * 132 <= tiles * 3 * num_splits < 4 * 132 or num_splits == 1
+
+
+def test_split_lengths_hold_the_longest_range():
+    for num_splits in (1, 2, 32):
+        for max_keys in (1, 64, 256, 257, 4096, 32769):
+            length = split_len_for(max_keys, num_splits)
+            assert length % 64 == 0 and length >= 256 and length * num_splits >= max_keys
+    assert split_len_for(32768, 32) == 1024
+    assert longest_range(32768, None, 8) == 32768 and longest_range(100, 512, 8) == 100
+    assert longest_range(32768, 512, 8) == 512 + 7 + 127
+
+
+def test_tiles_that_are_too_large_are_refused():
+    with pytest.raises(ValueError, match="tile_rows=64 with 4 query heads"):
+        block_parameters(64, 4, 128, 2)
+    with pytest.raises(ValueError, match="heads of a multiple of 8 up to 256"):
+        block_parameters(8, 4, 264, 2)
+
+
+def test_kernels_import_without_triton():
+    modules = "add_norm, gated_activation, ragged_attention, rope_kv".replace(" ", " specserve.kernels.")
+    import_without_triton(f"specserve.kernels.{modules}")
+
+
+@needs_triton
+def test_triton_kernels_under_the_interpreter():
+    run_cases("triton_forward_cases.py", timeout_s=400)
+
+
+@needs_triton
+def test_triton_kernels_compile_for_hopper(tmp_path):
+    compile_for_hopper("triton_forward_compile.py", tmp_path, timeout_s=600)
+
+
+@needs_triton
+def test_the_kernel_bench_runs_end_to_end_without_a_gpu():
+    command = [sys.executable, "-m", "bench.attention_kernels", "--dry-run", "--budget", "600"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["bench"] == "attention_kernels" and record["left_out"] == 0
+    kinds = {case["kind"] for case in record["results"]}
+    assert kinds == {"decode", "verify", "prefill", "add_rms_norm", "rope_store", "gated_activation"}

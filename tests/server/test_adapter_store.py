@@ -1,0 +1,391 @@
+"""Names of adapters while directories, loads and names change: against an engine that reads as the real one does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from specserve import adapter_files
+from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, ChangingError, content_hash, open_adapter
+from specserve.errors import AdapterError, UserError
+from specserve.messages import AdapterInfo
+from specserve.server import adapter_store
+from specserve.server.adapter_store import AdapterStore
+
+
+class FakeEngine:
+    """Reads what the engine reads; `during` runs in the middle of a load."""
+
+    def __init__(self):
+        self.generation = 1
+        self.num_loads = 0
+        self.held: set[str] = set()
+        self.during = None
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        self.num_loads += 1
+        with open_adapter(Path(path), name) as files:
+            if WEIGHTS_FILE not in files.paths:
+                raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}")
+            text = files.paths[WEIGHTS_FILE].read_bytes()
+            info = AdapterInfo(files.content_hash, 1, 1, [], len(text), files.text_hash)
+        if self.during is not None:
+            await self.during(name, path)
+        if text == b"bad":
+            raise AdapterError("bad weights")
+        self.held.add(info.content_hash)
+        return info
+
+    async def unload_adapter(self, adapter_hash: str) -> None:
+        self.held.discard(adapter_hash)
+
+
+def make(path: Path, weights: str) -> Path:
+    path.mkdir(exist_ok=True)
+    for name, text in ((CONFIG_FILE, "{}"), (WEIGHTS_FILE, weights)):
+        (path / "new").write_text(text)
+        os.replace(path / "new", path / name)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(adapter_store, "SETTLE_S", 0.05)
+    monkeypatch.setattr(adapter_files, "PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "adapters"
+    root.mkdir()
+    return root
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def store(engine, root):
+    return AdapterStore(engine, str(root), "base-model")
+
+
+async def test_weights_replaced_during_a_load_are_what_the_name_means_afterwards(store, engine, root):
+    path = make(root / "a", "old")
+
+    async def replace(name, directory):
+        engine.during = None
+        make(path, "new")
+
+    engine.during = replace
+    info = await store.resolve("a")
+    assert info.content_hash == content_hash(path)
+    assert engine.num_loads == 2 and engine.held == {info.content_hash}
+
+
+async def test_a_request_that_comes_after_a_change_does_not_get_what_an_earlier_load_read(store, engine, root):
+    path = make(root / "a", "old")
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, directory):
+        reading.set()
+        await go_on.wait()
+
+    engine.during = wait
+    first = asyncio.create_task(store.resolve("a"))
+    await reading.wait()
+    make(path, "new")
+    second = asyncio.create_task(store.resolve("a"))
+    await asyncio.sleep(0.02)
+    engine.during = None
+    go_on.set()
+    assert (await second).content_hash == content_hash(path) == (await first).content_hash
+
+
+async def test_a_file_that_is_still_written_is_not_served_before_it_is_complete(store, engine, root, monkeypatch):
+    monkeypatch.setattr(adapter_store, "SETTLE_S", 0.4)  # far more than a writer's pause, also on a busy machine
+    path = make(root / "a", "0" * 64)
+
+    async def fill():
+        for idx in range(8):
+            with open(path / WEIGHTS_FILE, "r+b") as file:
+                file.seek(8 * idx)
+                file.write(b"1" * 8)
+            await asyncio.sleep(0.02)
+
+    filling = asyncio.create_task(fill())
+    info = await store.resolve("a")
+    assert filling.done() and info.content_hash == content_hash(path)
+    assert engine.held == {info.content_hash}
+
+
+async def test_files_that_go_on_changing_are_refused_until_they_are_complete(store, engine, root, monkeypatch):
+    monkeypatch.setattr(adapter_store, "MAX_CHANGES", 3)
+    path = make(root / "a", "0")
+    num = iter(range(100))
+
+    async def change(name, directory):
+        make(path, str(next(num)))
+
+    engine.during = change
+    with pytest.raises(ChangingError, match="changes while it is read"):
+        await store.resolve("a")
+    assert not engine.held
+    engine.during = None
+    assert (await store.resolve("a")).content_hash == content_hash(path)
+
+
+async def test_a_load_that_takes_long_is_no_change(store, engine, root, monkeypatch):
+    """However long an engine is away, or the server itself: files that stood still are served."""
+    make(root / "a", "one")
+    clock = time.time, time.monotonic
+
+    async def away(name, directory):
+        engine.generation += 1  # the load was asked for again of the next engine
+        for name, real in zip(("time", "monotonic"), clock, strict=True):
+            monkeypatch.setattr(time, name, lambda real=real: real() + 3600)
+
+    engine.during = away
+    assert (await store.resolve("a")).content_hash in engine.held
+    assert engine.num_loads == 1
+
+
+async def test_other_content_of_the_same_size_times_and_inode_is_noticed(store, root):
+    path = make(root / "a", "one")
+    before = (await store.resolve("a")).content_hash
+    status = os.stat(path / WEIGHTS_FILE)
+    (path / WEIGHTS_FILE).write_text("two")
+    os.utime(path / WEIGHTS_FILE, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (await store.resolve("a")).content_hash == content_hash(path) != before
+
+
+async def test_an_explicit_load_reads_again_though_nothing_seems_to_have_changed(store, engine, root):
+    make(root / "a", "one")
+    await store.register("a", "a")
+    await store.resolve("a")
+    assert engine.num_loads == 1
+    await store.register("a", "a")
+    assert engine.num_loads == 2
+
+
+async def test_load_inplace_replaces_when_the_load_has_ended_and_keeps_the_old_one_when_it_fails(store, engine, root):
+    one, two, bad = make(root / ".one", "one"), make(root / ".two", "two"), make(root / ".bad", "bad")
+    await store.register("n", str(one))
+    with pytest.raises(UserError, match="load_inplace=true") as refused:
+        await store.register("n", str(two))
+    assert refused.value.status == 409
+    seen = []
+
+    async def ask(name, directory):
+        if directory == str(two):
+            seen.append((await store.resolve("n")).content_hash)
+
+    engine.during = ask
+    assert (await store.register("n", str(two), replace=True)).content_hash == content_hash(two)
+    assert seen == [content_hash(one)]
+    assert (await store.resolve("n")).content_hash == content_hash(two) and engine.held == {content_hash(two)}
+    with pytest.raises(AdapterError, match="bad weights"):
+        await store.register("n", str(bad), replace=True)
+    assert (await store.resolve("n")).content_hash == content_hash(two)
+
+
+@pytest.mark.parametrize("weights", ["bad", "slow"])
+async def test_a_load_that_ends_late_takes_nothing_from_a_newer_one_of_its_name(store, engine, root, weights):
+    old, good = make(root / ".old", weights), make(root / ".good", "good")
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, directory):
+        if directory == str(old):
+            reading.set()
+            await go_on.wait()
+
+    engine.during = wait
+    late = asyncio.create_task(store.register("n", str(old)))
+    await reading.wait()
+    await store.unregister("n")
+    await store.register("n", str(good))
+    go_on.set()
+    with pytest.raises(UserError):
+        await late
+    assert (await store.resolve("n")).content_hash == content_hash(good) and store.names() == ["n"]
+    assert engine.held == {content_hash(good)}
+
+
+async def test_two_loads_of_one_directory_under_one_name_succeed_in_whatever_order_they_end(store, engine, root):
+    path = make(root / ".one", "one")
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, directory):
+        engine.during = None
+        reading.set()
+        await go_on.wait()
+
+    engine.during = wait
+    first = asyncio.create_task(store.register("n", str(path)))
+    await reading.wait()
+    second = await store.register("n", str(path))
+    go_on.set()
+    assert await first == second and store.names() == ["n"] and engine.held == {second.content_hash}
+
+
+async def test_a_folder_that_cannot_be_looked_into_hides_no_other(store, root, monkeypatch):
+    for name in ("a", "b"):
+        make(root / name, name)
+    exists = Path.exists
+
+    def refused(path):
+        if path.parent == root / "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    assert "a" in store.names()
+    await store.unregister("a")
+    assert not store.has("a")
+
+
+async def test_a_client_that_leaves_during_its_load_leaves_no_adapter_without_a_name(store, engine, root):
+    path = make(root / ".one", "one")
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, directory):
+        reading.set()
+        await go_on.wait()
+
+    engine.during = wait
+    load = asyncio.create_task(store.register("n", str(path)))
+    await reading.wait()
+    load.cancel()
+    go_on.set()
+    async with asyncio.timeout(10):
+        while not engine.held:
+            await asyncio.sleep(0.01)
+    await store.resolve("n")  # when the load has ended
+    assert store.names() == ["n"] and engine.num_loads == 1
+    await store.unregister("n")
+    assert not engine.held
+
+
+async def test_the_base_models_name_and_names_that_cannot_be_asked_for(store, engine, root, caplog):
+    make(root / "base-model", "one"), make(root / "two words", "two"), make(root / ".hidden", "three")
+    make(root / "good", "four")
+    with caplog.at_level(logging.WARNING):
+        assert store.names() == ["good"] and store.names() == ["good"]
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2 and any("base model's name" in text for text in warned)
+    assert any("two words" in text for text in warned)
+    assert not store.has("base-model")
+    with pytest.raises(UserError, match="base model's name") as refused:
+        await store.register("base-model", "good")
+    assert refused.value.status == 409 and engine.num_loads == 0
+
+
+async def test_a_folder_that_goes_away_during_its_load_is_the_users_error(store, engine, root):
+    path = make(root / "a", "one")
+    real = engine.load_adapter
+
+    async def gone(name, directory):
+        shutil.rmtree(path, ignore_errors=True)
+        return await real(name, directory)
+
+    engine.load_adapter = gone
+    with pytest.raises(UserError) as failed:
+        await store.resolve("a")
+    assert failed.value.status in (400, 404)
+    with pytest.raises(UserError) as failed:
+        await store.resolve("a")
+    assert failed.value.status == 404
+
+
+async def test_links_that_lead_back_to_themselves_are_the_users_error(store, root):
+    make(root / "a", "one")
+    (root / "a" / "loop").symlink_to(root / "a" / "loop")
+    (root / "b").symlink_to(root / "b")
+    for name, statuses in (("a", {400}), ("b", {400, 404})):
+        with pytest.raises(UserError) as failed:
+            await store.resolve(name)
+        assert failed.value.status in statuses
+        with pytest.raises(UserError) as failed:
+            await store.register("fresh", name + "/loop")
+        assert failed.value.status == 400
+
+
+async def test_an_edited_chat_template_and_equal_weights_with_another_one(store, root):
+    texts = {}
+    for name in ("a", "b"):
+        make(root / name, "one")
+        (root / name / "chat_template.jinja").write_text(name)
+        info, texts[name] = await store.resolve_with_texts(name, ())
+        assert info.content_hash == content_hash(root / "a")
+    assert texts == {name: {"chat_template.jinja": name.encode()} for name in ("a", "b")}
+    (root / "a" / "chat_template.jinja").write_text("edited")
+    info, files = await store.resolve_with_texts("a", ())
+    assert files == {"chat_template.jinja": b"edited"}
+    assert (await store.resolve_with_texts("a", {info.text_hash}))[1] is None
+
+
+async def test_texts_that_are_never_those_that_were_loaded_are_refused_in_the_end(store, root, monkeypatch):
+    make(root / "a", "one")
+    (root / "a" / "chat_template.jinja").write_text("one")
+    monkeypatch.setattr(adapter_store, "read_texts", lambda directory, name: ("another", {}))  # its times do not tell
+    with pytest.raises(adapter_files.ChangingError):
+        await asyncio.wait_for(store.resolve_with_texts("a", ()), 10)
+
+
+async def test_an_adapter_that_the_engine_let_go_is_loaded_again_unless_that_is_old_news(store, engine, root):
+    make(root / "a", "one")
+    info = await store.resolve("a")
+    store.forget("a", "of an older content")
+    assert await store.resolve("a") == info and engine.num_loads == 1
+    store.forget("a", info.content_hash)
+    assert await store.resolve("a") == info and engine.num_loads == 2
+
+
+async def test_a_link_that_is_switched_means_the_new_content_by_whatever_name(store, root):
+    def switch(version):
+        (root / "link.new").symlink_to(f".store/{version}")
+        os.replace(root / "link.new", root / "link")
+
+    (root / ".store").mkdir()
+    hashes = {version: content_hash(make(root / ".store" / version, version)) for version in ("one", "two")}
+    switch("one")
+    await store.register("link", "link")  # its own name: it is what the name means already
+    await store.register("other", str(root / "link"))
+    for version in ("two", "one"):
+        switch(version)
+        assert [(await store.resolve(name)).content_hash for name in ("link", "other")] == [hashes[version]] * 2
+        await store.register("other", "link")
+
+
+async def test_files_of_a_registered_adapter_that_are_links_out_of_the_folder(store, root, tmp_path):
+    secret = make(tmp_path / "elsewhere", "secret")
+    make(root / "a", "one")
+    await store.register("fresh", "a")
+    (root / "a" / WEIGHTS_FILE).unlink()
+    (root / "a" / WEIGHTS_FILE).symlink_to(secret / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="leaves the adapters folder"):
+        await store.resolve("fresh")
+    with pytest.raises(UserError, match="leaves the adapters folder"):
+        await store.register("another", "a")
+    shutil.rmtree(root / "a")
+    await store.unregister("fresh")  # a name whose directory has gone can be taken away
+
+
+async def test_a_process_that_is_out_of_handles_does_not_blame_the_adapter(store, root, monkeypatch):
+    def out_of_handles(*args, **options):
+        raise OSError(24, "Too many open files")
+
+    make(root / "a", "one")
+    for where, name in ((os, "open"), (Path, "iterdir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, out_of_handles)
+            with pytest.raises(UserError, match="Too many open files") as failed:
+                await store.resolve("a")
+        assert (failed.value.status, failed.value.code) == (503, "overloaded")

@@ -1,0 +1,185 @@
+"""Connections and standard error that run out: idle peers, peers that speak no HTTP, a log that nobody takes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from unittest.mock import Mock
+
+import aiohttp
+import pytest
+import requests
+from aiohttp import web
+from server_fixture import ServerProcess
+from tiny_models import make_tiny_model
+
+from specserve.server.connections import ACCEPTED_AT_ONCE, Connections, _Refusal
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(model_dir):
+    """With a soft limit of 100 file handles and a hard one of 400."""
+    limits = ("sh", "-c", 'ulimit -Sn 100; ulimit -Hn 400; exec "$@"', "sh")
+    server = ServerProcess(model_dir, prefix=limits).wait_ready()
+    yield server
+    assert server.stop() == 0
+
+
+@contextlib.contextmanager
+def idle(server, num):
+    host, port = server.url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(num)]
+
+
+def is_open(sock) -> bool:
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def test_soft_limit_of_file_handles_is_raised(server):
+    with idle(server, 200) as sockets:  # twice the soft limit
+        assert requests.get(server.url + "/health", timeout=10).status_code == 200
+        assert all(map(is_open, sockets))
+
+
+def test_idle_connections_over_the_hard_limit_make_room_and_a_line_of_log(server):
+    before = len(server.log)
+    with idle(server, 900):
+        time.sleep(0.5)  # until then they may be about to send a request
+        for _ in range(3):
+            assert requests.get(server.url + "/health", timeout=10).status_code == 200
+        assert server.complete()["text"]
+    assert sum("connections are open" in line for line in server.log[before:]) == 1
+    assert len(server.log) - before < 5, server.log[before:]
+
+
+async def test_a_connection_whose_request_has_just_come_is_not_idle(monkeypatch):
+    monkeypatch.setattr("specserve.server.connections.ARRIVAL_S", 0.05)
+    peer, sock = socket.socketpair()
+    ended = asyncio.Event()
+
+    async def handle(request):
+        await ended.wait()
+        return web.Response()
+
+    connections = Connections(web.Server(handle), num_handles=2)  # one connection
+    first = connections._protocol()
+    first.connection_made(Mock(spec=asyncio.Transport, is_closing=lambda: False, get_extra_info=lambda name: sock))
+    await asyncio.sleep(0.01)
+    assert not first.is_idle  # its request is on its way
+    await asyncio.sleep(0.05)
+    assert first.is_idle
+    peer.send(b"x")
+    assert not first.is_idle  # here it is
+    sock.recv(1)
+    assert first.is_idle
+    first.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    for num_steps in range(8):  # from the bytes to the handler
+        assert not first.is_idle and isinstance(connections._protocol(), _Refusal), num_steps
+        await asyncio.sleep(0)
+    ended.set()
+    await asyncio.sleep(0.01)
+    assert first.is_idle and not isinstance(connections._protocol(), _Refusal) and not first.is_idle
+
+
+async def test_in_a_crowd_each_gets_a_place_or_can_read_why_not():
+    ended = asyncio.Event()
+
+    async def handle(request):
+        await ended.wait()
+        return web.Response()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    connections = Connections(web.Server(handle), num_handles=300)  # 172 connections, and 32 refusals at a time
+    listening = await connections.listen(listener)
+
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    async def ask(num_bytes):
+        async with aiohttp.ClientSession() as session, session.post(url, data=bytes(num_bytes)) as response:
+            return response.status
+
+    crowd = [asyncio.create_task(ask(num_bytes)) for num_bytes in 100 * (10, 100_000)]
+    await asyncio.sleep(0.1)
+    ended.set()
+    statuses = []
+    for answer in await asyncio.gather(*crowd, return_exceptions=True):
+        assert not isinstance(answer, BaseException), answer
+        statuses.append(answer)
+    assert 172 <= statuses.count(200) <= 172 + ACCEPTED_AT_ONCE, statuses
+    assert set(statuses) == {200, 503}
+    await asyncio.sleep(0.01)
+    assert not connections._refusals
+    listening.close()
+
+
+def test_malformed_http_is_answered_in_json_and_a_line_of_log(server):
+    before = len(server.log)
+    for idx in range(200):
+        data = [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/1.1\r\nNo colon\r\n\r\n", b"GET\r\n\r\n"][
+            idx % 3
+        ]
+        with idle(server, 1) as (sock,):
+            sock.sendall(data + b"\r\n\r\n")
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while chunk := sock.recv(65536):
+                    answer += chunk
+        assert answer.startswith(b"HTTP/1.0 400 ") and b'{"error":{"message":"' in answer, answer
+        assert len(answer) < 600
+    assert len(server.log) - before < 5, server.log[before : before + 20]
+
+
+def test_server_whose_log_nobody_takes_serves_and_ends_at_a_signal(model_dir):
+    read_end, closed_pipe = os.pipe()
+    os.close(read_end)
+    full_disk = os.open("/dev/full", os.O_WRONLY)
+    servers = []
+    for stderr in (closed_pipe, full_disk):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "specserve.cli",
+            "serve",
+            str(model_dir),
+            "--port",
+            str(port),
+            "--dtype",
+            "fp32",
+        ]
+        command += ["--kv-cache-gib", "0.02", "--num-threads", "1"]
+        servers.append((subprocess.Popen(command, stderr=stderr), f"http://127.0.0.1:{port}"))
+        os.close(stderr)
+    for process, url in servers:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline
+            with contextlib.suppress(requests.exceptions.ConnectionError):
+                if requests.get(url + "/health", timeout=120).status_code == 200:
+                    break
+            time.sleep(0.1)
+        assert (
+            requests.post(url + "/v1/completions", json={"prompt": "Hi", "max_tokens": 2}, timeout=60).status_code
+            == 200
+        )
+        process.send_signal(signal.SIGTERM)
+    for process, _ in servers:
+        assert process.wait(60) == 0

@@ -1,0 +1,217 @@
+"""What keeps an engine process running: every way in which one fails to start, dies, or falls silent."""
+
+import asyncio
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+from engine_fixture import request
+from places import FIXTURES, ROOT
+
+from specserve.config import EngineConfig
+from specserve.errors import EngineDeadError, UserError
+from specserve.server.engine_client import client as engine_client
+from specserve.server.engine_client import supervisor as engine_supervisor
+from specserve.server.engine_client.client import EngineClient
+from specserve.server.engine_client.resending import Losses, Resender
+
+FAKE = [sys.executable, str(FIXTURES / "fake_engine.py")]
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """Says what the engine processes do, one word each; the last word stays."""
+    path = tmp_path / "plan"
+    monkeypatch.setenv("FAKE_ENGINE_PLAN", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(engine_supervisor, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(engine_supervisor, "MAX_BACKOFF_S", 0.05)
+    return path.write_text
+
+
+@asynccontextmanager
+async def started(**settings):
+    client = EngineClient(EngineConfig(model="fake"), command=FAKE, **settings)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
+
+
+async def wait_for(condition, timeout_s=20.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def num_handles() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def no_handles_left():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_handles() - 1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_restart_survives_every_way_in_which_a_start_fails(plan, caplog):
+    words = ["exit", "garbage", "half", "huge", "refuse", "return", "nonsense", "nonsense"]
+    plan(" ".join(["serve", *words, "serve"]))
+
+    async def run():
+        async with started() as client:
+            before = num_handles()
+            os.kill(client.info.pid, signal.SIGKILL)
+            await wait_for(lambda: client.state != "ready")
+            assert client.state == "restarting"
+            await wait_for(lambda: "SIGKILL" in caplog.text)
+            pid = client.info.pid
+            await wait_for(lambda: client.state == "ready" and client.generation == 4 and client.info.pid != pid)
+            await client.unload_adapter("a")
+            assert num_handles() == before
+        assert client.state == "stopped" and not Path(f"/proc/{client.info.pid}").exists()
+
+    asyncio.run(run())
+    reasons = [record.getMessage() for record in caplog.records if "starting it again" in record.getMessage()]
+    assert len(reasons) == 1 + len(words)
+    parts = ["SIGKILL", "status 3", *["while it was starting"] * 3, "no such model", "while it was starting"]
+    assert all(part in reason for reason, part in zip(reasons, parts, strict=False))
+    assert all("connection to the engine broke: DecodeError" in reason for reason in reasons[-2:])
+
+
+def test_a_restart_without_handles_is_tried_until_there_are_some(plan, caplog):
+    plan("serve")
+
+    async def run():
+        async with started() as client:
+            before = num_handles()
+            with no_handles_left():
+                os.kill(client.info.pid, signal.SIGKILL)
+                await wait_for(lambda: caplog.text.count("Too many open files") >= 3)
+            await wait_for(lambda: client.state == "ready")
+            await client.unload_adapter("a")
+            assert num_handles() == before
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("word", ["exit", "garbage", "refuse"])
+def test_a_first_start_that_fails_says_why_and_leaves_nothing(plan, word):
+    plan(word)
+
+    async def run():
+        client = EngineClient(EngineConfig(model="fake"), command=FAKE)
+        before = num_handles()
+        with pytest.raises(UserError, match="no such model" if word == "refuse" else "while it was starting"):
+            await client.start()
+        await client.stop()
+        assert num_handles() == before
+
+    asyncio.run(run())
+
+
+def test_stopping_ends_a_start_that_is_under_way():
+    async def run():
+        sleeps = [sys.executable, "-c", "import time; time.sleep(100)"]
+        client = EngineClient(EngineConfig(model="fake"), command=sleeps)
+        start = asyncio.create_task(client.start())
+        await asyncio.sleep(0.05)
+        await client.stop()
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            await start
+
+    before = time.monotonic()
+    asyncio.run(run())
+    assert time.monotonic() - before < 5
+
+
+def test_silence_counts_only_while_this_process_was_awake_to_hear(plan, caplog):
+    plan("serve silent serve")
+
+    async def run():
+        async with started(silence_timeout_s=0.4) as client:
+            for _ in range(2):
+                time.sleep(0.6)  # as after SIGSTOP, or a handler that holds up the loop
+                await asyncio.sleep(0.15)
+            assert client.generation == 1 and client.state == "ready"
+            os.kill(client.info.pid, signal.SIGKILL)
+            await wait_for(lambda: client.generation == 3)
+
+    asyncio.run(run())
+    assert caplog.text.count("silent for") == 1
+
+
+def test_a_step_that_does_not_end_is_told_from_a_long_one(plan, caplog):
+    plan("stuck serve")
+
+    async def run():
+        async with started(silence_timeout_s=5.0, step_timeout_s=10.0) as client:
+            await asyncio.sleep(0.4)
+            assert client.generation == 1 and client.state == "ready"
+            await wait_for(lambda: client.generation == 2)
+
+    asyncio.run(run())
+    assert "one step of 512 rows for 20 s" in caplog.text and "--engine-step-timeout-s" in caplog.text
+
+
+def test_stats_do_not_wait_for_a_step(plan):
+    """The fake engine answers no `GetStats`."""
+    plan("serve exit serve")
+
+    async def run():
+        async with started() as client:
+            before = time.monotonic()
+            assert (await client.stats()).num_kv_blocks == 2
+            assert time.monotonic() - before < 1
+            os.kill(client.info.pid, signal.SIGKILL)
+            await wait_for(lambda: client.state != "ready")
+            assert await client.stats() is None
+
+    asyncio.run(run())
+
+
+def test_sequences_without_output_outlive_their_engine_and_what_ends_it_twice_is_refused(plan):
+    plan("serve")
+
+    async def text(resender, request_id, prompt):
+        return "".join([delta.text async for delta in resender.generate(request(request_id, prompt), Losses())])
+
+    async def run():
+        async with started() as client:
+            resender = Resender(client)
+            prompts = [[1], [2], [13], [3], [4]]  # the third ends every engine that reads it
+            jobs = [asyncio.create_task(text(resender, str(idx), ids)) for idx, ids in enumerate(prompts)]
+            await wait_for(lambda: client.state != "ready")
+            late = asyncio.create_task(text(resender, "late", [5]))
+            results = await asyncio.gather(*jobs, late, return_exceptions=True)
+            error = results.pop(2)
+            assert results == ["seven"] * 5
+            assert error.status == 500 and error.code == "engine_crashed" and "2 times" in str(error)
+            assert client.generation == 3
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_does_not_come_back_is_waited_for_so_long(plan, monkeypatch):
+    monkeypatch.setattr(engine_client, "RESTART_PATIENCE_S", 0.5)
+    plan("serve refuse")
+
+    async def run():
+        async with started() as client:
+            os.kill(client.info.pid, signal.SIGKILL)
+            await wait_for(lambda: client.state != "ready")
+            for call in (client.unload_adapter("a"), anext(client.generate(request("a", [1])))):
+                with pytest.raises(EngineDeadError, match="no such model"):
+                    await call
+
+    asyncio.run(run())

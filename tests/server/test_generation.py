@@ -1,0 +1,127 @@
+"""Jobs between the routes and the engine: adapters that leave while a request waits, and long texts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import msgspec
+import pytest
+from tiny_models import make_tiny_model
+
+from specserve.chat.types import Message
+from specserve.config import ServeConfig
+from specserve.errors import UserError
+from specserve.messages import AdapterInfo, Delta, EngineInfo
+from specserve.server.generation import Generator
+from specserve.server.metrics import Metrics
+from specserve.server.openai.types import ChatRequest
+from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
+
+INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2])
+
+
+class Store:
+    """One adapter that brings a chat template."""
+
+    def __init__(self):
+        self.info = AdapterInfo("weights", 1, 1, [], 1, "one template")
+
+    async def resolve(self, name):
+        return self.info
+
+    async def resolve_with_texts(self, name, known):
+        return self.info, None if self.info.text_hash in known else {"chat_template.jinja": b"Hi"}
+
+    def forget(self, name, content_hash):
+        pass
+
+
+class Engine:
+    """Has let go of the adapter the first `num_refusals` times that it is asked for; `meanwhile` happens then."""
+
+    info = INFO
+
+    def __init__(self):
+        self.asked = []
+        self.num_refusals = 1
+        self.meanwhile = lambda: None
+
+    async def generate(self, request):
+        self.asked.append(request.adapter_hash)
+        if len(self.asked) <= self.num_refusals:
+            self.meanwhile()
+            raise UserError("not loaded", code="adapter_not_resident", status=409)
+        yield Delta(request.request_id, [7], "seven", finish_reason="stop")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return TextTokenizer(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def generator(tokenizer):
+    return Generator(ServeConfig(), Engine(), Store(), tokenizer, "base", Metrics())
+
+
+async def answer(generator):
+    job = await generator.prepare(ChatRequest(model="a", messages=[Message(role="user", content="Hi")]))
+    return [delta.text async for _, delta in generator.run(job)]
+
+
+async def test_a_request_goes_on_with_its_adapter_though_the_tokenizer_was_given_up_meanwhile(generator):
+    generator.engine.meanwhile = generator._adapter_tokenizers.clear
+    assert await answer(generator) == ["seven"] and generator.engine.asked == ["weights", "weights"]
+    await generator.close()
+
+
+async def test_a_prompt_of_another_chat_template_is_not_run(generator):
+    def edit():
+        generator.store.info = msgspec.structs.replace(generator.store.info, text_hash="another template")
+
+    generator.engine.meanwhile = edit
+    with pytest.raises(UserError, match="another chat template") as refused:
+        await answer(generator)
+    assert refused.value.code == "adapter_changed" and generator.engine.asked == ["weights"]
+    await generator.close()
+
+
+async def test_long_texts_are_read_one_at_a_time_also_when_clients_leave(generator):
+    num_reading, go_on, most = 0, threading.Event(), []
+
+    def read():
+        nonlocal num_reading
+        num_reading += 1
+        most.append(num_reading)
+        go_on.wait(10)
+        num_reading -= 1
+
+    readers = [asyncio.create_task(generator.off_loop(LONG_TEXT + 1, read)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    for reader in readers[:2]:
+        reader.cancel()
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await readers[2]
+    assert most == [1, 1]  # the second had not begun
+    await generator.close()
+
+
+async def test_the_line_of_a_request_that_we_failed_does_not_blame_the_client(generator, caplog):
+    def fail():
+        raise RuntimeError("a bug")
+
+    generator.engine.meanwhile = fail
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="a bug"):
+        await answer(generator)
+    assert any("internal_error" in record.getMessage() for record in caplog.records)
+    await generator.close()
+
+
+async def test_an_adapter_that_never_stays_for_its_request_is_an_overload(generator):
+    generator.engine.num_refusals = 1000
+    with pytest.raises(UserError, match="--max-adapters") as refused:
+        await answer(generator)
+    assert refused.value.status == 503 and refused.value.code == "overloaded"
+    await generator.close()

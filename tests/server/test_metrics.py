@@ -1,0 +1,86 @@
+"""Metrics of speculation by model: names that are too many, or twice there, are taken together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import msgspec
+import pytest
+
+from specserve.messages import AdapterDrafts, EngineStats
+from specserve.server import metrics as metrics_module
+from specserve.server.activity_log import summarize, summary
+from specserve.server.metrics import Metrics
+
+
+def stats(drafts: list[AdapterDrafts]) -> EngineStats:
+    counts = {name: 1 for name in EngineStats.__struct_fields__[:15]}
+    return msgspec.convert({**counts, "drafts_by_adapter": msgspec.to_builtins(drafts)}, EngineStats)
+
+
+def values(metrics: Metrics, name: str) -> dict[str, float]:
+    found = {}
+    for family in metrics.registry.collect():
+        for sample in family.samples:
+            if sample.name == f"specserve_speculation_{name}":
+                found[sample.labels["model"]] = sample.value
+    return found
+
+
+def test_two_versions_of_a_name_are_one_label_and_the_base_has_its_own() -> None:
+    metrics = Metrics()
+    old, new = AdapterDrafts("a", 10, 20, 40, 10, 0.5), AdapterDrafts("a", 30, 100, 80, 70, 0.1)
+    metrics.render(stats([old, new, AdapterDrafts(None, 4, 4, 0, 0, 0.3)]), "the-base")
+    assert values(metrics, "drafted") == {"a": 120, "the-base": 0}
+    assert values(metrics, "accepted") == {"a": 80, "the-base": 0}
+    assert values(metrics, "tokens_per_verification") == {"a": 3.0, "the-base": 1.0}
+    assert values(metrics, "mean_draft_length") == {"a": 3.0, "the-base": 0.0}
+    assert values(metrics, "row_price") == pytest.approx({"a": 0.2, "the-base": 0.3})
+
+
+def test_labels_are_capped_and_adapters_that_left_are_gone(monkeypatch) -> None:
+    monkeypatch.setattr(metrics_module, "MAX_MODEL_LABELS", 3)
+    metrics = Metrics()
+    metrics.render(stats([AdapterDrafts(str(i), 1, 1, i, 0, 0.0) for i in range(6)]))
+    assert values(metrics, "drafted") == {"0": 0, "1": 1, "2": 2, "other": 3 + 4 + 5}
+    metrics.render(stats([AdapterDrafts("1", 1, 1, 7, 0, 0.0)]))
+    assert values(metrics, "drafted") == {"1": 7}
+
+
+def test_what_only_grows_is_typed_as_a_counter_under_its_old_name() -> None:
+    text = Metrics().render(stats([AdapterDrafts("a", 1, 2, 3, 4, 0.5)])).decode()
+    for name in ("engine_generated_tokens", "engine_num_steps", "engine_drafted_by_source", "speculation_accepted"):
+        assert f"# TYPE specserve_{name} counter\n" in text
+    assert "\nspecserve_engine_generated_tokens 1.0\n" in text
+    assert "# TYPE specserve_engine_num_running gauge\n" in text
+    for name in metrics_module.CUMULATIVE:
+        assert f"# TYPE specserve_{name.decode()} counter\n" in text, name
+
+
+def test_summary_says_what_was_done_between_two_snapshots(caplog: pytest.LogCaptureFixture) -> None:
+    start = msgspec.structs.replace(stats([]), num_running=0, num_waiting=0, num_kv_blocks=8, num_free_kv_blocks=8)
+    busy = msgspec.structs.replace(
+        start, num_running=2, prompt_tokens=51, cached_prompt_tokens=21, generated_tokens=31, draft_tokens=41,
+        accepted_draft_tokens=11, num_free_kv_blocks=6,
+    )  # fmt: skip
+    line = summary(start, busy, 10.0)
+    assert line == (
+        "2 running, 0 waiting; 5.0 prompt tokens/s (20 of 50 cached), 3.0 generated/s; 25% of 40 drafts kept; "
+        "KV cache 25.0% in use"
+    )
+    assert summary(start, start, 10.0) is None and summary(busy, start, 10.0) is None  # idle; restarted
+
+    async def watch() -> None:
+        snapshots = iter([start, busy, None, start, start])
+
+        async def next_stats() -> EngineStats | None:
+            return next(snapshots, start)
+
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(summarize(next_stats, every_s=0.01), 0.2)
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(watch())
+    assert [record.message.split(";")[0] for record in caplog.records] == ["2 running, 0 waiting"]

@@ -1,0 +1,227 @@
+"""Answers and their stops from chat templates: small equivalents of each family's, on a tiny tokenizer.
+
+The real ones are in test_chat_families.py, marked slow.
+"""
+
+import json
+
+import pytest
+from tiny_models import make_tokenizer
+from tokenizers import AddedToken
+from tool_templates import HERMES, LLAMA3
+
+from specserve.errors import UserError
+from specserve.text.special_tokens import eos_token_ids
+from specserve.text.tokenizer import TextTokenizer
+from specserve.training.data_check import shown_as_trained
+from specserve.training.dataset import tokenize
+from specserve.training.rows import parse_row
+
+SPECIALS = ["<|header|>", "<|eot|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Trims every text, as Llama's and Gemma's templates do.
+TRIMMING = (
+    "{% for m in messages %}<|header|>{{ m.role }}\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header|>assistant\n\n{% endif %}"
+)
+# Thinks before the last answer and drops the thinking of earlier ones, as Qwen3's does.
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}{% if loop.last %}<think>
+{{ m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content or \
+m.reasoning_content else '' }}
+</think>
+
+{% endif %}{{ text }}{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# Channels, and another end for the last answer than for earlier ones, as gpt-oss's has.
+CHANNELS = (
+    "{% for m in messages %}<|header|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "{% if m.thinking and loop.last %}<|channel|>analysis {{ m.thinking }}<|end|><|header|>assistant{% endif %}"
+    "<|channel|>final {{ m.content }}{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|header|>assistant{% endif %}"
+)
+# The prompt itself opens the thinking block.
+OPENING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
+    "{{ m.content }}", "{{ ('<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last else '') + m.content }}"
+)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """A tokenizer with a template; `<|endoftext|>` is 317, `<|im_end|>` 319."""
+    fast = make_tokenizer(317)
+    fast.add_tokens([AddedToken(text, special=True) for text in SPECIALS], special_tokens=True)
+
+    def make(template):
+        fast.chat_template = template
+        path = tmp_path_factory.mktemp("tokenizer")
+        fast.save_pretrained(path)
+        return TextTokenizer(path)
+
+    return make
+
+
+def ids(tokenizer, *texts):
+    return [tokenizer.encode(text)[0] for text in texts]
+
+
+def row(*texts, **fields):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return parse_row(json.dumps({"messages": messages, **fields}), 7, "rows.jsonl line 7")
+
+
+def trained(tokenizer, rows, eos):
+    return [shown_as_trained(example, tokenizer) for example in tokenize(rows, tokenizer, ids(tokenizer, *eos))]
+
+
+def test_the_template_says_which_of_several_eos_ids_ends_an_answer(make):
+    tokenizer = make(CHATML)
+    eos = ["<|endoftext|>", "<|im_end|>"]
+    assert min(ids(tokenizer, *eos)) == tokenizer.encode("<|endoftext|>")[0]
+    assert trained(tokenizer, [row("Hi", "Yes", "More", "No")], eos) == [
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Yes<|im_end|>]]\n"
+        "<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n[[No<|im_end|>]]"
+    ]
+
+
+@pytest.mark.parametrize("text", ["\n\nYes", " Yes", "Yes \n", "Y\n\n<|im_end|> <|eot|>"])
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (TRIMMING, "<|eot|>"), (THINKING, "<|im_end|>")])
+def test_no_answer_loses_its_loss_to_spaces_or_spelled_tokens(make, template, end, text):
+    tokenizer = make(template)
+    examples = tokenize([row("Hi", text, "More", text)], tokenizer, ids(tokenizer, end, "<|endoftext|>"))
+    stop = ids(tokenizer, end)[0]
+    masked = [[t for t, m in zip(e.tokens, e.loss_mask, strict=True) if m] for e in examples]
+    assert sum(tokens.count(stop) for tokens in masked) == 2  # both turns, each with its own stop alone
+    assert all(tokens[-1] == stop for tokens in masked)
+    whole = "".join(tokenizer.decode(tokens) for tokens in masked)
+    assert whole.count(text.strip()) == 2
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+    assert examples[-1].prompt == tokenizer.encode_chat([*history, {"role": "user", "content": "More"}])
+    assert examples[0].tokens[: examples[0].loss_mask.index(True)] == tokenizer.encode_chat(history[:1])
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each(make):
+    texts = trained(make(THINKING), [row("Hi", "Yes", "More", "<think>\nhm\n</think>\n\nNo")], ["<|im_end|>"])
+    assert [text.split("assistant\n", 1)[1] for text in texts] == [
+        "[[<think>\n\n</think>\n\nYes<|im_end|>]]",
+        "Yes<|im_end|>\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n"
+        "[[<think>\n\nhm\n\n</think>\n\nNo<|im_end|>]]",
+    ]
+
+
+def test_reasoning_before_a_call_is_history_where_the_template_keeps_it(make):
+    template = HERMES.replace(
+        "{{ m.content }}{% for",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% for",
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "reasoning": "ask", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "b", "thinking": "told"},
+    ]
+    rows = [parse_row(json.dumps({"messages": messages}), 1, "")]
+    (text,) = trained(make(template), rows, ["<|im_end|>"])
+    parts = [part.partition("]]")[0] for part in text.split("[[")[1:]]
+    assert [part.partition("</think>")[0] for part in parts] == ["<think>ask", "<think>told"]
+    assert "</think>" in text[: text.rindex("[[")]  # the second prompt still has the first one's
+
+
+def test_channels_belong_to_the_answer_and_only_its_last_end_stops(make):
+    tokenizer = make(CHANNELS)
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "final", "reasoning_content": "think"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "B"},
+    ]
+    rows = [parse_row(json.dumps({"messages": messages}), 1, "")]
+    texts = trained(tokenizer, rows, ["<|return|>", "<|call|>"])
+    assert [text.rpartition("<|header|>assistant[[")[2] for text in texts] == [
+        "<|channel|>analysis think<|end|><|header|>assistant<|channel|>final final<|return|>]]",
+        "<|channel|>final B<|return|>]]",
+    ]
+
+
+def test_a_block_that_the_prompt_opens_is_closed_by_the_answer(make):
+    (text,) = trained(make(OPENING), [row("Hi", "Yes")], ["<|im_end|>"])
+    assert text.endswith("<|im_start|>assistant\n<think>\n[[\n</think>\n\nYes<|im_end|>]]")
+
+
+def test_tools_calls_and_results_are_written_by_the_template(make):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    call = {"function": {"name": "weather", "arguments": {"city": "Bonn <|im_end|>"}}}  # as data sets write it
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "sun"},
+        {"role": "assistant", "content": "Sunny"},
+    ]
+    value = parse_row(json.dumps({"messages": messages, "tools": tools}), 1, "")
+    called = '{"name": "weather", "%s": {"city": "Bonn <|im_end|>"}}'
+    for template, name in ((HERMES, "arguments"), (LLAMA3, "parameters"), (CHATML, "arguments")):
+        tokenizer = make(template)
+        (example,) = tokenize([value], tokenizer, ids(tokenizer, "<|im_end|>"))
+        shown = shown_as_trained(example, tokenizer)
+        assert '"weather"' in shown[: shown.index("[[")]  # the definition
+        parts = [part.partition("]]")[0] for part in shown.split("[[")[1:]]
+        wanted = called % name
+        if template != LLAMA3:
+            wanted = f"<tool_call>\n{wanted}\n</tool_call>"
+        assert [part.strip() for part in parts] == [wanted + "<|im_end|>", "Sunny<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "fields", "message"),
+    [
+        (CHATML, ["<|endoftext|>"], {}, r"'<\|im_end\|>' \(id 319\).*would not stop.*is 317.*generation_config.json"),
+        (CHATML, [], {}, "eos_token_id is none"),
+        (CHATML.replace("<|im_end|>", ""), ["<|im_end|>"], {}, "no special token behind"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}"), ["<|im_end|>"], {}, "content"),
+        (CHATML, ["<|im_end|>"], {"reasoning_content": "hm"}, "leaves out the message's reasoning"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), ["<|im_end|>"], {}, "'<.im_start.>ass"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), ["<|im_end|>"], {}, "leaves out.*content"),
+        ("{{ raise_exception('never') }}", ["<|im_end|>"], {}, "never"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_with_the_row(make, template, eos, fields, message):
+    tokenizer = make(template)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A long answer", **fields}]
+    value = parse_row(json.dumps({"messages": messages}), 7, "rows.jsonl line 7")
+    with pytest.raises(UserError, match=f"^rows.jsonl line 7: messages.1.: .*{message}"):
+        tokenize([value], tokenizer, [tokenizer.encode(text)[0] for text in eos])
+
+
+def test_an_answer_is_found_where_the_template_drops_what_the_prompt_had(make):
+    """gpt-oss leaves out the reasoning of earlier tool calls once a last answer follows."""
+    template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or add_generation_prompt else '' }}")
+    (text,) = trained(make(template), [row("Hi", "Yes")], ["<|im_end|>"])
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Yes<|im_end|>]]"
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "want"),
+    [
+        ({"eos_token_id": [0, 3]}, {"eos_token_id": 5}, {0, 3, 319}),
+        ({}, {"eos_token_id": 5}, {5, 319}),
+        ({}, {}, {319}),
+    ],
+)
+def test_serving_stops_at_the_models_ids_and_at_the_tokenizers_own(tmp_path, generation, config, want):
+    make_tokenizer(317).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert eos_token_ids(tmp_path) == want
+
+
+def test_a_model_without_template_is_refused(make):
+    tokenizer = make(None)
+    with pytest.raises(UserError, match="no chat template"):
+        tokenize([row("Hi", "Yes")], tokenizer, [319])

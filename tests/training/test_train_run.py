@@ -1,0 +1,321 @@
+"""`specserve train` from a YAML to a directory that peft loads and the engine drafts with; `specserve eval` of it."""
+
+import json
+import os
+import signal
+
+import peft
+import pytest
+from engine_fixture import make_engine, request, run, tokens_of
+from peft_adapters import make_peft_adapter
+from tiny_models import CHAT_TEMPLATE, make_tiny_model
+from training_fixture import torchrun, write_rows
+from transformers import AutoModelForCausalLM
+
+from specserve.cli.main import run as cli
+from specserve.errors import UserError
+from specserve.training.answers import answer
+from specserve.training.answers import make_engine as make_answering_engine
+from specserve.training.run_directory import held_directory
+from specserve.training.trainer import Trainer
+
+SETTINGS = """
+model: {model}
+output: out/task
+data: {{train: train.jsonl, eval: dev.jsonl, max_len: 200}}
+lora: {{r: 4, alpha: 8}}
+head: {{hidden_size: 16, vocab_size: 64, draft_len: 5, train_steps_ahead: 4, copy_window: 4}}
+optimizer: {{lr: 0.005, batch_tokens: 400, epochs: 2}}
+distill: {{rows: 12, epochs: 2, max_tokens: 24}}
+eval: {{rows: 6, max_tokens: 24}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    model_dir = make_tiny_model(root / "model")
+    write_rows(root / "train.jsonl", 40)
+    write_rows(root / "dev.jsonl", 8, seed=1)
+    (root / "run.yaml").write_text(SETTINGS.format(model=model_dir))
+    assert cli(["train", str(root / "run.yaml"), "--set", "optimizer.warmup=0.1"]) == 0
+    return root, model_dir
+
+
+def test_the_directory_is_complete(trained):
+    root, _ = trained
+    names = {path.name for path in (root / "out" / "task").iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lookahead_config.json",
+        "lookahead.safetensors",
+        "lookahead_history.bin",
+        "metrics.jsonl",
+        "run.yaml",
+        "report.json",
+        "README.md",
+        "plots",
+    }
+    assert "checkpoint.pt" not in names
+    assert {path.name for path in (root / "out/task/plots").iterdir()} == {
+        "loss.png",
+        "accepted_length.png",
+        "reached_by_position.png",
+    }
+    config = json.loads((root / "out/task/lookahead_config.json").read_text())
+    assert config["draft_len"] == 5 and config["acceptance"]["head"]
+
+
+def test_two_processes_finish_one_directory(trained, tmp_path):
+    root, model_dir = trained
+    (tmp_path / "run.yaml").write_text(SETTINGS.format(model=model_dir))
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    out = torchrun(2, "-m", "specserve.cli", "train", str(tmp_path / "run.yaml"), "--set", "optimizer.warmup=0.1")
+    assert out.count("is written") == 1 and "task, on 6 held-out rows" in out and "nothing was measured" not in out
+    names = {path.name for path in (tmp_path / "out" / "task").iterdir()}
+    assert names == {path.name for path in (root / "out" / "task").iterdir()}
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "out/task/metrics.jsonl").read_text().splitlines()]
+        for folder in (root, tmp_path)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_the_report_says_what_was_measured(trained):
+    report = json.loads((trained[0] / "out/task/report.json").read_text())
+    assert report["rows"] == 6
+    assert report["mean_accepted_length"] >= 1.0
+    steps = len((trained[0] / "out/task/metrics.jsonl").read_text().splitlines())
+    assert report["steps"] == steps < 24 and f"only {steps} optimizer steps" in report["warnings"][0]
+    assert report["answers_equal_with_and_without_drafts"] >= 0.5
+    assert report["lookahead"] == {
+        "draft_len": 5,
+        "history_tokens": report["lookahead"]["history_tokens"],
+        "error": None,
+    }
+    assert report["speed"]["batch 8"]["tokens_per_s"] > 0
+
+
+def test_the_lora_loads_in_peft_alone_and_answers_as_served(trained):
+    root, model_dir = trained
+    adapter = root / "out" / "task"
+    engine = make_engine(model_dir)
+    info = engine.load_adapter("task", adapter)
+    assert info.lookahead is not None and info.lookahead.error is None
+    prompt = [7, 8, 9, 10, 11]
+    got = tokens_of(run(engine, [request("a", prompt, adapter=info.content_hash, max_tokens=12, ignore_eos=True)]))["a"]
+    import torch
+
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter)
+    want = model.generate(
+        input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert got == want[0, len(prompt) :].tolist()
+
+
+def test_eval_repeats_the_report(trained, capsys):
+    root, _ = trained
+    before = json.loads((root / "out/task/report.json").read_text())
+    assert cli(["eval", str(root / "out/task"), "--rows", "6", "--max-tokens", "24"]) == 0
+    after = json.loads((root / "out/task/report.json").read_text())
+    assert after["task"] == before["task"]
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_eval_names_a_prompt_beyond_the_models_positions(trained, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a " * 400, "completion": "x"}))
+    assert cli(["eval", str(trained[0] / "out/task"), "--data", str(tmp_path / "long.jsonl")]) == 2
+    assert "long.jsonl line 1: the prompt has " in (err := capsys.readouterr().err) and "512 positions" in err
+
+
+def files_of(directory):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_not_touched(trained, capsys):
+    root, _ = trained
+    before = files_of(root / "out" / "task")
+    arguments = ["train", str(root / "run.yaml"), "--set", "optimizer.warmup=0.1"]
+    assert cli(arguments) == 2
+    assert "is not empty: it holds a run (finished)" in capsys.readouterr().err
+    assert cli([*arguments, "--resume"]) == 0
+    assert "is finished already; there is nothing to resume" in capsys.readouterr().out
+    assert cli([*arguments, "--resume", "--set", "lora.r=16"]) == 2
+    assert "finished run in" in (err := capsys.readouterr().err) and "lora.r was 4 and is 16" in err
+    assert files_of(root / "out" / "task") == before
+
+
+def test_a_run_that_was_stopped_goes_on_only_as_itself(trained, tmp_path, capsys, monkeypatch):
+    root, _ = trained
+    output = tmp_path / "out"
+    arguments = ["train", str(root / "run.yaml"), "--output", str(output), "--set", "head.enabled=false"]
+    arguments += ["--set", "eval.rows=0", "--set", "checkpoint.every_steps=1", "--set", "optimizer.min_steps=4"]
+    with monkeypatch.context() as patch:
+        save = Trainer.save_checkpoint
+
+        def stopped_after(trainer):
+            save(trainer)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Trainer, "save_checkpoint", stopped_after)
+        assert cli(arguments) == 2
+    assert "with --resume" in capsys.readouterr().err
+    before = files_of(output)
+    rows = write_rows(tmp_path / "other.jsonl", 40, seed=7)
+    for key, value, named in (
+        ("optimizer.lr", "2e-3", "optimizer.lr was 0.005 and is 0.002"),
+        ("lora.r", "8", "lora.r was 4 and is 8"),
+        ("seed", "3", "seed was 0 and is 3"),
+        ("data.train", str(rows), "the training rows as tokens was"),
+        ("data.max_len", "10000", "data.max_len is 10000 tokens, but the base model has 512 positions"),
+    ):
+        assert cli([*arguments, "--resume", "--set", f"{key}={value}"]) == 2
+        assert named in capsys.readouterr().err
+        assert files_of(output).keys() == before.keys()
+        assert {path: data for path, (data, _) in files_of(output).items()} == {
+            p: data for p, (data, _) in before.items()
+        }
+    with held_directory(output, resume=True):
+        assert cli([*arguments, "--resume"]) == 2
+        assert f"process {os.getpid()}" in capsys.readouterr().err
+    assert not (output / "adapter_model.safetensors").exists()
+    before[output / "run.lock"] = (b"", 0)
+    (output / "run.lock").touch()
+    assert cli([*arguments, "--resume"]) == 0
+    assert "is ready" in (out := capsys.readouterr().out) and "nothing was measured" in out
+    assert not {"run.lock", "checkpoint.pt"} & {path.name for path in output.iterdir()}
+
+
+def test_an_existing_lora_gets_a_head_and_stays_as_it_is(trained, tmp_path, capsys):
+    root, model_dir = trained
+    adapter = make_peft_adapter(model_dir, tmp_path / "old", r=4)  # in fp32, with a chat template of its own
+    (adapter / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<|im_start|>", "<|im_start|> "))
+    arguments = ["--adapter", str(adapter), "--head-only", "--model", str(model_dir)]
+    arguments += ["--data", str(root / "train.jsonl"), "--output", str(tmp_path / "new")]
+    small = ["--set", "head.hidden_size=16", "--set", "head.copy_window=0", "--set", "distill.rows=8"]
+    small += ["--set", "distill.epochs=1", "--set", "distill.max_tokens=16"]
+    assert cli(["train", *arguments, *small]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"):
+        assert (tmp_path / "new" / name).read_bytes() == (adapter / name).read_bytes()
+    info = make_engine(model_dir).load_adapter("new", tmp_path / "new")
+    assert info.lookahead is not None and info.lookahead.error is None
+    assert cli(["train", *arguments, *small, "--resume"]) == 0  # it is finished
+    arguments.remove("--head-only")
+    assert cli(["train", *arguments, *small, "--resume"]) == 2
+    assert "lora.frozen was True and is False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"r": 8}, "has rank 4 but"),
+    ],
+)
+def test_a_lora_that_cannot_be_continued_is_refused_before_anything(trained, tmp_path, capsys, changes, named):
+    root, model_dir = trained
+    adapter = make_peft_adapter(model_dir, tmp_path / "old", r=4)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    arguments = ["--adapter", str(adapter), "--model", str(model_dir), "--data", str(root / "train.jsonl")]
+    assert cli(["train", *arguments, "--output", str(tmp_path / "new")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: lora.adapter: ") and named in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lora_of_another_size_and_a_layer_that_is_not_there_are_refused_by_name(trained, tmp_path, capsys):
+    root, model_dir = trained
+    common = ["--model", str(model_dir), "--data", str(root / "train.jsonl"), "--output", str(tmp_path / "new")]
+    larger = make_tiny_model(tmp_path / "larger", hidden_size=128)
+    adapter = make_peft_adapter(larger, tmp_path / "old", r=4)
+    assert cli(["train", *common, "--adapter", str(adapter)]) == 2
+    assert "was it trained for another base?" in capsys.readouterr().err
+    assert cli(["train", *common, "--set", "head.tap_layer=99"]) == 2
+    assert "head.tap_layer is 99, but the base model has 2 layers: give 0 to 1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_and_shared_held_out_rows_are_said_before_training(trained, tmp_path, capsys, monkeypatch):
+    root, model_dir = trained
+    rows = (root / "train.jsonl").read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text(rows[0] + "\n{\n")
+    (tmp_path / "same.jsonl").write_text(rows[4] + "\n")
+    common = ["--model", str(model_dir), "--data", str(root / "train.jsonl"), "--output", str(tmp_path / "new")]
+    assert cli(["train", *common, "--eval-data", str(tmp_path / "bad.jsonl")]) == 2
+    assert "bad.jsonl line 2 is not JSON" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+    def not_reached(*args, **kwargs):
+        raise UserError("training starts")
+
+    monkeypatch.setattr("specserve.training.run.LoraModel", not_reached)
+    assert cli(["train", *common, "--eval-data", str(tmp_path / "same.jsonl")]) == 2
+    out, err = capsys.readouterr()
+    assert (
+        "training starts" in err and "1 training prompts are in data.eval too (line 5 is held-out line 1)" in out + err
+    )
+
+
+def test_checking_the_data_finds_what_is_wrong_with_it(trained, tmp_path, capsys):
+    root, model_dir = trained
+    rows = (root / "train.jsonl").read_text().splitlines()[:5]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, rows[0]]) + "\n")
+    (tmp_path / "b.jsonl").write_text(rows[2] + "\n")
+    common = ["--data", str(tmp_path / "a.jsonl"), "--eval-data", str(tmp_path / "b.jsonl"), "--model", str(model_dir)]
+    assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
+    out = capsys.readouterr().out
+    assert "line 6 repeats 1" in out and "line 3 is held-out line 1" in out and "[[" in out and "bad rows: 0" in out
+    assert not (tmp_path / "o").exists()
+
+
+def test_checking_the_data_shows_every_bad_row_of_both_files(trained, tmp_path, capsys):
+    root, model_dir = trained
+    rows = (root / "train.jsonl").read_text().splitlines()[:3]
+    unread = json.dumps({**json.loads(rows[1]), "instruction": "p", "source": "web"})
+    (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "{", '{"prompt": "p"}', unread, '"text"']) + "\n")
+    (tmp_path / "b.jsonl").write_text("[1]\n" + rows[2] + "\n")
+    common = ["--data", str(tmp_path / "a.jsonl"), "--eval-data", str(tmp_path / "b.jsonl"), "--model", str(model_dir)]
+    assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
+    out = capsys.readouterr().out
+    for where in ("a.jsonl line 2 is not JSON", "a.jsonl line 3", "a.jsonl line 5 is str", "b.jsonl line 1 is list"):
+        assert where in out
+    assert (
+        "bad rows: 4" in out
+        and "2 rows," in out
+        and "fields that are not read: instruction (1 rows), source (1 rows)" in out
+    )
+    assert cli(["train", *common, "--output", str(tmp_path / "o")]) == 2  # a run stops at the first
+    (tmp_path / "a.jsonl").write_text("{\n[\n")
+    assert cli(["train", *common, "--output", str(tmp_path / "o"), "--check-data"]) == 1
+    assert "bad rows: 3" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_the_time_of_each_phase_and_writes_nothing(trained, tmp_path, capsys):
+    root, _ = trained
+    arguments = ["train", str(root / "run.yaml"), "--output", str(tmp_path / "o"), "--dry-run"]
+    assert cli(arguments) == 0
+    out = capsys.readouterr().out
+    steps = len((root / "out/task/metrics.jsonl").read_text().splitlines())
+    assert "GiB" in out and "time: about" in out and f"for {steps} steps over 40 rows" in out
+    for phase in ("training", "hidden states", "fit of the head", "28 answers to training", "24 answers to held-out"):
+        assert f"  {phase}" in out
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_longest_prompt_has_room_for_one_token(trained):
+    engine = make_answering_engine(trained[1], batch=1, max_len=6)
+    assert len(answer(engine, None, [[7, 8, 9, 10, 11]], 24).answers[0].tokens) == 1
+
+
+def test_head_only_needs_an_adapter(trained, tmp_path, capsys):
+    root, model_dir = trained
+    data = ["--data", str(root / "train.jsonl"), "--model", str(model_dir), "--output", str(tmp_path / "x")]
+    assert cli(["train", *data, "--head-only"]) == 2
+    assert "--adapter" in capsys.readouterr().err

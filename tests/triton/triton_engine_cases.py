@@ -1,0 +1,239 @@
+"""The engine on its Triton path against plain torch on the CPU; test_triton_engine.py runs it as a process.
+
+With TRITON_INTERPRET=1 every kernel, buffer, seat and adapter table of the GPU path is used as on a GPU; only CUDA
+graphs are not there. Otherwise it runs on CUDA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import pytest
+import torch
+from engine_fixture import make_engine, request, run, tokens_of
+from lookahead_adapters import make_lookahead_adapter
+from peft_adapters import make_peft_adapter
+from tiny_models import make_tiny_model
+
+from specserve.compute.cuda import runner as device_runner
+from specserve.compute.cuda.runner import DeviceRunner
+from specserve.drafting.cost_model import CostModel
+from specserve.messages import GrammarSpec
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+torch.set_num_threads(1)
+
+
+def make_pair(model_dir, **settings):
+    """The engine on the Triton path, and on plain torch."""
+    settings = {"max_num_seqs": 4, "max_batched_tokens": 48, **settings}
+    engine = make_engine(model_dir, compile="triton", device="cpu" if IS_INTERPRETED else "cuda", **settings)
+    assert isinstance(engine.runner, DeviceRunner)
+    return engine, make_engine(model_dir, compile="off", **settings)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def known_costs():
+    """Measuring them takes half a minute in the interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CostModel, "measure", lambda *_: CostModel({1: 0.01, 64: 0.02}))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pair(model_dir):
+    return make_pair(model_dir)
+
+
+@pytest.fixture(scope="module")
+def adapter_dirs(model_dir, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    shapes = [{"r": 4}, {"r": 1, "target_modules": ["q_proj", "down_proj"]}, {"r": 24, "lora_alpha": 64}]
+    return [make_peft_adapter(model_dir, root / str(i), seed=i, std=0.3, **kw) for i, kw in enumerate(shapes)]
+
+
+def mixed_requests(hashes, **sampling):
+    prompts = [[7, 8, 9] * 4, list(range(30, 70)), [5], [11, 12, 11, 12, 11, 12, 11, 12]]
+    return [
+        request(i, prompt, adapter=hashes[i % len(hashes)], max_tokens=8 + i, seed=i, **sampling)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize("mode", ["off", "fixed"])
+def test_mixed_adapters_equal_the_torch_path(pair, adapter_dirs, mode):
+    results = []
+    for engine in pair:
+        hashes = [None, *(engine.load_adapter(str(i), path).content_hash for i, path in enumerate(adapter_dirs))]
+        results.append(run(engine, mixed_requests(hashes, mode=mode), stagger=1))
+    assert tokens_of(results[0]) == tokens_of(results[1])
+    if mode == "fixed":
+        assert sum(result.usage.draft_tokens for result in results[0].values()) > 0
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "mistral"])
+def test_other_architectures_equal_the_torch_path(architecture, tmp_path):
+    pair = make_pair(make_tiny_model(tmp_path, architecture))
+    requests = [request("a", range(40, 64), max_tokens=6), request("b", [9, 8, 9, 8, 9, 8], max_tokens=6, mode="fixed")]
+    triton, plain = (tokens_of(run(engine, requests)) for engine in pair)
+    assert triton == plain
+
+
+def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(pair):
+    sampling = {"temperature": 0.9, "top_p": 0.8, "top_k": 30, "presence_penalty": 0.5, "logprobs": 2}
+    requests = [
+        request("hot", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=10, mode="fixed", seed=5, **sampling),
+        request("scored", range(20, 34), max_tokens=4, prompt_logprobs=1),
+    ]
+    triton, plain = (run(engine, requests) for engine in pair)
+    assert tokens_of(triton) == tokens_of(plain)
+    for a, b in zip(triton["hot"].logprobs, plain["hot"].logprobs, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and [t for t, _ in a.top] == [t for t, _ in b.top]
+    scores = [[s.logprob for s in r["scored"].prompt_logprobs[1:]] for r in (triton, plain)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_steps_beyond_the_largest_bucket_equal_the_torch_path(model_dir, monkeypatch):
+    monkeypatch.setattr(device_runner, "ROW_BUCKETS", (1, 2, 4, 8))
+    requests = [
+        request("scored", range(20, 50), max_tokens=3, prompt_logprobs=1),
+        request("beside", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=8, mode="fixed", frequency_penalty=0.5),
+        request("hot", range(60, 80), max_tokens=3, temperature=1.0, seed=2),
+    ]
+    triton, plain = (run(engine, requests) for engine in make_pair(model_dir))
+    assert tokens_of(triton) == tokens_of(plain)
+    scores = [[s.logprob for s in r["scored"].prompt_logprobs[1:]] for r in (triton, plain)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_preempted_sequences_and_reused_seats_read_their_own_blocks(model_dir):
+    token_bytes = 2 * 2 * 2 * 16 * 4
+    tight = {"kv_cache_gib": 5 * 16 * token_bytes / 2**30, "max_model_len": 64, "max_num_seqs": 3}
+    pair = make_pair(model_dir, **tight)
+    requests = [request(i, [40 + i] * (9 + i), max_tokens=20, ignore_eos=True) for i in range(6)]
+    triton, plain = (tokens_of(run(engine, requests, stagger=3)) for engine in pair)
+    assert triton == plain
+    assert pair[0].stats().num_preemptions > 0
+
+
+def test_more_adapters_than_places_are_served_one_after_the_other(model_dir, adapter_dirs):
+    pair = make_pair(model_dir, max_adapters=2)
+    tokens = []
+    for engine in pair:
+        got = {}
+        for turn in range(4):
+            path = adapter_dirs[turn % 3]
+            key = engine.load_adapter(str(turn), path).content_hash
+            got |= tokens_of(run(engine, [request(turn, [6, 7, 8, 9], adapter=key, max_tokens=4)]))
+        tokens.append(got)
+    assert tokens[0] == tokens[1]
+
+
+def test_heads_draft_on_the_device_what_they_draft_on_the_host(model_dir, tmp_path):
+    shapes = [{}, {"window": 8, "state_size": 24}, {"draft_len": 3}]
+    paths = [
+        make_lookahead_adapter(model_dir, tmp_path / str(i), seed=i, tap_layer=1, history=False, **shape)
+        for i, shape in enumerate(shapes)
+    ]
+    prompts = [[i * 7 % 320 for i in range(3, 12 + n)] for n in range(3)]
+    drafted, tokens = [], []
+    for engine in make_pair(model_dir, max_draft_tokens=4):
+        hashes = [engine.load_adapter(str(i), path).content_hash for i, path in enumerate(paths)]
+        first: dict[str, list[int]] = {}
+        propose = engine.proposer.propose
+
+        def recording(items, *args, propose=propose, first=first):
+            propose(items, *args)
+            for item in items:
+                if item.drafts and item.draft_sources[0] == "head":
+                    own = [t for t, source in zip(item.drafts, item.draft_sources, strict=True) if source == "head"]
+                    first.setdefault(item.seq.request_id, own)
+
+        engine.proposer.propose = recording
+        requests = [
+            request(i, prompt, adapter=hashes[i], mode="fixed", max_draft_tokens=4, max_tokens=6, ignore_eos=True)
+            for i, prompt in enumerate(prompts)
+        ]
+        tokens.append(tokens_of(run(engine, requests)))
+        drafted.append(dict(first))
+        # A head of another layer than the device keeps is refused there, and its LoRA serves without it.
+        other = make_lookahead_adapter(model_dir, tmp_path / "other", seed=9, tap_layer=0, history=False)
+        key = engine.load_adapter("other", other).content_hash
+        alone = run(engine, [request("x", prompts[0], adapter=key, mode="fixed", max_draft_tokens=2, max_tokens=3)])
+        tokens.append(tokens_of(alone))
+    assert tokens[0] == tokens[2] and tokens[1] == tokens[3]
+    assert len(drafted[0]) == 3 and drafted[0] == drafted[1]
+
+
+def test_heads_that_fail_on_the_device_change_nothing(model_dir, tmp_path, caplog):
+    engine, plain = make_pair(model_dir, max_draft_tokens=4)
+    path = make_lookahead_adapter(model_dir, tmp_path / "a", tap_layer=1, history=False)
+    tokens = []
+    for one in (engine, plain):
+        key = one.load_adapter("a", path).content_hash
+        if one is engine:
+            one.sampler.drafts._heads.launch = None  # calling it raises
+        requests = [request(i, range(5, 12 + i), adapter=key, mode="fixed", max_tokens=5) for i in range(2)]
+        tokens.append(tokens_of(run(one, requests)))
+    assert tokens[0] == tokens[1]
+    assert "lookahead heads are off from now on" in caplog.text
+    assert engine.stats().drafted_by_source.get("head", 0) == 0
+
+
+def test_constrained_requests_equal_the_torch_path(pair):
+    schema = (
+        '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}'
+    )
+    requests = [
+        constrained("cold", schema, mode="fixed"),
+        constrained("hot", schema, mode="fixed", temperature=1.0, seed=3),
+        request("free", [5, 6, 5, 6, 5, 6], mode="fixed", max_tokens=6),
+    ]
+    triton, plain = (run(engine, requests) for engine in pair)
+    assert tokens_of(triton) == tokens_of(plain)
+    assert json.loads(triton["cold"].text).keys() == json.loads(triton["hot"].text).keys() == {"a"}
+
+
+def constrained(request_id, schema, **options):
+    plain = request(request_id, [9, 8, 7], max_tokens=40, **options)
+    return msgspec.structs.replace(plain, grammar=GrammarSpec("json_schema", schema))
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="CUDA graphs need CUDA")
+def test_graphs_change_nothing_and_are_captured_once(model_dir, adapter_dirs):
+    graphed, _ = make_pair(model_dir)
+    eager, _ = make_pair(model_dir, cuda_graphs=False)
+    tokens = []
+    for engine in (graphed, eager):
+        hashes = [None, *(engine.load_adapter(str(i), path).content_hash for i, path in enumerate(adapter_dirs))]
+        tokens.append([tokens_of(run(engine, mixed_requests(hashes, mode="fixed"), stagger=1)) for _ in range(2)])
+        if engine is graphed:
+            num_graphs = engine.runner.graphs.num_graphs
+            tokens[0].append(tokens_of(run(engine, mixed_requests(hashes[::-1], mode="off"))))
+    assert tokens[0][:2] == tokens[1] and tokens[0][0] == tokens[0][1]
+    assert num_graphs > 0 and eager.runner.graphs.num_graphs == 0
+    assert not graphed.runner.graphs.num_eager
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="streams need CUDA")
+def test_an_adapter_that_is_read_while_steps_run_is_whole(model_dir, adapter_dirs):
+    engine, plain = make_pair(model_dir)
+    want_key = plain.load_adapter("late", adapter_dirs[2]).content_hash
+    late = request("late", [5, 6, 7, 8], adapter=want_key, max_tokens=8)
+    want = tokens_of(run(plain, [late]))
+    engine.add_request(request("long", range(20, 40), max_tokens=40, ignore_eos=True))
+    with ThreadPoolExecutor(1) as readers:
+        reading = readers.submit(engine.read_adapter, "late", adapter_dirs[2])
+        while not reading.done():
+            engine.step()
+    engine.register_adapter(reading.result())
+    assert tokens_of({key: r for key, r in run(engine, [late]).items() if key == "late"}) == want

@@ -1,0 +1,141 @@
+"""Compiles the forward pass's kernels for Hopper (sm_90), which needs no GPU, and looks at what came out.
+
+The interpreter accepts programs that the compiler refuses. Each line says registers, spilled bytes, shared memory and
+the widest global loads; a kernel that spills, or a fast case that lost its 16-byte loads or its matrix instructions,
+fails. Run by test_forward_kernels.py as a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from specserve.kernels import (
+    add_norm_triton,
+    gated_activation_triton,
+    ragged_attention_triton,
+    rope_kv_triton,
+)
+from specserve.kernels.ragged_attention import block_parameters
+
+
+def compile_kernel(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], floats: tuple[str, ...] = (), **options: int
+) -> dict[str, int]:
+    """Figures of the PTX and of the binary. Pointers and the other integers are multiples of 16, as at a launch."""
+    names = kernel.arg_names
+    types = dict.fromkeys(constants, "constexpr") | pointers | dict.fromkeys(floats, "fp32")
+    signature = {name: types.get(name, "i32") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {
+        (idx,): [["tt.divisibility", 16]]
+        for idx, name in enumerate(names)
+        if name not in constants and name not in floats
+    }
+    source = ASTSource(kernel, signature, values, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK"))
+    assert registers and stack, usage
+    vectors = re.findall(r"ld\.global[\w.:]*\.v(\d)\.b(\d+)", ptx)
+    copies = re.findall(r"cp\.async\.c[ag][\w.:]* *\[[^]]*\], *\[[^]]*\], *(0x\w+|\d+)", ptx)
+    return {
+        "registers": int(registers[1]),
+        "spilled": int(stack[1]),  # no kernel has another use for a stack
+        "shared": compiled.metadata.shared,
+        "load_bytes": max([int(n) * int(bits) // 8 for n, bits in vectors], default=4),
+        "copy_bytes": max([int(size, 0) for size in copies], default=0),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+    }
+
+
+def report(name: str, figures: dict[str, int], may_spill: bool = False) -> None:
+    print(f"{name:44}", "  ".join(f"{key} {value}" for key, value in figures.items()))
+    assert may_spill or figures["spilled"] == 0, f"{name} spills {figures['spilled']} bytes of registers"
+
+
+def compile_elementwise(dtype: str) -> None:
+    pointer = f"*{dtype}"
+    for residual in {pointer, "*fp32"}:
+        for gather in (False, True):
+            pointers = {"out": pointer, "residual": residual, "h": pointer, "rows": "*i64", "sums": residual}
+            pointers |= {"weight": "*fp32", "post_weight": "*fp32"}
+            flags = {"HAS_H": True, "HAS_POST": gather, "GATHER": gather, "HAS_SUMS": gather}
+            for block, warps, num_blocks in ((1024, 4, 1), (4096, 16, 1), (16384, 16, 2)):
+                sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks}
+                figures = compile_kernel(
+                    add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps
+                )
+                report(f"add_rms_norm {dtype} {residual} {'rows' if gather else ''} {block} x {num_blocks}", figures)
+                assert figures["load_bytes"] == 16
+    names = ("qkv", "k_cache", "v_cache")
+    pointers = dict.fromkeys(names, pointer) | dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")
+    pointers["slot_mapping"] = "*i64"
+    for num_heads, num_kv_heads, head_dim, has_norm in ((9, 3, 64, False), (32, 8, 128, True), (4, 1, 256, True)):
+        constants = {
+            "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "HAS_NORM": has_norm,
+            "BLOCK_HEADS": 2048 // head_dim, "BLOCK_HALF": head_dim // 2,
+        }  # fmt: skip
+        figures = compile_kernel(rope_kv_triton.rope_store_kernel, pointers, constants, ("eps",), num_warps=4)
+        report(f"rope_store {dtype} {num_heads}/{num_kv_heads}/{head_dim}", figures)
+        assert figures["load_bytes"] == 16
+    for gelu in (False, True):
+        figures = compile_kernel(
+            gated_activation_triton.gated_activation_kernel,
+            {"out": pointer, "gate_up": pointer},
+            {"GELU": gelu, "BLOCK": 1024},
+            num_warps=4,
+        )
+        report(f"gated_activation {dtype} {'gelu' if gelu else 'silu'}", figures)
+        assert figures["load_bytes"] == 16
+
+
+# (query heads, KV heads, head size, rows a tile): decodes, verifications and prefill of several models.
+ATTENTION = (
+    (9, 3, 64, 1), (9, 3, 64, 16), (32, 8, 128, 1), (32, 8, 128, 8), (32, 8, 128, 32), (8, 4, 256, 8), (4, 1, 256, 16),
+    (12, 2, 80, 8),
+)  # fmt: skip
+
+
+def compile_attention(dtype: str) -> None:
+    pointer, itemsize = f"*{dtype}", 2 if dtype == "bf16" else 4
+    pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), pointer)
+    pointers |= dict.fromkeys(("partial", "stats"), "*fp32") | dict.fromkeys(("tiles", "block_tables"), "*i32")
+    pointers |= {"positions": "*i64", "split_len": "*i32"}
+    for num_heads, num_kv_heads, head_dim, tile_rows in ATTENTION if itemsize == 2 else ATTENTION[:3:2]:
+        blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
+        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+        for window, num_splits in ((0, 1), (512, 8)):
+            shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window}
+            constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
+            constants |= {"IEEE": itemsize == 4, "IS_SPLIT": num_splits > 1}
+            kernel = ragged_attention_triton.ragged_attention_kernel
+            figures = compile_kernel(kernel, pointers, constants, ("scale_log2",), **options)
+            name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} splits {num_splits}"
+            report(name, figures, may_spill=itemsize == 4)  # without matrix instructions, and only for checks
+            if itemsize == 2:
+                assert figures["mma"] or figures["wgmma"], "no matrix instructions"
+                assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
+        constants = (
+            shape | {name: blocks[name] for name in ("ALIGN", "BLOCK_D")} | {"TILE_ROWS": tile_rows, "NUM_SPLITS": 8}
+        )
+        figures = compile_kernel(ragged_attention_triton.merge_splits_kernel, pointers, constants, num_warps=4)
+        report(f"merge_splits {dtype} {head_dim}", figures)
+
+
+if __name__ == "__main__":
+    for element in ("bf16", "fp32"):
+        compile_elementwise(element)
+        compile_attention(element)
