@@ -23,6 +23,7 @@ from ..model.config import ModelConfig
 from .lookahead import Lookahead, read_lookahead
 from .peft_config import parse_config
 from .served_base import ServedBase
+from .slab import in_one_slab
 from .tensors import check_tensors, module_shapes
 
 # The fused linears of a layer, in the order of their columns.
@@ -106,13 +107,16 @@ def _read_files(
     pairs = check_tensors(peft, tensors, base, max_rank)
     layers: dict[tuple[int, str], LoraPair] = {}
     extra: dict[str, LoraPair] = {}
-    for module, pair in pairs.items():
+    held = [LoraPair(pair.a.to(device), pair.b.to(device), pair.scale) for pair in pairs.values()]
+    held = [pair if _is_extra(module) else lay_out(pair) for module, pair in zip(pairs, held, strict=True)]
+    if torch.device(device).type == "cpu":
+        held = in_one_slab(held)
+    for module, pair in zip(pairs, held, strict=True):
         short = module.rsplit(".", 1)[-1]
-        kept = LoraPair(pair.a.to(device), pair.b.to(device), pair.scale)
-        if short in ("embed_tokens", "lm_head"):
-            extra[short] = kept
+        if _is_extra(module):
+            extra[short] = pair
         else:
-            layers[int(module.split(".")[2]), short] = lay_out(kept)
+            layers[int(module.split(".")[2]), short] = pair
     highest = max(pair.a.shape[0] for pair in pairs.values())
     lookahead = None
     if base.identity is not None:
@@ -120,6 +124,10 @@ def _read_files(
         lookahead = read_lookahead(files.paths, digest, name, base.config, base.identity, device)
     embed, lm_head = extra.get("embed_tokens"), extra.get("lm_head")
     return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead)
+
+
+def _is_extra(module: str) -> bool:
+    return module.endswith(("embed_tokens", "lm_head"))
 
 
 def _max_weights_bytes(config: ModelConfig, max_rank: int) -> int:

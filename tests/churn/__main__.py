@@ -161,7 +161,8 @@ async def main_async(
         ]
     click.echo("making the contents, and reading their texts where nothing disturbs them ...")
     contents = await asyncio.to_thread(make_contents, model_dir, demos, work / "contents")
-    arguments = [str(model_dir), "--dtype", dtype, "--num-threads", str(threads), "--kv-cache-gib", "0.5"]
+    # A small cache: its pages are all touched within minutes, and growth after that is something else's.
+    arguments = [str(model_dir), "--dtype", dtype, "--num-threads", str(threads), "--kv-cache-gib", "0.125"]
     golden = await read_golden(arguments, contents, work / "contents", prompts, work / "quiet.log")
     texts = [
         {"content": c, "route": route, "prompt_idx": idx, "text": text} for (c, route, idx), text in golden.items()
