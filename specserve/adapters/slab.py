@@ -22,7 +22,8 @@ def in_one_slab(pairs: Sequence[LoraPair]) -> list[LoraPair]:
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
     if not sum(sizes):
         return list(pairs)
-    slab = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)  # which keeps the mapping
+    mapping = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    slab = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping
     copies, offset = [], 0
     for tensor, size in zip(tensors, sizes, strict=True):
         copy = slab[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
