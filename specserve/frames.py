@@ -34,11 +34,6 @@ def encode_frame(message: Any) -> bytes:
     return bytes(buffer)
 
 
-def write_frame(sock: socket.socket, message: Any) -> None:
-    """Send one value on a blocking socket."""
-    sock.sendall(encode_frame(message))
-
-
 def read_frame(sock: socket.socket) -> bytes | None:
     """The next frame's payload from a blocking socket; None when the peer has closed."""
     head = _receive(sock, _LENGTH.size)

@@ -33,7 +33,6 @@ class Setting(msgspec.Struct, frozen=True):
     kind: Literal["bool", "int", "float", "str", "list", "choice"]
     description: str
     default: Any
-    optional: bool  # None (YAML null) is a value
     choices: tuple[str, ...]
     limits: str  # "from 1 to 256"; empty when there are none
     annotation: Any  # what msgspec.convert checks against
@@ -148,12 +147,6 @@ def parse(setting: Setting, value: Any, origin: str, *, is_text: bool = True) ->
     return converted
 
 
-def redacted(config: msgspec.Struct) -> dict[str, Any]:
-    """The settings as a dict that may be logged."""
-    values = msgspec.structs.asdict(config)
-    return {key: HIDDEN if key.endswith("api_key") and value is not None else value for key, value in values.items()}
-
-
 def _setting(field: inspect.Field, annotation: Any) -> Setting:
     described = field.type
     description = ""
@@ -161,7 +154,6 @@ def _setting(field: inspect.Field, annotation: Any) -> Setting:
         description = (described.extra_json_schema or {}).get("description", "")
         described = described.type
     members = described.types if isinstance(described, inspect.UnionType) else (described,)
-    optional = any(isinstance(member, inspect.NoneType) for member in members)
     (plain,) = (member for member in members if not isinstance(member, inspect.NoneType))
     choices: tuple[str, ...] = ()
     kind: Literal["bool", "int", "float", "str", "list", "choice"]
@@ -183,7 +175,7 @@ def _setting(field: inspect.Field, annotation: Any) -> Setting:
             raise TypeError(f"{field.name}: settings of type {plain} have no flag")
     default = field.default if field.default is not msgspec.NODEFAULT else None
     limits = _limits(plain) if isinstance(plain, inspect.IntType | inspect.FloatType) else ""
-    return Setting(field.name, kind, description, default, optional, choices, limits, annotation)
+    return Setting(field.name, kind, description, default, choices, limits, annotation)
 
 
 def _choices_in_order(annotation: Any) -> tuple[str, ...]:

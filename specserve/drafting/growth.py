@@ -8,7 +8,6 @@ next positions would admit them, since survival never rises within a sequence.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from .budget import ENTER_GAIN, best_prefix
 from .cost_model import CostModel, MeanSeconds, StepCurve, StepShape
 from .switch import DraftSwitch
 
-logger = logging.getLogger(__name__)
 _LEAST_LOOK = 8  # rows ahead, at least, over which a cheap region counts
 # A draft grows down to this share of a row's price: dear rows may be paid for by cheap ones behind them. On random
 # staircases 0.5 loses 0.24% of the best rate on average, 1 loses 0.35% and asks for a tenth fewer guesses.

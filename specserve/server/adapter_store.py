@@ -58,9 +58,6 @@ class AdapterStore:
         """Every name that can be asked for now."""
         return sorted({*self._folders(), *self._registered})
 
-    def has(self, name: str) -> bool:
-        return self._directory(name) is not None
-
     def path(self, name: str) -> Path:
         """The directory of a known name; raises 404 otherwise."""
         directory = self._directory(name)

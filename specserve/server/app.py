@@ -7,7 +7,6 @@ get `drain_timeout_s`, and the engine process is ended; a second signal ends eve
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -37,8 +36,6 @@ from .openai.conversion import convert
 from .openai.types import LoadAdapterRequest, UnloadAdapterRequest
 from .openapi import openapi_document
 from .routes import add_routes
-
-logger = logging.getLogger(__name__)
 
 
 class Server:

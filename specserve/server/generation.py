@@ -164,7 +164,7 @@ class Generator:
         for _, ids in prompts:
             validation.check_prompt_ids(ids, info)
         num_choices, n = validation.num_choices(request, len(prompts))
-        sampling = validation.sampling_params(request, self.config, info, [len(ids) for _, ids in prompts])
+        sampling = validation.sampling_params(request, info, [len(ids) for _, ids in prompts])
         if n > num_choices and sampling.logprobs is None:
             sampling = msgspec.structs.replace(sampling, logprobs=0)  # what ranks them
         if plan is not None:

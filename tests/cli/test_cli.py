@@ -95,7 +95,7 @@ def test_help_never_shows_a_key(capsys, monkeypatch):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from specserve import cli; cli.run(['serve', '--help']); "
+        "import sys; from specserve.cli.main import run; run(['serve', '--help']); "
         "sys.exit(', '.join({'torch', 'transformers', 'triton', 'gguf', 'yaml', 'aiohttp'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -21,7 +21,7 @@ from specserve.config import EngineConfig
 from specserve.engine import server_link
 from specserve.engine.process import EngineProcess
 from specserve.engine.server_link import ServerLink
-from specserve.frames import from_engine_decoder, read_frame, write_frame
+from specserve.frames import encode_frame, from_engine_decoder, read_frame
 from specserve.grammar.compiler import COMPILE_TIMEOUT_S
 from specserve.messages import (
     Abort,
@@ -123,10 +123,10 @@ class Peer:
         )
         theirs.close()
         self.sock.settimeout(60)
-        write_frame(self.sock, config)
+        self.send(config)
 
     def send(self, message):
-        write_frame(self.sock, message)
+        self.sock.sendall(encode_frame(message))
 
     def receive(self, kind, match=lambda message: True):
         while True:

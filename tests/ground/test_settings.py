@@ -9,7 +9,7 @@ from places import EXAMPLES
 from specserve.compute.device_choice import kv_cache_gib, with_defaults
 from specserve.config import EngineConfig, ServeConfig
 from specserve.errors import UserError
-from specserve.settings import load, read_file, redacted, settings_of
+from specserve.settings import load, read_file, settings_of
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -152,8 +152,6 @@ def test_an_empty_file_sets_nothing(tmp_path):
 
 def test_secrets_appear_in_no_message(tmp_path):
     assert "s3cret" not in error_of(read_file, write(tmp_path, "api_key: [s3cret]\n"))
-    shown = redacted(ServeConfig(api_key="s3cret"))
-    assert shown["api_key"] == "***" and shown["admin_api_key"] is None and "s3cret" not in str(shown)
 
 
 def test_the_example_file_is_valid_and_shows_only_defaults():

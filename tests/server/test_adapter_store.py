@@ -248,7 +248,8 @@ async def test_a_folder_that_cannot_be_looked_into_hides_no_other(store, root, m
     monkeypatch.setattr(Path, "exists", refused)
     assert "a" in store.names()
     await store.unregister("a")
-    assert not store.has("a")
+    with pytest.raises(UserError, match="does not exist"):
+        store.path("a")
 
 
 async def test_a_client_that_leaves_during_its_load_leaves_no_adapter_without_a_name(store, engine, root):
@@ -281,7 +282,8 @@ async def test_the_base_models_name_and_names_that_cannot_be_asked_for(store, en
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 2 and any("base model's name" in text for text in warned)
     assert any("two words" in text for text in warned)
-    assert not store.has("base-model")
+    with pytest.raises(UserError, match="does not exist"):
+        store.path("base-model")
     with pytest.raises(UserError, match="base model's name") as refused:
         await store.register("base-model", "good")
     assert refused.value.status == 409 and engine.num_loads == 0

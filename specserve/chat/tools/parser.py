@@ -216,7 +216,7 @@ class CallParser:
         text = self._buffer.lstrip()
         if not text and not final:
             return False
-        length = self._closing(text[1:], final) if text[:1] == "}" else -1
+        length = self._closing(text[1:]) if text[:1] == "}" else -1
         if length is None and not final:
             return False
         if length is None or not text:
@@ -240,7 +240,7 @@ class CallParser:
                 return self._broken()
             self._parsed = (seen + end, *parsed)
         end, name, arguments = self._parsed
-        length = self._closing(self._buffer[end:], final)
+        length = self._closing(self._buffer[end:])
         if length is None and not final:
             return False
         if length is None or length < 0:
@@ -251,7 +251,7 @@ class CallParser:
         self._separator, self._buffer = following, self._buffer[end + length :]
         return True
 
-    def _closing(self, text: str, final: bool) -> int | None:
+    def _closing(self, text: str) -> int | None:
         """How much of `text` ends the call, and the state behind it; None: not known yet, -1: it is something else."""
         rest = text.lstrip()
         space = len(text) - len(rest)

@@ -69,7 +69,7 @@ def check_supported(request: GenerationFields) -> None:
 
 
 def sampling_params(
-    request: CompletionRequest | ChatRequest, config: ServeConfig, info: EngineInfo, prompt_lens: Sequence[int]
+    request: CompletionRequest | ChatRequest, info: EngineInfo, prompt_lens: Sequence[int]
 ) -> SamplingParams:
     """The sampling of one request whose prompts have `prompt_lens` tokens."""
     is_chat = isinstance(request, ChatRequest)
