@@ -8,8 +8,6 @@ refused with the reason; its LoRA is served without it.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +19,7 @@ from msgspec import Meta
 from safetensors.torch import save_file
 
 from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE
+from ..whole_files import replace_file
 from .head import WEIGHT_NAMES, HeadWeights, head_shapes
 
 FORMAT_VERSION = 1
@@ -148,14 +147,3 @@ def pad_vocab(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def file_hash(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

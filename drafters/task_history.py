@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..whole_files import replace_file
+
 logger = logging.getLogger(__name__)
 
 MAX_CONTEXT = 24  # tokens of context that are sorted and compared; more says little about the continuation
@@ -65,17 +67,13 @@ class _Packed(NamedTuple):
         little = self.text.dtype.newbyteorder("<")
         body = zlib.compress(self.ids.astype("<u4").tobytes() + self.text.astype(little).tobytes(), 6)
         header = _HEADER.pack(_MAGIC, _VERSION, len(self.ids), len(self.text), len(body), zlib.crc32(body))
-        temporary = path.with_name(path.name + ".tmp")
-        try:
+
+        def save(temporary: Path) -> None:
             # What was served to a tenant is nobody else's to read.
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(header + body)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+
+        replace_file(path, save, sync=True)
 
     @classmethod
     def parse(cls, data: bytes, vocab_size: int) -> _Packed:

@@ -5,13 +5,13 @@ Knows nothing of what is in it beyond the fields; what a checkpoint is of stands
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..whole_files import replace_file
 
 CHECKPOINT_FILE = "checkpoint.pt"
 _FIELDS = ("step", "health", "identity", "lora", "head", "optimizer")
@@ -19,20 +19,16 @@ _FIELDS = ("step", "health", "identity", "lora", "head", "optimizer")
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Replace `path`; the old file stays until the new one is on disk. Raises `OSError`."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch says so of a file that takes no more
-        temporary.unlink(missing_ok=True)
-        reason = error.__context__ if isinstance(error.__context__, OSError) else str(error).partition("\n")[0]
-        raise OSError(f"{temporary} could not be written: {reason}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    def save(temporary: Path) -> None:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # torch says so of a file that takes no more
+            reason = error.__context__ if isinstance(error.__context__, OSError) else str(error).partition("\n")[0]
+            raise OSError(f"{temporary} could not be written: {reason}") from error
+
+    replace_file(path, save, sync=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..whole_files import replace_file
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -24,9 +26,7 @@ class MetricsFile:
         path = directory / METRICS_FILE
         kept = [line for line in _lines(path) if _step_of(line) in range(1, num_steps + 1)]
         if path.is_file():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, path)
+            replace_file(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
         self._file = open(path, "ab", buffering=0)
         self._warned = False
         self._board = _tensorboard(directory)

@@ -26,13 +26,13 @@ from ..drafters.head_files import (
     LookaheadConfig,
     file_hash,
     read_config,
-    replace_file,
     write_head,
 )
 from ..drafters.task_history import TaskHistory
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from ..model.store import DEFAULT_MODEL
+from ..whole_files import replace_file
 from .answers import answer, make_engine
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint
 from .dataset import Example

@@ -20,8 +20,8 @@ from typing import Literal
 import safetensors
 
 from ..adapter_files import WEIGHTS_FILE
-from ..drafters.head_files import replace_file
 from ..errors import UserError
+from ..whole_files import replace_file
 from .checkpoint import CHECKPOINT_FILE
 from .run_config import RunConfig
 from .run_file import load_run, save_resolved
