@@ -17,9 +17,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     revision: Annotated[str | None, Meta(description="hub revision of the model")] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs")] = "auto"
     dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Meta(description="weights and arithmetic")] = "auto"
-    compile: Annotated[
-        Literal["auto", "on", "off", "triton"],
-        Meta(description="own kernels: native ones on a CPU, Triton's on CUDA; off: plain torch"),
+    kernels: Annotated[
+        Literal["auto", "native", "triton", "torch"],
+        Meta(
+            description="native: C++ on a CPU, Triton's on CUDA, or no start; triton: Triton's or no start; "
+            "torch: none; auto: native where that can be, else torch"
+        ),
     ] = "auto"
     quantization: Annotated[
         Literal["none", "int8", "int4"], Meta(description="hold the base model's weights in fewer bits (CPU)")

@@ -18,6 +18,7 @@ from msgspec import inspect
 
 from .config import EngineConfig, ServeConfig
 from .errors import UserError
+from .renamed_settings import Given, old_setting, translated
 
 ENV_PREFIX = "SPECSERVE_"
 CONFIG_ENV = "SPECSERVE_CONFIG"
@@ -84,15 +85,22 @@ def load(
     if config_file is None:
         config_file = environ.get(CONFIG_ENV) or None
     from_file = read_file(config_file) if config_file is not None else {}
-    values = {}
-    for setting in settings_of(config_type):
+
+    def given(setting: Setting) -> Given | None:
         flag = flags.get(setting.name)
         if flag is not None and flag != ():
-            values[setting.name] = parse(setting, flag, setting.flag)
-        elif environ.get(setting.env):
-            values[setting.name] = parse(setting, environ[setting.env], setting.env)
-        elif setting.name in from_file:
-            values[setting.name] = from_file[setting.name]
+            return Given(setting, parse(setting, flag, setting.flag), setting.flag)
+        if environ.get(setting.env):
+            return Given(setting, parse(setting, environ[setting.env], setting.env), setting.env)
+        return Given(setting, from_file[setting.name], str(config_file)) if setting.name in from_file else None
+
+    values = {}
+    for setting in settings_of(config_type):
+        found, old = given(setting), old_setting(setting)
+        if old is not None:
+            found = translated(setting, found, given(old))
+        if found is not None:
+            values[setting.name] = found.value
     return config_type(**values)
 
 
@@ -117,11 +125,13 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines, not {type(content).__name__}")
     settings = {setting.name: setting for setting in settings_of(ServeConfig)}
+    old = {setting.name: setting for setting in map(old_setting, settings.values()) if setting is not None}
     values = {}
     for key, value in content.items():
-        if key not in settings:
+        setting = settings.get(key) or old.get(key)
+        if setting is None:
             raise UserError(f"unknown key {key!r} in {path}{_nearest(str(key), settings)}", param=str(key))
-        values[key] = parse(settings[key], value, str(path), is_text=False)
+        values[key] = parse(setting, value, str(path), is_text=False)
     return values
 
 

@@ -15,6 +15,7 @@ import click
 from .. import __version__, settings
 from ..config import EngineConfig, ServeConfig
 from ..errors import UserError
+from ..renamed_settings import old_setting
 from .bench_serve import serve as bench_serve
 from .train import evaluate, train
 
@@ -74,6 +75,8 @@ def settings_options(config_type: type[EngineConfig]) -> Callable[[Command], Com
     def decorate(command: Command) -> Command:
         for setting in reversed(settings.settings_of(config_type)):
             command = _setting_option(setting)(command)
+            if (old := old_setting(setting)) is not None:
+                command = _setting_option(old, hidden=True)(command)
         config_file = click.option(
             "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of settings."
         )
@@ -82,7 +85,7 @@ def settings_options(config_type: type[EngineConfig]) -> Callable[[Command], Com
     return decorate
 
 
-def _setting_option(setting: settings.Setting) -> Callable[[Command], Command]:
+def _setting_option(setting: settings.Setting, hidden: bool = False) -> Callable[[Command], Command]:
     help_text = setting.description[:1].upper() + setting.description[1:]
     if setting.kind == "bool":
         help_text += f"  [default: {'on' if setting.default else 'off'}]"
@@ -93,8 +96,9 @@ def _setting_option(setting: settings.Setting) -> Callable[[Command], Command]:
     elif setting.default not in (None, ""):
         help_text += f"  [default: {setting.default}]"
     # Values stay text here: settings.parse checks flags, variables and files alike, with one wording.
+    multiple = setting.kind == "list"
     return click.option(
-        setting.flag, setting.name, metavar=metavar[setting.kind], multiple=setting.kind == "list", help=help_text
+        setting.flag, setting.name, metavar=metavar[setting.kind], multiple=multiple, help=help_text, hidden=hidden
     )
 
 

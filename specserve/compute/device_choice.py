@@ -1,18 +1,13 @@
-"""Decides, once at start, what depends on where the model runs: the path that serves it, and the sizes nobody set."""
+"""Decides, once at start, where the model runs and the sizes that nobody set, which follow from that."""
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 
 import msgspec
 import torch
 
 from ..config import EngineConfig
-from ..errors import ModelError
-
-logger = logging.getLogger(__name__)
 
 # (CPU, CUDA). A GPU's step of 2,048 rows takes as long as a CPU's of some tens.
 _DEFAULTS = {"max_num_seqs": (64, 256), "max_batched_tokens": (512, 2048), "max_prefill_rows": (128, 1024)}
@@ -49,17 +44,3 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def chooses_triton(config: EngineConfig, device: torch.device) -> bool:
-    """Whether the Triton kernels serve. Raises `ModelError` where they were asked for and cannot."""
-    if config.compile == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ModelError(f"compile=triton needs CUDA, or Triton's interpreter (TRITON_INTERPRET=1), not {device.type}")
-    if config.compile != "triton" and (device.type != "cuda" or config.compile == "off"):
-        return False
-    if importlib.util.find_spec("triton") is None:
-        if config.compile in ("triton", "on"):
-            raise ModelError(f"compile={config.compile} needs triton, which is not installed")
-        logger.warning("triton is not installed: torch serves instead, slower")
-        return False
-    return True

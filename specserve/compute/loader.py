@@ -15,8 +15,8 @@ from ..errors import ModelError
 from ..model.config import ModelConfig
 from ..model.weights import DTYPES, StoredWeights, checked_source
 from .build import build_native, build_torch, build_triton
+from .cuda.choice import TritonChoice
 from .cuda.decoder import TritonDecoder
-from .cuda.decoder import cannot_serve as triton_cannot_serve
 from .native.choice import NativeChoice
 from .native.decoder import NativeDecoder
 from .torch.decoder import Decoder
@@ -29,13 +29,12 @@ def load_model(
     device: torch.device,
     dtype: str = "auto",
     native: NativeChoice | None = None,
-    is_triton: bool = False,
+    triton: TritonChoice | None = None,
 ) -> Decoder | NativeDecoder | TritonDecoder:
     """Read the model directory `path` onto `device`. `dtype` is auto (as saved), fp32, bf16 or fp16.
 
-    With `native` the native forward of the CPU takes the model where it can; what it cannot is logged with the reason,
-    or raised as `ModelError` where the choice says that nothing else will do. With `is_triton` the Triton kernels take
-    it where they can.
+    With `native` the native forward of the CPU takes the model where it can, with `triton` the Triton kernels do. What
+    they cannot is logged with the reason, or raised as `ModelError` where the choice says that nothing else will do.
     """
     path = Path(path)
     config = ModelConfig.from_dir(path)
@@ -49,9 +48,11 @@ def load_model(
         if native.is_required:
             raise ModelError(f"the native CPU path was asked for and cannot serve this model: {reason}")
         logger.warning("the native CPU path cannot serve this model (%s); torch serves it, slower", reason)
-    if is_triton:
-        reason = triton_cannot_serve(config)
+    if triton is not None:
+        reason = triton.cannot_serve(config)
         if reason is None:
             return build_triton(config, weights)
+        if triton.is_required:
+            raise ModelError(f"the Triton kernels were asked for and cannot serve this model: {reason}")
         logger.warning("the Triton kernels cannot serve this model (%s); torch serves it, slower", reason)
     return build_torch(config, weights)

@@ -22,8 +22,9 @@ from ..adapters.lora import LoraAdapter, read_adapter
 from ..adapters.registry import AdapterRegistry
 from ..adapters.served_base import ServedBase
 from ..compute.cuda.buffers import beside_steps
+from ..compute.cuda.choice import choose_triton
 from ..compute.cuda.runner import DeviceRunner
-from ..compute.device_choice import choose_device, chooses_triton, kv_cache_gib, memory_bytes, with_defaults
+from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
 from ..compute.loader import load_model
@@ -97,8 +98,8 @@ class Engine:
         device = choose_device(config)
         self.config = config = with_defaults(config, device)
         assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows
-        native, is_triton = choose_native(config, device), chooses_triton(config, device)
-        self.decoder = load_model(model_dir, device, config.dtype, native, is_triton)
+        native, triton = choose_native(config, device), choose_triton(config, device)
+        self.decoder = load_model(model_dir, device, config.dtype, native, triton)
         self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)

@@ -45,7 +45,7 @@ def setup(model_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     command = [sys.executable, str(EXAMPLES / "make_adapters.py"), "--out", str(root), "--num", "1", "--rank", "16"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    engine = make_engine(model_dir, kv_cache_gib=0.5, max_batched_tokens=512, dtype="auto", compile="on")
+    engine = make_engine(model_dir, kv_cache_gib=0.5, max_batched_tokens=512, dtype="auto", kernels="native")
     infos = {name: engine.load_adapter(name, EXAMPLES / "adapters" / name) for name in DEMOS}
     assert all(info.lookahead is not None and info.lookahead.error is None for info in infos.values())
     plain = engine.load_adapter("random-0", root / "random-0")
@@ -91,7 +91,7 @@ def test_mixed_traffic_gives_the_same_tokens_with_speculation_off_and_on(setup, 
 
 def test_in_torch_mixed_traffic_gives_the_same_greedy_tokens_with_speculation_off_and_on(model_dir, prompts):
     """In fp32; sampled tokens may differ there where a draw falls between the roundings of two row counts."""
-    engine = make_engine(model_dir, kv_cache_gib=0.5, max_batched_tokens=512, compile="off")
+    engine = make_engine(model_dir, kv_cache_gib=0.5, max_batched_tokens=512, kernels="torch")
     adapters = {name: engine.load_adapter(name, EXAMPLES / "adapters" / name).content_hash for name in DEMOS}
     adapters["plain"] = None
     want = tokens_of(run(engine, mixed(adapters, prompts, "off", 0.0)))

@@ -31,9 +31,9 @@ def model_dir(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=["off", "on"], ids=["torch", "native"])
+@pytest.fixture(scope="module", params=["torch", "native"])
 def setup(request, model_dir, tmp_path_factory):
-    engine = make_engine(model_dir, compile=request.param)
+    engine = make_engine(model_dir, kernels=request.param)
     root = tmp_path_factory.mktemp("adapters")
     hashes = [
         engine.load_adapter(str(i), make_lookahead_adapter(model_dir, root / str(i), seed=i, **shape)).content_hash

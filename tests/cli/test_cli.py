@@ -102,6 +102,15 @@ def test_help_imports_nothing_heavy():
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_the_old_name_of_a_flag_works_and_is_not_shown(capsys, monkeypatch):
+    configs = captured_serve(monkeypatch)
+    assert run(capsys, "serve", "--compile", "off")[0] == 0
+    assert configs[0].kernels == "torch"
+    code, _, err = run(capsys, "serve", "--compile", "off", "--kernels", "torch")
+    assert code == 2 and "kernels is given twice" in err
+    assert "--compile" not in run(capsys, "serve", "--help")[1]
+
+
 def test_serve_gets_flags_variables_and_file(capsys, monkeypatch, tmp_path):
     configs = captured_serve(monkeypatch)
     file = tmp_path / "config.yaml"
@@ -174,7 +183,7 @@ def test_one_word_at_a_terminal_is_no_hub_id_and_a_piped_prompt_leaves_it_one():
 
 
 def test_a_cache_beyond_the_memory_is_refused_by_name(capsys, model_dir):
-    code, _, err = run(capsys, "generate", str(model_dir), "-p", "x", "--kv-cache-gib", "99999", "--compile", "off")
+    code, _, err = run(capsys, "generate", str(model_dir), "-p", "x", "--kv-cache-gib", "99999", "--kernels", "torch")
     assert code == 2 and "kv_cache_gib=99999 is more than the memory of the device" in err and err.count("\n") == 1
 
 

@@ -135,7 +135,7 @@ def test_sixteen_bits_and_fewer_stay_close_to_transformers(model_dir, quantizati
                                       {"dtype": "bf16", "quantization": "int4"}], ids=str)  # fmt: skip
 def test_drafts_change_no_token_at_16_bits_or_fewer(model_dir, tmp_path, settings):
     """In fp32 tests/engine/test_exactness.py says so; here because no row's result depends on its batch."""
-    engine = make_engine(model_dir, compile="on", **settings)
+    engine = make_engine(model_dir, kernels="native", **settings)
     ends = {"r": 6, "target_modules": ["embed_tokens", "lm_head", "v_proj"]}
     shapes = [{"r": 4}, {"r": 3, "target_modules": ["q_proj", "down_proj"]}, {"r": 24}, ends]
     adapters = [None] + [
@@ -165,12 +165,12 @@ def test_an_adapter_on_all_modules_adds_what_peft_adds(model_dir, tmp_path):
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     shapes = [{"r": 5, "target_modules": modules}, {"r": 33, "target_modules": modules[2:5]}, {"r": 1}]
     results = []
-    for way in ("off", "on"):
-        engine = make_engine(model_dir, compile=way)
-        assert isinstance(engine.decoder, Decoder if way == "off" else NativeDecoder)
+    for way in ("torch", "native"):
+        engine = make_engine(model_dir, kernels=way)
+        assert isinstance(engine.decoder, Decoder if way == "torch" else NativeDecoder)
         hashes = [
             engine.load_adapter(str(i), make_peft_adapter(model_dir, tmp_path / str(i), seed=i, std=0.3, **shape)
-                                if way == "off" else tmp_path / str(i)).content_hash
+                                if way == "torch" else tmp_path / str(i)).content_hash
             for i, shape in enumerate(shapes)
         ]  # fmt: skip
         requests = [request(i, random_tokens(20, i), adapter=hashes[i % 3], ignore_eos=True) for i in range(6)]
@@ -185,8 +185,8 @@ def test_without_a_compiler_torch_serves_and_says_so(model_dir, monkeypatch, cap
     monkeypatch.setattr("specserve.compute.native.choice.load_library", none)
     assert isinstance(make_engine(model_dir).decoder, Decoder)
     assert "no C++ compiler was found" in caplog.text
-    with pytest.raises(ModelError, match="compile=on needs the native CPU path: no C"):
-        make_engine(model_dir, compile="on")
+    with pytest.raises(ModelError, match="kernels=native needs the native CPU path: no C"):
+        make_engine(model_dir, kernels="native")
     with pytest.raises(ModelError, match="quantization=int8 needs the native CPU path"):
         make_engine(model_dir, quantization="int8")
 

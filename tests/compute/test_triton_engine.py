@@ -25,12 +25,12 @@ def test_the_engine_serves_on_cuda_with_graphs():
 
 def test_triton_without_cuda_or_interpreter_is_refused_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ModelError, match=r"compile=triton needs CUDA, or Triton's interpreter \(TRITON_INTERPRET=1\)"):
-        make_engine(make_tiny_model(tmp_path), compile="triton")
+    with pytest.raises(ModelError, match=r"kernels=triton needs CUDA, or Triton's interpreter \(TRITON_INTERPRET=1\)"):
+        make_engine(make_tiny_model(tmp_path), kernels="triton")
 
 
 @needs_triton
 def test_more_rows_than_the_kernels_take_are_refused_with_the_limit(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match="max_batched_tokens=9000 is more than the 8192 rows"):
-        make_engine(make_tiny_model(tmp_path), compile="triton", max_batched_tokens=9000)
+        make_engine(make_tiny_model(tmp_path), kernels="triton", max_batched_tokens=9000)

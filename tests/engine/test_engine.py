@@ -235,7 +235,7 @@ def test_fp16_and_bf16_generate(model_dir):
 
 
 def test_steady_traffic_over_the_same_adapters_rebuilds_no_stacks(model_dir, tmp_path):
-    engine = make_engine(model_dir, compile="off")
+    engine = make_engine(model_dir, kernels="torch")
     hashes = [
         engine.load_adapter(str(i), make_peft_adapter(model_dir, tmp_path / str(i), r=2, seed=i, std=0.3)).content_hash
         for i in range(6)

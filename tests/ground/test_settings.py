@@ -161,3 +161,39 @@ def test_the_example_file_is_valid_and_shows_only_defaults():
     assert values.pop("adapters_dir") == "examples/adapters"
     defaults = ServeConfig()
     assert values and all(getattr(defaults, key) == value for key, value in values.items())
+
+
+OLD_VALUES = [("auto", "auto"), ("on", "native"), ("off", "torch"), ("triton", "triton")]
+
+
+@pytest.mark.parametrize("old,now", OLD_VALUES)
+def test_an_old_name_holds_with_its_old_values_and_says_the_new_ones_once(old, now, tmp_path, caplog):
+    file = write(tmp_path, f"compile: {old}\n")
+    for given, instead in (
+        (({"compile": old}, {}), f"--compile {old} is now called --kernels {now};"),
+        (({}, {"SPECSERVE_COMPILE": old}), f"SPECSERVE_COMPILE={old} is now called SPECSERVE_KERNELS={now};"),
+        (({}, {}, file), f"compile: {old} in {file} is now called kernels: {now} in {file};"),
+    ):
+        caplog.clear()
+        assert load(EngineConfig, *given).kernels == now
+        assert [instead in record.message for record in caplog.records] == [True]
+
+
+def test_an_old_name_keeps_the_order_of_flag_variable_and_file(tmp_path, caplog):
+    file = write(tmp_path, "compile: on\n")
+    assert load(EngineConfig, {"compile": "off"}, {"SPECSERVE_COMPILE": "triton"}, file).kernels == "torch"
+    assert len(caplog.records) == 1
+
+
+def test_an_old_name_beside_the_new_one_is_refused_wherever_they_stand(tmp_path):
+    file = write(tmp_path, "compile: off\n")
+    assert error_of(load, EngineConfig, {"kernels": "auto", "compile": "off"}, {}) == (
+        "kernels is given twice, as --kernels auto and under its old name as --compile off; leave that out"
+    )
+    message = error_of(load, EngineConfig, {}, {"SPECSERVE_KERNELS": "torch"}, file)
+    assert "as SPECSERVE_KERNELS=torch and" in message and f"as compile: off in {file};" in message
+
+
+def test_an_old_name_does_not_take_new_values():
+    message = error_of(load, EngineConfig, {"compile": "native"}, {})
+    assert message == "compile: 'native' from --compile is not one of auto, on, off, triton"

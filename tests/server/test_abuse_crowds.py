@@ -54,7 +54,7 @@ def server(model_dir, adapters_dir, histories):
     """On the torch path: the native one answers before anything could happen to it."""
     server = ServerProcess(
         model_dir,
-        *("--compile", "off", "--adapters-dir", str(adapters_dir), "--max-adapters", str(MAX_ADAPTERS)),
+        *("--kernels", "torch", "--adapters-dir", str(adapters_dir), "--max-adapters", str(MAX_ADAPTERS)),
         *("--max-num-seqs", "4", "--max-waiting", "16", "--max-concurrent-requests", "64", "--read-timeout-s", "2"),
         *("--write-timeout-s", "2"),
         *("--learn-history", "--history-dir", str(histories)),

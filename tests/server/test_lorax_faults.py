@@ -16,7 +16,14 @@ LONG = {"inputs": "The quick", "parameters": {"max_new_tokens": 480, "ignore_eos
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    flags = ("--compile", "off", "--speculation", "off", "--max-concurrent-requests", "1")  # slow enough to be cut off
+    flags = (
+        "--kernels",
+        "torch",
+        "--speculation",
+        "off",
+        "--max-concurrent-requests",
+        "1",
+    )  # slow enough to be cut off
     server = ServerProcess(model_dir, *flags).wait_ready()
     yield server
     server.wait_baseline()

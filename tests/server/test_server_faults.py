@@ -20,7 +20,7 @@ from tiny_models import make_tiny_model
 
 def start_server(model_dir, *flags):
     """A server on the torch path: the native one answers `LONG` before anything could happen to it."""
-    return ServerProcess(model_dir, "--compile", "off", *flags)
+    return ServerProcess(model_dir, "--kernels", "torch", *flags)
 
 
 LONG = {

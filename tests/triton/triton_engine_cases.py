@@ -31,9 +31,9 @@ torch.set_num_threads(1)
 def make_pair(model_dir, **settings):
     """The engine on the Triton path, and on plain torch."""
     settings = {"max_num_seqs": 4, "max_batched_tokens": 48, **settings}
-    engine = make_engine(model_dir, compile="triton", device="cpu" if IS_INTERPRETED else "cuda", **settings)
+    engine = make_engine(model_dir, kernels="triton", device="cpu" if IS_INTERPRETED else "cuda", **settings)
     assert isinstance(engine.runner, DeviceRunner)
-    return engine, make_engine(model_dir, compile="off", **settings)
+    return engine, make_engine(model_dir, kernels="torch", **settings)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,14 +18,10 @@ from ...kernels.gated_activation import gated_activation
 from ...kernels.linear import Linear
 from ...kernels.ragged_attention import ragged_attention_
 from ...kernels.rope_kv import rope_store_
-from ...model.config import ModelConfig
 from ...model.rope import Rope
 from ..decoder_weights import DecoderWeights, Layer
 from ..kv_cache import KVCache
 from .lora import DeviceLoraBatch
-
-MAX_HEAD_DIM = 256
-HEAD_DIM_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +39,6 @@ class RowInputs:
     num_splits: int
     scratch: tuple[torch.Tensor, torch.Tensor] | None  # of attention
     lora: DeviceLoraBatch | None  # None: no row has an adapter
-
-
-def cannot_serve(config: ModelConfig) -> str | None:
-    """Why the Triton kernels cannot serve this model; None if they can."""
-    if config.head_dim > MAX_HEAD_DIM or config.head_dim % HEAD_DIM_STEP:
-        return f"head_dim={config.head_dim} is not a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
-    return None
 
 
 class TritonDecoder(DecoderWeights):

@@ -1,6 +1,6 @@
 """Decides, once at start, whether the native forward of the CPU serves the model, and logs why not.
 
-`compile=auto` takes it where a C++ compiler and the model allow it, `on` fails where they do not, `off` is torch.
+`kernels=auto` takes it where a C++ compiler and the model allow it, `native` fails where they do not.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class NativeChoice:
 def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | None:
     """The native path as `config` wants it on `device`, or None for torch. Raises `ModelError` where it is required."""
     quantized = config.quantization != "none"
-    is_required = (config.compile == "on" and device.type == "cpu") or quantized
+    is_required = (config.kernels == "native" and device.type == "cpu") or quantized
     reason = None
     if device.type != "cpu":
         reason = f"the model runs on {device.type}"
-    elif config.compile in ("off", "triton"):
-        reason = f"compile is {config.compile}"
+    elif config.kernels in ("torch", "triton"):
+        reason = f"kernels is {config.kernels}"
     else:
         try:
             library = load_library()
@@ -57,8 +57,8 @@ def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | 
         if quantized:
             raise ModelError(f"quantization={config.quantization} needs the native CPU path: {reason}")
         if is_required:
-            raise ModelError(f"compile=on needs the native CPU path: {reason}")
-        if device.type == "cpu" and config.compile == "auto":
+            raise ModelError(f"kernels=native needs the native CPU path: {reason}")
+        if device.type == "cpu" and config.kernels == "auto":
             logger.warning("the native CPU path is off, torch serves instead, slower: %s", reason)
         return None
     if library.build_s:

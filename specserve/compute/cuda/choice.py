@@ -1,0 +1,52 @@
+"""Decides, once at start, whether the Triton kernels serve the model, and logs why not.
+
+`kernels=auto` takes them on CUDA where triton is installed and the model allows it; `native` (there) and `triton` fail
+where they do not. On a CPU they run under Triton's interpreter only, which is for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ...config import EngineConfig
+from ...errors import ModelError
+from ...model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TritonChoice:
+    """That the Triton kernels shall serve. `is_required`: rather fail than fall back to torch."""
+
+    is_required: bool = False
+
+    def cannot_serve(self, config: ModelConfig) -> str | None:
+        """Why the Triton kernels cannot serve this model; None if they can."""
+        if config.head_dim > MAX_HEAD_DIM or config.head_dim % HEAD_DIM_STEP:
+            return f"head_dim={config.head_dim} is not a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+        return None
+
+
+def choose_triton(config: EngineConfig, device: torch.device) -> TritonChoice | None:
+    """The Triton kernels as `config` wants them on `device`, or None. Raises `ModelError` where they are required."""
+    is_cuda = device.type == "cuda"
+    if config.kernels == "triton" and not is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ModelError(f"kernels=triton needs CUDA, or Triton's interpreter (TRITON_INTERPRET=1), not {device.type}")
+    if config.kernels == "torch" or not (is_cuda or config.kernels == "triton"):
+        return None
+    is_required = config.kernels != "auto"
+    if importlib.util.find_spec("triton") is None:
+        if is_required:
+            raise ModelError(f"kernels={config.kernels} needs triton, which is not installed")
+        logger.warning("triton is not installed: torch serves instead, slower")
+        return None
+    return TritonChoice(is_required)

@@ -1,0 +1,61 @@
+"""Which kernels serve: by the setting and the device, falling back only where nobody insisted."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from tiny_models import make_tiny_model
+
+from specserve.compute.cuda.choice import TritonChoice, choose_triton
+from specserve.compute.loader import load_model
+from specserve.compute.native.choice import choose_native
+from specserve.compute.torch.decoder import Decoder
+from specserve.config import EngineConfig
+from specserve.errors import ModelError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def with_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.parametrize(
+    "kernels,device,choice",
+    [
+        ("torch", CUDA, None),
+        ("auto", CUDA, TritonChoice(is_required=False)),
+        ("native", CUDA, TritonChoice(is_required=True)),
+        ("triton", CUDA, TritonChoice(is_required=True)),
+        ("torch", CPU, None),
+        ("auto", CPU, None),
+        ("native", CPU, None),
+    ],
+)
+def test_triton_serves_on_cuda_unless_torch_was_asked_for(kernels, device, choice, with_triton):
+    assert choose_triton(EngineConfig(kernels=kernels), device) == choice
+
+
+def test_torch_is_neither_native_nor_triton_on_any_device():
+    config = EngineConfig(kernels="torch")
+    assert all(choose(config, device) is None for choose in (choose_native, choose_triton) for device in (CPU, CUDA))
+
+
+def test_without_triton_torch_serves_on_cuda_unless_it_was_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_triton(EngineConfig(), CUDA) is None
+    assert "triton is not installed" in caplog.text
+    for kernels in ("native", "triton"):
+        with pytest.raises(ModelError, match=f"kernels={kernels} needs triton"):
+            choose_triton(EngineConfig(kernels=kernels), CUDA)
+
+
+def test_a_model_that_triton_cannot_serve_is_torchs_unless_triton_was_asked_for(tmp_path, caplog):
+    model_dir = make_tiny_model(tmp_path, head_dim=12)
+    assert isinstance(load_model(model_dir, CPU, triton=TritonChoice()), Decoder)
+    assert "head_dim=12 is not a multiple of 8 up to 256" in caplog.text
+    with pytest.raises(ModelError, match="asked for and cannot serve this model: head_dim=12"):
+        load_model(model_dir, CPU, triton=TritonChoice(is_required=True))
