@@ -21,6 +21,7 @@ from ...kernels.rope_kv import rope_store_
 from ...model.rope import Rope
 from ..decoder_weights import DecoderWeights, Layer
 from ..kv_cache import KVCache
+from ..softcap import softcap_
 from .lora import DeviceLoraBatch
 
 
@@ -85,9 +86,7 @@ class TritonDecoder(DecoderWeights):
         out.copy_(self.lm_head(hidden))
         if lora is not None:
             lora.add_lm_head_(hidden, out)
-        cap = self.config.final_softcap
-        if cap:
-            out.div_(cap).tanh_().mul_(cap)
+        softcap_(out, self.config.final_softcap)
 
     def _attend(
         self,

@@ -22,6 +22,7 @@ from ...model.config import ModelConfig
 from ...model.rope import Rope
 from ..batch import Batch
 from ..kv_cache import KVCache
+from ..softcap import softcap_
 from .lora import NativeLoraBatch, NativeSlots, to_native
 
 
@@ -166,8 +167,7 @@ class NativeDecoder:
         logits = padded[:, : self.config.vocab_size]
         if batch.lora is not None:
             batch.lora.add_lm_head_(hidden, logits)
-        if self.config.final_softcap:
-            logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
+        softcap_(logits, self.config.final_softcap)
         return logits
 
     def _layer_struct(self, idx: int) -> Layer:

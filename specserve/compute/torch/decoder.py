@@ -17,6 +17,7 @@ from ...model.rope import rotate
 from ..batch import Batch
 from ..decoder_weights import DecoderWeights, Layer
 from ..kv_cache import KVCache
+from ..softcap import softcap_
 from .lora import AdapterSlots, LoraBatch
 
 
@@ -75,8 +76,7 @@ class Decoder(DecoderWeights):
         logits = self.lm_head(hidden).float()
         if batch.lora is not None:
             batch.lora.add_lm_head_(hidden, logits)
-        if self.config.final_softcap:
-            logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
+        softcap_(logits, self.config.final_softcap)
         return logits
 
     def _attend(
