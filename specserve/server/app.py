@@ -27,12 +27,11 @@ from .connections import Connections, raise_handle_limit
 from .console import configure_logging, say, settle
 from .engine_client.client import EngineClient
 from .generation import Generator
-from .http_body import json_response, read_json
+from .http_body import convert, json_response, read_json
 from .lorax.api import LoraxRoutes
 from .metrics import Metrics
 from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
-from .openai.conversion import convert
 from .openai.types import LoadAdapterRequest, UnloadAdapterRequest
 from .openapi import openapi_document
 from .routes import add_routes

@@ -23,7 +23,7 @@ from aiohttp.web_request import BaseRequest
 
 from ..errors import ErrorInfo
 from .console import Seldom
-from .openai.api import error_body
+from .error_bodies import openai_error
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class _Connection(RequestHandler):
             raise ConnectionError("a part of the answer is sent already")
         kind = "server_error" if status >= 500 else "invalid_request_error"
         info = ErrorInfo(f"the request cannot be read: {reason}", status, kind, None, "malformed_http")
-        response = web.Response(status=status, body=msgspec.json.encode(error_body(info)))
+        response = web.Response(status=status, body=msgspec.json.encode(openai_error(info)))
         response.content_type = "application/json"
         response.force_close()
         return response
@@ -139,7 +139,7 @@ class _Refusal(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
         info = ErrorInfo("all connections are taken; retry shortly", 503, "overloaded_error", None, "overloaded")
-        body = msgspec.json.encode(error_body(info))
+        body = msgspec.json.encode(openai_error(info))
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
         head += f"x-should-retry: true\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         transport.write(head.encode() + body)

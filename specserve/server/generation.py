@@ -30,7 +30,7 @@ from ..chat.tools.prompt import for_template
 from ..config import ServeConfig
 from ..errors import OverloadedError, UserError
 from ..grammar.structured_output import asks_for_grammar, grammar_spec
-from ..messages import AdapterInfo, Delta, GenerateRequest, Usage
+from ..messages import AdapterInfo, Delta, GenerateRequest
 from ..text.template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
 from ..text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
 from .activity_log import RequestLine
@@ -38,7 +38,14 @@ from .adapter_store import AdapterStore
 from .engine_client.client import EngineClient
 from .engine_client.resending import Losses, Resender
 from .metrics import Metrics
-from .openai import conversion as validation
+from .openai.conversion import (
+    check_prompt_ids,
+    check_supported,
+    choice_counts,
+    completion_prompts,
+    sampling_params,
+    speculation_params,
+)
 from .openai.types import ChatRequest, CompletionRequest, GenerationFields, TokenizeRequest
 
 logger = logging.getLogger(__name__)
@@ -137,7 +144,7 @@ class Generator:
 
     async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
         """Check and tokenise a request. Raises `UserError`."""
-        validation.check_supported(request)
+        check_supported(request)
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = self.engine.info
         use = tool_use(request) if isinstance(request, ChatRequest) else None
@@ -160,11 +167,11 @@ class Generator:
         else:
             size = text_len(request.prompt)
             special = request.add_special_tokens is not False
-            prompts = await self.off_loop(size, validation.completion_prompts, request.prompt, tokenizer, info, special)
+            prompts = await self.off_loop(size, completion_prompts, request.prompt, tokenizer, info, special)
         for _, ids in prompts:
-            validation.check_prompt_ids(ids, info)
-        num_choices, n = validation.num_choices(request, len(prompts))
-        sampling = validation.sampling_params(request, info, [len(ids) for _, ids in prompts])
+            check_prompt_ids(ids, info)
+        num_choices, n = choice_counts(request, len(prompts))
+        sampling = sampling_params(request, info, [len(ids) for _, ids in prompts])
         if n > num_choices and sampling.logprobs is None:
             sampling = msgspec.structs.replace(sampling, logprobs=0)  # what ranks them
         if plan is not None:
@@ -173,7 +180,7 @@ class Generator:
                 sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
         if thinking is not None and tokenizer.is_special(tokenizer.added_tokens({THINK_END})[0].get(THINK_END, -1)):
             sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
-        speculation = validation.speculation(request, self.config)
+        speculation = speculation_params(request, self.config)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         prediction = await self._prediction(request, tokenizer)
         requests = [
@@ -356,36 +363,3 @@ def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolP
 def text_len(prompt: str | list[Any]) -> int:
     """The characters of all texts in a prompt."""
     return len(prompt) if isinstance(prompt, str) else sum(len(item) for item in prompt if isinstance(item, str))
-
-
-def usage_of(usages: list[Usage], num_prompts: int, n: int) -> dict[str, object]:
-    """The `usage` object of a response; each prompt counts once, however many choices it has."""
-    prompt_tokens = sum(usages[idx * n].prompt_tokens for idx in range(num_prompts))
-    completion_tokens = sum(usage.completion_tokens for usage in usages)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(usages[idx * n].cached_tokens for idx in range(num_prompts))},
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": sum(usage.accepted_prediction_tokens for usage in usages),
-            "rejected_prediction_tokens": sum(usage.rejected_prediction_tokens for usage in usages),
-        },
-    }
-
-
-def speculation_stats(usages: list[Usage]) -> dict[str, object]:
-    """What speculation did for a request: asked for with `return_speculation_stats`."""
-    forwards = sum(usage.num_forwards for usage in usages)
-    completion_tokens = sum(usage.completion_tokens for usage in usages)
-    sources: dict[str, int] = {}
-    for usage in usages:
-        for source, num in usage.accepted_by_source.items():
-            sources[source] = sources.get(source, 0) + num
-    return {
-        "num_forwards": forwards,
-        "draft_tokens": sum(usage.draft_tokens for usage in usages),
-        "accepted_draft_tokens": sum(usage.accepted_draft_tokens for usage in usages),
-        "mean_accepted_length": round(completion_tokens / forwards, 4) if forwards else 0.0,
-        "accepted_by_source": sources,
-    }

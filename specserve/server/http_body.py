@@ -1,9 +1,10 @@
-"""Reads request bodies within limits of size and time, and writes JSON responses."""
+"""Reads request bodies within limits of size and time, as the types that routes expect, and writes JSON responses."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import re
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -11,7 +12,13 @@ from aiohttp import web
 from ..errors import UserError
 from ..strict_json import decode_json
 
+T = TypeVar("T")
+
 OFF_LOOP_BYTES = 64 * 1024  # larger bodies are parsed on a thread
+
+_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
 
 
 async def read_json(request: web.Request, max_bytes: int, timeout_s: float) -> Any:
@@ -39,6 +46,21 @@ async def read_json(request: web.Request, max_bytes: int, timeout_s: float) -> A
     if len(body) > OFF_LOOP_BYTES:
         return await asyncio.to_thread(decode_json, bytes(body))
     return decode_json(bytes(body))
+
+
+def convert(value: Any, kind: type[T]) -> T:
+    """`value` as `kind`; what does not fit is a `UserError` that names the field."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        path = match["path"] if (match := _PATH.search(text)) else ""
+        text = _PATH.sub("", text)
+        for pattern, say in ((_UNKNOWN, "unknown field {}"), (_MISSING, "the field {} is required")):
+            if match := pattern.search(text):
+                name = ".".join(part for part in (path, match["name"]) if part)[:200]
+                raise UserError(say.format(repr(name)), param=name) from None
+        raise UserError(f"{path or 'the request body'}: {text}", param=path or None) from None
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

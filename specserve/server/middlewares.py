@@ -17,11 +17,9 @@ from aiohttp import web
 from ..config import ServeConfig
 from ..errors import ErrorInfo, OverloadedError, ShuttingDownError, UserError
 from .access import check_key, host_allowed, is_loopback, origin_allowed
-from .http_body import json_response
-from .lorax.responses import lorax_error
+from .error_bodies import error_response
 from .metrics import Metrics
-from .openai.api import error_body
-from .routes import ERRORS, Handler, access_of
+from .routes import Handler, access_of
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +118,3 @@ class Middlewares:
             return await handler(request)
         finally:
             self.num_in_flight -= 1
-
-
-def error_response(request: web.Request, info: ErrorInfo, headers: dict[str, str] | None = None) -> web.Response:
-    """`info` in OpenAI's shape, or in LoRAX's on its routes and where a handler has seen that the body is LoRAX's."""
-    if request.get("errors", ERRORS.get(request.path)) == "lorax":
-        status, body = lorax_error(info)
-        return json_response(body, status, headers)
-    return json_response(error_body(info), info.status, headers)

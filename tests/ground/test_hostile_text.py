@@ -12,7 +12,7 @@ from specserve.chat.tools.parser import CallParser
 from specserve.errors import UserError
 from specserve.grammar import compiler as grammar_compiler
 from specserve.grammar.ecma_regex import to_rust
-from specserve.server.openai.conversion import convert
+from specserve.server.http_body import convert
 from specserve.server.openai.types import ChatRequest
 from specserve.strict_json import MAX_NESTING, decode_json
 

@@ -17,13 +17,14 @@ from aiohttp import web
 from ... import __version__
 from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
+from ..error_bodies import lorax_error
 from ..generation import Generator, Job
-from ..http_body import json_response, read_json
-from ..openai import conversion as validation
+from ..http_body import convert, json_response, read_json
+from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, check_prompt_ids
 from ..openai.types import CompletionRequest
 from ..routes import Handler
 from ..sse import EventStream
-from .responses import LoraxBuilder, Timer, lorax_error
+from .responses import LoraxBuilder, Timer
 from .types import LoraxInfo, LoraxParameters, LoraxRequest
 
 BASE_MODEL = "__base_model__"  # how LoRAX spells that no adapter is meant
@@ -74,8 +75,8 @@ class LoraxRoutes:
             model_device_type=engine.device,
             model_pipeline_tag="text-generation",
             max_concurrent_requests=config.max_concurrent_requests,
-            max_best_of=validation.MAX_CHOICES,
-            max_stop_sequences=validation.MAX_STOPS,
+            max_best_of=MAX_CHOICES,
+            max_stop_sequences=MAX_STOPS,
             max_input_length=engine.max_model_len - 1,
             max_total_tokens=engine.max_model_len,
             waiting_served_ratio=0.0,
@@ -93,7 +94,7 @@ class LoraxRoutes:
     async def _body(self, request: web.Request) -> LoraxRequest:
         config = self._generator.config
         value = await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
-        return validation.convert(value, LoraxRequest)
+        return convert(value, LoraxRequest)
 
     async def _whole(self, body: LoraxRequest, timer: Timer, as_list: bool) -> web.Response:
         job, builder = await self._prepare(body, stream=False)
@@ -140,7 +141,7 @@ class LoraxRoutes:
         adapter = None if adapter == BASE_MODEL else adapter or None
         tokenizer, _ = await self._generator.tokenizer_for(self._generator.adapter_name(None, adapter))
         ids = await self._prompt_ids(body.inputs, parameters, tokenizer)
-        validation.check_prompt_ids(ids, info)
+        check_prompt_ids(ids, info)
         room = info.max_model_len - len(ids)
         max_tokens = parameters.max_new_tokens if parameters.max_new_tokens is not None else max(1, room)
         if not 1 <= max_tokens <= room:
@@ -197,8 +198,8 @@ def check_parameters(inputs: str, parameters: LoraxParameters, stream: bool) -> 
             param="adapter_source",
         )
     for name, low, high in (
-        ("best_of", 1, validation.MAX_CHOICES),
-        ("return_k_alternatives", 1, validation.MAX_LOGPROBS),
+        ("best_of", 1, MAX_CHOICES),
+        ("return_k_alternatives", 1, MAX_LOGPROBS),
         ("truncate", 1, None),
         ("max_new_tokens", 1, None),
         ("top_k", 1, None),

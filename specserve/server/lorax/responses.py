@@ -1,4 +1,4 @@
-"""Deltas in LoRAX's shapes: whole answers, stream events, response headers and errors.
+"""Deltas in LoRAX's shapes: whole answers, stream events and response headers.
 
 A token's text is what it adds to the text before it, so the texts of tokens that are not special join to
 `generated_text`. `skipped` marks tokens that came with another one's forward: what speculation saved.
@@ -12,7 +12,6 @@ from typing import cast
 
 from msgspec import UNSET
 
-from ...errors import ErrorInfo
 from ...messages import Delta, TokenLogprobs
 from ...text.tokenizer import TextTokenizer
 from ..generation import Job
@@ -22,7 +21,6 @@ from .types import (
     BestOfSequence,
     Details,
     FinishReason,
-    LoraxError,
     LoraxParameters,
     LoraxResponse,
     LoraxStreamResponse,
@@ -200,26 +198,3 @@ def finish_reason(answer: Answer) -> FinishReason:
     if answer.finish_reason == "stop":
         return "eos_token" if answer.stop_reason is None else "stop_sequence"
     return cast(FinishReason, answer.finish_reason)
-
-
-_ERROR_TYPES = {
-    401: "authentication",
-    403: "authentication",
-    404: "generation",  # an adapter that does not exist: LoRAX fails while it loads one
-    424: "generation",
-    429: "overloaded",
-    500: "incomplete_generation",
-    503: "incomplete_generation",
-    504: "incomplete_generation",
-}
-
-
-def lorax_error(info: ErrorInfo) -> tuple[int, LoraxError]:
-    """(status, body) in LoRAX's shape: bad input is 422, an adapter or a model that fails or changes is 424."""
-    status = info.status
-    if info.code in ("invalid_adapter", "adapter_changing", "adapter_changed", "model_failure"):
-        status = 424
-    elif status in (400, 409):
-        status = 422
-    prefix = "Input validation error: " if status == 422 else ""
-    return status, LoraxError(prefix + info.message, _ERROR_TYPES.get(status, "validation"))

@@ -10,13 +10,13 @@ from typing import Any
 from aiohttp import web
 
 from ...chat.tools.definitions import all_tools
-from ...errors import ErrorInfo, UserError
+from ...errors import UserError
+from ..error_bodies import openai_error
 from ..generation import Generator, Job
-from ..http_body import json_response, read_json
+from ..http_body import convert, json_response, read_json
 from ..lorax.types import LoraxTokenizeRequest, SimpleToken
 from ..routes import Handler
 from ..sse import EventStream
-from . import conversion as validation
 from .responses import ResponseBuilder
 from .types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -59,8 +59,8 @@ class OpenAIRoutes:
         value = await self._json(request)
         if isinstance(value, dict) and "inputs" in value:
             request["errors"] = "lorax"
-            return await self._tokenize_inputs(validation.convert(value, LoraxTokenizeRequest))
-        body = validation.convert(value, TokenizeRequest)
+            return await self._tokenize_inputs(convert(value, LoraxTokenizeRequest))
+        body = convert(value, TokenizeRequest)
         if (body.prompt is None) == (body.messages is None):
             raise UserError("send either prompt or messages", param="prompt")
         generator = self._generator
@@ -116,7 +116,7 @@ class OpenAIRoutes:
         return await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
 
     async def _body(self, request: web.Request, kind: Any) -> Any:
-        return validation.convert(await self._json(request), kind)
+        return convert(await self._json(request), kind)
 
     async def _generate(self, request: web.Request, kind: Any) -> web.StreamResponse:
         body = await self._body(request, kind)
@@ -149,10 +149,5 @@ class OpenAIRoutes:
         except UserError as error:
             if not stream.is_open:
                 raise
-            await stream.send(error_body(error.info()))
+            await stream.send(openai_error(error.info()))
         return await stream.end(b"data: [DONE]\n\n")
-
-
-def error_body(info: ErrorInfo) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    return {"error": {"message": info.message, "type": info.type, "param": info.param, "code": info.code}}

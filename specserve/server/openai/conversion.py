@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from ...config import ServeConfig
 from ...errors import UserError
 from ...messages import EngineInfo, SamplingParams, Speculation
 from ...text.tokenizer import TextTokenizer
 from .types import UNSUPPORTED, ChatRequest, CompletionRequest, GenerationFields
-
-T = TypeVar("T")
 
 MAX_CHOICES = 64  # n, and n times the number of prompts
 MAX_PROMPTS = 64
@@ -26,25 +22,6 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_SALT_LEN = 1024
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
-
-_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
-_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
-
-
-def convert(value: Any, kind: type[T]) -> T:
-    """`value` as `kind`; what does not fit is a `UserError` that names the field."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        path = match["path"] if (match := _PATH.search(text)) else ""
-        text = _PATH.sub("", text)
-        for pattern, say in ((_UNKNOWN, "unknown field {}"), (_MISSING, "the field {} is required")):
-            if match := pattern.search(text):
-                name = ".".join(part for part in (path, match["name"]) if part)[:200]
-                raise UserError(say.format(repr(name)), param=name) from None
-        raise UserError(f"{path or 'the request body'}: {text}", param=path or None) from None
 
 
 def check_supported(request: GenerationFields) -> None:
@@ -102,7 +79,7 @@ def sampling_params(
     )
 
 
-def speculation(request: GenerationFields, config: ServeConfig) -> Speculation:
+def speculation_params(request: GenerationFields, config: ServeConfig) -> Speculation:
     options = request.speculation
     if config.speculation == "off":
         return Speculation("off")
@@ -119,7 +96,7 @@ def speculation(request: GenerationFields, config: ServeConfig) -> Speculation:
     return Speculation(options.mode if limit else "off", limit)
 
 
-def num_choices(request: CompletionRequest | ChatRequest, num_prompts: int) -> tuple[int, int]:
+def choice_counts(request: CompletionRequest | ChatRequest, num_prompts: int) -> tuple[int, int]:
     """(n, best_of): how many choices of a prompt are answered, and of how many sequences they are the best."""
     n = _integer(request, "n", 1, MAX_CHOICES, 1)
     best_of = _integer(request, "best_of", n, MAX_CHOICES, n)

@@ -8,8 +8,9 @@ from typing import Any
 from ...chat.answer import ChatAnswer
 from ...messages import Delta, TokenLogprobs, Usage
 from ...text.tokenizer import TextTokenizer
-from ..generation import Job, speculation_stats, usage_of
+from ..generation import Job
 from .types import ChatRequest, CompletionRequest
+from .usage import speculation_stats, usage_of
 
 
 @dataclass(slots=True)
