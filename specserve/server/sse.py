@@ -1,19 +1,56 @@
-"""Server-sent events. A reader that takes nothing for long is cut off, so that what it has does not look complete."""
+"""Server-sent events: a job's deltas as a stream in an API's shape.
+
+A reader that takes nothing for long is cut off, so that what it has does not look complete. An error before the first
+event is an answer with its own status; after it, the last event.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
+
+from ..errors import ErrorInfo, UserError
+from ..messages import Delta
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+
+
+class EventBuilder(Protocol):
+    """Shapes one job's stream, as one API writes it."""
+
+    def events(self, idx: int, delta: Delta) -> list[Any]:
+        """What the next delta of sequence `idx` adds; nothing while it says nothing yet."""
+
+    def closing(self) -> list[Any]:
+        """What follows the last delta."""
+
+    def error(self, info: ErrorInfo) -> Any:
+        """The last event of a stream that fails."""
+
+
+async def stream_events(
+    stream: EventStream, deltas: AsyncGenerator[tuple[int, Delta]], builder: EventBuilder, last: bytes = b""
+) -> web.StreamResponse:
+    """Send what `builder` makes of `deltas`, then `last`. Raises `UserError` for what fails before the first delta."""
+    try:
+        async with aclosing(deltas):
+            async for idx, delta in deltas:
+                await stream.send(*builder.events(idx, delta))
+        await stream.send(*builder.closing())
+    except UserError as error:
+        if not stream.is_open:
+            raise
+        await stream.send(builder.error(error.info()))
+    return await stream.end(last)
 
 
 class EventStream:

@@ -17,13 +17,12 @@ from aiohttp import web
 from ... import __version__
 from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
-from ..error_bodies import lorax_error
 from ..generation import Generator, Job
 from ..http_body import convert, json_response, read_json
 from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, check_prompt_ids
 from ..openai.types import CompletionRequest
 from ..routes import Handler
-from ..sse import EventStream
+from ..sse import EventStream, stream_events
 from .responses import LoraxBuilder, Timer
 from .types import LoraxInfo, LoraxParameters, LoraxRequest
 
@@ -108,20 +107,10 @@ class LoraxRoutes:
         return json_response([answer] if as_list else answer, headers=headers)
 
     async def _stream(self, request: web.Request, body: LoraxRequest) -> web.StreamResponse:
-        """Events of tokens; the response starts with the first delta, so that early errors keep their status."""
         job, builder = await self._prepare(body, stream=True)
         timeout_s, headers = self._generator.config.write_timeout_s, self._headers(body, job)
         stream = EventStream(request, timeout_s, headers, mark=b"data:")
-        try:
-            async with aclosing(self._generator.run(job)) as deltas:
-                async for idx, delta in deltas:
-                    builder.add(idx, delta)
-                    await stream.send(*builder.events(delta))
-        except UserError as error:
-            if not stream.is_open:
-                raise
-            await stream.send(lorax_error(error.info())[1])
-        return await stream.end()
+        return await stream_events(stream, self._generator.run(job), builder)
 
     def _headers(self, body: LoraxRequest, job: Job) -> dict[str, str]:
         device = self._generator.engine.info.device

@@ -12,8 +12,10 @@ from typing import cast
 
 from msgspec import UNSET
 
+from ...errors import ErrorInfo
 from ...messages import Delta, TokenLogprobs
 from ...text.tokenizer import TextTokenizer
+from ..error_bodies import lorax_error
 from ..generation import Job
 from ..openai.responses import Choice, finite
 from .types import (
@@ -21,6 +23,7 @@ from .types import (
     BestOfSequence,
     Details,
     FinishReason,
+    LoraxError,
     LoraxParameters,
     LoraxResponse,
     LoraxStreamResponse,
@@ -57,11 +60,11 @@ class LoraxBuilder:
         self.answers[idx].add(delta)
 
     @property
-    def best(self) -> Answer:
+    def _best(self) -> Answer:
         return max(self.answers, key=Answer.mean_logprob)
 
     def whole(self) -> LoraxResponse:
-        best, parameters = self.best, self._parameters
+        best, parameters = self._best, self._parameters
         text = self._prefix + best.text
         if not (parameters.details or parameters.decoder_input_details):
             return LoraxResponse(text)
@@ -79,9 +82,10 @@ class LoraxBuilder:
         )
         return LoraxResponse(text, details)
 
-    def events(self, delta: Delta) -> list[LoraxStreamResponse]:
-        """The events of one delta of the only sequence, which `add` has been given before."""
-        answer = self.answers[0]
+    def events(self, idx: int, delta: Delta) -> list[LoraxStreamResponse]:
+        """The events of one delta of the only sequence, one for each token; the last has the whole text too."""
+        self.add(idx, delta)
+        answer = self.answers[idx]
         finished = delta.finish_reason is not None
         skipped = answer.skipped[len(answer.skipped) - len(delta.token_ids) :]
         tokens = self._texts.tokens(delta.token_ids, delta.logprobs or [], skipped)
@@ -99,6 +103,12 @@ class LoraxBuilder:
                     finish_reason(answer), delta.usage.prompt_tokens, len(answer.tokens), self._seed
                 )
         return events
+
+    def closing(self) -> list[LoraxStreamResponse]:
+        return []
+
+    def error(self, info: ErrorInfo) -> LoraxError:
+        return lorax_error(info)[1]
 
     def _sequence(self, answer: Answer) -> BestOfSequence:
         return BestOfSequence(

@@ -11,12 +11,11 @@ from aiohttp import web
 
 from ...chat.tools.definitions import all_tools
 from ...errors import UserError
-from ..error_bodies import openai_error
 from ..generation import Generator, Job
 from ..http_body import convert, json_response, read_json
 from ..lorax.types import LoraxTokenizeRequest, SimpleToken
 from ..routes import Handler
-from ..sse import EventStream
+from ..sse import EventStream, stream_events
 from .responses import ResponseBuilder
 from .types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -133,21 +132,5 @@ class OpenAIRoutes:
         return json_response(builder.whole())
 
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
-        """Server-sent events; the response starts with the first delta, so that early errors keep their status."""
-        builder = ResponseBuilder(job)
         stream = EventStream(request, self._generator.config.write_timeout_s)
-        try:
-            async with aclosing(self._generator.run(job)) as deltas:
-                async for idx, delta in deltas:
-                    if not stream.is_open:
-                        await stream.send(*builder.opening())
-                    builder.add(idx, delta)
-                    if (chunk := builder.chunk(idx, delta)) is not None:
-                        await stream.send(chunk)
-            if job.request.stream_options is not None and job.request.stream_options.include_usage:
-                await stream.send(builder.usage_chunk())
-        except UserError as error:
-            if not stream.is_open:
-                raise
-            await stream.send(openai_error(error.info()))
-        return await stream.end(b"data: [DONE]\n\n")
+        return await stream_events(stream, self._generator.run(job), ResponseBuilder(job), b"data: [DONE]\n\n")

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...chat.answer import ChatAnswer
+from ...errors import ErrorInfo
 from ...messages import Delta, TokenLogprobs, Usage
 from ...text.tokenizer import TextTokenizer
+from ..error_bodies import openai_error
 from ..generation import Job
 from .types import ChatRequest, CompletionRequest
 from .usage import speculation_stats, usage_of
@@ -45,6 +47,7 @@ class ResponseBuilder:
     def __init__(self, job: Job):
         self._job = job
         self.choices = [Choice() for _ in job.requests]
+        self._is_open = False  # whether a stream has begun
         self._answers: list[ChatAnswer] = []
         if isinstance(job.request, ChatRequest):
             shown = job.request.include_reasoning is not False
@@ -59,14 +62,14 @@ class ResponseBuilder:
             if answer.is_called and choice.finish_reason == "stop":
                 choice.finish_reason = "tool_calls"
 
-    def usage(self) -> dict[str, object]:
+    def _usage(self) -> dict[str, object]:
         usages = [choice.usage for choice in self.choices if choice.usage is not None]
         usage = usage_of(usages, len(self._job.prompts), self._job.n)
         if self._job.request.return_speculation_stats:
             usage["speculation"] = speculation_stats(usages)
         return usage
 
-    def best(self) -> list[int]:
+    def _best(self) -> list[int]:
         """The sequences that are answered: of each prompt those of the highest mean log-probability, best first."""
         job = self._job
         if job.n == job.num_choices:
@@ -80,7 +83,7 @@ class ResponseBuilder:
     def whole(self) -> dict[str, Any]:
         """The response of a request that does not stream."""
         choices = []
-        for index, idx in enumerate(self.best()):
+        for index, idx in enumerate(self._best()):
             choice = self.choices[idx]
             echo_text, logprobs = self._echo(idx), self._logprobs(choice, choice.tokens, choice.logprobs, idx)
             body: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
@@ -90,9 +93,27 @@ class ResponseBuilder:
                 body["text"] = echo_text + choice.text
             body["stop_reason"] = choice.stop_reason
             choices.append(body)
-        return {**self._head("chat.completion", "text_completion"), "choices": choices, "usage": self.usage()}
+        return {**self._head("chat.completion", "text_completion"), "choices": choices, "usage": self._usage()}
 
-    def opening(self) -> list[dict[str, Any]]:
+    def events(self, idx: int, delta: Delta) -> list[dict[str, Any]]:
+        """The chunks of one delta, in a stream; none while it says nothing yet."""
+        opening = [] if self._is_open else self._opening()
+        self._is_open = True
+        self.add(idx, delta)
+        chunk = self._delta_chunk(idx, delta)
+        return opening if chunk is None else [*opening, chunk]
+
+    def closing(self) -> list[dict[str, Any]]:
+        """The chunk of the usage, where it was asked for."""
+        options = self._job.request.stream_options
+        if options is None or not options.include_usage:
+            return []
+        return [{**self._head("chat.completion.chunk", "text_completion"), "choices": [], "usage": self._usage()}]
+
+    def error(self, info: ErrorInfo) -> dict[str, Any]:
+        return openai_error(info)
+
+    def _opening(self) -> list[dict[str, Any]]:
         """Chunks before any token: the role in chat, the prompt in completions that echo without logprobs."""
         if self._job.is_chat:
             return [
@@ -103,8 +124,8 @@ class ResponseBuilder:
             return [self._chunk(idx, text, None, None) for idx in range(len(self.choices)) if (text := self._echo(idx))]
         return []
 
-    def chunk(self, idx: int, delta: Delta) -> dict[str, Any] | None:
-        """The chunk of one delta; None when it says nothing yet. Call `add` first."""
+    def _delta_chunk(self, idx: int, delta: Delta) -> dict[str, Any] | None:
+        """The chunk of a delta that has been added; None when it says nothing yet."""
         choice = self.choices[idx]
         logprobs = self._logprobs(choice, delta.token_ids, delta.logprobs or [], idx, delta.prompt_logprobs)
         text = delta.text
@@ -114,9 +135,6 @@ class ResponseBuilder:
         if not payload and logprobs is None and delta.finish_reason is None:
             return None
         return self._chunk(idx, payload, logprobs, delta)
-
-    def usage_chunk(self) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk", "text_completion"), "choices": [], "usage": self.usage()}
 
     def _usage_so_far(self) -> dict[str, int]:
         prompt_tokens = sum(len(ids) for _, ids in self._job.prompts)
