@@ -1,14 +1,14 @@
 """Scheduled sequences in, logits out: builds the step's `Batch` and runs the decoder on it.
 
-Owns the decoder, the KV tensors and the adapters' slots. Row order: the base's sequences first, then adapter by
-adapter, so that each adapter's rows are one segment however many requests name it.
+Owns the decoder, the KV tensors and the adapters' slots; rows stand in the order of slots (`slots.py`). For the torch
+and the native path; `cuda/runner.py` is the counterpart that fills buffers in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 
@@ -17,14 +17,22 @@ from ..schedule.logits_rows import LogitsRows
 from ..schedule.row_group import RowGroup
 from ..schedule.scheduler import ScheduledSequence
 from .batch import Batch
-from .cuda.lora import DeviceAdapterSlots
 from .kv_cache import KVCache
 from .native.decoder import NativeDecoder
-from .native.lora import NativeSlots
+from .native.lora import NativeLoraBatch
+from .slots import Slots, take_slots
 from .torch.decoder import Decoder
-from .torch.lora import AdapterSlots
+from .torch.lora import LoraBatch
 
-Slots: TypeAlias = AdapterSlots | DeviceAdapterSlots | NativeSlots
+
+class BatchSlots(Slots, Protocol):
+    """Slots of adapters that make a step's `Batch.lora`."""
+
+    def batch(
+        self, runs: Sequence[tuple[str | None, int]], logits_indices: Sequence[int]
+    ) -> LoraBatch | NativeLoraBatch | None:
+        """The step's view for `runs` of (content hash or None, rows), in row order; None without any adapter."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class StepOutput:
 class ModelRunner:
     """Runs one forward over whatever was scheduled."""
 
-    def __init__(self, decoder: Decoder | NativeDecoder, kv: KVCache, block_size: int, slots: Slots):
+    def __init__(self, decoder: Decoder | NativeDecoder, kv: KVCache, block_size: int, slots: BatchSlots):
         self.decoder = decoder
         self.kv = kv
         self.block_size = block_size
@@ -50,21 +58,15 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, items: Sequence[ScheduledSequence], adapters: dict[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
-        active = list(dict.fromkeys(item.seq.adapter_hash for item in items if item.seq.adapter_hash is not None))
-        if active:
-            self.slots.activate([adapters[content_hash] for content_hash in active])
-        items = sorted(items, key=self._slot)
+        items, active = take_slots(self.slots, items, adapters)
         batch, needed = self._build(items)
-        heads = [adapters[key].lookahead for key in active]
+        heads = [adapter.lookahead for adapter in active]
         taps = {ahead.head.config.tap_layer: batch.tokens for ahead in heads if ahead is not None and ahead.head}
         hidden = self.decoder.forward(batch, self.kv, taps)  # [L, H]
         if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
             return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], hidden, {})
         logits = self.decoder.logits(hidden, batch)  # [L, V]
         return StepOutput(logits, needed.groups, needed.prompt_rows, hidden, taps)
-
-    def _slot(self, item: ScheduledSequence) -> int:
-        return -1 if item.seq.adapter_hash is None else self.slots.slot_of(item.seq.adapter_hash)
 
     def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
         size = self.block_size

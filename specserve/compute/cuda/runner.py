@@ -3,9 +3,8 @@
 The counterpart of `ModelRunner` for `TritonDecoder`. A step is two parts: the layers over all rows, and the lm_head
 over the rows that need logits; each is a CUDA graph by bucket (`graph_cache`). Buckets are padded rows, rows a tile of
 attention, and places for adapters' segments. Everything else is data: sequence lengths, block tables, which adapter a
-row has. Nothing here waits for the device; results are views of static buffers, good until the next step.
-
-Row order: the base's sequences first, then adapter by adapter, so that each adapter's rows are one segment.
+row has. Rows stand in the order of slots (`slots.py`).
+Nothing here waits for the device; results are views of static buffers, good until the next step.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from ...schedule.logits_rows import LogitsRows
 from ...schedule.scheduler import ScheduledSequence
 from ..kv_cache import KVCache
 from ..runner import StepOutput
+from ..slots import slot_of, take_slots
 from .buffers import Layout, Page
 from .decoder import RowInputs, TritonDecoder
 from .graph_cache import GraphCache
@@ -124,10 +124,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def run(self, items: Seq[ScheduledSequence], adapters: dict[str, LoraAdapter]) -> StepOutput:
         """Queue one forward over `items`; `adapters` holds every adapter that they name, by content hash."""
-        active = list(dict.fromkeys(item.seq.adapter_hash for item in items if item.seq.adapter_hash is not None))
-        if active:
-            self.slots.activate([adapters[content_hash] for content_hash in active])
-        items = sorted(items, key=self._slot)
+        items, active = take_slots(self.slots, items, adapters)
         needed, slots = self._run_layers(items, len(active))
         if not needed.rows:  # nothing but unfinished prefill chunks
             return StepOutput(self._logits[:0], [], [], self.picked_hidden[:0], {})
@@ -179,7 +176,7 @@ class DeviceRunner:
         logits, logits_slots = LogitsRows(), []
         start = 0
         for item, count, seat in zip(items, counts, seats, strict=True):
-            slot = self._slot(item)
+            slot = slot_of(self.slots, item)
             self._fill(host, item, start, count, seat, slot)
             logits_slots += [slot] * logits.add(item, start)
             start += count
@@ -293,9 +290,6 @@ class DeviceRunner:
         self.decoder.logits_into(picked, logits, lora)
 
     # -- buckets
-
-    def _slot(self, item: ScheduledSequence) -> int:
-        return -1 if item.seq.adapter_hash is None else self.slots.slot_of(item.seq.adapter_hash)
 
     def _lora(self, tiles: torch.Tensor, groups: frozenset[str]) -> DeviceLoraBatch:
         """The LoRA of rows or logits in `tiles`; each asks for its own part of `groups` only."""
