@@ -96,7 +96,7 @@ class AdapterStore:
             # Then they changed since they were loaded, which `resolve` sees.
         raise changing(name)
 
-    def forget(self, name: str, content_hash: str | None) -> None:
+    def engine_lost(self, name: str, content_hash: str | None) -> None:
         """The engine no longer holds `content_hash`, which `name` meant; the next request loads it again."""
         loaded = self._loaded.get(name)
         if loaded is not None and loaded.info.content_hash == content_hash:

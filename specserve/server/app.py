@@ -26,7 +26,7 @@ from .adapter_store import AdapterStore
 from .connections import Connections, raise_handle_limit
 from .console import configure_logging, say, settle
 from .engine_client.client import EngineClient
-from .generation import Generator
+from .generation.generator import Generator
 from .http_body import convert, json_response, read_json
 from .lorax.api import LoraxRoutes
 from .metrics import Metrics
@@ -60,7 +60,11 @@ class Server:
         app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
         app.on_response_prepare.append(self.middlewares.add_headers)
         generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
-        app.on_cleanup.append(generator.close)
+
+        async def close(_: web.Application) -> None:
+            await generator.close()
+
+        app.on_cleanup.append(close)
         own = {
             "load_adapter": self._load_adapter,
             "unload_adapter": self._unload_adapter,

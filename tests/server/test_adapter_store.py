@@ -344,9 +344,9 @@ async def test_texts_that_are_never_those_that_were_loaded_are_refused_in_the_en
 async def test_an_adapter_that_the_engine_let_go_is_loaded_again_unless_that_is_old_news(store, engine, root):
     make(root / "a", "one")
     info = await store.resolve("a")
-    store.forget("a", "of an older content")
+    store.engine_lost("a", "of an older content")
     assert await store.resolve("a") == info and engine.num_loads == 1
-    store.forget("a", info.content_hash)
+    store.engine_lost("a", info.content_hash)
     assert await store.resolve("a") == info and engine.num_loads == 2
 
 

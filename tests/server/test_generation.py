@@ -13,7 +13,7 @@ from specserve.chat.types import Message
 from specserve.config import ServeConfig
 from specserve.errors import UserError
 from specserve.messages import AdapterInfo, Delta, EngineInfo
-from specserve.server.generation import Generator
+from specserve.server.generation.generator import Generator
 from specserve.server.metrics import Metrics
 from specserve.server.openai.types import ChatRequest
 from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
@@ -33,7 +33,7 @@ class Store:
     async def resolve_with_texts(self, name, known):
         return self.info, None if self.info.text_hash in known else {"chat_template.jinja": b"Hi"}
 
-    def forget(self, name, content_hash):
+    def engine_lost(self, name, content_hash):
         pass
 
 
@@ -67,11 +67,11 @@ def generator(tokenizer):
 
 async def answer(generator):
     job = await generator.prepare(ChatRequest(model="a", messages=[Message(role="user", content="Hi")]))
-    return [delta.text async for _, delta in generator.run(job)]
+    return [delta.text async for _, delta in generator.deltas(job)]
 
 
 async def test_a_request_goes_on_with_its_adapter_though_the_tokenizer_was_given_up_meanwhile(generator):
-    generator.engine.meanwhile = generator._adapter_tokenizers.clear
+    generator.engine.meanwhile = generator.prompts._adapter_tokenizers.clear
     assert await answer(generator) == ["seven"] and generator.engine.asked == ["weights", "weights"]
     await generator.close()
 
@@ -97,7 +97,7 @@ async def test_long_texts_are_read_one_at_a_time_also_when_clients_leave(generat
         go_on.wait(10)
         num_reading -= 1
 
-    readers = [asyncio.create_task(generator.off_loop(LONG_TEXT + 1, read)) for _ in range(3)]
+    readers = [asyncio.create_task(generator.prompts.off_loop(LONG_TEXT + 1, read)) for _ in range(3)]
     await asyncio.sleep(0.05)
     for reader in readers[:2]:
         reader.cancel()

@@ -17,7 +17,8 @@ from aiohttp import web
 from ... import __version__
 from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
-from ..generation import Generator, Job
+from ..generation.generator import Generator
+from ..generation.job import Job
 from ..http_body import convert, json_response, read_json
 from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, check_prompt_ids
 from ..openai.types import CompletionRequest
@@ -98,7 +99,7 @@ class LoraxRoutes:
     async def _whole(self, body: LoraxRequest, timer: Timer, as_list: bool) -> web.Response:
         job, builder = await self._prepare(body, stream=False)
         timer.validated()
-        async with aclosing(self._generator.run(job)) as deltas:
+        async with aclosing(self._generator.deltas(job)) as deltas:
             async for idx, delta in deltas:
                 timer.token()
                 builder.add(idx, delta)
@@ -110,7 +111,7 @@ class LoraxRoutes:
         job, builder = await self._prepare(body, stream=True)
         timeout_s, headers = self._generator.config.write_timeout_s, self._headers(body, job)
         stream = EventStream(request, timeout_s, headers, mark=b"data:")
-        return await stream_events(stream, self._generator.run(job), builder)
+        return await stream_events(stream, self._generator.deltas(job), builder)
 
     def _headers(self, body: LoraxRequest, job: Job) -> dict[str, str]:
         device = self._generator.engine.info.device
@@ -128,7 +129,7 @@ class LoraxRoutes:
         check_parameters(body.inputs, parameters, stream)
         info, adapter = self._generator.engine.info, parameters.adapter_id
         adapter = None if adapter == BASE_MODEL else adapter or None
-        tokenizer, _ = await self._generator.tokenizer_for(self._generator.adapter_name(None, adapter))
+        tokenizer, _ = await self._generator.prompts.tokenizer_for(self._generator.adapter_name(None, adapter))
         ids = await self._prompt_ids(body.inputs, parameters, tokenizer)
         check_prompt_ids(ids, info)
         room = info.max_model_len - len(ids)
@@ -153,11 +154,11 @@ class LoraxRoutes:
         limit = generator.engine.info.max_model_len if length is None else None
         if parameters.apply_chat_template:
             message = {"role": "user", "content": inputs}
-            ids = await generator.rendered_ids(tokenizer, partial(tokenizer.hidden_chat, [message]), limit)
+            ids = await generator.prompts.rendered_ids(tokenizer, partial(tokenizer.hidden_chat, [message]), limit)
         else:
             if limit is not None:
                 tokenizer.check_len([inputs], limit, "inputs")
-            ids = await generator.off_loop(len(inputs), tokenizer.encode, inputs)
+            ids = await generator.prompts.off_loop(len(inputs), tokenizer.encode, inputs)
         return ids if length is None else ids[-length:]
 
 

@@ -16,7 +16,7 @@ from ...errors import ErrorInfo
 from ...messages import Delta, TokenLogprobs
 from ...text.tokenizer import TextTokenizer
 from ..error_bodies import lorax_error
-from ..generation import Job
+from ..generation.job import Job
 from ..openai.responses import Choice, finite
 from .types import (
     AlternativeToken,

@@ -11,7 +11,8 @@ from aiohttp import web
 
 from ...chat.tools.definitions import all_tools
 from ...errors import UserError
-from ..generation import Generator, Job
+from ..generation.generator import Generator
+from ..generation.job import Job
 from ..http_body import convert, json_response, read_json
 from ..lorax.types import LoraxTokenizeRequest, SimpleToken
 from ..routes import Handler
@@ -63,15 +64,15 @@ class OpenAIRoutes:
         if (body.prompt is None) == (body.messages is None):
             raise UserError("send either prompt or messages", param="prompt")
         generator = self._generator
-        tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
+        tokenizer, _ = await generator.prompts.tokenizer_for(generator.adapter_name(body.model, None))
         if body.messages is not None:
-            ids = await generator.chat_ids(body, tokenizer, all_tools(body.tools))
+            ids = await generator.prompts.chat_ids(body, tokenizer, all_tools(body.tools))
         else:
             if body.continue_final_message:
                 raise UserError("continue_final_message goes with messages", param="continue_final_message")
             text = body.prompt or ""
             tokenizer.check_len([text], generator.engine.info.max_model_len, "prompt")
-            ids = await generator.off_loop(len(text), tokenizer.encode, text, body.add_special_tokens)
+            ids = await generator.prompts.off_loop(len(text), tokenizer.encode, text, body.add_special_tokens)
         result: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": generator.engine.info.max_model_len,
@@ -82,10 +83,10 @@ class OpenAIRoutes:
 
     async def _tokenize_inputs(self, body: LoraxTokenizeRequest) -> web.Response:
         """LoRAX's /tokenize: the base model's tokens and the characters that they stand for."""
-        generator, text = self._generator, body.inputs
-        generator.tokenizer.check_len([text], generator.engine.info.max_model_len, "inputs")
+        prompts, text = self._generator.prompts, body.inputs
+        prompts.tokenizer.check_len([text], self._generator.engine.info.max_model_len, "inputs")
         special = body.add_special_tokens is not False
-        tokens = await generator.off_loop(len(text), generator.tokenizer.encode_with_offsets, text, special)
+        tokens = await prompts.off_loop(len(text), prompts.tokenizer.encode_with_offsets, text, special)
         return json_response([SimpleToken(*token) for token in tokens])
 
     async def detokenize(self, request: web.Request) -> web.Response:
@@ -95,7 +96,7 @@ class OpenAIRoutes:
         bad = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
         if bad is not None:
             raise UserError(f"tokens: token id {bad} is outside 0..{vocab_size - 1}", param="tokens")
-        tokenizer, _ = await generator.tokenizer_for(generator.adapter_name(body.model, None))
+        tokenizer, _ = await generator.prompts.tokenizer_for(generator.adapter_name(body.model, None))
         return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
     def _model(self, adapter: str | None) -> dict[str, Any]:
@@ -126,11 +127,11 @@ class OpenAIRoutes:
 
     async def _whole(self, job: Job) -> web.Response:
         builder = ResponseBuilder(job)
-        async with aclosing(self._generator.run(job)) as deltas:
+        async with aclosing(self._generator.deltas(job)) as deltas:
             async for idx, delta in deltas:
                 builder.add(idx, delta)
         return json_response(builder.whole())
 
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
         stream = EventStream(request, self._generator.config.write_timeout_s)
-        return await stream_events(stream, self._generator.run(job), ResponseBuilder(job), b"data: [DONE]\n\n")
+        return await stream_events(stream, self._generator.deltas(job), ResponseBuilder(job), b"data: [DONE]\n\n")

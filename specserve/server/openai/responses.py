@@ -10,7 +10,7 @@ from ...errors import ErrorInfo
 from ...messages import Delta, TokenLogprobs, Usage
 from ...text.tokenizer import TextTokenizer
 from ..error_bodies import openai_error
-from ..generation import Job
+from ..generation.job import Job
 from .types import ChatRequest, CompletionRequest
 from .usage import speculation_stats, usage_of
 

@@ -1,0 +1,186 @@
+"""One client request as engine requests: every field checked, the prompt tokenised, tools and thinking planned.
+
+What is asked for becomes a `Job`; `deltas` yields (sequence index, delta) as they come from any of its sequences, and
+aborts everything that still runs when the client or a timeout ends it early. A job's own adapters are loaded before it
+is made, so that what is missing is a plain error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import msgspec
+
+from ...chat.messages import joined
+from ...chat.reasoning import THINK, THINK_END, Thinking, may_think
+from ...chat.tools.definitions import ToolUse, all_tools, tool_use
+from ...chat.tools.grammar import Marks
+from ...chat.tools.plan import ToolPlan, direct_adapter, make_plan, markers
+from ...config import ServeConfig
+from ...errors import UserError
+from ...grammar.structured_output import asks_for_grammar, grammar_spec
+from ...messages import Delta, GenerateRequest
+from ...text.tokenizer import TextTokenizer
+from ..adapter_store import AdapterStore
+from ..engine_client.client import EngineClient
+from ..metrics import Metrics
+from ..openai.conversion import (
+    check_prompt_ids,
+    check_supported,
+    choice_counts,
+    completion_prompts,
+    sampling_params,
+    speculation_params,
+)
+from ..openai.types import ChatRequest, CompletionRequest, GenerationFields
+from .job import Job
+from .prompts import Prompts
+from .running import JobRunner
+
+logger = logging.getLogger(__name__)
+
+
+class Generator:
+    """Turns request bodies into jobs and jobs into deltas, for one engine."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        engine: EngineClient,
+        store: AdapterStore,
+        tokenizer: TextTokenizer,
+        model_name: str,
+        metrics: Metrics,
+    ):
+        self.config = config
+        self.engine = engine
+        self.store = store
+        self.model_name = model_name
+        self.prompts = Prompts(engine, store, tokenizer, config.tool_format)
+        self._runner = JobRunner(engine, store, model_name, metrics, config.request_timeout_s)
+        chosen = self.prompts.format_of(tokenizer)
+        logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
+
+    async def close(self) -> None:
+        await self.prompts.close()
+
+    def adapter_name(self, model: str | None, adapter_id: str | None) -> str | None:
+        """The adapter that a request names through `model` or `adapter_id`; None is the base model."""
+        named = None if model in (None, "", self.model_name) else model
+        if adapter_id in (None, "", self.model_name):
+            return named
+        if named is not None and named != adapter_id:
+            raise UserError(
+                f"model names the adapter {named[:128]!r} and adapter_id {adapter_id!r}; name one", param="adapter_id"
+            )
+        return adapter_id
+
+    async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
+        """Check and tokenise a request. Raises `UserError`."""
+        check_supported(request)
+        grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
+        info = self.engine.info
+        use = tool_use(request) if isinstance(request, ChatRequest) else None
+        if use is not None and grammar is not None:
+            raise UserError(
+                "an answer that may call tools has the tools' grammar; leave out response_format, structured_outputs "
+                "and guided_*, or send tool_choice none",
+                param="tools",
+            )
+        adapter = direct_adapter(use, self.adapter_name(request.model, request.adapter_id))
+        await self._load_tool_adapters(use)
+        tokenizer, adapter_info = await self.prompts.tokenizer_for(adapter)
+        plan: ToolPlan | None = None
+        thinking: Thinking | None = None
+        if isinstance(request, ChatRequest):
+            ids, plan = await self._chat(request, use, tokenizer, adapter)
+            if grammar is None and (plan is None or plan.free_text):  # a grammar leaves no room for thoughts
+                thinking = thinking_of(tokenizer, ids, plan)
+            prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
+        else:
+            size = text_len(request.prompt)
+            special = request.add_special_tokens is not False
+            prompts = await self.prompts.off_loop(size, completion_prompts, request.prompt, tokenizer, info, special)
+        for _, ids in prompts:
+            check_prompt_ids(ids, info)
+        num_choices, n = choice_counts(request, len(prompts))
+        sampling = sampling_params(request, info, [len(ids) for _, ids in prompts])
+        if n > num_choices and sampling.logprobs is None:
+            sampling = msgspec.structs.replace(sampling, logprobs=0)  # what ranks them
+        if plan is not None:
+            grammar = plan.grammar
+            if tokenizer.is_special(plan.marks.ids.get(plan.format.marker, -1)):
+                sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
+        if thinking is not None and tokenizer.is_special(tokenizer.added_tokens({THINK_END})[0].get(THINK_END, -1)):
+            sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
+        speculation = speculation_params(request, self.config)
+        job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
+        prediction = await self._prediction(request, tokenizer)
+        requests = [
+            GenerateRequest(
+                request_id=f"{job_id}-{idx}",
+                prompt_token_ids=prompts[idx // n][1],
+                sampling=sampling,
+                adapter_hash=None if adapter_info is None else adapter_info.content_hash,
+                cache_salt=request.cache_salt or "",
+                sample_idx=idx % n,
+                speculation=speculation,
+                prediction_token_ids=prediction,
+                grammar=grammar,
+            )
+            for idx in range(n * len(prompts))
+        ]
+        name = request.model or adapter or self.model_name
+        return Job(
+            *(job_id, name, adapter, adapter_info, request, tokenizer, prompts),
+            *(n, num_choices, requests, plan, thinking),
+        )
+
+    async def _chat(
+        self, request: ChatRequest, use: ToolUse | None, tokenizer: TextTokenizer, adapter: str | None
+    ) -> tuple[list[int], ToolPlan | None]:
+        if use is None:
+            return await self.prompts.chat_ids(request, tokenizer, ()), None
+        format = self.prompts.format_of(tokenizer).format
+        marks = Marks(*tokenizer.added_tokens(markers(format)))
+        plan = await asyncio.to_thread(make_plan, use, format, marks, adapter)
+        return await self.prompts.chat_ids(request, tokenizer, all_tools(request.tools)), plan
+
+    async def _load_tool_adapters(self, use: ToolUse | None) -> None:
+        """Load what the tools name before anything is generated, so that what is missing is a plain error."""
+        for tool in use.tools if use is not None else ():
+            if tool.adapter is None:
+                continue
+            try:
+                await self.store.resolve(tool.adapter)
+            except UserError as error:
+                message = f"x-adapter of tool {tool.name!r}: {error}"
+                raise UserError(message, param="tools", code=error.code, status=error.status) from None
+
+    async def _prediction(self, request: GenerationFields, tokenizer: TextTokenizer) -> list[int]:
+        if request.prediction is None:
+            return []
+        text, limit = joined(request.prediction.content), self.engine.info.max_model_len
+        tokenizer.check_len([text], limit, "prediction")
+        return (await self.prompts.off_loop(len(text), tokenizer.encode_literal, text))[:limit]
+
+    def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
+        """(sequence index, delta) of all sequences. Raises `UserError`; leaving the iterator aborts what still runs."""
+        return self._runner.deltas(job)
+
+
+def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolPlan | None) -> Thinking | None:
+    """How the answer to a chat's prompt may think; None: not at all."""
+    if not may_think(tokenizer.chat_template, tokenizer.added_tokens({THINK, THINK_END})[0]):
+        return None
+    is_open = tokenizer.decode(prompt_ids[-32:]).rstrip().endswith(THINK)
+    return Thinking(is_open, (plan.format.marker,) if plan is not None and plan.format.marker else ())
+
+
+def text_len(prompt: str | list[Any]) -> int:
+    """The characters of all texts in a prompt."""
+    return len(prompt) if isinstance(prompt, str) else sum(len(item) for item in prompt if isinstance(item, str))

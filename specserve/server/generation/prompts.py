@@ -1,0 +1,98 @@
+"""From texts and conversations to token ids: with which tokenizer, and where, so that nobody waits for another's text.
+
+Owns the tokenizers that adapters bring, the processes that render their chat templates, and the thread that reads long
+texts. The event loop itself reads nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from ...chat.messages import chat_ending, chat_messages, template_variables
+from ...chat.tools.definitions import Tool
+from ...chat.tools.formats import ChosenFormat, choose_format
+from ...chat.tools.prompt import for_template
+from ...messages import AdapterInfo
+from ...text.template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
+from ...text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
+from ..adapter_store import AdapterStore
+from ..engine_client.client import EngineClient
+from ..openai.types import ChatRequest, TokenizeRequest
+
+T = TypeVar("T")
+
+MAX_TOKENIZERS = 64  # of adapters; others are read again
+
+
+class Prompts:
+    """Tokenises for one server, whose base model has `tokenizer`; `tool_format` is --tool-format."""
+
+    def __init__(self, engine: EngineClient, store: AdapterStore, tokenizer: TextTokenizer, tool_format: str):
+        self.tokenizer = tokenizer
+        self._engine = engine
+        self._store = store
+        self._tool_format = tool_format
+        self._templates = TemplateRenderer()
+        # One thread, not a lock: a reader goes on when its client leaves, and the next one must wait for that too.
+        self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long text")
+        self._adapter_tokenizers: OrderedDict[str, TextTokenizer] = OrderedDict()  # by text hash, latest use last
+
+    async def close(self) -> None:
+        self._long_texts.shutdown(wait=False, cancel_futures=True)
+        await self._templates.close()
+
+    def format_of(self, tokenizer: TextTokenizer) -> ChosenFormat:
+        """How the model of this tokenizer writes tool calls."""
+        return choose_format(tokenizer.chat_template, self._tool_format)
+
+    async def tokenizer_for(self, adapter: str | None) -> tuple[TextTokenizer, AdapterInfo | None]:
+        """The tokenizer to use, and the loaded adapter; loads the adapter if needed."""
+        if adapter is None:
+            return self.tokenizer, None
+        info, files = await self._store.resolve_with_texts(adapter, self._adapter_tokenizers)
+        if info.text_hash is None:
+            return self.tokenizer, info
+        if files is not None:
+            tokenizer = await asyncio.to_thread(self.tokenizer.for_adapter, adapter, files)
+            tokenizer = self._adapter_tokenizers.setdefault(info.text_hash, tokenizer)
+            if len(self._adapter_tokenizers) > MAX_TOKENIZERS:
+                self._adapter_tokenizers.popitem(last=False)
+        else:
+            tokenizer = self._adapter_tokenizers[info.text_hash]
+            self._adapter_tokenizers.move_to_end(info.text_hash)
+        return tokenizer, info
+
+    async def off_loop(self, num_chars: int, read: Callable[..., T], *args: object) -> T:
+        """`read(*args)` on a thread; long texts one after the other: each takes 60 times its size while it is read."""
+        if num_chars <= LONG_TEXT:
+            return await asyncio.to_thread(read, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._long_texts, read, *args)
+
+    async def chat_ids(
+        self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
+    ) -> list[int]:
+        """The conversation's token ids; `tools` are described to the model. Raises `UserError`."""
+        chosen = self.format_of(tokenizer)
+
+        def prepare() -> HiddenChat:
+            messages, definitions = for_template(chat_messages(request.messages or []), tools, chosen)
+            effort = request.reasoning_effort if isinstance(request, ChatRequest) else None
+            variables = template_variables(request.chat_template_kwargs, effort)
+            return tokenizer.hidden_chat(messages, *chat_ending(request), definitions, variables)
+
+        return await self.rendered_ids(tokenizer, prepare, self._engine.info.max_model_len)
+
+    async def rendered_ids(
+        self, tokenizer: TextTokenizer, prepare: Callable[[], HiddenChat], max_tokens: int | None
+    ) -> list[int]:
+        """Token ids of a conversation, rendered where its template may do no harm."""
+        chat = await asyncio.to_thread(prepare)
+        if tokenizer.is_template_trusted:
+            text = await asyncio.to_thread(tokenizer.render_chat, chat)
+        else:
+            text = await self._templates.render(tokenizer.template_job(chat, RENDER_TIMEOUT_S), tokenizer.template_name)
+        return await self.off_loop(len(text) + chat.marks.num_chars, tokenizer.chat_ids, chat, text, max_tokens)

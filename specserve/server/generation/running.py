@@ -1,0 +1,132 @@
+"""From a job to its deltas: all its sequences as one stream, measured and logged, ended with the client or the time.
+
+Owns what may happen to a sequence on its way: its tools' adapters take turns (`chat.tools.phases`), its adapter had to
+make room and is loaded again, its engine process ended (`engine_client.resending`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import msgspec
+
+from ...chat.tools.phases import run_switching
+from ...errors import OverloadedError, UserError
+from ...messages import AdapterInfo, Delta, GenerateRequest
+from ..activity_log import RequestLine
+from ..adapter_store import AdapterStore
+from ..engine_client.client import EngineClient
+from ..engine_client.resending import Losses, Resender
+from ..metrics import Metrics
+from .job import Job
+
+MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
+
+
+class JobRunner:
+    """Runs the jobs of one server on its engine; none may take longer than `timeout_s`."""
+
+    def __init__(self, engine: EngineClient, store: AdapterStore, base_name: str, metrics: Metrics, timeout_s: float):
+        self._engine = engine
+        self._resender = Resender(engine)
+        self._store = store
+        self._base_name = base_name
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+
+    async def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
+        """Deltas of all choices as they come. Raises `UserError`; leaving the iterator aborts what still runs."""
+        queue: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue(maxsize=64)
+
+        async def pump(idx: int, request: GenerateRequest) -> None:
+            try:
+                async with aclosing(self._choice(job, request)) as deltas:
+                    async for delta in deltas:
+                        await queue.put((idx, delta))
+            except Exception as error:
+                await queue.put((idx, error))
+
+        tasks = [asyncio.create_task(pump(idx, request)) for idx, request in enumerate(job.requests)]
+        watch = self._metrics.watch(job.adapter or self._base_name, num_sequences=len(tasks))
+        line = RequestLine(job.id, job.adapter or self._base_name, len(tasks))
+        num_running = len(tasks)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while num_running:
+                    idx, item = await queue.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    num_running -= item.finish_reason is not None
+                    watch.delta(idx, item)
+                    line.delta(item)
+                    yield idx, item
+        except UserError as error:
+            line.failed(error.code or error.type)
+            raise
+        except TimeoutError:
+            line.failed("timeout")
+            raise UserError(
+                f"the request took longer than {self._timeout_s:g} s (--request-timeout-s)",
+                status=504,
+                code="timeout",
+            ) from None
+        except Exception:
+            line.failed("internal_error")
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            watch.done()
+            line.ended()
+
+    def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
+        """One sequence, or several as one where tools bring adapters."""
+        if job.tools is None or not job.tools.switching:
+            return self._one(request, job.adapter, job.adapter_info)
+        eos_token_ids = frozenset(self._engine.info.eos_token_ids)
+        return run_switching(job.tools, request, job.adapter, eos_token_ids, self._one_with)
+
+    async def _one_with(self, request: GenerateRequest, adapter: str | None) -> AsyncGenerator[Delta]:
+        """One sequence with the adapter of that name, whatever `request` holds."""
+        content_hash = None if adapter is None else (await self._store.resolve(adapter)).content_hash
+        request = msgspec.structs.replace(request, adapter_hash=content_hash)
+        async with aclosing(self._one(request, adapter, None)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _one(
+        self, request: GenerateRequest, adapter: str | None, prompted: AdapterInfo | None
+    ) -> AsyncGenerator[Delta]:
+        """One sequence; when its adapter had to make room meanwhile, or went with its engine, it is loaded again.
+
+        `prompted` is the adapter whose chat template and tokenizer made the prompt, if it did: they must be the same.
+        """
+        losses = Losses()
+        for attempt in range(MAX_RELOADS + 1):
+            try:
+                async with aclosing(self._resender.generate(request, losses)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                return
+            except UserError as error:
+                if error.code != "adapter_not_resident" or adapter is None:
+                    raise
+                if attempt == MAX_RELOADS:
+                    raise OverloadedError(
+                        f"adapter {adapter!r} had to make room for others {attempt + 1} times before this request ran; "
+                        "retry later or raise --max-adapters",
+                        status=503,
+                    ) from None
+            self._store.engine_lost(adapter, request.adapter_hash)
+            now = await self._store.resolve(adapter)
+            if prompted is not None and now.text_hash != prompted.text_hash:
+                raise UserError(
+                    f"adapter {adapter!r} got another chat template or tokenizer while the request waited for it; "
+                    "send the request again",
+                    status=409,
+                    code="adapter_changed",
+                )
+            request = msgspec.structs.replace(request, adapter_hash=now.content_hash)
