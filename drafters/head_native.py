@@ -39,12 +39,16 @@ class _NativeHead:
 class NativeHeadRunner:
     """Runs the heads of a step's sequences, position by position."""
 
-    source = HeadSource
-
     def __init__(self, team: Team) -> None:
         self._team = team
         self._heads: dict[int, _NativeHead] = {}
         self.clear()
+
+    def source(
+        self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]
+    ) -> HeadSource:
+        """The head's voice for a sequence; `local` maps token ids to the head's vocabulary."""
+        return HeadSource(head, local, prompt)
 
     def clear(self) -> None:
         self._row_of: dict[int, tuple[HeadRow, ctypes.Array]] = {}  # id of a source -> its row and window

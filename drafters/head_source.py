@@ -8,14 +8,13 @@ adapters within a step. Invariant: a head's state follows what is proposed, also
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
 from .copy_pointer import CopyPointer
 from .head import WEIGHT_NAMES, HeadWeights, best_token, cell, initial_state, scores
 from .head_files import LookaheadHeadFile
-from .protocol import DraftSource, Guess
+from .protocol import Guess
 
 NUM_LEVELS = 12
 KEEP_DRAFTS = 64  # a head that no draft used for so long leaves its stack when that is built next
@@ -89,30 +88,6 @@ class HeadSource:
         self.input = (self._local.get(token, self._other), self._pointer.moved, window + [-1] * (width - len(window)))
 
 
-class Heads(Protocol):
-    """Runs the heads of all sequences of a step together, position by position, or has them draft by themselves."""
-
-    def source(self, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]) -> DraftSource:
-        """A sequence's view of its head; `local` maps token ids to the head's vocabulary."""
-        ...
-
-    def begin(self, sources: Sequence[HeadSource]) -> None:
-        """Start the drafts of those sources that are ready."""
-        ...
-
-    def step(self, sources: Sequence[HeadSource]) -> None:
-        """Feed each source what it was told to follow, and give it its next guess."""
-        ...
-
-    def clear(self) -> None:
-        """The step's drafts are done."""
-        ...
-
-    def forget(self) -> None:
-        """Let go of the weights of adapters that have left."""
-        ...
-
-
 class _Stack:
     """Weights of the heads of one shape that recent drafts used: place i of every tensor is `heads[i]`."""
 
@@ -169,13 +144,17 @@ class _Group:
 class HeadRunner:
     """Runs the heads of a step's sequences, position by position."""
 
-    source = HeadSource
-
     def __init__(self) -> None:
         self._stacks: dict[tuple[int, ...], _Stack] = {}
         self._last_used: dict[int, int] = {}  # id of a head -> number of the draft
         self._num_drafts = 0
         self._groups: list[_Group] = []
+
+    def source(
+        self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]
+    ) -> HeadSource:
+        """The head's voice for a sequence; `local` maps token ids to the head's vocabulary."""
+        return HeadSource(head, local, prompt)
 
     @torch.inference_mode()
     def begin(self, sources: Sequence[HeadSource]) -> None:

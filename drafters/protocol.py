@@ -3,12 +3,19 @@
 Sources never decide what is generated; the verifier does. A source that is wrong or broken only costs the rows of its
 drafts. Guesses are made position by position: after each, every source is told which token was proposed, its own or
 another's, and goes on from there. Sources import kernels at most, never the engine.
+
+A lookahead head is one source of its sequence, but the heads of all sequences run together: `Heads` gives sequences
+their sources, and where the host asks heads for each position of a draft they are `SteppedHeads`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from .head_files import LookaheadHeadFile
+    from .head_source import HeadSource
 
 
 class Guess(NamedTuple):
@@ -41,4 +48,34 @@ class DraftSource(Protocol):
 
     def follow(self, token: int) -> None:
         """The draft goes on with `token`."""
+        ...
+
+
+class Heads(Protocol):
+    """The lookahead heads of all adapters, wherever they run."""
+
+    def source(
+        self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]
+    ) -> DraftSource:
+        """The head's voice for a sequence; `local` maps token ids to the head's vocabulary."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of the weights of adapters that have left."""
+        ...
+
+
+class SteppedHeads(Heads, Protocol):
+    """Heads that guess position by position, those of a step's sequences together, between the other sources."""
+
+    def begin(self, sources: Sequence[HeadSource]) -> None:
+        """Start the drafts of those sources that are ready."""
+        ...
+
+    def step(self, sources: Sequence[HeadSource]) -> None:
+        """Feed each source what it was told to follow, and give it its next guess."""
+        ...
+
+    def clear(self) -> None:
+        """The step's drafts are done."""
         ...

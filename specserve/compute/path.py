@@ -14,9 +14,9 @@ import torch
 
 from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
-from ..drafters.head_device import ChainSource
 from ..drafters.head_native import NativeHeadRunner
-from ..drafters.head_source import HeadRunner, Heads
+from ..drafters.head_source import HeadRunner
+from ..drafters.protocol import Heads, SteppedHeads
 from ..messages import GenerateRequest, SamplingParams
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence
@@ -40,6 +40,7 @@ class ComputePath:
     runner: ModelRunner | DeviceRunner
     sampler: Sampler
     heads: Heads
+    stepped_heads: SteppedHeads | None  # the same, where the host asks them for each position
     torch_threads: Callable[[], AbstractContextManager[None]]  # around whatever computes
     is_asynchronous: bool  # the device runs by itself while the host goes on
 
@@ -79,17 +80,18 @@ def make_path(
     eos_token_ids: list[int],
     max_model_len: int,
     adapters: Mapping[str, LoraAdapter],
-    chain_source: Callable[[Sequence], ChainSource | None],
 ) -> ComputePath:
-    """The path of `decoder`. `chain_source` finds the source of a sequence whose head drafts on the device."""
+    """The path of `decoder`."""
     if not isinstance(decoder, TritonDecoder):
         sampler = Sampler(eos_token_ids, masks)
         if isinstance(decoder, NativeDecoder):
             runner = ModelRunner(decoder, kv, config.block_size, decoder.slots())
-            return ComputePath(runner, sampler, NativeHeadRunner(decoder.team), one_torch_thread, False)
+            native_heads = NativeHeadRunner(decoder.team)
+            return ComputePath(runner, sampler, native_heads, native_heads, one_torch_thread, False)
         slots = decoder.slots()
         runner = ModelRunner(decoder, kv, config.block_size, slots)
-        return ComputePath(runner, sampler, HeadRunner(), nullcontext, decoder.device.type == "cuda")
+        heads = HeadRunner()
+        return ComputePath(runner, sampler, heads, heads, nullcontext, decoder.device.type == "cuda")
     device_runner = DeviceRunner(
         decoder,
         kv,
@@ -106,7 +108,6 @@ def make_path(
         device_runner,
         device_sampler.sampled,
         adapters,
-        chain_source,
         max_heads=config.max_adapters,
         max_model_len=max_model_len,
         max_draft_len=config.max_draft_tokens,
@@ -114,4 +115,4 @@ def make_path(
     device_runner.on_seated = drafts.prepare
     device_runner.capture()
     drafts.capture()
-    return ComputePath(device_runner, device_sampler, drafts, nullcontext, decoder.device.type == "cuda")
+    return ComputePath(device_runner, device_sampler, drafts, None, nullcontext, decoder.device.type == "cuda")

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..drafters.chooser import DraftChooser
-from ..drafters.head_source import Heads, HeadSource
+from ..drafters.head_source import HeadSource
+from ..drafters.protocol import SteppedHeads
 from ..schedule.scheduler import ScheduledSequence
 from .budget import ENTER_GAIN, best_prefix
 from .cost_model import CostModel, MeanSeconds, StepCurve, StepShape
@@ -57,9 +58,12 @@ class StepPlan:
 
 
 class DraftGrowth:
-    """Owns the heads and what drafting itself costs; `cost_model` says what rows cost."""
+    """Owns what drafting itself costs; `cost_model` says what rows cost.
 
-    def __init__(self, cost_model: CostModel, heads: Heads) -> None:
+    `heads` are those that guess here, between the other sources; None where heads draft by themselves.
+    """
+
+    def __init__(self, cost_model: CostModel, heads: SteppedHeads | None) -> None:
         self.cost_model = cost_model
         self.heads = heads
         self.row_price = 0.0  # tokens that the next row of the latest step had to bring
@@ -95,10 +99,6 @@ class DraftGrowth:
             self._drafted_last = num_fixed + num_auto > 0
         self._set_price(plan, num_fixed + num_auto, expected)
 
-    def forget(self) -> None:
-        """Let go of stacked heads, when an adapter has left."""
-        self.heads.forget()
-
     def _candidates(self, growing: list[GrowingDraft], plan: StepPlan) -> list[tuple[float, GrowingDraft]]:
         """Every position worth considering: (survival, draft), position by position."""
         candidates: list[tuple[float, GrowingDraft]] = []
@@ -124,7 +124,8 @@ class DraftGrowth:
             rate = expected / plan.seconds(num_rows - plan.num_rows)
             growing = self._worth_going_on(still, price, rate)
             self._run_heads(growing)
-        self.heads.clear()
+        if self.heads is not None:
+            self.heads.clear()
         return candidates
 
     def _price(self, plan: StepPlan, expected: float, num_rows: int, num_growing: int) -> float:
@@ -154,6 +155,8 @@ class DraftGrowth:
 
     def _run_heads(self, drafts: Sequence[GrowingDraft], starts: bool = False) -> None:
         """One step of the heads; if it fails, these sequences go on without theirs."""
+        if self.heads is None:
+            return
         sources = [(d.chooser, s) for d in drafts for s in d.chooser.sources if isinstance(s, HeadSource)]
         if not sources:
             return

@@ -15,11 +15,10 @@ from ..config import EngineConfig
 from ..drafters.acceptance import SharedAcceptance
 from ..drafters.chooser import DraftChooser
 from ..drafters.grammar_source import GrammarSource
-from ..drafters.head_source import Heads
 from ..drafters.history_source import HistorySource
 from ..drafters.ngram import NgramSource
 from ..drafters.prediction import PredictionSource
-from ..drafters.protocol import DraftSource
+from ..drafters.protocol import DraftSource, Heads, SteppedHeads
 from ..grammar.grammar import Grammar
 from ..messages import AdapterDrafts, GenerateRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
@@ -59,6 +58,7 @@ class Proposer:
         config: EngineConfig,
         cost_model: CostModel,
         heads: Heads,
+        stepped_heads: SteppedHeads | None,
         vocab_size: int,
         adapters: Mapping[str, LoraAdapter],
     ):
@@ -66,7 +66,8 @@ class Proposer:
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._base_acceptance = SharedAcceptance()
-        self.growth = DraftGrowth(cost_model, heads)
+        self._heads = heads
+        self.growth = DraftGrowth(cost_model, stepped_heads)
         self.num_undrafted_steps = 0
         self._counts: dict[str | None, _Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
@@ -113,7 +114,7 @@ class Proposer:
         if history is not None:
             sources.append(HistorySource(history, len(request.prompt_token_ids)))
         if ahead is not None and ahead.head is not None:
-            sources.append(self.growth.heads.source(ahead.head, ahead.local, request.prompt_token_ids))
+            sources.append(self._heads.source(request.request_id, ahead.head, ahead.local, request.prompt_token_ids))
         return sources
 
     def propose(
@@ -206,7 +207,7 @@ class Proposer:
 
     def forget(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""
-        self.growth.forget()
+        self._heads.forget()
         self._counts.pop(content_hash, None)
         self._switches = {key: switch for key, switch in self._switches.items() if key[0] != content_hash}
 

@@ -34,7 +34,6 @@ from ..compute.runner import StepOutput
 from ..compute.sampler import token_logprobs
 from ..config import EngineConfig
 from ..drafters.chooser import DraftChooser
-from ..drafters.head_device import ChainSource
 from ..drafters.head_source import HeadSource
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
 from ..drafting.proposer import Proposer
@@ -152,17 +151,13 @@ class Engine:
             sorted(self.eos_token_ids),
             max_model_len,
             self.registry.adapters,
-            self._chain_source,
         )
         self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
-        self._torch_threads, heads = path.torch_threads, path.heads
+        self._torch_threads = path.torch_threads
         cost_model = CostModel.measure(functools.partial(path.seconds, self.blocks, max_model_len))
-        self.proposer = Proposer(config, cost_model, heads, model.vocab_size, self.registry.adapters)
-
-    def _chain_source(self, seq: Sequence) -> ChainSource | None:
-        state = self._requests.get(seq.request_id)
-        sources = state.drafts.sources if state is not None else []
-        return next((source for source in sources if isinstance(source, ChainSource)), None)
+        self.proposer = Proposer(
+            config, cost_model, path.heads, path.stepped_heads, model.vocab_size, self.registry.adapters
+        )
 
     # -- requests
 

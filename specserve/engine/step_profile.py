@@ -32,7 +32,8 @@ class StepProfile:
         self._wrap(engine.scheduler, "schedule", "schedule")
         self._wrap(engine.proposer, "propose", "propose drafts")
         self._wrap(engine.proposer, "end_step", "learn costs")
-        self._wrap(engine.proposer.growth.heads, "step", "lookahead heads")
+        if engine.proposer.growth.heads is not None:
+            self._wrap(engine.proposer.growth.heads, "step", "lookahead heads")
         self._wrap(engine.runner, "run", "build the batch")
         self._wrap(engine.decoder, "forward", "forward")
         self._wrap(engine.decoder, "logits", "lm_head")

@@ -1,25 +1,26 @@
 """Lookahead heads of the GPU path: they draft right behind verification, on the device, for the step to come.
 
-Stands where `HeadRunner` does, but nothing is asked position by position: verification and the heads' whole loop are
-queued behind sampling, and their guesses come to the host with the step's tokens. A sequence's `ChainSource` then
-speaks as long as the draft follows its own chain. Owns which sequence is on which place of the device's prompt pool:
-the places are the runner's seats. If it fails, it is switched off, and everything goes on without heads.
+Nothing is asked position by position, as `HeadRunner` is: verification and the heads' whole loop are queued behind
+sampling, and their guesses come to the host with the step's tokens. A sequence's `ChainSource` then speaks as long as
+the draft follows its own chain; it is made here and found again by its request while somebody holds it. Owns which
+sequence is on which place of the device's prompt pool: the places are the runner's seats. If it fails, it is switched
+off, and everything goes on without heads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 
 from ...adapters.lora import LoraAdapter
 from ...drafters.head_device import ChainSource, DeviceHeads
 from ...drafters.head_files import HeadError, LookaheadHeadFile
-from ...drafters.head_source import HeadSource
 from ...kernels.head_loop import LoopRows
 from ...kernels.verify import verify_drafts_
 from ...schedule.row_group import RowGroup
@@ -54,7 +55,7 @@ class _Entry:
 class DeviceDrafts:
     """Drafts of up to `max_draft_len` tokens by the heads of up to `max_heads` adapters.
 
-    `sampled` [L] int64 is where the sampler leaves tokens, `adapters` who is there, `source_of` a sequence's source.
+    `sampled` [L] int64 is where the sampler leaves tokens, `adapters` who is there.
     """
 
     def __init__(
@@ -62,14 +63,13 @@ class DeviceDrafts:
         runner: DeviceRunner,
         sampled: torch.Tensor,
         adapters: Mapping[str, LoraAdapter],
-        source_of: Callable[[Sequence], ChainSource | None],
         *,
         max_heads: int,
         max_model_len: int,
         max_draft_len: int,
     ):
         config, device = runner.decoder.config, runner.decoder.device
-        self._runner, self._sampled, self._adapters, self._source_of = runner, sampled, adapters, source_of
+        self._runner, self._sampled, self._adapters = runner, sampled, adapters
         longest = min(max_draft_len, _CHAIN_LENS[-1])
         self._chain_lens = (*(n for n in _CHAIN_LENS if n < longest), longest)
         num_places = padded(runner.seats.tables.shape[0])
@@ -87,23 +87,17 @@ class DeviceDrafts:
         self._verified = torch.zeros(2, num_places, dtype=torch.int32, device=device)  # tokens accepted, last row
         self._host = torch.zeros(self._heads.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._places: dict[int, _Place] = {}  # by seat
+        self._sources: WeakValueDictionary[str, ChainSource] = WeakValueDictionary()  # by request id
         self._known: dict[int, LookaheadHeadFile] = {}  # by id: heads that were added, or refused
         self._entries: list[_Entry] = []  # of the launch that is under way
         self._is_off = False
         self._longest = longest  # draft lately, decaying
         self._num_guesses = 0
 
-    # -- as `HeadRunner`: nothing is asked while drafts grow
-
-    def begin(self, sources: Seq[HeadSource]) -> None: ...
-
-    def step(self, sources: Seq[HeadSource]) -> None: ...
-
-    def clear(self) -> None: ...
-
-    def source(self, head: LookaheadHeadFile, local: dict[int, int], prompt: Seq[int]) -> ChainSource:
+    def source(self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Seq[int]) -> ChainSource:
         """The head's voice among a sequence's sources."""
-        return ChainSource(head)
+        source = self._sources[request_id] = ChainSource(head)
+        return source
 
     def forget(self) -> None:
         """Let go of heads whose adapters have left; nothing that runs names them."""
@@ -131,7 +125,7 @@ class DeviceDrafts:
         """Bring sequences that will draft to their seats' places; before the step is queued, as it waits for copies."""
         with self._or_off():
             for item, seat in zip(items, seats, strict=True):
-                source = self._source_of(item.seq) if item.reaches_end else None
+                source = self._sources.get(item.seq.request_id) if item.reaches_end else None
                 if source is not None and source.is_asked:
                     self._take_place(item.seq, seat, source.head)
 
@@ -152,7 +146,7 @@ class DeviceDrafts:
     def _launch(self, groups: Seq[RowGroup]) -> None:
         entries = []
         for group in groups:
-            source = self._source_of(group.seq)
+            source = self._sources.get(group.seq.request_id)
             if source is None or not source.is_asked:
                 continue
             source.is_asked = False
