@@ -30,7 +30,7 @@ _LEFT_OUT = "the chat template leaves out the message's {}, so it would not be l
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An assistant's message as `chat_validation.chat_messages` makes it, and the reasoning before it."""
+    """An assistant's message as `chat.messages.chat_messages` makes it, and the reasoning before it."""
 
     message: ChatMessage
     reasoning: str | None = None
@@ -72,14 +72,14 @@ class TurnEncoder:
     """Makes turns with one model's template; `eos_token_ids` are where its server stops."""
 
     def __init__(self, tokenizer: TextTokenizer, eos_token_ids: Collection[int]):
-        if not tokenizer.has_chat_template:
+        if tokenizer.template.text is None:
             raise UserError(
                 "the model has no chat template, so rows cannot be written as conversations; put a "
                 "chat_template.jinja into its directory",
                 param="model",
             )
         self._tokenizer = tokenizer
-        self._format = choose_format(tokenizer.chat_template)
+        self._format = choose_format(tokenizer.template.text)
         texts = {tokenizer.token_text(token): token for token in sorted(eos_token_ids)}
         self._eos = {text: token for text, token in texts.items() if text}  # some lists name ids beyond the tokenizer
         self._specials = {**tokenizer.special_tokens, **self._eos}
@@ -87,7 +87,7 @@ class TurnEncoder:
         self._ends: dict[tuple[bool, bool, int, bool], str] = {}  # what ends an answer that holds these
 
     def turn(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool] = ()) -> Turn:
-        """`answer` after `history`, messages as `chat_validation.chat_messages` makes them.
+        """`answer` after `history`, messages as `chat.messages.chat_messages` makes them.
 
         Raises `UserError` for what cannot be told.
         """
@@ -179,8 +179,8 @@ class TurnEncoder:
     def _render(
         self, messages: list[ChatMessage], is_prompt: bool, definitions: list[dict[str, Any]] | None, marks: Marks
     ) -> str:
-        hide = self._tokenizer.hide
-        return self._tokenizer.render(hide(messages, marks), is_prompt, hide(definitions, marks))
+        hide = self._tokenizer.template.hide
+        return self._tokenizer.template.render(hide(messages, marks), is_prompt, hide(definitions, marks))
 
 
 def _missing(answer: Answer, rendered: str, marks: Marks) -> str | None:

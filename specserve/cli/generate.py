@@ -122,12 +122,12 @@ def encode_prompt(model_dir: Path, prompt: str, options: GenerateOptions) -> lis
     tokenizer = TextTokenizer(model_dir)
     if options.adapter is not None:
         tokenizer = tokenizer.for_adapter_in(options.adapter)
-    chat = options.chat if options.chat is not None else tokenizer.has_chat_template
+    chat = options.chat if options.chat is not None else tokenizer.template.text is not None
     if not chat:
         if options.system is not None:
             raise UserError("--system needs the chat template; leave out --raw, or put the text into the prompt")
         return tokenizer.encode(prompt)
-    if not tokenizer.has_chat_template:
+    if tokenizer.template.text is None:
         raise UserError(f"{model_dir} has no chat template; use --raw")
     messages = [{"role": "user", "content": prompt}]
     if options.system is not None:

@@ -1,7 +1,7 @@
-"""Text to token ids and back, for the server: chat templates, plain encoding, and the bytes of single tokens.
+"""Text to token ids and back, for the server: prompts, rendered conversations, and the bytes of single tokens.
 
-Owns one model's (or adapter's) tokenizer. Special tokens are control characters: a template may write them, a user's
-message may not. A message that spells one is encoded as the letters it consists of.
+Owns one model's (or adapter's) tokenizer, with its chat template (chat_template.py). What a message spells of a special
+token is encoded as the letters that it consists of.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 from ..adapter_files import read_texts
 from ..errors import AdapterError, ModelError, UserError
 from ..memory import give_memory_back
-from .bounds import BYTE_OF, TokenBound
-from .chat_templates import may_render_here
+from .chat_template import ChatTemplate
 from .detokenizer import Detokenizer
 from .hidden_chat import HiddenChat, Marks
-from .template_worker import MAX_RENDERED_BYTES, TemplateJob
+from .template_worker import MAX_RENDERED_BYTES
+from .token_bound import BYTE_OF, TokenBound
 
 LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -47,18 +47,8 @@ class TextTokenizer:
         added = self._tokenizer.added_tokens_decoder.items()
         self._special_ids = {idx for idx, token in added if token.special}
         self._specials = {token.content: idx for idx, token in added if token.special and token.content}
-        self._template: Any = self._tokenizer.chat_template
-        self.template_name = "the chat template"
-        self.is_template_trusted = trusted and may_render_here(self._template)
-
-    @property
-    def chat_template(self) -> object:
-        """The template's text; None without one."""
-        return self._template
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
+        text = self._tokenizer.chat_template
+        self.template = ChatTemplate(self._tokenizer, text, self._specials, may_trust=trusted)
 
     def for_adapter_in(self, directory: Path) -> TextTokenizer:
         """The tokenizer that requests for the adapter in `directory` get."""
@@ -82,7 +72,7 @@ class TextTokenizer:
                     f"{self.vocab_size}; a resized vocabulary is not supported",
                     code="invalid_adapter",
                 )
-            own._bring_template(own._template, self, name)
+            own.template = own.template.of_adapter(own.template.text, name, self.template)
             return own
         template = None
         try:
@@ -96,14 +86,8 @@ class TextTokenizer:
         if not isinstance(template, str):
             return self
         other = copy.copy(self)
-        other._bring_template(template, self, name)
+        other.template = self.template.of_adapter(template, name, self.template)
         return other
-
-    def _bring_template(self, template: Any, base: TextTokenizer, adapter: str) -> None:
-        """Use an adapter's template: a stranger's program, unless it is the model's own."""
-        self._template = template
-        self.template_name = f"the chat template of adapter {adapter!r}"
-        self.is_template_trusted = template == base._template and base.is_template_trusted
 
     @property
     def vocab_size(self) -> int:
@@ -192,39 +176,8 @@ class TextTokenizer:
         A text that is certain to have more than `max_tokens` is refused before it is tokenised. With `continue_final`
         the ids end with the last message's text instead of the template's end of that message.
         """
-        chat = self.hidden_chat(messages, add_generation_prompt, continue_final, tools)
-        return self.chat_ids(chat, self.render_chat(chat), max_tokens)
-
-    def hidden_chat(
-        self,
-        messages: Sequence[dict[str, Any]],
-        add_generation_prompt: bool = True,
-        continue_final: bool = False,
-        tools: list[dict[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> HiddenChat:
-        """The conversation to render. Special tokens that messages, tool calls, tools or variables spell are letters:
-        marks stand for them while it renders. Raises `UserError` for a variable that would replace a special token."""
-        for name in variables or ():
-            if name in self._tokenizer.special_tokens_map:
-                raise UserError(
-                    f"chat_template_kwargs.{name} would replace a token of the model; leave it out",
-                    param="chat_template_kwargs",
-                )
-        spells = any(special in message["content"] for message in messages for special in self._specials)
-        marks = Marks()
-        hidden: list[dict[str, Any]] = [
-            {**self.hide({**message, "content": ""}, marks), "content": message["content"]} for message in messages
-        ]
-        hidden_tools = self.hide(tools, marks)
-        hidden_variables = self.hide(dict(variables or {}), marks)
-        plain = hidden == list(messages) and hidden_tools == tools and hidden_variables == (variables or {})
-        if plain and not spells and not continue_final:
-            return HiddenChat(hidden, tools, add_generation_prompt, marks, None, hidden_variables)
-        for message in hidden:
-            message["content"] = marks.new(message["content"])
-        last_mark = hidden[-1]["content"] if continue_final else None
-        return HiddenChat(hidden, hidden_tools, add_generation_prompt, marks, last_mark, hidden_variables)
+        chat = self.template.hidden_chat(messages, add_generation_prompt, continue_final, tools)
+        return self.chat_ids(chat, self.template.render_chat(chat), max_tokens)
 
     def chat_ids(self, chat: HiddenChat, rendered: str, max_tokens: int | None = None) -> list[int]:
         """Token ids of what the template made of `chat`. Raises `UserError`, also for what must be too long."""
@@ -236,7 +189,7 @@ class TextTokenizer:
         texts = [text for text, _ in chat.marks.parts(rendered)]
         if (num_chars := sum(map(len, texts))) > MAX_RENDERED_BYTES:  # each mark may stand for a long text
             raise UserError(
-                f"{self.template_name} refuses these messages: it makes {num_chars} characters of text; at most "
+                f"{self.template.name} refuses these messages: it makes {num_chars} characters of text; at most "
                 f"{MAX_RENDERED_BYTES} are allowed",
                 param="messages",
                 code="chat_template_failed",
@@ -245,68 +198,12 @@ class TextTokenizer:
             self.check_len(texts, max_tokens, "messages")
         return self.encode_marked(rendered, chat.marks)
 
-    def template_job(self, chat: HiddenChat, timeout_s: float) -> TemplateJob:
-        """What another process needs to render `chat` as `render` would. Raises `UserError`."""
-        variables = {**self._tokenizer.special_tokens_map, **chat.variables}
-        messages = [{key: item for key, item in message.items() if item is not None} for message in chat.messages]
-        template = self._template_for(chat.tools)
-        return TemplateJob(template, messages, chat.tools, chat.add_generation_prompt, variables, timeout_s)
-
     def encode_marked(self, rendered: str, marks: Marks) -> list[int]:
         """Token ids of a rendered template: its special tokens are tokens, what `marks` stand for are letters."""
         ids: list[int] = []
         for text, is_marked in marks.parts(rendered):
             ids += self.encode_literal(text) if is_marked else self.encode(text, add_special_tokens=False)
         return ids
-
-    def hide(self, value: Any, marks: Marks) -> Any:
-        """`value` with a mark for every special token that a text in it, or a key, spells."""
-        if isinstance(value, dict):
-            return {self.hide(key, marks): self.hide(item, marks) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.hide(item, marks) for item in value]
-        if isinstance(value, str):
-            for special in self._specials:
-                if special in value:
-                    value = value.replace(special, marks.of(special))
-        return value
-
-    def render_chat(self, chat: HiddenChat) -> str:
-        return self.render(chat.messages, chat.add_generation_prompt, chat.tools, chat.variables)
-
-    def render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        add_generation_prompt: bool,
-        tools: list[dict[str, Any]] | None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The conversation's text through the chat template. Raises `UserError` when that refuses the messages."""
-        template = self._template_for(tools)
-        try:
-            # transformers renders in an immutable sandbox: templates come with models and adapters.
-            rendered: Any = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,  # type: ignore[arg-type]
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **(variables or {}),
-            )
-        except Exception as error:  # a template is a program of its own: it may raise anything
-            raise UserError(f"{self.template_name} refuses these messages: {error}", param="messages") from None
-        return str(rendered)
-
-    def _template_for(self, tools: list[dict[str, Any]] | None) -> str:
-        """The template's text; a model may have several, one of them for tools."""
-        if self._template is None:
-            raise UserError("this model has no chat template; use /v1/completions", param="messages")
-        if isinstance(self._template, str):
-            return self._template
-        try:
-            return str(self._tokenizer.get_chat_template(None, tools))  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UserError(f"{self.template_name} cannot be used: {error}", param="messages") from None
 
 
 def _ids(backend: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

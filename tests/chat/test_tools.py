@@ -378,7 +378,7 @@ def rendered(request, tmp_path_factory):
     """(family, format, the ids that end a turn, text) of a conversation with tools."""
     fast = make_tokenizer(317) if request.param == "plain" else make_tool_tokenizer(request.param, 320)
     tokenizer = save(fast, tmp_path_factory.mktemp(request.param))
-    chosen = choose_format(tokenizer.chat_template)
+    chosen = choose_format(tokenizer.template.text)
     tools = tool_use(globals()["request"](tools=BOTH)).tools
     messages, definitions = for_template(chat(TALK), tools, chosen)
     ids = tokenizer.encode_chat(messages, True, False, definitions)

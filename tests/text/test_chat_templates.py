@@ -11,7 +11,7 @@ from tiny_models import CHAT_TEMPLATE, make_tiny_model
 from transformers import AutoTokenizer
 
 from specserve.errors import UserError
-from specserve.text.chat_templates import may_render_here
+from specserve.text.template_checks import may_render_here
 from specserve.text.template_renderer import TemplateRenderer
 from specserve.text.tokenizer import TextTokenizer
 
@@ -71,8 +71,8 @@ def test_a_process_renders_what_transformers_renders(model_dir, of_adapter):
             tokenizer = of_adapter(template)
             for tools in (None, TOOLS):
                 for opens in (True, False):
-                    chat = tokenizer.hidden_chat(MESSAGES, opens, False, tools)
-                    text = await renderer.render(tokenizer.template_job(chat, 5), "it")
+                    chat = tokenizer.template.hidden_chat(MESSAGES, opens, False, tools)
+                    text = await renderer.render(tokenizer.template.job(chat, 5), "it")
                     plain = [dict(m, content=m["content"].replace("<|im_end|>", "END")) for m in MESSAGES]
                     want = reference.apply_chat_template(
                         plain, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=opens
@@ -86,9 +86,9 @@ def test_a_process_renders_what_transformers_renders(model_dir, of_adapter):
 
 
 def test_only_the_models_own_template_is_rendered_in_the_server_and_only_when_it_cannot_loop(model_dir, of_adapter):
-    assert TextTokenizer(model_dir).is_template_trusted
-    assert of_adapter(CHAT_TEMPLATE).is_template_trusted
-    assert not of_adapter(CHAT_TEMPLATE + " ").is_template_trusted
+    assert TextTokenizer(model_dir).template.is_trusted
+    assert of_adapter(CHAT_TEMPLATE).template.is_trusted
+    assert not of_adapter(CHAT_TEMPLATE + " ").template.is_trusted
     for template in (LOOPS, "{{ 'a' * 9 }}", "{{ 9 ** 9 }}", "{% macro f(n) %}{{ f(n) }}{% endmacro %}", "{% if %}"):
         assert not may_render_here(template)
 
@@ -113,7 +113,7 @@ def test_bad_templates_are_refused_by_name_and_good_ones_go_on(of_adapter):
 
         async def render(tokenizer, timeout_s=10.0):
             return await renderer.render(
-                tokenizer.template_job(tokenizer.hidden_chat(MESSAGES[:1]), timeout_s), tokenizer.template_name
+                tokenizer.template.job(tokenizer.template.hidden_chat(MESSAGES[:1]), timeout_s), tokenizer.template.name
             )
 
         async def fails(template, words):
@@ -137,36 +137,36 @@ def test_bad_templates_are_refused_by_name_and_good_ones_go_on(of_adapter):
 
 def test_processes_that_do_not_start_or_end_by_themselves_are_no_templates_fault(of_adapter, monkeypatch):
     good = of_adapter("{{ messages[0].content }}", "good")
-    job = good.template_job(good.hidden_chat(MESSAGES[:1]), 10.0)
+    job = good.template.job(good.template.hidden_chat(MESSAGES[:1]), 10.0)
 
     async def work(renderer):
         for executable in ("/bin/false", "/no/such/python"):
             with monkeypatch.context() as patch:
                 patch.setattr("sys.executable", executable)
                 with pytest.raises(UserError, match="retry shortly") as refused:
-                    await renderer.render(job, good.template_name)
+                    await renderer.render(job, good.template.name)
                 assert refused.value.status == 503
-        assert await renderer.render(job, good.template_name) == MESSAGES[0]["content"]
+        assert await renderer.render(job, good.template.name) == MESSAGES[0]["content"]
         (worker,) = renderer._idle
         worker.kill()
         await worker.wait()
-        assert await renderer.render(job, good.template_name) == MESSAGES[0]["content"]
+        assert await renderer.render(job, good.template.name) == MESSAGES[0]["content"]
 
     run(work)
 
 
 def test_a_template_that_breaks_marks_gets_letters(of_adapter):
     broken = of_adapter("{{ messages[0].content[:-8] }}ffffffff", "broken")
-    chat = broken.hidden_chat([{"role": "user", "content": "Hi <|im_end|>"}])
-    assert broken.decode(broken.chat_ids(chat, broken.render_chat(chat))).endswith("ffffffff")
+    chat = broken.template.hidden_chat([{"role": "user", "content": "Hi <|im_end|>"}])
+    assert broken.decode(broken.chat_ids(chat, broken.template.render_chat(chat))).endswith("ffffffff")
 
 
 def test_marks_in_the_place_of_texts_do_not_hide_how_long_the_text_becomes(of_adapter):
     many = of_adapter("{% for i in range(100000) %}{{ messages[0].content }}{% endfor %}", "many")
-    chat = many.hidden_chat([{"role": "user", "content": "a" * 100_000 + "<|im_end|>"}])
+    chat = many.template.hidden_chat([{"role": "user", "content": "a" * 100_000 + "<|im_end|>"}])
     start = time.monotonic()
     with pytest.raises(UserError, match=r"adapter 'many'.*10001000000 characters"):
-        many.chat_ids(chat, many.render_chat(chat), 2048)
+        many.chat_ids(chat, many.template.render_chat(chat), 2048)
     assert time.monotonic() - start < 5  # 10 GB take half a minute, and a longer message hours
 
 

@@ -175,7 +175,7 @@ class Generator:
 
 def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolPlan | None) -> Thinking | None:
     """How the answer to a chat's prompt may think; None: not at all."""
-    if not may_think(tokenizer.chat_template, tokenizer.added_tokens({THINK, THINK_END})[0]):
+    if not may_think(tokenizer.template.text, tokenizer.added_tokens({THINK, THINK_END})[0]):
         return None
     is_open = tokenizer.decode(prompt_ids[-32:]).rstrip().endswith(THINK)
     return Thinking(is_open, (plan.format.marker,) if plan is not None and plan.format.marker else ())

@@ -47,7 +47,7 @@ class Prompts:
 
     def format_of(self, tokenizer: TextTokenizer) -> ChosenFormat:
         """How the model of this tokenizer writes tool calls."""
-        return choose_format(tokenizer.chat_template, self._tool_format)
+        return choose_format(tokenizer.template.text, self._tool_format)
 
     async def tokenizer_for(self, adapter: str | None) -> tuple[TextTokenizer, AdapterInfo | None]:
         """The tokenizer to use, and the loaded adapter; loads the adapter if needed."""
@@ -82,7 +82,7 @@ class Prompts:
             messages, definitions = for_template(chat_messages(request.messages or []), tools, chosen)
             effort = request.reasoning_effort if isinstance(request, ChatRequest) else None
             variables = template_variables(request.chat_template_kwargs, effort)
-            return tokenizer.hidden_chat(messages, *chat_ending(request), definitions, variables)
+            return tokenizer.template.hidden_chat(messages, *chat_ending(request), definitions, variables)
 
         return await self.rendered_ids(tokenizer, prepare, self._engine.info.max_model_len)
 
@@ -91,8 +91,8 @@ class Prompts:
     ) -> list[int]:
         """Token ids of a conversation, rendered where its template may do no harm."""
         chat = await asyncio.to_thread(prepare)
-        if tokenizer.is_template_trusted:
-            text = await asyncio.to_thread(tokenizer.render_chat, chat)
+        if tokenizer.template.is_trusted:
+            text = await asyncio.to_thread(tokenizer.template.render_chat, chat)
         else:
-            text = await self._templates.render(tokenizer.template_job(chat, RENDER_TIMEOUT_S), tokenizer.template_name)
+            text = await self._templates.render(tokenizer.template.job(chat, RENDER_TIMEOUT_S), tokenizer.template.name)
         return await self.off_loop(len(text) + chat.marks.num_chars, tokenizer.chat_ids, chat, text, max_tokens)

@@ -154,7 +154,8 @@ class LoraxRoutes:
         limit = generator.engine.info.max_model_len if length is None else None
         if parameters.apply_chat_template:
             message = {"role": "user", "content": inputs}
-            ids = await generator.prompts.rendered_ids(tokenizer, partial(tokenizer.hidden_chat, [message]), limit)
+            hidden = partial(tokenizer.template.hidden_chat, [message])
+            ids = await generator.prompts.rendered_ids(tokenizer, hidden, limit)
         else:
             if limit is not None:
                 tokenizer.check_len([inputs], limit, "inputs")

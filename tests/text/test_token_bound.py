@@ -6,7 +6,7 @@ import pytest
 from tiny_models import CORPUS, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from specserve.text.bounds import BYTE_OF, TokenBound
+from specserve.text.token_bound import BYTE_OF, TokenBound
 
 PIECES = [
     *CORPUS,
