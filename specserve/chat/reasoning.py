@@ -10,6 +10,8 @@ import enum
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from .markers import overlap
+
 THINK, THINK_END = "<think>", "</think>"
 MAX_SPACE = 64  # characters of white space that are waited for
 
@@ -73,7 +75,7 @@ class ThinkingParser:
             text, self._buffer = self._buffer[:idx], self._buffer[idx:].removeprefix(THINK_END)
             self._state = _State.BEHIND if end == THINK_END else _State.CONTENT
         else:
-            held = 0 if final else max(_overlap(self._buffer, end) for end in self._ends)
+            held = 0 if final else max(overlap(self._buffer, end) for end in self._ends)
             length = len(self._buffer) - held
             text, self._buffer = self._buffer[:length], self._buffer[length:]
         if not self._has_reasoning:
@@ -85,8 +87,3 @@ class ThinkingParser:
             kept = text
         self._space = text[len(kept) :]
         return kept
-
-
-def _overlap(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that may be the start of `marker`."""
-    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)

@@ -5,9 +5,10 @@ import random
 
 import pytest
 
+from specserve.chat.tools.call_object import ObjectScanner
+from specserve.chat.tools.events import Arguments, CallStart, Content
 from specserve.chat.tools.formats import FORMATS
-from specserve.chat.tools.object_scanner import ObjectScanner
-from specserve.chat.tools.parser import Arguments, CallParser, CallStart, Content
+from specserve.chat.tools.parser import CallParser
 
 TOOLS = ["get_weather", "add", "get"]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "K\\u00f6ln \\"}</tool_call>", "n": [1, {"a": []}]}}'

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .parser import CallStart, Content, Event
+from .events import CallStart, Content, Event
 from .plan import ToolPlan
 
 

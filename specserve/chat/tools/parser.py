@@ -9,37 +9,15 @@ frame is complete and its JSON is read. White space around frames belongs to the
 from __future__ import annotations
 
 import enum
-import json
-import re
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import NoReturn
 
+from ..markers import overlap
+from .call_object import ObjectScanner, read_call
+from .events import Arguments, CallStart, Content, Event, merged
 from .formats import HERMES_END, PYTHON_TAG, ToolFormat
-from .object_scanner import ObjectScanner
 
 MAX_BROKEN_CALLS = 16  # then the rest is content: each one costs a scan of what follows it
 MAX_FRAME_SPACE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallStart:
-    index: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    index: int
-    text: str
-
-
-Event = Content | CallStart | Arguments
 
 
 class _State(enum.Enum):
@@ -92,18 +70,8 @@ class CallParser:
         return self._take()
 
     def _take(self) -> list[Event]:
-        """The events so far; neighbours of one kind are joined."""
-        joined: list[Event] = []
-        for event in self._events:
-            last = joined[-1] if joined else None
-            if isinstance(event, Content) and isinstance(last, Content):
-                joined[-1] = Content(last.text + event.text)
-            elif isinstance(event, Arguments) and isinstance(last, Arguments) and last.index == event.index:
-                joined[-1] = Arguments(event.index, last.text + event.text)
-            else:
-                joined.append(event)
-        self._events = []
-        return joined
+        events, self._events = self._events, []
+        return merged(events)
 
     def _step(self, final: bool) -> bool:
         """Go on as far as the buffer allows; True when the state changed and more may follow."""
@@ -138,7 +106,7 @@ class CallParser:
             self._content(start)
             self._opener, self._state = marker, _State.HEAD
             return True
-        held = 0 if final else _overlap(buffer, marker)
+        held = 0 if final else overlap(buffer, marker)
         return self._content(len(buffer) - held)
 
     def _bare_text(self, final: bool) -> bool:
@@ -236,7 +204,7 @@ class CallParser:
             self._num_scanned = len(self._buffer)
             if end is None:
                 return self._broken() if final else False
-            if (parsed := self._read(self._buffer[start : seen + end])) is None:
+            if (parsed := read_call(self._buffer[start : seen + end], self._tools)) is None:
                 return self._broken()
             self._parsed = (seen + end, *parsed)
         end, name, arguments = self._parsed
@@ -276,18 +244,19 @@ class CallParser:
             return length
         return None if not rest or (rest.startswith(",") and not following) else -1
 
-    def _forget(self) -> None:
+    def _start_over(self) -> None:
+        """Nothing of the next call has been seen."""
         self._scanner, self._num_scanned, self._parsed = ObjectScanner(), 0, None
 
     def _announce(self, name: str) -> None:
-        self._forget()
+        self._start_over()
         self._space, self._in_content, self._separator = "", False, ""
         self._events.append(CallStart(self.num_calls, name))
         self.num_calls += 1
 
     def _broken(self) -> bool:
         """What looked like a call is content; calls may still follow a marker."""
-        self._forget()
+        self._start_over()
         self._num_broken += 1
         self._in_content = True
         self._buffer = self._space + self._separator + self._buffer
@@ -298,29 +267,3 @@ class CallParser:
         if again:
             self._content(consumed)
         return True
-
-    def _read(self, text: str) -> tuple[str, str] | None:
-        """(name, arguments as JSON text) of a call's object; None when it is not one."""
-        try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            return None
-        keys = [key for key in ("arguments", "parameters") if key in value]
-        known = set(value) <= {"name", "id", "type", *keys}
-        if len(keys) != 1 or not known or value["name"] not in self._tools or not isinstance(value[keys[0]], dict):
-            return None
-        pattern = rf'\{{\s*"name"\s*:\s*"[^"\\]*"\s*,\s*"{keys[0]}"\s*:\s*'
-        if set(value) == {"name", keys[0]} and (match := re.match(pattern, text)):
-            return value["name"], text[match.end() : -1].rstrip()
-        return value["name"], json.dumps(value[keys[0]], ensure_ascii=False)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _overlap(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that may be the start of `marker`."""
-    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)

@@ -1,7 +1,7 @@
 """From a job to its deltas: all its sequences as one stream, measured and logged, ended with the client or the time.
 
-Owns what may happen to a sequence on its way: its tools' adapters take turns (`chat.tools.phases`), its adapter had to
-make room and is loaded again, its engine process ended (`engine_client.resending`).
+Owns what may happen to a sequence on its way: its tools' adapters take turns (`chat.tools.adapter_switching`), its
+adapter had to make room and is loaded again, its engine process ended (`engine_client.resending`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from ...chat.tools.phases import run_switching
+from ...chat.tools.adapter_switching import switching_deltas
 from ...errors import OverloadedError, UserError
 from ...messages import AdapterInfo, Delta, GenerateRequest
 from ..activity_log import RequestLine
@@ -87,7 +87,7 @@ class JobRunner:
         if job.tools is None or not job.tools.switching:
             return self._one(request, job.adapter, job.adapter_info)
         eos_token_ids = frozenset(self._engine.info.eos_token_ids)
-        return run_switching(job.tools, request, job.adapter, eos_token_ids, self._one_with)
+        return switching_deltas(job.tools, request, job.adapter, eos_token_ids, self._one_with)
 
     async def _one_with(self, request: GenerateRequest, adapter: str | None) -> AsyncGenerator[Delta]:
         """One sequence with the adapter of that name, whatever `request` holds."""

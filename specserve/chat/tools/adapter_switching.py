@@ -20,7 +20,7 @@ Start = Callable[[GenerateRequest, str | None], AsyncGenerator[Delta]]  # runs a
 _SEED_STEP = 0x9E3779B97F4A7C15  # sequences of one choice draw different numbers
 
 
-async def run_switching(
+async def switching_deltas(
     plan: ToolPlan, request: GenerateRequest, own_adapter: str | None, eos_token_ids: frozenset[int], start: Start
 ) -> AsyncGenerator[Delta]:
     """The deltas of `request` with its tools' adapters. `start` resolves an adapter's name and runs a sequence."""
