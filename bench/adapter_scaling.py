@@ -27,17 +27,14 @@ import torch
 from safetensors.torch import save_file
 
 from specserve.adapters.lora import LoraAdapter
-from specserve.adapters.tensors import module_shapes
+from specserve.adapters.tensors import PARENT, module_shapes
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.loadgen.plan import pick_models
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
-from specserve.model.store import resolve_model
-from specserve.text.tokenizer import TextTokenizer
 
-from . import common
-
-PARENT = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn"}
+from . import common, options
+from .tasks import BaseModel, read_prompts
 
 
 @dataclass(slots=True)
@@ -67,54 +64,45 @@ class Level:
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.option("--adapters", default="1,8,64,256,1000", show_default=True, help="Numbers of registered adapters.")
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="Of a round, on each engine.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Requests at the same time.")
-@click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="Mean output of a request.")
-@click.option("--prompt-len", type=click.IntRange(1), default=32, show_default=True, help="Tokens of each prompt.")
-@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
+@options.numbers("--adapters", "1,8,64,256,1000", "Numbers of registered adapters.")
+@options.model
+@options.rounds(3)
+@options.at_least(1, "--requests", 32, "Of a round, on each engine.")
+@options.at_least(1, "--batch", 8, "Requests at the same time.")
+@options.at_least(2, "--tokens", 32, "Mean output of a request.")
+@options.at_least(1, "--prompt-len", 32, "Tokens of each prompt.")
+@options.at_least(1, "--rank", 8)
 @click.option("--modules", default="q_proj,v_proj", show_default=True, help="Linears with LoRA; peft's own default.")
 @click.option("--zipf-exponent", type=click.FloatRange(0), default=1.0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Default: all cores.")
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/adapter_scaling.jsonl.")
+@options.save("adapter_scaling")
 def main(
-    adapters: str, model: str, rounds: int, requests: int, batch: int, tokens: int, prompt_len: int, rank: int,
+    adapters: list[int], model: str, rounds: int, requests: int, batch: int, tokens: int, prompt_len: int, rank: int,
     modules: str, zipf_exponent: float, threads: int | None, save: bool,
 ) -> None:  # fmt: skip
-    try:
-        numbers = [int(number) for number in adapters.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise click.UsageError(f"--adapters {adapters!r} is not a list of whole numbers above 0")
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
+    run = common.start("adapter_scaling", "torch")
+    base = BaseModel.load(model)
     config = EngineConfig(
-        model=str(model_dir),
+        model=str(base.path),
         max_num_seqs=batch,
         max_model_len=prompt_len + 2 * tokens,
         kv_cache_gib=0.1,
         prefix_caching=False,
         speculation="off",
-        max_adapters=max(numbers),
+        max_adapters=max(adapters),
         num_threads=threads or common.num_cores(),
     )
-    engines = {number: Engine(config, model_dir) for number in numbers}
+    engines = {number: Engine(config, base.path) for number in adapters}
     start_s = time.perf_counter()
-    loras = make_adapters(engines[max(numbers)], max(numbers), rank, modules.split(","))
+    loras = make_adapters(engines[max(adapters)], max(adapters), rank, modules.split(","))
     adapter_bytes = loras[0].info().size_bytes
     click.echo(f"read {len(loras)} adapters of {adapter_bytes / 1e6:.2f} MB in {time.perf_counter() - start_s:.1f} s")
-    bandwidth = common.memory_bandwidth()
-    base_ms = 1e3 * 2 * common.num_parameters(model_dir) / bandwidth
+    floor = common.WeightFloor.measured(base.path)
     click.echo(
-        f"limit: a step that only reads weights takes {base_ms:.1f} ms at 16 bits, "
-        f"and {1e3 * adapter_bytes / bandwidth:.2f} ms for each distinct adapter"
+        f"limit: a step that only reads weights takes {floor.ms():.1f} ms at 16 bits, "
+        f"and {1e3 * adapter_bytes / floor.bytes_per_s:.2f} ms for each distinct adapter"
     )
-    tokenizer = TextTokenizer(model_dir)
-    prompts = [tokenizer.encode(row["prompt"], False)[:prompt_len] for row in common.read_prompts()]
+    prompts = [base.tokenizer.encode(row["prompt"], False)[:prompt_len] for row in read_prompts()]
     levels = {}
     for number, engine in engines.items():
         for lora in loras[:number]:
@@ -122,11 +110,11 @@ def main(
         levels[number] = Level(engine, [lora.content_hash for lora in loras[:number]])
         levels[number].watch_activate()
     for round_idx in range(rounds + 1):
-        turn = round_idx % len(numbers)
-        for number in [*numbers[turn:], *numbers[:turn]]:
+        turn = round_idx % len(adapters)
+        for number in [*adapters[turn:], *adapters[:turn]]:
             serve(levels[number], prompts, requests, batch, tokens, zipf_exponent, round_idx, measured=round_idx > 0)
         if round_idx > 0:
-            rates = ", ".join(f"{number} adapters {levels[number].tokens_per_s[-1]:.1f}" for number in numbers)
+            rates = ", ".join(f"{number} adapters {levels[number].tokens_per_s[-1]:.1f}" for number in adapters)
             click.echo(f"round {round_idx}, tokens/s: {rates}")
     figures = {}
     for number, level in levels.items():
@@ -139,34 +127,18 @@ def main(
             "rebuilds_a_round": statistics.median(level.rebuilds),
         }
         click.echo(f"{number} adapters: {figures[number]}")
-    result = {
-        "commit": common.commit(),
-        "versions": common.versions("torch"),
-        "hardware": machine,
-        "model": model_dir.name,
-        "dtype": engines[numbers[0]].info.dtype,
-        "rank": rank,
-        "modules": modules,
-        "adapter_mb": round(adapter_bytes / 1e6, 3),
-        "batch": batch,
-        "rounds": rounds,
-        "requests": requests,
-        "prompt_len": prompt_len,
-        "tokens": tokens,
-        "zipf_exponent": zipf_exponent,
-        "threads": config.num_threads,
-        "figures": figures,
-    }
-    if save:
-        common.append_result("adapter_scaling", result)
-    else:
-        print(json.dumps(result))
+    settings = {
+        "model": base.name, "dtype": engines[adapters[0]].info.dtype, "rank": rank, "modules": modules,
+        "adapter_mb": round(adapter_bytes / 1e6, 3), "batch": batch, "rounds": rounds, "requests": requests,
+        "prompt_len": prompt_len, "tokens": tokens, "zipf_exponent": zipf_exponent, "threads": config.num_threads,
+    }  # fmt: skip
+    run.finish({**settings, "figures": figures}, save)
 
 
 def make_adapters(engine: Engine, num: int, rank: int, modules: list[str]) -> list[LoraAdapter]:
     """Random LoRAs, written as PEFT directories one after the other and read back as the engine reads any."""
     shapes = module_shapes(engine.decoder.config)
-    unknown = [name for name in modules if name not in shapes or name in ("lm_head", "embed_tokens")]
+    unknown = [name for name in modules if name not in PARENT]
     if unknown:
         raise click.UsageError(f"--modules: {', '.join(unknown)} are not linears of a layer")
     adapters = []
@@ -176,11 +148,11 @@ def make_adapters(engine: Engine, num: int, rank: int, modules: list[str]) -> li
         (path / "adapter_config.json").write_text(json.dumps(settings))
         for idx in range(num):
             generator = torch.Generator().manual_seed(idx)
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for layer in range(engine.decoder.config.num_layers):
                 for name in modules:
                     size_in, size_out = shapes[name]
-                    key = f"base_model.model.model.layers.{layer}.{PARENT.get(name, 'mlp')}.{name}"
+                    key = f"base_model.model.model.layers.{layer}.{PARENT[name]}.{name}"
                     a = torch.randn(rank, size_in, generator=generator) * size_in**-0.5
                     b = torch.randn(size_out, rank, generator=generator) * 0.02
                     tensors |= {f"{key}.lora_A.weight": a.bfloat16(), f"{key}.lora_B.weight": b.bfloat16()}

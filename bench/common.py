@@ -1,7 +1,8 @@
-"""What the benches share: prompts, the machine in words, the memory limit, and the file that results are kept in.
+"""What the benches share: the machine in words, the floor that reading weights sets, and the record of a run.
 
-Owns no measurement. Results are appended as one JSON line a run, with commit, versions and hardware, and never name a
-directory of the machine that made them.
+Owns no measurement. A bench prints its machine and its limit first and ends in one JSON line, with commit, versions and
+hardware; the line is kept in bench/results, too, where it is to be saved. It never names a directory of the machine
+that made it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "bench" / "data" / "prompts.jsonl"
 RESULTS = ROOT / "bench" / "results"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
@@ -28,19 +31,6 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 def cache_dir() -> Path:
     """Where adapters and virtual environments of the benches are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "bench"
-
-
-def read_prompts(task: str | None = None) -> list[dict[str, str]]:
-    """Rows with task, prompt and completion; the tasks take turns."""
-    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if task in (None, row["task"])]
-
-
-def chat_token_ids(tokenizer: Any, text: str) -> list[int]:
-    """`text` as the user's turn of the model's chat template, with the assistant's turn opened."""
-    messages = [{"role": "user", "content": text}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def hardware() -> dict[str, Any]:
@@ -106,6 +96,30 @@ def num_parameters(model_dir: Path) -> int:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class WeightFloor:
+    """No decoding step takes less time than reading the weights once."""
+
+    num_params: int
+    bytes_per_s: float
+
+    @classmethod
+    def measured(cls, model_dir: Path) -> WeightFloor:
+        return cls(num_parameters(model_dir), memory_bandwidth())
+
+    def num_bytes(self, bits: float = 16) -> float:
+        return self.num_params * bits / 8
+
+    def ms(self, bits: float = 16) -> float:
+        return 1e3 * self.num_bytes(bits) / self.bytes_per_s
+
+
+def print_floor(model_dir: Path) -> WeightFloor:
+    floor = WeightFloor.measured(model_dir)
+    click.echo(f"floor: a step that only reads the weights at 16 bits takes {floor.ms():.1f} ms")
+    return floor
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {
         "median": round(statistics.median(values), 3),
@@ -114,10 +128,40 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def append_result(name: str, result: dict[str, Any]) -> None:
-    """Print `result` as one JSON line and append it to bench/results/`name`.jsonl."""
-    line = json.dumps({"bench": name, "date": datetime.now(UTC).strftime("%Y-%m-%d"), **result})
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    print(line)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a bench, begun by `start`."""
+
+    name: str
+    versions: dict[str, str]
+    hardware: dict[str, Any] | str
+
+    def finish(self, fields: Mapping[str, Any], save: bool) -> None:
+        """The run's JSON line; `fields` may say versions better."""
+        setup = {"commit": commit(), "versions": self.versions, "hardware": self.hardware}
+        report(self.name, {**setup, **fields}, save)
+
+
+def start(name: str, *packages: str, device: str = "cpu") -> Run:
+    """Print the machine, a GPU by its name; `packages` are those whose versions the result tells."""
+    if torch.device(device).type == "cuda":
+        machine: dict[str, Any] | str = torch.cuda.get_device_name(torch.device(device))
+        click.echo(f"{machine}; torch {torch.__version__}")
+    else:
+        machine = hardware()
+        click.echo(hardware_line(machine))
+    return Run(name, versions(*packages), machine)
+
+
+def report(name: str, fields: Mapping[str, Any], save: bool) -> None:
+    """Print `fields` as the JSON line of bench `name`, and append it to bench/results/`name`.jsonl if `save`."""
+    line = json.dumps({"bench": name, "date": datetime.now(UTC).strftime("%Y-%m-%d"), **fields})
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    click.echo(line)
+
+
+def append_result(name: str, result: Mapping[str, Any]) -> None:
+    report(name, result, save=True)

@@ -24,18 +24,14 @@ from torch import nn
 from specserve.drafters.head import best_token, cell, initial_state, scores
 from specserve.drafters.head_files import LookaheadHeadFile
 from specserve.drafters.head_source import NUM_LEVELS
-from specserve.drafting.cost_model import CostModel
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
-from specserve.training.answers import answer, make_engine
-from specserve.training.dataset import Example, read_rows, tokenize
-from specserve.training.head_fit import collect_states
+from specserve.drafting.cost_model import CostModel, StepShape
+from specserve.training.answers import make_engine
+from specserve.training.dataset import Example
 from specserve.training.head_module import build_anchors
-from specserve.training.lora_model import LoraModel
-from specserve.training.run_config import LoraConfig
 
-from . import common
+from . import common, options
+from .own_answers import hidden_states, lookahead_of, own_answers, row_price
+from .tasks import BaseModel
 
 PRIOR_WEIGHT = 8.0  # of a level before anything was seen, as in drafters/acceptance.py
 EPOCHS = 300
@@ -61,13 +57,11 @@ class Guesses:
 
 
 @torch.inference_mode()
-def guesses_of(head: LookaheadHeadFile, last: torch.Tensor, tapped: torch.Tensor, examples: Sequence[Example],
-               starts: Sequence[int]) -> Guesses:  # fmt: skip
+def guesses_of(head: LookaheadHeadFile, last: torch.Tensor, tapped: torch.Tensor, starts: Sequence[int],
+               examples: Sequence[Example]) -> Guesses:  # fmt: skip
     config, weights = head.config, head.weights
     num_vocab, other = len(config.vocab), weights.embed.shape[1] - 1  # padding stands between the two
-    anchors = build_anchors(
-        examples, starts, config.vocab, config.draft_len, config.copy_start, config.copy_window
-    )  # fmt: skip
+    anchors = build_anchors(examples, starts, config.vocab, config.draft_len, config.copy_start, config.copy_window)
 
     def place(ids: torch.Tensor) -> torch.Tensor:
         return torch.where(ids == num_vocab, other, ids)
@@ -143,6 +137,7 @@ def fit_network(fitted: Guesses, judged: Guesses, with_state: bool, hidden: int)
 
 def walk(guesses: Guesses, confidence: torch.Tensor | None, cost: CostModel, batch: int) -> dict[str, float]:
     """Verifications over all answers, each of `batch` equal sequences; None: only right guesses are drafted."""
+    curve = cost.curve(StepShape())
     tokens, verifications, seconds, first = 0, 0, 0.0, 0
     right = guesses.right.tolist()
     chances = (guesses.right.float() if confidence is None else confidence).tolist()
@@ -152,13 +147,13 @@ def walk(guesses: Guesses, confidence: torch.Tensor | None, cost: CostModel, bat
             survival, expected, rows, accepted, holds = 1.0, 1.0, 1, 0, True
             for chance, is_right in zip(chances[first + position], right[first + position], strict=True):
                 survival *= chance
-                if survival < cost.row_price(batch * expected, batch * rows, batch * rows) or survival == 0.0:
+                if survival < row_price(curve, batch * expected, batch * rows) or survival == 0.0:
                     break
                 rows, expected = rows + 1, expected + survival
                 holds = holds and is_right
                 accepted += holds
             gained = min(accepted + 1, num_anchors - position)
-            tokens, verifications, seconds = tokens + gained, verifications + 1, seconds + cost.seconds(batch * rows)
+            tokens, verifications, seconds = tokens + gained, verifications + 1, seconds + curve.seconds(batch * rows)
             position += gained
         first += num_anchors
     return {
@@ -168,46 +163,33 @@ def walk(guesses: Guesses, confidence: torch.Tensor | None, cost: CostModel, bat
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Training rows.")
-@click.option("--eval-data", required=True, type=click.Path(exists=True, path_type=Path), help="Held-out rows.")
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--skip", type=click.IntRange(0), default=150, show_default=True, help="Rows the head was fitted to.")
-@click.option("--rows", type=click.IntRange(5), default=60, show_default=True)
-@click.option("--eval-rows", type=click.IntRange(1), default=40, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/confidence.jsonl.")
+@options.adapter
+@options.file("--data", "Training rows.")
+@options.file("--eval-data", "Held-out rows.")
+@options.model
+@options.at_least(0, "--skip", 150, "Rows the head was fitted to.")
+@options.at_least(5, "--rows", 60)
+@options.at_least(1, "--eval-rows", 40)
+@options.save("confidence")
 def main(
     adapter: Path, data: Path, eval_data: Path, model: str, skip: int, rows: int, eval_rows: int, save: bool
 ) -> None:
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
-    chosen = read_rows(data)[skip : skip + rows], read_rows(eval_data)[:eval_rows]
-    engine = make_engine(model_dir, batch=16, max_len=1500)
+    run = common.start("confidence", "torch")
+    base = BaseModel.load(model)
+    engine = make_engine(base.path, batch=16, max_len=1500)
     key = engine.load_adapter(adapter.name, adapter).content_hash
-    ahead, cost = engine.registry.adapters[key].lookahead, engine.proposer.cost_model
-    if ahead is None or ahead.head is None:
-        raise click.UsageError(f"{adapter} has no lookahead head that fits")
+    _, head = lookahead_of(engine, key, adapter)
+    click.echo(f"limit: {head.config.draft_len + 1} tokens a verification; of this head the line 'known beforehand'")
+    cost = engine.proposer.growth.cost_model
     sets = []
-    for some in chosen:
-        asked = tokenize(some, tokenizer, eos)
-        answers = answer(engine, key, [e.prompt for e in asked], MAX_TOKENS, batch=16, desc="answers").answers
-        sets.append(
-            [
-                Example(e.prompt + a.tokens, [False] * len(e.prompt) + [True] * len(a.tokens), e.line)
-                for e, a in zip(asked, answers, strict=True)
-                if 1 < len(a.tokens) < MAX_TOKENS  # one that runs in circles would outweigh all others
-            ]
-        )
+    for asked in (base.examples(data, rows, skip=skip), base.examples(eval_data, eval_rows)):
+        answers = own_answers(engine, key, asked, MAX_TOKENS)
+        # one that runs in circles would outweigh all others
+        sets.append([example for example in answers if len(example.completion) < MAX_TOKENS])
     del engine
-    lora = LoraModel(
-        model_dir, LoraConfig(adapter=str(adapter)), torch.float32, torch.device("cpu"), ahead.head.config.tap_layer
-    )
     fitted, judged = (
-        guesses_of(ahead.head, last, tapped, examples, starts)
+        guesses_of(head, *hidden_states(base.path, adapter, head.config.tap_layer, examples), examples)
         for examples in sets
-        for last, tapped, starts in [collect_states(lora, examples, 1024)]
     )
     confidences = {
         "own probability": judged.probs,
@@ -228,19 +210,14 @@ def main(
             figures[name]["brier"] = round(float(((chance - truth) ** 2).mean()), 4)
         figures[name] |= walk(judged, confidence, cost, 1) | walk(judged, confidence, cost, 8)
         click.echo(f"{name}: {figures[name]}")
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch"),
-        "hardware": machine,
+    settings = {
         "adapter": adapter.name,
-        "answers": [len(sets[0]), len(sets[1])],
+        "answers": [len(examples) for examples in sets],
         "guesses": [int(fitted.counted.sum()), int(judged.counted.sum())],
         "hit_rate": round(float(truth.mean()), 4),
         "step_ms": {rows: round(1e3 * cost.seconds(rows), 2) for rows in (1, 4, 8, 16, 32, 64)},
-        "figures": figures,
     }
-    if save:
-        common.append_result("confidence", record)
+    run.finish({**settings, "figures": figures}, save)
 
 
 if __name__ == "__main__":

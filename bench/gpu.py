@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: the tests marked gpu, then every GPU bench, within a time budget.
+"""Does all that needs a GPU work, and how fast? The tests marked gpu, then every GPU bench, within a time budget.
 
 Each part is a process of its own, so that one that crashes takes nothing with it; its output goes to OUT/<part>.log and
 the JSON lines of all parts to OUT/gpu.jsonl. Parts run in order of what they tell most; one that no longer fits the
@@ -9,7 +9,6 @@ budget is skipped and said to be. The exit status is 1 if any part failed or was
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -97,7 +96,7 @@ def main(out: Path, budget_s: int, only: str) -> None:
         for line in tail[-40 if state != "ok" else -12 :]:
             click.echo(f"    {line[:300]}")
     (out / "gpu.jsonl").write_text("".join(f"{line}\n" for line in records), encoding="utf-8")
-    click.echo(json.dumps({"bench": "gpu", "parts": states}))
+    common.report("gpu", {"parts": states}, save=False)
     sys.exit(0 if all(state == "ok" for state in states.values()) else 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -44,4 +43,4 @@ def run_cases(name: str, plan: Callable[[float, torch.device], Sequence[Case]], 
         click.echo(f"{left_out} cases are left out: the budget of {budget_s:g} s is over")
     setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
     limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
-    click.echo(json.dumps({"bench": name, **setup, **limits, "results": results}))
+    common.report(name, {**setup, **limits, "results": results}, save=False)

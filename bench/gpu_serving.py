@@ -9,9 +9,11 @@ on the same prompts (all of them at once, left-padded, up to the same longest an
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +22,32 @@ import torch
 
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer_mixed
-from specserve.training.dataset import read_rows, tokenize
 
-from . import common
+from . import common, options
+from .gpu_timing import copy_bandwidth
+from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn
 
-TASKS = ("control2json", "debtags", "summary")
 WANTED = {1: 3.0, 8: 2.5, 32: 1.8, 128: 1.5, 256: 1.4}
 WANTED_PEFT = 20.0
-EXAMPLES = common.ROOT / "examples"
 
 
 class Peft:
     """transformers' generate with the demo adapters, mixed in a batch."""
 
-    def __init__(self, model_dir: Path, device: str, eos: list[int]):
+    def __init__(self, model_dir: Path, device: str, eos: Collection[int]):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
-        for idx, task in enumerate(TASKS):
-            path = str(EXAMPLES / "adapters" / task)
+        for idx, task in enumerate(DEMO_TASKS):
+            path = str(demo_adapter(task))
             if idx == 0:
                 model = PeftModel.from_pretrained(model, path, adapter_name=task, autocast_adapter_dtype=False)
             else:
                 model.load_adapter(path, adapter_name=task, autocast_adapter_dtype=False)
-        self._model, self._device, self._eos = model.eval(), device, eos
+        self._model, self._device, self._eos = model.eval(), device, sorted(eos)
 
     @torch.inference_mode()
     def tokens_per_s(self, requests: list[tuple[str, list[int]]], max_tokens: int) -> float:
@@ -72,84 +70,85 @@ def _answer_len(row: list[int], eos: set[int]) -> int:
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.option("--loads", default="1,8,32,128,256", show_default=True, help="Requests at a time.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--max-requests", type=click.IntRange(1), default=384, show_default=True, help="Of one way and load.")
-@click.option("--peft-batch", type=click.IntRange(0), default=8, show_default=True, help="0 leaves transformers out.")
+@options.numbers("--loads", "1,8,32,128,256", "Requests at a time.")
+@options.rounds(3)
+@options.at_least(1, "--max-tokens", 200)
+@options.at_least(1, "--max-requests", 384, "Of one way and load.")
+@options.at_least(0, "--peft-batch", 8, "0 leaves transformers out.")
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--save/--no-save", default=False, help="Append the result to bench/results/gpu_serving.jsonl.")
-def main(loads: str, rounds: int, max_tokens: int, max_requests: int, peft_batch: int, device: str, save: bool) -> None:
-    model_dir = resolve_model("")
-    sizes = [int(size) for size in loads.split(",")]
+@options.save("gpu_serving", default=False)
+def main(
+    loads: list[int], rounds: int, max_tokens: int, max_requests: int, peft_batch: int, device: str, save: bool
+) -> None:
+    run = common.start("gpu_serving", "torch", "triton", "transformers", "peft", device=device)
+    base = BaseModel.load()
+    place = torch.device(device)
+    bandwidth = copy_bandwidth(place, 1 << (31 if place.type == "cuda" else 26))
+    floor = common.WeightFloor(common.num_parameters(base.path), bandwidth)
+    click.echo(f"floor: a step that only reads the weights at 16 bits takes {floor.ms():.3f} ms")
     config = EngineConfig(
-        model=str(model_dir), device=device, max_num_seqs=max(sizes), max_model_len=2048, max_waiting=100_000
+        model=str(base.path), device=device, max_num_seqs=max(loads), max_model_len=2048, max_waiting=100_000
     )  # type: ignore[arg-type]
     start = time.perf_counter()
-    engine = Engine(config, model_dir)
+    engine = Engine(config, base.path)
     start_s = time.perf_counter() - start
     click.echo(f"the engine started in {start_s:.1f} s on {engine.info.device}, {engine.info.dtype}")
-    hashes = {task: engine.load_adapter(task, EXAMPLES / "adapters" / task).content_hash for task in TASKS}
-    tokenizer, eos = TextTokenizer(model_dir), sorted(eos_token_ids(model_dir))
-    prompts = {
-        task: [e.prompt for e in tokenize(read_rows(EXAMPLES / "data" / f"{task}.dev.jsonl"), tokenizer, eos)]
-        for task in TASKS
-    }
+    hashes = [engine.load_adapter(task, demo_adapter(task)).content_hash for task in DEMO_TASKS]
+    prompts = [base.prompts(demo_rows(task)) for task in DEMO_TASKS]
     figures: dict[str, Any] = {}
-    for size in sizes:
+    for size in loads:
         num_requests = min(max_requests, max(12, 2 * size))
-        requests = [
-            (TASKS[i % 3], prompts[TASKS[i % 3]][i // 3 % len(prompts[TASKS[i % 3]])]) for i in range(num_requests)
-        ]
-        mixed = [(hashes[task], prompt) for task, prompt in requests]
-        rates: dict[str, list[float]] = {"off": [], "auto": []}
-        lengths = []
-        answer_mixed(engine, mixed, max_tokens, mode="auto", batch=size)  # graphs of this load, costs
-        for round_idx in range(rounds):
-            for mode in ("off", "auto") if round_idx % 2 else ("auto", "off"):
-                done = answer_mixed(engine, mixed, max_tokens, mode=mode, batch=size)
-                rates[mode].append(done.num_tokens / done.seconds)
-                if mode == "auto":
-                    lengths.append(done.mean_accepted_length)
-        ratios = [auto / off for auto, off in zip(rates["auto"], rates["off"], strict=True)]
-        figures[str(size)] = {
-            "tokens_per_s": {mode: common.spread(values) for mode, values in rates.items()},
-            "ratio": common.spread(ratios),
-            "mean_accepted_length": round(statistics.median(lengths), 2),
-            "wanted": WANTED.get(size),
-        }
+        mixed = [(hashes[task], prompt) for task, prompt in itertools.islice(in_turn(prompts), num_requests)]
+        figures[str(size)] = of_load(engine, mixed, size, rounds, max_tokens)
         click.echo(f"{size} at a time: {json.dumps(figures[str(size)])}")
     if peft_batch:
-        peft = Peft(model_dir, device, eos)
-        requests = [(TASKS[i % 3], prompts[TASKS[i % 3]][i // 3]) for i in range(peft_batch)]
-        mixed = [(hashes[task], prompt) for task, prompt in requests]
-        ours, theirs = [], []
-        peft.tokens_per_s(requests, 8)
-        for _ in range(rounds):
-            done = answer_mixed(engine, mixed, max_tokens, mode="auto", batch=peft_batch)
-            ours.append(done.num_tokens / done.seconds)
-            theirs.append(peft.tokens_per_s(requests, max_tokens))
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        figures["peft"] = {
-            "batch": peft_batch,
-            "tokens_per_s": {"specserve": common.spread(ours), "transformers + peft": common.spread(theirs)},
-            "ratio": common.spread(ratios),
-            "wanted": WANTED_PEFT,
-        }
+        asked = list(itertools.islice(in_turn(prompts), peft_batch))
+        peft = Peft(base.path, device, base.eos)
+        figures["peft"] = against_peft(engine, peft, hashes, asked, rounds, max_tokens)
         click.echo(f"against transformers + peft: {json.dumps(figures['peft'])}")
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch", "triton", "transformers", "peft"),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else common.hardware(),
-        "dtype": engine.info.dtype,
-        "rounds": rounds,
-        "start_s": round(start_s, 1),
-        "figures": figures,
+    settings = {"dtype": engine.info.dtype, "rounds": rounds, "start_s": round(start_s, 1)}
+    run.finish({**settings, "figures": figures}, save)
+
+
+def of_load(
+    engine: Engine, requests: list[tuple[str, list[int]]], size: int, rounds: int, max_tokens: int
+) -> dict[str, Any]:
+    """`requests` of (adapter hash, prompt), `size` at a time, without drafts and with."""
+    rates: dict[str, list[float]] = {"off": [], "auto": []}
+    lengths = []
+    answer_mixed(engine, requests, max_tokens, mode="auto", batch=size)  # graphs of this load, costs
+    for round_idx in range(rounds):
+        for mode in ("off", "auto") if round_idx % 2 else ("auto", "off"):
+            done = answer_mixed(engine, requests, max_tokens, mode=mode, batch=size)
+            rates[mode].append(done.num_tokens / done.seconds)
+            if mode == "auto":
+                lengths.append(done.mean_accepted_length)
+    return {
+        "tokens_per_s": {mode: common.spread(values) for mode, values in rates.items()},
+        "ratio": common.spread([auto / off for auto, off in zip(rates["auto"], rates["off"], strict=True)]),
+        "mean_accepted_length": round(statistics.median(lengths), 2),
+        "wanted": WANTED.get(size),
     }
-    if save:
-        common.append_result("gpu_serving", record)
-    else:
-        click.echo(json.dumps({"bench": "gpu_serving", **record}))
+
+
+def against_peft(
+    engine: Engine, peft: Peft, hashes: list[str], asked: list[tuple[int, list[int]]], rounds: int, max_tokens: int
+) -> dict[str, Any]:
+    """`asked` are (task, prompt), all at once on both sides."""
+    named = [(DEMO_TASKS[task], prompt) for task, prompt in asked]
+    mixed = [(hashes[task], prompt) for task, prompt in asked]
+    ours, theirs = [], []
+    peft.tokens_per_s(named, 8)
+    for _ in range(rounds):
+        done = answer_mixed(engine, mixed, max_tokens, mode="auto", batch=len(mixed))
+        ours.append(done.num_tokens / done.seconds)
+        theirs.append(peft.tokens_per_s(named, max_tokens))
+    return {
+        "batch": len(asked),
+        "tokens_per_s": {"specserve": common.spread(ours), "transformers + peft": common.spread(theirs)},
+        "ratio": common.spread([a / b for a, b in zip(ours, theirs, strict=True)]),
+        "wanted": WANTED_PEFT,
+    }
 
 
 if __name__ == "__main__":

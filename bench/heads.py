@@ -1,4 +1,4 @@
-"""Which lookahead head is worth its bytes: width, vocabulary, copy window, tapped layer and loss, on one finished LoRA.
+"""Which lookahead head is worth its bytes? Width, vocabulary, copy window, tapped layer and loss, on one finished LoRA.
 
 The adapter answers training prompts, its hidden states are stored once, and one head a variant is fitted to four fifths
 of them. On the rest, each variant drafts alone (no other source) as the engine would: the answer is walked verification
@@ -19,17 +19,14 @@ import msgspec
 import torch
 
 from specserve.drafters.head import WEIGHT_NAMES, HeadWeights, best_token, cell, initial_state, scores
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
-from specserve.training.answers import answer, make_engine
-from specserve.training.dataset import Example, read_rows, tokenize
+from specserve.training.answers import make_engine
 from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from specserve.training.head_module import Anchors, LookaheadHead, common_prefix_len, task_vocab
-from specserve.training.lora_model import LoraModel
-from specserve.training.run_config import HeadConfig, LoraConfig
+from specserve.training.run_config import HeadConfig
 
-from . import common
+from . import common, options
+from .own_answers import lora_model, own_answers
+from .tasks import BaseModel
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -95,31 +92,25 @@ def draft_ms(head: LookaheadHead, hidden_size: int, repeats: int = 50) -> float:
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Training rows.")
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--rows", type=click.IntRange(10), default=160, show_default=True)
-@click.option("--epochs", type=click.IntRange(1), default=8, show_default=True)
+@options.adapter
+@options.file("--data", "Training rows.")
+@options.model
+@options.at_least(10, "--rows", 160)
+@options.at_least(1, "--epochs", 8)
 @click.option("--draft-len", type=click.IntRange(1, 32), default=12, show_default=True)
 @click.option("--variant", "chosen", multiple=True, type=click.Choice(list(VARIANTS)), help="Default: all of them.")
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/heads.jsonl.")
+@options.save("heads")
 def main(
     adapter: Path, data: Path, model: str, rows: int, epochs: int, draft_len: int, chosen: tuple[str, ...], save: bool
 ) -> None:
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    all_rows = tokenize(read_rows(data)[:rows], TextTokenizer(model_dir), eos_token_ids(model_dir))
-    engine = make_engine(model_dir, batch=16, max_len=1500)
+    run = common.start("heads", "torch")
+    base = BaseModel.load(model)
+    click.echo(f"limit: {draft_len + 1} tokens a verification")
+    engine = make_engine(base.path, batch=16, max_len=1500)
     key = engine.load_adapter(adapter.name, adapter).content_hash
-    answers = answer(engine, key, [e.prompt for e in all_rows], 450, batch=16).answers
+    examples = own_answers(engine, key, base.examples(data, rows), 450)
     del engine
-    examples = [
-        Example(e.prompt + a.tokens, [False] * len(e.prompt) + [True] * len(a.tokens), e.line)
-        for e, a in zip(all_rows, answers, strict=True)
-        if len(a.tokens) > 1
-    ]
-    lora = LoraModel(model_dir, LoraConfig(adapter=str(adapter)), torch.float32, torch.device("cpu"), None)
+    lora = lora_model(base.path, adapter, None)
     last, tapped, starts = collect_states(lora, examples, 1024)
     cut = len(examples) * 4 // 5
     copy_start = common_prefix_len(examples)
@@ -144,18 +135,8 @@ def main(
             "draft_ms_8_heads": round(draft_ms(head, lora.hidden_size), 2),
         }
         click.echo(f"{name}: {figures[name]}")
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch"),
-        "hardware": machine,
-        "adapter": adapter.name,
-        "rows": len(examples),
-        "epochs": epochs,
-        "draft_len": draft_len,
-        "figures": figures,
-    }
-    if save:
-        common.append_result("heads", record)
+    settings = {"adapter": adapter.name, "rows": len(examples), "epochs": epochs, "draft_len": draft_len}
+    run.finish({**settings, "figures": figures}, save)
 
 
 if __name__ == "__main__":

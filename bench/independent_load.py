@@ -23,17 +23,15 @@ import click
 from specserve import __version__
 from specserve.loadgen.report import distribution
 
-from . import common
-
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+from . import common, options
 
 
 @click.command(help=__doc__.partition("\n")[0])
 @click.option("--mode", required=True, help="The load in words.")
-@click.option("--own", multiple=True, required=True, type=FILE, help="A file of bench serve; one a round.")
-@click.option("--guidellm", multiple=True, required=True, type=FILE, help="A file of guidellm; one a round.")
+@click.option("--own", multiple=True, required=True, type=options.FILE, help="A file of bench serve; one a round.")
+@click.option("--guidellm", multiple=True, required=True, type=options.FILE, help="A file of guidellm; one a round.")
 @click.option("--ended", multiple=True, required=True, type=float, help="Unix time at which bench serve ended.")
-@click.option("--save/--no-save", default=True, help="Append to bench/results/independent_load.jsonl.")
+@options.save("independent_load")
 def main(mode: str, own: tuple[Path, ...], guidellm: tuple[Path, ...], ended: tuple[float, ...], save: bool) -> None:
     if not len(own) == len(guidellm) == len(ended):
         raise click.UsageError("give --own, --guidellm and --ended once for each round")
@@ -57,16 +55,12 @@ def main(mode: str, own: tuple[Path, ...], guidellm: tuple[Path, ...], ended: tu
     for name in names:
         values = "  ".join(f"{tool} {medians[tool][name]:.1f}" for tool in rounds)
         click.echo(f"{name}: medians {values}; ratio {ratios[name]}")
-    result = {
+    fields = {
         "commit": common.commit(),
         "versions": {"specserve": __version__, "guidellm": theirs[0]["metadata"]["guidellm_version"]},
         "hardware": common.hardware(),
-        "mode": mode,
-        "rounds": rounds,
-        "ratios": ratios,
     }
-    if save:
-        common.append_result("independent_load", result)
+    common.report("independent_load", {**fields, "mode": mode, "rounds": rounds, "ratios": ratios}, save)
 
 
 def own_figures(document: dict[str, Any]) -> dict[str, float]:

@@ -21,19 +21,19 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer, make_engine
 from specserve.training.batching import plan_epoch, plan_run
-from specserve.training.dataset import Example, read_rows, tokenize
+from specserve.training.dataset import Example
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import LoraConfig, OptimizerConfig, RunConfig
 from specserve.training.task_metrics import task_metrics
 from specserve.training.trainer import Trainer
 
-from . import common
+from . import common, options
+from .tasks import BaseModel
+
+MAX_LOSS = 0.01
 
 
 @torch.no_grad()
@@ -63,27 +63,25 @@ def train(config: RunConfig, model_dir: Path, examples: list[Example], with_head
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--eval-data", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--model", "model_name", default="", help="Base model; default: specserve's default model.")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many.")
-@click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True, help="To add seeds to a past run.")
-@click.option("--rows", type=click.IntRange(1), default=300, show_default=True, help="Training rows.")
-@click.option("--eval-rows", type=click.IntRange(1), default=60, show_default=True)
-@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--batch-tokens", type=click.IntRange(64), default=1024, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/joint_quality.jsonl.")
+@options.file("--data")
+@options.file("--eval-data")
+@options.model
+@options.at_least(1, "--seeds", 3, "How many.")
+@options.at_least(0, "--first-seed", 0, "To add seeds to a past run.")
+@options.at_least(1, "--rows", 300, "Training rows.")
+@options.at_least(1, "--eval-rows", 60)
+@options.at_least(1, "--rank", 8)
+@options.at_least(64, "--batch-tokens", 1024)
+@options.save("joint_quality")
 def main(
-    data: Path, eval_data: Path, model_name: str, seeds: int, first_seed: int, rows: int, eval_rows: int, rank: int,
+    data: Path, eval_data: Path, model: str, seeds: int, first_seed: int, rows: int, eval_rows: int, rank: int,
     batch_tokens: int, save: bool,
 ) -> None:  # fmt: skip
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model_name)
-    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
-    examples = tokenize(read_rows(data)[:rows], tokenizer, eos)
-    held_out = tokenize(read_rows(eval_data)[:eval_rows], tokenizer, eos)
-    gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in held_out]
+    run = common.start("joint_quality", "torch", "transformers", "peft")
+    base = BaseModel.load(model)
+    click.echo(f"limit: joint may be {MAX_LOSS} of the task metric below alone")
+    examples, held_out = base.examples(data, rows), base.examples(eval_data, eval_rows)
+    gold = [base.tokenizer.decode(example.completion, skip_special_tokens=True) for example in held_out]
     config = RunConfig(
         output="bench",
         lora=LoraConfig(r=rank, alpha=2 * rank),
@@ -94,32 +92,21 @@ def main(
         for seed in range(first_seed, first_seed + seeds):
             for name, values in results.items():
                 directory = Path(temporary) / f"{name}-{seed}"
-                run = msgspec.structs.replace(config, seed=seed)
-                model = train(run, model_dir, examples, name == "joint", directory)
-                loss = held_out_loss(model, held_out, batch_tokens)
-                del model
-                engine = make_engine(model_dir, batch=16, max_len=2048)
+                seeded = msgspec.structs.replace(config, seed=seed)
+                trained = train(seeded, base.path, examples, name == "joint", directory)
+                loss = held_out_loss(trained, held_out, batch_tokens)
+                del trained
+                engine = make_engine(base.path, batch=16, max_len=2048)
                 key = engine.load_adapter(name, directory).content_hash
                 texts = [a.text for a in answer(engine, key, [e.prompt for e in held_out], 450, batch=16).answers]
                 del engine
                 values.append({"seed": seed, "held_out_loss": round(loss, 4), **task_metrics(texts, gold)})
                 click.echo(f"{name}: {values[-1]}")
     differences = [j["main"] - a["main"] for a, j in zip(results["alone"], results["joint"], strict=True)]
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch", "transformers", "peft"),
-        "hardware": machine,
-        "data": data.name,
-        "rows": rows,
-        "eval_rows": eval_rows,
-        "rank": rank,
-        "batch_tokens": batch_tokens,
-        "results": results,
-        "joint_minus_alone": {"mean": round(statistics.mean(differences), 4), "seeds": differences},
-    }
-    click.echo(f"joint minus alone, task metric: {record['joint_minus_alone']}")
-    if save:
-        common.append_result("joint_quality", record)
+    difference = {"mean": round(statistics.mean(differences), 4), "seeds": differences}
+    click.echo(f"joint minus alone, task metric: {difference}")
+    settings = {"data": data.name, "rows": rows, "eval_rows": eval_rows, "rank": rank, "batch_tokens": batch_tokens}
+    run.finish({**settings, "results": results, "joint_minus_alone": difference}, save)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from specserve.messages import GrammarSpec
 from specserve.model.store import resolve_model
 from specserve.text.special_tokens import eos_token_ids, load_backend_tokenizer
 
-from . import common
+from . import common, options
 
 VERSION = "4.26.0"  # of jsonschema; its source distribution holds the suite of its day
 DRAFTS = ("draft2020-12", "draft2019-09", "draft7", "draft6", "draft4")
@@ -124,7 +124,7 @@ def reason(error: str) -> str:
 @click.option("--draft", "drafts", multiple=True, type=click.Choice(DRAFTS), default=DRAFTS[:1], show_default=True)
 @click.option("--model", default="", help="Whose tokens; default: specserve's default model.")
 @click.option("--verbose", is_flag=True, help="Print every schema that is not supported, with its instances.")
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/json_schema_suite.jsonl.")
+@options.save("json_schema_suite")
 def main(drafts: tuple[str, ...], model: str, verbose: bool, save: bool) -> None:
     checker, root = Checker(resolve_model(model)), suite_dir()
     figures: dict[str, Any] = {}
@@ -146,12 +146,8 @@ def main(drafts: tuple[str, ...], model: str, verbose: bool, save: bool) -> None
                         click.echo(f"    {line}")
         figures[draft] = {**counts, "refused_by": dict(refusals.most_common(20))}
         click.echo(f"{draft}: {dict(counts)}")
-    if save:
-        versions = common.versions("llguidance", "tokenizers")
-        common.append_result(
-            "json_schema_suite",
-            {"commit": common.commit(), "versions": versions, "suite": f"jsonschema {VERSION}", "figures": figures},
-        )
+    fields = {"commit": common.commit(), "versions": common.versions("llguidance", "tokenizers")}
+    common.report("json_schema_suite", {**fields, "suite": f"jsonschema {VERSION}", "figures": figures}, save)
     if any(figures[draft]["wrong"] for draft in drafts):
         raise SystemExit(1)
 

@@ -17,78 +17,56 @@ from typing import Any
 
 import click
 
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import Answers, answer_mixed, make_engine
-from specserve.training.dataset import read_rows, tokenize
 
-from . import common
+from . import common, options
+from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn
 
-ROOT = Path(__file__).parents[1]
-TASKS = ("control2json", "debtags", "summary")
+PLOT = common.ROOT / "docs" / "load_sweep.png"
 Runs = dict[tuple[int, str], list[Answers]]  # by concurrency and way, one a round
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--concurrency", default="1,2,4,8,16,32,64", show_default=True)
+@options.model
+@options.numbers("--concurrency", "1,2,4,8,16,32,64")
 @click.option("--ways", default="off,1,2,4,8,auto", show_default=True, help="off, auto, or a fixed draft length.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--rows", type=click.IntRange(1), default=16, show_default=True, help="Least prompts of each adapter.")
-@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append to bench/results/load_sweep.jsonl and draw the plot.")
-@click.option("--plot", type=click.Path(path_type=Path), default=ROOT / "docs" / "load_sweep.png", show_default=True)
+@options.rounds(5)
+@options.at_least(1, "--rows", 16, "Least prompts of each adapter.")
+@options.at_least(1, "--max-tokens", 200)
+@click.option("--plot", type=click.Path(path_type=Path), default=PLOT, help="Drawn if the result is saved.")
+@options.save("load_sweep")
 def main(
-    model: str, concurrency: str, ways: str, rounds: int, rows: int, max_tokens: int, save: bool, plot: Path
+    model: str, concurrency: list[int], ways: str, rounds: int, rows: int, max_tokens: int, plot: Path, save: bool
 ) -> None:
-    sizes, names = [int(size) for size in concurrency.split(",")], ways.split(",")
+    names = ways.split(",")
     if bad := [name for name in names if name not in ("off", "auto") and not name.isdecimal()]:
         raise click.UsageError(f"--ways has {bad[0]!r}; a way is off, auto or a draft length such as 4")
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    floor_ms = 1e3 * 2 * common.num_parameters(model_dir) / common.memory_bandwidth()
-    click.echo(f"floor: a step that only reads the weights at 16 bits takes {floor_ms:.1f} ms")
-    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
-    engine = make_engine(model_dir, batch=max(sizes), max_len=1024)
-    adapters = ROOT / "examples" / "adapters"
-    hashes = [engine.load_adapter(task, adapters / task).content_hash for task in TASKS]
-    prompts = []
-    for task in TASKS:
-        rows_of_task = read_rows(ROOT / "examples" / "data" / f"{task}.dev.jsonl")
-        prompts.append([example.prompt for example in tokenize(rows_of_task, tokenizer, eos)])
-    endless = [itertools.cycle(zip(itertools.repeat(key), own)) for key, own in zip(hashes, prompts, strict=True)]
-    requests = [next(task) for _ in range(max(rows, -(-max(sizes) // len(TASKS)))) for task in endless]
-    runs: Runs = {(size, way): [] for size in sizes for way in names}
+    run = common.start("load_sweep", "torch")
+    base = BaseModel.load(model)
+    floor = common.print_floor(base.path)
+    engine = make_engine(base.path, batch=max(concurrency), max_len=1024)
+    hashes = [engine.load_adapter(task, demo_adapter(task)).content_hash for task in DEMO_TASKS]
+    prompts = [base.prompts(demo_rows(task)) for task in DEMO_TASKS]
+    num_requests = len(DEMO_TASKS) * max(rows, -(-max(concurrency) // len(DEMO_TASKS)))
+    requests = [(hashes[task], prompt) for task, prompt in itertools.islice(in_turn(prompts), num_requests)]
+    runs: Runs = {(size, way): [] for size in concurrency for way in names}
     answer_mixed(engine, requests[:6], max_tokens, batch=6)  # libraries and stacks are warm, levels are known
     for round_idx in range(rounds):
         order = names[round_idx % len(names) :] + names[: round_idx % len(names)]
-        for size in sizes:
-            asked = requests[: max(size, rows * len(TASKS))]
+        for size in concurrency:
+            asked = requests[: max(size, rows * len(DEMO_TASKS))]
             for way in order:
                 mode, length = (way, 16) if way in ("off", "auto") else ("fixed", int(way))
                 made = answer_mixed(engine, asked, max_tokens, mode=mode, batch=size, max_draft_tokens=length)
                 runs[size, way].append(made)
             rates = {way: round(runs[size, way][-1].num_tokens / runs[size, way][-1].seconds, 1) for way in order}
             click.echo(f"round {round_idx + 1}, {size} at a time, tokens/s: {rates}")
-    figures = {str(size): _figures(runs, size, names) for size in sizes}
-    for size, of_size in figures.items():
-        click.echo(f"{size} at a time: {of_size}")
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch"),
-        "hardware": machine,
-        "model": model_dir.name,
-        "dtype": engine.info.dtype,
-        "rounds": rounds,
-        "rows": rows,
-        "max_tokens": max_tokens,
-        "floor_ms": round(floor_ms, 1),
-        "figures": figures,
-    }
+    figures = {str(size): _figures(runs, size, names) for size in concurrency}
+    for name, of_size in figures.items():
+        click.echo(f"{name} at a time: {of_size}")
+    settings = {"rounds": rounds, "rows": rows, "max_tokens": max_tokens, "floor_ms": round(floor.ms(), 1)}
+    run.finish({"model": base.name, "dtype": engine.info.dtype, **settings, "figures": figures}, save)
     if save:
-        common.append_result("load_sweep", record)
         draw(plot, figures)
 
 

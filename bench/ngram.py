@@ -23,9 +23,9 @@ import torch
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
-from specserve.model.store import resolve_model
 
-from . import common
+from . import common, options
+from .tasks import BaseModel, chat_token_ids, read_prompts
 
 INSTRUCTION = "Convert this Debian control stanza to JSON. Answer with the JSON object only.\n\n"
 WAYS = ("off", "ngram", "prediction")
@@ -122,84 +122,75 @@ def check_equal(plain: list[list[int]], drafted: list[list[int]], way: str, batc
             )
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 @click.command(help=__doc__.partition("\n")[0])
-@click.option("--model", default="", help="Base model: directory or hub id; default: specserve's default model.")
+@options.model
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
-@click.option("--adapter", type=click.Path(exists=True, file_okay=False), help="A LoRA of the task: no instruction.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--batch", "batches", default="1,8", show_default=True, help="Requests at the same time.")
-@click.option("--tokens", "num_tokens", default=120, show_default=True, help="Most output tokens of a request.")
-@click.option("--prompts", "num_prompts", default=16, show_default=True, help="Of the 32 control2json rows.")
+@click.option("--adapter", type=options.ADAPTER, help="A LoRA of the task: no instruction.")
+@options.rounds(5)
+@options.numbers("--batch", "1,8", "Requests at the same time.")
+@options.at_least(1, "--tokens", 120, "Most output tokens of a request.")
+@options.at_least(1, "--prompts", 16, "Of the 32 control2json rows.")
+@options.save("ngram")
 def main(
-    model: str, dtype: str, adapter: str | None, rounds: int, batches: str, num_tokens: int, num_prompts: int
+    model: str, dtype: str, adapter: Path | None, rounds: int, batch: list[int], tokens: int, prompts: int, save: bool
 ) -> None:
     from transformers import AutoTokenizer
 
-    machine = common.hardware()
-    print(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    rate = common.memory_bandwidth()
+    run = common.start("ngram", "torch")
+    base = BaseModel.load(model)
+    floor = common.WeightFloor.measured(base.path)
     engine = Engine(
         EngineConfig(device="cpu", dtype=dtype, kv_cache_gib=1.0, prefix_caching=False),
-        model_dir,  # type: ignore[arg-type]
+        base.path,  # type: ignore[arg-type]
     )
-    bytes_each = 4 if engine.info.dtype in ("float32", "fp32") else 2
-    weight_bytes = common.num_parameters(model_dir) * bytes_each
-    floor_ms = weight_bytes / rate * 1e3
+    bits = 32 if engine.info.dtype in ("float32", "fp32") else 16
     print(
-        f"limit: {weight_bytes / 1e6:.0f} MB of weights ({engine.info.dtype}) at {rate / 1e9:.1f} GB/s: "
-        f"{floor_ms:.1f} ms a step, so at most {1e3 / floor_ms:.0f} steps/s, however many tokens a step commits"
+        f"limit: {floor.num_bytes(bits) / 1e6:.0f} MB of weights ({engine.info.dtype}) at "
+        f"{floor.bytes_per_s / 1e9:.1f} GB/s: {floor.ms(bits):.1f} ms a step, so at most "
+        f"{1e3 / floor.ms(bits):.0f} steps/s, however many tokens a step commits"
     )
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
     tasks = [
         Task(
-            common.chat_token_ids(tokenizer, ("" if adapter else INSTRUCTION) + row["prompt"]),
+            chat_token_ids(tokenizer, ("" if adapter else INSTRUCTION) + row["prompt"]),
             tokenizer(row["completion"], add_special_tokens=False)["input_ids"],
         )
-        for row in common.read_prompts("control2json")[:num_prompts]
+        for row in read_prompts("control2json")[:prompts]
     ]
     adapter_hash = engine.load_adapter("task", adapter).content_hash if adapter else None
-    runner = Runner(engine, adapter_hash, num_tokens)
+    runner = Runner(engine, adapter_hash, tokens)
     print(
         f"\n{'batch':>5}  {'drafts':<10} {'tokens/s':>9} {'min-max':>15} {'x off':>6} {'min-max':>11} "
         f"{'tokens/step':>11}"
     )
     cells: list[dict[str, Any]] = []
-    for batch in numbers(batches):
-        figures = measure(runner, tasks, batch, rounds)
+    for size in batch:
+        figures = measure(runner, tasks, size, rounds)
         for way, figure in figures.items():
             speed, steps = common.spread(figure.tokens_per_s), common.spread(figure.tokens_per_step)
             pairs = zip(figure.tokens_per_s, figures["off"].tokens_per_s, strict=True)
             ratio = common.spread([drafted / plain for drafted, plain in pairs])
             print(
-                f"{batch:>5}  {way:<10} {speed['median']:>9.1f} {speed['min']:>7.1f}-{speed['max']:<7.1f} "
+                f"{size:>5}  {way:<10} {speed['median']:>9.1f} {speed['min']:>7.1f}-{speed['max']:<7.1f} "
                 f"{ratio['median']:>6.2f} {ratio['min']:>5.2f}-{ratio['max']:<5.2f} {steps['median']:>11.2f}"
             )
-            cell = {"batch": batch, "drafts": way, "tokens_per_s": speed, "over_off": ratio}
+            cell = {"batch": size, "drafts": way, "tokens_per_s": speed, "over_off": ratio}
             cell |= {"mean_accepted_length": steps["median"], "rounds": [round(v, 2) for v in figure.tokens_per_s]}
             if figure.acceptance:
                 cell["draft_acceptance"] = common.spread(figure.acceptance)["median"]
             cells.append(cell)
     print("tokens of all ways are equal\n")
-    settings = {"rounds": rounds, "max_tokens": num_tokens, "prompts": len(tasks), "prefix_caching": False}
-    result = {
-        "commit": common.commit(),
-        "hardware": machine,
-        "versions": common.versions("torch"),
-        "model": Path(model).name if model and Path(model).is_dir() else model or model_dir.name,
+    fields = {
+        "model": base.name,
         "dtype": engine.info.dtype,
         "threads": torch.get_num_threads(),
-        "adapter": Path(adapter).name if adapter else None,
-        "settings": settings,
-        "limit": {"read_gb_per_s": round(rate / 1e9, 2), "floor_ms": round(floor_ms, 2)},
+        "adapter": adapter.name if adapter else None,
+        "settings": {"rounds": rounds, "max_tokens": tokens, "prompts": len(tasks), "prefix_caching": False},
+        "limit": {"read_gb_per_s": round(floor.bytes_per_s / 1e9, 2), "floor_ms": round(floor.ms(bits), 2)},
         "tokens_equal": True,
         "cells": cells,
     }
-    common.append_result("ngram", result)
+    run.finish(fields, save)
 
 
 if __name__ == "__main__":

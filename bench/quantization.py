@@ -19,14 +19,12 @@ import click
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import answer
-from specserve.training.dataset import Example, read_rows, tokenize
+from specserve.training.dataset import Example
 from specserve.training.task_metrics import task_metrics
 
-from . import common
+from . import common, options
+from .tasks import BaseModel
 
 FORMATS = ("none", "int8", "int4")
 BITS = {"none": 16, "int8": 8 + 32 / 64, "int4": 4 + 32 / 32}  # with the scale of each group
@@ -54,39 +52,36 @@ def mean_log_prob(engine: Engine, adapter: str | None, examples: list[Example]) 
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--data", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--rows", type=click.IntRange(1), default=40, show_default=True, help="Held-out rows of each task.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--speed-rows", type=click.IntRange(1), default=8, show_default=True, help="Rows of each timed run.")
-@click.option("--max-tokens", type=click.IntRange(1), default=450, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/quantization.jsonl.")
+@options.adapters
+@options.for_each_adapter("--data")
+@options.model
+@options.at_least(1, "--rows", 40, "Held-out rows of each task.")
+@options.rounds(3)
+@options.at_least(1, "--speed-rows", 8, "Rows of each timed run.")
+@options.at_least(1, "--max-tokens", 450)
+@options.save("quantization")
 def main(
     adapters: tuple[Path, ...], data: tuple[Path, ...], model: str, rows: int, rounds: int, speed_rows: int,
     max_tokens: int, save: bool,
 ) -> None:  # fmt: skip
-    if len(adapters) != len(data):
-        raise click.UsageError(f"{len(adapters)} adapters but {len(data)} --data files; give one for each")
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    bandwidth, num_params = common.memory_bandwidth(), common.num_parameters(model_dir)
+    options.check_one_each(adapters, data=data)
+    run = common.start("quantization", "torch")
+    base = BaseModel.load(model)
+    floor = common.WeightFloor.measured(base.path)
     for name, bits in BITS.items():
-        click.echo(f"floor, {name}: {num_params * bits / 8 / bandwidth * 1e3:.2f} ms a step at batch 1")
-    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
-    tasks = [tokenize(read_rows(file)[:rows], tokenizer, eos) for file in data]
+        click.echo(f"floor, {name}: {floor.ms(bits):.2f} ms a step at batch 1")
+    tasks = [base.examples(file, rows) for file in data]
     engines = {
         name: Engine(
             EngineConfig(
-                model=str(model_dir),
+                model=str(base.path),
                 device="cpu",
                 quantization=name,
                 max_num_seqs=16,
                 kv_cache_gib=0.5,
                 max_waiting=10**5,
             ),  # type: ignore[arg-type]
-            model_dir,
+            base.path,
         )
         for name in FORMATS
     }
@@ -96,7 +91,7 @@ def main(
         hashes[name] = [engine.load_adapter(path.name, path).content_hash for path in adapters]
         figures[name] = {"tasks": {}}
         for path, key, examples in zip(adapters, hashes[name], tasks, strict=True):
-            gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in examples]
+            gold = [base.tokenizer.decode(example.completion, skip_special_tokens=True) for example in examples]
             answers = answer(engine, key, [example.prompt for example in examples], max_tokens, batch=16).answers
             figures[name]["tasks"][path.name] = {
                 "perplexity_base": round(math.exp(-mean_log_prob(engine, None, examples)), 4),
@@ -115,18 +110,8 @@ def main(
             ratios = [a / b for a, b in zip(rates[name], rates["none"], strict=True)]
             figures[name][f"decode_tokens_per_s_batch_{batch}"] = round(statistics.median(rates[name]), 1)
             figures[name][f"over_none_batch_{batch}"] = common.spread(ratios)
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch"),
-        "hardware": machine,
-        "model": model_dir.name,
-        "rows": rows,
-        "rounds": rounds,
-        "figures": figures,
-    }
     click.echo(str({name: {k: v for k, v in f.items() if k != "tasks"} for name, f in figures.items()}))
-    if save:
-        common.append_result("quantization", record)
+    run.finish({"model": base.name, "rows": rows, "rounds": rounds, "figures": figures}, save)
 
 
 if __name__ == "__main__":

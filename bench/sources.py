@@ -28,16 +28,12 @@ from specserve.drafters.history_source import HistorySource
 from specserve.drafters.ngram import NgramSource
 from specserve.drafters.protocol import DraftSource
 from specserve.drafting.cost_model import CostModel, StepShape
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
-from specserve.training.answers import answer, make_engine
-from specserve.training.dataset import Example, read_rows, tokenize
-from specserve.training.head_fit import collect_states
-from specserve.training.lora_model import LoraModel
-from specserve.training.run_config import LoraConfig
+from specserve.training.answers import make_engine
+from specserve.training.dataset import Example
 
-from . import common
+from . import common, options
+from .own_answers import hidden_states, lookahead_of, own_answers, row_price
+from .tasks import BaseModel
 
 SINGLE = ("ngram", "history", "head")
 
@@ -141,8 +137,7 @@ class Answer:
 def _price(cost: CostModel | None, drafted: Drafted) -> float:
     if cost is None:
         return 0.0
-    curve = cost.curve(StepShape())
-    return drafted.expected * curve.row_seconds(drafted.num_rows, 8) / curve.seconds(drafted.num_rows)
+    return row_price(cost.curve(StepShape()), drafted.expected, drafted.num_rows)
 
 
 def walk_chain(made: Answer, names: Sequence[str], shared: SharedAcceptance, cost: CostModel, priced: bool,
@@ -190,43 +185,31 @@ def walk_oracle(made: Answer, shared: SharedAcceptance, cost: CostModel, walk: W
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--data", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--rows", type=click.IntRange(1), default=24, show_default=True, help="Held-out rows of each adapter.")
-@click.option("--max-drafts", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/sources.jsonl.")
+@options.adapters
+@options.for_each_adapter("--data")
+@options.model
+@options.at_least(1, "--rows", 24, "Held-out rows of each adapter.")
+@options.at_least(1, "--max-drafts", 16)
+@options.save("sources")
 def main(
     adapters: tuple[Path, ...], data: tuple[Path, ...], model: str, rows: int, max_drafts: int, save: bool
 ) -> None:
-    if len(adapters) != len(data):
-        raise click.UsageError(f"{len(adapters)} adapters but {len(data)} --data files; give one for each")
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
+    options.check_one_each(adapters, data=data)
+    run = common.start("sources", "torch")
+    base = BaseModel.load(model)
+    click.echo(f"limit: {max_drafts + 1} tokens a verification; of single sources the oracle's line")
     figures: dict[str, Any] = {}
     for path, file in zip(adapters, data, strict=True):
-        engine = make_engine(model_dir, batch=16, max_len=2048)
+        engine = make_engine(base.path, batch=16, max_len=2048)
         key = engine.load_adapter(path.name, path).content_hash
-        prompts = [example.prompt for example in tokenize(read_rows(file)[:rows], tokenizer, eos)]
-        answers = answer(engine, key, prompts, 450, batch=16).answers
-        ahead, cost = engine.registry.adapters[key].lookahead, engine.proposer.growth.cost_model
-        if ahead is None or ahead.head is None:
-            raise click.UsageError(f"{path} has no lookahead head that fits")
+        ahead, head = lookahead_of(engine, key, path)
+        answers = own_answers(engine, key, base.examples(file, rows), 450)
+        examples = [example for example in answers if len(example.completion) > 2]
+        cost = engine.proposer.growth.cost_model
         del engine
-        examples = [
-            Example(prompt + a.tokens, [False] * len(prompt) + [True] * len(a.tokens), idx)
-            for idx, (prompt, a) in enumerate(zip(prompts, answers, strict=True))
-            if len(a.tokens) > 2
-        ]
-        lora = LoraModel(
-            model_dir, LoraConfig(adapter=str(path)), torch.float32, torch.device("cpu"), ahead.head.config.tap_layer
-        )
-        last, tapped, starts = collect_states(lora, examples, 1024)
-        del lora
+        last, tapped, starts = hidden_states(base.path, path, head.config.tap_layer, examples)
         walks = {name: Walk() for name in (*SINGLE, "oracle of the three", "chooser, no price", "chain", "tree")}
-        shared = {name: SharedAcceptance(ahead.head.config.acceptance) for name in walks}
+        shared = {name: SharedAcceptance(head.config.acceptance) for name in walks}
         for example, start in zip(examples, starts, strict=True):
             made = Answer(example, last[start:].float(), tapped[start:].float(), ahead, max_drafts)
             for name in SINGLE:
@@ -244,16 +227,7 @@ def main(
             if walk.branches:
                 figures[path.name][name] |= {"branches": walk.branches, "branch_hits": walk.branch_hits}
             click.echo(f"{path.name}, {name}: {figures[path.name][name]}")
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch"),
-        "hardware": machine,
-        "rows": rows,
-        "max_drafts": max_drafts,
-        "figures": figures,
-    }
-    if save:
-        common.append_result("sources", record)
+    run.finish({"rows": rows, "max_drafts": max_drafts, "figures": figures}, save)
 
 
 if __name__ == "__main__":

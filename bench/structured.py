@@ -29,13 +29,10 @@ import jsonschema
 from specserve.drafters.grammar_source import GrammarSource
 from specserve.engine.engine import Engine
 from specserve.messages import Delta, GenerateRequest, GrammarSpec, SamplingParams
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
 from specserve.training.answers import make_engine
-from specserve.training.dataset import read_rows, tokenize
 
-from . import common
+from . import common, options
+from .tasks import BaseModel
 
 WAYS = ("free", "grammar", "no spans")
 FILES = {"adapter_config.json", "adapter_model.safetensors"}  # of a LoRA alone
@@ -116,28 +113,24 @@ def check(run: Run, schema: Any) -> dict[str, int]:
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--data", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
-@click.option("--schema", multiple=True, required=True, type=click.Path(exists=True, path_type=Path), help="One each.")
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--rows", type=click.IntRange(1), default=16, show_default=True, help="Prompts that are timed.")
-@click.option("--valid-rows", type=click.IntRange(0), default=300, show_default=True, help="Prompts validated.")
-@click.option("--batch", default="1,8", show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=600, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/structured.jsonl.")
+@options.adapters
+@options.for_each_adapter("--data")
+@options.for_each_adapter("--schema")
+@options.model
+@options.rounds(5)
+@options.at_least(1, "--rows", 16, "Prompts that are timed.")
+@options.at_least(0, "--valid-rows", 300, "Prompts validated.")
+@options.numbers("--batch", "1,8")
+@options.at_least(1, "--max-tokens", 600)
+@options.save("structured")
 def main(
     adapters: tuple[Path, ...], data: tuple[Path, ...], schema: tuple[Path, ...], model: str, rounds: int, rows: int,
-    valid_rows: int, batch: str, max_tokens: int, save: bool,
+    valid_rows: int, batch: list[int], max_tokens: int, save: bool,
 ) -> None:  # fmt: skip
-    if not len(adapters) == len(data) == len(schema):
-        raise click.UsageError("give one --data and one --schema for each adapter")
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
-    sizes = [int(size) for size in batch.split(",")]
-    engine = make_engine(model_dir, batch=max(8, *sizes), max_len=2048)
+    options.check_one_each(adapters, data=data, schema=schema)
+    run = common.start("structured", "torch", "llguidance")
+    base = BaseModel.load(model)
+    engine = make_engine(base.path, batch=max(8, *batch), max_len=2048)
     floor_ms = 1e3 * engine.proposer.growth.cost_model.seconds(1)
     click.echo(f"floor: a step of one row takes {floor_ms:.1f} ms")
     figures: dict[str, Any] = {}
@@ -145,33 +138,24 @@ def main(
     for path, file, schema_file in zip(adapters, data, schema, strict=True):
         text = schema_file.read_text(encoding="utf-8")
         spec, rules = GrammarSpec("json_schema", text), json.loads(text)
-        prompts = [example.prompt for example in tokenize(read_rows(file), tokenizer, eos)]
+        prompts = base.prompts(file)
         full = engine.load_adapter(path.name, path).content_hash
         with tempfile.TemporaryDirectory() as folder:
             for name in FILES:
                 (Path(folder) / name).write_bytes((path / name).read_bytes())
             alone = engine.load_adapter(f"{path.name}-lora", folder).content_hash
-        for size in sizes:
+        for size in batch:
             for key, kind in ((full, "lookahead"), (alone, "LoRA alone")):
                 name = f"{path.name}, {kind}, batch {size}"
                 figures[name] = measure(engine, key, prompts[:rows], spec, rules, size, rounds, max_tokens)
                 click.echo(f"{name}: {figures[name]}")
         for temperature in (0.0, 1.0) if valid_rows else ():
-            run = generate(engine, full, prompts[:valid_rows], spec, max(sizes), max_tokens, temperature)
-            valid[f"{path.name}, temperature {temperature:g}"] = check(run, rules)
-            click.echo(f"{path.name}, temperature {temperature:g}: {check(run, rules)}")
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch", "llguidance"),
-        "hardware": machine,
-        "dtype": engine.info.dtype,
-        "rounds": rounds,
-        "rows": rows,
-        "figures": figures,
-        "validity": valid,
-    }
-    if save:
-        common.append_result("structured", record)
+            made = generate(engine, full, prompts[:valid_rows], spec, max(batch), max_tokens, temperature)
+            name = f"{path.name}, temperature {temperature:g}"
+            valid[name] = check(made, rules)
+            click.echo(f"{name}: {valid[name]}")
+    settings = {"dtype": engine.info.dtype, "rounds": rounds, "rows": rows}
+    run.finish({**settings, "figures": figures, "validity": valid}, save)
 
 
 def measure(

@@ -18,16 +18,13 @@ from typing import Any
 import click
 import jsonschema
 
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
-from specserve.training.dataset import read_rows, tokenize
-
-from . import common
-from .peers import Setup, Worker, find_vllm, make_request, numbers
+from . import common, options
+from .peers import vllm_cpu
+from .peers.setup import Setup
+from .peers.worker import Worker, make_request
+from .tasks import EXAMPLES, BaseModel, demo_adapter, demo_rows, in_turn
 
 TASKS = ("control2json", "debtags")
-EXAMPLES = common.ROOT / "examples"
 WANTED = {8: 6.0}
 
 
@@ -47,38 +44,33 @@ def check(answers: list[list[int]], schemas: list[str], tokenizer: Any, eos: set
 
 @click.command(help=__doc__.partition("\n")[0])
 @click.option("--vllm-python", default=None, help="Python of an environment with vLLM; default: bench.peers' own.")
-@click.option("--batch", default="1,8", show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="At most, an answer.")
+@options.numbers("--batch", "1,8")
+@options.rounds(3)
+@options.at_least(1, "--tokens", 128, "At most, an answer.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True)
 @click.option("--start-timeout", type=float, default=900.0, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/structured_peers.jsonl.")
+@options.save("structured_peers")
 def main(
-    vllm_python: str | None, batch: str, rounds: int, tokens: int, dtype: str, start_timeout: float, save: bool
+    vllm_python: str | None, batch: list[int], rounds: int, tokens: int, dtype: str, start_timeout: float, save: bool
 ) -> None:
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model("")
-    text_tokenizer, eos = TextTokenizer(model_dir), eos_token_ids(model_dir)
+    run = common.start("structured_peers", "torch", "llguidance")
+    base = BaseModel.load()
+    common.print_floor(base.path)
     schemas = [(EXAMPLES / "data" / f"{task}.schema.json").read_text(encoding="utf-8") for task in TASKS]
-    rows = [read_rows(EXAMPLES / "data" / f"{task}.dev.jsonl") for task in TASKS]
-    prompts = [[e.prompt for e in tokenize(own, text_tokenizer, eos)] for own in rows]
-    sizes = numbers(batch)
+    asked = in_turn([base.prompts(demo_rows(task)) for task in TASKS])
     figures: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        setup = Setup(
-            stack, model_dir, [str(EXAMPLES / "adapters" / task) for task in TASKS], [], [dtype], start_timeout,
-            find_vllm(vllm_python), None, None, ["none"],
-        )  # fmt: skip
+        adapters = [str(demo_adapter(task)) for task in TASKS]
+        setup = Setup(stack, base.path, adapters, start_timeout, vllm_python=vllm_cpu.find(vllm_python))
+        if reason := setup.missing("vllm"):
+            raise click.UsageError(f"vllm: {reason}")
         workers: dict[str, Worker] = {name: setup.start(name, dtype, with_lora=True) for name in ("specserve", "vllm")}
-        tokenizer = _tokenizer(model_dir)
-        cursor = itertools.count()
-        for size in sizes:
+        tokenizer = _tokenizer(base.path)
+        for size in batch:
             rates: dict[str, list[float]] = {name: [] for name in workers}
             valid: dict[str, list[dict[str, int]]] = {name: [] for name in workers}
             for round_idx in range(-1, rounds):  # the first warms up
-                chosen = [next(cursor) for _ in range(size)]
-                picked = [(i % 2, prompts[i % 2][i // 2 % len(prompts[i % 2])]) for i in chosen]
+                picked = list(itertools.islice(asked, size))
                 request = make_request([p for _, p in picked], [task for task, _ in picked], tokens, "auto", False)
                 request["schemas"] = [schemas[task] for task, _ in picked]
                 for name in list(workers)[:: 1 if round_idx % 2 else -1]:
@@ -86,7 +78,7 @@ def main(
                     if round_idx < 0:
                         continue
                     rates[name].append(sum(map(len, answer["token_ids"])) / answer["wall_s"])
-                    valid[name].append(check(answer["token_ids"], request["schemas"], tokenizer, set(eos)))
+                    valid[name].append(check(answer["token_ids"], request["schemas"], tokenizer, set(base.eos)))
             ratios = [a / b for a, b in zip(rates["specserve"], rates["vllm"], strict=True)]
             figures[str(size)] = {
                 "tokens_per_s": {name: common.spread(values) for name, values in rates.items()},
@@ -98,18 +90,8 @@ def main(
             }
             click.echo(f"batch {size}: {json.dumps(figures[str(size)])}")
         peers = {name: worker.info for name, worker in workers.items()}
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch", "llguidance"),
-        "hardware": machine,
-        "peers": peers,
-        "dtype": dtype,
-        "rounds": rounds,
-        "tokens": tokens,
-        "figures": figures,
-    }
-    if save:
-        common.append_result("structured_peers", record)
+    settings = {"peers": peers, "dtype": dtype, "rounds": rounds, "tokens": tokens}
+    run.finish({**settings, "figures": figures}, save)
 
 
 def _tokenizer(model_dir: Path) -> Any:

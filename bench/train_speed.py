@@ -21,17 +21,15 @@ import click
 import msgspec
 import torch
 
-from specserve.model.store import resolve_model
-from specserve.text.special_tokens import eos_token_ids
-from specserve.text.tokenizer import TextTokenizer
 from specserve.training.batching import plan_run
-from specserve.training.dataset import Example, read_rows, tokenize
+from specserve.training.dataset import Example
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.lora_model import LINEARS, LoraModel
 from specserve.training.run_config import JointConfig, LoraConfig, OptimizerConfig, RunConfig
 from specserve.training.trainer import Trainer
 
-from . import common
+from . import common, options
+from .tasks import BaseModel
 
 
 class PlainLoop:
@@ -69,19 +67,30 @@ class PlainLoop:
         return sum(len(e.tokens) for e in batch)
 
 
+def matmul_rate(size: int = 1024, repeats: int = 7) -> float:
+    """Operations a second of a square fp32 product; the fastest repeat counts."""
+    a, b, best = torch.randn(size, size), torch.randn(size, size), float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
 @click.command(help=__doc__.partition("\n")[0])
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--model", default="", help="Base model; default: specserve's default model.")
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps of each in a round.")
-@click.option("--batch-tokens", type=click.IntRange(64), default=1024, show_default=True)
-@click.option("--save/--no-save", default=True, help="Append the result to bench/results/train_speed.jsonl.")
+@options.file("--data")
+@options.model
+@options.at_least(1, "--rank", 16)
+@options.rounds(3)
+@options.at_least(1, "--steps", 3, "Steps of each in a round.")
+@options.at_least(64, "--batch-tokens", 1024)
+@options.save("train_speed")
 def main(data: Path, model: str, rank: int, rounds: int, steps: int, batch_tokens: int, save: bool) -> None:
-    machine = common.hardware()
-    click.echo(common.hardware_line(machine))
-    model_dir = resolve_model(model)
-    examples = tokenize(read_rows(data), TextTokenizer(model_dir), eos_token_ids(model_dir))
+    run = common.start("train_speed", "torch", "transformers", "peft")
+    base = BaseModel.load(model)
+    limit = matmul_rate() / (4 * common.num_parameters(base.path))  # 2 operations a weight forward, 2 back
+    click.echo(f"limit: {limit:.0f} tokens/s if matrix products through the frozen weights were all")
+    examples = base.examples(data)
     random.Random(0).shuffle(examples)
     config = RunConfig(
         lora=LoraConfig(r=rank, alpha=2 * rank),
@@ -89,11 +98,11 @@ def main(data: Path, model: str, rank: int, rounds: int, steps: int, batch_token
         optimizer=OptimizerConfig(batch_tokens=batch_tokens, lr=1e-4),
     )
     config = msgspec.structs.replace(config, output="bench")
-    lora = LoraModel(model_dir, config.lora, torch.float32, torch.device("cpu"), None)
+    lora = LoraModel(base.path, config.lora, torch.float32, torch.device("cpu"), None)
     vocab = task_vocab(examples, config.head.vocab_size)
     head = LookaheadHead(lora.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
     plan = plan_run([len(e.tokens) for e in examples], batch_tokens, 0, 1, None)
-    plain = PlainLoop(model_dir, rank, examples, batch_tokens)
+    plain = PlainLoop(base.path, rank, examples, batch_tokens)
     rates: dict[str, list[float]] = {"plain": [], "joint": []}
     with tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(config, lora, head, examples, plan, common_prefix_len(examples), Path(directory), {})
@@ -106,20 +115,10 @@ def main(data: Path, model: str, rank: int, rounds: int, steps: int, batch_token
                     tokens += plain.step() if name == "plain" else trainer.train_step()["tokens"]
                 rates[name].append(tokens / (time.perf_counter() - start))
     ratios = [joint / other for joint, other in zip(rates["joint"], rates["plain"], strict=True)]
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch", "transformers", "peft"),
-        "hardware": machine,
-        "rank": rank,
-        "rounds": rounds,
-        "steps": steps,
-        "batch_tokens": batch_tokens,
-        "tokens_per_s": {name: common.spread(values) for name, values in rates.items()},
-        "ratio": common.spread(ratios),
-    }
     click.echo(f"plain {statistics.median(rates['plain']):.0f}, joint {statistics.median(rates['joint']):.0f} tokens/s")
-    if save:
-        common.append_result("train_speed", record)
+    settings = {"rank": rank, "rounds": rounds, "steps": steps, "batch_tokens": batch_tokens}
+    speeds = {name: common.spread(values) for name, values in rates.items()}
+    run.finish({**settings, "limit": round(limit), "tokens_per_s": speeds, "ratio": common.spread(ratios)}, save)
 
 
 if __name__ == "__main__":
