@@ -11,7 +11,6 @@ as that is needed to miss the cache. Cases are left out once --budget seconds ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -30,6 +29,7 @@ from specserve.kernels.rope_kv import rope_store_
 
 from .gpu_cases import Case, run_cases
 from .gpu_timing import seconds_per_call
+from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
 BLOCK_SIZE = 16
 CACHE_BYTES = 256 << 20  # KV that is cycled through: several times the last-level cache
@@ -37,22 +37,13 @@ MAX_COPIES = 16
 COMPARED_BYTES = 4 << 30  # beyond, SDPA's own KV would not fit beside ours
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    name: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-SHAPES = (Shape("llama8b", 32, 8, 128), Shape("smollm2", 9, 3, 64))
 DECODES = [(b, c) for c in (4096, 512, 32768) for b in (8, 1, 64, 256)]  # (batch, context), most telling first
 
 
 class Attention:
     """`batch` sequences of `context` keys with `rows` queries each, over shuffled blocks; one call a copy of the KV."""
 
-    def __init__(self, shape: Shape, batch: int, context: int, rows: int, tile_rows: int, device: torch.device):
+    def __init__(self, shape: ModelShape, batch: int, context: int, rows: int, tile_rows: int, device: torch.device):
         self.shape, self.batch, self.context, self.rows, self.device = shape, batch, context, rows, device
         self.dtype = torch.bfloat16
         num_blocks = -(-context // BLOCK_SIZE)
@@ -107,7 +98,7 @@ class Attention:
         return seconds_per_call(calls, self.device)
 
 
-def decode(shape: Shape, batch: int, context: int, limit: float, device: torch.device) -> dict[str, Any]:
+def decode(shape: ModelShape, batch: int, context: int, limit: float, device: torch.device) -> dict[str, Any]:
     work = Attention(shape, batch, context, 1, 1, device)
     seconds = work.seconds()
     result = {
@@ -120,7 +111,7 @@ def decode(shape: Shape, batch: int, context: int, limit: float, device: torch.d
     return result
 
 
-def verify(shape: Shape, batch: int, context: int, device: torch.device) -> dict[str, Any]:
+def verify(shape: ModelShape, batch: int, context: int, device: torch.device) -> dict[str, Any]:
     """8 rows a sequence against 1, each in tiles of its own size, and 1 row in the tiles of 8."""
     rows, one, wide = (
         Attention(shape, batch, context, n, tile_rows, device).seconds() for n, tile_rows in ((8, 8), (1, 1), (1, 8))
@@ -131,7 +122,7 @@ def verify(shape: Shape, batch: int, context: int, device: torch.device) -> dict
     }  # fmt: skip
 
 
-def prefill(shape: Shape, rows: int, context: int, device: torch.device) -> dict[str, Any]:
+def prefill(shape: ModelShape, rows: int, context: int, device: torch.device) -> dict[str, Any]:
     """Two products of 2 D operations a query head and visible key."""
     tile_rows = 128 // (1 << (shape.num_heads // shape.num_kv_heads - 1).bit_length())
     work = Attention(shape, 1, context, rows, tile_rows, device)
@@ -146,9 +137,9 @@ def prefill(shape: Shape, rows: int, context: int, device: torch.device) -> dict
     return result
 
 
-def rows_of(shape: Shape, name: str, num_rows: int, limit: float, device: torch.device) -> dict[str, Any]:
+def rows_of(shape: ModelShape, name: str, num_rows: int, limit: float, device: torch.device) -> dict[str, Any]:
     """A row-wise kernel at a model's sizes: bytes read and written over time."""
-    hidden, intermediate = (4096, 14336) if shape.name == "llama8b" else (576, 1536)
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
     size = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
 
     def normal(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -181,7 +172,7 @@ def rows_of(shape: Shape, name: str, num_rows: int, limit: float, device: torch.
 def plan(only: list[str], is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     """Cases of the kinds `only`, all if it is empty; most telling first."""
     kernels = ("add_rms_norm", "rope_store", "gated_activation")
-    shapes = (Shape("smollm2", 3, 1, 16),) if is_dry else SHAPES
+    shapes = (TINY,) if is_dry else (LLAMA8B, SMOLLM2)
     decodes = [(2, 40)] if is_dry else DECODES
     num_rows = (2,) if is_dry else (8, 4096)
     prefills = ((20, 20), (20, 40)) if is_dry else ((2048, 2048), (2048, 8192))

@@ -161,7 +161,3 @@ def report(name: str, fields: Mapping[str, Any], save: bool) -> None:
         with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     click.echo(line)
-
-
-def append_result(name: str, result: Mapping[str, Any]) -> None:
-    report(name, result, save=True)

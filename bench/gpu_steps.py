@@ -10,7 +10,6 @@ turns. --shape tiny with --device cpu (TRITON_INTERPRET=1) only shows that the b
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,54 +25,19 @@ from specserve.compute.kv_cache import KVCache
 from specserve.kernels.lora_stack import LoraPair
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.model.config import ModelConfig
-from specserve.model.rope import RopeConfig
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.scheduler import ScheduledSequence
 from specserve.schedule.sequence import Sequence
 
-from . import common
+from . import common, options
 from .gpu_timing import copy_bandwidth
+from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
-# hidden, intermediate, layers, query heads, KV heads, head size, vocabulary, tied
-SHAPES = {
-    "llama8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
-    "smollm2": (576, 1536, 30, 9, 3, 64, 49152, True),
-    "tiny": (64, 96, 2, 4, 2, 16, 320, True),
-}
+SHAPES = {shape.name: shape for shape in (LLAMA8B, SMOLLM2, TINY)}
 BLOCK_SIZE = 16
 RANK = 16
 QUEUED = 8  # steps in a row: the host prepares one while the device runs the one before, as in the engine
 WANTED = {"floor_ratio": 1.25, "verify_ratio": 1.1}  # none for LoRA's share: 32 adapters' bytes alone are 15%
-
-
-def model_config(shape: str) -> ModelConfig:
-    hidden, inner, num_layers, num_heads, num_kv_heads, head_dim, vocab, tied = SHAPES[shape]
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        activation="silu",
-        tie_word_embeddings=tied,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        norm_offset=0.0,
-        post_norms=False,
-        embed_scale=1.0,
-        attention_scale=head_dim**-0.5,
-        final_softcap=None,
-        windows=(None,) * num_layers,
-        rope_keys=("full_attention",) * num_layers,
-        ropes={"full_attention": RopeConfig("default", 500_000.0, head_dim)},
-    )
 
 
 class RandomWeights:
@@ -111,14 +75,14 @@ def random_adapter(config: ModelConfig, idx: int, device: torch.device, dtype: t
             a = torch.randn(RANK, in_size, device=device, dtype=dtype).mul_(in_size**-0.5)
             b = torch.randn(out_size, RANK, device=device, dtype=dtype).mul_(0.01)
             layers[layer, module] = LoraPair(a, b, 1.0)
-    return LoraAdapter(f"random-{idx}", f"random-{idx}", layers, None, None, RANK, False)
+    return LoraAdapter(f"random-{idx}", f"random-{idx}", layers, None, None, RANK, None)
 
 
 class Steps:
     """Steps of one shape over sequences that stay where they are, so that each repeat does the same work."""
 
-    def __init__(self, shape: str, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int):
-        config = model_config(shape)
+    def __init__(self, shape: ModelShape, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int):
+        config = shape.config()
         weights = RandomWeights(config, device, dtype)
         self.decoder = build_triton(config, weights)
         self.device = device
@@ -178,17 +142,18 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
 
 @click.command(help=__doc__.partition("\n")[0])
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="llama8b", show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--context", type=click.IntRange(1), default=512, show_default=True)
+@options.rounds(20)
+@options.at_least(1, "--context", 512)
 @click.option("--seqs", "num_seqs", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--save/--no-save", default=False, help="Append the result to bench/results/gpu_steps.jsonl.")
+@options.save("gpu_steps", default=False)
 @torch.inference_mode()
 def main(shape: str, rounds: int, context: int, num_seqs: int, device: str, save: bool) -> None:
+    run = common.start("gpu_steps", "torch", "triton", device=device)
     place = torch.device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     bandwidth = copy_bandwidth(place, 1 << (31 if place.type == "cuda" else 26))
-    steps = Steps(shape, place, dtype, num_seqs, context)
+    steps = Steps(SHAPES[shape], place, dtype, num_seqs, context)
     floor_ms = 1e3 * steps.weight_bytes / bandwidth
     click.echo(
         f"floor: {steps.weight_bytes / 1e9:.2f} GB of weights at {bandwidth / 1e9:.0f} GB/s take {floor_ms:.3f} ms"
@@ -218,10 +183,7 @@ def main(shape: str, rounds: int, context: int, num_seqs: int, device: str, save
     for name, value in figures.items():
         click.echo(f"{name}: {value}" + (f" (wanted at most {WANTED[name]})" if name in WANTED else ""))
     graphs = steps.runner.graphs
-    record = {
-        "commit": common.commit(),
-        "versions": common.versions("torch", "triton"),
-        "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else common.hardware(),
+    fields = {
         "shape": shape,
         "context": context,
         "rounds": rounds,
@@ -231,10 +193,7 @@ def main(shape: str, rounds: int, context: int, num_seqs: int, device: str, save
         "figures": figures,
         "graphs": {"num": graphs.num_graphs, "capture_s": round(graphs.capture_s, 2), "bytes": graphs.capture_bytes},
     }
-    if save:
-        common.append_result("gpu_steps", record)
-    else:
-        click.echo(json.dumps({"bench": "gpu_steps", **record}))
+    run.finish(fields, save)
 
 
 if __name__ == "__main__":

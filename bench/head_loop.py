@@ -26,32 +26,31 @@ from specserve.kernels.head_loop import LoopRows
 
 from .gpu_cases import Case, run_cases
 from .gpu_timing import seconds_per_call
+from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
 PROMPT_LEN = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    name: str
-    hidden_size: int
+class HeadShape:
+    model: ModelShape
     state_size: int
     num_tokens: int  # of the task vocabulary
     window: int
-    vocab_size: int
 
 
-SHAPES = (Shape("smollm2", 576, 192, 2048, 8, 49152), Shape("llama8b", 4096, 256, 4096, 8, 128256))
-TINY = Shape("tiny", 32, 16, 40, 4, 100)
+SHAPES = (HeadShape(SMOLLM2, 192, 2048, 8), HeadShape(LLAMA8B, 256, 4096, 8))
+TINY_HEAD = HeadShape(TINY, 16, 40, 4)
 
 
-def make_head(shape: Shape, draft_len: int, device: torch.device) -> LookaheadHeadFile:
+def make_head(shape: HeadShape, draft_len: int, device: torch.device) -> LookaheadHeadFile:
     """A random head, as read from a file."""
     config = LookaheadConfig(
-        format_version=1, base_hash="", tokenizer_hash="", lora_hash="", hidden_size=shape.hidden_size,
+        format_version=1, base_hash="", tokenizer_hash="", lora_hash="", hidden_size=shape.model.hidden_size,
         state_size=shape.state_size, tap_layer=0, draft_len=draft_len, copy_window=shape.window, copy_start=0,
         vocab=list(range(shape.num_tokens)),
     )  # fmt: skip
-    shapes = head_shapes(shape.hidden_size, shape.state_size, shape.num_tokens, shape.window)
+    shapes = head_shapes(shape.model.hidden_size, shape.state_size, shape.num_tokens, shape.window)
     tensors = {
         name: torch.empty(1, *size, device=device).normal_(std=size[0] ** -0.5).bfloat16().float()
         for name, size in shapes.items()
@@ -60,21 +59,21 @@ def make_head(shape: Shape, draft_len: int, device: torch.device) -> LookaheadHe
 
 
 def loop(
-    shape: Shape, num_seqs: int, num_heads: int, num_guesses: int, limit: float, device: torch.device
+    shape: HeadShape, num_seqs: int, num_heads: int, num_guesses: int, limit: float, device: torch.device
 ) -> dict[str, Any]:
     heads = [make_head(shape, num_guesses, device) for _ in range(num_heads)]
     head_of = [heads[idx * num_heads // num_seqs] for idx in range(num_seqs)]
     on_device = DeviceHeads(
-        hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, tap_layers=[0], max_heads=num_heads,
+        hidden_size=shape.model.hidden_size, vocab_size=shape.model.vocab_size, tap_layers=[0], max_heads=num_heads,
         max_num_seqs=num_seqs, max_prompt_len=PROMPT_LEN, max_draft_len=num_guesses, max_state_size=shape.state_size,
         max_vocab=shape.num_tokens, max_window=shape.window, device=device,
     )  # fmt: skip
-    prompt = torch.randint(shape.vocab_size, (PROMPT_LEN,)).tolist()
+    prompt = torch.randint(shape.model.vocab_size, (PROMPT_LEN,)).tolist()
     slots = [on_device.add_head(head) for head in head_of]
     for seq, head in enumerate(head_of):
         on_device.add_sequence(seq, prompt, head)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter has no bf16 products
-    hidden = torch.empty(num_seqs, shape.hidden_size, dtype=dtype, device=device).normal_()
+    hidden = torch.empty(num_seqs, shape.model.hidden_size, dtype=dtype, device=device).normal_()
     tapped = hidden.clone()[None]
     rows = torch.arange(num_seqs, dtype=torch.int32, device=device)
     sampled = torch.randint(shape.num_tokens, (num_seqs,), device=device)
@@ -88,7 +87,7 @@ def loop(
     limit_s = num_heads * (first + num_guesses * a_position) / limit
     host_s = host_loop_seconds(head_of, prompt, sampled.tolist(), hidden, num_guesses)
     return {
-        "shape": shape.name, "sequences": num_seqs, "heads": num_heads, "guesses": num_guesses,
+        "shape": shape.model.name, "sequences": num_seqs, "heads": num_heads, "guesses": num_guesses,
         "us": round(seconds * 1e6, 1), "limit_us": round(limit_s * 1e6, 1), "host_us": round(host_s * 1e6, 1),
     }  # fmt: skip
 
@@ -118,7 +117,7 @@ def host_loop_seconds(
 def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     """Cases, most telling first."""
     if is_dry:
-        return [lambda: loop(TINY, 3, 2, 2, limit, device)]
+        return [lambda: loop(TINY_HEAD, 3, 2, 2, limit, device)]
     counts = ((8, 8), (1, 1), (64, 64), (64, 1), (64, 8))  # sequences, heads
     return [lambda s=s, n=n, h=h: loop(s, n, h, 8, limit, device) for n, h in counts for s in SHAPES]
 

@@ -21,6 +21,7 @@ from specserve.kernels.lora_tiles import TILE_ROWS, lora_add_, scratch_size
 from specserve.kernels.tiles import build_tiles_, max_tiles
 
 from .gpu_timing import seconds_per_call
+from .shapes import LLAMA8B
 
 CACHE_BYTES = 192 << 20  # weights that are cycled through: several times the last-level cache
 MAX_COPIES = 32
@@ -62,22 +63,17 @@ def cases(dry_run: bool) -> Iterator[Case]:
             yield Case("linear", LoraShape(48, (40,)), mix, 4, 5, 1.0)
         yield Case("qkv", LoraShape(48, (40, 16, 16)), "distinct", 4, 3, None)
         return
-    linear = LoraShape(4096, (4096,))
+    layer = {name: LoraShape(*sizes) for name, sizes in LLAMA8B.fused_linears().items()}
     for rows in (64, 1, 8, 32, 128):
         for rank in (16, 64):
             for mix in ("distinct", "uniform", "zipf", "identical"):
                 wanted = None if rows != 64 else 20.0 if rank == 64 else 12.0 if mix == "distinct" else 8.0
                 if mix == "distinct" and rank == 64:
                     wanted = None  # the bytes alone take 28 us on an H100
-                yield Case("linear", linear, mix, rank, rows, wanted)
-    layer = {
-        "qkv": LoraShape(4096, (4096, 1024, 1024)),
-        "gate_up": LoraShape(4096, (14336, 14336)),
-        "down": LoraShape(14336, (4096,)),
-    }
+                yield Case("linear", layer["o"], mix, rank, rows, wanted)
     for rows in (8, 64):
-        for name, shape in layer.items():
-            yield Case(name, shape, "distinct", 16, rows, None)
+        for name in ("qkv", "gate_up", "down"):
+            yield Case(name, layer[name], "distinct", 16, rows, None)
 
 
 class Workload:

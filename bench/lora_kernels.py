@@ -16,7 +16,6 @@ one thread instead. The floor is the weights' bytes over a read rate measured in
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -30,13 +29,14 @@ from specserve.kernels.segments import Segments
 
 from . import common
 from .gpu_timing import copy_bandwidth
+from .shapes import LLAMA8B, SMOLLM2
 
 Clock = Callable[[], float]  # seconds
 
 # shape -> (layers, fused linears as (in, out sizes))
-SHAPES: dict[str, tuple[int, list[tuple[int, tuple[int, ...]]]]] = {
-    "smollm2": (30, [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))]),
-    "h4096": (2, [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]),
+SHAPES = {
+    "smollm2": (SMOLLM2.num_layers, list(SMOLLM2.fused_linears().values())),
+    "h4096": (2, list(LLAMA8B.fused_linears().values())),
 }
 
 
@@ -191,7 +191,7 @@ def run_gpu(device: torch.device, budget: float, external_name: str | None) -> N
 
 
 def report(hardware: str, fields: dict[str, object]) -> None:
-    print(json.dumps({"bench": "lora_kernels", "commit": common.commit(), "hardware": hardware, **fields}))
+    common.report("lora_kernels", {"commit": common.commit(), "hardware": hardware, **fields}, save=False)
 
 
 @click.command()

@@ -19,6 +19,7 @@ from specserve.kernels.verify import verify_drafts_
 
 from .gpu_cases import Case, run_cases
 from .gpu_timing import seconds_per_call
+from .shapes import LLAMA8B, SMOLLM2
 
 MODES: dict[str, tuple[SamplingRow, dict[str, bool]]] = {
     "greedy": (SamplingRow(), {"draws": False}),
@@ -74,7 +75,8 @@ def verify(num_seqs: int, num_drafts: int, device: torch.device) -> dict[str, An
 
 def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     """Cases, most telling first."""
-    shapes = ((2, 100),) if is_dry else ((64, 128256), (1, 128256), (8, 128256), (64, 49152), (256, 128256))
+    large, small = LLAMA8B.vocab_size, SMOLLM2.vocab_size
+    shapes = ((2, 100),) if is_dry else ((64, large), (1, large), (8, large), (64, small), (256, large))
     cases: list[Case] = [lambda: verify(2 if is_dry else 64, 8, device)]
     cases += [lambda m=m, n=n, v=v: sample(m, n, v, limit, device) for n, v in shapes for m in MODES]
     return cases

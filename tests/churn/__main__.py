@@ -243,10 +243,7 @@ def main(
     }  # fmt: skip
     click.echo(summary(result, failed))
     document = setup | result | {"failed": failed}
-    if save:
-        common.append_result("churn", document)
-    else:
-        print(json.dumps({"bench": "churn", **document}))
+    common.report("churn", document, save)
     if failed:
         click.echo(f"what was wrong, and the server's log, are in {work}")
         sys.exit(1)
