@@ -4,7 +4,7 @@ Semantics, for row r of residual [T, H] and the output h [T, H] of the layer bef
     residual[r] += h[r], or rms_norm(h[r]) * post_weight with Gemma 3's post norms     (no addition if h is None)
     out[r] = rms_norm(residual[r]) * weight,   rms_norm(x) = x / sqrt(mean(x^2) + eps)
 Arithmetic is fp32 with one rounding of residual and one of out. The norm reads the residual as rounded, so it is the
-same function of the stored row wherever that row is normed. `rms_norm_rows` norms chosen rows only, for the last norm.
+same function of the stored row wherever that row is normed.
 """
 
 from __future__ import annotations
@@ -32,41 +32,11 @@ def add_rms_norm_(
     if out is None:
         out = torch.empty_like(residual if h is None else h)
     if launches_triton(residual):
-        _launch(out, residual, h, None, None, weight, post_weight, eps)
+        _launch(out, residual, h, weight, post_weight, eps)
     else:
         total = _add(residual, h, post_weight, eps).to(residual.dtype)
         if h is not None:
             residual.copy_(total)
-        out.copy_(_norm(total.float(), eps) * weight)
-    return out
-
-
-def rms_norm_rows(
-    residual: torch.Tensor,
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    *,
-    h: torch.Tensor | None = None,
-    post_weight: torch.Tensor | None = None,
-    sums: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Norms [L, H] in `dtype` of residual's `rows` [L] int64, after the last h is added to them; residual stays.
-
-    A negative row is padding and gives zeros. `sums` [L, H], if given, gets residual + h of the rows, not normed.
-    """
-    if out is None:
-        out = torch.empty(rows.shape[0], residual.shape[1], dtype=dtype, device=residual.device)
-    if launches_triton(residual):
-        _launch(out, residual, h, rows, sums, weight, post_weight, eps)
-    else:
-        used = rows.clamp(min=0)
-        total = _add(residual[used], None if h is None else h[used], post_weight, eps)
-        total = total.masked_fill_((rows < 0).unsqueeze(1), 0).to(residual.dtype)
-        if sums is not None:
-            sums.copy_(total)
         out.copy_(_norm(total.float(), eps) * weight)
     return out
 
@@ -107,8 +77,6 @@ def _launch(
     out: torch.Tensor,
     residual: torch.Tensor,
     h: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    sums: torch.Tensor | None,
     weight: torch.Tensor,
     post_weight: torch.Tensor | None,
     eps: float,
@@ -118,10 +86,10 @@ def _launch(
     from .add_norm_triton import add_rms_norm_kernel
 
     num_rows, hidden = out.shape
-    assert rows is not None or residual.shape == out.shape, (residual.shape, out.shape)
+    assert residual.shape == out.shape, (residual.shape, out.shape)
     assert h is None or h.shape == residual.shape, (h.shape if h is not None else None, residual.shape)
     assert post_weight is None or h is not None
-    tensors = [t for t in (out, residual, h, sums, weight, post_weight) if t is not None]
+    tensors = [t for t in (out, residual, h, weight, post_weight) if t is not None]
     assert all(t.stride(-1) == 1 for t in tensors), [t.stride() for t in tensors]
     if num_rows == 0:
         return
@@ -132,8 +100,6 @@ def _launch(
         out,
         residual,
         residual if h is None else h,
-        out if rows is None else rows,
-        out if sums is None else sums,
         weight,
         weight if post_weight is None else post_weight,
         hidden,
@@ -141,11 +107,8 @@ def _launch(
         out.stride(0),
         residual.stride(0),
         0 if h is None else h.stride(0),
-        0 if sums is None else sums.stride(0),
         HAS_H=h is not None,
         HAS_POST=post_weight is not None,
-        GATHER=rows is not None,
-        HAS_SUMS=sums is not None,
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(hidden, block),
         num_warps=num_warps,

@@ -27,23 +27,14 @@ def _total(
 
 @triton.jit
 def add_rms_norm_kernel(
-    out, residual, h, rows, sums, weight, post_weight, hidden, eps,
-    out_stride, residual_stride, h_stride, sums_stride,
-    HAS_H: tl.constexpr, HAS_POST: tl.constexpr, GATHER: tl.constexpr, HAS_SUMS: tl.constexpr,
-    BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    out, residual, h, weight, post_weight, hidden, eps, out_stride, residual_stride, h_stride,
+    HAS_H: tl.constexpr, HAS_POST: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows of out,)."""
-    out_row = tl.program_id(0).to(tl.int64)
-    row = out_row
-    limit = hidden  # columns that are read
-    if GATHER:
-        row = tl.load(rows + out_row)
-        limit = tl.where(row >= 0, hidden, 0)
-        row = tl.maximum(row, 0)
+    row = tl.program_id(0).to(tl.int64)
     residual += row * residual_stride
     h += row * h_stride
-    out += out_row * out_stride
-    sums += out_row * sums_stride
+    out += row * out_stride
     columns = tl.arange(0, BLOCK)
 
     post_scale = 1.0
@@ -51,17 +42,15 @@ def add_rms_norm_kernel(
         squares = tl.zeros((BLOCK,), dtype=tl.float32)
         for block in range(NUM_BLOCKS):
             c = block * BLOCK + columns
-            value = tl.load(h + c, mask=c < limit, other=0.0).to(tl.float32)
+            value = tl.load(h + c, mask=c < hidden, other=0.0).to(tl.float32)
             squares += value * value
         post_scale = tl.rsqrt(tl.sum(squares, axis=0) / hidden + eps)
 
     if NUM_BLOCKS == 1:
         mask = columns < hidden
-        x = _total(residual, h, post_weight, columns, columns < limit, post_scale, HAS_H, HAS_POST)
-        if HAS_H and not GATHER:
+        x = _total(residual, h, post_weight, columns, mask, post_scale, HAS_H, HAS_POST)
+        if HAS_H:
             tl.store(residual + columns, x.to(residual.dtype.element_ty), mask=mask)
-        if HAS_SUMS:
-            tl.store(sums + columns, x.to(sums.dtype.element_ty), mask=mask)
         scale = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
         y = x * scale * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + columns, y.to(out.dtype.element_ty), mask=mask)
@@ -69,16 +58,14 @@ def add_rms_norm_kernel(
         squares = tl.zeros((BLOCK,), dtype=tl.float32)
         for block in range(NUM_BLOCKS):
             c = block * BLOCK + columns
-            x = _total(residual, h, post_weight, c, c < limit, post_scale, HAS_H, HAS_POST)
+            x = _total(residual, h, post_weight, c, c < hidden, post_scale, HAS_H, HAS_POST)
             squares += x * x
         scale = tl.rsqrt(tl.sum(squares, axis=0) / hidden + eps)
         for block in range(NUM_BLOCKS):
             c = block * BLOCK + columns
             mask = c < hidden
-            x = _total(residual, h, post_weight, c, c < limit, post_scale, HAS_H, HAS_POST)
-            if HAS_H and not GATHER:
+            x = _total(residual, h, post_weight, c, mask, post_scale, HAS_H, HAS_POST)
+            if HAS_H:
                 tl.store(residual + c, x.to(residual.dtype.element_ty), mask=mask)
-            if HAS_SUMS:
-                tl.store(sums + c, x.to(sums.dtype.element_ty), mask=mask)
             y = x * scale * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
             tl.store(out + c, y.to(out.dtype.element_ty), mask=mask)

@@ -65,13 +65,6 @@ def choose_splits(num_tiles_capacity: int, num_kv_heads: int, num_sms: int) -> i
     return min(MAX_SPLITS, _power_of_two(math.ceil(wanted)))
 
 
-def longest_range(max_context_len: int, window: int | None, tile_rows: int) -> int:
-    """The most keys that the splits of a tile share: what `split_len_for` wants, per window."""
-    if window is None:
-        return max_context_len
-    return min(max_context_len, window + tile_rows - 1 + max(SPLIT_UNIT, *BLOCK_N.values()) - 1)
-
-
 def split_len_for(max_keys: int, num_splits: int) -> int:
     """Keys a split, a multiple of 64 and at least 256, so that `num_splits` of them hold `max_keys`."""
     return max(MIN_SPLIT_LEN, -(-max_keys // (num_splits * SPLIT_UNIT)) * SPLIT_UNIT)

@@ -16,7 +16,7 @@ from places import ROOT
 from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
-from specserve.kernels.ragged_attention import block_parameters, choose_splits, longest_range, split_len_for
+from specserve.kernels.ragged_attention import block_parameters, choose_splits, split_len_for
 
 ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256))
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton])]
@@ -119,8 +119,6 @@ def test_split_lengths_hold_the_longest_range():
             length = split_len_for(max_keys, num_splits)
             assert length % 64 == 0 and length >= 256 and length * num_splits >= max_keys
     assert split_len_for(32768, 32) == 1024
-    assert longest_range(32768, None, 8) == 32768 and longest_range(100, 512, 8) == 100
-    assert longest_range(32768, 512, 8) == 512 + 7 + 127
 
 
 def test_tiles_that_are_too_large_are_refused():

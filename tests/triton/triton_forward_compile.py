@@ -69,16 +69,15 @@ def report(name: str, figures: dict[str, int], may_spill: bool = False) -> None:
 def compile_elementwise(dtype: str) -> None:
     pointer = f"*{dtype}"
     for residual in {pointer, "*fp32"}:
-        for gather in (False, True):
-            pointers = {"out": pointer, "residual": residual, "h": pointer, "rows": "*i64", "sums": residual}
-            pointers |= {"weight": "*fp32", "post_weight": "*fp32"}
-            flags = {"HAS_H": True, "HAS_POST": gather, "GATHER": gather, "HAS_SUMS": gather}
+        for has_post in (False, True):
+            pointers = {"out": pointer, "residual": residual, "h": pointer, "weight": "*fp32", "post_weight": "*fp32"}
+            flags = {"HAS_H": True, "HAS_POST": has_post}
             for block, warps, num_blocks in ((1024, 4, 1), (4096, 16, 1), (16384, 16, 2)):
                 sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks}
                 figures = compile_kernel(
                     add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps
                 )
-                report(f"add_rms_norm {dtype} {residual} {'rows' if gather else ''} {block} x {num_blocks}", figures)
+                report(f"add_rms_norm {dtype} {residual} {'post' if has_post else ''} {block} x {num_blocks}", figures)
                 assert figures["load_bytes"] == 16
     names = ("qkv", "k_cache", "v_cache")
     pointers = dict.fromkeys(names, pointer) | dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")
