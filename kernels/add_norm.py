@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from .triton_choice import launches_triton
-
 MAX_BLOCK = 16384  # columns of one pass; longer rows loop
 
 
@@ -31,13 +29,38 @@ def add_rms_norm_(
     """
     if out is None:
         out = torch.empty_like(residual if h is None else h)
-    if launches_triton(residual):
-        _launch(out, residual, h, weight, post_weight, eps)
-    else:
-        total = _add(residual, h, post_weight, eps).to(residual.dtype)
-        if h is not None:
-            residual.copy_(total)
-        out.copy_(_norm(total.float(), eps) * weight)
+    num_rows, hidden = out.shape
+    assert residual.shape == out.shape, (residual.shape, out.shape)
+    assert h is None or h.shape == residual.shape, (h.shape if h is not None else None, residual.shape)
+    assert post_weight is None or h is not None
+    tensors = [t for t in (out, residual, h, weight, post_weight) if t is not None]
+    assert all(t.stride(-1) == 1 for t in tensors), [t.stride() for t in tensors]
+    if num_rows == 0:
+        return out
+    import triton
+
+    from .add_norm_triton import add_rms_norm_kernel
+
+    block = min(MAX_BLOCK, triton.next_power_of_2(hidden))
+    # 8 columns a thread are 16-byte loads at 16 bits; a row of 16384 has 32 a thread with the most warps worth having.
+    num_warps = min(16, max(1, block // 256))
+    add_rms_norm_kernel[(num_rows,)](
+        out,
+        residual,
+        residual if h is None else h,
+        weight,
+        weight if post_weight is None else post_weight,
+        hidden,
+        eps,
+        out.stride(0),
+        residual.stride(0),
+        0 if h is None else h.stride(0),
+        HAS_H=h is not None,
+        HAS_POST=post_weight is not None,
+        BLOCK=block,
+        NUM_BLOCKS=triton.cdiv(hidden, block),
+        num_warps=num_warps,
+    )
     return out
 
 
@@ -60,56 +83,3 @@ def add_rms_norm_reference(
         new[row] = x
         normed[row] = x / (x.square().mean() + eps).sqrt() * weight
     return new, normed
-
-
-def _norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-def _add(residual: torch.Tensor, h: torch.Tensor | None, post_weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """residual + h in float32; a new tensor."""
-    if h is None:
-        return residual.float().clone()
-    return residual.float() + (h.float() if post_weight is None else _norm(h.float(), eps) * post_weight)
-
-
-def _launch(
-    out: torch.Tensor,
-    residual: torch.Tensor,
-    h: torch.Tensor | None,
-    weight: torch.Tensor,
-    post_weight: torch.Tensor | None,
-    eps: float,
-) -> None:
-    import triton
-
-    from .add_norm_triton import add_rms_norm_kernel
-
-    num_rows, hidden = out.shape
-    assert residual.shape == out.shape, (residual.shape, out.shape)
-    assert h is None or h.shape == residual.shape, (h.shape if h is not None else None, residual.shape)
-    assert post_weight is None or h is not None
-    tensors = [t for t in (out, residual, h, weight, post_weight) if t is not None]
-    assert all(t.stride(-1) == 1 for t in tensors), [t.stride() for t in tensors]
-    if num_rows == 0:
-        return
-    block = min(MAX_BLOCK, triton.next_power_of_2(hidden))
-    # 8 columns a thread are 16-byte loads at 16 bits; a row of 16384 has 32 a thread with the most warps worth having.
-    num_warps = min(16, max(1, block // 256))
-    add_rms_norm_kernel[(num_rows,)](
-        out,
-        residual,
-        residual if h is None else h,
-        weight,
-        weight if post_weight is None else post_weight,
-        hidden,
-        eps,
-        out.stride(0),
-        residual.stride(0),
-        0 if h is None else h.stride(0),
-        HAS_H=h is not None,
-        HAS_POST=post_weight is not None,
-        BLOCK=block,
-        NUM_BLOCKS=triton.cdiv(hidden, block),
-        num_warps=num_warps,
-    )

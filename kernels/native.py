@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_void_p
+from collections.abc import Mapping
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ class Matrix(Structure):
 NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "post_attention_norm", "post_mlp_norm")
 
 
-class Layer(Structure):
+class LayerStruct(Structure):
     _fields_ = [
         ("modules", Matrix * len(MODULES)),
         *((name, c_void_p) for name in NORMS),
@@ -79,7 +80,7 @@ class Layer(Structure):
 
 class Model(Structure):
     _fields_ = [
-        ("layers", POINTER(Layer)),
+        ("layers", POINTER(LayerStruct)),
         ("norm", c_void_p),
         ("num_layers", c_int32),
         ("hidden_size", c_int32),
@@ -157,6 +158,19 @@ class Lora(Structure):
     _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int32), ("scale", c_float)]
 
 
+class Place(Structure):
+    """Where the library has a field of a struct, or with a null field the struct itself."""
+
+    _fields_ = [("type", c_char_p), ("field", c_char_p), ("offset", c_int32), ("size", c_int32)]
+
+
+# By their names in C++. A field on one side only would be read from a wrong address: `check_layout` compares both.
+STRUCTS: dict[str, type[Structure]] = {
+    "Matrix": Matrix, "Layer": LayerStruct, "Model": Model, "Step": Step, "Lora": Lora, "Head": Head,
+    "HeadRow": HeadRow,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The loaded library. `uses_bf16`: 16-bit activations and KV, with the CPU's bf16 instructions."""
@@ -208,6 +222,7 @@ def load_library() -> Library:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"{path} does not load: {error}") from None
+    check_layout(functions, STRUCTS)
     functions.specserve_create.restype = c_void_p
     functions.specserve_create.argtypes = [c_int32]
     functions.specserve_destroy.argtypes = [c_void_p]
@@ -215,6 +230,34 @@ def load_library() -> Library:
     functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
     functions.specserve_begin_heads.argtypes = functions.specserve_step_heads.argtypes = [c_void_p, c_void_p, c_int32]
     return Library(functions, bool(functions.specserve_uses_bf16()), build_s)
+
+
+def check_layout(functions: ctypes.CDLL, structs: Mapping[str, type[Structure]]) -> None:
+    """Raise `NativeError` unless the library has the structs, fields, offsets and sizes of `structs`."""
+    theirs: dict[tuple[str, str], tuple[int, int]] = {}
+    functions.specserve_layout.restype = POINTER(Place)
+    for place in functions.specserve_layout():
+        if place.type is None:  # the last one
+            break
+        theirs[place.type.decode(), (place.field or b"").decode()] = place.offset, place.size
+    ours = {(name, ""): (0, ctypes.sizeof(struct)) for name, struct in structs.items()}
+    for name, struct in structs.items():
+        for field, *_ in struct._fields_:
+            ours[name, field] = getattr(struct, field).offset, getattr(struct, field).size
+    # The first field of a struct that differs says more than those behind it, or the struct's own size.
+    first = {key: (key[0], not key[1], (theirs.get(key) or ours[key])[0]) for key in theirs | ours}
+    for key in sorted(first, key=first.__getitem__):
+        in_library, here = theirs.get(key), ours.get(key)
+        if in_library != here:
+            what = f"field {key[1]} of struct {key[0]}" if key[1] else f"struct {key[0]}"
+            raise NativeError(
+                f"{what} is {_shown(in_library)} in kernels/cpu, but {_shown(here)} in kernels/native.py; declare it "
+                "alike in both"
+            )
+
+
+def _shown(place: tuple[int, int] | None) -> str:
+    return "missing" if place is None else f"{place[1]} bytes at {place[0]}"
 
 
 def find_compiler() -> str:

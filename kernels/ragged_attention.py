@@ -13,10 +13,8 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from .attention import attention_reference
-from .triton_choice import launches_triton
 
 MAX_BLOCK_M = 128  # rows of a tile times heads of a group, padded
 MAX_HEAD_DIM = 256
@@ -112,9 +110,6 @@ def ragged_attention_(
     group = num_heads // num_kv_heads
     assert group * num_kv_heads == num_heads and k_cache.shape[2] == head_dim, (q.shape, k_cache.shape)
     assert num_splits in (1, 2, 4, 8, 16, 32), num_splits
-    if not launches_triton(q):
-        _attend_on_cpu(out, q, k_cache, v_cache, tiles, positions, block_tables, block_size, scale, window)
-        return
     from .ragged_attention_triton import merge_splits_kernel, ragged_attention_kernel
 
     assert q.dtype == k_cache.dtype == v_cache.dtype, (q.dtype, k_cache.dtype, v_cache.dtype)
@@ -202,34 +197,6 @@ def ragged_attention_reference(
 def _slots(table: torch.Tensor, num_keys: int, block_size: int) -> torch.Tensor:
     keys = torch.arange(num_keys, device=table.device)
     return table[keys // block_size].long() * block_size + keys % block_size
-
-
-def _attend_on_cpu(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    tiles: torch.Tensor,
-    positions: torch.Tensor,
-    block_tables: torch.Tensor,
-    block_size: int,
-    scale: float,
-    window: int | None,
-) -> None:
-    group = q.shape[1] // k_cache.shape[1]
-    for first, end, sequence in tiles.tolist():
-        if sequence < 0:
-            continue
-        rows = positions[first:end].unsqueeze(1)
-        begin = max(0, int(rows[0]) - window + 1) if window else 0
-        slots = _slots(block_tables[sequence], int(rows[-1]) + 1, block_size)[begin:]
-        keys = torch.arange(begin, begin + len(slots)).unsqueeze(0)
-        mask = keys <= rows
-        if window:
-            mask &= keys > rows - window
-        k, v = (c[slots].transpose(0, 1).repeat_interleave(group, 0) for c in (k_cache, v_cache))  # [Hq, keys, D]
-        attended = F.scaled_dot_product_attention(q[first:end].transpose(0, 1), k, v, attn_mask=mask, scale=scale)
-        out.view(q.shape)[first:end] = attended.transpose(0, 1)
 
 
 def _power_of_two(n: int) -> int:

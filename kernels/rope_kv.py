@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from .triton_choice import launches_triton
-
 ELEMENTS = 2048  # a program's: 16 a thread of 4 warps, so both halves of its heads are 16-byte loads at 16 bits
 
 
@@ -38,63 +36,16 @@ def rope_store_(
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, (qkv.shape, num_heads, num_kv_heads, head_dim)
     assert (q_norm is None) == (k_norm is None) and head_dim % 2 == 0
     cos, sin = cos.view(-1, head_dim), sin.view(-1, head_dim)
-    if launches_triton(qkv):
-        _launch(qkv, cos, sin, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads, q_norm, k_norm, eps)
-        return
-    num_rotated = num_heads + num_kv_heads
-    heads = qkv.view(qkv.shape[0], num_rotated + num_kv_heads, head_dim)
-    x = heads[:, :num_rotated].float()
-    if q_norm is not None and k_norm is not None:
-        x *= torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        x[:, :num_heads] *= q_norm
-        x[:, num_heads:] *= k_norm
-    x = x * cos.unsqueeze(1) + x.roll(head_dim // 2, dims=-1) * sin.unsqueeze(1)
-    heads[:, :num_rotated] = x.to(qkv.dtype)
-    used = slot_mapping >= 0
-    k_cache[slot_mapping[used]] = heads[used, num_heads:num_rotated]
-    v_cache[slot_mapping[used]] = heads[used, num_rotated:]
-
-
-def rope_reference(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None, eps: float
-) -> torch.Tensor:
-    """Heads x [T, heads, D] normed and rotated by the definition, in float32."""
-    out = torch.empty(x.shape)
-    half = x.shape[2] // 2
-    for row in range(x.shape[0]):
-        for head in range(x.shape[1]):
-            value = x[row, head].float()
-            if weight is not None:
-                value = value / (value.square().mean() + eps).sqrt() * weight.float()
-            first, second = value[:half], value[half:]
-            out[row, head, :half] = first * cos[row, :half] + second * sin[row, :half]
-            out[row, head, half:] = second * cos[row, half:] + first * sin[row, half:]
-    return out
-
-
-def _launch(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-) -> None:
-    import triton
-
-    from .rope_kv_triton import rope_store_kernel
-
-    num_rows, head_dim = qkv.shape[0], k_cache.shape[2]
+    num_rows = qkv.shape[0]
     assert qkv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
     for cache in (k_cache, v_cache):
         assert cache.stride()[1:] == (head_dim, 1), cache.stride()
     if num_rows == 0:
         return
+    import triton
+
+    from .rope_kv_triton import rope_store_kernel
+
     block_half = triton.next_power_of_2(head_dim // 2)
     block_heads = max(1, ELEMENTS // (2 * block_half))
     has_norm = q_norm is not None
@@ -119,3 +70,20 @@ def _launch(
         BLOCK_HALF=block_half,
         num_warps=4,
     )
+
+
+def rope_reference(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Heads x [T, heads, D] normed and rotated by the definition, in float32."""
+    out = torch.empty(x.shape)
+    half = x.shape[2] // 2
+    for row in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            value = x[row, head].float()
+            if weight is not None:
+                value = value / (value.square().mean() + eps).sqrt() * weight.float()
+            first, second = value[:half], value[half:]
+            out[row, head, :half] = first * cos[row, :half] + second * sin[row, :half]
+            out[row, head, half:] = second * cos[row, half:] + first * sin[row, half:]
+    return out

@@ -6,6 +6,7 @@
 // its context and its adapter, bit for bit, whatever else is in the step; hence drafts cannot change a token.
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -21,7 +22,7 @@ enum Phase { NORM, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES
 
 struct Layer {
   Matrix modules[NUM_MODULES];
-  const float *input_norm, *mlp_norm, *q_norm, *k_norm, *attention_post_norm, *mlp_post_norm;  // null where absent
+  const float *input_norm, *mlp_norm, *q_norm, *k_norm, *post_attention_norm, *post_mlp_norm;  // null where absent
   void *k_cache, *v_cache;
   int32_t window;  // 0: all
   int32_t rope;    // which of Step::cos and sin
@@ -135,7 +136,7 @@ class Forward {
       clock.end(ATTENTION);
       shrink_rows(idx, act2, {O});
       clock.end(SHRINK);
-      multiply_residual(idx, layer, O, layer.attention_post_norm);
+      multiply_residual(idx, layer, O, layer.post_attention_norm);
       clock.end(OUT);
       norm_rows(layer.mlp_norm, layer.modules[GATE].kp);
       clock.end(NORM);
@@ -145,7 +146,7 @@ class Forward {
       clock.end(GATE_UP);
       shrink_rows(idx, act2, {DOWN});
       clock.end(SHRINK);
-      multiply_residual(idx, layer, DOWN, layer.mlp_post_norm);
+      multiply_residual(idx, layer, DOWN, layer.post_mlp_norm);
       clock.end(DOWN_);
       for (int tap = 0; tap < s.num_taps; tap++)
         if (s.tap_layers[tap] == idx && thread == 0)
@@ -404,7 +405,43 @@ static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, fl
   e.team.run(work);
 }
 
+// The structs that kernels/native.py declares too, and their fields; it compares places and sizes when it loads the library, so
+// that a field that was changed on one side only is an error there and no wild pointer here.
+struct Place {
+  const char *type, *field;  // field null: the struct itself
+  int32_t offset, size;
+};
+#define STRUCT(type) {#type, nullptr, 0, sizeof(type)}
+#define FIELD(type, field) {#type, #field, offsetof(type, field), sizeof(((type*)nullptr)->field)}
+static const Place LAYOUT[] = {
+    STRUCT(Matrix), FIELD(Matrix, data), FIELD(Matrix, scales), FIELD(Matrix, bias), FIELD(Matrix, levels), FIELD(Matrix, n),
+    FIELD(Matrix, k), FIELD(Matrix, kp), FIELD(Matrix, format), FIELD(Matrix, group), FIELD(Matrix, unused),
+    STRUCT(Layer), FIELD(Layer, modules), FIELD(Layer, input_norm), FIELD(Layer, mlp_norm), FIELD(Layer, q_norm),
+    FIELD(Layer, k_norm), FIELD(Layer, post_attention_norm), FIELD(Layer, post_mlp_norm), FIELD(Layer, k_cache),
+    FIELD(Layer, v_cache), FIELD(Layer, window), FIELD(Layer, rope),
+    STRUCT(Model), FIELD(Model, layers), FIELD(Model, norm), FIELD(Model, num_layers), FIELD(Model, hidden_size),
+    FIELD(Model, num_heads), FIELD(Model, num_kv_heads), FIELD(Model, head_dim), FIELD(Model, is_gelu), FIELD(Model, is_bf16),
+    FIELD(Model, unused), FIELD(Model, eps), FIELD(Model, attention_scale),
+    STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_logits), FIELD(Step, block_size),
+    FIELD(Step, table_width), FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, unused), FIELD(Step, x),
+    FIELD(Step, slots), FIELD(Step, cu_query_lens), FIELD(Step, context_lens), FIELD(Step, block_tables),
+    FIELD(Step, logits_indices), FIELD(Step, cos), FIELD(Step, sin), FIELD(Step, row_slots), FIELD(Step, lora),
+    FIELD(Step, hidden), FIELD(Step, tap_layers), FIELD(Step, taps), FIELD(Step, seconds),
+    STRUCT(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank), FIELD(Lora, scale),
+    STRUCT(Head), FIELD(Head, init_weight), FIELD(Head, embed), FIELD(Head, moves), FIELD(Head, next_weight),
+    FIELD(Head, gates_x), FIELD(Head, gates_s), FIELD(Head, out_weight), FIELD(Head, copy_weight), FIELD(Head, slot_weight),
+    FIELD(Head, init_bias), FIELD(Head, out_bias), FIELD(Head, gates_bias), FIELD(Head, candidate_bias), FIELD(Head, slot_bias),
+    FIELD(Head, hidden_size), FIELD(Head, d), FIELD(Head, window), FIELD(Head, num_tokens), FIELD(Head, num_vocab),
+    FIELD(Head, unused),
+    STRUCT(HeadRow), FIELD(HeadRow, head), FIELD(HeadRow, state), FIELD(HeadRow, last), FIELD(HeadRow, tapped),
+    FIELD(HeadRow, window), FIELD(HeadRow, token), FIELD(HeadRow, moved), FIELD(HeadRow, choice), FIELD(HeadRow, probability), {}
+};
+#undef STRUCT
+#undef FIELD
+
 extern "C" {
+
+const Place* specserve_layout() { return LAYOUT; }
 
 int specserve_uses_bf16() { return NATIVE_BF16; }
 

@@ -11,6 +11,8 @@ from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from specserve.compute.loader import load_model
+from specserve.kernels.rope_kv import rope_reference
+from specserve.model.rope import Rope, RopeConfig, rotate
 
 CPU = torch.device("cpu")
 LLAMA3 = {
@@ -228,3 +230,10 @@ def test_gemma_scales_the_embedding_lora_with_the_embedding(tmp_path):
     driver = Driver(decoder)
     (logits,) = driver.step([(driver.sequence(), prompt)], RecordingLora())
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_the_rotation_is_the_one_that_the_gpus_kernel_is_held_to():
+    rope = Rope(RopeConfig("default", 1e4, 16), CPU)
+    x, positions = torch.randn(5, 3, 16), torch.tensor([0, 1, 7, 300, 4000])
+    cos, sin = rope.cos_sin(positions, torch.float32)  # [T, 1, D]
+    torch.testing.assert_close(rotate(x, cos, sin), rope_reference(x, cos[:, 0], sin[:, 0], None, 0.0))

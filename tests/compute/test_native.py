@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import random
 from dataclasses import replace
@@ -21,7 +22,7 @@ from specserve.compute.torch.decoder import Decoder
 from specserve.config import EngineConfig
 from specserve.errors import ModelError
 from specserve.kernels import native
-from specserve.kernels.native import NativeError, Team, load_library
+from specserve.kernels.native import STRUCTS, NativeError, Team, check_layout, load_library
 from specserve.kernels.packed import GROUPS, pack, unpack
 
 CPU = torch.device("cpu")
@@ -212,3 +213,30 @@ def test_the_library_is_built_once_and_a_failing_compiler_is_quoted(tmp_path, mo
     first, second = load_library.__wrapped__(), load_library.__wrapped__()
     assert first.build_s > 0 and second.build_s == 0
     assert len(list((tmp_path / "specserve" / "native").iterdir())) == 1
+
+
+def declared(*fields: tuple[str, type]) -> dict[str, type[ctypes.Structure]]:
+    return STRUCTS | {"Lora": type("Lora", (ctypes.Structure,), {"_fields_": list(fields)})}
+
+
+A, B, RANK, SCALE = ("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int32), ("scale", ctypes.c_float)
+LAYOUTS = {
+    "a field too few": ((A, B, RANK), "field scale of struct Lora is 4 bytes at 20 in kernels/cpu, but missing in ker"),
+    "a field too many": (
+        (A, B, RANK, SCALE, ("c", ctypes.c_int32)),
+        "field c of struct Lora is missing in kernels/cpu",
+    ),
+    "another size": (
+        (A, ("b", ctypes.c_int32), RANK, SCALE),
+        "field b of struct Lora is 8 bytes at 8 in .* but 4 bytes",
+    ),
+    "another order": ((B, A, RANK, SCALE), "field a of struct Lora is 8 bytes at 0 in .* but 8 bytes at 8 in"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_struct_that_python_and_the_library_declare_differently_is_refused_by_field(case):
+    fields, message = LAYOUTS[case]
+    with pytest.raises(NativeError, match=message):
+        check_layout(load_library().functions, declared(*fields))
+    check_layout(load_library().functions, STRUCTS)

@@ -1,4 +1,4 @@
-"""The kernels of the GPU's forward pass equal their definitions: torch path, interpreter, compiler, and CUDA."""
+"""The kernels of the GPU's forward pass equal their definitions: interpreter, compiler, and CUDA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import elementwise_cases
 import pytest
 import torch
 from attention_cases import CASES
-from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
+from elementwise_cases import HEADS, TOLERANCE
 from places import ROOT
 from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
 
@@ -19,14 +19,6 @@ from specserve.kernels.gated_activation import KINDS, gated_activation
 from specserve.kernels.ragged_attention import block_parameters, choose_splits, split_len_for
 
 ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256))
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton])]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("hidden", [*NORM_SIZES, 20000])
-def test_addition_and_norm(dtype, hidden):
-    elementwise_cases.check_add_norm(dtype, hidden, "cpu")
-    elementwise_cases.check_add_norm(dtype, hidden, "cpu", torch.float32)
 
 
 @pytest.mark.gpu
@@ -37,19 +29,21 @@ def test_addition_and_norm_on_cuda(hidden):
     elementwise_cases.check_add_norm(torch.bfloat16, hidden, "cuda", torch.float32)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
+@needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_head_norms_rotation_and_kv_write(dtype, heads, device):
-    elementwise_cases.check_rope(dtype, heads, device)
+def test_head_norms_rotation_and_kv_write_on_cuda(dtype, heads):
+    elementwise_cases.check_rope(dtype, heads, "cuda")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
+@needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [8, 100, 1536])
-def test_gated_activation(dtype, kind, size, device):
-    elementwise_cases.check_activation(dtype, kind, size, device)
+def test_gated_activation_on_cuda(dtype, kind, size):
+    elementwise_cases.check_activation(dtype, kind, size, "cuda")
 
 
 def test_an_unknown_activation_is_refused():
@@ -57,21 +51,13 @@ def test_an_unknown_activation_is_refused():
         gated_activation(torch.zeros(1, 2), "relu")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
+@needs_triton
 @pytest.mark.parametrize("window", [None, 1, 100])
 @pytest.mark.parametrize("case", CASES)
-def test_attention_of_ragged_rows_in_any_number_of_splits(case, window, device):
-    scene = attention_cases.make_scene(CASES[case], (6, 2, 16), torch.float32, device)
+def test_cuda_attention_of_ragged_rows_in_any_number_of_splits(case, window):
+    scene = attention_cases.make_scene(CASES[case], (6, 2, 16), torch.float32, "cuda")
     attention_cases.check(scene, window, (1, 2, 4, 32), split_len=64 if case == "mixed" else None)
-
-
-@pytest.mark.parametrize("heads", ATTENTION_HEADS, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_attention_of_head_groups_and_dtypes(dtype, heads):
-    for tile_rows in (1, 8, 16):
-        for window in (None, 70):
-            scene = attention_cases.make_scene(CASES["mixed"], heads, dtype, "cpu", tile_rows=tile_rows)
-            attention_cases.check(scene, window, (1, 4))
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels.native import MAX_TAPS, MODULES, NORMS, PANEL, PHASES, Layer, Library, Model, Step, Team
+from ...kernels.native import MAX_TAPS, MODULES, NORMS, PANEL, PHASES, LayerStruct, Library, Model, Step, Team
 from ...kernels.packed import PackedMatrix, WeightFormat, pack
 from ...model.config import ModelConfig
 from ...model.rope import Rope
@@ -89,9 +89,9 @@ class NativeDecoder:
         self._kinds = list(config.ropes)
         self._norm, self._layers, self._lm_head = norm, layers, lm_head
         self.team = Team(library, num_threads)
-        self._structs = (Layer * len(layers))(*(self._layer_struct(idx) for idx in range(len(layers))))
+        self._structs = (LayerStruct * len(layers))(*(self._layer_struct(idx) for idx in range(len(layers))))
         self._model = Model(
-            ctypes.cast(self._structs, ctypes.POINTER(Layer)),
+            ctypes.cast(self._structs, ctypes.POINTER(LayerStruct)),
             norm.data_ptr(),
             len(layers),
             config.hidden_size,
@@ -170,9 +170,9 @@ class NativeDecoder:
         softcap_(logits, self.config.final_softcap)
         return logits
 
-    def _layer_struct(self, idx: int) -> Layer:
+    def _layer_struct(self, idx: int) -> LayerStruct:
         layer, config = self._layers[idx], self.config
-        struct = Layer()
+        struct = LayerStruct()
         for place, module in enumerate(MODULES):
             struct.modules[place] = layer.modules[module].struct()
         for name in NORMS:
