@@ -57,7 +57,7 @@ def train(config: RunConfig, model_dir: Path, examples: list[Example], with_head
         head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
     plan = plan_run([len(e.tokens) for e in examples], config.optimizer.batch_tokens, config.seed, 1.0, None)
     directory.mkdir(parents=True)
-    Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory, {}).run()
+    Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory, {}).train()
     model.save(directory, model_dir.name)
     return model
 

@@ -37,7 +37,7 @@ class LookaheadHead(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """N anchors of completions, K steps ahead. Token fields are local ids: below U - 1 task tokens, U - 1 any other."""
+    """N anchors of completions, K steps ahead. Tokens are indices into the head's vocabulary; U - 1 is any other one."""
 
     rows: torch.Tensor  # [N] int64, row of the hidden states
     inputs: torch.Tensor  # [N, K] int64
@@ -76,7 +76,7 @@ def build_anchors(
     examples: Sequence[Example], row_starts: Sequence[int], vocab: Sequence[int], steps: int, start: int, window: int
 ) -> Anchors:
     """All anchors of `examples`; `row_starts[i]` is the row of the hidden state of example i's last prompt token."""
-    local = {token: idx for idx, token in enumerate(vocab)}
+    idx_of = {token: idx for idx, token in enumerate(vocab)}
     other = len(vocab)
     fields: list[list] = [[] for _ in range(6)]
     rows: list[int] = []
@@ -88,9 +88,9 @@ def build_anchors(
             pointer.follow(token)
             slots = pointer.window()
             target = completion[idx + 1] if idx + 1 < len(completion) else None
-            ids.append(local.get(token, other))
+            ids.append(idx_of.get(token, other))
             moves.append(pointer.moved)
-            windows.append([local.get(slot, other) if slot >= 0 else -1 for slot in slots])
+            windows.append([idx_of.get(slot, other) if slot >= 0 else -1 for slot in slots])
             hits.append([slot == target for slot in slots])
         for anchor in range(len(completion) - 1):
             rows.append(first_row + anchor)

@@ -90,13 +90,13 @@ def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult | None:
             result = TrainResult(output, was_finished=True)
         else:
             stack.enter_context(disk_errors(output))
-            result = _run(config, directory, resume, is_first)
+            result = _train_and_finish(config, directory, resume, is_first)
     if makes_group:
         dist.destroy_process_group()
     return result if is_first else None
 
 
-def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, is_first: bool) -> TrainResult:
+def _train_and_finish(config: RunConfig, directory: RunDirectory | None, resume: bool, is_first: bool) -> TrainResult:
     """`directory` is the first process's; the others only train."""
     output = Path(config.output)
     prepared = prepare(config)
@@ -135,7 +135,7 @@ def _run(config: RunConfig, directory: RunDirectory | None, resume: bool, is_fir
         trainer = Trainer(config, model, head, examples, prepared.plan, copy_start, output, identity)
         if resume and checkpoint.is_file():
             trainer.resume()
-        trainer.run()
+        trainer.train()
     if dist.is_initialized():
         # Together: a process that leaves while another still talks to it can bring that one down.
         dist.barrier()
@@ -268,10 +268,10 @@ def _calibrate(
     engine = make_engine(model_dir, batch=8, max_len=_max_len(config))
     adapter = engine.load_adapter(output.name, output)
     answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=8, desc="answers for the record")
-    ahead = engine.registry.adapters[adapter.content_hash].lookahead
-    if ahead is None or ahead.error:
-        raise UserError(f"the finished head is refused: {ahead.error if ahead else 'no files'}")
-    return ahead.acceptance.dump()
+    lookahead = engine.registry.adapters[adapter.content_hash].lookahead
+    if lookahead is None or lookahead.error:
+        raise UserError(f"the finished head is refused: {lookahead.error if lookahead else 'no files'}")
+    return lookahead.acceptance.dump()
 
 
 def _rewrite_acceptance(output: Path, record: dict[str, list[tuple[float, float]]]) -> None:

@@ -1,4 +1,4 @@
-"""The joint fine-tune: the LoRA's cross-entropy and the head's loss in one backward pass.
+"""The joint fine-tune: the LoRA's cross-entropy and the head's loss (joint_loss.py) in one backward pass.
 
 Owns the optimizer and when a checkpoint is due; health.py judges the losses. A step is a function of the
 weights, the optimizer's state and the step's number, so that a resumed run goes on as if it had never stopped. A
@@ -18,24 +18,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..errors import UserError
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint, write_checkpoint
 from .dataset import Example
-from .head_module import LookaheadHead, build_anchors
+from .head_module import LookaheadHead
 from .health import Health
+from .joint_loss import Forward
 from .lora_model import LoraModel
-from .losses import head_loss, teacher_log_probs
 from .metrics_file import MetricsFile
+from .processes import Processes
 from .run_config import RunConfig
 from .run_identity import check_same_run
 from .schedule import Schedule
 from .signals import Interrupted, stop_on_signal
-
-MAX_ANCHORS = 160  # of a step's completion tokens, how many the head is trained on; the refit sees all of them
 
 
 class Trainer:
@@ -65,16 +62,13 @@ class Trainer:
             groups.append({"params": list(head.parameters()), "lr": config.head.lr, "weight_decay": 0.0})
         self._optimizer = torch.optim.AdamW(groups, weight_decay=config.optimizer.weight_decay, betas=(0.9, 0.98))
         self._peak = [group["lr"] for group in groups]
-        self._world = dist.get_world_size() if dist.is_initialized() else 1
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
-        if self._world > 1:
-            for group in groups:
-                for parameter in group["params"]:
-                    dist.broadcast(parameter.data, 0)  # gradients are summed: weights must be the same everywhere
+        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self.processes = Processes()
+        self.processes.share_weights(self._trained)
 
     # -- the loop
 
-    def run(self, until: int | None = None) -> None:
+    def train(self, until: int | None = None) -> None:
         """Train to the end of the plan (or to step `until`). Raises `UserError` for a run that went wrong."""
         end = len(self.plan) if until is None else min(until, len(self.plan))
         progress = tqdm(
@@ -82,10 +76,10 @@ class Trainer:
             initial=self.step,
             unit="step",
             desc="training",
-            disable=self._rank != 0,
+            disable=not self.processes.is_first,
             dynamic_ncols=True,
         )
-        metrics = MetricsFile(self.directory, self.step) if self._rank == 0 else None
+        metrics = MetricsFile(self.directory, self.step) if self.processes.is_first else None
         with stop_on_signal() as stopped, closing(metrics) if metrics is not None else nullcontext():
             while self.step < end:
                 start = time.perf_counter()
@@ -99,7 +93,7 @@ class Trainer:
                         shown["head"] = f"{values['head_loss']:.3f}"
                     progress.set_postfix(shown)
                 self._checkpoint_due |= self.step % self.config.checkpoint.every_steps == 0
-                if self._sum(float(stopped())):  # a signal may reach one process a step before the others
+                if self.processes.sum(float(stopped())):  # a signal may reach one process a step before the others
                     progress.close()
                     self._stop()
         progress.close()
@@ -115,72 +109,42 @@ class Trainer:
         config, step = self.config, self.step
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout: a function of the step
         rng = random.Random(config.seed * 1_000_003 + step)
-        batch = [self.examples[idx] for idx in self.plan[step][self._rank :: self._world]]
+        batch = [self.examples[idx] for idx in self.processes.part_of(self.plan[step])]
         scale = self.schedule.rate(step)
         for group, peak in zip(self._optimizer.param_groups, self._peak, strict=True):
             group["lr"] = peak * scale
         if len(self._optimizer.param_groups) > 1:
             self._optimizer.param_groups[1]["lr"] = self._peak[1] * self.schedule.head_rate(step)
         weight = self.schedule.head_weight(step)
-        num_targets = self._sum(sum(sum(example.loss_mask[1:]) for example in batch))
+        num_targets = self.processes.sum(sum(sum(example.loss_mask[1:]) for example in batch))
         values: dict[str, Any] = {"step": step + 1, "lr": round(config.optimizer.lr * scale, 8)}
         loss_sum = torch.zeros(())
         self._optimizer.zero_grad(set_to_none=True)  # also where a small batch left this process without a row
         if batch:
-            hidden = self.model.hidden(batch)
-            logits = self.model.logits(hidden.last).float()
-            loss_sum = F.cross_entropy(logits, hidden.targets, reduction="sum")
+            forward = Forward.of(self.model, batch)
+            loss_sum = forward.lora_loss_sum()
             total = loss_sum / num_targets
             if self.head is not None and weight > 0:
-                detached = rng.random() < config.joint.detach_prob
-                extra, rate = self._head_loss(batch, hidden.last, hidden.tapped, logits.detach(), detached, rng)
-                # The head itself always learns at full strength: `weight` only scales what reaches the LoRA.
-                total = total + extra / self._world
+                reach = 0.0 if rng.random() < config.joint.detach_prob else weight
+                extra, rate = forward.head_loss(self.head, config.head, self.copy_start, reach, rng)
+                total = total + extra / self.processes.num
                 values["head_loss"] = extra.item()  # sync: one number a step, for the log
                 values["head_hit_rate"] = [round(value, 4) for value in rate.tolist()]
             total.backward()
-        self._all_reduce_gradients()
+        self.processes.sum_gradients(self._trained)
         norms = [
             float(torch.nn.utils.clip_grad_norm_(group["params"], config.optimizer.grad_clip))
             for group in self._optimizer.param_groups
         ]
-        loss = self._sum(loss_sum.item()) / num_targets  # sync: the run must stop on NaN before it steps
+        loss = self.processes.sum(loss_sum.item()) / num_targets  # sync: the run must stop on NaN before it steps
         self._check(loss, norms)
         if self._checkpoint_due and self._health.is_good(loss):
             self.save_checkpoint()
         self._health.see(loss)
         self._optimizer.step()
         self.step += 1
-        tokens = self._sum(sum(len(example.tokens) for example in batch))
+        tokens = self.processes.sum(sum(len(example.tokens) for example in batch))
         return {**values, "loss": loss, "grad_norm": norms[0], "tokens": int(tokens)}
-
-    def _head_loss(
-        self,
-        batch: list[Example],
-        last: torch.Tensor,
-        tapped: torch.Tensor,
-        logits: torch.Tensor,
-        detached: bool,
-        rng: random.Random,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.head is not None
-        starts, row = [], 0
-        for example in batch:
-            num_loss = sum(example.loss_mask[1:])
-            starts.append(row + num_loss - len(example.completion))
-            row += num_loss
-        head = self.config.head
-        anchors = build_anchors(
-            batch, starts, self.head.vocab, head.train_steps_ahead, self.copy_start, head.copy_window
-        )
-        if len(anchors) > MAX_ANCHORS:
-            anchors = anchors.select(torch.tensor(sorted(rng.sample(range(len(anchors)), MAX_ANCHORS))))
-        reach = 0.0 if detached else self.schedule.head_weight(self.step)
-        taken = [_scale_gradient(tensor[anchors.rows], reach) for tensor in (last, tapped)]
-        teacher = None
-        if head.loss != "ce":
-            teacher = teacher_log_probs(logits, torch.tensor(self.head.vocab, device=logits.device))
-        return head_loss(self.head, taken[0], taken[1], anchors, head.step_decay, head.loss, teacher)
 
     # -- health
 
@@ -196,13 +160,11 @@ class Trainer:
         """The loss of the weights as they are: over the next step's rows, or the first step's when all are done."""
         step = self.step if self.step < len(self.plan) else 0
         torch.manual_seed(self.config.seed * 1_000_003 + step)
-        batch = [self.examples[idx] for idx in self.plan[step][self._rank :: self._world]]
-        loss, num_targets = 0.0, self._sum(sum(sum(example.loss_mask[1:]) for example in batch))
+        batch = [self.examples[idx] for idx in self.processes.part_of(self.plan[step])]
+        loss, num_targets = 0.0, self.processes.sum(sum(sum(example.loss_mask[1:]) for example in batch))
         if batch:
-            hidden = self.model.hidden(batch)
-            logits = self.model.logits(hidden.last).float()
-            loss = F.cross_entropy(logits, hidden.targets, reduction="sum").item()
-        return self._sum(loss) / num_targets
+            loss = Forward.of(self.model, batch).lora_loss_sum().item()
+        return self.processes.sum(loss) / num_targets
 
     def _is_good_now(self, loss: float) -> bool:
         at_end = self.step == len(self.plan)
@@ -231,30 +193,12 @@ class Trainer:
             f"stopped at step {self.step} of {len(self.plan)}; go on from step {self.saved_step} with --resume"
         )
 
-    # -- several processes
-
-    def _sum(self, value: float) -> float:
-        if self._world == 1:
-            return value
-        tensor = torch.tensor(float(value), dtype=torch.float64)
-        dist.all_reduce(tensor)
-        return float(tensor)
-
-    def _all_reduce_gradients(self) -> None:
-        if self._world == 1:
-            return
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-
     # -- checkpoints
 
     def save_checkpoint(self) -> None:
         """Write weights, optimizer and step; a disk that takes no more costs the checkpoint and not the run."""
         self._checkpoint_due = False
-        if self._rank:
+        if not self.processes.is_first:
             self.saved_step = self.step
             return
         state = {
@@ -284,18 +228,3 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         self._health = Health(**state["health"])
         self.step = self.saved_step = state["step"]
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] * ctx.scale, None
-
-
-def _scale_gradient(x: torch.Tensor, scale: float) -> torch.Tensor:
-    return x.detach() if scale == 0.0 else _ScaleGradient.apply(x, scale)

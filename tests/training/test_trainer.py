@@ -105,7 +105,7 @@ def test_both_losses_fall(model_dir, rows, tmp_path, loss):
     config = run_config(epochs=6)
     config = msgspec.structs.replace(config, head=msgspec.structs.replace(config.head, loss=loss))
     trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
-    trainer.run()
+    trainer.train()
     values = metrics(tmp_path / "run")
     assert len(values) == len(trainer.plan)
     heads = [value["head_loss"] for value in values if "head_loss" in value]
@@ -116,14 +116,14 @@ def test_both_losses_fall(model_dir, rows, tmp_path, loss):
 
 def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(model_dir, rows, tmp_path):
     whole = make_trainer(model_dir, rows, tmp_path / "whole")
-    whole.run()
+    whole.train()
     first = make_trainer(model_dir, rows, tmp_path / "parts")
     stop = len(first.plan) // 2
-    first.run(until=stop)
+    first.train(until=stop)
     second = make_trainer(model_dir, rows, tmp_path / "parts")
     second.resume()
     assert second.step == stop
-    second.run()
+    second.train()
     keep = ("step", "loss", "head_loss", "grad_norm")
     a, b = ([{k: v for k, v in m.items() if k in keep} for m in metrics(tmp_path / d)] for d in ("whole", "parts"))
     assert a == b
@@ -142,7 +142,7 @@ def test_a_signal_ends_the_run_after_its_checkpoint(model_dir, rows, tmp_path):
 
     trainer.train_step = interrupted
     with pytest.raises(Interrupted, match="--resume"):
-        trainer.run()
+        trainer.train()
     assert trainer.step == 3
     again = make_trainer(model_dir, rows, tmp_path / "run")
     again.resume()
@@ -151,25 +151,25 @@ def test_a_signal_ends_the_run_after_its_checkpoint(model_dir, rows, tmp_path):
 
 def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(model_dir, rows, tmp_path):
     trainer = make_trainer(model_dir, rows, tmp_path / "run")
-    trainer.run(until=2)
+    trainer.train(until=2)
     good = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
     with torch.no_grad():
         trainer.model.parameters[0].fill_(float("nan"))
     with pytest.raises(UserError, match="loss is nan.*optimizer.lr"):
-        trainer.run()
+        trainer.train()
     assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == good
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(model_dir, rows, tmp_path, monkeypatch):
     trainer = make_trainer(model_dir, rows, tmp_path / "run")
-    trainer.run(until=2)
+    trainer.train(until=2)
     good = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    trainer.run(until=4)
+    trainer.train(until=4)
     assert trainer.step == 4 and (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == good
     assert not list((tmp_path / "run").glob("*.tmp"))
 
@@ -183,7 +183,7 @@ def test_resuming_what_is_not_there_is_refused(model_dir, rows, tmp_path):
 def begun(model_dir, rows, tmp_path_factory):
     """A directory with the checkpoint of a run that was stopped."""
     trainer = make_trainer(model_dir, rows, tmp_path_factory.mktemp("begun") / "run")
-    trainer.run(until=2)
+    trainer.train(until=2)
     return trainer
 
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_every_step_is_never_of_diverged_weights(model_dir, rows
     rate = lambda step: 1.0 if step < 8 else -1.0  # from there on it climbs  # noqa: E731
     trainer.schedule = types.SimpleNamespace(rate=rate, head_rate=lambda step: 0.0, head_weight=lambda step: 0.0)
     with pytest.raises(UserError, match="lower optimizer.lr.*checkpoint.pt holds the last good weights") as error:
-        trainer.run()
+        trainer.train()
     losses = [value["loss"] for value in metrics(tmp_path / "run")]
     again = make_trainer(model_dir, rows, tmp_path / "run", config)
     again.resume()
@@ -269,7 +269,7 @@ def test_weights_that_end_as_nan_are_no_result(model_dir, rows, tmp_path, steps)
     config = run_config(lr=1e36, max_steps=steps, warmup=0.0)
     trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
     with pytest.raises(UserError, match="lower optimizer.lr.*no checkpoint has been written") as error:
-        trainer.run()
+        trainer.train()
     assert "has no gradient" not in str(error.value)
     assert not (tmp_path / "run" / CHECKPOINT_FILE).exists()
 
@@ -293,12 +293,12 @@ def test_good_weights_are_near_the_best_and_a_growing_loss_does_not_move_the_mea
 
 def test_a_resumed_run_has_each_step_once_in_its_metrics(model_dir, rows, tmp_path):
     trainer = make_trainer(model_dir, rows, tmp_path / "run")
-    trainer.run(until=2)
+    trainer.train(until=2)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # a step behind the checkpoint, and a torn line
     again = make_trainer(model_dir, rows, tmp_path / "run")
     again.resume()
-    again.run(until=4)
+    again.train(until=4)
     assert [value["step"] for value in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
@@ -337,9 +337,9 @@ def test_the_head_does_not_reach_the_lora_when_its_weight_is_zero_or_detached(mo
 def test_a_process_without_a_row_of_the_batch_adds_no_gradient(model_dir, rows, tmp_path, monkeypatch):
     trainer = make_trainer(model_dir, rows, tmp_path / "run")
     trainer.plan = [[0, 1], [2], *trainer.plan[2:]]
-    trainer._world, trainer._rank = 2, 1
+    trainer.processes.num, trainer.processes.rank = 2, 1
     monkeypatch.setattr(trainer, "_check", lambda *args: None)
-    monkeypatch.setattr(trainer, "_sum", lambda value: value + 1.0)  # what the other process has
+    monkeypatch.setattr(trainer.processes, "sum", lambda value: value + 1.0)  # what the other process has
     summed = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: summed.append(float(tensor.abs().sum())))
     trainer.train_step()
