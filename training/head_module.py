@@ -37,7 +37,7 @@ class LookaheadHead(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """N anchors of completions, K steps ahead. Tokens are indices into the head's vocabulary; U - 1 is any other one."""
+    """N anchors of completions, K steps ahead. Tokens are indices into the head's vocabulary; U - 1 is any other."""
 
     rows: torch.Tensor  # [N] int64, row of the hidden states
     inputs: torch.Tensor  # [N, K] int64
