@@ -25,8 +25,8 @@ from specserve.drafters.head import best_token, cell, initial_state, scores
 from specserve.drafters.head_files import LookaheadHeadFile
 from specserve.drafters.head_source import NUM_LEVELS
 from specserve.drafting.cost_model import CostModel, StepShape
-from specserve.training.answers import make_engine
-from specserve.training.dataset import Example
+from specserve.training.data.dataset import Example
+from specserve.training.evaluation.answers import make_engine
 from specserve.training.head_module import build_anchors
 
 from . import common, options

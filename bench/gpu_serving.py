@@ -22,7 +22,7 @@ import torch
 
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
-from specserve.training.answers import answer_mixed
+from specserve.training.evaluation.answers import answer_mixed
 
 from . import common, options
 from .gpu_timing import copy_bandwidth

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from specserve.drafters.head import WEIGHT_NAMES, HeadWeights, best_token, cell, initial_state, scores
-from specserve.training.answers import make_engine
+from specserve.training.evaluation.answers import make_engine
 from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from specserve.training.head_module import Anchors, LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.run_config import HeadConfig

@@ -21,13 +21,13 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from specserve.training.answers import answer, make_engine
-from specserve.training.batching import plan_epoch, plan_run
-from specserve.training.dataset import Example
+from specserve.training.data.batching import plan_epoch, plan_run
+from specserve.training.data.dataset import Example
+from specserve.training.evaluation.answers import answer, make_engine
+from specserve.training.evaluation.task_metrics import task_metrics
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import LoraConfig, OptimizerConfig, RunConfig
-from specserve.training.task_metrics import task_metrics
 from specserve.training.trainer import Trainer
 
 from . import common, options

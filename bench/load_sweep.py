@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from specserve.training.answers import Answers, answer_mixed, make_engine
+from specserve.training.evaluation.answers import Answers, answer_mixed, make_engine
 
 from . import common, options
 from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn

@@ -13,8 +13,8 @@ from specserve.adapters.lookahead import Lookahead
 from specserve.drafters.head_files import LookaheadHeadFile
 from specserve.drafting.cost_model import StepCurve
 from specserve.engine.engine import Engine
-from specserve.training.answers import answer
-from specserve.training.dataset import Example
+from specserve.training.data.dataset import Example
+from specserve.training.evaluation.answers import answer
 from specserve.training.head_fit import collect_states
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import LoraConfig

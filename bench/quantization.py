@@ -19,9 +19,9 @@ import click
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
-from specserve.training.answers import answer
-from specserve.training.dataset import Example
-from specserve.training.task_metrics import task_metrics
+from specserve.training.data.dataset import Example
+from specserve.training.evaluation.answers import answer
+from specserve.training.evaluation.task_metrics import task_metrics
 
 from . import common, options
 from .tasks import BaseModel

@@ -28,8 +28,8 @@ from specserve.drafters.history_source import HistorySource
 from specserve.drafters.ngram import NgramSource
 from specserve.drafters.protocol import DraftSource
 from specserve.drafting.cost_model import CostModel, StepShape
-from specserve.training.answers import make_engine
-from specserve.training.dataset import Example
+from specserve.training.data.dataset import Example
+from specserve.training.evaluation.answers import make_engine
 
 from . import common, options
 from .own_answers import hidden_states, lookahead_of, own_answers, row_price

@@ -29,7 +29,7 @@ import jsonschema
 from specserve.drafters.grammar_source import GrammarSource
 from specserve.engine.engine import Engine
 from specserve.messages import Delta, GenerateRequest, GrammarSpec, SamplingParams
-from specserve.training.answers import make_engine
+from specserve.training.evaluation.answers import make_engine
 
 from . import common, options
 from .tasks import BaseModel

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from specserve.model.store import resolve_model
 from specserve.text.special_tokens import eos_token_ids
 from specserve.text.tokenizer import TextTokenizer
-from specserve.training.dataset import Example, read_rows, tokenize
+from specserve.training.data.dataset import Example, read_rows, tokenize
 
 from .common import ROOT
 

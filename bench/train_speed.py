@@ -21,8 +21,8 @@ import click
 import msgspec
 import torch
 
-from specserve.training.batching import plan_run
-from specserve.training.dataset import Example
+from specserve.training.data.batching import plan_run
+from specserve.training.data.dataset import Example
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.lora_model import LINEARS, LoraModel
 from specserve.training.run_config import JointConfig, LoraConfig, OptimizerConfig, RunConfig

@@ -17,10 +17,10 @@ import click
 import torch
 
 from ..model.config import ModelConfig
-from .answers import answer, make_engine
-from .batching import plan_epoch
-from .dataset import Example
-from .evaluate import SINGLE_ROWS
+from .data.batching import plan_epoch
+from .data.dataset import Example
+from .evaluation.answers import answer, make_engine
+from .evaluation.evaluate import SINGLE_ROWS
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_model import LoraModel, arithmetic

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from .batching import plan_epoch
-from .dataset import Example
+from .data.batching import plan_epoch
+from .data.dataset import Example
 from .head_module import Anchors, LookaheadHead, build_anchors
 from .lora_model import LoraModel
 from .losses import head_loss, teacher_log_probs

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..drafters.copy_pointer import CopyPointer
 from ..drafters.head import HeadWeights, head_shapes
-from .dataset import Example
+from .data.dataset import Example
 
 
 class LookaheadHead(nn.Module):

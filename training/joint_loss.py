@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .dataset import Example
+from .data.dataset import Example
 from .head_module import LookaheadHead, build_anchors
 from .lora_model import Hidden, LoraModel
 from .losses import head_loss, teacher_log_probs

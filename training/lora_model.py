@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..adapter_files import WEIGHTS_FILE
-from .dataset import Example
+from .data.dataset import Example
 from .run_config import LoraConfig
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

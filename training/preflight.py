@@ -21,8 +21,8 @@ from ..model.config import ModelConfig
 from ..model.store import resolve_model
 from ..text.special_tokens import eos_token_ids
 from ..text.tokenizer import TextTokenizer
-from .batching import default_epochs, plan_run
-from .dataset import Example, read_rows, shared_prompts, tokenize
+from .data.batching import default_epochs, plan_run
+from .data.dataset import Example, read_rows, shared_prompts, tokenize
 from .run_config import RunConfig
 from .run_file import check_ready
 

@@ -1,7 +1,7 @@
 """One training run from configuration to finished directory: a PEFT LoRA, its lookahead head and its task history.
 
 Phases: the LoRA alone, LoRA and head together (trainer.py), answers of the finished adapter to its own training
-prompts, the head fitted to those (head_fit.py), evaluation on held-out rows (evaluate.py). Whatever exists after a
+prompts, the head fitted to those (head_fit.py), evaluation on held-out rows (evaluation/). Whatever exists after a
 phase is a servable directory. Nothing is written before everything is checked (preflight.py) and the directory is held
 (run_directory.py).
 """
@@ -33,10 +33,11 @@ from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from ..model.store import DEFAULT_MODEL
 from ..whole_files import replace_file
-from .answers import answer, make_engine
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint
-from .dataset import Example
-from .evaluate import evaluate_directory
+from .data.dataset import Example
+from .evaluation.answers import answer, make_engine
+from .evaluation.evaluate import evaluate_directory
+from .evaluation.verdict import steps_warning
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_files import LORA_FILES, check_finite, copy_files
@@ -47,7 +48,6 @@ from .run_config import RunConfig
 from .run_directory import RunDirectory, disk_errors, held_directory, started_as, state_of
 from .run_identity import check_same_run, check_same_settings, run_identity
 from .trainer import Trainer
-from .verdict import steps_warning
 
 CALIBRATION_ROWS = 16
 

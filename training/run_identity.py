@@ -17,7 +17,7 @@ import msgspec
 from ..adapter_files import content_hash
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
-from .dataset import Example
+from .data.dataset import Example
 from .run_config import RunConfig
 from .run_file import absolute, flatten
 

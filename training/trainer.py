@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint, write_checkpoint
-from .dataset import Example
+from .data.dataset import Example
 from .head_module import LookaheadHead
 from .health import Health
 from .joint_loss import Forward

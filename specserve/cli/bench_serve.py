@@ -244,7 +244,7 @@ def _read_prompts(data: Sequence[str], models: Sequence[str]) -> "dict[str, list
     """The prompts of each model: its own files', else the shared files'; empty without files."""
     if not data:
         return {}
-    from ..training.dataset import read_rows
+    from ..training.data.dataset import read_rows
 
     shared: list[Messages] = []
     own: dict[str, list[Messages]] = {}

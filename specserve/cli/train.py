@@ -39,7 +39,7 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
     config = load_run(run_file, overrides, {**flags, "lora.frozen": True if head_only else None})
     check_ready(config)
     if params["check_data"] or params["dry_run"]:
-        from ..training.data_check import report_data
+        from ..training.data.check import report_data
 
         problems = report_data(config) if params["check_data"] else 0
         if params["dry_run"]:
@@ -48,8 +48,8 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
 
             report_estimate(prepare(config))
         return 1 if problems else 0
+    from ..training.evaluation.verdict import summary_of
     from ..training.run import train_run
-    from ..training.verdict import summary_of
 
     result = train_run(config, resume=params["resume"])
     if result is None:
@@ -80,7 +80,7 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def evaluate(directory: Path, data: Path | None, rows: int | None, max_tokens: int) -> None:
     """Measure the lookahead LoRA in DIRECTORY: its task metric, and its speed with and without drafts."""
-    from ..training.evaluate import evaluate_directory
+    from ..training.evaluation.evaluate import evaluate_directory
 
     report = evaluate_directory(directory, data, rows, max_tokens=max_tokens)
     click.echo((directory / "README.md").read_text(encoding="utf-8").partition("---\n# ")[2])

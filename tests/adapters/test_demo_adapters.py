@@ -15,7 +15,7 @@ from places import EXAMPLES
 from specserve.model.store import resolve_model
 from specserve.text.special_tokens import eos_token_ids
 from specserve.text.tokenizer import TextTokenizer
-from specserve.training.dataset import read_rows, tokenize
+from specserve.training.data.dataset import read_rows, tokenize
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 DEMOS = ("control2json", "debtags", "summary")

@@ -16,7 +16,7 @@ from tiny_models import make_tiny_model
 from specserve.cli.main import run as cli
 from specserve.text.special_tokens import eos_token_ids
 from specserve.text.tokenizer import TextTokenizer
-from specserve.training.dataset import read_rows, tokenize
+from specserve.training.data.dataset import read_rows, tokenize
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from tool_templates import HERMES, LLAMA3
 from specserve.errors import UserError
 from specserve.text.special_tokens import eos_token_ids
 from specserve.text.tokenizer import TextTokenizer
-from specserve.training.data_check import shown_as_trained
-from specserve.training.dataset import tokenize
-from specserve.training.rows import parse_row
+from specserve.training.data.check import shown_as_trained
+from specserve.training.data.dataset import tokenize
+from specserve.training.data.rows import parse_row
 
 SPECIALS = ["<|header|>", "<|eot|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"]
 CHATML = (

@@ -7,8 +7,8 @@ from tiny_models import make_tiny_model
 
 from specserve.errors import UserError
 from specserve.text.tokenizer import TextTokenizer
-from specserve.training.data_check import shown_as_trained
-from specserve.training.dataset import read_rows, tokenize
+from specserve.training.data.check import shown_as_trained
+from specserve.training.data.dataset import read_rows, tokenize
 
 EOS = 319
 
@@ -168,7 +168,7 @@ def test_a_wrong_row_is_named(tmp_path, row, message):
 
 
 def test_a_row_beyond_any_context_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr("specserve.training.rows.MAX_ROW_BYTES", 100)
+    monkeypatch.setattr("specserve.training.data.rows.MAX_ROW_BYTES", 100)
     with pytest.raises(UserError, match="line 2 is longer than 100 characters"):
         read_rows(write(tmp_path, SAME[1], {"prompt": "a" * 200, "completion": "b"}))
 

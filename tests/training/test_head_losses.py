@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specserve.drafters.head import cell, initial_state, scores
-from specserve.training.dataset import Example
+from specserve.training.data.dataset import Example
 from specserve.training.head_module import LookaheadHead, build_anchors
 from specserve.training.losses import head_loss, teacher_log_probs
 

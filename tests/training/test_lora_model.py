@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import MODEL_TYPES, make_tiny_model
 
-from specserve.training.dataset import Example
+from specserve.training.data.dataset import Example
 from specserve.training.head_fit import collect_states
 from specserve.training.head_module import task_vocab
 from specserve.training.lora_model import LoraModel

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from specserve.cli.main import run as cli
 from specserve.errors import UserError
-from specserve.training.answers import answer
-from specserve.training.answers import make_engine as make_answering_engine
+from specserve.training.evaluation.answers import answer
+from specserve.training.evaluation.answers import make_engine as make_answering_engine
 from specserve.training.run_directory import held_directory
 from specserve.training.trainer import Trainer
 

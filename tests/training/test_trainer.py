@@ -17,8 +17,8 @@ from tiny_models import make_tiny_model
 from training_fixture import few_steps, make_trainer, run_config, torchrun, write_rows
 
 from specserve.errors import UserError
-from specserve.training.batching import default_epochs, plan_epoch, plan_run
 from specserve.training.checkpoint import CHECKPOINT_FILE, read_checkpoint
+from specserve.training.data.batching import default_epochs, plan_epoch, plan_run
 from specserve.training.health import Health
 from specserve.training.metrics_file import MetricsFile
 from specserve.training.run_config import CheckpointConfig, JointConfig, OptimizerConfig

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from specserve.training.report import model_card
-from specserve.training.verdict import steps_warning, summary_of, warnings_of
+from specserve.training.evaluation.report import model_card
+from specserve.training.evaluation.verdict import steps_warning, summary_of, warnings_of
 
 
 def report(**changes):

@@ -13,15 +13,15 @@ from pathlib import Path
 import click
 import msgspec
 
-from ..errors import UserError
-from ..model.config import ModelConfig
-from ..model.store import resolve_model
-from ..text.special_tokens import eos_token_ids
-from ..text.tokenizer import TextTokenizer
+from ...errors import UserError
+from ...model.config import ModelConfig
+from ...model.store import resolve_model
+from ...text.special_tokens import eos_token_ids
+from ...text.tokenizer import TextTokenizer
+from ..preflight import settled
+from ..run_config import RunConfig
 from .dataset import Example, RowEncoder, shared_prompts
-from .preflight import settled
 from .rows import parse_row, row_texts
-from .run_config import RunConfig
 
 _SHOWN = 5
 _BAR = 40

@@ -16,12 +16,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat.tools.definitions import Tool
-from ..chat.tools.formats import choose_format
-from ..chat.tools.prompt import ChatMessage, for_template
-from ..errors import UserError
-from ..text.hidden_chat import Marks
-from ..text.tokenizer import TextTokenizer
+from ...chat.tools.definitions import Tool
+from ...chat.tools.formats import choose_format
+from ...chat.tools.prompt import ChatMessage, for_template
+from ...errors import UserError
+from ...text.hidden_chat import Marks
+from ...text.tokenizer import TextTokenizer
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one thing under three names, by template
 _MAX_OPENING = 64  # characters of a prompt's end

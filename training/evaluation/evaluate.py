@@ -15,19 +15,19 @@ from typing import Any
 import msgspec
 import torch
 
-from ..errors import UserError
-from ..model.config import ModelConfig
-from ..model.store import resolve_model
-from ..text.special_tokens import eos_token_ids
-from ..text.tokenizer import TextTokenizer
+from ...errors import UserError
+from ...model.config import ModelConfig
+from ...model.store import resolve_model
+from ...text.special_tokens import eos_token_ids
+from ...text.tokenizer import TextTokenizer
+from ..data.dataset import Example, read_rows, tokenize
+from ..metrics_file import METRICS_FILE, read_metrics
+from ..preflight import check_held_out
+from ..run_config import RunConfig
+from ..run_directory import RUN_FILE
+from ..run_file import load_run
 from .answers import Answers, answer, make_engine
-from .dataset import Example, read_rows, tokenize
-from .metrics_file import METRICS_FILE, read_metrics
-from .preflight import check_held_out
 from .report import write_report
-from .run_config import RunConfig
-from .run_directory import RUN_FILE
-from .run_file import load_run
 from .task_metrics import task_metrics
 from .verdict import steps_warning, warnings_of
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..config import EngineConfig
-from ..engine.engine import Engine
-from ..errors import UserError
-from ..messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
-from ..model.config import ModelConfig
+from ...config import EngineConfig
+from ...engine.engine import Engine
+from ...errors import UserError
+from ...messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from ...model.config import ModelConfig
 
 
 @dataclass(slots=True)

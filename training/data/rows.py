@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import UserError
+from ...errors import UserError
 from .row_messages import Conversation, read_conversation
 
 MAX_ROW_BYTES = 16 << 20  # some millions of tokens: more than any context holds, and a minute to tokenize

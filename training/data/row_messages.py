@@ -12,10 +12,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat.messages import chat_messages
-from ..chat.tools.definitions import Tool, all_tools
-from ..chat.types import Message
-from ..errors import UserError
+from ...chat.messages import chat_messages
+from ...chat.tools.definitions import Tool, all_tools
+from ...chat.types import Message
+from ...errors import UserError
 from .chat_turns import REASONING_FIELDS
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {

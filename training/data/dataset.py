@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..errors import UserError
-from ..text.tokenizer import TextTokenizer
+from ...errors import UserError
+from ...text.tokenizer import TextTokenizer
 from .chat_turns import Answer, TurnEncoder
 from .rows import Row, read_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from .metrics_file import METRICS_FILE, read_metrics
+from ..metrics_file import METRICS_FILE, read_metrics
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
