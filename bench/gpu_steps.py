@@ -19,9 +19,11 @@ import torch
 
 from specserve.adapters.lora import GROUPS, LoraAdapter
 from specserve.adapters.tensors import module_shapes
-from specserve.compute.build import build_triton
+from specserve.compute.cuda.build import build
+from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.compute.kv_cache import KVCache
+from specserve.compute.path import StepLimits
 from specserve.kernels.lora_stack import LoraPair
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.model.config import ModelConfig
@@ -84,17 +86,18 @@ class Steps:
     def __init__(self, shape: ModelShape, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int):
         config = shape.config()
         weights = RandomWeights(config, device, dtype)
-        self.decoder = build_triton(config, weights)
+        self.decoder = build(config, weights)
         self.device = device
         num_blocks = num_seqs * (-(-(context + 64) // BLOCK_SIZE))
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=False)
         kv = KVCache(config.num_layers, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim, dtype, device)
         for k, v in zip(kv.k, kv.v, strict=True):  # what was never written may hold NaN
             k.normal_(), v.normal_()
-        self.runner = DeviceRunner(
-            self.decoder, kv, BLOCK_SIZE, max_rows=512, max_seqs=num_seqs, max_model_len=context + 64,
-            max_adapters=max(1, num_seqs), max_lora_rank=RANK, cuda_graphs=True,
+        limits = StepLimits(
+            max_rows=512, max_seqs=num_seqs, max_model_len=context + 64,
+            max_adapters=max(1, num_seqs), max_lora_rank=RANK, max_draft_tokens=1,
         )  # fmt: skip
+        self.runner = DeviceRunner(DeviceParts.of(self.decoder, kv, limits, cuda_graphs=True))
         self._context = context
         self.weight_bytes = sum(p.nbytes for p in _tensors(self.decoder))
 

@@ -1,12 +1,14 @@
 """A loaded model as plain matrices on one device: what the torch and the Triton decoder multiply.
 
-q, k, v are one linear, gate and up another. Inference only: plain tensors, no modules, no autograd. The native path
-packs its own (`compute/native/`).
+q, k, v are one linear, gate and up another. Inference only: plain tensors, no modules, no autograd. `Weights` is where
+the tensors of any path come from; the native path packs its own (`compute/native/`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -14,6 +16,19 @@ from ..kernels.linear import Linear
 from ..kernels.lora_stack import LoraPair
 from ..model.config import ModelConfig
 from ..model.rope import Rope
+
+
+class Weights(Protocol):
+    """Where a decoder's tensors come from, by module names on the hub, on `device` in `dtype`; norms are fp32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def norm(self, name: str) -> torch.Tensor: ...
+    def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def layer_norms(self, idx: int) -> dict[str, torch.Tensor]: ...
+    def embed(self) -> torch.Tensor: ...
+    def lm_head(self, embed: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +77,34 @@ class DecoderWeights:
     def lay_out_lora(pair: LoraPair) -> LoraPair:
         """How a LoRA's weights are held for this decoder: as PEFT has them."""
         return pair
+
+
+def fused_layers(
+    config: ModelConfig, weights: Weights, norm: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+) -> list[Layer]:
+    """q, k, v as one linear, gate and up as another; `norm` gives norms their dtype."""
+
+    def linear(*names: str) -> Linear:
+        pairs = [weights.linear(name) for name in names]
+        biases = [bias for _, bias in pairs if bias is not None]
+        return Linear(torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None)
+
+    layers = []
+    for idx in range(config.num_layers):
+        attention, mlp = f"model.layers.{idx}.self_attn", f"model.layers.{idx}.mlp"
+        norms = {name: norm(value) for name, value in weights.layer_norms(idx).items()}
+        layers.append(
+            Layer(
+                input_norm=norms["input_norm"],
+                qkv=linear(*(f"{attention}.{name}_proj" for name in "qkv")),
+                q_norm=norms.get("q_norm"),
+                k_norm=norms.get("k_norm"),
+                o=linear(f"{attention}.o_proj"),
+                post_attention_norm=norms.get("post_attention_norm"),
+                mlp_norm=norms["mlp_norm"],
+                gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+                down=linear(f"{mlp}.down_proj"),
+                post_mlp_norm=norms.get("post_mlp_norm"),
+            )
+        )
+    return layers

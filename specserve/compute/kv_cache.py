@@ -18,6 +18,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
+        self.block_size = block_size
         shape = (2, num_layers, num_blocks * block_size, num_kv_heads, head_dim)
         # Not cleared: no slot is read before it is written, and clearing would make all of it resident (torch.zeros
         # maps 1025 MiB for 1 GiB) where an unused cache on the CPU costs address space only.

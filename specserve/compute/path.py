@@ -1,48 +1,82 @@
-"""What runs an engine's steps: the parts that differ between torch, the native CPU path and CUDA, chosen once.
+"""What runs an engine's steps, whichever path it is: what a path is given, and what it gives.
 
-The engine knows a runner, a sampler and heads; which ones they are follows from the decoder that was loaded.
+The engine knows a runner, a sampler and heads; which ones they are follows from the decoder that was loaded
+(`loader.py`). Each path builds its own in its folder's build.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ..adapters.lora import LoraAdapter
-from ..config import EngineConfig
-from ..drafters.head_native import NativeHeadRunner
-from ..drafters.head_source import HeadRunner
 from ..drafters.protocol import Heads, SteppedHeads
 from ..messages import GenerateRequest, SamplingParams
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Sequence
-from .cuda.decoder import TritonDecoder
-from .cuda.drafts import DeviceDrafts
-from .cuda.runner import DeviceRunner
-from .cuda.sampler import DeviceSampler
 from .grammar_masks import MaskMaker
 from .kv_cache import KVCache
-from .native.decoder import NativeDecoder, one_torch_thread
-from .runner import ModelRunner
 from .sampler import Sampler
-from .torch.decoder import Decoder
+from .slots import Slots
+from .step_output import StepOutput
+
+if TYPE_CHECKING:
+    from .cuda.graph_cache import GraphCache
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """How large a step may get, and the adapters and drafts in it."""
+
+    max_rows: int
+    max_seqs: int
+    max_model_len: int
+    max_adapters: int
+    max_lora_rank: int
+    max_draft_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PathInputs:
+    """What an engine gives to the path that computes its steps."""
+
+    kv: KVCache
+    limits: StepLimits
+    masks: MaskMaker
+    eos_token_ids: list[int]
+    adapters: Mapping[str, LoraAdapter]  # those that are loaded, by content hash; they come and go
+    cuda_graphs: bool
+
+
+class StepRunner(Protocol):
+    """Runs one forward over whatever was scheduled."""
+
+    @property
+    def slots(self) -> Slots: ...
+
+    def run(self, items: Seq[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
+        """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ComputePath:
     """The parts of a step that compute."""
 
-    runner: ModelRunner | DeviceRunner
+    runner: StepRunner
     sampler: Sampler
     heads: Heads
     stepped_heads: SteppedHeads | None  # the same, where the host asks them for each position
     torch_threads: Callable[[], AbstractContextManager[None]]  # around whatever computes
     is_asynchronous: bool  # the device runs by itself while the host goes on
+    graphs: GraphCache | None = None
 
     def seconds(
         self, blocks: BlockManager, max_model_len: int, num_rows: int, num_seqs: int = 1, context_len: int = 0
@@ -68,51 +102,3 @@ class ComputePath:
         for item in items:
             blocks.release(item.seq.block_table)
         return seconds
-
-
-def make_path(
-    config: EngineConfig,
-    decoder: Decoder | NativeDecoder | TritonDecoder,
-    kv: KVCache,
-    max_rows: int,
-    max_seqs: int,
-    masks: MaskMaker,
-    eos_token_ids: list[int],
-    max_model_len: int,
-    adapters: Mapping[str, LoraAdapter],
-) -> ComputePath:
-    """The path of `decoder`."""
-    if not isinstance(decoder, TritonDecoder):
-        sampler = Sampler(eos_token_ids, masks)
-        if isinstance(decoder, NativeDecoder):
-            runner = ModelRunner(decoder, kv, config.block_size, decoder.slots())
-            native_heads = NativeHeadRunner(decoder.team)
-            return ComputePath(runner, sampler, native_heads, native_heads, one_torch_thread, False)
-        slots = decoder.slots()
-        runner = ModelRunner(decoder, kv, config.block_size, slots)
-        heads = HeadRunner()
-        return ComputePath(runner, sampler, heads, heads, nullcontext, decoder.device.type == "cuda")
-    device_runner = DeviceRunner(
-        decoder,
-        kv,
-        config.block_size,
-        max_rows=max_rows,
-        max_seqs=max_seqs,
-        max_model_len=max_model_len,
-        max_adapters=config.max_adapters,
-        max_lora_rank=config.max_lora_rank,
-        cuda_graphs=config.cuda_graphs,
-    )
-    device_sampler = DeviceSampler(eos_token_ids, masks, device_runner)
-    drafts = device_sampler.drafts = DeviceDrafts(
-        device_runner,
-        device_sampler.sampled,
-        adapters,
-        max_heads=config.max_adapters,
-        max_model_len=max_model_len,
-        max_draft_len=config.max_draft_tokens,
-    )
-    device_runner.on_seated = drafts.prepare
-    device_runner.capture()
-    drafts.capture()
-    return ComputePath(device_runner, device_sampler, drafts, None, nullcontext, decoder.device.type == "cuda")

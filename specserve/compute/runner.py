@@ -6,23 +6,23 @@ and the native path; `cuda/runner.py` is the counterpart that fills buffers in p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ..adapters.lora import LoraAdapter
+from ..model.config import ModelConfig
 from ..schedule.logits_rows import LogitsRows
-from ..schedule.row_group import RowGroup
 from ..schedule.scheduler import ScheduledSequence
 from .batch import Batch
 from .kv_cache import KVCache
-from .native.decoder import NativeDecoder
-from .native.lora import NativeLoraBatch
 from .slots import Slots, take_slots
-from .torch.decoder import Decoder
-from .torch.lora import LoraBatch
+from .step_output import StepOutput
+
+if TYPE_CHECKING:
+    from .native.lora import NativeLoraBatch
+    from .torch.lora import LoraBatch
 
 
 class BatchSlots(Slots, Protocol):
@@ -35,28 +35,31 @@ class BatchSlots(Slots, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """Logits [L, V] float32; `groups` are the rows to sample, `prompt_rows` those of prompt log-probabilities."""
+class BatchDecoder(Protocol):
+    """A decoder that takes its step as a `Batch`."""
 
-    logits: torch.Tensor
-    groups: list[RowGroup]
-    prompt_rows: list[tuple[ScheduledSequence, int, int]]  # (item, first row, number of rows)
-    hidden: torch.Tensor  # [L, H], normed
-    taps: dict[int, torch.Tensor]  # layer -> its output [L, H], for the layers that heads read
+    config: ModelConfig
+    device: torch.device
+
+    def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normed hidden states [L, H] of the rows with logits; each layer in `taps` gets its output there, [L, H]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits [L, V] float32 of hidden rows [L, H]."""
+        ...
 
 
 class ModelRunner:
     """Runs one forward over whatever was scheduled."""
 
-    def __init__(self, decoder: Decoder | NativeDecoder, kv: KVCache, block_size: int, slots: BatchSlots):
+    def __init__(self, decoder: BatchDecoder, kv: KVCache, slots: BatchSlots):
         self.decoder = decoder
         self.kv = kv
-        self.block_size = block_size
         self.slots = slots
 
     @torch.inference_mode()
-    def run(self, items: Sequence[ScheduledSequence], adapters: dict[str, LoraAdapter]) -> StepOutput:
+    def run(self, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
         items, active = take_slots(self.slots, items, adapters)
         batch, needed = self._build(items)
@@ -69,7 +72,7 @@ class ModelRunner:
         return StepOutput(logits, needed.groups, needed.prompt_rows, hidden, taps)
 
     def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
-        size = self.block_size
+        size = self.kv.block_size
         tokens: list[int] = []
         positions: list[int] = []
         slot_mapping: list[int] = []

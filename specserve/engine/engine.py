@@ -23,15 +23,14 @@ from ..adapters.registry import AdapterRegistry
 from ..adapters.served_base import ServedBase
 from ..compute.cuda.buffers import beside_steps
 from ..compute.cuda.choice import choose_triton
-from ..compute.cuda.runner import DeviceRunner
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
-from ..compute.loader import load_model
+from ..compute.loader import load_model, make_path
 from ..compute.native.choice import choose_native
-from ..compute.path import make_path
-from ..compute.runner import StepOutput
+from ..compute.path import PathInputs, StepLimits
 from ..compute.sampler import token_logprobs
+from ..compute.step_output import StepOutput
 from ..config import EngineConfig
 from ..drafters.chooser import DraftChooser
 from ..drafters.head_source import HeadSource
@@ -141,16 +140,17 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
         self._counters = _Counters()
-        path = make_path(
-            config,
+        limits = StepLimits(
+            max_rows=max(config.max_batched_tokens, MEASURED_ROWS[-1]),
+            max_seqs=max(config.max_num_seqs, MEASURED_SEQS),
+            max_model_len=max_model_len,
+            max_adapters=config.max_adapters,
+            max_lora_rank=config.max_lora_rank,
+            max_draft_tokens=config.max_draft_tokens,
+        )
+        path = self._path = make_path(
             self.decoder,
-            kv,
-            max(config.max_batched_tokens, MEASURED_ROWS[-1]),
-            max(config.max_num_seqs, MEASURED_SEQS),
-            self.masks,
-            sorted(self.eos_token_ids),
-            max_model_len,
-            self.registry.adapters,
+            PathInputs(kv, limits, self.masks, sorted(self.eos_token_ids), self.registry.adapters, config.cuda_graphs),
         )
         self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
         self._torch_threads = path.torch_threads
@@ -447,7 +447,7 @@ class Engine:
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
         counters, sequences = self._counters, self.scheduler.sequences()
-        graphs = self.runner.graphs if isinstance(self.runner, DeviceRunner) else None
+        graphs = self._path.graphs
         error = self.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
         return EngineStats(
             num_running=len(self.scheduler.running),

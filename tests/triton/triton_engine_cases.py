@@ -18,7 +18,7 @@ from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
-from specserve.compute.cuda import runner as device_runner
+from specserve.compute.cuda import buckets
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.drafting.cost_model import CostModel
 from specserve.messages import GrammarSpec
@@ -103,7 +103,7 @@ def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(pai
 
 
 def test_steps_beyond_the_largest_bucket_equal_the_torch_path(model_dir, monkeypatch):
-    monkeypatch.setattr(device_runner, "ROW_BUCKETS", (1, 2, 4, 8))
+    monkeypatch.setattr(buckets, "ROW_BUCKETS", (1, 2, 4, 8))
     requests = [
         request("scored", range(20, 50), max_tokens=3, prompt_logprobs=1),
         request("beside", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=8, mode="fixed", frequency_penalty=0.5),

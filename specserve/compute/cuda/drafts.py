@@ -2,9 +2,8 @@
 
 Nothing is asked position by position, as `HeadRunner` is: verification and the heads' whole loop are queued behind
 sampling, and their guesses come to the host with the step's tokens. A sequence's `ChainSource` then speaks as long as
-the draft follows its own chain; it is made here and found again by its request while somebody holds it. Owns which
-sequence is on which place of the device's prompt pool: the places are the runner's seats. If it fails, it is switched
-off, and everything goes on without heads.
+the draft follows its own chain; it is made here and found again by its request while somebody holds it. If drafting
+fails, it is switched off, and everything goes on without heads.
 """
 
 from __future__ import annotations
@@ -20,27 +19,21 @@ import torch
 
 from ...adapters.lora import LoraAdapter
 from ...drafters.head_device import ChainSource, DeviceHeads
-from ...drafters.head_files import HeadError, LookaheadHeadFile
+from ...drafters.head_files import LookaheadHeadFile
 from ...kernels.head_loop import LoopRows
 from ...kernels.verify import verify_drafts_
 from ...schedule.row_group import RowGroup
 from ...schedule.scheduler import ScheduledSequence
-from ...schedule.sequence import Sequence
+from ..path import StepLimits
+from .buckets import padded
 from .buffers import Layout, Page
-from .runner import DeviceRunner, padded
+from .parts import DeviceParts
+from .places import HeadPlaces
 
 logger = logging.getLogger(__name__)
 
 _CHAIN_LENS = (4, 8, 16)  # guesses of a launch
 _MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
-
-
-@dataclass(slots=True)
-class _Place:
-    """Who is on a seat: the pool's copy pointer stands behind `num_tokens` tokens of the sequence of that life."""
-
-    life: object
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,42 +46,38 @@ class _Entry:
 
 
 class DeviceDrafts:
-    """Drafts of up to `max_draft_len` tokens by the heads of up to `max_heads` adapters.
+    """Drafts by the heads of as many adapters, and as long, as `limits` say.
 
     `sampled` [L] int64 is where the sampler leaves tokens, `adapters` who is there.
     """
 
     def __init__(
         self,
-        runner: DeviceRunner,
+        parts: DeviceParts,
         sampled: torch.Tensor,
         adapters: Mapping[str, LoraAdapter],
-        *,
-        max_heads: int,
-        max_model_len: int,
-        max_draft_len: int,
+        limits: StepLimits,
     ):
-        config, device = runner.decoder.config, runner.decoder.device
-        self._runner, self._sampled, self._adapters = runner, sampled, adapters
-        longest = min(max_draft_len, _CHAIN_LENS[-1])
+        config, device = parts.decoder.config, parts.decoder.device
+        self._parts, self._sampled, self._adapters = parts, sampled, adapters
+        longest = min(limits.max_draft_tokens, _CHAIN_LENS[-1])
         self._chain_lens = (*(n for n in _CHAIN_LENS if n < longest), longest)
-        num_places = padded(runner.seats.tables.shape[0])
+        num_places = padded(parts.seats.tables.shape[0])
         self._heads = DeviceHeads(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
-            tap_layers=runner.tap_layers,
-            max_heads=max_heads,
+            tap_layers=parts.layers.tap_layers,
+            max_heads=limits.max_adapters,
             max_num_seqs=num_places,
-            max_prompt_len=min(max_model_len, _MAX_PROMPT_LEN),
+            max_prompt_len=min(limits.max_model_len, _MAX_PROMPT_LEN),
             max_draft_len=longest,
             device=device,
         )
         self._page = Page(_layout(num_places).num_bytes, device)
         self._verified = torch.zeros(2, num_places, dtype=torch.int32, device=device)  # tokens accepted, last row
         self._host = torch.zeros(self._heads.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._places: dict[int, _Place] = {}  # by seat
+        self._places = HeadPlaces(self._heads, device)
         self._sources: WeakValueDictionary[str, ChainSource] = WeakValueDictionary()  # by request id
-        self._known: dict[int, LookaheadHeadFile] = {}  # by id: heads that were added, or refused
         self._entries: list[_Entry] = []  # of the launch that is under way
         self._is_off = False
         self._longest = longest  # draft lately, decaying
@@ -101,18 +90,13 @@ class DeviceDrafts:
 
     def forget(self) -> None:
         """Let go of heads whose adapters have left; nothing that runs names them."""
-        aheads = [adapter.lookahead for adapter in self._adapters.values()]
-        live = {id(ahead.head) for ahead in aheads if ahead is not None}
-        for key, head in list(self._known.items()):
-            if key not in live:
-                self._heads.forget(head)
-                del self._known[key]
+        self._places.forget(self._adapters)
 
     # -- the step
 
     def capture(self) -> None:
         """Capture every launch: a launch moves pointers and a capture repeats it, so it must not meet a sequence."""
-        if not self._runner.graphs.is_enabled:
+        if not self._parts.graphs.is_enabled:
             return
         size, most = 1, self._verified.shape[1]
         while size <= most:
@@ -123,11 +107,13 @@ class DeviceDrafts:
 
     def prepare(self, items: Seq[ScheduledSequence], seats: Seq[int]) -> None:
         """Bring sequences that will draft to their seats' places; before the step is queued, as it waits for copies."""
+        if self._is_off:
+            return
         with self._or_off():
             for item, seat in zip(items, seats, strict=True):
                 source = self._sources.get(item.seq.request_id) if item.reaches_end else None
                 if source is not None and source.is_asked:
-                    self._take_place(item.seq, seat, source.head)
+                    self._places.take(item.seq, seat, source.head)
 
     def launch(self, groups: Seq[RowGroup]) -> None:
         """Queue verification and drafts behind sampling."""
@@ -141,7 +127,8 @@ class DeviceDrafts:
             yield
         except Exception:
             logger.exception("drafting on the device failed; lookahead heads are off from now on")
-            self._is_off, self._entries, self._places = True, [], {}
+            self._is_off, self._entries = True, []
+            self._places.clear()
 
     def _launch(self, groups: Seq[RowGroup]) -> None:
         entries = []
@@ -150,8 +137,8 @@ class DeviceDrafts:
             if source is None or not source.is_asked:
                 continue
             source.is_asked = False
-            seat = self._runner.seats.seat_of(group.seq)
-            if self._is_in_place(group.seq, seat):
+            seat = self._parts.seats.seat_of(group.seq)
+            if self._places.holds(group.seq, seat):
                 slot = self._heads.slot_of(source.head)
                 entries.append((slot, _Entry(group, source, seat)))
         self._entries = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]  # equal heads are neighbours
@@ -171,7 +158,7 @@ class DeviceDrafts:
             seq, num = entry.group.seq, self._num_guesses
             num_tokens = len(seq.tokens) + kept[id(seq)]
             entry.source.set_chain(guesses[idx, :num].tolist(), probabilities[idx, :num].tolist(), num_tokens)
-            self._places[entry.seat].num_tokens = num_tokens
+            self._places.followed(entry.seat, num_tokens)
         self._entries = []
 
     def _upload(self, entries: Seq[_Entry], size: int) -> None:
@@ -187,43 +174,17 @@ class DeviceDrafts:
         self._page.upload(layout)
 
     def _queue(self, size: int, num_guesses: int) -> None:
-        self._runner.graphs.run(("heads", size, num_guesses), lambda: self._draft(size, num_guesses))
+        self._parts.graphs.run(("heads", size, num_guesses), lambda: self._draft(size, num_guesses))
 
     def _draft(self, size: int, num_guesses: int) -> None:
         """The launches: verification of `size` sequences, then their heads."""
-        fields, runner = self._page.device(_layout(size)), self._runner
+        fields, logits = self._page.device(_layout(size)), self._parts.logits
         accepted, last_row = self._verified[0, :size], self._verified[1, :size]
         verify_drafts_(
-            accepted, last_row, self._sampled, runner.picked_tokens, fields["first_rows"], fields["num_drafts"]
+            accepted, last_row, self._sampled, logits.picked_tokens, fields["first_rows"], fields["num_drafts"]
         )
         rows = LoopRows(fields["seats"], fields["heads"], fields["first_rows"], accepted, last_row, self._sampled)
-        self._heads.launch(rows, runner.picked_hidden, runner.picked_taps, num_guesses)
-
-    # -- places
-
-    def _is_in_place(self, seq: Sequence, seat: int) -> bool:
-        place = self._places.get(seat)
-        return place is not None and place.life is seq.table_life and place.num_tokens == len(seq.tokens)
-
-    def _take_place(self, seq: Sequence, seat: int, head: LookaheadHeadFile) -> None:
-        """Make the pool's row `seat` that of the sequence, unless it is so; nothing where its head cannot draft."""
-        if self._is_off or self._is_in_place(seq, seat) or not self._is_known(head):
-            return
-        self._places.pop(seat, None)
-        if self._heads.add_sequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids):
-            self._places[seat] = _Place(seq.table_life, len(seq.tokens))
-
-    def _is_known(self, head: LookaheadHeadFile) -> bool:
-        """Whether the head is on the device; one that does not fit there is refused, once, with the reason."""
-        if id(head) in self._known:
-            return self._heads.slot_of(head) >= 0
-        self._known[id(head)] = head
-        try:
-            self._heads.add_head(head)
-        except HeadError as error:
-            logger.warning("a lookahead head drafts nothing on %s: %s", self._runner.decoder.device, error)
-            return False
-        return True
+        self._heads.launch(rows, logits.picked_hidden, logits.picked_taps, num_guesses)
 
 
 def _layout(num_seqs: int) -> Layout:

@@ -101,6 +101,10 @@ class DeviceAdapterSlots:
         """fp32 elements of scratch that the launches of a step of `num_rows` rows need, one after the other."""
         return max(scratch_size(self.tables.entry(key), num_rows, is_embedding=key == EMBEDDING) for key in self._keys)
 
+    def launches(self, tiles: torch.Tensor, groups: frozenset[str]) -> DeviceLoraBatch:
+        """The LoRA of rows, or of rows with logits, in `tiles`; each asks for its own part of `groups` only."""
+        return DeviceLoraBatch(self, tiles, tiles, EMBEDDING in groups, LM_HEAD in groups, self.scratch, groups)
+
     def slot_of(self, content_hash: str) -> int:
         return self._slot_of[content_hash]
 

@@ -17,27 +17,31 @@ from ..grammar_masks import MaskMaker
 from ..sampler import Sampler, edits_logits, uniform
 from .buffers import Layout, Page
 from .drafts import DeviceDrafts
-from .runner import DeviceRunner
+from .parts import DeviceParts
 
 NOTHING_POSSIBLE = 2  # flag of a row of which the mask leaves nothing; 1 is NaN
 
 
 class DeviceSampler(Sampler):
-    """Samples the target's token for every row of every group of the runner's latest step."""
+    """Samples the target's token for every row of every group of the latest step, and has the drafts follow them.
 
-    def __init__(self, eos_token_ids: Seq[int], masks: MaskMaker, runner: DeviceRunner):
+    `sampled` gets the tokens, where `drafts` reads them.
+    """
+
+    def __init__(
+        self,
+        eos_token_ids: Seq[int],
+        masks: MaskMaker,
+        parts: DeviceParts,
+        sampled: SampledTokens,
+        drafts: DeviceDrafts,
+    ):
         super().__init__(eos_token_ids, masks)
-        self._runner = runner
-        self._device = runner.decoder.device
-        self._vocab_size = runner.decoder.config.vocab_size
+        self.drafts = drafts
+        self._logits, self._graphs, self._sampled = parts.logits, parts.graphs, sampled
+        self._device = parts.decoder.device
+        self._vocab_size = parts.decoder.config.vocab_size
         self._buffers: dict[int, _Buffers] = {}  # by padded rows
-        self._results = _Results(runner.picked_tokens.shape[0], self._device)
-        self.drafts: DeviceDrafts  # set by who makes it, from `sampled`
-
-    @property
-    def sampled(self) -> torch.Tensor:
-        """[L] int64, where the tokens of each step lie on the device."""
-        return self._results.tokens
 
     def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
         sampled = super().sample(logits, groups)
@@ -47,14 +51,14 @@ class DeviceSampler(Sampler):
 
     @torch.inference_mode()
     def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> tuple[list[int], list[int], list[int]]:
-        num_rows, padded = logits.shape[0], self._runner.padded_logits
+        num_rows, padded = logits.shape[0], self._logits.padded
         size = padded.shape[0]
-        buffers, results = self._buffers.get(size), self._results
+        buffers, results = self._buffers.get(size), self._sampled
         if buffers is None:
             buffers = self._buffers[size] = _Buffers(size, self._vocab_size, self._device)
-        reason = self._runner.logits_reason
+        reason = self._logits.eager_reason
         if reason is not None:
-            results = _Results(size, self._device)
+            results = SampledTokens(size, self._device)
         rows, edited = self._rows(num_rows, groups)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
         if (masks := self._masks.masks(groups, also_greedy=True)) is not None:
@@ -71,9 +75,7 @@ class DeviceSampler(Sampler):
         draws = any(row.temperature > 0 for row in rows)
         cuts_top_k, cuts_top_p = any(row.top_k for row in rows), any(row.top_p < 1 for row in rows)
         stages = {"draws": draws, "cuts_top_k": draws and cuts_top_k, "cuts_top_p": draws and cuts_top_p}
-        self._runner.graphs.run(
-            ("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, **stages), reason
-        )
+        self._graphs.run(("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, **stages), reason)
         if reason is None:
             self.drafts.launch(groups)
         if raw is not None:
@@ -99,8 +101,8 @@ class DeviceSampler(Sampler):
         return rows, edited
 
 
-class _Results:
-    """Tokens and flags of up to `num_rows` rows, and their way to the host."""
+class SampledTokens:
+    """Tokens [L] int64 and flags of up to `num_rows` rows on the device, and their way to the host."""
 
     def __init__(self, num_rows: int, device: torch.device):
         self._layout = Layout.of({"tokens": (num_rows, torch.int64), "flags": (num_rows, torch.int32)})
@@ -130,7 +132,7 @@ class _Buffers:
     def upload_masks(self, bits: torch.Tensor) -> None:
         self._params.masks[: bits.shape[0]].copy_(bits)
 
-    def sample_(self, results: _Results, logits: torch.Tensor, **stages: bool) -> None:
+    def sample_(self, results: SampledTokens, logits: torch.Tensor, **stages: bool) -> None:
         """The launches, for a graph."""
         num_rows = logits.shape[0]
         tokens, flags = results.tokens[:num_rows], results.flags[:num_rows]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ...kernels.native import MAX_TAPS, MODULES, NORMS, PANEL, PHASES, LayerStruct, Library, Model, Step, Team
-from ...kernels.packed import PackedMatrix, WeightFormat, pack
+from ...kernels.packed import PackedMatrix
 from ...model.config import ModelConfig
 from ...model.rope import Rope
 from ..batch import Batch
@@ -41,23 +41,12 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# (weight, bias) of a linear by its name on the hub.
-LinearSource = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
-
-
 @dataclass(frozen=True, slots=True)
 class NativeLayer:
     """Packed weights of one layer, by module, and its norms in fp32, by the names of `NORMS`."""
 
     modules: dict[str, PackedMatrix]
     norms: dict[str, torch.Tensor]
-
-
-def weight_format(dtype: torch.dtype, quantization: str) -> WeightFormat:
-    """How weights of `dtype` are packed. int8 and int4 hold for the linears and the lm_head."""
-    if quantization != "none":
-        return quantization  # type: ignore[return-value]
-    return "bf16" if dtype == torch.bfloat16 else "f32"
 
 
 class NativeDecoder:
@@ -190,13 +179,3 @@ class NativeDecoder:
             assert kv.k[idx].dtype == self.compute_dtype and kv.k[idx].shape[0] % 16 == 0
             struct.k_cache, struct.v_cache = kv.k[idx].data_ptr(), kv.v[idx].data_ptr()
         self._kv = kv
-
-
-def pack_layer(linear: LinearSource, norms: dict[str, torch.Tensor], base: str, form: WeightFormat) -> NativeLayer:
-    """One layer from its unpacked linears; `base` is its name on the hub."""
-    modules = {}
-    for module in MODULES:
-        parent = "self_attn" if module in MODULES[:4] else "mlp"
-        weight, bias = linear(f"{base}.{parent}.{module}")
-        modules[module] = pack(weight, bias, form)
-    return NativeLayer(modules, norms)

@@ -1,0 +1,52 @@
+"""Builds the CUDA path: a model's tensors as matrices for cuBLAS and Triton, and what runs steps of them.
+
+Graphs are captured here, at start: first those of the forward, then those of the heads, none of which has met a
+sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+
+from ...kernels.linear import Linear, compute_dtype
+from ...model.config import ModelConfig
+from ..decoder_weights import Weights, fused_layers
+from ..path import ComputePath, PathInputs
+from .decoder import TritonDecoder
+from .drafts import DeviceDrafts
+from .parts import DeviceParts
+from .runner import DeviceRunner
+from .sampler import DeviceSampler, SampledTokens
+
+logger = logging.getLogger(__name__)
+
+
+def build(config: ModelConfig, weights: Weights) -> TritonDecoder:
+    """The decoder of the Triton kernels; norms stay fp32."""
+    activations = compute_dtype(weights.dtype, weights.device)
+    embed = weights.embed()
+    lm_head = Linear(weights.lm_head(embed))
+    layers = fused_layers(config, weights)
+    logger.info("Triton kernels on %s: weights and arithmetic are %s", weights.device, weights.dtype)
+    return TritonDecoder(config, embed, layers, weights.norm("model.norm"), lm_head, activations, weights.dtype)
+
+
+def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
+    limits = inputs.limits
+    parts = DeviceParts.of(decoder, inputs.kv, limits, inputs.cuda_graphs)
+    sampled = SampledTokens(parts.logits.picked_tokens.shape[0], decoder.device)
+    drafts = DeviceDrafts(parts, sampled.tokens, inputs.adapters, limits)
+    runner = DeviceRunner(parts, on_seated=drafts.prepare)
+    sampler = DeviceSampler(inputs.eos_token_ids, inputs.masks, parts, sampled, drafts)
+    runner.capture()
+    drafts.capture()
+    return ComputePath(
+        runner=runner,
+        sampler=sampler,
+        heads=drafts,
+        stepped_heads=None,
+        torch_threads=nullcontext,
+        is_asynchronous=decoder.device.type == "cuda",
+        graphs=parts.graphs,
+    )

@@ -1,0 +1,86 @@
+"""A step's layers over all of its rows, as one graph by bucket; what they leave behind lies in static buffers.
+
+Tiles of attention and of LoRA are cut on the device, from the rows that `StepRows` brought there. Owns these tiles,
+attention's scratch and the outputs: every row's hidden state, its token and the layers that heads read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels.lora_tiles import TILE_ROWS as LORA_TILE_ROWS
+from ...kernels.ragged_attention import attention_scratch
+from ...kernels.tiles import build_tiles_, max_tiles
+from ..kv_cache import KVCache
+from .buckets import Bucket, Buckets
+from .decoder import RowInputs, TritonDecoder
+from .graph_cache import GraphCache
+from .lora import DeviceAdapterSlots
+from .rows import StepRows
+
+
+class LayersPart:
+    """The layers of `decoder` over up to `max_rows` rows. `tables` [seats, N] int32 are the sequences' blocks."""
+
+    def __init__(
+        self,
+        decoder: TritonDecoder,
+        kv: KVCache,
+        rows: StepRows,
+        tables: torch.Tensor,
+        slots: DeviceAdapterSlots,
+        buckets: Buckets,
+        graphs: GraphCache,
+        max_rows: int,
+    ):
+        config, device, dtype = decoder.config, decoder.device, decoder.compute_dtype
+        self._decoder, self._kv, self._rows, self._tables = decoder, kv, rows, tables
+        self._slots, self._buckets, self._graphs = slots, buckets, graphs
+        self._attention_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
+        self._lora_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
+        self._residual = torch.zeros(max_rows, config.hidden_size, dtype=torch.float32, device=device)
+        self._scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor] | None] = {}
+        self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.hidden = torch.zeros(max_rows, config.hidden_size, dtype=dtype, device=device)  # [T, H], normed
+        self.tap_layers = (config.num_layers // 2,)  # what heads read unless they were trained otherwise
+        self.taps = self.hidden.new_zeros(len(self.tap_layers), *self.hidden.shape)  # [taps, T, H]
+
+    def run(self, bucket: Bucket, eager_reason: str | None = None) -> None:
+        """Queue the layers over the rows that were uploaded last."""
+        self._graphs.run(bucket, lambda: self._launch(bucket), eager_reason)
+
+    def _launch(self, bucket: Bucket) -> None:
+        num_rows, num_splits = bucket.num_rows, self._buckets.num_splits(bucket)
+        fields = self._rows.device(num_rows)
+        tiles = self._attention_tiles[: self._buckets.num_tiles(bucket)]
+        build_tiles_(tiles, fields["row_seats"], bucket.tile_rows)
+        lora = None
+        if bucket.num_segments:
+            lora_tiles = self._lora_tiles[: max_tiles(num_rows, LORA_TILE_ROWS, bucket.num_segments)]
+            build_tiles_(lora_tiles, fields["row_slots"], LORA_TILE_ROWS)
+            lora = self._slots.launches(lora_tiles, bucket.lora_groups)
+        rows = RowInputs(
+            tokens=fields["tokens"],
+            positions=fields["positions"],
+            slot_mapping=fields["slot_mapping"],
+            tiles=tiles,
+            tile_rows=bucket.tile_rows,
+            block_tables=self._tables,
+            block_size=self._rows.block_size,
+            split_len=fields["split_len"],
+            num_splits=num_splits,
+            scratch=self._attention_scratch(num_splits, num_rows),
+            lora=lora,
+        )
+        self.tokens[:num_rows].copy_(fields["tokens"])
+        taps = dict(zip(self.tap_layers, self.taps[:, :num_rows].unbind(0), strict=True))
+        self._decoder.forward_rows(rows, self._kv, self._residual[:num_rows], self.hidden[:num_rows], taps)
+
+    def _attention_scratch(self, num_splits: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        key = num_splits, num_rows
+        if key not in self._scratch:
+            config = self._decoder.config
+            self._scratch[key] = attention_scratch(
+                num_splits, num_rows, config.num_heads, config.head_dim, self._decoder.device
+            )
+        return self._scratch[key]

@@ -1,0 +1,64 @@
+"""What a step on CUDA is made of, built in the order in which one part reads the other.
+
+Inputs, layers and logits are queued by `DeviceRunner`; sampling (`DeviceSampler`) and drafts (`DeviceDrafts`) read what
+logits leave behind. All of them share the graphs, the seats of sequences and the slots of adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import UserError
+from ..kv_cache import KVCache
+from ..path import StepLimits
+from .buckets import Buckets, padded
+from .decoder import TritonDecoder
+from .graph_cache import GraphCache
+from .layers import LayersPart
+from .logits import LogitsPart
+from .lora import DeviceAdapterSlots
+from .rows import StepRows
+from .seats import Seats
+
+MAX_ROWS = 8192  # one program finds the tiles of all rows
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceParts:
+    """The parts that a step's two forwards, layers and logits, consist of."""
+
+    decoder: TritonDecoder
+    max_rows: int  # padded
+    slots: DeviceAdapterSlots
+    graphs: GraphCache
+    seats: Seats
+    buckets: Buckets
+    rows: StepRows
+    layers: LayersPart
+    logits: LogitsPart
+
+    @classmethod
+    def of(cls, decoder: TritonDecoder, kv: KVCache, limits: StepLimits, cuda_graphs: bool) -> DeviceParts:
+        """For steps within `limits`. Raises `UserError` for more rows than the kernels take."""
+        config, device = decoder.config, decoder.device
+        if limits.max_rows > MAX_ROWS:
+            raise UserError(
+                f"max_batched_tokens={limits.max_rows} is more than the {MAX_ROWS} rows that a step may have on CUDA",
+                param="max_batched_tokens",
+            )
+        max_rows = padded(limits.max_rows)
+        slots = DeviceAdapterSlots(
+            config,
+            device,
+            limits.max_adapters,
+            max_rows,
+            dtype=decoder.compute_dtype,
+            max_rank=limits.max_lora_rank,
+        )
+        graphs = GraphCache(device, cuda_graphs)
+        seats = Seats(limits.max_seqs, -(-limits.max_model_len // kv.block_size) + 1, device)
+        buckets = Buckets(config, device, slots, limits.max_seqs)
+        rows = StepRows(max_rows, kv.block_size, device)
+        layers = LayersPart(decoder, kv, rows, seats.tables, slots, buckets, graphs, max_rows)
+        logits = LogitsPart(decoder, layers, slots, graphs)
+        return cls(decoder, max_rows, slots, graphs, seats, buckets, rows, layers, logits)

@@ -1,0 +1,78 @@
+"""Places of sequences in the pool of prompts that heads on the device read: they are the runner's seats.
+
+A place holds a sequence's prompt and its copy pointer, which stands behind as many tokens as the heads have followed.
+One that is not up to date is taken anew, by the sequence as it is then. Owns that and which heads are on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ...adapters.lora import LoraAdapter
+from ...drafters.head_device import DeviceHeads
+from ...drafters.head_files import HeadError, LookaheadHeadFile
+from ...schedule.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Place:
+    """Who is on a seat: the pool's copy pointer stands behind `num_tokens` tokens of the sequence of that life."""
+
+    life: object
+    num_tokens: int
+
+
+class HeadPlaces:
+    """Brings sequences, and the heads that draft for them, to `heads` on `device`."""
+
+    def __init__(self, heads: DeviceHeads, device: torch.device):
+        self._heads, self._device = heads, device
+        self._places: dict[int, _Place] = {}  # by seat
+        self._known: dict[int, LookaheadHeadFile] = {}  # by id: heads that were added, or refused
+
+    def holds(self, seq: Sequence, seat: int) -> bool:
+        """Whether the seat's place is that of the sequence as it is now."""
+        place = self._places.get(seat)
+        return place is not None and place.life is seq.table_life and place.num_tokens == len(seq.tokens)
+
+    def take(self, seq: Sequence, seat: int, head: LookaheadHeadFile) -> None:
+        """Make the seat's place that of the sequence, unless it is so; nothing where its head cannot draft."""
+        if self.holds(seq, seat) or not self._is_known(head):
+            return
+        self._places.pop(seat, None)
+        if self._heads.add_sequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids):
+            self._places[seat] = _Place(seq.table_life, len(seq.tokens))
+
+    def followed(self, seat: int, num_tokens: int) -> None:
+        """The heads have followed the seat's sequence up to so many tokens."""
+        self._places[seat].num_tokens = num_tokens
+
+    def clear(self) -> None:
+        self._places = {}
+
+    def forget(self, adapters: Mapping[str, LoraAdapter]) -> None:
+        """Let go of heads that belong to none of `adapters`; nothing that runs names them."""
+        aheads = [adapter.lookahead for adapter in adapters.values()]
+        live = {id(ahead.head) for ahead in aheads if ahead is not None}
+        for key, head in list(self._known.items()):
+            if key not in live:
+                self._heads.forget(head)
+                del self._known[key]
+
+    def _is_known(self, head: LookaheadHeadFile) -> bool:
+        """Whether the head is on the device; one that does not fit there is refused, once, with the reason."""
+        if id(head) in self._known:
+            return self._heads.slot_of(head) >= 0
+        self._known[id(head)] = head
+        try:
+            self._heads.add_head(head)
+        except HeadError as error:
+            logger.warning("a lookahead head drafts nothing on %s: %s", self._device, error)
+            return False
+        return True

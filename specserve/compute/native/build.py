@@ -1,0 +1,61 @@
+"""Builds the native path: a model's tensors packed for the kernels of the CPU, and what runs steps of them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ...drafters.head_native import NativeHeadRunner
+from ...kernels.native import MODULES
+from ...kernels.packed import WeightFormat, pack
+from ...model.config import ModelConfig
+from ..decoder_weights import Weights
+from ..path import ComputePath, PathInputs
+from ..runner import ModelRunner
+from ..sampler import Sampler
+from .choice import NativeChoice
+from .decoder import NativeDecoder, NativeLayer, one_torch_thread
+
+logger = logging.getLogger(__name__)
+
+
+def build(config: ModelConfig, weights: Weights, native: NativeChoice) -> NativeDecoder:
+    form = _weight_format(weights.dtype, native.quantization)
+    embed = weights.embed()
+    layers = [_pack_layer(weights, idx, form) for idx in range(config.num_layers)]
+    lm_head = pack(weights.lm_head(embed), None, form)
+    norm = weights.norm("model.norm")
+    decoder = NativeDecoder(native.library, native.num_threads, config, embed, layers, norm, lm_head, weights.dtype)
+    logger.info(
+        "native CPU path: weights are %s, activations %s, %d threads", form, decoder.compute_dtype, native.num_threads
+    )
+    return decoder
+
+
+def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
+    heads = NativeHeadRunner(decoder.team)
+    return ComputePath(
+        runner=ModelRunner(decoder, inputs.kv, decoder.slots()),
+        sampler=Sampler(inputs.eos_token_ids, inputs.masks),
+        heads=heads,
+        stepped_heads=heads,
+        torch_threads=one_torch_thread,
+        is_asynchronous=False,
+    )
+
+
+def _weight_format(dtype: torch.dtype, quantization: str) -> WeightFormat:
+    """How weights of `dtype` are packed. int8 and int4 hold for the linears and the lm_head."""
+    if quantization != "none":
+        return quantization  # type: ignore[return-value]
+    return "bf16" if dtype == torch.bfloat16 else "f32"
+
+
+def _pack_layer(weights: Weights, idx: int, form: WeightFormat) -> NativeLayer:
+    base, modules = f"model.layers.{idx}", {}
+    for module in MODULES:
+        parent = "self_attn" if module in MODULES[:4] else "mlp"
+        weight, bias = weights.linear(f"{base}.{parent}.{module}")
+        modules[module] = pack(weight, bias, form)
+    return NativeLayer(modules, weights.layer_norms(idx))

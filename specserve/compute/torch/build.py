@@ -1,0 +1,48 @@
+"""Builds the torch path: a model's tensors as matrices that torch multiplies, and what runs steps of them."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+
+import torch
+
+from ...drafters.head_source import HeadRunner
+from ...kernels.linear import Linear, compute_dtype, packs_weights
+from ...model.config import ModelConfig
+from ..decoder_weights import Weights, fused_layers
+from ..path import ComputePath, PathInputs
+from ..runner import ModelRunner
+from ..sampler import Sampler
+from .decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+
+def build(config: ModelConfig, weights: Weights) -> Decoder:
+    activations = compute_dtype(weights.dtype, weights.device)
+    if packs_weights(weights.dtype, weights.device):
+        logger.info("this CPU has no fast %s products: weights are packed as fp16, arithmetic is fp32", weights.dtype)
+    else:
+        logger.info("weights and arithmetic are %s", weights.dtype)
+
+    def norm(value: torch.Tensor) -> torch.Tensor:
+        # 1 + weight is not representable in 16 bits, so Gemma's norms stay float32, as in transformers.
+        return value if config.norm_offset else value.to(activations)
+
+    embed = weights.embed()
+    lm_head = Linear(weights.lm_head(embed))
+    norms, layers = norm(weights.norm("model.norm")), fused_layers(config, weights, norm)
+    return Decoder(config, embed, layers, norms, lm_head, activations, weights.dtype)
+
+
+def make_path(decoder: Decoder, inputs: PathInputs) -> ComputePath:
+    heads = HeadRunner()
+    return ComputePath(
+        runner=ModelRunner(decoder, inputs.kv, decoder.slots()),
+        sampler=Sampler(inputs.eos_token_ids, inputs.masks),
+        heads=heads,
+        stepped_heads=heads,
+        torch_threads=nullcontext,
+        is_asynchronous=decoder.device.type == "cuda",
+    )
