@@ -31,9 +31,10 @@ from specserve.adapters.tensors import PARENT, module_shapes
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.loadgen.plan import pick_models
-from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from specserve.messages import GenerateRequest, SamplingParams, Speculation
 
 from . import common, options
+from .generation import generate
 from .tasks import BaseModel, read_prompts
 
 
@@ -170,27 +171,19 @@ def serve(
     chosen = pick_models(level.hashes, num, "zipf", zipf_exponent, str(round_idx))
     level.activate_s = 0.0
     rebuilds = getattr(engine.runner.slots, "num_rebuilds", 0)
-    sent = running = num_tokens = 0
-    start_s = time.perf_counter()
-    while sent < num or running:
-        while sent < num and running < batch:
-            prompt = prompts[(round_idx * num + sent) % len(prompts)]
+    requests = [
+        GenerateRequest(
+            f"{round_idx}-{idx}",
+            prompts[(round_idx * num + idx) % len(prompts)],
             # from half to one and a half of `tokens`: equal ones would end, and change adapters, all at once
-            max_tokens = tokens // 2 + 1 + (7 * sent) % tokens
-            sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-            engine.add_request(
-                GenerateRequest(
-                    f"{round_idx}-{sent}", prompt, sampling, adapter_hash=chosen[sent], speculation=Speculation("off")
-                )
-            )
-            sent += 1
-            running += 1
-        for event in engine.step():
-            if isinstance(event, RequestFailed):
-                raise RuntimeError(event.error.message)
-            num_tokens += len(event.token_ids)
-            running -= event.usage is not None
-    elapsed_s = time.perf_counter() - start_s
+            SamplingParams(max_tokens=tokens // 2 + 1 + (7 * idx) % tokens, temperature=0.0, ignore_eos=True),
+            adapter_hash=adapter,
+            speculation=Speculation("off"),
+        )
+        for idx, adapter in enumerate(chosen)
+    ]
+    outputs, elapsed_s = generate(engine, requests, batch)
+    num_tokens = sum(len(output.token_ids) for output in outputs)
     if not measured:
         level.distinct.clear()
     else:

@@ -12,7 +12,6 @@ read rate: the milliseconds of a step that only reads weights; drafts win by tak
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ import torch
 
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
-from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
+from specserve.messages import GenerateRequest, SamplingParams, Speculation, Usage
 
 from . import common, options
+from .generation import Output, generate
 from .tasks import BaseModel, chat_token_ids, read_prompts
 
 INSTRUCTION = "Convert this Debian control stanza to JSON. Answer with the JSON object only.\n\n"
@@ -46,48 +46,35 @@ class Figures:
     acceptance: list[float] = field(default_factory=list)  # of draft tokens; none drafted: not counted
 
 
-class Runner:
-    """Runs batches of tasks on one engine."""
+class Asker:
+    """Asks one engine for batches of tasks."""
 
     def __init__(self, engine: Engine, adapter_hash: str | None, num_tokens: int):
-        self.engine, self.adapter_hash, self.num_tokens = engine, adapter_hash, num_tokens
-        self._num_runs = 0
+        self.engine, self.adapter_hash = engine, adapter_hash
+        self._sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
 
-    def run(self, tasks: list[Task], way: str) -> tuple[float, list[list[int]], list[Usage]]:
-        """Seconds from submission to the last token, and each request's tokens and counts."""
-        self._num_runs += 1
-        sampling = SamplingParams(max_tokens=self.num_tokens, temperature=0.0)
-        mode = "auto" if way == "prediction" else way
-        tokens: list[list[int]] = [[] for _ in tasks]
-        usages: list[Usage] = []
-        start = time.perf_counter()
-        for idx, task in enumerate(tasks):
-            self.engine.add_request(
-                GenerateRequest(
-                    f"{self._num_runs}-{idx}",
-                    task.prompt,
-                    sampling,
-                    adapter_hash=self.adapter_hash,
-                    speculation=Speculation(mode=mode),
-                    prediction_token_ids=task.gold if way == "prediction" else [],
-                )
+    def ask(self, tasks: list[Task], way: str) -> tuple[list[Output], float]:
+        """All tasks at once: their outputs and the seconds until the last token."""
+        requests = [
+            GenerateRequest(
+                str(idx),
+                task.prompt,
+                self._sampling,
+                adapter_hash=self.adapter_hash,
+                speculation=Speculation("auto" if way == "prediction" else way),  # type: ignore[arg-type]
+                prediction_token_ids=task.gold if way == "prediction" else [],
             )
-        while self.engine.has_work():
-            for event in self.engine.step():
-                if isinstance(event, RequestFailed):
-                    raise click.ClickException(event.error.message)
-                tokens[int(event.request_id.split("-")[1])] += event.token_ids
-                if event.usage is not None:
-                    usages.append(event.usage)
-        return time.perf_counter() - start, tokens, usages
+            for idx, task in enumerate(tasks)
+        ]
+        return generate(self.engine, requests, len(tasks))
 
 
-def measure(runner: Runner, tasks: list[Task], batch: int, rounds: int) -> dict[str, Figures]:
+def measure(asker: Asker, tasks: list[Task], batch: int, rounds: int) -> dict[str, Figures]:
     """Interleaved rounds over all tasks, `batch` at a time; ends the bench where the ways' tokens differ."""
     groups = [tasks[first : first + batch] for first in range(0, len(tasks), batch)]
     figures = {way: Figures() for way in WAYS}
     for way in WAYS:
-        runner.run(groups[0], way)  # warm-up
+        asker.ask(groups[0], way)  # warm-up
     for round_idx in range(rounds):
         seconds = dict.fromkeys(WAYS, 0.0)
         usages: dict[str, list[Usage]] = {way: [] for way in WAYS}
@@ -95,9 +82,10 @@ def measure(runner: Runner, tasks: list[Task], batch: int, rounds: int) -> dict[
             turn = (round_idx + group_idx) % len(WAYS)
             tokens = {}
             for way in WAYS[turn:] + WAYS[:turn]:
-                elapsed, tokens[way], counts = runner.run(group, way)
+                outputs, elapsed = asker.ask(group, way)
                 seconds[way] += elapsed
-                usages[way] += counts
+                tokens[way] = [output.token_ids for output in outputs]
+                usages[way] += [output.usage for output in outputs]
             for way in WAYS[1:]:
                 check_equal(tokens["off"], tokens[way], way, batch)
         for way in WAYS:
@@ -158,14 +146,14 @@ def main(
         for row in read_prompts("control2json")[:prompts]
     ]
     adapter_hash = engine.load_adapter("task", adapter).content_hash if adapter else None
-    runner = Runner(engine, adapter_hash, tokens)
+    asker = Asker(engine, adapter_hash, tokens)
     print(
         f"\n{'batch':>5}  {'drafts':<10} {'tokens/s':>9} {'min-max':>15} {'x off':>6} {'min-max':>11} "
         f"{'tokens/step':>11}"
     )
     cells: list[dict[str, Any]] = []
     for size in batch:
-        figures = measure(runner, tasks, size, rounds)
+        figures = measure(asker, tasks, size, rounds)
         for way, figure in figures.items():
             speed, steps = common.spread(figure.tokens_per_s), common.spread(figure.tokens_per_step)
             pairs = zip(figure.tokens_per_s, figures["off"].tokens_per_s, strict=True)

@@ -18,12 +18,13 @@ import click
 
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
-from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from specserve.messages import GenerateRequest, SamplingParams, Speculation
 from specserve.training.data.dataset import Example
 from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.task_metrics import task_metrics
 
 from . import common, options
+from .generation import generate
 from .tasks import BaseModel
 
 FORMATS = ("none", "int8", "int4")
@@ -32,23 +33,17 @@ BITS = {"none": 16, "int8": 8 + 32 / 64, "int4": 4 + 32 / 32}  # with the scale 
 
 def mean_log_prob(engine: Engine, adapter: str | None, examples: list[Example]) -> float:
     """Mean log-probability of the completions' tokens, teacher forced."""
-    total, num_tokens = 0.0, 0
-    for idx, example in enumerate(examples):
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        request = GenerateRequest(
-            f"score-{idx}", example.tokens, sampling, adapter_hash=adapter, cache_salt=f"{idx}",
-            speculation=Speculation("off", 1),
-        )  # fmt: skip
-        engine.add_request(request)
-        while engine.has_work():
-            for event in engine.step():
-                if isinstance(event, RequestFailed):
-                    raise click.ClickException(event.error.message)
-                if event.prompt_logprobs is not None:
-                    scores = event.prompt_logprobs[len(example.prompt) :]
-                    total += sum(score.logprob for score in scores if score is not None)
-                    num_tokens += len(scores)
-    return total / num_tokens
+    requests = [
+        GenerateRequest(
+            f"score-{idx}", example.tokens, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0),
+            adapter_hash=adapter, cache_salt=f"{idx}", speculation=Speculation("off", 1),
+        )
+        for idx, example in enumerate(examples)
+    ]  # fmt: skip
+    outputs, _ = generate(engine, requests, batch=1)
+    pairs = zip(outputs, examples, strict=True)
+    scores = [score for output, example in pairs for score in output.prompt_logprobs[len(example.prompt) :]]
+    return sum(score.logprob for score in scores if score is not None) / len(scores)
 
 
 @click.command(help=__doc__.partition("\n")[0])

@@ -15,11 +15,10 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,60 +27,61 @@ import jsonschema
 
 from specserve.drafters.grammar_source import GrammarSource
 from specserve.engine.engine import Engine
-from specserve.messages import Delta, GenerateRequest, GrammarSpec, SamplingParams
+from specserve.messages import GenerateRequest, GrammarSpec, SamplingParams
 from specserve.training.evaluation.answers import make_engine
 
 from . import common, options
+from .generation import Output, generate
 from .tasks import BaseModel
 
 WAYS = ("free", "grammar", "no spans")
 FILES = {"adapter_config.json", "adapter_model.safetensors"}  # of a LoRA alone
 
 
-@dataclass(slots=True)
-class Run:
+@dataclass(frozen=True, slots=True)
+class Pass:
     """One pass over the prompts of a case."""
 
-    texts: list[str]
-    finished: list[bool]  # ended by itself
-    seconds: float = 0.0
-    mask_seconds: float = 0.0
-    num_tokens: int = 0
-    num_forwards: int = 0
-    accepted_by_source: Counter[str] = field(default_factory=Counter)
+    outputs: list[Output]
+    seconds: float
+    mask_seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        return [output.text for output in self.outputs]
 
     @property
     def rate(self) -> float:
-        return self.num_tokens / self.seconds
+        return sum(output.usage.completion_tokens for output in self.outputs) / self.seconds
+
+    @property
+    def tokens_per_forward(self) -> float:
+        usages = [output.usage for output in self.outputs]
+        return sum(usage.completion_tokens for usage in usages) / sum(usage.num_forwards for usage in usages)
+
+    @property
+    def accepted_by_source(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for output in self.outputs:
+            total.update(output.usage.accepted_by_source)
+        return total
 
 
-def generate(
+def answer_all(
     engine: Engine, key: str, prompts: Sequence[list[int]], spec: GrammarSpec | None, batch: int, max_tokens: int,
     temperature: float = 0.0,
-) -> Run:  # fmt: skip
+) -> Pass:  # fmt: skip
     """Answer all prompts, `batch` at a time."""
-    run = Run([""] * len(prompts), [False] * len(prompts))
-    waiting, start, masks = list(range(len(prompts)))[::-1], time.perf_counter(), engine.masks.seconds
-    num_running = 0
-    while waiting or engine.has_work():
-        while waiting and num_running < batch:
-            idx, num_running = waiting.pop(), num_running + 1
-            sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=idx)
-            engine.add_request(
-                GenerateRequest(str(idx), prompts[idx], sampling, adapter_hash=key, cache_salt="", grammar=spec)
-            )
-        for event in engine.step():
-            if not isinstance(event, Delta):
-                raise RuntimeError(event.error.message)
-            run.texts[int(event.request_id)] += event.text
-            if event.usage is not None:
-                num_running -= 1
-                run.finished[int(event.request_id)] = event.finish_reason == "stop"
-                run.num_tokens += event.usage.completion_tokens
-                run.num_forwards += event.usage.num_forwards
-                run.accepted_by_source.update(event.usage.accepted_by_source)
-    run.seconds, run.mask_seconds = time.perf_counter() - start, engine.masks.seconds - masks
-    return run
+    requests = [
+        GenerateRequest(
+            str(idx), prompt, SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=idx),
+            adapter_hash=key, cache_salt="", grammar=spec,
+        )
+        for idx, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    before = engine.masks.seconds
+    outputs, seconds = generate(engine, requests, batch)
+    return Pass(outputs, seconds, engine.masks.seconds - before)
 
 
 @contextmanager
@@ -96,19 +96,19 @@ def spans_drafted(way: str) -> Iterator[None]:
         GrammarSource.peek = peek  # type: ignore[method-assign]
 
 
-def check(run: Run, schema: Any) -> dict[str, int]:
+def check(made: Pass, schema: Any) -> dict[str, int]:
     """How many outputs satisfy the schema; an invalid one is printed."""
     counts = {"valid": 0, "out_of_tokens": 0, "invalid": 0}
-    for text, finished in zip(run.texts, run.finished, strict=True):
-        if not finished:
+    for output in made.outputs:
+        if output.finish_reason != "stop":
             counts["out_of_tokens"] += 1
             continue
         try:
-            jsonschema.validate(json.loads(text), schema)
+            jsonschema.validate(json.loads(output.text), schema)
             counts["valid"] += 1
         except (ValueError, jsonschema.ValidationError) as error:
             counts["invalid"] += 1
-            click.echo(f"invalid: {text[:300]!r}: {error}")
+            click.echo(f"invalid: {output.text[:300]!r}: {error}")
     return counts
 
 
@@ -150,7 +150,7 @@ def main(
                 figures[name] = measure(engine, key, prompts[:rows], spec, rules, size, rounds, max_tokens)
                 click.echo(f"{name}: {figures[name]}")
         for temperature in (0.0, 1.0) if valid_rows else ():
-            made = generate(engine, full, prompts[:valid_rows], spec, max(batch), max_tokens, temperature)
+            made = answer_all(engine, full, prompts[:valid_rows], spec, max(batch), max_tokens, temperature)
             name = f"{path.name}, temperature {temperature:g}"
             valid[name] = check(made, rules)
             click.echo(f"{name}: {valid[name]}")
@@ -162,11 +162,11 @@ def measure(
     engine: Engine, key: str, prompts: list[list[int]], spec: GrammarSpec, rules: Any, batch: int, rounds: int,
     max_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
-    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    runs: dict[str, list[Pass]] = {way: [] for way in WAYS}
     for round_idx in range(-1, rounds):  # the first warms up what is learned, and does not count
         for way in WAYS if round_idx % 2 else WAYS[::-1]:
             with spans_drafted(way):
-                run = generate(engine, key, prompts, None if way == "free" else spec, batch, max_tokens)
+                run = answer_all(engine, key, prompts, None if way == "free" else spec, batch, max_tokens)
             if round_idx >= 0:
                 runs[way].append(run)
     same = [a == b for a, b in zip(runs["free"][0].texts, runs["grammar"][0].texts, strict=True)]
@@ -187,7 +187,7 @@ def measure(
         "ways": {
             way: {
                 "tokens_per_s": round(statistics.median(run.rate for run in own), 1),
-                "tokens_per_forward": round(own[-1].num_tokens / own[-1].num_forwards, 3),
+                "tokens_per_forward": round(own[-1].tokens_per_forward, 3),
                 "accepted_by_source": dict(own[-1].accepted_by_source),
             }
             for way, own in runs.items()
@@ -195,7 +195,7 @@ def measure(
     }
 
 
-def check_quietly(run: Run, rules: Any) -> float:
+def check_quietly(run: Pass, rules: Any) -> float:
     """Share of outputs that satisfy the schema."""
     num = 0
     for text in run.texts:

@@ -13,9 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from specserve.model.store import resolve_model
-
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from specserve.model.store import DEFAULT_MODEL, resolve_model
+from specserve.training.lora_model import LINEARS
 
 
 @click.command(help=__doc__.partition("\n")[0])
@@ -23,12 +22,12 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the folders go.")
 @click.option("--num", type=click.IntRange(1), default=8, show_default=True, help="How many adapters.")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--modules", default=",".join(MODULES), show_default=True, help="Linear layers that get LoRA.")
+@click.option("--modules", default=",".join(LINEARS), show_default=True, help="Linear layers that get LoRA.")
 @click.option("--std", type=float, default=0.02, show_default=True, help="Standard deviation of B.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(model: str, out: Path, num: int, rank: int, modules: str, std: float, seed: int) -> None:
     base = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=torch.bfloat16)
-    base.name_or_path = model or "HuggingFaceTB/SmolLM2-135M-Instruct"  # PEFT writes it into adapter_config.json
+    base.name_or_path = model or f"HuggingFaceTB/{DEFAULT_MODEL.name}"  # PEFT writes it down
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=modules.split(","))
     peft_model = get_peft_model(base, config)
     matrices = {name: weight for name, weight in peft_model.named_parameters() if "lora_" in name}
