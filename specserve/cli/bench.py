@@ -74,7 +74,7 @@ def offline(
             for mode in modes:
                 if profile is not None:
                     profile.start()
-                figures = _run(engine, prompt, size, mode, hashes, config.max_draft_tokens, max_tokens, round_idx)
+                figures = _rates(engine, prompt, size, mode, hashes, config.max_draft_tokens, max_tokens, round_idx)
                 if profile is not None and trace is not None and round_idx == rounds:
                     profiles[f"batch {size}, drafts {mode}"] = profile.summary()
                     click.echo(f"batch {size}, drafts {mode}\n{profile.table()}\n")
@@ -120,7 +120,7 @@ def memory_bandwidth(device: str) -> float:
     return data.nbytes / best_s
 
 
-def _run(
+def _rates(
     engine: "Engine",
     prompt: list[int],
     size: int,

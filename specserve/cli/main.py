@@ -31,10 +31,10 @@ Config = TypeVar("Config", bound=EngineConfig)
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    sys.exit(exit_code_of(sys.argv[1:] if argv is None else argv))
 
 
-def run(argv: Sequence[str]) -> int:
+def exit_code_of(argv: Sequence[str]) -> int:
     """Run a command line and return its exit code; prints errors, raises nothing unless debugging is on."""
     debug = "--debug" in argv or os.environ.get(DEBUG_ENV, "0") not in ("", "0")
     try:
@@ -65,7 +65,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def debug_option(command: Command) -> Command:
-    """--debug on every command; `run` looks for it itself, as it must also hold for errors in parsing."""
+    """--debug on every command; `exit_code_of` looks for it itself, as it must also hold for errors in parsing."""
     return click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")(command)
 
 

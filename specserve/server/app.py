@@ -78,7 +78,7 @@ class Server:
         add_routes(app, {**own, **OpenAIRoutes(generator).handlers(), **LoraxRoutes(generator).handlers()})
         return app
 
-    async def run(self, on_ready: Callable[[str], None], stop: asyncio.Event) -> None:
+    async def serve_until(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
         """Serve until `stop` is set, then drain. Raises `UserError` when the model or the port is unusable."""
         listener = bind(self.config.host, self.config.port)
         runner: web.AppRunner | None = None
@@ -196,7 +196,7 @@ def serve(config: ServeConfig) -> None:
 
     async def main() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        task = asyncio.ensure_future(server.run(announce, stop))
+        task = asyncio.ensure_future(server.serve_until(stop, announce))
 
         def on_signal() -> None:
             if stop.is_set() or server.engine.state == "starting":

@@ -92,7 +92,7 @@ async def churn(run: Run, server: Server, changer: Changer, num_callers: int, nu
                 task.cancel()
     await asyncio.sleep(2.0)  # connections that we closed
     after = num_handles(server.pid), num_handles(server.engine_pid() or 0)
-    life = watch.longest_engine_life()
+    engine_memory = watch.longest_engine_memory()
     return {
         "changes": dict(changer.counts.most_common()),
         "disturbances": dict(trouble.counts),
@@ -101,7 +101,7 @@ async def churn(run: Run, server: Server, changer: Changer, num_callers: int, nu
         "faults_of_the_quiet_pass": len(run.faults) - before,
         "not_given_back": left,
         "more_handles": {"server": after[0] - handles[0], "engine": after[1] - handles[1]},
-        "memory": {"server": watch.server_life.growth(), "engine": life.growth()},
+        "memory": {"server": watch.server_memory.growth(), "engine": engine_memory.growth()},
     }
 
 

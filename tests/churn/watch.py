@@ -102,7 +102,7 @@ def num_handles(pid: int) -> int:
 
 
 @dataclass(slots=True)
-class Life:
+class MemoryTrace:
     """Memory of one process over its age; `adapters_mib` is what it says that its adapters take."""
 
     samples: list[tuple[float, float, float]] = field(default_factory=list)  # age in s, RSS, adapters_mib
@@ -112,7 +112,7 @@ class Life:
         return self.samples[-1][0] if self.samples else 0.0
 
     def growth(self) -> dict[str, float] | None:
-        """Slope of RSS without adapters after the warm-up: three minutes, or a third of a shorter life."""
+        """Slope of RSS without adapters after the warm-up: three minutes, or a third of less age."""
         warm = [(age, rss - held) for age, rss, held in self.samples if age > min(180.0, self.age_s / 3)]
         if len(warm) < 10:
             return None
@@ -135,8 +135,8 @@ class Watch:
     server: Server
     asked: set[int] = field(default_factory=set)
     unasked: list[dict[str, float]] = field(default_factory=list)
-    server_life: Life = field(default_factory=Life)
-    engine_lives: dict[int, Life] = field(default_factory=dict)
+    server_memory: MemoryTrace = field(default_factory=MemoryTrace)
+    engine_memory: dict[int, MemoryTrace] = field(default_factory=dict)
     _born: dict[int, float] = field(default_factory=dict)
 
     async def follow(self, started: float) -> None:
@@ -157,15 +157,15 @@ class Watch:
             pid = self.server.engine_pid()
             metrics = await self.server.metrics(session)
             held = metrics.get("engine_adapter_bytes")
-            self._add(self.server_life, self.server.pid, 0.0)
+            self._add(self.server_memory, self.server.pid, 0.0)
             if pid is not None and held is not None and pid == self.server.engine_pid():
-                self._add(self.engine_lives.setdefault(pid, Life()), pid, held / MIB)
+                self._add(self.engine_memory.setdefault(pid, MemoryTrace()), pid, held / MIB)
             await asyncio.sleep(interval_s)
 
-    def _add(self, life: Life, pid: int, held_mib: float) -> None:
+    def _add(self, memory: MemoryTrace, pid: int, held_mib: float) -> None:
         rss, now = rss_mib(pid), time.monotonic()
         if rss is not None:
-            life.samples.append((now - self._born.setdefault(pid, now), rss, held_mib))
+            memory.samples.append((now - self._born.setdefault(pid, now), rss, held_mib))
 
-    def longest_engine_life(self) -> Life:
-        return max(self.engine_lives.values(), key=lambda life: life.age_s, default=Life())
+    def longest_engine_memory(self) -> MemoryTrace:
+        return max(self.engine_memory.values(), key=lambda memory: memory.age_s, default=MemoryTrace())

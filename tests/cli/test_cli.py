@@ -51,7 +51,7 @@ def adapters_dir(model_dir, tmp_path_factory) -> Path:
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
-    code = cli.run(argv)
+    code = cli.exit_code_of(argv)
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -95,7 +95,7 @@ def test_help_never_shows_a_key(capsys, monkeypatch):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from specserve.cli.main import run; run(['serve', '--help']); "
+        "import sys; from specserve.cli.main import exit_code_of; exit_code_of(['serve', '--help']); "
         "sys.exit(', '.join({'torch', 'transformers', 'triton', 'gguf', 'yaml', 'aiohttp'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -196,10 +196,10 @@ def test_a_bug_of_ours_is_one_line_unless_debugging(capsys, monkeypatch):
     code, _, err = run(capsys, "serve")
     assert code == 1 and err.count("\n") == 1 and "internal error" in err and "ZeroDivisionError: oops" in err
     with pytest.raises(ZeroDivisionError):
-        cli.run(["serve", "--debug"])
+        cli.exit_code_of(["serve", "--debug"])
     monkeypatch.setenv("SPECSERVE_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
-        cli.run(["serve"])
+        cli.exit_code_of(["serve"])
 
 
 def test_interrupting_is_quiet(capsys, monkeypatch):

@@ -27,7 +27,7 @@ from specserve.loadgen.report import level_figures
 
 
 def run(capsys, *argv: object) -> tuple[int, str, str]:
-    code = cli.run([str(value) for value in argv])
+    code = cli.exit_code_of([str(value) for value in argv])
     out, err = capsys.readouterr()
     return code, out, err
 

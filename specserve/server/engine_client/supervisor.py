@@ -62,7 +62,7 @@ class EngineSupervisor:
         """Start the first process and wait for its model; raises the `UserError` that says why it cannot serve."""
         self.state = "starting"
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run(started))
+        self._task = asyncio.create_task(self._keep_running(started))
         await started
 
     async def stop(self) -> None:
@@ -95,7 +95,7 @@ class EngineSupervisor:
             raise EngineDeadError(f"the engine is not running ({self._problem or self.state}); retry shortly")
         return self._link
 
-    async def _run(self, started: asyncio.Future[None]) -> None:
+    async def _keep_running(self, started: asyncio.Future[None]) -> None:
         num_failures = 0
         while True:
             served_s = 0.0
