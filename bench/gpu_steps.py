@@ -20,6 +20,7 @@ import torch
 from specserve.adapters.lora import GROUPS, LoraAdapter
 from specserve.adapters.tensors import module_shapes
 from specserve.compute.cuda.build import build
+from specserve.compute.cuda.graph_cache import GraphCache
 from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.compute.kv_cache import KVCache
@@ -97,7 +98,7 @@ class Steps:
             max_rows=512, max_seqs=num_seqs, max_model_len=context + 64,
             max_adapters=max(1, num_seqs), max_lora_rank=RANK, max_draft_tokens=1,
         )  # fmt: skip
-        self.runner = DeviceRunner(DeviceParts.of(self.decoder, kv, limits, cuda_graphs=True))
+        self.runner = DeviceRunner(DeviceParts.of(self.decoder, kv, limits, GraphCache(self.decoder.device, True)))
         self._context = context
         self.weight_bytes = sum(p.nbytes for p in _tensors(self.decoder))
 

@@ -26,9 +26,9 @@ from ..compute.cuda.choice import choose_triton
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
-from ..compute.loader import load_model, make_path
+from ..compute.loader import AnyDecoder, load_model, make_path
 from ..compute.native.choice import choose_native
-from ..compute.path import PathInputs, StepLimits
+from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..compute.sampler import token_logprobs
 from ..compute.step_output import StepOutput
 from ..config import EngineConfig
@@ -87,10 +87,15 @@ class Engine:
     """Serves one base model and any number of its LoRAs.
 
     `model_dir` is a local Hugging Face directory. Raises `ModelError` when it cannot be served and `UserError` for
-    settings that do not fit the model.
+    settings that do not fit the model. `make_path` gives what computes, if it shall not be the loaded model itself.
     """
 
-    def __init__(self, config: EngineConfig, model_dir: Path):
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_dir: Path,
+        make_path: Callable[[AnyDecoder, PathInputs], ComputePath] = make_path,
+    ):
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         device = choose_device(config)

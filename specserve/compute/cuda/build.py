@@ -15,6 +15,7 @@ from ..decoder_weights import Weights, fused_layers
 from ..path import ComputePath, PathInputs
 from .decoder import TritonDecoder
 from .drafts import DeviceDrafts
+from .graph_cache import GraphCache
 from .parts import DeviceParts
 from .runner import DeviceRunner
 from .sampler import DeviceSampler, SampledTokens
@@ -34,7 +35,7 @@ def build(config: ModelConfig, weights: Weights) -> TritonDecoder:
 
 def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
     limits = inputs.limits
-    parts = DeviceParts.of(decoder, inputs.kv, limits, inputs.cuda_graphs)
+    parts = DeviceParts.of(decoder, inputs.kv, limits, GraphCache(decoder.device, inputs.cuda_graphs))
     sampled = SampledTokens(parts.logits.picked_tokens.shape[0], decoder.device)
     drafts = DeviceDrafts(parts, sampled.tokens, inputs.adapters, limits)
     runner = DeviceRunner(parts, on_seated=drafts.prepare)

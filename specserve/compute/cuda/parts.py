@@ -38,7 +38,7 @@ class DeviceParts:
     logits: LogitsPart
 
     @classmethod
-    def of(cls, decoder: TritonDecoder, kv: KVCache, limits: StepLimits, cuda_graphs: bool) -> DeviceParts:
+    def of(cls, decoder: TritonDecoder, kv: KVCache, limits: StepLimits, graphs: GraphCache) -> DeviceParts:
         """For steps within `limits`. Raises `UserError` for more rows than the kernels take."""
         config, device = decoder.config, decoder.device
         if limits.max_rows > MAX_ROWS:
@@ -55,7 +55,6 @@ class DeviceParts:
             dtype=decoder.compute_dtype,
             max_rank=limits.max_lora_rank,
         )
-        graphs = GraphCache(device, cuda_graphs)
         seats = Seats(limits.max_seqs, -(-limits.max_model_len // kv.block_size) + 1, device)
         buckets = Buckets(config, device, slots, limits.max_seqs)
         rows = StepRows(max_rows, kv.block_size, device)

@@ -1,0 +1,238 @@
+"""How long does a device that runs by itself wait for the host between two steps, and what does the host do then?
+
+The real engine, from its scheduler to encoded events, on a stand-in device (`stand_in_device.py`) that takes --step-ms
+and --row-us a step in the background. Sequences of three adapters, as many as given at any time, say what their tasks'
+held-out answers say; heads guess right at --head-rate. Printed for each case: idle time of the device between steps
+(`gap`), the host's time in it and beside the device's, and microseconds a sequence by phase. No GPU is needed, none is
+used.
+
+    python -m bench.host_path [--sequences 1,8,32,128,256] [--cases off,heads,all,grammar,stop,logprobs]
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from specserve.compute.sampler import token_logprobs
+from specserve.config import EngineConfig
+from specserve.drafters.protocol import DraftSource
+from specserve.engine import engine as engine_module
+from specserve.engine.engine import Engine, Event
+from specserve.frames import encode_frame
+from specserve.messages import (
+    Delta,
+    GenerateRequest,
+    GrammarSpec,
+    RequestFailed,
+    SamplingParams,
+    Speculation,
+    TokenLogprobs,
+)
+from specserve.model.config import ModelConfig
+
+from . import common, options
+from .stand_in_device import DeviceTimes, Script, StandIn
+from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn
+
+CASES = ("off", "heads", "all", "grammar", "stop", "logprobs")
+PHASES = ("schedule", "propose", "fill", "sample", "commit", "events")
+MAX_TOKENS = 160
+ROWS_OF_A_TASK = 64
+FEW_LOGITS = 1024
+
+
+@dataclass(slots=True)
+class Clocks:
+    """Seconds of the host by phase, of one step after the other; nested phases are no part of the outer one's."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    _open: list[float] = field(default_factory=list)
+
+    def around(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._open.append(0.0)
+            start = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                elapsed = time.perf_counter() - start
+                self.seconds[name] += elapsed - self._open.pop()
+                if self._open:
+                    self._open[-1] += elapsed
+
+        return timed
+
+
+class Bench:
+    """One engine on a stand-in device, measured case by case."""
+
+    def __init__(self, base: BaseModel, times: DeviceTimes, head_rate: float, most: int):
+        os.environ["TRITON_INTERPRET"] = "1"  # the CUDA path's parts on a CPU; nothing is launched
+        self.script = Script(head_rate, base_vocab(base.path))
+        self.stand_in = StandIn(times, self.script)
+        config = EngineConfig(
+            model=str(base.path),
+            device="cpu",
+            kernels="triton",
+            max_num_seqs=most,
+            max_waiting=100_000,
+            max_model_len=2048,
+            kv_cache_gib=0.03 * most + 0.1,
+        )
+        self.engine = Engine(config, base.path, self.stand_in.make_path)  # type: ignore[arg-type]
+        hashes = [self.engine.load_adapter(task, demo_adapter(task)).content_hash for task in DEMO_TASKS]
+        examples = [base.examples(demo_rows(task), ROWS_OF_A_TASK) for task in DEMO_TASKS]
+        self._answers = (
+            (hashes[idx], example.prompt, [t for t in example.completion if t not in base.eos])
+            for idx, example in in_turn(examples)
+        )
+        self._ids = itertools.count()
+        self._sources = self.engine.proposer.drafters_for
+        self.clocks = Clocks()
+        engine, around = self.engine, self.clocks.around
+        engine.scheduler.schedule = around("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
+        engine.proposer.propose = around("propose", engine.proposer.propose)  # type: ignore[method-assign]
+        engine.runner.run = around("fill", engine.runner.run)  # type: ignore[method-assign]
+        engine.sampler.sample = around("sample", engine.sampler.sample)  # type: ignore[method-assign]
+        engine_module.token_logprobs = few_logprobs  # type: ignore[assignment]
+        self._step = around("commit", engine.step)
+        self._encode = around("events", encode_events)
+
+    def run(self, case: str, num: int, num_steps: int) -> dict[str, Any]:
+        """`num_steps` steps of `num` sequences that decode, after a tenth as many that are not counted."""
+        self.engine.proposer.drafters_for = (  # type: ignore[method-assign]
+            self._only_heads if case == "heads" else self._sources
+        )
+        held: list[Event] = []
+        figures: dict[str, Any] = {}
+        left = num_steps + max(10, num_steps // 10)
+        tokens = 0
+        while left:
+            while len(self.engine.scheduler.running) + len(self.engine.scheduler.waiting) < num:
+                self._add(case)
+            if left == num_steps and not figures:
+                figures = self._begin()
+                tokens = 0
+            events = self._step(lambda events=held: self._encode(events))
+            held = events
+            tokens += sum(len(event.token_ids) for event in events if isinstance(event, Delta))
+            if failed := next((event for event in events if isinstance(event, RequestFailed)), None):
+                raise click.ClickException(f"a request failed: {failed.error.message}")
+            left -= 1
+        result = self._end(figures, num, num_steps, tokens)
+        for request_id in [seq.request_id for seq in self.engine.scheduler.sequences()]:
+            self.engine.abort(request_id)
+        return result
+
+    def _begin(self) -> dict[str, Any]:
+        clock = self.stand_in.clock
+        clock.idle_s, clock.waited_s, self.stand_in.own_s = [], 0.0, 0.0
+        self.clocks.seconds.update(dict.fromkeys(PHASES, 0.0))
+        return {"start": time.perf_counter()}
+
+    def _end(self, figures: dict[str, Any], num: int, num_steps: int, tokens: int) -> dict[str, Any]:
+        clock, own_s = self.stand_in.clock, self.stand_in.own_s
+        seconds = time.perf_counter() - figures["start"] - own_s
+        phases = dict(self.clocks.seconds)
+        phases["sample"] -= clock.waited_s + own_s
+        host_s, gap_s = sum(phases.values()), sum(clock.idle_s)
+        return {
+            "gap_ms": round(1e3 * statistics.median(clock.idle_s), 3),
+            "mean_gap_ms": round(1e3 * gap_s / num_steps, 3),
+            "host_ms": round(1e3 * host_s / num_steps, 3),
+            "overlapped_ms": round(1e3 * max(0.0, host_s - gap_s) / num_steps, 3),
+            "host_us_per_seq": round(1e6 * host_s / num_steps / num, 1),
+            "us_per_seq": {name: round(1e6 * s / num_steps / num, 1) for name, s in phases.items()},
+            "tokens_per_step": round(tokens / num_steps, 1),
+            "tokens_per_s": round(tokens / seconds),
+        }
+
+    def _add(self, case: str) -> None:
+        adapter_hash, prompt, answer = next(self._answers)
+        request_id = f"{case}-{next(self._ids)}"
+        self.script.tokens[request_id] = answer
+        sampling = SamplingParams(
+            max_tokens=MAX_TOKENS,
+            temperature=0.0,
+            ignore_eos=True,
+            stop=["\n\n\n\n"] if case == "stop" else [],
+            logprobs=5 if case == "logprobs" else None,
+        )
+        self.engine.add_request(
+            GenerateRequest(
+                request_id,
+                prompt,
+                sampling,
+                adapter_hash=adapter_hash,
+                speculation=Speculation(mode="off" if case in ("off", "stop", "logprobs") else "auto"),
+                grammar=GrammarSpec("regex", r"(?s:.*)") if case == "grammar" else None,
+            )
+        )
+
+    def _only_heads(self, request: GenerateRequest) -> list[DraftSource]:
+        return [source for source in self._sources(request) if source.source == "head"]
+
+
+def few_logprobs(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """As the sampler's, of a few of the vocabulary: on a device the rest would not be the host's time."""
+    return token_logprobs(logits[:, :FEW_LOGITS], [token % FEW_LOGITS for token in tokens], num_top)
+
+
+def base_vocab(path: Path) -> int:
+    return ModelConfig.from_dir(path).vocab_size
+
+
+def encode_events(events: list[Event]) -> int:
+    """What the engine's process does with events; the bytes of them."""
+    return sum(len(encode_frame(event)) for event in events)
+
+
+def measure(bench: Bench, cases: list[str], sequences: list[int], num_steps: int) -> Iterator[tuple[str, int, dict]]:
+    for case, num in itertools.product(cases, sequences):
+        yield case, num, bench.run(case, num, num_steps)
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@options.model
+@options.numbers("--sequences", "1,8,32,128,256")
+@click.option("--cases", default=",".join(CASES), show_default=True, help="Of what is measured.")
+@options.at_least(10, "--steps", 100, "Steps that count, in each case.")
+@click.option("--step-ms", default=1.3, show_default=True, help="What a step takes on the device.")
+@click.option("--row-us", default=2.0, show_default=True, help="What each row adds to it.")
+@click.option("--head-rate", default=0.8, show_default=True, help="How often a head's guess is right.")
+@options.save("host_path", default=False)
+def main(
+    model: str, sequences: list[int], cases: str, steps: int, step_ms: float, row_us: float, head_rate: float,
+    save: bool,
+) -> None:  # fmt: skip
+    chosen = cases.split(",")
+    if unknown := sorted(set(chosen) - set(CASES)):
+        raise click.UsageError(f"--cases has {', '.join(unknown)}; there are {', '.join(CASES)}")
+    run = common.start("host_path", "torch")
+    base = BaseModel.load(model)
+    times = DeviceTimes(step_ms / 1e3, row_us / 1e6)
+    click.echo(f"floor: a step of the device takes {step_ms} ms and {row_us} us a row; no gap is the aim")
+    bench = Bench(base, times, head_rate, max(sequences))
+    figures: dict[str, dict[int, Any]] = {}
+    for case, num, found in measure(bench, chosen, sequences, steps):
+        figures.setdefault(case, {})[num] = found
+        click.echo(
+            f"{case:>9} x {num:<4} gap {found['gap_ms']:7.3f} ms  host {found['host_us_per_seq']:7.1f} us a sequence  "
+            f"{found['us_per_seq']}  {found['tokens_per_step']} tokens a step"
+        )
+    settings = {"steps": steps, "step_ms": step_ms, "row_us": row_us, "head_rate": head_rate}
+    run.finish({"model": base.name, **settings, "figures": figures}, save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""A device that takes a given time a step in the background, and returns recorded tokens: no kernel is launched.
+
+The engine around it is the real one with the CUDA path's own parts: filling of buffers, seats, slots, sampling
+parameters, masks, chains of drafts. Only what would be queued on the device is not: it is put on a clock instead, and
+where results come back the host waits for that clock. Tokens are those of a script for each sequence; heads guess the
+script's next tokens and go wrong at a given rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from specserve.compute.cuda.buckets import Bucket
+from specserve.compute.cuda.decoder import TritonDecoder
+from specserve.compute.cuda.drafts import DeviceDrafts
+from specserve.compute.cuda.graph_cache import GraphCache
+from specserve.compute.cuda.parts import DeviceParts
+from specserve.compute.cuda.runner import DeviceRunner
+from specserve.compute.cuda.sampler import DeviceSampler, SampledTokens
+from specserve.compute.path import ComputePath, PathInputs
+from specserve.schedule.block_manager import BlockManager
+from specserve.schedule.row_group import RowGroup
+from specserve.schedule.sequence import Sequence as EngineSequence
+
+_SPIN_S = 150e-6  # the end of a wait that is not slept: sleeping is not that exact
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTimes:
+    """Seconds that the device needs; those of the layers grow with the padded rows."""
+
+    step_s: float = 1.3e-3
+    row_s: float = 2.0e-6
+    heads_s: float = 0.3e-3
+
+    def layers(self, num_rows: int) -> float:
+        return self.step_s + self.row_s * num_rows
+
+
+@dataclass(slots=True)
+class DeviceClock:
+    """When the device will be done with what was queued; how long it stood idle before each step."""
+
+    times: DeviceTimes
+    busy_until: float = 0.0
+    waited_s: float = 0.0  # by the host, for results
+    idle_s: list[float] = field(default_factory=list)  # between two steps
+
+    def queue_step(self, num_rows: int) -> None:
+        if self.busy_until:
+            self.idle_s.append(max(0.0, time.perf_counter() - self.busy_until))
+        self.queue(self.times.layers(num_rows))
+
+    def queue(self, seconds: float) -> None:
+        self.busy_until = max(time.perf_counter(), self.busy_until) + seconds
+
+    def wait(self) -> None:
+        start = time.perf_counter()
+        while (left := self.busy_until - time.perf_counter()) > 0:
+            if left > _SPIN_S:
+                time.sleep(left - _SPIN_S)
+        self.waited_s += time.perf_counter() - start
+
+
+class Script:
+    """What each request will say: `tokens` by request id, and how often a head's guess is right."""
+
+    def __init__(self, head_rate: float, vocab_size: int, seed: int = 0):
+        self.tokens: dict[str, Sequence[int]] = {}
+        self._head_rate, self._vocab_size = head_rate, vocab_size
+        self._rng = random.Random(seed)
+
+    def rows(self, group: RowGroup) -> list[int]:
+        """The target's token at each of the group's rows, had all drafts before it been right."""
+        said, first = self.tokens[group.seq.request_id], group.seq.output_len
+        return [self._at(said, first + idx) for idx in range(group.num_rows)]
+
+    def guesses(self, seq: EngineSequence, num_accepted: int, num: int) -> list[int]:
+        """A head's guesses behind the accepted tokens and the one that follows them."""
+        said, first = self.tokens[seq.request_id], seq.output_len + num_accepted + 1
+        made = []
+        for idx in range(num):
+            token = self._at(said, first + idx)
+            made.append(token if self._rng.random() < self._head_rate else (token + 1) % self._vocab_size)
+        return made
+
+    @staticmethod
+    def _at(said: Sequence[int], idx: int) -> int:
+        return said[idx % len(said)]
+
+
+class StandIn:
+    """Makes the path of an engine (`Engine(..., make_path=stand_in.make_path)`); `script` is set behind it."""
+
+    def __init__(self, times: DeviceTimes, script: Script):
+        self.clock, self.script = DeviceClock(times), script
+        self.groups: Sequence[RowGroup] = ()
+        self.own_s = 0.0  # what standing in takes of the host's time
+
+    def make_path(self, decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
+        limits = inputs.limits
+        parts = DeviceParts.of(decoder, inputs.kv, limits, _Graphs(self))
+        self.sampled = _Sampled(self, parts.logits.picked_tokens.shape[0])
+        self.drafts = _Drafts(parts, self.sampled.tokens, inputs.adapters, limits)
+        return _Path(
+            runner=DeviceRunner(parts, on_seated=self.drafts.prepare),
+            sampler=_Sampler(self, inputs, parts, self.sampled, self.drafts),
+            heads=self.drafts,
+            stepped_heads=None,
+            torch_threads=contextlib.nullcontext,
+            is_asynchronous=True,
+            graphs=parts.graphs,
+            times=self.clock.times,
+        )
+
+    def sample(self) -> None:
+        start = time.perf_counter()
+        for group in self.groups:
+            rows = self.script.rows(group)
+            self.sampled.tokens[group.first_row : group.first_row + len(rows)] = torch.tensor(rows)
+        self.own_s += time.perf_counter() - start
+
+    def draft(self, num_guesses: int) -> None:
+        self.clock.queue(self.clock.times.heads_s)
+        start = time.perf_counter()
+        guesses, probabilities = self.drafts.outputs
+        for idx, group in enumerate(self.drafts.drafting_groups):
+            rows = self.script.rows(group)
+            num_accepted = next((i for i, d in enumerate(group.drafts) if d != rows[i]), len(group.drafts))
+            guesses[idx, :num_guesses] = torch.tensor(
+                self.script.guesses(group.seq, num_accepted, num_guesses), dtype=torch.int32
+            )
+            probabilities[idx, :num_guesses] = 0.9
+        self.own_s += time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Path(ComputePath):
+    times: DeviceTimes
+
+    def seconds(
+        self, blocks: BlockManager, max_model_len: int, num_rows: int, num_seqs: int = 1, context_len: int = 0
+    ) -> float:
+        return self.times.layers(num_rows)
+
+
+class _Graphs(GraphCache):
+    """Puts what is asked for on the clock, and leaves the results where the kernels would."""
+
+    def __init__(self, stand_in: StandIn):
+        super().__init__(torch.device("cpu"), False)
+        self._stand_in = stand_in
+
+    def run(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
+        if isinstance(key, Bucket):
+            self._stand_in.clock.queue_step(key.num_rows)
+        elif isinstance(key, tuple) and key[0] == "sample":
+            self._stand_in.sample()
+        elif isinstance(key, tuple) and key[0] == "heads":
+            self._stand_in.draft(key[2])
+
+
+class _Sampled(SampledTokens):
+    def __init__(self, stand_in: StandIn, num_rows: int):
+        super().__init__(num_rows, torch.device("cpu"))
+        self._stand_in = stand_in
+
+    def download(self, num_rows: int) -> tuple[list[int], list[int]]:
+        self._stand_in.clock.wait()
+        return super().download(num_rows)
+
+
+class _Drafts(DeviceDrafts):
+    @property
+    def drafting_groups(self) -> list[RowGroup]:
+        return [entry.group for entry in self._entries]
+
+    @property
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._heads.guesses, self._heads.probabilities
+
+
+class _Sampler(DeviceSampler):
+    def __init__(
+        self, stand_in: StandIn, inputs: PathInputs, parts: DeviceParts, sampled: SampledTokens, drafts: DeviceDrafts
+    ):
+        super().__init__(inputs.eos_token_ids, inputs.masks, parts, sampled, drafts)
+        self._stand_in = stand_in
+
+    def sample(self, logits: torch.Tensor, groups: Sequence[RowGroup]) -> list[list[int]]:
+        self._stand_in.groups = groups
+        return super().sample(logits, groups)
