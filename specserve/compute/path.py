@@ -66,6 +66,21 @@ class StepRunner(Protocol):
         ...
 
 
+def _no_clocks() -> Mapping[str, float]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A method of one of a path's parts, for profiles of a step."""
+
+    owner: object
+    method: str
+    name: str
+    is_model: bool = False  # arithmetic of the model
+    clocks: Callable[[], Mapping[str, float]] = _no_clocks  # seconds so far of what is within it, by name
+
+
 @dataclass(frozen=True, slots=True)
 class ComputePath:
     """The parts of a step that compute."""
@@ -76,6 +91,8 @@ class ComputePath:
     stepped_heads: SteppedHeads | None  # the same, where the host asks them for each position
     torch_threads: Callable[[], AbstractContextManager[None]]  # around whatever computes
     is_asynchronous: bool  # the device runs by itself while the host goes on
+    phases: tuple[Phase, ...]
+    unseen: str = ""  # what the host's clocks cannot see of these phases, and why
     graphs: GraphCache | None = None
 
     def seconds(

@@ -153,7 +153,7 @@ class Engine:
             max_lora_rank=config.max_lora_rank,
             max_draft_tokens=config.max_draft_tokens,
         )
-        path = self._path = make_path(
+        path = self.path = make_path(
             self.decoder,
             PathInputs(kv, limits, self.masks, sorted(self.eos_token_ids), self.registry.adapters, config.cuda_graphs),
         )
@@ -452,7 +452,7 @@ class Engine:
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
         counters, sequences = self._counters, self.scheduler.sequences()
-        graphs = self._path.graphs
+        graphs = self.path.graphs
         error = self.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
         return EngineStats(
             num_running=len(self.scheduler.running),

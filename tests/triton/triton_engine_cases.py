@@ -21,6 +21,7 @@ from tiny_models import make_tiny_model
 from specserve.compute.cuda import buckets
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.drafting.cost_model import CostModel
+from specserve.engine.step_profile import StepProfile
 from specserve.messages import GrammarSpec
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -206,6 +207,16 @@ def test_constrained_requests_equal_the_torch_path(pair):
 def constrained(request_id, schema, **options):
     plain = request(request_id, [9, 8, 7], max_tokens=40, **options)
     return msgspec.structs.replace(plain, grammar=GrammarSpec("json_schema", schema))
+
+
+def test_a_profile_has_the_phases_of_this_path_and_says_what_is_not_to_be_seen(model_dir):
+    engine, _ = make_pair(model_dir)
+    profile = StepProfile(engine)
+    run(engine, [request("a", [5, 6, 7], max_tokens=2)])
+    summary = profile.summary()
+    assert {"queue the forward", "queue sampling", "wait for the device"} <= set(summary["ms_per_step"])
+    assert summary["steps"] == 2 and summary["model_share"] is None
+    assert "not to be seen: what layers, lm_head, sampling and heads take on the device" in profile.table()
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="CUDA graphs need CUDA")

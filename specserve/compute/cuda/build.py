@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from ...kernels.linear import Linear, compute_dtype
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights, fused_layers
-from ..path import ComputePath, PathInputs
+from ..path import ComputePath, PathInputs, Phase
 from .decoder import TritonDecoder
 from .drafts import DeviceDrafts
 from .graph_cache import GraphCache
@@ -21,6 +21,8 @@ from .runner import DeviceRunner
 from .sampler import DeviceSampler, SampledTokens
 
 logger = logging.getLogger(__name__)
+
+_UNSEEN = "what layers, lm_head, sampling and heads take on the device: all are queued there and waited for once"
 
 
 def build(config: ModelConfig, weights: Weights) -> TritonDecoder:
@@ -49,5 +51,12 @@ def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
         stepped_heads=None,
         torch_threads=nullcontext,
         is_asynchronous=decoder.device.type == "cuda",
+        phases=(
+            Phase(runner, "run", "queue the forward"),
+            Phase(sampler, "sample", "queue sampling"),
+            Phase(drafts, "launch", "queue lookahead heads"),
+            Phase(sampled, "download", "wait for the device"),
+        ),
+        unseen=_UNSEEN,
         graphs=parts.graphs,
     )

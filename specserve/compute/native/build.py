@@ -11,7 +11,7 @@ from ...kernels.native import MODULES
 from ...kernels.packed import WeightFormat, pack
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
-from ..path import ComputePath, PathInputs
+from ..path import ComputePath, PathInputs, Phase
 from ..runner import ModelRunner
 from ..sampler import Sampler
 from .choice import NativeChoice
@@ -34,14 +34,23 @@ def build(config: ModelConfig, weights: Weights, native: NativeChoice) -> Native
 
 
 def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
-    heads = NativeHeadRunner(decoder.team)
+    runner = ModelRunner(decoder, inputs.kv, decoder.slots())
+    sampler, heads = Sampler(inputs.eos_token_ids, inputs.masks), NativeHeadRunner(decoder.team)
     return ComputePath(
-        runner=ModelRunner(decoder, inputs.kv, decoder.slots()),
-        sampler=Sampler(inputs.eos_token_ids, inputs.masks),
+        runner=runner,
+        sampler=sampler,
         heads=heads,
         stepped_heads=heads,
         torch_threads=one_torch_thread,
         is_asynchronous=False,
+        phases=(
+            Phase(runner, "run", "build the batch"),
+            # What the kernels' own clocks leave of the forward is this.
+            Phase(decoder, "forward", "embed and batch", is_model=True, clocks=decoder.clocks),
+            Phase(decoder, "logits", "lm_head", is_model=True),
+            Phase(sampler, "sample", "sample"),
+            Phase(heads, "step", "lookahead heads"),
+        ),
     )
 
 

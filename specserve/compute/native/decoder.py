@@ -148,6 +148,10 @@ class NativeDecoder:
         self.team.forward(self._model, step)
         return hidden
 
+    def clocks(self) -> dict[str, float]:
+        """Seconds that the kernels have spent so far, by phase."""
+        return dict(zip(PHASES, self.phase_seconds, strict=True))
+
     def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits [L, V] float32 of hidden rows [L, H]."""
         num_rows = hidden.shape[0]

@@ -11,12 +11,14 @@ from ...drafters.head_source import HeadRunner
 from ...kernels.linear import Linear, compute_dtype, packs_weights
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights, fused_layers
-from ..path import ComputePath, PathInputs
+from ..path import ComputePath, PathInputs, Phase
 from ..runner import ModelRunner
 from ..sampler import Sampler
 from .decoder import Decoder
 
 logger = logging.getLogger(__name__)
+
+_UNSEEN_ON_CUDA = "what a phase takes on the device: it is queued there, and who waits first has the time of all"
 
 
 def build(config: ModelConfig, weights: Weights) -> Decoder:
@@ -37,12 +39,22 @@ def build(config: ModelConfig, weights: Weights) -> Decoder:
 
 
 def make_path(decoder: Decoder, inputs: PathInputs) -> ComputePath:
-    heads = HeadRunner()
+    runner = ModelRunner(decoder, inputs.kv, decoder.slots())
+    sampler, heads = Sampler(inputs.eos_token_ids, inputs.masks), HeadRunner()
+    is_cuda = decoder.device.type == "cuda"
     return ComputePath(
-        runner=ModelRunner(decoder, inputs.kv, decoder.slots()),
-        sampler=Sampler(inputs.eos_token_ids, inputs.masks),
+        runner=runner,
+        sampler=sampler,
         heads=heads,
         stepped_heads=heads,
         torch_threads=nullcontext,
-        is_asynchronous=decoder.device.type == "cuda",
+        is_asynchronous=is_cuda,
+        phases=(
+            Phase(runner, "run", "build the batch"),
+            Phase(decoder, "forward", "forward", is_model=True),
+            Phase(decoder, "logits", "lm_head", is_model=True),
+            Phase(sampler, "sample", "sample"),
+            Phase(heads, "step", "lookahead heads"),
+        ),
+        unseen=_UNSEEN_ON_CUDA if is_cuda else "",
     )
