@@ -232,7 +232,7 @@ def offline(**params: Any) -> None:
     """Tokens per second of the engine alone, with and without drafts, at several batch sizes."""
     config = load_settings(EngineConfig, params)
     from ..compute.device_choice import choose_device, with_defaults
-    from .bench import offline as run_offline
+    from .bench_offline import offline as run_offline
 
     config = with_defaults(config, choose_device(config))
     assert config.max_num_seqs is not None

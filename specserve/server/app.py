@@ -32,7 +32,7 @@ from .lorax.api import LoraxRoutes
 from .metrics import Metrics
 from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
-from .openai.types import LoadAdapterRequest, UnloadAdapterRequest
+from .openai.request_types import LoadAdapterRequest, UnloadAdapterRequest
 from .openapi import openapi_document
 from .routes import add_routes
 

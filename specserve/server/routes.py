@@ -20,6 +20,14 @@ from .lorax.types import (
     LoraxTokenizeRequest,
     SimpleToken,
 )
+from .openai.request_types import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
 from .openai.response_types import (
     AdapterLoadedResponse,
     ChatChunk,
@@ -33,14 +41,6 @@ from .openai.response_types import (
     StateResponse,
     TokenizeResponse,
     VersionResponse,
-)
-from .openai.types import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    LoadAdapterRequest,
-    TokenizeRequest,
-    UnloadAdapterRequest,
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

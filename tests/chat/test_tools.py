@@ -22,7 +22,7 @@ from specserve.chat.types import Message
 from specserve.errors import UserError
 from specserve.grammar.compiler import GrammarCompiler
 from specserve.messages import GrammarSpec
-from specserve.server.openai.types import ChatRequest
+from specserve.server.openai.request_types import ChatRequest
 from specserve.text.tokenizer import TextTokenizer
 
 CITY = {

@@ -1,7 +1,7 @@
 """Ways to change an adapter's directory, each as people's tools do it: cp, rsync --inplace, mv, rm -r, tar.
 
 Blocking. `source` is a content's directory, `target` the one that is served. A way that changes one file is for
-contents of one family. `rng` decides speeds and pauses. With `old_times` the files get one fixed modification time, as
+contents of one family. `rng` decides speeds and pauses. `set_old_times` gives the files one fixed modification time, as
 archives do: then size and mtime tell nothing.
 """
 

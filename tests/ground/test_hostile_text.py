@@ -13,7 +13,7 @@ from specserve.errors import UserError
 from specserve.grammar import compiler as grammar_compiler
 from specserve.grammar.ecma_regex import to_rust
 from specserve.server.http_body import convert
-from specserve.server.openai.types import ChatRequest
+from specserve.server.openai.request_types import ChatRequest
 from specserve.strict_json import MAX_NESTING, decode_json
 
 LIMIT_S = 0.5  # of CPU for a megabyte, with the interpreter lock held; a quadratic reader takes minutes

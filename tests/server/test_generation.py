@@ -15,7 +15,7 @@ from specserve.errors import UserError
 from specserve.messages import AdapterInfo, Delta, EngineInfo
 from specserve.server.generation.generator import Generator
 from specserve.server.metrics import Metrics
-from specserve.server.openai.types import ChatRequest
+from specserve.server.openai.request_types import ChatRequest
 from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2])

@@ -36,7 +36,7 @@ from ..openai.conversion import (
     sampling_params,
     speculation_params,
 )
-from ..openai.types import ChatRequest, CompletionRequest, GenerationFields
+from ..openai.request_types import ChatRequest, CompletionRequest, GenerationFields
 from .job import Job
 from .prompts import Prompts
 from .running import JobRunner

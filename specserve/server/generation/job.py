@@ -9,7 +9,7 @@ from ...chat.reasoning import Thinking
 from ...chat.tools.plan import ToolPlan
 from ...messages import AdapterInfo, GenerateRequest
 from ...text.tokenizer import TextTokenizer
-from ..openai.types import ChatRequest, CompletionRequest
+from ..openai.request_types import ChatRequest, CompletionRequest
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from ...text.template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
 from ...text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
-from ..openai.types import ChatRequest, TokenizeRequest
+from ..openai.request_types import ChatRequest, TokenizeRequest
 
 T = TypeVar("T")
 

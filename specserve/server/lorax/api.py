@@ -21,7 +21,7 @@ from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_json
 from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS, check_prompt_ids
-from ..openai.types import CompletionRequest
+from ..openai.request_types import CompletionRequest
 from ..routes import Handler
 from ..sse import EventStream, stream_events
 from .responses import LoraxBuilder, Timer

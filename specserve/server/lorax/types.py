@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from ..openai.types import SpeculationOptions
+from ..openai.request_types import SpeculationOptions
 
 
 class LoraxGrammar(msgspec.Struct, forbid_unknown_fields=True):

@@ -17,8 +17,8 @@ from ..http_body import convert, json_response, read_json
 from ..lorax.types import LoraxTokenizeRequest, SimpleToken
 from ..routes import Handler
 from ..sse import EventStream, stream_events
+from .request_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .responses import ResponseBuilder
-from .types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 
 class OpenAIRoutes:

@@ -11,7 +11,7 @@ from ...config import ServeConfig
 from ...errors import UserError
 from ...messages import EngineInfo, SamplingParams, Speculation
 from ...text.tokenizer import TextTokenizer
-from .types import UNSUPPORTED, ChatRequest, CompletionRequest, GenerationFields
+from .request_types import UNSUPPORTED, ChatRequest, CompletionRequest, GenerationFields
 
 MAX_CHOICES = 64  # n, and n times the number of prompts
 MAX_PROMPTS = 64

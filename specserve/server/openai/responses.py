@@ -11,7 +11,7 @@ from ...messages import Delta, TokenLogprobs, Usage
 from ...text.tokenizer import TextTokenizer
 from ..error_bodies import openai_error
 from ..generation.job import Job
-from .types import ChatRequest, CompletionRequest
+from .request_types import ChatRequest, CompletionRequest
 from .usage import speculation_stats, usage_of
 
 
