@@ -91,7 +91,7 @@ class ComputePath:
     stepped_heads: SteppedHeads | None  # the same, where the host asks them for each position
     torch_threads: Callable[[], AbstractContextManager[None]]  # around whatever computes
     is_asynchronous: bool  # the device runs by itself while the host goes on
-    phases: tuple[Phase, ...]
+    phases: tuple[Phase, ...] = ()
     unseen: str = ""  # what the host's clocks cannot see of these phases, and why
     graphs: GraphCache | None = None
 
