@@ -10,11 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -32,7 +29,6 @@ from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..compute.sampler import token_logprobs
 from ..compute.step_output import StepOutput
 from ..config import EngineConfig
-from ..drafters.chooser import DraftChooser
 from ..drafters.head_source import HeadSource
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
 from ..drafting.proposer import Proposer
@@ -56,31 +52,12 @@ from ..schedule.verifier import accepted_tokens
 from ..text.detokenizer import Detokenizer
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import check_request, size_kv
+from .running import RunningRequest
+from .stats import Counters, engine_stats
 
 logger = logging.getLogger(__name__)
 
 Event = Delta | RequestFailed
-FinishReason = Literal["stop", "length", "abort"] | None
-
-
-@dataclass(slots=True)
-class _Request:
-    """What belongs to a sequence beside its scheduling state."""
-
-    seq: Sequence
-    detokenizer: Detokenizer
-    drafts: DraftChooser
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-
-
-@dataclass(slots=True)
-class _Counters:
-    num_steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    drafted_by_source: Counter[str] = field(default_factory=Counter)
-    accepted_by_source: Counter[str] = field(default_factory=Counter)
 
 
 class Engine:
@@ -142,9 +119,9 @@ class Engine:
             eos_token_ids=list(self.eos_token_ids),
         )
         self._unpublished: list[Sequence] = []  # of the latest step, where forwards leave the host free
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, RunningRequest] = {}
         self._num_added = 0
-        self._counters = _Counters()
+        self._counters = Counters()
         limits = StepLimits(
             max_rows=max(config.max_batched_tokens, MEASURED_ROWS[-1]),
             max_seqs=max(config.max_num_seqs, MEASURED_SEQS),
@@ -193,7 +170,7 @@ class Engine:
         )
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
         chooser = self.proposer.chooser_for(request, place)
-        self._requests[request.request_id] = _Request(seq, detokenizer, chooser, prompt_logprobs)
+        self._requests[request.request_id] = RunningRequest(seq, detokenizer, chooser, prompt_logprobs)
         self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
@@ -339,7 +316,7 @@ class Engine:
         first_output = seq.output_len == 0
         if first_output:
             self._counters.cached_prompt_tokens += seq.num_cached
-        text, finish, stop_reason, committed = self._append(state, tokens)
+        committed, text, finish, stop_reason = state.append(tokens, self.eos_token_ids)
         num_accepted = min(len(tokens) - 1, len(committed))
         num_drafted = min(len(item.drafts), len(committed)) if finish else len(item.drafts)
         self._count(state, item, num_drafted, num_accepted, committed)
@@ -373,42 +350,16 @@ class Engine:
             usage=usage,
         )
 
-    def _append(self, state: _Request, tokens: list[int]) -> tuple[str, FinishReason, str | int | None, list[int]]:
-        """Append tokens up to the first that ends the sequence: (text, finish reason, stop reason, kept tokens)."""
-        seq, sampling = state.seq, state.seq.sampling
-        text = ""
-        committed: list[int] = []
-        if sampling.max_tokens == 0:
-            return text, "length", None, committed
-        is_complete = seq.grammar is not None and seq.grammar.is_terminated
-        for token in tokens:
-            seq.append(token)
-            committed.append(token)
-            if token in self.eos_token_ids and (seq.grammar is not None or not sampling.ignore_eos):
-                return text + state.detokenizer.flush(), "stop", None, committed
-            if token in sampling.stop_token_ids:
-                return text + state.detokenizer.flush(), "stop", token, committed
-            new, stop = state.detokenizer.push(token)
-            text += new
-            if stop is not None:
-                return text, "stop", stop, committed
-            if is_complete and len(committed) == len(tokens):
-                return text + state.detokenizer.flush(), "stop", None, committed
-            if seq.output_len >= sampling.max_tokens:
-                return text + state.detokenizer.flush(), "length", None, committed
-        return text, None, None, committed
-
     # -- bookkeeping
 
     def _count(
-        self, state: _Request, item: ScheduledSequence, num_drafted: int, num_accepted: int, committed: list[int]
+        self, state: RunningRequest, item: ScheduledSequence, num_drafted: int, num_accepted: int, committed: list[int]
     ) -> None:
         seq, counters = state.seq, self._counters
         seq.num_forwards += 1
         state.drafts.observe(committed)
         self.proposer.count(item, num_drafted, num_accepted, len(committed))
-        for idx in range(num_drafted):
-            source = item.draft_sources[idx]
+        for idx, source in enumerate(item.draft_sources[:num_drafted]):
             seq.drafted_by_source[source] += 1
             counters.drafted_by_source[source] += 1
             if idx < num_accepted:
@@ -432,7 +383,7 @@ class Engine:
     def _publish(self, seq: Sequence) -> None:
         self.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
 
-    def _remove(self, state: _Request) -> None:
+    def _remove(self, state: RunningRequest) -> None:
         seq = state.seq
         self.scheduler.remove(seq)
         del self._requests[seq.request_id]
@@ -451,37 +402,4 @@ class Engine:
 
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
-        counters, sequences = self._counters, self.scheduler.sequences()
-        graphs = self.path.graphs
-        error = self.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_kv_blocks=self.blocks.num_blocks,
-            num_free_kv_blocks=self.blocks.num_free,
-            num_adapters=len(self.registry.adapters),
-            adapter_bytes=self.registry.size_bytes,
-            num_adapter_refs=self.registry.num_refs,
-            num_steps=counters.num_steps,
-            num_preemptions=self.scheduler.num_preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            cached_prompt_tokens=counters.cached_prompt_tokens,
-            draft_tokens=counters.drafted_by_source.total(),
-            accepted_draft_tokens=counters.accepted_by_source.total(),
-            num_kernel_builds=self.decoder.num_builds,
-            num_cuda_graphs=graphs.num_graphs if graphs else 0,
-            cuda_graph_bytes=graphs.capture_bytes if graphs else 0,
-            cuda_graph_capture_seconds=graphs.capture_s if graphs else 0.0,
-            num_eager_parts=graphs.num_eager.total() if graphs else 0,
-            num_undrafted_steps=self.proposer.num_undrafted_steps,
-            drafts_by_adapter=self.proposer.drafts_by_adapter(),
-            drafted_by_source=dict(counters.drafted_by_source),
-            accepted_by_source=dict(counters.accepted_by_source),
-            num_grammars_compiled=self.grammars.num_compiled,
-            num_grammar_cache_hits=self.grammars.num_cache_hits,
-            num_cached_grammars=self.grammars.num_cached,
-            grammar_compile_seconds=self.grammars.compile_s,
-            grammar_mask_seconds=self.masks.seconds,
-            integrity_error=error,
-        )
+        return engine_stats(self, self._counters, check_integrity)

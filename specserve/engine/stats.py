@@ -1,0 +1,61 @@
+"""What an engine counts over its life, and a snapshot of that and of its state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..messages import EngineStats
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+@dataclass(slots=True)
+class Counters:
+    """Of all requests since the engine started."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    drafted_by_source: Counter[str] = field(default_factory=Counter)
+    accepted_by_source: Counter[str] = field(default_factory=Counter)
+
+
+def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> EngineStats:
+    """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
+    graphs, sequences = engine.path.graphs, engine.scheduler.sequences()
+    error = engine.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
+    return EngineStats(
+        num_running=len(engine.scheduler.running),
+        num_waiting=len(engine.scheduler.waiting),
+        num_kv_blocks=engine.blocks.num_blocks,
+        num_free_kv_blocks=engine.blocks.num_free,
+        num_adapters=len(engine.registry.adapters),
+        adapter_bytes=engine.registry.size_bytes,
+        num_adapter_refs=engine.registry.num_refs,
+        num_steps=counters.num_steps,
+        num_preemptions=engine.scheduler.num_preemptions,
+        prompt_tokens=counters.prompt_tokens,
+        generated_tokens=counters.generated_tokens,
+        cached_prompt_tokens=counters.cached_prompt_tokens,
+        draft_tokens=counters.drafted_by_source.total(),
+        accepted_draft_tokens=counters.accepted_by_source.total(),
+        num_kernel_builds=engine.decoder.num_builds,
+        num_cuda_graphs=graphs.num_graphs if graphs else 0,
+        cuda_graph_bytes=graphs.capture_bytes if graphs else 0,
+        cuda_graph_capture_seconds=graphs.capture_s if graphs else 0.0,
+        num_eager_parts=graphs.num_eager.total() if graphs else 0,
+        num_undrafted_steps=engine.proposer.num_undrafted_steps,
+        drafts_by_adapter=engine.proposer.drafts_by_adapter(),
+        drafted_by_source=dict(counters.drafted_by_source),
+        accepted_by_source=dict(counters.accepted_by_source),
+        num_grammars_compiled=engine.grammars.num_compiled,
+        num_grammar_cache_hits=engine.grammars.num_cache_hits,
+        num_cached_grammars=engine.grammars.num_cached,
+        grammar_compile_seconds=engine.grammars.compile_s,
+        grammar_mask_seconds=engine.masks.seconds,
+        integrity_error=error,
+    )
