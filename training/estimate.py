@@ -21,11 +21,11 @@ from .data.batching import plan_epoch
 from .data.dataset import Example
 from .evaluation.answers import answer, make_engine
 from .evaluation.evaluate import SINGLE_ROWS
+from .finish import CALIBRATION_ROWS
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_model import LoraModel, arithmetic
 from .preflight import Prepared
-from .run import CALIBRATION_ROWS
 from .run_config import RunConfig
 from .trainer import Trainer
 

@@ -13,7 +13,7 @@ import pytest
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
-from specserve.cli.main import run as cli
+from specserve.cli.main import exit_code_of as cli
 from specserve.text.special_tokens import eos_token_ids
 from specserve.text.tokenizer import TextTokenizer
 from specserve.training.data.dataset import read_rows, tokenize

@@ -12,7 +12,7 @@ from tiny_models import CHAT_TEMPLATE, make_tiny_model
 from training_fixture import torchrun, write_rows
 from transformers import AutoModelForCausalLM
 
-from specserve.cli.main import run as cli
+from specserve.cli.main import exit_code_of as cli
 from specserve.errors import UserError
 from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.answers import make_engine as make_answering_engine
