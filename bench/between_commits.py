@@ -46,7 +46,8 @@ def git(repository: Path, *arguments: str) -> str:
 def commit_of(repository: Path, name: str) -> str:
     """The commit that `name` means; that of the working tree is made for it and belongs to no branch."""
     if name == WORKING_TREE:
-        return git(repository, "stash", "create") or git(repository, "rev-parse", "HEAD")
+        identity = ("-c", "user.name=bench", "-c", "user.email=bench@localhost")  # git wants one, whoever measures
+        return git(repository, *identity, "stash", "create") or git(repository, "rev-parse", "HEAD")
     return git(repository, "rev-parse", "--verify", f"{name}^{{commit}}")
 
 
