@@ -4,7 +4,9 @@ Each side is a worktree in a temporary directory and is measured by its own copy
 take turns, in an order that turns from round to round: a machine that slows down slows both. Compared is every number
 that the bench's JSON line calls tokens_per_s. `ratio` is new's median over old's; beside it stand the ratios within the
 rounds from lowest to highest, and what is noise: how far old's own rounds lie apart. A number counts as slower or
-faster only if it was so in every round. `--new .` is the working tree, files that git does not know included.
+faster only if it was so in every one of at least four rounds; equal commits look so in one number of eight by luck, in
+one of 128 at eight rounds. The last line, over all numbers, is the one to trust: their geometric mean in each round.
+`--new .` is the working tree, files that git does not know included.
 
     python -m bench.between_commits --old COMMIT [--new COMMIT] [--rounds 4] [-- bench.lookahead ARGUMENT ...]
 """
@@ -28,6 +30,7 @@ import click
 from . import common
 
 WORKING_TREE = "."
+LEAST_ROUNDS = 4
 WANTED = "tokens_per_s"  # part of the names of what is compared
 DEFAULT = (
     "bench.lookahead", "examples/adapters/debtags", "--data", "examples/data/debtags.dev.jsonl", "--rounds", "1",
@@ -120,18 +123,37 @@ def measure(tree: Path, python: str, bench: tuple[str, ...]) -> dict[str, float]
     return rates
 
 
+def take_turns(
+    trees: dict[str, Path], python: str, bench: tuple[str, ...], rounds: int
+) -> dict[str, list[dict[str, float]]]:
+    """By side, the numbers of each round."""
+    for tree in trees.values():
+        check_package(tree, python)
+    rounds_of: dict[str, list[dict[str, float]]] = {side: [] for side in trees}
+    for round_idx in range(rounds):
+        for side in list(trees)[:: 1 if round_idx % 2 == 0 else -1]:
+            rounds_of[side].append(measure(trees[side], python, bench))
+        click.echo(f"round {round_idx + 1} of {rounds} done")
+    return rounds_of
+
+
 def compare(old: list[float], new: list[float]) -> dict[str, Any]:
     """One number's rounds on both sides."""
     ratios = [b / a for a, b in zip(old, new, strict=True)]
-    verdict = "slower" if max(ratios) < 1 else "faster" if min(ratios) > 1 else "noise"
     return {
         "ratio": round(statistics.median(new) / statistics.median(old), 3),
         "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
         "old": common.spread(old),
         "new": common.spread(new),
         "old_max_over_min": round(max(old) / min(old), 3),
-        "verdict": verdict,
+        "verdict": verdict(ratios),
     }
+
+
+def verdict(ratios: list[float]) -> str:
+    if len(ratios) < LEAST_ROUNDS:
+        return "too few rounds"
+    return "slower" if max(ratios) < 1 else "faster" if min(ratios) > 1 else "noise"
 
 
 @click.command(help=__doc__.partition("\n")[0])
@@ -145,31 +167,33 @@ def main(old: str, new: str, rounds: int, python: str, bench: tuple[str, ...]) -
     bench = bench or DEFAULT
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
-    rounds_of: dict[str, list[dict[str, float]]] = {"old": [], "new": []}
     with contextlib.ExitStack() as stack:
         names = {"old": old, "new": new}
         trees = {side: stack.enter_context(checked_out(common.ROOT, name)) for side, name in names.items()}
         commits = {side: git(tree, "rev-parse", "--short", "HEAD") for side, tree in trees.items()}
         click.echo(f"limit: a ratio of 1; old is {commits['old']} ({old}), new is {commits['new']} ({new})")
-        for tree in trees.values():
-            check_package(tree, python)
-        for round_idx in range(rounds):
-            for side in list(trees)[:: 1 if round_idx % 2 == 0 else -1]:
-                rounds_of[side].append(measure(trees[side], python, bench))
-            click.echo(f"round {round_idx + 1} of {rounds} done")
-    shared = [name for name in rounds_of["old"][0] if all(name in rates for own in rounds_of.values() for rates in own)]
+        rounds_of = take_turns(trees, python, bench, rounds)
+    measured = [rates for own in rounds_of.values() for rates in own]
+    numbers = [name for name in measured[0] if all(name in rates for rates in measured)]
+    if not numbers:
+        raise click.ClickException("the two commits' benches give no number of the same name; compare with another")
     figures = {}
-    for name in shared:
-        old_rates, new_rates = ([rates[name] for rates in rounds_of[side]] for side in ("old", "new"))
-        figures[name] = compare(old_rates, new_rates)
+    for name in numbers:
+        figures[name] = compare(*([rates[name] for rates in rounds_of[side]] for side in ("old", "new")))
         low, high = figures[name]["ratio_min_max"]
         click.echo(
             f"{name}: new/old {figures[name]['ratio']:.3f} ({low:.3f} to {high:.3f}), {figures[name]['verdict']}; "
             f"tokens/s {figures[name]['old']['median']:.1f} and {figures[name]['new']['median']:.1f}; "
             f"old's rounds {figures[name]['old_max_over_min']:.2f}x apart"
         )
-    record = {"bench": "between_commits", **commits, "hardware": machine, "command": list(bench), "rounds": rounds}
-    click.echo(json.dumps(record | {"figures": figures}))
+    means = [
+        statistics.geometric_mean(new_rates[name] / old_rates[name] for name in numbers)
+        for old_rates, new_rates in zip(rounds_of["old"], rounds_of["new"], strict=True)
+    ]
+    overall = {"ratio": common.spread(means), "verdict": verdict(means)}
+    click.echo(f"over all {len(numbers)} numbers: {overall}")
+    record = {**commits, "hardware": machine, "command": list(bench), "rounds": rounds, "all": overall}
+    common.report("between_commits", record | {"figures": figures}, save=False)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,13 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-def compare(*options):
-    result = CliRunner().invoke(between_commits.main, [*options, "--rounds", "2", "--", "bench.speed"])
+def compare(*options, rounds=4):
+    result = CliRunner().invoke(between_commits.main, [*options, "--rounds", str(rounds), "--", "bench.speed"])
     assert result.exit_code == 0, result.output
-    return json.loads(result.output.splitlines()[-1])["figures"]["figures/case/tokens_per_s"]
+    record = json.loads(result.output.splitlines()[-1])
+    (figure,) = record["figures"].values()
+    assert (record["all"]["ratio"]["median"], record["all"]["verdict"]) == (figure["ratio"], figure["verdict"])
+    return figure
 
 
 def test_a_commit_that_halves_the_rate_is_called_slower(repository):
@@ -52,8 +55,12 @@ def test_equal_rates_are_noise(repository):
     assert compare("--old", "HEAD", "--new", "HEAD")["verdict"] == "noise"
 
 
+def test_few_rounds_say_nothing(repository):
+    assert compare("--old", "HEAD~1", "--new", "HEAD", rounds=2)["verdict"] == "too few rounds"
+
+
 def test_the_working_tree_is_measured_with_its_changes_and_new_files_and_stays(repository):
-    assert compare("--old", "HEAD", "--new", ".")["ratio"] == 4.0
+    assert compare("--old", "HEAD", "--new", ".", rounds=1)["ratio"] == 4.0
     assert (repository / "bench" / "fast.py").exists()
     trees = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout
     assert len(trees.splitlines()) == 1
