@@ -8,7 +8,6 @@ secrets: they appear in no message.
 
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +18,7 @@ from msgspec import inspect
 from .config import EngineConfig, ServeConfig
 from .errors import UserError
 from .renamed_settings import Given, old_setting, translated
+from .strict_yaml import read_yaml
 
 ENV_PREFIX = "SPECSERVE_"
 CONFIG_ENV = "SPECSERVE_CONFIG"
@@ -106,24 +106,8 @@ def load(
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """The checked values of a YAML file; raises `UserError`."""
-    import yaml
-
     path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the configuration file {path}: {reason}") from None
-    try:
-        content = yaml.load(text, Loader=strict_loader())  # derived from SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `key: value` lines, not {type(content).__name__}")
+    content = read_yaml(path, "the configuration file")
     settings = {setting.name: setting for setting in settings_of(ServeConfig)}
     old = {setting.name: setting for setting in map(old_setting, settings.values()) if setting is not None}
     values = {}
@@ -203,30 +187,3 @@ def _limits(number: inspect.IntType | inspect.FloatType) -> str:
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key.replace("-", "_").lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "; `specserve serve --help` lists the settings"
-
-
-def strict_loader() -> type:
-    """A YAML loader in which only true and false are booleans (`speculation: off` is text), 1e-3 is a number as in YAML
-    1.2, and keys are unique."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode):
-                    if key.value in seen:
-                        problem = f"key {key.value!r} stands twice"
-                        raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                    seen.add(key.value)
-            return super().construct_mapping(node, deep=deep)
-
-    exponent = re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-    return Loader

@@ -19,7 +19,7 @@ import yaml
 
 from ..adapter_files import CONFIG_FILE
 from ..errors import UserError
-from ..settings import strict_loader
+from ..strict_yaml import read_yaml, strict_loader
 from .run_config import ALL_LINEAR, TARGETS, RunConfig
 
 _PATHS = ("data.train", "data.eval", "lora.adapter", "output")
@@ -32,7 +32,7 @@ def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, An
     """
     values: dict[str, Any] = {}
     if path is not None:
-        for key, value in flatten(_read_yaml(path)):
+        for key, value in flatten(read_yaml(path, "the run file")):
             is_path = key in _PATHS and isinstance(value, str) and value
             values[key] = str((path.parent / Path(value).expanduser()).resolve()) if is_path else value
     for override in overrides:
@@ -79,22 +79,6 @@ def absolute(config: RunConfig) -> dict[str, Any]:
 def known_keys() -> list[str]:
     """Every dotted key."""
     return [key for key, _ in flatten(msgspec.to_builtins(RunConfig()))]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=strict_loader())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the run file {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `key: value` lines, not {type(content).__name__}")
-    return content
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
