@@ -7,19 +7,22 @@ plus one layer. Knows which paths there are, and nothing of them but their choic
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
+from ..config import EngineConfig
 from ..errors import ModelError
 from ..model.config import ModelConfig
 from ..model.weights import DTYPES, StoredWeights, checked_source
 from .cuda import build as cuda_path
-from .cuda.choice import TritonChoice
+from .cuda.choice import choose_triton
 from .cuda.decoder import TritonDecoder
+from .decoder_weights import Weights
 from .native import build as native_path
-from .native.choice import NativeChoice
+from .native.choice import choose_native
 from .native.decoder import NativeDecoder
 from .path import ComputePath, PathInputs
 from .torch import build as torch_path
@@ -30,37 +33,52 @@ logger = logging.getLogger(__name__)
 AnyDecoder: TypeAlias = Decoder | NativeDecoder | TritonDecoder
 
 
+class PathChoice(Protocol):
+    """That a path shall serve, and how."""
+
+    @property
+    def name(self) -> str:
+        """In messages."""
+        ...
+
+    @property
+    def is_required(self) -> bool:
+        """Whether to fail rather than fall back to torch."""
+        ...
+
+    def cannot_serve(self, config: ModelConfig, dtype: torch.dtype) -> str | None:
+        """Why the path cannot serve this model with weights of `dtype`; None if it can."""
+        ...
+
+    def build(self, config: ModelConfig, weights: Weights) -> AnyDecoder: ...
+
+
+def choose_paths(config: EngineConfig, device: torch.device) -> list[PathChoice]:
+    """The paths that `config` wants on `device`, best first, before torch. Raises `ModelError` for what cannot be."""
+    chosen: tuple[PathChoice | None, ...] = choose_native(config, device), choose_triton(config, device)
+    return [choice for choice in chosen if choice is not None]
+
+
 def load_model(
-    path: str | Path,
-    device: torch.device,
-    dtype: str = "auto",
-    native: NativeChoice | None = None,
-    triton: TritonChoice | None = None,
+    path: str | Path, device: torch.device, dtype: str = "auto", choices: Sequence[PathChoice] = ()
 ) -> AnyDecoder:
     """Read the model directory `path` onto `device`. `dtype` is auto (as saved), fp32, bf16 or fp16.
 
-    With `native` the native forward of the CPU takes the model where it can, with `triton` the Triton kernels do. What
-    they cannot is logged with the reason, or raised as `ModelError` where the choice says that nothing else will do.
+    The first of `choices` that can serve the model takes it, else torch. What one cannot is logged with the reason, or
+    raised as `ModelError` where the choice says that nothing else will do.
     """
     path = Path(path)
     config = ModelConfig.from_dir(path)
     source = checked_source(path, config)
     weight_dtype = source.dtype() if dtype == "auto" else DTYPES[dtype]
     weights = StoredWeights(config, source, device, weight_dtype)
-    if native is not None:
-        reason = native.cannot_serve(config, weight_dtype)
+    for choice in choices:
+        reason = choice.cannot_serve(config, weight_dtype)
         if reason is None:
-            return native_path.build(config, weights, native)
-        if native.is_required:
-            raise ModelError(f"the native CPU path was asked for and cannot serve this model: {reason}")
-        logger.warning("the native CPU path cannot serve this model (%s); torch serves it, slower", reason)
-    if triton is not None:
-        reason = triton.cannot_serve(config)
-        if reason is None:
-            return cuda_path.build(config, weights)
-        if triton.is_required:
-            raise ModelError(f"the Triton kernels were asked for and cannot serve this model: {reason}")
-        logger.warning("the Triton kernels cannot serve this model (%s); torch serves it, slower", reason)
+            return choice.build(config, weights)
+        if choice.is_required:
+            raise ModelError(f"{choice.name} was asked for and cannot serve this model: {reason}")
+        logger.warning("%s cannot serve this model (%s); torch serves it, slower", choice.name, reason)
     return torch_path.build(config, weights)
 
 

@@ -19,12 +19,10 @@ from ..adapters.lora import LoraAdapter, read_adapter
 from ..adapters.registry import AdapterRegistry
 from ..adapters.served_base import ServedBase
 from ..compute.cuda.buffers import beside_steps
-from ..compute.cuda.choice import choose_triton
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
-from ..compute.loader import AnyDecoder, load_model, make_path
-from ..compute.native.choice import choose_native
+from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..compute.sampler import token_logprobs
 from ..compute.step_output import StepOutput
@@ -78,8 +76,7 @@ class Engine:
         device = choose_device(config)
         self.config = config = with_defaults(config, device)
         assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows
-        native, triton = choose_native(config, device), choose_triton(config, device)
-        self.decoder = load_model(model_dir, device, config.dtype, native, triton)
+        self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
         self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
         self.tokenizer = load_backend_tokenizer(model_dir)
         self.eos_token_ids = eos_token_ids(model_dir)

@@ -55,7 +55,7 @@ def test_without_triton_torch_serves_on_cuda_unless_it_was_asked_for(monkeypatch
 
 def test_a_model_that_triton_cannot_serve_is_torchs_unless_triton_was_asked_for(tmp_path, caplog):
     model_dir = make_tiny_model(tmp_path, head_dim=12)
-    assert isinstance(load_model(model_dir, CPU, triton=TritonChoice()), Decoder)
+    assert isinstance(load_model(model_dir, CPU, choices=[TritonChoice()]), Decoder)
     assert "head_dim=12 is not a multiple of 8 up to 256" in caplog.text
     with pytest.raises(ModelError, match="asked for and cannot serve this model: head_dim=12"):
-        load_model(model_dir, CPU, triton=TritonChoice(is_required=True))
+        load_model(model_dir, CPU, choices=[TritonChoice(is_required=True)])

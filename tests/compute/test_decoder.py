@@ -60,8 +60,8 @@ def family(request, tmp_path_factory):
 def models(request, family):
     """(path, ours, transformers') in float32."""
     path, reference = family
-    native = native_choice() if request.param == "native" else None
-    return path, load_model(path, CPU, "fp32", native), reference
+    choices = [native_choice()] if request.param == "native" else []
+    return path, load_model(path, CPU, "fp32", choices), reference
 
 
 def tokens(num_tokens: int, seed: int = 0, vocab_size: int = 320) -> list[int]:

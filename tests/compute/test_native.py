@@ -76,7 +76,7 @@ def test_packing_keeps_the_weights(weight_format):
 )
 def test_a_row_has_the_same_bits_in_every_batch(model_dir, dtype, quantization):
     """Prefill in one step, in chunks, beside other sequences, and one row at a time."""
-    decoder = load_model(model_dir, CPU, dtype, native_choice(quantization=quantization))
+    decoder = load_model(model_dir, CPU, dtype, [native_choice(quantization=quantization)])
     assert isinstance(decoder, NativeDecoder)
     driver = Driver(decoder, num_blocks=64)
     prompt = random_tokens(70, 1)
@@ -107,21 +107,21 @@ def test_without_bf16_instructions_weights_of_16_bits_and_fewer_are_multiplied_i
     model_dir, plain_library, quantization
 ):
     choice = replace(native_choice(quantization=quantization), library=plain_library)
-    decoder = load_model(model_dir, CPU, "bf16", choice)
+    decoder = load_model(model_dir, CPU, "bf16", [choice])
     assert decoder.compute_dtype == torch.float32
     driver, prompt = Driver(decoder), random_tokens(41, 3)
     (whole,) = driver.step([(driver.sequence(), prompt)])
     seq = driver.sequence()
     (chunk,), (rest,) = (driver.step([(seq, part)]) for part in (prompt[:29], prompt[29:]))
     assert torch.equal(torch.cat([chunk, rest]), whole)
-    usual = Driver(load_model(model_dir, CPU, "bf16", native_choice(quantization=quantization)))
+    usual = Driver(load_model(model_dir, CPU, "bf16", [native_choice(quantization=quantization)]))
     (expected,) = usual.step([(usual.sequence(), prompt)])
     assert (whole - expected).square().mean().sqrt() / expected.square().mean().sqrt() < 0.03
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_sixteen_bits_and_fewer_stay_close_to_transformers(model_dir, quantization):
-    decoder = load_model(model_dir, CPU, "bf16", native_choice(quantization=quantization))
+    decoder = load_model(model_dir, CPU, "bf16", [native_choice(quantization=quantization)])
     prompt = random_tokens(40, 2)
     driver = Driver(decoder)
     (logits,) = driver.step([(driver.sequence(), prompt)])

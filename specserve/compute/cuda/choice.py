@@ -16,6 +16,9 @@ import torch
 from ...config import EngineConfig
 from ...errors import ModelError
 from ...model.config import ModelConfig
+from ..decoder_weights import Weights
+from .build import build
+from .decoder import TritonDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +32,18 @@ class TritonChoice:
 
     is_required: bool = False
 
-    def cannot_serve(self, config: ModelConfig) -> str | None:
+    @property
+    def name(self) -> str:
+        return "the Triton path"
+
+    def cannot_serve(self, config: ModelConfig, dtype: torch.dtype) -> str | None:
         """Why the Triton kernels cannot serve this model; None if they can."""
         if config.head_dim > MAX_HEAD_DIM or config.head_dim % HEAD_DIM_STEP:
             return f"head_dim={config.head_dim} is not a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
         return None
+
+    def build(self, config: ModelConfig, weights: Weights) -> TritonDecoder:
+        return build(config, weights)
 
 
 def choose_triton(config: EngineConfig, device: torch.device) -> TritonChoice | None:

@@ -7,29 +7,28 @@ import logging
 import torch
 
 from ...drafters.head_native import NativeHeadRunner
-from ...kernels.native import MODULES
+from ...kernels.native import MODULES, Library
 from ...kernels.packed import WeightFormat, pack
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
 from ..path import ComputePath, PathInputs, Phase
 from ..runner import ModelRunner
 from ..sampler import Sampler
-from .choice import NativeChoice
 from .decoder import NativeDecoder, NativeLayer, one_torch_thread
 
 logger = logging.getLogger(__name__)
 
 
-def build(config: ModelConfig, weights: Weights, native: NativeChoice) -> NativeDecoder:
-    form = _weight_format(weights.dtype, native.quantization)
+def build(
+    config: ModelConfig, weights: Weights, library: Library, num_threads: int, quantization: str
+) -> NativeDecoder:
+    form = _weight_format(weights.dtype, quantization)
     embed = weights.embed()
     layers = [_pack_layer(weights, idx, form) for idx in range(config.num_layers)]
     lm_head = pack(weights.lm_head(embed), None, form)
     norm = weights.norm("model.norm")
-    decoder = NativeDecoder(native.library, native.num_threads, config, embed, layers, norm, lm_head, weights.dtype)
-    logger.info(
-        "native CPU path: weights are %s, activations %s, %d threads", form, decoder.compute_dtype, native.num_threads
-    )
+    decoder = NativeDecoder(library, num_threads, config, embed, layers, norm, lm_head, weights.dtype)
+    logger.info("native CPU path: weights are %s, activations %s, %d threads", form, decoder.compute_dtype, num_threads)
     return decoder
 
 

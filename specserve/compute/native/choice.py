@@ -14,6 +14,9 @@ from ...config import EngineConfig
 from ...errors import ModelError
 from ...kernels.native import KEYS_PER_TILE, MAX_HEAD_DIM, Library, NativeError, load_library
 from ...model.config import ModelConfig
+from ..decoder_weights import Weights
+from .build import build
+from .decoder import NativeDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,10 @@ class NativeChoice:
     quantization: str = "none"
     is_required: bool = False
 
+    @property
+    def name(self) -> str:
+        return "the native CPU path"
+
     def cannot_serve(self, config: ModelConfig, dtype: torch.dtype) -> str | None:
         """Why the native forward cannot serve this model; None if it can."""
         if self.block_size % KEYS_PER_TILE:
@@ -37,6 +44,9 @@ class NativeChoice:
         if dtype == torch.float16 and self.quantization == "none":
             return "float16 weights have no native form; --dtype bf16 or fp32 has"
         return None
+
+    def build(self, config: ModelConfig, weights: Weights) -> NativeDecoder:
+        return build(config, weights, self.library, self.num_threads, self.quantization)
 
 
 def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | None:
