@@ -109,26 +109,25 @@ class Bench:
         self._encode = around("events", encode_events)
 
     def run(self, case: str, num: int, num_steps: int) -> dict[str, Any]:
-        """`num_steps` steps of `num` sequences that decode, after a tenth as many that are not counted."""
+        """`num_steps` steps of `num` sequences, counted once all of them decode; who ends is followed by another."""
         self.engine.proposer.drafters_for = (  # type: ignore[method-assign]
             self._only_heads if case == "heads" else self._sources
         )
         held: list[Event] = []
         figures: dict[str, Any] = {}
-        left = num_steps + max(10, num_steps // 10)
-        tokens = 0
+        left, tokens, scheduler = num_steps, 0, self.engine.scheduler
         while left:
-            while len(self.engine.scheduler.running) + len(self.engine.scheduler.waiting) < num:
+            while len(scheduler.sequences()) < num:
                 self._add(case)
-            if left == num_steps and not figures:
+            if not figures and len(scheduler.running) == num and all(s.num_uncomputed == 1 for s in scheduler.running):
                 figures = self._begin()
-                tokens = 0
             events = self._step(lambda events=held: self._encode(events))
             held = events
-            tokens += sum(len(event.token_ids) for event in events if isinstance(event, Delta))
+            if figures:
+                tokens += sum(len(event.token_ids) for event in events if isinstance(event, Delta))
+                left -= 1
             if failed := next((event for event in events if isinstance(event, RequestFailed)), None):
                 raise click.ClickException(f"a request failed: {failed.error.message}")
-            left -= 1
         result = self._end(figures, num, num_steps, tokens)
         for request_id in [seq.request_id for seq in self.engine.scheduler.sequences()]:
             self.engine.abort(request_id)

@@ -75,9 +75,10 @@ class Sampler:
         """
         flat, bad, dead = self._draw(logits, groups)
         result: list[list[int]] = []
+        some_bad = any(bad)
         for group in groups:
             own = slice(group.first_row, group.first_row + group.num_rows)
-            if any(bad[own]):
+            if some_bad and any(bad[own]):
                 group.failure = "nan"
                 result.append([])
                 continue

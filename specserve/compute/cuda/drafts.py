@@ -151,6 +151,11 @@ class DeviceDrafts:
         self._queue(size, self._num_guesses)
         self._host.copy_(self._heads.results, non_blocking=True)
 
+    @property
+    def is_drafting(self) -> bool:
+        """Whether a launch is under way whose chains are to be collected."""
+        return bool(self._entries)
+
     def collect(self, kept: Mapping[int, int]) -> None:
         """Hand out the chains, once the device is done; `kept` is how many tokens a sequence keeps, by its id()."""
         guesses, probabilities = self._host[0].numpy(), self._host[1].view(torch.float32).numpy()

@@ -43,15 +43,36 @@ class StepRows:
         num_splits: int,
     ) -> None:
         """The rows of `items`, one after the other, and padding behind them; `slots` are their adapters'."""
-        start = max_keys = 0
+        size = self.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slot_mapping: list[int] = []
+        row_seats: list[int] = []
+        row_slots: list[int] = []
+        max_keys = 0
         for item, seat, slot in zip(items, seats, slots, strict=True):
+            seq, first = item.seq, item.seq.num_computed
             count = item.num_rows + len(item.drafts)
-            self._fill_one(host, item, start, count)
-            host["row_seats"][start : start + count] = seat
-            host["row_slots"][start : start + count] = slot
-            max_keys = max(max_keys, item.seq.num_computed + count)
-            start += count
-        _pad(host, start)
+            end, table = first + count, seq.block_table
+            if count == 1:  # most of them: a slice and a range cost five times as much
+                tokens.append(seq.tokens[first])
+                positions.append(first)
+                slot_mapping.append(table[first // size] * size + first % size)
+                row_seats.append(seat)
+                row_slots.append(slot)
+            else:
+                tokens += seq.tokens[first : first + item.num_rows]
+                tokens += item.drafts
+                positions += range(first, end)
+                slot_mapping += [table[at // size] * size + at % size for at in range(first, end)]
+                row_seats += [seat] * count
+                row_slots += [slot] * count
+            max_keys = max(max_keys, end)
+        num_rows = len(tokens)
+        host["tokens"][:num_rows], host["positions"][:num_rows] = tokens, positions
+        host["slot_mapping"][:num_rows] = slot_mapping
+        host["row_seats"][:num_rows], host["row_slots"][:num_rows] = row_seats, row_slots
+        _pad(host, num_rows)
         host["split_len"][0] = split_len_for(max_keys, num_splits)
 
     def upload_padding(self, num_rows: int) -> None:
@@ -60,18 +81,6 @@ class StepRows:
         _pad(host, 0)
         host["split_len"][0] = split_len_for(1, 1)
         self.upload(num_rows)
-
-    def _fill_one(self, host: dict[str, np.ndarray], item: ScheduledSequence, start: int, count: int) -> None:
-        seq, end, first = item.seq, start + count, item.seq.num_computed
-        host["tokens"][start : start + item.num_rows] = seq.tokens[first : first + item.num_rows]
-        if item.drafts:
-            host["tokens"][start + item.num_rows : end] = item.drafts
-        positions = np.arange(first, first + count)
-        host["positions"][start:end] = positions
-        first_block = first // self.block_size
-        blocks = np.asarray(seq.block_table[first_block : (first + count - 1) // self.block_size + 1])
-        where = positions - first_block * self.block_size
-        host["slot_mapping"][start:end] = blocks[where // self.block_size] * self.block_size + where % self.block_size
 
 
 def _pad(host: dict[str, np.ndarray], start: int) -> None:

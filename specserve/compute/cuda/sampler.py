@@ -45,8 +45,9 @@ class DeviceSampler(Sampler):
 
     def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
         sampled = super().sample(logits, groups)
-        pairs = zip(groups, sampled, strict=True)
-        self.drafts.collect({id(g.seq): len(accepted_tokens(g.drafts, tokens)) for g, tokens in pairs if tokens})
+        if self.drafts.is_drafting:
+            pairs = zip(groups, sampled, strict=True)
+            self.drafts.collect({id(g.seq): len(accepted_tokens(g.drafts, tokens)) for g, tokens in pairs if tokens})
         return sampled
 
     @torch.inference_mode()
@@ -62,6 +63,7 @@ class DeviceSampler(Sampler):
         rows, edited = self._rows(num_rows, groups)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
         if (masks := self._masks.masks(groups, also_greedy=True)) is not None:
+            rows = rows or [SamplingRow()] * num_rows
             for idx, row in enumerate(masks.rows):
                 rows[row] = rows[row]._replace(mask_row=idx)
             buffers.upload_masks(torch.from_numpy(masks.bits))
@@ -84,8 +86,8 @@ class DeviceSampler(Sampler):
         return tokens, [flag == 1 for flag in flags], [flag == NOTHING_POSSIBLE for flag in flags]
 
     def _rows(self, num_rows: int, groups: Seq[RowGroup]) -> tuple[list[SamplingRow], list[int]]:
-        """Parameters of every row, and which rows are edited before they are sampled."""
-        rows = [SamplingRow()] * num_rows
+        """Parameters of every row, none where all are greedy; and which rows are edited before they are sampled."""
+        rows: list[SamplingRow] = []
         edited: list[int] = []
         for group in groups:
             seq, params = group.seq, group.seq.sampling
@@ -94,6 +96,7 @@ class DeviceSampler(Sampler):
                 edited += own
             if group.is_greedy:
                 continue
+            rows = rows or [SamplingRow()] * num_rows
             for idx, row in enumerate(own):
                 drawn = uniform(params.seed, seq.request.sample_idx, len(seq.tokens) + idx)
                 top_k = params.top_k if params.top_k < self._vocab_size else 0
@@ -124,10 +127,14 @@ class _Buffers:
         self._host = SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu", pin=is_cuda)
         self._params = SamplingTensors.allocate(num_rows, vocab_size, num_rows, device)
         self._scratch = SamplingScratch.allocate(num_rows, vocab_size, device)
+        self._is_greedy = False  # what was uploaded last
 
     def upload(self, rows: list[SamplingRow]) -> None:
-        self._host.write(rows)
-        self._params.copy_(self._host)
+        """Rows beyond `rows` are greedy; where all are, as in the step before, there is nothing to say."""
+        if rows or not self._is_greedy:
+            self._host.write(rows)
+            self._params.copy_(self._host)
+        self._is_greedy = not rows
 
     def upload_masks(self, bits: torch.Tensor) -> None:
         self._params.masks[: bits.shape[0]].copy_(bits)
