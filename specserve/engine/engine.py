@@ -18,7 +18,6 @@ import torch
 from ..adapters.lora import LoraAdapter, read_adapter
 from ..adapters.registry import AdapterRegistry
 from ..adapters.served_base import ServedBase
-from ..compute.cuda.buffers import beside_steps
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
@@ -26,6 +25,7 @@ from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..compute.sampler import token_logprobs
 from ..compute.step_output import StepOutput
+from ..compute.uploads import beside_steps
 from ..config import EngineConfig
 from ..drafters.head_source import HeadSource
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel

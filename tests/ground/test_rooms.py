@@ -95,6 +95,17 @@ def test_the_compute_paths_do_not_know_each_other(graph):
     assert not wrong, "\n".join(wrong)
 
 
+def test_nobody_outside_compute_knows_a_path(graph):
+    wrong = [
+        f"{module}:{line} imports {target}"
+        for module, imports in graph.items()
+        if room_of(module) != "compute"
+        for line, target in imports
+        if target.startswith(tuple(f"specserve.{path}" for path in PATHS))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("room", WITHOUT_TORCH)
 def test_rooms_that_are_free_of_torch(graph, room):
     """Of triton and peft, too; directly, since what they may import is free of it or imports it late."""

@@ -7,8 +7,7 @@ with. The host side is pinned on CUDA; it is handed out for writing only when it
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,21 +31,6 @@ class Layout:
             fields[name] = (offset, length, dtype)
             offset += -(-length * dtype.itemsize // _ALIGN) * _ALIGN
         return cls(fields, offset)
-
-
-@contextlib.contextmanager
-def beside_steps(device: torch.device) -> Iterator[None]:
-    """Uploads of another thread on a stream of their own; on return they are done, so that any stream may read them.
-
-    What is uploaded is freed when no step needs it any more, which makes it safe to be used up by a later upload.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
 
 
 class Page:
