@@ -45,6 +45,7 @@ class Troublemaker:
         await asyncio.sleep(delay_s)
         self.watch.asked.add(pid)
         with contextlib.suppress(ProcessLookupError):
+            self.disturbances.kills.append(time.monotonic())
             os.kill(pid, signal.SIGKILL)
             self.counts["engine killed"] += 1
         return pid

@@ -54,6 +54,7 @@ class Disturbances:
     """Spans in which the engine was away or stopped because we asked for it; an open one has no end yet."""
 
     spans: list[list[float]] = field(default_factory=list)
+    kills: list[float] = field(default_factory=list)  # of engine processes
 
     def begin(self, at: float) -> list[float]:
         self.spans.append([at, float("inf")])
@@ -61,6 +62,9 @@ class Disturbances:
 
     def overlaps(self, start: float, end: float) -> bool:
         return any(begin <= end and start <= finish for begin, finish in reversed(self.spans))
+
+    def num_kills(self, start: float, end: float) -> int:
+        return sum(start <= at <= end for at in self.kills)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,7 @@ class Reply:
 Golden = Mapping[tuple[str, str, int], str]  # (content, route, prompt) -> text
 CLEAN = frozenset({400, 403, 404, 408, 409, 422, 424, 429, 503, 504})
 CHANGING = "changes while it is read"  # asks to be asked again
+CRASHED = "engine_crashed"  # two engine processes ended with the request in them
 AWAY = frozenset({"engine_unavailable", "incomplete_generation", "shutting_down"})
 
 
@@ -122,6 +127,8 @@ def judge(
 
 
 def judge_error(reply: Reply, recent: list[State], disturbances: Disturbances) -> tuple[Verdict, str]:
+    if reply.code == CRASHED and disturbances.num_kills(reply.start - 2, reply.end) > 1:
+        return "refused", ""  # it looks like a request that kills engines, and nobody can know better
     if not reply.is_json_error or reply.status not in CLEAN | {200} or "internal error" in reply.error:
         return "unclean error", f"{reply.status} {reply.code}: {reply.error}"
     away = disturbances.overlaps(reply.start - 2, reply.end)

@@ -83,6 +83,11 @@ def test_errors_are_right_where_something_moved_and_wrong_where_all_stood_still(
     assert verdict(timeline, 305, 306, away, **gone)[0] == "refused"
     assert verdict(timeline, 101, 103, away, **gone)[0] == "unexpected error"
     assert verdict(timeline, 101, 103, **error(500))[0] == "unclean error"
+    crashed = error(500, "engine_crashed")
+    away.kills = [302.5, 304.0]
+    assert verdict(timeline, 300, 306, away, **crashed)[0] == "refused"
+    assert verdict(timeline, 304, 306, away, **crashed)[0] == "refused"  # a kill is noticed late
+    assert verdict(timeline, 305, 307, away, **crashed)[0] == "unclean error"
     assert verdict(timeline, 101, 103, status=404, error="plain text")[0] == "unclean error"
     timeline.set(400, None)
     assert verdict(timeline, 500, 501, **error(404, "model_not_found"))[0] == "refused"
