@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
+from ..config import ServeConfig
 from ..errors import UserError
 from ..strict_json import decode_json
 
@@ -19,6 +20,11 @@ OFF_LOOP_BYTES = 64 * 1024  # larger bodies are parsed on a thread
 _PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
 _MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
+
+
+async def read_body(request: web.Request, config: ServeConfig) -> Any:
+    """The body as JSON, within the limits of the settings. Raises `UserError` as `read_json`."""
+    return await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
 
 
 async def read_json(request: web.Request, max_bytes: int, timeout_s: float) -> Any:

@@ -13,7 +13,7 @@ from ...chat.tools.definitions import all_tools
 from ...errors import UserError
 from ..generation.generator import Generator
 from ..generation.job import Job
-from ..http_body import convert, json_response, read_json
+from ..http_body import convert, json_response, read_body
 from ..lorax.types import LoraxTokenizeRequest, SimpleToken
 from ..routes import Handler
 from ..sse import EventStream, stream_events
@@ -56,7 +56,7 @@ class OpenAIRoutes:
         return json_response(self._model(name))
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        value = await self._json(request)
+        value = await read_body(request, self._generator.config)
         if isinstance(value, dict) and "inputs" in value:
             request["errors"] = "lorax"
             return await self._tokenize_inputs(convert(value, LoraxTokenizeRequest))
@@ -111,12 +111,8 @@ class OpenAIRoutes:
             "max_model_len": self._generator.engine.info.max_model_len,
         }
 
-    async def _json(self, request: web.Request) -> Any:
-        config = self._generator.config
-        return await read_json(request, int(config.max_body_mib * 2**20), config.read_timeout_s)
-
     async def _body(self, request: web.Request, kind: Any) -> Any:
-        return convert(await self._json(request), kind)
+        return convert(await read_body(request, self._generator.config), kind)
 
     async def _generate(self, request: web.Request, kind: Any) -> web.StreamResponse:
         body = await self._body(request, kind)
