@@ -4,9 +4,9 @@ Semantics, for row r of a sequence at position p with window w: out[r] = softmax
 cached positions max(0, p - w + 1) .. p. Query heads share KV heads in groups of G (GQA, Ainslie et al. 2023).
 
 `plan_attention` turns the step's tables into index tensors and masks once; every layer of the same window reuses them.
-CPU: one call a sequence, which reads its blocks in place when they are one contiguous run; eight decodes padded into
-one call took 1.8 to 5 times as long at 1000 keys, without a clear gain at 200. CUDA, where a launch costs more than
-padding: all sequences of few rows in one padded call. Nothing but a sequence's own written slots is ever read.
+One call a sequence, which reads its blocks in place when they are one contiguous run: on a CPU eight decodes padded to
+one call took 1.8 to 5 times as long at 1000 keys, without a clear gain at 200. Nothing but a sequence's own written
+slots is ever read. The torch path's, on any device; CUDA's own is ragged_attention.py.
 """
 
 from __future__ import annotations
@@ -32,20 +32,6 @@ class SequencePlan:
     mask: torch.Tensor | None  # additive, [G * rows, keys] if folded, else [rows, keys]; None: every row sees every key
 
 
-@dataclass(frozen=True, slots=True)
-class PaddedPlan:
-    """Several sequences of few rows, padded to Q rows and K keys; padding repeats a slot of the same sequence."""
-
-    rows: torch.Tensor  # [S, Q] int64, rows of the batch
-    slots: torch.Tensor  # [S, K] int64
-    mask: torch.Tensor  # [S, 1, G * Q, K] additive
-    source: torch.Tensor  # [rows] int64, which of the S * Q padded rows are real
-    target: torch.Tensor  # [rows] int64, their rows of the batch
-
-
-AttentionPlan = list[SequencePlan | PaddedPlan]
-
-
 def store_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
@@ -63,48 +49,37 @@ def plan_attention(
     group_size: int,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    pad: bool | None = None,
-) -> AttentionPlan:
-    """Indices and masks of a step for all layers with `window`; `group_size` query heads share a KV head.
-
-    `pad` puts sequences of few rows into one padded call; None chooses by device.
-    """
-    pad = device.type == "cuda" if pad is None else pad
-    plan: AttentionPlan = []
-    few: list[tuple[int, int, int, int, Sequence[int]]] = []
+) -> list[SequencePlan]:
+    """Indices and masks of a step for all layers with `window`; `group_size` query heads share a KV head."""
+    plan = []
     start = 0
     for num_rows, context_len, table in zip(query_lens, context_lens, block_tables, strict=True):
         first_position = context_len - num_rows
         first_key = max(0, first_position - window + 1) if window else 0
-        if pad and num_rows <= MAX_FOLDED_ROWS:
-            few.append((start, num_rows, first_key, context_len, table))
-        else:
-            mask = None
-            if num_rows > 1:  # a single row sees exactly the keys from first_key on
-                mask = _mask(first_position, num_rows, first_key, context_len, window, dtype)
-                mask = (mask.repeat(group_size, 1) if num_rows <= MAX_FOLDED_ROWS else mask).to(device)
-            plan.append(SequencePlan(start, num_rows, _locate(table, first_key, context_len, block_size, device), mask))
+        mask = None
+        if num_rows > 1:  # a single row sees exactly the keys from first_key on
+            mask = _mask(first_position, num_rows, first_key, context_len, window, dtype, device)
+            mask = mask.repeat(group_size, 1) if num_rows <= MAX_FOLDED_ROWS else mask
+        plan.append(SequencePlan(start, num_rows, _locate(table, first_key, context_len, block_size, device), mask))
         start += num_rows
-    if few:
-        plan.append(_pad(few, block_size, window, group_size, dtype, device))
     return plan
 
 
 def _mask(
-    first_position: int, num_rows: int, first_key: int, end: int, window: int | None, dtype: torch.dtype
+    first_position: int,
+    num_rows: int,
+    first_key: int,
+    end: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
-    rows = torch.arange(first_position, first_position + num_rows).unsqueeze(1)
-    keys = torch.arange(first_key, end).unsqueeze(0)
+    rows = torch.arange(first_position, first_position + num_rows, device=device).unsqueeze(1)
+    keys = torch.arange(first_key, end, device=device).unsqueeze(0)
     hidden = keys > rows
     if window:
         hidden |= keys <= rows - window
-    return torch.zeros(num_rows, end - first_key, dtype=dtype).masked_fill_(hidden, -torch.inf)
-
-
-def _slots(table: Sequence[int], first_key: int, end: int, block_size: int) -> torch.Tensor:
-    positions = torch.arange(first_key, end)
-    return torch.tensor(table)[positions // block_size] * block_size + positions % block_size
+    return torch.zeros(num_rows, end - first_key, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def _locate(
@@ -115,55 +90,18 @@ def _locate(
     if all(b - a == 1 for a, b in zip(used, used[1:], strict=False)):
         base = (used[0] - first_block) * block_size
         return slice(base + first_key, base + end)
-    return _slots(table, first_key, end, block_size).to(device)
-
-
-def _pad(
-    sequences: list[tuple[int, int, int, int, Sequence[int]]],
-    block_size: int,
-    window: int | None,
-    group_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PaddedPlan:
-    """One `PaddedPlan` of (first row, rows, first key, end, block table) a sequence."""
-    width = max(num_rows for _, num_rows, _, _, _ in sequences)
-    num_keys = max(end - first_key for _, _, first_key, end, _ in sequences)
-    num_keys = -(-num_keys // 8) * 8  # CUDA's masked kernels want rows of masks aligned to 16 bytes
-    rows = torch.empty(len(sequences), width, dtype=torch.int64)
-    slots = torch.empty(len(sequences), num_keys, dtype=torch.int64)
-    mask = torch.full((len(sequences), 1, width, num_keys), -torch.inf, dtype=dtype)
-    source: list[int] = []
-    target: list[int] = []
-    for idx, (start, n, first_key, end, table) in enumerate(sequences):
-        rows[idx] = start
-        rows[idx, :n] = torch.arange(start, start + n)
-        own = _slots(table, first_key, end, block_size)
-        slots[idx] = own[0]
-        slots[idx, : end - first_key] = own
-        mask[idx, 0, :, 0] = 0  # padding rows see one key, so that no softmax is empty
-        mask[idx, 0, :n, : end - first_key] = _mask(end - n, n, first_key, end, window, dtype)
-        source += range(idx * width, idx * width + n)
-        target += range(start, start + n)
-    return PaddedPlan(
-        rows.to(device),
-        slots.to(device),
-        mask.repeat(1, 1, group_size, 1).to(device),
-        torch.tensor(source, device=device),
-        torch.tensor(target, device=device),
-    )
+    positions = torch.arange(first_key, end, device=device)
+    blocks = torch.tensor(table, device=device)[positions // block_size]
+    return blocks * block_size + positions % block_size
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Sequence[SequencePlan], scale: float
 ) -> torch.Tensor:
     """out [T, Hq * D] for q [T, Hq, D] and one layer's caches [num_slots, Hkv, D]."""
     out = torch.empty_like(q)
-    for part in plan:
-        if isinstance(part, PaddedPlan):
-            _attend_padded_(out, q, k_cache, v_cache, part, scale)
-        else:
-            _attend_sequence_(out, q, k_cache, v_cache, part, scale)
+    for seq in plan:
+        _attend_sequence_(out, q, k_cache, v_cache, seq, scale)
     return out.view(q.shape[0], q.shape[1] * q.shape[2])
 
 
@@ -193,22 +131,6 @@ def _attend_sequence_(
         result = F.scaled_dot_product_attention(heads, k, v, attn_mask=seq.mask, scale=scale)
     result = result.view(num_kv_heads, group, seq.num_rows, head_dim).permute(2, 0, 1, 3)
     out[seq.start : end].view(seq.num_rows, num_kv_heads, group, head_dim).copy_(result)
-
-
-def _attend_padded_(
-    out: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, part: PaddedPlan, scale: float
-) -> None:
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads = k_cache.shape[1]
-    group = num_heads // num_kv_heads
-    num_seqs, width = part.rows.shape
-    folded = q[part.rows].view(num_seqs, width, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    folded = folded.reshape(num_seqs, num_kv_heads, group * width, head_dim)
-    k, v = k_cache[part.slots].transpose(1, 2), v_cache[part.slots].transpose(1, 2)  # [S, Hkv, K, D]
-    result = F.scaled_dot_product_attention(folded, k, v, attn_mask=part.mask, scale=scale)
-    result = result.view(num_seqs, num_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
-    result = result.reshape(num_seqs * width, num_heads, head_dim)
-    out.index_copy_(0, part.target, result[part.source])
 
 
 def attention_reference(

@@ -7,13 +7,7 @@ import random
 import pytest
 import torch
 
-from specserve.kernels.attention import (
-    PaddedPlan,
-    attention_reference,
-    paged_attention,
-    plan_attention,
-    store_kv,
-)
+from specserve.kernels.attention import attention_reference, paged_attention, plan_attention, store_kv
 
 CPU = torch.device("cpu")
 CASES = {  # (rows, context) of each sequence
@@ -48,11 +42,11 @@ def scene(case, heads, dtype, block_size, shuffle):
     return q, k_cache, v_cache, tables, own
 
 
-def check(case, heads, dtype, block_size, shuffle, window, pad):
+def check(case, heads, dtype, block_size, shuffle, window):
     q, k_cache, v_cache, tables, own = scene(case, heads, dtype, block_size, shuffle)
     rows, contexts = [r for r, _ in case], [c for _, c in case]
     group = heads[0] // heads[1]
-    plan = plan_attention(rows, contexts, tables, block_size, window, group, dtype, CPU, pad=pad)
+    plan = plan_attention(rows, contexts, tables, block_size, window, group, dtype, CPU)
     out = paged_attention(q, k_cache, v_cache, plan, 0.3)
     assert out.shape == (sum(rows), heads[0] * heads[2]) and out.dtype == dtype
     start = 0
@@ -64,25 +58,22 @@ def check(case, heads, dtype, block_size, shuffle, window, pad):
     return plan
 
 
-@pytest.mark.parametrize("pad", [False, True], ids=["a call a sequence", "padded"])
 @pytest.mark.parametrize("window", [None, 1, 12])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_ragged_rows_equal_the_definition(case, window, pad):
+def test_ragged_rows_equal_the_definition(case, window):
     for shuffle in (False, True):
-        check(case, (6, 2, 16), torch.float32, 4, shuffle, window, pad)
+        check(case, (6, 2, 16), torch.float32, 4, shuffle, window)
 
 
-@pytest.mark.parametrize("pad", [False, True], ids=["a call a sequence", "padded"])
 @pytest.mark.parametrize("heads", [(4, 4, 16), (4, 1, 8), (9, 3, 64), (2, 2, 6)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_head_groups_and_dtypes(heads, dtype, pad):
-    check(CASES["mixed"], heads, dtype, 8, True, None, pad)
+def test_head_groups_and_dtypes(heads, dtype):
+    check(CASES["mixed"], heads, dtype, 8, True, None)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_block_sizes(block_size):
-    for pad in (False, True):
-        check(CASES["mixed"], (4, 2, 8), torch.float32, block_size, True, 12, pad)
+    check(CASES["mixed"], (4, 2, 8), torch.float32, block_size, True, 12)
 
 
 def test_contiguous_blocks_are_read_in_place():
@@ -94,10 +85,3 @@ def test_contiguous_blocks_are_read_in_place():
 def test_a_window_looks_at_its_own_blocks_only():
     plan = plan_attention([1], [40], [[9, 1, 5, 6, 7]], 8, 12, 1, torch.float32, CPU)
     assert plan[0].keys == slice(52, 64)  # positions 28..39: the last two blocks, which are one run
-
-
-def test_padding_is_for_few_rows_only():
-    plan = plan_attention([1, 64, 4], [9, 64, 30], [[0, 1], list(range(2, 10)), [10, 11, 12, 13]], 8, None, 2,
-                          torch.float32, CPU, pad=True)  # fmt: skip
-    padded = [part for part in plan if isinstance(part, PaddedPlan)]
-    assert len(plan) == 2 and padded[0].rows.shape == (2, 4)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
-from ...kernels.attention import AttentionPlan, paged_attention, plan_attention, store_kv
+from ...kernels.attention import SequencePlan, paged_attention, plan_attention, store_kv
 from ...model.rope import rotate
 from ..batch import Batch
 from ..decoder_weights import DecoderWeights, Layer
@@ -86,7 +86,7 @@ class Decoder(DecoderWeights):
         qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        plan: AttentionPlan,
+        plan: list[SequencePlan],
         slots: torch.Tensor,
         kv: KVCache,
     ) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Decoder(DecoderWeights):
         store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slots)
         return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, config.attention_scale)
 
-    def _plan(self, batch: Batch, window: int | None) -> AttentionPlan:
+    def _plan(self, batch: Batch, window: int | None) -> list[SequencePlan]:
         config = self.config
         return plan_attention(
             batch.query_lens_list,
