@@ -27,11 +27,11 @@ import torch
 from safetensors.torch import save_file
 
 from specserve.adapters.lora import LoraAdapter
-from specserve.adapters.tensors import PARENT, module_shapes
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.loadgen.plan import pick_models
 from specserve.messages import GenerateRequest, SamplingParams, Speculation
+from specserve.model.shapes import PARENT, module_shapes
 
 from . import common, options
 from .generation import generate

@@ -18,7 +18,6 @@ import click
 import torch
 
 from specserve.adapters.lora import GROUPS, LoraAdapter
-from specserve.adapters.tensors import module_shapes
 from specserve.compute.cuda.build import build
 from specserve.compute.cuda.graph_cache import GraphCache
 from specserve.compute.cuda.parts import DeviceParts
@@ -28,6 +27,7 @@ from specserve.compute.path import StepLimits
 from specserve.kernels.lora_stack import LoraPair
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.model.config import ModelConfig
+from specserve.model.shapes import module_shapes
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.scheduler import ScheduledSequence
 from specserve.schedule.sequence import Sequence

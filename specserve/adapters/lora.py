@@ -20,11 +20,12 @@ from ..errors import AdapterError
 from ..kernels.lora_stack import LoraPair
 from ..messages import AdapterInfo
 from ..model.config import ModelConfig
+from ..model.shapes import module_shapes
 from .lookahead import Lookahead, read_lookahead
 from .peft_config import parse_config
 from .served_base import ServedBase
 from .slab import in_one_slab
-from .tensors import check_tensors, module_shapes
+from .tensors import check_tensors
 
 # The fused linears of a layer, in the order of their columns.
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -14,14 +14,12 @@ import torch
 from ..errors import AdapterError
 from ..kernels.lora_stack import LoraPair
 from ..model.config import ModelConfig
+from ..model.shapes import PARENT, module_shapes
 from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora, shown
 from .served_base import ServedBase
 
 logger = logging.getLogger(__name__)
 
-PARENT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
-    ("gate_proj", "up_proj", "down_proj"), "mlp"
-)
 EMBED, LM_HEAD = "model.embed_tokens", "lm_head"
 # What torch casts value by value, as PEFT does when it loads them.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -31,23 +29,6 @@ _COPY_NAME = re.compile(re.escape(_PREFIX) + r"(?P<module>model\.embed_tokens|lm
 _LAYER_NAME = re.compile(re.escape(_PREFIX) + r"model\.layers\.(?P<layer>[0-9]{1,9})\..*\.lora_[AB]\.weight")
 
 Sides = dict[str, torch.Tensor]  # "A", "B"
-
-
-def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear that a LoRA may target."""
-    q_size = config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (config.hidden_size, q_size),
-        "k_proj": (config.hidden_size, kv_size),
-        "v_proj": (config.hidden_size, kv_size),
-        "o_proj": (q_size, config.hidden_size),
-        "gate_proj": (config.hidden_size, config.intermediate_size),
-        "up_proj": (config.hidden_size, config.intermediate_size),
-        "down_proj": (config.intermediate_size, config.hidden_size),
-        "lm_head": (config.hidden_size, config.vocab_size),
-        "embed_tokens": (config.vocab_size, config.hidden_size),
-    }
 
 
 def module_names(model: ModelConfig) -> list[str]:

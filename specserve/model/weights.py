@@ -1,4 +1,4 @@
-"""The tensors of a model directory: which there must be, by name and shape, and taking them one by one.
+"""The tensors of a model directory: held against what there must be (`shapes.py`), and taken one by one.
 
 A missing, unexpected or mis-shaped tensor is an error that names it, with the shape found and the shape wanted; names,
 shapes and dtypes are checked by the files' headers before anything is read.
@@ -13,40 +13,10 @@ import torch
 
 from ..errors import ModelError
 from .config import ModelConfig
+from .shapes import has_bias, tensor_shapes
 from .stored_rows import EMBEDDING, LM_HEAD, MAX_NAMED, STORED, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model directory, by its name on the hub, with its shape."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (q_size, hidden, config.qkv_bias),
-        "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
-        "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, q_size, config.o_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if config.post_norms:
-        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
-    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
-    for name, (size_out, size_in, bias) in linears.items():
-        layer[f"{name}.weight"] = (size_out, size_in)
-        if bias:
-            layer[f"{name}.bias"] = (size_out,)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    for idx in range(config.num_layers):
-        shapes |= {f"model.layers.{idx}.{name}": shape for name, shape in layer.items()}
-    if not config.tie_word_embeddings:
-        shapes[LM_HEAD] = (config.vocab_size, hidden)
-    return shapes
 
 
 class TensorSource:
@@ -109,12 +79,8 @@ class StoredWeights:
         return (self._source.take(f"{name}.weight").float() + self._config.norm_offset).to(self.device)
 
     def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        config, module = self._config, name.rpartition(".")[2]
-        if module in ("q_proj", "k_proj", "v_proj"):
-            has_bias = config.qkv_bias
-        else:
-            has_bias = config.o_bias if module == "o_proj" else config.mlp_bias
-        return self.weight(f"{name}.weight"), self.weight(f"{name}.bias") if has_bias else None
+        bias = self.weight(f"{name}.bias") if has_bias(self._config, name.rpartition(".")[2]) else None
+        return self.weight(f"{name}.weight"), bias
 
     def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
         """The norms of a layer, by their names in `Layer`."""

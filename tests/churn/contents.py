@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from specserve.adapters.tensors import module_shapes
 from specserve.model.config import ModelConfig
+from specserve.model.shapes import module_shapes
 
 WEIGHTS, TEMPLATE = "adapter_model.safetensors", "chat_template.jinja"
 HEAD_FILES = ("lookahead_config.json", "lookahead.safetensors", "lookahead_history.bin")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from specserve.compute.loader import load_model
 from specserve.errors import ModelError
 from specserve.model.config import ModelConfig
-from specserve.model.weights import tensor_shapes
+from specserve.model.shapes import tensor_shapes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

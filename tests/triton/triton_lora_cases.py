@@ -12,17 +12,17 @@ from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything i
 
 # isort: split
 from lora_cases import POPULARITY, RANKS, TilesCase, make_runs, make_slots
+from specserve.kernels.lora_stack import LoraPair
 
 from specserve.adapters.lora import GROUPS, LoraAdapter
-from specserve.adapters.tensors import module_shapes
 from specserve.compute.cuda.lora import DeviceAdapterSlots
 from specserve.errors import UserError
 from specserve.kernels import lora_tiles
-from specserve.kernels.lora_stack import LoraPair
 from specserve.kernels.lora_tables import LoraShape, LoraTables
 from specserve.kernels.lora_tiles import TILE_ROWS, lora_embedding_add_, scratch_size
 from specserve.kernels.tiles import build_tiles_, max_tiles
 from specserve.model.config import ModelConfig
+from specserve.model.shapes import module_shapes
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

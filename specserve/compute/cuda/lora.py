@@ -14,13 +14,13 @@ from collections.abc import Collection, Hashable, Sequence
 import torch
 
 from ...adapters.lora import GROUPS, LoraAdapter
-from ...adapters.tensors import module_shapes
 from ...errors import UserError
 from ...kernels.lora_stack import LoraPair
 from ...kernels.lora_tables import LoraShape, LoraTables
 from ...kernels.lora_tiles import TILE_ROWS, lora_add_, lora_embedding_add_, scratch_size
 from ...kernels.tiles import build_tiles_, max_tiles
 from ...model.config import ModelConfig
+from ...model.shapes import module_shapes
 
 EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"  # keys of the tables beside (layer, group)
 

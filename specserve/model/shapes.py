@@ -1,0 +1,56 @@
+"""The sizes of a model's matrices, stated once: for the files of a directory, and for the LoRAs on its modules."""
+
+from __future__ import annotations
+
+from .config import ModelConfig
+from .stored_rows import EMBEDDING, LM_HEAD
+
+# The linears of a layer, each with the part of the layer that it stands in, by their names on the hub.
+PARENT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
+    ("gate_proj", "up_proj", "down_proj"), "mlp"
+)
+
+
+def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of every module that a LoRA may target: the linears, the lm_head and the embedding."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (hidden, q_size),
+        "k_proj": (hidden, kv_size),
+        "v_proj": (hidden, kv_size),
+        "o_proj": (q_size, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+        "lm_head": (hidden, config.vocab_size),
+        "embed_tokens": (config.vocab_size, hidden),
+    }
+
+
+def has_bias(config: ModelConfig, module: str) -> bool:
+    """Whether a linear of a layer has a bias."""
+    if module == "o_proj":
+        return config.o_bias
+    return config.qkv_bias if PARENT[module] == "self_attn" else config.mlp_bias
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model directory, by its name on the hub, with its shape."""
+    sizes = module_shapes(config)
+    norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
+    if config.post_norms:
+        norms |= dict.fromkeys(("pre_feedforward_layernorm", "post_feedforward_layernorm"), config.hidden_size)
+    if config.qk_norm:
+        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config.head_dim)
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
+    for module, parent in PARENT.items():
+        layer[f"{parent}.{module}.weight"] = sizes[module][::-1]  # [out, in]
+        if has_bias(config, module):
+            layer[f"{parent}.{module}.bias"] = sizes[module][1:]
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: sizes["embed_tokens"], "model.norm.weight": (config.hidden_size,)}
+    for idx in range(config.num_layers):
+        shapes |= {f"model.layers.{idx}.{name}": shape for name, shape in layer.items()}
+    if not config.tie_word_embeddings:
+        shapes[LM_HEAD] = sizes["lm_head"][::-1]
+    return shapes
