@@ -48,7 +48,6 @@ class Level:
     distinct: list[int] = field(default_factory=list)  # adapters of each step
     tokens_per_s: list[float] = field(default_factory=list)
     activate_share: list[float] = field(default_factory=list)
-    rebuilds: list[int] = field(default_factory=list)
 
     def watch_activate(self) -> None:
         """Time the step's `activate` calls and note how many adapters each was given."""
@@ -125,7 +124,6 @@ def main(
             "ratio_to_8": common.spread(versus) if 8 in levels else None,
             "distinct_a_step": round(statistics.mean(level.distinct), 2),
             "activate_share": common.spread(level.activate_share),
-            "rebuilds_a_round": statistics.median(level.rebuilds),
         }
         click.echo(f"{number} adapters: {figures[number]}")
     settings = {
@@ -170,7 +168,6 @@ def serve(
     engine = level.engine
     chosen = pick_models(level.hashes, num, "zipf", zipf_exponent, str(round_idx))
     level.activate_s = 0.0
-    rebuilds = getattr(engine.runner.slots, "num_rebuilds", 0)
     requests = [
         GenerateRequest(
             f"{round_idx}-{idx}",
@@ -189,7 +186,6 @@ def serve(
     else:
         level.tokens_per_s.append(num_tokens / elapsed_s)
         level.activate_share.append(level.activate_s / elapsed_s)
-        level.rebuilds.append(getattr(engine.runner.slots, "num_rebuilds", 0) - rebuilds)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.compute.kv_cache import KVCache
 from specserve.compute.path import StepLimits
-from specserve.kernels.lora_stack import LoraPair
+from specserve.kernels.lora import LoraPair
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.model.config import ModelConfig
 from specserve.model.shapes import module_shapes

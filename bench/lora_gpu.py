@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from specserve.kernels.lora_stack import LoraPair
+from specserve.kernels.lora import LoraPair
 from specserve.kernels.lora_tables import LoraShape, LoraTables
 from specserve.kernels.lora_tiles import TILE_ROWS, lora_add_, scratch_size
 from specserve.kernels.tiles import build_tiles_, max_tiles

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specserve.adapters.lora import GROUPS
-from specserve.adapters.tensors import module_shapes
 from specserve.model.config import ModelConfig
 from specserve.model.rope import RopeConfig
+from specserve.model.shapes import module_shapes
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .lora_stack import LoraPair
+from .lora import LoraPair
 
 RECORD_SIZE = 4  # int64s: 32 bytes, one sector of a GPU's memory
 BLOCK_R = 16  # ranks of a block of h; the smallest K of a tensor core's product in Triton

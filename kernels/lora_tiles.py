@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from .lora_stack import LoraPair
 from .lora_tables import BLOCK_R, LoraEntry
 
 TILE_ROWS = 16  # the smallest M of tl.dot: a tile of one row costs no less
@@ -63,27 +62,6 @@ def scratch_size(entry: LoraEntry, num_rows: int, *, is_embedding: bool = False)
     """fp32 elements of scratch that a launch over `num_rows` rows needs."""
     splits = 1 if is_embedding else split_k(entry.shape.in_size)[0]
     return num_rows * entry.num_modules * entry.num_rank_blocks * splits * BLOCK_R
-
-
-def lora_reference(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    slots: list[list[LoraPair | None]],
-    out_sizes: tuple[int, ...],
-    row_slots: list[int],
-) -> torch.Tensor:
-    """The definition, written to be read: y [T, sum(out_sizes)] in fp32 with the LoRA added; `slots[slot][module]`."""
-    y = y.float().clone()
-    for row, slot in enumerate(row_slots):
-        if slot == -1:
-            continue
-        column = 0
-        for pair, out_size in zip(slots[slot], out_sizes, strict=True):
-            if pair is not None:
-                h = pair.a.float() @ x[row].float()  # [R]
-                y[row, column : column + out_size] += pair.scale * (pair.b.float() @ h)
-            column += out_size
-    return y
 
 
 def lora_add_(y: torch.Tensor, x: torch.Tensor, entry: LoraEntry, tiles: torch.Tensor, scratch: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
 from ..errors import AdapterError
-from ..kernels.lora_stack import LoraPair
+from ..kernels.lora import LoraPair
 from ..messages import AdapterInfo
 from ..model.config import ModelConfig
 from ..model.shapes import module_shapes

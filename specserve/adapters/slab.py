@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels.lora_stack import LoraPair
+from ..kernels.lora import LoraPair
 
 _ALIGNMENT = 64  # bytes, as torch's own allocator has it
 

@@ -12,7 +12,7 @@ import re
 import torch
 
 from ..errors import AdapterError
-from ..kernels.lora_stack import LoraPair
+from ..kernels.lora import LoraPair
 from ..model.config import ModelConfig
 from ..model.shapes import PARENT, module_shapes
 from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora, shown

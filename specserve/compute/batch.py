@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .cuda.lora import DeviceLoraBatch
     from .native.lora import NativeLoraBatch
     from .torch.lora import LoraBatch
 
@@ -37,7 +36,7 @@ class Batch:
     query_lens_list: list[int]  # [S]
     context_lens_list: list[int]  # [S]
     block_tables_list: list[list[int]]  # [S][blocks in use], unpadded
-    lora: LoraBatch | DeviceLoraBatch | NativeLoraBatch | None  # None when no row has an adapter
+    lora: LoraBatch | NativeLoraBatch | None  # None when no row has an adapter
 
     @property
     def num_rows(self) -> int:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ..kernels.linear import Linear
-from ..kernels.lora_stack import LoraPair
+from ..kernels.lora import LoraPair
 from ..model.config import ModelConfig
 from ..model.rope import Rope
 

@@ -234,25 +234,6 @@ def test_fp16_and_bf16_generate(model_dir):
     assert torch.get_default_dtype() is torch.float32
 
 
-def test_steady_traffic_over_the_same_adapters_rebuilds_no_stacks(model_dir, tmp_path):
-    engine = make_engine(model_dir, kernels="torch")
-    hashes = [
-        engine.load_adapter(str(i), make_peft_adapter(model_dir, tmp_path / str(i), r=2, seed=i, std=0.3)).content_hash
-        for i in range(6)
-    ]
-
-    def traffic(name):
-        return [request(f"{name}{i}", [1 + i] * 60, adapter=h, ignore_eos=True) for i, h in enumerate(hashes)]
-
-    want = tokens_of(run(engine, traffic("a"), stagger=2))
-    rebuilds = engine.runner.slots.num_rebuilds
-    assert rebuilds <= len(hashes)
-    assert list(tokens_of(run(engine, traffic("b"), stagger=2)).values()) == list(want.values())
-    assert engine.runner.slots.num_rebuilds == rebuilds
-    run(engine, [request("alone", [1, 2], adapter=hashes[0], max_tokens=100, ignore_eos=True, mode="off")])
-    assert len(engine.runner.slots.adapters) <= 2  # most of the long idle ones have left
-
-
 def test_a_source_that_costs_more_than_it_brings_is_hardly_asked(model_dir, monkeypatch):
     class Slow:
         source, prior, num_asked = "slow", (0.9,), 0

@@ -8,117 +8,27 @@ import sys
 
 import pytest
 import torch
-from lora_cases import IN_SIZE, OUT_SIZES, POPULARITY, RANKS, TilesCase, make_case, make_runs, make_slots, row_slots_of
+from lora_cases import IN_SIZE, OUT_SIZES, POPULARITY, RANKS, TilesCase, make_runs, make_slots
 from places import ROOT
 from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
 
-from specserve.kernels.lora_stack import LoraStack, add_lora_
-from specserve.kernels.lora_tiles import lora_reference, split_k
-from specserve.kernels.segments import Segments
-from specserve.kernels.sgmv import sgmv_reference
+from specserve.kernels.lora import lora_add_pair_, lora_reference
+from specserve.kernels.lora_tiles import split_k
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 CUDA_TOLERANCE = TOLERANCE | {torch.float32: 1e-4}  # thousands of inputs, summed in another order
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("max_segment", [1, 5, 60])
-@pytest.mark.parametrize("num_segments", [1, 7, 20])
-def test_cpu_path_equals_the_reference(dtype, popularity, max_segment, num_segments):
-    x, y, stack, segments = make_case(popularity, dtype, max_segment=max_segment, num_segments=num_segments)
-    expected = sgmv_reference(y, x, stack, segments)
-    result = y.clone()
-    add_lora_(result, x, stack, segments)
-    torch.testing.assert_close(result.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    no_adapter = [row for row, slot in enumerate(row_slots_of(segments)) if slot == -1]
-    assert torch.equal(result[no_adapter], y[no_adapter])
-
-
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 64, 256])
-@pytest.mark.parametrize("lens", [(1, 1, 1), (5, 5, 5), (1, 0, 1), (300, 1, 2), (4, 5, 3)], ids=str)
-def test_cpu_path_serves_every_rank_and_row_layout(rank, lens):
-    stack = LoraStack(make_slots([(rank, rank, None)] * 3, torch.float32), OUT_SIZES)
-    for runs in (list(enumerate(lens)), [(-1, 2), *reversed(list(enumerate(lens)))]):
-        segments = Segments.build(runs, 3)
-        x, y = torch.randn(segments.num_rows, IN_SIZE), torch.randn(segments.num_rows, sum(OUT_SIZES))
-        result = y.clone()
-        add_lora_(result, x, stack, segments)
-        torch.testing.assert_close(result, sgmv_reference(y, x, stack, segments), atol=1e-4, rtol=1e-5)
-        assert torch.equal(result[:, sum(OUT_SIZES[:2]) :], y[:, sum(OUT_SIZES[:2]) :]), "untargeted module was touched"
-
-
-def test_both_references_agree():
-    x, y, stack, segments = make_case("uniform", torch.float32, max_segment=4, num_segments=9)
-    torch.testing.assert_close(
-        sgmv_reference(y, x, stack, segments),
-        lora_reference(y, x, [list(modules) for modules in stack.slots], OUT_SIZES, row_slots_of(segments)),
-    )
-
-
-def test_infinities_stay_in_their_own_rows():
-    """Padding repeats a row; whatever stands in it must not leak into another adapter's rows."""
-    stack = LoraStack(make_slots([(8, 8, 8)] * 3, torch.float32), OUT_SIZES)
-    segments = Segments.build([(0, 2), (1, 3), (2, 2)], 3)
-    x, y = torch.randn(7, IN_SIZE), torch.zeros(7, sum(OUT_SIZES))
-    x[0] = float("inf")
-    add_lora_(y, x, stack, segments)
-    assert not y[0].isfinite().any() and y[1:].isfinite().all()
-
-
-def test_y_may_be_columns_of_a_wider_tensor():
-    x, y, stack, segments = make_case("uniform", torch.float32, max_segment=5, num_segments=9)
-    wide = torch.zeros(len(y), y.shape[1] + 9)
-    add_lora_(wide[:, 4 : 4 + y.shape[1]], x, stack, segments)
-    add_lora_(y.zero_(), x, stack, segments)
-    assert torch.equal(wide[:, 4 : 4 + y.shape[1]], y) and not wide[:, :4].any() and not wide[:, -5:].any()
-
-
-def test_a_stack_without_weights_is_empty_and_does_nothing():
-    stack = LoraStack([[None, None, None]] * 2, OUT_SIZES)
-    y = torch.ones(3, sum(OUT_SIZES))
-    add_lora_(y, torch.randn(3, IN_SIZE), stack, Segments.build([(0, 2), (1, 1)], 2))
-    assert stack.is_empty and torch.equal(y, torch.ones_like(y))
-
-
-def test_segments_merge_equal_neighbours_and_drop_empty_runs():
-    segments = Segments.build([(2, 0), (1, 2), (1, 3), (0, 0), (1, 1), (-1, 2), (0, 1)], 3)
-    assert segments.starts == (0, 6, 8, 9) and segments.slots == (1, -1, 0)
-    assert segments.has_adapters
-
-
-def test_segments_without_rows_are_valid():
-    segments = Segments.build([], 0)
-    assert segments.starts == (0,) and segments.slots == () and not segments.has_adapters
-
-
-def test_selected_rows_keep_their_slots():
-    segments = Segments.build([(-1, 2), (0, 5), (2, 1), (0, 4)], 3)
-    rows = [1, 4, 5, 6, 7, 11]
-    selected = segments.select(rows)
-    all_slots = row_slots_of(segments)
-    assert row_slots_of(selected) == [all_slots[row] for row in rows]
-    assert selected.starts == (0, 1, 4, 5, 6)
-
-
-@pytest.mark.parametrize("lens", [(1,) * 8, (5,) * 8])
-def test_adapters_of_equal_ranks_and_rows_share_one_launch_without_copies(lens):
-    segments = Segments.build(list(enumerate(lens)), 8)
-    (launch,) = segments.plan(tuple(range(8)), 8)
-    assert (launch.lo, launch.hi, launch.width) == (0, 8, lens[0])
-    assert launch.rows == slice(0, sum(lens)) and launch.gather is None and launch.valid is None
-
-
-def test_a_prefill_chunk_does_not_pad_the_decodes_beside_it():
-    segments = Segments.build([(0, 1), (1, 300), (2, 1), (3, 1)], 4)
-    launches = segments.plan((0, 1, 2, 3), 8)
-    assert sum((launch.hi - launch.lo) * launch.width for launch in launches) == 303
-
-
-def test_unused_members_are_not_read_at_either_end():
-    segments = Segments.build([(3, 1), (4, 1)], 8)
-    (launch,) = segments.plan(tuple(range(8)), 8)
-    assert (launch.lo, launch.hi) == (3, 5)
+@pytest.mark.parametrize("rank", [1, 3, 16, 256])
+def test_a_module_in_torch_equals_the_definition_and_writes_its_own_columns(rank, dtype):
+    ((pair,),) = make_slots([(rank,)], dtype, out_sizes=(33,))
+    x, wide = torch.randn(5, IN_SIZE).to(dtype), torch.randn(5, 40).to(dtype)
+    before = wide.clone()
+    lora_add_pair_(wide[:, 4:37], x, pair)
+    expected = lora_reference(before[:, 4:37], x, [[pair]], (33,), [0] * 5)
+    torch.testing.assert_close(wide[:, 4:37].float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 37:], before[:, 37:])
 
 
 def test_kernels_import_without_triton():

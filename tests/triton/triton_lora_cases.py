@@ -12,12 +12,12 @@ from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything i
 
 # isort: split
 from lora_cases import POPULARITY, RANKS, TilesCase, make_runs, make_slots
-from specserve.kernels.lora_stack import LoraPair
 
 from specserve.adapters.lora import GROUPS, LoraAdapter
-from specserve.compute.cuda.lora import DeviceAdapterSlots
+from specserve.compute.cuda.lora import LM_HEAD, DeviceAdapterSlots, DeviceLoraBatch
 from specserve.errors import UserError
 from specserve.kernels import lora_tiles
+from specserve.kernels.lora import LoraPair
 from specserve.kernels.lora_tables import LoraShape, LoraTables
 from specserve.kernels.lora_tiles import TILE_ROWS, lora_embedding_add_, scratch_size
 from specserve.kernels.tiles import build_tiles_, max_tiles
@@ -193,14 +193,20 @@ def make_adapter(name: str, rank: int, *, extra: bool = False) -> LoraAdapter:
     return LoraAdapter(name, name, layers, embed, lm_head, rank, text_hash=None)
 
 
+def tiles_of(slots: DeviceAdapterSlots, rows: list[str | None]) -> torch.Tensor:
+    row_slots = torch.tensor([-1 if name is None else slots.slot_of(name) for name in rows], dtype=torch.int32)
+    tiles = torch.zeros(max_tiles(len(rows), TILE_ROWS, len(rows)), 3, dtype=torch.int32)
+    build_tiles_(tiles, row_slots, TILE_ROWS)
+    return tiles
+
+
 def test_a_device_batch_adds_each_rows_own_adapter_to_every_module():
-    slots = DeviceAdapterSlots(CONFIG, torch.device("cpu"), capacity=3, max_rows=4, dtype=torch.float32, max_rank=16)
+    slots = DeviceAdapterSlots(CONFIG, torch.device("cpu"), capacity=3, max_rows=6, dtype=torch.float32, max_rank=16)
     adapters = {"a": make_adapter("a", 4), "b": make_adapter("b", 16, extra=True)}
     slots.activate(list(adapters.values()))
     assert slots.targeted_groups == {"qkv", "down", "embed_tokens", "lm_head"}
-    rows = ["a", "a", None, "b", "b", "a"]  # more than the static scratch is for
-    batch = slots.batch([("a", 2), (None, 1), ("b", 2), ("a", 1)], [1, 2, 4])
-    assert batch is not None
+    rows = ["a", "a", None, "b", "b", "a"]
+    batch = DeviceLoraBatch(slots, tiles_of(slots, rows), slots.targeted_groups)
     shapes = module_shapes(CONFIG)
     for layer in range(2):
         for group, modules in GROUPS.items():
@@ -223,10 +229,11 @@ def test_a_device_batch_adds_each_rows_own_adapter_to_every_module():
     expected[3:5] = embed.scale * (embed.a[:, tokens[3:5]].t() @ embed.b.t())
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     x, logits = torch.randn(3, 24), torch.zeros(3, 50)
-    batch.add_lm_head_(x, logits)
+    DeviceLoraBatch(slots, tiles_of(slots, ["a", None, "b"]), (LM_HEAD,)).add_lm_head_(x, logits)
     assert not logits[:2].any()
     torch.testing.assert_close(logits[2], lm_head.scale * (lm_head.b @ (lm_head.a @ x[2])), atol=1e-4, rtol=1e-5)
-    assert slots.batch([(None, 3)], [2]) is None
+    DeviceLoraBatch(slots, tiles_of(slots, rows), ("qkv",)).add_(0, "down", torch.randn(6, 40), y)  # is not launched
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_least_recently_used_adapter_makes_room_and_one_in_use_never():

@@ -15,10 +15,9 @@ import torch
 
 from ...adapters.lora import GROUPS, LoraAdapter
 from ...errors import UserError
-from ...kernels.lora_stack import LoraPair
+from ...kernels.lora import LoraPair
 from ...kernels.lora_tables import LoraShape, LoraTables
-from ...kernels.lora_tiles import TILE_ROWS, lora_add_, lora_embedding_add_, scratch_size
-from ...kernels.tiles import build_tiles_, max_tiles
+from ...kernels.lora_tiles import lora_add_, lora_embedding_add_, scratch_size
 from ...model.config import ModelConfig
 from ...model.shapes import module_shapes
 
@@ -28,25 +27,14 @@ EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"  # keys of the tables beside (lay
 class DeviceLoraBatch:
     """Adds each row's own adapter to the outputs of the base model's modules, in place, by launches alone.
 
-    `tiles` [max_tiles, 3] int32 cover the step's rows, `logits_tiles` those of its logits, ids are slots
-    (`kernels/tiles.py`, TILE_ROWS rows); they may be rebuilt before each replay. `scratch` is flat fp32 of at least
-    `slots.scratch_size(rows)`. Groups that no adapter targets may be left out of `groups`, which spares their launches.
+    `tiles` [max_tiles, 3] int32 cover the rows of x and y, ids are slots (`kernels/tiles.py`); they may be rebuilt
+    before each replay. Only what `groups` names, of GROUPS, EMBEDDING and LM_HEAD, is launched: what any adapter
+    targets, and goes by these rows.
     """
 
-    def __init__(
-        self,
-        slots: DeviceAdapterSlots,
-        tiles: torch.Tensor,
-        logits_tiles: torch.Tensor,
-        has_embedding: bool,
-        has_lm_head: bool,
-        scratch: torch.Tensor,
-        groups: Collection[str] = tuple(GROUPS),
-    ):
-        self._tables = slots.tables
-        self._tiles, self._logits_tiles, self._scratch = tiles, logits_tiles, scratch
-        self._has_embedding, self._has_lm_head = has_embedding, has_lm_head
-        self._groups = frozenset(groups)
+    def __init__(self, slots: DeviceAdapterSlots, tiles: torch.Tensor, groups: Collection[str]):
+        self._tables, self._scratch = slots.tables, slots.scratch
+        self._tiles, self._groups = tiles, frozenset(groups)
 
     def add_(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """y [T, out] += LoRA(x [T, in]) for the fused linear `group` of `layer`."""
@@ -55,13 +43,13 @@ class DeviceLoraBatch:
 
     def add_embedding_(self, tokens: torch.Tensor, y: torch.Tensor) -> None:
         """y [T, H] += LoRA of the embedding for tokens [T]."""
-        if self._has_embedding:
+        if EMBEDDING in self._groups:
             lora_embedding_add_(y, tokens, self._tables.entry(EMBEDDING), self._tiles, self._scratch)
 
     def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
         """logits [L, V] += LoRA of the lm_head for hidden rows x [L, H]."""
-        if self._has_lm_head:
-            lora_add_(logits, x, self._tables.entry(LM_HEAD), self._logits_tiles, self._scratch)
+        if LM_HEAD in self._groups:
+            lora_add_(logits, x, self._tables.entry(LM_HEAD), self._tiles, self._scratch)
 
 
 class DeviceAdapterSlots:
@@ -81,7 +69,6 @@ class DeviceAdapterSlots:
         dtype: torch.dtype,
         max_rank: int = 256,
     ):
-        self._device = device
         sizes = module_shapes(config)
         shapes: dict[Hashable, LoraShape] = {
             (layer, group): LoraShape(sizes[modules[0]][0], tuple(sizes[module][1] for module in modules))
@@ -103,7 +90,7 @@ class DeviceAdapterSlots:
 
     def launches(self, tiles: torch.Tensor, groups: frozenset[str]) -> DeviceLoraBatch:
         """The LoRA of rows, or of rows with logits, in `tiles`; each asks for its own part of `groups` only."""
-        return DeviceLoraBatch(self, tiles, tiles, EMBEDDING in groups, LM_HEAD in groups, self.scratch, groups)
+        return DeviceLoraBatch(self, tiles, groups)
 
     def slot_of(self, content_hash: str) -> int:
         return self._slot_of[content_hash]
@@ -143,35 +130,6 @@ class DeviceAdapterSlots:
         if slot is not None:
             self.tables.clear_slot(slot)
             self._free.append(slot)
-
-    def batch(self, runs: Sequence[tuple[str | None, int]], logits_indices: Sequence[int]) -> DeviceLoraBatch | None:
-        """A step's view outside of graphs, for `runs` of (content hash or None, rows); None without any adapter."""
-        if all(content_hash is None for content_hash, _ in runs):
-            return None
-        row_slots: list[int] = []
-        for content_hash, num_rows in runs:
-            row_slots += [-1 if content_hash is None else self._slot_of[content_hash]] * num_rows
-        needed = self.scratch_size(len(row_slots))
-        fits = needed <= self.scratch.numel()
-        scratch = self.scratch if fits else torch.empty(needed, dtype=torch.float32, device=self._device)
-        has_lm_head = LM_HEAD in self.targeted_groups
-        logits_slots = [row_slots[row] for row in logits_indices] if has_lm_head else []
-        return DeviceLoraBatch(
-            self,
-            self._tiles(row_slots),
-            self._tiles(logits_slots),
-            EMBEDDING in self.targeted_groups,
-            has_lm_head,
-            scratch,
-            self.targeted_groups,
-        )
-
-    def _tiles(self, row_slots: list[int]) -> torch.Tensor:
-        row_ids = torch.tensor(row_slots, dtype=torch.int32).to(self._device, non_blocking=True)
-        num_tiles = max_tiles(len(row_slots), TILE_ROWS, len(row_slots))
-        tiles = torch.empty(num_tiles, 3, dtype=torch.int32, device=self._device)
-        build_tiles_(tiles, row_ids, TILE_ROWS)
-        return tiles
 
     def _fill(self, slot: int, adapter: LoraAdapter) -> None:
         group_of = {module: (group, m) for group, modules in GROUPS.items() for m, module in enumerate(modules)}

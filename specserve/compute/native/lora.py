@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...adapters.lora import LoraAdapter
-from ...kernels.lora_stack import LoraPair
+from ...kernels.lora import LoraPair
 from ...kernels.native import MODULES, PANEL, Lora
 from ...model.config import ModelConfig
 
