@@ -1,5 +1,6 @@
 """PEFT directories: all that PEFT writes for LoRA gives peft's tokens; all else is refused with one sentence."""
 
+import functools
 import shutil
 
 import pytest
@@ -52,9 +53,15 @@ def engine(model_dir):
     return make_engine(model_dir)
 
 
+@pytest.fixture(scope="module", params=["auto", "torch"])
+def kernels(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def mixed(engine, adapters):
+def mixed(kernels, model_dir, adapters):
     """Every kind of adapter and the base in one batch, twice, with logprobs."""
+    engine = make_engine(model_dir, kernels=kernels)
     hashes = {kind: engine.load_adapter(kind, path).content_hash for kind, path in adapters.items()}
     requests = [
         request(f"{kind} {i}", [3, 1, 4, 1, 5, 9, 2, 6 + i], adapter=h, max_tokens=12, ignore_eos=True, logprobs=0)
@@ -80,11 +87,16 @@ def peft_reference(model_dir, path, prompt, num_tokens):
     return ids[0, len(prompt) :].tolist(), logprobs
 
 
+@functools.cache
+def mixed_reference(model_dir, path, last):
+    return peft_reference(model_dir, path, [3, 1, 4, 1, 5, 9, 2, last], 12)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "base"])
 def test_mixed_batch_equals_peft_adapter_by_adapter(mixed, adapters, model_dir, kind):
     base = mixed["base 0"].tokens
     for i in range(2):
-        tokens, logprobs = peft_reference(model_dir, adapters.get(kind), [3, 1, 4, 1, 5, 9, 2, 6 + i], 12)
+        tokens, logprobs = mixed_reference(model_dir, adapters.get(kind), 6 + i)
         result = mixed[f"{kind} {i}"]
         assert result.error is None and result.tokens == tokens
         assert [item.logprob for item in result.logprobs] == pytest.approx(logprobs, abs=1e-4)
