@@ -18,7 +18,7 @@ from specserve.errors import EngineDeadError, UserError
 from specserve.server.engine_client import client as engine_client
 from specserve.server.engine_client import supervisor as engine_supervisor
 from specserve.server.engine_client.client import EngineClient
-from specserve.server.engine_client.resending import Losses, Resender
+from specserve.server.engine_client.resending import EngineLosses, Resender
 
 FAKE = [sys.executable, str(FIXTURES / "fake_engine.py")]
 
@@ -184,7 +184,7 @@ def test_sequences_without_output_outlive_their_engine_and_what_ends_it_twice_is
     plan("serve")
 
     async def text(resender, request_id, prompt):
-        return "".join([delta.text async for delta in resender.generate(request(request_id, prompt), Losses())])
+        return "".join([delta.text async for delta in resender.generate(request(request_id, prompt), EngineLosses())])
 
     async def run():
         async with started() as client:

@@ -2,7 +2,7 @@
 
 One that had no output yet when its engine ended runs again on the next one, as if it had just come: its seed is its
 own, so the text is the same. A sequence may be what ended the engine. So those that saw an end are sent again one at a
-time, the next one when the last has given its first token, and one that has seen `MAX_LOSSES` ends is refused: a
+time, the next one when the last has given its first token, and one that has seen `MAX_ENGINE_LOSSES` ends is refused: a
 request that no engine survives takes nobody with it who only waited beside it.
 """
 
@@ -17,11 +17,11 @@ from ...errors import EngineLostError, UserError
 from ...messages import Delta, GenerateRequest
 from .client import EngineClient
 
-MAX_LOSSES = 2
+MAX_ENGINE_LOSSES = 2
 
 
 @dataclass(slots=True)
-class Losses:
+class EngineLosses:
     """How many engine processes ended with one sequence in them."""
 
     num: int = 0
@@ -34,7 +34,7 @@ class Resender:
         self._engine = engine
         self._alone = asyncio.Lock()  # of the sequence among those with losses that has no token yet
 
-    async def generate(self, request: GenerateRequest, losses: Losses) -> AsyncGenerator[Delta]:
+    async def generate(self, request: GenerateRequest, losses: EngineLosses) -> AsyncGenerator[Delta]:
         """As `EngineClient.generate`; `losses` is the sequence's own, over several calls where it needs them."""
         while True:
             has_output = False
@@ -53,7 +53,7 @@ class Resender:
                     losses.num += 1
                     if has_output:
                         raise
-            if losses.num >= MAX_LOSSES:
+            if losses.num >= MAX_ENGINE_LOSSES:
                 raise _refused(losses.num)
 
 

@@ -38,8 +38,8 @@ from ..openai.conversion import (
 )
 from ..openai.request_types import ChatRequest, CompletionRequest, GenerationFields
 from .job import Job
+from .job_runner import JobRunner
 from .prompts import Prompts
-from .running import JobRunner
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from ...messages import AdapterInfo, Delta, GenerateRequest
 from ..activity_log import RequestLine
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
-from ..engine_client.resending import Losses, Resender
+from ..engine_client.resending import EngineLosses, Resender
 from ..metrics import Metrics
 from .job import Job
 
@@ -104,7 +104,7 @@ class JobRunner:
 
         `prompted` is the adapter whose chat template and tokenizer made the prompt, if it did: they must be the same.
         """
-        losses = Losses()
+        losses = EngineLosses()
         for attempt in range(MAX_RELOADS + 1):
             try:
                 async with aclosing(self._resender.generate(request, losses)) as deltas:
