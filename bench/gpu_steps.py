@@ -17,11 +17,12 @@ from typing import Any
 import click
 import torch
 
-from specserve.adapters.lora import GROUPS, LoraAdapter
+from specserve.adapters.lora import LoraAdapter
 from specserve.compute.cuda.build import build
 from specserve.compute.cuda.graph_cache import GraphCache
 from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
+from specserve.compute.decoder_weights import GROUPS
 from specserve.compute.kv_cache import KVCache
 from specserve.compute.path import StepLimits
 from specserve.kernels.lora import LoraPair

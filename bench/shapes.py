@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specserve.adapters.lora import GROUPS
+from specserve.compute.decoder_weights import GROUPS
 from specserve.model.config import ModelConfig
 from specserve.model.rope import RopeConfig
 from specserve.model.shapes import module_shapes

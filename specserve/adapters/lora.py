@@ -27,14 +27,6 @@ from .served_base import ServedBase
 from .slab import in_one_slab
 from .tensors import check_tensors
 
-# The fused linears of a layer, in the order of their columns.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:

@@ -16,6 +16,15 @@ from ..kernels.linear import Linear
 from ..kernels.lora import LoraPair
 from ..model.config import ModelConfig
 from ..model.rope import Rope
+from ..model.shapes import PARENT
+
+# The fused linears of a layer, and their modules in the order of their columns.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 
 
 class Weights(Protocol):
@@ -82,28 +91,28 @@ class DecoderWeights:
 def fused_layers(
     config: ModelConfig, weights: Weights, norm: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
 ) -> list[Layer]:
-    """q, k, v as one linear, gate and up as another; `norm` gives norms their dtype."""
+    """The modules of each of GROUPS as one linear; `norm` gives norms their dtype."""
 
-    def linear(*names: str) -> Linear:
+    def linear(idx: int, group: str) -> Linear:
+        names = (f"model.layers.{idx}.{PARENT[module]}.{module}" for module in GROUPS[group])
         pairs = [weights.linear(name) for name in names]
         biases = [bias for _, bias in pairs if bias is not None]
         return Linear(torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None)
 
     layers = []
     for idx in range(config.num_layers):
-        attention, mlp = f"model.layers.{idx}.self_attn", f"model.layers.{idx}.mlp"
         norms = {name: norm(value) for name, value in weights.layer_norms(idx).items()}
         layers.append(
             Layer(
                 input_norm=norms["input_norm"],
-                qkv=linear(*(f"{attention}.{name}_proj" for name in "qkv")),
+                qkv=linear(idx, "qkv"),
                 q_norm=norms.get("q_norm"),
                 k_norm=norms.get("k_norm"),
-                o=linear(f"{attention}.o_proj"),
+                o=linear(idx, "o"),
                 post_attention_norm=norms.get("post_attention_norm"),
                 mlp_norm=norms["mlp_norm"],
-                gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-                down=linear(f"{mlp}.down_proj"),
+                gate_up=linear(idx, "gate_up"),
+                down=linear(idx, "down"),
                 post_mlp_norm=norms.get("post_mlp_norm"),
             )
         )

@@ -13,8 +13,9 @@ from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything i
 # isort: split
 from lora_cases import POPULARITY, RANKS, TilesCase, make_runs, make_slots
 
-from specserve.adapters.lora import GROUPS, LoraAdapter
+from specserve.adapters.lora import LoraAdapter
 from specserve.compute.cuda.lora import LM_HEAD, DeviceAdapterSlots, DeviceLoraBatch
+from specserve.compute.decoder_weights import GROUPS
 from specserve.errors import UserError
 from specserve.kernels import lora_tiles
 from specserve.kernels.lora import LoraPair

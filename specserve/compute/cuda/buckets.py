@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...adapters.lora import GROUPS
 from ...kernels.ragged_attention import choose_splits
 from ...kernels.tiles import max_tiles
 from ...model.config import ModelConfig
+from ..decoder_weights import GROUPS
 from .lora import EMBEDDING, DeviceAdapterSlots
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)

@@ -13,13 +13,14 @@ from collections.abc import Collection, Hashable, Sequence
 
 import torch
 
-from ...adapters.lora import GROUPS, LoraAdapter
+from ...adapters.lora import LoraAdapter
 from ...errors import UserError
 from ...kernels.lora import LoraPair
 from ...kernels.lora_tables import LoraShape, LoraTables
 from ...kernels.lora_tiles import lora_add_, lora_embedding_add_, scratch_size
 from ...model.config import ModelConfig
 from ...model.shapes import module_shapes
+from ..decoder_weights import GROUPS
 
 EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"  # keys of the tables beside (layer, group)
 

@@ -10,6 +10,7 @@ from ...drafters.head_native import NativeHeadRunner
 from ...kernels.native import MODULES, Library
 from ...kernels.packed import WeightFormat, pack
 from ...model.config import ModelConfig
+from ...model.shapes import PARENT
 from ..decoder_weights import Weights
 from ..path import ComputePath, PathInputs, Phase
 from ..runner import ModelRunner
@@ -63,7 +64,6 @@ def _weight_format(dtype: torch.dtype, quantization: str) -> WeightFormat:
 def _pack_layer(weights: Weights, idx: int, form: WeightFormat) -> NativeLayer:
     base, modules = f"model.layers.{idx}", {}
     for module in MODULES:
-        parent = "self_attn" if module in MODULES[:4] else "mlp"
-        weight, bias = weights.linear(f"{base}.{parent}.{module}")
+        weight, bias = weights.linear(f"{base}.{PARENT[module]}.{module}")
         modules[module] = pack(weight, bias, form)
     return NativeLayer(modules, weights.layer_norms(idx))

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...adapters.lora import GROUPS, LoraAdapter
+from ...adapters.lora import LoraAdapter
 from ...kernels.lora import lora_add_pair_
 from ...model.config import ModelConfig
 from ...model.shapes import module_shapes
+from ..decoder_weights import GROUPS
 
 
 @dataclass(frozen=True, slots=True)
