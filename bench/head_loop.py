@@ -95,8 +95,7 @@ def loop(
 def host_loop_seconds(
     head_of: list[LookaheadHeadFile], prompt: list[int], sampled: list[int], hidden: torch.Tensor, num_guesses: int
 ) -> float:
-    local = {token: idx for idx, token in enumerate(head_of[0].config.vocab)}
-    sources = [HeadSource(head, local, prompt) for head in head_of]
+    sources = [HeadSource(head, prompt) for head in head_of]
     runner, times = HeadRunner(), []
     for _ in range(5):
         start = time.perf_counter()

@@ -78,7 +78,7 @@ class Answer:
         if "history" in names and ahead.history is not None:
             made.append(HistorySource(ahead.history, self.prompt_len))
         if "head" in names and ahead.head is not None:
-            made.append(HeadSource(ahead.head, ahead.local, prompt))
+            made.append(HeadSource(ahead.head, prompt))
         return made
 
     def draft(

@@ -187,7 +187,7 @@ class ChainSource:
         self._chain: list[Guess] = []
         self._chain_len = -1  # tokens of the sequence that the chain continues
         self._next = 0  # place in the chain; behind it when the draft has left it
-        self.is_asked = False  # for a draft since whoever makes chains has looked: the next one may be worth its time
+        self.wants_chain = False  # a draft began since whoever makes chains has looked: the next may be worth its time
 
     def set_chain(self, tokens: Sequence[int], probabilities: Sequence[float], num_tokens: int) -> None:
         """Guesses that continue the first `num_tokens` tokens of the sequence; the first that is -1 ends them."""
@@ -198,7 +198,7 @@ class ChainSource:
             self._chain.append(Guess(token, min(NUM_LEVELS - 1, int(probability * NUM_LEVELS))))
 
     def begin(self, tokens: Sequence[int]) -> None:
-        self.is_asked = True
+        self.wants_chain = True
         self._next = 0 if len(tokens) == self._chain_len else len(self._chain)
 
     def peek(self) -> Guess | None:

@@ -8,7 +8,7 @@ refused with the reason; its LoRA is served without it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +56,10 @@ class LookaheadHeadFile:
 
     config: LookaheadConfig
     weights: HeadWeights
+    index_of: dict[int, int] = field(init=False, repr=False)  # token id -> index in the head's vocabulary
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index_of", {token: idx for idx, token in enumerate(self.config.vocab)})
 
 
 def write_head(directory: Path, config: LookaheadConfig, tensors: dict[str, torch.Tensor]) -> None:
@@ -99,13 +103,13 @@ def read_head(
     The weights are mapped while they are read: nobody may write to `weights_path` meanwhile.
     """
     config = read_config(config_path)
-    for field, found, want, whose in (
+    for name, found, want, whose in (
         ("base_hash", config.base_hash, base_hash, "another base model"),
         ("tokenizer_hash", config.tokenizer_hash, tokenizer_hash, "another tokenizer"),
         ("lora_hash", config.lora_hash, lora_hash, "another LoRA than the one beside it"),
     ):
         if found != want:
-            raise HeadError(f"it was trained with {whose} ({field} {found[:12]!r}, here {want[:12]!r})")
+            raise HeadError(f"it was trained with {whose} ({name} {found[:12]!r}, here {want[:12]!r})")
     if config.hidden_size != hidden_size:
         raise HeadError(f"hidden_size is {config.hidden_size}, the base model's is {hidden_size}")
     if config.tap_layer >= num_layers:

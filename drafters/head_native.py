@@ -44,11 +44,9 @@ class NativeHeadRunner:
         self._heads: dict[int, _NativeHead] = {}
         self.clear()
 
-    def source(
-        self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]
-    ) -> HeadSource:
-        """The head's voice for a sequence; `local` maps token ids to the head's vocabulary."""
-        return HeadSource(head, local, prompt)
+    def source(self, request_id: str, head: LookaheadHeadFile, prompt: Sequence[int]) -> HeadSource:
+        """The head's voice for a sequence."""
+        return HeadSource(head, prompt)
 
     def clear(self) -> None:
         self._row_of: dict[int, tuple[HeadRow, ctypes.Array]] = {}  # id of a source -> its row and window

@@ -26,13 +26,12 @@ class HeadSource:
     source = "head"
     prior = tuple((level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS))
 
-    def __init__(self, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]):
+    def __init__(self, head: LookaheadHeadFile, prompt: Sequence[int]):
         config = head.config
         self.head = head
-        self._local = local  # token id -> index in the task vocabulary
         self._other = head.weights.embed.shape[1] - 1  # behind the vocabulary and its padding
         self._prompt = prompt
-        self._prompt_local = [local.get(token, self._other) for token in prompt]
+        self._prompt_idx = [head.index_of.get(token, self._other) for token in prompt]
         self._committed = CopyPointer(prompt, config.copy_start, config.copy_window)
         self._num_seen = len(prompt)
         self._pointer = self._committed
@@ -41,7 +40,7 @@ class HeadSource:
         self._hidden: tuple[torch.Tensor, torch.Tensor, int] | None = None
         self._hidden_len = -1  # tokens of the sequence when `_hidden` was set
         self.is_ready = False
-        self.input: tuple[int, int, list[int]] = (0, 0, [])  # local token, move, local window
+        self.input: tuple[int, int, list[int]] = (0, 0, [])  # token, move and window, tokens by their index
 
     def set_hidden(self, last: torch.Tensor, tapped: torch.Tensor, row: int, num_tokens: int) -> None:
         """Row `row` of [L, H] each belongs to the last token but one of `num_tokens`."""
@@ -84,8 +83,12 @@ class HeadSource:
 
     def _set_input(self, token: int) -> None:
         start, width = self._pointer.position, self.head.config.copy_window
-        window = self._prompt_local[start : start + width]
-        self.input = (self._local.get(token, self._other), self._pointer.moved, window + [-1] * (width - len(window)))
+        window = self._prompt_idx[start : start + width]
+        self.input = (
+            self.head.index_of.get(token, self._other),
+            self._pointer.moved,
+            window + [-1] * (width - len(window)),
+        )
 
 
 class _Stack:
@@ -150,11 +153,9 @@ class HeadRunner:
         self._num_drafts = 0
         self._groups: list[_Group] = []
 
-    def source(
-        self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]
-    ) -> HeadSource:
-        """The head's voice for a sequence; `local` maps token ids to the head's vocabulary."""
-        return HeadSource(head, local, prompt)
+    def source(self, request_id: str, head: LookaheadHeadFile, prompt: Sequence[int]) -> HeadSource:
+        """The head's voice for a sequence."""
+        return HeadSource(head, prompt)
 
     @torch.inference_mode()
     def begin(self, sources: Sequence[HeadSource]) -> None:

@@ -54,10 +54,8 @@ class DraftSource(Protocol):
 class Heads(Protocol):
     """The lookahead heads of all adapters, wherever they run."""
 
-    def source(
-        self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Sequence[int]
-    ) -> DraftSource:
-        """The head's voice for a sequence; `local` maps token ids to the head's vocabulary."""
+    def source(self, request_id: str, head: LookaheadHeadFile, prompt: Sequence[int]) -> DraftSource:
+        """The head's voice for a sequence."""
         ...
 
     def forget(self) -> None:

@@ -41,7 +41,6 @@ class Lookahead:
     """Immutable but for `acceptance`, which learns."""
 
     head: LookaheadHeadFile | None
-    local: dict[int, int]  # token id -> index in the head's vocabulary
     history: TaskHistory | None
     acceptance: SharedAcceptance
     error: str | None
@@ -90,6 +89,5 @@ def read_lookahead(
         errors.append(f"its task history is not used: {error}")
     for message in errors:
         logger.warning("adapter %r is served without drafts of its own: %s", name, message)
-    local = {token: idx for idx, token in enumerate(head.config.vocab)} if head is not None else {}
     acceptance = SharedAcceptance(head.config.acceptance if head is not None else None)
-    return Lookahead(head, local, history, acceptance, "; ".join(errors) or None)
+    return Lookahead(head, history, acceptance, "; ".join(errors) or None)

@@ -114,7 +114,7 @@ class Proposer:
         if history is not None:
             sources.append(HistorySource(history, len(request.prompt_token_ids)))
         if ahead is not None and ahead.head is not None:
-            sources.append(self._heads.source(request.request_id, ahead.head, ahead.local, request.prompt_token_ids))
+            sources.append(self._heads.source(request.request_id, ahead.head, request.prompt_token_ids))
         return sources
 
     def propose(

@@ -42,7 +42,7 @@ class Sequence:
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens taken from the prefix cache at first admission
         self.block_table: list[int] = []
-        self.table_life = object()  # a table only grows within a life
+        self.table_id = object()  # another one whenever the table was emptied: under one it only grows
         self.block_keys: list[bytes] = []
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
         self.grammar = grammar  # its place in what it must keep to
@@ -74,7 +74,7 @@ class Sequence:
         """Begin anew after the block table was released."""
         self.block_keys = []
         self.num_computed = 0
-        self.table_life = object()
+        self.table_id = object()
 
     def admit(self) -> None:
         """It runs now, for the first time or after a preemption."""

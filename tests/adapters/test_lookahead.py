@@ -119,7 +119,7 @@ def test_the_native_heads_guess_what_the_torch_heads_guess(model_dir, tmp_path):
     tapped = torch.randn(len(heads), 64, generator=torch.Generator().manual_seed(1))
     guesses = []
     for runner in (HeadRunner(), NativeHeadRunner(Team(load_library(), 2))):
-        sources = [HeadSource(ahead.head, ahead.local, prompt) for ahead in heads]
+        sources = [HeadSource(ahead.head, prompt) for ahead in heads]
         for row, source in enumerate(sources):
             source.set_hidden(hidden, tapped, row, len(prompt) + 1)
             source.begin([*prompt, prompt[7]])

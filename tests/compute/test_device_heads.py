@@ -171,6 +171,6 @@ def test_cuda_loop_replays_in_a_graph_for_a_head_that_joined_after_the_capture()
     rows.seq_slots.fill_(1)
     rows.head_slots.fill_(slot)
     graph.replay()
-    source = HeadSource(second, {token: idx for idx, token in enumerate(second.config.vocab)}, prompt)
+    source = HeadSource(second, prompt)
     tokens = prompt + prompt[3:5]
     assert heads.guesses[0].tolist() == reference_chain(source, prompt, tokens, hidden, tapped[0], 1, 6)[0]

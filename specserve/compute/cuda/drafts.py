@@ -83,7 +83,7 @@ class DeviceDrafts:
         self._longest = longest  # draft lately, decaying
         self._num_guesses = 0
 
-    def source(self, request_id: str, head: LookaheadHeadFile, local: dict[int, int], prompt: Seq[int]) -> ChainSource:
+    def source(self, request_id: str, head: LookaheadHeadFile, prompt: Seq[int]) -> ChainSource:
         """The head's voice among a sequence's sources."""
         source = self._sources[request_id] = ChainSource(head)
         return source
@@ -112,7 +112,7 @@ class DeviceDrafts:
         with self._or_off():
             for item, seat in zip(items, seats, strict=True):
                 source = self._sources.get(item.seq.request_id) if item.reaches_end else None
-                if source is not None and source.is_asked:
+                if source is not None and source.wants_chain:
                     self._places.take(item.seq, seat, source.head)
 
     def launch(self, groups: Seq[RowGroup]) -> None:
@@ -134,9 +134,9 @@ class DeviceDrafts:
         entries = []
         for group in groups:
             source = self._sources.get(group.seq.request_id)
-            if source is None or not source.is_asked:
+            if source is None or not source.wants_chain:
                 continue
-            source.is_asked = False
+            source.wants_chain = False
             seat = self._parts.seats.seat_of(group.seq)
             if self._places.holds(group.seq, seat):
                 slot = self._heads.slot_of(source.head)

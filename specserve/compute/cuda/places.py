@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Place:
-    """Who is on a seat: the pool's copy pointer stands behind `num_tokens` tokens of the sequence of that life."""
+    """Who is on a seat: the pool's copy pointer stands behind `num_tokens` tokens of the sequence with that table."""
 
-    life: object
+    table_id: object
     num_tokens: int
 
 
@@ -39,7 +39,7 @@ class HeadPlaces:
     def holds(self, seq: Sequence, seat: int) -> bool:
         """Whether the seat's place is that of the sequence as it is now."""
         place = self._places.get(seat)
-        return place is not None and place.life is seq.table_life and place.num_tokens == len(seq.tokens)
+        return place is not None and place.table_id is seq.table_id and place.num_tokens == len(seq.tokens)
 
     def take(self, seq: Sequence, seat: int, head: LookaheadHeadFile) -> None:
         """Make the seat's place that of the sequence, unless it is so; nothing where its head cannot draft."""
@@ -47,7 +47,7 @@ class HeadPlaces:
             return
         self._places.pop(seat, None)
         if self._heads.add_sequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids):
-            self._places[seat] = _Place(seq.table_life, len(seq.tokens))
+            self._places[seat] = _Place(seq.table_id, len(seq.tokens))
 
     def followed(self, seat: int, num_tokens: int) -> None:
         """The heads have followed the seat's sequence up to so many tokens."""
