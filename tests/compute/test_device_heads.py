@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from head_cases import VOCAB_SIZE, Sequences, host_chain, mixed_heads, random_head, reference_chain, trained_heads
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
 
 from specserve.drafters.chooser import DraftChooser
 from specserve.drafters.head_device import ChainSource, DeviceHeads
@@ -121,13 +121,14 @@ def test_kernels_import_without_triton():
 
 
 @needs_triton
-def test_kernels_under_the_interpreter():
-    run_cases("triton_head_cases.py")
+@quick_and_all
+def test_kernels_under_the_interpreter(all_of_them):
+    run_cases("triton_head_cases.py", all_of_them)
 
 
 @needs_triton
 def test_kernels_compile_for_hopper(tmp_path):
-    compile_for_hopper("triton_head_compile.py", tmp_path)
+    compile_for_hopper("triton_head_compile.py", False, tmp_path)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sampling_cases import SHAPES, make_rows, make_tensors, run_kernels, sample_on_the_host
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
 from verify_cases import make_verification, run_verify, verified_one_by_one
 
 from specserve.kernels.sampling import SamplingScratch, sample_logits_, sample_logits_reference
@@ -32,13 +32,15 @@ def test_kernels_import_without_triton():
 
 
 @needs_triton
-def test_kernels_under_the_interpreter():
-    run_cases("triton_sampling_cases.py")
+@quick_and_all
+def test_kernels_under_the_interpreter(all_of_them):
+    run_cases("triton_sampling_cases.py", all_of_them)
 
 
 @needs_triton
-def test_kernels_compile_for_hopper(tmp_path):
-    compile_for_hopper("triton_sampling_compile.py", tmp_path)
+@quick_and_all
+def test_kernels_compile_for_hopper(all_of_them, tmp_path):
+    compile_for_hopper("triton_sampling_compile.py", all_of_them, tmp_path)
 
 
 @pytest.mark.gpu

@@ -6,21 +6,22 @@ import pytest
 import torch
 from engine_fixture import make_engine
 from tiny_models import make_tiny_model
-from triton_process import needs_triton, run_cases
+from triton_process import needs_triton, quick_and_all, run_cases
 
 from specserve.errors import ModelError, UserError
 
 
 @needs_triton
-def test_the_engine_serves_on_triton_kernels_under_the_interpreter():
-    run_cases("triton_engine_cases.py", timeout_s=600)
+@quick_and_all
+def test_the_engine_serves_on_triton_kernels_under_the_interpreter(all_of_them):
+    run_cases("triton_engine_cases.py", all_of_them)
 
 
 @pytest.mark.gpu
 @needs_triton
 def test_the_engine_serves_on_cuda_with_graphs():
     assert torch.cuda.is_available()
-    run_cases("triton_engine_cases.py", interpret="0", timeout_s=600)
+    run_cases("triton_engine_cases.py", True, interpret="0")
 
 
 def test_triton_without_cuda_or_interpreter_is_refused_with_the_reason(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from attention_cases import CASES
 from elementwise_cases import HEADS, TOLERANCE
 from places import ROOT
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
 from specserve.kernels.ragged_attention import block_parameters, choose_splits, split_len_for
@@ -120,13 +120,15 @@ def test_kernels_import_without_triton():
 
 
 @needs_triton
-def test_triton_kernels_under_the_interpreter():
-    run_cases("triton_forward_cases.py", timeout_s=400)
+@quick_and_all
+def test_triton_kernels_under_the_interpreter(all_of_them):
+    run_cases("triton_forward_cases.py", all_of_them)
 
 
 @needs_triton
-def test_triton_kernels_compile_for_hopper(tmp_path):
-    compile_for_hopper("triton_forward_compile.py", tmp_path, timeout_s=600)
+@quick_and_all
+def test_triton_kernels_compile_for_hopper(all_of_them, tmp_path):
+    compile_for_hopper("triton_forward_compile.py", all_of_them, tmp_path)
 
 
 @needs_triton

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_cases import IN_SIZE, OUT_SIZES, POPULARITY, RANKS, TilesCase, make_runs, make_slots
 from places import ROOT
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, run_cases
+from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
 
 from specserve.kernels.lora import lora_add_pair_, lora_reference
 from specserve.kernels.lora_tiles import split_k
@@ -36,13 +36,15 @@ def test_kernels_import_without_triton():
 
 
 @needs_triton
-def test_triton_kernels_under_the_interpreter():
-    run_cases("triton_lora_cases.py")
+@quick_and_all
+def test_triton_kernels_under_the_interpreter(all_of_them):
+    run_cases("triton_lora_cases.py", all_of_them)
 
 
 @needs_triton
-def test_triton_kernels_compile_for_hopper(tmp_path):
-    compile_for_hopper("triton_lora_compile.py", tmp_path)
+@quick_and_all
+def test_triton_kernels_compile_for_hopper(all_of_them, tmp_path):
+    compile_for_hopper("triton_lora_compile.py", all_of_them, tmp_path)
 
 
 @needs_triton

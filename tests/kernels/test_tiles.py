@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_process import needs_triton, run_cases
+from triton_process import needs_triton, quick_and_all, run_cases
 
 from specserve.kernels.tiles import build_tiles_, build_tiles_reference, max_tiles
 
@@ -15,8 +15,9 @@ def test_the_reference_cuts_segments_from_their_first_row():
 
 
 @needs_triton
-def test_the_kernel_under_the_interpreter():
-    run_cases("triton_tiles_cases.py")
+@quick_and_all
+def test_the_kernel_under_the_interpreter(all_of_them):
+    run_cases("triton_tiles_cases.py", all_of_them)
 
 
 @pytest.mark.gpu

@@ -1,26 +1,18 @@
 """The forward pass's kernels under Triton's interpreter; test_forward_kernels.py runs this file as a process.
 
-A process of its own because TRITON_INTERPRET must be set before triton is imported for the first time.
+Of the products of cases, windows, heads and dtypes each value is met once; the rest of them is slow.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import Any
-
-if "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import attention_cases
 import elementwise_cases
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from attention_cases import CASES
 from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
-from triton.runtime import interpreter
+from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
+from triton_process import sweep
 
 from specserve.kernels import add_norm
 from specserve.kernels.gated_activation import BLOCK, KINDS
@@ -55,32 +47,26 @@ def test_gated_activation(dtype, kind):
         elementwise_cases.check_activation(dtype, kind, size, "cpu")
 
 
-def _fp32(handle: Any) -> np.ndarray:
-    if handle.dtype.scalar == tl.bfloat16:
-        return (handle.data.astype(np.uint32) << 16).view(np.float32)
-    return handle.data.astype(np.float32)
-
-
-def _row_uniform_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-    rows = np.matmul(_fp32(a)[:, None, :], np.ascontiguousarray(_fp32(b))[None])  # one product a row
-    return interpreter.TensorHandle(rows[:, 0] + d.data, d.dtype.scalar)
-
-
-@pytest.fixture(autouse=True)
-def row_uniform_dot(monkeypatch):
-    """Every row of a tile alike, as tensor cores do it: numpy orders a row's sums by its place, and has no bf16."""
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _row_uniform_dot)
-
-
-@pytest.mark.parametrize("window", [None, 1, 100])
-@pytest.mark.parametrize("case", CASES)
+@sweep(
+    {"case": CASES, "window": (None, 1, 100)},
+    ("mixed", 100),
+    ("decodes of skewed lengths", None),
+    ("first token", 1),
+    ("one decode", None),
+)
 def test_attention_of_ragged_rows_in_any_number_of_splits(case, window):
     scene = attention_cases.make_scene(CASES[case], (6, 2, 16), torch.float32, "cpu")
     attention_cases.check(scene, window, (1, 2, 4), split_len=64 if case == "mixed" else None)
 
 
-@pytest.mark.parametrize("heads", [(2, 2, 64), (9, 3, 24), (4, 1, 128), (8, 1, 80), (3, 1, 256)], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@sweep(
+    {"dtype": TOLERANCE, "heads": ((2, 2, 64), (9, 3, 24), (4, 1, 128), (8, 1, 80), (3, 1, 256))},
+    (torch.float32, (2, 2, 64)),
+    (torch.bfloat16, (9, 3, 24)),
+    (torch.float16, (4, 1, 128)),
+    (torch.bfloat16, (8, 1, 80)),
+    (torch.float16, (3, 1, 256)),
+)
 def test_attention_of_head_groups_and_dtypes(dtype, heads):
     scene = attention_cases.make_scene([(5, 133), (1, 40)], heads, dtype, "cpu")
     attention_cases.check(scene, None, (1, 2), split_len=64)
@@ -94,12 +80,17 @@ def test_attention_of_block_sizes(block_size):
 
 @pytest.mark.parametrize("tile_rows", [1, 3, 32])
 def test_attention_of_tile_sizes(tile_rows):
-    scene = attention_cases.make_scene([(37, 60), (1, 30)], (4, 2, 8), torch.bfloat16, "cpu", tile_rows=tile_rows)
+    case = [(tile_rows + 5, 60), (1, 30)]
+    scene = attention_cases.make_scene(case, (4, 2, 8), torch.bfloat16, "cpu", tile_rows=tile_rows)
     attention_cases.check(scene, 20, (1, 2))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("window", [None, 100])
+@sweep(
+    {"dtype": TOLERANCE, "window": (None, 100)},
+    (torch.float32, None),
+    (torch.bfloat16, 100),
+    (torch.float16, None),
+)
 def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window):
     attention_cases.check_same_row_alone(dtype, (6, 2, 16), window, "cpu")
 

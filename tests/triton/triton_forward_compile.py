@@ -2,13 +2,15 @@
 
 The interpreter accepts programs that the compiler refuses. Each line says registers, spilled bytes, shared memory and
 the widest global loads; a kernel that spills, or a fast case that lost its 16-byte loads or its matrix instructions,
-fails. Run by test_forward_kernels.py as a process of its own, without TRITON_INTERPRET.
+fails. Run by test_forward_kernels.py as a process of its own, without TRITON_INTERPRET: each kernel as a large model in
+bf16 launches it, with --all in the variants of other models and dtypes too.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -66,13 +68,25 @@ def report(name: str, figures: dict[str, int], may_spill: bool = False) -> None:
     assert may_spill or figures["spilled"] == 0, f"{name} spills {figures['spilled']} bytes of registers"
 
 
+IS_ALL = "--all" in sys.argv
+
+
+NORM_BLOCKS = ((1024, 4, 1), (4096, 16, 1), (16384, 16, 2))  # (block, warps, blocks a row)
+ROPE_HEADS = ((9, 3, 64, False), (32, 8, 128, True), (4, 1, 256, True))  # (query heads, KV heads, head size, norms)
+# (query heads, KV heads, head size, rows a tile): decodes, verifications and prefill of several models.
+ATTENTION = (
+    (9, 3, 64, 1), (9, 3, 64, 16), (32, 8, 128, 1), (32, 8, 128, 8), (32, 8, 128, 32), (8, 4, 256, 8), (4, 1, 256, 16),
+    (12, 2, 80, 8),
+)  # fmt: skip
+
+
 def compile_elementwise(dtype: str) -> None:
     pointer = f"*{dtype}"
-    for residual in {pointer, "*fp32"}:
+    for residual in {pointer, "*fp32"} if IS_ALL else {pointer}:
         for has_post in (False, True):
             pointers = {"out": pointer, "residual": residual, "h": pointer, "weight": "*fp32", "post_weight": "*fp32"}
             flags = {"HAS_H": True, "HAS_POST": has_post}
-            for block, warps, num_blocks in ((1024, 4, 1), (4096, 16, 1), (16384, 16, 2)):
+            for block, warps, num_blocks in NORM_BLOCKS if IS_ALL else NORM_BLOCKS[1:2]:
                 sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks}
                 figures = compile_kernel(
                     add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps
@@ -82,7 +96,7 @@ def compile_elementwise(dtype: str) -> None:
     names = ("qkv", "k_cache", "v_cache")
     pointers = dict.fromkeys(names, pointer) | dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")
     pointers["slot_mapping"] = "*i64"
-    for num_heads, num_kv_heads, head_dim, has_norm in ((9, 3, 64, False), (32, 8, 128, True), (4, 1, 256, True)):
+    for num_heads, num_kv_heads, head_dim, has_norm in ROPE_HEADS if IS_ALL else ROPE_HEADS[1:2]:
         constants = {
             "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "HAS_NORM": has_norm,
             "BLOCK_HEADS": 2048 // head_dim, "BLOCK_HALF": head_dim // 2,
@@ -101,19 +115,13 @@ def compile_elementwise(dtype: str) -> None:
         assert figures["load_bytes"] == 16
 
 
-# (query heads, KV heads, head size, rows a tile): decodes, verifications and prefill of several models.
-ATTENTION = (
-    (9, 3, 64, 1), (9, 3, 64, 16), (32, 8, 128, 1), (32, 8, 128, 8), (32, 8, 128, 32), (8, 4, 256, 8), (4, 1, 256, 16),
-    (12, 2, 80, 8),
-)  # fmt: skip
-
-
 def compile_attention(dtype: str) -> None:
     pointer, itemsize = f"*{dtype}", 2 if dtype == "bf16" else 4
     pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), pointer)
     pointers |= dict.fromkeys(("partial", "stats"), "*fp32") | dict.fromkeys(("tiles", "block_tables"), "*i32")
     pointers |= {"positions": "*i64", "split_len": "*i32"}
-    for num_heads, num_kv_heads, head_dim, tile_rows in ATTENTION if itemsize == 2 else ATTENTION[:3:2]:
+    cases = (ATTENTION if itemsize == 2 else ATTENTION[:3:2]) if IS_ALL else ATTENTION[3:4]
+    for num_heads, num_kv_heads, head_dim, tile_rows in cases:
         blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
         for window, num_splits in ((0, 1), (512, 8)):
@@ -135,6 +143,6 @@ def compile_attention(dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    for element in ("bf16", "fp32"):
+    for element in ("bf16", "fp32") if IS_ALL else ("bf16",):
         compile_elementwise(element)
         compile_attention(element)

@@ -6,15 +6,19 @@ import pytest
 import torch
 from head_cases import VOCAB_SIZE, Sequences, mixed_heads, random_head, trained_heads
 from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
+from triton_process import sweep
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_mixed_heads_draft_what_head_source_drafts_step_after_step(dtype):
+@sweep(
+    {"dtype": (torch.float32, torch.bfloat16), "steps": ((7, 1), (2,))}, (torch.float32, (7, 1)), (torch.bfloat16, (2,))
+)
+def test_mixed_heads_draft_what_head_source_drafts_step_after_step(dtype, steps):
     sequences = Sequences(mixed_heads(), 8, VOCAB_SIZE, dtype, "cpu")
-    for num_guesses in (7, 1):
+    for num_guesses in steps:
         sequences.step(num_guesses)
 
 
+@pytest.mark.slow
 def test_trained_heads_draft_what_head_source_drafts():
     sequences = Sequences(trained_heads(), 3, 49152, torch.bfloat16, "cpu")
     sequences.step(2)

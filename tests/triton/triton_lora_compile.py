@@ -2,7 +2,7 @@
 
 The interpreter accepts programs that the compiler refuses. Beyond that it checks what speed rests on and a binary
 shows: weights come in pieces of 16 bytes, tensor cores at 16 bits, no spilled registers. A process of its own, without
-TRITON_INTERPRET. With a folder as argument it leaves PTX and SASS there.
+TRITON_INTERPRET: bf16, with --all the other dtypes and sizes too. A folder as argument gets the PTX and SASS.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def compile_kernel(kernel: Any, dtype: str, num_warps: int, num_stages: int = 3,
     )
 
 
-def main(folder: Path | None) -> None:
+def main(folder: Path | None, is_all: bool) -> None:
     binaries = {}
-    for dtype in DTYPES:
+    for dtype in DTYPES if is_all else ("bf16",):
         binaries[f"shrink-{dtype}"] = compile_kernel(
             lora_tiles_triton.lora_shrink, dtype, SIZES.shrink_warps, SIZES.shrink_stages
         )
@@ -58,7 +58,7 @@ def main(folder: Path | None) -> None:
             lora_tiles_triton.lora_expand, dtype, SIZES.expand_warps, SIZES.expand_stages
         )
         binaries[f"gather-{dtype}"] = compile_kernel(lora_tiles_triton.lora_gather, dtype, 2, NUM_MODULES=1, SPLITS=1)
-    for block in (16, 1024, 8192):
+    for block in (16, 1024, 8192) if is_all else (1024,):
         binaries[f"build_tiles-{block}"] = compile_kernel(
             tiles_triton.build_tiles, "fp32", 4 if block <= 1024 else 16, BLOCK_T=block, BLOCK_TILES=block
         )
@@ -76,4 +76,5 @@ def main(folder: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--all"]
+    main(Path(arguments[0]) if arguments else None, "--all" in sys.argv)

@@ -1,28 +1,27 @@
-"""The sampling and verification kernels under Triton's interpreter; test_device_sampling.py runs it as a process.
-
-A process of its own because TRITON_INTERPRET must be set before triton is imported for the first time.
-"""
+"""The sampling and verification kernels under Triton's interpreter; test_device_sampling.py runs it as a process."""
 
 from __future__ import annotations
 
-import os
-import sys
-
 import pytest
 import torch
-
-if "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
-
+import triton_interpreter  # noqa: F401  (before anything imports triton)
 from sampling_cases import PARAMS, SHAPES, make_rows, make_tensors, run_kernels, sample_on_the_host
+from triton_process import sweep
 from verify_cases import make_verification, run_verify, verified_one_by_one
 
 from specserve.kernels.sampling import SamplingRow, sample_logits_reference
 
 
-@pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize(("vocab_size", "seed"), [(1000, 0), (1000, 1), (4097, 2), (33, 3)])
-def test_kernels_draw_what_reference_and_host_draw(shape, vocab_size, seed):
+@sweep(
+    {"shape": SHAPES, "sizes": ((1000, 0), (1000, 1), (4097, 2), (33, 3))},
+    ("normal", (4097, 2)),
+    ("flat", (33, 3)),
+    ("peaked", (1000, 0)),
+    ("ties", (1000, 1)),
+    ("negative", (33, 3)),
+)
+def test_kernels_draw_what_reference_and_host_draw(shape, sizes):
+    vocab_size, seed = sizes
     logits, rows = make_rows(shape, vocab_size, seed)
     params = make_tensors(rows, vocab_size, "cpu")
     tokens, bad = run_kernels(logits, params)
@@ -31,6 +30,7 @@ def test_kernels_draw_what_reference_and_host_draw(shape, vocab_size, seed):
     assert not any(bad)
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_of_several_blocks():
     logits, rows = make_rows("normal", 49152)
     tokens, bad = run_kernels(logits, make_tensors(rows, 49152, "cpu"))

@@ -1,12 +1,12 @@
 """Compiles the sampling and verification kernels for Hopper (sm_90), which needs no GPU; run as a process.
 
 The interpreter accepts programs that the compiler refuses; one that spills registers fails too. A process of its
-own, without TRITON_INTERPRET.
+own, without TRITON_INTERPRET. With --all for vocabularies of one block too.
 """
 
 from __future__ import annotations
 
-from triton_forward_compile import compile_kernel, report
+from triton_forward_compile import IS_ALL, compile_kernel, report
 
 from specserve.kernels import sampling_triton, verify_triton
 from specserve.kernels.sampling import BLOCK
@@ -27,7 +27,7 @@ POINTERS = (
 
 if __name__ == "__main__":
     k = sampling_triton
-    for blocks in (1, 64):
+    for blocks in (1, 64) if IS_ALL else (64,):
         for kernel, constants in (
             (k.best_of_blocks, {"BLOCK": BLOCK}),
             (k.best_of_rows, {"BLOCKS": blocks}),
