@@ -1,4 +1,4 @@
-"""Times device work by CUDA graphs, so that launches cost what they cost in a captured step; plain calls on the CPU.
+"""Times device work by CUDA graphs, so that launches cost what they cost in a captured step; one call on the CPU.
 
 Owns the clock only. What would sit in a cache while the bench repeats it and would not in use (KV, weights) must come
 in several copies: give one call a copy.
@@ -14,17 +14,17 @@ import torch
 
 
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int = 10) -> float:
-    """Median over `rounds` of the time of all calls in turn, divided by their number; compiled and warm before."""
+    """Median over `rounds` of the time of all calls in turn, divided by their number; compiled and warm before.
+
+    The CPU runs them once: a dry run shows that they run.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls)
     for call in calls:
         call()
-    if device.type != "cuda":
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times) / len(calls)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
