@@ -46,6 +46,12 @@ class ModelError(UserError):
     code = "invalid_model"
 
 
+class GrammarError(UserError):
+    """A grammar that cannot be served: syntax, what cannot be enforced, or a limit."""
+
+    code = "invalid_grammar"
+
+
 class OverloadedError(UserError):
     """The server is full; the client should retry after a short while."""
 

@@ -45,8 +45,11 @@ class Speculation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_draft_tokens: int = 16
 
 
+MAX_GRAMMAR_BYTES = 256 * 1024
+
+
 class GrammarSpec(msgspec.Struct, frozen=True):
-    """What the output must be. Equal specs share one compiled grammar; `text` has at most 256 KiB.
+    """What the output must be. Equal specs share one compiled grammar; `text` has at most `MAX_GRAMMAR_BYTES`.
 
     `text` is a JSON Schema (json_schema), nothing (json_object), a regular expression, a Lark grammar, or a JSON list
     of strings (choice).

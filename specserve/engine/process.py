@@ -23,9 +23,9 @@ from typing import Any
 import msgspec
 
 from ..config import EngineConfig
-from ..errors import ErrorInfo, OverloadedError, UserError
+from ..errors import ErrorInfo, GrammarError, OverloadedError, UserError
 from ..frames import read_frame
-from ..grammar.compiler import COMPILE_TIMEOUT_S, GrammarError
+from ..grammar.compiler import COMPILE_TIMEOUT_S
 from ..grammar.grammar import CompiledGrammar
 from ..messages import (
     SNAPSHOT,

@@ -8,40 +8,24 @@ grammar that was asked for. Threads may call `compile`; the matcher lets go of t
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
-import msgspec
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, gbnf_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
-from ..errors import UserError
-from ..messages import GrammarSpec
-from .ecma_regex import check_repeats
+from ..errors import GrammarError, UserError
+from ..messages import MAX_GRAMMAR_BYTES, GrammarSpec
 from .grammar import CompiledGrammar
-from .json_schema import prepare
+from .matcher_source import matcher_source, readable_reason
 
-MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_CACHED = 128
 MAX_CACHED_BYTES = 4 * 2**20  # of grammar text; a compiled one takes from 40 KB to some MB
 NUM_THREADS = 2
 COMPILE_TIMEOUT_S = 10.0
-_EMBEDDED = re.compile(r"%json\s*(?=\{)")
-_ATTRIBUTES = re.compile(r"[\[\]\n]|\b(max_tokens|temperature)\s*+=")
-_GBNF = re.compile(r"^[^\S\n]*+[A-Za-z][\w-]*+\s*+::=", re.MULTILINE)
-_REMOTE = re.compile(r"Resource '([^']*)' is not present")
-
-
-class GrammarError(UserError):
-    """A grammar that cannot be served."""
-
-    code = "invalid_grammar"
 
 
 class GrammarCompiler:
@@ -132,7 +116,7 @@ class GrammarCompiler:
         if len(spec.text.encode()) > MAX_GRAMMAR_BYTES:
             raise GrammarError(f"the grammar has more than {MAX_GRAMMAR_BYTES} bytes; that is the limit")
         tokenizer = self._tokenizer_view()
-        matcher = LLMatcher(tokenizer, _source(spec), log_level=0, limits=self._limits)
+        matcher = LLMatcher(tokenizer, matcher_source(spec), log_level=0, limits=self._limits)
         if not matcher.is_error():
             probe = matcher.deep_copy()
             allowed = probe.compute_bitmask()  # some grammars fail only here
@@ -140,7 +124,7 @@ class GrammarCompiler:
                 raise GrammarError("the grammar allows no output")
             matcher = matcher if not probe.is_error() else probe
         if matcher.is_error():
-            raise GrammarError(_readable(spec, matcher.get_error()))
+            raise GrammarError(readable_reason(spec, matcher.get_error()))
         return CompiledGrammar(matcher, self._vocab_size, self._eos_token_ids)
 
     def _tokenizer_view(self) -> LLTokenizer:
@@ -161,76 +145,3 @@ class GrammarCompiler:
 
 def _key(spec: GrammarSpec) -> tuple[str, bytes]:
     return spec.kind, hashlib.sha256(spec.text.encode()).digest()
-
-
-def _source(spec: GrammarSpec) -> str:
-    """The spec in the matcher's own terms."""
-    if spec.kind == "json_object":
-        return _json_source({"type": "object"})
-    if spec.kind == "json_schema":
-        return _json_source(_parse(spec.text))
-    if spec.kind == "choice":
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in _parse(spec.text))
-        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}\n")
-    if spec.kind == "regex":
-        check_repeats(spec.text)
-        return LLMatcher.grammar_from_regex(spec.text)
-    text = spec.text
-    if _GBNF.search(text):
-        try:
-            text = gbnf_to_lark.gbnf_to_lark(text)
-        except Exception as error:  # whatever its parser trips over is the grammar's fault
-            raise GrammarError(f"the EBNF grammar cannot be read: {error}") from None
-    return LLMatcher.grammar_from_lark(_with_prepared_schemas(text))
-
-
-def _json_source(schema: Any) -> str:
-    try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(prepare(schema)))
-    except ValueError as error:
-        raise GrammarError(f"the JSON Schema cannot be read: {error}") from None
-
-
-def _parse(text: str) -> Any:
-    try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise GrammarError(f"the grammar's JSON cannot be read: {error}") from None
-
-
-def _with_prepared_schemas(text: str) -> str:
-    """A Lark grammar whose %json schemas obey the same rules as a schema that stands alone."""
-    result, end = [], 0
-    for match in _EMBEDDED.finditer(text):
-        if match.start() < end:  # inside the schema before
-            continue
-        try:
-            schema, schema_end = json.JSONDecoder().raw_decode(text, match.end())
-        except (ValueError, RecursionError) as error:
-            raise GrammarError(f"a %json schema in the grammar cannot be read: {error}") from None
-        result += [_checked(text[end : match.start()]), "%json ", json.dumps(prepare(schema))]
-        end = schema_end
-    return "".join([*result, _checked(text[end:])])
-
-
-def _checked(lark: str) -> str:
-    """A part of a Lark grammar that is not JSON."""
-    check_repeats(lark)
-    is_open = False  # within the brackets of one line
-    for match in _ATTRIBUTES.finditer(lark):
-        if match[1] is None:
-            is_open = match[0] == "["
-        elif is_open:
-            raise GrammarError(f"the attribute {match[1]!r} in a grammar is not supported")
-    return lark
-
-
-def _readable(spec: GrammarSpec, error: str) -> str:
-    if match := _REMOTE.search(error):
-        return f"the JSON Schema's $ref to {match[1][:200]!r} is not in the schema; nothing is fetched"
-    reason = " ".join(error.replace("<non-verbose/>", "").split())
-    if "NoExtension" in reason:
-        reason = "no output satisfies it"
-    elif "fuel" in reason or "too large" in reason or "TooComplex" in reason or "too complex" in reason:
-        reason = f"it is larger than the limit for compiled grammars ({reason})"
-    return f"the {spec.kind} grammar cannot be served: {reason[:400]}"

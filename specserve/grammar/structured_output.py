@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import msgspec
 
 from ..errors import UserError
-from ..messages import GrammarSpec
+from ..messages import MAX_GRAMMAR_BYTES, GrammarSpec
 from ..strict_json import decode_json
 
-MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_CHOICES = 1024
 _FORMATS = "text, json_object and json_schema"
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")

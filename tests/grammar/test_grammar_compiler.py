@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny_models import make_tokenizer
 
-from specserve.errors import UserError
+from specserve.errors import GrammarError, UserError
 from specserve.grammar import compiler as grammar_compiler
-from specserve.grammar.compiler import GrammarCompiler, GrammarError
+from specserve.grammar.compiler import GrammarCompiler
 from specserve.grammar.ecma_regex import to_rust
 from specserve.grammar.json_schema import prepare
 from specserve.messages import GrammarSpec

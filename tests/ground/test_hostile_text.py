@@ -10,8 +10,9 @@ import pytest
 from specserve.chat.tools.formats import FORMATS
 from specserve.chat.tools.parser import CallParser
 from specserve.errors import UserError
-from specserve.grammar import compiler as grammar_compiler
+from specserve.grammar import matcher_source
 from specserve.grammar.ecma_regex import to_rust
+from specserve.messages import MAX_GRAMMAR_BYTES
 from specserve.server.http_body import convert
 from specserve.server.openai.request_types import ChatRequest
 from specserve.strict_json import MAX_NESTING, decode_json
@@ -92,10 +93,10 @@ def test_grammars_expressions_and_unknown_names_are_read_in_linear_time():
         "%json ",
         "\\",
     ]
-    length = grammar_compiler.MAX_GRAMMAR_BYTES
+    length = MAX_GRAMMAR_BYTES
     for first, second in itertools.product(pieces, ["", "["]):
         text = (first + second) * (length // len(first + second))
-        for read in (grammar_compiler._with_prepared_schemas, grammar_compiler._GBNF.search, to_rust):
+        for read in (matcher_source._with_prepared_schemas, matcher_source._GBNF.search, to_rust):
             assert seconds(read, text) < LIMIT_S, (read, first, second)
     for piece in (" - at `", "`", "Object contains unknown field `", "$."):
         name = piece * (LEN // len(piece))

@@ -11,8 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...errors import UserError
-from ...grammar.structured_output import MAX_GRAMMAR_BYTES
-from ...messages import GrammarSpec
+from ...messages import MAX_GRAMMAR_BYTES, GrammarSpec
 from .definitions import Tool, ToolUse, schema_problem
 from .formats import PYTHON_TAG, ToolFormat
 from .grammar import Marks, arguments_grammar, calls_grammar, name_grammar
