@@ -106,7 +106,7 @@ class Bench:
         engine.sampler.sample = around("sample", engine.sampler.sample)  # type: ignore[method-assign]
         engine_module.token_logprobs = few_logprobs  # type: ignore[assignment]
         self._step = around("commit", engine.step)
-        self._encode = around("events", encode_events)
+        self._tell = around("events", self._write_and_encode)
 
     def run(self, case: str, num: int, num_steps: int) -> dict[str, Any]:
         """`num_steps` steps of `num` sequences, counted once all of them decode; who ends is followed by another."""
@@ -121,7 +121,7 @@ class Bench:
                 self._add(case)
             if not figures and len(scheduler.running) == num and all(s.num_uncomputed == 1 for s in scheduler.running):
                 figures = self._begin()
-            events = self._step(lambda events=held: self._encode(events))
+            events = self._step(lambda events=held: self._tell(events))
             held = events
             if figures:
                 tokens += sum(len(event.token_ids) for event in events if isinstance(event, Delta))
@@ -132,6 +132,12 @@ class Bench:
         for request_id in [seq.request_id for seq in self.engine.scheduler.sequences()]:
             self.engine.abort(request_id)
         return result
+
+    def _write_and_encode(self, events: list[Event]) -> None:
+        """What the engine's process does with the events of the step before while a step runs."""
+        self.engine.write_texts()
+        for event in events:
+            encode_frame(event)
 
     def _begin(self) -> dict[str, Any]:
         clock = self.stand_in.clock
@@ -189,11 +195,6 @@ def few_logprobs(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> l
 
 def base_vocab(path: Path) -> int:
     return ModelConfig.from_dir(path).vocab_size
-
-
-def encode_events(events: list[Event]) -> int:
-    """What the engine's process does with events; the bytes of them."""
-    return sum(len(encode_frame(event)) for event in events)
 
 
 def measure(bench: Bench, cases: list[str], sequences: list[int], num_steps: int) -> Iterator[tuple[str, int, dict]]:

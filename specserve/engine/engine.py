@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 
 from ..adapters.lora import LoraAdapter, read_adapter
@@ -50,7 +51,7 @@ from ..schedule.verifier import accepted_tokens
 from ..text.detokenizer import Detokenizer
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import check_request, size_kv
-from .running import RunningRequest
+from .running import Appended, RunningRequest
 from .stats import Counters, engine_stats
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ class Engine:
             pid=0,
             eos_token_ids=list(self.eos_token_ids),
         )
+        self._write_late = False  # texts of the step that runs
+        self._unwritten: list[tuple[list[Event], int, RunningRequest, Appended]] = []
         self._unpublished: list[Sequence] = []  # of the latest step, where forwards leave the host free
         self._requests: dict[str, RunningRequest] = {}
         self._num_added = 0
@@ -226,10 +229,11 @@ class Engine:
 
     # -- the step
 
-    def step(self, while_running: Callable[[], None] = lambda: None) -> list[Event]:
+    def step(self, while_running: Callable[[], None] | None = None) -> list[Event]:
         """Run one forward and return what it produced; empty when there is nothing to do.
 
-        On a device that runs by itself, `while_running` is called once the forward is queued.
+        On a device that runs by itself, `while_running` is called once the forward is queued; who gives it calls
+        `write_texts` there, or before the events of this step are read at the latest.
         """
         start = time.perf_counter()
         items = self.scheduler.schedule()
@@ -237,17 +241,25 @@ class Engine:
             return []
         self._counters.num_steps += 1
         events: list[Event] = []
+        self._write_late = self.is_asynchronous and while_running is not None
         with self._torch_threads():
             self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
             for output, computed in self._forward(items, events):
                 if self.is_asynchronous:
-                    while_running()
+                    if while_running is not None:
+                        while_running()
                     self._publish_committed()
                 sampled = self.sampler.sample(output.logits, output.groups)
                 self._score_prompts(output)
                 self._commit(output, computed, sampled, events)
         self.proposer.end_step(items, time.perf_counter() - start)
         return events
+
+    def write_texts(self) -> None:
+        """Write the texts that were left out of the latest step's events, which the device did not have to wait for."""
+        for events, idx, state, appended in self._unwritten:
+            events[idx] = msgspec.structs.replace(events[idx], text=state.text_of(appended))
+        self._unwritten.clear()
 
     def _forward(
         self, items: list[ScheduledSequence], events: list[Event]
@@ -304,16 +316,19 @@ class Engine:
                 if seq.grammar is not None:
                     kept = kept[: seq.grammar.commit(kept)]
                 if kept:
-                    events.append(self._commit_tokens(item, group, kept, output))
+                    self._commit_tokens(item, group, kept, output, events)
                 else:
                     self._fail_at_dead_end(seq, events)
 
-    def _commit_tokens(self, item: ScheduledSequence, group: RowGroup, tokens: list[int], output: StepOutput) -> Delta:
+    def _commit_tokens(
+        self, item: ScheduledSequence, group: RowGroup, tokens: list[int], output: StepOutput, events: list[Event]
+    ) -> None:
         seq, state = item.seq, self._requests[item.seq.request_id]
         first_output = seq.output_len == 0
         if first_output:
             self._counters.cached_prompt_tokens += seq.num_cached
-        committed, text, finish, stop_reason = state.append(tokens, self.eos_token_ids)
+        appended = state.append(tokens, self.eos_token_ids)
+        committed, finish = appended.tokens, appended.finish_reason
         num_accepted = min(len(tokens) - 1, len(committed))
         num_drafted = min(len(item.drafts), len(committed)) if finish else len(item.drafts)
         self._count(state, item, num_drafted, num_accepted, committed)
@@ -336,15 +351,22 @@ class Engine:
             seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
             self._publish(seq)
             self._remove(state)
-        return Delta(
-            request_id=seq.request_id,
-            token_ids=committed,
-            text=text,
-            logprobs=logprobs,
-            prompt_logprobs=state.prompt_logprobs if first_output else None,
-            finish_reason=finish,
-            stop_reason=stop_reason,
-            usage=usage,
+        if self._write_late and appended.text is None:
+            self._unwritten.append((events, len(events), state, appended))
+            text = ""
+        else:
+            text = state.text_of(appended)
+        events.append(
+            Delta(
+                request_id=seq.request_id,
+                token_ids=committed,
+                text=text,
+                logprobs=logprobs,
+                prompt_logprobs=state.prompt_logprobs if first_output else None,
+                finish_reason=finish,
+                stop_reason=appended.stop_reason,
+                usage=usage,
+            )
         )
 
     # -- bookkeeping

@@ -86,16 +86,17 @@ class EngineProcess:
                 self._send([Stats(SNAPSHOT, self._engine.stats(check_integrity=False))])
                 self._next_snapshot = time.monotonic() + SNAPSHOT_S
             busy = self._engine.has_work()
+            if not busy:
+                self._send_held()  # no forward will follow to send them beside
             if not self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S):
                 return
             self._send(self._loads.place())
             if self._engine.has_work():
                 events = self._engine.step(self._send_held)
                 self._send_held()
-                if self._engine.is_asynchronous and self._engine.has_work():
-                    self._held = events  # sent while the next forward runs
-                else:
-                    self._send(events)
+                self._held = events
+                if not (self._engine.is_asynchronous and self._engine.has_work()):
+                    self._send_held()  # else while the next forward runs
 
     def _load(self) -> tuple[int, int, int]:
         scheduler = self._engine.scheduler
@@ -178,6 +179,7 @@ class EngineProcess:
             self._send([RequestFailed(request_id, error.info())])
 
     def _send_held(self) -> None:
+        self._engine.write_texts()
         held, self._held = self._held, []
         self._send(held)
 

@@ -18,9 +18,10 @@ class Appended(NamedTuple):
     """What became of a step's tokens."""
 
     tokens: list[int]  # those that the sequence has now
-    text: str  # what is certain of their text
+    text: str | None  # what is certain of their text; None: nobody needed it yet, `text_of` says it
     finish_reason: FinishReason = None
     stop_reason: str | int | None = None
+    num_silent: int = 0  # tokens at the end that are no text: an end of sequence, a stop token
 
 
 @dataclass(slots=True)
@@ -33,26 +34,39 @@ class RunningRequest:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def append(self, tokens: Sequence[int], eos_token_ids: Collection[int]) -> Appended:
-        """Append tokens up to the first that ends the sequence."""
+        """Append tokens up to the first that ends the sequence. Text is read where a stop string may end it."""
         seq, sampling = self.seq, self.seq.sampling
-        text = ""
-        kept: list[int] = []
         if sampling.max_tokens == 0:
-            return Appended(kept, text, "length")
+            return Appended([], "", "length")
+        kept: list[int] = []
+        text = "" if sampling.stop else None
         is_complete = seq.grammar is not None and seq.grammar.is_terminated
+        minds_eos = seq.grammar is not None or not sampling.ignore_eos
         for token in tokens:
             seq.append(token)
             kept.append(token)
-            if token in eos_token_ids and (seq.grammar is not None or not sampling.ignore_eos):
-                return Appended(kept, text + self.detokenizer.flush(), "stop")
+            if minds_eos and token in eos_token_ids:
+                return Appended(kept, self._ended(text), "stop", None, 1)
             if token in sampling.stop_token_ids:
-                return Appended(kept, text + self.detokenizer.flush(), "stop", token)
-            new, stop = self.detokenizer.push(token)
-            text += new
-            if stop is not None:
-                return Appended(kept, text, "stop", stop)
+                return Appended(kept, self._ended(text), "stop", token, 1)
+            if text is not None:
+                new, stop = self.detokenizer.push(token)
+                text += new
+                if stop is not None:
+                    return Appended(kept, text, "stop", stop)
             if is_complete and len(kept) == len(tokens):
-                return Appended(kept, text + self.detokenizer.flush(), "stop")
+                return Appended(kept, self._ended(text), "stop")
             if seq.output_len >= sampling.max_tokens:
-                return Appended(kept, text + self.detokenizer.flush(), "length")
+                return Appended(kept, self._ended(text), "length")
         return Appended(kept, text)
+
+    def text_of(self, appended: Appended) -> str:
+        """The text of what was appended; to be asked in that order, once each."""
+        if appended.text is not None:
+            return appended.text
+        spoken = appended.tokens[: len(appended.tokens) - appended.num_silent]
+        text = "".join(self.detokenizer.push(token)[0] for token in spoken)
+        return text + self.detokenizer.flush() if appended.finish_reason is not None else text
+
+    def _ended(self, text: str | None) -> str | None:
+        return None if text is None else text + self.detokenizer.flush()
