@@ -28,6 +28,7 @@ import aiohttp
 import click
 
 from bench import common
+from bench.tasks import read_prompts
 from specserve.model.store import resolve_model
 
 from .callers import Prompt, ask_once, body_of
@@ -152,7 +153,7 @@ async def main_async(
     else:
         model_dir = resolve_model(model)
         demos, dtype = [common.ROOT / "examples" / "adapters" / name for name in DEMOS], "auto"
-        rows = [common.read_prompts(task)[0]["prompt"] for task in ("control2json", "debtags")]
+        rows = [read_prompts(task)[0]["prompt"] for task in ("control2json", "debtags")]
         story = "Write a story in which somebody installs these two packages and is surprised."
         prompts = [
             Prompt("Tell me about yourself.", 24),
