@@ -4,28 +4,9 @@ import random
 
 import pytest
 from engine_fixture import make_engine, request, run, tokens_of
+from oracle_drafter import SAMPLERS, Oracle
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
-
-from specserve.drafters.protocol import Guess
-
-SAMPLERS = {
-    "greedy": {"temperature": 0.0},
-    "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.7},
-    "temperature": {"temperature": 1.0},
-    "cold top-p": {"temperature": 0.5, "top_p": 0.7},
-    "everything": {
-        "temperature": 1.2,
-        "top_k": 20,
-        "top_p": 0.9,
-        "min_p": 0.01,
-        "presence_penalty": 0.8,
-        "frequency_penalty": 0.4,
-        "repetition_penalty": 1.1,
-        "logit_bias": {3: 2.0, 4: -3.0},
-        "min_tokens": 10,
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +24,6 @@ def setup(model_dir, tmp_path_factory):
         for i, shape in enumerate(shapes)
     ]
     return engine, adapters
-
-
-class Oracle:
-    """Drafts from the known answer, spoiled in a chosen way; ragged lengths on purpose."""
-
-    source = "oracle"
-    prior = (1.0,)
-
-    def __init__(self, prompt_len, answer, kind, vocab_size, seed):
-        self.prompt_len, self.answer, self.kind = prompt_len, answer, kind
-        self.vocab_size, self.rng = vocab_size, random.Random(seed)
-
-    def begin(self, tokens):
-        done = len(tokens) - self.prompt_len
-        length = self.rng.randrange(1, 9)
-        right = self.answer[done : done + length]
-        if self.kind == "always right":
-            self.drafts = list(right)
-        elif self.kind == "always wrong":
-            self.drafts = [(token + 1) % self.vocab_size for token in right]
-        elif self.kind == "mostly right":
-            self.drafts = [t if self.rng.random() < 0.8 else self.rng.randrange(self.vocab_size) for t in right]
-        else:
-            self.drafts = [self.rng.randrange(self.vocab_size) for _ in range(length)]
-
-    def peek(self):
-        return Guess(self.drafts[0], 0) if self.drafts else None
-
-    def follow(self, token):
-        self.drafts = self.drafts[1:]
 
 
 def requests_for(engine, adapters, sampler, mode):

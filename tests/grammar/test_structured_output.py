@@ -7,7 +7,7 @@ import jsonschema
 import numpy as np
 import pytest
 from engine_fixture import make_engine, request, run, tokens_of
-from test_exactness import SAMPLERS, Oracle
+from oracle_drafter import SAMPLERS, Oracle
 from tiny_models import make_tiny_model
 
 from specserve.drafters.grammar_source import GrammarSource
