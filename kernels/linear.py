@@ -36,10 +36,9 @@ def has_native_bf16() -> bool:
 class Linear:
     """y = x @ weight^T + bias for x [T, in] in `compute_dtype`; `weight` is [out, in] in the model's dtype."""
 
-    __slots__ = ("_bias", "_packed", "_weight", "out_features")
+    __slots__ = ("_bias", "_packed", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        self.out_features = weight.shape[0]
         self._packed: Any = None
         self._weight: torch.Tensor | None = weight
         self._bias = bias

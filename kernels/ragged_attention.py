@@ -89,7 +89,7 @@ def ragged_attention_(
     tiles: torch.Tensor,
     positions: torch.Tensor,
     block_tables: torch.Tensor,
-    split_len: torch.Tensor | None,
+    split_len: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     block_size: int,
@@ -103,8 +103,8 @@ def ragged_attention_(
     q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [num_slots, Hkv, D] in q's
     dtype; tiles [max_tiles, 3] int32 (first row, end row, sequence), sequence -1 unused; positions [T] int64;
     block_tables [S, N] int32; split_len [1] int32 on the device, a multiple of 64, with num_splits * split_len at least
-    the longest range (`split_len_for`; a smaller one is correct but slow); scratch of `attention_scratch`. Both may be
-    None for one split, which reads every key itself. `num_splits` is a power of two up to 32.
+    the longest range (`split_len_for`; a smaller one is correct but slow), and not read with one split, which reads
+    every key itself; scratch of `attention_scratch`. `num_splits` is a power of two up to 32.
     """
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -120,14 +120,13 @@ def ragged_attention_(
         return
     partial, stats = out, out  # not touched by one split
     if num_splits > 1:
-        assert scratch is not None and split_len is not None
+        assert scratch is not None
         partial, stats = scratch
         assert partial.shape[0] >= num_splits and partial.shape[1] >= q.shape[0], (partial.shape, num_splits, q.shape)
         assert partial.shape[2:] == q.shape[1:] and partial.is_contiguous() and stats.is_contiguous()
         assert stats.shape == (*partial.shape[:3], 2)
     blocks = block_parameters(tile_rows, group, head_dim, q.element_size())
     shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0}
-    lengths = positions if split_len is None else split_len
     ragged_attention_kernel[(tiles.shape[0], num_kv_heads, num_splits)](
         out,
         partial,
@@ -138,7 +137,7 @@ def ragged_attention_(
         tiles,
         positions,
         block_tables,
-        lengths,
+        split_len,
         scale * math.log2(math.e),
         q.stride(0),
         k_cache.stride(0),
@@ -160,7 +159,7 @@ def ragged_attention_(
             stats,
             tiles,
             positions,
-            lengths,
+            split_len,
             partial.stride(0),
             stats.stride(0),
             NUM_SPLITS=num_splits,
