@@ -8,6 +8,7 @@ requests go on: errors are turned into that request's `RequestFailed`.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -299,6 +300,7 @@ class Engine:
         self, output: StepOutput, items: list[ScheduledSequence], sampled: list[list[int]], events: list[Event]
     ) -> None:
         tokens_of = {id(group.seq): (group, tokens) for group, tokens in zip(output.groups, sampled, strict=True)}
+        logprobs = _logprobs_of(output, sampled)
         for item in items:
             seq = item.seq
             if seq.output_len == 0:
@@ -316,12 +318,18 @@ class Engine:
                 if seq.grammar is not None:
                     kept = kept[: seq.grammar.commit(kept)]
                 if kept:
-                    self._commit_tokens(item, group, kept, output, events)
+                    self._commit_tokens(item, group, kept, output, logprobs.get(id(seq)), events)
                 else:
                     self._fail_at_dead_end(seq, events)
 
     def _commit_tokens(
-        self, item: ScheduledSequence, group: RowGroup, tokens: list[int], output: StepOutput, events: list[Event]
+        self,
+        item: ScheduledSequence,
+        group: RowGroup,
+        tokens: list[int],
+        output: StepOutput,
+        logprobs: list[TokenLogprobs] | None,
+        events: list[Event],
     ) -> None:
         seq, state = item.seq, self._requests[item.seq.request_id]
         first_output = seq.output_len == 0
@@ -332,10 +340,6 @@ class Engine:
         num_accepted = min(len(tokens) - 1, len(committed))
         num_drafted = min(len(item.drafts), len(committed)) if finish else len(item.drafts)
         self._count(state, item, num_drafted, num_accepted, committed)
-        logprobs = None
-        if seq.sampling.logprobs is not None and committed:
-            rows = output.logits[group.first_row : group.first_row + len(committed)]
-            logprobs = token_logprobs(rows, committed, seq.sampling.logprobs)
         usage = None
         if finish is None:
             seq.num_computed = len(seq.tokens) - 1
@@ -361,7 +365,7 @@ class Engine:
                 request_id=seq.request_id,
                 token_ids=committed,
                 text=text,
-                logprobs=logprobs,
+                logprobs=logprobs[: len(committed)] if logprobs is not None and committed else None,
                 prompt_logprobs=state.prompt_logprobs if first_output else None,
                 finish_reason=finish,
                 stop_reason=appended.stop_reason,
@@ -422,3 +426,20 @@ class Engine:
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
         return engine_stats(self, self._counters, check_integrity)
+
+
+def _logprobs_of(output: StepOutput, sampled: list[list[int]]) -> dict[int, list[TokenLogprobs]]:
+    """Log-probabilities of the tokens that each sequence keeps, by its id(), for those that ask.
+
+    Together for all that ask for equally many: each call is several launches and a wait for the device.
+    """
+    asking: dict[int, list[tuple[RowGroup, list[int]]]] = {}
+    for group, tokens in zip(output.groups, sampled, strict=True):
+        if (num_top := group.seq.sampling.logprobs) is not None and tokens:
+            asking.setdefault(num_top, []).append((group, accepted_tokens(group.drafts, tokens)))
+    found: dict[int, list[TokenLogprobs]] = {}
+    for num_top, kept in asking.items():
+        rows = [group.first_row + idx for group, tokens in kept for idx in range(len(tokens))]
+        scores = iter(token_logprobs(output.logits[rows], [token for _, tokens in kept for token in tokens], num_top))
+        found |= {id(group.seq): list(itertools.islice(scores, len(tokens))) for group, tokens in kept}
+    return found
