@@ -35,22 +35,12 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
 def adapters(model_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     return {
         kind: make_peft_adapter(model_dir, root / kind.replace(" ", "_").replace(",", ""), seed=i, std=0.15, **kwargs)
         for i, (kind, kwargs) in enumerate(KINDS.items())
     }
-
-
-@pytest.fixture(scope="module")
-def engine(model_dir):
-    return make_engine(model_dir)
 
 
 @pytest.fixture(scope="module", params=["auto", "torch"])

@@ -28,20 +28,14 @@ from adapter_edits import (
     truncate,
     wrong_shape,
 )
-from engine_fixture import check_baseline, make_engine, request
+from engine_fixture import check_baseline, request
 from peft_adapters import ALL_MODULES, make_peft_adapter
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_model
 
 from specserve.adapter_files import WEIGHTS_FILE
 from specserve.adapters import peft_config as lora_config
 from specserve.adapters.lora import LoraAdapter, read_adapter
 from specserve.errors import AdapterError
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +45,6 @@ def adapters(model_dir, tmp_path_factory):
         "linears": make_peft_adapter(model_dir, root / "linears", use_rslora=True),
         "everything": make_peft_adapter(model_dir, root / "everything", r=6, embed=True, lm_head=True),
     }
-
-
-@pytest.fixture(scope="module")
-def engine(model_dir):
-    return make_engine(model_dir)
 
 
 REFUSALS = {

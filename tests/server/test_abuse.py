@@ -13,7 +13,6 @@ import requests
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
 from server_fixture import ServerProcess, assert_error
-from tiny_models import make_tiny_model
 
 KEY, ADMIN = "sk-user", "sk-admin"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -26,18 +25,6 @@ class KeyedServer(ServerProcess):
 
     def post(self, path, body, **kwargs):
         return super().post(path, body, headers={**AUTH, **kwargs.pop("headers", {})}, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def adapters_dir(model_dir, tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(model_dir, root / "good", r=4, std=0.3)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ import requests
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
 from server_fixture import ServerProcess, assert_error
-from tiny_models import make_tiny_model
 
 from specserve.drafting.served_history import MAX_TABLES
 
@@ -30,18 +29,6 @@ MAX_ADAPTERS = 4
 LONG = {"prompt": "The quick brown", "max_tokens": 440, "temperature": 0, "ignore_eos": True}
 SLOW = {**LONG, "speculation": {"mode": "off"}}
 USED = {"max_tokens": 240, "speculation": {"mode": "off"}}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def adapters_dir(model_dir, tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(model_dir, root / "good", r=4, std=0.3)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -20,18 +20,6 @@ VOCAB_SIZE = 320
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", vocab_size=VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def adapters_dir(model_dir, tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(model_dir, root / "good", r=4, std=0.3)
-    return root
-
-
-@pytest.fixture(scope="module")
 def server(model_dir, adapters_dir):
     server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), "--max-body-mib", "4").wait_ready()
     yield server

@@ -15,14 +15,8 @@ import pytest
 import requests
 from aiohttp import web
 from server_fixture import ServerProcess
-from tiny_models import make_tiny_model
 
 from specserve.server.connections import ACCEPTED_AT_ONCE, Connections, _Refusal
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import threading
 
 import msgspec
 import pytest
-from tiny_models import make_tiny_model
 
 from specserve.chat.types import Message
 from specserve.config import ServeConfig
@@ -56,8 +55,8 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return TextTokenizer(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+def tokenizer(model_dir):
+    return TextTokenizer(model_dir)
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ import re
 import pytest
 import requests
 from api_contract import check_event
-from peft_adapters import make_peft_adapter
-from server_fixture import ServerProcess
-from tiny_models import make_tiny_model
 
 INPUTS = "The quick brown"
 GREEDY = {"max_new_tokens": 12, "ignore_eos_token": True}
@@ -16,17 +13,6 @@ HEADERS = (
     "compute-type compute-time compute-characters total-time prompt-tokens generated-tokens skipped-tokens "
     "total-tokens validation-time queue-time inference-time time-per-token time-to-first-token time-per-output-token"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    root = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(model_dir, root / "alpha", r=4, std=0.3)
-    server = ServerProcess(model_dir, "--adapters-dir", str(root)).wait_ready()
-    yield server
-    server.wait_baseline()
-    assert server.stop() == 0
 
 
 def ask(server, path="/generate", inputs=INPUTS, status=200, stream=None, **parameters):

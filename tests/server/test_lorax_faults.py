@@ -8,14 +8,12 @@ import time
 
 import pytest
 from server_fixture import ServerProcess
-from tiny_models import make_tiny_model
 
 LONG = {"inputs": "The quick", "parameters": {"max_new_tokens": 480, "ignore_eos_token": True}}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+def server(model_dir):
     flags = (
         "--kernels",
         "torch",

@@ -2,23 +2,10 @@
 
 import pytest
 import requests
-from peft_adapters import make_peft_adapter
-from server_fixture import ServerProcess, assert_error
-from tiny_models import make_tiny_model
+from server_fixture import assert_error
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 SAMPLED = {"prompt": "The quick", "max_tokens": 8, "temperature": 1.2, "seed": 3, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    root = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(model_dir, root / "alpha", r=4, std=0.3)
-    server = ServerProcess(model_dir, "--adapters-dir", str(root)).wait_ready()
-    yield server
-    server.wait_baseline()
-    assert server.stop() == 0
 
 
 def mean_logprob(choice):

@@ -4,21 +4,16 @@ import asyncio
 
 import openai
 import pytest
-from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess
-from tiny_models import make_tiny_model
 
 KEY = "sk-test-key"
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    root = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(model_dir, root / "alpha", r=4, std=0.3)
+def server(model_dir, alpha_dir):
     server = ServerProcess(
-        model_dir, "--adapters-dir", str(root), "--max-num-seqs", "8", env={"SPECSERVE_API_KEY": KEY}
+        model_dir, "--adapters-dir", str(alpha_dir.parent), "--max-num-seqs", "8", env={"SPECSERVE_API_KEY": KEY}
     ).wait_ready()
     yield server
     server.wait_baseline()

@@ -3,18 +3,11 @@
 import jsonschema
 import pytest
 from api_contract import check_event, check_value, document, operation_of
-from server_fixture import ServerProcess
-from tiny_models import make_tiny_model
 
 from specserve.config import ServeConfig
 from specserve.server.app import Server
 from specserve.server.routes import ROUTES
 from specserve.text.tokenizer import TextTokenizer
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def test_every_served_route_is_in_the_document_and_no_other(model_dir):
@@ -24,12 +17,8 @@ def test_every_served_route_is_in_the_document_and_no_other(model_dir):
     assert served == documented and len(served) == len(ROUTES)
 
 
-def test_document_is_served_and_its_schemas_are_valid(model_dir):
-    server = ServerProcess(model_dir).wait_ready()
-    try:
-        assert server.get("/openapi.json").json() == document()
-    finally:
-        assert server.stop() == 0
+def test_document_is_served_and_its_schemas_are_valid(server):
+    assert server.get("/openapi.json").json() == document()
     assert document()["openapi"].startswith("3.1")
     for schema in document()["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)

@@ -8,14 +8,8 @@ import pytest
 import requests
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
-from tiny_models import make_tiny_model
 
 CHAT = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 10, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 import requests
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
-from tiny_models import make_tiny_model
 
 
 def start_server(model_dir, *flags):
@@ -30,11 +29,6 @@ LONG = {
     "ignore_eos": True,
     "speculation": {"mode": "off"},
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

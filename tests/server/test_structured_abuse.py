@@ -12,7 +12,6 @@ import jsonschema
 import pytest
 import requests
 from server_fixture import ServerProcess, assert_error
-from tiny_models import make_tiny_model
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {
@@ -24,8 +23,7 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+def server(model_dir):
     server = ServerProcess(model_dir, "--max-body-mib", "1").wait_ready()
     yield server
     assert server.stop() == 0
