@@ -188,9 +188,9 @@ class Bench:
         return [source for source in self._sources(request) if source.source == "head"]
 
 
-def few_logprobs(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+def few_logprobs(logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """As the sampler's, of a few of the vocabulary: on a device the rest would not be the host's time."""
-    return token_logprobs(logits[:, :FEW_LOGITS], [token % FEW_LOGITS for token in tokens], num_top)
+    return token_logprobs(logits[:, :FEW_LOGITS], rows, [token % FEW_LOGITS for token in tokens], num_top)
 
 
 def base_vocab(path: Path) -> int:

@@ -293,8 +293,8 @@ class Engine:
             if scores is None or len(scores) > seq.num_computed + 1:  # already scored before a preemption
                 continue
             tokens = seq.tokens[seq.num_computed + 1 : seq.num_computed + 1 + num_rows]
-            rows = output.logits[first_row : first_row + num_rows]
-            scores += token_logprobs(rows, tokens, seq.sampling.prompt_logprobs or 0)
+            rows = range(first_row, first_row + num_rows)
+            scores += token_logprobs(output.logits, rows, tokens, seq.sampling.prompt_logprobs or 0)
 
     def _commit(
         self, output: StepOutput, items: list[ScheduledSequence], sampled: list[list[int]], events: list[Event]
@@ -440,6 +440,6 @@ def _logprobs_of(output: StepOutput, sampled: list[list[int]]) -> dict[int, list
     found: dict[int, list[TokenLogprobs]] = {}
     for num_top, kept in asking.items():
         rows = [group.first_row + idx for group, tokens in kept for idx in range(len(tokens))]
-        scores = iter(token_logprobs(output.logits[rows], [token for _, tokens in kept for token in tokens], num_top))
+        scores = iter(token_logprobs(output.logits, rows, [token for _, tokens in kept for token in tokens], num_top))
         found |= {id(group.seq): list(itertools.islice(scores, len(tokens))) for group, tokens in kept}
     return found

@@ -142,11 +142,11 @@ def test_logprobs_are_raw_and_ranked():
     torch.manual_seed(0)
     logits = torch.randn(2, V)
     want = logits.log_softmax(-1)
-    first, second = token_logprobs(logits, [int(logits[0].argmax()), 7], 3)
+    first, second = token_logprobs(logits, [0, 1], [int(logits[0].argmax()), 7], 3)
     assert first.rank == 1 and first.top[0][0] == int(logits[0].argmax()) and len(first.top) == 3
     assert second.logprob == pytest.approx(float(want[1, 7]), abs=1e-6)
     assert second.rank == int((want[1] > want[1, 7]).sum()) + 1
-    assert token_logprobs(logits, [1, 2], 0)[0].top == []
+    assert token_logprobs(logits, [0, 1], [1, 2], 0)[0].top == []
 
 
 @pytest.mark.parametrize(
