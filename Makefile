@@ -1,6 +1,6 @@
 # `make serve` from a fresh clone: a virtual environment, the project in place, the default model, the server.
 # Stamps in .venv make every target incremental: they are renewed when pyproject.toml changes.
-# Options: PYTHON=python3.12, VENV=elsewhere, ARGS="--port 9000". pip's own variables hold, such as PIP_EXTRA_INDEX_URL
+# Options: PYTHON=python3.12, VENV=elsewhere, ARGS="--port 9000" or, for tests, ARGS="-n 0 -k lora". pip's own variables hold, such as PIP_EXTRA_INDEX_URL
 # for the index of torch's small CPU build on Linux without a GPU.
 
 PYTHON ?= $(firstword $(shell for p in python3 python3.12 python3.11; do \
@@ -16,8 +16,12 @@ CLIENTS_INSTALLED := $(CLIENTS:%=.venv-conformance/%/.installed)
 # Compiling every module of torch and transformers takes half of the install's CPU time; few of them are ever imported.
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --editable
 
+# Servers and engines of their own run beside the tests: more processes than two find no free core on a small machine.
+# A process that has nothing left takes over tests of the other.
+TWO_PROCESSES := -n 2 --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test churn gpu conformance lint format clean
+.PHONY: help install pull serve test test-all churn gpu conformance lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,8 +34,11 @@ pull: $(INSTALLED)  ## download and convert the default model (once, about 95 MB
 serve: pull  ## serve the default model and examples/adapters on http://127.0.0.1:8000
 	$(BIN)/specserve serve --adapters-dir examples/adapters $(ARGS)
 
-test: $(TEST_INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(TEST_INSTALLED)  ## run the tests, five minutes in two processes (ARGS="-n 0 -k lora": one process, chosen tests)
+	$(BIN)/python -m pytest $(TWO_PROCESSES) $(ARGS)
+
+test-all: $(TEST_INSTALLED)  ## run the slow tests too, all but those for a GPU
+	$(BIN)/python -m pytest $(TWO_PROCESSES) -m 'not gpu' $(ARGS)
 
 conformance: $(TEST_INSTALLED) $(CLIENTS_INSTALLED)  ## run other projects' clients, each in an environment of its own
 	$(BIN)/python -m pytest -m slow tests/conformance $(ARGS)
