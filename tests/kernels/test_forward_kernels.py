@@ -13,7 +13,7 @@ import torch
 from attention_cases import CASES
 from elementwise_cases import HEADS, TOLERANCE
 from places import ROOT
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
+from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
 from specserve.kernels.ragged_attention import block_parameters, choose_splits, split_len_for
@@ -112,11 +112,6 @@ def test_tiles_that_are_too_large_are_refused():
         block_parameters(64, 4, 128, 2)
     with pytest.raises(ValueError, match="heads of a multiple of 8 up to 256"):
         block_parameters(8, 4, 264, 2)
-
-
-def test_kernels_import_without_triton():
-    modules = "add_norm, gated_activation, ragged_attention, rope_kv".replace(" ", " specserve.kernels.")
-    import_without_triton(f"specserve.kernels.{modules}")
 
 
 @needs_triton

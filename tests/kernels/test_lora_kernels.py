@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_cases import IN_SIZE, OUT_SIZES, POPULARITY, RANKS, TilesCase, make_runs, make_slots
 from places import ROOT
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
+from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
 
 from specserve.kernels.lora import lora_add_pair_, lora_reference
 from specserve.kernels.lora_tiles import split_k
@@ -29,10 +29,6 @@ def test_a_module_in_torch_equals_the_definition_and_writes_its_own_columns(rank
     expected = lora_reference(before[:, 4:37], x, [[pair]], (33,), [0] * 5)
     torch.testing.assert_close(wide[:, 4:37].float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 37:], before[:, 37:])
-
-
-def test_kernels_import_without_triton():
-    import_without_triton("specserve.kernels.lora_tiles, specserve.kernels.tiles")
 
 
 @needs_triton

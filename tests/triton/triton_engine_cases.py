@@ -1,4 +1,4 @@
-"""The engine on its Triton path against plain torch on the CPU; test_triton_engine.py runs it as a process.
+"""The engine on its Triton path against plain torch on the CPU; test_cuda_path.py runs it as a process.
 
 With TRITON_INTERPRET=1 every kernel, buffer, seat and adapter table of the GPU path is used as on a GPU; only CUDA
 graphs are not there. Otherwise it runs on CUDA.

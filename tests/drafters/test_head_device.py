@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from head_cases import VOCAB_SIZE, Sequences, host_chain, mixed_heads, random_head, reference_chain, trained_heads
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
+from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
 
 from specserve.drafters.chooser import DraftChooser
 from specserve.drafters.head_device import ChainSource, DeviceHeads
@@ -114,10 +114,6 @@ def test_a_sequence_that_comes_back_stands_behind_its_output():
     heads.add_head(head)
     heads.add_sequence(2, [5, 6, 7, 8, 9], head, output=[6, 300, 8])
     assert heads._pool.positions.tolist() == [0, 0, 4]
-
-
-def test_kernels_import_without_triton():
-    import_without_triton("specserve.drafters.head_device")
 
 
 @needs_triton

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sampling_cases import SHAPES, make_rows, make_tensors, run_kernels, sample_on_the_host
-from triton_process import compile_for_hopper, import_without_triton, needs_triton, quick_and_all, run_cases
+from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
 from verify_cases import make_verification, run_verify, verified_one_by_one
 
 from specserve.kernels.sampling import SamplingScratch, sample_logits_, sample_logits_reference
@@ -25,10 +25,6 @@ def test_the_verification_reference_accepts_what_the_verifier_accepts(seed):
     case = make_verification(seed)
     result = verify_reference(case.sampled, case.tokens, case.first_rows.tolist(), case.num_drafts.tolist())
     assert result == verified_one_by_one(case)
-
-
-def test_kernels_import_without_triton():
-    import_without_triton("specserve.kernels.sampling, specserve.kernels.verify")
 
 
 @needs_triton
