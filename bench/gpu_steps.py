@@ -122,7 +122,7 @@ class Steps:
 
         def run() -> None:
             for _ in range(self.queued):
-                self.runner.run(items, held)
+                self.runner.forward(items, held)
 
         return run
 

@@ -69,7 +69,7 @@ def loop(
         max_vocab=shape.num_tokens, max_window=shape.window, device=device,
     )  # fmt: skip
     prompt = torch.randint(shape.model.vocab_size, (PROMPT_LEN,)).tolist()
-    slots = [on_device.add_head(head) for head in head_of]
+    head_ids = [on_device.add_head(head) for head in head_of]
     for seq, head in enumerate(head_of):
         on_device.add_sequence(seq, prompt, head)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter has no bf16 products
@@ -78,7 +78,7 @@ def loop(
     rows = torch.arange(num_seqs, dtype=torch.int32, device=device)
     sampled = torch.randint(shape.num_tokens, (num_seqs,), device=device)
     table = LoopRows(
-        rows, torch.tensor(slots, dtype=torch.int32, device=device), rows, torch.zeros_like(rows), rows, sampled
+        rows, torch.tensor(head_ids, dtype=torch.int32, device=device), rows, torch.zeros_like(rows), rows, sampled
     )
     seconds = seconds_per_call([lambda: on_device.launch(table, hidden, tapped, num_guesses)], device)
     tensors = on_device.tensors(heads[0])

@@ -102,7 +102,7 @@ class Bench:
         engine, around = self.engine, self.clocks.around
         engine.scheduler.schedule = around("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
         engine.proposer.propose = around("propose", engine.proposer.propose)  # type: ignore[method-assign]
-        engine.runner.run = around("fill", engine.runner.run)  # type: ignore[method-assign]
+        engine.runner.forward = around("fill", engine.runner.forward)  # type: ignore[method-assign]
         engine.sampler.sample = around("sample", engine.sampler.sample)  # type: ignore[method-assign]
         engine_module.token_logprobs = few_logprobs  # type: ignore[assignment]
         self._step = around("commit", engine.step)

@@ -66,19 +66,21 @@ class Drafted:
 class Answer:
     """One answer with the hidden state before each of its tokens, and the sources of one way."""
 
-    def __init__(self, example: Example, last: torch.Tensor, tapped: torch.Tensor, ahead: Lookahead, max_drafts: int):
+    def __init__(
+        self, example: Example, last: torch.Tensor, tapped: torch.Tensor, lookahead: Lookahead, max_drafts: int
+    ):
         self.tokens, self.prompt_len = example.tokens, len(example.prompt)
-        self._last, self._tapped, self._ahead, self._max_drafts = last, tapped, ahead, max_drafts
+        self._last, self._tapped, self._lookahead, self._max_drafts = last, tapped, lookahead, max_drafts
 
     def sources(self, names: Sequence[str]) -> list[DraftSource]:
-        prompt, ahead = self.tokens[: self.prompt_len], self._ahead
+        prompt, lookahead = self.tokens[: self.prompt_len], self._lookahead
         made: list[DraftSource] = []
         if "ngram" in names:
             made.append(NgramSource())
-        if "history" in names and ahead.history is not None:
-            made.append(HistorySource(ahead.history, self.prompt_len))
-        if "head" in names and ahead.head is not None:
-            made.append(HeadSource(ahead.head, prompt))
+        if "history" in names and lookahead.history is not None:
+            made.append(HistorySource(lookahead.history, self.prompt_len))
+        if "head" in names and lookahead.head is not None:
+            made.append(HeadSource(lookahead.head, prompt))
         return made
 
     def draft(
@@ -202,7 +204,7 @@ def main(
     for path, file in zip(adapters, data, strict=True):
         engine = make_engine(base.path, batch=16, max_len=2048)
         key = engine.load_adapter(path.name, path).content_hash
-        ahead, head = lookahead_of(engine, key, path)
+        lookahead, head = lookahead_of(engine, key, path)
         answers = own_answers(engine, key, base.examples(file, rows), 450)
         examples = [example for example in answers if len(example.completion) > 2]
         cost = engine.proposer.growth.cost_model
@@ -211,7 +213,7 @@ def main(
         walks = {name: Walk() for name in (*SINGLE, "oracle of the three", "chooser, no price", "chain", "tree")}
         shared = {name: SharedAcceptance(head.config.acceptance) for name in walks}
         for example, start in zip(examples, starts, strict=True):
-            made = Answer(example, last[start:].float(), tapped[start:].float(), ahead, max_drafts)
+            made = Answer(example, last[start:].float(), tapped[start:].float(), lookahead, max_drafts)
             for name in SINGLE:
                 walk_chain(made, [name], shared[name], cost, False, False, walks[name])
             walk_oracle(made, shared["oracle of the three"], cost, walks["oracle of the three"])

@@ -157,7 +157,7 @@ class _Graphs(GraphCache):
         super().__init__(torch.device("cpu"), False)
         self._stand_in = stand_in
 
-    def run(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
+    def launch(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
         if isinstance(key, Bucket):
             self._stand_in.clock.queue_step(key.num_rows)
         elif isinstance(key, tuple) and key[0] == "sample":

@@ -50,7 +50,7 @@ class DraftChooser:
             try:
                 source.begin(tokens)
             except Exception:
-                self.drop(source)
+                self.remove_source(source)
 
     def extend(self, least_survival: float) -> bool:
         """Propose one more token if all would survive with that chance; False when the draft ends here."""
@@ -60,7 +60,7 @@ class DraftChooser:
             try:
                 guess = source.peek()
             except Exception:
-                self.drop(source)
+                self.remove_source(source)
                 continue
             if guess is not None:
                 guesses.append((source, guess))
@@ -78,7 +78,7 @@ class DraftChooser:
             try:
                 source.follow(token)
             except Exception:
-                self.drop(source)
+                self.remove_source(source)
         return True
 
     def _take_best(
@@ -112,7 +112,7 @@ class DraftChooser:
                 self._acceptance.observe(source, guess, guess.token == token)
         self.guesses, self._best = [], []
 
-    def drop(self, source: DraftSource) -> None:
+    def remove_source(self, source: DraftSource) -> None:
         """Go on without a source that failed; called where its exception is handled."""
         logger.exception("draft source %r failed; this sequence goes on without it", source.source)
         self.sources = [other for other in self.sources if other is not source]

@@ -1,7 +1,7 @@
 """The lookahead head: a small recurrent drafter that was trained together with one LoRA.
 
 Its state starts from the target's last and one middle hidden state at the newest position and is fed one token a step
-through a GRU cell (Cho et al. 2014); it scores a task vocabulary of a few thousand tokens plus the slots of a copy
+through a GRU cell (Cho et al. 2014); it scores a task vocabulary of a few thousand tokens plus the entries of a copy
 window on the prompt (a pointer in the sense of See et al. 2017, over a window that moves instead of attention, so that
 there is nothing to prefill). Recurrent drafting from the target's hidden state follows Zhang et al. 2024, "Recurrent
 Drafter"; theirs is one for all adapters and has no copy window.
@@ -94,36 +94,38 @@ def cell(
 
 
 def scores(weights: HeadWeights, state: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [A, n, U] of the task vocabulary and [A, n, W] of the window's slots; window [A, n, W], -1 where empty."""
+    """Logits [A, n, U] of the task vocabulary, [A, n, W] of the window's entries; window [A, n, W], -1 where empty."""
     vocab = torch.baddbmm(
         weights.out_bias, torch.bmm(state, weights.out_weight), weights.embed.transpose(1, 2)
     )  # [A, n, U]
-    slots = torch.baddbmm(weights.slot_bias, state, weights.slot_weight)  # [A, n, W]
+    entries = torch.baddbmm(weights.slot_bias, state, weights.slot_weight)  # [A, n, W]
     a, n, w = window.shape
     if w:
         query = torch.bmm(state, weights.copy_weight)  # [A, n, d]
         keys = _rows(weights.embed, window.clamp(min=0).reshape(a, n * w)).view(a, n, w, -1)
-        slots = slots + torch.einsum("and,anwd->anw", query, keys) * keys.shape[-1] ** -0.5
-    return vocab, slots.masked_fill(window < 0, float("-inf"))
+        entries = entries + torch.einsum("and,anwd->anw", query, keys) * keys.shape[-1] ** -0.5
+    return vocab, entries.masked_fill(window < 0, float("-inf"))
 
 
-def best_token(vocab: torch.Tensor, slots: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Most likely choice [A, n] and its probability [A, n]: below U a task token, U + w the token of slot w.
+def best_token(vocab: torch.Tensor, entries: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Most likely choice [A, n] and its probability [A, n]: below U a task token, U + w the token of entry w.
 
     A task token that also stands in the window gets both probabilities. "Another token" (U - 1) is never chosen by
     itself: the head then has nothing to say, and the probability that is left tells so.
     """
     num_vocab = vocab.shape[-1]
-    probs = torch.softmax(torch.cat([vocab, slots], dim=-1), dim=-1)
-    of_slots = probs[..., num_vocab:]
+    probs = torch.softmax(torch.cat([vocab, entries], dim=-1), dim=-1)
+    of_entries = probs[..., num_vocab:]
     known = (window >= 0) & (window < num_vocab - 1)
-    merged = probs[..., :num_vocab].scatter_add(-1, window.clamp(min=0), of_slots.masked_fill(~known, 0.0))  # [A, n, U]
+    merged = probs[..., :num_vocab].scatter_add(
+        -1, window.clamp(min=0), of_entries.masked_fill(~known, 0.0)
+    )  # [A, n, U]
     vocab_prob, vocab_choice = merged[..., : num_vocab - 1].max(dim=-1)
     if not window.shape[-1]:
         return vocab_choice, vocab_prob
-    slot_prob, slot = of_slots.masked_fill(known, 0.0).max(dim=-1)
-    use_slot = slot_prob > vocab_prob
-    return torch.where(use_slot, slot + num_vocab, vocab_choice), torch.where(use_slot, slot_prob, vocab_prob)
+    entry_prob, entry = of_entries.masked_fill(known, 0.0).max(dim=-1)
+    use_entry = entry_prob > vocab_prob
+    return torch.where(use_entry, entry + num_vocab, vocab_choice), torch.where(use_entry, entry_prob, vocab_prob)
 
 
 def _rows(table: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:

@@ -94,15 +94,15 @@ class DeviceHeads:
         self.results = torch.full((2, max_num_seqs, max_draft_len), -1, dtype=torch.int32, device=device)
         self.guesses = self.results[0]  # [S, K] int32
         self.probabilities = self.results[1].view(torch.float32)  # [S, K]
-        self._heads: dict[int, tuple[LookaheadHeadFile, HeadTensors]] = {}  # by slot
-        self._local_of: dict[int, torch.Tensor] = {}  # by slot, on the host
-        self._slot_of: dict[int, int] = {}  # id of a head -> slot
+        self._heads: dict[int, tuple[LookaheadHeadFile, HeadTensors]] = {}  # by head id
+        self._local_of: dict[int, torch.Tensor] = {}  # by head id, on the host
+        self._id_of: dict[int, int] = {}  # id() of a head -> its number in the tables
 
     def add_head(self, head: LookaheadHeadFile) -> int:
         """Slot of the head, which is brought to the device if it is new. Raises `HeadError` where it does not fit."""
-        slot = self._slot_of.get(id(head))
-        if slot is not None:
-            return slot
+        head_id = self._id_of.get(id(head))
+        if head_id is not None:
+            return head_id
         config = head.config
         sizes = {"state_size": config.state_size, "copy_window": config.copy_window, "vocab": len(config.vocab)}
         for field, limit in self._limits.items():
@@ -115,47 +115,47 @@ class DeviceHeads:
         free = set(range(self._tables.sizes.shape[0])) - self._heads.keys()
         if not free:
             raise HeadError(f"all {len(self._heads)} places for heads on the device are taken")
-        slot = min(free)
+        head_id = min(free)
         tensors = head_tensors(head, self._vocab_size, self._device)
-        self._tables.set(slot, tensors, config.state_size, config.draft_len, self.tap_layers.index(config.tap_layer))
-        self._heads[slot] = head, tensors
-        self._local_of[slot] = tensors.local_of.cpu()
-        self._slot_of[id(head)] = slot
-        return slot
+        self._tables.set(head_id, tensors, config.state_size, config.draft_len, self.tap_layers.index(config.tap_layer))
+        self._heads[head_id] = head, tensors
+        self._local_of[head_id] = tensors.local_of.cpu()
+        self._id_of[id(head)] = head_id
+        return head_id
 
-    def slot_of(self, head: LookaheadHeadFile) -> int:
-        """Its slot, -1 if it was not added."""
-        return self._slot_of.get(id(head), -1)
+    def id_of(self, head: LookaheadHeadFile) -> int:
+        """Its number in the tables, -1 if it was not added."""
+        return self._id_of.get(id(head), -1)
 
     def tensors(self, head: LookaheadHeadFile) -> HeadTensors:
         """What is held of a head that was added."""
-        return self._heads[self._slot_of[id(head)]][1]
+        return self._heads[self._id_of[id(head)]][1]
 
-    def forget(self, head: LookaheadHeadFile) -> None:
+    def remove_head(self, head: LookaheadHeadFile) -> None:
         """Let go of a head that no later launch names; unknown ones are ignored."""
-        slot = self._slot_of.pop(id(head), None)
-        if slot is not None:
-            self._tables.sizes[slot].zero_()
-            del self._heads[slot], self._local_of[slot]
+        head_id = self._id_of.pop(id(head), None)
+        if head_id is not None:
+            self._tables.sizes[head_id].zero_()
+            del self._heads[head_id], self._local_of[head_id]
 
     def add_sequence(
-        self, seq_slot: int, prompt: Sequence[int], head: LookaheadHeadFile, output: Sequence[int] = ()
+        self, seat: int, prompt: Sequence[int], head: LookaheadHeadFile, output: Sequence[int] = ()
     ) -> bool:
-        """A sequence takes the place `seq_slot`; False where its prompt is too long, so that it goes without its head.
+        """A sequence takes the place `seat`; False where its prompt is too long, so that it goes without its head.
 
         `output` is what it has already, such as after preemption: the next launch follows only what comes then.
         """
-        num, slot = len(prompt), self._slot_of[id(head)]
+        num, head_id = len(prompt), self._id_of[id(head)]
         if num > self._max_prompt_len:
             return False
         pointer = CopyPointer(prompt, head.config.copy_start, head.config.copy_window)
         for token in output:
             pointer.follow(token)
         tokens = torch.tensor(prompt, dtype=torch.int32)
-        self._pool.tokens[seq_slot, :num].copy_(tokens)
-        self._pool.local[seq_slot, :num].copy_(self._local_of[slot][tokens.long()])
-        self._pool.lens[seq_slot].fill_(num)
-        self._pool.positions[seq_slot].fill_(pointer.position)
+        self._pool.tokens[seat, :num].copy_(tokens)
+        self._pool.local[seat, :num].copy_(self._local_of[head_id][tokens.long()])
+        self._pool.lens[seat].fill_(num)
+        self._pool.positions[seat].fill_(pointer.position)
         return True
 
     def launch(self, rows: LoopRows, hidden: torch.Tensor, tapped: torch.Tensor, num_guesses: int) -> None:
@@ -163,7 +163,7 @@ class DeviceHeads:
 
         hidden [L, H] and tapped [layers, L, H] are rows that logits were made of, in the order of `sampled`.
         """
-        num_seqs = rows.seq_slots.shape[0]
+        num_seqs = rows.seats.shape[0]
         head_loop_(
             self.guesses[:num_seqs, :num_guesses],
             self.probabilities[:num_seqs, :num_guesses],

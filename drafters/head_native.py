@@ -87,7 +87,7 @@ class NativeHeadRunner:
         for row, source in zip(rows, going, strict=True):
             source.set_guess(row.choice, row.probability)
 
-    def forget(self) -> None:
+    def release_weights(self) -> None:
         """Let go of all weights, when an adapter has left; the next draft takes what it needs."""
         self.clear()
         self._heads = {}

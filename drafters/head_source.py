@@ -180,7 +180,7 @@ class HeadRunner:
     def clear(self) -> None:
         self._groups = []
 
-    def forget(self) -> None:
+    def release_weights(self) -> None:
         """Let go of all stacked weights, when an adapter has left; the next draft stacks what it needs."""
         self._groups, self._stacks, self._last_used = [], {}, {}
 

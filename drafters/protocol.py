@@ -58,7 +58,7 @@ class Heads(Protocol):
         """The head's voice for a sequence."""
         ...
 
-    def forget(self) -> None:
+    def release_weights(self) -> None:
         """Let go of the weights of adapters that have left."""
         ...
 

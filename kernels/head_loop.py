@@ -59,7 +59,7 @@ class HeadTensors:
 
 @dataclass(frozen=True, slots=True)
 class HeadTables:
-    """Where the heads are; row h belongs to head slot h."""
+    """Where the heads are; row h is head id h."""
 
     addresses: torch.Tensor  # [heads, 16] int64, in the order of HeadTensors
     sizes: torch.Tensor  # [heads, 6] int32: d, U - 1, W, draft length (0: no head), row of `tapped`, own state size
@@ -69,15 +69,15 @@ class HeadTables:
         addresses = torch.zeros(num_heads, len(fields(HeadTensors)), dtype=torch.int64, device=device)
         return cls(addresses, torch.zeros(num_heads, 6, dtype=torch.int32, device=device))
 
-    def set(self, slot: int, head: HeadTensors, state_size: int, draft_len: int, tap: int) -> None:
-        """`head` must stay alive until the slot is set again or no launch names it; `state_size` is without zeros."""
+    def set(self, head_id: int, head: HeadTensors, state_size: int, draft_len: int, tap: int) -> None:
+        """`head` must stay alive until the id is set again or no launch names it; `state_size` is without zeros."""
         tensors = [getattr(head, field.name) for field in fields(HeadTensors)]
         assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
         assert head.embed.shape[1] % 16 == head.slot_weight.shape[1] % 16 == 0
         assert head.embed.dtype == torch.bfloat16 and head.out_bias.dtype == torch.float32
         sizes = [head.embed.shape[1], head.embed.shape[0] - 1, head.slot_bias.shape[0], draft_len, tap, state_size]
-        self.addresses[slot] = torch.tensor([tensor.data_ptr() for tensor in tensors])
-        self.sizes[slot] = torch.tensor(sizes, dtype=torch.int32)
+        self.addresses[head_id] = torch.tensor([tensor.data_ptr() for tensor in tensors])
+        self.sizes[head_id] = torch.tensor(sizes, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class HeadScratch:
     x: torch.Tensor  # [S, D] fp32
     queries: torch.Tensor  # [2, S, D] fp32
     scores: torch.Tensor  # [S, max_vocab + 1] fp32
-    slot_scores: torch.Tensor  # [S, max_window] fp32
+    entry_scores: torch.Tensor  # [S, max_window] fp32
 
     @classmethod
     def allocate(
@@ -139,7 +139,7 @@ class HeadScratch:
             x=make(num_seqs, max_state_size),
             queries=make(2, num_seqs, max_state_size),
             scores=make(num_seqs, max_vocab + 1),
-            slot_scores=make(num_seqs, max(1, max_window)),
+            entry_scores=make(num_seqs, max(1, max_window)),
         )
 
 
@@ -147,8 +147,8 @@ class HeadScratch:
 class LoopRows:
     """The step's sequences and what verification left; views of static buffers. Equal heads are best neighbours."""
 
-    seq_slots: torch.Tensor  # [S] int32, places in the pool, each at most once; -1: none
-    head_slots: torch.Tensor  # [S] int32, -1: none
+    seats: torch.Tensor  # [S] int32, places in the pool, each at most once; -1: none
+    head_ids: torch.Tensor  # [S] int32, -1: none
     first_rows: torch.Tensor  # [S] int32, row of the newest token
     num_accepted: torch.Tensor  # [S] int32
     last_row: torch.Tensor  # [S] int32, -1: no token was drawn
@@ -196,9 +196,9 @@ def chain_reference(
         candidate = torch.tanh(from_x[2 * d :] + reset * (from_s[2 * d :] + w["candidate_bias"]))
         state = candidate + update * (state - candidate)
         vocab = w["embed"] @ (state @ w["out_weight"]) + w["out_bias"]  # [U]
-        slots = (state @ w["slot_weight"][:, :width] + w["slot_bias"])[: len(window)]
-        slots = slots + w["embed"][window] @ (state @ w["copy_weight"]) * state_size**-0.5
-        every = torch.softmax(torch.cat([vocab, slots]), 0)
+        entries = (state @ w["slot_weight"][:, :width] + w["slot_bias"])[: len(window)]
+        entries = entries + w["embed"][window] @ (state @ w["copy_weight"]) * state_size**-0.5
+        every = torch.softmax(torch.cat([vocab, entries]), 0)
         merged, copied = every[:num_tokens].clone(), every[num_tokens + 1 :].clone()
         for idx, token in enumerate(window):
             if token < num_tokens:
@@ -236,7 +236,7 @@ def head_loop_(
     assert guesses.stride() == probabilities.stride() and guesses.stride(1) == 1
     assert guesses.dtype == torch.int32 and probabilities.dtype == torch.float32
     assert hidden.stride(1) == tapped.stride(2) == 1 and hidden.dtype == tapped.dtype
-    assert rows.seq_slots.shape == rows.head_slots.shape == rows.last_row.shape == (num_seqs,)
+    assert rows.seats.shape == rows.head_ids.shape == rows.last_row.shape == (num_seqs,)
     assert 1 <= num_seqs <= scratch.x.shape[0], num_seqs
     import triton
 
@@ -245,16 +245,16 @@ def head_loop_(
     r, s = rows, scratch
     capacity, state_size = s.x.shape
     tiles, num_tiles = s.tiles[:num_seqs], num_seqs  # each sequence may have a head of its own
-    max_window, table = s.slot_scores.shape[1], (tables.addresses, tables.sizes)
+    max_window, table = s.entry_scores.shape[1], (tables.addresses, tables.sizes)
     width = max(16, triton.next_power_of_2(max_window))
     blocks = triton.cdiv(state_size, _BLOCK_N)
     chunks = -(-hidden_size // _CHUNK)
     assert s.partials.shape[0] == 2 * chunks, (s.partials.shape, hidden_size)
     tile = {"TILE_ROWS": TILE_ROWS, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
     prompt_stride, state_stride = pool.tokens.stride(0), s.x.stride(0)
-    build_tiles_(tiles, r.head_slots, TILE_ROWS)
+    build_tiles_(tiles, r.head_ids, TILE_ROWS)
     kernels.walk_pointers[(num_seqs,)](
-        s.input_tokens, s.moves, s.draft_positions, pool.positions, pool.tokens, pool.lens, r.seq_slots, r.head_slots,
+        s.input_tokens, s.moves, s.draft_positions, pool.positions, pool.tokens, pool.lens, r.seats, r.head_ids,
         r.first_rows, r.num_accepted, r.last_row, r.sampled, *table, prompt_stride, WIDTH=width,
     )  # fmt: skip
     kernels.begin_states[(num_tiles, blocks, 2 * chunks)](
@@ -263,28 +263,28 @@ def head_loop_(
         IS_BF16=hidden.dtype == torch.bfloat16, CHUNK=_CHUNK, **tile,
     )  # fmt: skip
     kernels.finish_states[(num_seqs, blocks)](
-        s.states[0], s.partials, s.squares, r.head_slots, r.last_row, *table,
+        s.states[0], s.partials, s.squares, r.head_ids, r.last_row, *table,
         hidden_size, capacity, state_stride, chunks, BLOCK_N=_BLOCK_N,
     )  # fmt: skip
     for idx in range(num_guesses):
         old, new = s.states[idx % 2], s.states[1 - idx % 2]
         kernels.feed[(num_tiles, blocks)](
-            s.x, s.input_tokens, s.moves, s.draft_positions, pool.local, pool.lens, r.seq_slots, tiles, *table,
+            s.x, s.input_tokens, s.moves, s.draft_positions, pool.local, pool.lens, r.seats, tiles, *table,
             prompt_stride, state_stride, idx, **tile,
         )  # fmt: skip
         kernels.step_cells[(num_tiles, blocks)](
             new, old, s.x, r.last_row, tiles, *table, state_stride, idx, **tile | {"BLOCK_K": _CELL_BLOCK_K}
         )
         kernels.make_queries[(num_tiles, triton.cdiv(max(state_size, max_window), _BLOCK_N), 3)](
-            s.queries, s.slot_scores, new, r.last_row, tiles, *table,
-            capacity, state_stride, s.slot_scores.stride(0), idx, **tile,
+            s.queries, s.entry_scores, new, r.last_row, tiles, *table,
+            capacity, state_stride, s.entry_scores.stride(0), idx, **tile,
         )  # fmt: skip
         kernels.score_tokens[(num_tiles, triton.cdiv(s.scores.shape[1], _BLOCK_N))](
             s.scores, s.queries[0], r.last_row, tiles, *table, state_stride, s.scores.stride(0), idx, **tile
         )
         kernels.choose[(num_seqs,)](
-            guesses, probabilities, s.input_tokens, s.moves, s.draft_positions, s.scores, s.slot_scores, s.queries[1],
-            pool.tokens, pool.local, pool.lens, r.seq_slots, r.head_slots, r.last_row, *table, prompt_stride,
-            state_stride, s.scores.stride(0), s.slot_scores.stride(0), guesses.stride(0), idx,
+            guesses, probabilities, s.input_tokens, s.moves, s.draft_positions, s.scores, s.entry_scores, s.queries[1],
+            pool.tokens, pool.local, pool.lens, r.seats, r.head_ids, r.last_row, *table, prompt_stride,
+            state_stride, s.scores.stride(0), s.entry_scores.stride(0), guesses.stride(0), idx,
             WIDTH=width, BLOCK_U=1024, BLOCK_K=_BLOCK_K,
         )  # fmt: skip

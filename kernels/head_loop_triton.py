@@ -102,23 +102,23 @@ def _followed(prompt, position, length, window, token, WIDTH: tl.constexpr):
 
 @triton.jit
 def walk_pointers(
-    input_tokens, moves, draft_positions, positions, prompt_tokens, prompt_lens, seq_slots, head_slots,
+    input_tokens, moves, draft_positions, positions, prompt_tokens, prompt_lens, seats, head_ids,
     first_rows, num_accepted, last_row, sampled, addresses, sizes, prompt_stride, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences): follow the tokens that were kept; leave the newest of them as the loop's first input."""
     seq = tl.program_id(0)
-    slot, head = tl.load(seq_slots + seq), tl.load(head_slots + seq)
-    if (slot >= 0) & (head >= 0) & (tl.load(last_row + seq) >= 0):
+    seat, head = tl.load(seats + seq), tl.load(head_ids + seq)
+    if (seat >= 0) & (head >= 0) & (tl.load(last_row + seq) >= 0):
         first, num = tl.load(first_rows + seq), tl.load(num_accepted + seq) + 1
-        prompt = prompt_tokens + slot.to(tl.int64) * prompt_stride
-        position, length, window = tl.load(positions + slot), tl.load(prompt_lens + slot), _size(sizes, head, WINDOW)
+        prompt = prompt_tokens + seat.to(tl.int64) * prompt_stride
+        position, length, window = tl.load(positions + seat), tl.load(prompt_lens + seat), _size(sizes, head, WINDOW)
         for idx in range(0, num):
             token = tl.load(sampled + first + idx).to(tl.int32)
             position, moved = _followed(prompt, position, length, window, token, WIDTH)
             if idx == num - 1:
                 tl.store(moves + seq, moved)
                 tl.store(input_tokens + seq, tl.load(_ids(addresses, head, LOCAL_OF) + token))
-        tl.store(positions + slot, position)
+        tl.store(positions + seat, position)
         tl.store(draft_positions + seq, position)
 
 
@@ -170,11 +170,11 @@ def begin_states(
 
 @triton.jit
 def finish_states(
-    state, partials, squares, head_slots, last_row, addresses, sizes,
+    state, partials, squares, head_ids, last_row, addresses, sizes,
     hidden_size, num_seqs, state_stride, chunks_a_half, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences, column blocks): tanh of both halves, each normalised, and the bias."""
-    seq, head = tl.program_id(0), tl.load(head_slots + tl.program_id(0))
+    seq, head = tl.program_id(0), tl.load(head_ids + tl.program_id(0))
     if (head >= 0) & (tl.load(last_row + seq) >= 0):
         d = _state_size(sizes, head)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -192,7 +192,7 @@ def finish_states(
 
 @triton.jit
 def feed(
-    x, input_tokens, moves, draft_positions, prompt_local, prompt_lens, seq_slots, tiles, addresses, sizes,
+    x, input_tokens, moves, draft_positions, prompt_local, prompt_lens, seats, tiles, addresses, sizes,
     prompt_stride, state_stride, position_idx,
     TILE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -203,14 +203,16 @@ def feed(
         d = _state_size(sizes, head)
         if (tl.program_id(1) * BLOCK_N < d) & (position_idx < _size(sizes, head, DRAFT_LEN)):
             seqs = first + tl.arange(0, TILE_ROWS)
-            slots = tl.load(seq_slots + seqs, mask=seqs < end, other=-1)
-            row_mask = slots >= 0
-            slots = tl.maximum(slots, 0)
+            own_seats = tl.load(seats + seqs, mask=seqs < end, other=-1)
+            row_mask = own_seats >= 0
+            own_seats = tl.maximum(own_seats, 0)
             pointer = tl.load(draft_positions + seqs, mask=row_mask, other=0)
-            length = tl.load(prompt_lens + slots, mask=row_mask, other=0)
+            length = tl.load(prompt_lens + own_seats, mask=row_mask, other=0)
             # Nothing at the pointer reads as token 0, no window at all as "another token": so heads are trained.
             following = tl.load(
-                prompt_local + slots.to(tl.int64) * prompt_stride + pointer, mask=row_mask & (pointer < length), other=0
+                prompt_local + own_seats.to(tl.int64) * prompt_stride + pointer,
+                mask=row_mask & (pointer < length),
+                other=0,
             )
             if _size(sizes, head, WINDOW) == 0:
                 following = tl.zeros_like(following) + _size(sizes, head, NUM_TOKENS)
@@ -269,10 +271,10 @@ def step_cells(
 
 @triton.jit
 def make_queries(
-    queries, slot_scores, state, last_row, tiles, addresses, sizes, num_seqs, state_stride, slot_stride, position_idx,
+    queries, entry_scores, state, last_row, tiles, addresses, sizes, num_seqs, state_stride, entry_stride, position_idx,
     TILE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, column blocks, 3): queries on the vocabulary and on the window's tokens, biases of the slots."""
+    """Grid (tiles, column blocks, 3): queries on the vocabulary and on the window's tokens, biases of its entries."""
     tile = tiles + tl.program_id(0) * 3
     first, end, head = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     which = tl.program_id(2)
@@ -292,7 +294,7 @@ def make_queries(
             mask = row_mask[:, None] & n_mask[None, :]
             if which == 2:
                 bias = tl.load(_biases(addresses, head, SLOT_BIAS) + n, mask=n_mask, other=0.0)
-                tl.store(slot_scores + rows[:, None] * slot_stride + n[None, :], acc + bias[None, :], mask=mask)
+                tl.store(entry_scores + rows[:, None] * entry_stride + n[None, :], acc + bias[None, :], mask=mask)
             else:
                 target = queries + (which * num_seqs + rows[:, None]) * state_stride + n[None, :]
                 tl.store(target, acc, mask=mask)
@@ -326,15 +328,15 @@ def score_tokens(
 
 @triton.jit
 def choose(
-    guesses, probabilities, input_tokens, moves, draft_positions, scores, slot_scores, copy_queries,
-    prompt_tokens, prompt_local, prompt_lens, seq_slots, head_slots, last_row, addresses, sizes,
-    prompt_stride, state_stride, score_stride, slot_stride, guess_stride, position_idx,
+    guesses, probabilities, input_tokens, moves, draft_positions, scores, entry_scores, copy_queries,
+    prompt_tokens, prompt_local, prompt_lens, seats, head_ids, last_row, addresses, sizes,
+    prompt_stride, state_stride, score_stride, entry_stride, guess_stride, position_idx,
     WIDTH: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences): the most likely choice of vocabulary and window, and the next input that it makes."""
     seq = tl.program_id(0)
-    slot, head = tl.load(seq_slots + seq), tl.load(head_slots + seq)
-    goes_on = (slot >= 0) & (head >= 0) & (tl.load(last_row + seq) >= 0)
+    seat, head = tl.load(seats + seq), tl.load(head_ids + seq)
+    goes_on = (seat >= 0) & (head >= 0) & (tl.load(last_row + seq) >= 0)
     line = guesses + seq * guess_stride + position_idx
     if position_idx > 0:
         goes_on = goes_on & (tl.load(line - 1) >= 0)
@@ -346,8 +348,8 @@ def choose(
         d, num_tokens, window = (
             _state_size(sizes, head), _size(sizes, head, NUM_TOKENS), _size(sizes, head, WINDOW),
         )  # fmt: skip
-        pointer, length = tl.load(draft_positions + seq), tl.load(prompt_lens + slot)
-        prompt = slot.to(tl.int64) * prompt_stride
+        pointer, length = tl.load(draft_positions + seq), tl.load(prompt_lens + seat)
+        prompt = seat.to(tl.int64) * prompt_stride
         idx = tl.arange(0, WIDTH)
         is_filled = (idx < window) & (pointer + idx < length)
         local = tl.load(prompt_local + prompt + pointer + idx, mask=is_filled, other=-1)  # [W]
@@ -363,13 +365,13 @@ def choose(
                 mask=is_filled[:, None] & (k < d)[None, :], other=0.0,
             )  # fmt: skip
             match += tl.sum(keys.to(tl.float32) * query[None, :], axis=1)
-        slot_score = tl.load(slot_scores + seq * slot_stride + idx, mask=is_filled, other=0.0)
-        slot_score = tl.where(
-            is_filled, slot_score + match / tl.sqrt(_size(sizes, head, KEY_SIZE).to(tl.float32)), float("-inf")
+        entry_score = tl.load(entry_scores + seq * entry_stride + idx, mask=is_filled, other=0.0)
+        entry_score = tl.where(
+            is_filled, entry_score + match / tl.sqrt(_size(sizes, head, KEY_SIZE).to(tl.float32)), float("-inf")
         )  # [W]
 
         of_seq = scores + seq.to(tl.int64) * score_stride
-        top = tl.max(slot_score, axis=0)
+        top = tl.max(entry_score, axis=0)
         best, token = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.int32)
         for start in range(0, num_tokens, BLOCK_U):
             u = start + tl.arange(0, BLOCK_U)
@@ -378,17 +380,17 @@ def choose(
             token = tl.where(here > best, tl.min(tl.where(score == here, u, num_tokens), axis=0), token)
             best = tl.maximum(best, here)
         top = tl.maximum(tl.maximum(top, best), tl.load(of_seq + num_tokens))
-        total = tl.sum(tl.where(is_filled, tl.exp(slot_score - top), 0.0), axis=0)
+        total = tl.sum(tl.where(is_filled, tl.exp(entry_score - top), 0.0), axis=0)
         for start in range(0, num_tokens + 1, BLOCK_U):
             u = start + tl.arange(0, BLOCK_U)
             score = tl.load(of_seq + u, mask=u <= num_tokens, other=float("-inf"))
             total += tl.sum(tl.exp(score - top), axis=0)
 
-        slot_prob = tl.where(is_filled, tl.exp(slot_score - top) / total, 0.0)  # [W]
+        entry_prob = tl.where(is_filled, tl.exp(entry_score - top) / total, 0.0)  # [W]
         is_known = is_filled & (local < num_tokens)
         own = tl.load(of_seq + tl.maximum(local, 0), mask=is_known, other=float("-inf"))
         is_same = (local[:, None] == local[None, :]) & is_known[:, None] & is_known[None, :]
-        merged = tl.exp(own - top) / total + tl.sum(tl.where(is_same, slot_prob[None, :], 0.0), axis=1)
+        merged = tl.exp(own - top) / total + tl.sum(tl.where(is_same, entry_prob[None, :], 0.0), axis=1)
         merged = tl.where(is_known, merged, -1.0)
         # A token of the window is at least as likely merged as alone, so the best of all alone is the others' best.
         prob = tl.exp(best - top) / total
@@ -396,7 +398,7 @@ def choose(
         merged_token = tl.min(tl.where(merged == merged_prob, local, num_tokens), axis=0)
         takes = (merged_prob > prob) | ((merged_prob == prob) & (merged_token < token))
         token, prob = tl.where(takes, merged_token, token), tl.where(takes, merged_prob, prob)
-        copied = tl.where(is_filled & (local >= num_tokens), slot_prob, 0.0)
+        copied = tl.where(is_filled & (local >= num_tokens), entry_prob, 0.0)
         copied_prob = tl.max(copied, axis=0)
         copied_idx = tl.min(tl.where(copied == copied_prob, idx, WIDTH), axis=0)
         copies = copied_prob > prob

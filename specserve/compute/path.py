@@ -61,7 +61,7 @@ class StepRunner(Protocol):
     @property
     def slots(self) -> Slots: ...
 
-    def run(self, items: Seq[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
+    def forward(self, items: Seq[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
         ...
 
@@ -112,7 +112,7 @@ class ComputePath:
             items.append(ScheduledSequence(seq, 1, [0] * (rows_each - 1)))
         start = time.perf_counter()
         with self.torch_threads():
-            self.runner.run(items, {})
+            self.runner.forward(items, {})
         if self.is_asynchronous:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -59,12 +59,16 @@ class ModelRunner:
         self.slots = slots
 
     @torch.inference_mode()
-    def run(self, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
+    def forward(self, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
         items, active = take_slots(self.slots, items, adapters)
         batch, needed = self._build(items)
         heads = [adapter.lookahead for adapter in active]
-        taps = {ahead.head.config.tap_layer: batch.tokens for ahead in heads if ahead is not None and ahead.head}
+        taps = {
+            lookahead.head.config.tap_layer: batch.tokens
+            for lookahead in heads
+            if lookahead is not None and lookahead.head
+        }
         hidden = self.decoder.forward(batch, self.kv, taps)  # [L, H]
         if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
             return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], hidden, {})

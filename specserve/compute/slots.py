@@ -24,7 +24,7 @@ class Slots(Protocol):
         """Make every adapter of `active` (no duplicates) have a slot."""
         ...
 
-    def drop(self, content_hash: str) -> None:
+    def free(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded, so that its weights can be freed."""
         ...
 

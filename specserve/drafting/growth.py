@@ -171,7 +171,7 @@ class DraftGrowth:
         except Exception:
             self.heads.clear()
             for chooser, source in sources:
-                chooser.drop(source)
+                chooser.remove_source(source)
 
     def _set_price(self, plan: StepPlan, num_drafts: int, expected: float) -> None:
         room = plan.max_rows - plan.num_rows - num_drafts

@@ -97,8 +97,8 @@ class Proposer:
         if grammar is not None and sources and request.speculation.mode != "ngram":
             sources.insert(0, GrammarSource(grammar))
         adapter = self._adapters.get(request.adapter_hash or "")
-        ahead = adapter.lookahead if adapter is not None else None
-        return DraftChooser(sources, ahead.acceptance if ahead is not None else self._base_acceptance, grammar)
+        lookahead = adapter.lookahead if adapter is not None else None
+        return DraftChooser(sources, lookahead.acceptance if lookahead is not None else self._base_acceptance, grammar)
 
     def drafters_for(self, request: GenerateRequest) -> list[DraftSource]:
         sources: list[DraftSource] = [NgramSource()]
@@ -107,14 +107,14 @@ class Proposer:
         if request.prediction_token_ids:
             sources.insert(0, PredictionSource(request.prediction_token_ids, len(request.prompt_token_ids)))
         adapter = self._adapters.get(request.adapter_hash or "")
-        ahead = adapter.lookahead if adapter is not None else None
-        history = ahead.history if ahead is not None else None
+        lookahead = adapter.lookahead if adapter is not None else None
+        history = lookahead.history if lookahead is not None else None
         if self._served is not None and adapter is not None:
             history = self._served.current(adapter.content_hash, request.cache_salt, history)
         if history is not None:
             sources.append(HistorySource(history, len(request.prompt_token_ids)))
-        if ahead is not None and ahead.head is not None:
-            sources.append(self._heads.source(request.request_id, ahead.head, request.prompt_token_ids))
+        if lookahead is not None and lookahead.head is not None:
+            sources.append(self._heads.source(request.request_id, lookahead.head, request.prompt_token_ids))
         return sources
 
     def propose(
@@ -205,9 +205,9 @@ class Proposer:
             gain = asked.accepted - spent_s * plan.num_decoding / alone_s
             switch.observe(gain / asked.num_seqs, plan.num_decoding)
 
-    def forget(self, content_hash: str) -> None:
+    def adapter_left(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""
-        self._heads.forget()
+        self._heads.release_weights()
         self._counts.pop(content_hash, None)
         self._switches = {key: switch for key, switch in self._switches.items() if key[0] != content_hash}
 

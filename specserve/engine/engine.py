@@ -204,14 +204,14 @@ class Engine:
 
     def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:
         for content_hash in self.registry.add(adapter):
-            self._forget(content_hash)
+            self._adapter_left(content_hash)
         return adapter.info()
 
     def place_adapter(self, adapter: LoraAdapter) -> AdapterInfo | None:
         """As `register_adapter`, for one that can wait for its place: None while there is none."""
         evicted = self.registry.place(adapter)
         for content_hash in evicted or ():
-            self._forget(content_hash)
+            self._adapter_left(content_hash)
         return adapter.info() if evicted is not None else None
 
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
@@ -221,12 +221,12 @@ class Engine:
     def unload_adapter(self, content_hash: str) -> None:
         """Forget an adapter as soon as no running request uses it."""
         if self.registry.unload(content_hash):
-            self._forget(content_hash)
+            self._adapter_left(content_hash)
 
-    def _forget(self, content_hash: str) -> None:
+    def _adapter_left(self, content_hash: str) -> None:
         """Free what was built of an adapter that has left the registry."""
-        self.runner.slots.drop(content_hash)
-        self.proposer.forget(content_hash)
+        self.runner.slots.free(content_hash)
+        self.proposer.adapter_left(content_hash)
 
     # -- the step
 
@@ -271,7 +271,7 @@ class Engine:
         """
         adapters = self.registry.adapters
         try:
-            output = self.runner.run(items, adapters)
+            output = self.runner.forward(items, adapters)
         except Exception:
             logger.exception("a step of %d sequences failed; running them one by one", len(items))
         else:
@@ -279,7 +279,7 @@ class Engine:
             return
         for item in items:
             try:
-                output = self.runner.run([item], adapters)
+                output = self.runner.forward([item], adapters)
             except Exception as error:
                 logger.exception("request %s fails alone", item.seq.request_id)
                 self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", events)
@@ -411,7 +411,7 @@ class Engine:
         self.scheduler.remove(seq)
         del self._requests[seq.request_id]
         if seq.adapter_hash is not None and self.registry.release(seq.adapter_hash):
-            self._forget(seq.adapter_hash)
+            self._adapter_left(seq.adapter_hash)
 
     def _fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
         self._remove(self._requests[seq.request_id])

@@ -76,7 +76,7 @@ class EngineProcess:
         self._held: list[Any] = []
         self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
 
-    def run(self) -> None:
+    def serve(self) -> None:
         """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
         self._link.start_heartbeat(self._load)
         while True:
@@ -212,7 +212,7 @@ def main() -> int:
         link.send([CallFailed(-1, ErrorInfo(text, 500, "server_error", None, "model_load_failed"))])
         return 1
     link.send([msgspec.structs.replace(engine.info, pid=os.getpid())])
-    EngineProcess(engine, link).run()
+    EngineProcess(engine, link).serve()
     engine.close()
     return 0
 

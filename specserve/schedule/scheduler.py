@@ -102,7 +102,7 @@ class Scheduler:
                 max(0, self.blocks.num_blocks_for(len(s.tokens) + 1) - len(s.block_table)) for s in self.running
             )
             if need + pending > self.blocks.num_free and self.running:
-                self._forget(seq)
+                self._release(seq)
                 return
             if seq.output_len == 0:
                 seq.num_cached = seq.num_computed
@@ -125,11 +125,11 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.num_preemptions += 1
         self.running.remove(seq)
-        self._forget(seq)
+        self._release(seq)
         seq.status = Status.WAITING
         self.waiting.appendleft(seq)
 
-    def _forget(self, seq: Sequence) -> None:
+    def _release(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table, owner=seq.seq_id)
         seq.forget_blocks()
 

@@ -141,7 +141,7 @@ def test_an_end_that_waits_for_a_step_is_told_when_no_step_follows(model_dir, st
     link = Link(requests, on_delta)
     timer = threading.Timer(20.0, link.inbox.put, [Shutdown()])
     timer.start()
-    EngineProcess(engine, link).run()
+    EngineProcess(engine, link).serve()
     timer.cancel()
     (end,) = [delta for delta in link.sent if delta.finish_reason is not None]
     assert end.request_id == "short" and end.text and engine.stats().integrity_error is None

@@ -98,9 +98,9 @@ def test_slots_are_given_once_a_head_and_again_after_it_left():
     assert [heads.add_head(head) for head in (a, b, a)] == [0, 1, 0]
     with pytest.raises(HeadError, match="all 2 places"):
         heads.add_head(c)
-    heads.forget(a)
-    heads.forget(a)
-    assert heads.slot_of(a) == -1 and heads.add_head(c) == 0
+    heads.remove_head(a)
+    heads.remove_head(a)
+    assert heads.id_of(a) == -1 and heads.add_head(c) == 0
 
 
 def test_a_prompt_longer_than_its_place_goes_without_its_head():
@@ -163,10 +163,10 @@ def test_cuda_loop_replays_in_a_graph_for_a_head_that_joined_after_the_capture()
     with torch.cuda.graph(graph):
         heads.launch(rows, static_hidden, static_taps, 6)
     heads.add_head(first)
-    slot = heads.add_head(second)
+    head_id = heads.add_head(second)
     heads.add_sequence(1, prompt, second)
-    rows.seq_slots.fill_(1)
-    rows.head_slots.fill_(slot)
+    rows.seats.fill_(1)
+    rows.head_ids.fill_(head_id)
     graph.replay()
     source = HeadSource(second, prompt)
     tokens = prompt + prompt[3:5]

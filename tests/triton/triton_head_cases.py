@@ -47,12 +47,12 @@ def test_a_head_that_joins_a_used_slot_is_served_by_the_same_tables():
     sequences = Sequences([first], 2, VOCAB_SIZE, torch.float32, "cpu")
     sequences.step(2)
     addresses = sequences.device_heads._tables.addresses.data_ptr()
-    sequences.device_heads.forget(first)
+    sequences.device_heads.remove_head(first)
     later = Sequences([second], 2, VOCAB_SIZE, torch.float32, "cpu", seed=1)
     heads = sequences.device_heads
     assert heads.add_head(second) == 0
     for idx, prompt in enumerate(later.prompts):
-        heads.add_sequence(later.slot(idx), prompt, second)
+        heads.add_sequence(later.seat(idx), prompt, second)
     later.device_heads = heads
     later.step(3)
     assert heads._tables.addresses.data_ptr() == addresses

@@ -11,12 +11,12 @@ from specserve.kernels import head_loop_triton as k
 from specserve.kernels.head_loop import _BLOCK_K, _BLOCK_N, _CELL_BLOCK_K, _CHUNK, TILE_ROWS
 
 FLOATS = (
-    "partials", "squares", "state", "new_state", "x", "queries", "slot_scores", "scores", "copy_queries",
+    "partials", "squares", "state", "new_state", "x", "queries", "entry_scores", "scores", "copy_queries",
     "probabilities",
 )  # fmt: skip
 INTS = (
     "input_tokens", "moves", "draft_positions", "positions", "prompt_tokens", "prompt_local", "prompt_lens",
-    "seq_slots", "head_slots", "first_rows", "num_accepted", "last_row", "tiles", "sizes", "guesses",
+    "seats", "head_ids", "first_rows", "num_accepted", "last_row", "tiles", "sizes", "guesses",
 )  # fmt: skip
 POINTERS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INTS, "*i32") | {"sampled": "*i64", "addresses": "*i64"}
 TILE = {"TILE_ROWS": TILE_ROWS, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}

@@ -247,7 +247,7 @@ def test_the_least_recently_used_adapter_makes_room_and_one_in_use_never():
     assert slots.slot_of("a") == kept and slots.slot_of("c") == given
     with pytest.raises(KeyError):
         slots.slot_of("b")
-    slots.drop("a")
+    slots.free("a")
     assert not slots.tables.records[kept].any()
     slots.activate([d])
     assert slots.slot_of("d") == kept

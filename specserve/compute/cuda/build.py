@@ -52,7 +52,7 @@ def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
         torch_threads=nullcontext,
         is_asynchronous=decoder.device.type == "cuda",
         phases=(
-            Phase(runner, "run", "queue the forward"),
+            Phase(runner, "forward", "queue the forward"),
             Phase(sampler, "sample", "queue sampling"),
             Phase(drafts, "launch", "queue lookahead heads"),
             Phase(sampled, "download", "wait for the device"),

@@ -88,9 +88,9 @@ class DeviceDrafts:
         source = self._sources[request_id] = ChainSource(head)
         return source
 
-    def forget(self) -> None:
+    def release_weights(self) -> None:
         """Let go of heads whose adapters have left; nothing that runs names them."""
-        self._places.forget(self._adapters)
+        self._places.keep_only(self._adapters)
 
     # -- the step
 
@@ -139,7 +139,7 @@ class DeviceDrafts:
             source.wants_chain = False
             seat = self._parts.seats.seat_of(group.seq)
             if self._places.holds(group.seq, seat):
-                slot = self._heads.slot_of(source.head)
+                slot = self._heads.id_of(source.head)
                 entries.append((slot, _Entry(group, source, seat)))
         self._entries = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]  # equal heads are neighbours
         if not entries:
@@ -171,7 +171,7 @@ class DeviceDrafts:
         host, num = self._page.host(layout), len(entries)
         for name, values in (
             ("seats", [entry.seat for entry in entries]),
-            ("heads", [self._heads.slot_of(entry.source.head) for entry in entries]),
+            ("heads", [self._heads.id_of(entry.source.head) for entry in entries]),
             ("first_rows", [entry.group.first_row for entry in entries]),
         ):
             host[name][:num], host[name][num:] = values, -1
@@ -179,7 +179,7 @@ class DeviceDrafts:
         self._page.upload(layout)
 
     def _queue(self, size: int, num_guesses: int) -> None:
-        self._parts.graphs.run(("heads", size, num_guesses), lambda: self._draft(size, num_guesses))
+        self._parts.graphs.launch(("heads", size, num_guesses), lambda: self._draft(size, num_guesses))
 
     def _draft(self, size: int, num_guesses: int) -> None:
         """The launches: verification of `size` sequences, then their heads."""

@@ -36,7 +36,7 @@ class GraphCache:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
-    def run(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
+    def launch(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
         """Run `part`, by its graph where there is one or may be one; `eager_reason` says why this step has none."""
         if not self.is_enabled or eager_reason is not None:
             if eager_reason is not None and self.is_enabled:

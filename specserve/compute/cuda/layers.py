@@ -45,9 +45,9 @@ class LayersPart:
         self.tap_layers = (config.num_layers // 2,)  # what heads read unless they were trained otherwise
         self.taps = self.hidden.new_zeros(len(self.tap_layers), *self.hidden.shape)  # [taps, T, H]
 
-    def run(self, bucket: Bucket, eager_reason: str | None = None) -> None:
+    def queue(self, bucket: Bucket, eager_reason: str | None = None) -> None:
         """Queue the layers over the rows that were uploaded last."""
-        self._graphs.run(bucket, lambda: self._launch(bucket), eager_reason)
+        self._graphs.launch(bucket, lambda: self._launch(bucket), eager_reason)
 
     def _launch(self, bucket: Bucket) -> None:
         num_rows, num_splits = bucket.num_rows, self._buckets.num_splits(bucket)

@@ -43,7 +43,7 @@ class LogitsPart:
         """Logits and hidden states of no row."""
         return self._logits[:0], self.picked_hidden[:0]
 
-    def run(self, rows: Seq[int], slots: Seq[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def queue(self, rows: Seq[int], slots: Seq[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Queue logits [L, V] and hidden states [L, H] of `rows`; `slots` are their adapters'."""
         num_logits, size = len(rows), padded(len(rows))
         layout = _layout(size)
@@ -59,7 +59,9 @@ class LogitsPart:
         with_lora = LM_HEAD in self._slots.targeted_groups and max(slots) >= 0
         reason = f"it needs more than {self._logits.shape[0]} rows of logits" if size > self._logits.shape[0] else None
         self.padded, self.eager_reason = logits, reason
-        self._graphs.run(("logits", size, with_lora), lambda: self._launch(layout, logits, picked, with_lora), reason)
+        self._graphs.launch(
+            ("logits", size, with_lora), lambda: self._launch(layout, logits, picked, with_lora), reason
+        )
         return logits[:num_logits], picked[:num_logits]
 
     def _launch(self, layout: Layout, logits: torch.Tensor, picked: torch.Tensor, with_lora: bool) -> None:

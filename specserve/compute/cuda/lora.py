@@ -125,7 +125,7 @@ class DeviceAdapterSlots:
             self._fill(slot, adapter)  # before anything names the slot, should it raise
             self._slot_of[adapter.content_hash] = self._free.pop()
 
-    def drop(self, content_hash: str) -> None:
+    def free(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded, so that its weights can be freed."""
         slot = self._slot_of.pop(content_hash, None)
         if slot is not None:

@@ -56,19 +56,19 @@ class HeadPlaces:
     def clear(self) -> None:
         self._places = {}
 
-    def forget(self, adapters: Mapping[str, LoraAdapter]) -> None:
+    def keep_only(self, adapters: Mapping[str, LoraAdapter]) -> None:
         """Let go of heads that belong to none of `adapters`; nothing that runs names them."""
-        aheads = [adapter.lookahead for adapter in adapters.values()]
-        live = {id(ahead.head) for ahead in aheads if ahead is not None}
+        lookaheads = [adapter.lookahead for adapter in adapters.values()]
+        live = {id(lookahead.head) for lookahead in lookaheads if lookahead is not None}
         for key, head in list(self._known.items()):
             if key not in live:
-                self._heads.forget(head)
+                self._heads.remove_head(head)
                 del self._known[key]
 
     def _is_known(self, head: LookaheadHeadFile) -> bool:
         """Whether the head is on the device; one that does not fit there is refused, once, with the reason."""
         if id(head) in self._known:
-            return self._heads.slot_of(head) >= 0
+            return self._heads.id_of(head) >= 0
         self._known[id(head)] = head
         try:
             self._heads.add_head(head)

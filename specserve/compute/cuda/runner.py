@@ -39,7 +39,7 @@ class DeviceRunner:
         self.slots, self.graphs = parts.slots, parts.graphs
 
     @torch.inference_mode()
-    def run(self, items: Seq[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
+    def forward(self, items: Seq[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """Queue one forward over `items`; `adapters` holds every adapter that they name, by content hash."""
         items, active = take_slots(self.slots, items, adapters)
         counts = [item.num_rows + len(item.drafts) for item in items]
@@ -50,11 +50,11 @@ class DeviceRunner:
         needed, logits_slots = _logits_rows(items, counts, slots)
         self._upload(items, slots, bucket)
         reason = f"it has more than {most_rows()} rows" if num_rows > most_rows() else None
-        self._parts.layers.run(bucket, reason)
+        self._parts.layers.queue(bucket, reason)
         if not needed.rows:  # nothing but unfinished prefill chunks
             logits, hidden = self._parts.logits.nothing
             return StepOutput(logits, [], [], hidden, {})
-        logits, hidden = self._parts.logits.run(needed.rows, logits_slots)
+        logits, hidden = self._parts.logits.queue(needed.rows, logits_slots)
         return StepOutput(logits, needed.groups, needed.prompt_rows, hidden, {})
 
     @torch.inference_mode()
@@ -66,8 +66,8 @@ class DeviceRunner:
         for num_rows in captured_rows(parts.max_rows):
             parts.rows.upload_padding(num_rows)
             for bucket in parts.buckets.captured(num_rows):
-                parts.layers.run(bucket)
-            parts.logits.run([0] * num_rows, [-1] * num_rows)
+                parts.layers.queue(bucket)
+            parts.logits.queue([0] * num_rows, [-1] * num_rows)
         logger.info(
             "captured %d CUDA graphs in %.1f s, %.0f MiB",
             graphs.num_graphs,

@@ -77,7 +77,9 @@ class DeviceSampler(Sampler):
         draws = any(row.temperature > 0 for row in rows)
         cuts_top_k, cuts_top_p = any(row.top_k for row in rows), any(row.top_p < 1 for row in rows)
         stages = {"draws": draws, "cuts_top_k": draws and cuts_top_k, "cuts_top_p": draws and cuts_top_p}
-        self._graphs.run(("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, **stages), reason)
+        self._graphs.launch(
+            ("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, **stages), reason
+        )
         if reason is None:
             self.drafts.launch(groups)
         if raw is not None:

@@ -44,7 +44,7 @@ def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
         torch_threads=one_torch_thread,
         is_asynchronous=False,
         phases=(
-            Phase(runner, "run", "build the batch"),
+            Phase(runner, "forward", "build the batch"),
             # What the kernels' own clocks leave of the forward is this.
             Phase(decoder, "forward", "embed and batch", is_model=True, clocks=decoder.clocks),
             Phase(decoder, "logits", "lm_head", is_model=True),

@@ -71,7 +71,7 @@ class NativeSlots:
         self._active = list(active)
         self._slot_of = {adapter.content_hash: slot for slot, adapter in enumerate(active)}
 
-    def drop(self, content_hash: str) -> None:
+    def free(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded."""
         self._tables = {key: known for key, known in self._tables.items() if content_hash not in key}
         self._active = [adapter for adapter in self._active if adapter.content_hash != content_hash]

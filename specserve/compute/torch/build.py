@@ -50,7 +50,7 @@ def make_path(decoder: Decoder, inputs: PathInputs) -> ComputePath:
         torch_threads=nullcontext,
         is_asynchronous=is_cuda,
         phases=(
-            Phase(runner, "run", "build the batch"),
+            Phase(runner, "forward", "build the batch"),
             Phase(decoder, "forward", "forward", is_model=True),
             Phase(decoder, "logits", "lm_head", is_model=True),
             Phase(sampler, "sample", "sample"),

@@ -76,7 +76,7 @@ class AdapterSlots:
         self._active = {adapter.content_hash: adapter for adapter in active}
         self._slot_of = {content_hash: slot for slot, content_hash in enumerate(self._active)}
 
-    def drop(self, content_hash: str) -> None:
+    def free(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded, so that its weights can be freed."""
         self._active.pop(content_hash, None)
 
