@@ -124,8 +124,8 @@ class Engine:
         self._num_added = 0
         self._counters = Counters()
         limits = StepLimits(
-            max_rows=max(config.max_batched_tokens, MEASURED_ROWS[-1]),
-            max_seqs=max(config.max_num_seqs, MEASURED_SEQS),
+            max_rows=max(self.scheduler.max_batched_tokens, MEASURED_ROWS[-1]),
+            max_seqs=max(self.scheduler.max_num_seqs, MEASURED_SEQS),
             max_model_len=max_model_len,
             max_adapters=config.max_adapters,
             max_lora_rank=config.max_lora_rank,

@@ -9,7 +9,10 @@ from engine_fixture import check_baseline, collect, make_engine, request, run, t
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
+from specserve.compute.loader import make_path
+from specserve.config import EngineConfig
 from specserve.drafters.protocol import Guess
+from specserve.engine.engine import Engine
 from specserve.errors import OverloadedError, UserError
 
 
@@ -191,6 +194,18 @@ def test_nan_logits_fail_that_request_alone(engine, monkeypatch):
     results = run(engine, [request("bad", [1, 2]), request("good", [1, 2, 3])])
     assert sum(result.error is not None for result in results.values()) >= 1
     assert all(result.error is None or "NaN" in result.error.error.message for result in results.values())
+
+
+def test_a_path_is_made_for_as_many_rows_as_the_scheduler_gives_a_step(model_dir):
+    limits = []
+
+    def watched(decoder, inputs):
+        limits.append(inputs.limits)
+        return make_path(decoder, inputs)
+
+    settings = {"device": "cpu", "kv_cache_gib": 0.02, "max_num_seqs": 200, "max_batched_tokens": 16}
+    engine = Engine(EngineConfig(model=str(model_dir), **settings), model_dir, watched)
+    assert limits[0].max_rows >= engine.scheduler.max_batched_tokens == 200
 
 
 def test_unloading_waits_for_the_requests_that_use_the_adapter(engine, model_dir, tmp_path):
