@@ -157,10 +157,15 @@ class DeviceDrafts:
         return bool(self._entries)
 
     def collect(self, kept: Mapping[int, int]) -> None:
-        """Hand out the chains, once the device is done; `kept` is how many tokens a sequence keeps, by its id()."""
+        """Hand out the chains, once the device is done; `kept` is how many tokens a sequence keeps, by its id().
+
+        A sequence that is not there has failed: it keeps none and needs no chain.
+        """
         guesses, probabilities = self._host[0].numpy(), self._host[1].view(torch.float32).numpy()
         for idx, entry in enumerate(self._entries):
             seq, num = entry.group.seq, self._num_guesses
+            if id(seq) not in kept:
+                continue
             num_tokens = len(seq.tokens) + kept[id(seq)]
             entry.source.set_chain(guesses[idx, :num].tolist(), probabilities[idx, :num].tolist(), num_tokens)
             self._places.followed(entry.seat, num_tokens)
