@@ -99,7 +99,7 @@ class DeviceHeads:
         self._id_of: dict[int, int] = {}  # id() of a head -> its number in the tables
 
     def add_head(self, head: LookaheadHeadFile) -> int:
-        """Number of the head in the tables; a new one is brought to the device. Raises `HeadError` if it does not fit."""
+        """Its number in the tables; a new one is brought to the device. Raises `HeadError` where it does not fit."""
         head_id = self._id_of.get(id(head))
         if head_id is not None:
             return head_id
