@@ -211,15 +211,17 @@ def _keep_top_p(row: torch.Tensor, top_p: float) -> None:
 
 def token_logprobs(logits: torch.Tensor, rows: Seq[int], tokens: Seq[int], num_top: int) -> list[TokenLogprobs]:
     """Raw log-probabilities of `tokens` under `rows` of logits [L, V], one each, and the `num_top` most likely."""
-    logprobs = logits[list(rows)].float().log_softmax(dim=-1)  # [M, V]
+    # A long prompt's rows are neighbours, and too many to be copied beside what is made of them.
+    scored = logits[rows.start : rows.stop] if isinstance(rows, range) else logits[list(rows)]
+    logprobs = scored.float().log_softmax(dim=-1)  # [M, V]
     ids = torch.tensor(tokens, device=logits.device).unsqueeze(1)
     chosen = logprobs.gather(1, ids)  # [M, 1]
     ranks = (logprobs > chosen).sum(dim=1) + 1
     top = logprobs.topk(num_top, dim=-1) if num_top else None
     # sync: only for requests that ask for log-probabilities.
-    scored = zip(chosen[:, 0].tolist(), ranks.tolist(), strict=True)
+    values = zip(chosen[:, 0].tolist(), ranks.tolist(), strict=True)
     tops = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else (((), ()) for _ in tokens)
     return [
         TokenLogprobs(value, list(zip(top_ids, top_values, strict=True)), rank)
-        for (value, rank), (top_ids, top_values) in zip(scored, tops, strict=True)
+        for (value, rank), (top_ids, top_values) in zip(values, tops, strict=True)
     ]

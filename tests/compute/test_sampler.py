@@ -147,6 +147,7 @@ def test_logprobs_are_raw_and_ranked():
     assert second.logprob == pytest.approx(float(want[1, 7]), abs=1e-6)
     assert second.rank == int((want[1] > want[1, 7]).sum()) + 1
     assert token_logprobs(logits, [0, 1], [1, 2], 0)[0].top == []
+    assert token_logprobs(logits, range(1, 2), [7], 3) == [second]
 
 
 @pytest.mark.parametrize(
