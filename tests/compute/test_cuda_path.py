@@ -8,7 +8,9 @@ from engine_fixture import make_engine
 from tiny_models import make_tiny_model
 from triton_process import needs_triton, quick_and_all, run_cases
 
+from specserve.compute.cuda.sampler import _Buffers
 from specserve.errors import ModelError, UserError
+from specserve.kernels.sampling import SamplingRow
 
 
 @needs_triton
@@ -35,3 +37,14 @@ def test_more_rows_than_the_kernels_take_are_refused_with_the_limit(tmp_path, mo
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match="max_batched_tokens=9000 is more than the 8192 rows"):
         make_engine(make_tiny_model(tmp_path), kernels="triton", max_batched_tokens=9000)
+
+
+def test_sampling_parameters_on_the_device_are_those_of_the_step_when_none_are_sent():
+    buffers = _Buffers(4, 100, torch.device("cpu"))
+    greedy, hot = SamplingRow(), SamplingRow(0.7, 5, 0.9, 0.1, 0.25)
+    for rows in ([], [hot], [], [], [greedy, greedy._replace(mask_row=0)], [], [hot] * 4, [greedy, hot]):
+        buffers.upload(rows)
+        params = buffers._params
+        fields = (getattr(params, name).tolist() for name in SamplingRow._fields)
+        want = [*rows, *[greedy] * (4 - len(rows))]
+        assert [list(row) for row in zip(*fields, strict=True)] == [pytest.approx(list(row)) for row in want]
