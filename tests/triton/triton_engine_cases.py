@@ -197,8 +197,8 @@ def test_heads_that_fail_on_the_device_change_nothing(model_dir, tmp_path, caplo
     assert engine.stats().drafted_by_source.get("head", 0) == 0
 
 
-def test_a_sequence_whose_logits_are_nan_fails_alone_while_its_head_drafts(model_dir, tmp_path):
-    engine, plain = make_pair(model_dir, max_draft_tokens=4)
+def test_a_sequence_whose_logits_are_nan_fails_alone_while_its_head_drafts(pair, model_dir, tmp_path, monkeypatch):
+    engine, plain = pair
     path = make_lookahead_adapter(model_dir, tmp_path / "a", tap_layer=1, history=False)
     forward, num_steps = engine.runner.forward, 0
 
@@ -210,11 +210,11 @@ def test_a_sequence_whose_logits_are_nan_fails_alone_while_its_head_drafts(model
             output.logits[group.first_row] = torch.nan
         return output
 
-    engine.runner.forward = poisoned
+    monkeypatch.setattr(engine.runner, "forward", poisoned)
     results = []
     for one in (engine, plain):
         key = one.load_adapter("a", path).content_hash
-        options = {"adapter": key, "mode": "fixed", "max_tokens": 5, "ignore_eos": True}
+        options = {"adapter": key, "mode": "fixed", "max_draft_tokens": 4, "max_tokens": 3}
         results.append(run(one, [request("bad", range(5, 12), **options), request("good", range(5, 13), **options)]))
     assert "NaN" in results[0]["bad"].error.error.message
     assert results[0]["good"].tokens == results[1]["good"].tokens and results[0]["good"].error is None
