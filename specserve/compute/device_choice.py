@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from ..config import EngineConfig
+from ..errors import UserError
 
 # (CPU, CUDA). A GPU's step of 2,048 rows takes as long as a CPU's of some tens.
 _DEFAULTS = {"max_num_seqs": (64, 256), "max_batched_tokens": (512, 2048), "max_prefill_rows": (128, 1024)}
@@ -18,7 +19,11 @@ _CUDA_KV_SHARE = (
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    """Raises `UserError` where CUDA is asked for and there is none."""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise UserError("device=cuda needs a CUDA GPU that torch can use; set it to auto or cpu", param="device")
+    automatic = "cuda" if has_cuda else "cpu"
     return torch.device(automatic if config.device == "auto" else config.device)
 
 

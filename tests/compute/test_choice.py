@@ -9,11 +9,12 @@ import torch
 from tiny_models import make_tiny_model
 
 from specserve.compute.cuda.choice import TritonChoice, choose_triton
+from specserve.compute.device_choice import choose_device
 from specserve.compute.loader import load_model
 from specserve.compute.native.choice import choose_native
 from specserve.compute.torch.decoder import Decoder
 from specserve.config import EngineConfig
-from specserve.errors import ModelError
+from specserve.errors import ModelError, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -59,3 +60,10 @@ def test_a_model_that_triton_cannot_serve_is_torchs_unless_triton_was_asked_for(
     assert "head_dim=12 is not a multiple of 8 up to 256" in caplog.text
     with pytest.raises(ModelError, match="asked for and cannot serve this model: head_dim=12"):
         load_model(model_dir, CPU, choices=[TritonChoice(is_required=True)])
+
+
+def test_cuda_that_is_not_there_is_refused_and_not_an_internal_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(EngineConfig()) == CPU
+    with pytest.raises(UserError, match="device=cuda needs a CUDA GPU"):
+        choose_device(EngineConfig(device="cuda"))
