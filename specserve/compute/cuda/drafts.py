@@ -27,8 +27,8 @@ from ...schedule.scheduler import ScheduledSequence
 from ..path import StepLimits
 from .buckets import padded
 from .buffers import Layout, Page
+from .head_seats import HeadSeats
 from .parts import DeviceParts
-from .places import HeadPlaces
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +62,21 @@ class DeviceDrafts:
         self._parts, self._sampled, self._adapters = parts, sampled, adapters
         longest = min(limits.max_draft_tokens, _CHAIN_LENS[-1])
         self._chain_lens = (*(n for n in _CHAIN_LENS if n < longest), longest)
-        num_places = padded(parts.seats.tables.shape[0])
+        num_seats = padded(parts.seats.tables.shape[0])
         self._heads = DeviceHeads(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             tap_layers=parts.layers.tap_layers,
             max_heads=limits.max_adapters,
-            max_num_seqs=num_places,
+            max_num_seqs=num_seats,
             max_prompt_len=min(limits.max_model_len, _MAX_PROMPT_LEN),
             max_draft_len=longest,
             device=device,
         )
-        self._page = Page(_layout(num_places).num_bytes, device)
-        self._verified = torch.zeros(2, num_places, dtype=torch.int32, device=device)  # tokens accepted, last row
+        self._page = Page(_layout(num_seats).num_bytes, device)
+        self._verified = torch.zeros(2, num_seats, dtype=torch.int32, device=device)  # tokens accepted, last row
         self._host = torch.zeros(self._heads.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._places = HeadPlaces(self._heads, device)
+        self._seats = HeadSeats(self._heads, device)
         self._sources: WeakValueDictionary[str, ChainSource] = WeakValueDictionary()  # by request id
         self._entries: list[_Entry] = []  # of the launch that is under way
         self._is_off = False
@@ -90,7 +90,7 @@ class DeviceDrafts:
 
     def release_weights(self) -> None:
         """Let go of heads whose adapters have left; nothing that runs names them."""
-        self._places.keep_only(self._adapters)
+        self._seats.keep_only(self._adapters)
 
     # -- the step
 
@@ -106,14 +106,14 @@ class DeviceDrafts:
             size = padded(size + 1)
 
     def prepare(self, items: Seq[ScheduledSequence], seats: Seq[int]) -> None:
-        """Bring sequences that will draft to their seats' places; before the step is queued, as it waits for copies."""
+        """Bring sequences that will draft to their seats; before the step is queued, as it waits for copies."""
         if self._is_off:
             return
         with self._or_off():
             for item, seat in zip(items, seats, strict=True):
                 source = self._sources.get(item.seq.request_id) if item.reaches_end else None
                 if source is not None and source.wants_chain:
-                    self._places.take(item.seq, seat, source.head)
+                    self._seats.take(item.seq, seat, source.head)
 
     def launch(self, groups: Seq[RowGroup]) -> None:
         """Queue verification and drafts behind sampling."""
@@ -128,7 +128,7 @@ class DeviceDrafts:
         except Exception:
             logger.exception("drafting on the device failed; lookahead heads are off from now on")
             self._is_off, self._entries = True, []
-            self._places.clear()
+            self._seats.clear()
 
     def _launch(self, groups: Seq[RowGroup]) -> None:
         entries = []
@@ -138,7 +138,7 @@ class DeviceDrafts:
                 continue
             source.wants_chain = False
             seat = self._parts.seats.seat_of(group.seq)
-            if self._places.holds(group.seq, seat):
+            if self._seats.holds(group.seq, seat):
                 slot = self._heads.id_of(source.head)
                 entries.append((slot, _Entry(group, source, seat)))
         self._entries = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]  # equal heads are neighbours
@@ -168,7 +168,7 @@ class DeviceDrafts:
                 continue
             num_tokens = len(seq.tokens) + kept[id(seq)]
             entry.source.set_chain(guesses[idx, :num].tolist(), probabilities[idx, :num].tolist(), num_tokens)
-            self._places.followed(entry.seat, num_tokens)
+            self._seats.followed(entry.seat, num_tokens)
         self._entries = []
 
     def _upload(self, entries: Seq[_Entry], size: int) -> None:

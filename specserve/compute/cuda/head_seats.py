@@ -1,7 +1,7 @@
-"""Places of sequences in the pool of prompts that heads on the device read: they are the runner's seats.
+"""What the runner's seats hold in the pool of prompts that heads on the device read, and which heads are there.
 
-A place holds a sequence's prompt and its copy pointer, which stands behind as many tokens as the heads have followed.
-One that is not up to date is taken anew, by the sequence as it is then. Owns that and which heads are on the device.
+A seat of the pool holds a sequence's prompt and its copy pointer, which stands behind as many tokens as the heads have
+followed. One that is not up to date is taken anew, by the sequence as it is then.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Place:
+class _Seated:
     """Who is on a seat: the pool's copy pointer stands behind `num_tokens` tokens of the sequence with that table."""
 
     table_id: object
     num_tokens: int
 
 
-class HeadPlaces:
+class HeadSeats:
     """Brings sequences, and the heads that draft for them, to `heads` on `device`."""
 
     def __init__(self, heads: DeviceHeads, device: torch.device):
         self._heads, self._device = heads, device
-        self._places: dict[int, _Place] = {}  # by seat
+        self._seated: dict[int, _Seated] = {}  # by seat
         self._known: dict[int, LookaheadHeadFile] = {}  # by id: heads that were added, or refused
 
     def holds(self, seq: Sequence, seat: int) -> bool:
-        """Whether the seat's place is that of the sequence as it is now."""
-        place = self._places.get(seat)
-        return place is not None and place.table_id is seq.table_id and place.num_tokens == len(seq.tokens)
+        """Whether the seat is the sequence's, as that is now."""
+        seated = self._seated.get(seat)
+        return seated is not None and seated.table_id is seq.table_id and seated.num_tokens == len(seq.tokens)
 
     def take(self, seq: Sequence, seat: int, head: LookaheadHeadFile) -> None:
-        """Make the seat's place that of the sequence, unless it is so; nothing where its head cannot draft."""
+        """Make the seat the sequence's, unless it is so; nothing where its head cannot draft."""
         if self.holds(seq, seat) or not self._is_known(head):
             return
-        self._places.pop(seat, None)
+        self._seated.pop(seat, None)
         if self._heads.add_sequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids):
-            self._places[seat] = _Place(seq.table_id, len(seq.tokens))
+            self._seated[seat] = _Seated(seq.table_id, len(seq.tokens))
 
     def followed(self, seat: int, num_tokens: int) -> None:
         """The heads have followed the seat's sequence up to so many tokens."""
-        self._places[seat].num_tokens = num_tokens
+        self._seated[seat].num_tokens = num_tokens
 
     def clear(self) -> None:
-        self._places = {}
+        self._seated = {}
 
     def keep_only(self, adapters: Mapping[str, LoraAdapter]) -> None:
         """Let go of heads that belong to none of `adapters`; nothing that runs names them."""
