@@ -184,13 +184,17 @@ def crowd(server, num: int) -> tuple[list[tuple[int, dict, str]], float]:
 
 
 def check_crowd(server, num: int, text: str) -> None:
+    start = time.monotonic()
+    server.complete()
+    alone = time.monotonic() - start  # on a machine as busy as it is now
     replies, slowest = crowd(server, num)
     statuses = {status for status, _, _ in replies}
     assert statuses == {200, 429}, statuses
     assert {json.loads(body)["choices"][0]["text"] for status, _, body in replies if status == 200} == {text}
     for status, headers, _ in replies:
         assert status == 200 or (int(headers["Retry-After"]) >= 1 and headers["x-should-retry"] == "true")
-    assert slowest < num / 50, "admitted requests wait behind 16 others at most; the rest is this client's own time"
+    # Admitted requests wait behind 16 others at most; the rest is this client's own time.
+    assert slowest < num / 50 + 40 * alone, (slowest, alone)
 
 
 def test_a_crowd_is_answered_429_and_the_admitted_are_served_as_ever(server, golden):
