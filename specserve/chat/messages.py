@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from ..text.tokenizer import ROLES
 from .tools.prompt import answered_call, tool_calls
 from .types import Conversation, Message, TextPart
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 2048
 MAX_TEMPLATE_KWARGS = 64
 RESERVED_TEMPLATE_KWARGS = frozenset(

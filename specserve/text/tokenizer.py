@@ -25,7 +25,6 @@ from .template_worker import MAX_RENDERED_BYTES
 from .token_bound import BYTE_OF, TokenBound
 
 LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class TextTokenizer:
