@@ -17,8 +17,7 @@ from tiny_models import MODEL_TYPES, SIZES
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from specserve.adapters import peft_config as lora_config
-from specserve.adapters import peft_matching
+from specserve.adapters import peft_config, peft_matching
 from specserve.adapters.peft_config import ModuleLora, parse_config
 from specserve.errors import AdapterError
 
@@ -156,8 +155,8 @@ def test_default_targets_are_pefts():
 
 
 def test_every_field_of_peft_is_known():
-    known = lora_config._FIELDS.keys() | lora_config._PATTERNS.keys() | lora_config._REFUSED_FEATURES.keys()
-    assert vars(PeftConfig()).keys() - known - lora_config._IGNORED <= {"peft_type", "_custom_modules"}
+    known = peft_config._FIELDS.keys() | peft_config._PATTERNS.keys() | peft_config._REFUSED_FEATURES.keys()
+    assert vars(PeftConfig()).keys() - known - peft_config._IGNORED <= {"peft_type", "_custom_modules"}
 
 
 def test_which_field_leaves_a_module_out():
@@ -180,7 +179,7 @@ CATASTROPHE = "([a-z_.0-9]+)+!"
     {"layers_to_transform": [1], "layers_pattern": CATASTROPHE},
 ], ids=lambda fields: next(iter(fields)))  # fmt: skip
 def test_a_catastrophic_pattern_is_refused_in_time_by_its_name(fields, monkeypatch):
-    monkeypatch.setattr(lora_config, "MATCHING_CPU_S", 0.1)
+    monkeypatch.setattr(peft_config, "MATCHING_CPU_S", 0.1)
     start = time.monotonic()
     with pytest.raises(AdapterError, match=re.escape(CATASTROPHE) + ".* takes more than 0.1 s") as caught:
         resolved({"target_modules": ["q_proj", "k_proj"], **fields})
@@ -188,7 +187,7 @@ def test_a_catastrophic_pattern_is_refused_in_time_by_its_name(fields, monkeypat
 
 
 def test_a_machine_that_is_too_busy_says_so(monkeypatch):
-    monkeypatch.setattr(lora_config, "MATCHING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(peft_config, "MATCHING_TIMEOUT_S", 0.2)
     with pytest.raises(AdapterError, match="too busy") as caught:
         resolved({"target_modules": CATASTROPHE})
     assert caught.value.status == 503
