@@ -44,7 +44,8 @@ class HeadWeights:
         return self.slot_bias.shape[-1]
 
     @property
-    def num_heads(self) -> int:
+    def num_stacked(self) -> int:
+        """A: the heads whose weights these are."""
         return self.embed.shape[0]
 
 

@@ -126,11 +126,11 @@ class _Group:
         weights, device = self._weights, self._state.device
         empty = (0, 0, [-1] * weights.window)
         inputs = [empty if source is None else source.input for source in self._places]
-        shape = (weights.num_heads, self._width)
+        shape = (weights.num_stacked, self._width)
         tokens = torch.tensor([token for token, _, _ in inputs], device=device).view(shape)
         moved = torch.tensor([move for _, move, _ in inputs], device=device).view(shape)
-        slots = torch.tensor([window for _, _, window in inputs], dtype=torch.int64, device=device)
-        window = slots.view(*shape, weights.window)
+        entries = torch.tensor([window for _, _, window in inputs], dtype=torch.int64, device=device)
+        window = entries.view(*shape, weights.window)
         if weights.window:
             next_tokens = window[..., 0].clamp(min=0)
         else:

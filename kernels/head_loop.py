@@ -65,9 +65,9 @@ class HeadTables:
     sizes: torch.Tensor  # [heads, 6] int32: d, U - 1, W, draft length (0: no head), row of `tapped`, own state size
 
     @classmethod
-    def allocate(cls, num_heads: int, device: torch.device | str) -> HeadTables:
-        addresses = torch.zeros(num_heads, len(fields(HeadTensors)), dtype=torch.int64, device=device)
-        return cls(addresses, torch.zeros(num_heads, 6, dtype=torch.int32, device=device))
+    def allocate(cls, max_heads: int, device: torch.device | str) -> HeadTables:
+        addresses = torch.zeros(max_heads, len(fields(HeadTensors)), dtype=torch.int64, device=device)
+        return cls(addresses, torch.zeros(max_heads, 6, dtype=torch.int32, device=device))
 
     def set(self, head_id: int, head: HeadTensors, state_size: int, draft_len: int, tap: int) -> None:
         """`head` must stay alive until the id is set again or no launch names it; `state_size` is without zeros."""

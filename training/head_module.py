@@ -43,7 +43,7 @@ class Anchors:
     inputs: torch.Tensor  # [N, K] int64
     moved: torch.Tensor  # [N, K] int64
     window: torch.Tensor  # [N, K, W] int64, -1 where empty
-    hits: torch.Tensor  # [N, K, W] bool, slots that hold the target
+    hits: torch.Tensor  # [N, K, W] bool, entries that hold the target
     targets: torch.Tensor  # [N, K] int64
     valid: torch.Tensor  # [N, K] bool
 
@@ -86,12 +86,12 @@ def build_anchors(
         ids, moves, windows, hits = [], [], [], []
         for idx, token in enumerate(completion):
             pointer.follow(token)
-            slots = pointer.window()
+            entries = pointer.window()
             target = completion[idx + 1] if idx + 1 < len(completion) else None
             ids.append(idx_of.get(token, other))
             moves.append(pointer.moved)
-            windows.append([idx_of.get(slot, other) if slot >= 0 else -1 for slot in slots])
-            hits.append([slot == target for slot in slots])
+            windows.append([idx_of.get(entry, other) if entry >= 0 else -1 for entry in entries])
+            hits.append([entry == target for entry in entries])
         for anchor in range(len(completion) - 1):
             rows.append(first_row + anchor)
             last = min(anchor + steps, len(completion) - 1)

@@ -1,7 +1,7 @@
 """The head's loss over several steps ahead: cross-entropy with the tokens that came, or closeness to the target's own
 distribution (KL, or KL with total variation).
 
-Every kind counts a token as named through its vocabulary entry and through every slot of the copy window that holds it.
+Every kind counts a token as named through the vocabulary and through every entry of the copy window that holds it.
 The target's distribution is known over the task vocabulary only; for a token outside of it all kinds fall back to
 cross-entropy, which is what teaches the head to copy rare names.
 """
@@ -57,9 +57,9 @@ def head_loss(
     window = anchors.window.transpose(0, 1).reshape(num_steps * len(anchors), size)[keep]
     hits = anchors.hits.transpose(0, 1).reshape(num_steps * len(anchors), size)[keep]
     targets = anchors.targets.t().reshape(-1)[keep]
-    vocab, slots = scores(weights, flat[None], window[None])
-    logits = torch.cat([vocab[0], slots[0]], dim=-1)  # [M, U + W]
-    # "Another token" is a target only if no slot holds it: otherwise the slot is the answer.
+    vocab, entries = scores(weights, flat[None], window[None])
+    logits = torch.cat([vocab[0], entries[0]], dim=-1)  # [M, U + W]
+    # "Another token" is a target only if no entry holds it: otherwise the entry is the answer.
     vocab_hit = torch.nn.functional.one_hot(targets, other + 1).bool()
     vocab_hit[:, other] &= ~hits.any(dim=1)
     found = torch.cat([vocab_hit, hits], dim=-1)
@@ -80,10 +80,10 @@ def head_loss(
 
 
 def _distance(logits: torch.Tensor, window: torch.Tensor, teacher: torch.Tensor, kind: LossKind) -> torch.Tensor:
-    """[M] distances of the head's distribution, slots added to the tokens that they hold, from the target's [M, U]."""
+    """[M] distances of the head's distribution, entries added to the tokens they hold, from the target's [M, U]."""
     num_vocab = teacher.shape[-1]
     probs = torch.softmax(logits, dim=-1)
-    merged = probs[:, :num_vocab].scatter_add(1, window.clamp(min=0), probs[:, num_vocab:])  # empty slots have none
+    merged = probs[:, :num_vocab].scatter_add(1, window.clamp(min=0), probs[:, num_vocab:])  # empty entries have none
     target = teacher.exp()
     kl = (target * (teacher - merged.clamp(min=1e-9).log())).sum(dim=-1)
     if kind == "kl":

@@ -86,17 +86,17 @@ static void choose(HeadRow& row, const float* output, float* logits) {
   const float* query = output + row.head->d;
   const Head& head = *row.head;
   const int d = head.d, num = head.num_vocab;
-  std::vector<float> slots(head.window, -INFINITY);
+  std::vector<float> entries(head.window, -INFINITY);
   if (head.window) {
-    times(head.slot_weight, head.slot_bias, row.state, d, head.window, slots.data());
+    times(head.slot_weight, head.slot_bias, row.state, d, head.window, entries.data());
     for (int w = 0; w < head.window; w++) {
       if (row.window[w] < 0) {
-        slots[w] = -INFINITY;
+        entries[w] = -INFINITY;
         continue;
       }
       float dot;
       dots<1>(head.embed + (size_t)row.window[w] * d, d, query, 1.0f / std::sqrt((float)d), &dot);
-      slots[w] += dot;
+      entries[w] += dot;
     }
   }
   std::fill(logits + head.num_tokens, logits + num - 1, -INFINITY);
@@ -104,7 +104,7 @@ static void choose(HeadRow& row, const float* output, float* logits) {
   logits[num - 1] += head.out_bias[num - 1];
   float top = -INFINITY;
   for (int i = 0; i < num; i++) top = std::max(top, logits[i]);
-  for (float slot : slots) top = std::max(top, slot);
+  for (float entry : entries) top = std::max(top, entry);
   f32x16 sums = {};
   for (int i = 0; i < num; i += 16) {
     f32x16 weight = vexp(load_n(logits + i, num - i) - top);
@@ -112,18 +112,18 @@ static void choose(HeadRow& row, const float* output, float* logits) {
     sums += weight;
     store_n(logits + i, weight, num - i);
   }
-  float total = sum(sums), slot_weight = -1.0f;
-  int slot_choice = 0;
-  for (int w = 0; w < head.window; w++) total += slots[w] = row.window[w] < 0 ? 0.0f : std::exp(slots[w] - top);
+  float total = sum(sums), entry_weight = -1.0f;
+  int entry_choice = 0;
+  for (int w = 0; w < head.window; w++) total += entries[w] = row.window[w] < 0 ? 0.0f : std::exp(entries[w] - top);
   for (int w = 0; w < head.window; w++) {
-    if (row.window[w] >= 0 && row.window[w] < num - 1) logits[row.window[w]] += slots[w];
-    else if (row.window[w] >= 0 && slots[w] > slot_weight) slot_weight = slots[w], slot_choice = w;
+    if (row.window[w] >= 0 && row.window[w] < num - 1) logits[row.window[w]] += entries[w];
+    else if (row.window[w] >= 0 && entries[w] > entry_weight) entry_weight = entries[w], entry_choice = w;
   }
   int best = 0;
   for (int i = 1; i < num - 1; i++) best = logits[i] > logits[best] ? i : best;
-  const bool use_slot = slot_weight > logits[best];
-  row.choice = use_slot ? num + slot_choice : best;
-  row.probability = (use_slot ? slot_weight : logits[best]) / total;
+  const bool use_entry = entry_weight > logits[best];
+  row.choice = use_entry ? num + entry_choice : best;
+  row.probability = (use_entry ? entry_weight : logits[best]) / total;
 }
 
 static void step_heads(Team& team, HeadRow* rows, int num_rows) {

@@ -69,7 +69,7 @@ class DraftGrowth:
         self.row_price = 0.0  # tokens that the next row of the latest step had to bring
         self._ask_s = MeanSeconds()  # one position of one sequence, heads left out
         self._head_s: dict[int, MeanSeconds] = {}  # one step of the heads, by bit length of their number
-        self._num_heads = 0
+        self._num_asked = 0  # heads, in the latest draft
         self._drafted_last = True
 
     def grow(self, drafts: Sequence[GrowingDraft], plan: StepPlan) -> None:
@@ -149,7 +149,7 @@ class DraftGrowth:
         return [*fixed, *auto]
 
     def _head_seconds(self) -> float:
-        bucket = self._num_heads.bit_length()
+        bucket = self._num_asked.bit_length()
         nearest = min(self._head_s, key=lambda b: abs(b - bucket), default=None)
         return self._head_s[nearest].seconds if nearest is not None else 0.0
 
@@ -163,10 +163,10 @@ class DraftGrowth:
         try:
             if starts:
                 self.heads.begin([source for _, source in sources])
-                self._num_heads = len(sources)
+                self._num_asked = len(sources)
             start = time.perf_counter()
             self.heads.step([source for _, source in sources])
-            times = self._head_s.setdefault(self._num_heads.bit_length(), MeanSeconds())
+            times = self._head_s.setdefault(self._num_asked.bit_length(), MeanSeconds())
             times.observe(time.perf_counter() - start)
         except Exception:
             self.heads.clear()
