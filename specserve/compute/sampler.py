@@ -24,6 +24,7 @@ from ..schedule.row_group import RowGroup
 from ..schedule.sequence import Sequence
 from .grammar_masks import MaskMaker, allowed_tokens
 
+LOGPROB_ROWS = 128  # that log-probabilities are made of at a time
 TOP_P_CANDIDATES = 1024  # a full sort of the vocabulary is the exception: most top-p sets are smaller than this
 
 
@@ -210,10 +211,19 @@ def _keep_top_p(row: torch.Tensor, top_p: float) -> None:
 
 
 def token_logprobs(logits: torch.Tensor, rows: Seq[int], tokens: Seq[int], num_top: int) -> list[TokenLogprobs]:
-    """Raw log-probabilities of `tokens` under `rows` of logits [L, V], one each, and the `num_top` most likely."""
-    # A long prompt's rows are neighbours, and too many to be copied beside what is made of them.
-    scored = logits[rows.start : rows.stop] if isinstance(rows, range) else logits[list(rows)]
-    logprobs = scored.float().log_softmax(dim=-1)  # [M, V]
+    """Raw log-probabilities of `tokens` under `rows` of logits [L, V], one each, and the `num_top` most likely.
+
+    Some rows at a time: what is made of them is as large as their logits, of which a long prompt has a gigabyte.
+    """
+    found: list[TokenLogprobs] = []
+    for start in range(0, len(rows), LOGPROB_ROWS):
+        piece = slice(start, start + LOGPROB_ROWS)
+        found += _logprobs(logits[list(rows[piece])], tokens[piece], num_top)
+    return found
+
+
+def _logprobs(logits: torch.Tensor, tokens: Seq[int], num_top: int) -> list[TokenLogprobs]:
+    logprobs = logits.float().log_softmax(dim=-1)  # [M, V]
     ids = torch.tensor(tokens, device=logits.device).unsqueeze(1)
     chosen = logprobs.gather(1, ids)  # [M, 1]
     ranks = (logprobs > chosen).sum(dim=1) + 1

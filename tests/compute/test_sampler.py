@@ -147,6 +147,14 @@ def test_logprobs_are_raw_and_ranked():
     assert second.logprob == pytest.approx(float(want[1, 7]), abs=1e-6)
     assert second.rank == int((want[1] > want[1, 7]).sum()) + 1
     assert token_logprobs(logits, [0, 1], [1, 2], 0)[0].top == []
+
+
+def test_logprobs_of_many_rows_are_made_in_pieces_and_are_each_rows_own():
+    logits = torch.randn(5, V, generator=torch.Generator().manual_seed(1))
+    rows, tokens = [i % 5 for i in range(300)], [i % V for i in range(300)]
+    alone = [token_logprobs(logits, [row], [token], 2)[0] for row, token in zip(rows, tokens, strict=True)]
+    assert token_logprobs(logits, rows, tokens, 2) == alone
+    assert token_logprobs(logits, range(1, 5), tokens[1:5], 2) == alone[1:5] and token_logprobs(logits, [], [], 2) == []
     assert token_logprobs(logits, range(1, 2), [7], 3) == [second]
 
 
