@@ -147,6 +147,7 @@ def test_logprobs_are_raw_and_ranked():
     assert second.logprob == pytest.approx(float(want[1, 7]), abs=1e-6)
     assert second.rank == int((want[1] > want[1, 7]).sum()) + 1
     assert token_logprobs(logits, [0, 1], [1, 2], 0)[0].top == []
+    assert token_logprobs(logits, range(1, 2), [7], 3) == [second]
 
 
 def test_logprobs_of_many_rows_are_made_in_pieces_and_are_each_rows_own():
@@ -155,7 +156,6 @@ def test_logprobs_of_many_rows_are_made_in_pieces_and_are_each_rows_own():
     alone = [token_logprobs(logits, [row], [token], 2)[0] for row, token in zip(rows, tokens, strict=True)]
     assert token_logprobs(logits, rows, tokens, 2) == alone
     assert token_logprobs(logits, range(1, 5), tokens[1:5], 2) == alone[1:5] and token_logprobs(logits, [], [], 2) == []
-    assert token_logprobs(logits, range(1, 2), [7], 3) == [second]
 
 
 @pytest.mark.parametrize(
