@@ -25,7 +25,7 @@ class GraphCache:
     def __init__(self, device: torch.device, is_enabled: bool):
         self._device = device
         self.is_enabled = is_enabled and device.type == "cuda"
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}  # None: it cannot be captured
         self._pool = torch.cuda.graph_pool_handle() if self.is_enabled else None
         self._logged: set[str] = set()
         self.capture_s = 0.0
@@ -34,7 +34,7 @@ class GraphCache:
 
     @property
     def num_graphs(self) -> int:
-        return len(self._graphs)
+        return sum(graph is not None for graph in self._graphs.values())
 
     def launch(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
         """Run `part`, by its graph where there is one or may be one; `eager_reason` says why this step has none."""
@@ -43,12 +43,17 @@ class GraphCache:
                 self._note(eager_reason)
             part()
             return
-        graph = self._graphs.get(key)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(key, part)
+        graph = self._graphs[key]
         if graph is None:
-            graph = self._capture(key, part)
-        graph.replay()
+            self._note("its capture failed")
+            part()
+        else:
+            graph.replay()
 
-    def _capture(self, key: Hashable, part: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: Hashable, part: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """None when it fails, which is not tried again: what cannot be captured runs as it is."""
         start, before = time.perf_counter(), torch.cuda.memory_reserved(self._device)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -56,14 +61,23 @@ class GraphCache:
             for _ in range(_WARM_UPS):
                 part()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            part()
-        self._graphs[key] = graph
+        try:
+            graph = self._record(part)
+        except Exception:
+            logger.exception("capturing %s failed", key)
+            self._pool = torch.cuda.graph_pool_handle()  # the old one may believe that it is being recorded to
+            return None
         seconds = time.perf_counter() - start
         self.capture_s += seconds
         self.capture_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         logger.debug("captured %s in %.2f s", key, seconds)
+        return graph
+
+    def _record(self, part: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Threads that read adapters copy to the device meanwhile, which only a capture of this thread's own allows."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            part()
         return graph
 
     def _note(self, reason: str) -> None:

@@ -1,0 +1,77 @@
+"""Graphs by key where there is no GPU: what is captured once, what a capture that fails leaves behind."""
+
+import contextlib
+import logging
+
+import pytest
+import torch
+
+from specserve.compute.cuda.graph_cache import GraphCache
+
+
+class Graph:
+    def __init__(self, part):
+        self.replay = part
+
+
+class Cache(GraphCache):
+    """Records without CUDA; `broken` holds the parts whose capture fails."""
+
+    def __init__(self):
+        super().__init__(torch.device("cuda"), True)
+        self.broken: set[object] = set()
+        self.pools: list[object] = []
+
+    def _record(self, part):
+        self.pools.append(self._pool)
+        if part in self.broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Graph(part)
+
+
+@pytest.fixture
+def cache(monkeypatch) -> Cache:
+    class Stream:
+        def __init__(self, device=None): ...
+        def wait_stream(self, other): ...
+
+    handles = iter(range(100))
+    for name, stand_in in {
+        "graph_pool_handle": lambda: next(handles), "memory_reserved": lambda device: 0, "Stream": Stream,
+        "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return Cache()
+
+
+def test_a_part_is_captured_once_and_replayed(cache):
+    runs = []
+    for _ in range(3):
+        cache.launch("a", lambda: runs.append(1))
+    assert cache.num_graphs == len(cache.pools) == 1 and len(runs) == 2 + 3  # warm-ups, replays
+
+
+def test_a_capture_that_fails_leaves_its_part_eager_and_the_others_with_another_pool(cache, caplog):
+    runs = []
+
+    def broken():
+        runs.append("broken")
+
+    cache.broken.add(broken)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            cache.launch("a", broken)
+    assert runs == ["broken"] * (2 + 3) and len(cache.pools) == 1  # tried once
+    cache.launch("b", lambda: runs.append("fine"))
+    assert cache.num_graphs == 1 and runs[-1] == "fine" and cache.pools[0] != cache.pools[1]
+    assert cache.num_eager == {"its capture failed": 3}
+    assert "capturing a failed" in caplog.text and "without a CUDA graph" in caplog.text
+
+
+def test_a_part_that_fails_by_itself_is_no_capture_that_failed(cache):
+    def wrong():
+        raise ValueError("a kernel")
+
+    with pytest.raises(ValueError, match="a kernel"):
+        cache.launch("a", wrong)
+    assert not cache.pools and not cache.num_eager
