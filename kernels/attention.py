@@ -6,7 +6,7 @@ cached positions max(0, p - w + 1) .. p. Query heads share KV heads in groups of
 `plan_attention` turns the step's tables into index tensors and masks once; every layer of the same window reuses them.
 One call a sequence, which reads its blocks in place when they are one contiguous run: on a CPU eight decodes padded to
 one call took 1.8 to 5 times as long at 1000 keys, without a clear gain at 200. Nothing but a sequence's own written
-slots is ever read. The torch path's, on any device; CUDA's own is ragged_attention.py.
+positions is ever read. The torch path's, on any device; CUDA's own is ragged_attention.py.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class SequencePlan:
 
     start: int
     num_rows: int
-    keys: slice | torch.Tensor  # slots: a contiguous run, or [keys] int64
+    keys: slice | torch.Tensor  # KV positions: a contiguous run, or [keys] int64
     mask: torch.Tensor | None  # additive, [G * rows, keys] if folded, else [rows, keys]; None: every row sees every key
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Write k, v [T, Hkv, D] to the slots [T] of the caches [num_slots, Hkv, D]."""
-    k_cache.index_copy_(0, slots, k)
-    v_cache.index_copy_(0, slots, v)
+    """Write k, v [T, Hkv, D] to `slot_mapping` [T] of the caches [KV positions, Hkv, D]."""
+    k_cache.index_copy_(0, slot_mapping, k)
+    v_cache.index_copy_(0, slot_mapping, v)
 
 
 def plan_attention(
@@ -98,7 +98,7 @@ def _locate(
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Sequence[SequencePlan], scale: float
 ) -> torch.Tensor:
-    """out [T, Hq * D] for q [T, Hq, D] and one layer's caches [num_slots, Hkv, D]."""
+    """out [T, Hq * D] for q [T, Hq, D] and one layer's caches [KV positions, Hkv, D]."""
     out = torch.empty_like(q)
     for seq in plan:
         _attend_sequence_(out, q, k_cache, v_cache, seq, scale)

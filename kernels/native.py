@@ -106,7 +106,7 @@ class Step(Structure):
         ("num_taps", c_int32),
         ("unused", c_int32),
         ("x", c_void_p),
-        ("slots", c_void_p),
+        ("slot_mapping", c_void_p),
         ("cu_query_lens", c_void_p),
         ("context_lens", c_void_p),
         ("block_tables", c_void_p),

@@ -100,7 +100,7 @@ def ragged_attention_(
 ) -> None:
     """Write attention's output of all rows that stand in a tile to out [T, Hq * D], contiguous.
 
-    q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [num_slots, Hkv, D] in q's
+    q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [KV positions, Hkv, D] in q's
     dtype; tiles [max_tiles, 3] int32 (first row, end row, sequence), sequence -1 unused; positions [T] int64;
     block_tables [S, N] int32; split_len [1] int32 on the device, a multiple of 64, with num_splits * split_len at least
     the longest range (`split_len_for`; a smaller one is correct but slow), and not read with one split, which reads
@@ -187,13 +187,13 @@ def ragged_attention_reference(
     out = torch.full((q.shape[0], q.shape[1] * q.shape[2]), torch.nan)
     for first, end, sequence in tiles.tolist():
         if sequence >= 0:
-            slots = _slots(block_tables[sequence], int(positions[end - 1]) + 1, block_size)
-            k, v = k_cache[slots], v_cache[slots]  # [keys, Hkv, D]
+            kv_positions = _kv_positions(block_tables[sequence], int(positions[end - 1]) + 1, block_size)
+            k, v = k_cache[kv_positions], v_cache[kv_positions]  # [keys, Hkv, D]
             out[first:end] = attention_reference(q[first:end], k, v, int(positions[first]), scale, window)
     return out
 
 
-def _slots(table: torch.Tensor, num_keys: int, block_size: int) -> torch.Tensor:
+def _kv_positions(table: torch.Tensor, num_keys: int, block_size: int) -> torch.Tensor:
     keys = torch.arange(num_keys, device=table.device)
     return table[keys // block_size].long() * block_size + keys % block_size
 

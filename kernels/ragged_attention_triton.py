@@ -66,12 +66,12 @@ def ragged_attention_kernel(
         if WINDOW > 0:
             is_key = is_key & (n >= begin)
         block = tl.load(table + n // BLOCK_SIZE, mask=is_key, other=0)
-        slots = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+        kv_positions = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
         kv_mask = is_key[:, None]
         if BLOCK_D != HEAD_DIM:
             kv_mask = kv_mask & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_base + slots[:, None] * k_stride + d[None, :], mask=kv_mask, other=0.0)
-        v = tl.load(v_base + slots[:, None] * v_stride + d[None, :], mask=kv_mask, other=0.0)
+        k = tl.load(k_base + kv_positions[:, None] * k_stride + d[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(v_base + kv_positions[:, None] * v_stride + d[None, :], mask=kv_mask, other=0.0)
         if IEEE:
             scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
         else:

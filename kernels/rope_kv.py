@@ -4,7 +4,7 @@ Semantics, for row r of qkv [T, (Hq + 2 Hkv) * D] (query heads, then key heads, 
     q and k heads: RMS-normed over D and scaled by q_norm or k_norm if given, then x * cos[r] + swap_halves(x) * sin[r]
     k_cache[slot_mapping[r]] = the rotated k heads,   v_cache[slot_mapping[r]] = the v heads
 q and k are also left in qkv, in place. sin carries the rotation's sign (minus in its first half). fp32 inside, rounded
-once. A row whose slot is -1 is padding: its q and k change in place and nothing of it reaches a cache.
+once. A row whose slot_mapping is -1 is padding: its q and k change in place and nothing of it reaches a cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rope_store_(
     """Norm and rotate q and k in place, and write k and v to the caches.
 
     qkv [T, (Hq + 2 Hkv) * D] with contiguous rows; cos, sin [T, D] float32; slot_mapping [T] int64, -1 for padding;
-    caches [num_slots, Hkv, D] in qkv's dtype; q_norm, k_norm [D], both or none. D is even.
+    caches [KV positions, Hkv, D] in qkv's dtype; q_norm, k_norm [D], both or none. D is even.
     """
     head_dim = k_cache.shape[2]
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, (qkv.shape, num_heads, num_kv_heads, head_dim)

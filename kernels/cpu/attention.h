@@ -1,9 +1,9 @@
 // Attention of ragged queries over the paged KV cache: prefill chunks, decodes and verifications alike.
 //
-// Keys are stored in tiles of 16 consecutive slots, transposed, so that 16 scores come from one pass over the head's
-// elements: fp32 [tile][Hkv][D][16], bf16 in pairs [tile][Hkv][D/2][16][2]. Values are [slot][Hkv][D]. A block is a multiple of
-// 16 slots. Scores of a row are kept whole, then one softmax, then the sum over values in ascending position: the result
-// of a row does not depend on how rows were cut into steps.
+// Keys are stored in tiles of 16 consecutive KV positions, transposed, so that 16 scores come from one pass over the
+// head's elements: fp32 [tile][Hkv][D][16], bf16 in pairs [tile][Hkv][D/2][16][2]. Values are [KV position][Hkv][D]. A
+// block is a multiple of 16 positions. Scores of a row are kept whole, then one softmax, then the sum over values in
+// ascending position: the result of a row does not depend on how rows were cut into steps.
 #pragma once
 
 #include "vec.h"
@@ -11,16 +11,16 @@
 constexpr int KEYS = 16;
 constexpr int QUERIES = 6;  // query vectors that share a pass over K and V
 
-INLINE float* key_place(float* cache, int64_t slot, int head, int num_heads, int dim, int d) {
-  return cache + (((slot / KEYS) * num_heads + head) * dim + d) * KEYS + slot % KEYS;
+INLINE float* key_place(float* cache, int64_t kv_pos, int head, int num_heads, int dim, int d) {
+  return cache + (((kv_pos / KEYS) * num_heads + head) * dim + d) * KEYS + kv_pos % KEYS;
 }
-INLINE bf16* key_place(bf16* cache, int64_t slot, int head, int num_heads, int dim, int d) {
-  return cache + ((((slot / KEYS) * num_heads + head) * (dim / 2) + d / 2) * KEYS + slot % KEYS) * 2 + d % 2;
+INLINE bf16* key_place(bf16* cache, int64_t kv_pos, int head, int num_heads, int dim, int d) {
+  return cache + ((((kv_pos / KEYS) * num_heads + head) * (dim / 2) + d / 2) * KEYS + kv_pos % KEYS) * 2 + d % 2;
 }
 
 template <class T>
-INLINE void store_key(T* cache, int64_t slot, int head, int num_heads, int dim, const float* k) {
-  for (int d = 0; d < dim; d++) from_float(key_place(cache, slot, head, num_heads, dim, d), k[d]);
+INLINE void store_key(T* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* k) {
+  for (int d = 0; d < dim; d++) from_float(key_place(cache, kv_pos, head, num_heads, dim, d), k[d]);
 }
 
 // Scores of NQ query vectors q [NQ][dim] with the 16 keys of a tile.
@@ -92,9 +92,9 @@ static void attend(const T* q, const T* k_cache, const T* v_cache, const int32_t
   f32x16 best[NQ];
   for (int i = 0; i < NQ; i++) best[i] = splat(-INFINITY);
   for (int p = first; p <= last; p += KEYS) {
-    const int64_t slot = (int64_t)table[p / block_size] * block_size + p % block_size;
+    const int64_t kv_pos = (int64_t)table[p / block_size] * block_size + p % block_size;
     f32x16 tile[NQ];
-    tile_scores<NQ>(q, k_cache + ((slot / KEYS) * num_heads + head) * dim * KEYS, dim, tile);
+    tile_scores<NQ>(q, k_cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS, dim, tile);
     for (int i = 0; i < NQ; i++) {
       i32x16 key = lanes() + p;
       i32x16 seen = key <= positions[i];

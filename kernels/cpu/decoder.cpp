@@ -38,7 +38,7 @@ struct Model {
 struct Step {
   int32_t num_rows, num_seqs, num_logits, block_size, table_width, max_rank, num_taps, unused;
   float* x;  // [T][H] embeddings in, scratch afterwards
-  const int64_t* slots;
+  const int64_t* slot_mapping;
   const int32_t *cu_query_lens, *context_lens, *block_tables;
   const int64_t* logits_indices;
   const float *cos[2], *sin[2];  // [T][D], the second half of sin is positive
@@ -293,9 +293,9 @@ class Forward {
         float* k = row + q_size + head * dim;
         if (layer.k_norm) head_norm(k, layer.k_norm);
         rotate(k, cos, sin);
-        store_key((A*)layer.k_cache, s.slots[t], head, m.num_kv_heads, dim, k);
+        store_key((A*)layer.k_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, k);
         const float* v = row + q_size + kv_size + head * dim;
-        A* out = (A*)layer.v_cache + ((size_t)s.slots[t] * m.num_kv_heads + head) * dim;
+        A* out = (A*)layer.v_cache + ((size_t)s.slot_mapping[t] * m.num_kv_heads + head) * dim;
         for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(v + c, dim - c), dim - c);
       }
     }
@@ -424,7 +424,7 @@ static const Place LAYOUT[] = {
     FIELD(Model, unused), FIELD(Model, eps), FIELD(Model, attention_scale),
     STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_logits), FIELD(Step, block_size),
     FIELD(Step, table_width), FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, unused), FIELD(Step, x),
-    FIELD(Step, slots), FIELD(Step, cu_query_lens), FIELD(Step, context_lens), FIELD(Step, block_tables),
+    FIELD(Step, slot_mapping), FIELD(Step, cu_query_lens), FIELD(Step, context_lens), FIELD(Step, block_tables),
     FIELD(Step, logits_indices), FIELD(Step, cos), FIELD(Step, sin), FIELD(Step, row_slots), FIELD(Step, lora),
     FIELD(Step, hidden), FIELD(Step, tap_layers), FIELD(Step, taps), FIELD(Step, seconds),
     STRUCT(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank), FIELD(Lora, scale),

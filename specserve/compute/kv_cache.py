@@ -6,7 +6,7 @@ import torch
 
 
 class KVCache:
-    """Keys and values of `num_blocks` blocks, allocated once; `k[layer]` and `v[layer]` are [num_slots, Hkv, D]."""
+    """Keys and values of `num_blocks` blocks, allocated once; `k[layer]` and `v[layer]` are [KV positions, Hkv, D]."""
 
     def __init__(
         self,
@@ -20,7 +20,7 @@ class KVCache:
     ):
         self.block_size = block_size
         shape = (2, num_layers, num_blocks * block_size, num_kv_heads, head_dim)
-        # Not cleared: no slot is read before it is written, and clearing would make all of it resident (torch.zeros
+        # Not cleared: no position is read before it is written, and clearing would make all of it resident (torch.zeros
         # maps 1025 MiB for 1 GiB) where an unused cache on the CPU costs address space only.
         pool = torch.empty(shape, dtype=dtype, device=device)
         self.k = list(pool[0].unbind(0))

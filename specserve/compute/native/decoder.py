@@ -125,7 +125,7 @@ class NativeDecoder:
             block_size=batch.block_size,
             table_width=batch.block_tables.shape[1],
             x=x.data_ptr(),
-            slots=batch.slot_mapping.data_ptr(),
+            slot_mapping=batch.slot_mapping.data_ptr(),
             cu_query_lens=batch.cu_query_lens.data_ptr(),
             context_lens=batch.context_lens.data_ptr(),
             block_tables=batch.block_tables.data_ptr(),

@@ -87,7 +87,7 @@ class Decoder(DecoderWeights):
         cos: torch.Tensor,
         sin: torch.Tensor,
         plan: list[SequencePlan],
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
         kv: KVCache,
     ) -> torch.Tensor:
         config = self.config
@@ -98,7 +98,7 @@ class Decoder(DecoderWeights):
             q, k = qk[:, :num_q], qk[:, num_q:]
             qk = torch.cat([self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)], dim=1)
         qk = rotate(qk, cos, sin)
-        store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slots)
+        store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slot_mapping)
         return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, config.attention_scale)
 
     def _plan(self, batch: Batch, window: int | None) -> list[SequencePlan]:
