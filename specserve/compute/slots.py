@@ -1,7 +1,7 @@
 """What every path does with the adapters of a step: each gets a slot, and rows stand in the order of slots.
 
 Row order: the base's sequences first, then adapter by adapter, so that each adapter's rows are one segment however many
-requests name it. What a slot is, an index into stacks, tables or addresses, is each path's own (its lora.py).
+requests name it. What a slot is, an index into a list, tables or addresses, is each path's own (its lora.py).
 """
 
 from __future__ import annotations
