@@ -42,7 +42,7 @@ def server(model_dir, adapters_dir):
 @pytest.fixture(scope="module")
 def baseline(server):
     server.wait_baseline()
-    return [server.complete(model=name, logprobs=1) for name in ("tiny", "good")], num_handles(server)
+    return [server.complete(model=name, logprobs=1) for name in ("tiny", "good")], server.num_handles()
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +53,7 @@ def golden(server, baseline):
     got = [server.complete(model=name, logprobs=1) for name in ("tiny", "good")]
     assert [choice["logprobs"]["tokens"] for choice in got] == [choice["logprobs"]["tokens"] for choice in want]
     server.wait_baseline()
-    assert num_handles(server) <= handles + 8  # connections that requests keeps open for reuse
-
-
-def num_handles(server) -> int:
-    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (server.process.pid, server.engine_pid()))
+    assert server.num_handles() <= handles + 8  # connections that requests keeps open for reuse
 
 
 def text(**fields):

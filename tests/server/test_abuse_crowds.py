@@ -54,7 +54,7 @@ def server(model_dir, adapters_dir, histories):
 def baseline(server):
     want = [server.complete(model=name)["text"] for name in ("tiny", "good")]
     server.wait_baseline()
-    return want, num_handles(server)
+    return want, server.num_handles()
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +63,7 @@ def golden(server, baseline):
     yield want
     assert [server.complete(model=name)["text"] for name in ("tiny", "good")] == want
     server.wait_baseline()
-    wait_until(lambda: num_handles(server) <= handles + 8)  # connections that requests keeps open for reuse
-
-
-def num_handles(server) -> int:
-    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (server.process.pid, server.engine_pid()))
+    wait_until(lambda: server.num_handles() <= handles + 8)  # connections that requests keeps open for reuse
 
 
 def resident_mib(pid: int) -> float:

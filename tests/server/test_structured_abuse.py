@@ -33,7 +33,7 @@ def server(model_dir):
 def baseline(server):
     server.complete(guided_choice=["warm"])
     server.wait_baseline()
-    return golden_choices(server), num_handles(server)
+    return golden_choices(server), server.num_handles()
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +42,11 @@ def golden(server, baseline):
     want, handles = baseline
     assert golden_choices(server) == want
     server.wait_baseline()
-    assert num_handles(server) <= handles + 8  # connections that requests keeps open for reuse
+    assert server.num_handles() <= handles + 8  # connections that requests keeps open for reuse
 
 
 def golden_choices(server):
     return [server.complete()["text"], server.complete(guided_json=SCHEMA, temperature=1, seed=3)["text"]]
-
-
-def num_handles(server):
-    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (server.process.pid, server.engine_pid()))
 
 
 def resident_mib(pid):
