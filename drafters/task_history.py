@@ -13,7 +13,7 @@ import struct
 import threading
 import zlib
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +138,8 @@ class TaskHistory:
         self._global: list[int | None] = [None, *packed.ids.tolist()]
         self._local = {token: local for local, token in enumerate(packed.ids.tolist(), 1)}
         before = np.concatenate([np.zeros(1, text.dtype), text[:-1]])[: len(text)]
+        # Where, in the order of contexts, those begin that end with each local id.
+        self._bounds: list[int] = np.searchsorted(before[self._sorted], np.arange(len(packed.ids) + 2)).tolist()
         self._starts: list[int] = np.flatnonzero(before == SEPARATOR)[-MAX_CANDIDATES:][::-1].tolist()
 
     @classmethod
@@ -180,6 +182,30 @@ class TaskHistory:
         """The token at `position`, None where a completion ends."""
         return self._global[self._text_view[position]]
 
+    def votes(self, positions: Sequence[int]) -> tuple[int, int] | None:
+        """The token that most of `positions` have, the first one's of equals, and how many: (token, votes).
+
+        None of them is the end of a completion.
+        """
+        if not positions:
+            return None
+        cast = list(map(self._text_view.__getitem__, positions))
+        winner, num_votes = cast[0], cast.count(cast[0])
+        if 2 * num_votes < len(cast):  # else nobody has more, and the first came first
+            counts = Counter(cast)
+            winner = max(counts, key=counts.__getitem__)
+            num_votes = counts[winner]
+        token = self._global[winner]
+        assert token is not None
+        return token, num_votes
+
+    def going_on(self, positions: Sequence[int], token: int) -> list[int]:
+        """The positions after those of `positions` that have `token` and are not their completion's last."""
+        local, text = self._local.get(token), self._text_view
+        if local is None:
+            return []
+        return [at + 1 for at in positions if text[at] == local and text[at + 1] != SEPARATOR]
+
     def match(self, context: Sequence[int]) -> tuple[list[int], int] | None:
         """Where the end of `context` occurred, agreeing as far back as anything does: (continuations, match length).
 
@@ -192,18 +218,24 @@ class TaskHistory:
             if local is None:
                 break
             query += local.to_bytes(width, "big")
-        positions, key = self._sorted_view, self._key
-        place = bisect_left(positions, bytes(query), key=key)
-        length = 0
-        for neighbour in (place - 1, place):
-            if 0 <= neighbour < len(positions):
-                length = max(length, _common_tokens(key(positions[neighbour]), query, width))
-        if not length:
+        if not query:
             return None
-        prefix = bytes(query[: length * width])
-        low = bisect_left(positions, prefix, 0, place, key=key)
-        # No local id is all ones, so this sorts right after every context that starts with the prefix.
-        high = bisect_left(positions, prefix + b"\xff" * width, place, key=key)
+        newest = int.from_bytes(query[:width], "big")
+        low, high = self._bounds[newest], self._bounds[newest + 1]
+        if low == high:
+            return None
+        positions, key = self._sorted_view, self._key
+        place = bisect_left(positions, bytes(query), low, high, key=key)
+        length = max(
+            _common_tokens(key(positions[neighbour]), query, width)
+            for neighbour in (place - 1, place)
+            if low <= neighbour < high
+        )
+        if length > 1:
+            prefix = bytes(query[: length * width])
+            low = bisect_left(positions, prefix, low, place, key=key)
+            # No local id is all ones, so this sorts right after every context that starts with the prefix.
+            high = bisect_left(positions, prefix + b"\xff" * width, place, high, key=key)
         return self._newest_in(low, high), length
 
     def _key(self, position: int) -> bytes:
@@ -247,27 +279,15 @@ class HistoryCursor:
 
     def peek(self) -> tuple[int, int, int, int] | None:
         """What most candidates continue with, the newest one's on a tie: (token, match length, votes, candidates)."""
-        votes: dict[int, int] = {}
-        for position in self._candidates:
-            token = self._history.token_at(position)
-            assert token is not None  # a candidate whose completion has ended is dropped by follow
-            votes[token] = votes.get(token, 0) + 1
-        if not votes:
-            return None
-        winner = max(votes, key=votes.__getitem__)  # the first of equals, and the newest candidate voted first
-        return winner, self._match_len, votes[winner], len(self._candidates)
+        best = self._history.votes(self._candidates)  # a candidate whose completion has ended is dropped by follow
+        return (best[0], self._match_len, best[1], len(self._candidates)) if best is not None else None
 
     def follow(self, token: int) -> None:
         """The output went on with `token`: advance the candidates that agree, or match again when none is left."""
         self._recent.append(token)
         if len(self._recent) > 4 * MAX_CONTEXT:
             del self._recent[:-MAX_CONTEXT]
-        token_at = self._history.token_at
-        self._candidates = [
-            position + 1
-            for position in self._candidates
-            if token_at(position) == token and token_at(position + 1) is not None
-        ]
+        self._candidates = self._history.going_on(self._candidates, token)
         self._match_len += 1
         if not self._candidates:
             self._match_again()
