@@ -225,7 +225,7 @@ def bench() -> None:
     "--profile",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write a trace of all steps there (chrome://tracing, Perfetto) and print a table by phase.",
+    help="Write traces (chrome://tracing, Perfetto), FILE named by batch size and drafts, and print tables by phase.",
 )
 @debug_option
 def offline(**params: Any) -> None:
