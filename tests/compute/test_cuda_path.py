@@ -13,6 +13,7 @@ from specserve.errors import ModelError, UserError
 from specserve.kernels.sampling import SamplingRow
 
 
+@pytest.mark.long
 @needs_triton
 @quick_and_all
 def test_the_engine_serves_on_triton_kernels_under_the_interpreter(all_of_them):

@@ -116,6 +116,7 @@ def test_a_sequence_that_comes_back_stands_behind_its_output():
     assert heads._pool.positions.tolist() == [0, 0, 4]
 
 
+@pytest.mark.long
 @needs_triton
 @quick_and_all
 def test_kernels_under_the_interpreter(all_of_them):

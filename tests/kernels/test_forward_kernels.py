@@ -114,6 +114,7 @@ def test_tiles_that_are_too_large_are_refused():
         block_parameters(8, 4, 264, 2)
 
 
+@pytest.mark.long
 @needs_triton
 @quick_and_all
 def test_triton_kernels_under_the_interpreter(all_of_them):

@@ -31,6 +31,7 @@ def test_a_module_in_torch_equals_the_definition_and_writes_its_own_columns(rank
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 37:], before[:, 37:])
 
 
+@pytest.mark.long
 @needs_triton
 @quick_and_all
 def test_triton_kernels_under_the_interpreter(all_of_them):

@@ -27,6 +27,7 @@ def test_the_verification_reference_accepts_what_the_verifier_accepts(seed):
     assert result == verified_one_by_one(case)
 
 
+@pytest.mark.long
 @needs_triton
 @quick_and_all
 def test_kernels_under_the_interpreter(all_of_them):

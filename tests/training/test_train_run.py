@@ -67,6 +67,7 @@ def test_the_directory_is_complete(trained):
     assert config["draft_len"] == 5 and config["acceptance"]["head"]
 
 
+@pytest.mark.long
 def test_two_processes_finish_one_directory(trained, tmp_path):
     root, model_dir = trained
     (tmp_path / "run.yaml").write_text(SETTINGS.format(model=model_dir))

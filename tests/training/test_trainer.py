@@ -349,6 +349,7 @@ def test_a_process_without_a_row_of_the_batch_adds_no_gradient(model_dir, rows, 
     assert len(summed) == len(trainer.model.parameters) + len(list(trainer.head.parameters())) and sum(summed) == 0
 
 
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one(model_dir, rows, tmp_path):
     tests = str(FIXTURES)
     script = tmp_path / "worker.py"
