@@ -25,7 +25,7 @@ from .lookahead import Lookahead, read_lookahead
 from .peft_config import parse_config
 from .served_base import ServedBase
 from .slab import in_one_slab
-from .tensors import check_tensors
+from .tensors import EMBED, LM_HEAD, check_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,29 +98,25 @@ def _read_files(
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
     pairs = check_tensors(peft, tensors, base, max_rank)
-    layers: dict[tuple[int, str], LoraPair] = {}
-    extra: dict[str, LoraPair] = {}
     held = [LoraPair(pair.a.to(device), pair.b.to(device), pair.scale) for pair in pairs.values()]
-    held = [pair if _is_extra(module) else lay_out(pair) for module, pair in zip(pairs, held, strict=True)]
+    held = [pair if module in (EMBED, LM_HEAD) else lay_out(pair) for module, pair in zip(pairs, held, strict=True)]
     if torch.device(device).type == "cpu":
         held = in_one_slab(held)
-    for module, pair in zip(pairs, held, strict=True):
-        short = module.rsplit(".", 1)[-1]
-        if _is_extra(module):
-            extra[short] = pair
-        else:
-            layers[int(module.split(".")[2]), short] = pair
+    by_module = dict(zip(pairs, held, strict=True))
+    embed, lm_head = by_module.pop(EMBED, None), by_module.pop(LM_HEAD, None)
+    layers = {_layer_and_module(module): pair for module, pair in by_module.items()}
     highest = max(pair.a.shape[0] for pair in pairs.values())
     lookahead = None
     if base.identity is not None:
         digest = files.digests[WEIGHTS_FILE].hex()
         lookahead = read_lookahead(files.paths, digest, name, base.config, base.identity, device)
-    embed, lm_head = extra.get("embed_tokens"), extra.get("lm_head")
     return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead)
 
 
-def _is_extra(module: str) -> bool:
-    return module.endswith(("embed_tokens", "lm_head"))
+def _layer_and_module(name: str) -> tuple[int, str]:
+    """model.layers.3.self_attn.q_proj -> 3, q_proj"""
+    parts = name.split(".")
+    return int(parts[2]), parts[-1]
 
 
 def _max_weights_bytes(config: ModelConfig, max_rank: int) -> int:
