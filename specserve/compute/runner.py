@@ -6,6 +6,7 @@ and the native path; `cuda/runner.py` is the counterpart that fills buffers in p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,7 @@ from ..schedule.logits_rows import LogitsRows
 from ..schedule.scheduler import ScheduledSequence
 from .batch import Batch
 from .kv_cache import KVCache
+from .row_lists import RowLists
 from .slots import Slots, take_slots
 from .step_output import StepOutput
 
@@ -77,35 +79,20 @@ class ModelRunner:
 
     def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
         size = self.kv.block_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slot_mapping: list[int] = []
-        query_lens: list[int] = []
-        context_lens: list[int] = []
-        runs: list[tuple[str | None, int]] = []
+        rows = RowLists.of(items, size)
+        context_lens = [item.seq.num_computed + count for item, count in zip(items, rows.counts, strict=True)]
+        cu_query_lens = [0, *itertools.accumulate(rows.counts)]
         needed = LogitsRows()
-        for item in items:
-            seq = item.seq
-            first_row, start = len(tokens), seq.num_computed
-            tokens += seq.tokens[start : start + item.num_rows]
-            tokens += item.drafts
-            num_rows = item.num_rows + len(item.drafts)
-            positions += range(start, start + num_rows)
-            slot_mapping += [seq.block_table[p // size] * size + p % size for p in range(start, start + num_rows)]
-            query_lens.append(num_rows)
-            context_lens.append(start + num_rows)
-            runs.append((seq.adapter_hash, num_rows))
+        for item, first_row in zip(items, cu_query_lens, strict=False):
             needed.add(item, first_row)
+        runs = [(item.seq.adapter_hash, count) for item, count in zip(items, rows.counts, strict=True)]
         device = self.decoder.device
         tables = [item.seq.block_table[: -(-n // size)] for item, n in zip(items, context_lens, strict=True)]
         width = max(len(table) for table in tables)
-        cu_query_lens = [0]
-        for n in query_lens:
-            cu_query_lens.append(cu_query_lens[-1] + n)
         batch = Batch(
-            tokens=torch.tensor(tokens, device=device),
-            positions=torch.tensor(positions, device=device),
-            slot_mapping=torch.tensor(slot_mapping, device=device),
+            tokens=torch.tensor(rows.tokens, device=device),
+            positions=torch.tensor(rows.positions, device=device),
+            slot_mapping=torch.tensor(rows.slot_mapping, device=device),
             block_tables=torch.tensor(
                 [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32, device=device
             ),
@@ -113,7 +100,7 @@ class ModelRunner:
             context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
             logits_indices=torch.tensor(needed.rows, dtype=torch.int64, device=device),
             block_size=size,
-            query_lens_list=query_lens,
+            query_lens_list=rows.counts,
             context_lens_list=context_lens,
             block_tables_list=tables,
             lora=self.slots.batch(runs, needed.rows),

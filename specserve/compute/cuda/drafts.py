@@ -139,8 +139,7 @@ class DeviceDrafts:
             source.wants_chain = False
             seat = self._parts.seats.seat_of(group.seq)
             if self._seats.holds(group.seq, seat):
-                slot = self._heads.id_of(source.head)
-                entries.append((slot, _Entry(group, source, seat)))
+                entries.append((self._heads.id_of(source.head), _Entry(group, source, seat)))
         self._entries = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]  # equal heads are neighbours
         if not entries:
             return

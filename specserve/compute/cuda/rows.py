@@ -13,6 +13,7 @@ import torch
 
 from ...kernels.ragged_attention import split_len_for
 from ...schedule.scheduler import ScheduledSequence
+from ..row_lists import RowLists
 from .buffers import Layout, Page
 
 
@@ -43,37 +44,14 @@ class StepRows:
         num_splits: int,
     ) -> None:
         """The rows of `items`, one after the other, and padding behind them; `slots` are their adapters'."""
-        size = self.block_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slot_mapping: list[int] = []
-        row_seats: list[int] = []
-        row_slots: list[int] = []
-        max_keys = 0
-        for item, seat, slot in zip(items, seats, slots, strict=True):
-            seq, first = item.seq, item.seq.num_computed
-            count = item.num_rows + len(item.drafts)
-            end, table = first + count, seq.block_table
-            if count == 1:  # most of them: a slice and a range cost five times as much
-                tokens.append(seq.tokens[first])
-                positions.append(first)
-                slot_mapping.append(table[first // size] * size + first % size)
-                row_seats.append(seat)
-                row_slots.append(slot)
-            else:
-                tokens += seq.tokens[first : first + item.num_rows]
-                tokens += item.drafts
-                positions += range(first, end)
-                slot_mapping += [table[at // size] * size + at % size for at in range(first, end)]
-                row_seats += [seat] * count
-                row_slots += [slot] * count
-            max_keys = max(max_keys, end)
-        num_rows = len(tokens)
-        host["tokens"][:num_rows], host["positions"][:num_rows] = tokens, positions
-        host["slot_mapping"][:num_rows] = slot_mapping
-        host["row_seats"][:num_rows], host["row_slots"][:num_rows] = row_seats, row_slots
+        rows = RowLists.of(items, self.block_size)
+        num_rows = len(rows.tokens)
+        host["tokens"][:num_rows], host["positions"][:num_rows] = rows.tokens, rows.positions
+        host["slot_mapping"][:num_rows] = rows.slot_mapping
+        host["row_seats"][:num_rows] = np.repeat(seats, rows.counts)
+        host["row_slots"][:num_rows] = np.repeat(slots, rows.counts)
         _pad(host, num_rows)
-        host["split_len"][0] = split_len_for(max_keys, num_splits)
+        host["split_len"][0] = split_len_for(max(rows.positions) + 1, num_splits)
 
     def upload_padding(self, num_rows: int) -> None:
         """Inputs of a step of nothing but padding."""
