@@ -15,9 +15,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -28,6 +26,7 @@ from specserve.config import EngineConfig
 from specserve.drafters.protocol import DraftSource
 from specserve.engine import engine as engine_module
 from specserve.engine.engine import Engine, Event
+from specserve.engine.step_profile import StepProfile
 from specserve.frames import encode_frame
 from specserve.messages import (
     Delta,
@@ -41,36 +40,13 @@ from specserve.messages import (
 from specserve.model.config import ModelConfig
 
 from . import common, options
-from .stand_in_device import DeviceTimes, Script, StandIn
+from .stand_in_device import STANDING_IN, DeviceTimes, Script, StandIn
 from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn
 
 CASES = ("off", "heads", "all", "grammar", "stop", "logprobs")
-PHASES = ("schedule", "propose", "fill", "sample", "commit", "events")
 MAX_TOKENS = 160
 ROWS_OF_A_TASK = 64
 FEW_LOGITS = 1024
-
-
-@dataclass(slots=True)
-class Clocks:
-    """Seconds of the host by phase, of one step after the other; nested phases are no part of the outer one's."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    _open: list[float] = field(default_factory=list)
-
-    def around(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._open.append(0.0)
-            start = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                elapsed = time.perf_counter() - start
-                self.seconds[name] += elapsed - self._open.pop()
-                if self._open:
-                    self._open[-1] += elapsed
-
-        return timed
 
 
 class Bench:
@@ -78,7 +54,7 @@ class Bench:
 
     def __init__(self, base: BaseModel, times: DeviceTimes, head_rate: float, most: int):
         os.environ["TRITON_INTERPRET"] = "1"  # the CUDA path's parts on a CPU; nothing is launched
-        self.script = Script(head_rate, base_vocab(base.path))
+        self.script = Script(head_rate, ModelConfig.from_dir(base.path).vocab_size)
         self.stand_in = StandIn(times, self.script)
         config = EngineConfig(
             model=str(base.path),
@@ -98,15 +74,9 @@ class Bench:
         )
         self._ids = itertools.count()
         self._sources = self.engine.proposer.drafters_for
-        self.clocks = Clocks()
-        engine, around = self.engine, self.clocks.around
-        engine.scheduler.schedule = around("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
-        engine.proposer.propose = around("propose", engine.proposer.propose)  # type: ignore[method-assign]
-        engine.runner.forward = around("fill", engine.runner.forward)  # type: ignore[method-assign]
-        engine.sampler.sample = around("sample", engine.sampler.sample)  # type: ignore[method-assign]
+        self._profile = StepProfile(self.engine)
+        self._profile.clock(self, "_write_and_encode", "events")
         engine_module.token_logprobs = few_logprobs  # type: ignore[assignment]
-        self._step = around("commit", engine.step)
-        self._tell = around("events", self._write_and_encode)
 
     def run(self, case: str, num: int, num_steps: int) -> dict[str, Any]:
         """`num_steps` steps of `num` sequences, counted once all of them decode; who ends is followed by another."""
@@ -114,21 +84,25 @@ class Bench:
             self._only_heads if case == "heads" else self._sources
         )
         held: list[Event] = []
-        figures: dict[str, Any] = {}
+        start: float | None = None  # when counting began
         left, tokens, scheduler = num_steps, 0, self.engine.scheduler
         while left:
             while len(scheduler.sequences()) < num:
                 self._add(case)
-            if not figures and len(scheduler.running) == num and all(s.num_uncomputed == 1 for s in scheduler.running):
-                figures = self._begin()
-            events = self._step(lambda events=held: self._tell(events))
+            running = scheduler.running
+            if start is None and len(running) == num and all(seq.num_uncomputed == 1 for seq in running):
+                self._profile.start()
+                self.stand_in.clock.idle_s = []
+                start = time.perf_counter()
+            events = self.engine.step(lambda events=held: self._write_and_encode(events))
             held = events
-            if figures:
+            if start is not None:
                 tokens += sum(len(event.token_ids) for event in events if isinstance(event, Delta))
                 left -= 1
             if failed := next((event for event in events if isinstance(event, RequestFailed)), None):
                 raise click.ClickException(f"a request failed: {failed.error.message}")
-        result = self._end(figures, num, num_steps, tokens)
+        assert start is not None
+        result = self._figures(time.perf_counter() - start, num, num_steps, tokens)
         for request_id in [seq.request_id for seq in self.engine.scheduler.sequences()]:
             self.engine.abort(request_id)
         return result
@@ -139,20 +113,13 @@ class Bench:
         for event in events:
             encode_frame(event)
 
-    def _begin(self) -> dict[str, Any]:
-        clock = self.stand_in.clock
-        clock.idle_s, clock.waited_s, self.stand_in.own_s = [], 0.0, 0.0
-        self.clocks.seconds.update(dict.fromkeys(PHASES, 0.0))
-        return {"start": time.perf_counter()}
-
-    def _end(self, figures: dict[str, Any], num: int, num_steps: int, tokens: int) -> dict[str, Any]:
-        clock, own_s = self.stand_in.clock, self.stand_in.own_s
-        seconds = time.perf_counter() - figures["start"] - own_s
-        phases = dict(self.clocks.seconds)
-        phases["sample"] -= clock.waited_s + own_s
-        host_s, gap_s = sum(phases.values()), sum(clock.idle_s)
+    def _figures(self, seconds: float, num: int, num_steps: int, tokens: int) -> dict[str, Any]:
+        phases, idle_s = self._profile.phases(), self.stand_in.clock.idle_s
+        seconds -= phases.pop(STANDING_IN)
+        del phases["wait"]
+        host_s, gap_s = sum(phases.values()), sum(idle_s)
         return {
-            "gap_ms": round(1e3 * statistics.median(clock.idle_s), 3),
+            "gap_ms": round(1e3 * statistics.median(idle_s), 3),
             "mean_gap_ms": round(1e3 * gap_s / num_steps, 3),
             "host_ms": round(1e3 * host_s / num_steps, 3),
             "overlapped_ms": round(1e3 * max(0.0, host_s - gap_s) / num_steps, 3),
@@ -193,15 +160,6 @@ def few_logprobs(logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[int
     return token_logprobs(logits[:, :FEW_LOGITS], rows, [token % FEW_LOGITS for token in tokens], num_top)
 
 
-def base_vocab(path: Path) -> int:
-    return ModelConfig.from_dir(path).vocab_size
-
-
-def measure(bench: Bench, cases: list[str], sequences: list[int], num_steps: int) -> Iterator[tuple[str, int, dict]]:
-    for case, num in itertools.product(cases, sequences):
-        yield case, num, bench.run(case, num, num_steps)
-
-
 @click.command(help=__doc__.partition("\n")[0])
 @options.model
 @options.numbers("--sequences", "1,8,32,128,256")
@@ -224,7 +182,8 @@ def main(
     click.echo(f"floor: a step of the device takes {step_ms} ms and {row_us} us a row; no gap is the aim")
     bench = Bench(base, times, head_rate, max(sequences))
     figures: dict[str, dict[int, Any]] = {}
-    for case, num, found in measure(bench, chosen, sequences, steps):
+    for case, num in itertools.product(chosen, sequences):
+        found = bench.run(case, num, steps)
         figures.setdefault(case, {})[num] = found
         click.echo(
             f"{case:>9} x {num:<4} gap {found['gap_ms']:7.3f} ms  host {found['host_us_per_seq']:7.1f} us a sequence  "

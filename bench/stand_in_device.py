@@ -23,11 +23,12 @@ from specserve.compute.cuda.graph_cache import GraphCache
 from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.compute.cuda.sampler import DeviceSampler, SampledTokens
-from specserve.compute.path import ComputePath, PathInputs
+from specserve.compute.path import ComputePath, PathInputs, Phase
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.row_group import RowGroup
 from specserve.schedule.sequence import Sequence as EngineSequence
 
+STANDING_IN = "standing in"  # the phase of a step that no engine on a device has
 _SPIN_S = 150e-6  # the end of a wait that is not slept: sleeping is not that exact
 
 
@@ -43,7 +44,7 @@ class DeviceTimes:
         return self.step_s + self.row_s * num_rows
 
 
-@dataclass(slots=True)
+@dataclass
 class DeviceClock:
     """When the device will be done with what was queued; how long it stood idle before each step."""
 
@@ -101,34 +102,39 @@ class StandIn:
     def __init__(self, times: DeviceTimes, script: Script):
         self.clock, self.script = DeviceClock(times), script
         self.groups: Sequence[RowGroup] = ()
-        self.own_s = 0.0  # what standing in takes of the host's time
 
     def make_path(self, decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
         limits = inputs.limits
         parts = DeviceParts.of(decoder, inputs.kv, limits, _Graphs(self))
         self.sampled = _Sampled(self, parts.logits.picked_tokens.shape[0])
         self.drafts = _Drafts(parts, self.sampled.tokens, inputs.adapters, limits)
+        runner = DeviceRunner(parts, on_seated=self.drafts.prepare)
+        sampler = _Sampler(self, inputs, parts, self.sampled, self.drafts)
         return _Path(
-            runner=DeviceRunner(parts, on_seated=self.drafts.prepare),
-            sampler=_Sampler(self, inputs, parts, self.sampled, self.drafts),
+            runner=runner,
+            sampler=sampler,
             heads=self.drafts,
             stepped_heads=None,
             torch_threads=contextlib.nullcontext,
             is_asynchronous=True,
+            phases=(
+                Phase(runner, "forward", "fill"),
+                Phase(sampler, "sample", "sample"),
+                Phase(self.clock, "wait", "wait"),
+                Phase(self, "sample", STANDING_IN),
+                Phase(self, "draft", STANDING_IN),
+            ),
             graphs=parts.graphs,
             times=self.clock.times,
         )
 
     def sample(self) -> None:
-        start = time.perf_counter()
         for group in self.groups:
             rows = self.script.rows(group)
             self.sampled.tokens[group.first_row : group.first_row + len(rows)] = torch.tensor(rows)
-        self.own_s += time.perf_counter() - start
 
     def draft(self, num_guesses: int) -> None:
         self.clock.queue(self.clock.times.heads_s)
-        start = time.perf_counter()
         guesses, probabilities = self.drafts.outputs
         for idx, group in enumerate(self.drafts.drafting_groups):
             rows = self.script.rows(group)
@@ -137,7 +143,6 @@ class StandIn:
                 self.script.guesses(group.seq, num_accepted, num_guesses), dtype=torch.int32
             )
             probabilities[idx, :num_guesses] = 0.9
-        self.own_s += time.perf_counter() - start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

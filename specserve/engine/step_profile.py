@@ -26,12 +26,12 @@ class StepProfile:
     def __init__(self, engine: Engine):
         self._path = engine.path
         self._stack: list[list[float]] = []  # seconds charged to parts within each open part
-        self._wrap(engine, "step", _STEP)
-        self._wrap(engine.scheduler, "schedule", "schedule")
-        self._wrap(engine.proposer, "propose", "propose drafts")
-        self._wrap(engine.proposer, "end_step", "learn costs")
+        self.clock(engine, "step", _STEP)
+        self.clock(engine.scheduler, "schedule", "schedule")
+        self.clock(engine.proposer, "propose", "propose drafts")
+        self.clock(engine.proposer, "end_step", "learn costs")
         for phase in self._path.phases:
-            self._wrap(phase.owner, phase.method, phase.name)
+            self.clock(phase.owner, phase.method, phase.name)
         self.start()
 
     def start(self) -> None:
@@ -78,7 +78,8 @@ class StepProfile:
         """Chrome's trace format, for chrome://tracing or Perfetto."""
         path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
 
-    def _wrap(self, owner: Any, method: str, name: str) -> None:
+    def clock(self, owner: Any, method: str, name: str) -> None:
+        """Charge calls of `owner.method` to `name`, less what other clocks within them charge."""
         inner: Callable[..., Any] = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
