@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import UserError
-from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS
+from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS, refuse_unserved
 from ..openai.request_types import CompletionRequest
 from .types import LoraxParameters
 
@@ -37,10 +37,7 @@ def check_parameters(inputs: str, parameters: LoraxParameters, stream: bool) -> 
     """Refuse, by name, what LoRAX has and this server has not, and what LoRAX refuses itself. Raises `UserError`."""
     if not inputs:
         raise UserError("inputs is empty; send a text", param="inputs")
-    for name, neutral in REFUSED.items():
-        value = getattr(parameters, name)
-        if value is not None and value not in neutral:
-            raise UserError(f"{name!r} is not supported by this server; leave it out", param=name, code="unsupported")
+    refuse_unserved(parameters, REFUSED)
     if parameters.adapter_source not in (None, "", "local"):
         raise UserError(
             f"adapter_source is {parameters.adapter_source[:64]!r}; adapters come from the server's folder: send local",

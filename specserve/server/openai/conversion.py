@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...config import ServeConfig
@@ -39,9 +39,14 @@ def check_supported(request: GenerationFields) -> None:
                     param=name,
                     code="unsupported",
                 )
-    for name, neutral in UNSUPPORTED.items():
-        value = getattr(request, name, None)
-        if value is not None and value not in neutral:
+    refuse_unserved(request, UNSUPPORTED)
+
+
+def refuse_unserved(fields: object, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse those of `fields` that ask for something which is not served: `neutral` has the values that do not."""
+    for name, values in neutral.items():
+        value = getattr(fields, name, None)
+        if value is not None and value not in values:
             raise UserError(f"{name!r} is not supported by this server; leave it out", param=name, code="unsupported")
 
 
