@@ -59,7 +59,7 @@ def finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, cop
     if head is not None:
         answered = _self_answers(config, model_dir, output, examples)
         _fit_to_answers(config, model, head, answered or examples, copy_start)
-        _write_head(config, model_dir, output, model, head, copy_start, {})
+        _write_head(config, model_dir, output, model, head, copy_start)
         _write_history(config, output, _calibration_rows(config, examples)[1], answered)
         del model
         record = _calibrate(config, model_dir, output, examples)
@@ -116,8 +116,8 @@ def _write_head(
     model: LoraModel,
     head: LookaheadHead,
     copy_start: int,
-    acceptance: dict[str, list[tuple[float, float]]],
 ) -> None:
+    """With an empty record of acceptance: it is made with the head in use."""
     tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise UserError(f"the head diverged; lower head.lr ({config.head.lr}); the LoRA in {output} is complete")
@@ -133,7 +133,7 @@ def _write_head(
         copy_window=config.head.copy_window,
         copy_start=copy_start,
         vocab=head.vocab,
-        acceptance=acceptance,
+        acceptance={},
     )
     write_head(output, lookahead, tensors)
 
