@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import attention_cases
 import elementwise_cases
 import pytest
 import torch
 from attention_cases import CASES
+from bench_process import bench_record
 from elementwise_cases import HEADS, TOLERANCE
-from places import ROOT
 from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
@@ -129,10 +125,7 @@ def test_triton_kernels_compile_for_hopper(all_of_them, tmp_path):
 
 @needs_triton
 def test_the_kernel_bench_runs_end_to_end_without_a_gpu():
-    command = [sys.executable, "-m", "bench.attention_kernels", "--dry-run", "--budget", "600"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads(result.stdout.splitlines()[-1])
-    assert record["bench"] == "attention_kernels" and record["left_out"] == 0
+    record = bench_record("attention_kernels", "--dry-run", "--budget", "600")
+    assert record["left_out"] == 0
     kinds = {case["kind"] for case in record["results"]}
     assert kinds == {"decode", "verify", "prefill", "add_rms_norm", "rope_store", "gated_activation"}

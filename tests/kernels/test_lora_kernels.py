@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
+from bench_process import bench_record
 from lora_cases import IN_SIZE, OUT_SIZES, POPULARITY, RANKS, TilesCase, make_runs, make_slots
-from places import ROOT
 from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
 
 from specserve.kernels.lora import lora_add_pair_, lora_reference
@@ -46,11 +42,8 @@ def test_triton_kernels_compile_for_hopper(all_of_them, tmp_path):
 
 @needs_triton
 def test_the_bench_for_gpus_runs_end_to_end():
-    command = [sys.executable, "-m", "bench.lora_kernels", "--dry-run", "--budget", "600"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    record = json.loads(result.stdout.splitlines()[-1])
-    assert record["bench"] == "lora_kernels" and record["left_out"] == 0
+    record = bench_record("lora_kernels", "--dry-run", "--budget", "600")
+    assert record["left_out"] == 0
     assert {case["mix"] for case in record["results"]} == {"distinct", "uniform", "zipf", "identical"}
 
 
