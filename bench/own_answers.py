@@ -30,12 +30,7 @@ def lookahead_of(engine: Engine, key: str, path: Path) -> tuple[Lookahead, Looka
 
 def own_answers(engine: Engine, key: str, asked: Sequence[Example], max_tokens: int) -> list[Example]:
     """`asked` with the adapter's answers of at least two tokens for the gold ones."""
-    answers = answer(engine, key, [example.prompt for example in asked], max_tokens, batch=16).answers
-    return [
-        Example(e.prompt + a.tokens, [False] * len(e.prompt) + [True] * len(a.tokens), e.line)
-        for e, a in zip(asked, answers, strict=True)
-        if len(a.tokens) > 1
-    ]
+    return answer(engine, key, [example.prompt for example in asked], max_tokens, batch=16).answered(asked)
 
 
 def row_price(curve: StepCurve, expected: float, num_rows: int) -> float:

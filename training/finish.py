@@ -87,11 +87,7 @@ def _self_answers(config: RunConfig, model_dir: Path, output: Path, examples: Se
     (output / HISTORY_FILE).unlink()
     rate = results.num_tokens / results.seconds
     tqdm.write(f"{results.num_tokens} tokens at {rate:.0f} tokens/s, {results.mean_accepted_length:.2f} a verification")
-    return [
-        Example(e.prompt + a.tokens, [False] * len(e.prompt) + [True] * len(a.tokens), e.line)
-        for e, a in zip(chosen, results.answers, strict=True)
-        if len(a.tokens) > 1
-    ]
+    return results.answered(chosen)
 
 
 def _max_len(config: RunConfig) -> int:

@@ -17,6 +17,7 @@ from ...engine.engine import Engine
 from ...errors import UserError
 from ...messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
 from ...model.config import ModelConfig
+from ..data.dataset import Example
 
 
 @dataclass(slots=True)
@@ -41,6 +42,14 @@ class Answers:
     @property
     def num_tokens(self) -> int:
         return sum(len(answer.tokens) for answer in self.answers)
+
+    def answered(self, asked: Sequence[Example]) -> list[Example]:
+        """`asked`, the examples whose prompts were answered, with these answers; those of one token are left out."""
+        return [
+            Example(e.prompt + a.tokens, [False] * len(e.prompt) + [True] * len(a.tokens), e.line)
+            for e, a in zip(asked, self.answers, strict=True)
+            if len(a.tokens) > 1
+        ]
 
     @property
     def mean_accepted_length(self) -> float:
