@@ -26,6 +26,7 @@ from typing import Any
 
 import aiohttp
 import click
+from baseline import held
 
 from bench import common
 from bench.tasks import read_prompts
@@ -119,19 +120,10 @@ async def settle(server: Server, session: aiohttp.ClientSession) -> dict[str, fl
     """What requests hold once nothing runs any more, after at most `SETTLE_S`; empty is right."""
     deadline = time.monotonic() + SETTLE_S
     while True:
-        m = await server.metrics(session)
-        held = {"metrics": 1.0}
-        if "engine_num_kv_blocks" in m:
-            held = {
-                "running": m["engine_num_running"],
-                "waiting": m["engine_num_waiting"],
-                "blocks": m["engine_num_kv_blocks"] - m["engine_num_free_kv_blocks"],
-                "adapter references": m["engine_num_adapter_refs"],
-                "integrity": 1 - m["engine_integrity_ok"],
-            }
-        held = {name: value for name, value in held.items() if value}
-        if not held or time.monotonic() > deadline:
-            return held
+        metrics = await server.metrics(session)
+        left = held(metrics) if "engine_num_kv_blocks" in metrics else {"metrics": 1.0}
+        if not left or time.monotonic() > deadline:
+            return left
         await asyncio.sleep(0.5)
 
 
