@@ -73,6 +73,7 @@ class Bench:
             for idx, example in in_turn(examples)
         )
         self._ids = itertools.count()
+        self._num_tokens = 0
         self._sources = self.engine.proposer.drafters_for
         self._profile = StepProfile(self.engine)
         self._profile.clock(self, "_write_and_encode", "events")
@@ -85,7 +86,7 @@ class Bench:
         )
         held: list[Event] = []
         start: float | None = None  # when counting began
-        left, tokens, scheduler = num_steps, 0, self.engine.scheduler
+        left, scheduler = num_steps, self.engine.scheduler
         while left:
             while len(scheduler.sequences()) < num:
                 self._add(case)
@@ -93,25 +94,28 @@ class Bench:
             if start is None and len(running) == num and all(seq.num_uncomputed == 1 for seq in running):
                 self._profile.start()
                 self.stand_in.clock.idle_s = []
+                self._num_tokens = 0
                 start = time.perf_counter()
             events = self.engine.step(lambda events=held: self._write_and_encode(events))
             held = events
             if start is not None:
-                tokens += sum(len(event.token_ids) for event in events if isinstance(event, Delta))
                 left -= 1
             if failed := next((event for event in events if isinstance(event, RequestFailed)), None):
                 raise click.ClickException(f"a request failed: {failed.error.message}")
         assert start is not None
-        result = self._figures(time.perf_counter() - start, num, num_steps, tokens)
+        result = self._figures(time.perf_counter() - start, num, num_steps, self._num_tokens)
+        self._write_and_encode(held)
         for request_id in [seq.request_id for seq in self.engine.scheduler.sequences()]:
             self.engine.abort(request_id)
         return result
 
     def _write_and_encode(self, events: list[Event]) -> None:
         """What the engine's process does with the events of the step before while a step runs."""
-        self.engine.write_texts()
+        self.engine.write_events()
         for event in events:
             encode_frame(event)
+            if isinstance(event, Delta):
+                self._num_tokens += len(event.token_ids)
 
     def _figures(self, seconds: float, num: int, num_steps: int, tokens: int) -> dict[str, Any]:
         phases, idle_s = self._profile.phases(), self.stand_in.clock.idle_s

@@ -73,9 +73,9 @@ class ModelRunner:
         }
         hidden = self.decoder.forward(batch, self.kv, taps)  # [L, H]
         if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
-            return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], hidden, {})
+            return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], [], hidden, {})
         logits = self.decoder.logits(hidden, batch)  # [L, V]
-        return StepOutput(logits, needed.groups, needed.prompt_rows, hidden, taps)
+        return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, taps)
 
     def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
         size = self.kv.block_size

@@ -37,7 +37,6 @@ from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
 from ..messages import (
     AdapterInfo,
-    Delta,
     EngineInfo,
     EngineStats,
     GenerateRequest,
@@ -52,12 +51,11 @@ from ..schedule.verifier import accepted_tokens
 from ..text.detokenizer import Detokenizer
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import check_request, size_kv
-from .running import Appended, RunningRequest
+from .reports import Event, Reports, StepReport
+from .running import RunningRequest
 from .stats import Counters, engine_stats
 
 logger = logging.getLogger(__name__)
-
-Event = Delta | RequestFailed
 
 
 class Engine:
@@ -117,9 +115,6 @@ class Engine:
             pid=0,
             eos_token_ids=list(self.eos_token_ids),
         )
-        self._write_late = False  # texts of the step that runs
-        self._unwritten: list[tuple[list[Event], int, RunningRequest, Appended]] = []
-        self._unpublished: list[Sequence] = []  # of the latest step, where forwards leave the host free
         self._requests: dict[str, RunningRequest] = {}
         self._num_added = 0
         self._counters = Counters()
@@ -141,6 +136,7 @@ class Engine:
         self.proposer = Proposer(
             config, cost_model, path.heads, path.stepped_heads, model.vocab_size, self.registry.adapters
         )
+        self.reports = Reports(self._counters, self.blocks, self.proposer.learn)
 
     # -- requests
 
@@ -171,7 +167,9 @@ class Engine:
         )
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
         chooser = self.proposer.chooser_for(request, place)
-        self._requests[request.request_id] = RunningRequest(seq, detokenizer, chooser, prompt_logprobs)
+        self._requests[request.request_id] = RunningRequest(
+            seq, detokenizer, chooser, self.eos_token_ids, prompt_logprobs
+        )
         self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
@@ -233,8 +231,8 @@ class Engine:
     def step(self, while_running: Callable[[], None] | None = None) -> list[Event]:
         """Run one forward and return what it produced; empty when there is nothing to do.
 
-        On a device that runs by itself, `while_running` is called once the forward is queued; who gives it calls
-        `write_texts` there, or before the events of this step are read at the latest.
+        On a device that runs by itself, `while_running` is called once the forward is queued. Who gives it reads the
+        events of this step behind `write_events` only, there in the next step, or earlier.
         """
         start = time.perf_counter()
         items = self.scheduler.schedule()
@@ -242,25 +240,24 @@ class Engine:
             return []
         self._counters.num_steps += 1
         events: list[Event] = []
-        self._write_late = self.is_asynchronous and while_running is not None
         with self._torch_threads():
             self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
             for output, computed in self._forward(items, events):
                 if self.is_asynchronous:
                     if while_running is not None:
                         while_running()
-                    self._publish_committed()
+                    self.write_events()
                 sampled = self.sampler.sample(output.logits, output.groups)
                 self._score_prompts(output)
                 self._commit(output, computed, sampled, events)
         self.proposer.end_step(items, time.perf_counter() - start)
+        if while_running is None or not self.is_asynchronous:
+            self.write_events()
         return events
 
-    def write_texts(self) -> None:
-        """Write the texts that were left out of the latest step's events, which the device did not have to wait for."""
-        for events, idx, state, appended in self._unwritten:
-            events[idx] = msgspec.structs.replace(events[idx], text=state.text_of(appended))
-        self._unwritten.clear()
+    def write_events(self) -> None:
+        """Complete the events of the latest step, for which the device did not have to wait."""
+        self.reports.write()
 
     def _forward(
         self, items: list[ScheduledSequence], events: list[Event]
@@ -299,28 +296,22 @@ class Engine:
     def _commit(
         self, output: StepOutput, items: list[ScheduledSequence], sampled: list[list[int]], events: list[Event]
     ) -> None:
-        tokens_of = {id(group.seq): (group, tokens) for group, tokens in zip(output.groups, sampled, strict=True)}
+        """Append what was sampled, and do no more than the next step needs; `reports` tells those who wait."""
+        if len(output.items) < len(items):
+            for item in items:
+                if not item.reaches_end:
+                    item.seq.num_computed += item.num_rows
+                    self.reports.add_prompt(item)
         logprobs = _logprobs_of(output, sampled)
-        for item in items:
+        for item, group, tokens in zip(output.items, output.groups, sampled, strict=True):
             seq = item.seq
-            if seq.output_len == 0:
-                self._counters.prompt_tokens += item.num_rows
-            group, tokens = tokens_of.get(id(seq), (None, []))
-            if group is None:
-                seq.num_computed += item.num_rows
-                self._publish_later(seq)
-            elif group.failure == "grammar":
-                self._fail_at_dead_end(seq, events)
-            elif not tokens:
-                self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
+            kept = accepted_tokens(item.drafts, tokens) if item.drafts else tokens
+            if seq.grammar is not None and kept:
+                kept = kept[: seq.grammar.commit(kept)]
+            if kept:
+                self._commit_tokens(item, group, kept, output, logprobs.get(id(seq)), events)
             else:
-                kept = accepted_tokens(item.drafts, tokens)
-                if seq.grammar is not None:
-                    kept = kept[: seq.grammar.commit(kept)]
-                if kept:
-                    self._commit_tokens(item, group, kept, output, logprobs.get(id(seq)), events)
-                else:
-                    self._fail_at_dead_end(seq, events)
+                self._fail_without_token(group, events)
 
     def _commit_tokens(
         self,
@@ -331,80 +322,30 @@ class Engine:
         logprobs: list[TokenLogprobs] | None,
         events: list[Event],
     ) -> None:
-        seq, state = item.seq, self._requests[item.seq.request_id]
-        first_output = seq.output_len == 0
-        if first_output:
-            self._counters.cached_prompt_tokens += seq.num_cached
-        appended = state.append(tokens, self.eos_token_ids)
+        seq = item.seq
+        state, old_len = self._requests[seq.request_id], len(seq.tokens)
+        appended = state.append(tokens)
         committed, finish = appended.tokens, appended.finish_reason
-        num_accepted = min(len(tokens) - 1, len(committed))
-        num_drafted = min(len(item.drafts), len(committed)) if finish else len(item.drafts)
-        self._count(state, item, num_drafted, num_accepted, committed)
-        usage = None
+        num_drafted, num_accepted = len(item.drafts), len(tokens) - 1
+        if finish is not None:
+            num_drafted, num_accepted = min(num_drafted, len(committed)), min(num_accepted, len(committed))
+        state.drafts.observe(committed)
+        self.proposer.count(item, num_drafted, num_accepted, len(committed))
         if finish is None:
             seq.num_computed = len(seq.tokens) - 1
-            self._publish_later(seq)
             for source in state.drafts.sources:
                 if isinstance(source, HeadSource):
                     row = group.first_row + num_accepted
                     tapped = output.taps[source.head.config.tap_layer]
                     source.set_hidden(output.hidden, tapped, row, len(seq.tokens))
         else:
-            usage = seq.usage()
-            self.proposer.learn(seq.request, seq.output_ids)
             seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
-            self._publish(seq)
+            self.reports.publish(seq)
             self._remove(state)
-        if self._write_late and appended.text is None:
-            self._unwritten.append((events, len(events), state, appended))
-            text = ""
-        else:
-            text = state.text_of(appended)
-        events.append(
-            Delta(
-                request_id=seq.request_id,
-                token_ids=committed,
-                text=text,
-                logprobs=logprobs[: len(committed)] if logprobs is not None and committed else None,
-                prompt_logprobs=state.prompt_logprobs if first_output else None,
-                finish_reason=finish,
-                stop_reason=appended.stop_reason,
-                usage=usage,
-            )
-        )
+        is_first = old_len == seq.prompt_len
+        self.reports.add(StepReport(events, state, item, appended, num_drafted, num_accepted, is_first, logprobs))
 
     # -- bookkeeping
-
-    def _count(
-        self, state: RunningRequest, item: ScheduledSequence, num_drafted: int, num_accepted: int, committed: list[int]
-    ) -> None:
-        seq, counters = state.seq, self._counters
-        seq.num_forwards += 1
-        state.drafts.observe(committed)
-        self.proposer.count(item, num_drafted, num_accepted, len(committed))
-        for idx, source in enumerate(item.draft_sources[:num_drafted]):
-            seq.drafted_by_source[source] += 1
-            counters.drafted_by_source[source] += 1
-            if idx < num_accepted:
-                seq.accepted_by_source[source] += 1
-                counters.accepted_by_source[source] += 1
-        counters.generated_tokens += len(committed)
-
-    def _publish_later(self, seq: Sequence) -> None:
-        """Publish the full blocks of a sequence that goes on: during the next forward, if the host is free then."""
-        if self.is_asynchronous:
-            self._unpublished.append(seq)
-        else:
-            self._publish(seq)
-
-    def _publish_committed(self) -> None:
-        for seq in self._unpublished:
-            if seq.request_id in self._requests:  # else its blocks are gone
-                self._publish(seq)
-        self._unpublished.clear()
-
-    def _publish(self, seq: Sequence) -> None:
-        self.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
 
     def _remove(self, state: RunningRequest) -> None:
         seq = state.seq
@@ -417,7 +358,11 @@ class Engine:
         self._remove(self._requests[seq.request_id])
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
 
-    def _fail_at_dead_end(self, seq: Sequence, events: list[Event]) -> None:
+    def _fail_without_token(self, group: RowGroup, events: list[Event]) -> None:
+        seq = group.seq
+        if group.failure == "nan":
+            self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
+            return
         reason = seq.grammar.problem or seq.grammar.error if seq.grammar is not None else ""
         message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
         self._remove(self._requests[seq.request_id])

@@ -73,7 +73,7 @@ class EngineProcess:
         self._inbox = link.inbox  # messages, and what other threads have done
         self._loads = AdapterLoads(engine, lambda: self._inbox.put(_AdapterRead()))
         self._next_snapshot = 0.0
-        self._held: list[Any] = []
+        self._held: list[Any] | None = None  # events of the latest step, to be sent beside the next
         self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
 
     def serve(self) -> None:
@@ -93,7 +93,7 @@ class EngineProcess:
             self._send(self._loads.place())
             if self._engine.has_work():
                 events = self._engine.step(self._send_held)
-                self._send_held()
+                self._send_held()  # unless that was done while it ran
                 self._held = events
                 if not (self._engine.is_asynchronous and self._engine.has_work()):
                     self._send_held()  # else while the next forward runs
@@ -179,9 +179,10 @@ class EngineProcess:
             self._send([RequestFailed(request_id, error.info())])
 
     def _send_held(self) -> None:
-        self._engine.write_texts()
-        held, self._held = self._held, []
-        self._send(held)
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._engine.write_events()
+            self._send(held)
 
     def _send(self, messages: list[Any]) -> None:
         self._link.send(messages)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from ..drafters.chooser import DraftChooser
@@ -24,31 +23,46 @@ class Appended(NamedTuple):
     num_silent: int = 0  # tokens at the end that are no text: an end of sequence, a stop token
 
 
-@dataclass(slots=True)
 class RunningRequest:
     """One of the engine's requests."""
 
-    seq: TokenSequence
-    detokenizer: Detokenizer
-    drafts: DraftChooser
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    __slots__ = ("_ends", "_eos", "_max_len", "_walks", "detokenizer", "drafts", "prompt_logprobs", "seq")
 
-    def append(self, tokens: Sequence[int], eos_token_ids: Collection[int]) -> Appended:
+    def __init__(
+        self,
+        seq: TokenSequence,
+        detokenizer: Detokenizer,
+        drafts: DraftChooser,
+        eos_token_ids: Collection[int] = (),
+        prompt_logprobs: list[TokenLogprobs | None] | None = None,
+    ):
+        self.seq, self.detokenizer, self.drafts, self.prompt_logprobs = seq, detokenizer, drafts, prompt_logprobs
+        sampling = seq.sampling
+        minds_eos = seq.grammar is not None or not sampling.ignore_eos
+        self._eos = frozenset(eos_token_ids if minds_eos else ())
+        self._ends = self._eos.union(sampling.stop_token_ids)
+        # Whether the end may lie elsewhere than at one of these tokens or at the last that is asked for.
+        self._walks = bool(sampling.stop) or seq.grammar is not None or sampling.max_tokens == 0
+        self._max_len = seq.max_len
+
+    def append(self, tokens: list[int]) -> Appended:
         """Append tokens up to the first that ends the sequence. Text is read where a stop string may end it."""
-        seq, sampling = self.seq, self.seq.sampling
+        seq = self.seq
+        if not self._walks and len(seq.tokens) + len(tokens) < self._max_len and self._ends.isdisjoint(tokens):
+            seq.tokens += tokens
+            return Appended(tokens, None)
+        sampling = seq.sampling
         if sampling.max_tokens == 0:
             return Appended([], "", "length")
         kept: list[int] = []
         text = "" if sampling.stop else None
         is_complete = seq.grammar is not None and seq.grammar.is_terminated
-        minds_eos = seq.grammar is not None or not sampling.ignore_eos
         for token in tokens:
-            seq.append(token)
+            seq.tokens.append(token)
             kept.append(token)
-            if minds_eos and token in eos_token_ids:
-                return Appended(kept, self._ended(text), "stop", None, 1)
-            if token in sampling.stop_token_ids:
-                return Appended(kept, self._ended(text), "stop", token, 1)
+            if token in self._ends:
+                reason = None if token in self._eos else token
+                return Appended(kept, self._ended(text), "stop", reason, 1)
             if text is not None:
                 new, stop = self.detokenizer.push(token)
                 text += new
@@ -56,7 +70,7 @@ class RunningRequest:
                     return Appended(kept, text, "stop", stop)
             if is_complete and len(kept) == len(tokens):
                 return Appended(kept, self._ended(text), "stop")
-            if seq.output_len >= sampling.max_tokens:
+            if len(seq.tokens) >= self._max_len:
                 return Appended(kept, self._ended(text), "length")
         return Appended(kept, text)
 

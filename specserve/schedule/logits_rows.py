@@ -12,6 +12,7 @@ class LogitsRows:
     def __init__(self) -> None:
         self.rows: list[int] = []  # ascending
         self.groups: list[RowGroup] = []  # to sample; first_row counts in `rows`
+        self.items: list[ScheduledSequence] = []  # whose they are
         self.prompt_rows: list[tuple[ScheduledSequence, int, int]] = []  # (item, first in `rows`, how many)
 
     def add(self, item: ScheduledSequence, first_row: int) -> int:
@@ -24,5 +25,6 @@ class LogitsRows:
             self.rows += range(first_row, first_row + num_scored)
         if item.reaches_end:
             self.groups.append(RowGroup(seq, len(self.rows), item.drafts))
+            self.items.append(item)
             self.rows += range(first_row + item.num_rows - 1, first_row + item.num_rows + len(item.drafts))
         return len(self.rows) - before

@@ -38,7 +38,8 @@ class Sequence:
         self._queue_s: float | None = None
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.tokens)
-        self.output_counts: Counter[int] = Counter()
+        self._output_counts: Counter[int] = Counter()  # of its first so many tokens
+        self._num_counted = self.prompt_len
         self.num_computed = 0
         self.num_cached = 0  # prompt tokens taken from the prefix cache at first admission
         self.block_table: list[int] = []
@@ -82,9 +83,13 @@ class Sequence:
         if self._queue_s is None:
             self._queue_s = time.monotonic() - self._arrived
 
-    def append(self, token: int) -> None:
-        self.tokens.append(token)
-        self.output_counts[token] += 1
+    @property
+    def output_counts(self) -> Counter[int]:
+        """How often each token stands in the output."""
+        if self._num_counted < len(self.tokens):
+            self._output_counts.update(self.tokens[self._num_counted :])
+            self._num_counted = len(self.tokens)
+        return self._output_counts
 
     def usage(self) -> Usage:
         return Usage(

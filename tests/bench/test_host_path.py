@@ -51,20 +51,23 @@ def test_the_script_is_what_is_said_and_all_steps_are_on_the_clock(model_dir, st
         key = adapter.content_hash if idx % 2 else None
         add(engine, stand_in, request_id, tokens, adapter_hash=key, speculation=Speculation(mode=mode))
     heard: dict[str, list[int]] = {request_id: [] for request_id in said}
-    num_sent = 0
+    num_sent, held = 0, []
 
     def send() -> None:
         nonlocal num_sent
         num_sent += 1
-
-    while engine.has_work():
-        for event in engine.step(send):
+        engine.write_events()
+        for event in held:
             assert isinstance(event, Delta), event
             heard[event.request_id] += event.token_ids
+
+    while engine.has_work():
+        held = engine.step(send)
+    send()
     assert heard == said
     stats = engine.stats()
     assert stats.integrity_error is None and stats.num_free_kv_blocks == stats.num_kv_blocks
-    assert len(stand_in.clock.idle_s) == stats.num_steps - 1 and num_sent == stats.num_steps
+    assert len(stand_in.clock.idle_s) == stats.num_steps - 1 and num_sent == stats.num_steps + 1
     assert all(idle >= 0 for idle in stand_in.clock.idle_s) and stand_in.clock.waited_s > 0
     accepted = stats.accepted_by_source.get("head", 0)
     assert (accepted == 0) if mode == "off" else (0 < accepted < stats.drafted_by_source["head"])
@@ -88,17 +91,17 @@ def texts_of(engine: Engine, is_late: bool) -> dict[str, str]:
     held: list[Event] = []
 
     def hear() -> None:
-        engine.write_texts()
-        while held:
-            delta = held.pop(0)
+        engine.write_events()
+        for delta in held:
             assert isinstance(delta, Delta)
             found[delta.request_id] = found.get(delta.request_id, "") + delta.text
 
     while engine.has_work():
-        events = engine.step(hear) if is_late else engine.step()
+        held = engine.step(hear) if is_late else engine.step()
+        if not is_late:
+            hear()
+    if is_late:
         hear()
-        held.extend(events)
-    hear()
     return dict(found)
 
 

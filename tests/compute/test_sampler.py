@@ -30,7 +30,7 @@ def sequence(sample_idx=0, prompt=(1, 2, 3), output=(), **params):
     sampling = SamplingParams(max_tokens=99, **params)
     seq = Sequence(1, GenerateRequest("r", list(prompt), sampling, sample_idx=sample_idx))
     for token in output:
-        seq.append(token)
+        seq.tokens.append(token)
     return seq
 
 
@@ -97,7 +97,7 @@ def test_rows_of_a_verification_see_the_drafts_before_them():
     for draft, sampled in zip([5, 6], tokens, strict=False):
         (alone,) = Sampler([0]).sample(logits[:1], [RowGroup(seq, 0)])
         assert alone == [sampled]
-        seq.append(draft)
+        seq.tokens.append(draft)
 
 
 def test_penalties_bias_and_minimum_length():

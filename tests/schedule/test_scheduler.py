@@ -29,7 +29,7 @@ def advance(scheduler, token=7):
         seq.num_computed += item.num_rows
         scheduler.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
         if reaches_end:
-            seq.append(token)
+            seq.tokens.append(token)
             if seq.output_len == seq.sampling.max_tokens:
                 scheduler.remove(seq)
     return items

@@ -53,9 +53,9 @@ class DeviceRunner:
         self._parts.layers.queue(bucket, reason)
         if not needed.rows:  # nothing but unfinished prefill chunks
             logits, hidden = self._parts.logits.nothing
-            return StepOutput(logits, [], [], hidden, {})
+            return StepOutput(logits, [], [], [], hidden, {})
         logits, hidden = self._parts.logits.queue(needed.rows, logits_slots)
-        return StepOutput(logits, needed.groups, needed.prompt_rows, hidden, {})
+        return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, {})
 
     @torch.inference_mode()
     def capture(self) -> None:

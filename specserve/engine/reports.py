@@ -1,0 +1,104 @@
+"""What a step gave, for those who wait for it: deltas with their texts, usage, counts, blocks for the prefix cache.
+
+The next step needs none of that. On a device that runs by itself it is done while that runs the next step, else at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..messages import Delta, GenerateRequest, RequestFailed, TokenLogprobs
+from ..schedule.block_manager import BlockManager
+from ..schedule.scheduler import ScheduledSequence
+from ..schedule.sequence import Sequence as TokenSequence
+from ..schedule.sequence import Status
+from .running import Appended, RunningRequest
+from .stats import Counters
+
+Event = Delta | RequestFailed
+
+
+class StepReport(NamedTuple):
+    """What became of one sequence in a step; `events` gets its delta."""
+
+    events: list[Event]
+    state: RunningRequest
+    item: ScheduledSequence
+    appended: Appended
+    num_drafted: int  # tokens that count as drafts: none behind the end
+    num_accepted: int
+    is_first: bool  # of its output
+    logprobs: list[TokenLogprobs] | None
+
+
+class Reports:
+    """Of sequences that were told of and not yet written; `learn` gets outputs that have ended."""
+
+    def __init__(
+        self, counters: Counters, blocks: BlockManager, learn: Callable[[GenerateRequest, Sequence[int]], None]
+    ):
+        self._counters, self._blocks, self._learn = counters, blocks, learn
+        self._reports: list[StepReport] = []
+        self._unpublished: list[TokenSequence] = []
+
+    def add(self, report: StepReport) -> None:
+        self._reports.append(report)
+
+    def add_prompt(self, item: ScheduledSequence) -> None:
+        """Rows of a prompt were computed that had no token to sample."""
+        if item.seq.output_len == 0:
+            self._counters.prompt_tokens += item.num_rows
+        self._unpublished.append(item.seq)
+
+    def write(self) -> None:
+        """Append what is left to tell to its step's events."""
+        reports, self._reports = self._reports, []
+        for report in reports:
+            self._write(report)
+        unpublished, self._unpublished = self._unpublished, []
+        for seq in unpublished:
+            if seq.status is not Status.FINISHED:  # else its blocks are gone
+                self.publish(seq)
+
+    def publish(self, seq: TokenSequence) -> None:
+        """Full blocks of what is computed are there for others from now on."""
+        size = self._blocks.block_size
+        if (len(seq.block_keys) + 1) * size <= seq.num_computed:
+            self._blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
+
+    def _write(self, report: StepReport) -> None:
+        events, state, item, appended, num_drafted, num_accepted, is_first, logprobs = report
+        seq, counters, num_tokens = state.seq, self._counters, len(appended.tokens)
+        seq.num_forwards += 1
+        counters.generated_tokens += num_tokens
+        if is_first:
+            counters.prompt_tokens += item.num_rows
+            counters.cached_prompt_tokens += seq.num_cached
+        for idx, source in enumerate(item.draft_sources[:num_drafted]):
+            seq.drafted_by_source[source] += 1
+            counters.drafted_by_source[source] += 1
+            if idx < num_accepted:
+                seq.accepted_by_source[source] += 1
+                counters.accepted_by_source[source] += 1
+        text = state.text_of(appended)
+        finish = appended.finish_reason
+        if finish is None:
+            self._unpublished.append(seq)
+            if logprobs is None and not is_first:
+                events.append(Delta(seq.request_id, appended.tokens, text))
+                return
+        else:
+            self._learn(seq.request, seq.output_ids)
+        events.append(
+            Delta(
+                request_id=seq.request_id,
+                token_ids=appended.tokens,
+                text=text,
+                logprobs=logprobs[:num_tokens] if logprobs is not None and num_tokens else None,
+                prompt_logprobs=state.prompt_logprobs if is_first else None,
+                finish_reason=finish,
+                stop_reason=appended.stop_reason,
+                usage=seq.usage() if finish is not None else None,
+            )
+        )
