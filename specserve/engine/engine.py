@@ -48,7 +48,7 @@ from ..schedule.row_group import RowGroup
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence
 from ..schedule.verifier import accepted_tokens
-from ..text.detokenizer import Detokenizer
+from ..text.detokenizer import Detokenizer, TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import check_request, size_kv
 from .reports import Event, Reports, StepReport
@@ -79,6 +79,7 @@ class Engine:
         self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
         self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
         self.tokenizer = load_backend_tokenizer(model_dir)
+        self._texts = TokenTexts(self.tokenizer)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
         num_blocks, max_model_len = size_kv(
@@ -159,7 +160,7 @@ class Engine:
         place = grammar.start(sampling.ignore_eos) if request.grammar is not None and grammar is not None else None
         seq = Sequence(self._num_added, request, place)
         detokenizer = Detokenizer(
-            self.tokenizer,
+            self._texts,
             request.prompt_token_ids,
             sampling.stop,
             sampling.include_stop_str_in_output,

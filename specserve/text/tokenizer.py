@@ -19,7 +19,7 @@ from ..adapter_files import read_texts
 from ..errors import AdapterError, ModelError, UserError
 from ..memory import give_memory_back
 from .chat_template import ChatTemplate
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, TokenTexts
 from .hidden_chat import HiddenChat, Marks
 from .template_worker import MAX_RENDERED_BYTES
 from .token_bound import BYTE_OF, TokenBound
@@ -41,6 +41,7 @@ class TextTokenizer:
         except Exception as error:
             raise ModelError(f"{path} has no usable fast tokenizer: {error}") from None
         self._bound = TokenBound(self._backend)
+        self._texts = TokenTexts(self._backend)
         self._literal = Tokenizer.from_str(self._backend.to_str())
         self._literal.encode_special_tokens = True  # special tokens in the text are encoded as letters
         added = self._tokenizer.added_tokens_decoder.items()
@@ -124,7 +125,7 @@ class TextTokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """The text that follows `prompt_ids` a token at a time, special tokens written out."""
-        return Detokenizer(self._backend, prompt_ids, skip_special_tokens=False)
+        return Detokenizer(self._texts, prompt_ids, skip_special_tokens=False)
 
     def added_tokens(self, texts: Collection[str]) -> tuple[dict[str, int], tuple[int, ...]]:
         """({text: id} of those of `texts` that are one added token each, the ids of others that are not special).
