@@ -9,31 +9,29 @@ from ..schedule.scheduler import ScheduledSequence
 
 
 class RowLists(NamedTuple):
-    """One entry a row, those of each item one after the other; `counts` is how many rows each item has."""
+    """One entry a row, those of each item one after the other."""
 
     tokens: list[int]
     positions: list[int]
     slot_mapping: list[int]
-    counts: list[int]
 
     @classmethod
-    def of(cls, items: Sequence[ScheduledSequence], block_size: int) -> RowLists:
+    def of(cls, items: Sequence[ScheduledSequence], counts: Sequence[int], block_size: int) -> RowLists:
+        """`counts` is how many rows each item has."""
         tokens: list[int] = []
         positions: list[int] = []
         slot_mapping: list[int] = []
-        counts: list[int] = []
-        for item in items:
-            first, table = item.seq.num_computed, item.seq.block_table
-            count = item.num_rows + len(item.drafts)
+        for item, count in zip(items, counts, strict=True):
+            seq = item.seq
+            first, table = seq.num_computed, seq.block_table
             if count == 1:  # most of them: a slice and a range cost five times as much
-                tokens.append(item.seq.tokens[first])
+                tokens.append(seq.tokens[first])
                 positions.append(first)
                 slot_mapping.append(table[first // block_size] * block_size + first % block_size)
             else:
                 own = range(first, first + count)
-                tokens += item.seq.tokens[first : first + item.num_rows]
+                tokens += seq.tokens[first : first + item.num_rows]
                 tokens += item.drafts
                 positions += own
                 slot_mapping += [table[at // block_size] * block_size + at % block_size for at in own]
-            counts.append(count)
-        return cls(tokens, positions, slot_mapping, counts)
+        return cls(tokens, positions, slot_mapping)

@@ -63,7 +63,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
-        items, active = take_slots(self.slots, items, adapters)
+        items, _, active = take_slots(self.slots, items, adapters)
         batch, needed = self._build(items)
         heads = [adapter.lookahead for adapter in active]
         taps = {
@@ -79,13 +79,11 @@ class ModelRunner:
 
     def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
         size = self.kv.block_size
-        rows = RowLists.of(items, size)
-        context_lens = [item.seq.num_computed + count for item, count in zip(items, rows.counts, strict=True)]
-        cu_query_lens = [0, *itertools.accumulate(rows.counts)]
-        needed = LogitsRows()
-        for item, first_row in zip(items, cu_query_lens, strict=False):
-            needed.add(item, first_row)
-        runs = [(item.seq.adapter_hash, count) for item, count in zip(items, rows.counts, strict=True)]
+        counts = [item.num_rows + len(item.drafts) for item in items]
+        rows, needed = RowLists.of(items, counts, size), LogitsRows(items, counts)
+        context_lens = [item.seq.num_computed + count for item, count in zip(items, counts, strict=True)]
+        cu_query_lens = [0, *itertools.accumulate(counts)]
+        runs = [(item.seq.adapter_hash, count) for item, count in zip(items, counts, strict=True)]
         device = self.decoder.device
         tables = [item.seq.block_table[: -(-n // size)] for item, n in zip(items, context_lens, strict=True)]
         width = max(len(table) for table in tables)
@@ -100,7 +98,7 @@ class ModelRunner:
             context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
             logits_indices=torch.tensor(needed.rows, dtype=torch.int64, device=device),
             block_size=size,
-            query_lens_list=rows.counts,
+            query_lens_list=counts,
             context_lens_list=context_lens,
             block_tables_list=tables,
             lora=self.slots.batch(runs, needed.rows),

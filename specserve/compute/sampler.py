@@ -36,6 +36,8 @@ def uniform(seed: int, sample_idx: int, position: int) -> float:
 
 def edits_logits(seq: Sequence) -> bool:
     """Whether rows of this sequence differ from the raw logits before temperature is applied."""
+    if not seq.has_edits:
+        return False
     params = seq.sampling
     return bool(
         params.presence_penalty
@@ -75,8 +77,10 @@ class Sampler:
         early where nothing may come or a draft was wrong; an empty list's reason is the group's `failure`.
         """
         flat, bad, dead = self._draw(logits, groups)
-        result: list[list[int]] = []
         some_bad = any(bad)
+        if len(flat) == len(groups) and not some_bad and all(group.seq.takes_best for group in groups):
+            return [[token] for token in flat]
+        result: list[list[int]] = []
         for group in groups:
             own = slice(group.first_row, group.first_row + group.num_rows)
             if some_bad and any(bad[own]):
@@ -101,6 +105,8 @@ class Sampler:
         hot_params: list[tuple[SamplingParams, float]] = []
         is_dead = torch.zeros_like(best_values, dtype=torch.bool)  # [L] nothing may be sampled there
         for group in groups:
+            if group.seq.takes_best:
+                continue
             params = group.seq.sampling
             edited = edits_logits(group.seq)
             if group.is_greedy and not edited:

@@ -29,20 +29,24 @@ class Slots(Protocol):
         ...
 
 
-def slot_of(slots: Slots, item: ScheduledSequence) -> int:
-    """The slot of a sequence's adapter, -1 without one."""
-    return -1 if item.seq.adapter_hash is None else slots.slot_of(item.seq.adapter_hash)
-
-
 def take_slots(
     slots: Slots, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]
-) -> tuple[list[ScheduledSequence], list[LoraAdapter]]:
-    """`items` in the order of their rows, and the adapters that they name, each of which has a slot now.
+) -> tuple[list[ScheduledSequence], list[int], list[LoraAdapter]]:
+    """`items` in the order of their rows, the slot of each (-1 without adapter), and the adapters that they name.
 
-    `adapters` holds every adapter that they name, by content hash.
+    All of these have a slot now. `adapters` holds every adapter that they name, by content hash.
     """
-    named = dict.fromkeys(item.seq.adapter_hash for item in items if item.seq.adapter_hash is not None)
-    active = [adapters[content_hash] for content_hash in named]
-    if active:
-        slots.activate(active)
-    return sorted(items, key=lambda item: slot_of(slots, item)), active
+    by_adapter: dict[str | None, list[ScheduledSequence]] = {}
+    for item in items:
+        by_adapter.setdefault(item.seq.adapter_hash, []).append(item)
+    active = [adapters[content_hash] for content_hash in by_adapter if content_hash is not None]
+    if not active:
+        return list(items), [-1] * len(items), []
+    slots.activate(active)
+    ordered: list[ScheduledSequence] = []
+    slot_of_each: list[int] = []
+    segments = ((-1 if key is None else slots.slot_of(key), own) for key, own in by_adapter.items())
+    for slot, own in sorted(segments, key=lambda segment: segment[0]):
+        ordered += own
+        slot_of_each += [slot] * len(own)
+    return ordered, slot_of_each, active

@@ -1,6 +1,6 @@
 """What a step gave, for those who wait for it: deltas with their texts, usage, counts, blocks for the prefix cache.
 
-The next step needs none of that. On a device that runs by itself it is done while that runs the next step, else at once.
+The next step needs none of it: a device that runs by itself runs that meanwhile, elsewhere it is done at once.
 """
 
 from __future__ import annotations

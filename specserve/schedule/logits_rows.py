@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .row_group import RowGroup
 from .scheduler import ScheduledSequence
 
 
 class LogitsRows:
-    """Collects them sequence by sequence, in row order."""
+    """Those of `items`, whose rows, `counts` each, stand in the step one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, items: Sequence[ScheduledSequence], counts: Sequence[int]) -> None:
         self.rows: list[int] = []  # ascending
+        self.counts: list[int] = []  # how many each item needs
         self.groups: list[RowGroup] = []  # to sample; first_row counts in `rows`
         self.items: list[ScheduledSequence] = []  # whose they are
         self.prompt_rows: list[tuple[ScheduledSequence, int, int]] = []  # (item, first in `rows`, how many)
+        first_row = 0
+        for item, count in zip(items, counts, strict=True):
+            before = len(self.rows)
+            if item.seq.wants_prompt_logprobs:
+                self._add_prompt(item, first_row)
+            if item.reaches_end:
+                self.groups.append(RowGroup(item.seq, len(self.rows), item.drafts))
+                self.items.append(item)
+                end = first_row + count
+                if item.drafts:
+                    self.rows += range(end - len(item.drafts) - 1, end)
+                else:
+                    self.rows.append(end - 1)
+            self.counts.append(len(self.rows) - before)
+            first_row += count
 
-    def add(self, item: ScheduledSequence, first_row: int) -> int:
-        """The rows of `item`, which stand in the step from `first_row` on; returns how many need logits."""
-        seq, start, before = item.seq, item.seq.num_computed, len(self.rows)
-        if seq.wants_prompt_logprobs and start < seq.prompt_len - 1 and seq.output_len == 0:
+    def _add_prompt(self, item: ScheduledSequence, first_row: int) -> None:
+        seq, start = item.seq, item.seq.num_computed
+        if start < seq.prompt_len - 1 and seq.output_len == 0:
             # Row i scores prompt token i + 1; the last prompt token's row samples the first output token.
             num_scored = min(start + item.num_rows, seq.prompt_len - 1) - start
-            self.prompt_rows.append((item, before, num_scored))
+            self.prompt_rows.append((item, len(self.rows), num_scored))
             self.rows += range(first_row, first_row + num_scored)
-        if item.reaches_end:
-            self.groups.append(RowGroup(seq, len(self.rows), item.drafts))
-            self.items.append(item)
-            self.rows += range(first_row + item.num_rows - 1, first_row + item.num_rows + len(item.drafts))
-        return len(self.rows) - before

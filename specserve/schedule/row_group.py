@@ -23,4 +23,4 @@ class RowGroup:
 
     @property
     def is_greedy(self) -> bool:
-        return self.seq.sampling.temperature == 0.0
+        return self.seq.is_greedy

@@ -65,20 +65,25 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """The rows of the next step; KV for them is reserved. Empty when nothing runs."""
         self._admit()
-        decoding = [seq for seq in self.running if seq.num_uncomputed == 1]
-        prefilling = [seq for seq in self.running if seq.num_uncomputed > 1]
-        budget = self.max_batched_tokens - len(decoding)
-        if decoding:
-            budget = min(budget, self.max_prefill_rows)
-        wanted = {seq.seq_id: 1 for seq in decoding}
-        wanted.update(_share(budget, prefilling))
+        size, num_preemptions = self.blocks.block_size, self.num_preemptions
+        uncomputed = [len(seq.tokens) - seq.num_computed for seq in self.running]
+        prefilling = [seq for seq, num in zip(self.running, uncomputed, strict=True) if num > 1]
+        shares: dict[int, int] = {}
+        if prefilling:
+            num_decoding = len(uncomputed) - len(prefilling)
+            budget = self.max_batched_tokens - num_decoding
+            shares = _share(min(budget, self.max_prefill_rows) if num_decoding else budget, prefilling)
         scheduled = []
-        for seq in list(self.running):
-            num_rows = wanted.get(seq.seq_id, 0)
-            if num_rows and seq.status is Status.RUNNING and self._reserve_or_preempt(seq, num_rows):
+        for seq, num in zip(list(self.running), uncomputed, strict=True):
+            num_rows = 1 if num == 1 else shares.get(seq.seq_id, 0)
+            if not num_rows or seq.status is not Status.RUNNING:
+                continue
+            has_room = seq.num_computed + num_rows <= len(seq.block_table) * size
+            if has_room or self._reserve_or_preempt(seq, num_rows):
                 scheduled.append(ScheduledSequence(seq, num_rows))
-        # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
-        scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]
+        if self.num_preemptions > num_preemptions:
+            # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
+            scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]
         self.num_scheduled_rows = sum(item.num_rows for item in scheduled)
         return scheduled
 

@@ -47,6 +47,15 @@ class Sequence:
         self.block_keys: list[bytes] = []
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
         self.grammar = grammar  # its place in what it must keep to
+        self.is_greedy = self.sampling.temperature == 0.0
+        self.has_edits = bool(  # of its logits, before temperature
+            self.sampling.presence_penalty
+            or self.sampling.frequency_penalty
+            or self.sampling.repetition_penalty != 1.0
+            or self.sampling.logit_bias
+            or self.sampling.min_tokens
+        )
+        self.takes_best = self.is_greedy and not self.has_edits and grammar is None  # the most likely token, always
         self.num_forwards = 0
         self.drafted_by_source: Counter[str] = Counter()
         self.accepted_by_source: Counter[str] = Counter()

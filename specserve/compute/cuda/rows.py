@@ -39,17 +39,18 @@ class StepRows:
         self,
         host: dict[str, np.ndarray],
         items: Seq[ScheduledSequence],
+        counts: Seq[int],
         seats: Seq[int],
         slots: Seq[int],
         num_splits: int,
     ) -> None:
-        """The rows of `items`, one after the other, and padding behind them; `slots` are their adapters'."""
-        rows = RowLists.of(items, self.block_size)
+        """The rows of `items`, `counts` each, and padding behind them; `slots` are their adapters'."""
+        rows = RowLists.of(items, counts, self.block_size)
         num_rows = len(rows.tokens)
         host["tokens"][:num_rows], host["positions"][:num_rows] = rows.tokens, rows.positions
         host["slot_mapping"][:num_rows] = rows.slot_mapping
-        host["row_seats"][:num_rows] = np.repeat(seats, rows.counts)
-        host["row_slots"][:num_rows] = np.repeat(slots, rows.counts)
+        host["row_seats"][:num_rows] = np.repeat(seats, counts)
+        host["row_slots"][:num_rows] = np.repeat(slots, counts)
         _pad(host, num_rows)
         host["split_len"][0] = split_len_for(max(rows.positions) + 1, num_splits)
 

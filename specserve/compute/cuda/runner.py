@@ -11,12 +11,13 @@ import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from ...adapters.lora import LoraAdapter
 from ...schedule.logits_rows import LogitsRows
 from ...schedule.scheduler import ScheduledSequence
-from ..slots import slot_of, take_slots
+from ..slots import take_slots
 from ..step_output import StepOutput
 from .buckets import Bucket, captured_rows, most_rows
 from .parts import DeviceParts
@@ -41,20 +42,19 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, items: Seq[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """Queue one forward over `items`; `adapters` holds every adapter that they name, by content hash."""
-        items, active = take_slots(self.slots, items, adapters)
+        items, slots, active = take_slots(self.slots, items, adapters)
         counts = [item.num_rows + len(item.drafts) for item in items]
         num_rows = sum(counts)
         assert num_rows <= self._parts.max_rows, (num_rows, self._parts.max_rows)
         bucket = self._parts.buckets.of(num_rows, max(counts), len(active))
-        slots = [slot_of(self.slots, item) for item in items]
-        needed, logits_slots = _logits_rows(items, counts, slots)
-        self._upload(items, slots, bucket)
+        needed = LogitsRows(items, counts)
+        self._upload(items, counts, slots, bucket)
         reason = f"it has more than {most_rows()} rows" if num_rows > most_rows() else None
         self._parts.layers.queue(bucket, reason)
         if not needed.rows:  # nothing but unfinished prefill chunks
             logits, hidden = self._parts.logits.nothing
             return StepOutput(logits, [], [], [], hidden, {})
-        logits, hidden = self._parts.logits.queue(needed.rows, logits_slots)
+        logits, hidden = self._parts.logits.queue(needed.rows, np.repeat(slots, needed.counts))
         return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, {})
 
     @torch.inference_mode()
@@ -75,21 +75,11 @@ class DeviceRunner:
             graphs.capture_bytes / 2**20,
         )
 
-    def _upload(self, items: Seq[ScheduledSequence], slots: Seq[int], bucket: Bucket) -> None:
+    def _upload(self, items: Seq[ScheduledSequence], counts: Seq[int], slots: Seq[int], bucket: Bucket) -> None:
         """Bring the rows of `items`, their seats and their blocks to the device."""
         parts = self._parts
         host = parts.rows.host(bucket.num_rows)
         seats = parts.seats.seat([item.seq for item in items])
         self._on_seated(items, seats)
-        parts.rows.fill(host, items, seats, slots, parts.buckets.num_splits(bucket))
+        parts.rows.fill(host, items, counts, seats, slots, parts.buckets.num_splits(bucket))
         parts.rows.upload(bucket.num_rows)
-
-
-def _logits_rows(items: Seq[ScheduledSequence], counts: Seq[int], slots: Seq[int]) -> tuple[LogitsRows, list[int]]:
-    """The rows that need logits, and the slots of their adapters."""
-    needed, logits_slots = LogitsRows(), []
-    start = 0
-    for item, count, slot in zip(items, counts, slots, strict=True):
-        logits_slots += [slot] * needed.add(item, start)
-        start += count
-    return needed, logits_slots

@@ -60,9 +60,10 @@ class DeviceSampler(Sampler):
         reason = self._logits.eager_reason
         if reason is not None:
             results = SampledTokens(size, self._device)
-        rows, edited = self._rows(num_rows, groups)
+        special = [group for group in groups if not group.seq.takes_best]
+        rows, edited = self._rows(num_rows, special)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
-        if (masks := self._masks.masks(groups, also_greedy=True)) is not None:
+        if special and (masks := self._masks.masks(special, also_greedy=True)) is not None:
             rows = rows or [SamplingRow()] * num_rows
             for idx, row in enumerate(masks.rows):
                 rows[row] = rows[row]._replace(mask_row=idx)
@@ -70,7 +71,7 @@ class DeviceSampler(Sampler):
         buffers.upload(rows)
         raw = logits[edited] if edited else None  # [edited, V]
         if edited:
-            for group in groups:
+            for group in special:
                 if edits_logits(group.seq):
                     for idx in range(group.num_rows):
                         self._edit(logits[group.first_row + idx], group, idx)
@@ -85,6 +86,8 @@ class DeviceSampler(Sampler):
         if raw is not None:
             logits[edited] = raw  # log-probabilities are those of the model
         tokens, flags = results.download(num_rows)
+        if not any(flags):
+            return tokens, flags, flags
         return tokens, [flag == 1 for flag in flags], [flag == NOTHING_POSSIBLE for flag in flags]
 
     def _rows(self, num_rows: int, groups: Seq[RowGroup]) -> tuple[list[SamplingRow], list[int]]:
