@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from llguidance import LLExecutor
 
+from ..grammar.mask_batch import MaskBatch, make_executor
 from ..schedule.row_group import RowGroup
 
 
@@ -31,24 +33,30 @@ class MaskMaker:
 
     def __init__(self, mask_words: int) -> None:
         self._num_words = mask_words
+        self._executor: LLExecutor | None = None  # its threads start with the first mask
         self.seconds = 0.0
 
-    def masks(self, groups: Sequence[RowGroup], also_greedy: bool = False) -> StepMasks | None:
+    def masks(
+        self,
+        groups: Sequence[RowGroup],
+        also_greedy: bool = False,
+        room: Callable[[int], np.ndarray] | None = None,
+    ) -> StepMasks | None:
         """Masks of the rows that are drawn at a temperature under a grammar; on a device, while its forward runs.
 
-        `also_greedy` is for who cannot ask row by row.
+        `also_greedy` is for who cannot ask row by row. `room(num_rows)` is where the masks are written, [num_rows,
+        mask_words] int32; None: they get memory of their own.
         """
         drawn = [g for g in groups if g.seq.grammar is not None and (also_greedy or not g.is_greedy)]
         if not drawn:
             return None
         start = time.perf_counter()
         rows = [group.first_row + idx for group in drawn for idx in range(group.num_rows)]
-        bits = np.zeros((len(rows), self._num_words), dtype=np.int32)
-        first = 0
-        for group in drawn:
-            assert group.seq.grammar is not None
-            group.seq.grammar.fill_masks(group.drafts, bits[first : first + group.num_rows])
-            first += group.num_rows
+        bits = room(len(rows)) if room is not None else np.empty((len(rows), self._num_words), dtype=np.int32)
+        batch = MaskBatch([(g.seq.grammar, g.drafts) for g in drawn if g.seq.grammar is not None], bits)
+        self._executor = self._executor or make_executor()
+        batch.compute(self._executor)
+        batch.finish()
         self.seconds += time.perf_counter() - start
         return StepMasks(rows, bits)
 

@@ -9,8 +9,7 @@ matcher's mask allows the end of text.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +40,7 @@ class Grammar:
         self.compiled = compiled
         self.error = ""  # why nothing is allowed any more, once that is so
         self.problem = ""  # what the matcher said when it last had no mask to give
+        self._vocab_size = compiled.vocab_size
         self._matcher = compiled.prototype.deep_copy()
         self._committed: list[int] = []
         self._num_ahead = 0
@@ -50,7 +50,7 @@ class Grammar:
     def is_terminated(self) -> bool:
         """Whether the committed output is complete and nothing can be added."""
         self.rewind()
-        return not self.error and self._matcher.is_stopped() and not self._matcher.is_error()
+        return not self.error and self._matcher.is_stopped()
 
     def commit(self, tokens: Sequence[int]) -> int:
         """Commit as many of `tokens` as are allowed, in order, and say how many; none behind a complete output.
@@ -60,7 +60,7 @@ class Grammar:
         self.rewind()
         if self.error:
             return 0
-        known = list(itertools.takewhile(self._is_known, tokens))
+        known = self._known(tokens)
         num = self._matcher.try_consume_tokens(known)
         self._committed += known[:num]
         if num < len(tokens) and not self.is_terminated:
@@ -69,7 +69,7 @@ class Grammar:
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
         """How many of `tokens`, in order, may come next."""
-        known = list(itertools.takewhile(self._is_known, tokens))
+        known = self._known(tokens)
         return self._matcher.validate_tokens(known) if known and not self.error else 0
 
     def allows(self, token: int) -> bool:
@@ -77,9 +77,10 @@ class Grammar:
 
     def advance(self, tokens: Sequence[int]) -> bool:
         """Go ahead of the committed output; False, at the first token that is not allowed."""
-        if self.error or not all(map(self._is_known, tokens)):
+        known = self._known(tokens)
+        if self.error or len(known) < len(tokens):
             return False
-        num = self._matcher.try_consume_tokens(list(tokens))
+        num = self._matcher.try_consume_tokens(known)
         self._num_ahead += num
         return num == len(tokens)
 
@@ -102,7 +103,8 @@ class Grammar:
             self.problem = self.error or self._matcher.get_error().partition("\n")[0]
             row[:] = 0
             return False
-        self._hide_eos(row[np.newaxis])
+        if self._never:
+            hide_tokens(row[np.newaxis], np.zeros(1, dtype=np.intp), self._never)
         return bool(row.any())
 
     def fill_masks(self, drafts: Sequence[int], rows: np.ndarray) -> None:
@@ -117,18 +119,39 @@ class Grammar:
                 break
         self.rewind()
 
-    def _hide_eos(self, rows: np.ndarray) -> None:
-        """Take the end of text out of rows that allow anything else."""
-        if not self._never:
-            return
-        kept = rows.copy()
-        for token in self._never:
-            kept[:, token // 32] &= np.int32(~np.uint32(1 << token % 32).view(np.int32))
-        other = kept.any(axis=1)
-        rows[other] = kept[other]
+    def mask_task(self, drafts: Sequence[int]) -> tuple[LLMatcher, list[int]] | None:
+        """The matcher, at the committed output, and those of `drafts` that it may see; None if nothing is allowed.
 
-    def _is_known(self, token: int) -> bool:
-        return 0 <= token < self.compiled.vocab_size and token not in self._never
+        For `MaskBatch`: until `end_task` nothing else may ask this place anything.
+        """
+        self.rewind()
+        if self.error:
+            self.problem = self.error
+            return None
+        return self._matcher, self._known(drafts)
+
+    def end_task(self, drafts: Sequence[int], rows: np.ndarray) -> bool:
+        """Whether the matcher filled `rows` as `fill_masks` would, but for ends of text; else they are filled here.
+
+        Where it failed the rows are made one by one, which says at which of them nothing is allowed.
+        """
+        if self._matcher.is_error():
+            self.fill_masks(drafts, rows)
+            return False
+        return True
+
+    @property
+    def hidden(self) -> frozenset[int]:
+        """Ends of text that may come only where nothing else may."""
+        return self._never
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """`tokens` up to the first that the matcher must not see."""
+        size, never = self._vocab_size, self._never
+        for idx, token in enumerate(tokens):
+            if not 0 <= token < size or token in never:
+                return list(tokens[:idx])
+        return list(tokens)
 
     def _start_again(self) -> None:
         matcher = self.compiled.prototype.deep_copy()
@@ -138,3 +161,20 @@ class Grammar:
 
     def _fail(self, reason: str) -> None:
         self.error = reason.partition("\n")[0]
+
+
+def hide_tokens(masks: np.ndarray, rows: np.ndarray, tokens: Collection[int]) -> None:
+    """Take `tokens` out of those `rows` (indices) of masks [R, mask_words] int32 that allow anything else."""
+    words = masks.view(np.uint32)
+    places = [(token // 32, np.uint32(1 << token % 32)) for token in tokens]
+    has_some = np.zeros(len(rows), dtype=np.bool_)
+    for word, bit in places:
+        has_some |= words[rows, word] & bit != 0
+    if not has_some.any():  # the rule within a JSON value
+        return
+    rows = rows[has_some]
+    kept = words[rows]
+    for word, bit in places:
+        kept[:, word] &= ~bit
+    other = kept.any(axis=1)
+    words[rows[other]] = kept[other]
