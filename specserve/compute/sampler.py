@@ -149,12 +149,8 @@ class Sampler:
             return None if row[best] == -torch.inf else best
 
         if group.is_greedy:
-            sampled = self._masks.constrain_greedy(group, sampled, masked_best)
-        elif any(dead):
-            sampled = sampled[: dead.index(1)]
-        if not sampled:
-            group.failure = "grammar"
-        return sampled
+            return up_to_dead_end(group, self._masks.constrain_greedy(group, sampled, masked_best), ())
+        return up_to_dead_end(group, sampled, dead)
 
     def _edit(self, row: torch.Tensor, group: RowGroup, idx: int) -> torch.Tensor:
         """Apply penalties, bias and minimum length to one row [V], in place."""
@@ -178,6 +174,15 @@ class Sampler:
         if seq.output_len + idx < params.min_tokens:
             row[[*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
         return row
+
+
+def up_to_dead_end(group: RowGroup, sampled: list[int], dead: Seq[int]) -> list[int]:
+    """`sampled` up to the first row where the grammar leaves nothing; a group that has none fails."""
+    if 1 in dead:
+        sampled = sampled[: dead.index(1)]
+    if not sampled:
+        group.failure = "grammar"
+    return sampled
 
 
 def sample_rows(logits: torch.Tensor, params: Seq[tuple[SamplingParams, float]]) -> torch.Tensor:

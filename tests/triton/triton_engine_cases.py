@@ -227,16 +227,24 @@ def test_constrained_requests_equal_the_torch_path(pair):
     requests = [
         constrained("cold", schema, mode="fixed"),
         constrained("hot", schema, mode="fixed", temperature=1.0, seed=3),
+        *(constrained(f"dead-{t}", DEAD_END, "lark", mode="fixed", temperature=t) for t in (0.0, 1.0)),
         request("free", [5, 6, 5, 6, 5, 6], mode="fixed", max_tokens=6),
     ]
     triton, plain = (run(engine, requests) for engine in pair)
+    for name in ("dead-0.0", "dead-1.0"):
+        dead, want = triton.pop(name), plain.pop(name)
+        assert dead.tokens == want.tokens and dead.error.error == want.error.error
+        assert dead.error.error.code == "grammar_dead_end"
     assert tokens_of(triton) == tokens_of(plain)
     assert json.loads(triton["cold"].text).keys() == json.loads(triton["hot"].text).keys() == {"a"}
 
 
-def constrained(request_id, schema, **options):
+DEAD_END = 'start: "x" b\nb: "z" X\nX: /a/ & /b/\n'
+
+
+def constrained(request_id, grammar, kind="json_schema", **options):
     plain = request(request_id, [9, 8, 7], max_tokens=40, **options)
-    return msgspec.structs.replace(plain, grammar=GrammarSpec("json_schema", schema))
+    return msgspec.structs.replace(plain, grammar=GrammarSpec(kind, grammar))
 
 
 def test_a_profile_has_the_phases_of_this_path_and_says_what_is_not_to_be_seen(model_dir):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from ...kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, sample_logits_
 from ...schedule.row_group import RowGroup
 from ...schedule.verifier import accepted_tokens
 from ..grammar_masks import MaskMaker
-from ..sampler import Sampler, edits_logits, uniform
+from ..sampler import Sampler, edits_logits, uniform, up_to_dead_end
 from .buffers import Layout, Page
 from .drafts import DeviceDrafts
 from .parts import DeviceParts
@@ -42,6 +43,7 @@ class DeviceSampler(Sampler):
         self._device = parts.decoder.device
         self._vocab_size = parts.decoder.config.vocab_size
         self._buffers: dict[int, _Buffers] = {}  # by padded rows
+        self._host_masks = _HostMasks(self._vocab_size, self._device)
 
     def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
         sampled = super().sample(logits, groups)
@@ -63,11 +65,11 @@ class DeviceSampler(Sampler):
         special = [group for group in groups if not group.seq.takes_best]
         rows, edited = self._rows(num_rows, special)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
-        if special and (masks := self._masks.masks(special, also_greedy=True)) is not None:
+        if special and (masks := self._masks.masks(special, also_greedy=True, room=self._host_masks.rows)) is not None:
             rows = rows or [SamplingRow()] * num_rows
             for idx, row in enumerate(masks.rows):
                 rows[row] = rows[row]._replace(mask_row=idx)
-            buffers.upload_masks(torch.from_numpy(masks.bits))
+            self._host_masks.upload(buffers.masks, len(masks.rows))
         buffers.upload(rows)
         raw = logits[edited] if edited else None  # [edited, V]
         if edited:
@@ -89,6 +91,9 @@ class DeviceSampler(Sampler):
         if not any(flags):
             return tokens, flags, flags
         return tokens, [flag == 1 for flag in flags], [flag == NOTHING_POSSIBLE for flag in flags]
+
+    def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: list[int]) -> list[int]:
+        return up_to_dead_end(group, sampled, dead)  # every row was drawn under its mask
 
     def _rows(self, num_rows: int, groups: Seq[RowGroup]) -> tuple[list[SamplingRow], list[int]]:
         """Parameters of every row, none where all are greedy; and which rows are edited before they are sampled."""
@@ -141,11 +146,38 @@ class _Buffers:
             self._params.copy_(self._host)
         self._is_greedy = not rows
 
-    def upload_masks(self, bits: torch.Tensor) -> None:
-        self._params.masks[: bits.shape[0]].copy_(bits)
+    @property
+    def masks(self) -> torch.Tensor:
+        return self._params.masks
 
     def sample_(self, results: SampledTokens, logits: torch.Tensor, **stages: bool) -> None:
         """The launches, for a graph."""
         num_rows = logits.shape[0]
         tokens, flags = results.tokens[:num_rows], results.flags[:num_rows]
         sample_logits_(tokens, flags, logits, self._params, self._scratch, **stages)
+
+
+class _HostMasks:
+    """Masks on their way to the device, in memory that is pinned on CUDA and grows to the most rows of a step.
+
+    It is handed out for writing only when its last copy has been made.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        self._bits = torch.empty(0, -(-vocab_size // 32), dtype=torch.int32)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def rows(self, num_rows: int) -> np.ndarray:
+        """[num_rows, ceil(V / 32)] int32 of whatever they held."""
+        if self._copied is not None:
+            self._copied.synchronize()  # sync: that copy was queued a step ago
+        if num_rows > self._bits.shape[0]:
+            shape = (2 * num_rows, self._bits.shape[1])
+            self._bits = torch.empty(shape, dtype=torch.int32, pin_memory=self._copied is not None)
+        return self._bits[:num_rows].numpy()
+
+    def upload(self, masks: torch.Tensor, num_rows: int) -> None:
+        """Copy the first rows into `masks` on the device, in stream order."""
+        masks[:num_rows].copy_(self._bits[:num_rows], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
