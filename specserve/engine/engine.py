@@ -343,7 +343,19 @@ class Engine:
             self.reports.publish(seq)
             self._remove(state)
         is_first = old_len == seq.prompt_len
-        self.reports.add(StepReport(events, state, item, appended, num_drafted, num_accepted, is_first, logprobs))
+        self.reports.add(
+            StepReport(
+                events,
+                state,
+                item.num_rows,
+                item.draft_sources,
+                appended,
+                num_drafted,
+                num_accepted,
+                is_first,
+                logprobs,
+            )
+        )
 
     # -- bookkeeping
 

@@ -6,7 +6,8 @@ The next step needs none of it: a device that runs by itself runs that meanwhile
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from ..messages import Delta, GenerateRequest, RequestFailed, TokenLogprobs
 from ..schedule.block_manager import BlockManager
@@ -19,12 +20,13 @@ from .stats import Counters
 Event = Delta | RequestFailed
 
 
-class StepReport(NamedTuple):
+class StepReport(msgspec.Struct, gc=False, eq=False):
     """What became of one sequence in a step; `events` gets its delta."""
 
     events: list[Event]
     state: RunningRequest
-    item: ScheduledSequence
+    num_rows: int  # of its known tokens
+    draft_sources: list[str]
     appended: Appended
     num_drafted: int  # tokens that count as drafts: none behind the end
     num_accepted: int
@@ -63,42 +65,47 @@ class Reports:
 
     def publish(self, seq: TokenSequence) -> None:
         """Full blocks of what is computed are there for others from now on."""
-        size = self._blocks.block_size
-        if (len(seq.block_keys) + 1) * size <= seq.num_computed:
-            self._blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
+        self._blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
 
     def _write(self, report: StepReport) -> None:
-        events, state, item, appended, num_drafted, num_accepted, is_first, logprobs = report
-        seq, counters, num_tokens = state.seq, self._counters, len(appended.tokens)
+        state, appended = report.state, report.appended
+        seq, tokens = state.seq, appended.tokens
         seq.num_forwards += 1
-        counters.generated_tokens += num_tokens
-        if is_first:
-            counters.prompt_tokens += item.num_rows
-            counters.cached_prompt_tokens += seq.num_cached
-        for idx, source in enumerate(item.draft_sources[:num_drafted]):
+        self._counters.generated_tokens += len(tokens)
+        if report.num_drafted:
+            self._count_drafts(seq, report)
+        delta = Delta(seq.request_id, tokens, state.text_of(appended))
+        if report.is_first or report.logprobs is not None or appended.finish_reason is not None:
+            delta = self._with_extras(delta, report)
+        if (len(seq.block_keys) + 1) * self._blocks.block_size <= seq.num_computed:
+            self._unpublished.append(seq)
+        report.events.append(delta)
+
+    def _count_drafts(self, seq: TokenSequence, report: StepReport) -> None:
+        counters = self._counters
+        for idx, source in enumerate(report.draft_sources[: report.num_drafted]):
             seq.drafted_by_source[source] += 1
             counters.drafted_by_source[source] += 1
-            if idx < num_accepted:
+            if idx < report.num_accepted:
                 seq.accepted_by_source[source] += 1
                 counters.accepted_by_source[source] += 1
-        text = state.text_of(appended)
-        finish = appended.finish_reason
-        if finish is None:
-            self._unpublished.append(seq)
-            if logprobs is None and not is_first:
-                events.append(Delta(seq.request_id, appended.tokens, text))
-                return
-        else:
+
+    def _with_extras(self, delta: Delta, report: StepReport) -> Delta:
+        """What a delta has beside tokens and text, which most have not."""
+        state, appended, logprobs = report.state, report.appended, report.logprobs
+        seq, num_tokens, finish = state.seq, len(delta.token_ids), appended.finish_reason
+        if report.is_first:
+            self._counters.prompt_tokens += report.num_rows
+            self._counters.cached_prompt_tokens += seq.num_cached
+        if finish is not None:
             self._learn(seq.request, seq.output_ids)
-        events.append(
-            Delta(
-                request_id=seq.request_id,
-                token_ids=appended.tokens,
-                text=text,
-                logprobs=logprobs[:num_tokens] if logprobs is not None and num_tokens else None,
-                prompt_logprobs=state.prompt_logprobs if is_first else None,
-                finish_reason=finish,
-                stop_reason=appended.stop_reason,
-                usage=seq.usage() if finish is not None else None,
-            )
+        return Delta(
+            delta.request_id,
+            delta.token_ids,
+            delta.text,
+            logprobs=logprobs[:num_tokens] if logprobs is not None and num_tokens else None,
+            prompt_logprobs=state.prompt_logprobs if report.is_first else None,
+            finish_reason=finish,
+            stop_reason=appended.stop_reason,
+            usage=seq.usage() if finish is not None else None,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from ..drafters.chooser import DraftChooser
 from ..messages import TokenLogprobs
@@ -13,11 +15,11 @@ from ..text.detokenizer import Detokenizer
 FinishReason = Literal["stop", "length", "abort"] | None
 
 
-class Appended(NamedTuple):
+class Appended(msgspec.Struct, gc=False, eq=False):
     """What became of a step's tokens."""
 
     tokens: list[int]  # those that the sequence has now
-    text: str | None  # what is certain of their text; None: nobody needed it yet, `text_of` says it
+    text: str | None = None  # what is certain of their text; None: nobody needed it yet, `text_of` says it
     finish_reason: FinishReason = None
     stop_reason: str | int | None = None
     num_silent: int = 0  # tokens at the end that are no text: an end of sequence, a stop token
@@ -50,7 +52,7 @@ class RunningRequest:
         seq = self.seq
         if not self._walks and len(seq.tokens) + len(tokens) < self._max_len and self._ends.isdisjoint(tokens):
             seq.tokens += tokens
-            return Appended(tokens, None)
+            return Appended(tokens)
         sampling = seq.sampling
         if sampling.max_tokens == 0:
             return Appended([], "", "length")

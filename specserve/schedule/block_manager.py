@@ -43,6 +43,7 @@ class BlockManager:
         self._cached: dict[bytes, int] = {}
         self._key_of: list[bytes | None] = [None] * num_blocks
         self._claims: dict[int, int] = {}  # free block -> id of the table that wants it
+        self._claimed_by: dict[int, list[int]] = {}  # id -> what it claimed, some of which is taken since
         self._open = bytearray(b"\1") * num_blocks  # 1: free and unclaimed
         self._clean = bytearray(b"\1") * num_blocks  # 1: free, unclaimed and holding no cached prefix
 
@@ -122,9 +123,10 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
                 self._mark(block)
         table.clear()
-        for block in [b for b, who in self._claims.items() if who == owner]:
-            del self._claims[block]
-            self._mark(block)
+        for block in self._claimed_by.pop(owner, ()):
+            if self._claims.get(block) == owner:
+                del self._claims[block]
+                self._mark(block)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> str | None:
         """What is wrong, given the tables of every live sequence; None when all is well."""
@@ -153,7 +155,9 @@ class BlockManager:
         for bits in (self._clean, self._open):
             start = bits.find(b"\1" * want)
             if start >= 0:
-                for block in range(start, start + want):
+                own = range(start, start + want)
+                self._claimed_by.setdefault(owner, []).extend(own)
+                for block in own:
                     self._claims[block] = owner
                     self._mark(block)
                 return start

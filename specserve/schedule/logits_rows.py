@@ -17,20 +17,20 @@ class LogitsRows:
         self.groups: list[RowGroup] = []  # to sample; first_row counts in `rows`
         self.items: list[ScheduledSequence] = []  # whose they are
         self.prompt_rows: list[tuple[ScheduledSequence, int, int]] = []  # (item, first in `rows`, how many)
-        first_row = 0
+        rows, groups, first_row = self.rows, self.groups, 0
         for item, count in zip(items, counts, strict=True):
-            before = len(self.rows)
-            if item.seq.wants_prompt_logprobs:
+            seq, before = item.seq, len(rows)
+            if seq.wants_prompt_logprobs:
                 self._add_prompt(item, first_row)
             if item.reaches_end:
-                self.groups.append(RowGroup(item.seq, len(self.rows), item.drafts))
+                drafts, end = item.drafts, first_row + count
+                groups.append(RowGroup(seq, len(rows), drafts))
                 self.items.append(item)
-                end = first_row + count
-                if item.drafts:
-                    self.rows += range(end - len(item.drafts) - 1, end)
+                if drafts:
+                    rows += range(end - len(drafts) - 1, end)
                 else:
-                    self.rows.append(end - 1)
-            self.counts.append(len(self.rows) - before)
+                    rows.append(end - 1)
+            self.counts.append(len(rows) - before)
             first_row += count
 
     def _add_prompt(self, item: ScheduledSequence, first_row: int) -> None:

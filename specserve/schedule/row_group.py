@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from .sequence import Sequence
 
 
-@dataclass(slots=True)
-class RowGroup:
+class RowGroup(msgspec.Struct, gc=False, eq=False):
     """The logit rows of one sequence in this step: rows first_row .. first_row + len(drafts)."""
 
     seq: Sequence
     first_row: int
-    drafts: list[int] = field(default_factory=list)
+    drafts: list[int] = []
     failure: Literal["nan", "grammar"] | None = None  # why its first row gave no token; the sampler says
 
     @property

@@ -10,25 +10,26 @@ later. A sequence that fits the cache alone (checked at admission by the engine)
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+
+import msgspec
 
 from .block_manager import BlockManager
 from .sequence import Sequence, Status
 
 
-@dataclass(slots=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, gc=False, eq=False):
     """`num_rows` tokens of `seq` from `num_computed` on, then the drafts, are computed in this step."""
 
     seq: Sequence
     num_rows: int
-    drafts: list[int] = field(default_factory=list)
-    draft_sources: list[str] = field(default_factory=list)  # one per draft
+    drafts: list[int] = []
+    draft_sources: list[str] = []  # one per draft
 
     @property
     def reaches_end(self) -> bool:
         """Whether the last non-draft row is the sequence's newest token, so that a token can be sampled."""
-        return self.seq.num_computed + self.num_rows == len(self.seq.tokens)
+        seq = self.seq
+        return seq.num_computed + self.num_rows == len(seq.tokens)
 
 
 class Scheduler:

@@ -38,6 +38,7 @@ class Sequence:
         self._queue_s: float | None = None
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.tokens)
+        self.max_len = self.prompt_len + self.sampling.max_tokens
         self._output_counts: Counter[int] = Counter()  # of its first so many tokens
         self._num_counted = self.prompt_len
         self.num_computed = 0
@@ -47,6 +48,7 @@ class Sequence:
         self.block_keys: list[bytes] = []
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
         self.grammar = grammar  # its place in what it must keep to
+        self.wants_prompt_logprobs = self.sampling.prompt_logprobs is not None
         self.is_greedy = self.sampling.temperature == 0.0
         self.has_edits = bool(  # of its logits, before temperature
             self.sampling.presence_penalty
@@ -71,14 +73,6 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.tokens) - self.num_computed
-
-    @property
-    def max_len(self) -> int:
-        return self.prompt_len + self.sampling.max_tokens
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.sampling.prompt_logprobs is not None
 
     def forget_blocks(self) -> None:
         """Begin anew after the block table was released."""
