@@ -1,6 +1,6 @@
 """What the server and the engine process say to each other.
 
-Frames on a socket: 4 bytes little-endian length, then one msgpack-encoded `ToEngine` or `FromEngine` union member.
+Frames on a socket (`frames.py`): to the engine a `ToEngine` union member each, from it a list of `FromEngine` members.
 Everything here is plain values; neither side shares objects with the other. Validation of user input happens in the
 server; the engine trusts these ranges except where it says that it checks.
 """
@@ -33,6 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: int | None = None  # None: none; n >= 0: the sampled token's and the n most likely ones'
     prompt_logprobs: int | None = None  # the same for every prompt token after the first
     skip_special_tokens: bool = True
+    detokenize: bool = True  # False: deltas have no text, and there are no stop strings
 
 
 class Speculation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,7 +175,7 @@ class Usage(msgspec.Struct, frozen=True):
     queue_s: float = 0.0  # from arrival in the engine to the first admission to a step
 
 
-class Delta(msgspec.Struct, frozen=True, tag="delta"):
+class Delta(msgspec.Struct, frozen=True, tag="delta", omit_defaults=True):
     """New output of one request; the last one carries `finish_reason` and `usage`.
 
     `text` never holds an incomplete character nor text past a stop string; token ids may run ahead of it.
@@ -182,7 +183,8 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
 
     request_id: str
     token_ids: list[int]
-    text: str
+    text: str = ""
+    num_silent: int = 0  # token ids at the end that are no text: an end of sequence, a stop token
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, on the first delta
     finish_reason: Literal["stop", "length", "abort"] | None = None

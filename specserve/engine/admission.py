@@ -18,6 +18,8 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise UserError("the prompt is empty; send at least one token", param="prompt")
+    if sampling.stop and not sampling.detokenize:
+        raise UserError("stop strings are found in text: they need detokenize", param="stop")
     for name, ids in (
         ("prompt", prompt),
         ("logit_bias", list(sampling.logit_bias)),

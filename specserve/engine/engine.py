@@ -158,12 +158,16 @@ class Engine:
         sampling = request.sampling
         place = grammar.start(sampling.ignore_eos) if request.grammar is not None and grammar is not None else None
         seq = Sequence(self._num_added, request, place)
-        detokenizer = Detokenizer(
-            self._texts,
-            request.prompt_token_ids,
-            sampling.stop,
-            sampling.include_stop_str_in_output,
-            sampling.skip_special_tokens,
+        detokenizer = (
+            Detokenizer(
+                self._texts,
+                request.prompt_token_ids,
+                sampling.stop,
+                sampling.include_stop_str_in_output,
+                sampling.skip_special_tokens,
+            )
+            if sampling.detokenize
+            else None
         )
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
         chooser = self.proposer.chooser_for(request, place)

@@ -103,6 +103,7 @@ class Reports:
             delta.request_id,
             delta.token_ids,
             delta.text,
+            appended.num_silent,
             logprobs=logprobs[:num_tokens] if logprobs is not None and num_tokens else None,
             prompt_logprobs=state.prompt_logprobs if report.is_first else None,
             finish_reason=finish,

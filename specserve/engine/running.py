@@ -33,7 +33,7 @@ class RunningRequest:
     def __init__(
         self,
         seq: TokenSequence,
-        detokenizer: Detokenizer,
+        detokenizer: Detokenizer | None,
         drafts: DraftChooser,
         eos_token_ids: Collection[int] = (),
         prompt_logprobs: list[TokenLogprobs | None] | None = None,
@@ -65,7 +65,7 @@ class RunningRequest:
             if token in self._ends:
                 reason = None if token in self._eos else token
                 return Appended(kept, self._ended(text), "stop", reason, 1)
-            if text is not None:
+            if text is not None and self.detokenizer is not None:
                 new, stop = self.detokenizer.push(token)
                 text += new
                 if stop is not None:
@@ -77,12 +77,13 @@ class RunningRequest:
         return Appended(kept, text)
 
     def text_of(self, appended: Appended) -> str:
-        """The text of what was appended; to be asked in that order, once each."""
+        """The text of what was appended; to be asked in that order, once each. Empty where the server writes it."""
         if appended.text is not None:
             return appended.text
+        if self.detokenizer is None:
+            return ""
         spoken = appended.tokens[: len(appended.tokens) - appended.num_silent]
-        text = "".join(self.detokenizer.push(token)[0] for token in spoken)
-        return text + self.detokenizer.flush() if appended.finish_reason is not None else text
+        return self.detokenizer.write(spoken, is_last=appended.finish_reason is not None)
 
     def _ended(self, text: str | None) -> str | None:
-        return None if text is None else text + self.detokenizer.flush()
+        return None if text is None or self.detokenizer is None else text + self.detokenizer.flush()

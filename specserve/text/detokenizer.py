@@ -78,6 +78,11 @@ class Detokenizer:
             self._context, self._before = [token], None
         return self._release(new) if self._stop else (new, None)
 
+    def write(self, tokens: Sequence[int], is_last: bool) -> str:
+        """The text of further tokens of a sequence without stop strings; all that is left behind its last ones."""
+        text = "".join([self.push(token)[0] for token in tokens])
+        return text + self.flush() if is_last else text
+
     def flush(self) -> str:
         """What is left when the sequence ends for another reason than a stop string."""
         text, stop = self._release(self._decode_pending(final=True))

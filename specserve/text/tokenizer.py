@@ -123,9 +123,9 @@ class TextTokenizer:
         _give_memory_back(text)
         return tokens
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        """The text that follows `prompt_ids` a token at a time, special tokens written out."""
-        return Detokenizer(self._texts, prompt_ids, skip_special_tokens=False)
+    def detokenizer(self, prompt_ids: Sequence[int], skip_special_tokens: bool = False) -> Detokenizer:
+        """The text that follows `prompt_ids`, a token at a time."""
+        return Detokenizer(self._texts, prompt_ids, skip_special_tokens=skip_special_tokens)
 
     def added_tokens(self, texts: Collection[str]) -> tuple[dict[str, int], tuple[int, ...]]:
         """({text: id} of those of `texts` that are one added token each, the ids of others that are not special).

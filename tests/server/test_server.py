@@ -127,6 +127,27 @@ def test_stop_string_never_streams_past(server):
     assert events[-1]["choices"][0]["finish_reason"] == "stop" and events[-1]["choices"][0]["stop_reason"] == stop
 
 
+@pytest.mark.parametrize("stop", [None, "never said"])
+def test_characters_of_several_tokens_come_whole_and_one_cut_short_comes_last(server, stop):
+    """Without a stop string the server writes the text, with one the engine does."""
+    said = "naïve 日本語 🎉 €"
+    fields = {"stop": stop, "structured_outputs": {"choice": [said]}, "speculation": {"mode": "off"}}
+    fields |= {"ignore_eos": False}
+    body = {"prompt": "Say ", "max_tokens": 60, "temperature": 0, "echo": True, "logprobs": 0, **fields}
+    events = [event["choices"][0] for event in server.stream("/v1/completions", body)]
+    texts = [choice["text"] for choice in events]
+    assert "".join(texts) == "Say " + said and texts.count("") > 8 and not any("\ufffd" in text for text in texts)
+    assert events[-1]["finish_reason"] == "stop"
+    tokens = [token for choice in events if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
+    whole = server.complete(**body)
+    assert whole["text"] == "Say " + said and whole["logprobs"]["tokens"] == tokens
+    num_tokens = len(server.post("/tokenize", {"prompt": "naïve 日本語 🎉"}).json()["tokens"])
+    for num, end in ((num_tokens - 1, "\ufffd"), (num_tokens, "🎉")):
+        assert server.complete("Say ", **fields, n=2, max_tokens=num)["text"] == "naïve 日本語 " + end
+    letter = server.post("/tokenize", {"prompt": "v"}).json()["tokens"]
+    assert server.complete("Say ", **fields, max_tokens=60, stop_token_ids=letter)["text"] == "naï"
+
+
 def test_adapters_by_model_and_by_adapter_id_in_one_batch(server):
     alone = {name: server.complete(model=name)["text"] for name in ("tiny", "alpha", "beta")}
     assert len(set(alone.values())) == 3

@@ -61,7 +61,7 @@ class Generator:
         self.store = store
         self.model_name = model_name
         self.prompts = Prompts(engine, store, tokenizer, config.tool_format)
-        self._runner = JobRunner(engine, store, model_name, metrics, config.request_timeout_s)
+        self._runner = JobRunner(engine, store, tokenizer, model_name, metrics, config.request_timeout_s)
         chosen = self.prompts.format_of(tokenizer)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
 

@@ -1,5 +1,6 @@
 """From a job to its deltas: all its sequences as one stream, measured and logged, ended with the client or the time.
 
+Writes the texts of sequences that have no stop strings; the engine, which ends the others by their texts, writes those.
 Owns what may happen to a sequence on its way: its tools' adapters take turns (`chat.tools.adapter_switching`), its
 adapter had to make room and is loaded again, its engine process ended (`engine_client.resending`).
 """
@@ -15,6 +16,8 @@ import msgspec
 from ...chat.tools.adapter_switching import switching_deltas
 from ...errors import OverloadedError, UserError
 from ...messages import AdapterInfo, Delta, GenerateRequest
+from ...text.detokenizer import Detokenizer
+from ...text.tokenizer import TextTokenizer
 from ..activity_log import RequestLine
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
@@ -28,10 +31,19 @@ MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
 class JobRunner:
     """Runs the jobs of one server on its engine; none may take longer than `timeout_s`."""
 
-    def __init__(self, engine: EngineClient, store: AdapterStore, base_name: str, metrics: Metrics, timeout_s: float):
+    def __init__(
+        self,
+        engine: EngineClient,
+        store: AdapterStore,
+        tokenizer: TextTokenizer,
+        base_name: str,
+        metrics: Metrics,
+        timeout_s: float,
+    ):
         self._engine = engine
         self._resender = Resender(engine)
         self._store = store
+        self._tokenizer = tokenizer  # the base model's writes all texts, as the engine does
         self._base_name = base_name
         self._metrics = metrics
         self._timeout_s = timeout_s
@@ -104,12 +116,15 @@ class JobRunner:
 
         `prompted` is the adapter whose chat template and tokenizer made the prompt, if it did: they must be the same.
         """
-        losses = EngineLosses()
+        losses, sampling = EngineLosses(), request.sampling
+        detokenizer: Detokenizer | None = None
+        if not sampling.detokenize:
+            detokenizer = self._tokenizer.detokenizer(request.prompt_token_ids, sampling.skip_special_tokens)
         for attempt in range(MAX_RELOADS + 1):
             try:
                 async with aclosing(self._resender.generate(request, losses)) as deltas:
                     async for delta in deltas:
-                        yield delta
+                        yield delta if detokenizer is None else _with_text(delta, detokenizer)
                 return
             except UserError as error:
                 if error.code != "adapter_not_resident" or adapter is None:
@@ -130,3 +145,9 @@ class JobRunner:
                     code="adapter_changed",
                 )
             request = msgspec.structs.replace(request, adapter_hash=now.content_hash)
+
+
+def _with_text(delta: Delta, detokenizer: Detokenizer) -> Delta:
+    spoken = delta.token_ids[: len(delta.token_ids) - delta.num_silent]
+    text = detokenizer.write(spoken, is_last=delta.finish_reason is not None)
+    return msgspec.structs.replace(delta, text=text)

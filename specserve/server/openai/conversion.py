@@ -60,6 +60,7 @@ def sampling_params(
     temperature = _number(request, "temperature", 0.0, 2.0, 1.0)
     top_k = _integer(request, "top_k", -1, info.vocab_size, 0)
     logprobs, prompt_logprobs = _logprobs(request)
+    stop = _stops(request.stop)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -70,7 +71,7 @@ def sampling_params(
         frequency_penalty=_number(request, "frequency_penalty", -2.0, 2.0, 0.0),
         repetition_penalty=_number(request, "repetition_penalty", 0.0, 10.0, 1.0, open_low=True),
         logit_bias=_logit_bias(request.logit_bias, info.vocab_size),
-        stop=_stops(request.stop),
+        stop=stop,
         stop_token_ids=_stop_ids(request.stop_token_ids, info.vocab_size),
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
         ignore_eos=bool(request.ignore_eos),
@@ -81,6 +82,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=None if is_chat else prompt_logprobs,
         skip_special_tokens=request.skip_special_tokens is not False,
+        detokenize=bool(stop),  # only then does the engine need the text; else the server writes it
     )
 
 
