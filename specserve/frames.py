@@ -1,7 +1,8 @@
 """Length-prefixed msgpack frames between the server and the engine process, blocking and asyncio.
 
-A frame is 4 bytes little-endian length, then one msgpack value. This file owns the framing only: what the values are is
-in `messages.py`. A peer that goes away between frames is an end (None); inside a frame it is a `FrameError`.
+A frame is 4 bytes little-endian length, then one msgpack value: a message to the engine, a list of messages from it.
+This file owns the framing only: what the values are is in `messages.py`. A peer that goes away between frames is an end
+(None); inside a frame it is a `FrameError`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,19 +21,30 @@ _LENGTH = struct.Struct("<I")
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
-from_engine_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
+from_engine_decoder: msgspec.msgpack.Decoder[list[Any]] = msgspec.msgpack.Decoder(list[FromEngine])
 
 
 class FrameError(Exception):
     """The peer broke the framing: a frame over the limit, or an end in the middle of one."""
 
 
-def encode_frame(message: Any) -> bytes:
+def encode_frame(value: Any) -> bytearray:
     """One value as a whole frame, ready to be sent."""
     buffer = bytearray(_LENGTH.size)
-    encoder.encode_into(message, buffer, _LENGTH.size)
+    encoder.encode_into(value, buffer, _LENGTH.size)
     _LENGTH.pack_into(buffer, 0, _checked(len(buffer) - _LENGTH.size))
-    return bytes(buffer)
+    return buffer
+
+
+def encode_frames(messages: Sequence[Any]) -> bytearray:
+    """All of `messages` from the engine, in one frame if they fit."""
+    try:
+        return encode_frame(messages)
+    except FrameError:
+        if len(messages) < 2:
+            raise
+    half = len(messages) // 2
+    return encode_frames(messages[:half]) + encode_frames(messages[half:])
 
 
 def read_frame(sock: socket.socket) -> bytes | None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..awake_clock import AwakeClock
-from ..frames import encode_frame, read_frame, to_engine_decoder
+from ..frames import encode_frames, read_frame, to_engine_decoder
 from ..messages import Heartbeat
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class ServerLink:
         """Send them; waits while the server takes nothing."""
         if not messages:
             return
-        data = b"".join(encode_frame(message) for message in messages)
+        data = encode_frames(messages)
         with self._sending:
             try:
                 self._sock.sendall(data)
@@ -80,11 +80,11 @@ class ServerLink:
                 if turn != self._turn:
                     turn, since = self._turn, now
                 num_running, num_waiting, num_rows = load()
-                self._send_now(encode_frame(Heartbeat(num_running, num_waiting, now - since, num_rows)))
+                self._send_now(encode_frames([Heartbeat(num_running, num_waiting, now - since, num_rows)]))
             finally:
                 self._sending.release()
 
-    def _send_now(self, data: bytes) -> None:
+    def _send_now(self, data: bytearray) -> None:
         """Send a small frame if the socket has room for it."""
         try:
             num_sent = self._sock.send(data, socket.MSG_DONTWAIT)

@@ -16,6 +16,7 @@ from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
+from specserve import frames
 from specserve.adapter_files import content_hash
 from specserve.config import EngineConfig
 from specserve.engine import server_link
@@ -39,6 +40,24 @@ from specserve.messages import (
     Stats,
     UnloadAdapter,
 )
+
+
+def receive(sock):
+    """The messages of the next frame."""
+    return from_engine_decoder.decode(read_frame(sock))
+
+
+def test_messages_of_one_time_are_one_frame_unless_it_were_too_large(monkeypatch):
+    ours, theirs = socket.socketpair()
+    deltas = [Delta(str(idx), [idx], "text" * 25) for idx in range(5)]
+    ServerLink(theirs).send(deltas)
+    assert receive(ours) == deltas
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 300)
+    ServerLink(theirs).send(deltas)
+    received = [receive(ours) for _ in range(3)]
+    assert sum(received, []) == deltas and len(received[0]) == 2
+    ours.close()
+    theirs.close()
 
 
 def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monkeypatch):
@@ -65,7 +84,7 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
         assert set(process._compiling) == {"slow"}
     engine.grammars.began = 0.0
     process._give_up_compiling()
-    failed = from_engine_decoder.decode(read_frame(ours))
+    (failed,) = receive(ours)
     assert isinstance(failed, RequestFailed) and failed.request_id == "slow" and failed.error.status == 400
     assert f"{COMPILE_TIMEOUT_S:g} s" in failed.error.message
     never.set_result(object())  # too late for both
@@ -82,11 +101,11 @@ def test_heartbeat_comes_while_the_loop_is_held_up_and_waiting_for_the_server_is
     left = threading.Event()
     link = ServerLink(theirs, leave=lambda status: left.set())
     link.start_heartbeat(lambda: (2, 1, 7))
-    beats = [from_engine_decoder.decode(read_frame(ours)) for _ in range(6)]  # of one turn: nothing begins another
+    beats = [receive(ours)[0] for _ in range(6)]  # of one turn: nothing begins another
     assert all((beat.num_running, beat.num_waiting, beat.num_rows) == (2, 1, 7) for beat in beats)
     assert [beat.turn_s for beat in beats] == sorted(beat.turn_s for beat in beats) and 0.15 < beats[-1].turn_s < 5
     link.begin_turn()
-    turns = (from_engine_decoder.decode(read_frame(ours)).turn_s for _ in range(20))  # some may be on their way
+    turns = (receive(ours)[0].turn_s for _ in range(20))  # some may be on their way
     assert any(turn_s < beats[-1].turn_s for turn_s in turns)
     # The server takes nothing: the loop waits in the middle of a frame, and no heartbeat may cut in, wait, or blame it.
     delta = Delta("a", [], "x" * 2**21)
@@ -96,8 +115,8 @@ def test_heartbeat_comes_while_the_loop_is_held_up_and_waiting_for_the_server_is
     assert loop.is_alive()
     kinds = []
     while not kinds or kinds[-1] != delta:
-        kinds.append(from_engine_decoder.decode(read_frame(ours)))
-    assert from_engine_decoder.decode(read_frame(ours)).turn_s < 0.45  # 0.5 and more with the wait
+        kinds += receive(ours)
+    assert receive(ours)[0].turn_s < 0.45  # 0.5 and more with the wait
     loop.join(timeout=10)
     # And with the socket full to the brim the heartbeat passes over its turn.
     theirs.setblocking(False)
@@ -116,6 +135,7 @@ class Peer:
 
     def __init__(self, config):
         self.sock, theirs = socket.socketpair()
+        self.received: list = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "specserve.engine.process", "--fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
@@ -130,11 +150,13 @@ class Peer:
 
     def receive(self, kind, match=lambda message: True):
         while True:
+            while self.received:
+                message = self.received.pop(0)
+                if isinstance(message, kind) and match(message):
+                    return message
             payload = read_frame(self.sock)
             assert payload is not None, "the engine process went away"
-            message = from_engine_decoder.decode(payload)
-            if isinstance(message, kind) and match(message):
-                return message
+            self.received = from_engine_decoder.decode(payload)
 
     def close(self):
         self.sock.close()

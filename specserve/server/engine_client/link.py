@@ -69,8 +69,8 @@ class EngineLink:
             await wait(process, grace_s=0.0)
             raise
 
-    async def messages(self) -> AsyncGenerator[Any]:
-        """What the engine says, until its end of the socket closes. Raises `FrameError` or msgspec's on nonsense."""
+    async def messages(self) -> AsyncGenerator[list[Any]]:
+        """What the engine says at a time, until it closes the socket. Raises `FrameError` or msgspec's on nonsense."""
         while True:
             try:
                 payload = await read_frame_async(self._reader)
@@ -107,11 +107,11 @@ def _start(command: Sequence[str]) -> tuple[socket.socket, subprocess.Popen[byte
 
 
 async def _first_message(reader: asyncio.StreamReader) -> Any:
-    """The engine's first message; None when there is none in time, or none that makes sense."""
+    """The engine's first message, sent alone; None when there is none in time, or none that makes sense."""
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             payload = await read_frame_async(reader)
-        return from_engine_decoder.decode(payload) if payload is not None else None
+        return next(iter(from_engine_decoder.decode(payload)), None) if payload is not None else None
     except TimeoutError:
         logger.error("the engine process has not loaded its model within %.0f s", START_TIMEOUT_S)
     except (FrameError, msgspec.MsgspecError) as error:

@@ -148,11 +148,12 @@ class EngineSupervisor:
         return problem or f"the engine process ended ({status})"
 
     async def _read(self, link: EngineLink) -> str:
-        async for message in link.messages():
+        async for messages in link.messages():
             self._heard = True
-            if isinstance(message, Heartbeat):
-                self._heartbeat = message
-            self._on_message(message)
+            for message in messages:
+                if isinstance(message, Heartbeat):
+                    self._heartbeat = message
+                self._on_message(message)
             await asyncio.sleep(0)  # a burst of buffered frames must not keep their readers from running
         return ""
 
