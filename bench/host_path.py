@@ -27,7 +27,7 @@ from specserve.drafters.protocol import DraftSource
 from specserve.engine import engine as engine_module
 from specserve.engine.engine import Engine, Event
 from specserve.engine.step_profile import StepProfile
-from specserve.frames import encode_frame
+from specserve.frames import encode_frames
 from specserve.messages import (
     Delta,
     GenerateRequest,
@@ -112,8 +112,9 @@ class Bench:
     def _write_and_encode(self, events: list[Event]) -> None:
         """What the engine's process does with the events of the step before while a step runs."""
         self.engine.write_events()
+        if events:
+            encode_frames(events)
         for event in events:
-            encode_frame(event)
             if isinstance(event, Delta):
                 self._num_tokens += len(event.token_ids)
 
@@ -143,6 +144,7 @@ class Bench:
             ignore_eos=True,
             stop=["\n\n\n\n"] if case == "stop" else [],
             logprobs=5 if case == "logprobs" else None,
+            detokenize=case == "stop",  # as the server asks: it writes the other texts itself
         )
         self.engine.add_request(
             GenerateRequest(
