@@ -138,6 +138,8 @@ class Watch:
         self._model = model
         self._start = time.monotonic()
         self._last: list[float | None] = [None] * num_sequences
+        self._inter_token = metrics.inter_token.labels(model)  # looked up once: there is a delta for each token
+        self._generated_tokens = metrics.generated_tokens.labels(model)
 
     def delta(self, idx: int, delta: Delta) -> None:
         now, metrics, num = time.monotonic(), self._metrics, len(delta.token_ids)
@@ -147,9 +149,9 @@ class Watch:
         elif num:
             # Tokens of one verification arrive together; each is charged its share of the gap.
             for _ in range(num):
-                metrics.inter_token.labels(self._model).observe((now - last) / num)
+                self._inter_token.observe((now - last) / num)
         self._last[idx] = now
-        metrics.generated_tokens.labels(self._model).inc(num)
+        self._generated_tokens.inc(num)
         if delta.finish_reason is not None:
             metrics.finished.labels(delta.finish_reason).inc()
         if delta.usage is not None:

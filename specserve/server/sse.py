@@ -22,6 +22,8 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+# Bytes that a reader has not taken; with fewer a transport has not told its writers to wait, and no timer is needed.
+_WAITS_FOR_NOBODY = 16 * 1024
 
 
 class EventBuilder(Protocol):
@@ -76,8 +78,12 @@ class EventStream:
         """Write `events` as JSON in one piece."""
         await self.open()
         if events:
-            data = b"".join(self._mark + msgspec.json.encode(event) + b"\n\n" for event in events)
-            await self._taken(self.response.write(data))
+            data = b"".join([self._mark + msgspec.json.encode(event) + b"\n\n" for event in events])
+            transport = self._request.transport
+            if transport is not None and transport.get_write_buffer_size() < _WAITS_FOR_NOBODY:
+                await self.response.write(data)
+            else:
+                await self._taken(self.response.write(data))
 
     async def end(self, last: bytes = b"") -> web.StreamResponse:
         """Write `last` and what says that the stream is complete."""

@@ -50,30 +50,15 @@ class JobRunner:
 
     async def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """Deltas of all choices as they come. Raises `UserError`; leaving the iterator aborts what still runs."""
-        queue: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue(maxsize=64)
-
-        async def pump(idx: int, request: GenerateRequest) -> None:
-            try:
-                async with aclosing(self._choice(job, request)) as deltas:
-                    async for delta in deltas:
-                        await queue.put((idx, delta))
-            except Exception as error:
-                await queue.put((idx, error))
-
-        tasks = [asyncio.create_task(pump(idx, request)) for idx, request in enumerate(job.requests)]
-        watch = self._metrics.watch(job.adapter or self._base_name, num_sequences=len(tasks))
-        line = RequestLine(job.id, job.adapter or self._base_name, len(tasks))
-        num_running = len(tasks)
+        num = len(job.requests)
+        watch = self._metrics.watch(job.adapter or self._base_name, num)
+        line = RequestLine(job.id, job.adapter or self._base_name, num)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                while num_running:
-                    idx, item = await queue.get()
-                    if isinstance(item, BaseException):
-                        raise item
-                    num_running -= item.finish_reason is not None
-                    watch.delta(idx, item)
-                    line.delta(item)
-                    yield idx, item
+            async with asyncio.timeout(self._timeout_s), aclosing(self._choices(job)) as deltas:
+                async for idx, delta in deltas:
+                    watch.delta(idx, delta)
+                    line.delta(delta)
+                    yield idx, delta
         except UserError as error:
             line.failed(error.code or error.type)
             raise
@@ -88,11 +73,39 @@ class JobRunner:
             line.failed("internal_error")
             raise
         finally:
+            watch.done()
+            line.ended()
+
+    async def _choices(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
+        """The deltas of all choices as they come."""
+        if len(job.requests) == 1:
+            async with aclosing(self._choice(job, job.requests[0])) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
+            return
+        queue: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue(maxsize=64)
+
+        async def pump(idx: int, request: GenerateRequest) -> None:
+            try:
+                async with aclosing(self._choice(job, request)) as deltas:
+                    async for delta in deltas:
+                        await queue.put((idx, delta))
+            except Exception as error:
+                await queue.put((idx, error))
+
+        tasks = [asyncio.create_task(pump(idx, request)) for idx, request in enumerate(job.requests)]
+        num_running = len(tasks)
+        try:
+            while num_running:
+                idx, item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                num_running -= item.finish_reason is not None
+                yield idx, item
+        finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            watch.done()
-            line.ended()
 
     def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
         """One sequence, or several as one where tools bring adapters."""
