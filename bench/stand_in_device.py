@@ -17,13 +17,16 @@ from dataclasses import dataclass, field
 import torch
 
 from specserve.compute.cuda.buckets import Bucket
+from specserve.compute.cuda.buffers import HostCopy
 from specserve.compute.cuda.decoder import TritonDecoder
 from specserve.compute.cuda.drafts import DeviceDrafts
 from specserve.compute.cuda.graph_cache import GraphCache
 from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
-from specserve.compute.cuda.sampler import DeviceSampler, SampledTokens
+from specserve.compute.cuda.sampled_tokens import SampledTokens
+from specserve.compute.cuda.sampler import DeviceSampler
 from specserve.compute.path import ComputePath, PathInputs, Phase
+from specserve.compute.sampler import PendingSample
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.row_group import RowGroup
 from specserve.schedule.sequence import Sequence as EngineSequence
@@ -52,25 +55,31 @@ class DeviceClock:
     busy_until: float = 0.0
     waited_s: float = 0.0  # by the host, for results
     idle_s: list[float] = field(default_factory=list)  # between two steps
+    _stood_s: float = 0.0
+
+    @property
+    def now(self) -> float:
+        return time.perf_counter() - self._stood_s
 
     def queue_step(self, num_rows: int) -> None:
         if self.busy_until:
-            self.idle_s.append(max(0.0, time.perf_counter() - self.busy_until))
+            self.idle_s.append(max(0.0, self.now - self.busy_until))
         self.queue(self.times.layers(num_rows))
 
     def queue(self, seconds: float) -> None:
-        self.busy_until = max(time.perf_counter(), self.busy_until) + seconds
+        self.busy_until = max(self.now, self.busy_until) + seconds
 
     @contextlib.contextmanager
     def standing_still(self) -> Iterator[None]:
         """What is done here takes no time: the device would have done it."""
         start = time.perf_counter()
         yield
-        self.busy_until += time.perf_counter() - start
+        self._stood_s += time.perf_counter() - start
 
-    def wait(self) -> None:
+    def wait(self, until: float) -> None:
+        """For what was queued up to then."""
         start = time.perf_counter()
-        while (left := self.busy_until - time.perf_counter()) > 0:
+        while (left := until - self.now) > 0:
             if left > _SPIN_S:
                 time.sleep(left - _SPIN_S)
         self.waited_s += time.perf_counter() - start
@@ -113,10 +122,10 @@ class StandIn:
     def make_path(self, decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
         limits = inputs.limits
         parts = DeviceParts.of(decoder, inputs.kv, limits, _Graphs(self))
-        self.sampled = _Sampled(self, parts.logits.picked_tokens.shape[0])
-        self.drafts = _Drafts(parts, self.sampled.tokens, inputs.adapters, limits)
+        self._sampled, self.drafts = parts.sampled, _Drafts(parts, parts.sampled.tokens, inputs.adapters, limits)
+        self._put_on_the_clock(parts.sampled)
         runner = DeviceRunner(parts, on_seated=self.drafts.prepare)
-        sampler = _Sampler(self, inputs, parts, self.sampled, self.drafts)
+        sampler = _Sampler(self, inputs, parts, self.drafts)
         return _Path(
             runner=runner,
             sampler=sampler,
@@ -124,9 +133,11 @@ class StandIn:
             stepped_heads=None,
             torch_threads=contextlib.nullcontext,
             is_asynchronous=True,
+            max_rows_ahead=parts.sampled.num_rows,
             phases=(
                 Phase(runner, "forward", "fill"),
-                Phase(sampler, "sample", "sample"),
+                Phase(sampler, "launch", "sample"),
+                Phase(sampler, "collect", "sample"),
                 Phase(self.clock, "wait", "wait"),
                 Phase(self, "sample", STANDING_IN),
                 Phase(self, "draft", STANDING_IN),
@@ -135,10 +146,27 @@ class StandIn:
             times=self.clock.times,
         )
 
+    def _put_on_the_clock(self, sampled: SampledTokens) -> None:
+        """What is copied to the host is there when the device has come so far."""
+        queue_download, read = sampled.queue_download, sampled.read
+        due: dict[int, float] = {}
+
+        def queue_on_clock() -> HostCopy:
+            copy = queue_download()
+            due[id(copy)] = self.clock.busy_until
+            return copy
+
+        def read_on_clock(copy: HostCopy, num_rows: int) -> tuple[list[int], list[int]]:
+            self.clock.wait(due[id(copy)])
+            return read(copy, num_rows)
+
+        sampled.queue_download = queue_on_clock  # type: ignore[method-assign]
+        sampled.read = read_on_clock  # type: ignore[method-assign]
+
     def sample(self) -> None:
         for group in self.groups:
             rows = self.script.rows(group)
-            self.sampled.tokens[group.first_row : group.first_row + len(rows)] = torch.tensor(rows)
+            self._sampled.tokens[group.first_row : group.first_row + len(rows)] = torch.tensor(rows)
 
     def draft(self, num_guesses: int) -> None:
         guesses, probabilities = self.drafts.outputs
@@ -181,16 +209,6 @@ class _Graphs(GraphCache):
                 self._stand_in.draft(key[2])
 
 
-class _Sampled(SampledTokens):
-    def __init__(self, stand_in: StandIn, num_rows: int):
-        super().__init__(num_rows, torch.device("cpu"))
-        self._stand_in = stand_in
-
-    def download(self, num_rows: int) -> tuple[list[int], list[int]]:
-        self._stand_in.clock.wait()
-        return super().download(num_rows)
-
-
 class _Drafts(DeviceDrafts):
     @property
     def drafting_groups(self) -> list[RowGroup]:
@@ -202,12 +220,10 @@ class _Drafts(DeviceDrafts):
 
 
 class _Sampler(DeviceSampler):
-    def __init__(
-        self, stand_in: StandIn, inputs: PathInputs, parts: DeviceParts, sampled: SampledTokens, drafts: DeviceDrafts
-    ):
-        super().__init__(inputs.eos_token_ids, inputs.masks, parts, sampled, drafts)
+    def __init__(self, stand_in: StandIn, inputs: PathInputs, parts: DeviceParts, drafts: DeviceDrafts):
+        super().__init__(inputs.eos_token_ids, inputs.masks, parts, drafts)
         self._stand_in = stand_in
 
-    def sample(self, logits: torch.Tensor, groups: Sequence[RowGroup]) -> list[list[int]]:
+    def launch(self, logits: torch.Tensor, groups: Sequence[RowGroup]) -> PendingSample:
         self._stand_in.groups = groups
-        return super().sample(logits, groups)
+        return super().launch(logits, groups)

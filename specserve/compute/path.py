@@ -91,6 +91,7 @@ class ComputePath:
     stepped_heads: SteppedHeads | None  # the same, where the host asks them for each position
     torch_threads: Callable[[], AbstractContextManager[None]]  # around whatever computes
     is_asynchronous: bool  # the device runs by itself while the host goes on
+    max_rows_ahead: int = 0  # with logits, whose tokens the next step's rows can name before the host knows them
     phases: tuple[Phase, ...] = ()
     unseen: str = ""  # what the host's clocks cannot see of these phases, and why
     graphs: GraphCache | None = None
@@ -113,7 +114,7 @@ class ComputePath:
         start = time.perf_counter()
         with self.torch_threads():
             self.runner.forward(items, {})
-        if self.is_asynchronous:
+        if self.is_asynchronous and torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         for item in items:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,6 +64,18 @@ def best_of_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, rows.argmax(dim=-1) + 64 * block
 
 
+Drawn = tuple[list[int], list[int], list[int]]  # of each row: token, whether it holds NaN, whether nothing is allowed
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSample:
+    """Rows that are being sampled; `drawn` waits for them."""
+
+    logits: torch.Tensor
+    groups: Seq[RowGroup]
+    drawn: Callable[[], Drawn]
+
+
 class Sampler:
     """Samples the target's token for every row of every group."""
 
@@ -76,7 +90,16 @@ class Sampler:
         empty list: its logits are not a distribution and nothing may be made of them. Under a grammar the list ends
         early where nothing may come or a draft was wrong; an empty list's reason is the group's `failure`.
         """
-        flat, bad, dead = self._draw(logits, groups)
+        return self.collect(self.launch(logits, groups))
+
+    def launch(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> PendingSample:
+        """Begin to sample; a device that runs by itself goes on meanwhile, elsewhere all is done by `collect`."""
+        return PendingSample(logits, groups, self._queue(logits, groups))
+
+    def collect(self, pending: PendingSample) -> list[list[int]]:
+        """What `sample` gives, once it is there."""
+        logits, groups = pending.logits, pending.groups
+        flat, bad, dead = pending.drawn()
         some_bad = any(bad)
         if len(flat) == len(groups) and not some_bad and all(group.seq.takes_best for group in groups):
             return [[token] for token in flat]
@@ -93,7 +116,10 @@ class Sampler:
             result.append(sampled)
         return result
 
-    def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> tuple[list[int], list[int], list[int]]:
+    def _queue(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> Callable[[], Drawn]:
+        return lambda: self._draw(logits, groups)
+
+    def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> Drawn:
         """By row: its token, whether it holds NaN, and whether the grammar's mask leaves nothing of it.
 
         Greedy rows of a group under a grammar get the most likely token of all; `_constrain` sees to the grammar.

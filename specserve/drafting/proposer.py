@@ -139,7 +139,7 @@ class Proposer:
         for item in ready:
             seq = item.seq
             limit = min(self._max_drafts(seq.request), seq.max_len - len(seq.tokens) - 1)
-            if limit <= 0:
+            if limit <= 0 or seq.tokens[-1] < 0:  # a draft follows tokens that are known
                 continue
             could_draft = True
             is_fixed, switch = seq.request.speculation.mode == "fixed", self._switch(seq.request)
@@ -164,6 +164,16 @@ class Proposer:
             draft.item.draft_sources = draft.chooser.chosen[:num_drafts]
         if could_draft and not any(item.drafts for item in ready):
             self.num_undrafted_steps += 1
+
+    def would_ask(self, items: Sequence[ScheduledSequence]) -> bool:
+        """Whether a next step of the same sequences would ask any of them for drafts."""
+        for item in items:
+            request = item.seq.request
+            if not self._max_drafts(request):
+                continue
+            if request.speculation.mode == "fixed" or self._switch(request).would_ask(len(items)):
+                return True
+        return False
 
     def count(self, item: ScheduledSequence, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
         """A sequence's verification gave `num_tokens`."""

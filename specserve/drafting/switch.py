@@ -25,6 +25,10 @@ class DraftSwitch:
         self._probe: list[float] = []
         self._load = 0  # when it was switched off
 
+    def would_ask(self, num_seqs: int) -> bool:
+        """Whether `asks` would say so now."""
+        return self.is_on or self._left <= 0 or num_seqs.bit_length() < self._load
+
     def asks(self, num_seqs: int) -> bool:
         """Whether this step asks for drafts; call it once a step. `num_seqs` decode in it."""
         if self.is_on:

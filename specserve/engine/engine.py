@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,11 +45,12 @@ from ..messages import (
 from ..schedule.block_manager import BlockManager
 from ..schedule.row_group import RowGroup
 from ..schedule.scheduler import ScheduledSequence, Scheduler
-from ..schedule.sequence import Sequence
+from ..schedule.sequence import Sequence, Status
 from ..schedule.verifier import accepted_tokens
 from ..text.detokenizer import Detokenizer, TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import check_request, size_kv
+from .queued_step import QueuedStep
 from .reports import Event, Reports, StepReport
 from .running import RunningRequest
 from .stats import Counters, engine_stats
@@ -115,6 +116,8 @@ class Engine:
             pid=0,
             eos_token_ids=list(self.eos_token_ids),
         )
+        self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
+        self._last_end = 0.0  # of a step, time.perf_counter()
         self._requests: dict[str, RunningRequest] = {}
         self._num_added = 0
         self._counters = Counters()
@@ -188,7 +191,7 @@ class Engine:
         self.grammars.close()
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self._ahead is not None or self.scheduler.has_work()
 
     # -- adapters
 
@@ -238,54 +241,71 @@ class Engine:
         On a device that runs by itself, `while_running` is called once the forward is queued. Who gives it reads the
         events of this step behind `write_events` only, there in the next step, or earlier.
         """
-        start = time.perf_counter()
-        items = self.scheduler.schedule()
-        if not items:
-            return []
-        self._counters.num_steps += 1
-        events: list[Event] = []
         with self._torch_threads():
-            self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
-            for output, computed in self._forward(items, events):
-                if self.is_asynchronous:
-                    if while_running is not None:
-                        while_running()
-                    self.write_events()
-                sampled = self.sampler.sample(output.logits, output.groups)
-                self._score_prompts(output)
-                self._commit(output, computed, sampled, events)
-        self.proposer.end_step(items, time.perf_counter() - start)
+            step, self._ahead = self._ahead or self._queue_step(), None
+            if step is None:
+                return []
+            if self.is_asynchronous:
+                self._ahead = self._queue_next(step)
+                if while_running is not None:
+                    while_running()
+                self.write_events()
+            if step.output is not None and step.pending is not None:
+                sampled = self.sampler.collect(step.pending)
+                self._score_prompts(step.output)
+                self._commit(step, step.output, sampled)
+        now = time.perf_counter()
+        self.proposer.end_step(step.items, now - max(step.queued_at, self._last_end))
+        self._last_end = now
         if while_running is None or not self.is_asynchronous:
             self.write_events()
-        return events
+        return step.events
 
     def write_events(self) -> None:
         """Complete the events of the latest step, for which the device did not have to wait."""
         self.reports.write()
 
-    def _forward(
-        self, items: list[ScheduledSequence], events: list[Event]
-    ) -> Iterator[tuple[StepOutput, list[ScheduledSequence]]]:
-        """Forward of all items together; if that raises, each alone, so that only the guilty one fails.
+    def _queue_step(self, is_ahead: bool = False) -> QueuedStep | None:
+        """Schedule, draft and queue a step; None if there is nothing to do.
 
-        An output is good until the next one is asked for.
+        If its forward raises, each sequence runs alone, so that only the guilty one fails; not `is_ahead` of tokens
+        that are still unknown, but when they are known.
         """
-        adapters = self.registry.adapters
+        items = self.scheduler.schedule()
+        if not items:
+            return None
+        step = QueuedStep(items, time.perf_counter())
+        self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
         try:
-            output = self.runner.forward(items, adapters)
+            step.output = self.runner.forward(items, self.registry.adapters)
         except Exception:
             logger.exception("a step of %d sequences failed; running them one by one", len(items))
+            if is_ahead:
+                return None
+            for item in items:
+                self._run_alone(item, step)
         else:
-            yield output, items
-            return
-        for item in items:
-            try:
-                output = self.runner.forward([item], adapters)
-            except Exception as error:
-                logger.exception("request %s fails alone", item.seq.request_id)
-                self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", events)
-            else:
-                yield output, [item]
+            step.pending = self.sampler.launch(step.output.logits, step.output.groups)
+        self._counters.num_steps += 1
+        return step
+
+    def _queue_next(self, step: QueuedStep) -> QueuedStep | None:
+        """The step behind `step`, where that needs none of its tokens."""
+        if not step.can_be_passed(self.path.max_rows_ahead) or self.proposer.would_ask(step.items):
+            return None
+        step.pass_by(self.reports)
+        return self._queue_step(is_ahead=True)
+
+    def _run_alone(self, item: ScheduledSequence, step: QueuedStep) -> None:
+        try:
+            output = self.runner.forward([item], self.registry.adapters)
+        except Exception as error:
+            logger.exception("request %s fails alone", item.seq.request_id)
+            self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", step.events)
+        else:
+            sampled = self.sampler.sample(output.logits, output.groups)
+            self._score_prompts(output)
+            self._commit(QueuedStep([item], step.queued_at, step.events), output, sampled)
 
     def _score_prompts(self, output: StepOutput) -> None:
         for item, first_row, num_rows in output.prompt_rows:
@@ -297,25 +317,24 @@ class Engine:
             rows = range(first_row, first_row + num_rows)
             scores += token_logprobs(output.logits, rows, tokens, seq.sampling.prompt_logprobs or 0)
 
-    def _commit(
-        self, output: StepOutput, items: list[ScheduledSequence], sampled: list[list[int]], events: list[Event]
-    ) -> None:
+    def _commit(self, step: QueuedStep, output: StepOutput, sampled: list[list[int]]) -> None:
         """Append what was sampled, and do no more than the next step needs; `reports` tells those who wait."""
-        if len(output.items) < len(items):
-            for item in items:
-                if not item.reaches_end:
-                    item.seq.num_computed += item.num_rows
-                    self.reports.add_prompt(item)
+        if len(output.items) < len(step.items) and not step.is_passed:
+            step.go_on_with_prompts(self.reports)
         logprobs = _logprobs_of(output, sampled)
         for item, group, tokens in zip(output.items, output.groups, sampled, strict=True):
             seq = item.seq
+            if seq.status is Status.FINISHED:  # since this step was queued
+                continue
+            if step.is_passed:
+                seq.tokens.pop()  # it was not known yet
             kept = accepted_tokens(item.drafts, tokens) if item.drafts else tokens
             if seq.grammar is not None and kept:
                 kept = kept[: seq.grammar.commit(kept)]
             if kept:
-                self._commit_tokens(item, group, kept, output, logprobs.get(id(seq)), events)
+                self._commit_tokens(item, group, kept, output, logprobs.get(id(seq)), step)
             else:
-                self._fail_without_token(group, events)
+                self._fail_without_token(group, step.events)
 
     def _commit_tokens(
         self,
@@ -324,7 +343,7 @@ class Engine:
         tokens: list[int],
         output: StepOutput,
         logprobs: list[TokenLogprobs] | None,
-        events: list[Event],
+        step: QueuedStep,
     ) -> None:
         seq = item.seq
         state, old_len = self._requests[seq.request_id], len(seq.tokens)
@@ -335,21 +354,21 @@ class Engine:
             num_drafted, num_accepted = min(num_drafted, len(committed)), min(num_accepted, len(committed))
         state.drafts.observe(committed)
         self.proposer.count(item, num_drafted, num_accepted, len(committed))
+        if not step.is_passed:
+            seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
         if finish is None:
-            seq.num_computed = len(seq.tokens) - 1
             for source in state.drafts.sources:
                 if isinstance(source, HeadSource):
                     row = group.first_row + num_accepted
                     tapped = output.taps[source.head.config.tap_layer]
                     source.set_hidden(output.hidden, tapped, row, len(seq.tokens))
         else:
-            seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
             self.reports.publish(seq)
             self._remove(state)
         is_first = old_len == seq.prompt_len
         self.reports.add(
             StepReport(
-                events,
+                step.events,
                 state,
                 item.num_rows,
                 item.draft_sources,

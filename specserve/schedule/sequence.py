@@ -57,6 +57,15 @@ class Sequence:
             or self.sampling.logit_bias
             or self.sampling.min_tokens
         )
+        # Whether nothing but its end depends on which token a step gives: no later row, and nothing that it is told.
+        self.gets_any_token = not (
+            self.has_edits
+            or grammar is not None
+            or self.sampling.stop
+            or self.sampling.max_tokens == 0
+            or self.sampling.logprobs is not None
+            or self.wants_prompt_logprobs
+        )
         self.takes_best = self.is_greedy and not self.has_edits and grammar is None  # the most likely token, always
         self.num_forwards = 0
         self.drafted_by_source: Counter[str] = Counter()

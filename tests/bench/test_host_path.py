@@ -3,14 +3,13 @@
 import queue
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from lookahead_adapters import make_lookahead_adapter
+from stand_in_engine import add, make_stand_in, make_stand_in_engine
 from tiny_models import make_tiny_model
 
-from bench.stand_in_device import DeviceTimes, Script, StandIn
-from specserve.config import EngineConfig
+from bench.stand_in_device import StandIn
 from specserve.engine.engine import Engine, Event
 from specserve.engine.process import EngineProcess
 from specserve.messages import Abort, Delta, GenerateRequest, SamplingParams, Shutdown, Speculation
@@ -23,28 +22,12 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def stand_in(monkeypatch) -> StandIn:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return StandIn(DeviceTimes(step_s=1e-4, row_s=0.0, heads_s=1e-5), Script(head_rate=0.7, vocab_size=60))
-
-
-def make_engine(model_dir: Path, stand_in: StandIn) -> Engine:
-    config = EngineConfig(
-        model=str(model_dir), device="cpu", kernels="triton", max_num_seqs=4, kv_cache_gib=0.01, max_model_len=128,
-        num_threads=1,
-    )  # fmt: skip
-    return Engine(config, model_dir, stand_in.make_path)
-
-
-def add(engine: Engine, stand_in: StandIn, request_id: str, said: list[int], **fields) -> None:
-    stand_in.script.tokens[request_id] = said
-    sampling = SamplingParams(max_tokens=len(said), temperature=0.0, ignore_eos=True, stop=fields.pop("stop", []))
-    engine.add_request(GenerateRequest(request_id, [1, 2, 3, 4], sampling, **fields))
+    return make_stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["off", "auto", "fixed"])
 def test_the_script_is_what_is_said_and_all_steps_are_on_the_clock(model_dir, stand_in, tmp_path, mode):
-    engine = make_engine(model_dir, stand_in)
+    engine = make_stand_in_engine(model_dir, stand_in)
     adapter = engine.load_adapter("a", make_lookahead_adapter(model_dir, tmp_path / "a", seed=1))
     said = {f"r{idx}": [(7 * idx + 3 * k) % 60 for k in range(17 + 5 * idx)] for idx in range(6)}
     for idx, (request_id, tokens) in enumerate(said.items()):
@@ -76,12 +59,12 @@ def test_the_script_is_what_is_said_and_all_steps_are_on_the_clock(model_dir, st
 def test_texts_that_are_written_while_the_next_step_runs_are_those_that_are_written_at_once(model_dir, stand_in):
     """With ends by length, by a stop token's like and by a stop string, whose text cannot wait."""
     words = [list(range(70 + 9 * idx, 95 + 9 * idx)) for idx in range(5)]
-    stop = make_engine(model_dir, stand_in).tokenizer.decode(words[2][10:12])
+    stop = make_stand_in_engine(model_dir, stand_in).tokenizer.decode(words[2][10:12])
     texts = []
     for is_late in (False, True):
-        engine = make_engine(model_dir, stand_in)
+        engine = make_stand_in_engine(model_dir, stand_in)
         for idx, said in enumerate(words):
-            add(engine, stand_in, str(idx), said, stop=[stop] if idx == 2 else [])
+            add(engine, stand_in, str(idx), said, sampling={"stop": [stop] if idx == 2 else []})
         texts.append(texts_of(engine, is_late))
     assert texts[0] == texts[1] and all(texts[0].values()) and stop not in texts[0]["2"]
 
@@ -128,7 +111,7 @@ class Link:
 
 def test_an_end_that_waits_for_a_step_is_told_when_no_step_follows(model_dir, stand_in):
     """One sequence ends in a step while another, which would have made the next step, is aborted."""
-    engine = make_engine(model_dir, stand_in)
+    engine = make_stand_in_engine(model_dir, stand_in)
     stand_in.script.tokens |= {"short": [70, 71], "long": [80] * 60}
     requests = [
         GenerateRequest(name, [1, 2, 3], SamplingParams(max_tokens=num, temperature=0.0, ignore_eos=True))

@@ -6,6 +6,7 @@ graphs are not there. Otherwise it runs on CUDA.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +21,10 @@ from tiny_models import make_tiny_model
 from triton_interpreter import IS_INTERPRETED  # before anything imports triton
 
 from specserve.compute.cuda import buckets, drafts
+from specserve.compute.cuda.build import make_path
+from specserve.compute.cuda.decoder import TritonDecoder
 from specserve.compute.cuda.runner import DeviceRunner
+from specserve.compute.path import ComputePath, PathInputs
 from specserve.drafting.cost_model import CostModel
 from specserve.engine.step_profile import StepProfile
 from specserve.messages import GrammarSpec
@@ -28,10 +32,16 @@ from specserve.messages import GrammarSpec
 torch.set_num_threads(1)
 
 
+def as_on_a_gpu(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
+    """Steps are queued before the last one's tokens are known."""
+    return dataclasses.replace(make_path(decoder, inputs), is_asynchronous=True)
+
+
 def make_pair(model_dir, **settings):
     """The engine on the Triton path, and on plain torch."""
     settings = {"max_num_seqs": 4, "max_batched_tokens": 48, **settings}
-    engine = make_engine(model_dir, kernels="triton", device="cpu" if IS_INTERPRETED else "cuda", **settings)
+    device = "cpu" if IS_INTERPRETED else "cuda"
+    engine = make_engine(model_dir, as_on_a_gpu, kernels="triton", device=device, **settings)
     assert isinstance(engine.runner, DeviceRunner)
     return engine, make_engine(model_dir, kernels="torch", **settings)
 

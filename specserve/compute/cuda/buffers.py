@@ -32,6 +32,33 @@ class Layout:
             offset += -(-length * dtype.itemsize // _ALIGN) * _ALIGN
         return cls(fields, offset)
 
+    def views(self, page: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each field's part of `page` [num_bytes] uint8."""
+        return {
+            name: page[offset : offset + length * dtype.itemsize].view(dtype)
+            for name, (offset, length, dtype) in self.fields.items()
+        }
+
+
+class HostCopy:
+    """`num_bytes` on the host that bytes of `device` are copied to, pinned on CUDA."""
+
+    def __init__(self, num_bytes: int, device: torch.device):
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def queue(self, source: torch.Tensor) -> None:
+        """Copy `source` [num_bytes] uint8, in stream order."""
+        self._host.copy_(source, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def fields(self, layout: Layout) -> dict[str, np.ndarray]:
+        """Views to read, by field, once the latest copy is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return {name: view.numpy() for name, view in layout.views(self._host).items()}
+
 
 class Page:
     """`num_bytes` on the host and as many on the device."""
@@ -42,32 +69,20 @@ class Page:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def host(self, layout: Layout) -> dict[str, np.ndarray]:
-        """Views to fill or to read, by field, once the latest copy is done."""
+        """Views to fill, by field, once the latest copy is done."""
         if self._copied is not None:
-            self._copied.synchronize()  # sync: that copy was queued a step ago, or is the step's one copy back
-        return {name: view.numpy() for name, view in _views(self._host, layout).items()}
+            self._copied.synchronize()  # sync: that copy was queued a step ago
+        return {name: view.numpy() for name, view in layout.views(self._host).items()}
 
     def device(self, layout: Layout) -> dict[str, torch.Tensor]:
         """Views that kernels read, by field; the same addresses on every call."""
-        return _views(self._device, layout)
+        return layout.views(self._device)
 
     def upload(self, layout: Layout) -> None:
         """Copy the layout's bytes to the device, in stream order."""
         self._device[: layout.num_bytes].copy_(self._host[: layout.num_bytes], non_blocking=True)
         self._record()
 
-    def download(self, layout: Layout) -> None:
-        """Copy the layout's bytes to the host, in stream order; `host` waits for them."""
-        self._host[: layout.num_bytes].copy_(self._device[: layout.num_bytes], non_blocking=True)
-        self._record()
-
     def _record(self) -> None:
         if self._copied is not None:
             self._copied.record()
-
-
-def _views(page: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    return {
-        name: page[offset : offset + length * dtype.itemsize].view(dtype)
-        for name, (offset, length, dtype) in layout.fields.items()
-    }

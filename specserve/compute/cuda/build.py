@@ -18,7 +18,7 @@ from .drafts import DeviceDrafts
 from .graph_cache import GraphCache
 from .parts import DeviceParts
 from .runner import DeviceRunner
-from .sampler import DeviceSampler, SampledTokens
+from .sampler import DeviceSampler
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,9 @@ def build(config: ModelConfig, weights: Weights) -> TritonDecoder:
 def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
     limits = inputs.limits
     parts = DeviceParts.of(decoder, inputs.kv, limits, GraphCache(decoder.device, inputs.cuda_graphs))
-    sampled = SampledTokens(parts.logits.picked_tokens.shape[0], decoder.device)
-    drafts = DeviceDrafts(parts, sampled.tokens, inputs.adapters, limits)
+    drafts = DeviceDrafts(parts, parts.sampled.tokens, inputs.adapters, limits)
     runner = DeviceRunner(parts, on_seated=drafts.prepare)
-    sampler = DeviceSampler(inputs.eos_token_ids, inputs.masks, parts, sampled, drafts)
+    sampler = DeviceSampler(inputs.eos_token_ids, inputs.masks, parts, drafts)
     runner.capture()
     drafts.capture()
     return ComputePath(
@@ -51,11 +50,12 @@ def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
         stepped_heads=None,
         torch_threads=nullcontext,
         is_asynchronous=decoder.device.type == "cuda",
+        max_rows_ahead=parts.sampled.num_rows,
         phases=(
             Phase(runner, "forward", "queue the forward"),
-            Phase(sampler, "sample", "queue sampling"),
+            Phase(sampler, "launch", "queue sampling"),
             Phase(drafts, "launch", "queue lookahead heads"),
-            Phase(sampled, "download", "wait for the device"),
+            Phase(parts.sampled, "read", "wait for the device"),
         ),
         unseen=_UNSEEN,
         graphs=parts.graphs,

@@ -20,13 +20,18 @@ from .rows import StepRows
 
 
 class LayersPart:
-    """The layers of `decoder` over up to `max_rows` rows. `tables` [seats, N] int32 are the sequences' blocks."""
+    """The layers of `decoder` over up to `max_rows` rows.
+
+    `sampled` [L] int64 are the tokens of the step before, which a row may name by its place there: token -1 - i is
+    sampled[i]. `tables` [seats, N] int32 are the sequences' blocks.
+    """
 
     def __init__(
         self,
         decoder: TritonDecoder,
         kv: KVCache,
         rows: StepRows,
+        sampled: torch.Tensor,
         tables: torch.Tensor,
         slots: DeviceAdapterSlots,
         buckets: Buckets,
@@ -35,6 +40,7 @@ class LayersPart:
     ):
         config, device, dtype = decoder.config, decoder.device, decoder.compute_dtype
         self._decoder, self._kv, self._rows, self._tables = decoder, kv, rows, tables
+        self._sampled = sampled
         self._slots, self._buckets, self._graphs = slots, buckets, graphs
         self._attention_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
         self._lora_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
@@ -59,8 +65,11 @@ class LayersPart:
             lora_tiles = self._lora_tiles[: max_tiles(num_rows, LORA_TILE_ROWS, bucket.num_segments)]
             build_tiles_(lora_tiles, fields["row_slots"], LORA_TILE_ROWS)
             lora = self._slots.launches(lora_tiles, bucket.lora_groups)
+        named, tokens = fields["tokens"], self.tokens[:num_rows]
+        place = (-1 - named).clamp_(min=0, max=self._sampled.shape[0] - 1)
+        torch.where(named < 0, self._sampled[place], named, out=tokens)
         rows = RowInputs(
-            tokens=fields["tokens"],
+            tokens=tokens,
             positions=fields["positions"],
             slot_mapping=fields["slot_mapping"],
             tiles=tiles,
@@ -72,7 +81,6 @@ class LayersPart:
             scratch=self._attention_scratch(num_splits, num_rows),
             lora=lora,
         )
-        self.tokens[:num_rows].copy_(fields["tokens"])
         taps = dict(zip(self.tap_layers, self.taps[:, :num_rows].unbind(0), strict=True))
         self._decoder.forward_rows(rows, self._kv, self._residual[:num_rows], self.hidden[:num_rows], taps)
 

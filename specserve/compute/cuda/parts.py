@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ..kv_cache import KVCache
 from ..path import StepLimits
-from .buckets import Buckets, padded
+from .buckets import Buckets, most_rows, padded
 from .decoder import TritonDecoder
 from .graph_cache import GraphCache
 from .layers import LayersPart
 from .logits import LogitsPart
 from .lora import DeviceAdapterSlots
 from .rows import StepRows
+from .sampled_tokens import SampledTokens
 from .seats import Seats
 
 MAX_ROWS = 8192  # one program finds the tiles of all rows
@@ -34,6 +35,7 @@ class DeviceParts:
     seats: Seats
     buckets: Buckets
     rows: StepRows
+    sampled: SampledTokens
     layers: LayersPart
     logits: LogitsPart
 
@@ -58,6 +60,7 @@ class DeviceParts:
         seats = Seats(limits.max_seqs, -(-limits.max_model_len // kv.block_size) + 1, device)
         buckets = Buckets(config, device, slots, limits.max_seqs)
         rows = StepRows(max_rows, kv.block_size, device)
-        layers = LayersPart(decoder, kv, rows, seats.tables, slots, buckets, graphs, max_rows)
+        sampled = SampledTokens(min(max_rows, most_rows()), device)
+        layers = LayersPart(decoder, kv, rows, sampled.tokens, seats.tables, slots, buckets, graphs, max_rows)
         logits = LogitsPart(decoder, layers, slots, graphs)
-        return cls(decoder, max_rows, slots, graphs, seats, buckets, rows, layers, logits)
+        return cls(decoder, max_rows, slots, graphs, seats, buckets, rows, sampled, layers, logits)

@@ -6,6 +6,7 @@ the rows that have them. Launches are CUDA graphs by padded rows and by which st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -15,45 +16,41 @@ from ...kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, s
 from ...schedule.row_group import RowGroup
 from ...schedule.verifier import accepted_tokens
 from ..grammar_masks import MaskMaker
-from ..sampler import Sampler, edits_logits, uniform, up_to_dead_end
-from .buffers import Layout, Page
+from ..sampler import Drawn, PendingSample, Sampler, edits_logits, uniform, up_to_dead_end
 from .drafts import DeviceDrafts
 from .parts import DeviceParts
+from .sampled_tokens import SampledTokens
 
 NOTHING_POSSIBLE = 2  # flag of a row of which the mask leaves nothing; 1 is NaN
 
 
 class DeviceSampler(Sampler):
-    """Samples the target's token for every row of every group of the latest step, and has the drafts follow them.
-
-    `sampled` gets the tokens, where `drafts` reads them.
-    """
+    """Samples the target's token for every row of every group of the latest step, and has the drafts follow them."""
 
     def __init__(
         self,
         eos_token_ids: Seq[int],
         masks: MaskMaker,
         parts: DeviceParts,
-        sampled: SampledTokens,
         drafts: DeviceDrafts,
     ):
         super().__init__(eos_token_ids, masks)
         self.drafts = drafts
-        self._logits, self._graphs, self._sampled = parts.logits, parts.graphs, sampled
+        self._logits, self._graphs, self._sampled = parts.logits, parts.graphs, parts.sampled
         self._device = parts.decoder.device
         self._vocab_size = parts.decoder.config.vocab_size
         self._buffers: dict[int, _Buffers] = {}  # by padded rows
         self._host_masks = _HostMasks(self._vocab_size, self._device)
 
-    def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
-        sampled = super().sample(logits, groups)
+    def collect(self, pending: PendingSample) -> list[list[int]]:
+        sampled = super().collect(pending)
         if self.drafts.is_drafting:
-            pairs = zip(groups, sampled, strict=True)
+            pairs = zip(pending.groups, sampled, strict=True)
             self.drafts.collect({id(g.seq): len(accepted_tokens(g.drafts, tokens)) for g, tokens in pairs if tokens})
         return sampled
 
     @torch.inference_mode()
-    def _draw(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> tuple[list[int], list[int], list[int]]:
+    def _queue(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> Callable[[], Drawn]:
         num_rows, padded = logits.shape[0], self._logits.padded
         size = padded.shape[0]
         buffers, results = self._buffers.get(size), self._sampled
@@ -87,10 +84,15 @@ class DeviceSampler(Sampler):
             self.drafts.launch(groups)
         if raw is not None:
             logits[edited] = raw  # log-probabilities are those of the model
-        tokens, flags = results.download(num_rows)
-        if not any(flags):
-            return tokens, flags, flags
-        return tokens, [flag == 1 for flag in flags], [flag == NOTHING_POSSIBLE for flag in flags]
+        copy = results.queue_download()
+
+        def drawn() -> Drawn:
+            tokens, flags = results.read(copy, num_rows)
+            if not any(flags):
+                return tokens, flags, flags
+            return tokens, [flag == 1 for flag in flags], [flag == NOTHING_POSSIBLE for flag in flags]
+
+        return drawn
 
     def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: list[int]) -> list[int]:
         return up_to_dead_end(group, sampled, dead)  # every row was drawn under its mask
@@ -112,21 +114,6 @@ class DeviceSampler(Sampler):
                 top_k = params.top_k if params.top_k < self._vocab_size else 0
                 rows[row] = SamplingRow(params.temperature, top_k, params.top_p, params.min_p, drawn)
         return rows, edited
-
-
-class SampledTokens:
-    """Tokens [L] int64 and flags of up to `num_rows` rows on the device, and their way to the host."""
-
-    def __init__(self, num_rows: int, device: torch.device):
-        self._layout = Layout.of({"tokens": (num_rows, torch.int64), "flags": (num_rows, torch.int32)})
-        self._page = Page(self._layout.num_bytes, device)
-        fields = self._page.device(self._layout)
-        self.tokens, self.flags = fields["tokens"], fields["flags"]
-
-    def download(self, num_rows: int) -> tuple[list[int], list[int]]:
-        self._page.download(self._layout)
-        host = self._page.host(self._layout)  # sync: the step's one wait; all that follows needs the tokens
-        return host["tokens"][:num_rows].tolist(), host["flags"][:num_rows].tolist()
 
 
 class _Buffers:

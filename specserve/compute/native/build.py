@@ -48,7 +48,7 @@ def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
             # What the kernels' own clocks leave of the forward is this.
             Phase(decoder, "forward", "embed and batch", is_model=True, clocks=decoder.clocks),
             Phase(decoder, "logits", "lm_head", is_model=True),
-            Phase(sampler, "sample", "sample"),
+            Phase(sampler, "collect", "sample"),
             Phase(heads, "step", "lookahead heads"),
         ),
     )

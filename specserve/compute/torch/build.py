@@ -53,7 +53,7 @@ def make_path(decoder: Decoder, inputs: PathInputs) -> ComputePath:
             Phase(runner, "forward", "build the batch"),
             Phase(decoder, "forward", "forward", is_model=True),
             Phase(decoder, "logits", "lm_head", is_model=True),
-            Phase(sampler, "sample", "sample"),
+            Phase(sampler, "collect", "sample"),
             Phase(heads, "step", "lookahead heads"),
         ),
         unseen=_UNSEEN_ON_CUDA if is_cuda else "",

@@ -1,0 +1,56 @@
+"""A step that the device was told of and whose tokens are not known yet, and how the next one is queued behind it.
+
+Where each sequence of a step gets one token, whichever that is, the next step's rows follow from this one's: a sequence
+goes on by an unknown token, which names the row that it will be sampled at, and the device reads it there. The host
+then learns of an end one step late, which costs a row and never a token: what a step gives to a sequence that ended
+before it is dropped. The row's key and value go to a block that may be free by then, before anything that its next
+owner writes, since a device does one step after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..compute.sampler import PendingSample
+from ..compute.step_output import StepOutput
+from ..schedule.scheduler import ScheduledSequence
+from ..schedule.sequence import Status
+from .reports import Event, Reports
+
+
+@dataclass(slots=True)
+class QueuedStep:
+    """`output` and `pending` are None where its sequences had to run one by one, and are done."""
+
+    items: list[ScheduledSequence]
+    queued_at: float  # time.perf_counter()
+    events: list[Event] = field(default_factory=list)
+    output: StepOutput | None = None
+    pending: PendingSample | None = None
+    is_passed: bool = False  # its sequences stand behind it: the next step was planned
+
+    def can_be_passed(self, max_rows: int) -> bool:
+        """Whether the next step may be planned before this one's tokens are known; `max_rows` can be named."""
+        output = self.output
+        if output is None or output.prompt_rows or output.logits.shape[0] > max_rows:
+            return False
+        return all(item.seq.gets_any_token and not item.drafts for item in output.items)
+
+    def pass_by(self, reports: Reports) -> None:
+        """Let its sequences stand where they will: behind its rows, and a token of which only the row is known."""
+        assert self.output is not None
+        self.is_passed = True
+        if len(self.output.items) < len(self.items):
+            self.go_on_with_prompts(reports)
+        for item, group in zip(self.output.items, self.output.groups, strict=True):
+            seq = item.seq
+            if seq.status is not Status.FINISHED:
+                seq.tokens.append(-1 - group.first_row)
+                seq.num_computed = len(seq.tokens) - 1
+
+    def go_on_with_prompts(self, reports: Reports) -> None:
+        """Of the sequences whose newest token is not among the rows."""
+        for item in self.items:
+            if not item.reaches_end and item.seq.status is not Status.FINISHED:
+                item.seq.num_computed += item.num_rows
+                reports.add_prompt(item)

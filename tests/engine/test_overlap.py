@@ -1,0 +1,141 @@
+"""Steps that are queued before the tokens of the last one are known, on a device and a host that are late at random."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+import pytest
+from engine_fixture import check_baseline
+from lookahead_adapters import make_lookahead_adapter
+from stand_in_engine import add, make_stand_in, make_stand_in_engine
+from tiny_models import make_tiny_model
+
+from bench.stand_in_device import DeviceTimes
+from specserve.engine.queued_step import QueuedStep
+from specserve.messages import Delta, GrammarSpec, Speculation
+
+NUM_REQUESTS = 40
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+class LateTimes(DeviceTimes):
+    def layers(self, num_rows: int) -> float:
+        return random.choice((1e-5, 2e-4, 2e-3))
+
+
+def late(function):
+    def called(*args, **kwargs):
+        time.sleep(random.choice((0.0, 0.0, 1e-3)))
+        return function(*args, **kwargs)
+
+    return called
+
+
+@dataclass
+class Heard:
+    tokens: list[int]
+    text: str = ""
+    finish: str | None = None
+
+
+def expected(said: list[int], sampling: dict, eos: int) -> tuple[list[int], str]:
+    whole = said * (1 + sampling["max_tokens"] // len(said))
+    for idx, token in enumerate(whole[: sampling["max_tokens"]]):
+        if token == eos or token in sampling["stop_token_ids"]:
+            return whole[: idx + 1], "stop"
+    return whole[: sampling["max_tokens"]], "length"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeypatch, seed):
+    """Ends of all kinds, drafts or none, log-probabilities, stop strings, preemptions, and clients that leave."""
+    random.seed(seed)
+    stand_in = make_stand_in(monkeypatch)
+    object.__setattr__(stand_in.clock, "times", LateTimes())
+    num_passed = 0
+    pass_by = QueuedStep.pass_by
+
+    def counted(step, reports):
+        nonlocal num_passed
+        num_passed += 1
+        pass_by(step, reports)
+
+    monkeypatch.setattr(QueuedStep, "pass_by", counted)
+    token_bytes = 2 * 2 * 2 * 16 * 4
+    engine = make_stand_in_engine(model_dir, stand_in, kv_cache_gib=7 * 16 * token_bytes / 2**30, max_model_len=64)
+    eos = min(engine.eos_token_ids)
+    anything = GrammarSpec("regex", r"(?s:.*)")
+    words = [token for token in range(3, 200) if engine.tokenizer.decode([token]).isascii() and token != eos]
+    adapter = engine.load_adapter("a", make_lookahead_adapter(model_dir, tmp_path / "a", seed=1)).content_hash
+    for owner, name in ((engine.scheduler, "schedule"), (engine.sampler, "collect"), (engine.reports, "write")):
+        setattr(owner, name, late(getattr(owner, name)))
+    wanted: dict[str, tuple[list[int], str]] = {}
+    heard: dict[str, Heard] = {}
+    left: set[str] = set()
+    held: list = []
+
+    def hear() -> None:
+        engine.write_events()
+        for event in held:
+            assert isinstance(event, Delta), event
+            one = heard.setdefault(event.request_id, Heard([]))
+            assert one.finish is None, "something was said behind the end"
+            one.tokens += event.token_ids
+            one.text += event.text
+            one.finish = event.finish_reason
+            assert (event.usage is not None) == (event.finish_reason is not None)
+            if event.usage is not None:
+                assert event.usage.completion_tokens == len(one.tokens)
+
+    def join(number: int) -> None:
+        name = f"r{number}"
+        said = [random.choice(words) for _ in range(random.choice((1, 3, 20)))]
+        if random.random() < 0.3:
+            said[random.randrange(len(said))] = eos
+        is_plain = random.random() < 0.85  # else nothing is queued ahead while it runs
+        sampling = {
+            "max_tokens": random.choice((1, 7, 40, 40)),
+            "ignore_eos": False,
+            "stop_token_ids": random.choice(((), (random.choice(said),))),
+            "logprobs": None if is_plain else random.choice((None, 2)),
+            "temperature": random.choice((0.0, 0.7)),
+            "stop": () if is_plain else random.choice(((), ("no such text",))),
+        }
+        add(
+            engine, stand_in, name, said, sampling=sampling,
+            adapter_hash=random.choice((None, adapter)),
+            speculation=Speculation(mode="off" if is_plain else random.choice(("auto", "fixed"))),
+            grammar=None if is_plain else random.choice((anything, None)),
+        )  # fmt: skip
+        wanted[name] = expected(said, sampling, eos)
+
+    num_joined = 0
+    while num_joined < NUM_REQUESTS or engine.has_work():
+        while num_joined < NUM_REQUESTS and len(engine.scheduler.sequences()) < random.randrange(9):
+            join(num_joined)
+            num_joined += 1
+        if random.random() < 0.03 and (running := engine.scheduler.sequences()):
+            name = random.choice(running).request_id
+            engine.abort(name)
+            left.add(name)
+        events = engine.step(hear)
+        held = events
+        assert engine.stats().integrity_error is None
+    hear()
+    check_baseline(engine)
+    assert num_passed > 20 and engine.stats().num_preemptions > 0
+    for name, (tokens, finish) in wanted.items():
+        one = heard.get(name, Heard([]))
+        if name in left:
+            assert one.tokens == tokens[: len(one.tokens)]
+        else:
+            assert (one.tokens, one.finish) == (tokens, finish), name
+            spoken = [t for t in tokens if t != eos]
+            if finish == "length":
+                assert one.text == engine.tokenizer.decode(spoken)
