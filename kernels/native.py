@@ -1,28 +1,19 @@
-"""Builds and loads the CPU's native forward pass (kernels/cpu/*.cpp) and mirrors its structs.
+"""Loads the CPU's native forward pass (kernels/cpu/*.cpp) and mirrors its structs.
 
-The sources are compiled for the very CPU with the machine's own C++ compiler, once: the library is kept in the user's
-cache under a hash of sources, compiler and CPU. Nothing is specialised to shapes, so nothing is ever compiled while
-serving. Without a compiler the torch path serves; the caller decides and logs. Owns no arithmetic.
+The sources are compiled for the very CPU (`native_build`). Nothing is specialised to shapes, so nothing is ever
+compiled while serving. Without a compiler the torch path serves; the caller decides and logs. Owns no arithmetic.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Mapping
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "cpu"
-MAIN = "decoder.cpp"
+from .native_build import NativeSources
+
 # No -ffast-math and no contraction: NaN must stay NaN, and a sum is the same sum in every kernel.
 FLAGS = (
     "-std=gnu++17",
@@ -35,18 +26,12 @@ FLAGS = (
     "-fPIC",
     "-pthread",
 )
-BUILD_TIMEOUT_S = 120
-
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PHASES = ("norm", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
 MAX_TAPS = 8
 MAX_HEAD_DIM = 256
 KEYS_PER_TILE = 16  # a KV block must be a multiple
 PANEL = 64
-
-
-class NativeError(Exception):
-    """The native path cannot be had here; the message says why."""
 
 
 class Matrix(Structure):
@@ -158,13 +143,7 @@ class Lora(Structure):
     _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int32), ("scale", c_float)]
 
 
-class Place(Structure):
-    """Where the library has a field of a struct, or with a null field the struct itself."""
-
-    _fields_ = [("type", c_char_p), ("field", c_char_p), ("offset", c_int32), ("size", c_int32)]
-
-
-# By their names in C++. A field on one side only would be read from a wrong address: `check_layout` compares both.
+# By their names in C++.
 STRUCTS: dict[str, type[Structure]] = {
     "Matrix": Matrix, "Layer": LayerStruct, "Model": Model, "Step": Step, "Lora": Lora, "Head": Head,
     "HeadRow": HeadRow,
@@ -206,23 +185,14 @@ class Team:
         self._functions.specserve_destroy(self._handle)
 
 
+def sources() -> NativeSources:
+    return NativeSources("decoder", Path(__file__).parent / "cpu" / "decoder.cpp", FLAGS, "kernels/native.py")
+
+
 @functools.cache
 def load_library() -> Library:
     """Build the library if the cache lacks it, and load it. Raises `NativeError`."""
-    if platform.system() not in ("Linux", "Darwin"):
-        raise NativeError(f"native kernels are not built on {platform.system()}")
-    compiler = find_compiler()
-    path = _cache_dir() / f"decoder-{_key(compiler)}.so"
-    build_s = 0.0
-    if not path.is_file():
-        start = time.perf_counter()
-        build(compiler, path)
-        build_s = time.perf_counter() - start
-    try:
-        functions = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeError(f"{path} does not load: {error}") from None
-    check_layout(functions, STRUCTS)
+    functions, build_s = sources().load(STRUCTS)
     functions.specserve_create.restype = c_void_p
     functions.specserve_create.argtypes = [c_int32]
     functions.specserve_destroy.argtypes = [c_void_p]
@@ -230,76 +200,3 @@ def load_library() -> Library:
     functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
     functions.specserve_begin_heads.argtypes = functions.specserve_step_heads.argtypes = [c_void_p, c_void_p, c_int32]
     return Library(functions, bool(functions.specserve_uses_bf16()), build_s)
-
-
-def check_layout(functions: ctypes.CDLL, structs: Mapping[str, type[Structure]]) -> None:
-    """Raise `NativeError` unless the library has the structs, fields, offsets and sizes of `structs`."""
-    theirs: dict[tuple[str, str], tuple[int, int]] = {}
-    functions.specserve_layout.restype = POINTER(Place)
-    for place in functions.specserve_layout():
-        if place.type is None:  # the last one
-            break
-        theirs[place.type.decode(), (place.field or b"").decode()] = place.offset, place.size
-    ours = {(name, ""): (0, ctypes.sizeof(struct)) for name, struct in structs.items()}
-    for name, struct in structs.items():
-        for field, *_ in struct._fields_:
-            ours[name, field] = getattr(struct, field).offset, getattr(struct, field).size
-    # The first field of a struct that differs says more than those behind it, or the struct's own size.
-    first = {key: (key[0], not key[1], (theirs.get(key) or ours[key])[0]) for key in theirs | ours}
-    for key in sorted(first, key=first.__getitem__):
-        in_library, here = theirs.get(key), ours.get(key)
-        if in_library != here:
-            what = f"field {key[1]} of struct {key[0]}" if key[1] else f"struct {key[0]}"
-            raise NativeError(
-                f"{what} is {_shown(in_library)} in kernels/cpu, but {_shown(here)} in kernels/native.py; declare it "
-                "alike in both"
-            )
-
-
-def _shown(place: tuple[int, int] | None) -> str:
-    return "missing" if place is None else f"{place[1]} bytes at {place[0]}"
-
-
-def find_compiler() -> str:
-    """The C++ compiler: $CXX, or the first of g++, clang++ and c++ on the path. Raises `NativeError`."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    raise NativeError("no C++ compiler was found (g++ or clang++; or name one in CXX)")
-
-
-def build(compiler: str, path: Path) -> None:
-    """Compile the sources to `path`; another process may do the same at the same time. Raises `NativeError`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        output = Path(temporary) / path.name
-        command = [compiler, *FLAGS, str(SOURCES / MAIN), "-o", str(output)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NativeError(f"{compiler} did not build the native kernels: {error}") from None
-        if done.returncode:
-            raise NativeError(f"{compiler} failed on the native kernels: {done.stderr[-500:].strip()}")
-        os.replace(output, path)
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "native"
-
-
-def _key(compiler: str) -> str:
-    """A hash of everything that the library depends on."""
-    digest = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
-        if file.suffix in (".h", ".cpp"):
-            digest.update(file.name.encode() + file.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest.update(version + " ".join(FLAGS).encode() + platform.machine().encode() + _cpu_flags())
-    return digest.hexdigest()[:20]
-
-
-def _cpu_flags() -> bytes:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_bytes().splitlines() if cpuinfo.is_file() else []
-    return next((line for line in lines if line.startswith((b"flags", b"Features"))), platform.processor().encode())

@@ -22,7 +22,8 @@ from specserve.compute.torch.decoder import Decoder
 from specserve.config import EngineConfig
 from specserve.errors import ModelError
 from specserve.kernels import native
-from specserve.kernels.native import STRUCTS, NativeError, Team, check_layout, load_library
+from specserve.kernels.native import STRUCTS, Team, load_library
+from specserve.kernels.native_build import NativeError
 from specserve.kernels.packed import GROUPS, pack, unpack
 
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_what_the_native_path_cannot_serve_is_named(model_dir, caplog):
 
 def test_the_library_is_built_once_and_a_failing_compiler_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", ["-O0" if flag == "-O3" else flag for flag in native.FLAGS])  # quick to build
+    monkeypatch.setattr(native, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS))  # quick
     broken = tmp_path / "broken-c++"
     broken.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -239,5 +240,5 @@ LAYOUTS = {
 def test_a_struct_that_python_and_the_library_declare_differently_is_refused_by_field(case):
     fields, message = LAYOUTS[case]
     with pytest.raises(NativeError, match=message):
-        check_layout(load_library().functions, declared(*fields))
-    check_layout(load_library().functions, STRUCTS)
+        native.sources().check_layout(load_library().functions, declared(*fields))
+    native.sources().check_layout(load_library().functions, STRUCTS)

@@ -12,7 +12,8 @@ import torch
 
 from ...config import EngineConfig
 from ...errors import ModelError
-from ...kernels.native import KEYS_PER_TILE, MAX_HEAD_DIM, Library, NativeError, load_library
+from ...kernels.native import KEYS_PER_TILE, MAX_HEAD_DIM, Library, load_library
+from ...kernels.native_build import NativeError
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
 from .build import build
