@@ -180,7 +180,7 @@ def main(
     key = engine.load_adapter(adapter.name, adapter).content_hash
     _, head = lookahead_of(engine, key, adapter)
     click.echo(f"limit: {head.config.draft_len + 1} tokens a verification; of this head the line 'known beforehand'")
-    cost = engine.proposer.growth.cost_model
+    cost = engine.proposer.cost_model
     sets = []
     for asked in (base.examples(data, rows, skip=skip), base.examples(eval_data, eval_rows)):
         answers = own_answers(engine, key, asked, MAX_TOKENS)

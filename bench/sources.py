@@ -207,7 +207,7 @@ def main(
         lookahead, head = lookahead_of(engine, key, path)
         answers = own_answers(engine, key, base.examples(file, rows), 450)
         examples = [example for example in answers if len(example.completion) > 2]
-        cost = engine.proposer.growth.cost_model
+        cost = engine.proposer.cost_model
         del engine
         last, tapped, starts = hidden_states(base.path, path, head.config.tap_layer, examples)
         walks = {name: Walk() for name in (*SINGLE, "oracle of the three", "chooser, no price", "chain", "tree")}

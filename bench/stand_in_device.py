@@ -212,7 +212,7 @@ class _Graphs(GraphCache):
 class _Drafts(DeviceDrafts):
     @property
     def drafting_groups(self) -> list[RowGroup]:
-        return [entry.group for entry in self._entries]
+        return self._groups
 
     @property
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,7 +131,7 @@ def main(
     run = common.start("structured", "torch", "llguidance")
     base = BaseModel.load(model)
     engine = make_engine(base.path, batch=max(8, *batch), max_len=2048)
-    floor_ms = 1e3 * engine.proposer.growth.cost_model.seconds(1)
+    floor_ms = 1e3 * engine.proposer.cost_model.seconds(1)
     click.echo(f"floor: a step of one row takes {floor_ms:.1f} ms")
     figures: dict[str, Any] = {}
     valid: dict[str, Any] = {}

@@ -59,12 +59,11 @@ class DraftChooser:
         for source in tuple(self.sources):
             try:
                 guess = source.peek()
+                if guess is not None:
+                    rates.append(self._acceptance.rate(source, guess))
+                    guesses.append((source, guess))
             except Exception:
                 self.remove_source(source)
-                continue
-            if guess is not None:
-                guesses.append((source, guess))
-                rates.append(self._acceptance.rate(source, guess))
         best_rate, best = self._take_best(guesses, rates, least_survival)
         self.guesses.append(guesses)
         self._best.append(best[1].token if best is not None else None)

@@ -1,8 +1,7 @@
-"""Lookahead heads on a device: who is where in the tables of kernels/head_loop.py, and a source of what came out.
+"""Lookahead heads on a device: who is where in the tables of kernels/head_loop.py.
 
 `DeviceHeads` owns the heads' tensors, the static buffers and the places of running sequences; `launch` only launches,
-so a CUDA graph can hold it. `ChainSource` stands in for `HeadSource`: its guesses were made on the device, each from
-the one before, and brought back with the step's tokens. Invariant: it speaks only while the draft is its own chain.
+so a CUDA graph can hold it. What came out is brought back with the step's tokens and spoken by `chains.ChainSource`.
 Whoever drives this says where a sequence is; a place is given by one sequence at a time, from `add_sequence` on.
 """
 
@@ -17,8 +16,6 @@ from ..kernels.head_loop import HeadScratch, HeadTables, HeadTensors, LoopRows, 
 from .copy_pointer import CopyPointer
 from .head import WEIGHT_NAMES
 from .head_files import HeadError, LookaheadHeadFile
-from .head_source import NUM_LEVELS
-from .protocol import Guess
 
 
 def head_tensors(head: LookaheadHeadFile, vocab_size: int, device: torch.device | str) -> HeadTensors:
@@ -174,36 +171,3 @@ class DeviceHeads:
             self._pool,
             self._scratch,
         )
-
-
-class ChainSource:
-    """One sequence's chain of guesses that were made on the device."""
-
-    source = "head"
-    prior = tuple((level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS))
-
-    def __init__(self, head: LookaheadHeadFile):
-        self.head = head
-        self._chain: list[Guess] = []
-        self._chain_len = -1  # tokens of the sequence that the chain continues
-        self._next = 0  # place in the chain; behind it when the draft has left it
-        self.wants_chain = False  # a draft began since whoever makes chains has looked: the next may be worth its time
-
-    def set_chain(self, tokens: Sequence[int], probabilities: Sequence[float], num_tokens: int) -> None:
-        """Guesses that continue the first `num_tokens` tokens of the sequence; the first that is -1 ends them."""
-        self._chain, self._chain_len = [], num_tokens
-        for token, probability in zip(tokens, probabilities, strict=True):
-            if token < 0 or not 0.0 <= probability <= 1.0:
-                break
-            self._chain.append(Guess(token, min(NUM_LEVELS - 1, int(probability * NUM_LEVELS))))
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        self.wants_chain = True
-        self._next = 0 if len(tokens) == self._chain_len else len(self._chain)
-
-    def peek(self) -> Guess | None:
-        return self._chain[self._next] if self._next < len(self._chain) else None
-
-    def follow(self, token: int) -> None:
-        guess = self.peek()
-        self._next = self._next + 1 if guess is not None and guess.token == token else len(self._chain)

@@ -25,11 +25,11 @@ class HistorySource:
     )
 
     def __init__(self, history: TaskHistory, prompt_len: int):
+        self.history, self.prompt_len = history, prompt_len
         self._cursor = HistoryCursor(history)
-        self._prompt_len = prompt_len
 
     def begin(self, tokens: Sequence[int]) -> None:
-        self._cursor.begin(tokens[self._prompt_len :])
+        self._cursor.begin(tokens[self.prompt_len :])
 
     def peek(self) -> Guess | None:
         found = self._cursor.peek()

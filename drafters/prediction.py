@@ -20,9 +20,8 @@ class PredictionSource:
     prior = MATCH_PRIOR
 
     def __init__(self, prediction: Sequence[int], prompt_len: int):
-        self._prediction = list(prediction)
+        self.prediction, self.prompt_len = list(prediction), prompt_len
         self._index = SuffixIndex()
-        self._index.extend(self._prediction)
         self._num_seen = prompt_len  # tokens of the sequence that the pointer has taken into account
         self._next: int | None = 0  # index in the prediction that should come next; None while out of step
         self._last = 0  # where it was last in step
@@ -31,7 +30,7 @@ class PredictionSource:
         self._draft_len = 0
 
     def begin(self, tokens: Sequence[int]) -> None:
-        prediction = self._prediction
+        prediction = self.prediction
         for idx in range(self._num_seen, len(tokens)):
             if self._next is not None and self._next < len(prediction) and prediction[self._next] == tokens[idx]:
                 self._next += 1
@@ -40,6 +39,7 @@ class PredictionSource:
             else:
                 self._next = None
         if self._next is None and len(tokens) > self._num_seen:
+            self._index.extend(prediction)
             match = self._index.longest_match(prediction, tokens[-64:], near=self._last)
             if match is not None:
                 self._next, self._match_len = match
@@ -48,13 +48,13 @@ class PredictionSource:
         self._draft_next, self._draft_len = self._next, 0
 
     def peek(self) -> Guess | None:
-        if self._draft_next is None or self._draft_next >= len(self._prediction):
+        if self._draft_next is None or self._draft_next >= len(self.prediction):
             return None
-        return Guess(self._prediction[self._draft_next], match_level(self._match_len + self._draft_len))
+        return Guess(self.prediction[self._draft_next], match_level(self._match_len + self._draft_len))
 
     def follow(self, token: int) -> None:
         if self._draft_next is None:
             return
-        is_right = self._draft_next < len(self._prediction) and self._prediction[self._draft_next] == token
+        is_right = self._draft_next < len(self.prediction) and self.prediction[self._draft_next] == token
         self._draft_next = self._draft_next + 1 if is_right else None
         self._draft_len += 1

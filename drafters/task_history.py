@@ -111,6 +111,18 @@ class _Packed(NamedTuple):
         return cls(ids, text)
 
 
+class HistoryArrays(NamedTuple):
+    """What native code reads of a table, which goes on holding it."""
+
+    reversed: np.ndarray  # bytes
+    sorted: np.ndarray  # int32
+    rank: np.ndarray  # int32
+    text: np.ndarray  # uint16 or uint32
+    ids: np.ndarray  # uint32
+    bounds: np.ndarray  # int32
+    starts: np.ndarray  # int32
+
+
 class TaskHistory:
     """Every position of a task's completions, sorted by the tokens before it read backwards."""
 
@@ -134,13 +146,19 @@ class TaskHistory:
         self._rank[self._sorted] = np.arange(len(positions), dtype=np.int32)
         # memoryviews yield Python ints, several times faster than numpy scalars
         self._sorted_view = self._sorted.data
-        self._text_view = np.ascontiguousarray(text).data
+        text = np.ascontiguousarray(text)
+        self._text_view = text.data
         self._global: list[int | None] = [None, *packed.ids.tolist()]
         self._local = {token: local for local, token in enumerate(packed.ids.tolist(), 1)}
         before = np.concatenate([np.zeros(1, text.dtype), text[:-1]])[: len(text)]
         # Where, in the order of contexts, those begin that end with each local id.
-        self._bounds: list[int] = np.searchsorted(before[self._sorted], np.arange(len(packed.ids) + 2)).tolist()
-        self._starts: list[int] = np.flatnonzero(before == SEPARATOR)[-MAX_CANDIDATES:][::-1].tolist()
+        bounds = np.searchsorted(before[self._sorted], np.arange(len(packed.ids) + 2)).astype(np.int32)
+        starts = np.flatnonzero(before == SEPARATOR)[-MAX_CANDIDATES:][::-1].astype(np.int32)
+        self._bounds: list[int] = bounds.tolist()
+        self._starts: list[int] = starts.tolist()
+        self.arrays = HistoryArrays(
+            np.frombuffer(self._reversed, np.uint8), self._sorted, self._rank, text, packed.ids, bounds, starts
+        )
 
     @classmethod
     def build(cls, completions: Sequence[Completion], max_tokens: int) -> TaskHistory:

@@ -52,6 +52,11 @@ class StepCurve:
     def __init__(self, rows: list[int], times: list[float]):
         self._rows, self._times = rows, times
 
+    @property
+    def nodes(self) -> tuple[list[int], list[float]]:
+        """Rows and seconds."""
+        return self._rows, self._times
+
     def seconds(self, num_rows: int) -> float:
         rows, times = self._rows, self._times
         idx = bisect.bisect_left(rows, num_rows)
@@ -129,9 +134,12 @@ class CostModel:
             times.append(top)
         return StepCurve(self._rows, times)
 
-    def observe(self, num_rows: int, shape: StepShape, seconds: float) -> None:
-        """Learn from a step of decodes and verifications; one that read prompts says nothing about its rows."""
-        expected = self.seconds(num_rows, shape)
+    def observe(self, num_rows: int, shape: StepShape, seconds: float, expected: float | None = None) -> None:
+        """Learn from a step of decodes and verifications; one that read prompts says nothing about its rows.
+
+        `expected` is what `seconds` says of it, where the caller has asked already.
+        """
+        expected = self.seconds(num_rows, shape) if expected is None else expected
         if seconds <= 0.0 or expected <= 0.0:
             return
         surprise = math.log(seconds / expected)

@@ -6,39 +6,45 @@ the step, cost table, switches and the counts by adapter learn from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
 from ..drafters.acceptance import SharedAcceptance
-from ..drafters.chooser import DraftChooser
 from ..drafters.grammar_source import GrammarSource
+from ..drafters.head_source import HeadSource
 from ..drafters.history_source import HistorySource
+from ..drafters.native import NativeDrafts
 from ..drafters.ngram import NgramSource
 from ..drafters.prediction import PredictionSource
 from ..drafters.protocol import DraftSource, Heads, SteppedHeads
 from ..grammar.grammar import Grammar
+from ..kernels.native_build import NativeError
 from ..messages import AdapterDrafts, GenerateRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from .cost_model import CostModel, MeanSeconds, StepShape
-from .growth import DraftGrowth, GrowingDraft, StepPlan
+from .drafts import Counts, GrowingDraft, Growth, StepPlan
+from .growth import DraftGrowth
+from .native_growth import NativeGrowth
 from .served_history import ServedHistories
 from .switch import DraftSwitch
+
+logger = logging.getLogger(__name__)
 
 _PRICE_RATE = 1 / 64  # of the running mean in metrics
 
 
-@dataclass(slots=True)
-class _Counts:
-    """Of one adapter."""
+class Verified(NamedTuple):
+    """What a step's verification made of one sequence's draft."""
 
-    num_verifications: int = 0
-    generated: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    row_price: float | None = None
+    draft: GrowingDraft
+    num_drafted: int
+    num_accepted: int
+    tokens: Sequence[int]  # that the sequence has now
 
 
 @dataclass(slots=True)
@@ -67,13 +73,14 @@ class Proposer:
         self._adapters = adapters
         self._base_acceptance = SharedAcceptance()
         self._heads = heads
-        self.growth = DraftGrowth(cost_model, stepped_heads)
+        self.cost_model = cost_model
+        self.growth = make_growth(stepped_heads)
         self.num_undrafted_steps = 0
-        self._counts: dict[str | None, _Counts] = {}  # by adapter hash
+        self._counts: dict[str | None, Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._draft_s = MeanSeconds()  # all of drafting, one sequence
         self._plan: StepPlan | None = None  # of the step that runs
-        self._drafts: dict[int, GrowingDraft] = {}  # id of a scheduled sequence -> its draft in that step
+        self._drafts: list[GrowingDraft] = []  # that were asked for in that step
         self._served: ServedHistories | None = None
         if config.learn_history:
             directory = Path(config.history_dir).expanduser() if config.history_dir else None
@@ -92,13 +99,23 @@ class Proposer:
         if self._served is not None:
             self._served.close()
 
-    def chooser_for(self, request: GenerateRequest, grammar: Grammar | None = None) -> DraftChooser:
-        sources = self.drafters_for(request) if self._max_drafts(request) else []
+    def start(self, request: GenerateRequest, grammar: Grammar | None = None) -> GrowingDraft:
+        """What drafts for a new sequence; whatever that holds is freed when nobody holds it any more."""
+        max_tokens = self._max_drafts(request)
+        sources = self.drafters_for(request) if max_tokens else []
         if grammar is not None and sources and request.speculation.mode != "ngram":
             sources.insert(0, GrammarSource(grammar))
         adapter = self._adapters.get(request.adapter_hash or "")
         lookahead = adapter.lookahead if adapter is not None else None
-        return DraftChooser(sources, lookahead.acceptance if lookahead is not None else self._base_acceptance, grammar)
+        shared = lookahead.acceptance if lookahead is not None else self._base_acceptance
+        return GrowingDraft(
+            chooser=self.growth.chooser(sources, shared, grammar) if max_tokens else None,
+            max_tokens=max_tokens,
+            is_fixed=request.speculation.mode == "fixed",
+            switch=self._switch(request),
+            counts=self._counts.setdefault(request.adapter_hash, Counts()),
+            head=next((source for source in sources if isinstance(source, HeadSource)), None),
+        )
 
     def drafters_for(self, request: GenerateRequest) -> list[DraftSource]:
         sources: list[DraftSource] = [NgramSource()]
@@ -117,93 +134,97 @@ class Proposer:
             sources.append(self._heads.source(request.request_id, lookahead.head, request.prompt_token_ids))
         return sources
 
-    def propose(
-        self,
-        items: Sequence[ScheduledSequence],
-        scheduler: Scheduler,
-        chooser_of: Callable[[ScheduledSequence], DraftChooser],
-    ) -> None:
-        """Give drafts to the items whose newest token is computed in this step."""
-        ready = [item for item in items if item.reaches_end and item.seq.sampling.max_tokens > 0]
-        shape = StepShape(
-            num_seqs=len(items),
-            num_adapters=len({item.seq.adapter_hash for item in items} - {None}),
-            num_keys=sum(item.seq.num_computed for item in items),
-        )
-        num_rows = sum(item.num_rows for item in items)
-        curve = self.growth.cost_model.curve(shape)
-        plan = self._plan = StepPlan(shape, curve, len(ready), num_rows, scheduler.max_batched_tokens)
-        drafts: list[GrowingDraft] = []
-        asks: dict[DraftSwitch, bool] = {}
+    def propose(self, items: Sequence[ScheduledSequence], drafts: Sequence[GrowingDraft], scheduler: Scheduler) -> None:
+        """Give drafts to the items whose newest token is computed in this step; `drafts` are theirs, in order."""
+        self._plan, self._drafts = None, []
+        drafting = [(item, draft) for item, draft in zip(items, drafts, strict=True) if draft.max_tokens]
+        if not drafting:
+            return
+        num_decoding = sum(item.reaches_end and item.seq.sampling.max_tokens > 0 for item in items)
+        plan = self._plan = self._plan_of(items, num_decoding, scheduler.max_batched_tokens)
         could_draft = False
-        for item in ready:
+        asks: dict[DraftSwitch, bool] = {}
+        for item, draft in drafting:
             seq = item.seq
-            limit = min(self._max_drafts(seq.request), seq.max_len - len(seq.tokens) - 1)
-            if limit <= 0 or seq.tokens[-1] < 0:  # a draft follows tokens that are known
+            num_tokens = len(seq.tokens)
+            limit = min(draft.max_tokens, seq.max_len - num_tokens - 1)
+            # A draft follows tokens that are known.
+            if limit <= 0 or seq.tokens[-1] < 0 or seq.num_computed + item.num_rows != num_tokens:
                 continue
             could_draft = True
-            is_fixed, switch = seq.request.speculation.mode == "fixed", self._switch(seq.request)
-            if not is_fixed:
-                if switch not in asks:
-                    asks[switch] = switch.asks(len(ready))
-                if not asks[switch]:
+            if not draft.is_fixed:
+                switch = draft.switch
+                if (is_asked := asks.get(switch)) is None:
+                    is_asked = asks[switch] = switch.asks(num_decoding)
+                if not is_asked:
                     continue
-            drafts.append(GrowingDraft(item, chooser_of(item), limit, is_fixed, switch))
-        if drafts:
-            self.growth.grow(drafts, plan)
-        self._drafts = {id(draft.item): draft for draft in drafts}
-        for draft in drafts:
-            tokens = draft.chooser.tokens[: draft.num_admitted]
-            if (grammar := draft.item.seq.grammar) is not None:
-                grammar.rewind()
-                tokens = tokens[: grammar.num_allowed(tokens)]  # a row that cannot be kept is not worth its time
-            if not tokens or not all(0 <= token < self._vocab_size for token in tokens):
-                continue
-            num_drafts = scheduler.reserve_drafts(draft.item, len(tokens))
-            draft.item.drafts = tokens[:num_drafts]
-            draft.item.draft_sources = draft.chooser.chosen[:num_drafts]
-        if could_draft and not any(item.drafts for item in ready):
+            draft.item, draft.limit, draft.num_accepted = item, limit, 0
+            self._drafts.append(draft)
+        if self._drafts:
+            self.growth.grow(self._drafts, plan)
+        num_drafted = sum(self._propose(draft, scheduler) for draft in self._drafts)
+        if could_draft and not num_drafted:
             self.num_undrafted_steps += 1
 
-    def would_ask(self, items: Sequence[ScheduledSequence]) -> bool:
+    def _propose(self, draft: GrowingDraft, scheduler: Scheduler) -> int:
+        """Give its item as many drafts as were admitted, and there is room for."""
+        item, chooser, num = draft.item, draft.chooser, draft.num_admitted
+        assert item is not None and chooser is not None
+        tokens = chooser.tokens[:num]
+        if (grammar := item.seq.grammar) is not None:
+            grammar.rewind()
+            tokens = tokens[: grammar.num_allowed(tokens)]  # a row that cannot be kept is not worth its time
+        if not tokens or min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            return 0
+        num = scheduler.reserve_drafts(item, len(tokens))
+        item.drafts, item.draft_sources = tokens[:num], chooser.chosen[:num]
+        return num
+
+    def would_ask(self, drafts: Sequence[GrowingDraft]) -> bool:
         """Whether a next step of the same sequences would ask any of them for drafts."""
-        for item in items:
-            request = item.seq.request
-            if not self._max_drafts(request):
-                continue
-            if request.speculation.mode == "fixed" or self._switch(request).would_ask(len(items)):
-                return True
-        return False
+        num_seqs = len(drafts)
+        return any(draft.max_tokens and (draft.is_fixed or draft.switch.would_ask(num_seqs)) for draft in drafts)
 
-    def count(self, item: ScheduledSequence, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
-        """A sequence's verification gave `num_tokens`."""
-        counts = self._counts.setdefault(item.seq.adapter_hash, _Counts())
-        counts.num_verifications += 1
-        counts.generated += num_tokens
-        counts.drafted += num_drafted
-        counts.accepted += num_accepted
-        price, old = self.growth.row_price, counts.row_price
-        counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
-        draft = self._drafts.get(id(item))
-        if draft is not None:
+    def observe(self, verified: Iterable[Verified]) -> None:
+        """Learn from what a step's verification kept, before the next step is proposed for."""
+        price = self.growth.row_price
+        asked: list[GrowingDraft] = []
+        tokens: list[Sequence[int]] = []
+        for draft, num_drafted, num_accepted, committed in verified:
+            counts = draft.counts
+            counts.num_verifications += 1
+            counts.generated += len(committed)
+            counts.drafted += num_drafted
+            counts.accepted += num_accepted
+            old = counts.row_price
+            counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
             draft.num_accepted = num_accepted
+            if draft.chooser is not None:
+                asked.append(draft)
+                tokens.append(committed)
+        if asked:
+            self.growth.observe(asked, tokens)
 
-    def end_step(self, items: Sequence[ScheduledSequence], seconds: float) -> None:
+    def end_step(self, seconds: float) -> None:
         """Learn from a step that took `seconds`, drafting included."""
-        plan, drafts = self._plan, list(self._drafts.values())
-        self._plan, self._drafts = None, {}
+        plan, drafts = self._plan, self._drafts
+        self._plan, self._drafts = None, []
         if plan is None or not plan.num_decoding:
             return
-        num_drafts = sum(len(item.drafts) for item in items)
-        if plan.num_rows == plan.num_decoding == len(items):  # no prompts
-            self.growth.cost_model.observe(plan.num_rows + num_drafts, plan.shape, seconds - plan.draft_s)
+        num_drafts = sum(len(draft.item.drafts) for draft in drafts if draft.item is not None)
+        if plan.num_rows == plan.num_decoding == plan.shape.num_seqs:  # no prompts
+            num_rows = plan.num_rows + num_drafts
+            expected = plan.curve.seconds(num_rows)
+            self.cost_model.observe(num_rows, plan.shape, seconds - plan.draft_s, expected)
         if not drafts:
             return
         self._draft_s.observe(plan.draft_s / len(drafts))
         sums: dict[DraftSwitch, _Asked] = {}
         for draft in drafts:
-            if not draft.is_fixed:
-                asked = sums.setdefault(draft.switch, _Asked())
+            if not draft.is_fixed and draft.item is not None:
+                asked = sums.get(draft.switch)
+                if asked is None:
+                    asked = sums[draft.switch] = _Asked()
                 asked.num_seqs += 1
                 asked.drafted += len(draft.item.drafts)
                 asked.accepted += draft.num_accepted
@@ -214,6 +235,14 @@ class Proposer:
             spent_s = row_s * asked.drafted + self._draft_s.seconds * asked.num_seqs
             gain = asked.accepted - spent_s * plan.num_decoding / alone_s
             switch.observe(gain / asked.num_seqs, plan.num_decoding)
+
+    def _plan_of(self, items: Sequence[ScheduledSequence], num_decoding: int, max_rows: int) -> StepPlan:
+        shape = StepShape(
+            num_seqs=len(items),
+            num_adapters=len({item.seq.adapter_hash for item in items} - {None}),
+            num_keys=sum([item.seq.num_computed for item in items]),
+        )
+        return StepPlan(self.cost_model, shape, num_decoding, sum([item.num_rows for item in items]), max_rows)
 
     def adapter_left(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""
@@ -245,3 +274,15 @@ class Proposer:
         if self._config.speculation == "off" or request.speculation.mode == "off":
             return 0
         return min(self._config.max_draft_tokens, request.speculation.max_draft_tokens)
+
+
+def make_growth(heads: SteppedHeads | None) -> Growth:
+    """Growth in native code, or in Python, much slower, where that cannot be had."""
+    try:
+        library = NativeDrafts()
+    except NativeError as error:
+        logger.warning("drafts grow in Python, slower: %s", error)
+        return DraftGrowth(heads)
+    if library.build_s:
+        logger.info("built the native drafts in %.1f s; they are cached", library.build_s)
+    return NativeGrowth(library, heads)

@@ -28,9 +28,9 @@ from ..compute.sampler import token_logprobs
 from ..compute.step_output import StepOutput
 from ..compute.uploads import beside_steps
 from ..config import EngineConfig
-from ..drafters.head_source import HeadSource
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
-from ..drafting.proposer import Proposer
+from ..drafting.drafts import GrowingDraft
+from ..drafting.proposer import Proposer, Verified
 from ..errors import ErrorInfo, OverloadedError, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
@@ -119,6 +119,7 @@ class Engine:
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self._last_end = 0.0  # of a step, time.perf_counter()
         self._requests: dict[str, RunningRequest] = {}
+        self._verified: list[Verified] = []  # in the step that runs
         self._num_added = 0
         self._counters = Counters()
         limits = StepLimits(
@@ -173,9 +174,9 @@ class Engine:
             else None
         )
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
-        chooser = self.proposer.chooser_for(request, place)
+        drafts = self.proposer.start(request, place)
         self._requests[request.request_id] = RunningRequest(
-            seq, detokenizer, chooser, self.eos_token_ids, prompt_logprobs
+            seq, detokenizer, drafts, self.eos_token_ids, prompt_logprobs
         )
         self.scheduler.add(seq)
 
@@ -254,8 +255,10 @@ class Engine:
                 sampled = self.sampler.collect(step.pending)
                 self._score_prompts(step.output)
                 self._commit(step, step.output, sampled)
+        self.proposer.observe(self._verified)
+        self._verified.clear()
         now = time.perf_counter()
-        self.proposer.end_step(step.items, now - max(step.queued_at, self._last_end))
+        self.proposer.end_step(now - max(step.queued_at, self._last_end))
         self._last_end = now
         if while_running is None or not self.is_asynchronous:
             self.write_events()
@@ -275,7 +278,7 @@ class Engine:
         if not items:
             return None
         step = QueuedStep(items, time.perf_counter())
-        self.proposer.propose(items, self.scheduler, lambda item: self._requests[item.seq.request_id].drafts)
+        self.proposer.propose(items, self._drafts_of(items), self.scheduler)
         try:
             step.output = self.runner.forward(items, self.registry.adapters)
         except Exception:
@@ -291,10 +294,14 @@ class Engine:
 
     def _queue_next(self, step: QueuedStep) -> QueuedStep | None:
         """The step behind `step`, where that needs none of its tokens."""
-        if not step.can_be_passed(self.path.max_rows_ahead) or self.proposer.would_ask(step.items):
+        if not step.can_be_passed(self.path.max_rows_ahead) or self.proposer.would_ask(self._drafts_of(step.items)):
             return None
         step.pass_by(self.reports)
         return self._queue_step(is_ahead=True)
+
+    def _drafts_of(self, items: list[ScheduledSequence]) -> list[GrowingDraft]:
+        requests = self._requests
+        return [requests[item.seq.request_id].drafts for item in items if item.seq.request_id in requests]
 
     def _run_alone(self, item: ScheduledSequence, step: QueuedStep) -> None:
         try:
@@ -352,16 +359,13 @@ class Engine:
         num_drafted, num_accepted = len(item.drafts), len(tokens) - 1
         if finish is not None:
             num_drafted, num_accepted = min(num_drafted, len(committed)), min(num_accepted, len(committed))
-        state.drafts.observe(committed)
-        self.proposer.count(item, num_drafted, num_accepted, len(committed))
+        self._verified.append(Verified(state.drafts, num_drafted, num_accepted, committed))
         if not step.is_passed:
             seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
         if finish is None:
-            for source in state.drafts.sources:
-                if isinstance(source, HeadSource):
-                    row = group.first_row + num_accepted
-                    tapped = output.taps[source.head.config.tap_layer]
-                    source.set_hidden(output.hidden, tapped, row, len(seq.tokens))
+            if (head := state.drafts.head) is not None:
+                tapped = output.taps[head.head.config.tap_layer]
+                head.set_hidden(output.hidden, tapped, group.first_row + num_accepted, len(seq.tokens))
         else:
             self.reports.publish(seq)
             self._remove(state)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from ..drafters.chooser import DraftChooser
+from ..drafting.drafts import GrowingDraft
 from ..messages import TokenLogprobs
 from ..schedule.sequence import Sequence as TokenSequence
 from ..text.detokenizer import Detokenizer
@@ -34,7 +34,7 @@ class RunningRequest:
         self,
         seq: TokenSequence,
         detokenizer: Detokenizer | None,
-        drafts: DraftChooser,
+        drafts: GrowingDraft,
         eos_token_ids: Collection[int] = (),
         prompt_logprobs: list[TokenLogprobs | None] | None = None,
     ):

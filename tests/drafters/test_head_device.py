@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from head_cases import VOCAB_SIZE, Sequences, host_chain, mixed_heads, random_head, reference_chain, trained_heads
 from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
 
+from specserve.drafters.chains import NOBODY, ChainTable
 from specserve.drafters.chooser import DraftChooser
-from specserve.drafters.head_device import ChainSource, DeviceHeads
+from specserve.drafters.head_device import DeviceHeads
 from specserve.drafters.head_files import HeadError
 from specserve.drafters.head_source import HeadSource
 from specserve.drafters.protocol import Guess
@@ -34,11 +36,19 @@ def test_the_reference_drafts_what_head_source_drafts(seed):
         assert result[0] == want[0] and result[1] == pytest.approx(want[1], abs=1e-5)
 
 
+def chain_source(table: ChainTable | None = None):
+    return (table or ChainTable(4)).source("a", random_head(0, 16, 100, 4))
+
+
+def set_chain(source, tokens, probabilities, num_tokens):
+    source.table.set(np.array([source.row]), np.array([tokens]), np.array([probabilities]), [num_tokens])
+
+
 def test_a_chain_speaks_while_the_draft_is_its_own():
-    source = ChainSource(random_head(0, 16, 100, 4))
+    source = chain_source()
     source.begin([1, 2])
     assert source.peek() is None, "no chain yet"
-    source.set_chain([7, 8, -1, 9], [0.95, 0.5, 0.0, 0.9], 2)
+    set_chain(source, [7, 8, -1, 9], [0.95, 0.5, 0.0, 0.9], 2)
     source.begin([1, 2])
     assert source.peek() == Guess(7, 11)
     source.follow(7)
@@ -55,24 +65,43 @@ def test_a_chain_speaks_while_the_draft_is_its_own():
 
 
 def test_a_chain_of_numbers_that_are_none_is_silent():
-    source = ChainSource(random_head(0, 16, 100, 4))
-    source.set_chain([7, 8], [float("nan"), 0.5], 1)
+    source = chain_source()
+    set_chain(source, [7, 8], [float("nan"), 0.5], 1)
     source.begin([1])
     assert source.peek() is None
-    source.set_chain([7, 8], [1.0, 0.0], 1)
+    set_chain(source, [7, 8], [1.0, 0.0], 1)
     source.begin([1])
     assert source.peek() == Guess(7, 11)
 
 
 def test_a_chooser_drafts_from_a_chain_under_the_heads_name():
-    source = ChainSource(random_head(0, 16, 100, 4))
+    source = chain_source()
     assert (source.source, source.prior) == (HeadSource.source, HeadSource.prior)
-    source.set_chain([7, 8], [0.95, 0.9], 2)
+    set_chain(source, [7, 8], [0.95, 0.9], 2)
     chooser = DraftChooser([source])
     chooser.begin([1, 2])
     while chooser.extend(0.0):
         pass
     assert chooser.tokens == [7, 8] and chooser.chosen == ["head", "head"]
+
+
+def test_rows_of_chains_are_given_once_and_again_without_what_they_held():
+    table, head = ChainTable(4), random_head(0, 16, 100, 4)
+    sources = {str(num): table.source(str(num), head) for num in range(200)}
+    assert len({source.row for source in sources.values()} - {NOBODY}) == 200
+    for num, source in enumerate(sources.values()):
+        set_chain(source, [num], [0.9], 1)
+        source.begin([1])
+        assert source.peek().token == num
+    row = sources["5"].row
+    del sources["5"], source
+    assert "5" not in table.row_of and not table.wanted[row]
+    again = table.source("6", head)  # under the name of one that is still held
+    assert again.row == row and table.row_of["6"] == row
+    again.begin([1])
+    assert again.peek() is None
+    del sources["6"]
+    assert table.row_of["6"] == row
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import random
 
 import pytest
 
-from specserve.drafters.chooser import DraftChooser
+from specserve.drafters.acceptance import SharedAcceptance
 from specserve.drafters.head_source import HeadRunner
+from specserve.drafters.native import NativeDrafts
 from specserve.drafters.protocol import Guess
 from specserve.drafting.budget import best_prefix
 from specserve.drafting.cost_model import CostModel, StepShape
-from specserve.drafting.growth import DraftGrowth, GrowingDraft, StepPlan
+from specserve.drafting.drafts import GrowingDraft, Growth, StepPlan
+from specserve.drafting.growth import DraftGrowth
+from specserve.drafting.native_growth import NativeGrowth
 from specserve.drafting.switch import DraftSwitch
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.schedule.scheduler import ScheduledSequence
@@ -82,18 +85,22 @@ class Chain:
         self.at += 1
 
 
-def draft_of(rates: list[float], *, limit: int = 16, is_fixed: bool = False) -> GrowingDraft:
+@pytest.fixture(params=["python", "native"])
+def growth(request) -> Growth:
+    return DraftGrowth(HeadRunner()) if request.param == "python" else NativeGrowth(NativeDrafts(), HeadRunner())
+
+
+def draft_of(growth: Growth, rates: list[float], *, limit: int = 16, is_fixed: bool = False) -> GrowingDraft:
     seq = Sequence(0, GenerateRequest("a", [1, 2], SamplingParams(max_tokens=50)))
-    chooser = DraftChooser([Chain(rates)])
-    return GrowingDraft(ScheduledSequence(seq, 1), chooser, limit, is_fixed, DraftSwitch())
+    chooser = growth.chooser([Chain(rates)], SharedAcceptance(), None)
+    item = ScheduledSequence(seq, 1)
+    return GrowingDraft(chooser, limit, is_fixed, DraftSwitch(), item=item, limit=limit)
 
 
-def grown(drafts: list[GrowingDraft], table: dict[int, float], *, num_rows: int | None = None, max_rows: int = 500):
+def grown(growth: Growth, drafts: list[GrowingDraft], table: dict[int, float], *, num_rows=None, max_rows=500):
     """Admitted lengths; seconds in the table are long beside what drafting takes here."""
-    model = CostModel(table)
     rows = len(drafts) if num_rows is None else num_rows
-    plan = StepPlan(StepShape(), model.curve(StepShape()), len(drafts), rows, max_rows)
-    DraftGrowth(model, HeadRunner()).grow(drafts, plan)
+    growth.grow(drafts, StepPlan(CostModel(table), StepShape(), len(drafts), rows, max_rows))
     return [draft.num_admitted for draft in drafts]
 
 
@@ -116,13 +123,15 @@ def affine(rng: random.Random, num_rows: int) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("tables", "worst", "mean"), [(affine, 0.999, 0.9999), (staircase, 0.85, 0.997), (nodes, 0.85, 0.995)]
 )
-def test_growth_reaches_the_best_of_all_sets_or_nearly(tables, worst, mean) -> None:
+@pytest.mark.parametrize("growth", ["native"], indirect=True)
+def test_growth_reaches_the_best_of_all_sets_or_nearly(growth, tables, worst, mean) -> None:
     shares = []
     for seed in range(300):
         rng = random.Random(seed)
         rates = chains(rng, rng.randint(1, 4), 4)
         table = tables(rng, 24)
-        lens = grown([draft_of(chain) for chain in rates], table)
+        growth = NativeGrowth(growth.library, None)  # knows nothing yet of what guesses cost
+        lens = grown(growth, [draft_of(growth, chain) for chain in rates], table)
         tokens = len(rates) + sum(
             sum(itertools.accumulate(chain[:num], lambda a, b: a * b)) for chain, num in zip(rates, lens, strict=True)
         )
@@ -131,38 +140,37 @@ def test_growth_reaches_the_best_of_all_sets_or_nearly(tables, worst, mean) -> N
     assert sum(shares) / len(shares) > mean
 
 
-def test_prompts_in_the_step_do_not_make_drafts_cheap() -> None:
+def test_prompts_in_the_step_do_not_make_drafts_cheap(growth) -> None:
     table = {1: 21.0, 8: 28.0, 64: 84.0}
     rates = [[0.9, 0.5, 0.3, 0.1] for _ in range(8)]
-    alone = grown([draft_of(chain) for chain in rates], table)
-    assert grown([draft_of(chain) for chain in rates], table, num_rows=408) == alone
+    alone = grown(growth, [draft_of(growth, chain) for chain in rates], table)
+    assert grown(growth, [draft_of(growth, chain) for chain in rates], table, num_rows=408) == alone
     assert 0 < sum(alone) < 32
 
 
-def test_fixed_drafts_ignore_the_price_and_leave_the_others_theirs() -> None:
+def test_fixed_drafts_ignore_the_price_and_leave_the_others_theirs(growth) -> None:
     table = {1: 1.0, 64: 64.0}
-    assert grown([draft_of([0.1] * 9, limit=4, is_fixed=True)], table) == [4]
-    fixed, auto = draft_of([0.1] * 3, is_fixed=True), draft_of([0.1] * 3)
-    assert grown([fixed, auto], table) == [3, 0]
+    assert grown(growth, [draft_of(growth, [0.1] * 9, limit=4, is_fixed=True)], table) == [4]
+    fixed, auto = draft_of(growth, [0.1] * 3, is_fixed=True), draft_of(growth, [0.1] * 3)
+    assert grown(growth, [fixed, auto], table) == [3, 0]
 
 
-def test_no_draft_passes_the_row_limit() -> None:
+def test_no_draft_passes_the_row_limit(growth) -> None:
     table = {1: 1.0, 64: 1.0}
-    assert sum(grown([draft_of([0.9] * 9) for _ in range(3)], table, max_rows=8)) == 5
-    assert sum(grown([draft_of([0.9] * 9, is_fixed=True) for _ in range(3)], table, max_rows=8)) == 5
+    for is_fixed in (False, True):
+        drafts = [draft_of(growth, [0.9] * 9, is_fixed=is_fixed) for _ in range(3)]
+        assert sum(grown(growth, drafts, table, max_rows=8)) == 5
 
 
-def test_without_gain_a_single_position_is_asked_for() -> None:
-    draft = draft_of([0.2] * 9)
-    assert grown([draft], {1: 1.0, 64: 64.0}) == [0]
+def test_without_gain_a_single_position_is_asked_for(growth) -> None:
+    draft = draft_of(growth, [0.2] * 9)
+    assert grown(growth, [draft], {1: 1.0, 64: 64.0}) == [0]
     assert draft.chooser.sources[0].num_asked == 1
 
 
-def test_guesses_that_cost_more_than_they_bring_are_not_asked_for() -> None:
-    draft = draft_of([0.9] * 9)
-    model = CostModel({1: 1e-6, 64: 1e-6})  # a step that is quicker than any guess
-    plan = StepPlan(StepShape(), model.curve(StepShape()), 1, 1, 500)
-    DraftGrowth(model, HeadRunner()).grow([draft], plan)
+def test_guesses_that_cost_more_than_they_bring_are_not_asked_for(growth) -> None:
+    draft = draft_of(growth, [0.9] * 9)
+    grown(growth, [draft], {1: 1e-6, 64: 1e-6})  # a step that is quicker than any guess
     assert draft.chooser.sources[0].num_asked == 1
 
 

@@ -128,7 +128,7 @@ def test_no_forbidden_draft_is_given_a_row(engine, monkeypatch):
         grammar = engine._requests["a"].seq.grammar
         grammar.rewind()
         seen.append(num)
-        assert grammar.num_allowed(engine._requests["a"].drafts.tokens[:num]) == num
+        assert grammar.num_allowed(engine._requests["a"].drafts.chooser.tokens[:num]) == num
         return reserve(item, num)
 
     monkeypatch.setattr(engine.scheduler, "reserve_drafts", checked)

@@ -1,9 +1,9 @@
 """Lookahead heads of the GPU path: they draft right behind verification, on the device, for the step to come.
 
 Nothing is asked position by position, as `HeadRunner` is: verification and the heads' whole loop are queued behind
-sampling, and their guesses come to the host with the step's tokens. A sequence's `ChainSource` then speaks as long as
-the draft follows its own chain; it is made here and found again by its request while somebody holds it. If drafting
-fails, it is switched off, and everything goes on without heads.
+sampling, and their guesses come to the host with the step's tokens, into a table of chains. A sequence's `ChainSource`
+speaks its row of that as long as the draft follows its own chain; a row is found by its request while somebody holds
+its source. If drafting fails, it is switched off, and everything goes on without heads.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from ...adapters.lora import LoraAdapter
-from ...drafters.head_device import ChainSource, DeviceHeads
+from ...drafters.chains import NOBODY, ChainSource, ChainTable
+from ...drafters.head_device import DeviceHeads
 from ...drafters.head_files import LookaheadHeadFile
 from ...kernels.head_loop import LoopRows
 from ...kernels.verify import verify_drafts_
 from ...schedule.row_group import RowGroup
 from ...schedule.scheduler import ScheduledSequence
+from ...schedule.sequence import Sequence
 from ..path import StepLimits
 from .buckets import padded
 from .buffers import Layout, Page
@@ -34,15 +35,6 @@ logger = logging.getLogger(__name__)
 
 _CHAIN_LENS = (4, 8, 16)  # guesses of a launch
 _MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A sequence that drafts in this step."""
-
-    group: RowGroup
-    source: ChainSource
-    seat: int
 
 
 class DeviceDrafts:
@@ -76,17 +68,19 @@ class DeviceDrafts:
         self._page = Page(_layout(num_seats).num_bytes, device)
         self._verified = torch.zeros(2, num_seats, dtype=torch.int32, device=device)  # tokens accepted, last row
         self._host = torch.zeros(self._heads.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._seats = HeadSeats(self._heads, device)
-        self._sources: WeakValueDictionary[str, ChainSource] = WeakValueDictionary()  # by request id
-        self._entries: list[_Entry] = []  # of the launch that is under way
+        self._seats = HeadSeats(self._heads, num_seats, device)
+        self._chains = ChainTable(longest)
+        # Of the launch that is under way, by its sequences: their rows of logits, of the table, and their seats.
+        self._groups: list[RowGroup] = []
+        self._rows = np.zeros(0, np.int64)
+        self._seats_of: list[int] = []
         self._is_off = False
         self._longest = longest  # draft lately, decaying
         self._num_guesses = 0
 
     def source(self, request_id: str, head: LookaheadHeadFile, prompt: Seq[int]) -> ChainSource:
         """The head's voice among a sequence's sources."""
-        source = self._sources[request_id] = ChainSource(head)
-        return source
+        return self._chains.source(request_id, head)
 
     def release_weights(self) -> None:
         """Let go of heads whose adapters have left; nothing that runs names them."""
@@ -101,7 +95,7 @@ class DeviceDrafts:
         size, most = 1, self._verified.shape[1]
         while size <= most:
             for num_guesses in self._chain_lens:
-                self._upload([], size)
+                self._upload(size)
                 self._queue(size, num_guesses)
             size = padded(size + 1)
 
@@ -110,10 +104,11 @@ class DeviceDrafts:
         if self._is_off:
             return
         with self._or_off():
-            for item, seat in zip(items, seats, strict=True):
-                source = self._sources.get(item.seq.request_id) if item.reaches_end else None
-                if source is not None and source.wants_chain:
-                    self._seats.take(item.seq, seat, source.head)
+            rows = self._rows_of([item.seq for item in items])
+            for idx in np.flatnonzero(self._chains.wanted[rows]).tolist():
+                item, head = items[idx], self._chains.heads[rows[idx]]
+                if item.reaches_end and head is not None:
+                    self._seats.take(item.seq, seats[idx], head)
 
     def launch(self, groups: Seq[RowGroup]) -> None:
         """Queue verification and drafts behind sampling."""
@@ -127,59 +122,71 @@ class DeviceDrafts:
             yield
         except Exception:
             logger.exception("drafting on the device failed; lookahead heads are off from now on")
-            self._is_off, self._entries = True, []
+            self._is_off, self._groups = True, []
             self._seats.clear()
 
     def _launch(self, groups: Seq[RowGroup]) -> None:
-        entries = []
-        for group in groups:
-            source = self._sources.get(group.seq.request_id)
-            if source is None or not source.wants_chain:
-                continue
-            source.wants_chain = False
-            seat = self._parts.seats.seat_of(group.seq)
-            if self._seats.holds(group.seq, seat):
-                entries.append((self._heads.id_of(source.head), _Entry(group, source, seat)))
-        self._entries = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]  # equal heads are neighbours
-        if not entries:
+        chains, seat_of = self._chains, self._parts.seats.seat_of
+        rows = self._rows_of([group.seq for group in groups])
+        found = []
+        for idx in np.flatnonzero(chains.wanted[rows]).tolist():
+            group, row = groups[idx], int(rows[idx])
+            seat, head = seat_of(group.seq), chains.heads[row]
+            if self._seats.holds(group.seq, seat) and head is not None:
+                found.append((self._heads.id_of(head), row, seat, group))
+        chains.wanted[rows] = False
+        found.sort(key=lambda entry: entry[0])  # equal heads are neighbours
+        self._groups = [group for *_, group in found]
+        if not found:
             return
-        self._longest = max(self._longest - 1, *(len(entry.group.drafts) for _, entry in entries))
+        head_ids, table_rows, self._seats_of, _ = map(list, zip(*found, strict=True))
+        self._rows = np.array(table_rows)
+        nums = [len(group.drafts) for group in self._groups]
+        self._longest = max(self._longest - 1, *nums)
         self._num_guesses = next((n for n in self._chain_lens if n > self._longest), self._chain_lens[-1])
-        size = padded(len(entries))
-        self._upload(self._entries, size)
+        size = padded(len(found))
+        first_rows = [group.first_row for group in self._groups]
+        self._upload(size, seats=self._seats_of, heads=head_ids, first_rows=first_rows, num_drafts=nums)
         self._queue(size, self._num_guesses)
         self._host.copy_(self._heads.results, non_blocking=True)
 
     @property
     def is_drafting(self) -> bool:
         """Whether a launch is under way whose chains are to be collected."""
-        return bool(self._entries)
+        return bool(self._groups)
 
     def collect(self, kept: Mapping[int, int]) -> None:
         """Hand out the chains, once the device is done; `kept` is how many tokens a sequence keeps, by its id().
 
         A sequence that is not there has failed: it keeps none and needs no chain.
         """
+        num, num_guesses, row_of = len(self._groups), self._num_guesses, self._chains.row_of
+        lens = []
+        for group, seat, row in zip(self._groups, self._seats_of, self._rows.tolist(), strict=True):
+            seq = group.seq
+            num_tokens = -1
+            if (num_kept := kept.get(id(seq))) and row_of.get(seq.request_id) == row:  # else aborted meanwhile
+                num_tokens = len(seq.tokens) + num_kept
+            lens.append(num_tokens)
+            self._seats.followed(seat, num_tokens)
         guesses, probabilities = self._host[0].numpy(), self._host[1].view(torch.float32).numpy()
-        for idx, entry in enumerate(self._entries):
-            seq, num = entry.group.seq, self._num_guesses
-            if id(seq) not in kept:
-                continue
-            num_tokens = len(seq.tokens) + kept[id(seq)]
-            entry.source.set_chain(guesses[idx, :num].tolist(), probabilities[idx, :num].tolist(), num_tokens)
-            self._seats.followed(entry.seat, num_tokens)
-        self._entries = []
+        self._chains.set(self._rows, guesses[:num, :num_guesses], probabilities[:num, :num_guesses], lens)
+        self._groups = []
 
-    def _upload(self, entries: Seq[_Entry], size: int) -> None:
+    def _rows_of(self, sequences: Seq[Sequence]) -> np.ndarray:
+        """The sequences' rows in the table of chains; nobody's where no chain is wanted."""
+        if not self._chains.wanted.any():
+            return np.full(len(sequences), NOBODY)
+        row_of = self._chains.row_of
+        return np.array([row_of.get(seq.request_id, NOBODY) for seq in sequences], np.int64)
+
+    def _upload(self, size: int, **fields: list[int]) -> None:
+        """What `_layout` says of each sequence; those beyond are nobody's."""
         layout = _layout(size)
-        host, num = self._page.host(layout), len(entries)
-        for name, values in (
-            ("seats", [entry.seat for entry in entries]),
-            ("heads", [self._heads.id_of(entry.source.head) for entry in entries]),
-            ("first_rows", [entry.group.first_row for entry in entries]),
-        ):
-            host[name][:num], host[name][num:] = values, -1
-        host["num_drafts"][:num], host["num_drafts"][num:] = [len(entry.group.drafts) for entry in entries], 0
+        host = self._page.host(layout)
+        for name, array in host.items():
+            values = fields.get(name, [])
+            array[: len(values)], array[len(values) :] = values, 0 if name == "num_drafts" else -1
         self._page.upload(layout)
 
     def _queue(self, size: int, num_guesses: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -20,41 +19,34 @@ from ...schedule.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Seated:
-    """Who is on a seat: the pool's copy pointer stands behind `num_tokens` tokens of the sequence with that table."""
-
-    table_id: object
-    num_tokens: int
-
-
 class HeadSeats:
     """Brings sequences, and the heads that draft for them, to `heads` on `device`."""
 
-    def __init__(self, heads: DeviceHeads, device: torch.device):
+    def __init__(self, heads: DeviceHeads, num_seats: int, device: torch.device):
         self._heads, self._device = heads, device
-        self._seated: dict[int, _Seated] = {}  # by seat
+        # By seat: the pool's copy pointer stands behind so many tokens of the sequence with that table.
+        self._table_ids: list[object] = [None] * num_seats
+        self._num_tokens = [0] * num_seats
         self._known: dict[int, LookaheadHeadFile] = {}  # by id: heads that were added, or refused
 
     def holds(self, seq: Sequence, seat: int) -> bool:
         """Whether the seat is the sequence's, as that is now."""
-        seated = self._seated.get(seat)
-        return seated is not None and seated.table_id is seq.table_id and seated.num_tokens == len(seq.tokens)
+        return self._table_ids[seat] is seq.table_id and self._num_tokens[seat] == len(seq.tokens)
 
     def take(self, seq: Sequence, seat: int, head: LookaheadHeadFile) -> None:
         """Make the seat the sequence's, unless it is so; nothing where its head cannot draft."""
         if self.holds(seq, seat) or not self._is_known(head):
             return
-        self._seated.pop(seat, None)
+        self._table_ids[seat] = None
         if self._heads.add_sequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids):
-            self._seated[seat] = _Seated(seq.table_id, len(seq.tokens))
+            self._table_ids[seat], self._num_tokens[seat] = seq.table_id, len(seq.tokens)
 
     def followed(self, seat: int, num_tokens: int) -> None:
         """The heads have followed the seat's sequence up to so many tokens."""
-        self._seated[seat].num_tokens = num_tokens
+        self._num_tokens[seat] = num_tokens
 
     def clear(self) -> None:
-        self._seated = {}
+        self._table_ids = [None] * len(self._table_ids)
 
     def keep_only(self, adapters: Mapping[str, LoraAdapter]) -> None:
         """Let go of heads that belong to none of `adapters`; nothing that runs names them."""

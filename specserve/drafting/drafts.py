@@ -1,0 +1,107 @@
+"""What grows in a step: the draft of each sequence, within the step's plan; and what it takes to grow them.
+
+`Growth` has two implementations: `growth.py` in Python is the reference, `native_growth.py` is what serves wherever
+there is a C++ compiler. Both make the same drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..drafters.acceptance import SharedAcceptance
+from ..drafters.grammar_source import Constraint
+from ..drafters.head_source import HeadSource
+from ..drafters.protocol import DraftSource, SteppedHeads
+from ..schedule.scheduler import ScheduledSequence
+from .cost_model import CostModel, StepCurve, StepShape
+from .switch import DraftSwitch
+
+
+class Chooser(Protocol):
+    """All sources of one sequence, and the draft that was made of them."""
+
+    sources: list[DraftSource]  # those that have not failed
+    tokens: list[int]
+    chosen: list[str]  # name of the source of each token
+
+    def remove_source(self, source: DraftSource) -> None: ...
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one adapter."""
+
+    num_verifications: int = 0
+    generated: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    row_price: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class GrowingDraft:
+    """One sequence's drafting; `item` and what follows are of the latest step that asked for a draft of it."""
+
+    chooser: Chooser | None  # None: it never drafts
+    max_tokens: int  # of a draft; 0: it never drafts
+    is_fixed: bool  # takes what its sources say, whatever it costs
+    switch: DraftSwitch
+    counts: Counts = field(default_factory=Counts)
+    head: HeadSource | None = None  # wants to know what the model's layers say
+    item: ScheduledSequence | None = None
+    limit: int = 0  # tokens
+    num_admitted: int = 0
+    num_accepted: int = 0
+
+
+class StepPlan:
+    """What a step was before its drafts; seconds are expected ones but for `draft_s`."""
+
+    __slots__ = ("_cost_model", "_curve", "draft_s", "max_rows", "num_decoding", "num_rows", "shape")
+
+    def __init__(self, cost_model: CostModel, shape: StepShape, num_decoding: int, num_rows: int, max_rows: int):
+        self._cost_model, self.shape = cost_model, shape
+        self.num_decoding = num_decoding  # sequences whose newest token is among the rows
+        self.num_rows, self.max_rows = num_rows, max_rows
+        self.draft_s = 0.0
+        self._curve: StepCurve | None = None
+
+    @property
+    def curve(self) -> StepCurve:
+        if self._curve is None:
+            self._curve = self._cost_model.curve(self.shape)
+        return self._curve
+
+    def seconds(self, num_drafts: int) -> float:
+        """Rows of prompts that share the step make a draft's row as costly as it is on top of them, but are no part of
+        the step's time: without the draft, its token would come from a later step that only decodes."""
+        curve, rows = self.curve, self.num_rows
+        return curve.seconds(self.num_decoding) + curve.seconds(rows + num_drafts) - curve.seconds(rows)
+
+
+class Growth(Protocol):
+    """Grows the drafts of a step and learns from what became of them."""
+
+    heads: SteppedHeads | None
+
+    @property
+    def row_price(self) -> float:
+        """Tokens that the next row of the latest step had to bring."""
+        ...
+
+    def chooser(
+        self, sources: Sequence[DraftSource], shared: SharedAcceptance, constraint: Constraint | None
+    ) -> Chooser: ...
+
+    def grow(self, drafts: Sequence[GrowingDraft], plan: StepPlan) -> None:
+        """Set `num_admitted` of every draft, the first tokens of its chooser's draft, and the plan's `draft_s`."""
+        ...
+
+    def observe(self, drafts: Sequence[GrowingDraft], committed: Sequence[Sequence[int]]) -> None:
+        """The step made these tokens of these sequences."""
+        ...
+
+
+Clock = Callable[[], float]

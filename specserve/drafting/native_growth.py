@@ -1,0 +1,175 @@
+"""Grows the drafts of a step in native code, in one call (drafters/cpu/growth.h): just what `growth.py` does.
+
+Here are what crosses over, in arrays that stay where they are from step to step, and what the call asks of Python on
+its way: sources that are not native, grammars, and heads that are stepped between positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..drafters import native
+from ..drafters.acceptance import MAX_POSITIONS, SharedAcceptance
+from ..drafters.grammar_source import Constraint
+from ..drafters.native import NativeChooser, NativeDrafts
+from ..drafters.protocol import DraftSource, SteppedHeads
+from .budget import ENTER_GAIN
+from .drafts import Clock, GrowingDraft, StepPlan
+from .stepped_heads import HeadSteps
+
+# By field of the native struct: the dtype, and how many there are for each draft.
+_ARRAYS = {
+    "sequences": (np.int64, 1), "num_new": (np.int32, 1), "limits": (np.int32, 1), "is_fixed": (np.uint8, 1),
+    "num_admitted": (np.int32, 1), "tokens": (np.int64, MAX_POSITIONS), "chosen": (np.int32, MAX_POSITIONS),
+}  # fmt: skip
+
+
+class NativeGrowth:
+    """What `Growth` says; heads as in `DraftGrowth`. `clock` None is the machine's."""
+
+    def __init__(self, library: NativeDrafts, heads: SteppedHeads | None, clock: Clock | None = None) -> None:
+        self.library, self.heads = library, heads
+        self._head_steps = HeadSteps(heads, clock or time.perf_counter)
+        self._drafts: Sequence[GrowingDraft] = ()
+        self._raised: BaseException | None = None  # by Python's part; it must not leave through native code
+        self._struct = native.Growth(
+            enter_gain=ENTER_GAIN,
+            drafted=1,
+            ask=native.Ask(self._ask),
+            constrain=native.Constrain(self._constrain),
+            step_heads=native.StepHeads(self._step_heads),
+            **({"clock": native.Clock(clock)} if clock else {}),
+        )
+        self._arrays: dict[str, np.ndarray] = {}
+        self._room = 0  # drafts that the arrays have room for
+        self._chain_tokens: np.ndarray | None = None  # of the table that the struct points into
+
+    @property
+    def row_price(self) -> float:
+        return self._struct.row_price
+
+    def chooser(
+        self, sources: Sequence[DraftSource], shared: SharedAcceptance, constraint: Constraint | None
+    ) -> NativeChooser:
+        return NativeChooser(self.library, sources, shared, constraint)
+
+    def grow(self, drafts: Sequence[GrowingDraft], plan: StepPlan) -> None:
+        struct, num = self._struct, len(drafts)
+        if num > self._room:
+            self._make_room(2 * num)
+        choosers: list[NativeChooser] = [draft.chooser for draft in drafts]  # type: ignore[misc]
+        num_new: list[int] = []
+        new_tokens: list[int] = []
+        for draft, chooser in zip(drafts, choosers, strict=True):
+            tokens = draft.item.seq.tokens  # type: ignore[union-attr]
+            new = tokens[chooser.num_known :]
+            chooser.num_known += len(new)
+            num_new.append(len(new))
+            new_tokens += new
+        arrays = self._arrays
+        arrays["sequences"][:num] = [chooser.handle for chooser in choosers]
+        arrays["num_new"][:num] = num_new
+        arrays["limits"][:num] = [draft.limit for draft in drafts]
+        arrays["is_fixed"][:num] = [draft.is_fixed for draft in drafts]
+        rows, seconds = plan.curve.nodes
+        held = np.array(new_tokens, np.int32), np.array(rows, np.int32), np.array(seconds, np.float64)
+        struct.new_tokens, struct.node_rows, struct.node_seconds = (array.ctypes.data for array in held)
+        struct.num_seqs, struct.num_nodes = num, len(rows)
+        struct.num_decoding, struct.num_rows, struct.max_rows = plan.num_decoding, plan.num_rows, plan.max_rows
+        self._point_at_chains()
+        self._drafts = drafts
+        is_done = self.library.grow(struct)
+        self._drafts = ()
+        self._head_steps.clear()
+        if self._raised is not None:
+            raised, self._raised = self._raised, None
+            raise raised
+        if not is_done:
+            raise MemoryError("no memory to draft")
+        plan.draft_s = struct.draft_s
+        self._take(drafts, choosers)
+
+    def observe(self, drafts: Sequence[GrowingDraft], committed: Sequence[Sequence[int]]) -> None:
+        handles = np.array([draft.chooser.handle for draft in drafts], np.int64)  # type: ignore[union-attr]
+        num = np.array([len(tokens) for tokens in committed], np.int32)
+        flat = np.array([token for tokens in committed for token in tokens], np.int32)
+        self.library.learn(handles.ctypes.data, len(drafts), num.ctypes.data, flat.ctypes.data)
+
+    def _take(self, drafts: Sequence[GrowingDraft], choosers: Sequence[NativeChooser]) -> None:
+        """What was admitted."""
+        admitted = self._arrays["num_admitted"][: len(drafts)].tolist()
+        total, start = sum(admitted), 0
+        tokens, numbers = self._arrays["tokens"][:total].tolist(), self._arrays["chosen"][:total].tolist()
+        for draft, chooser, num in zip(drafts, choosers, admitted, strict=True):
+            end = start + num
+            draft.num_admitted, chooser.tokens = num, tokens[start:end]
+            names = chooser.names
+            chooser.chosen = [names[number] for number in numbers[start:end]]
+            start = end
+
+    def _make_room(self, num: int) -> None:
+        self._room = num
+        for name, (dtype, each) in _ARRAYS.items():
+            array = self._arrays[name] = np.zeros(num * each, dtype)
+            setattr(self._struct, name, array.ctypes.data)
+
+    def _point_at_chains(self) -> None:
+        table = self.library.chains
+        if table is None or table.tokens is self._chain_tokens:
+            return
+        parts = (table.tokens, table.probabilities, table.lens, table.wanted)
+        self._struct.chains = native.Chains(*(part.ctypes.data for part in parts), table.tokens.shape[1])
+        self._chain_tokens = table.tokens
+
+    # -- Python's part
+
+    def _ask(self, what: int, draft: int, number: int, token: int, answer: Any) -> int:
+        chooser, item = self._drafts[draft].chooser, self._drafts[draft].item
+        assert isinstance(chooser, NativeChooser) and item is not None
+        source = chooser.all_sources[number]
+        try:
+            if what == native.PEEK:
+                guess = source.peek()
+                if guess is None:
+                    return native.NOTHING
+                if not 0 <= guess.level < chooser.num_levels[number]:
+                    raise IndexError(f"there is no level {guess.level}")
+                answer[0], answer[1] = guess
+                return native.SOMETHING
+            if what == native.BEGIN:
+                source.begin(item.seq.tokens)
+            else:
+                source.follow(token)
+            return native.NOTHING
+        except Exception:
+            chooser.remove_source(source)
+        except BaseException as error:
+            self._raised = error
+        return native.FAILED
+
+    def _constrain(self, what: int, draft: int, token: int) -> int:
+        chooser = self._drafts[draft].chooser
+        assert isinstance(chooser, NativeChooser) and chooser.constraint is not None
+        try:
+            if what == native.ADVANCE:
+                return chooser.constraint.advance((token,))
+            if what == native.ALLOWS:
+                return chooser.constraint.allows(token)
+            chooser.constraint.rewind()
+        except BaseException as error:
+            self._raised = error
+        return False
+
+    def _step_heads(self, numbers: Any, num: int, starts: int) -> int:
+        try:
+            choosers = [self._drafts[number].chooser for number in numbers[:num]]
+            is_done = self._head_steps.run([chooser for chooser in choosers if chooser is not None], bool(starts))
+            self._struct.head_s = self._head_steps.seconds
+            return is_done
+        except BaseException as error:
+            self._raised = error
+        return False
