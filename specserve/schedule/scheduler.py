@@ -9,6 +9,7 @@ later. A sequence that fits the cache alone (checked at admission by the engine)
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 
 import msgspec
@@ -98,15 +99,15 @@ class Scheduler:
         return num_drafts
 
     def _admit(self) -> None:
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return
+        pending = sum(map(self._num_missing, self.running))  # blocks that those who run will ask for
         while self.waiting and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if seq.num_computed == 0 and not seq.block_table and not seq.wants_prompt_logprobs:
                 seq.block_table, seq.block_keys = self.blocks.match_prefix(seq.root_key, seq.tokens)
                 seq.num_computed = len(seq.block_table) * self.blocks.block_size
-            need = self.blocks.num_blocks_for(len(seq.tokens) + 1) - len(seq.block_table)
-            pending = sum(
-                max(0, self.blocks.num_blocks_for(len(s.tokens) + 1) - len(s.block_table)) for s in self.running
-            )
+            need = self._num_missing(seq)
             if need + pending > self.blocks.num_free and self.running:
                 self._release(seq)
                 return
@@ -114,8 +115,12 @@ class Scheduler:
                 seq.num_cached = seq.num_computed
             self.waiting.popleft()
             seq.admit()
-            self.running.append(seq)
-            self.running.sort(key=lambda s: s.seq_id)
+            pending += need
+            bisect.insort(self.running, seq, key=lambda s: s.seq_id)
+
+    def _num_missing(self, seq: Sequence) -> int:
+        """Blocks that a sequence needs for its tokens and the next one, beside those that it has."""
+        return max(0, -(-(len(seq.tokens) + 1) // self.blocks.block_size) - len(seq.block_table))
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
         return self.blocks.reserve(seq.block_table, num_tokens, claim_tokens=seq.max_len, owner=seq.seq_id)
