@@ -17,21 +17,19 @@ class LogitsRows:
         self.groups: list[RowGroup] = []  # to sample; first_row counts in `rows`
         self.items: list[ScheduledSequence] = []  # whose they are
         self.prompt_rows: list[tuple[ScheduledSequence, int, int]] = []  # (item, first in `rows`, how many)
-        rows, groups, first_row = self.rows, self.groups, 0
+        rows, groups, end = self.rows, self.groups, 0
         for item, count in zip(items, counts, strict=True):
-            seq, before = item.seq, len(rows)
-            if seq.wants_prompt_logprobs:
-                self._add_prompt(item, first_row)
+            before, end, drafts = len(rows), end + count, item.drafts
+            if item.seq.wants_prompt_logprobs:
+                self._add_prompt(item, end - count)
             if item.reaches_end:
-                drafts, end = item.drafts, first_row + count
-                groups.append(RowGroup(seq, len(rows), drafts))
+                groups.append(RowGroup(item.seq, len(rows), drafts))
                 self.items.append(item)
                 if drafts:
                     rows += range(end - len(drafts) - 1, end)
                 else:
                     rows.append(end - 1)
             self.counts.append(len(rows) - before)
-            first_row += count
 
     def _add_prompt(self, item: ScheduledSequence, first_row: int) -> None:
         seq, start = item.seq, item.seq.num_computed

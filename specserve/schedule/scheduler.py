@@ -25,12 +25,7 @@ class ScheduledSequence(msgspec.Struct, gc=False, eq=False):
     num_rows: int
     drafts: list[int] = []
     draft_sources: list[str] = []  # one per draft
-
-    @property
-    def reaches_end(self) -> bool:
-        """Whether the last non-draft row is the sequence's newest token, so that a token can be sampled."""
-        seq = self.seq
-        return seq.num_computed + self.num_rows == len(seq.tokens)
+    reaches_end: bool = True  # the last non-draft row is the sequence's newest token, so that a token can be sampled
 
 
 class Scheduler:
@@ -82,7 +77,7 @@ class Scheduler:
                 continue
             has_room = seq.num_computed + num_rows <= len(seq.block_table) * size
             if has_room or self._reserve_or_preempt(seq, num_rows):
-                scheduled.append(ScheduledSequence(seq, num_rows))
+                scheduled.append(ScheduledSequence(seq, num_rows, reaches_end=num_rows == num))
         if self.num_preemptions > num_preemptions:
             # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
             scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]
