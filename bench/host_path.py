@@ -41,7 +41,7 @@ from specserve.model.config import ModelConfig
 
 from . import common, options
 from .stand_in_device import STANDING_IN, DeviceTimes, Script, StandIn
-from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn
+from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, demo_schema, in_turn
 
 CASES = ("off", "heads", "all", "grammar", "stop", "logprobs")
 MAX_TOKENS = 160
@@ -68,8 +68,9 @@ class Bench:
         self.engine = Engine(config, base.path, self.stand_in.make_path)  # type: ignore[arg-type]
         hashes = [self.engine.load_adapter(task, demo_adapter(task)).content_hash for task in DEMO_TASKS]
         examples = [base.examples(demo_rows(task), ROWS_OF_A_TASK) for task in DEMO_TASKS]
+        grammars = [_grammar_of(task) for task in DEMO_TASKS]
         self._answers = (
-            (hashes[idx], example.prompt, [t for t in example.completion if t not in base.eos])
+            (hashes[idx], grammars[idx], example.prompt, [t for t in example.completion if t not in base.eos])
             for idx, example in in_turn(examples)
         )
         self._ids = itertools.count()
@@ -135,7 +136,7 @@ class Bench:
         }
 
     def _add(self, case: str) -> None:
-        adapter_hash, prompt, answer = next(self._answers)
+        adapter_hash, grammar, prompt, answer = next(self._answers)
         request_id = f"{case}-{next(self._ids)}"
         self.script.tokens[request_id] = answer
         sampling = SamplingParams(
@@ -153,12 +154,20 @@ class Bench:
                 sampling,
                 adapter_hash=adapter_hash,
                 speculation=Speculation(mode="off" if case in ("off", "stop", "logprobs") else "auto"),
-                grammar=GrammarSpec("regex", r"(?s:.*)") if case == "grammar" else None,
+                grammar=grammar if case == "grammar" else None,
             )
         )
 
     def _only_heads(self, request: GenerateRequest) -> list[DraftSource]:
         return [source for source in self._sources(request) if source.source == "head"]
+
+
+def _grammar_of(task: str) -> GrammarSpec:
+    """What a task's answers keep to: its JSON Schema, or any text."""
+    schema = demo_schema(task)
+    if schema.exists():
+        return GrammarSpec("json_schema", schema.read_text(encoding="utf-8"))
+    return GrammarSpec("regex", r"(?s:.*)")
 
 
 def few_logprobs(logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:

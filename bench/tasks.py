@@ -54,6 +54,11 @@ def demo_rows(task: str) -> Path:
     return EXAMPLES / "data" / f"{task}.dev.jsonl"
 
 
+def demo_schema(task: str) -> Path:
+    """The JSON Schema of a demo adapter's answers; tasks of free text have none."""
+    return EXAMPLES / "data" / f"{task}.schema.json"
+
+
 def in_turn(tasks: Sequence[Sequence[Item]]) -> Iterator[tuple[int, Item]]:
     """(task, its next item) without end: the tasks take turns, and each begins again after its last item."""
     cycles = [itertools.cycle(items) for items in tasks]
