@@ -67,18 +67,12 @@ class SamplingTensors:
 
     def write(self, rows: Sequence[SamplingRow]) -> None:
         """Set the first rows, and those behind them to greedy; for the host's twin."""
-        num_rows = self.top_p.shape[0]
-        assert len(rows) <= num_rows, (len(rows), num_rows)
-        padded = [*rows, *[SamplingRow()] * (num_rows - len(rows))]
-        for target, values in (
-            (self.temperature, [row.temperature for row in padded]),
-            (self.top_k, [row.top_k for row in padded]),
-            (self.top_p, [row.top_p for row in padded]),
-            (self.min_p, [row.min_p for row in padded]),
-            (self.uniform, [row.uniform for row in padded]),
-            (self.mask_row, [row.mask_row for row in padded]),
-        ):
-            target.copy_(torch.tensor(values, dtype=target.dtype))
+        assert len(rows) <= self.top_p.shape[0], (len(rows), self.top_p.shape[0])
+        targets = (self.temperature, self.top_k, self.top_p, self.min_p, self.uniform, self.mask_row)
+        for idx, (target, greedy) in enumerate(zip(targets, SamplingRow(), strict=True)):
+            target.fill_(greedy)
+            if rows:
+                target[: len(rows)].copy_(torch.tensor([row[idx] for row in rows], dtype=target.dtype))
 
     def copy_(self, other: SamplingTensors) -> None:
         """Take over the parameters of as many rows, without the masks; asynchronous from pinned memory."""

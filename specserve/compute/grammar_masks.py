@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from llguidance import LLExecutor
 
-from ..grammar.mask_batch import MaskBatch, make_executor
+from ..grammar.mask_batch import MaskBatch
 from ..schedule.row_group import RowGroup
 
 
@@ -33,7 +32,7 @@ class MaskMaker:
 
     def __init__(self, mask_words: int) -> None:
         self._num_words = mask_words
-        self._executor: LLExecutor | None = None  # its threads start with the first mask
+        self._batch: MaskBatch | None = None  # its threads start with the first mask
         self.seconds = 0.0
 
     def masks(
@@ -53,10 +52,8 @@ class MaskMaker:
         start = time.perf_counter()
         rows = [group.first_row + idx for group in drawn for idx in range(group.num_rows)]
         bits = room(len(rows)) if room is not None else np.empty((len(rows), self._num_words), dtype=np.int32)
-        batch = MaskBatch([(g.seq.grammar, g.drafts) for g in drawn if g.seq.grammar is not None], bits)
-        self._executor = self._executor or make_executor()
-        batch.compute(self._executor)
-        batch.finish()
+        self._batch = self._batch or MaskBatch()
+        self._batch.fill([(g.seq.grammar, g.drafts) for g in drawn if g.seq.grammar is not None], bits)
         self.seconds += time.perf_counter() - start
         return StepMasks(rows, bits)
 

@@ -119,31 +119,26 @@ class Grammar:
                 break
         self.rewind()
 
+    @property
+    def hidden(self) -> frozenset[int]:
+        """Ends of text that may come only where nothing else may."""
+        return self._never
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the matcher failed since the last `rewind`."""
+        return self._matcher.is_error()
+
     def mask_task(self, drafts: Sequence[int]) -> tuple[LLMatcher, list[int]] | None:
         """The matcher, at the committed output, and those of `drafts` that it may see; None if nothing is allowed.
 
-        For `MaskBatch`: until `end_task` nothing else may ask this place anything.
+        For `MaskBatch`, which moves the matcher and brings it back.
         """
         self.rewind()
         if self.error:
             self.problem = self.error
             return None
-        return self._matcher, self._known(drafts)
-
-    def end_task(self, drafts: Sequence[int], rows: np.ndarray) -> bool:
-        """Whether the matcher filled `rows` as `fill_masks` would, but for ends of text; else they are filled here.
-
-        Where it failed the rows are made one by one, which says at which of them nothing is allowed.
-        """
-        if self._matcher.is_error():
-            self.fill_masks(drafts, rows)
-            return False
-        return True
-
-    @property
-    def hidden(self) -> frozenset[int]:
-        """Ends of text that may come only where nothing else may."""
-        return self._never
+        return self._matcher, self._known(drafts) if drafts else []
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """`tokens` up to the first that the matcher must not see."""

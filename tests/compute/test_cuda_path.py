@@ -43,9 +43,14 @@ def test_more_rows_than_the_kernels_take_are_refused_with_the_limit(tmp_path, mo
 def test_sampling_parameters_on_the_device_are_those_of_the_step_when_none_are_sent():
     buffers = _Buffers(4, 100, torch.device("cpu"))
     greedy, hot = SamplingRow(), SamplingRow(0.7, 5, 0.9, 0.1, 0.25)
-    for rows in ([], [hot], [], [], [greedy, greedy._replace(mask_row=0)], [], [hot] * 4, [greedy, hot]):
-        buffers.upload(rows)
+    for rows, masked in (
+        ([], []), ([hot], []), ([], []), ([], []), ([], [3, 1]), ([], []), ([hot], [0, 2]), ([hot] * 4, []), ([], [2]),
+        ([greedy, hot], []),
+    ):  # fmt: skip
+        buffers.upload(rows, masked)
         params = buffers._params
         fields = (getattr(params, name).tolist() for name in SamplingRow._fields)
         want = [*rows, *[greedy] * (4 - len(rows))]
+        for idx, row in enumerate(masked):
+            want[row] = want[row]._replace(mask_row=idx)
         assert [list(row) for row in zip(*fields, strict=True)] == [pytest.approx(list(row)) for row in want]

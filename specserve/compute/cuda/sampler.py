@@ -62,12 +62,10 @@ class DeviceSampler(Sampler):
         special = [group for group in groups if not group.seq.takes_best]
         rows, edited = self._rows(num_rows, special)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
-        if special and (masks := self._masks.masks(special, also_greedy=True, room=self._host_masks.rows)) is not None:
-            rows = rows or [SamplingRow()] * num_rows
-            for idx, row in enumerate(masks.rows):
-                rows[row] = rows[row]._replace(mask_row=idx)
+        masks = self._masks.masks(special, also_greedy=True, room=self._host_masks.rows) if special else None
+        if masks is not None:
             self._host_masks.upload(buffers.masks, len(masks.rows))
-        buffers.upload(rows)
+        buffers.upload(rows, masks.rows if masks is not None else [])
         raw = logits[edited] if edited else None  # [edited, V]
         if edited:
             for group in special:
@@ -124,14 +122,20 @@ class _Buffers:
         self._host = SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu", pin=is_cuda)
         self._params = SamplingTensors.allocate(num_rows, vocab_size, num_rows, device)
         self._scratch = SamplingScratch.allocate(num_rows, vocab_size, device)
-        self._is_greedy = False  # what was uploaded last
+        self._is_plain = False  # what was uploaded last: no row that is drawn or has a mask
 
-    def upload(self, rows: list[SamplingRow]) -> None:
-        """Rows beyond `rows` are greedy; where all are, as in the step before, there is nothing to say."""
-        if rows or not self._is_greedy:
+    def upload(self, rows: list[SamplingRow], masked: list[int] | None = None) -> None:
+        """Rows beyond `rows` are greedy, row masked[idx] has mask idx.
+
+        Where all are greedy and none has a mask, as in the step before, there is nothing to say.
+        """
+        is_plain = not rows and not masked
+        if not (is_plain and self._is_plain):
             self._host.write(rows)
+            if masked:
+                self._host.mask_row.numpy()[masked] = np.arange(len(masked), dtype=np.int32)
             self._params.copy_(self._host)
-        self._is_greedy = not rows
+        self._is_plain = is_plain
 
     @property
     def masks(self) -> torch.Tensor:
