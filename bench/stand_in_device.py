@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from specserve.compute.cuda.buckets import Bucket
-from specserve.compute.cuda.buffers import HostCopy
+from specserve.compute.cuda.buffers import HostPage
 from specserve.compute.cuda.decoder import TritonDecoder
 from specserve.compute.cuda.drafts import DeviceDrafts
 from specserve.compute.cuda.graph_cache import GraphCache
@@ -151,12 +151,12 @@ class StandIn:
         queue_download, read = sampled.queue_download, sampled.read
         due: dict[int, float] = {}
 
-        def queue_on_clock() -> HostCopy:
+        def queue_on_clock() -> HostPage:
             copy = queue_download()
             due[id(copy)] = self.clock.busy_until
             return copy
 
-        def read_on_clock(copy: HostCopy, num_rows: int) -> tuple[list[int], list[int]]:
+        def read_on_clock(copy: HostPage, num_rows: int) -> tuple[list[int], list[int]]:
             self.clock.wait(due[id(copy)])
             return read(copy, num_rows)
 

@@ -2,7 +2,8 @@
 
 A `Layout` says where fields of given dtypes and lengths lie in a page; every graph bucket has its own layout over the
 same `Page`, so that a small step copies few bytes and a captured graph keeps reading the addresses that it was captured
-with. The host side is pinned on CUDA; it is handed out for writing only when its last copy has been made.
+with. The host side is pinned on CUDA, and there are two of it, which take turns: a step is filled in while the copy of
+the one before it still waits for the device. Each is handed out for writing only when its last copy has been made.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 _ALIGN = 64  # bytes; a multiple of what vector loads want
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Offsets of the fields of one bucket."""
+    """Offsets of the fields of one bucket. Pages keep the views of each, so a bucket's is to be made once."""
 
     fields: dict[str, tuple[int, int, torch.dtype]]  # name -> (offset in bytes, elements, dtype)
     num_bytes: int
@@ -40,49 +41,69 @@ class Layout:
         }
 
 
-class HostCopy:
-    """`num_bytes` on the host that bytes of `device` are copied to, pinned on CUDA."""
+class Fence:
+    """Behind the latest copy from or to a host's memory; on a CPU a copy is made when it is asked for."""
+
+    def __init__(self, device: torch.device):
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def record(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class HostPage:
+    """`num_bytes` on the host that are copied to or from `device`, pinned on CUDA."""
 
     def __init__(self, num_bytes: int, device: torch.device):
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-
-    def queue(self, source: torch.Tensor) -> None:
-        """Copy `source` [num_bytes] uint8, in stream order."""
-        self._host.copy_(source, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._fence = Fence(device)
+        self._fields: dict[Layout, dict[str, np.ndarray]] = {}
 
     def fields(self, layout: Layout) -> dict[str, np.ndarray]:
-        """Views to read, by field, once the latest copy is done."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return {name: view.numpy() for name, view in layout.views(self._host).items()}
+        """Views to fill or to read, by field, once the latest copy is done."""
+        self._fence.wait()
+        fields = self._fields.get(layout)
+        if fields is None:
+            fields = {name: view.numpy() for name, view in layout.views(self._bytes).items()}
+            self._fields[layout] = fields
+        return fields
+
+    def copy_to(self, page: torch.Tensor, num_bytes: int) -> None:
+        """Copy the first bytes to `page` uint8, in stream order."""
+        page[:num_bytes].copy_(self._bytes[:num_bytes], non_blocking=True)
+        self._fence.record()
+
+    def copy_from(self, page: torch.Tensor, num_bytes: int) -> None:
+        """Copy the first bytes of `page` uint8, in stream order."""
+        self._bytes[:num_bytes].copy_(page[:num_bytes], non_blocking=True)
+        self._fence.record()
 
 
 class Page:
-    """`num_bytes` on the host and as many on the device."""
+    """`num_bytes` on the device and two times as many on the host."""
 
     def __init__(self, num_bytes: int, device: torch.device):
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._hosts = [HostPage(num_bytes, device) for _ in range(2)]
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._views: dict[Layout, dict[str, torch.Tensor]] = {}
 
     def host(self, layout: Layout) -> dict[str, np.ndarray]:
-        """Views to fill, by field, once the latest copy is done."""
-        if self._copied is not None:
-            self._copied.synchronize()  # sync: that copy was queued a step ago
-        return {name: view.numpy() for name, view in layout.views(self._host).items()}
+        """Views to fill, by field, for the next upload."""
+        self._hosts.reverse()
+        return self._hosts[0].fields(layout)
 
     def device(self, layout: Layout) -> dict[str, torch.Tensor]:
         """Views that kernels read, by field; the same addresses on every call."""
-        return layout.views(self._device)
+        views = self._views.get(layout)
+        if views is None:
+            views = self._views[layout] = layout.views(self._device)
+        return views
 
     def upload(self, layout: Layout) -> None:
-        """Copy the layout's bytes to the device, in stream order."""
-        self._device[: layout.num_bytes].copy_(self._host[: layout.num_bytes], non_blocking=True)
-        self._record()
-
-    def _record(self) -> None:
-        if self._copied is not None:
-            self._copied.record()
+        """Copy the layout's bytes, which `host` gave, to the device, in stream order."""
+        self._hosts[0].copy_to(self._device, layout.num_bytes)

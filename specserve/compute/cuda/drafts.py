@@ -9,6 +9,7 @@ its source. If drafting fails, it is switched off, and everything goes on withou
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -203,5 +204,6 @@ class DeviceDrafts:
         self._heads.launch(rows, logits.picked_hidden, logits.picked_taps, num_guesses)
 
 
+@functools.cache
 def _layout(num_seqs: int) -> Layout:
     return Layout.of(dict.fromkeys(("seats", "heads", "first_rows", "num_drafts"), (num_seqs, torch.int32)))

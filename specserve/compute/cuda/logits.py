@@ -7,6 +7,7 @@ no graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -81,5 +82,6 @@ class LogitsPart:
         self._decoder.logits_into(picked, logits, lora)
 
 
+@functools.cache
 def _layout(num_rows: int) -> Layout:
     return Layout.of({"rows": (num_rows, torch.int64), "slots": (num_rows, torch.int32)})

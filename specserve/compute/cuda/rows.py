@@ -6,6 +6,7 @@ tile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -49,8 +50,11 @@ class StepRows:
         num_rows = len(rows.tokens)
         host["tokens"][:num_rows], host["positions"][:num_rows] = rows.tokens, rows.positions
         host["slot_mapping"][:num_rows] = rows.slot_mapping
-        host["row_seats"][:num_rows] = np.repeat(seats, counts)
-        host["row_slots"][:num_rows] = np.repeat(slots, counts)
+        if num_rows == len(items):
+            host["row_seats"][:num_rows], host["row_slots"][:num_rows] = seats, slots
+        else:
+            host["row_seats"][:num_rows] = np.repeat(seats, counts)
+            host["row_slots"][:num_rows] = np.repeat(slots, counts)
         _pad(host, num_rows)
         host["split_len"][0] = split_len_for(max(rows.positions) + 1, num_splits)
 
@@ -68,6 +72,7 @@ def _pad(host: dict[str, np.ndarray], start: int) -> None:
     host["slot_mapping"][start:] = host["row_seats"][start:] = host["row_slots"][start:] = -1
 
 
+@functools.cache
 def _layout(num_rows: int) -> Layout:
     return Layout.of(
         {

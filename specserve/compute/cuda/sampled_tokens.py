@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .buffers import HostCopy, Layout
+from .buffers import HostPage, Layout
 
 
 class SampledTokens:
@@ -20,16 +20,16 @@ class SampledTokens:
         self._page = torch.zeros(self._layout.num_bytes, dtype=torch.uint8, device=device)
         fields = self._layout.views(self._page)
         self.tokens, self.flags = fields["tokens"], fields["flags"]
-        self._copies = [HostCopy(self._layout.num_bytes, device) for _ in range(2)]
+        self._copies = [HostPage(self._layout.num_bytes, device) for _ in range(2)]
 
-    def queue_download(self) -> HostCopy:
+    def queue_download(self) -> HostPage:
         """Queue their copy to the host, to be read before the next but one is queued."""
         copy = self._copies[0]
         self._copies.reverse()
-        copy.queue(self._page)
+        copy.copy_from(self._page, self._layout.num_bytes)
         return copy
 
-    def read(self, copy: HostCopy, num_rows: int) -> tuple[list[int], list[int]]:
+    def read(self, copy: HostPage, num_rows: int) -> tuple[list[int], list[int]]:
         """Tokens and flags of the first rows, once the copy is done."""
         host = copy.fields(self._layout)  # sync: a step's one wait; all that follows needs the tokens
         return host["tokens"][:num_rows].tolist(), host["flags"][:num_rows].tolist()

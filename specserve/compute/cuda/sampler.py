@@ -17,6 +17,7 @@ from ...schedule.row_group import RowGroup
 from ...schedule.verifier import accepted_tokens
 from ..grammar_masks import MaskMaker
 from ..sampler import Drawn, PendingSample, Sampler, edits_logits, uniform, up_to_dead_end
+from .buffers import Fence
 from .drafts import DeviceDrafts
 from .parts import DeviceParts
 from .sampled_tokens import SampledTokens
@@ -119,7 +120,10 @@ class _Buffers:
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device):
         is_cuda = device.type == "cuda"
-        self._host = SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu", pin=is_cuda)
+        # Two on the host, which take turns: one is written while the copy of the other still waits for the device.
+        self._hosts = [
+            (SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu", pin=is_cuda), Fence(device)) for _ in range(2)
+        ]
         self._params = SamplingTensors.allocate(num_rows, vocab_size, num_rows, device)
         self._scratch = SamplingScratch.allocate(num_rows, vocab_size, device)
         self._is_plain = False  # what was uploaded last: no row that is drawn or has a mask
@@ -131,10 +135,14 @@ class _Buffers:
         """
         is_plain = not rows and not masked
         if not (is_plain and self._is_plain):
-            self._host.write(rows)
+            self._hosts.reverse()
+            host, copied = self._hosts[0]
+            copied.wait()
+            host.write(rows)
             if masked:
-                self._host.mask_row.numpy()[masked] = np.arange(len(masked), dtype=np.int32)
-            self._params.copy_(self._host)
+                host.mask_row.numpy()[masked] = np.arange(len(masked), dtype=np.int32)
+            self._params.copy_(host)
+            copied.record()
         self._is_plain = is_plain
 
     @property
@@ -156,19 +164,17 @@ class _HostMasks:
 
     def __init__(self, vocab_size: int, device: torch.device):
         self._bits = torch.empty(0, -(-vocab_size // 32), dtype=torch.int32)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied, self._is_pinned = Fence(device), device.type == "cuda"
 
     def rows(self, num_rows: int) -> np.ndarray:
         """[num_rows, ceil(V / 32)] int32 of whatever they held."""
-        if self._copied is not None:
-            self._copied.synchronize()  # sync: that copy was queued a step ago
+        self._copied.wait()  # sync: that copy was queued a step ago
         if num_rows > self._bits.shape[0]:
             shape = (2 * num_rows, self._bits.shape[1])
-            self._bits = torch.empty(shape, dtype=torch.int32, pin_memory=self._copied is not None)
+            self._bits = torch.empty(shape, dtype=torch.int32, pin_memory=self._is_pinned)
         return self._bits[:num_rows].numpy()
 
     def upload(self, masks: torch.Tensor, num_rows: int) -> None:
         """Copy the first rows into `masks` on the device, in stream order."""
         masks[:num_rows].copy_(self._bits[:num_rows], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._copied.record()

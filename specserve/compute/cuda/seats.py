@@ -7,6 +7,7 @@ one whenever their block table was emptied: under one id a table only grows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -93,13 +94,14 @@ class Seats:
                 0, torch.tensor(index, device=device), torch.tensor(blocks, dtype=torch.int32, device=device)
             )
             return
-        layout = _update_layout(num)
+        layout = _update_layout(1 << (num - 1).bit_length())
         host = self._page.host(layout)
-        host["index"][:], host["block"][:] = index, blocks
+        host["index"][:num], host["block"][:num] = index, blocks
         self._page.upload(layout)
         fields = self._page.device(layout)
-        flat.index_copy_(0, fields["index"], fields["block"])
+        flat.index_copy_(0, fields["index"][:num], fields["block"][:num])
 
 
+@functools.cache
 def _update_layout(num: int) -> Layout:
     return Layout.of({"index": (num, torch.int64), "block": (num, torch.int32)})
