@@ -38,6 +38,13 @@ logger = logging.getLogger(__name__)
 _PRICE_RATE = 1 / 64  # of the running mean in metrics
 
 
+class Proposed(NamedTuple):
+    """What was proposed for a step."""
+
+    plan: StepPlan
+    drafts: list[GrowingDraft]  # that were asked for
+
+
 class Verified(NamedTuple):
     """What a step's verification made of one sequence's draft."""
 
@@ -79,8 +86,6 @@ class Proposer:
         self._counts: dict[str | None, Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._draft_s = MeanSeconds()  # all of drafting, one sequence
-        self._plan: StepPlan | None = None  # of the step that runs
-        self._drafts: list[GrowingDraft] = []  # that were asked for in that step
         self._served: ServedHistories | None = None
         if config.learn_history:
             directory = Path(config.history_dir).expanduser() if config.history_dir else None
@@ -134,14 +139,19 @@ class Proposer:
             sources.append(self._heads.source(request.request_id, lookahead.head, request.prompt_token_ids))
         return sources
 
-    def propose(self, items: Sequence[ScheduledSequence], drafts: Sequence[GrowingDraft], scheduler: Scheduler) -> None:
-        """Give drafts to the items whose newest token is computed in this step; `drafts` are theirs, in order."""
-        self._plan, self._drafts = None, []
+    def propose(
+        self, items: Sequence[ScheduledSequence], drafts: Sequence[GrowingDraft], scheduler: Scheduler
+    ) -> Proposed | None:
+        """Give drafts to the items whose newest token is computed in this step; `drafts` are theirs, in order.
+
+        None where nobody may draft; else what `end_step` learns from.
+        """
         drafting = [(item, draft) for item, draft in zip(items, drafts, strict=True) if draft.max_tokens]
         if not drafting:
-            return
+            return None
         num_decoding = sum(item.reaches_end and item.seq.sampling.max_tokens > 0 for item in items)
-        plan = self._plan = self._plan_of(items, num_decoding, scheduler.max_batched_tokens)
+        plan = self._plan_of(items, num_decoding, scheduler.max_batched_tokens)
+        asked: list[GrowingDraft] = []
         could_draft = False
         asks: dict[DraftSwitch, bool] = {}
         for item, draft in drafting:
@@ -159,12 +169,13 @@ class Proposer:
                 if not is_asked:
                     continue
             draft.item, draft.limit, draft.num_accepted = item, limit, 0
-            self._drafts.append(draft)
-        if self._drafts:
-            self.growth.grow(self._drafts, plan)
-        num_drafted = sum(self._propose(draft, scheduler) for draft in self._drafts)
+            asked.append(draft)
+        if asked:
+            self.growth.grow(asked, plan)
+        num_drafted = sum(self._propose(draft, scheduler) for draft in asked)
         if could_draft and not num_drafted:
             self.num_undrafted_steps += 1
+        return Proposed(plan, asked)
 
     def _propose(self, draft: GrowingDraft, scheduler: Scheduler) -> int:
         """Give its item as many drafts as were admitted, and there is room for."""
@@ -205,11 +216,10 @@ class Proposer:
         if asked:
             self.growth.observe(asked, tokens)
 
-    def end_step(self, seconds: float) -> None:
+    def end_step(self, proposed: Proposed, seconds: float) -> None:
         """Learn from a step that took `seconds`, drafting included."""
-        plan, drafts = self._plan, self._drafts
-        self._plan, self._drafts = None, []
-        if plan is None or not plan.num_decoding:
+        plan, drafts = proposed
+        if not plan.num_decoding:
             return
         num_drafts = sum(len(draft.item.drafts) for draft in drafts if draft.item is not None)
         if plan.num_rows == plan.num_decoding == plan.shape.num_seqs:  # no prompts

@@ -258,7 +258,8 @@ class Engine:
         self.proposer.observe(self._verified)
         self._verified.clear()
         now = time.perf_counter()
-        self.proposer.end_step(now - max(step.queued_at, self._last_end))
+        if step.proposed is not None:
+            self.proposer.end_step(step.proposed, now - max(step.queued_at, self._last_end))
         self._last_end = now
         if while_running is None or not self.is_asynchronous:
             self.write_events()
@@ -278,7 +279,7 @@ class Engine:
         if not items:
             return None
         step = QueuedStep(items, time.perf_counter())
-        self.proposer.propose(items, self._drafts_of(items), self.scheduler)
+        step.proposed = self.proposer.propose(items, self._drafts_of(items), self.scheduler)
         try:
             step.output = self.runner.forward(items, self.registry.adapters)
         except Exception:

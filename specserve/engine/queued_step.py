@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ..compute.sampler import PendingSample
 from ..compute.step_output import StepOutput
+from ..drafting.proposer import Proposed
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Status
 from .reports import Event, Reports
@@ -25,6 +26,7 @@ class QueuedStep:
     items: list[ScheduledSequence]
     queued_at: float  # time.perf_counter()
     events: list[Event] = field(default_factory=list)
+    proposed: Proposed | None = None
     output: StepOutput | None = None
     pending: PendingSample | None = None
     is_passed: bool = False  # its sequences stand behind it: the next step was planned
