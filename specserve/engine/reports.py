@@ -82,13 +82,12 @@ class Reports:
         report.events.append(delta)
 
     def _count_drafts(self, seq: TokenSequence, report: StepReport) -> None:
-        counters = self._counters
-        for idx, source in enumerate(report.draft_sources[: report.num_drafted]):
-            seq.drafted_by_source[source] += 1
-            counters.drafted_by_source[source] += 1
-            if idx < report.num_accepted:
-                seq.accepted_by_source[source] += 1
-                counters.accepted_by_source[source] += 1
+        drafted = report.draft_sources[: report.num_drafted]
+        accepted = drafted[: report.num_accepted]
+        seq.drafted_by_source.update(drafted)
+        seq.accepted_by_source.update(accepted)
+        self._counters.drafted_by_source.update(drafted)
+        self._counters.accepted_by_source.update(accepted)
 
     def _with_extras(self, delta: Delta, report: StepReport) -> Delta:
         """What a delta has beside tokens and text, which most have not."""

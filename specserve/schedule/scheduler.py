@@ -87,6 +87,8 @@ class Scheduler:
     def reserve_drafts(self, item: ScheduledSequence, num_drafts: int) -> int:
         """Reserve KV for drafts after the scheduled rows; returns how many fit. Never preempts for a draft."""
         seq = item.seq
+        if seq.num_computed + item.num_rows + num_drafts <= len(seq.block_table) * self.blocks.block_size:
+            return num_drafts
         while num_drafts > 0:
             if self._reserve(seq, seq.num_computed + item.num_rows + num_drafts):
                 break
