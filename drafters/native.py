@@ -29,7 +29,7 @@ from .task_history import TaskHistory
 logger = logging.getLogger(__name__)
 
 # No contraction: the same bits as Python's arithmetic. Nothing here gains from the CPU's newer instructions.
-FLAGS = ("-std=gnu++17", "-O2", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+FLAGS = ("-std=gnu++17", "-O3", "-ffp-contract=off", "-w", "-shared", "-fPIC")
 
 FOREIGN, NGRAM, PREDICTION, HISTORY, CHAIN = range(5)  # kinds of sources
 FAILED, NOTHING, SOMETHING = -1, 0, 1  # what a source says

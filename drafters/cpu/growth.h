@@ -51,7 +51,9 @@ struct Growth {
 
 class Grower {
  public:
-  explicit Grower(Growth& growth) : g_(growth), constrainer_{growth.constrain} {}
+  explicit Grower(Growth& growth) : g_(growth), constrainer_{growth.constrain} {
+    alone_s_ = seconds(g_.num_decoding), undrafted_s_ = seconds(g_.num_rows);
+  }
 
   void run() {
     const double start = now();
@@ -171,7 +173,7 @@ class Grower {
   }
 
   double step_seconds(int num_drafts) const {
-    return seconds(g_.num_decoding) + seconds(g_.num_rows + num_drafts) - seconds(g_.num_rows);
+    return alone_s_ + seconds(g_.num_rows + num_drafts) - undrafted_s_;
   }
 
   // The least that one more row may cost: the cheapest average over the next 1, 2, 4 .. up to `room` rows.
@@ -222,6 +224,7 @@ class Grower {
   Constrainer constrainer_;
   std::vector<Candidate> candidates_;
   std::vector<int32_t> stepped_;
+  double alone_s_, undrafted_s_;  // of steps of the sequences that decode, and of all rows that are no drafts
 };
 
 }  // namespace drafts

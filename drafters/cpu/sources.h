@@ -156,9 +156,7 @@ class HistoryVotes : public Source {
   HistoryVotes(const History& history, int64_t prompt_len) : cursor_(history), prompt_len_(prompt_len) {}
 
   Said begin(const Asker&, const Text& text) override {
-    const int64_t output_len = std::max<int64_t>(0, (int64_t)text.size() - prompt_len_);
-    const int64_t num = std::min<int64_t>(MAX_CONTEXT, output_len);
-    cursor_.begin(text.data() + text.size() - num, num);
+    cursor_.begin(text.data() + prompt_len_, text.size() - prompt_len_);
     return NOTHING;
   }
   Said peek(const Asker&, Guess& guess) override {
