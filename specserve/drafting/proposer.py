@@ -7,7 +7,7 @@ the step, cost table, switches and the counts by adapter learn from it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,6 @@ class Verified(NamedTuple):
     """What a step's verification made of one sequence's draft."""
 
     draft: GrowingDraft
-    num_drafted: int
     num_accepted: int
     tokens: Sequence[int]  # that the sequence has now
 
@@ -196,25 +195,22 @@ class Proposer:
         num_seqs = len(drafts)
         return any(draft.max_tokens and (draft.is_fixed or draft.switch.would_ask(num_seqs)) for draft in drafts)
 
-    def observe(self, verified: Iterable[Verified]) -> None:
-        """Learn from what a step's verification kept, before the next step is proposed for."""
-        price = self.growth.row_price
-        asked: list[GrowingDraft] = []
-        tokens: list[Sequence[int]] = []
-        for draft, num_drafted, num_accepted, committed in verified:
-            counts = draft.counts
-            counts.num_verifications += 1
-            counts.generated += len(committed)
-            counts.drafted += num_drafted
-            counts.accepted += num_accepted
-            old = counts.row_price
-            counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
+    def observe(self, verified: Sequence[Verified]) -> None:
+        """Learn from what a step's verification kept of those that may draft, before the next step is proposed for."""
+        for draft, num_accepted, _ in verified:
             draft.num_accepted = num_accepted
-            if draft.chooser is not None:
-                asked.append(draft)
-                tokens.append(committed)
-        if asked:
-            self.growth.observe(asked, tokens)
+        if verified:
+            self.growth.observe([one.draft for one in verified], [one.tokens for one in verified])
+
+    def count(self, draft: GrowingDraft, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
+        """A verification gave one sequence so many tokens; for metrics, at any time."""
+        counts, price = draft.counts, self.growth.row_price
+        counts.num_verifications += 1
+        counts.generated += num_tokens
+        counts.drafted += num_drafted
+        counts.accepted += num_accepted
+        old = counts.row_price
+        counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
 
     def end_step(self, proposed: Proposed, seconds: float) -> None:
         """Learn from a step that took `seconds`, drafting included."""

@@ -29,7 +29,6 @@ from ..compute.step_output import StepOutput
 from ..compute.uploads import beside_steps
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
-from ..drafting.drafts import GrowingDraft
 from ..drafting.proposer import Proposer, Verified
 from ..errors import ErrorInfo, OverloadedError, UserError
 from ..grammar.compiler import GrammarCompiler
@@ -140,7 +139,7 @@ class Engine:
         self.proposer = Proposer(
             config, cost_model, path.heads, path.stepped_heads, model.vocab_size, self.registry.adapters
         )
-        self.reports = Reports(self._counters, self.blocks, self.proposer.learn)
+        self.reports = Reports(self._counters, self.blocks, self.proposer)
 
     # -- requests
 
@@ -279,7 +278,7 @@ class Engine:
         if not items:
             return None
         step = QueuedStep(items, time.perf_counter())
-        step.proposed = self.proposer.propose(items, self._drafts_of(items), self.scheduler)
+        step.proposed = self.proposer.propose(items, [item.seq.owner.drafts for item in items], self.scheduler)
         try:
             step.output = self.runner.forward(items, self.registry.adapters)
         except Exception:
@@ -295,14 +294,12 @@ class Engine:
 
     def _queue_next(self, step: QueuedStep) -> QueuedStep | None:
         """The step behind `step`, where that needs none of its tokens."""
-        if not step.can_be_passed(self.path.max_rows_ahead) or self.proposer.would_ask(self._drafts_of(step.items)):
+        if not step.can_be_passed(self.path.max_rows_ahead):
+            return None
+        if self.proposer.would_ask([owner.drafts for item in step.items if (owner := item.seq.owner) is not None]):
             return None
         step.pass_by(self.reports)
         return self._queue_step(is_ahead=True)
-
-    def _drafts_of(self, items: list[ScheduledSequence]) -> list[GrowingDraft]:
-        requests = self._requests
-        return [requests[item.seq.request_id].drafts for item in items if item.seq.request_id in requests]
 
     def _run_alone(self, item: ScheduledSequence, step: QueuedStep) -> None:
         try:
@@ -339,51 +336,33 @@ class Engine:
             kept = accepted_tokens(item.drafts, tokens) if item.drafts else tokens
             if seq.grammar is not None and kept:
                 kept = kept[: seq.grammar.commit(kept)]
-            if kept:
-                self._commit_tokens(item, group, kept, output, logprobs.get(id(seq)), step)
-            else:
+            if not kept:
                 self._fail_without_token(group, step.events)
+                continue
+            report = self._append(step, item, kept)
+            self.reports.add(report)
+            if seq.status is not Status.FINISHED and (head := report.state.drafts.head) is not None:
+                tapped, row = output.taps[head.head.config.tap_layer], group.first_row + report.num_accepted
+                head.set_hidden(output.hidden, tapped, row, len(seq.tokens))
+            if logprobs:
+                report.logprobs = logprobs.get(id(seq))
 
-    def _commit_tokens(
-        self,
-        item: ScheduledSequence,
-        group: RowGroup,
-        tokens: list[int],
-        output: StepOutput,
-        logprobs: list[TokenLogprobs] | None,
-        step: QueuedStep,
-    ) -> None:
-        seq = item.seq
-        state, old_len = self._requests[seq.request_id], len(seq.tokens)
+    def _append(self, step: QueuedStep, item: ScheduledSequence, tokens: list[int]) -> StepReport:
+        """Append tokens to a sequence, which goes on or leaves."""
+        seq, state = item.seq, item.seq.owner
+        is_first, num_drafted, num_accepted = len(seq.tokens) == seq.prompt_len, len(item.drafts), len(tokens) - 1
         appended = state.append(tokens)
-        committed, finish = appended.tokens, appended.finish_reason
-        num_drafted, num_accepted = len(item.drafts), len(tokens) - 1
-        if finish is not None:
-            num_drafted, num_accepted = min(num_drafted, len(committed)), min(num_accepted, len(committed))
-        self._verified.append(Verified(state.drafts, num_drafted, num_accepted, committed))
         if not step.is_passed:
-            seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_accepted)
-        if finish is None:
-            if (head := state.drafts.head) is not None:
-                tapped = output.taps[head.head.config.tap_layer]
-                head.set_hidden(output.hidden, tapped, group.first_row + num_accepted, len(seq.tokens))
-        else:
+            num_new = min(num_accepted, len(appended.tokens))
+            seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_new)
+        if appended.finish_reason is not None:
+            num_kept = len(appended.tokens)
+            num_drafted, num_accepted = min(num_drafted, num_kept), min(num_accepted, num_kept)
             self.reports.publish(seq)
             self._remove(state)
-        is_first = old_len == seq.prompt_len
-        self.reports.add(
-            StepReport(
-                step.events,
-                state,
-                item.num_rows,
-                item.draft_sources,
-                appended,
-                num_drafted,
-                num_accepted,
-                is_first,
-                logprobs,
-            )
-        )
+        if state.drafts.chooser is not None:
+            self._verified.append(Verified(state.drafts, num_accepted, appended.tokens))
+        return StepReport(step.events, state, item, appended, num_drafted, num_accepted, is_first)
 
     # -- bookkeeping
 
@@ -391,6 +370,7 @@ class Engine:
         seq = state.seq
         self.scheduler.remove(seq)
         del self._requests[seq.request_id]
+        seq.owner = None  # each held the other
         if seq.adapter_hash is not None and self.registry.release(seq.adapter_hash):
             self._adapter_left(seq.adapter_hash)
 

@@ -5,11 +5,10 @@ The next step needs none of it: a device that runs by itself runs that meanwhile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import msgspec
 
-from ..messages import Delta, GenerateRequest, RequestFailed, TokenLogprobs
+from ..drafting.proposer import Proposer
+from ..messages import Delta, RequestFailed, TokenLogprobs
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Sequence as TokenSequence
@@ -25,22 +24,19 @@ class StepReport(msgspec.Struct, gc=False, eq=False):
 
     events: list[Event]
     state: RunningRequest
-    num_rows: int  # of its known tokens
-    draft_sources: list[str]
+    item: ScheduledSequence
     appended: Appended
-    num_drafted: int  # tokens that count as drafts: none behind the end
-    num_accepted: int
-    is_first: bool  # of its output
-    logprobs: list[TokenLogprobs] | None
+    num_drafted: int = 0  # tokens that count as drafts: none behind the end
+    num_accepted: int = 0
+    is_first: bool = False  # of its output
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class Reports:
-    """Of sequences that were told of and not yet written; `learn` gets outputs that have ended."""
+    """Of sequences that were told of and not yet written."""
 
-    def __init__(
-        self, counters: Counters, blocks: BlockManager, learn: Callable[[GenerateRequest, Sequence[int]], None]
-    ):
-        self._counters, self._blocks, self._learn = counters, blocks, learn
+    def __init__(self, counters: Counters, blocks: BlockManager, proposer: Proposer):
+        self._counters, self._blocks, self._proposer = counters, blocks, proposer
         self._reports: list[StepReport] = []
         self._unpublished: list[TokenSequence] = []
 
@@ -71,6 +67,7 @@ class Reports:
         state, appended = report.state, report.appended
         seq, tokens = state.seq, appended.tokens
         seq.num_forwards += 1
+        self._proposer.count(state.drafts, report.num_drafted, report.num_accepted, len(tokens))
         self._counters.generated_tokens += len(tokens)
         if report.num_drafted:
             self._count_drafts(seq, report)
@@ -82,7 +79,7 @@ class Reports:
         report.events.append(delta)
 
     def _count_drafts(self, seq: TokenSequence, report: StepReport) -> None:
-        drafted = report.draft_sources[: report.num_drafted]
+        drafted = report.item.draft_sources[: report.num_drafted]
         accepted = drafted[: report.num_accepted]
         seq.drafted_by_source.update(drafted)
         seq.accepted_by_source.update(accepted)
@@ -94,10 +91,10 @@ class Reports:
         state, appended, logprobs = report.state, report.appended, report.logprobs
         seq, num_tokens, finish = state.seq, len(delta.token_ids), appended.finish_reason
         if report.is_first:
-            self._counters.prompt_tokens += report.num_rows
+            self._counters.prompt_tokens += report.item.num_rows
             self._counters.cached_prompt_tokens += seq.num_cached
         if finish is not None:
-            self._learn(seq.request, seq.output_ids)
+            self._proposer.learn(seq.request, seq.output_ids)
         return Delta(
             delta.request_id,
             delta.token_ids,

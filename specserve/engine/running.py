@@ -39,6 +39,7 @@ class RunningRequest:
         prompt_logprobs: list[TokenLogprobs | None] | None = None,
     ):
         self.seq, self.detokenizer, self.drafts, self.prompt_logprobs = seq, detokenizer, drafts, prompt_logprobs
+        seq.owner = self
         sampling = seq.sampling
         minds_eos = seq.grammar is not None or not sampling.ignore_eos
         self._eos = frozenset(eos_token_ids if minds_eos else ())

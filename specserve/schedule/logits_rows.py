@@ -17,6 +17,10 @@ class LogitsRows:
         self.groups: list[RowGroup] = []  # to sample; first_row counts in `rows`
         self.items: list[ScheduledSequence] = []  # whose they are
         self.prompt_rows: list[tuple[ScheduledSequence, int, int]] = []  # (item, first in `rows`, how many)
+        if len(items) == sum(counts) and all(item.reaches_end for item in items):  # nothing but decodes, mostly
+            self.rows, self.counts, self.items = list(range(len(items))), [1] * len(items), list(items)
+            self.groups = [RowGroup(item.seq, row) for row, item in enumerate(items)]
+            return
         rows, groups, end = self.rows, self.groups, 0
         for item, count in zip(items, counts, strict=True):
             before, end, drafts = len(rows), end + count, item.drafts

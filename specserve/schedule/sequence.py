@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..messages import GenerateRequest, SamplingParams, Usage
 from .block_manager import root_key
@@ -48,6 +48,7 @@ class Sequence:
         self.block_keys: list[bytes] = []
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
         self.grammar = grammar  # its place in what it must keep to
+        self.owner: Any = None  # what whoever runs it has of it
         self.wants_prompt_logprobs = self.sampling.prompt_logprobs is not None
         self.is_greedy = self.sampling.temperature == 0.0
         self.has_edits = bool(  # of its logits, before temperature
