@@ -97,6 +97,8 @@ class CostModel:
         self._base = [known.seconds(rows) for rows in self._rows]
         self._sequence_s, self._key_s, self._row_key_s = sequence_s, key_s, row_key_s
         self._columns: dict[int, list[float]] = {0: [0.0] * len(self._rows)}  # natural logs of corrections
+        self._seconds = {0: list(self._base)}  # corrected, by column
+        self._spreads = [_SPREAD**steps for steps in range(len(self._rows))]
         self._log_speed = 0.0
 
     @classmethod
@@ -129,8 +131,11 @@ class CostModel:
         fixed = self._sequence_s * (shape.num_seqs - 1) + self._key_s * shape.num_keys
         row_s = self._row_key_s * shape.num_keys / max(1, shape.num_seqs)
         speed, times, top = math.exp(self._log_speed), [], 0.0
-        for rows, base, correction in zip(self._rows, self._base, self._column(shape.num_adapters), strict=True):
-            top = max(top, speed * (base * math.exp(correction) + fixed + row_s * (rows - shape.num_seqs)))
+        num_seqs = shape.num_seqs
+        for rows, seconds in zip(self._rows, self._seconds[self._nearest(shape.num_adapters)], strict=True):
+            this = speed * (seconds + fixed + row_s * (rows - num_seqs))
+            if this > top:
+                top = this
             times.append(top)
         return StepCurve(self._rows, times)
 
@@ -145,20 +150,23 @@ class CostModel:
         surprise = math.log(seconds / expected)
         surprise = max(-_MAX_SURPRISE, min(_MAX_SURPRISE, surprise))
         self._log_speed += _SPEED_RATE * surprise
-        column = self._columns.setdefault(_bucket(shape.num_adapters), list(self._column(shape.num_adapters)))
+        bucket, nearest = _bucket(shape.num_adapters), self._nearest(shape.num_adapters)
+        column = self._columns.setdefault(bucket, self._columns[nearest][:])
+        times = self._seconds.setdefault(bucket, self._seconds[nearest][:])
         high = max(1, min(bisect.bisect_left(self._rows, num_rows), len(self._rows) - 1))
         low_rows, high_rows = self._rows[high - 1], self._rows[high]
         share = max(0.0, min(1.0, (num_rows - low_rows) / (high_rows - low_rows)))
-        for idx in range(len(column)):
-            weight = (1.0 - share) * _SPREAD ** (high - 1 - idx) if idx < high else share * _SPREAD ** (idx - high)
-            moved = column[idx] + _CELL_RATE * weight * surprise
-            column[idx] = max(-_MAX_CORRECTION, min(_MAX_CORRECTION, moved))
+        lower, upper = _CELL_RATE * (1.0 - share) * surprise, _CELL_RATE * share * surprise
+        spreads = self._spreads
+        for idx, base in enumerate(self._base):
+            moved = column[idx] + (lower * spreads[high - 1 - idx] if idx < high else upper * spreads[idx - high])
+            moved = column[idx] = max(-_MAX_CORRECTION, min(_MAX_CORRECTION, moved))
+            times[idx] = base * math.exp(moved)
 
-    def _column(self, num_adapters: int) -> list[float]:
+    def _nearest(self, num_adapters: int) -> int:
         """The column of so many adapters, or the nearest that was seen."""
         bucket = _bucket(num_adapters)
-        column = self._columns.get(bucket)
-        return column if column is not None else self._columns[min(self._columns, key=lambda b: abs(b - bucket))]
+        return bucket if bucket in self._columns else min(self._columns, key=lambda b: abs(b - bucket))
 
 
 class MeanSeconds:

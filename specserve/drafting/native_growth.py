@@ -21,10 +21,13 @@ from .budget import ENTER_GAIN
 from .drafts import Clock, GrowingDraft, StepPlan
 from .stepped_heads import HeadSteps
 
-# By field of the native struct: the dtype, and how many there are for each draft.
+# By field of the native struct: the dtype, and what there is one of: a draft, a token of one, a token that is new to
+# the library, a node of the step's costs.
 _ARRAYS = {
-    "sequences": (np.int64, 1), "num_new": (np.int32, 1), "limits": (np.int32, 1), "is_fixed": (np.uint8, 1),
-    "num_admitted": (np.int32, 1), "tokens": (np.int64, MAX_POSITIONS), "chosen": (np.int32, MAX_POSITIONS),
+    "sequences": (np.int64, "drafts"), "num_new": (np.int32, "drafts"), "limits": (np.int32, "drafts"),
+    "is_fixed": (np.uint8, "drafts"), "num_admitted": (np.int32, "drafts"), "tokens": (np.int64, "tokens"),
+    "chosen": (np.int32, "tokens"), "new_tokens": (np.int32, "new"), "node_rows": (np.int32, "nodes"),
+    "node_seconds": (np.float64, "nodes"),
 }  # fmt: skip
 
 
@@ -45,7 +48,7 @@ class NativeGrowth:
             **({"clock": native.Clock(clock)} if clock else {}),
         )
         self._arrays: dict[str, np.ndarray] = {}
-        self._room = 0  # drafts that the arrays have room for
+        self._room = dict.fromkeys(("drafts", "tokens", "new", "nodes"), 0)
         self._chain_tokens: np.ndarray | None = None  # of the table that the struct points into
 
     @property
@@ -59,8 +62,6 @@ class NativeGrowth:
 
     def grow(self, drafts: Sequence[GrowingDraft], plan: StepPlan) -> None:
         struct, num = self._struct, len(drafts)
-        if num > self._room:
-            self._make_room(2 * num)
         choosers: list[NativeChooser] = [draft.chooser for draft in drafts]  # type: ignore[misc]
         num_new: list[int] = []
         new_tokens: list[int] = []
@@ -70,14 +71,15 @@ class NativeGrowth:
             chooser.num_known += len(new)
             num_new.append(len(new))
             new_tokens += new
+        rows, seconds = plan.curve.nodes
+        self._make_room(drafts=num, tokens=num * MAX_POSITIONS, new=len(new_tokens), nodes=len(rows))
         arrays = self._arrays
         arrays["sequences"][:num] = [chooser.handle for chooser in choosers]
         arrays["num_new"][:num] = num_new
         arrays["limits"][:num] = [draft.limit for draft in drafts]
         arrays["is_fixed"][:num] = [draft.is_fixed for draft in drafts]
-        rows, seconds = plan.curve.nodes
-        held = np.array(new_tokens, np.int32), np.array(rows, np.int32), np.array(seconds, np.float64)
-        struct.new_tokens, struct.node_rows, struct.node_seconds = (array.ctypes.data for array in held)
+        arrays["new_tokens"][: len(new_tokens)] = new_tokens
+        arrays["node_rows"][: len(rows)], arrays["node_seconds"][: len(rows)] = rows, seconds
         struct.num_seqs, struct.num_nodes = num, len(rows)
         struct.num_decoding, struct.num_rows, struct.max_rows = plan.num_decoding, plan.num_rows, plan.max_rows
         self._point_at_chains()
@@ -111,11 +113,15 @@ class NativeGrowth:
             chooser.chosen = [names[number] for number in numbers[start:end]]
             start = end
 
-    def _make_room(self, num: int) -> None:
-        self._room = num
-        for name, (dtype, each) in _ARRAYS.items():
-            array = self._arrays[name] = np.zeros(num * each, dtype)
-            setattr(self._struct, name, array.ctypes.data)
+    def _make_room(self, **needed: int) -> None:
+        for kind, num in needed.items():
+            if num <= self._room[kind]:
+                continue
+            self._room[kind] = 2 * num
+            for name, (dtype, of) in _ARRAYS.items():
+                if of == kind:
+                    array = self._arrays[name] = np.zeros(2 * num, dtype)
+                    setattr(self._struct, name, array.ctypes.data)
 
     def _point_at_chains(self) -> None:
         table = self.library.chains
