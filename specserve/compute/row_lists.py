@@ -1,9 +1,11 @@
-"""What the rows of a step are, as lists: the same for every path, whatever tensors it makes of them."""
+"""What the rows of a step are: the same for every path, whatever tensors it makes of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from ..schedule.scheduler import ScheduledSequence
 
@@ -12,26 +14,26 @@ class RowLists(NamedTuple):
     """One entry a row, those of each item one after the other."""
 
     tokens: list[int]
-    positions: list[int]
-    slot_mapping: list[int]
+    positions: np.ndarray  # [T] int64
 
     @classmethod
-    def of(cls, items: Sequence[ScheduledSequence], counts: Sequence[int], block_size: int) -> RowLists:
+    def of(cls, items: Sequence[ScheduledSequence], counts: Sequence[int]) -> RowLists:
         """`counts` is how many rows each item has."""
+        firsts = [item.seq.num_computed for item in items]
+        if sum(counts) == len(items):  # one row each, mostly
+            return cls([item.seq.tokens[first] for item, first in zip(items, firsts, strict=True)], np.array(firsts))
         tokens: list[int] = []
-        positions: list[int] = []
-        slot_mapping: list[int] = []
-        for item, count in zip(items, counts, strict=True):
-            seq = item.seq
-            first, table = seq.num_computed, seq.block_table
-            if count == 1:  # most of them: a slice and a range cost five times as much
-                tokens.append(seq.tokens[first])
-                positions.append(first)
-                slot_mapping.append(table[first // block_size] * block_size + first % block_size)
+        for item, first in zip(items, firsts, strict=True):
+            if item.num_rows == 1:
+                tokens.append(item.seq.tokens[first])
             else:
-                own = range(first, first + count)
-                tokens += seq.tokens[first : first + item.num_rows]
+                tokens += item.seq.tokens[first : first + item.num_rows]
+            if item.drafts:
                 tokens += item.drafts
-                positions += own
-                slot_mapping += [table[at // block_size] * block_size + at % block_size for at in own]
-        return cls(tokens, positions, slot_mapping)
+        starts = np.cumsum(counts) - counts
+        return cls(tokens, np.arange(len(tokens)) + np.repeat(np.array(firsts) - starts, counts))
+
+    def slot_mapping(self, tables: np.ndarray, table_of_row: np.ndarray, block_size: int) -> np.ndarray:
+        """Where each row's key and value go, [T] int64; row i's blocks are tables[table_of_row[i]], of [S, N]."""
+        blocks, offsets = np.divmod(self.positions, block_size)
+        return tables[table_of_row, blocks].astype(np.int64) * block_size + offsets

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from ..adapters.lora import LoraAdapter
@@ -80,20 +81,21 @@ class ModelRunner:
     def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
         size = self.kv.block_size
         counts = [item.num_rows + len(item.drafts) for item in items]
-        rows, needed = RowLists.of(items, counts, size), LogitsRows(items, counts)
+        rows, needed = RowLists.of(items, counts), LogitsRows(items, counts)
         context_lens = [item.seq.num_computed + count for item, count in zip(items, counts, strict=True)]
         cu_query_lens = [0, *itertools.accumulate(counts)]
         runs = [(item.seq.adapter_hash, count) for item, count in zip(items, counts, strict=True)]
         device = self.decoder.device
         tables = [item.seq.block_table[: -(-n // size)] for item, n in zip(items, context_lens, strict=True)]
-        width = max(len(table) for table in tables)
+        block_tables = np.zeros((len(items), max(map(len, tables))), dtype=np.int32)
+        for idx, table in enumerate(tables):
+            block_tables[idx, : len(table)] = table
+        slot_mapping = rows.slot_mapping(block_tables, np.repeat(np.arange(len(items)), counts), size)
         batch = Batch(
             tokens=torch.tensor(rows.tokens, device=device),
             positions=torch.tensor(rows.positions, device=device),
-            slot_mapping=torch.tensor(rows.slot_mapping, device=device),
-            block_tables=torch.tensor(
-                [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32, device=device
-            ),
+            slot_mapping=torch.tensor(slot_mapping, device=device),
+            block_tables=torch.tensor(block_tables, device=device),
             cu_query_lens=torch.tensor(cu_query_lens, dtype=torch.int32, device=device),
             context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
             logits_indices=torch.tensor(needed.rows, dtype=torch.int64, device=device),

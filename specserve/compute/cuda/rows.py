@@ -16,6 +16,7 @@ from ...kernels.ragged_attention import split_len_for
 from ...schedule.scheduler import ScheduledSequence
 from ..row_lists import RowLists
 from .buffers import Layout, Page
+from .seats import Seats
 
 
 class StepRows:
@@ -41,22 +42,22 @@ class StepRows:
         host: dict[str, np.ndarray],
         items: Seq[ScheduledSequence],
         counts: Seq[int],
-        seats: Seq[int],
+        seats: Seats,
+        seat_of_each: Seq[int],
         slots: Seq[int],
         num_splits: int,
     ) -> None:
         """The rows of `items`, `counts` each, and padding behind them; `slots` are their adapters'."""
-        rows = RowLists.of(items, counts, self.block_size)
+        rows = RowLists.of(items, counts)
         num_rows = len(rows.tokens)
+        row_seats, row_slots = np.array(seat_of_each), np.array(slots)
+        if num_rows > len(items):
+            row_seats, row_slots = np.repeat(row_seats, counts), np.repeat(row_slots, counts)
         host["tokens"][:num_rows], host["positions"][:num_rows] = rows.tokens, rows.positions
-        host["slot_mapping"][:num_rows] = rows.slot_mapping
-        if num_rows == len(items):
-            host["row_seats"][:num_rows], host["row_slots"][:num_rows] = seats, slots
-        else:
-            host["row_seats"][:num_rows] = np.repeat(seats, counts)
-            host["row_slots"][:num_rows] = np.repeat(slots, counts)
+        host["slot_mapping"][:num_rows] = rows.slot_mapping(seats.host_tables, row_seats, self.block_size)
+        host["row_seats"][:num_rows], host["row_slots"][:num_rows] = row_seats, row_slots
         _pad(host, num_rows)
-        host["split_len"][0] = split_len_for(max(rows.positions) + 1, num_splits)
+        host["split_len"][0] = split_len_for(int(rows.positions.max()) + 1, num_splits)
 
     def upload_padding(self, num_rows: int) -> None:
         """Inputs of a step of nothing but padding."""

@@ -81,5 +81,5 @@ class DeviceRunner:
         host = parts.rows.host(bucket.num_rows)
         seats = parts.seats.seat([item.seq for item in items])
         self._on_seated(items, seats)
-        parts.rows.fill(host, items, counts, seats, slots, parts.buckets.num_splits(bucket))
+        parts.rows.fill(host, items, counts, parts.seats, seats, slots, parts.buckets.num_splits(bucket))
         parts.rows.upload(bucket.num_rows)

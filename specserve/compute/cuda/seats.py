@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ...schedule.sequence import Sequence
@@ -27,10 +28,14 @@ class _Seat:
 
 
 class Seats:
-    """`tables` is [num_seats, width] int32 on `device`: row i holds the physical blocks of the sequence on seat i."""
+    """`tables` is [num_seats, width] int32 on `device`: row i holds the physical blocks of the sequence on seat i.
+
+    `host_tables` are the same on the host, where they are up to date first.
+    """
 
     def __init__(self, num_seats: int, width: int, device: torch.device):
         self.tables = torch.zeros(num_seats, width, dtype=torch.int32, device=device)
+        self.host_tables = np.zeros((num_seats, width), dtype=np.int32)
         self._width = width
         self._taken: dict[object, _Seat] = {}  # by table_id
         self._free = list(range(num_seats))[::-1]
@@ -65,6 +70,7 @@ class Seats:
             seat = known or self._take(seq)
             seats[place] = seat.number
             new = seq.block_table[seat.num_known :]
+            self.host_tables[seat.number, seat.num_known : len(seq.block_table)] = new
             start = seat.number * self._width + seat.num_known
             index += range(start, start + len(new))
             blocks += new
