@@ -53,7 +53,7 @@ class SourceSpec(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("prior", "shared", "data")),
         *((name, c_int64) for name in ("data_len", "prompt_len")),
-        *((name, c_int32) for name in ("kind", "num_levels", "own", "is_head", "is_stepped", "unused")),
+        *((name, c_int32) for name in ("kind", "num_levels", "own", "is_head", "is_stepped", "name")),
     ]
 
 
@@ -96,8 +96,14 @@ class NativeDrafts:
         self.destroy.argtypes, self.destroy.restype = [c_void_p], None
         self.grow.argtypes = [POINTER(Growth)]
         self.learn.argtypes, self.learn.restype = [c_void_p, c_int32, c_void_p, c_void_p], None
+        self.names: list[str] = []  # of sources, by the number that stands for each over there
         self.chains: ChainTable | None = None  # all heads of an engine write into one table
         self._histories: WeakKeyDictionary[TaskHistory, HistoryStruct] = WeakKeyDictionary()
+
+    def name(self, source: str) -> int:
+        if source not in self.names:
+            self.names.append(source)
+        return self.names.index(source)
 
     def history(self, history: TaskHistory) -> HistoryStruct:
         struct = self._histories.get(history)
@@ -129,7 +135,6 @@ class NativeChooser:
         self._library, self.constraint = library, constraint
         self._shared = shared or SharedAcceptance()
         self.all_sources, self.sources = tuple(sources), list(sources)
-        self.names = [source.source for source in sources]
         self.num_levels = [len(source.prior) for source in sources]
         self.tokens: list[int] = []
         self.chosen: list[str] = []
@@ -156,6 +161,7 @@ class NativeChooser:
             prior=prior.buffer_info()[0], shared=shared.buffer_info()[0], kind=FOREIGN, num_levels=len(prior),
             own=next(i for i in range(number + 1) if self._shares_record(i, number)),
             is_head=source.source == "head", is_stepped=isinstance(source, HeadSource),
+            name=self._library.name(source.source),
         )  # fmt: skip
         self._held += (prior, shared)
         # Of a class that is derived from one of these nobody knows what it says.

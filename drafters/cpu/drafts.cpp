@@ -38,7 +38,7 @@ static const Place LAYOUT[] = {
     FIELD(History, num_starts), FIELD(History, token_bytes),
     STRUCT(SourceSpec), FIELD(SourceSpec, prior), FIELD(SourceSpec, shared), FIELD(SourceSpec, data),
     FIELD(SourceSpec, data_len), FIELD(SourceSpec, prompt_len), FIELD(SourceSpec, kind), FIELD(SourceSpec, num_levels),
-    FIELD(SourceSpec, own), FIELD(SourceSpec, is_head), FIELD(SourceSpec, is_stepped), FIELD(SourceSpec, unused),
+    FIELD(SourceSpec, own), FIELD(SourceSpec, is_head), FIELD(SourceSpec, is_stepped), FIELD(SourceSpec, name),
     STRUCT(Chains), FIELD(Chains, tokens), FIELD(Chains, probabilities), FIELD(Chains, lens), FIELD(Chains, wanted),
     FIELD(Chains, width),
     STRUCT(Growth), FIELD(Growth, sequences), FIELD(Growth, num_new), FIELD(Growth, new_tokens), FIELD(Growth, limits),

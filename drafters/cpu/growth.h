@@ -32,7 +32,7 @@ struct Growth {
   // What comes of it.
   int32_t* num_admitted;  // [S]
   int64_t* tokens;        // those admitted, one draft after the other
-  int32_t* chosen;        // number of the source of each
+  int32_t* chosen;        // name of the source of each
   int32_t num_seqs;
   int32_t num_nodes;
   int32_t num_decoding;

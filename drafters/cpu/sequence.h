@@ -25,7 +25,7 @@ struct SourceSpec {
   int32_t own;            // sources of one name share a record: the number of the first of them
   int32_t is_head;        // its name is "head"
   int32_t is_stepped;     // it gets its guesses between positions, with those of other sequences
-  int32_t unused;
+  int32_t name;           // the caller's number of its name
 };
 
 enum ConstraintAsk : int32_t { REWIND, ALLOWS, ADVANCE };
@@ -44,7 +44,7 @@ class Sequence {
       member.source = make(spec, idx);
       member.prior.assign(spec.prior, spec.prior + spec.num_levels);
       member.shared = spec.shared;
-      member.own = spec.own, member.is_head = spec.is_head, member.is_stepped = spec.is_stepped;
+      member.name = spec.name, member.own = spec.own, member.is_head = spec.is_head, member.is_stepped = spec.is_stepped;
       if (spec.own == idx) member.counts.assign(2 * spec.num_levels, 0.0);
       members_.push_back(std::move(member));
     }
@@ -81,7 +81,7 @@ class Sequence {
     survival *= best_rate;
     const int64_t token = guesses_[best].guess.token;
     tokens.push_back(token);
-    chosen.push_back(guesses_[best].source);
+    chosen.push_back(members_[guesses_[best].source].name);
     for (Member& member : members_)
       if (member.is_alive && member.source->follow(asker, token) == FAILED) member.is_alive = false;
     return true;
@@ -125,7 +125,7 @@ class Sequence {
   int64_t size() const { return text_.size(); }
 
   std::vector<int64_t> tokens;  // of the draft
-  std::vector<int32_t> chosen;  // number of the source of each
+  std::vector<int32_t> chosen;  // name of the source of each
   double survival = 1.0;        // chance that every token of the draft is right
 
  private:
@@ -135,7 +135,7 @@ class Sequence {
     std::unique_ptr<Source> source;
     std::vector<double> prior, counts;
     double* shared;
-    int32_t own;
+    int32_t own, name;
     bool is_head, is_stepped, is_alive = true;
   };
   struct Made {

@@ -105,12 +105,11 @@ class NativeGrowth:
         """What was admitted."""
         admitted = self._arrays["num_admitted"][: len(drafts)].tolist()
         total, start = sum(admitted), 0
-        tokens, numbers = self._arrays["tokens"][:total].tolist(), self._arrays["chosen"][:total].tolist()
+        tokens = self._arrays["tokens"][:total].tolist()
+        chosen = [*map(self.library.names.__getitem__, self._arrays["chosen"][:total].tolist())]
         for draft, chooser, num in zip(drafts, choosers, admitted, strict=True):
             end = start + num
-            draft.num_admitted, chooser.tokens = num, tokens[start:end]
-            names = chooser.names
-            chooser.chosen = [names[number] for number in numbers[start:end]]
+            draft.num_admitted, chooser.tokens, chooser.chosen = num, tokens[start:end], chosen[start:end]
             start = end
 
     def _make_room(self, **needed: int) -> None:

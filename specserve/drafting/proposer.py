@@ -180,7 +180,7 @@ class Proposer:
         """Give its item as many drafts as were admitted, and there is room for."""
         item, chooser, num = draft.item, draft.chooser, draft.num_admitted
         assert item is not None and chooser is not None
-        tokens = chooser.tokens[:num]
+        tokens = chooser.tokens[:num] if num < len(chooser.tokens) else chooser.tokens
         if (grammar := item.seq.grammar) is not None:
             grammar.rewind()
             tokens = tokens[: grammar.num_allowed(tokens)]  # a row that cannot be kept is not worth its time
