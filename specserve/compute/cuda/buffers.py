@@ -57,12 +57,13 @@ class Fence:
 
 
 class HostPage:
-    """`num_bytes` on the host that are copied to or from `device`, pinned on CUDA."""
+    """`num_bytes` on the host that are copied to or from one page of `device`, pinned on CUDA."""
 
     def __init__(self, num_bytes: int, device: torch.device):
         self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._fence = Fence(device)
         self._fields: dict[Layout, dict[str, np.ndarray]] = {}
+        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # first bytes here and of a page, by number
 
     def fields(self, layout: Layout) -> dict[str, np.ndarray]:
         """Views to fill or to read, by field, once the latest copy is done."""
@@ -75,13 +76,21 @@ class HostPage:
 
     def copy_to(self, page: torch.Tensor, num_bytes: int) -> None:
         """Copy the first bytes to `page` uint8, in stream order."""
-        page[:num_bytes].copy_(self._bytes[:num_bytes], non_blocking=True)
+        here, there = self._first(page, num_bytes)
+        there.copy_(here, non_blocking=True)
         self._fence.record()
 
     def copy_from(self, page: torch.Tensor, num_bytes: int) -> None:
         """Copy the first bytes of `page` uint8, in stream order."""
-        self._bytes[:num_bytes].copy_(page[:num_bytes], non_blocking=True)
+        here, there = self._first(page, num_bytes)
+        here.copy_(there, non_blocking=True)
         self._fence.record()
+
+    def _first(self, page: torch.Tensor, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = self._pairs.get(num_bytes)
+        if pair is None:
+            pair = self._pairs[num_bytes] = self._bytes[:num_bytes], page[:num_bytes]
+        return pair
 
 
 class Page:

@@ -102,7 +102,7 @@ class DeviceDrafts:
 
     def prepare(self, items: Seq[ScheduledSequence], seats: Seq[int]) -> None:
         """Bring sequences that will draft to their seats; before the step is queued, as it waits for copies."""
-        if self._is_off:
+        if self._is_off or not self._chains.wanted.any():
             return
         with self._or_off():
             rows = self._rows_of([item.seq for item in items])
