@@ -1,6 +1,8 @@
 """Lookahead heads in the engine: garbage changes no token, unequal heads draft together, misfits are refused."""
 
+import gc
 import json
+import logging
 
 import pytest
 import torch
@@ -92,6 +94,40 @@ def test_a_head_that_raises_is_dropped_and_nothing_changes(setup, monkeypatch):
 
     monkeypatch.setattr(type(engine.proposer.growth.heads), "step", broken)
     assert tokens_of(run(engine, requests_for(adapters, "fixed"))) == want
+
+
+def test_what_drafts_for_a_sequence_leaves_with_it_and_outlives_its_adapter(
+    setup, model_dir, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.CRITICAL)  # a captured traceback would hold sequences
+    engine, _ = setup
+    num_sequences = engine.proposer.growth.library.num_sequences
+    gc.collect()
+    before = num_sequences()
+    key = engine.load_adapter("leaves", make_lookahead_adapter(model_dir, tmp_path / "a", seed=77)).content_hash
+    options = {"adapter": key, "mode": "fixed", "max_tokens": 30, "ignore_eos": True}
+    for name in ("ends", "is aborted", "fails", "never drafts"):
+        engine.add_request(request(name, range(5, 20), **options | ({"mode": "off"} if "never" in name else {})))
+    assert num_sequences() == before + 3
+    for _ in range(3):
+        engine.step()
+    engine.unload_adapter(key)
+    gc.collect()
+    engine.step()
+    engine.abort("is aborted")
+    forward = engine.runner.forward
+
+    def failing(items, adapters):
+        if any(item.seq.request_id == "fails" for item in items):
+            raise RuntimeError("a model's bug")
+        return forward(items, adapters)
+
+    monkeypatch.setattr(engine.runner, "forward", failing)
+    engine.step()
+    assert num_sequences() == before + 1
+    while engine.has_work():
+        engine.step()
+    assert num_sequences() == before and key not in engine.registry.adapters
 
 
 def test_a_head_whose_state_becomes_nan_says_nothing_and_nothing_changes(setup, monkeypatch):

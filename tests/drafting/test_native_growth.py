@@ -24,7 +24,9 @@ from specserve.drafting.cost_model import CostModel, StepShape
 from specserve.drafting.drafts import GrowingDraft, Growth, StepPlan
 from specserve.drafting.growth import DraftGrowth
 from specserve.drafting.native_growth import NativeGrowth
+from specserve.drafting.proposer import make_growth
 from specserve.drafting.switch import DraftSwitch
+from specserve.kernels.native_build import NativeError
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.schedule.scheduler import ScheduledSequence
 from specserve.schedule.sequence import Sequence as EngineSequence
@@ -134,7 +136,7 @@ class World:
         self.grammars: dict[int, Grammar] = {}
 
     def add(self, number: int, rng: random.Random) -> None:
-        prompt = text(rng, rng.choice([1, 2, 5, 40, 150]))
+        prompt = text(rng, rng.choice([1, 2, 5, 40, 300]))
         adapter = rng.randrange(2)
         offered = {
             "ngram": lambda: NgramSource(),
@@ -196,11 +198,17 @@ class World:
         return found
 
     def learned(self) -> list[object]:
-        return [(shared.dump(), {k: v.tolist() for k, v in shared.counts.items() if any(v)}) for shared in self.shared]
+        """The adapters' records, but for levels at the end that nobody has seen."""
+        return [
+            ({name: counts.tobytes().rstrip(b"\0") for name, counts in shared.counts.items() if any(counts)},
+             shared.positions)
+            for shared in self.shared
+        ]  # fmt: skip
 
 
 def text(rng: random.Random, num: int) -> list[int]:
-    return [rng.randrange(VOCAB) for _ in range(num)]
+    kinds = rng.choice([3, VOCAB])  # the few stand in many places, more than are looked at
+    return [rng.randrange(kinds) for _ in range(num)]
 
 
 def history(rng: random.Random) -> TaskHistory:
@@ -212,7 +220,7 @@ def library() -> NativeDrafts:
     return NativeDrafts()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_native_drafts_equal_the_references(library, seed, caplog):
     caplog.set_level(logging.CRITICAL)  # a captured traceback would hold sequences
     worlds = [World(seed, DraftGrowth), World(seed, lambda heads, clock: NativeGrowth(library, heads, clock))]
@@ -220,7 +228,7 @@ def test_native_drafts_equal_the_references(library, seed, caplog):
     alive, next_number, rng = [], 0, random.Random(seed)
     drafted = 0
     for _ in range(60):
-        while len(alive) < 10:
+        while len(alive) < 14:
             dice = rng.random()
             for world in worlds:
                 world.add(next_number, random.Random(dice))
@@ -279,3 +287,12 @@ def test_what_python_raises_within_a_call_comes_out_of_it(library):
     draft = GrowingDraft(chooser, 4, True, DraftSwitch(), item=ScheduledSequence(seq, 1), limit=4)
     with pytest.raises(KeyboardInterrupt):
         growth.grow([draft], StepPlan(CostModel({1: 1.0}), StepShape(), 1, 1, 500))
+
+
+def test_without_a_compiler_drafts_grow_in_python_and_the_log_says_so(monkeypatch, caplog):
+    def none():
+        raise NativeError("no C++ compiler was found")
+
+    monkeypatch.setattr("specserve.drafting.proposer.NativeDrafts", none)
+    assert isinstance(make_growth(None), DraftGrowth)
+    assert "drafts grow in Python, slower: no C++ compiler was found" in caplog.text
