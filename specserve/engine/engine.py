@@ -238,8 +238,9 @@ class Engine:
     def step(self, while_running: Callable[[], None] | None = None) -> list[Event]:
         """Run one forward and return what it produced; empty when there is nothing to do.
 
-        On a device that runs by itself, `while_running` is called once the forward is queued. Who gives it reads the
-        events of this step behind `write_events` only, there in the next step, or earlier.
+        On a device that runs by itself, `while_running` is called once the forward is queued; requests may be added
+        and aborted there. Who gives it reads the events of this step behind `write_events` only, there in the next
+        step, or earlier.
         """
         with self._torch_threads():
             step, self._ahead = self._ahead or self._queue_step(), None
@@ -315,7 +316,7 @@ class Engine:
     def _score_prompts(self, output: StepOutput) -> None:
         for item, first_row, num_rows in output.prompt_rows:
             seq = item.seq
-            scores = self._requests[seq.request_id].prompt_logprobs
+            scores = seq.owner.prompt_logprobs if seq.owner is not None else None  # else aborted meanwhile
             if scores is None or len(scores) > seq.num_computed + 1:  # already scored before a preemption
                 continue
             tokens = seq.tokens[seq.num_computed + 1 : seq.num_computed + 1 + num_rows]

@@ -73,6 +73,7 @@ class EngineProcess:
         self._inbox = link.inbox  # messages, and what other threads have done
         self._loads = AdapterLoads(engine, lambda: self._inbox.put(_AdapterRead()))
         self._next_snapshot = 0.0
+        self._is_over = False  # a `Shutdown` came
         self._held: list[Any] | None = None  # events of the latest step, to be sent beside the next
         self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
 
@@ -88,31 +89,38 @@ class EngineProcess:
             busy = self._engine.has_work()
             if not busy:
                 self._send_held()  # no forward will follow to send them beside
-            if not self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S):
+            self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S)
+            if self._is_over:
                 return
             self._send(self._loads.place())
             if self._engine.has_work():
-                events = self._engine.step(self._send_held)
+                events = self._engine.step(self._while_running)
                 self._send_held()  # unless that was done while it ran
                 self._held = events
                 if not (self._engine.is_asynchronous and self._engine.has_work()):
                     self._send_held()  # else while the next forward runs
 
+    def _while_running(self) -> None:
+        """While a device runs a step: tell of the one before, and hear what has come since."""
+        self._send_held()
+        self._drain_inbox(wait_s=0.0)
+
     def _load(self) -> tuple[int, int, int]:
         scheduler = self._engine.scheduler
         return len(scheduler.running), len(scheduler.waiting), scheduler.num_scheduled_rows
 
-    def _drain_inbox(self, wait_s: float) -> bool:
-        """Handle everything that has arrived, waiting at most `wait_s` for a first message; False on shutdown."""
+    def _drain_inbox(self, wait_s: float) -> None:
+        """Handle what has arrived, waiting at most `wait_s` for a first message; nothing after `Shutdown`."""
         try:
             message = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
-            while True:
+            while not self._is_over:
                 if isinstance(message, Shutdown):
-                    return False
-                self._handle(message)
-                message = self._inbox.get_nowait()
+                    self._is_over = True
+                else:
+                    self._handle(message)
+                    message = self._inbox.get_nowait()
         except queue.Empty:
-            return True
+            pass
 
     def _handle(self, message: Any) -> None:
         engine = self._engine

@@ -80,6 +80,12 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
     left: set[str] = set()
     held: list = []
 
+    def leave() -> None:
+        if random.random() < 0.03 and (running := engine.scheduler.sequences()):
+            name = random.choice(running).request_id
+            engine.abort(name)
+            left.add(name)
+
     def hear() -> None:
         engine.write_events()
         for event in held:
@@ -92,6 +98,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
             assert (event.usage is not None) == (event.finish_reason is not None)
             if event.usage is not None:
                 assert event.usage.completion_tokens == len(one.tokens)
+        leave()
 
     def join(number: int) -> None:
         name = f"r{number}"
@@ -120,10 +127,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
         while num_joined < NUM_REQUESTS and len(engine.scheduler.sequences()) < random.randrange(9):
             join(num_joined)
             num_joined += 1
-        if random.random() < 0.03 and (running := engine.scheduler.sequences()):
-            name = random.choice(running).request_id
-            engine.abort(name)
-            left.add(name)
+        leave()
         events = engine.step(hear)
         held = events
         assert engine.stats().integrity_error is None

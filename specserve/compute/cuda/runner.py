@@ -47,10 +47,10 @@ class DeviceRunner:
         num_rows = sum(counts)
         assert num_rows <= self._parts.max_rows, (num_rows, self._parts.max_rows)
         bucket = self._parts.buckets.of(num_rows, max(counts), len(active))
-        needed = LogitsRows(items, counts)
         self._upload(items, counts, slots, bucket)
         reason = f"it has more than {most_rows()} rows" if num_rows > most_rows() else None
         self._parts.layers.queue(bucket, reason)
+        needed = LogitsRows(items, counts)  # while the layers run
         if not needed.rows:  # nothing but unfinished prefill chunks
             logits, hidden = self._parts.logits.nothing
             return StepOutput(logits, [], [], [], hidden, {})
