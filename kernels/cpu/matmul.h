@@ -78,7 +78,7 @@ INLINE void multiply(const float* x, int stride, const bf16* w, int pairs, float
     f32x16 acc[MR][NB] = {};
     for (int p = 0; p < pairs; p++)
       for (int c = 0; c < NB; c++) {
-        u32x16 words = *(const u32x16_any*)(w + p * 2 * PANEL + 32 * (b + c));
+        u32x16 words = load_pairs(w + p * 2 * PANEL + 32 * (b + c));
         f32x16 even = (f32x16)(words << 16), odd = (f32x16)(words & 0xffff0000u);
         for (int r = 0; r < MR; r++) {
           acc[r][c] = fma(x[r * stride + 2 * p], even, acc[r][c]);

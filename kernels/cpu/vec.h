@@ -1,7 +1,7 @@
 // Vectors of 16 floats and the few operations that the kernels need, for any CPU that GCC or clang knows.
 //
-// Written with the compilers' vector extension, so that AVX2, AVX-512 and NEON come from one text; intrinsics stand only
-// where the extension cannot say what is meant. Invariant: every reduction has a fixed order that does not depend on how
+// Written with the compilers' vector extension, so that AVX-512 and NEON come from one text; intrinsics stand only
+// where the extension cannot say what is meant. AVX2 has types of its own (vec_avx2.h). Invariant: every reduction has a fixed order that does not depend on how
 // many rows a step has, so that a row's result is the same bits in every batch.
 #pragma once
 
@@ -18,22 +18,9 @@
 #define NATIVE_BF16 0
 #endif
 
-typedef uint16_t bf16;
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef float f32x16_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u32x16_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t u16x16_any __attribute__((vector_size(32), aligned(2), may_alias));
-
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE f32x16 load(const float* p) { return *(const f32x16_any*)p; }
-INLINE f32x16 load(const bf16* p) {
-  return (f32x16)(__builtin_convertvector(*(const u16x16_any*)p, u32x16) << 16);
-}
-INLINE void store(float* p, f32x16 v) { *(f32x16_any*)p = v; }
+typedef uint16_t bf16;
 
 // Round to nearest even, as torch does; NaN stays NaN.
 INLINE bf16 to_bf16(float v) {
@@ -42,6 +29,25 @@ INLINE bf16 to_bf16(float v) {
   if (v != v) return 0x7fc0;
   return (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#include "vec_avx2.h"
+#else
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x16_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u32x16_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t u16x16_any __attribute__((vector_size(32), aligned(2), may_alias));
+
+INLINE u32x16 load_pairs(const bf16* p) { return *(const u32x16_any*)p; }
+INLINE f32x16 load(const float* p) { return *(const f32x16_any*)p; }
+INLINE f32x16 load(const bf16* p) {
+  return (f32x16)(__builtin_convertvector(*(const u16x16_any*)p, u32x16) << 16);
+}
+INLINE void store(float* p, f32x16 v) { *(f32x16_any*)p = v; }
+
 INLINE void store(bf16* p, f32x16 v) {
 #if NATIVE_BF16
   __m256bh packed = _mm512_cvtneps_pbh((__m512)v);
@@ -54,6 +60,22 @@ INLINE void store(bf16* p, f32x16 v) {
   *(u16x16_any*)p = __builtin_convertvector(rounded, u16x16);
 #endif
 }
+INLINE f32x16 splat(float v) { return f32x16{} + v; }
+// a * b + c. Said with intrinsics, and -ffp-contract=off elsewhere: whether the compiler fuses would depend on the code
+// around, which differs between numbers of rows.
+INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+INLINE i32x16 lanes() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {  // mask lanes are 0 or -1
+  return (f32x16)((mask & (i32x16)a) | (~mask & (i32x16)b));
+}
+#endif
+
 INLINE float to_float(float v) { return v; }
 INLINE float to_float(bf16 v) {
   uint32_t u = (uint32_t)v << 16;
@@ -75,31 +97,12 @@ INLINE f32x16 load_n(const T* p, int n) {
 template <class T>
 INLINE void store_n(T* p, f32x16 v, int n) {
   if (n >= 16) return store(p, v);
-  for (int i = 0; i < n; i++) from_float(p + i, v[i]);
+  float values[16];
+  store(values, v);
+  for (int i = 0; i < n; i++) from_float(p + i, values[i]);
 }
 
-INLINE f32x16 splat(float v) { return f32x16{} + v; }
-// a * b + c. Said with intrinsics, and -ffp-contract=off elsewhere: whether the compiler fuses would depend on the code
-// around, which differs between numbers of rows.
-INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-#if defined(__AVX512F__)
-  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  union {
-    f32x16 v;
-    __m256 half[2];
-  } x = {a}, y = {b}, z = {c};
-  for (int i = 0; i < 2; i++) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
-  return z.v;
-#else
-  return a * b + c;
-#endif
-}
 INLINE f32x16 fma(float a, f32x16 b, f32x16 c) { return fma(splat(a), b, c); }
-INLINE i32x16 lanes() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {  // mask lanes are 0 or -1
-  return (f32x16)((mask & (i32x16)a) | (~mask & (i32x16)b));
-}
 INLINE f32x16 vmax(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 INLINE f32x16 vmin(f32x16 a, f32x16 b) { return select(a < b, a, b); }
 

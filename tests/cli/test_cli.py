@@ -276,8 +276,8 @@ def trained_copy(path, model_dir):
 UNSERVED = {
     "trained copy": (trained_copy, "differs from the base model's"),
     "narrower": (lambda path, model_dir: edit_config(path, target_modules=["q_proj"]), "leaves it out"),
-    "values": (lambda path, model_dir: edit_tensors(path, scale(1e40)), "beyond the range of bfloat16"),
-    "alpha": (lambda path, model_dir: edit_config(path, lora_alpha=1e300), "beyond the range of bfloat16"),
+    "values": (lambda path, model_dir: edit_tensors(path, scale(1e40)), r"beyond the range of (bfloat16|float32)"),
+    "alpha": (lambda path, model_dir: edit_config(path, lora_alpha=1e300), r"beyond the range of (bfloat16|float32)"),
     "pattern": (lambda path, model_dir: edit_config(path, alpha_pattern="q_proj"), "alpha_pattern is 'q_proj'"),
     "int8": (lambda path, model_dir: edit_tensors(path, cast(torch.int8)), "int8"),
 }
