@@ -35,6 +35,5 @@ class ServedBase:
         config = ModelConfig.from_dir(model_dir)
         source = checked_source(model_dir, config)
         weights = source.dtype() if dtype == "auto" else DTYPES[dtype]
-        # bf16 is served as fp32 where a CPU lacks it: what fits bf16 fits there too.
-        lora = weights if weights == torch.bfloat16 else compute_dtype(weights, device)
+        lora = compute_dtype(weights, device)
         return cls.of(model_dir, config, weights, lora)
