@@ -81,10 +81,13 @@ class Reports:
     def _count_drafts(self, seq: TokenSequence, report: StepReport) -> None:
         drafted = report.item.draft_sources[: report.num_drafted]
         accepted = drafted[: report.num_accepted]
-        seq.drafted_by_source.update(drafted)
-        seq.accepted_by_source.update(accepted)
-        self._counters.drafted_by_source.update(drafted)
-        self._counters.accepted_by_source.update(accepted)
+        for source in set(drafted):
+            num_drafted, num_accepted = drafted.count(source), accepted.count(source)
+            seq.drafted_by_source[source] += num_drafted
+            self._counters.drafted_by_source[source] += num_drafted
+            if num_accepted:
+                seq.accepted_by_source[source] += num_accepted
+                self._counters.accepted_by_source[source] += num_accepted
 
     def _with_extras(self, delta: Delta, report: StepReport) -> Delta:
         """What a delta has beside tokens and text, which most have not."""
