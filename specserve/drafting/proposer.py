@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
 from ..drafters.acceptance import SharedAcceptance
@@ -45,7 +47,7 @@ class Proposed(NamedTuple):
     drafts: list[GrowingDraft]  # that were asked for
 
 
-class Verified(NamedTuple):
+class Verified(msgspec.Struct, gc=False, eq=False):
     """What a step's verification made of one sequence's draft."""
 
     draft: GrowingDraft
@@ -197,8 +199,8 @@ class Proposer:
 
     def observe(self, verified: Sequence[Verified]) -> None:
         """Learn from what a step's verification kept of those that may draft, before the next step is proposed for."""
-        for draft, num_accepted, _ in verified:
-            draft.num_accepted = num_accepted
+        for one in verified:
+            one.draft.num_accepted = one.num_accepted
         if verified:
             self.growth.observe([one.draft for one in verified], [one.tokens for one in verified])
 
