@@ -1,7 +1,8 @@
 // Vectors of 16 floats or integers as two halves of 256 bits, for CPUs with AVX2 and FMA and no AVX-512.
 //
 // GCC keeps vectors of the extension that are wider than the CPU's in memory, and fills them element by element: a product
-// was forty times as slow as these. The operations are those of vec.h's types, bit for bit.
+// was forty times as slow as these. The operations are those of vec.h's types, bit for bit
+// but for the sign of a zero that is splatted.
 #pragma once
 
 #define INLINE_METHOD inline __attribute__((always_inline))

@@ -12,7 +12,8 @@ import torch
 def beside_steps(device: torch.device) -> Iterator[None]:
     """Uploads of another thread on a stream of their own; on return they are done, so that any stream may read them.
 
-    What is uploaded is freed when no step needs it any more, which makes it safe to be used up by a later upload.
+    What is uploaded is freed when no step needs it any more, to which a queued step sees by holding its adapters; so a
+    later upload may use its memory.
     """
     if device.type != "cuda":
         yield

@@ -159,16 +159,18 @@ class Proposer:
             seq = item.seq
             num_tokens = len(seq.tokens)
             limit = min(draft.max_tokens, seq.max_len - num_tokens - 1)
-            # A draft follows tokens that are known.
-            if limit <= 0 or seq.tokens[-1] < 0 or seq.num_computed + item.num_rows != num_tokens:
+            if limit <= 0 or seq.num_computed + item.num_rows != num_tokens:
                 continue
-            could_draft = True
+            is_known = seq.tokens[-1] >= 0  # what a draft would follow; else its switch counts the step all the same
+            could_draft = could_draft or is_known
             if not draft.is_fixed:
                 switch = draft.switch
                 if (is_asked := asks.get(switch)) is None:
                     is_asked = asks[switch] = switch.asks(num_decoding)
                 if not is_asked:
                     continue
+            if not is_known:
+                continue
             draft.item, draft.limit, draft.num_accepted = item, limit, 0
             asked.append(draft)
         if asked:

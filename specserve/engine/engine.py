@@ -117,6 +117,7 @@ class Engine:
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self._last_end = 0.0  # of a step, time.perf_counter()
+        self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
         self._requests: dict[str, RunningRequest] = {}
         self._verified: list[Verified] = []  # in the step that runs
         self._num_added = 0
@@ -246,6 +247,7 @@ class Engine:
             step, self._ahead = self._ahead or self._queue_step(), None
             if step is None:
                 return []
+            self.num_rows = step.num_rows
             if self.is_asynchronous:
                 self._ahead = self._queue_next(step)
                 if while_running is not None:
@@ -278,14 +280,18 @@ class Engine:
         items = self.scheduler.schedule()
         if not items:
             return None
-        step = QueuedStep(items, time.perf_counter())
+        num_rows, adapters = self.scheduler.num_scheduled_rows, self.registry.adapters
+        self.num_rows = max(num_rows, self.num_rows) if is_ahead else num_rows
+        keys = {item.seq.adapter_hash for item in items}
+        step = QueuedStep(items, time.perf_counter(), num_rows, [adapters[key] for key in keys if key is not None])
         step.proposed = self.proposer.propose(items, [item.seq.owner.drafts for item in items], self.scheduler)
         try:
-            step.output = self.runner.forward(items, self.registry.adapters)
+            step.output = self.runner.forward(items, adapters)
         except Exception:
-            logger.exception("a step of %d sequences failed; running them one by one", len(items))
             if is_ahead:
+                logger.exception("a step of %d sequences failed before the last one's tokens were known", len(items))
                 return None
+            logger.exception("a step of %d sequences failed; running them one by one", len(items))
             for item in items:
                 self._run_alone(item, step)
         else:
@@ -311,7 +317,7 @@ class Engine:
         else:
             sampled = self.sampler.sample(output.logits, output.groups)
             self._score_prompts(output)
-            self._commit(QueuedStep([item], step.queued_at, step.events), output, sampled)
+            self._commit(QueuedStep([item], step.queued_at, item.num_rows, [], step.events), output, sampled)
 
     def _score_prompts(self, output: StepOutput) -> None:
         for item, first_row, num_rows in output.prompt_rows:
@@ -360,6 +366,7 @@ class Engine:
             num_kept = len(appended.tokens)
             num_drafted, num_accepted = min(num_drafted, num_kept), min(num_accepted, num_kept)
             self.reports.publish(seq)
+            self.proposer.learn(seq.request, seq.output_ids)  # while its adapter is sure to be there
             self._remove(state)
         if state.drafts.chooser is not None:
             self._verified.append(Verified(state.drafts, num_accepted, appended.tokens))

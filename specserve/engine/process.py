@@ -80,7 +80,7 @@ class EngineProcess:
     def serve(self) -> None:
         """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
         self._link.start_heartbeat(self._load)
-        while True:
+        while not self._is_over:
             self._link.begin_turn()
             self._give_up_compiling()
             if time.monotonic() >= self._next_snapshot:
@@ -90,10 +90,8 @@ class EngineProcess:
             if not busy:
                 self._send_held()  # no forward will follow to send them beside
             self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S)
-            if self._is_over:
-                return
             self._send(self._loads.place())
-            if self._engine.has_work():
+            if self._engine.has_work() and not self._is_over:
                 events = self._engine.step(self._while_running)
                 self._send_held()  # unless that was done while it ran
                 self._held = events
@@ -107,7 +105,7 @@ class EngineProcess:
 
     def _load(self) -> tuple[int, int, int]:
         scheduler = self._engine.scheduler
-        return len(scheduler.running), len(scheduler.waiting), scheduler.num_scheduled_rows
+        return len(scheduler.running), len(scheduler.waiting), self._engine.num_rows
 
     def _drain_inbox(self, wait_s: float) -> None:
         """Handle what has arrived, waiting at most `wait_s` for a first message; nothing after `Shutdown`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..adapters.lora import LoraAdapter
 from ..compute.sampler import PendingSample
 from ..compute.step_output import StepOutput
 from ..drafting.proposer import Proposed
@@ -25,6 +26,8 @@ class QueuedStep:
 
     items: list[ScheduledSequence]
     queued_at: float  # time.perf_counter()
+    num_rows: int  # without drafts
+    adapters: list[LoraAdapter]  # whose weights the device reads until it is done, also if they leave meanwhile
     events: list[Event] = field(default_factory=list)
     proposed: Proposed | None = None
     output: StepOutput | None = None

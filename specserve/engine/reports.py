@@ -96,8 +96,6 @@ class Reports:
         if report.is_first:
             self._counters.prompt_tokens += report.item.num_rows
             self._counters.cached_prompt_tokens += seq.num_cached
-        if finish is not None:
-            self._proposer.learn(seq.request, seq.output_ids)
         return Delta(
             delta.request_id,
             delta.token_ids,

@@ -75,6 +75,8 @@ class Scheduler:
             num_rows = 1 if num == 1 else shares.get(seq.seq_id, 0)
             if not num_rows or seq.status is not Status.RUNNING:
                 continue
+            if len(seq.tokens) >= seq.max_len and seq.tokens[-1] < 0:  # ends with that token, whichever it is
+                continue
             has_room = seq.num_computed + num_rows <= len(seq.block_table) * size
             if has_room or self._reserve_or_preempt(seq, num_rows):
                 scheduled.append(ScheduledSequence(seq, num_rows, reaches_end=num_rows == num))

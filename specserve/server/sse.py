@@ -80,7 +80,8 @@ class EventStream:
         if events:
             data = b"".join([self._mark + msgspec.json.encode(event) + b"\n\n" for event in events])
             transport = self._request.transport
-            if transport is not None and transport.get_write_buffer_size() < _WAITS_FOR_NOBODY:
+            num_waiting = transport.get_write_buffer_size() if transport is not None else _WAITS_FOR_NOBODY
+            if num_waiting + len(data) < _WAITS_FOR_NOBODY:
                 await self.response.write(data)
             else:
                 await self._taken(self.response.write(data))

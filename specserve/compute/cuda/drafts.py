@@ -127,6 +127,7 @@ class DeviceDrafts:
             self._seats.clear()
 
     def _launch(self, groups: Seq[RowGroup]) -> None:
+        assert not self._groups, "the chains of the last launch were not collected"
         chains, seat_of = self._chains, self._parts.seats.seat_of
         rows = self._rows_of([group.seq for group in groups])
         found = []
