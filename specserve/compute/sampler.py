@@ -38,16 +38,7 @@ def uniform(seed: int, sample_idx: int, position: int) -> float:
 
 def edits_logits(seq: Sequence) -> bool:
     """Whether rows of this sequence differ from the raw logits before temperature is applied."""
-    if not seq.has_edits:
-        return False
-    params = seq.sampling
-    return bool(
-        params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-        or params.logit_bias
-        or seq.output_len < params.min_tokens
-    )
+    return seq.has_edits or seq.output_len < seq.sampling.min_tokens
 
 
 def best_of_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,23 +51,23 @@ class Sequence:
         self.owner: Any = None  # what whoever runs it has of it
         self.wants_prompt_logprobs = self.sampling.prompt_logprobs is not None
         self.is_greedy = self.sampling.temperature == 0.0
-        self.has_edits = bool(  # of its logits, before temperature
+        self.has_edits = bool(  # of its logits, before temperature, at every token
             self.sampling.presence_penalty
             or self.sampling.frequency_penalty
             or self.sampling.repetition_penalty != 1.0
             or self.sampling.logit_bias
-            or self.sampling.min_tokens
         )
+        is_edited = self.has_edits or self.sampling.min_tokens > 0  # at some token
         # Whether nothing but its end depends on which token a step gives: no later row, and nothing that it is told.
         self.gets_any_token = not (
-            self.has_edits
+            is_edited
             or grammar is not None
             or self.sampling.stop
             or self.sampling.max_tokens == 0
             or self.sampling.logprobs is not None
             or self.wants_prompt_logprobs
         )
-        self.takes_best = self.is_greedy and not self.has_edits and grammar is None  # the most likely token, always
+        self.takes_best = self.is_greedy and not is_edited and grammar is None  # the most likely token, always
         self.num_forwards = 0
         self.drafted_by_source: Counter[str] = Counter()
         self.accepted_by_source: Counter[str] = Counter()
