@@ -280,7 +280,7 @@ class Engine:
         items = self.scheduler.schedule()
         if not items:
             return None
-        num_rows, adapters = self.scheduler.num_scheduled_rows, self.registry.adapters
+        num_rows, adapters = sum([item.num_rows for item in items]), self.registry.adapters
         self.num_rows = max(num_rows, self.num_rows) if is_ahead else num_rows
         keys = {item.seq.adapter_hash for item in items}
         step = QueuedStep(items, time.perf_counter(), num_rows, [adapters[key] for key in keys if key is not None])

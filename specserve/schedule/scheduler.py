@@ -39,7 +39,6 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
-        self.num_scheduled_rows = 0  # of the newest step, without drafts
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -83,7 +82,6 @@ class Scheduler:
         if self.num_preemptions > num_preemptions:
             # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
             scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]
-        self.num_scheduled_rows = sum(item.num_rows for item in scheduled)
         return scheduled
 
     def reserve_drafts(self, item: ScheduledSequence, num_drafts: int) -> int:
