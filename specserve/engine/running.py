@@ -83,8 +83,8 @@ class RunningRequest:
             return appended.text
         if self.detokenizer is None:
             return ""
-        spoken = appended.tokens[: len(appended.tokens) - appended.num_silent]
-        return self.detokenizer.write(spoken, is_last=appended.finish_reason is not None)
+        is_last = appended.finish_reason is not None
+        return self.detokenizer.write(appended.tokens, appended.num_silent, is_last)
 
     def _ended(self, text: str | None) -> str | None:
         return None if text is None or self.detokenizer is None else text + self.detokenizer.flush()

@@ -78,9 +78,12 @@ class Detokenizer:
             self._context, self._before = [token], None
         return self._release(new) if self._stop else (new, None)
 
-    def write(self, tokens: Sequence[int], is_last: bool) -> str:
-        """The text of further tokens of a sequence without stop strings; all that is left behind its last ones."""
-        text = "".join([self.push(token)[0] for token in tokens])
+    def write(self, tokens: Sequence[int], num_silent: int, is_last: bool) -> str:
+        """The text of further tokens of a sequence without stop strings; all that is left behind its last ones.
+
+        The last `num_silent` of them are no text.
+        """
+        text = "".join([self.push(token)[0] for token in tokens[: len(tokens) - num_silent]])
         return text + self.flush() if is_last else text
 
     def flush(self) -> str:

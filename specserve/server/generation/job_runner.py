@@ -161,6 +161,5 @@ class JobRunner:
 
 
 def _with_text(delta: Delta, detokenizer: Detokenizer) -> Delta:
-    spoken = delta.token_ids[: len(delta.token_ids) - delta.num_silent]
-    text = detokenizer.write(spoken, is_last=delta.finish_reason is not None)
+    text = detokenizer.write(delta.token_ids, delta.num_silent, is_last=delta.finish_reason is not None)
     return msgspec.structs.replace(delta, text=text)
