@@ -3,16 +3,17 @@
 The real engine, from its scheduler to encoded events, on a stand-in device (`stand_in_device.py`) that takes --step-ms
 and --row-us a step in the background. Sequences of three adapters, as many as given at any time, say what their tasks'
 held-out answers say; heads guess right at --head-rate. Printed for each case: idle time of the device between steps
-(`gap`), the host's time in it and beside the device's, and microseconds a sequence by phase. No GPU is needed, none is
-used.
+(`gap`), the host's time in it and beside the device's, microseconds a sequence by phase, and tokens a second as a
+share of those without drafts, prompts included. No GPU is needed, none is used.
 
-    python -m bench.host_path [--sequences 1,8,32,128,256] [--cases off,heads,all,grammar,stop,logprobs]
+    python -m bench.host_path [--sequences 1,8,32,128,256] [--cases off,heads,all,grammar,stop,logprobs] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ class Bench:
             device="cpu",
             kernels="triton",
             max_num_seqs=most,
+            max_batched_tokens=2048,  # the defaults of a GPU
+            max_prefill_rows=1024,
             max_waiting=100_000,
             max_model_len=2048,
             kv_cache_gib=0.03 * most + 0.1,
@@ -75,29 +78,40 @@ class Bench:
         )
         self._ids = itertools.count()
         self._num_tokens = 0
+        self._spoken: set[str] = set()  # requests that have given a token
         self._sources = self.engine.proposer.drafters_for
         self._profile = StepProfile(self.engine)
         self._profile.clock(self, "_write_and_encode", "events")
+        self._profile.clock(self, "_refill", "new requests")
         engine_module.token_logprobs = few_logprobs  # type: ignore[assignment]
 
-    def run(self, case: str, num: int, num_steps: int) -> dict[str, Any]:
-        """`num_steps` steps of `num` sequences, counted once all of them decode; who ends is followed by another."""
+    def run(self, case: str, num: int, num_steps: int, num_warm: int) -> dict[str, Any]:
+        """`num_steps` steps of `num` sequences; who ends is followed by another.
+
+        Counted from `num_warm` steps after each has given a token. The first ones end at random places, so that ends
+        and prompts lie apart from the beginning on.
+        """
         self.engine.proposer.drafters_for = (  # type: ignore[method-assign]
             self._only_heads if case == "heads" else self._sources
         )
+        rng = random.Random(num)
+        self._spoken.clear()
+        for _ in range(num):
+            self._add(case, rng.randint(1, MAX_TOKENS))
         held: list[Event] = []
         start: float | None = None  # when counting began
-        left, scheduler = num_steps, self.engine.scheduler
+        left, warm_left = num_steps, num_warm
         while left:
-            while len(scheduler.sequences()) < num:
-                self._add(case)
-            running = scheduler.running
-            if start is None and len(running) == num and all(seq.num_uncomputed == 1 for seq in running):
-                self._profile.start()
-                self.stand_in.clock.idle_s = []
-                self._num_tokens = 0
-                start = time.perf_counter()
-            events = self.engine.step(lambda events=held: self._write_and_encode(events))
+            if start is None and len(self._spoken) >= num:
+                warm_left -= 1
+                if warm_left < 0:
+                    self._profile.start()
+                    self.stand_in.clock.idle_s = []
+                    self._num_tokens = 0
+                    start = time.perf_counter()
+            if not self.engine.has_work():
+                self._refill(case, num)
+            events = self.engine.step(lambda events=held: self._while_running(events, case, num))
             held = events
             if start is not None:
                 left -= 1
@@ -108,16 +122,27 @@ class Bench:
         self._write_and_encode(held)
         for request_id in [seq.request_id for seq in self.engine.scheduler.sequences()]:
             self.engine.abort(request_id)
+        while self.engine.has_work():  # what was queued ahead
+            self.engine.step()
         return result
 
+    def _while_running(self, events: list[Event], case: str, num: int) -> None:
+        """What the engine's process does while a step runs: tell of the step before, and hear of new requests."""
+        self._write_and_encode(events)
+        self._refill(case, num)
+
+    def _refill(self, case: str, num: int) -> None:
+        for _ in range(num - len(self.engine.scheduler.sequences())):
+            self._add(case)
+
     def _write_and_encode(self, events: list[Event]) -> None:
-        """What the engine's process does with the events of the step before while a step runs."""
         self.engine.write_events()
         if events:
             encode_frames(events)
         for event in events:
             if isinstance(event, Delta):
                 self._num_tokens += len(event.token_ids)
+                self._spoken.add(event.request_id)
 
     def _figures(self, seconds: float, num: int, num_steps: int, tokens: int) -> dict[str, Any]:
         phases, idle_s = self._profile.phases(), self.stand_in.clock.idle_s
@@ -135,12 +160,12 @@ class Bench:
             "tokens_per_s": round(tokens / seconds),
         }
 
-    def _add(self, case: str) -> None:
+    def _add(self, case: str, max_tokens: int = MAX_TOKENS) -> None:
         adapter_hash, grammar, prompt, answer = next(self._answers)
         request_id = f"{case}-{next(self._ids)}"
         self.script.tokens[request_id] = answer
         sampling = SamplingParams(
-            max_tokens=MAX_TOKENS,
+            max_tokens=max_tokens,
             temperature=0.0,
             ignore_eos=True,
             stop=["\n\n\n\n"] if case == "stop" else [],
@@ -180,13 +205,15 @@ def few_logprobs(logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[int
 @options.numbers("--sequences", "1,8,32,128,256")
 @click.option("--cases", default=",".join(CASES), show_default=True, help="Of what is measured.")
 @options.at_least(10, "--steps", 100, "Steps that count, in each case.")
+@options.at_least(0, "--warm-steps", 100, "Steps before these.")
+@options.rounds(1)
 @click.option("--step-ms", default=1.3, show_default=True, help="What a step takes on the device.")
 @click.option("--row-us", default=2.0, show_default=True, help="What each row adds to it.")
 @click.option("--head-rate", default=0.8, show_default=True, help="How often a head's guess is right.")
 @options.save("host_path", default=False)
 def main(
-    model: str, sequences: list[int], cases: str, steps: int, step_ms: float, row_us: float, head_rate: float,
-    save: bool,
+    model: str, sequences: list[int], cases: str, steps: int, warm_steps: int, rounds: int, step_ms: float,
+    row_us: float, head_rate: float, save: bool,
 ) -> None:  # fmt: skip
     chosen = cases.split(",")
     if unknown := sorted(set(chosen) - set(CASES)):
@@ -196,15 +223,24 @@ def main(
     times = DeviceTimes(step_ms / 1e3, row_us / 1e6)
     click.echo(f"floor: a step of the device takes {step_ms} ms and {row_us} us a row; no gap is the aim")
     bench = Bench(base, times, head_rate, max(sequences))
-    figures: dict[str, dict[int, Any]] = {}
-    for case, num in itertools.product(chosen, sequences):
-        found = bench.run(case, num, steps)
-        figures.setdefault(case, {})[num] = found
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for num, _, case in itertools.product(sequences, range(rounds), chosen):
+        found = bench.run(case, num, steps, warm_steps)
+        runs.setdefault((case, num), []).append(found)
         click.echo(
             f"{case:>9} x {num:<4} gap {found['gap_ms']:7.3f} ms  host {found['host_us_per_seq']:7.1f} us a sequence  "
-            f"{found['us_per_seq']}  {found['tokens_per_step']} tokens a step"
+            f"{found['us_per_seq']}  {found['tokens_per_step']} tokens a step, {found['tokens_per_s']} a second"
         )
-    settings = {"steps": steps, "step_ms": step_ms, "row_us": row_us, "head_rate": head_rate}
+    figures: dict[str, dict[int, Any]] = {}
+    for (case, num), rounds_of in runs.items():
+        of_case = figures.setdefault(case, {})
+        of_case[num] = sorted(rounds_of, key=lambda found: found["tokens_per_s"])[len(rounds_of) // 2]
+        if case != "off" and "off" in chosen:
+            pairs = zip(rounds_of, runs["off", num], strict=True)
+            ratio = common.spread([one["tokens_per_s"] / off["tokens_per_s"] for one, off in pairs])
+            of_case[num]["share_of_off"] = ratio
+            click.echo(f"{case:>9} x {num:<4} {ratio['median']:.2f} of the tokens/s without drafts {ratio}")
+    settings = {"steps": steps, "rounds": rounds, "step_ms": step_ms, "row_us": row_us, "head_rate": head_rate}
     run.finish({"model": base.name, **settings, "figures": figures}, save)
 
 

@@ -134,6 +134,7 @@ class StandIn:
             torch_threads=contextlib.nullcontext,
             is_asynchronous=True,
             max_rows_ahead=parts.sampled.num_rows,
+            clock=lambda: self.clock.now,
             phases=(
                 Phase(runner, "forward", "fill"),
                 Phase(sampler, "launch", "sample"),

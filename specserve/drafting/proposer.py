@@ -75,8 +75,10 @@ class Proposer:
         stepped_heads: SteppedHeads | None,
         vocab_size: int,
         adapters: Mapping[str, LoraAdapter],
+        max_logits: int | None = None,
     ):
         self._config = config
+        self._max_logits = max_logits  # rows with logits beyond which a device's heads are left out
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._base_acceptance = SharedAcceptance()
@@ -151,7 +153,10 @@ class Proposer:
         if not drafting:
             return None
         num_decoding = sum(item.reaches_end and item.seq.sampling.max_tokens > 0 for item in items)
-        plan = self._plan_of(items, num_decoding, scheduler.max_batched_tokens)
+        max_rows = scheduler.max_batched_tokens
+        if self._max_logits is not None:
+            max_rows = min(max_rows, sum([item.num_rows for item in items]) + max(0, self._max_logits - num_decoding))
+        plan = self._plan_of(items, num_decoding, max_rows)
         asked: list[GrowingDraft] = []
         could_draft = False
         asks: dict[DraftSwitch, bool] = {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +115,7 @@ class Engine:
             eos_token_ids=list(self.eos_token_ids),
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
-        self._last_end = 0.0  # of a step, time.perf_counter()
+        self._last_end = 0.0  # of a step, by the path's clock
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
         self._requests: dict[str, RunningRequest] = {}
         self._verified: list[Verified] = []  # in the step that runs
@@ -138,7 +137,13 @@ class Engine:
         self._torch_threads = path.torch_threads
         cost_model = CostModel.measure(functools.partial(path.seconds, self.blocks, max_model_len))
         self.proposer = Proposer(
-            config, cost_model, path.heads, path.stepped_heads, model.vocab_size, self.registry.adapters
+            config,
+            cost_model,
+            path.heads,
+            path.stepped_heads,
+            model.vocab_size,
+            self.registry.adapters,
+            path.max_rows_ahead or None,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
 
@@ -259,7 +264,7 @@ class Engine:
                 self._commit(step, step.output, sampled)
         self.proposer.observe(self._verified)
         self._verified.clear()
-        now = time.perf_counter()
+        now = self.path.clock()
         if step.proposed is not None:
             self.proposer.end_step(step.proposed, now - max(step.queued_at, self._last_end))
         self._last_end = now
@@ -283,7 +288,7 @@ class Engine:
         num_rows, adapters = sum([item.num_rows for item in items]), self.registry.adapters
         self.num_rows = max(num_rows, self.num_rows) if is_ahead else num_rows
         keys = {item.seq.adapter_hash for item in items}
-        step = QueuedStep(items, time.perf_counter(), num_rows, [adapters[key] for key in keys if key is not None])
+        step = QueuedStep(items, self.path.clock(), num_rows, [adapters[key] for key in keys if key is not None])
         step.proposed = self.proposer.propose(items, [item.seq.owner.drafts for item in items], self.scheduler)
         try:
             step.output = self.runner.forward(items, adapters)

@@ -25,7 +25,7 @@ class QueuedStep:
     """`output` and `pending` are None where its sequences had to run one by one, and are done."""
 
     items: list[ScheduledSequence]
-    queued_at: float  # time.perf_counter()
+    queued_at: float  # by the path's clock
     num_rows: int  # without drafts
     adapters: list[LoraAdapter]  # whose weights the device reads until it is done, also if they leave meanwhile
     events: list[Event] = field(default_factory=list)

@@ -10,6 +10,7 @@ from stand_in_engine import add, make_stand_in, make_stand_in_engine
 from tiny_models import make_tiny_model
 
 from bench.stand_in_device import StandIn
+from specserve.compute.cuda import buckets
 from specserve.engine.engine import Engine, Event
 from specserve.engine.process import EngineProcess
 from specserve.messages import Abort, Delta, GenerateRequest, SamplingParams, Shutdown, Speculation
@@ -54,6 +55,23 @@ def test_the_script_is_what_is_said_and_all_steps_are_on_the_clock(model_dir, st
     assert all(idle >= 0 for idle in stand_in.clock.idle_s) and stand_in.clock.waited_s > 0
     accepted = stats.accepted_by_source.get("head", 0)
     assert (accepted == 0) if mode == "off" else (0 < accepted < stats.drafted_by_source["head"])
+
+
+def test_drafts_leave_the_logits_within_the_device_s_own_buffers(model_dir, stand_in, monkeypatch, tmp_path):
+    """Beyond them heads are not asked for the next step, whose drafts would be missing."""
+    monkeypatch.setattr(buckets, "ROW_BUCKETS", (1, 2, 4, 8, 12))
+    engine = make_stand_in_engine(model_dir, stand_in)
+    adapter = engine.load_adapter("a", make_lookahead_adapter(model_dir, tmp_path / "a", seed=1))
+    for idx in range(4):
+        said = [(7 * idx + 3 * k) % 60 for k in range(30)]
+        add(engine, stand_in, str(idx), said, adapter_hash=adapter.content_hash, speculation=Speculation(mode="fixed"))
+    rows, launch = [], engine.sampler.launch
+    monkeypatch.setattr(
+        engine.sampler, "launch", lambda logits, groups: rows.append(len(logits)) or launch(logits, groups)
+    )
+    while engine.has_work():
+        engine.step()
+    assert max(rows) == 12 and engine.stats().accepted_by_source["head"] > 20
 
 
 def test_texts_that_are_written_while_the_next_step_runs_are_those_that_are_written_at_once(model_dir, stand_in):
