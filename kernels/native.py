@@ -1,7 +1,8 @@
 """Loads the CPU's native forward pass (kernels/cpu/*.cpp) and mirrors its structs.
 
-The sources are compiled for the very CPU (`native_build`). Nothing is specialised to shapes, so nothing is ever
-compiled while serving. Without a compiler the torch path serves; the caller decides and logs. Owns no arithmetic.
+The sources are compiled for the very CPU (`native_build`), at the best level of instructions that machine and compiler
+have (`native_levels`). Nothing is specialised to shapes, so nothing is ever compiled while serving. Without a compiler
+the torch path serves; the caller decides and logs. Owns no arithmetic.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-from .native_build import NativeSources
+from .native_build import NativeError, NativeSources, find_compiler
+from .native_levels import LEVELS, Level
 
 # No -ffast-math and no contraction: NaN must stay NaN, and a sum is the same sum in every kernel.
 FLAGS = (
@@ -155,6 +157,8 @@ class Library:
     """The loaded library. `uses_bf16`: 16-bit activations and KV, with the CPU's bf16 instructions."""
 
     functions: ctypes.CDLL
+    level: str
+    not_higher: str  # why not one of the levels above, each with its reason; empty for the best
     uses_bf16: bool
     build_s: float  # 0 when it came from the cache
 
@@ -185,18 +189,40 @@ class Team:
         self._functions.specserve_destroy(self._handle)
 
 
-def sources() -> NativeSources:
-    return NativeSources("decoder", Path(__file__).parent / "cpu" / "decoder.cpp", FLAGS, "kernels/native.py")
+def sources(level: Level) -> NativeSources:
+    flags = (*FLAGS, *level.compiler_flags, f"-DSPECSERVE_LEVEL={level.number}")
+    return NativeSources(
+        f"decoder-{level.name}", Path(__file__).parent / "cpu" / "decoder.cpp", flags, "kernels/native.py"
+    )
 
 
 @functools.cache
-def load_library() -> Library:
-    """Build the library if the cache lacks it, and load it. Raises `NativeError`."""
-    functions, build_s = sources().load(STRUCTS)
+def load_library(level_name: str | None = None) -> Library:
+    """The library of the best level that can be had here, or of that one; built if the cache lacks it.
+
+    Raises `NativeError` with what is missing.
+    """
+    find_compiler()
+    reasons: list[str] = []
+    for level in LEVELS:
+        if level_name not in (None, level.name):
+            continue
+        reason = level.missing()
+        if reason is None:
+            try:
+                return _load(level, "; ".join(reasons))
+            except NativeError as error:
+                reason = str(error)
+        reasons.append(f"{level.name}: {reason}")
+    raise NativeError(reasons[-1])
+
+
+def _load(level: Level, not_higher: str) -> Library:
+    functions, build_s = sources(level).load(STRUCTS)
     functions.specserve_create.restype = c_void_p
     functions.specserve_create.argtypes = [c_int32]
     functions.specserve_destroy.argtypes = [c_void_p]
     functions.specserve_forward.argtypes = [c_void_p, c_void_p, c_void_p]
     functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
     functions.specserve_begin_heads.argtypes = functions.specserve_step_heads.argtypes = [c_void_p, c_void_p, c_int32]
-    return Library(functions, bool(functions.specserve_uses_bf16()), build_s)
+    return Library(functions, level.name, not_higher, bool(functions.specserve_uses_bf16()), build_s)

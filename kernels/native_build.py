@@ -114,7 +114,8 @@ class NativeSources:
             if file.suffix in (".h", ".cpp"):
                 digest.update(file.name.encode() + file.read_bytes())
         version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-        digest.update(version + " ".join(self.flags).encode() + platform.machine().encode() + _cpu_flags())
+        flags = " ".join((*self.flags, *sorted(cpu_flags())))
+        digest.update(version + flags.encode() + platform.machine().encode() + platform.processor().encode())
         return digest.hexdigest()[:20]
 
 
@@ -135,7 +136,16 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "native"
 
 
-def _cpu_flags() -> bytes:
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, by Linux's names; empty where nothing says so."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_bytes().splitlines() if cpuinfo.is_file() else []
-    return next((line for line in lines if line.startswith((b"flags", b"Features"))), platform.processor().encode())
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+    else:  # macOS on x86, whose names are Linux's in capitals
+        command = ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+        try:
+            lines = ["flags:" + subprocess.run(command, capture_output=True, text=True, check=False).stdout.lower()]
+        except OSError:
+            return frozenset()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(flags.replace("\n", " ").partition(":")[2].split())

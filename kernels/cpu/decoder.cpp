@@ -67,23 +67,29 @@ struct Buffer {
 };
 
 struct Engine {
-  explicit Engine(int num_threads) : team(num_threads), scores(num_threads) {}
+  explicit Engine(int num_threads) : team(num_threads), scores(num_threads), products(num_threads) {}
   Team team;
   Buffer act, act2, qkv, rotated, h, y;
-  std::vector<Buffer> scores;
+  std::vector<Buffer> scores, products;
+
+  void make_room(int num_rows) {
+    for (auto& buffer : products) buffer.get<float>((size_t)MAX_PANELS * std::min(MAX_ROWS, pad_rows(num_rows)) * PANEL);
+  }
 };
 
 struct AttentionTask {
   int32_t seq, head, first_row, num_rows, first_group, num_groups;
 };
 
-// Runs fn(panel, first row, rows) over all panels and tiles of rows, and waits for all.
-template <class F>
-static void for_tiles(Team& team, int num_panels, int num_rows, F fn) {
-  const int tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
-  for (int i; (i = team.next(num_panels * tiles)) >= 0;) {
-    const int row = i % tiles * TILE_ROWS;
-    fn(i / tiles, row, std::min(TILE_ROWS, num_rows - row));
+// Runs fn(first panel, panels, first row, rows) over all blocks of at most `most` panels, and waits for all.
+template <class A, class F>
+static void for_blocks(Team& team, int num_panels, int most, int num_rows, F fn) {
+  const Blocks block = choose_blocks<A>(num_rows, num_panels, most, team.size());
+  const int row_blocks = (num_rows + block.rows - 1) / block.rows;
+  const int tasks = (num_panels + block.panels - 1) / block.panels * row_blocks;
+  for (int i; (i = team.next(tasks)) >= 0;) {
+    const int row = i % row_blocks * block.rows, panel = i / row_blocks * block.panels;
+    fn(panel, std::min(block.panels, num_panels - panel), row, std::min(block.rows, num_rows - row));
   }
   team.barrier();
 }
@@ -97,8 +103,9 @@ class Forward {
     const Layer& first = m.layers[0];
     const int widest = std::max({first.modules[Q].kp, first.modules[O].kp, first.modules[DOWN].kp});
     const size_t rows = T;
-    act = e.act.get<A>(rows * widest);
-    act2 = e.act2.get<A>(rows * widest);
+    act = e.act.get<A>((size_t)pad_rows(T) * widest);
+    act2 = e.act2.get<A>((size_t)pad_rows(T) * widest);
+    e.make_room(T);
     qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
     rotated = e.rotated.get<A>(rows * q_size);
     y = e.y.get<float>(rows * m.hidden_size);
@@ -121,6 +128,7 @@ class Forward {
   }
 
   void operator()(int thread) {
+    Tiles tiles;
     Clock clock(thread == 0 ? s.seconds : nullptr);
     for (int idx = 0; idx < m.num_layers; idx++) {
       const Layer& layer = m.layers[idx];
@@ -128,7 +136,7 @@ class Forward {
       clock.end(NORM);
       shrink_rows(idx, act, {Q, K, V});
       clock.end(SHRINK);
-      multiply_qkv(idx, layer);
+      multiply_qkv(idx, layer, thread);
       clock.end(QKV);
       rotate_rows(layer);
       clock.end(ROPE);
@@ -136,17 +144,17 @@ class Forward {
       clock.end(ATTENTION);
       shrink_rows(idx, act2, {O});
       clock.end(SHRINK);
-      multiply_residual(idx, layer, O, layer.post_attention_norm);
+      multiply_residual(idx, layer, O, layer.post_attention_norm, thread);
       clock.end(OUT);
       norm_rows(layer.mlp_norm, layer.modules[GATE].kp);
       clock.end(NORM);
       shrink_rows(idx, act, {GATE, UP});
       clock.end(SHRINK);
-      multiply_gate_up(idx, layer);
+      multiply_gate_up(idx, layer, thread);
       clock.end(GATE_UP);
       shrink_rows(idx, act2, {DOWN});
       clock.end(SHRINK);
-      multiply_residual(idx, layer, DOWN, layer.post_mlp_norm);
+      multiply_residual(idx, layer, DOWN, layer.post_mlp_norm, thread);
       clock.end(DOWN_);
       for (int tap = 0; tap < s.num_taps; tap++)
         if (s.tap_layers[tap] == idx && thread == 0)
@@ -155,7 +163,7 @@ class Forward {
                    4 * (size_t)m.hidden_size);
     }
     for (int i; (i = e.team.next(s.num_logits)) >= 0;)
-      norm_row(s.x + s.logits_indices[i] * m.hidden_size, m.norm, 0, nullptr, s.hidden + (size_t)i * m.hidden_size);
+      norm_row(s.x + s.logits_indices[i] * m.hidden_size, m.norm, s.hidden + (size_t)i * m.hidden_size);
     e.team.barrier();
     clock.end(NORM);
   }
@@ -184,20 +192,21 @@ class Forward {
     return 1.0f / std::sqrt(sum(squares) / n + m.eps);
   }
 
-  void norm_row(const float* x, const float* weight, int kp, A* out, float* normed) {
+  void norm_row(const float* x, const float* weight, float* out) {
     const int n = m.hidden_size;
     const float scale = rms_scale(x, n);
-    for (int c = 0; c < n; c += 16) {
-      f32x16 v = load_n(x + c, n - c) * scale * load_n(weight + c, n - c);
-      if (out) store_n(out + c, v, n - c);
-      if (normed) store_n(normed + c, v, n - c);
-    }
-    if (out) std::fill(out + n, out + kp, A(0));
+    for (int c = 0; c < n; c += 16) store_n(out + c, load_n(x + c, n - c) * scale * load_n(weight + c, n - c), n - c);
   }
 
   void norm_rows(const float* weight, int kp) {
-    for (int t; (t = e.team.next(T)) >= 0;)
-      norm_row(s.x + (size_t)t * m.hidden_size, weight, kp, act + (size_t)t * kp, nullptr);
+    const int n = m.hidden_size;
+    for (int t; (t = e.team.next(T)) >= 0;) {
+      const float* x = s.x + (size_t)t * n;
+      const float scale = rms_scale(x, n);
+      for (int c = 0; c < n; c += 16)
+        store_n(act_place(act, kp, t, c), load_n(x + c, n - c) * scale * load_n(weight + c, n - c), n - c);
+      clear(act, kp, t, n);
+    }
     e.team.barrier();
   }
 
@@ -217,48 +226,67 @@ class Forward {
       const Matrix& base = m.layers[layer].modules[module];
       for (int t = i / num * ROWS; t < std::min(T, (i / num + 1) * ROWS); t++)
         if (const Lora* lora = lora_of(t, layer, module))
-          shrink(*lora, x + (size_t)t * base.kp, base.k, h + (size_t)t * h_stride + place * s.max_rank);
+          shrink(*lora, act_place(x, base.kp, t, 0), base.k, h + (size_t)t * h_stride + place * s.max_rank);
     }
     e.team.barrier();
   }
 
-  // tile [rows][64] = columns of one module's panel, with bias and LoRA; `place` is the module's place in h.
-  void panel_of(int layer, int module, int place, int panel, const A* x, int row, int rows, float* tile) {
-    const Matrix& matrix = m.layers[layer].modules[module];
-    // Each row's part of B is a short stream that starts cold; the base panel's products hide its way from memory.
+  // One panel of one of the layer's modules; `place` is the module's place in h.
+  struct Part {
+    int module, place, panel;
+  };
+
+  // out [num][padded rows][64]: columns of modules with the same inputs, with bias and LoRA.
+  void multiply_parts(int layer, const Part* parts, int num, const A* x, int row, int rows, float* out) {
+    Panel panels[MAX_PANELS];
+    for (int p = 0; p < num; p++) {
+      panels[p] = {&m.layers[layer].modules[parts[p].module], parts[p].panel};
+      fetch_lora(layer, parts[p], row, rows);
+    }
+    multiply_panels(panels, num, x, row, rows, out);
+    for (int p = 0; p < num; p++) finish_part(layer, parts[p], row, rows, out + (size_t)p * pad_rows(rows) * PANEL);
+  }
+
+  // Each row's part of B is a short stream that starts cold; the base panel's products hide its way from memory.
+  void fetch_lora(int layer, const Part& part, int row, int rows) {
     const Lora* before = nullptr;
     for (int r = 0; r < rows; r++)
-      if (const Lora* lora = lora_of(row + r, layer, module); lora && lora != before) {
-        const char* part = (const char*)((const A*)lora->b + (size_t)panel * lora->rank * PANEL);
-        for (size_t i = 0; i < sizeof(A) * lora->rank * PANEL; i += 64) __builtin_prefetch(part + i, 0, 2);
+      if (const Lora* lora = lora_of(row + r, layer, part.module); lora && lora != before) {
+        const char* b = (const char*)((const A*)lora->b + (size_t)part.panel * lora->rank * PANEL);
+        for (size_t i = 0; i < sizeof(A) * lora->rank * PANEL; i += 64) __builtin_prefetch(b + i, 0, 2);
         before = lora;
       }
-    multiply_panel(matrix, panel, x + (size_t)row * matrix.kp, rows, tile);
-    const int column = panel * PANEL, num = std::min(PANEL, matrix.n - column);
-    for (int r = 0; r < rows; r++) {
+  }
+
+  void finish_part(int layer, const Part& part, int row, int rows, float* out) {
+    const Matrix& matrix = m.layers[layer].modules[part.module];
+    const int column = part.panel * PANEL, num = std::min(PANEL, matrix.n - column);
+    for (int r = 0; r < rows; r++, out += PANEL) {
       if (matrix.bias)
-        for (int c = 0; c < num; c += 16) {
-          float* out = tile + r * PANEL + c;
-          store(out, load(out) + load_n(matrix.bias + column + c, num - c));
-        }
-      if (const Lora* lora = lora_of(row + r, layer, module))
-        expand((const A*)lora->b + (size_t)panel * lora->rank * PANEL, PANEL, lora->rank,
-               h + (size_t)(row + r) * h_stride + place * s.max_rank, PANEL, tile + r * PANEL);
+        for (int c = 0; c < num; c += 16) store(out + c, load(out + c) + load_n(matrix.bias + column + c, num - c));
+      if (const Lora* lora = lora_of(row + r, layer, part.module))
+        expand((const A*)lora->b + (size_t)part.panel * lora->rank * PANEL, PANEL, lora->rank,
+               h + (size_t)(row + r) * h_stride + part.place * s.max_rank, PANEL, out);
     }
   }
 
-  void multiply_qkv(int idx, const Layer& layer) {
+  void multiply_qkv(int idx, const Layer& layer, int thread) {
     const int q_panels = layer.modules[Q].panels(), kv_panels = layer.modules[K].panels();
-    const int width = q_size + 2 * kv_size;
-    for_tiles(e.team, q_panels + 2 * kv_panels, T, [&](int panel, int row, int rows) {
-      int module = Q, start = 0;
-      if (panel >= q_panels + kv_panels) module = V, start = q_size + kv_size, panel -= q_panels + kv_panels;
-      else if (panel >= q_panels) module = K, start = q_size, panel -= q_panels;
-      alignas(64) float tile[TILE_ROWS * PANEL];
-      panel_of(idx, module, module, panel, act, row, rows, tile);
-      const int num = std::min(PANEL, layer.modules[module].n - panel * PANEL);
-      for (int r = 0; r < rows; r++)
-        memcpy(qkv + (size_t)(row + r) * width + start + panel * PANEL, tile + r * PANEL, 4 * num);
+    const int width = q_size + 2 * kv_size, starts[] = {0, q_size, q_size + kv_size};
+    float* products = (float*)e.products[thread].data;
+    for_blocks<A>(e.team, q_panels + 2 * kv_panels, MAX_PANELS, T, [&](int first, int num, int row, int rows) {
+      Part parts[MAX_PANELS];
+      for (int p = 0; p < num; p++) {
+        const int panel = first + p, module = panel < q_panels ? Q : panel < q_panels + kv_panels ? K : V;
+        parts[p] = {module, module, panel - (module > Q ? q_panels : 0) - (module > K ? kv_panels : 0)};
+      }
+      multiply_parts(idx, parts, num, act, row, rows, products);
+      for (int p = 0; p < num; p++) {
+        const int columns = std::min(PANEL, layer.modules[parts[p].module].n - parts[p].panel * PANEL);
+        float* to = qkv + (size_t)row * width + starts[parts[p].module] + parts[p].panel * PANEL;
+        const float* from = products + (size_t)p * pad_rows(rows) * PANEL;
+        for (int r = 0; r < rows; r++) memcpy(to + (size_t)r * width, from + r * PANEL, 4 * columns);
+      }
     });
   }
 
@@ -323,52 +351,62 @@ class Forward {
       num = 0;
       for (int r = 0; r < task.num_rows; r++)
         for (int g = 0; g < task.num_groups; g++, num++) {
-          A* place = act2 + (size_t)(row + r) * kp + (task.head * group + task.first_group + g) * dim;
-          for (int c = 0; c < dim; c += 16) store_n(place + c, load_n(out + num * dim + c, dim - c), dim - c);
+          const int column = (task.head * group + task.first_group + g) * dim;
+          for (int c = 0; c < dim; c += 16)
+            store_act(act2, kp, row + r, column + c, load_n(out + num * dim + c, dim - c), dim - c);
         }
       if (task.head == 0 && task.first_group == 0)
-        for (int r = 0; r < task.num_rows; r++)
-          std::fill(act2 + (size_t)(row + r) * kp + q_size, act2 + (size_t)(row + r + 1) * kp, A(0));
+        for (int r = 0; r < task.num_rows; r++) clear(act2, kp, row + r, q_size);
     }
     e.team.barrier();
   }
 
   // x += module(act2), normed first where the architecture does so.
-  void multiply_residual(int idx, const Layer& layer, int module, const float* post_norm) {
+  void multiply_residual(int idx, const Layer& layer, int module, const float* post_norm, int thread) {
     const Matrix& matrix = layer.modules[module];
-    for_tiles(e.team, matrix.panels(), T, [&](int panel, int row, int rows) {
-      alignas(64) float tile[TILE_ROWS * PANEL];
-      panel_of(idx, module, 0, panel, act2, row, rows, tile);
-      const int column = panel * PANEL, num = std::min(PANEL, matrix.n - column);
-      for (int r = 0; r < rows; r++)
-        for (int c = 0; c < num; c += 16) {
-          const size_t place = (size_t)(row + r) * m.hidden_size + column + c;
-          f32x16 value = load(tile + r * PANEL + c);
-          if (post_norm) store_n(y + place, value, num - c);
-          else store_n(s.x + place, load_n(s.x + place, num - c) + value, num - c);
-        }
+    float* products = (float*)e.products[thread].data;
+    for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, T, [&](int first, int num, int row, int rows) {
+      Part parts[MAX_PANELS];
+      for (int p = 0; p < num; p++) parts[p] = {module, 0, first + p};
+      multiply_parts(idx, parts, num, act2, row, rows, products);
+      for (int p = 0; p < num; p++) {
+        const float* from = products + (size_t)p * pad_rows(rows) * PANEL;
+        const int column = (first + p) * PANEL, columns = std::min(PANEL, matrix.n - column);
+        for (int r = 0; r < rows; r++)
+          for (int c = 0; c < columns; c += 16) {
+            const size_t place = (size_t)(row + r) * m.hidden_size + column + c;
+            f32x16 value = load(from + r * PANEL + c);
+            if (post_norm) store_n(y + place, value, columns - c);
+            else store_n(s.x + place, load_n(s.x + place, columns - c) + value, columns - c);
+          }
+      }
     });
     if (!post_norm) return;
     for (int t; (t = e.team.next(T)) >= 0;) {
       float *out = y + (size_t)t * m.hidden_size, *x = s.x + (size_t)t * m.hidden_size;
-      norm_row(out, post_norm, 0, nullptr, out);
+      norm_row(out, post_norm, out);
       for (int c = 0; c < m.hidden_size; c++) x[c] += out[c];
     }
     e.team.barrier();
   }
 
-  void multiply_gate_up(int idx, const Layer& layer) {
+  void multiply_gate_up(int idx, const Layer& layer, int thread) {
     const int kp = layer.modules[DOWN].kp;  // equals panels * 64
-    for_tiles(e.team, layer.modules[GATE].panels(), T, [&](int panel, int row, int rows) {
-      alignas(64) float gate[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
-      panel_of(idx, GATE, 0, panel, act, row, rows, gate);
-      panel_of(idx, UP, 1, panel, act, row, rows, up);
-      for (int r = 0; r < rows; r++)
-        for (int c = 0; c < PANEL; c += 16) {
-          f32x16 g = load(gate + r * PANEL + c);
-          store(act2 + (size_t)(row + r) * kp + panel * PANEL + c,
-                (m.is_gelu ? gelu_tanh(g) : silu(g)) * load(up + r * PANEL + c));
-        }
+    float* products = (float*)e.products[thread].data;
+    for_blocks<A>(e.team, layer.modules[GATE].panels(), MAX_PANELS / 2, T, [&](int first, int num, int row, int rows) {
+      Part parts[MAX_PANELS];
+      for (int p = 0; p < num; p++) parts[2 * p] = {GATE, 0, first + p}, parts[2 * p + 1] = {UP, 1, first + p};
+      multiply_parts(idx, parts, 2 * num, act, row, rows, products);
+      for (int p = 0; p < num; p++) {
+        const float* gate = products + (size_t)2 * p * pad_rows(rows) * PANEL;
+        const float* up = gate + (size_t)pad_rows(rows) * PANEL;
+        for (int r = 0; r < rows; r++)
+          for (int c = 0; c < PANEL; c += 16) {
+            f32x16 g = load(gate + r * PANEL + c);
+            store(act_place(act2, kp, row + r, (first + p) * PANEL + c),
+                  (m.is_gelu ? gelu_tanh(g) : silu(g)) * load(up + r * PANEL + c));
+          }
+      }
     });
   }
 
@@ -385,21 +423,25 @@ class Forward {
 // y [rows][panels * 64] = x [rows][k] times the matrix, without bias: the lm_head.
 template <class A>
 static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, float* y) {
-  A* act = e.act.get<A>((size_t)rows * matrix.kp);
-  auto work = [&](int) {
+  A* act = e.act.get<A>((size_t)pad_rows(rows) * matrix.kp);
+  e.make_room(rows);
+  auto work = [&](int thread) {
+    Tiles tiles;
     for (int t; (t = e.team.next(rows)) >= 0;) {
-      A* out = act + (size_t)t * matrix.kp;
       for (int c = 0; c < matrix.k; c += 16)
-        store_n(out + c, load_n(x + (size_t)t * matrix.k + c, matrix.k - c), matrix.k - c);
-      std::fill(out + matrix.k, out + matrix.kp, A(0));
+        store_n(act_place(act, matrix.kp, t, c), load_n(x + (size_t)t * matrix.k + c, matrix.k - c), matrix.k - c);
+      clear(act, matrix.kp, t, matrix.k);
     }
     e.team.barrier();
     const size_t width = (size_t)matrix.panels() * PANEL;
-    for_tiles(e.team, matrix.panels(), rows, [&](int panel, int row, int num) {
-      alignas(64) float tile[TILE_ROWS * PANEL];
-      multiply_panel(matrix, panel, act + (size_t)row * matrix.kp, num, tile);
-      for (int r = 0; r < num; r++)
-        memcpy(y + (row + r) * width + panel * PANEL, tile + r * PANEL, 4 * PANEL);
+    float* products = (float*)e.products[thread].data;
+    for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, rows, [&](int first, int num, int row, int rows) {
+      Panel panels[MAX_PANELS];
+      for (int p = 0; p < num; p++) panels[p] = {&matrix, first + p};
+      multiply_panels(panels, num, act, row, rows, products);
+      for (int p = 0; p < num; p++)
+        for (int r = 0; r < rows; r++)
+          memcpy(y + (row + r) * width + (first + p) * PANEL, products + ((size_t)p * pad_rows(rows) + r) * PANEL, 4 * PANEL);
     });
   };
   e.team.run(work);

@@ -6,6 +6,7 @@
 // Sums are fp32 in an order that depends on K and R only, so a row gets the same bits in every batch.
 #pragma once
 
+#include "amx.h"
 #include "vec.h"
 
 struct Lora {
@@ -40,19 +41,20 @@ INLINE void dots(const W* a, int k, const X* x, float scale, float* h) {
   for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
 }
 
-// The same for a block of rows, a [k / 32][NR][32]; x is padded with zeros to k, a multiple of 32.
+// The same for a block of rows, a [k / 32][NR][32]; x is a row of activations as they lie (amx.h), padded with zeros to k, a
+// multiple of 32.
 template <int NR, class T>
 INLINE void block_dots(const T* a, int k, const T* x, float scale, float* h) {
   f32x16 acc[NR] = {};
-  for (int i = 0; i < k; i += 32, a += 32 * NR) {
+  for (int i = 0; i < k; i += 32, a += 32 * NR, x += ACT_STEP<T>) {
 #if NATIVE_BF16
     if constexpr (sizeof(T) == 2) {
-      for (int r = 0; r < NR; r++) acc[r] = dot_pairs(acc[r], a + 32 * r, x + i);
+      for (int r = 0; r < NR; r++) acc[r] = dot_pairs(acc[r], a + 32 * r, x);
       continue;
     }
 #endif
     for (int half = 0; half < 32; half += 16)
-      for (int r = 0; r < NR; r++) acc[r] = fma(load(a + 32 * r + half), load(x + i + half), acc[r]);
+      for (int r = 0; r < NR; r++) acc[r] = fma(load(a + 32 * r + half), load(x + half), acc[r]);
   }
   for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
 }

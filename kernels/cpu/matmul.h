@@ -1,4 +1,4 @@
-// Rows of activations times one panel (64 columns) of a packed weight matrix.
+// Rows of activations times panels (64 columns) of packed weight matrices.
 //
 // A matrix is stored panel by panel, within a panel by pairs of input elements, so that a panel is one stream of memory:
 //   F32   [panel][K][64] float
@@ -15,7 +15,6 @@
 
 enum Format { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 constexpr int PANEL = 64;
-constexpr int TILE_ROWS = 64;  // rows of a task: 16 KiB of results stay in the first cache level
 constexpr int MAX_GROUP = 128;
 
 struct Matrix {
@@ -27,6 +26,12 @@ struct Matrix {
   int32_t unused;
 
   int panels() const { return (n + PANEL - 1) / PANEL; }
+};
+
+// The columns of one panel of a matrix.
+struct Panel {
+  const Matrix* matrix;
+  int idx;
 };
 
 constexpr int ROWS_AT_ONCE = 6;
@@ -146,33 +151,113 @@ INLINE void decode_int4(const uint16_t* in, const bf16* levels, bf16* out) {
 #endif
 }
 
-// tile [rows][64] = x [rows][kp] * panel `panel` of m, without bias; rows <= TILE_ROWS.
+// 64 columns x one group of K, as bf16 pairs.
+static void decode_group(const Matrix& m, int panel, int group, bf16* out) {
+  const int half = m.group / 2;
+  const size_t first_pair = (size_t)panel * (m.kp / 2) + group * half;
+  if (m.format == INT8) {
+    const int8_t* in = (const int8_t*)m.data + first_pair * 2 * PANEL;
+    for (int i = 0; i < half * 4; i++) decode_int8(in + 32 * i, out + 32 * i);
+  } else {
+    const uint16_t* in = (const uint16_t*)m.data + first_pair * 32;
+    for (int p = 0; p < half; p++) decode_int4(in + 32 * p, m.levels, out + 2 * PANEL * p);
+  }
+}
+INLINE const float* group_scales(const Matrix& m, int panel, int group) {
+  return m.scales + ((size_t)panel * (m.kp / m.group) + group) * PANEL;
+}
+
+// out [rows][64] = x [rows][kp] * one panel, without bias.
 template <class A>
-static void multiply_panel(const Matrix& m, int panel, const A* x, int rows, float* tile) {
-  const size_t pairs = m.kp / 2;
+static void multiply_panel(const Panel& panel, const A* x, int rows, float* out) {
+  const Matrix& m = *panel.matrix;
+  const size_t pairs = m.kp / 2, first = panel.idx * pairs * 2 * PANEL;
   if (m.format == F32) {
-    if constexpr (sizeof(A) == 4)
-      multiply_rows(x, m.kp, rows, (const float*)m.data + panel * pairs * 2 * PANEL, pairs, tile, nullptr, true);
-    else
-      __builtin_trap();
+    if constexpr (sizeof(A) == 4) multiply_rows(x, m.kp, rows, (const float*)m.data + first, pairs, out, nullptr, true);
+    else __builtin_trap();
     return;
   }
-  if (m.format == BF16) {
-    multiply_rows(x, m.kp, rows, (const bf16*)m.data + panel * pairs * 2 * PANEL, pairs, tile, nullptr, true);
-    return;
-  }
+  if (m.format == BF16) return multiply_rows(x, m.kp, rows, (const bf16*)m.data + first, pairs, out, nullptr, true);
   alignas(64) bf16 decoded[MAX_GROUP * PANEL];
-  const int num_groups = m.kp / m.group, half = m.group / 2;
-  for (int g = 0; g < num_groups; g++) {
-    const size_t first_pair = panel * pairs + g * half;
-    if (m.format == INT8) {
-      const int8_t* in = (const int8_t*)m.data + first_pair * 2 * PANEL;
-      for (int i = 0; i < half * 4; i++) decode_int8(in + 32 * i, decoded + 32 * i);
-    } else {
-      const uint16_t* in = (const uint16_t*)m.data + first_pair * 32;
-      for (int p = 0; p < half; p++) decode_int4(in + 32 * p, m.levels, decoded + 2 * PANEL * p);
-    }
-    const float* scale = m.scales + ((size_t)panel * num_groups + g) * PANEL;
-    multiply_rows(x + g * m.group, m.kp, rows, decoded, half, tile, scale, g == 0);
+  for (int g = 0; g * m.group < m.kp; g++) {
+    decode_group(m, panel.idx, g, decoded);
+    multiply_rows(x + g * m.group, m.kp, rows, decoded, m.group / 2, out, group_scales(m, panel.idx, g), g == 0);
   }
+}
+
+#if NATIVE_AMX
+// out [padded rows][64], from rows that lie in tiles. Sums go on where they stopped: no block of K changes an order.
+constexpr int MAX_STEPS = 8;  // 32 KiB of weights, 16 of two tiles' rows: the first cache level
+
+static void multiply_stored(const Panel* panels, int num, const bf16* x, int rows, float* out) {
+  const int kp = panels[0].matrix->kp, steps = kp / TILE_K, blocks = (steps + MAX_STEPS - 1) / MAX_STEPS;
+  const int tiles = pad_rows(rows) / TILE_ROWS;
+  const size_t next_rows = (size_t)kp * TILE_ROWS;
+  const int at_once = tiles == 1 ? steps : (steps + blocks - 1) / blocks;
+  for (int s = 0; s < steps; s += at_once)
+    for (int p = 0; p < num; p++) {
+      const int todo = std::min(at_once, steps - s);
+      const bf16* w = (const bf16*)panels[p].matrix->data + ((size_t)panels[p].idx * kp + s * TILE_K) * PANEL;
+      const bf16* from = x + (size_t)s * TILE_ROWS * TILE_K;
+      float* to = out + (size_t)p * tiles * TILE_ROWS * PANEL;
+      if (tiles == 1) {
+        multiply_16<true>(from, w, todo, to, s == 0);
+        continue;
+      }
+      int t = 0;
+      for (; t + 2 <= tiles; t += 2)
+        for (int half = 0; half < 2; half++)
+          multiply_32(from + t * next_rows, next_rows, w + 64 * half, todo, to + t * TILE_ROWS * PANEL + 32 * half, s == 0);
+      if (t < tiles) multiply_16<false>(from + t * next_rows, w, todo, to + t * TILE_ROWS * PANEL, s == 0);
+    }
+}
+
+static void multiply_decoded(const Panel& panel, const bf16* x, int rows, float* out) {
+  const Matrix& m = *panel.matrix;
+  const int steps = m.group / TILE_K;
+  alignas(64) bf16 decoded[MAX_GROUP * PANEL];
+  alignas(64) float part[TILE_ROWS * PANEL];
+  for (int g = 0; g * m.group < m.kp; g++) {
+    decode_group(m, panel.idx, g, decoded);
+    const float* scale = group_scales(m, panel.idx, g);
+    for (int row = 0; row < rows; row += TILE_ROWS) {
+      multiply_16<false>(x + (size_t)row * m.kp + (size_t)g * steps * TILE_ROWS * TILE_K, decoded, steps, part, true);
+      for (int r = 0; r < std::min(TILE_ROWS, rows - row); r++)
+        for (int c = 0; c < PANEL; c += 16) {
+          float* sum = out + (row + r) * PANEL + c;
+          f32x16 value = load(part + r * PANEL + c), by = load(scale + c);
+          store(sum, g ? fma(value, by, load(sum)) : value * by);
+        }
+    }
+  }
+}
+#endif
+
+// out [num][padded rows][64] = rows `row` and following of x times each panel, all of matrices with the same kp and format,
+// without bias.
+template <class A>
+static void multiply_panels(const Panel* panels, int num, const A* x, int row, int rows, float* out) {
+  const Matrix& m = *panels[0].matrix;
+  x = act_place(x, m.kp, row, 0);
+#if NATIVE_AMX
+  if constexpr (sizeof(A) == 2) {
+    if (m.format == BF16) return multiply_stored(panels, num, x, rows, out);
+    for (int p = 0; p < num; p++) multiply_decoded(panels[p], x, rows, out + (size_t)p * pad_rows(rows) * PANEL);
+    return;
+  }
+#endif
+  for (int p = 0; p < num; p++) multiply_panel(panels[p], x, rows, out + (size_t)p * pad_rows(rows) * PANEL);
+}
+
+// How many rows and panels a task has. Tiles want many: each row and weight is read from memory once for all of a task. Other
+// products are bound by arithmetic, and their results should stay in the first cache level.
+constexpr int MAX_ROWS = NATIVE_AMX ? 512 : 64;
+constexpr int MAX_PANELS = NATIVE_AMX ? 8 : 2;
+struct Blocks {
+  int rows, panels;
+};
+template <class A>
+static Blocks choose_blocks(int num_rows, int num_panels, int most, int threads) {
+  if (!IN_TILES<A>) return {64, 1};
+  return {std::min(MAX_ROWS, pad_rows(num_rows)), std::clamp(num_panels / (4 * threads), 1, most)};
 }

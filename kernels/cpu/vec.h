@@ -1,8 +1,9 @@
 // Vectors of 16 floats and the few operations that the kernels need, for any CPU that GCC or clang knows.
 //
 // Written with the compilers' vector extension, so that AVX-512 and NEON come from one text; intrinsics stand only
-// where the extension cannot say what is meant. AVX2 has types of its own (vec_avx2.h). Invariant: every reduction has a fixed order that does not depend on how
-// many rows a step has, so that a row's result is the same bits in every batch.
+// where the extension cannot say what is meant. AVX2 has types of its own (vec_avx2.h). What instructions there are says
+// SPECSERVE_LEVEL, a number of kernels/native_levels.py. Invariant: every reduction has a fixed order that does not depend
+// on how many rows a step has, so that a row's result is the same bits in every batch.
 #pragma once
 
 #include <cmath>
@@ -12,11 +13,8 @@
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define NATIVE_BF16 1
-#else
-#define NATIVE_BF16 0
-#endif
+#define NATIVE_BF16 (SPECSERVE_LEVEL >= 3)
+#define NATIVE_AMX (SPECSERVE_LEVEL >= 4)
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -1,11 +1,13 @@
-"""The native CPU forward: packed formats, rows that do not depend on their batch, adapters, and when it is missing."""
+"""The native CPU forward: packed formats, rows that do not depend on their batch, adapters, and when it is missing.
+
+What a level of instructions may change is run at every level that this machine has.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import platform
+import logging
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,13 +23,15 @@ from specserve.compute.native.decoder import NativeDecoder
 from specserve.compute.torch.decoder import Decoder
 from specserve.config import EngineConfig
 from specserve.errors import ModelError
-from specserve.kernels import native
+from specserve.kernels import native, native_build, native_levels
 from specserve.kernels.native import STRUCTS, Team, load_library
 from specserve.kernels.native_build import NativeError
+from specserve.kernels.native_levels import LEVELS
 from specserve.kernels.packed import GROUPS, pack, unpack
 
 CPU = torch.device("cpu")
 FORMATS = ["f32", "bf16", "int8", "int4"]
+QUICK_FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +44,55 @@ def random_tokens(num: int, seed: int) -> list[int]:
     return torch.randint(320, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def multiply(matrix, x: torch.Tensor, is_bf16: bool) -> torch.Tensor:
+# On x86 the generic level takes longer to build and run than all others, and nobody has it who can run these tests.
+RARE = {"generic": [pytest.mark.slow] if LEVELS[-2].missing() is None else []}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(level, id=level.name, marks=RARE.get(level.name, []))
+                                        for level in LEVELS])  # fmt: skip
+def library(request):
+    reason = request.param.missing()
+    if reason:
+        pytest.skip(reason)
+    return load_library(request.param.name)
+
+
+def multiply(team, matrix, x: torch.Tensor, is_bf16: bool) -> torch.Tensor:
     y = torch.full((x.shape[0], matrix.num_panels * native.PANEL), float("nan"))
-    Team(load_library(), 2).linear(matrix.struct(), is_bf16, x.data_ptr(), x.shape[0], y.data_ptr())
+    team.linear(matrix.struct(), is_bf16, x.data_ptr(), x.shape[0], y.data_ptr())
     return y[:, : matrix.n]
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("n, k", [(1, 1), (64, 64), (65, 63), (130, 200), (30, 576)])
-def test_a_packed_matrix_multiplies_as_unpacked(weight_format, n, k):
-    generator = torch.Generator().manual_seed(n * k)
-    matrix = pack(torch.randn(n, k, generator=generator), None, weight_format)
-    x = torch.randn(75, k, generator=generator)
-    for is_bf16 in {False, load_library().uses_bf16 and weight_format != "f32"}:
-        given = x.bfloat16().float() if is_bf16 else x
-        expected = given.double() @ unpack(matrix).double().t()
-        for rows in (1, 2, 5, 6, 7, 64, 75):
-            got = multiply(matrix, x[:rows].contiguous(), is_bf16).double()
-            torch.testing.assert_close(got, expected[:rows], atol=2e-4, rtol=1e-4)
+def test_a_packed_matrix_multiplies_as_unpacked(library, weight_format):
+    team = Team(library, 2)
+    for n, k in [(1, 1), (64, 64), (65, 63), (130, 200), (30, 576)]:
+        generator = torch.Generator().manual_seed(n * k)
+        matrix = pack(torch.randn(n, k, generator=generator), None, weight_format)
+        x = torch.randn(75, k, generator=generator)
+        for is_bf16 in {False, library.uses_bf16 and weight_format != "f32"}:
+            given = x.bfloat16().float() if is_bf16 else x
+            expected = given.double() @ unpack(matrix).double().t()
+            for rows in (1, 2, 5, 6, 7, 64, 75):
+                got = multiply(team, matrix, x[:rows].contiguous(), is_bf16).double()
+                torch.testing.assert_close(got, expected[:rows], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_product_of_a_row_has_the_same_bits_at_every_number_of_rows(library, weight_format):
+    """More rows than a task of any level takes, inputs in several blocks, values whose products are subnormal."""
+    generator = torch.Generator().manual_seed(5)
+    matrix = pack(torch.randn(330, 600, generator=generator), None, weight_format)
+    x = torch.randn(530, 600, generator=generator) * torch.logspace(0, -40, 530)[
+        torch.randperm(530, generator=generator)
+    ].unsqueeze(1)
+    team, is_bf16 = Team(library, 2), library.uses_bf16 and weight_format != "f32"
+    whole = multiply(team, matrix, x, is_bf16)
+    for rows in range(1, 71):
+        start = 7 * rows % 460
+        assert torch.equal(
+            multiply(team, matrix, x[start : start + rows].contiguous(), is_bf16), whole[start : start + rows]
+        )
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -75,9 +110,9 @@ def test_packing_keeps_the_weights(weight_format):
 @pytest.mark.parametrize(
     "dtype, quantization", [("fp32", "none"), ("bf16", "none"), ("bf16", "int8"), ("bf16", "int4")]
 )
-def test_a_row_has_the_same_bits_in_every_batch(model_dir, dtype, quantization):
+def test_a_row_has_the_same_bits_in_every_batch(model_dir, library, dtype, quantization):
     """Prefill in one step, in chunks, beside other sequences, and one row at a time."""
-    decoder = load_model(model_dir, CPU, dtype, [native_choice(quantization=quantization)])
+    decoder = load_model(model_dir, CPU, dtype, [native_choice(library, quantization=quantization)])
     assert isinstance(decoder, NativeDecoder)
     driver = Driver(decoder, num_blocks=64)
     prompt = random_tokens(70, 1)
@@ -92,37 +127,10 @@ def test_a_row_has_the_same_bits_in_every_batch(model_dir, dtype, quantization):
     assert torch.equal(torch.cat(chunked), whole)
 
 
-@pytest.fixture(scope="module")
-def plain_library():
-    """The library for an x86 CPU with AVX2 and nothing newer: fp32 activations, weights widened."""
-    if platform.machine() != "x86_64":
-        pytest.skip("x86 only")
-    flags = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in native.FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "FLAGS", flags)
-        return load_library.__wrapped__()
-
-
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-def test_without_bf16_instructions_weights_of_16_bits_and_fewer_are_multiplied_in_fp32(
-    model_dir, plain_library, quantization
-):
-    choice = replace(native_choice(quantization=quantization), library=plain_library)
-    decoder = load_model(model_dir, CPU, "bf16", [choice])
-    assert decoder.compute_dtype == torch.float32
-    driver, prompt = Driver(decoder), random_tokens(41, 3)
-    (whole,) = driver.step([(driver.sequence(), prompt)])
-    seq = driver.sequence()
-    (chunk,), (rest,) = (driver.step([(seq, part)]) for part in (prompt[:29], prompt[29:]))
-    assert torch.equal(torch.cat([chunk, rest]), whole)
-    usual = Driver(load_model(model_dir, CPU, "bf16", [native_choice(quantization=quantization)]))
-    (expected,) = usual.step([(usual.sequence(), prompt)])
-    assert (whole - expected).square().mean().sqrt() / expected.square().mean().sqrt() < 0.03
-
-
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-def test_sixteen_bits_and_fewer_stay_close_to_transformers(model_dir, quantization):
-    decoder = load_model(model_dir, CPU, "bf16", [native_choice(quantization=quantization)])
+def test_sixteen_bits_and_fewer_stay_close_to_transformers(model_dir, library, quantization):
+    decoder = load_model(model_dir, CPU, "bf16", [native_choice(library, quantization=quantization)])
+    assert decoder.compute_dtype == (torch.bfloat16 if library.uses_bf16 else torch.float32)
     prompt = random_tokens(40, 2)
     driver = Driver(decoder)
     (logits,) = driver.step([(driver.sequence(), prompt)])
@@ -135,9 +143,9 @@ def test_sixteen_bits_and_fewer_stay_close_to_transformers(model_dir, quantizati
 
 @pytest.mark.parametrize("settings", [{"dtype": "bf16"}, {"dtype": "bf16", "quantization": "int8"},
                                       {"dtype": "bf16", "quantization": "int4"}], ids=str)  # fmt: skip
-def test_drafts_change_no_token_at_16_bits_or_fewer(model_dir, tmp_path, settings):
+def test_drafts_change_no_token_at_16_bits_or_fewer(model_dir, tmp_path, library, settings):
     """In fp32 tests/engine/test_exactness.py says so; here because no row's result depends on its batch."""
-    engine = make_engine(model_dir, kernels="native", **settings)
+    engine = make_engine(model_dir, kernels=library.level, **settings)
     ends = {"r": 6, "target_modules": ["embed_tokens", "lm_head", "v_proj"]}
     shapes = [{"r": 4}, {"r": 3, "target_modules": ["q_proj", "down_proj"]}, {"r": 24}, ends]
     adapters = [None] + [
@@ -162,12 +170,12 @@ def test_drafts_change_no_token_at_16_bits_or_fewer(model_dir, tmp_path, setting
         assert sum(result.usage.accepted_draft_tokens for result in results.values()) > 100
 
 
-def test_an_adapter_on_all_modules_adds_what_peft_adds(model_dir, tmp_path):
+def test_an_adapter_on_all_modules_adds_what_peft_adds(model_dir, tmp_path, library):
     """Against the torch path, which is tested against peft: embedding, lm_head, ragged ranks, in one batch."""
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     shapes = [{"r": 5, "target_modules": modules}, {"r": 33, "target_modules": modules[2:5]}, {"r": 1}]
     results = []
-    for way in ("torch", "native"):
+    for way in ("torch", library.level):
         engine = make_engine(model_dir, kernels=way)
         assert isinstance(engine.decoder, Decoder if way == "torch" else NativeDecoder)
         hashes = [
@@ -180,17 +188,85 @@ def test_an_adapter_on_all_modules_adds_what_peft_adds(model_dir, tmp_path):
     assert results[0] == results[1]
 
 
-def test_without_a_compiler_torch_serves_and_says_so(model_dir, monkeypatch, caplog):
-    def none():
-        raise NativeError("no C++ compiler was found")
+@pytest.fixture
+def fresh_choice(monkeypatch, caplog):
+    """Levels are looked for again, as in a new process; what is logged is kept."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("specserve.compute.native.choice.load_library", load_library.__wrapped__)
 
-    monkeypatch.setattr("specserve.compute.native.choice.load_library", none)
+
+def test_without_a_compiler_torch_serves_and_says_so(model_dir, monkeypatch, caplog, fresh_choice, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert isinstance(make_engine(model_dir).decoder, Decoder)
     assert "no C++ compiler was found" in caplog.text
     with pytest.raises(ModelError, match="kernels=native needs the native CPU path: no C"):
         make_engine(model_dir, kernels="native")
     with pytest.raises(ModelError, match="quantization=int8 needs the native CPU path"):
         make_engine(model_dir, quantization="int8")
+
+
+def without(monkeypatch, *flags: str) -> None:
+    """A CPU that lacks `flags`."""
+    monkeypatch.setattr(native_levels, "cpu_flags", lambda: native_build.cpu_flags() - set(flags))
+
+
+def served_level(model_dir, **settings) -> str:
+    engine = make_engine(model_dir, dtype="bf16", **settings)
+    assert tokens_of(run(engine, [request("a", random_tokens(9, 1), max_tokens=3)]))
+    return engine.decoder.level
+
+
+def test_a_cpu_without_the_instructions_is_served_by_the_next_level_and_says_why(
+    model_dir, monkeypatch, caplog, fresh_choice
+):
+    without(monkeypatch, "amx_bf16", "avx512_bf16", "avx512vl")
+    level = served_level(model_dir)
+    assert level in ("avx2", "generic")
+    assert f"instructions are {level}; amx: the CPU lacks " in caplog.text
+    assert "avx512: the CPU lacks " in caplog.text
+
+
+def test_an_operating_system_that_refuses_tiles_is_served_by_the_next_level_and_says_why(
+    model_dir, monkeypatch, caplog, fresh_choice
+):
+    monkeypatch.setattr(native_levels, "cpu_flags", lambda: frozenset(LEVELS[0].cpu_flags) | native_build.cpu_flags())
+    monkeypatch.setattr(native_levels, "_XFEATURE_XTILEDATA", 99)  # a feature that no kernel grants
+    without_tiles = next(level for level in LEVELS[1:] if set(level.cpu_flags) <= native_build.cpu_flags())
+    monkeypatch.setattr(native_levels, "LEVELS", (LEVELS[0], without_tiles))
+    monkeypatch.setattr(native, "LEVELS", (LEVELS[0], without_tiles))
+    assert served_level(model_dir) == without_tiles.name
+    assert f"are {without_tiles.name}; amx: the operating system refuses AMX tiles" in caplog.text
+
+
+@pytest.mark.skipif(LEVELS[0].missing() is not None, reason="the CPU has no AMX")
+def test_a_compiler_that_does_not_know_tiles_builds_the_next_level_and_it_says_why(
+    model_dir, monkeypatch, caplog, fresh_choice, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", QUICK_FLAGS)
+    old = tmp_path / "old-c++"
+    compiler = native_build.find_compiler()
+    old.write_text(
+        f'#!/bin/sh\ncase "$*" in *-mamx*) echo "unrecognized -mamx-tile" >&2; exit 1;; esac\nexec {compiler} "$@"\n'
+    )
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    assert served_level(model_dir) == "avx512_bf16"
+    assert "instructions are avx512_bf16; amx: " in caplog.text and "unrecognized -mamx-tile" in caplog.text
+
+
+def test_a_level_that_was_asked_for_serves_or_says_what_is_missing(model_dir, monkeypatch, fresh_choice):
+    possible = next(level.name for level in reversed(LEVELS[:-1]) if level.missing() is None)
+    assert served_level(model_dir, kernels=possible) == possible
+    without(monkeypatch, "avx512vl", "amx_tile")
+    message = (
+        r"kernels=amx cannot be had here: amx: the CPU lacks .*; leave kernels at auto .*, or name another \((avx2, )?g"
+    )
+    with pytest.raises(ModelError, match=message):
+        make_engine(model_dir, kernels="amx")
+    with pytest.raises(ModelError, match="kernels=avx2 cannot be had here: the model runs on cuda; levels"):
+        choose_native(EngineConfig(kernels="avx2"), torch.device("cuda"))
 
 
 def test_what_the_native_path_cannot_serve_is_named(model_dir, caplog):
@@ -204,7 +280,7 @@ def test_what_the_native_path_cannot_serve_is_named(model_dir, caplog):
 
 def test_the_library_is_built_once_and_a_failing_compiler_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS))  # quick
+    monkeypatch.setattr(native, "FLAGS", QUICK_FLAGS)
     broken = tmp_path / "broken-c++"
     broken.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -240,5 +316,5 @@ LAYOUTS = {
 def test_a_struct_that_python_and_the_library_declare_differently_is_refused_by_field(case):
     fields, message = LAYOUTS[case]
     with pytest.raises(NativeError, match=message):
-        native.sources().check_layout(load_library().functions, declared(*fields))
-    native.sources().check_layout(load_library().functions, STRUCTS)
+        native.sources(LEVELS[0]).check_layout(load_library().functions, declared(*fields))
+    native.sources(LEVELS[0]).check_layout(load_library().functions, STRUCTS)

@@ -1,6 +1,7 @@
 """Decides, once at start, whether the native forward of the CPU serves the model, and logs why not.
 
-`kernels=auto` takes it where a C++ compiler and the model allow it, `native` fails where they do not.
+`kernels=auto` takes it where a C++ compiler and the model allow it, `native` fails where they do not, and so does the
+name of a level of instructions, which is then the one that serves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ...config import EngineConfig
 from ...errors import ModelError
 from ...kernels.native import KEYS_PER_TILE, MAX_HEAD_DIM, Library, load_library
 from ...kernels.native_build import NativeError
+from ...kernels.native_levels import LEVEL_NAMES, LEVELS
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
 from .build import build
@@ -52,8 +54,8 @@ class NativeChoice:
 
 def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | None:
     """The native path as `config` wants it on `device`, or None for torch. Raises `ModelError` where it is required."""
-    quantized = config.quantization != "none"
-    is_required = (config.kernels == "native" and device.type == "cpu") or quantized
+    quantized, level = config.quantization != "none", config.kernels if config.kernels in LEVEL_NAMES else None
+    is_required = (config.kernels == "native" and device.type == "cpu") or level is not None or quantized
     reason = None
     if device.type != "cpu":
         reason = f"the model runs on {device.type}"
@@ -61,10 +63,12 @@ def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | 
         reason = f"kernels is {config.kernels}"
     else:
         try:
-            library = load_library()
+            library = load_library(level)
         except NativeError as error:
             reason = str(error)
     if reason is not None:
+        if level is not None:
+            raise ModelError(f"kernels={level} cannot be had here: {reason}; {_instead(device)}")
         if quantized:
             raise ModelError(f"quantization={config.quantization} needs the native CPU path: {reason}")
         if is_required:
@@ -74,5 +78,14 @@ def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | 
         return None
     if library.build_s:
         logger.info("built the native CPU kernels in %.1f s; they are cached", library.build_s)
+    why = f"; {library.not_higher}" if library.not_higher else "; kernels asks for it" if level else ""
+    logger.info("native CPU path: instructions are %s%s", library.level, why)
     num_threads = config.num_threads or torch.get_num_threads()
     return NativeChoice(library, num_threads, config.block_size, config.quantization, is_required)
+
+
+def _instead(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "levels of instructions are CPUs'; leave kernels at auto"
+    possible = [level.name for level in LEVELS if level.missing() is None]
+    return f"leave kernels at auto for the best there is, or name another ({', '.join(possible)})"

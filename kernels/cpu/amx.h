@@ -1,0 +1,135 @@
+// Products on Intel AMX: tiles of 16 rows x 64 bytes, and what keeps them in order.
+//
+// One configuration for everything, all eight tiles full: an instruction takes as long for 1 row as for 16, because it is the
+// 16 x 64 bytes of weights that go through the unit. So rows are padded to 16 with whatever lies there, and their results
+// are not read. TDPBF16PS sums 16 even and 16 odd products apart, from zero, and adds both to the accumulator: within a
+// row the order depends on K alone, and since there is no other instruction with it, rows that stand alone are tiles, too.
+//
+// Activations lie in tiles, [rows / 16][K / 32][16][32] bf16: a tile is 1 KiB in one piece, where rows of 2 KiB and more
+// would fall on the same few sets of the first cache level. Weights are read where they are packed for all levels:
+// 16 pairs of a panel are four tiles, 256 bytes from row to row.
+#pragma once
+
+#include "vec.h"
+
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_K = 32;
+
+// Where element `column` of row `row` lies; from a multiple of 16 on, 16 columns are in one piece.
+template <class A>
+constexpr bool IN_TILES = NATIVE_AMX && sizeof(A) == 2;
+template <class A>
+INLINE A* act_place(A* x, int kp, int row, int column) {
+  if constexpr (IN_TILES<A>)
+    return x + ((size_t)(row / TILE_ROWS) * (kp / TILE_K) + column / TILE_K) * (TILE_ROWS * TILE_K) +
+           row % TILE_ROWS * TILE_K + column % TILE_K;
+  else
+    return x + (size_t)row * kp + column;
+}
+// From 32 columns of a row to the next 32.
+template <class A>
+constexpr int ACT_STEP = IN_TILES<A> ? TILE_ROWS * TILE_K : TILE_K;
+INLINE int pad_rows(int rows) { return NATIVE_AMX ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows; }
+
+// n (at most 16) values from `column` on, which need not be a multiple of 16.
+template <class A>
+INLINE void store_act(A* x, int kp, int row, int column, f32x16 v, int n) {
+  if (column % 16 == 0) return store_n(act_place(x, kp, row, column), v, n);
+  float values[16];
+  store(values, v);
+  for (int i = 0; i < n && i < 16; i++) from_float(act_place(x, kp, row, column + i), values[i]);
+}
+
+// Zeros from `column` to the row's end.
+template <class A>
+INLINE void clear(A* x, int kp, int row, int column) {
+  for (; column < kp; column++) *act_place(x, kp, row, column) = A(0);
+}
+
+#if NATIVE_AMX
+// A thread that multiplies holds one; without it there are no tiles, and with it each switch of threads saves 8 KiB.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+
+constexpr int PAIR_STRIDE = 2 * 2 * 64;  // bytes from one pair of a panel to the next
+
+// GCC does not know that tile loads read memory: what was written before stays before.
+INLINE void tile_fence() { asm volatile("" ::: "memory"); }
+
+// Tiles 0 to 3 are sums, 16 x 16 floats each, of rows that are 64 floats apart.
+constexpr int SUM_STRIDE = 4 * 64;
+INLINE void load_sums(const float* c0, const float* c1, const float* c2, const float* c3, bool first) {
+  tile_fence();
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
+  _tile_loadd(0, c0, SUM_STRIDE);
+  _tile_loadd(1, c1, SUM_STRIDE);
+  _tile_loadd(2, c2, SUM_STRIDE);
+  _tile_loadd(3, c3, SUM_STRIDE);
+}
+INLINE void store_sums(float* c0, float* c1, float* c2, float* c3) {
+  _tile_stored(0, c0, SUM_STRIDE);
+  _tile_stored(1, c1, SUM_STRIDE);
+  _tile_stored(2, c2, SUM_STRIDE);
+  _tile_stored(3, c3, SUM_STRIDE);
+}
+
+// c [16][64] (+)= x, one tile of rows, times 64 columns of weights, `steps` times 32 inputs. FETCH: weights come from memory.
+template <bool FETCH>
+INLINE void multiply_16(const bf16* x, const bf16* w, int steps, float* c, bool first) {
+  load_sums(c, c + 16, c + 32, c + 48, first);
+  for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K, w += 64 * TILE_K) {
+    // 4 KiB of weights a step, 8 KiB ahead: the CPU's own prefetchers stop at pages.
+    if (FETCH)
+      for (int i = 0; i < 64; i++) __builtin_prefetch((const char*)w + 8192 + 64 * i, 0, 3);
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, w, PAIR_STRIDE);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + 32, PAIR_STRIDE);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(6, w + 64, PAIR_STRIDE);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, w + 96, PAIR_STRIDE);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+  store_sums(c, c + 16, c + 32, c + 48);
+}
+
+// The same for two tiles of rows and 32 of the columns: each tile that is loaded is used twice.
+INLINE void multiply_32(const bf16* x, size_t next_rows, const bf16* w, int steps, float* c, bool first) {
+  float* c2 = c + 16 * 64;
+  load_sums(c, c + 16, c2, c2 + 16, first);
+  for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K, w += 64 * TILE_K) {
+    _tile_loadd(6, w, PAIR_STRIDE);
+    _tile_loadd(4, x, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, x + next_rows, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, w + 32, PAIR_STRIDE);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  store_sums(c, c + 16, c2, c2 + 16);
+}
+#else
+struct Tiles {
+  Tiles() {}  // says that it is used
+};
+#endif
