@@ -19,7 +19,7 @@ import click
 import torch
 
 from specserve.drafters.head import HeadWeights, head_shapes
-from specserve.drafters.head_device import DeviceHeads
+from specserve.drafters.head_device import DeviceHeads, SeatedSequence
 from specserve.drafters.head_files import LookaheadConfig, LookaheadHeadFile, pad_vocab
 from specserve.drafters.head_source import HeadRunner, HeadSource
 from specserve.kernels.head_loop import LoopRows
@@ -70,8 +70,7 @@ def loop(
     )  # fmt: skip
     prompt = torch.randint(shape.model.vocab_size, (PROMPT_LEN,)).tolist()
     head_ids = [on_device.add_head(head) for head in head_of]
-    for seq, head in enumerate(head_of):
-        on_device.add_sequence(seq, prompt, head)
+    on_device.add_sequences([SeatedSequence(seq, prompt, head) for seq, head in enumerate(head_of)])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter has no bf16 products
     hidden = torch.empty(num_seqs, shape.model.hidden_size, dtype=dtype, device=device).normal_()
     tapped = hidden.clone()[None]

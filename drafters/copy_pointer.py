@@ -37,6 +37,15 @@ class CopyPointer:
                 return
         self.moved = 0
 
+    def follow_all(self, tokens: Sequence[int]) -> None:
+        """As `follow`, of one after the other; quicker for many. `moved` stays as it was."""
+        prompt, width, position = self._prompt, self._width, self.position
+        for token in tokens:
+            window = prompt[position : position + width]
+            if token in window:
+                position += window.index(token) + 1
+        self.position = position
+
     def window(self) -> list[int]:
         """The next `width` prompt tokens, `NO_TOKEN` behind the end."""
         tokens = list(self._prompt[self.position : self.position + self._width])

@@ -2,13 +2,15 @@
 
 `DeviceHeads` owns the heads' tensors, the static buffers and the places of running sequences; `launch` only launches,
 so a CUDA graph can hold it. What came out is brought back with the step's tokens and spoken by `chains.ChainSource`.
-Whoever drives this says where a sequence is; a place is given by one sequence at a time, from `add_sequence` on.
+Whoever drives this says where a sequence is; a place is given by one sequence at a time, from `add_sequences` on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -59,6 +61,29 @@ def head_tensors(head: LookaheadHeadFile, vocab_size: int, device: torch.device 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SeatedSequence:
+    """A sequence that takes a place, or comes back to the one that its prompt lies at.
+
+    `output` is what it has already: the next launch follows only what comes then.
+    """
+
+    seat: int
+    prompt: Sequence[int]
+    head: LookaheadHeadFile
+    output: Sequence[int] = ()
+    has_prompt: bool = False
+
+
+Write = Callable[[torch.Tensor, np.ndarray, np.ndarray], None]
+
+
+def write_now(table: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
+    """table.view(-1)[index] = values, int64 and int32; what waits for the device to copy from ordinary memory."""
+    device = table.device
+    table.view(-1).index_copy_(0, torch.from_numpy(index).to(device), torch.from_numpy(values).to(device))
+
+
 class DeviceHeads:
     """Heads of up to the given sizes for up to `max_num_seqs` sequences; all memory but the heads' is taken here.
 
@@ -92,7 +117,7 @@ class DeviceHeads:
         self.guesses = self.results[0]  # [S, K] int32
         self.probabilities = self.results[1].view(torch.float32)  # [S, K]
         self._heads: dict[int, tuple[LookaheadHeadFile, HeadTensors]] = {}  # by head id
-        self._local_of: dict[int, torch.Tensor] = {}  # by head id, on the host
+        self._local_of: dict[int, np.ndarray] = {}  # by head id, on the host
         self._id_of: dict[int, int] = {}  # id() of a head -> its number in the tables
 
     def add_head(self, head: LookaheadHeadFile) -> int:
@@ -116,7 +141,7 @@ class DeviceHeads:
         tensors = head_tensors(head, self._vocab_size, self._device)
         self._tables.set(head_id, tensors, config.state_size, config.draft_len, self.tap_layers.index(config.tap_layer))
         self._heads[head_id] = head, tensors
-        self._local_of[head_id] = tensors.local_of.cpu()
+        self._local_of[head_id] = tensors.local_of.cpu().numpy()
         self._id_of[id(head)] = head_id
         return head_id
 
@@ -135,25 +160,36 @@ class DeviceHeads:
             self._tables.sizes[head_id].zero_()
             del self._heads[head_id], self._local_of[head_id]
 
-    def add_sequence(
-        self, seat: int, prompt: Sequence[int], head: LookaheadHeadFile, output: Sequence[int] = ()
-    ) -> bool:
-        """A sequence takes the place `seat`; False where its prompt is too long, so that it goes without its head.
+    def add_sequences(self, sequences: Sequence[SeatedSequence], write: Write = write_now) -> list[bool]:
+        """They take their places; False for one whose prompt is too long, so that it goes without its head.
 
-        `output` is what it has already, such as after preemption: the next launch follows only what comes then.
+        `write` brings entries to a table on the device, before the next launch.
         """
-        num, head_id = len(prompt), self._id_of[id(head)]
-        if num > self._max_prompt_len:
-            return False
-        pointer = CopyPointer(prompt, head.config.copy_start, head.config.copy_window)
-        for token in output:
-            pointer.follow(token)
-        tokens = torch.tensor(prompt, dtype=torch.int32)
-        self._pool.tokens[seat, :num].copy_(tokens)
-        self._pool.local[seat, :num].copy_(self._local_of[head_id][tokens.long()])
-        self._pool.lens[seat].fill_(num)
-        self._pool.positions[seat].fill_(pointer.position)
-        return True
+        pool, index, values = self._pool, [], []
+        seats, positions, new_seats, lens = [], [], [], []
+        fits = [len(one.prompt) <= self._max_prompt_len for one in sequences]
+        for one, has_room in zip(sequences, fits, strict=True):
+            if not has_room:
+                continue
+            config = one.head.config
+            pointer = CopyPointer(one.prompt, config.copy_start, config.copy_window)
+            pointer.follow_all(one.output)
+            seats.append(one.seat)
+            positions.append(pointer.position)
+            if not one.has_prompt:
+                tokens = np.array(one.prompt, np.int32)
+                index.append(np.arange(len(tokens)) + one.seat * self._max_prompt_len)
+                values.append(np.stack([tokens, self._local_of[self._id_of[id(one.head)]][tokens]]))
+                new_seats.append(one.seat)
+                lens.append(len(tokens))
+        if index:
+            places, both = np.concatenate(index), np.concatenate(values, axis=1)
+            write(pool.lens, np.array(new_seats), np.array(lens, np.int32))
+            write(pool.tokens, places, both[0])
+            write(pool.local, places, both[1])
+        if seats:
+            write(pool.positions, np.array(seats), np.array(positions, np.int32))
+        return fits
 
     def launch(self, rows: LoopRows, hidden: torch.Tensor, tapped: torch.Tensor, num_guesses: int) -> None:
         """Draft for the sequences of `rows`: `guesses` and `probabilities` [:S, :num_guesses] are written.

@@ -66,6 +66,10 @@ class StepRunner(Protocol):
         ...
 
 
+def _nothing() -> None:
+    pass
+
+
 def _no_clocks() -> Mapping[str, float]:
     return {}
 
@@ -92,6 +96,7 @@ class ComputePath:
     torch_threads: Callable[[], AbstractContextManager[None]]  # around whatever computes
     is_asynchronous: bool  # the device runs by itself while the host goes on
     max_rows_ahead: int = 0  # with logits, whose tokens the next step's rows can name before the host knows them
+    beside_step: Callable[[], None] = _nothing  # what a path does for itself once a step is queued
     clock: Callable[[], float] = time.perf_counter  # seconds, by which steps are timed
     phases: tuple[Phase, ...] = ()
     unseen: str = ""  # what the host's clocks cannot see of these phases, and why

@@ -255,6 +255,7 @@ class Engine:
             self.num_rows = step.num_rows
             if self.is_asynchronous:
                 self._ahead = self._queue_next(step)
+                self.path.beside_step()
                 if while_running is not None:
                     while_running()
                 self.write_events()

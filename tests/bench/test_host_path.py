@@ -59,7 +59,7 @@ def test_the_script_is_what_is_said_and_all_steps_are_on_the_clock(model_dir, st
 
 def test_drafts_leave_the_logits_within_the_device_s_own_buffers(model_dir, stand_in, monkeypatch, tmp_path):
     """Beyond them heads are not asked for the next step, whose drafts would be missing."""
-    monkeypatch.setattr(buckets, "ROW_BUCKETS", (1, 2, 4, 8, 12))
+    monkeypatch.setattr(buckets, "_LOGITS_BYTES", 16 * 320 * 4)
     engine = make_stand_in_engine(model_dir, stand_in)
     adapter = engine.load_adapter("a", make_lookahead_adapter(model_dir, tmp_path / "a", seed=1))
     for idx in range(4):
@@ -71,7 +71,7 @@ def test_drafts_leave_the_logits_within_the_device_s_own_buffers(model_dir, stan
     )
     while engine.has_work():
         engine.step()
-    assert max(rows) == 12 and engine.stats().accepted_by_source["head"] > 20
+    assert max(rows) == 16 and engine.stats().accepted_by_source["head"] > 20
 
 
 def test_texts_that_are_written_while_the_next_step_runs_are_those_that_are_written_at_once(model_dir, stand_in):

@@ -10,7 +10,7 @@ from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_
 
 from specserve.drafters.chains import NOBODY, ChainTable
 from specserve.drafters.chooser import DraftChooser
-from specserve.drafters.head_device import DeviceHeads
+from specserve.drafters.head_device import DeviceHeads, SeatedSequence
 from specserve.drafters.head_files import HeadError
 from specserve.drafters.head_source import HeadSource
 from specserve.drafters.protocol import Guess
@@ -135,14 +135,20 @@ def test_slots_are_given_once_a_head_and_again_after_it_left():
 def test_a_prompt_longer_than_its_place_goes_without_its_head():
     heads, head = make_device_heads(), random_head(0, 16, 100, 4)
     heads.add_head(head)
-    assert heads.add_sequence(0, [1] * 20, head) and not heads.add_sequence(1, [1] * 21, head)
+    assert heads.add_sequences([SeatedSequence(seat, [1] * (20 + seat), head) for seat in range(2)]) == [True, False]
+    assert heads._pool.lens.tolist() == [20, 0, 0]
 
 
 def test_a_sequence_that_comes_back_stands_behind_its_output():
     heads, head = make_device_heads(), random_head(0, 16, 100, 4, copy_start=1)
     heads.add_head(head)
-    heads.add_sequence(2, [5, 6, 7, 8, 9], head, output=[6, 300, 8])
+    prompt = [5, 6, 7, 8, 9]
+    heads.add_sequences([SeatedSequence(2, prompt, head, [6, 300, 8])])
     assert heads._pool.positions.tolist() == [0, 0, 4]
+    written = []
+    came_back = SeatedSequence(2, prompt, head, [6, 300, 8, 9], has_prompt=True)
+    heads.add_sequences([came_back], lambda table, index, values: written.append((index.tolist(), values.tolist())))
+    assert written == [([2], [5])]  # its place in the prompt, and no more
 
 
 @pytest.mark.long
@@ -194,7 +200,7 @@ def test_cuda_loop_replays_in_a_graph_for_a_head_that_joined_after_the_capture()
         heads.launch(rows, static_hidden, static_taps, 6)
     heads.add_head(first)
     head_id = heads.add_head(second)
-    heads.add_sequence(1, prompt, second)
+    heads.add_sequences([SeatedSequence(1, prompt, second)])
     rows.seats.fill_(1)
     rows.head_ids.fill_(head_id)
     graph.replay()

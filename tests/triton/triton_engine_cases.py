@@ -120,8 +120,8 @@ def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(pai
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_steps_beyond_the_largest_bucket_equal_the_torch_path(model_dir, monkeypatch):
-    monkeypatch.setattr(buckets, "ROW_BUCKETS", (1, 2, 4, 8))
+def test_steps_with_more_logits_than_have_a_buffer_equal_the_torch_path(model_dir, monkeypatch):
+    monkeypatch.setattr(buckets, "_LOGITS_BYTES", 8 * 320 * 4)
     requests = [
         request("scored", range(20, 50), max_tokens=3, prompt_logprobs=1),
         request("beside", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=8, mode="fixed", frequency_penalty=0.5),
@@ -199,7 +199,7 @@ def test_heads_that_fail_on_the_device_change_nothing(model_dir, tmp_path, caplo
     for one in (engine, plain):
         key = one.load_adapter("a", path).content_hash
         if one is engine:
-            one.sampler.drafts._heads.launch = None  # calling it raises
+            one.sampler.drafts._queue = None  # calling it raises
         requests = [request(i, range(5, 12 + i), adapter=key, mode="fixed", max_tokens=5) for i in range(2)]
         tokens.append(tokens_of(run(one, requests)))
     assert tokens[0] == tokens[1]

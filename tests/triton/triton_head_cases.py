@@ -8,6 +8,8 @@ from head_cases import VOCAB_SIZE, Sequences, mixed_heads, random_head, trained_
 from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
 from triton_process import sweep
 
+from specserve.drafters.head_device import SeatedSequence
+
 
 @sweep(
     {"dtype": (torch.float32, torch.bfloat16), "steps": ((7, 1), (2,))}, (torch.float32, (7, 1)), (torch.bfloat16, (2,))
@@ -51,8 +53,7 @@ def test_a_head_that_joins_a_used_slot_is_served_by_the_same_tables():
     later = Sequences([second], 2, VOCAB_SIZE, torch.float32, "cpu", seed=1)
     heads = sequences.device_heads
     assert heads.add_head(second) == 0
-    for idx, prompt in enumerate(later.prompts):
-        heads.add_sequence(later.seat(idx), prompt, second)
+    heads.add_sequences([SeatedSequence(later.seat(idx), p, second) for idx, p in enumerate(later.prompts)])
     later.device_heads = heads
     later.step(3)
     assert heads._tables.addresses.data_ptr() == addresses

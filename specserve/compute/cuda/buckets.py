@@ -1,8 +1,8 @@
 """The padded sizes of a step on CUDA: what its launches depend on, so that one graph serves every step of a bucket.
 
 A bucket is padded rows, rows a tile of attention, places for adapters' segments, and what these adapters target. All
-else is data: sequence lengths, block tables, which adapter a row has. Steps beyond the largest bucket have sizes as
-well, but no graph.
+else is data: sequence lengths, block tables, which adapter a row has. A larger bucket serves a smaller step as well,
+slower; so few are captured at start, and the others when they are missed (`layers.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from ...model.config import ModelConfig
 from ..decoder_weights import GROUPS
 from .lora import EMBEDDING, DeviceAdapterSlots
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_EAGER_STEP = 64  # rows of larger steps are padded to a multiple of this
+# At most a third of a step of 16 rows and more is padding.
+ROW_BUCKETS = (
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560,
+    3072, 4096, 5120, 6144, 8192,
+)  # fmt: skip
+_FIRST_ROWS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192)  # captured at start
+_LOGITS_BYTES = 1 << 29  # of the buffer of logits; a step that needs more rows has no graph for them
 _ADAPTER_BUCKETS = (8, 64)  # segments of adapters that a graph has places for; beyond: as many as there are rows
 _FEW_ROWS = (1, 4, 16)  # rows a tile of attention
 _MOST_FOLDED = 128  # query heads times rows of the largest tile
@@ -35,22 +40,34 @@ class Bucket:
     num_segments: int  # of adapters; 0: no row has one
     lora_groups: frozenset[str]  # what adapters target
 
+    def serves(self, other: Bucket) -> bool:
+        """Whether its launches are right for a step of bucket `other`, too; rows a tile change no result."""
+        return (
+            self.num_rows >= other.num_rows
+            and self.num_segments >= other.num_segments
+            and (not other.num_segments or self.lora_groups >= other.lora_groups)
+        )
+
 
 def padded(num_rows: int) -> int:
-    """The bucket of `num_rows` rows."""
-    if num_rows > most_rows():
-        return -(-num_rows // _EAGER_STEP) * _EAGER_STEP
+    """The bucket of `num_rows` rows, at most `most_rows()`."""
     return ROW_BUCKETS[bisect_left(ROW_BUCKETS, num_rows)]
 
 
 def most_rows() -> int:
-    """Rows of the largest bucket; a step, or a step's logits, of more has no graph."""
+    """Rows of the largest bucket."""
     return ROW_BUCKETS[-1]
 
 
-def captured_rows(max_rows: int) -> list[int]:
-    """The padded rows that graphs are captured for at start, largest first, so that smaller ones fit their memory."""
+def padded_up_to(max_rows: int) -> list[int]:
+    """Padded rows up to `max_rows`, largest first, so that smaller graphs fit into their memory."""
     return [num_rows for num_rows in reversed(ROW_BUCKETS) if num_rows <= max_rows]
+
+
+def most_logits(max_rows: int, vocab_size: int) -> int:
+    """Rows of logits that steps of up to `max_rows` padded rows have a buffer for."""
+    fitting = [num_rows for num_rows in ROW_BUCKETS if num_rows * vocab_size * 4 <= _LOGITS_BYTES]
+    return min(max_rows, max(fitting, default=1))
 
 
 class Buckets:
@@ -70,12 +87,14 @@ class Buckets:
         tile_rows = self._tile_rows[min(fitting, len(self._tile_rows) - 1)]
         return self._bucket(size, tile_rows, _segment_places(num_active, size))
 
-    def captured(self, num_rows: int) -> Iterator[Bucket]:
-        """What decodes and verifications of `num_rows` padded rows use; larger tiles are captured when met."""
-        places = {_segment_places(n, num_rows) for n in (0, 1, *_ADAPTER_BUCKETS, num_rows)}
-        for tile_rows in (rows for rows in _FEW_ROWS if rows <= num_rows):
-            for num_segments in sorted(places, reverse=True):
-                yield self._bucket(num_rows, tile_rows, num_segments)
+    def first(self, max_rows: int) -> Iterator[Bucket]:
+        """Buckets that serve any step of up to `max_rows` rows and few adapters, largest first."""
+        fewest, most = self._tile_rows[0], self._tile_rows[-1]
+        for num_rows in sorted({*(n for n in _FIRST_ROWS if n < max_rows), max_rows}, reverse=True):
+            fitting = {rows for rows in (fewest, _FEW_ROWS[-1], most) if rows <= num_rows}
+            for tile_rows in sorted(fitting):
+                for num_segments in (_segment_places(1, num_rows), 0):
+                    yield self._bucket(num_rows, tile_rows, num_segments)
 
     def num_tiles(self, bucket: Bucket) -> int:
         """Places for tiles of attention."""

@@ -8,6 +8,7 @@ the one before it still waits for the device. Each is handed out for writing onl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,3 +117,29 @@ class Page:
     def upload(self, layout: Layout) -> None:
         """Copy the layout's bytes, which `host` gave, to the device, in stream order."""
         self._hosts[0].copy_to(self._device, layout.num_bytes)
+
+
+class Writer:
+    """Writes entries of tables on the device, in stream order, without waiting for what is queued."""
+
+    _MOST = 1 << 14  # entries of one copy
+
+    def __init__(self, device: torch.device):
+        self._page = Page(_entries(self._MOST).num_bytes, device)
+
+    def __call__(self, table: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
+        """table.view(-1)[index] = values; `table` is int32 and contiguous, `index` int64, no place twice."""
+        flat = table.view(-1)
+        for start in range(0, len(index), self._MOST):
+            some = index[start : start + self._MOST]
+            layout = _entries(max(16, 1 << (len(some) - 1).bit_length()))
+            host = self._page.host(layout)
+            host["index"][: len(some)], host["value"][: len(some)] = some, values[start : start + self._MOST]
+            self._page.upload(layout)
+            fields = self._page.device(layout)
+            flat.index_copy_(0, fields["index"][: len(some)], fields["value"][: len(some)])
+
+
+@functools.cache
+def _entries(num: int) -> Layout:
+    return Layout.of({"index": (num, torch.int64), "value": (num, torch.int32)})

@@ -1,7 +1,7 @@
 """Builds the CUDA path: a model's tensors as matrices for cuBLAS and Triton, and what runs steps of them.
 
-Graphs are captured here, at start: first those of the forward, then those of the heads, none of which has met a
-sequence.
+Graphs that serve any step are captured here, at start: first those of the forward, then those of the heads, none of
+which has met a sequence.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
         torch_threads=nullcontext,
         is_asynchronous=decoder.device.type == "cuda",
         max_rows_ahead=parts.sampled.num_rows,
+        beside_step=parts.layers.capture_missed,
         phases=(
             Phase(runner, "forward", "queue the forward"),
             Phase(sampler, "launch", "queue sampling"),

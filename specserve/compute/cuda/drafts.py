@@ -35,6 +35,7 @@ from .parts import DeviceParts
 logger = logging.getLogger(__name__)
 
 _CHAIN_LENS = (4, 8, 16)  # guesses of a launch
+_SIZES = (1, 4, 16, 64, 128, 256, 512)  # sequences of a launch, padded
 _MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
 
 
@@ -71,6 +72,7 @@ class DeviceDrafts:
         self._host = torch.zeros(self._heads.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._seats = HeadSeats(self._heads, num_seats, device)
         self._chains = ChainTable(longest)
+        self._sizes = (*(size for size in _SIZES if size < num_seats), num_seats)
         # Of the launch that is under way, by its sequences: their rows of logits, of the table, and their seats.
         self._groups: list[RowGroup] = []
         self._rows = np.zeros(0, np.int64)
@@ -93,23 +95,22 @@ class DeviceDrafts:
         """Capture every launch: a launch moves pointers and a capture repeats it, so it must not meet a sequence."""
         if not self._parts.graphs.is_enabled:
             return
-        size, most = 1, self._verified.shape[1]
-        while size <= most:
+        for size in self._sizes:
             for num_guesses in self._chain_lens:
                 self._upload(size)
                 self._queue(size, num_guesses)
-            size = padded(size + 1)
 
     def prepare(self, items: Seq[ScheduledSequence], seats: Seq[int]) -> None:
-        """Bring sequences that will draft to their seats; before the step is queued, as it waits for copies."""
+        """Bring sequences that will draft to their seats; before the step is queued, which reads them."""
         if self._is_off or not self._chains.wanted.any():
             return
         with self._or_off():
             rows = self._rows_of([item.seq for item in items])
-            for idx in np.flatnonzero(self._chains.wanted[rows]).tolist():
-                item, head = items[idx], self._chains.heads[rows[idx]]
-                if item.reaches_end and head is not None:
-                    self._seats.take(item.seq, seats[idx], head)
+            heads = self._chains.heads
+            wanted = [(items[idx], seats[idx], heads[rows[idx]]) for idx in np.flatnonzero(self._chains.wanted[rows])]
+            self._seats.take(
+                (item.seq, seat, head) for item, seat, head in wanted if item.reaches_end and head is not None
+            )
 
     def launch(self, groups: Seq[RowGroup]) -> None:
         """Queue verification and drafts behind sampling."""
@@ -146,7 +147,7 @@ class DeviceDrafts:
         nums = [len(group.drafts) for group in self._groups]
         self._longest = max(self._longest - 1, *nums)
         self._num_guesses = next((n for n in self._chain_lens if n > self._longest), self._chain_lens[-1])
-        size = padded(len(found))
+        size = next(size for size in self._sizes if size >= len(found))
         first_rows = [group.first_row for group in self._groups]
         self._upload(size, seats=self._seats_of, heads=head_ids, first_rows=first_rows, num_drafts=nums)
         self._queue(size, self._num_guesses)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
 logger = logging.getLogger(__name__)
-_WARM_UPS = 2  # runs before a capture: kernels are compiled and library handles made outside of it
+_WARM_UPS = 1  # runs before a capture: kernels are compiled and library handles made outside of it
 
 
 class GraphCache:
@@ -35,6 +35,14 @@ class GraphCache:
     @property
     def num_graphs(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether its capture was tried."""
+        return key in self._graphs
+
+    def captured(self) -> Iterator[Hashable]:
+        """The keys of all graphs."""
+        return (key for key, graph in self._graphs.items() if graph is not None)
 
     def launch(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
         """Run `part`, by its graph where there is one or may be one; `eager_reason` says why this step has none."""

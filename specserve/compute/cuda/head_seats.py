@@ -7,14 +7,15 @@ followed. One that is not up to date is taken anew, by the sequence as it is the
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from ...adapters.lora import LoraAdapter
-from ...drafters.head_device import DeviceHeads
+from ...drafters.head_device import DeviceHeads, SeatedSequence
 from ...drafters.head_files import HeadError, LookaheadHeadFile
 from ...schedule.sequence import Sequence
+from .buffers import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class HeadSeats:
     """Brings sequences, and the heads that draft for them, to `heads` on `device`."""
 
     def __init__(self, heads: DeviceHeads, num_seats: int, device: torch.device):
-        self._heads, self._device = heads, device
+        self._heads, self._device, self._write = heads, device, Writer(device)
         # By seat: the pool's copy pointer stands behind so many tokens of the sequence with that table.
         self._table_ids: list[object] = [None] * num_seats
         self._num_tokens = [0] * num_seats
@@ -33,13 +34,20 @@ class HeadSeats:
         """Whether the seat is the sequence's, as that is now."""
         return self._table_ids[seat] is seq.table_id and self._num_tokens[seat] == len(seq.tokens)
 
-    def take(self, seq: Sequence, seat: int, head: LookaheadHeadFile) -> None:
-        """Make the seat the sequence's, unless it is so; nothing where its head cannot draft."""
-        if self.holds(seq, seat) or not self._is_known(head):
+    def take(self, sequences: Iterable[tuple[Sequence, int, LookaheadHeadFile]]) -> None:
+        """Make the seats those of the sequences, unless they are; nothing where a head cannot draft."""
+        new = [one for one in sequences if not self.holds(*one[:2]) and self._is_known(one[2])]
+        if not new:
             return
-        self._table_ids[seat] = None
-        if self._heads.add_sequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids):
-            self._table_ids[seat], self._num_tokens[seat] = seq.table_id, len(seq.tokens)
+        seated = []
+        for seq, seat, head in new:
+            has_prompt = self._table_ids[seat] is seq.table_id
+            seated.append(SeatedSequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids, has_prompt))
+            self._table_ids[seat] = None
+        fits = self._heads.add_sequences(seated, self._write)
+        for (seq, seat, _), has_room in zip(new, fits, strict=True):
+            if has_room:
+                self._table_ids[seat], self._num_tokens[seat] = seq.table_id, len(seq.tokens)
 
     def followed(self, seat: int, num_tokens: int) -> None:
         """The heads have followed the seat's sequence up to so many tokens."""

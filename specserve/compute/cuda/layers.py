@@ -1,10 +1,14 @@
 """A step's layers over all of its rows, as one graph by bucket; what they leave behind lies in static buffers.
 
 Tiles of attention and of LoRA are cut on the device, from the rows that `StepRows` brought there. Owns these tiles,
-attention's scratch and the outputs: every row's hidden state, its token and the layers that heads read.
+attention's scratch and the outputs: every row's hidden state, its token and the layers that heads read. A step whose
+bucket has no graph yet is served by a larger one; if that happens often, its own is captured between two steps.
 """
 
 from __future__ import annotations
+
+import time
+from collections import Counter
 
 import torch
 
@@ -17,6 +21,9 @@ from .decoder import RowInputs, TritonDecoder
 from .graph_cache import GraphCache
 from .lora import DeviceAdapterSlots
 from .rows import StepRows
+
+_MISSES = 8  # of a bucket before its graph is captured
+_MOST_CAPTURING = 0.1  # of the time
 
 
 class LayersPart:
@@ -46,14 +53,54 @@ class LayersPart:
         self._lora_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
         self._residual = torch.zeros(max_rows, config.hidden_size, dtype=torch.float32, device=device)
         self._scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor] | None] = {}
+        self._stand_ins: dict[Bucket, Bucket] = {}  # captured, of buckets that are not
+        self._missed: Counter[Bucket] = Counter()
+        self._rest_until = 0.0  # time.perf_counter(), before the next capture
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.hidden = torch.zeros(max_rows, config.hidden_size, dtype=dtype, device=device)  # [T, H], normed
         self.tap_layers = (config.num_layers // 2,)  # what heads read unless they were trained otherwise
         self.taps = self.hidden.new_zeros(len(self.tap_layers), *self.hidden.shape)  # [taps, T, H]
 
-    def queue(self, bucket: Bucket, eager_reason: str | None = None) -> None:
+    def bucket_of(self, num_rows: int, widest: int, num_active: int) -> Bucket:
+        """What serves a step of so many rows, `widest` of one sequence at most, and `num_active` adapters.
+
+        Its own bucket, or as long as that has no graph, the smallest that has one.
+        """
+        own = self._buckets.of(num_rows, widest, num_active)
+        if not self._graphs.is_enabled or own in self._graphs:
+            return own
+        stand_in = self._stand_ins.get(own)
+        if stand_in is None:
+            serving = [b for b in self._graphs.captured() if isinstance(b, Bucket) and b.serves(own)]
+            if not serving:
+                return own  # captured now
+            nearest = min(serving, key=lambda b: (b.num_rows, b.num_segments, abs(b.tile_rows - own.tile_rows)))
+            stand_in = self._stand_ins[own] = nearest
+        self._missed[own] += 1
+        return stand_in
+
+    def queue(self, bucket: Bucket) -> None:
         """Queue the layers over the rows that were uploaded last."""
-        self._graphs.launch(bucket, lambda: self._launch(bucket), eager_reason)
+        self._graphs.launch(bucket, lambda: self._launch(bucket))
+
+    def capture(self, bucket: Bucket) -> None:
+        """Queue the layers over padding, which captures the bucket's graph; whatever was queued reads no row of it."""
+        self._rows.upload_padding(bucket.num_rows)
+        self.queue(bucket)
+        self._stand_ins.clear()
+
+    @torch.inference_mode()
+    def capture_missed(self) -> None:
+        """Capture the bucket that is missed most, if any is often, and not all the time."""
+        start = time.perf_counter()
+        if not self._missed or start < self._rest_until:
+            return
+        bucket, misses = self._missed.most_common(1)[0]
+        if misses >= _MISSES:
+            del self._missed[bucket]
+            self.capture(bucket)
+            now = time.perf_counter()
+            self._rest_until = now + (now - start) / _MOST_CAPTURING
 
     def _launch(self, bucket: Bucket) -> None:
         num_rows, num_splits = bucket.num_rows, self._buckets.num_splits(bucket)

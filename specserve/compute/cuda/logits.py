@@ -1,8 +1,8 @@
 """A step's logits: the rows that need any are picked out of what the layers left, then the lm_head, as one graph.
 
 Owns the buffers of logits, and what is picked beside them for the heads: each row's token, hidden state and tapped
-layers. More rows than the largest bucket has, such as log-probabilities of long prompts, get buffers of their own and
-no graph.
+layers. More rows than these have, such as log-probabilities of long prompts may need, get buffers of their own and no
+graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from ...kernels.lora_tiles import TILE_ROWS as LORA_TILE_ROWS
 from ...kernels.tiles import build_tiles_, max_tiles
-from .buckets import most_rows, padded
+from .buckets import padded
 from .buffers import Layout, Page
 from .decoder import TritonDecoder
 from .graph_cache import GraphCache
@@ -24,14 +24,23 @@ from .lora import LM_HEAD, DeviceAdapterSlots
 
 
 class LogitsPart:
-    """The lm_head of `decoder` over rows of `layers`; results are views, good until the next step."""
+    """The lm_head of `decoder` over rows of `layers`; results are views, good until the next step.
 
-    def __init__(self, decoder: TritonDecoder, layers: LayersPart, slots: DeviceAdapterSlots, graphs: GraphCache):
+    Up to `num_logits` padded rows have a buffer and a graph.
+    """
+
+    def __init__(
+        self,
+        decoder: TritonDecoder,
+        layers: LayersPart,
+        slots: DeviceAdapterSlots,
+        graphs: GraphCache,
+        num_logits: int,
+    ):
         device, num_taps, (max_rows, hidden) = decoder.device, len(layers.tap_layers), layers.hidden.shape
         self._decoder, self._layers, self._slots, self._graphs = decoder, layers, slots, graphs
         self._page = Page(_layout(max_rows).num_bytes, device)
         self._tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
-        num_logits = min(max_rows, most_rows())
         self._logits = torch.zeros(num_logits, decoder.config.vocab_size, dtype=torch.float32, device=device)
         self.padded = self._logits[:0]  # of the latest step, with its bucket's padding
         self.eager_reason: str | None = None  # why that step's logits are in no graph's buffers

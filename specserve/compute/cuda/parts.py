@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ..kv_cache import KVCache
 from ..path import StepLimits
-from .buckets import Buckets, most_rows, padded
+from .buckets import Buckets, most_logits, most_rows, padded
 from .decoder import TritonDecoder
 from .graph_cache import GraphCache
 from .layers import LayersPart
@@ -20,8 +20,6 @@ from .lora import DeviceAdapterSlots
 from .rows import StepRows
 from .sampled_tokens import SampledTokens
 from .seats import Seats
-
-MAX_ROWS = 8192  # one program finds the tiles of all rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +41,9 @@ class DeviceParts:
     def of(cls, decoder: TritonDecoder, kv: KVCache, limits: StepLimits, graphs: GraphCache) -> DeviceParts:
         """For steps within `limits`. Raises `UserError` for more rows than the kernels take."""
         config, device = decoder.config, decoder.device
-        if limits.max_rows > MAX_ROWS:
+        if limits.max_rows > most_rows():  # one program finds the tiles of all rows
             raise UserError(
-                f"max_batched_tokens={limits.max_rows} is more than the {MAX_ROWS} rows that a step may have on CUDA",
+                f"max_batched_tokens={limits.max_rows} is more than the {most_rows()} rows of a step on CUDA",
                 param="max_batched_tokens",
             )
         max_rows = padded(limits.max_rows)
@@ -60,7 +58,7 @@ class DeviceParts:
         seats = Seats(limits.max_seqs, -(-limits.max_model_len // kv.block_size) + 1, device)
         buckets = Buckets(config, device, slots, limits.max_seqs)
         rows = StepRows(max_rows, kv.block_size, device)
-        sampled = SampledTokens(min(max_rows, most_rows()), device)
+        sampled = SampledTokens(most_logits(max_rows, config.vocab_size), device)
         layers = LayersPart(decoder, kv, rows, sampled.tokens, seats.tables, slots, buckets, graphs, max_rows)
-        logits = LogitsPart(decoder, layers, slots, graphs)
+        logits = LogitsPart(decoder, layers, slots, graphs, sampled.num_rows)
         return cls(decoder, max_rows, slots, graphs, seats, buckets, rows, sampled, layers, logits)

@@ -19,7 +19,7 @@ from ...schedule.logits_rows import LogitsRows
 from ...schedule.scheduler import ScheduledSequence
 from ..slots import take_slots
 from ..step_output import StepOutput
-from .buckets import Bucket, captured_rows, most_rows
+from .buckets import Bucket, padded_up_to
 from .parts import DeviceParts
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,9 @@ class DeviceRunner:
         counts = [item.num_rows + len(item.drafts) for item in items]
         num_rows = sum(counts)
         assert num_rows <= self._parts.max_rows, (num_rows, self._parts.max_rows)
-        bucket = self._parts.buckets.of(num_rows, max(counts), len(active))
+        bucket = self._parts.layers.bucket_of(num_rows, max(counts), len(active))
         self._upload(items, counts, slots, bucket)
-        reason = f"it has more than {most_rows()} rows" if num_rows > most_rows() else None
-        self._parts.layers.queue(bucket, reason)
+        self._parts.layers.queue(bucket)
         needed = LogitsRows(items, counts)  # while the layers run
         if not needed.rows:  # nothing but unfinished prefill chunks
             logits, hidden = self._parts.logits.nothing
@@ -59,14 +58,13 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture the graphs of every bucket that decodes and verifications use; larger tiles are captured when met."""
+        """Capture graphs that serve any step; those that fit better follow when they are missed (`LayersPart`)."""
         parts, graphs = self._parts, self.graphs
         if not graphs.is_enabled:
             return
-        for num_rows in captured_rows(parts.max_rows):
-            parts.rows.upload_padding(num_rows)
-            for bucket in parts.buckets.captured(num_rows):
-                parts.layers.queue(bucket)
+        for bucket in parts.buckets.first(parts.max_rows):
+            parts.layers.capture(bucket)
+        for num_rows in padded_up_to(parts.sampled.num_rows):
             parts.logits.queue([0] * num_rows, [-1] * num_rows)
         logger.info(
             "captured %d CUDA graphs in %.1f s, %.0f MiB",
