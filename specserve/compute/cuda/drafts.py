@@ -107,7 +107,9 @@ class DeviceDrafts:
         with self._or_off():
             rows = self._rows_of([item.seq for item in items])
             heads = self._chains.heads
-            wanted = [(items[idx], seats[idx], heads[rows[idx]]) for idx in np.flatnonzero(self._chains.wanted[rows])]
+            wanted = [
+                (items[idx], seats[idx], heads[rows[idx]]) for idx in np.flatnonzero(self._chains.wanted[rows]).tolist()
+            ]
             self._seats.take(
                 (item.seq, seat, head) for item, seat, head in wanted if item.reaches_end and head is not None
             )
