@@ -24,6 +24,7 @@ INT4_LEVELS = (
     -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 )  # fmt: skip
+_VALUES_AT_ONCE = 1 << 20
 _INT4_SCALES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8)
 
 
@@ -64,28 +65,46 @@ class PackedMatrix:
 
 
 def pack(weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightFormat) -> PackedMatrix:
-    """Pack W [n, k] of any float dtype."""
+    """Pack W [n, k] of any float dtype, some panels at a time: fp32 copies of a whole lm_head would be gigabytes."""
     n, k = weight.shape
     panels, kp = -(-n // PANEL), -(-k // PANEL) * PANEL
-    padded = F.pad(weight, (0, kp - k, 0, panels * PANEL - n)).view(panels, PANEL, kp)
-    scales = levels = None
-    if weight_format == "f32":
-        data = padded.float().transpose(1, 2).contiguous()  # [panels, kp, 64]
-    elif weight_format == "bf16":
-        data = _pairs(padded.to(torch.bfloat16))
-    else:
-        group = GROUPS[weight_format]
-        groups = padded.float().view(panels, PANEL, kp // group, group)
-        if weight_format == "int8":
-            scales = groups.abs().amax(-1) / 127.0  # [panels, 64, groups]
-            codes = (groups / scales.clamp(min=1e-30).unsqueeze(-1)).round().to(torch.int8)
-            data = _pairs(codes.view(panels, PANEL, kp))
-        else:
-            levels = torch.tensor(INT4_LEVELS * 2).to(torch.bfloat16)
-            codes, scales = _best_int4(groups, levels[:16].float())
-            data = _nibbles(codes.view(panels, PANEL, kp))
-        scales = scales.transpose(1, 2).contiguous()  # [panels, groups, 64]
+    levels = torch.tensor(INT4_LEVELS * 2).to(torch.bfloat16) if weight_format == "int4" else None
+    data = scales = None
+    step = max(1, _VALUES_AT_ONCE // (PANEL * kp))
+    for first in range(0, panels, step):
+        rows = weight[first * PANEL : (first + step) * PANEL]
+        num = -(-rows.shape[0] // PANEL)
+        padded = F.pad(rows, (0, kp - k, 0, num * PANEL - rows.shape[0])).view(num, PANEL, kp)
+        some_data, some_scales = _pack_panels(padded, weight_format, levels)
+        if data is None:
+            data = some_data.new_empty(panels, *some_data.shape[1:])
+            scales = None if some_scales is None else some_scales.new_empty(panels, *some_scales.shape[1:])
+        data[first : first + num] = some_data
+        if scales is not None and some_scales is not None:
+            scales[first : first + num] = some_scales
+    assert data is not None
     return PackedMatrix(data, scales, None if bias is None else bias.float().clone(), levels, n, k, kp, weight_format)
+
+
+def _pack_panels(
+    padded: torch.Tensor, weight_format: WeightFormat, levels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Data and scales of W [panels, 64, kp]."""
+    panels, _, kp = padded.shape
+    if weight_format == "f32":
+        return padded.float().transpose(1, 2), None  # [panels, kp, 64]
+    if weight_format == "bf16":
+        return _pairs(padded.to(torch.bfloat16)), None
+    groups = padded.float().view(panels, PANEL, -1, GROUPS[weight_format])
+    if weight_format == "int8":
+        scales = groups.abs().amax(-1) / 127.0  # [panels, 64, groups]
+        codes = (groups / scales.clamp(min=1e-30).unsqueeze(-1)).round().to(torch.int8)
+        data = _pairs(codes.view(panels, PANEL, kp))
+    else:
+        assert levels is not None
+        codes, scales = _best_int4(groups, levels[:16].float())
+        data = _nibbles(codes.view(panels, PANEL, kp))
+    return data, scales.transpose(1, 2)  # scales [panels, groups, 64]
 
 
 def unpack(matrix: PackedMatrix) -> torch.Tensor:
@@ -110,7 +129,7 @@ def unpack(matrix: PackedMatrix) -> torch.Tensor:
 def _pairs(padded: torch.Tensor) -> torch.Tensor:
     """[panels, 64, kp] -> [panels, kp / 2, 64, 2]"""
     panels, _, kp = padded.shape
-    return padded.view(panels, PANEL, kp // 2, 2).permute(0, 2, 1, 3).contiguous()
+    return padded.view(panels, PANEL, kp // 2, 2).permute(0, 2, 1, 3)
 
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Which files hold a model directory's weights, and the rows of one tensor, read piece by piece.
+"""Which files hold a model directory's weights, where each tensor lies in them, and the rows of one, piece by piece.
 
-Rows are read without mapping the file, for what is looked at again while the model serves: a mapped file that somebody
-truncates would end the process.
+Nothing is read through a mapping: pages of a mapped file stay resident until all of it is dropped, which held a model
+twice while it was loaded, and a mapped file that somebody truncates would end the process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -19,6 +20,47 @@ STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_NAMED = 5  # tensors named in one message
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in its file; `dtype` is what safetensors calls it."""
+
+    file: Path
+    offset: int  # in bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """All of it, in memory of its own. Raises `ModelError`."""
+        tensor = torch.empty(self.shape, dtype=STORED[self.dtype])
+        data = tensor.view(-1).view(torch.uint8).numpy()
+        with open(self.file, "rb") as stream:
+            stream.seek(self.offset)
+            _fill(data, stream, self.file)
+        return tensor
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, from its header. Raises `ModelError`."""
+    try:
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"its header of {size} bytes is larger than {MAX_HEADER_BYTES}")
+            header = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        return {
+            name: StoredTensor(file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is not readable as safetensors: {error}") from None
+
+
+def _fill(data: Any, stream: IO[bytes], file: Path) -> None:
+    if stream.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise ModelError(f"{file} ends within its tensors; download it again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +76,12 @@ class StoredRows:
     def find(cls, model_dir: Path, name: str) -> StoredRows:
         """The matrix by its name on the hub. Raises `ModelError`."""
         for file in weight_files(model_dir):
-            try:
-                with open(file, "rb") as stream:
-                    size = int.from_bytes(stream.read(8), "little")
-                    if size > MAX_HEADER_BYTES:
-                        raise ValueError(f"its header of {size} bytes is larger than {MAX_HEADER_BYTES}")
-                    entry = json.loads(stream.read(size)).get(name)
-                if entry is not None:
-                    rows, columns = entry["shape"]
-                    return cls(file, 8 + size + entry["data_offsets"][0], STORED[entry["dtype"]], (rows, columns))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{file} is not readable as safetensors: {error}") from None
+            tensor = stored_tensors(file).get(name)
+            if tensor is not None:
+                if len(tensor.shape) != 2 or tensor.dtype not in STORED:
+                    raise ModelError(f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, no matrix of floats")
+                rows, columns = tensor.shape
+                return cls(file, tensor.offset, STORED[tensor.dtype], (rows, columns))
         raise ModelError(f"{model_dir} has no tensor {name}")
 
     def pieces(self, num_rows: int) -> Iterator[torch.Tensor]:
@@ -55,8 +92,7 @@ class StoredRows:
             for start in range(0, self.shape[0], num_rows):
                 rows = min(num_rows, self.shape[0] - start)
                 data = bytearray(rows * columns * self.dtype.itemsize)
-                if stream.readinto(data) != len(data):
-                    raise ModelError(f"{self.file} ends within its tensors; download it again")
+                _fill(data, stream, self.file)
                 yield torch.frombuffer(data, dtype=self.dtype).view(rows, columns)
 
 

@@ -14,7 +14,7 @@ import torch
 from ..errors import ModelError
 from .config import ModelConfig
 from .shapes import has_bias, tensor_shapes
-from .stored_rows import EMBEDDING, LM_HEAD, MAX_NAMED, STORED, weight_files
+from .stored_rows import EMBEDDING, LM_HEAD, MAX_NAMED, STORED, StoredTensor, stored_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,26 +23,28 @@ class TensorSource:
     """The tensors of a directory's safetensors files."""
 
     def __init__(self, path: Path):
-        try:
-            files = [safetensors.safe_open(file, framework="pt") for file in weight_files(path)]
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: the weights are not readable as safetensors: {error}") from None
         self._path = path
-        self._file_of = {name: file for file in files for name in file.keys()}
+        self._tensors: dict[str, StoredTensor] = {}
+        for file in weight_files(path):
+            try:
+                with safetensors.safe_open(file, framework="pt"):  # checks that offsets and sizes fit the file
+                    self._tensors |= stored_tensors(file)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: the weights are not readable as safetensors: {error}") from None
 
     def check(self, shapes: dict[str, tuple[int, ...]], ignored: tuple[str, ...]) -> None:
         """Raise unless the files hold exactly `shapes`, by their headers: nothing is read, nothing is allocated."""
         problems = []
         for name, shape in shapes.items():
-            if name not in self._file_of:
+            if name not in self._tensors:
                 problems.append(f"{name} {list(shape)} is missing")
                 continue
-            header = self._file_of[name].get_slice(name)
-            if tuple(header.get_shape()) != shape:
-                problems.append(f"{name} has shape {header.get_shape()}, wanted {list(shape)}")
-            elif header.get_dtype() not in STORED:
-                problems.append(f"{name} has dtype {header.get_dtype()}, wanted {', '.join(STORED)}")
-        unexpected = sorted(name for name in self._file_of.keys() - shapes.keys() if not name.endswith(ignored))
+            tensor = self._tensors[name]
+            if tensor.shape != shape:
+                problems.append(f"{name} has shape {list(tensor.shape)}, wanted {list(shape)}")
+            elif tensor.dtype not in STORED:
+                problems.append(f"{name} has dtype {tensor.dtype}, wanted {', '.join(STORED)}")
+        unexpected = sorted(name for name in self._tensors.keys() - shapes.keys() if not name.endswith(ignored))
         problems += [f"{name} is not part of this architecture" for name in unexpected]
         if problems:
             more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
@@ -50,10 +52,10 @@ class TensorSource:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding: what the checkpoint was saved in."""
-        return STORED[self._file_of[EMBEDDING].get_slice(EMBEDDING).get_dtype()]
+        return STORED[self._tensors[EMBEDDING].dtype]
 
     def take(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
+        return self._tensors[name].read()
 
 
 def checked_source(path: Path, config: ModelConfig) -> TensorSource:
@@ -97,8 +99,7 @@ class StoredWeights:
         return {name: self.norm(f"{base}.{hub_name}") for name, hub_name in names.items()}
 
     def embed(self) -> torch.Tensor:
-        # A copy: the file stays mapped otherwise, and whoever truncates it ends the process.
-        return self.weight(EMBEDDING).clone()
+        return self.weight(EMBEDDING)
 
     def lm_head(self, embed: torch.Tensor) -> torch.Tensor:
-        return embed if self._config.tie_word_embeddings else self.weight(LM_HEAD).clone()
+        return embed if self._config.tie_word_embeddings else self.weight(LM_HEAD)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
-from decoder_driver import Driver
+from decoder_driver import Driver, native_choice
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specserve.compute.loader import load_model
 from specserve.errors import ModelError
+from specserve.memory import give_memory_back
 from specserve.model.config import ModelConfig
 from specserve.model.shapes import tensor_shapes
 
@@ -133,6 +135,27 @@ def test_a_running_model_does_not_depend_on_its_files(model_dir):
     with file.open("r+b") as stream:
         stream.write(b"\xff" * file.stat().st_size)
     assert torch.equal(driver.step([(driver.sequence(), [1, 2, 3])])[0], before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks of memory are read in Linux' /proc")
+def test_loading_never_holds_the_weights_twice(tmp_path):
+    path = make_tiny_model(tmp_path, vocab_size=24_000, hidden_size=768, intermediate_size=3072, num_hidden_layers=3)
+    edit_tensors(path, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    for quantization in ("none", "int8"):
+        give_memory_back()
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak begins again
+        before = memory_mib("VmRSS")
+        decoder = load_model(path, CPU, "bf16", [native_choice(quantization=quantization)])
+        held, grown = memory_mib("VmRSS") - before, memory_mib("VmHWM") - before
+        assert decoder.embed.nbytes / 2**20 == pytest.approx(35, abs=1) and 80 < held < 150
+        assert grown < held + 70  # pieces in fp32; all weights in 16 bits are 75, the largest matrix in fp32 70
+        del decoder
+
+
+def memory_mib(name: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(f"{name}:")) / 1024
 
 
 def test_pickles_are_never_loaded(model_dir):
