@@ -105,17 +105,17 @@ def ragged_attention_kernel(
         tl.store(target, acc.to(out.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_rows"])
 def merge_splits_kernel(
-    out, partial, stats, tiles, positions, split_len, partial_stride, stats_stride,
+    out, partial, stats, tiles, positions, split_len, partial_stride, stats_stride, tile_rows,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    ALIGN: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles * TILE_ROWS, query heads): all splits of a row's head at once, summed in one fixed order."""
-    tile = tiles + tl.program_id(0) // TILE_ROWS * 3
+    """Grid (tiles * tile_rows, query heads): all splits of a row's head at once, summed in one fixed order."""
+    tile = tiles + tl.program_id(0) // tile_rows * 3
     first = tl.load(tile)
     end = tl.load(tile + 1)
-    row = first + tl.program_id(0) % TILE_ROWS
+    row = first + tl.program_id(0) % tile_rows
     if (tl.load(tile + 2) < 0) | (row >= end):
         return
     begin = 0

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+BLOCKS_T = (64, 512, 2048, 8192)  # rows of a launch, padded: few binaries, each is compiled once, maybe while serving
+
 
 def max_tiles(num_rows: int, tile_rows: int, max_segments: int) -> int:
     """How many tiles `num_rows` rows need at most, if at most `max_segments` segments have an id >= 0.
@@ -45,16 +47,13 @@ def build_tiles_(tiles: torch.Tensor, row_ids: torch.Tensor, tile_rows: int) -> 
     assert tiles.dtype == row_ids.dtype == torch.int32, (tiles.dtype, row_ids.dtype)
     assert tiles.is_contiguous() and tiles.shape[1:] == (3,) and row_ids.is_contiguous(), (tiles.shape, row_ids.shape)
     num_rows = row_ids.shape[0]
-    assert num_rows <= 8192, num_rows  # one program scans all rows
+    assert num_rows <= BLOCKS_T[-1], num_rows  # one program scans all rows
     if tiles.shape[0] == 0:
         return
-    import triton
-
     from .tiles_triton import build_tiles
 
-    block_t = max(16, triton.next_power_of_2(num_rows))
-    block_tiles = max(16, triton.next_power_of_2(tiles.shape[0]))
+    block_t = next(block for block in BLOCKS_T if num_rows <= block)
     build_tiles[(1,)](
-        tiles, row_ids, num_rows, tiles.shape[0],
-        TILE_ROWS=tile_rows, BLOCK_T=block_t, BLOCK_TILES=block_tiles, num_warps=4 if block_t <= 1024 else 16,
+        tiles, row_ids, num_rows, tiles.shape[0], tile_rows,
+        BLOCK_T=block_t, BLOCK_TILES=min(block_t, 1024), num_warps=4 if block_t <= 1024 else 16,
     )  # fmt: skip

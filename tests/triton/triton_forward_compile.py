@@ -135,9 +135,7 @@ def compile_attention(dtype: str) -> None:
             if itemsize == 2:
                 assert figures["mma"] or figures["wgmma"], "no matrix instructions"
                 assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
-        constants = (
-            shape | {name: blocks[name] for name in ("ALIGN", "BLOCK_D")} | {"TILE_ROWS": tile_rows, "NUM_SPLITS": 8}
-        )
+        constants = shape | {name: blocks[name] for name in ("ALIGN", "BLOCK_D")} | {"NUM_SPLITS": 8}
         figures = compile_kernel(ragged_attention_triton.merge_splits_kernel, pointers, constants, num_warps=4)
         report(f"merge_splits {dtype} {head_dim}", figures)
 

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from specserve.kernels import lora_tiles_triton, tiles_triton
 from specserve.kernels.lora_tables import BLOCK_R
 from specserve.kernels.lora_tiles import SIZES, split_k
+from specserve.kernels.tiles import BLOCKS_T
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 SPLITS, CHUNK = split_k(4096)
@@ -58,9 +59,9 @@ def main(folder: Path | None, is_all: bool) -> None:
             lora_tiles_triton.lora_expand, dtype, SIZES.expand_warps, SIZES.expand_stages
         )
         binaries[f"gather-{dtype}"] = compile_kernel(lora_tiles_triton.lora_gather, dtype, 2, NUM_MODULES=1, SPLITS=1)
-    for block in (16, 1024, 8192) if is_all else (1024,):
+    for block in BLOCKS_T if is_all else (512,):
         binaries[f"build_tiles-{block}"] = compile_kernel(
-            tiles_triton.build_tiles, "fp32", 4 if block <= 1024 else 16, BLOCK_T=block, BLOCK_TILES=block
+            tiles_triton.build_tiles, "fp32", 4 if block <= 1024 else 16, BLOCK_T=block, BLOCK_TILES=min(block, 1024)
         )
     for name, compiled in binaries.items():
         ptx, sass = compiled.asm["ptx"], compiled.asm["sass"]
