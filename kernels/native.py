@@ -170,6 +170,11 @@ class Team:
         self._functions = library.functions
         self._handle = self._functions.specserve_create(num_threads)
 
+    @property
+    def num_active(self) -> int:
+        """How many threads take part in the next call: fewer where other processes take the cores."""
+        return self._functions.specserve_num_active(self._handle)
+
     def forward(self, model: Model, step: Step) -> None:
         self._functions.specserve_forward(self._handle, ctypes.byref(model), ctypes.byref(step))
 
@@ -221,7 +226,7 @@ def _load(level: Level, not_higher: str) -> Library:
     functions, build_s = sources(level).load(STRUCTS)
     functions.specserve_create.restype = c_void_p
     functions.specserve_create.argtypes = [c_int32]
-    functions.specserve_destroy.argtypes = [c_void_p]
+    functions.specserve_destroy.argtypes = functions.specserve_num_active.argtypes = [c_void_p]
     functions.specserve_forward.argtypes = [c_void_p, c_void_p, c_void_p]
     functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
     functions.specserve_begin_heads.argtypes = functions.specserve_step_heads.argtypes = [c_void_p, c_void_p, c_int32]

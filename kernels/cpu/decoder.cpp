@@ -491,6 +491,8 @@ void* specserve_create(int num_threads) { return new Engine(num_threads); }
 
 void specserve_destroy(void* engine) { delete (Engine*)engine; }
 
+int specserve_num_active(void* engine) { return ((Engine*)engine)->team.active(); }
+
 void specserve_forward(void* engine, const Model* model, const Step* step) {
   Engine& e = *(Engine*)engine;
   if (model->is_bf16) {
