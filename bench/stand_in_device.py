@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from specserve.compute.cuda.buckets import Bucket
@@ -157,7 +158,7 @@ class StandIn:
             due[id(copy)] = self.clock.busy_until
             return copy
 
-        def read_on_clock(copy: HostPage, num_rows: int) -> tuple[list[int], list[int]]:
+        def read_on_clock(copy: HostPage, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
             self.clock.wait(due[id(copy)])
             return read(copy, num_rows)
 

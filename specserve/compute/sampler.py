@@ -24,6 +24,7 @@ import torch
 from ..messages import SamplingParams, TokenLogprobs
 from ..schedule.row_group import RowGroup
 from ..schedule.sequence import Sequence
+from ..schedule.verifier import Verification, accepted_tokens
 from .grammar_masks import MaskMaker, allowed_tokens
 
 LOGPROB_ROWS = 128  # that log-probabilities are made of at a time
@@ -55,7 +56,13 @@ def best_of_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, rows.argmax(dim=-1) + 64 * block
 
 
-Drawn = tuple[list[int], list[int], list[int]]  # of each row: token, whether it holds NaN, whether nothing is allowed
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was drawn from each row, [L]."""
+
+    tokens: np.ndarray  # int64
+    bad: Seq[int] = ()  # whether the row holds NaN; empty where none does
+    dead: Seq[int] = ()  # whether nothing is allowed there; empty where something is everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,7 @@ class PendingSample:
     logits: torch.Tensor
     groups: Seq[RowGroup]
     drawn: Callable[[], Drawn]
+    verification: Verification
 
 
 class Sampler:
@@ -81,31 +89,32 @@ class Sampler:
         empty list: its logits are not a distribution and nothing may be made of them. Under a grammar the list ends
         early where nothing may come or a draft was wrong; an empty list's reason is the group's `failure`.
         """
-        return self.collect(self.launch(logits, groups))
+        drawn = self._queue(logits, groups)()
+        return [self._rows_of(logits, group, drawn, drawn.tokens.tolist()) for group in groups]
 
     def launch(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> PendingSample:
         """Begin to sample; a device that runs by itself goes on meanwhile, elsewhere all is done by `collect`."""
-        return PendingSample(logits, groups, self._queue(logits, groups))
+        return PendingSample(logits, groups, self._queue(logits, groups), Verification(groups, logits.shape[0]))
 
     def collect(self, pending: PendingSample) -> list[list[int]]:
-        """What `sample` gives, once it is there."""
-        logits, groups = pending.logits, pending.groups
-        flat, bad, dead = pending.drawn()
-        some_bad = any(bad)
-        if len(flat) == len(groups) and not some_bad and all(group.seq.takes_best for group in groups):
-            return [[token] for token in flat]
-        result: list[list[int]] = []
-        for group in groups:
-            own = slice(group.first_row, group.first_row + group.num_rows)
-            if some_bad and any(bad[own]):
-                group.failure = "nan"
-                result.append([])
-                continue
-            sampled = flat[own]
-            if group.seq.grammar is not None:
-                sampled = self._constrain(logits, group, sampled, dead[own])
-            result.append(sampled)
-        return result
+        """Of what `sample` gives, the tokens that each group keeps: its right drafts and the one behind them."""
+        groups, drawn = pending.groups, pending.drawn()
+        kept = pending.verification.kept(drawn.tokens)
+        special = range(len(groups)) if drawn.bad else pending.verification.constrained
+        tokens = drawn.tokens.tolist() if special else []
+        for idx in special:
+            kept[idx] = accepted_tokens(groups[idx].drafts, self._rows_of(pending.logits, groups[idx], drawn, tokens))
+        return kept
+
+    def _rows_of(self, logits: torch.Tensor, group: RowGroup, drawn: Drawn, tokens: list[int]) -> list[int]:
+        """The tokens of one group's rows; `tokens` are those of all rows."""
+        own = slice(group.first_row, group.first_row + group.num_rows)
+        if any(drawn.bad[own]):
+            group.failure = "nan"
+            return []
+        if group.seq.grammar is not None:
+            return self._constrain(logits, group, tokens[own], drawn.dead[own])
+        return tokens[own]
 
     def _queue(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> Callable[[], Drawn]:
         return lambda: self._draw(logits, groups)
@@ -151,10 +160,10 @@ class Sampler:
                 stacked[masked] = rows
             tokens[hot_rows] = sample_rows(stacked, hot_params)
         # sync: the step's one copy back; everything after it needs the tokens on the host.
-        flat, bad, dead = torch.stack([tokens, best_values.isnan().long(), is_dead.long()]).tolist()
-        return flat, bad, dead
+        flat, bad, dead = torch.stack([tokens, best_values.isnan().long(), is_dead.long()]).cpu().numpy()
+        return Drawn(flat, bad.tolist() if bad.any() else (), dead.tolist() if dead.any() else ())
 
-    def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: list[int]) -> list[int]:
+    def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: Seq[int]) -> list[int]:
         """The tokens of a group under a grammar, up to the first row where there is none."""
 
         def masked_best(idx: int, bits: np.ndarray) -> int | None:

@@ -44,12 +44,11 @@ from ..schedule.block_manager import BlockManager
 from ..schedule.row_group import RowGroup
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence, Status
-from ..schedule.verifier import accepted_tokens
 from ..text.detokenizer import Detokenizer, TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import check_request, size_kv
 from .queued_step import QueuedStep
-from .reports import Event, Reports, StepReport
+from .reports import Event, GoingOn, Reports, StepReport
 from .running import RunningRequest
 from .stats import Counters, engine_stats
 
@@ -260,9 +259,9 @@ class Engine:
                     while_running()
                 self.write_events()
             if step.output is not None and step.pending is not None:
-                sampled = self.sampler.collect(step.pending)
+                kept = self.sampler.collect(step.pending)
                 self._score_prompts(step.output)
-                self._commit(step, step.output, sampled)
+                self._commit(step, step.output, kept)
         self.proposer.observe(self._verified)
         self._verified.clear()
         now = self.path.clock()
@@ -321,9 +320,9 @@ class Engine:
             logger.exception("request %s fails alone", item.seq.request_id)
             self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", step.events)
         else:
-            sampled = self.sampler.sample(output.logits, output.groups)
+            kept = self.sampler.collect(self.sampler.launch(output.logits, output.groups))
             self._score_prompts(output)
-            self._commit(QueuedStep([item], step.queued_at, item.num_rows, [], step.events), output, sampled)
+            self._commit(QueuedStep([item], step.queued_at, item.num_rows, [], step.events), output, kept)
 
     def _score_prompts(self, output: StepOutput) -> None:
         for item, first_row, num_rows in output.prompt_rows:
@@ -335,35 +334,53 @@ class Engine:
             rows = range(first_row, first_row + num_rows)
             scores += token_logprobs(output.logits, rows, tokens, seq.sampling.prompt_logprobs or 0)
 
-    def _commit(self, step: QueuedStep, output: StepOutput, sampled: list[list[int]]) -> None:
+    def _commit(self, step: QueuedStep, output: StepOutput, kept: list[list[int]]) -> None:
         """Append what was sampled, and do no more than the next step needs; `reports` tells those who wait."""
         if len(output.items) < len(step.items) and not step.is_passed:
             step.go_on_with_prompts(self.reports)
-        logprobs = _logprobs_of(output, sampled)
-        for item, group, tokens in zip(output.items, output.groups, sampled, strict=True):
+        logprobs = _logprobs_of(output, kept)
+        going_on = GoingOn(step.events)
+        for item, group, tokens in zip(output.items, output.groups, kept, strict=True):
             seq = item.seq
-            if seq.status is Status.FINISHED:  # since this step was queued
+            state = seq.owner
+            if state is None:  # finished since this step was queued
                 continue
             if step.is_passed:
                 seq.tokens.pop()  # it was not known yet
-            kept = accepted_tokens(item.drafts, tokens) if item.drafts else tokens
-            if seq.grammar is not None and kept:
-                kept = kept[: seq.grammar.commit(kept)]
-            if not kept:
+            if (
+                state.is_plain
+                and tokens
+                and len(seq.tokens) + len(tokens) < seq.max_len
+                and state.ends.isdisjoint(tokens)
+            ):
+                seq.tokens += tokens
+                if not step.is_passed:
+                    seq.num_computed = len(seq.tokens) - 1
+                going_on.states.append(state)
+                going_on.items.append(item)
+                going_on.tokens.append(tokens)
+                continue
+            if seq.grammar is not None and tokens:
+                tokens = tokens[: seq.grammar.commit(tokens)]
+            if not tokens:
                 self._fail_without_token(group, step.events)
                 continue
-            report = self._append(step, item, kept)
+            report = self._append(step, item, tokens)
             self.reports.add(report)
-            if seq.status is not Status.FINISHED and (head := report.state.drafts.head) is not None:
+            if seq.status is not Status.FINISHED and (head := state.drafts.head) is not None:
                 tapped, row = output.taps[head.head.config.tap_layer], group.first_row + report.num_accepted
                 head.set_hidden(output.hidden, tapped, row, len(seq.tokens))
             if logprobs:
                 report.logprobs = logprobs.get(id(seq))
+        self.reports.add(going_on)
+        for state, tokens in zip(going_on.states, going_on.tokens, strict=True):
+            if state.drafts.chooser is not None:
+                self._verified.append(Verified(state.drafts, len(tokens) - 1, tokens))
 
     def _append(self, step: QueuedStep, item: ScheduledSequence, tokens: list[int]) -> StepReport:
         """Append tokens to a sequence, which goes on or leaves."""
         seq, state = item.seq, item.seq.owner
-        is_first, num_drafted, num_accepted = len(seq.tokens) == seq.prompt_len, len(item.drafts), len(tokens) - 1
+        num_drafted, num_accepted = len(item.drafts), len(tokens) - 1
         appended = state.append(tokens)
         if not step.is_passed:
             num_new = min(num_accepted, len(appended.tokens))
@@ -376,7 +393,7 @@ class Engine:
             self._remove(state)
         if state.drafts.chooser is not None:
             self._verified.append(Verified(state.drafts, num_accepted, appended.tokens))
-        return StepReport(step.events, state, item, appended, num_drafted, num_accepted, is_first)
+        return StepReport(step.events, state, item, appended, num_drafted, num_accepted)
 
     # -- bookkeeping
 
@@ -407,18 +424,19 @@ class Engine:
         return engine_stats(self, self._counters, check_integrity)
 
 
-def _logprobs_of(output: StepOutput, sampled: list[list[int]]) -> dict[int, list[TokenLogprobs]]:
+def _logprobs_of(output: StepOutput, kept: list[list[int]]) -> dict[int, list[TokenLogprobs]]:
     """Log-probabilities of the tokens that each sequence keeps, by its id(), for those that ask.
 
     Together for all that ask for equally many: each call is several launches and a wait for the device.
     """
     asking: dict[int, list[tuple[RowGroup, list[int]]]] = {}
-    for group, tokens in zip(output.groups, sampled, strict=True):
+    for group, tokens in zip(output.groups, kept, strict=True):
         if (num_top := group.seq.sampling.logprobs) is not None and tokens:
-            asking.setdefault(num_top, []).append((group, accepted_tokens(group.drafts, tokens)))
+            asking.setdefault(num_top, []).append((group, tokens))
     found: dict[int, list[TokenLogprobs]] = {}
-    for num_top, kept in asking.items():
-        rows = [group.first_row + idx for group, tokens in kept for idx in range(len(tokens))]
-        scores = iter(token_logprobs(output.logits, rows, [token for _, tokens in kept for token in tokens], num_top))
-        found |= {id(group.seq): list(itertools.islice(scores, len(tokens))) for group, tokens in kept}
+    for num_top, of_each in asking.items():
+        rows = [group.first_row + idx for group, tokens in of_each for idx in range(len(tokens))]
+        flat = [token for _, tokens in of_each for token in tokens]
+        scores = iter(token_logprobs(output.logits, rows, flat, num_top))
+        found |= {id(group.seq): list(itertools.islice(scores, len(tokens))) for group, tokens in of_each}
     return found

@@ -28,8 +28,16 @@ class StepReport(msgspec.Struct, gc=False, eq=False):
     appended: Appended
     num_drafted: int = 0  # tokens that count as drafts: none behind the end
     num_accepted: int = 0
-    is_first: bool = False  # of its output
     logprobs: list[TokenLogprobs] | None = None
+
+
+class GoingOn(msgspec.Struct, gc=False, eq=False):
+    """The sequences of a step that just go on by `tokens`; `events` gets their deltas."""
+
+    events: list[Event]
+    states: list[RunningRequest] = []
+    items: list[ScheduledSequence] = []
+    tokens: list[list[int]] = []
 
 
 class Reports:
@@ -37,10 +45,10 @@ class Reports:
 
     def __init__(self, counters: Counters, blocks: BlockManager, proposer: Proposer):
         self._counters, self._blocks, self._proposer = counters, blocks, proposer
-        self._reports: list[StepReport] = []
+        self._reports: list[StepReport | GoingOn] = []
         self._unpublished: list[TokenSequence] = []
 
-    def add(self, report: StepReport) -> None:
+    def add(self, report: StepReport | GoingOn) -> None:
         self._reports.append(report)
 
     def add_prompt(self, item: ScheduledSequence) -> None:
@@ -53,7 +61,10 @@ class Reports:
         """Append what is left to tell to its step's events."""
         reports, self._reports = self._reports, []
         for report in reports:
-            self._write(report)
+            if isinstance(report, GoingOn):
+                self._write_going_on(report)
+            else:
+                self._write(report)
         unpublished, self._unpublished = self._unpublished, []
         for seq in unpublished:
             if seq.status is not Status.FINISHED:  # else its blocks are gone
@@ -63,37 +74,53 @@ class Reports:
         """Full blocks of what is computed are there for others from now on."""
         self._blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
 
+    def _write_going_on(self, report: GoingOn) -> None:
+        """What `_write` does for each of them, most of a step's sequences, in one pass."""
+        events, size = report.events, self._blocks.block_size
+        drafted: list[str] = []
+        accepted: list[str] = []
+        for state, item, tokens in zip(report.states, report.items, report.tokens, strict=True):
+            seq, sources = state.seq, item.draft_sources
+            self._proposer.count(state.drafts, len(sources), len(tokens) - 1, len(tokens))
+            if sources:
+                seq.count_drafts(sources, len(tokens) - 1)
+                drafted += sources
+                accepted += sources[: len(tokens) - 1]
+            delta = Delta(seq.request_id, tokens, "" if state.detokenizer is None else state.text_of(Appended(tokens)))
+            seq.num_forwards += 1
+            if seq.num_forwards == 1:
+                delta = self._with_extras(delta, StepReport(events, state, item, Appended(tokens)))
+            if (len(seq.block_keys) + 1) * size <= seq.num_computed:
+                self._unpublished.append(seq)
+            events.append(delta)
+        self._counters.generated_tokens += sum(map(len, report.tokens))
+        self._counters.drafted_by_source.update(drafted)
+        self._counters.accepted_by_source.update(accepted)
+
     def _write(self, report: StepReport) -> None:
         state, appended = report.state, report.appended
         seq, tokens = state.seq, appended.tokens
-        seq.num_forwards += 1
         self._proposer.count(state.drafts, report.num_drafted, report.num_accepted, len(tokens))
         self._counters.generated_tokens += len(tokens)
         if report.num_drafted:
-            self._count_drafts(seq, report)
+            drafted = report.item.draft_sources[: report.num_drafted]
+            seq.count_drafts(drafted, report.num_accepted)
+            self._counters.drafted_by_source.update(drafted)
+            self._counters.accepted_by_source.update(drafted[: report.num_accepted])
+        seq.num_forwards += 1
         delta = Delta(seq.request_id, tokens, state.text_of(appended))
-        if report.is_first or report.logprobs is not None or appended.finish_reason is not None:
+        if seq.num_forwards == 1 or report.logprobs is not None or appended.finish_reason is not None:
             delta = self._with_extras(delta, report)
         if (len(seq.block_keys) + 1) * self._blocks.block_size <= seq.num_computed:
             self._unpublished.append(seq)
         report.events.append(delta)
 
-    def _count_drafts(self, seq: TokenSequence, report: StepReport) -> None:
-        drafted = report.item.draft_sources[: report.num_drafted]
-        accepted = drafted[: report.num_accepted]
-        for source in set(drafted):
-            num_drafted, num_accepted = drafted.count(source), accepted.count(source)
-            seq.drafted_by_source[source] += num_drafted
-            self._counters.drafted_by_source[source] += num_drafted
-            if num_accepted:
-                seq.accepted_by_source[source] += num_accepted
-                self._counters.accepted_by_source[source] += num_accepted
-
     def _with_extras(self, delta: Delta, report: StepReport) -> Delta:
         """What a delta has beside tokens and text, which most have not."""
         state, appended, logprobs = report.state, report.appended, report.logprobs
         seq, num_tokens, finish = state.seq, len(delta.token_ids), appended.finish_reason
-        if report.is_first:
+        is_first = seq.num_forwards == 1
+        if is_first:
             self._counters.prompt_tokens += report.item.num_rows
             self._counters.cached_prompt_tokens += seq.num_cached
         return Delta(
@@ -102,7 +129,7 @@ class Reports:
             delta.text,
             appended.num_silent,
             logprobs=logprobs[:num_tokens] if logprobs is not None and num_tokens else None,
-            prompt_logprobs=state.prompt_logprobs if report.is_first else None,
+            prompt_logprobs=state.prompt_logprobs if is_first else None,
             finish_reason=finish,
             stop_reason=appended.stop_reason,
             usage=seq.usage() if finish is not None else None,

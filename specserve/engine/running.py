@@ -28,7 +28,7 @@ class Appended(msgspec.Struct, gc=False, eq=False):
 class RunningRequest:
     """One of the engine's requests."""
 
-    __slots__ = ("_ends", "_eos", "_max_len", "_walks", "detokenizer", "drafts", "prompt_logprobs", "seq")
+    __slots__ = ("_eos", "_max_len", "_walks", "detokenizer", "drafts", "ends", "is_plain", "prompt_logprobs", "seq")
 
     def __init__(
         self,
@@ -43,15 +43,17 @@ class RunningRequest:
         sampling = seq.sampling
         minds_eos = seq.grammar is not None or not sampling.ignore_eos
         self._eos = frozenset(eos_token_ids if minds_eos else ())
-        self._ends = self._eos.union(sampling.stop_token_ids)
+        self.ends = self._eos.union(sampling.stop_token_ids)
         # Whether the end may lie elsewhere than at one of these tokens or at the last that is asked for.
         self._walks = bool(sampling.stop) or seq.grammar is not None or sampling.max_tokens == 0
         self._max_len = seq.max_len
+        # Whether tokens that hold none of `ends` and stay below the last are appended, and that is all.
+        self.is_plain = not (self._walks or sampling.logprobs is not None or drafts.head is not None)
 
     def append(self, tokens: list[int]) -> Appended:
         """Append tokens up to the first that ends the sequence. Text is read where a stop string may end it."""
         seq = self.seq
-        if not self._walks and len(seq.tokens) + len(tokens) < self._max_len and self._ends.isdisjoint(tokens):
+        if not self._walks and len(seq.tokens) + len(tokens) < self._max_len and self.ends.isdisjoint(tokens):
             seq.tokens += tokens
             return Appended(tokens)
         sampling = seq.sampling
@@ -63,7 +65,7 @@ class RunningRequest:
         for token in tokens:
             seq.tokens.append(token)
             kept.append(token)
-            if token in self._ends:
+            if token in self.ends:
                 reason = None if token in self._eos else token
                 return Appended(kept, self._ended(text), "stop", reason, 1)
             if text is not None and self.detokenizer is not None:

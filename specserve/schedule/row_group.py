@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Literal
 
 import msgspec
@@ -14,7 +15,7 @@ class RowGroup(msgspec.Struct, gc=False, eq=False):
 
     seq: Sequence
     first_row: int
-    drafts: list[int] = []
+    drafts: Seq[int] = ()
     failure: Literal["nan", "grammar"] | None = None  # why its first row gave no token; the sampler says
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import Counter
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
 from ..messages import GenerateRequest, SamplingParams, Usage
@@ -16,6 +17,8 @@ from .block_manager import root_key
 
 if TYPE_CHECKING:
     from ..grammar.grammar import Grammar
+
+_MOST_UNCOUNTED = 4096
 
 
 class Status(enum.Enum):
@@ -26,6 +29,14 @@ class Status(enum.Enum):
 
 class Sequence:
     """State of one `GenerateRequest`; `seq_id` orders arrivals."""
+
+    __slots__ = (
+        "_accepted", "_accepted_by_source", "_arrived", "_drafted", "_drafted_by_source", "_num_counted",
+        "_output_counts", "_queue_s", "adapter_hash", "block_keys", "block_table", "gets_any_token", "grammar",
+        "has_edits", "is_greedy", "max_len", "num_cached", "num_computed", "num_forwards", "owner", "prompt_len",
+        "request", "request_id", "root_key", "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens",
+        "wants_prompt_logprobs",
+    )  # fmt: skip
 
     def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
         self.seq_id = seq_id
@@ -49,6 +60,7 @@ class Sequence:
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
         self.grammar = grammar  # its place in what it must keep to
         self.owner: Any = None  # what whoever runs it has of it
+        self.seat: Any = None  # its place in a device's tables, for whom they are
         self.wants_prompt_logprobs = self.sampling.prompt_logprobs is not None
         self.is_greedy = self.sampling.temperature == 0.0
         self.has_edits = bool(  # of its logits, before temperature, at every token
@@ -69,8 +81,10 @@ class Sequence:
         )
         self.takes_best = self.is_greedy and not is_edited and grammar is None  # the most likely token, always
         self.num_forwards = 0
-        self.drafted_by_source: Counter[str] = Counter()
-        self.accepted_by_source: Counter[str] = Counter()
+        self._drafted_by_source: Counter[str] = Counter()
+        self._accepted_by_source: Counter[str] = Counter()
+        self._drafted: list[str] = []  # sources of drafts that are not counted yet
+        self._accepted: list[str] = []
 
     @property
     def output_len(self) -> int:
@@ -104,16 +118,30 @@ class Sequence:
             self._num_counted = len(self.tokens)
         return self._output_counts
 
+    def count_drafts(self, sources: Seq[str], num_accepted: int) -> None:
+        """A draft by these sources was verified; the first so many of it were right."""
+        self._drafted += sources
+        self._accepted += sources[:num_accepted]
+        if len(self._drafted) > _MOST_UNCOUNTED:
+            self._count()
+
+    def _count(self) -> None:
+        self._drafted_by_source.update(self._drafted)
+        self._accepted_by_source.update(self._accepted)
+        self._drafted, self._accepted = [], []
+
     def usage(self) -> Usage:
+        self._count()
+        drafted, accepted = self._drafted_by_source, self._accepted_by_source
         return Usage(
             prompt_tokens=self.prompt_len,
             completion_tokens=self.output_len,
             cached_tokens=self.num_cached,
             num_forwards=self.num_forwards,
-            draft_tokens=self.drafted_by_source.total(),
-            accepted_draft_tokens=self.accepted_by_source.total(),
-            accepted_prediction_tokens=self.accepted_by_source["prediction"],
-            rejected_prediction_tokens=self.drafted_by_source["prediction"] - self.accepted_by_source["prediction"],
-            accepted_by_source=dict(self.accepted_by_source),
+            draft_tokens=drafted.total(),
+            accepted_draft_tokens=accepted.total(),
+            accepted_prediction_tokens=accepted["prediction"],
+            rejected_prediction_tokens=drafted["prediction"] - accepted["prediction"],
+            accepted_by_source=dict(accepted),
             queue_s=self._queue_s or 0.0,
         )

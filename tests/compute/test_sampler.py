@@ -9,7 +9,7 @@ from specserve.compute.sampler import Sampler, best_of_rows, token_logprobs, uni
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.schedule.row_group import RowGroup
 from specserve.schedule.sequence import Sequence
-from specserve.schedule.verifier import accepted_tokens
+from specserve.schedule.verifier import Verification, accepted_tokens
 
 V = 40
 
@@ -158,14 +158,23 @@ def test_logprobs_of_many_rows_are_made_in_pieces_and_are_each_rows_own():
     assert token_logprobs(logits, range(1, 5), tokens[1:5], 2) == alone[1:5] and token_logprobs(logits, [], [], 2) == []
 
 
-@pytest.mark.parametrize(
-    ("drafts", "sampled", "kept"),
-    [
-        ([], [4], [4]),
-        ([4, 5], [4, 5, 6], [4, 5, 6]),
-        ([4, 5], [4, 7, 6], [4, 7]),
-        ([4, 5], [9, 5, 6], [9]),
-    ],
-)
+VERIFIED = [  # drafts, what was sampled, what is kept of it
+    ([], [4], [4]),
+    ([4, 5], [4, 5, 6], [4, 5, 6]),
+    ([4, 5], [4, 7, 6], [4, 7]),
+    ([4, 5], [9, 5, 6], [9]),
+]
+
+
+@pytest.mark.parametrize(("drafts", "sampled", "kept"), VERIFIED)
 def test_verifier_keeps_drafts_until_the_first_difference(drafts, sampled, kept):
     assert accepted_tokens(drafts, sampled) == kept
+
+
+def test_all_sequences_of_a_step_are_verified_together_as_each_is_alone():
+    groups, rows = [], [7]  # the first scores a prompt
+    for drafts, sampled, _ in [*VERIFIED, *VERIFIED[::-1]]:
+        groups.append(RowGroup(sequence(), len(rows), drafts))
+        rows += sampled
+    verification = Verification(groups, len(rows))
+    assert verification.kept(np.array(rows)) == [kept for *_, kept in [*VERIFIED, *VERIFIED[::-1]]]

@@ -6,6 +6,7 @@ before the tokens of the last one were read.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .buffers import HostPage, Layout
@@ -29,7 +30,7 @@ class SampledTokens:
         copy.copy_from(self._page, self._layout.num_bytes)
         return copy
 
-    def read(self, copy: HostPage, num_rows: int) -> tuple[list[int], list[int]]:
-        """Tokens and flags of the first rows, once the copy is done."""
+    def read(self, copy: HostPage, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and flags of the first rows, once the copy is done; views, to be used before the next but one."""
         host = copy.fields(self._layout)  # sync: a step's one wait; all that follows needs the tokens
-        return host["tokens"][:num_rows].tolist(), host["flags"][:num_rows].tolist()
+        return host["tokens"][:num_rows], host["flags"][:num_rows]

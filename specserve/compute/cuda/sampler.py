@@ -14,7 +14,6 @@ import torch
 
 from ...kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, sample_logits_
 from ...schedule.row_group import RowGroup
-from ...schedule.verifier import accepted_tokens
 from ..grammar_masks import MaskMaker
 from ..sampler import Drawn, PendingSample, Sampler, edits_logits, uniform, up_to_dead_end
 from .buffers import Fence
@@ -44,11 +43,10 @@ class DeviceSampler(Sampler):
         self._host_masks = _HostMasks(self._vocab_size, self._device)
 
     def collect(self, pending: PendingSample) -> list[list[int]]:
-        sampled = super().collect(pending)
+        kept = super().collect(pending)
         if self.drafts.is_drafting:
-            pairs = zip(pending.groups, sampled, strict=True)
-            self.drafts.collect({id(g.seq): len(accepted_tokens(g.drafts, tokens)) for g, tokens in pairs if tokens})
-        return sampled
+            self.drafts.collect({id(g.seq): len(tokens) for g, tokens in zip(pending.groups, kept, strict=True)})
+        return kept
 
     @torch.inference_mode()
     def _queue(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> Callable[[], Drawn]:
@@ -87,13 +85,13 @@ class DeviceSampler(Sampler):
 
         def drawn() -> Drawn:
             tokens, flags = results.read(copy, num_rows)
-            if not any(flags):
-                return tokens, flags, flags
-            return tokens, [flag == 1 for flag in flags], [flag == NOTHING_POSSIBLE for flag in flags]
+            if not flags.any():
+                return Drawn(tokens)
+            return Drawn(tokens, (flags == 1).tolist(), (flags == NOTHING_POSSIBLE).tolist())
 
         return drawn
 
-    def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: list[int]) -> list[int]:
+    def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: Seq[int]) -> list[int]:
         return up_to_dead_end(group, sampled, dead)  # every row was drawn under its mask
 
     def _rows(self, num_rows: int, groups: Seq[RowGroup]) -> tuple[list[SamplingRow], list[int]]:
