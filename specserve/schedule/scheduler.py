@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from collections.abc import Sequence as Seq
 
 import msgspec
 
@@ -23,8 +24,8 @@ class ScheduledSequence(msgspec.Struct, gc=False, eq=False):
 
     seq: Sequence
     num_rows: int
-    drafts: list[int] = []
-    draft_sources: list[str] = []  # one per draft
+    drafts: Seq[int] = ()
+    draft_sources: Seq[str] = ()  # one per draft
     reaches_end: bool = True  # the last non-draft row is the sequence's newest token, so that a token can be sampled
 
 
@@ -61,24 +62,26 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """The rows of the next step; KV for them is reserved. Empty when nothing runs."""
         self._admit()
-        size, num_preemptions = self.blocks.block_size, self.num_preemptions
-        uncomputed = [len(seq.tokens) - seq.num_computed for seq in self.running]
-        prefilling = [seq for seq, num in zip(self.running, uncomputed, strict=True) if num > 1]
+        size, num_preemptions, running = self.blocks.block_size, self.num_preemptions, Status.RUNNING
+        prefilling = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
         shares: dict[int, int] = {}
         if prefilling:
-            num_decoding = len(uncomputed) - len(prefilling)
+            num_decoding = len(self.running) - len(prefilling)
             budget = self.max_batched_tokens - num_decoding
             shares = _share(min(budget, self.max_prefill_rows) if num_decoding else budget, prefilling)
         scheduled = []
-        for seq, num in zip(list(self.running), uncomputed, strict=True):
-            num_rows = 1 if num == 1 else shares.get(seq.seq_id, 0)
-            if not num_rows or seq.status is not Status.RUNNING:
+        for seq in list(self.running):
+            if seq.status is not running:
                 continue
-            if len(seq.tokens) >= seq.max_len and seq.tokens[-1] < 0:  # ends with that token, whichever it is
+            tokens, start = seq.tokens, seq.num_computed
+            num_tokens = len(tokens)
+            num_rows = 1 if num_tokens - start == 1 else shares.get(seq.seq_id, 0)
+            if not num_rows:
                 continue
-            has_room = seq.num_computed + num_rows <= len(seq.block_table) * size
-            if has_room or self._reserve_or_preempt(seq, num_rows):
-                scheduled.append(ScheduledSequence(seq, num_rows, reaches_end=num_rows == num))
+            if num_tokens >= seq.max_len and tokens[-1] < 0:  # ends with that token, whichever it is
+                continue
+            if start + num_rows <= len(seq.block_table) * size or self._reserve_or_preempt(seq, num_rows):
+                scheduled.append(ScheduledSequence(seq, num_rows, (), (), start + num_rows == num_tokens))
         if self.num_preemptions > num_preemptions:
             # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
             scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]
@@ -98,7 +101,9 @@ class Scheduler:
     def _admit(self) -> None:
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return
-        pending = sum(map(self._num_missing, self.running))  # blocks that those who run will ask for
+        size = self.blocks.block_size
+        # Blocks that those who run will ask for. Most have them: of these there is nothing to add up.
+        pending = sum([self._num_missing(s) for s in self.running if len(s.block_table) * size <= len(s.tokens)])
         while self.waiting and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if seq.num_computed == 0 and not seq.block_table and not seq.wants_prompt_logprobs:
