@@ -8,6 +8,7 @@ one whenever their block table was emptied: under one id a table only grows.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -20,10 +21,13 @@ from .buffers import Layout, Page
 _MAX_UPDATES = 4096  # new entries that go up asynchronously; more at once wait for the device
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Seat:
+    """A sequence points to its seat; whose seat it really is, the table says that it holds."""
+
     number: int
-    last_step: int
+    table_id: object = None
+    last_step: int = 0
     num_known: int = 0  # entries of the table on the device
 
 
@@ -37,8 +41,8 @@ class Seats:
         self.tables = torch.zeros(num_seats, width, dtype=torch.int32, device=device)
         self.host_tables = np.zeros((num_seats, width), dtype=np.int32)
         self._width = width
-        self._taken: dict[object, _Seat] = {}  # by table_id
-        self._free = list(range(num_seats))[::-1]
+        self._seats = [_Seat(number) for number in range(num_seats)]
+        self._oldest: deque[tuple[_Seat, int]] = deque()  # seats and their steps when they were looked through last
         self._num_steps = 0
         self._page = Page(_update_layout(_MAX_UPDATES).num_bytes, device)
 
@@ -46,28 +50,34 @@ class Seats:
         """The seat of each of `sequences`, at most as many as there are seats; their tables are brought up to date."""
         assert len(sequences) <= self.tables.shape[0], (len(sequences), self.tables.shape[0])
         self._num_steps += 1
-        taken, step = self._taken, self._num_steps
+        step = self._num_steps
         seats: list[int] = []
-        changed: list[tuple[int, Sequence, _Seat | None]] = []  # place in `seats`
+        changed: list[tuple[int, Sequence]] = []  # place in `seats`
         for seq in sequences:
-            seat = taken.get(seq.table_id)
-            if seat is None:
-                changed.append((len(seats), seq, None))
+            seat: _Seat | None = seq.seat
+            if seat is None or seat.table_id is not seq.table_id:
+                changed.append((len(seats), seq))
                 seats.append(-1)
                 continue
             seat.last_step = step
             if seat.num_known < len(seq.block_table):
-                changed.append((len(seats), seq, seat))
+                changed.append((len(seats), seq))
             seats.append(seat.number)
         if changed:
             self._bring_up_to_date(changed, seats)
         return seats
 
-    def _bring_up_to_date(self, changed: list[tuple[int, Sequence, _Seat | None]], seats: list[int]) -> None:
+    def seat_of(self, seq: Sequence) -> int:
+        """The seat of a sequence of the latest step."""
+        seat: _Seat = seq.seat
+        assert seat.table_id is seq.table_id, "it has no seat"
+        return seat.number
+
+    def _bring_up_to_date(self, changed: list[tuple[int, Sequence]], seats: list[int]) -> None:
         index: list[int] = []
         blocks: list[int] = []
-        for place, seq, known in changed:
-            seat = known or self._take(seq)
+        for place, seq in changed:
+            seat = seq.seat if seats[place] >= 0 else self._take(seq)
             seats[place] = seat.number
             new = seq.block_table[seat.num_known :]
             self.host_tables[seat.number, seat.num_known : len(seq.block_table)] = new
@@ -79,18 +89,17 @@ class Seats:
             self._update(index, blocks)
 
     def _take(self, seq: Sequence) -> _Seat:
-        """A free seat, or the one that was not used for longest; those of this step are all marked."""
-        if self._free:
-            number = self._free.pop()
-        else:
-            oldest = min(self._taken, key=lambda table_id: self._taken[table_id].last_step)
-            number = self._taken.pop(oldest).number
-        seat = self._taken[seq.table_id] = _Seat(number, self._num_steps)
+        """The seat that was not used for longest; those of this step are all marked."""
+        while True:
+            if not self._oldest:
+                unused = [(seat, seat.last_step) for seat in self._seats if seat.last_step < self._num_steps]
+                self._oldest.extend(sorted(unused, key=lambda entry: entry[1]))
+            seat, last_step = self._oldest.popleft()
+            if seat.last_step == last_step:  # else it was used since
+                break
+        seat.table_id, seat.last_step, seat.num_known = seq.table_id, self._num_steps, 0
+        seq.seat = seat
         return seat
-
-    def seat_of(self, seq: Sequence) -> int:
-        """The seat of a sequence of the latest step."""
-        return self._taken[seq.table_id].number
 
     def _update(self, index: list[int], blocks: list[int]) -> None:
         flat, num = self.tables.view(-1), len(index)
