@@ -25,7 +25,8 @@ class ChainTable:
 
     `tokens` [R, K] int32, -1 behind a chain's end; `probabilities` [R, K] float32; `lens` [R] int64: tokens of the
     sequence that the chain continues; `wanted` [R] bool: a draft began since whoever makes chains has looked, so the
-    next may be worth its time. K is the longest chain.
+    next may be worth its time; `owners` [R] int64: another number for each source that a row had. K is the longest
+    chain.
     """
 
     def __init__(self, max_len: int):
@@ -33,6 +34,7 @@ class ChainTable:
         self.probabilities = np.zeros((_FIRST_ROWS, max_len), np.float32)
         self.lens = np.full(_FIRST_ROWS, -1, np.int64)
         self.wanted = np.zeros(_FIRST_ROWS, np.bool_)
+        self.owners = np.zeros(_FIRST_ROWS, np.int64)
         self.row_of: dict[str, int] = {}  # by request id
         self.heads: list[LookaheadHeadFile | None] = [None] * _FIRST_ROWS  # by row
         self._free = list(range(_FIRST_ROWS))[:NOBODY:-1]
@@ -43,11 +45,12 @@ class ChainTable:
             self._add_rows()
         row = self.row_of[request_id] = self._free.pop()
         self.heads[row] = head
+        self.owners[row] += 1
         source = ChainSource(self, row)
         weakref.finalize(source, self._release, request_id, row)
         return source
 
-    def set(self, rows: np.ndarray, tokens: np.ndarray, probabilities: np.ndarray, lens: Sequence[int]) -> None:
+    def set(self, rows: np.ndarray, tokens: np.ndarray, probabilities: np.ndarray, lens: np.ndarray) -> None:
         """Chains [S, up to K] of `rows` [S], which continue so many tokens; -1 or no probability ends one."""
         num = tokens.shape[1]
         self.tokens[rows, :num], self.tokens[rows, num:] = tokens, -1
@@ -58,11 +61,12 @@ class ChainTable:
         if self.row_of.get(request_id) == row:
             del self.row_of[request_id]
         self.heads[row], self.lens[row], self.wanted[row] = None, -1, False
+        self.owners[row] += 1
         self._free.append(row)
 
     def _add_rows(self) -> None:
         num = len(self.heads)
-        for name, fill in (("tokens", -1), ("probabilities", 0.0), ("lens", -1), ("wanted", False)):
+        for name, fill in (("tokens", -1), ("probabilities", 0.0), ("lens", -1), ("wanted", False), ("owners", 0)):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full_like(old, fill)]))
         self.heads += [None] * num

@@ -15,14 +15,17 @@ class RowLists(NamedTuple):
 
     tokens: list[int]
     positions: np.ndarray  # [T] int64
+    ends: np.ndarray  # [S] int64, the position behind each item's rows, without its drafts
 
     @classmethod
     def of(cls, items: Sequence[ScheduledSequence], counts: Sequence[int]) -> RowLists:
         """`counts` is how many rows each item has."""
         firsts = [item.seq.num_computed for item in items]
+        starts = np.array(firsts, dtype=np.int64)
         if sum(counts) == len(items):  # one row each, mostly
-            return cls([item.seq.tokens[first] for item, first in zip(items, firsts, strict=True)], np.array(firsts))
-        tokens: list[int] = []
+            tokens = [item.seq.tokens[first] for item, first in zip(items, firsts, strict=True)]
+            return cls(tokens, starts, starts + 1)
+        tokens = []
         for item, first in zip(items, firsts, strict=True):
             if item.num_rows == 1:
                 tokens.append(item.seq.tokens[first])
@@ -30,8 +33,8 @@ class RowLists(NamedTuple):
                 tokens += item.seq.tokens[first : first + item.num_rows]
             if item.drafts:
                 tokens += item.drafts
-        starts = np.cumsum(counts) - counts
-        return cls(tokens, np.arange(len(tokens)) + np.repeat(np.array(firsts) - starts, counts))
+        positions = np.arange(len(tokens)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        return cls(tokens, positions, starts + [item.num_rows for item in items])
 
     def slot_mapping(self, tables: np.ndarray, table_of_row: np.ndarray, block_size: int) -> np.ndarray:
         """Where each row's key and value go, [T] int64; row i's blocks are tables[table_of_row[i]], of [S, N]."""

@@ -41,7 +41,7 @@ def chain_source(table: ChainTable | None = None):
 
 
 def set_chain(source, tokens, probabilities, num_tokens):
-    source.table.set(np.array([source.row]), np.array([tokens]), np.array([probabilities]), [num_tokens])
+    source.table.set(np.array([source.row]), np.array([tokens]), np.array([probabilities]), np.array([num_tokens]))
 
 
 def test_a_chain_speaks_while_the_draft_is_its_own():

@@ -193,7 +193,7 @@ class World:
             if (row := self.table.row_of.get(str(number))) is not None and rng.random() < 0.8:
                 chain = np.array([[rng.randrange(-1, VOCAB) for _ in range(4)]])
                 chances = np.array([[rng.choice([rng.random(), 1.0, float("nan")]) for _ in range(4)]])
-                self.table.set(np.array([row]), chain, chances, [len(self.drafts[number].item.seq.tokens)])
+                self.table.set(np.array([row]), chain, chances, np.array([len(self.drafts[number].item.seq.tokens)]))
         found += [self.table.wanted.tolist(), [grammar.calls for grammar in self.grammars.values()]]
         return found
 

@@ -13,30 +13,46 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ...adapters.lora import LoraAdapter
-from ...drafters.chains import NOBODY, ChainSource, ChainTable
+from ...drafters.chains import ChainSource, ChainTable
 from ...drafters.head_device import DeviceHeads
 from ...drafters.head_files import LookaheadHeadFile
 from ...kernels.head_loop import LoopRows
 from ...kernels.verify import verify_drafts_
 from ...schedule.row_group import RowGroup
 from ...schedule.scheduler import ScheduledSequence
-from ...schedule.sequence import Sequence
 from ..path import StepLimits
 from .buckets import padded
 from .buffers import Layout, Page
 from .head_seats import HeadSeats
 from .parts import DeviceParts
+from .seated_chains import SeatedChains
 
 logger = logging.getLogger(__name__)
 
 _CHAIN_LENS = (4, 8, 16)  # guesses of a launch
 _SIZES = (1, 4, 16, 64, 128, 256, 512)  # sequences of a launch, padded
 _MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A launch that is under way, by its sequences, [S] each."""
+
+    groups: np.ndarray  # which of the step's groups they are
+    seats: np.ndarray
+    rows: np.ndarray  # of the table of chains
+    row_owners: np.ndarray
+    lens: np.ndarray  # tokens, before those that the step gives
+
+    @classmethod
+    def nothing(cls) -> _Launched:
+        return cls(*[np.zeros(0, np.int64)] * 5)
 
 
 class DeviceDrafts:
@@ -70,13 +86,12 @@ class DeviceDrafts:
         self._page = Page(_layout(num_seats).num_bytes, device)
         self._verified = torch.zeros(2, num_seats, dtype=torch.int32, device=device)  # tokens accepted, last row
         self._host = torch.zeros(self._heads.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._seats = HeadSeats(self._heads, num_seats, device)
+        self._seats = HeadSeats(self._heads, parts.seats, device)
         self._chains = ChainTable(longest)
+        self._seated = SeatedChains(self._chains, parts.seats)
         self._sizes = (*(size for size in _SIZES if size < num_seats), num_seats)
-        # Of the launch that is under way, by its sequences: their rows of logits, of the table, and their seats.
-        self._groups: list[RowGroup] = []
-        self._rows = np.zeros(0, np.int64)
-        self._seats_of: list[int] = []
+        self._groups: list[RowGroup] = []  # of the launch that is under way
+        self._launched = _Launched.nothing()
         self._is_off = False
         self._longest = longest  # draft lately, decaying
         self._num_guesses = 0
@@ -100,18 +115,19 @@ class DeviceDrafts:
                 self._upload(size)
                 self._queue(size, num_guesses)
 
-    def prepare(self, items: Seq[ScheduledSequence], seats: Seq[int]) -> None:
-        """Bring sequences that will draft to their seats; before the step is queued, which reads them."""
+    def prepare(self, items: Seq[ScheduledSequence], seats: np.ndarray, ends: np.ndarray) -> None:
+        """Bring sequences that will draft to their seats; before the step is queued, which reads them.
+
+        `ends` [S] is the position behind each item's rows, without its drafts.
+        """
         if self._is_off or not self._chains.wanted.any():
             return
         with self._or_off():
-            rows = self._rows_of([item.seq for item in items])
-            heads = self._chains.heads
-            wanted = [
-                (items[idx], seats[idx], heads[rows[idx]]) for idx in np.flatnonzero(self._chains.wanted[rows]).tolist()
-            ]
+            rows = self._seated.rows([item.seq for item in items], seats)
+            new = self._chains.wanted[rows] & ~self._seats.holds(seats, ends)
+            found = [(items[idx], int(seats[idx]), self._chains.heads[rows[idx]]) for idx in np.flatnonzero(new)]
             self._seats.take(
-                (item.seq, seat, head) for item, seat, head in wanted if item.reaches_end and head is not None
+                (item.seq, seat, head) for item, seat, head in found if item.reaches_end and head is not None
             )
 
     def launch(self, groups: Seq[RowGroup]) -> None:
@@ -131,27 +147,26 @@ class DeviceDrafts:
 
     def _launch(self, groups: Seq[RowGroup]) -> None:
         assert not self._groups, "the chains of the last launch were not collected"
-        chains, seat_of = self._chains, self._parts.seats.seat_of
-        rows = self._rows_of([group.seq for group in groups])
-        found = []
-        for idx in np.flatnonzero(chains.wanted[rows]).tolist():
-            group, row = groups[idx], int(rows[idx])
-            seat, head = seat_of(group.seq), chains.heads[row]
-            if self._seats.holds(group.seq, seat) and head is not None:
-                found.append((self._heads.id_of(head), row, seat, group))
-        chains.wanted[rows] = False
-        found.sort(key=lambda entry: entry[0])  # equal heads are neighbours
-        self._groups = [group for *_, group in found]
-        if not found:
+        chains = self._chains
+        if not chains.wanted.any():
             return
-        head_ids, table_rows, self._seats_of, _ = map(list, zip(*found, strict=True))
-        self._rows = np.array(table_rows)
+        sequences = [group.seq for group in groups]
+        seats = self._parts.seats.seats_of(sequences)
+        rows, lens = self._seated.rows(sequences, seats), np.array([len(seq.tokens) for seq in sequences])
+        found = np.flatnonzero(chains.wanted[rows] & self._seats.holds(seats, lens))
+        chains.wanted[rows] = False
+        if not len(found):
+            return
+        found = found[np.argsort(self._seats.head_ids(seats[found]), kind="stable")]  # equal heads are neighbours
+        seats, rows = seats[found], rows[found]
+        self._launched = _Launched(found, seats, rows, chains.owners[rows], lens[found])
+        self._groups = [groups[idx] for idx in found.tolist()]
         nums = [len(group.drafts) for group in self._groups]
         self._longest = max(self._longest - 1, *nums)
         self._num_guesses = next((n for n in self._chain_lens if n > self._longest), self._chain_lens[-1])
         size = next(size for size in self._sizes if size >= len(found))
         first_rows = [group.first_row for group in self._groups]
-        self._upload(size, seats=self._seats_of, heads=head_ids, first_rows=first_rows, num_drafts=nums)
+        self._upload(size, seats=seats, heads=self._seats.head_ids(seats), first_rows=first_rows, num_drafts=nums)
         self._queue(size, self._num_guesses)
         self._host.copy_(self._heads.results, non_blocking=True)
 
@@ -160,32 +175,21 @@ class DeviceDrafts:
         """Whether a launch is under way whose chains are to be collected."""
         return bool(self._groups)
 
-    def collect(self, kept: Mapping[int, int]) -> None:
-        """Hand out the chains, once the device is done; `kept` is how many tokens a sequence keeps, by its id().
+    def collect(self, num_kept: np.ndarray) -> None:
+        """Hand out the chains, once the device is done; `num_kept` are the tokens that each group of the launch keeps.
 
-        A sequence that is not there has failed: it keeps none and needs no chain.
+        One that keeps none has failed and needs no chain.
         """
-        num, num_guesses, row_of = len(self._groups), self._num_guesses, self._chains.row_of
-        lens = []
-        for group, seat, row in zip(self._groups, self._seats_of, self._rows.tolist(), strict=True):
-            seq = group.seq
-            num_tokens = -1
-            if (num_kept := kept.get(id(seq))) and row_of.get(seq.request_id) == row:  # else aborted meanwhile
-                num_tokens = len(seq.tokens) + num_kept
-            lens.append(num_tokens)
-            self._seats.followed(seat, num_tokens)
+        launched, num, num_guesses = self._launched, len(self._groups), self._num_guesses
+        kept = num_kept[launched.groups]
+        goes_on = (kept > 0) & (self._chains.owners[launched.rows] == launched.row_owners)  # else aborted meanwhile
+        lens = np.where(goes_on, launched.lens + kept, -1)
+        self._seats.followed(launched.seats, lens)
         guesses, probabilities = self._host[0].numpy(), self._host[1].view(torch.float32).numpy()
-        self._chains.set(self._rows, guesses[:num, :num_guesses], probabilities[:num, :num_guesses], lens)
+        self._chains.set(launched.rows, guesses[:num, :num_guesses], probabilities[:num, :num_guesses], lens)
         self._groups = []
 
-    def _rows_of(self, sequences: Seq[Sequence]) -> np.ndarray:
-        """The sequences' rows in the table of chains; nobody's where no chain is wanted."""
-        if not self._chains.wanted.any():
-            return np.full(len(sequences), NOBODY)
-        row_of = self._chains.row_of
-        return np.array([row_of.get(seq.request_id, NOBODY) for seq in sequences], np.int64)
-
-    def _upload(self, size: int, **fields: list[int]) -> None:
+    def _upload(self, size: int, **fields: Seq[int] | np.ndarray) -> None:
         """What `_layout` says of each sequence; those beyond are nobody's."""
         layout = _layout(size)
         host = self._page.host(layout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 
 from ...adapters.lora import LoraAdapter
@@ -16,45 +17,53 @@ from ...drafters.head_device import DeviceHeads, SeatedSequence
 from ...drafters.head_files import HeadError, LookaheadHeadFile
 from ...schedule.sequence import Sequence
 from .buffers import Writer
+from .seats import Seats
 
 logger = logging.getLogger(__name__)
 
 
 class HeadSeats:
-    """Brings sequences, and the heads that draft for them, to `heads` on `device`."""
+    """Brings sequences, and the heads that draft for them, to `heads` on `device`; they sit as in `seats`."""
 
-    def __init__(self, heads: DeviceHeads, num_seats: int, device: torch.device):
-        self._heads, self._device, self._write = heads, device, Writer(device)
-        # By seat: the pool's copy pointer stands behind so many tokens of the sequence with that table.
-        self._table_ids: list[object] = [None] * num_seats
-        self._num_tokens = [0] * num_seats
+    def __init__(self, heads: DeviceHeads, seats: Seats, device: torch.device):
+        self._heads, self._seats, self._device, self._write = heads, seats, device, Writer(device)
+        num_seats = len(seats.owners)
+        # By seat: the pool's copy pointer stands behind so many tokens of the sequence that was its owner by number.
+        self._owners = np.full(num_seats, -1, np.int64)
+        self._num_tokens = np.zeros(num_seats, np.int64)
+        self._head_ids = np.zeros(num_seats, np.int64)
         self._known: dict[int, LookaheadHeadFile] = {}  # by id: heads that were added, or refused
 
-    def holds(self, seq: Sequence, seat: int) -> bool:
-        """Whether the seat is the sequence's, as that is now."""
-        return self._table_ids[seat] is seq.table_id and self._num_tokens[seat] == len(seq.tokens)
+    def holds(self, seats: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """Whether each seat's sequence is there as it is with so many tokens, [S] bool."""
+        return (self._owners[seats] == self._seats.owners[seats]) & (self._num_tokens[seats] == num_tokens)
+
+    def head_ids(self, seats: np.ndarray) -> np.ndarray:
+        """The numbers of the heads that draft for who sits there."""
+        return self._head_ids[seats]
 
     def take(self, sequences: Iterable[tuple[Sequence, int, LookaheadHeadFile]]) -> None:
-        """Make the seats those of the sequences, unless they are; nothing where a head cannot draft."""
-        new = [one for one in sequences if not self.holds(*one[:2]) and self._is_known(one[2])]
+        """Make the seats those of the sequences, which they are not; nothing where a head cannot draft."""
+        new = [one for one in sequences if self._is_known(one[2])]
         if not new:
             return
-        seated = []
+        seated, owners = [], self._seats.owners
         for seq, seat, head in new:
-            has_prompt = self._table_ids[seat] is seq.table_id
+            has_prompt = bool(self._owners[seat] == owners[seat])
             seated.append(SeatedSequence(seat, seq.tokens[: seq.prompt_len], head, seq.output_ids, has_prompt))
-            self._table_ids[seat] = None
+            self._owners[seat] = -1
         fits = self._heads.add_sequences(seated, self._write)
-        for (seq, seat, _), has_room in zip(new, fits, strict=True):
+        for (seq, seat, head), has_room in zip(new, fits, strict=True):
             if has_room:
-                self._table_ids[seat], self._num_tokens[seat] = seq.table_id, len(seq.tokens)
+                self._owners[seat], self._num_tokens[seat] = owners[seat], len(seq.tokens)
+                self._head_ids[seat] = self._heads.id_of(head)
 
-    def followed(self, seat: int, num_tokens: int) -> None:
-        """The heads have followed the seat's sequence up to so many tokens."""
-        self._num_tokens[seat] = num_tokens
+    def followed(self, seats: np.ndarray, num_tokens: np.ndarray) -> None:
+        """The heads have followed the seats' sequences up to so many tokens."""
+        self._num_tokens[seats] = num_tokens
 
     def clear(self) -> None:
-        self._table_ids = [None] * len(self._table_ids)
+        self._owners[:] = -1
 
     def keep_only(self, adapters: Mapping[str, LoraAdapter]) -> None:
         """Let go of heads that belong to none of `adapters`; nothing that runs names them."""

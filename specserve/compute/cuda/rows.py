@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ...kernels.ragged_attention import split_len_for
-from ...schedule.scheduler import ScheduledSequence
 from ..row_lists import RowLists
 from .buffers import Layout, Page
 from .seats import Seats
@@ -40,18 +39,17 @@ class StepRows:
     def fill(
         self,
         host: dict[str, np.ndarray],
-        items: Seq[ScheduledSequence],
+        rows: RowLists,
         counts: Seq[int],
         seats: Seats,
-        seat_of_each: Seq[int],
+        seat_of_each: np.ndarray,
         slots: Seq[int],
         num_splits: int,
     ) -> None:
-        """The rows of `items`, `counts` each, and padding behind them; `slots` are their adapters'."""
-        rows = RowLists.of(items, counts)
+        """The rows of a step, `counts` for each sequence, and padding behind them; `slots` are of their adapters."""
         num_rows = len(rows.tokens)
-        row_seats, row_slots = np.array(seat_of_each), np.array(slots)
-        if num_rows > len(items):
+        row_seats, row_slots = seat_of_each, np.array(slots)
+        if num_rows > len(counts):
             row_seats, row_slots = np.repeat(row_seats, counts), np.repeat(row_slots, counts)
         host["tokens"][:num_rows], host["positions"][:num_rows] = rows.tokens, rows.positions
         host["slot_mapping"][:num_rows] = rows.slot_mapping(seats.host_tables, row_seats, self.block_size)

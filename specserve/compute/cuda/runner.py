@@ -17,6 +17,7 @@ import torch
 from ...adapters.lora import LoraAdapter
 from ...schedule.logits_rows import LogitsRows
 from ...schedule.scheduler import ScheduledSequence
+from ..row_lists import RowLists
 from ..slots import take_slots
 from ..step_output import StepOutput
 from .buckets import Bucket, padded_up_to
@@ -28,13 +29,14 @@ logger = logging.getLogger(__name__)
 class DeviceRunner:
     """Runs one forward over whatever was scheduled, within the limits that `parts` were made for.
 
-    `on_seated` gets a step's items and their seats before the step is queued: it may wait for copies to the device.
+    `on_seated` gets a step's items, their seats and the positions behind their rows before the step is queued: it may
+    wait for copies to the device.
     """
 
     def __init__(
         self,
         parts: DeviceParts,
-        on_seated: Callable[[Seq[ScheduledSequence], Seq[int]], None] = lambda items, seats: None,
+        on_seated: Callable[[Seq[ScheduledSequence], np.ndarray, np.ndarray], None] = lambda items, seats, ends: None,
     ):
         self._parts, self._on_seated = parts, on_seated
         self.slots, self.graphs = parts.slots, parts.graphs
@@ -77,7 +79,7 @@ class DeviceRunner:
         """Bring the rows of `items`, their seats and their blocks to the device."""
         parts = self._parts
         host = parts.rows.host(bucket.num_rows)
-        seats = parts.seats.seat([item.seq for item in items])
-        self._on_seated(items, seats)
-        parts.rows.fill(host, items, counts, parts.seats, seats, slots, parts.buckets.num_splits(bucket))
+        seats, rows = parts.seats.seat([item.seq for item in items]), RowLists.of(items, counts)
+        self._on_seated(items, seats, rows.ends)
+        parts.rows.fill(host, rows, counts, parts.seats, seats, slots, parts.buckets.num_splits(bucket))
         parts.rows.upload(bucket.num_rows)

@@ -45,7 +45,7 @@ class DeviceSampler(Sampler):
     def collect(self, pending: PendingSample) -> list[list[int]]:
         kept = super().collect(pending)
         if self.drafts.is_drafting:
-            self.drafts.collect({id(g.seq): len(tokens) for g, tokens in zip(pending.groups, kept, strict=True)})
+            self.drafts.collect(np.array([*map(len, kept)]))
         return kept
 
     @torch.inference_mode()

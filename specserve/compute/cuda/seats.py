@@ -34,20 +34,22 @@ class _Seat:
 class Seats:
     """`tables` is [num_seats, width] int32 on `device`: row i holds the physical blocks of the sequence on seat i.
 
-    `host_tables` are the same on the host, where they are up to date first.
+    `host_tables` are the same on the host, where they are up to date first; `owners` [num_seats] int64 is another
+    number for each table that a seat held.
     """
 
     def __init__(self, num_seats: int, width: int, device: torch.device):
         self.tables = torch.zeros(num_seats, width, dtype=torch.int32, device=device)
         self.host_tables = np.zeros((num_seats, width), dtype=np.int32)
+        self.owners = np.zeros(num_seats, np.int64)
         self._width = width
         self._seats = [_Seat(number) for number in range(num_seats)]
         self._oldest: deque[tuple[_Seat, int]] = deque()  # seats and their steps when they were looked through last
         self._num_steps = 0
         self._page = Page(_update_layout(_MAX_UPDATES).num_bytes, device)
 
-    def seat(self, sequences: Seq[Sequence]) -> list[int]:
-        """The seat of each of `sequences`, at most as many as there are seats; their tables are brought up to date."""
+    def seat(self, sequences: Seq[Sequence]) -> np.ndarray:
+        """The seats of `sequences`, [S] int64, at most all that there are; their tables are brought up to date."""
         assert len(sequences) <= self.tables.shape[0], (len(sequences), self.tables.shape[0])
         self._num_steps += 1
         step = self._num_steps
@@ -65,13 +67,11 @@ class Seats:
             seats.append(seat.number)
         if changed:
             self._bring_up_to_date(changed, seats)
-        return seats
+        return np.array(seats, np.int64)
 
-    def seat_of(self, seq: Sequence) -> int:
-        """The seat of a sequence of the latest step."""
-        seat: _Seat = seq.seat
-        assert seat.table_id is seq.table_id, "it has no seat"
-        return seat.number
+    def seats_of(self, sequences: Seq[Sequence]) -> np.ndarray:
+        """The seats of sequences of the latest step."""
+        return np.array([seq.seat.number for seq in sequences], np.int64)
 
     def _bring_up_to_date(self, changed: list[tuple[int, Sequence]], seats: list[int]) -> None:
         index: list[int] = []
@@ -98,6 +98,7 @@ class Seats:
             if seat.last_step == last_step:  # else it was used since
                 break
         seat.table_id, seat.last_step, seat.num_known = seq.table_id, self._num_steps, 0
+        self.owners[seat.number] += 1
         seq.seat = seat
         return seat
 
