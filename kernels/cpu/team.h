@@ -36,6 +36,7 @@ class Team {
     begin(size_);
     for (auto& helper : helpers_) helper->thread.join();
   }
+  int size() const { return size_; }
   int active() const { return crowding_.active(); }
 
   // Runs fn(thread index) on the threads that take part and returns when all are done.
