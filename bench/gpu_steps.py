@@ -22,64 +22,19 @@ from specserve.compute.cuda.build import build
 from specserve.compute.cuda.graph_cache import GraphCache
 from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
-from specserve.compute.decoder_weights import GROUPS
 from specserve.compute.kv_cache import KVCache
 from specserve.compute.path import StepLimits
-from specserve.kernels.lora import LoraPair
-from specserve.messages import GenerateRequest, SamplingParams
-from specserve.model.config import ModelConfig
-from specserve.model.shapes import module_shapes
 from specserve.schedule.block_manager import BlockManager
-from specserve.schedule.scheduler import ScheduledSequence
-from specserve.schedule.sequence import Sequence
 
 from . import common, options
 from .gpu_timing import copy_bandwidth
+from .random_models import RANK, RandomWeights, random_adapter, standing_sequences
 from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
 SHAPES = {shape.name: shape for shape in (LLAMA8B, SMOLLM2, TINY)}
 BLOCK_SIZE = 16
-RANK = 16
 QUEUED = 8  # steps in a row: the host prepares one while the device runs the one before, as in the engine; on a CPU one
 WANTED = {"floor_ratio": 1.25, "verify_ratio": 1.1}  # none for LoRA's share: 32 adapters' bytes alone are 15%
-
-
-class RandomWeights:
-    """Weights of a model that nobody trained, made on the device."""
-
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
-        self._shapes = module_shapes(config)
-
-    def _random(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, device=self.device, dtype=self.dtype).mul_(columns**-0.5)
-
-    def norm(self, name: str) -> torch.Tensor:
-        return torch.ones(self.config.hidden_size, device=self.device)
-
-    def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        in_size, out_size = self._shapes[name.rpartition(".")[2]]
-        return self._random(out_size, in_size), None
-
-    def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
-        return {"input_norm": self.norm(""), "mlp_norm": self.norm("")}
-
-    def embed(self) -> torch.Tensor:
-        return self._random(self.config.vocab_size, self.config.hidden_size)
-
-    def lm_head(self, embed: torch.Tensor) -> torch.Tensor:
-        return embed if self.config.tie_word_embeddings else self.embed()
-
-
-def random_adapter(config: ModelConfig, idx: int, device: torch.device, dtype: torch.dtype) -> LoraAdapter:
-    layers, shapes = {}, module_shapes(config)
-    linears = [module for modules in GROUPS.values() for module in modules]
-    for layer in range(config.num_layers):
-        for module, (in_size, out_size) in ((name, shapes[name]) for name in linears):
-            a = torch.randn(RANK, in_size, device=device, dtype=dtype).mul_(in_size**-0.5)
-            b = torch.randn(out_size, RANK, device=device, dtype=dtype).mul_(0.01)
-            layers[layer, module] = LoraPair(a, b, 1.0)
-    return LoraAdapter(f"random-{idx}", f"random-{idx}", layers, None, None, RANK, None)
 
 
 class Steps:
@@ -106,18 +61,7 @@ class Steps:
 
     def way(self, num_seqs: int, num_rows: int, adapters: list[LoraAdapter]) -> Callable[[], None]:
         """A step of `num_seqs` sequences with `num_rows` rows each, adapter i for sequence i."""
-        items = []
-        for idx in range(num_seqs):
-            key = adapters[idx].content_hash if adapters else None
-            request = GenerateRequest(
-                str(idx), [1] * (self._context + 1), SamplingParams(max_tokens=64), adapter_hash=key
-            )
-            seq = Sequence(idx, request)
-            seq.num_computed = self._context
-            assert self._blocks.reserve(seq.block_table, self._context + num_rows)
-            items.append(ScheduledSequence(seq, 1, [2] * (num_rows - 1)))
-        for item in items:  # ways take turns, so they may lie in the same blocks
-            self._blocks.release(list(item.seq.block_table))
+        items = standing_sequences(self._blocks, num_seqs, num_rows, self._context, adapters)
         held = {adapter.content_hash: adapter for adapter in adapters}
 
         def run() -> None:

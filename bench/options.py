@@ -17,24 +17,24 @@ adapter = click.argument("adapter", type=ADAPTER)
 adapters = click.argument("adapters", nargs=-1, required=True, type=ADAPTER)
 
 
-class _Numbers(click.ParamType):
+class Numbers(click.ParamType):
     name = "numbers"
+
+    def __init__(self, least: int = 1):
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         try:
             numbers = [int(part) for part in value.split(",")]
         except ValueError:
             numbers = []
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is not a list of whole numbers above 0, such as 1,8", param, ctx)
+        if not numbers or min(numbers) < self.least:
+            self.fail(f"{value!r} is not a list of whole numbers above {self.least - 1}, such as 1,8", param, ctx)
         return numbers
 
 
-NUMBERS = _Numbers()
-
-
-def numbers(flag: str, default: str, help: str | None = None) -> Decorator:
-    return click.option(flag, type=NUMBERS, default=default, show_default=True, help=help)
+def numbers(flag: str, default: str, help: str | None = None, least: int = 1) -> Decorator:
+    return click.option(flag, type=Numbers(least), default=default, show_default=True, help=help)
 
 
 def at_least(least: int, flag: str, default: int, help: str | None = None) -> Decorator:

@@ -62,5 +62,7 @@ class ModelShape:
 
 
 LLAMA8B = ModelShape("llama8b", 4096, 14336, 32, 32, 8, 128, 128256, tied=False)
+LLAMA3B = ModelShape("3b", 3072, 8192, 28, 24, 8, 128, 128256, tied=True)
+LLAMA1B = ModelShape("1b", 2048, 8192, 16, 32, 8, 64, 128256, tied=True)
 SMOLLM2 = ModelShape("smollm2", 576, 1536, 30, 9, 3, 64, 49152, tied=True)
 TINY = ModelShape("tiny", 64, 96, 2, 4, 2, 16, 320, tied=True)

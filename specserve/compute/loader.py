@@ -71,9 +71,13 @@ def load_model(
     config = ModelConfig.from_dir(path)
     source = checked_source(path, config)
     weight_dtype = source.dtype() if dtype == "auto" else DTYPES[dtype]
-    weights = StoredWeights(config, source, device, weight_dtype)
+    return build_decoder(config, StoredWeights(config, source, device, weight_dtype), choices)
+
+
+def build_decoder(config: ModelConfig, weights: Weights, choices: Sequence[PathChoice]) -> AnyDecoder:
+    """The decoder of `weights` by the first of `choices` that can serve it, else torch's. Raises `ModelError`."""
     for choice in choices:
-        reason = choice.cannot_serve(config, weight_dtype)
+        reason = choice.cannot_serve(config, weights.dtype)
         if reason is None:
             return choice.build(config, weights)
         if choice.is_required:
