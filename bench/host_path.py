@@ -1,21 +1,22 @@
 """How long does a device that runs by itself wait for the host between two steps, and what does the host do then?
 
 The real engine, from its scheduler to encoded events, on a stand-in device (`stand_in_device.py`) that takes --step-ms
-and --row-us a step in the background. Sequences of three adapters, as many as given at any time, say what their tasks'
-held-out answers say; heads guess right at --head-rate. Printed for each case: idle time of the device between steps
-(`gap`), the host's time in it and beside the device's, microseconds a sequence by phase, and tokens a second as a
-share of those without drafts, prompts included. No GPU is needed, none is used.
+and --row-us a step in the background. Time is the CPU time of the host's thread and what it waits for that device, so
+that what else the machine does changes little. Sequences of three adapters, as many as given at any time, say what
+their tasks' held-out answers say; heads guess right at --head-rate. Printed for each case: idle time of the device
+between steps (`gap`), the host's time in it and beside the device's, microseconds a sequence by phase, and tokens a
+second as a share of those without drafts, prompts included. No GPU is needed, none is used.
 
     python -m bench.host_path [--sequences 1,8,32,128,256] [--cases off,heads,all,grammar,stop,logprobs] [--rounds 3]
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ from specserve.messages import (
 from specserve.model.config import ModelConfig
 
 from . import common, options
-from .stand_in_device import STANDING_IN, DeviceTimes, Script, StandIn
+from .stand_in_device import DeviceTimes, Script, StandIn
 from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, demo_schema, in_turn
 
 CASES = ("off", "heads", "all", "grammar", "stop", "logprobs")
@@ -84,6 +85,8 @@ class Bench:
         self._profile.clock(self, "_write_and_encode", "events")
         self._profile.clock(self, "_refill", "new requests")
         engine_module.token_logprobs = few_logprobs  # type: ignore[assignment]
+        gc.collect()
+        gc.freeze()  # as the engine's process
 
     def run(self, case: str, num: int, num_steps: int, num_warm: int) -> dict[str, Any]:
         """`num_steps` steps of `num` sequences; who ends is followed by another.
@@ -108,7 +111,7 @@ class Bench:
                     self._profile.start()
                     self.stand_in.clock.idle_s = []
                     self._num_tokens = 0
-                    start = time.perf_counter()
+                    start = self.stand_in.clock.now
             if not self.engine.has_work():
                 self._refill(case, num)
             events = self.engine.step(lambda events=held: self._while_running(events, case, num))
@@ -118,7 +121,7 @@ class Bench:
             if failed := next((event for event in events if isinstance(event, RequestFailed)), None):
                 raise click.ClickException(f"a request failed: {failed.error.message}")
         assert start is not None
-        result = self._figures(time.perf_counter() - start, num, num_steps, self._num_tokens)
+        result = self._figures(self.stand_in.clock.now - start, num, num_steps, self._num_tokens)
         self._write_and_encode(held)
         for request_id in [seq.request_id for seq in self.engine.scheduler.sequences()]:
             self.engine.abort(request_id)
@@ -146,7 +149,6 @@ class Bench:
 
     def _figures(self, seconds: float, num: int, num_steps: int, tokens: int) -> dict[str, Any]:
         phases, idle_s = self._profile.phases(), self.stand_in.clock.idle_s
-        seconds -= phases.pop(STANDING_IN)
         del phases["wait"]
         host_s, gap_s = sum(phases.values()), sum(idle_s)
         return {

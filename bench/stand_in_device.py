@@ -1,5 +1,8 @@
 """A device that takes a given time a step in the background, and returns recorded tokens: no kernel is launched.
 
+Time here is what the thread computed, and what it would have waited for the device; so waits take none, and neither do
+other processes.
+
 The engine around it is the real one with the CUDA path's own parts: filling of buffers, seats, slots, sampling
 parameters, masks, chains of drafts. Only what would be queued on the device is not: it is put on a clock instead, and
 where results come back the host waits for that clock. Tokens are those of a script for each sequence; heads guess the
@@ -32,9 +35,6 @@ from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.row_group import RowGroup
 from specserve.schedule.sequence import Sequence as EngineSequence
 
-STANDING_IN = "standing in"  # the phase of a step that no engine on a device has
-_SPIN_S = 150e-6  # the end of a wait that is not slept: sleeping is not that exact
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceTimes:
@@ -60,7 +60,7 @@ class DeviceClock:
 
     @property
     def now(self) -> float:
-        return time.perf_counter() - self._stood_s
+        return time.thread_time() - self._stood_s + self.waited_s
 
     def queue_step(self, num_rows: int) -> None:
         if self.busy_until:
@@ -73,17 +73,13 @@ class DeviceClock:
     @contextlib.contextmanager
     def standing_still(self) -> Iterator[None]:
         """What is done here takes no time: the device would have done it."""
-        start = time.perf_counter()
+        start = time.thread_time()
         yield
-        self._stood_s += time.perf_counter() - start
+        self._stood_s += time.thread_time() - start
 
     def wait(self, until: float) -> None:
         """For what was queued up to then."""
-        start = time.perf_counter()
-        while (left := until - self.now) > 0:
-            if left > _SPIN_S:
-                time.sleep(left - _SPIN_S)
-        self.waited_s += time.perf_counter() - start
+        self.waited_s += max(0.0, until - self.now)
 
 
 class Script:
@@ -141,8 +137,6 @@ class StandIn:
                 Phase(sampler, "launch", "sample"),
                 Phase(sampler, "collect", "sample"),
                 Phase(self.clock, "wait", "wait"),
-                Phase(self, "sample", STANDING_IN),
-                Phase(self, "draft", STANDING_IN),
             ),
             graphs=parts.graphs,
             times=self.clock.times,

@@ -97,7 +97,7 @@ class ComputePath:
     is_asynchronous: bool  # the device runs by itself while the host goes on
     max_rows_ahead: int = 0  # with logits, whose tokens the next step's rows can name before the host knows them
     beside_step: Callable[[], None] = _nothing  # what a path does for itself once a step is queued
-    clock: Callable[[], float] = time.perf_counter  # seconds, by which steps are timed
+    clock: Callable[[], float] | None = None  # seconds, by which steps are timed; None: the machine's
     phases: tuple[Phase, ...] = ()
     unseen: str = ""  # what the host's clocks cannot see of these phases, and why
     graphs: GraphCache | None = None

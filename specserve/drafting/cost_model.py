@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 MEASURED_ROWS = NODES[:7]
 MEASURED_SEQS = 8  # of the step that measures what a sequence costs
 _CONTEXT_LEN = 512  # keys of the steps that measure what context costs

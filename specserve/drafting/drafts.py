@@ -16,6 +16,7 @@ from ..drafters.head_source import HeadSource
 from ..drafters.protocol import DraftSource, SteppedHeads
 from ..schedule.scheduler import ScheduledSequence
 from .cost_model import CostModel, StepCurve, StepShape
+from .host_cost import HostCost
 from .switch import DraftSwitch
 
 
@@ -44,11 +45,12 @@ class Counts:
 class GrowingDraft:
     """One sequence's drafting; `item` and what follows are of the latest step that asked for a draft of it."""
 
-    chooser: Chooser | None  # None: it never drafts
+    chooser: Chooser | None  # None: it was never asked
     max_tokens: int  # of a draft; 0: it never drafts
     is_fixed: bool  # takes what its sources say, whatever it costs
     switch: DraftSwitch
     counts: Counts = field(default_factory=Counts)
+    holds_up: bool = False  # its tokens must be known before the next step is queued
     head: HeadSource | None = None  # wants to know what the model's layers say
     item: ScheduledSequence | None = None
     limit: int = 0  # tokens
@@ -57,21 +59,48 @@ class GrowingDraft:
 
 
 class StepPlan:
-    """What a step was before its drafts; seconds are expected ones but for `draft_s`."""
+    """What a step was before its drafts; seconds are expected ones but for `draft_s`.
 
-    __slots__ = ("_cost_model", "_curve", "draft_s", "max_rows", "num_decoding", "num_rows", "shape")
+    `host` is what a device waits for before the step; None where the host computes it.
+    """
 
-    def __init__(self, cost_model: CostModel, shape: StepShape, num_decoding: int, num_rows: int, max_rows: int):
-        self._cost_model, self.shape = cost_model, shape
+    __slots__ = ("_cost_model", "_curve", "_device", "draft_s", "host", "max_rows", "num_decoding", "num_rows", "shape")
+
+    def __init__(
+        self,
+        cost_model: CostModel,
+        shape: StepShape,
+        num_decoding: int,
+        num_rows: int,
+        max_rows: int,
+        host: HostCost | None = None,
+    ):
+        self._cost_model, self.shape, self.host = cost_model, shape, host
         self.num_decoding = num_decoding  # sequences whose newest token is among the rows
         self.num_rows, self.max_rows = num_rows, max_rows
         self.draft_s = 0.0
+        self._device: StepCurve | None = None
         self._curve: StepCurve | None = None
 
     @property
+    def device(self) -> StepCurve:
+        """By rows, of what computes."""
+        if self._device is None:
+            self._device = self._cost_model.curve(self.shape)
+        return self._device
+
+    @property
     def curve(self) -> StepCurve:
+        """By rows, of all of the step."""
         if self._curve is None:
-            self._curve = self._cost_model.curve(self.shape)
+            self._curve = self.device
+            if (host := self.host) is not None:
+                rows, seconds = self.device.nodes
+                host_s, draft_s = host.seconds(self.num_decoding), host.draft_s
+                whole = [
+                    s + max(0.0, host_s + draft_s * (r - self.num_decoding)) for r, s in zip(rows, seconds, strict=True)
+                ]
+                self._curve = StepCurve(rows, whole)
         return self._curve
 
     def seconds(self, num_drafts: int) -> float:
@@ -79,6 +108,12 @@ class StepPlan:
         the step's time: without the draft, its token would come from a later step that only decodes."""
         curve, rows = self.curve, self.num_rows
         return curve.seconds(self.num_decoding) + curve.seconds(rows + num_drafts) - curve.seconds(rows)
+
+    def prompt_seconds(self, num_drafts: int) -> float:
+        """Of the step, for rows of prompts."""
+        if self.num_rows == self.num_decoding:
+            return 0.0
+        return self.device.seconds(self.num_rows + num_drafts) - self.device.seconds(self.num_decoding + num_drafts)
 
 
 class Growth(Protocol):

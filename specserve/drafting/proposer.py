@@ -1,13 +1,15 @@
 """The engine's side of drafting: which sources a request gets, who is asked in a step, and what came of it.
 
 `growth` decides how far drafts go. Here every adapter's switch says whether its sources are asked at all; after
-the step, cost table, switches and the counts by adapter learn from it.
+the step, cost table, switches and the counts by adapter learn from it. On a device that runs by itself a switch for all
+sequences stands above those, and what the host costs beside the table.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +26,15 @@ from ..drafters.native import NativeDrafts
 from ..drafters.ngram import NgramSource
 from ..drafters.prediction import PredictionSource
 from ..drafters.protocol import DraftSource, Heads, SteppedHeads
-from ..grammar.grammar import Grammar
 from ..kernels.native_build import NativeError
 from ..messages import AdapterDrafts, GenerateRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
+from ..schedule.sequence import Sequence as EngineSequence
+from .batch_switch import BatchSwitch, Load, TimedStep
 from .cost_model import CostModel, MeanSeconds, StepShape
-from .drafts import Counts, GrowingDraft, Growth, StepPlan
+from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan
 from .growth import DraftGrowth
+from .host_cost import HostCost
 from .native_growth import NativeGrowth
 from .served_history import ServedHistories
 from .switch import DraftSwitch
@@ -38,6 +42,7 @@ from .switch import DraftSwitch
 logger = logging.getLogger(__name__)
 
 _PRICE_RATE = 1 / 64  # of the running mean in metrics
+LEAST_WAIT = 0.1  # share of a step, from which on the host was waiting for the device and not only reading tokens
 
 
 class Proposed(NamedTuple):
@@ -45,6 +50,15 @@ class Proposed(NamedTuple):
 
     plan: StepPlan
     drafts: list[GrowingDraft]  # that were asked for
+    load: Load | None = None  # whose switch decides for all of them
+
+
+class StepSeconds(NamedTuple):
+    """What a step took, drafting included."""
+
+    total: float
+    gap: float = 0.0  # of it the device did nothing, for want of what to do
+    wait: float = 0.0  # of it the host did nothing, for want of the tokens
 
 
 class Verified(msgspec.Struct, gc=False, eq=False):
@@ -75,6 +89,9 @@ class Proposer:
         stepped_heads: SteppedHeads | None,
         vocab_size: int,
         adapters: Mapping[str, LoraAdapter],
+        *,
+        clock: Clock | None = None,
+        is_asynchronous: bool = False,
         max_logits: int | None = None,
     ):
         self._config = config
@@ -84,10 +101,14 @@ class Proposer:
         self._base_acceptance = SharedAcceptance()
         self._heads = heads
         self.cost_model = cost_model
-        self.growth = make_growth(stepped_heads)
+        self.growth = make_growth(stepped_heads, clock)
         self.num_undrafted_steps = 0
         self._counts: dict[str | None, Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
+        self._batch = BatchSwitch() if is_asynchronous else None
+        self._host = HostCost() if is_asynchronous else None
+        self._num_drafting = self._num_fixed = 0  # sequences that may draft; whatever it costs
+        self._num_held_up = 0  # that need their tokens before the next step is queued
         self._draft_s = MeanSeconds()  # all of drafting, one sequence
         self._served: ServedHistories | None = None
         if config.learn_history:
@@ -107,23 +128,41 @@ class Proposer:
         if self._served is not None:
             self._served.close()
 
-    def start(self, request: GenerateRequest, grammar: Grammar | None = None) -> GrowingDraft:
-        """What drafts for a new sequence; whatever that holds is freed when nobody holds it any more."""
-        max_tokens = self._max_drafts(request)
-        sources = self.drafters_for(request) if max_tokens else []
-        if grammar is not None and sources and request.speculation.mode != "ngram":
-            sources.insert(0, GrammarSource(grammar))
-        adapter = self._adapters.get(request.adapter_hash or "")
-        lookahead = adapter.lookahead if adapter is not None else None
-        shared = lookahead.acceptance if lookahead is not None else self._base_acceptance
-        return GrowingDraft(
-            chooser=self.growth.chooser(sources, shared, grammar) if max_tokens else None,
-            max_tokens=max_tokens,
+    def start(self, seq: EngineSequence) -> GrowingDraft:
+        """What drafts for a new sequence, until `end`; whatever that holds is freed when nobody holds it any more."""
+        request = seq.request
+        draft = GrowingDraft(
+            chooser=None,
+            max_tokens=self._max_drafts(request),
             is_fixed=request.speculation.mode == "fixed",
             switch=self._switch(request),
             counts=self._counts.setdefault(request.adapter_hash, Counts()),
-            head=next((source for source in sources if isinstance(source, HeadSource)), None),
+            holds_up=not seq.gets_any_token,
         )
+        if draft.max_tokens and (self._batch is None or self.growth.heads is not None):  # else it may never be asked
+            self._make_chooser(draft, seq)
+        self._count_live(draft, 1)
+        return draft
+
+    def end(self, draft: GrowingDraft) -> None:
+        """A sequence has left."""
+        self._count_live(draft, -1)
+
+    def _count_live(self, draft: GrowingDraft, change: int) -> None:
+        self._num_drafting += change * (draft.max_tokens > 0)
+        self._num_fixed += change * (draft.max_tokens > 0 and draft.is_fixed)
+        self._num_held_up += change * draft.holds_up
+
+    def _make_chooser(self, draft: GrowingDraft, seq: EngineSequence) -> None:
+        request = seq.request
+        sources = self.drafters_for(request)
+        if seq.grammar is not None and request.speculation.mode != "ngram":
+            sources.insert(0, GrammarSource(seq.grammar))
+        adapter = self._adapters.get(request.adapter_hash or "")
+        lookahead = adapter.lookahead if adapter is not None else None
+        shared = lookahead.acceptance if lookahead is not None else self._base_acceptance
+        draft.chooser = self.growth.chooser(sources, shared, seq.grammar)
+        draft.head = next((source for source in sources if isinstance(source, HeadSource)), None)
 
     def drafters_for(self, request: GenerateRequest) -> list[DraftSource]:
         sources: list[DraftSource] = [NgramSource()]
@@ -143,39 +182,43 @@ class Proposer:
         return sources
 
     def propose(
-        self, items: Sequence[ScheduledSequence], drafts: Sequence[GrowingDraft], scheduler: Scheduler
+        self,
+        items: Sequence[ScheduledSequence],
+        drafts: Iterable[GrowingDraft],
+        scheduler: Scheduler,
+        is_ahead: bool = False,
     ) -> Proposed | None:
         """Give drafts to the items whose newest token is computed in this step; `drafts` are theirs, in order.
 
-        None where nobody may draft; else what `end_step` learns from.
+        None where nobody may draft; else what `end_step` learns from. Nobody is asked in a step that is queued
+        `is_ahead` of the tokens of the last: a head would draft for it before the last one's chains were collected.
         """
-        drafting = [(item, draft) for item, draft in zip(items, drafts, strict=True) if draft.max_tokens]
-        if not drafting:
+        if not self._num_drafting:
             return None
-        num_decoding = sum(item.reaches_end and item.seq.sampling.max_tokens > 0 for item in items)
-        max_rows = scheduler.max_batched_tokens
-        if self._max_logits is not None:
-            max_rows = min(max_rows, sum([item.num_rows for item in items]) + max(0, self._max_logits - num_decoding))
-        plan = self._plan_of(items, num_decoding, max_rows)
+        plan, load = self._plan_of(items, scheduler), self._load(len(items))
+        if load is not None and not load.asks:
+            self.num_undrafted_steps += 1
+            return Proposed(plan, [], load)
         asked: list[GrowingDraft] = []
         could_draft = False
         asks: dict[DraftSwitch, bool] = {}
-        for item, draft in drafting:
+        for item, draft in zip(items, drafts, strict=True):
             seq = item.seq
             num_tokens = len(seq.tokens)
             limit = min(draft.max_tokens, seq.max_len - num_tokens - 1)
             if limit <= 0 or seq.num_computed + item.num_rows != num_tokens:
                 continue
-            is_known = seq.tokens[-1] >= 0  # what a draft would follow; else its switch counts the step all the same
-            could_draft = could_draft or is_known
+            could_draft = not is_ahead
             if not draft.is_fixed:
                 switch = draft.switch
                 if (is_asked := asks.get(switch)) is None:
-                    is_asked = asks[switch] = switch.asks(num_decoding)
+                    is_asked = asks[switch] = switch.asks(plan.num_decoding)
                 if not is_asked:
                     continue
-            if not is_known:
+            if is_ahead:  # its switch counts the step all the same
                 continue
+            if draft.chooser is None:
+                self._make_chooser(draft, seq)
             draft.item, draft.limit, draft.num_accepted = item, limit, 0
             asked.append(draft)
         if asked:
@@ -183,7 +226,7 @@ class Proposer:
         num_drafted = sum(self._propose(draft, scheduler) for draft in asked)
         if could_draft and not num_drafted:
             self.num_undrafted_steps += 1
-        return Proposed(plan, asked)
+        return Proposed(plan, asked, load)
 
     def _propose(self, draft: GrowingDraft, scheduler: Scheduler) -> int:
         """Give its item as many drafts as were admitted, and there is room for."""
@@ -199,10 +242,18 @@ class Proposer:
         item.drafts, item.draft_sources = tokens[:num], chooser.chosen[:num]
         return num
 
-    def would_ask(self, drafts: Sequence[GrowingDraft]) -> bool:
-        """Whether a next step of the same sequences would ask any of them for drafts."""
-        num_seqs = len(drafts)
+    def would_ask(self, num_seqs: int, drafts: Iterable[GrowingDraft]) -> bool:
+        """Whether a next step of `num_seqs` sequences, whose drafts these are, would ask any of them."""
+        load = self._load(num_seqs)
+        if not self._num_drafting or (load is not None and not load.asks):
+            return False
         return any(draft.max_tokens and (draft.is_fixed or draft.switch.would_ask(num_seqs)) for draft in drafts)
+
+    def _load(self, num_seqs: int) -> Load | None:
+        """Whose switch decides for all of them; None where each has its own, or one drafts whatever it costs."""
+        if self._batch is None or self._num_fixed:
+            return None
+        return self._batch.load(num_seqs, not self._num_held_up)
 
     def observe(self, verified: Sequence[Verified]) -> None:
         """Learn from what a step's verification kept of those that may draft, before the next step is proposed for."""
@@ -221,18 +272,41 @@ class Proposer:
         old = counts.row_price
         counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
 
-    def end_step(self, proposed: Proposed, seconds: float) -> None:
-        """Learn from a step that took `seconds`, drafting included."""
-        plan, drafts = proposed
+    def end_step(self, proposed: Proposed, seconds: StepSeconds) -> None:
+        """Learn from a step."""
+        plan, drafts, load = proposed
         if not plan.num_decoding:
             return
-        num_drafts = sum(len(draft.item.drafts) for draft in drafts if draft.item is not None)
-        if plan.num_rows == plan.num_decoding == plan.shape.num_seqs:  # no prompts
-            num_rows = plan.num_rows + num_drafts
-            expected = plan.curve.seconds(num_rows)
-            self.cost_model.observe(num_rows, plan.shape, seconds - plan.draft_s, expected)
-        if not drafts:
+        num_drafts = sum([len(draft.item.drafts) for draft in drafts if draft.item is not None])
+        self._learn_costs(plan, num_drafts, seconds)
+        if load is not None and self._batch is not None:
+            step = TimedStep(
+                num_seqs=plan.num_decoding,
+                num_tokens=plan.num_decoding + sum([draft.num_accepted for draft in drafts]),
+                num_prompt_rows=plan.num_rows - plan.num_decoding,
+                prompt_s=plan.prompt_seconds(num_drafts),
+                seconds=seconds.total,
+            )
+            if self._batch.observe(load, bool(drafts), step):
+                self._retry()
+        if drafts:
+            self._judge(plan, drafts, num_drafts)
+
+    def _learn_costs(self, plan: StepPlan, num_drafts: int, seconds: StepSeconds) -> None:
+        if self._host is None:
+            if plan.num_rows == plan.num_decoding == plan.shape.num_seqs:  # no prompts
+                num_rows = plan.num_rows + num_drafts
+                expected = plan.device.seconds(num_rows)
+                self.cost_model.observe(num_rows, plan.shape, seconds.total - plan.draft_s, expected)
             return
+        if seconds.gap:
+            self._host.observe(plan.num_decoding, num_drafts, seconds.gap - plan.draft_s)
+        if seconds.gap or seconds.wait > LEAST_WAIT * seconds.total:  # else the device was not what took so long
+            num_rows = plan.num_rows + num_drafts
+            self.cost_model.observe(num_rows, plan.shape, seconds.total - seconds.gap, plan.device.seconds(num_rows))
+
+    def _judge(self, plan: StepPlan, drafts: Sequence[GrowingDraft], num_drafts: int) -> None:
+        """Tell each switch what its sources brought, and what they took."""
         self._draft_s.observe(plan.draft_s / len(drafts))
         sums: dict[DraftSwitch, _Asked] = {}
         for draft in drafts:
@@ -251,13 +325,23 @@ class Proposer:
             gain = asked.accepted - spent_s * plan.num_decoding / alone_s
             switch.observe(gain / asked.num_seqs, plan.num_decoding)
 
-    def _plan_of(self, items: Sequence[ScheduledSequence], num_decoding: int, max_rows: int) -> StepPlan:
+    def _retry(self) -> None:
+        """Drafts are about to be tried for all: if all sources are switched off, that tries them as well."""
+        if not any(switch.is_on for switch in self._switches.values()):
+            for switch in self._switches.values():
+                switch.retry()
+
+    def _plan_of(self, items: Sequence[ScheduledSequence], scheduler: Scheduler) -> StepPlan:
+        num_decoding = sum([item.reaches_end and item.seq.sampling.max_tokens > 0 for item in items])
+        num_rows, max_rows = sum([item.num_rows for item in items]), scheduler.max_batched_tokens
+        if self._max_logits is not None:
+            max_rows = min(max_rows, num_rows + max(0, self._max_logits - num_decoding))
         shape = StepShape(
             num_seqs=len(items),
             num_adapters=len({item.seq.adapter_hash for item in items} - {None}),
             num_keys=sum([item.seq.num_computed for item in items]),
         )
-        return StepPlan(self.cost_model, shape, num_decoding, sum([item.num_rows for item in items]), max_rows)
+        return StepPlan(self.cost_model, shape, num_decoding, num_rows, max_rows, self._host)
 
     def adapter_left(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""
@@ -291,13 +375,13 @@ class Proposer:
         return min(self._config.max_draft_tokens, request.speculation.max_draft_tokens)
 
 
-def make_growth(heads: SteppedHeads | None) -> Growth:
-    """Growth in native code, or in Python, much slower, where that cannot be had."""
+def make_growth(heads: SteppedHeads | None, clock: Clock | None = None) -> Growth:
+    """Growth in native code, or in Python, much slower, where that cannot be had; `clock` None is the machine's."""
     try:
         library = NativeDrafts()
     except NativeError as error:
         logger.warning("drafts grow in Python, slower: %s", error)
-        return DraftGrowth(heads)
+        return DraftGrowth(heads, clock or time.perf_counter)
     if library.build_s:
         logger.info("built the native drafts in %.1f s; they are cached", library.build_s)
-    return NativeGrowth(library, heads)
+    return NativeGrowth(library, heads, clock)

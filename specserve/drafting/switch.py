@@ -40,6 +40,10 @@ class DraftSwitch:
             return False
         return True
 
+    def retry(self) -> None:
+        """Ask in the next steps, if it is off."""
+        self._left = 0
+
     def observe(self, gain: float, num_seqs: int) -> None:
         """A step that asked gained so many tokens a verification, net of the time that drafts and their rows took."""
         if self.is_on:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from .queued_step import QueuedStep
 from .reports import Event, GoingOn, Reports, StepReport
 from .running import RunningRequest
 from .stats import Counters, engine_stats
+from .step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,6 @@ class Engine:
             eos_token_ids=list(self.eos_token_ids),
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
-        self._last_end = 0.0  # of a step, by the path's clock
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
         self._requests: dict[str, RunningRequest] = {}
         self._verified: list[Verified] = []  # in the step that runs
@@ -134,6 +135,7 @@ class Engine:
         )
         self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
         self._torch_threads = path.torch_threads
+        self._times = StepTimes(path.clock or time.perf_counter, path.is_asynchronous)
         cost_model = CostModel.measure(functools.partial(path.seconds, self.blocks, max_model_len))
         self.proposer = Proposer(
             config,
@@ -142,7 +144,9 @@ class Engine:
             path.stepped_heads,
             model.vocab_size,
             self.registry.adapters,
-            path.max_rows_ahead or None,
+            clock=path.clock,
+            is_asynchronous=path.is_asynchronous,
+            max_logits=path.max_rows_ahead or None,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
 
@@ -178,7 +182,7 @@ class Engine:
             else None
         )
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
-        drafts = self.proposer.start(request, place)
+        drafts = self.proposer.start(seq)
         self._requests[request.request_id] = RunningRequest(
             seq, detokenizer, drafts, self.eos_token_ids, prompt_logprobs
         )
@@ -259,15 +263,16 @@ class Engine:
                     while_running()
                 self.write_events()
             if step.output is not None and step.pending is not None:
+                self._times.start_waiting()
                 kept = self.sampler.collect(step.pending)
+                self._times.know()
                 self._score_prompts(step.output)
                 self._commit(step, step.output, kept)
         self.proposer.observe(self._verified)
         self._verified.clear()
-        now = self.path.clock()
+        seconds = self._times.end(step, self.has_work())
         if step.proposed is not None:
-            self.proposer.end_step(step.proposed, now - max(step.queued_at, self._last_end))
-        self._last_end = now
+            self.proposer.end_step(step.proposed, seconds)
         if while_running is None or not self.is_asynchronous:
             self.write_events()
         return step.events
@@ -288,8 +293,10 @@ class Engine:
         num_rows, adapters = sum([item.num_rows for item in items]), self.registry.adapters
         self.num_rows = max(num_rows, self.num_rows) if is_ahead else num_rows
         keys = {item.seq.adapter_hash for item in items}
-        step = QueuedStep(items, self.path.clock(), num_rows, [adapters[key] for key in keys if key is not None])
-        step.proposed = self.proposer.propose(items, [item.seq.owner.drafts for item in items], self.scheduler)
+        held = [adapters[key] for key in keys if key is not None]
+        step = QueuedStep(items, self._times.clock(), num_rows, held, is_ahead=is_ahead)
+        drafts = (item.seq.owner.drafts for item in items)
+        step.proposed = self.proposer.propose(items, drafts, self.scheduler, is_ahead)
         try:
             step.output = self.runner.forward(items, adapters)
         except Exception:
@@ -300,6 +307,7 @@ class Engine:
             for item in items:
                 self._run_alone(item, step)
         else:
+            step.launched_at = self._times.clock()
             step.pending = self.sampler.launch(step.output.logits, step.output.groups)
         self._counters.num_steps += 1
         return step
@@ -308,7 +316,8 @@ class Engine:
         """The step behind `step`, where that needs none of its tokens."""
         if not step.can_be_passed(self.path.max_rows_ahead):
             return None
-        if self.proposer.would_ask([owner.drafts for item in step.items if (owner := item.seq.owner) is not None]):
+        drafts = (owner.drafts for item in step.items if (owner := item.seq.owner) is not None)
+        if self.proposer.would_ask(len(step.items), drafts):
             return None
         step.pass_by(self.reports)
         return self._queue_step(is_ahead=True)
@@ -373,9 +382,10 @@ class Engine:
             if logprobs:
                 report.logprobs = logprobs.get(id(seq))
         self.reports.add(going_on)
-        for state, tokens in zip(going_on.states, going_on.tokens, strict=True):
-            if state.drafts.chooser is not None:
-                self._verified.append(Verified(state.drafts, len(tokens) - 1, tokens))
+        if step.proposed is not None and step.proposed.drafts:
+            for state, item, tokens in zip(going_on.states, going_on.items, going_on.tokens, strict=True):
+                if state.drafts.item is item:  # it was asked
+                    self._verified.append(Verified(state.drafts, len(tokens) - 1, tokens))
 
     def _append(self, step: QueuedStep, item: ScheduledSequence, tokens: list[int]) -> StepReport:
         """Append tokens to a sequence, which goes on or leaves."""
@@ -391,7 +401,7 @@ class Engine:
             self.reports.publish(seq)
             self.proposer.learn(seq.request, seq.output_ids)  # while its adapter is sure to be there
             self._remove(state)
-        if state.drafts.chooser is not None:
+        if state.drafts.item is item:  # it was asked
             self._verified.append(Verified(state.drafts, num_accepted, appended.tokens))
         return StepReport(step.events, state, item, appended, num_drafted, num_accepted)
 
@@ -400,6 +410,7 @@ class Engine:
     def _remove(self, state: RunningRequest) -> None:
         seq = state.seq
         self.scheduler.remove(seq)
+        self.proposer.end(state.drafts)
         del self._requests[seq.request_id]
         seq.owner = None  # each held the other
         if seq.adapter_hash is not None and self.registry.release(seq.adapter_hash):

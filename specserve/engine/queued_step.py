@@ -29,6 +29,8 @@ class QueuedStep:
     num_rows: int  # without drafts
     adapters: list[LoraAdapter]  # whose weights the device reads until it is done, also if they leave meanwhile
     events: list[Event] = field(default_factory=list)
+    is_ahead: bool = False  # of the tokens of the step before
+    launched_at: float = 0.0  # when the device could begin
     proposed: Proposed | None = None
     output: StepOutput | None = None
     pending: PendingSample | None = None

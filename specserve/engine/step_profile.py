@@ -24,7 +24,7 @@ class StepProfile:
     """Clocks on one engine. `start` begins anew; `table` and `write_trace` say what was seen since."""
 
     def __init__(self, engine: Engine):
-        self._path = engine.path
+        self._path, self._now = engine.path, engine.path.clock or time.perf_counter
         self._stack: list[list[float]] = []  # seconds charged to parts within each open part
         self.clock(engine, "step", _STEP)
         self.clock(engine.scheduler, "schedule", "schedule")
@@ -85,11 +85,11 @@ class StepProfile:
         def timed(*args: Any, **kwargs: Any) -> Any:
             within = [0.0]
             self._stack.append(within)
-            start = time.perf_counter()
+            start = self._now()
             try:
                 return inner(*args, **kwargs)
             finally:
-                elapsed = time.perf_counter() - start
+                elapsed = self._now() - start
                 self._stack.pop()
                 self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - within[0]
                 if self._stack:

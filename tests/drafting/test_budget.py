@@ -15,6 +15,7 @@ from specserve.drafting.budget import best_prefix
 from specserve.drafting.cost_model import CostModel, StepShape
 from specserve.drafting.drafts import GrowingDraft, Growth, StepPlan
 from specserve.drafting.growth import DraftGrowth
+from specserve.drafting.host_cost import HostCost
 from specserve.drafting.native_growth import NativeGrowth
 from specserve.drafting.switch import DraftSwitch
 from specserve.messages import GenerateRequest, SamplingParams
@@ -146,6 +147,35 @@ def test_prompts_in_the_step_do_not_make_drafts_cheap(growth) -> None:
     alone = grown(growth, [draft_of(growth, chain) for chain in rates], table)
     assert grown(growth, [draft_of(growth, chain) for chain in rates], table, num_rows=408) == alone
     assert 0 < sum(alone) < 32
+
+
+def test_what_the_host_takes_for_every_step_makes_rows_cheap_and_what_it_takes_for_a_draft_makes_them_dear(
+    growth,
+) -> None:
+    table = {1: 1.0, 64: 3.5}
+    rates = [[0.9, 0.8, 0.7, 0.6, 0.5] for _ in range(8)]
+
+    def num_drafts(*weights: float) -> int:
+        host = HostCost()
+        host._weights = list(weights)
+        drafts = [draft_of(growth, chain) for chain in rates]
+        growth.grow(drafts, StepPlan(CostModel(table), StepShape(), 8, 8, 500, host))
+        return sum(draft.num_admitted for draft in drafts)
+
+    free = num_drafts(0.0, 0.0, 0.0)
+    assert num_drafts(0.0, 0.0, 0.2) < free < num_drafts(1.0, 0.3, 0.0)
+
+
+def test_the_host_s_parts_are_learned_from_steps_that_differ_and_stalls_are_not() -> None:
+    rng, host = random.Random(0), HostCost()
+    for step in range(600):
+        num_seqs, num_drafts = rng.choice((1, 8, 64)), rng.choice((0, 10, 200))
+        seconds = 5e-4 + 2e-5 * num_seqs + 3e-6 * num_drafts
+        host.observe(num_seqs, num_drafts, seconds * (100 if step % 50 == 0 else rng.uniform(0.95, 1.05)))
+    assert host.draft_s == pytest.approx(3e-6, rel=0.25)
+    for num_seqs, num_drafts in ((1, 0), (8, 100), (64, 200)):
+        seconds = 5e-4 + 2e-5 * num_seqs + 3e-6 * num_drafts
+        assert host.seconds(num_seqs, num_drafts) == pytest.approx(seconds, rel=0.2)
 
 
 def test_fixed_drafts_ignore_the_price_and_leave_the_others_theirs(growth) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import time
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from lookahead_adapters import make_lookahead_adapter
 from stand_in_engine import add, make_stand_in, make_stand_in_engine
 from tiny_models import make_tiny_model
 
-from bench.stand_in_device import DeviceTimes
+from bench.stand_in_device import DeviceClock, DeviceTimes
 from specserve.engine.queued_step import QueuedStep
 from specserve.messages import Delta, GrammarSpec, Speculation
 
@@ -66,15 +68,72 @@ def passed(monkeypatch) -> list[QueuedStep]:
     return steps
 
 
-def test_a_source_that_was_switched_off_is_tried_again_while_steps_are_queued_ahead(model_dir, monkeypatch, passed):
+def test_sources_that_were_switched_off_are_tried_again_while_steps_are_queued_ahead(model_dir, monkeypatch, passed):
     stand_in = make_stand_in(monkeypatch)
     engine = make_stand_in_engine(model_dir, stand_in)
-    add(engine, stand_in, "a", [70, 71, 72], sampling={"max_tokens": 60})
+    add(engine, stand_in, "a", [70, 71, 72], sampling={"max_tokens": 120})
     switch = engine.scheduler.sequences()[0].owner.drafts.switch
-    switch.is_on, switch._left, switch._load = False, 20, 1
+    switch.is_on, switch._left, switch._load = False, 1000, 1
     while engine.has_work():
         engine.step()
     assert len(passed) >= 15 and engine.stats().drafted_by_source["ngram"] > 0
+
+
+class HostClock(DeviceClock):
+    """The host takes what `host_s` is told; deterministic."""
+
+    host_s = 0.0
+
+    @property
+    def now(self) -> float:
+        return self.host_s + self.waited_s
+
+    def standing_still(self):
+        return contextlib.nullcontext()
+
+
+def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_taken_again_when_the_load_falls(
+    model_dir, monkeypatch, passed
+):
+    stand_in = make_stand_in(monkeypatch)
+    clock = stand_in.clock = HostClock(DeviceTimes(step_s=1.3e-3, row_s=2e-6, heads_s=0.0))
+    engine = make_stand_in_engine(model_dir, stand_in, max_num_seqs=16)
+    forward = engine.runner.forward
+
+    def timed(items, adapters):
+        drafts = [len(item.drafts) for item in items]
+        clock.host_s += 2e-4 + 2e-5 * len(items) + (2e-3 * len(items) if any(drafts) else 0.0) + 1e-6 * sum(drafts)
+        return forward(items, adapters)
+
+    monkeypatch.setattr(engine.runner, "forward", timed)
+    names = (f"r{number}" for number in itertools.count())
+
+    def run(num_seqs: int, num_steps: int, mode: str) -> tuple[float, float]:
+        """Tokens a second, and the share of steps that were queued ahead; of a load that stays."""
+        passed.clear()
+        start, num_tokens = clock.now, 0
+        for _ in range(num_steps):
+            while len(engine.scheduler.sequences()) < num_seqs:
+                add(engine, stand_in, next(names), [70, 71, 72, 73], sampling={"max_tokens": 100},
+                    speculation=Speculation(mode=mode))  # fmt: skip
+            num_tokens += sum(len(event.token_ids) for event in engine.step())
+        share, seconds = len(passed) / num_steps, clock.now - start
+        for seq in engine.scheduler.sequences():
+            engine.abort(seq.request_id)
+        while engine.has_work():
+            engine.step()
+        return num_tokens / seconds, share
+
+    off, _ = run(16, 80, "off")
+    run(16, 60, "auto")
+    rate, share = run(16, 200, "auto")
+    assert rate > 0.98 * off and share > 0.9
+    off, _ = run(1, 300, "off")
+    rate, share = run(1, 300, "auto")
+    assert rate > 3 * off and share < 0.1
+    rate, share = run(16, 100, "auto")
+    assert share > 0.85
+    check_baseline(engine)
 
 
 @pytest.mark.parametrize("seed", range(3))
