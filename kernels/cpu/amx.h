@@ -1,9 +1,9 @@
 // Products on Intel AMX: tiles of 16 rows x 64 bytes, and what keeps them in order.
 //
-// One configuration for everything, all eight tiles full: an instruction takes as long for 1 row as for 16, because it is the
-// 16 x 64 bytes of weights that go through the unit. So rows are padded to 16 with whatever lies there, and their results
-// are not read. TDPBF16PS sums 16 even and 16 odd products apart, from zero, and adds both to the accumulator: within a
-// row the order depends on K alone, and since there is no other instruction with it, rows that stand alone are tiles, too.
+// One configuration for everything, all eight tiles full: an instruction takes as long for 1 row as for 16 (16 cycles),
+// because it is the 16 x 64 bytes of weights that go through the unit. So rows are padded to 16 with whatever lies there, and
+// their results are not read. TDPBF16PS sums 16 even and 16 odd products apart, from zero, and adds both to the sum: within
+// a row the order depends on K alone, and since no other instruction has it, rows that stand alone are tiles, too.
 //
 // Activations lie in tiles, [rows / 16][K / 32][16][32] bf16: a tile is 1 KiB in one piece, where rows of 2 KiB and more
 // would fall on the same few sets of the first cache level. Weights are read where they are packed for all levels:
@@ -12,6 +12,7 @@
 
 #include "vec.h"
 
+#define INLINE_METHOD inline __attribute__((always_inline))
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_K = 32;
 
@@ -91,14 +92,24 @@ INLINE void store_sums(float* c0, float* c1, float* c2, float* c3) {
   _tile_stored(3, c3, SUM_STRIDE);
 }
 
-// c [16][64] (+)= x, one tile of rows, times 64 columns of weights, `steps` times 32 inputs. FETCH: weights come from memory.
-template <bool FETCH>
-INLINE void multiply_16(const bf16* x, const bf16* w, int steps, float* c, bool first) {
+// Lines of memory that are asked for ahead of their use, `lines` a step, since the CPU's own prefetchers stop at each page.
+// With few rows they go to the first cache level, soon to be used; else to the second, where they do not push others out.
+template <bool SOON>
+struct Fetch {
+  const char* from;
+  int lines;
+  INLINE_METHOD void step() {
+    for (int i = 0; i < lines; i++) __builtin_prefetch(from + 64 * i, 0, SOON ? 3 : 2);
+    from += 64 * lines;
+  }
+};
+
+// c [16][64] (+)= x, one tile of rows, times 64 columns of weights, `steps` times 32 inputs.
+template <bool SOON>
+INLINE void multiply_16(const bf16* x, const bf16* w, int steps, float* c, bool first, Fetch<SOON> fetch) {
   load_sums(c, c + 16, c + 32, c + 48, first);
   for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K, w += 64 * TILE_K) {
-    // 4 KiB of weights a step, 8 KiB ahead: the CPU's own prefetchers stop at pages.
-    if (FETCH)
-      for (int i = 0; i < 64; i++) __builtin_prefetch((const char*)w + 8192 + 64 * i, 0, 3);
+    fetch.step();
     _tile_loadd(4, x, 64);
     _tile_loadd(6, w, PAIR_STRIDE);
     _tile_dpbf16ps(0, 4, 6);
@@ -113,10 +124,12 @@ INLINE void multiply_16(const bf16* x, const bf16* w, int steps, float* c, bool 
 }
 
 // The same for two tiles of rows and 32 of the columns: each tile that is loaded is used twice.
-INLINE void multiply_32(const bf16* x, size_t next_rows, const bf16* w, int steps, float* c, bool first) {
+INLINE void multiply_32(const bf16* x, size_t next_rows, const bf16* w, int steps, float* c, bool first,
+                        Fetch<false> fetch) {
   float* c2 = c + 16 * 64;
   load_sums(c, c + 16, c2, c2 + 16, first);
   for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K, w += 64 * TILE_K) {
+    fetch.step();
     _tile_loadd(6, w, PAIR_STRIDE);
     _tile_loadd(4, x, 64);
     _tile_dpbf16ps(0, 4, 6);

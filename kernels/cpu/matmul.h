@@ -6,11 +6,14 @@
 //   INT8  [panel][K/2][64][2] int8,   with scales [panel][K/group][64] float
 //   INT4  [panel][K/2][32] uint16, nibble c of word 2j+i is column 16c+j, element i; codes index 16 bf16 levels; scales
 // K is padded with zeros to a multiple of 64, N to whole panels. Quantized groups are decoded to bf16 pairs in the first
-// cache level, once for all rows. With AVX-512 BF16 activations are bf16 and a pair is one instruction; elsewhere they are
-// fp32 and weights are widened. Sums are fp32 over K in ascending order (for quantized ones, group by group), whatever the
-// number of rows.
+// cache level, once for all rows. With AMX or AVX-512 BF16 activations are bf16, and products are tiles (amx.h) or pairs;
+// elsewhere they are fp32 and weights are widened. Sums are fp32 over K in ascending order (for quantized ones, group by
+// group), whatever the number of rows.
 #pragma once
 
+#include <algorithm>
+
+#include "amx.h"
 #include "vec.h"
 
 enum Format { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
@@ -186,30 +189,54 @@ static void multiply_panel(const Panel& panel, const A* x, int rows, float* out)
 }
 
 #if NATIVE_AMX
-// out [padded rows][64], from rows that lie in tiles. Sums go on where they stopped: no block of K changes an order.
-constexpr int MAX_STEPS = 8;  // 32 KiB of weights, 16 of two tiles' rows: the first cache level
+constexpr int BLOCK_STEPS = 6;              // 24 KiB of weights and 12 of rows: both stay in the first cache level
+constexpr size_t ACT_LIMIT = 1024 * 1024;  // bytes of rows that may stay in the second
 
+// out [padded rows][64] (+)= rows times a block of a panel, while the block that comes next is fetched from memory, a few lines
+// in each step: memory does not wait for products, nor they for it.
+static void multiply_block(const bf16* x, size_t next_rows, int tiles, const bf16* w, int steps, float* out, bool first,
+                           const bf16* next) {
+  const int passes = tiles / 2 * 2 + tiles % 2, lines = (64 + passes - 1) / passes;
+  int pass = 0;
+  auto fetch = [&]() -> Fetch<false> {
+    const int start = std::min(pass++ * lines, 64);
+    return {(const char*)next + (size_t)start * steps * 64, std::min(lines, 64 - start)};
+  };
+  int t = 0;
+  for (; t + 2 <= tiles; t += 2)
+    for (int half = 0; half < 2; half++)
+      multiply_32(x + t * next_rows, next_rows, w + 64 * half, steps, out + t * TILE_ROWS * PANEL + 32 * half, first, fetch());
+  if (t < tiles) multiply_16(x + t * next_rows, w, steps, out + t * TILE_ROWS * PANEL, first, fetch());
+}
+
+// out [num][padded rows][64], from rows that lie in tiles. Sums go on where they stopped: no block of K changes an order.
 static void multiply_stored(const Panel* panels, int num, const bf16* x, int rows, float* out) {
-  const int kp = panels[0].matrix->kp, steps = kp / TILE_K, blocks = (steps + MAX_STEPS - 1) / MAX_STEPS;
-  const int tiles = pad_rows(rows) / TILE_ROWS;
+  const int kp = panels[0].matrix->kp, steps = kp / TILE_K, tiles = pad_rows(rows) / TILE_ROWS;
   const size_t next_rows = (size_t)kp * TILE_ROWS;
-  const int at_once = tiles == 1 ? steps : (steps + blocks - 1) / blocks;
-  for (int s = 0; s < steps; s += at_once)
-    for (int p = 0; p < num; p++) {
-      const int todo = std::min(at_once, steps - s);
-      const bf16* w = (const bf16*)panels[p].matrix->data + ((size_t)panels[p].idx * kp + s * TILE_K) * PANEL;
-      const bf16* from = x + (size_t)s * TILE_ROWS * TILE_K;
-      float* to = out + (size_t)p * tiles * TILE_ROWS * PANEL;
-      if (tiles == 1) {
-        multiply_16<true>(from, w, todo, to, s == 0);
-        continue;
-      }
-      int t = 0;
-      for (; t + 2 <= tiles; t += 2)
-        for (int half = 0; half < 2; half++)
-          multiply_32(from + t * next_rows, next_rows, w + 64 * half, todo, to + t * TILE_ROWS * PANEL + 32 * half, s == 0);
-      if (t < tiles) multiply_16<false>(from + t * next_rows, w, todo, to + t * TILE_ROWS * PANEL, s == 0);
-    }
+  auto weights = [&](int p, int s) {
+    return (const bf16*)panels[p].matrix->data + ((size_t)panels[p].idx * kp + s * TILE_K) * PANEL;
+  };
+  if (tiles == 1) {
+    for (int p = 0; p < num; p++)
+      multiply_16(x, weights(p, 0), steps, out + (size_t)p * TILE_ROWS * PANEL, true,
+                  Fetch<true>{(const char*)weights(p, 0) + 8192, 64});
+    return;
+  }
+  const int blocks = (steps + BLOCK_STEPS - 1) / BLOCK_STEPS, at_once = (steps + blocks - 1) / blocks;
+  // Rows that do not fit are taken in blocks of K, all panels for each.
+  const bool panel_by_panel = tiles * next_rows * sizeof(bf16) <= ACT_LIMIT;
+  for (int i = 0, p = 0, s = 0; i < num * blocks; i++) {
+    int next_p = p, next_s = s;
+    if (panel_by_panel) next_s += at_once;
+    else next_p++;
+    if (next_s >= steps) next_s = 0, next_p++;
+    if (next_p == num && !panel_by_panel) next_p = 0, next_s += at_once;
+    const bool is_last = i == num * blocks - 1;  // what follows in memory is the next task's, or soon will be
+    const bf16* next = is_last ? weights(num - 1, 0) + (size_t)kp * PANEL : weights(next_p, next_s);
+    multiply_block(x + (size_t)s * TILE_ROWS * TILE_K, next_rows, tiles, weights(p, s), std::min(at_once, steps - s),
+                   out + (size_t)p * tiles * TILE_ROWS * PANEL, s == 0, next);
+    p = next_p, s = next_s;
+  }
 }
 
 static void multiply_decoded(const Panel& panel, const bf16* x, int rows, float* out) {
@@ -221,7 +248,8 @@ static void multiply_decoded(const Panel& panel, const bf16* x, int rows, float*
     decode_group(m, panel.idx, g, decoded);
     const float* scale = group_scales(m, panel.idx, g);
     for (int row = 0; row < rows; row += TILE_ROWS) {
-      multiply_16<false>(x + (size_t)row * m.kp + (size_t)g * steps * TILE_ROWS * TILE_K, decoded, steps, part, true);
+      multiply_16(x + (size_t)row * m.kp + (size_t)g * steps * TILE_ROWS * TILE_K, decoded, steps, part, true,
+                  Fetch<true>{});
       for (int r = 0; r < std::min(TILE_ROWS, rows - row); r++)
         for (int c = 0; c < PANEL; c += 16) {
           float* sum = out + (row + r) * PANEL + c;
@@ -252,7 +280,7 @@ static void multiply_panels(const Panel* panels, int num, const A* x, int row, i
 // How many rows and panels a task has. Tiles want many: each row and weight is read from memory once for all of a task. Other
 // products are bound by arithmetic, and their results should stay in the first cache level.
 constexpr int MAX_ROWS = NATIVE_AMX ? 512 : 64;
-constexpr int MAX_PANELS = NATIVE_AMX ? 8 : 2;
+constexpr int MAX_PANELS = NATIVE_AMX ? 4 : 2;
 struct Blocks {
   int rows, panels;
 };
