@@ -1,26 +1,63 @@
 // Attention of ragged queries over the paged KV cache: prefill chunks, decodes and verifications alike.
 //
-// Keys are stored in tiles of 16 consecutive KV positions, transposed, so that 16 scores come from one pass over the
-// head's elements: fp32 [tile][Hkv][D][16], bf16 in pairs [tile][Hkv][D/2][16][2]. Values are [KV position][Hkv][D]. A
-// block is a multiple of 16 positions. Scores of a row are kept whole, then one softmax, then the sum over values in
-// ascending position: the result of a row does not depend on how rows were cut into steps.
+// Keys and values lie in tiles of 16 consecutive KV positions, [tile][Hkv][16 * D], so that a head's part is one piece: keys
+// transposed, fp32 [D][16] or bf16 in pairs of elements [D/2][16][2]; values fp32 [16][D] or bf16 in pairs of positions
+// [8][D][2]. A block is a multiple of 16 positions.
+//
+// A context is cut into splits of 256 positions. Of each a query has a largest score, the sum of its weights and their sum
+// of values, relative to that score; in ascending order they become one (merge). The cuts depend on positions alone, so
+// that the result of a query is the same bits whoever computes its splits: one thread or several, for one query or many.
 #pragma once
+
+#include <algorithm>
 
 #include "vec.h"
 
 constexpr int KEYS = 16;
-constexpr int QUERIES = 6;  // query vectors that share a pass over K and V
+constexpr int SPLIT = 256;
+constexpr int QUERIES = 64;  // query vectors of a task, which share a pass over keys and values
+constexpr int QUERY_TILE = 16;
 
-INLINE float* key_place(float* cache, int64_t kv_pos, int head, int num_heads, int dim, int d) {
-  return cache + (((kv_pos / KEYS) * num_heads + head) * dim + d) * KEYS + kv_pos % KEYS;
-}
-INLINE bf16* key_place(bf16* cache, int64_t kv_pos, int head, int num_heads, int dim, int d) {
-  return cache + ((((kv_pos / KEYS) * num_heads + head) * (dim / 2) + d / 2) * KEYS + kv_pos % KEYS) * 2 + d % 2;
-}
+// One KV head of one sequence. len: positions that are written.
+template <class T>
+struct Context {
+  const T *k, *v;
+  const int32_t* table;
+  int block_size, num_heads, head, dim, len, window;
+  float scale;
+
+  size_t tile(int position) const {
+    const size_t kv_pos = (size_t)table[position / block_size] * block_size + position % block_size;
+    return ((kv_pos / KEYS) * num_heads + head) * dim * KEYS;
+  }
+};
+
+// What splits give for up to QUERIES vectors, and what they become: largest scores, sums of weights, sums of values [n][dim].
+struct Partial {
+  float *top, *total, *out;
+
+  static size_t size(int n, int dim) { return (size_t)(n + QUERY_TILE - 1) / QUERY_TILE * QUERY_TILE * (dim + 2); }
+  static Partial at(float* place, int n, int dim) {
+    const int padded = (n + QUERY_TILE - 1) / QUERY_TILE * QUERY_TILE;
+    return {place, place + padded, place + 2 * padded};
+  }
+  Partial from(int vector, int dim) const { return {top + vector, total + vector, out + (size_t)vector * dim}; }
+};
 
 template <class T>
 INLINE void store_key(T* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* k) {
-  for (int d = 0; d < dim; d++) from_float(key_place(cache, kv_pos, head, num_heads, dim, d), k[d]);
+  T* tile = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS;
+  constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
+  for (int d = 0; d < dim; d++) from_float(tile + (d / PAIR * KEYS + kv_pos % KEYS) * PAIR + d % PAIR, k[d]);
+}
+
+INLINE void store_value(float* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* v) {
+  memcpy(cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS + kv_pos % KEYS * dim, v, 4 * dim);
+}
+// Another thread may write the other half of the pairs at the same time, so nothing but this half is touched.
+INLINE void store_value(bf16* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* v) {
+  bf16* pairs = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS + kv_pos % KEYS / 2 * 2 * dim + kv_pos % 2;
+  for (int d = 0; d < dim; d++) from_float(pairs + 2 * d, v[d]);
 }
 
 // Scores of NQ query vectors q [NQ][dim] with the 16 keys of a tile.
@@ -49,84 +86,161 @@ INLINE void tile_scores(const bf16* q, const bf16* tile, int dim, f32x16* out) {
   for (int i = 0; i < NQ; i++) out[i] = acc[i];
 }
 
-// out [NQ][dim] = sum over positions first..last of probs [NQ][stride] (from `first`) times values.
-template <int NQ, class T>
-INLINE void weigh_values(const T* cache, const int32_t* table, int block_size, int num_heads, int head, int dim, int first,
-                         int last, const float* probs, int stride, float* out) {
-  const size_t step = (size_t)num_heads * dim;
-  for (int d0 = 0; d0 < dim; d0 += 64) {
-    const int width = dim - d0 < 64 ? dim - d0 : 64;
-    f32x16 acc[NQ][4] = {};
-    for (int start = first; start <= last;) {
-      const int block = start / block_size, offset = start % block_size;
-      const int end = (block + 1) * block_size - 1 < last ? (block + 1) * block_size - 1 : last;
-      const T* v = cache + ((size_t)table[block] * block_size + offset) * step + (size_t)head * dim + d0;
-      for (int p = start; p <= end; p++, v += step) {
-        f32x16 value[4];
-        if (width == 64) {
-          for (int c = 0; c < 4; c++) value[c] = load(v + 16 * c);
-        } else {
-          for (int c = 0; c < 4; c++) value[c] = 16 * c < width ? load_n(v + 16 * c, width - 16 * c) : f32x16{};
-        }
-        for (int i = 0; i < NQ; i++) {
-          const float weight = probs[i * stride + p - first];
-          for (int c = 0; c < 4; c++) acc[i][c] = fma(weight, value[c], acc[i][c]);
-        }
-      }
-      start = end + 1;
-    }
-    for (int i = 0; i < NQ; i++)
-      for (int c = 0; 16 * c < width; c++) store_n(out + i * dim + d0 + 16 * c, acc[i][c], width - 16 * c);
+// The values of the tile at `position`, or, where some of them are not written yet, a copy with zeros there: what lies in
+// memory may be NaN, and no weight hides that.
+template <class T>
+INLINE const T* value_tile(const Context<T>& c, int position, T* copy) {
+  const T* tile = c.v + c.tile(position);
+  const int num = c.len - position, dim = c.dim;
+  if (num >= KEYS) return tile;
+  if (sizeof(T) == 4) {
+    std::copy(tile, tile + num * dim, copy);
+    std::fill(copy + num * dim, copy + KEYS * dim, T(0));
+  } else {
+    std::copy(tile, tile + (num + 1) / 2 * 2 * dim, copy);
+    std::fill(copy + (num + 1) / 2 * 2 * dim, copy + KEYS * dim, T(0));
+    if (num % 2)
+      for (int d = 0; d < dim; d++) copy[num / 2 * 2 * dim + 2 * d + 1] = T(0);
   }
+  return copy;
 }
 
-// NQ query vectors of one sequence and one KV head; vector i stands at position positions[i] (ascending).
-// scores: room for NQ * (positions[NQ - 1] + 33) floats. out [NQ][dim].
+// acc [NQ][4] += weights [NQ][SPLIT], of 16 positions, times 64 columns of a tile of values.
+template <int NQ>
+INLINE void weigh_tile(const float* tile, int dim, int width, const float* weights, f32x16 (&acc)[NQ][4]) {
+  for (int p = 0; p < KEYS; p++, tile += dim) {
+    f32x16 value[4];
+    for (int c = 0; c < 4; c++)
+      value[c] = width == 64 ? load(tile + 16 * c) : 16 * c < width ? load_n(tile + 16 * c, width - 16 * c) : f32x16{};
+    for (int i = 0; i < NQ; i++)
+      for (int c = 0; c < 4; c++) acc[i][c] = fma(weights[i * SPLIT + p], value[c], acc[i][c]);
+  }
+}
+template <int NQ>
+INLINE void weigh_tile(const bf16* tile, int dim, int width, const bf16* weights, f32x16 (&acc)[NQ][4]) {
+#if NATIVE_BF16
+  __mmask16 columns[4];
+  for (int c = 0; c < 4; c++) columns[c] = 16 * c + 16 <= width ? 0xffff : 16 * c < width ? (1 << (width - 16 * c)) - 1 : 0;
+  for (int p = 0; p < KEYS; p += 2, tile += 2 * dim) {
+    __m512bh value[4];
+    for (int c = 0; c < 4; c++) value[c] = (__m512bh)_mm512_maskz_loadu_epi32(columns[c], tile + 32 * c);
+    for (int i = 0; i < NQ; i++) {
+      int32_t pair;
+      memcpy(&pair, weights + i * SPLIT + p, 4);
+      for (int c = 0; c < 4; c++)
+        acc[i][c] = (f32x16)_mm512_dpbf16_ps((__m512)acc[i][c], (__m512bh)_mm512_set1_epi32(pair), value[c]);
+    }
+  }
+#endif
+}
+
+// NQ vectors q [NQ][dim] at ascending positions over positions begin..end of one split; begin is a multiple of 16, end is
+// not included and may stand behind those that a vector sees. scores: room for NQ * SPLIT floats.
 template <int NQ, class T>
-static void attend(const T* q, const T* k_cache, const T* v_cache, const int32_t* table, int block_size, int num_heads,
-                   int head, int dim, const int* positions, int window, float scale, float* scores, float* out) {
-  const int last = positions[NQ - 1];
-  const int oldest = window && positions[0] - window + 1 > 0 ? positions[0] - window + 1 : 0;
-  const int first = oldest / KEYS * KEYS;
-  const int stride = (last - first) / KEYS * KEYS + KEYS;
+static void attend_split(const Context<T>& c, const T* q, const int* positions, int begin, int end, float* scores,
+                         Partial to) {
   f32x16 best[NQ];
   for (int i = 0; i < NQ; i++) best[i] = splat(-INFINITY);
-  for (int p = first; p <= last; p += KEYS) {
-    const int64_t kv_pos = (int64_t)table[p / block_size] * block_size + p % block_size;
+  for (int p = begin; p < end; p += KEYS) {
     f32x16 tile[NQ];
-    tile_scores<NQ>(q, k_cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS, dim, tile);
+    tile_scores<NQ>(q, c.k + c.tile(p), c.dim, tile);
     for (int i = 0; i < NQ; i++) {
       i32x16 key = lanes() + p;
       i32x16 seen = key <= positions[i];
-      if (window) seen &= key > positions[i] - window;
-      f32x16 score = select(seen, tile[i] * scale, splat(-INFINITY));
+      if (c.window) seen &= key > positions[i] - c.window;
+      f32x16 score = select(seen, tile[i] * c.scale, splat(-INFINITY));
       best[i] = vmax(best[i], score);
-      store(scores + i * stride + p - first, score);
+      store(scores + i * SPLIT + p - begin, score);
     }
   }
+  T* weights = (T*)scores;  // bf16 ones overwrite scores that have been read
   for (int i = 0; i < NQ; i++) {
     const float top = max_lane(best[i]);
     f32x16 total = {};
-    for (int p = 0; p < stride; p += KEYS) {
-      f32x16 score = load(scores + i * stride + p);
+    for (int p = 0; p < end - begin; p += KEYS) {
+      f32x16 score = load(scores + i * SPLIT + p);
       f32x16 weight = select(score == splat(-INFINITY), splat(0.0f), vexp(score - top));
       total += weight;
-      store(scores + i * stride + p, weight);
+      store(weights + i * SPLIT + p, weight);
     }
-    const f32x16 scaled = splat(1.0f / sum(total));
-    for (int p = 0; p < stride; p += KEYS) store(scores + i * stride + p, load(scores + i * stride + p) * scaled);
+    to.top[i] = top, to.total[i] = sum(total);
   }
-  weigh_values<NQ>(v_cache, table, block_size, num_heads, head, dim, first, last, scores, stride, out);
+  alignas(64) T copy[KEYS * 256];
+  for (int d = 0; d < c.dim; d += 64) {
+    const int width = std::min(64, c.dim - d);
+    f32x16 acc[NQ][4] = {};
+    for (int p = begin; p < end; p += KEYS)
+      weigh_tile<NQ>(value_tile(c, p, copy) + (sizeof(T) == 2 ? 2 * d : d), c.dim, width, weights + p - begin, acc);
+    for (int i = 0; i < NQ; i++)
+      for (int col = 0; 16 * col < width; col++) store_n(to.out + i * c.dim + d + 16 * col, acc[i][col], width - 16 * col);
+  }
 }
 
+// `sum` of n vectors and the split behind it become one.
+INLINE void merge(int n, int dim, Partial sum, Partial split) {
+  for (int start = 0; start < n; start += 16) {
+    const int num = std::min(16, n - start);
+    const f32x16 none = splat(-INFINITY), old_top = load_n(sum.top + start, num), top = load_n(split.top + start, num);
+    const f32x16 both = vmax(old_top, top);
+    float keep[16], add[16];
+    store(keep, select(old_top == none, splat(0.0f), vexp(old_top - both)));
+    store(add, select(top == none, splat(0.0f), vexp(top - both)));
+    store_n(sum.top + start, both, num);
+    store_n(sum.total + start, fma(load_n(split.total + start, num), load(add), load_n(sum.total + start, num) * load(keep)),
+            num);
+    for (int i = 0; i < num; i++) {
+      float *out = sum.out + (size_t)(start + i) * dim, *from = split.out + (size_t)(start + i) * dim;
+      for (int d = 0; d < dim; d += 16)
+        store_n(out + d, fma(add[i], load_n(from + d, dim - d), load_n(out + d, dim - d) * keep[i]), dim - d);
+    }
+  }
+}
+INLINE void clear(int n, int dim, Partial sum) {
+  std::fill(sum.top, sum.top + n, -INFINITY);
+  std::fill(sum.total, sum.total + n, 0.0f);
+  std::fill(sum.out, sum.out + (size_t)n * dim, 0.0f);
+}
+
+#include "attention_amx.h"
+
+constexpr int QUERIES_AT_ONCE = 6;
+
+// How many vectors share the instructions of one pass.
 template <class T>
-static void attend_any(int num, const T* q, const T* k_cache, const T* v_cache, const int32_t* table, int block_size,
-                       int num_heads, int head, int dim, const int* positions, int window, float scale, float* scores,
-                       float* out) {
-#define CASE(N)                                                                                                     \
-  case N:                                                                                                           \
-    return attend<N>(q, k_cache, v_cache, table, block_size, num_heads, head, dim, positions, window, scale, scores, \
-                     out);
-  switch (num) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+INLINE int vectors_at_once(int dim) {
+  return in_tiles<T>(dim) ? QUERY_TILE : QUERIES_AT_ONCE;
+}
+
+// The first position of a split, or the first tile of it, that a vector at `position` sees.
+template <class T>
+INLINE int first_seen(const Context<T>& c, int position) {
+  return c.window && position >= c.window ? (position - c.window + 1) / KEYS * KEYS : 0;
+}
+
+// n vectors q [n][dim], padded to whole tiles, at ascending positions, over one split. scores: room for 16 * SPLIT floats.
+template <class T>
+static void attend_split_any(const Context<T>& c, int n, const T* q, const int* positions, int split, float* scores,
+                             Partial to) {
+  const int at_once = vectors_at_once<T>(c.dim);
+  for (int i = 0; i < n; i += at_once) {
+    const int num = std::min(at_once, n - i);
+    const int begin = std::max(split * SPLIT, first_seen(c, positions[i]));
+    const int end = std::min(split * SPLIT + SPLIT, positions[i + num - 1] + 1);
+    const Partial part = to.from(i, c.dim);
+    if (begin >= end) {
+      clear(num, c.dim, part);
+      continue;
+    }
+    if constexpr (MAY_USE_TILES<T>)
+      if (in_tiles<T>(c.dim)) {
+        attend_split_in_tiles(c, num, q + (size_t)i * c.dim, positions + i, begin, end, scores, part);
+        continue;
+      }
+#define CASE(N)                                                                                       \
+  case N:                                                                                             \
+    attend_split<N>(c, q + (size_t)i * c.dim, positions + i, begin, end, scores, part);               \
+    break;
+    switch (num) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
+  }
 }

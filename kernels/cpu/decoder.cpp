@@ -5,6 +5,7 @@
 // specserve/compute/torch/decoder.py, whose torch code is the reference. Invariant: the result of a row is a function of the row,
 // its context and its adapter, bit for bit, whatever else is in the step; hence drafts cannot change a token.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdlib>
@@ -67,18 +68,23 @@ struct Buffer {
 };
 
 struct Engine {
-  explicit Engine(int num_threads) : team(num_threads), scores(num_threads), products(num_threads) {}
+  explicit Engine(int num_threads) : team(num_threads), attention(num_threads), products(num_threads) {}
   Team team;
   Buffer act, act2, qkv, rotated, h, y;
-  std::vector<Buffer> scores, products;
+  std::vector<Buffer> attention, products;
+  Buffer partials;
+  std::vector<std::atomic<int>> splits_left;
 
   void make_room(int num_rows) {
     for (auto& buffer : products) buffer.get<float>((size_t)MAX_PANELS * std::min(MAX_ROWS, pad_rows(num_rows)) * PANEL);
   }
 };
 
+// Queries of one KV head, over all splits or one of them.
 struct AttentionTask {
   int32_t seq, head, first_row, num_rows, first_group, num_groups;
+  int32_t split = -1, num_splits = 0, counter = 0;
+  size_t partials = 0;  // where those of its splits are
 };
 
 // Runs fn(first panel, panels, first row, rows) over all blocks of at most `most` panels, and waits for all.
@@ -111,20 +117,7 @@ class Forward {
     y = e.y.get<float>(rows * m.hidden_size);
     h_stride = 3 * s.max_rank;
     h = e.h.get<float>(rows * h_stride + 1);
-    int longest = 0;
-    const int group = m.num_heads / m.num_kv_heads;
-    const int groups_at_once = std::min(group, QUERIES), rows_at_once = std::max(1, QUERIES / group);
-    for (int i = 0; i < s.num_seqs; i++) {
-      const int n = s.cu_query_lens[i + 1] - s.cu_query_lens[i];
-      longest = std::max(longest, s.context_lens[i]);
-      for (int row = n; row > 0; row -= rows_at_once) {  // longest contexts first
-        const int num = std::min(rows_at_once, row);
-        for (int head = 0; head < m.num_kv_heads; head++)
-          for (int g = 0; g < group; g += groups_at_once)
-            tasks.push_back({i, head, row - num, num, g, std::min(groups_at_once, group - g)});
-      }
-    }
-    for (auto& buffer : e.scores) buffer.get<float>((size_t)QUERIES * (longest + 64));
+    plan_attention();
   }
 
   void operator()(int thread) {
@@ -298,67 +291,122 @@ class Forward {
 
   void rotate(float* x, const float* cos, const float* sin) {
     const int half = m.head_dim / 2;
-    for (int i = 0; i < half; i++) {
-      const float a = x[i], b = x[i + half], c = cos[i], sn = sin[i + half];
-      x[i] = a * c - b * sn;
-      x[i + half] = b * c + a * sn;
+    for (int i = 0; i < half; i += 16) {
+      const int n = half - i;
+      const f32x16 a = load_n(x + i, n), b = load_n(x + i + half, n), c = load_n(cos + i, n), sn = load_n(sin + i + half, n);
+      store_n(x + i, a * c - b * sn, n);
+      store_n(x + i + half, b * c + a * sn, n);
     }
   }
 
   void rotate_rows(const Layer& layer) {
     const int dim = m.head_dim, width = q_size + 2 * kv_size;
-    for (int t; (t = e.team.next(T)) >= 0;) {
-      float* row = qkv + (size_t)t * width;
-      const float *cos = s.cos[layer.rope] + (size_t)t * dim, *sin = s.sin[layer.rope] + (size_t)t * dim;
-      for (int head = 0; head < m.num_heads; head++) {
-        float* q = row + head * dim;
-        if (layer.q_norm) head_norm(q, layer.q_norm);
-        rotate(q, cos, sin);
-        A* out = rotated + (size_t)t * q_size + head * dim;
-        for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(q + c, dim - c), dim - c);
+    // Rows that follow each other share the lines of a tile of keys.
+    const int at_once = std::clamp(T / (4 * e.team.size()), 1, KEYS);
+    for (int i; (i = e.team.next((T + at_once - 1) / at_once)) >= 0;)
+      for (int t = i * at_once; t < std::min(T, (i + 1) * at_once); t++) {
+        float* row = qkv + (size_t)t * width;
+        const float *cos = s.cos[layer.rope] + (size_t)t * dim, *sin = s.sin[layer.rope] + (size_t)t * dim;
+        for (int head = 0; head < m.num_heads; head++) {
+          float* q = row + head * dim;
+          if (layer.q_norm) head_norm(q, layer.q_norm);
+          rotate(q, cos, sin);
+          A* out = rotated + (size_t)t * q_size + head * dim;
+          for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(q + c, dim - c), dim - c);
+        }
+        for (int head = 0; head < m.num_kv_heads; head++) {
+          float* k = row + q_size + head * dim;
+          if (layer.k_norm) head_norm(k, layer.k_norm);
+          rotate(k, cos, sin);
+          store_key((A*)layer.k_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, k);
+          store_value((A*)layer.v_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, row + q_size + kv_size + head * dim);
+        }
       }
-      for (int head = 0; head < m.num_kv_heads; head++) {
-        float* k = row + q_size + head * dim;
-        if (layer.k_norm) head_norm(k, layer.k_norm);
-        rotate(k, cos, sin);
-        store_key((A*)layer.k_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, k);
-        const float* v = row + q_size + kv_size + head * dim;
-        A* out = (A*)layer.v_cache + ((size_t)s.slot_mapping[t] * m.num_kv_heads + head) * dim;
-        for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(v + c, dim - c), dim - c);
-      }
-    }
     e.team.barrier();
   }
 
-  void attend_rows(const Layer& layer, int thread) {
-    const int dim = m.head_dim, group = m.num_heads / m.num_kv_heads, kp = layer.modules[O].kp;
-    for (int i; (i = e.team.next((int)tasks.size())) >= 0;) {
-      const AttentionTask& task = tasks[i];
-      const int row = s.cu_query_lens[task.seq] + task.first_row;
-      const int first_position = s.context_lens[task.seq] - (s.cu_query_lens[task.seq + 1] - row);
-      alignas(64) A queries[QUERIES * 256];
-      alignas(64) float out[QUERIES * 256];
-      int positions[QUERIES], num = 0;
-      for (int r = 0; r < task.num_rows; r++)
-        for (int g = 0; g < task.num_groups; g++, num++) {
-          const int head = task.head * group + task.first_group + g;
-          memcpy(queries + num * dim, rotated + (size_t)(row + r) * q_size + head * dim, sizeof(A) * dim);
-          positions[num] = first_position + r;
-        }
-      attend_any(num, queries, (const A*)layer.k_cache, (const A*)layer.v_cache,
-                 s.block_tables + (size_t)task.seq * s.table_width, s.block_size, m.num_kv_heads, task.head, dim, positions,
-                 layer.window, m.attention_scale, (float*)e.scores[thread].data, out);
-      num = 0;
-      for (int r = 0; r < task.num_rows; r++)
-        for (int g = 0; g < task.num_groups; g++, num++) {
-          const int column = (task.head * group + task.first_group + g) * dim;
-          for (int c = 0; c < dim; c += 16)
-            store_act(act2, kp, row + r, column + c, load_n(out + num * dim + c, dim - c), dim - c);
-        }
-      if (task.head == 0 && task.first_group == 0)
-        for (int r = 0; r < task.num_rows; r++) clear(act2, kp, row + r, q_size);
+  // Tasks of all layers, those over the longest contexts first. Where a head's queries are few, its splits are tasks, so that
+  // one sequence's context is read by all threads.
+  void plan_attention() {
+    const int group = m.num_heads / m.num_kv_heads;
+    const int groups_at_once = std::min(group, QUERIES), rows_at_once = std::max(1, QUERIES / group);
+    size_t partials = 0;
+    int counters = 0;
+    for (int i = 0; i < s.num_seqs; i++) {
+      const int n = s.cu_query_lens[i + 1] - s.cu_query_lens[i], num_splits = (s.context_lens[i] + SPLIT - 1) / SPLIT;
+      for (int row = n; row > 0; row -= rows_at_once) {
+        const int num = std::min(rows_at_once, row);
+        for (int head = 0; head < m.num_kv_heads; head++)
+          for (int g = 0; g < group; g += groups_at_once) {
+            AttentionTask task{i, head, row - num, num, g, std::min(groups_at_once, group - g)};
+            if (n > rows_at_once || num_splits == 1) {
+              tasks.push_back(task);
+              continue;
+            }
+            task.counter = counters++, task.partials = partials, task.num_splits = num_splits;
+            partials += num_splits * Partial::size(num * task.num_groups, m.head_dim);
+            for (task.split = 0; task.split < num_splits; task.split++) tasks.push_back(task);
+          }
+      }
     }
+    e.partials.get<float>(partials);
+    if ((int)e.splits_left.size() < counters) e.splits_left = std::vector<std::atomic<int>>(counters);
+    for (const AttentionTask& task : tasks)
+      if (task.split == 0) e.splits_left[task.counter] = task.num_splits;
+    for (auto& buffer : e.attention) buffer.get<float>(QUERY_TILE * SPLIT + 3 * Partial::size(QUERIES, m.head_dim));
+  }
+
+  void attend_rows(const Layer& layer, int thread) {
+    AttentionTiles tiles;
+    for (int i; (i = e.team.next((int)tasks.size())) >= 0;) attend(layer, tasks[i], (float*)e.attention[thread].data);
     e.team.barrier();
+  }
+
+  void attend(const Layer& layer, const AttentionTask& task, float* scratch) {
+    const int dim = m.head_dim, group = m.num_heads / m.num_kv_heads, num = task.num_rows * task.num_groups;
+    const int row = s.cu_query_lens[task.seq] + task.first_row;
+    const int first_position = s.context_lens[task.seq] - (s.cu_query_lens[task.seq + 1] - row);
+    float* scores = scratch;
+    Partial sum = Partial::at(scores + QUERY_TILE * SPLIT, num, dim);
+    Partial part = Partial::at(scores + QUERY_TILE * SPLIT + Partial::size(QUERIES, dim), num, dim);
+    A* queries = (A*)(scores + QUERY_TILE * SPLIT + 2 * Partial::size(QUERIES, dim));
+    int positions[QUERIES];
+    for (int r = 0, v = 0; r < task.num_rows; r++)
+      for (int g = 0; g < task.num_groups; g++, v++) {
+        const int head = task.head * group + task.first_group + g;
+        memcpy(queries + v * dim, rotated + (size_t)(row + r) * q_size + head * dim, sizeof(A) * dim);
+        positions[v] = first_position + r;
+      }
+    const Context<A> context{(const A*)layer.k_cache, (const A*)layer.v_cache,
+                             s.block_tables + (size_t)task.seq * s.table_width, s.block_size, m.num_kv_heads, task.head, dim,
+                             s.context_lens[task.seq], layer.window, m.attention_scale};
+    const int first_split = first_seen(context, positions[0]) / SPLIT, last_split = positions[num - 1] / SPLIT;
+    if (task.split >= 0) {
+      const size_t size = Partial::size(num, dim);
+      float* partials = (float*)e.partials.data + task.partials;
+      attend_split_any(context, num, queries, positions, task.split, scores, Partial::at(partials + task.split * size, num, dim));
+      // Who computes the last of the splits adds all of them.
+      if (e.splits_left[task.counter].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+      e.splits_left[task.counter].store(task.num_splits, std::memory_order_relaxed);  // for the next layer
+      clear(num, dim, sum);
+      for (int i = first_split; i <= last_split; i++) merge(num, dim, sum, Partial::at(partials + i * size, num, dim));
+    } else {
+      clear(num, dim, sum);
+      for (int i = first_split; i <= last_split; i++) {
+        attend_split_any(context, num, queries, positions, i, scores, part);
+        merge(num, dim, sum, part);
+      }
+    }
+    const int kp = layer.modules[O].kp;
+    for (int r = 0, v = 0; r < task.num_rows; r++)
+      for (int g = 0; g < task.num_groups; g++, v++) {
+        const int column = (task.head * group + task.first_group + g) * dim;
+        const float scale = 1.0f / sum.total[v];
+        for (int c = 0; c < dim; c += 16)
+          store_act(act2, kp, row + r, column + c, load_n(sum.out + v * dim + c, dim - c) * scale, dim - c);
+      }
+    if (task.head == 0 && task.first_group == 0)
+      for (int r = 0; r < task.num_rows; r++) clear(act2, kp, row + r, q_size);
   }
 
   // x += module(act2), normed first where the architecture does so.

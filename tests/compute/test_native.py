@@ -44,19 +44,6 @@ def random_tokens(num: int, seed: int) -> list[int]:
     return torch.randint(320, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# On x86 the generic level takes longer to build and run than all others, and nobody has it who can run these tests.
-RARE = {"generic": [pytest.mark.slow] if LEVELS[-2].missing() is None else []}
-
-
-@pytest.fixture(scope="module", params=[pytest.param(level, id=level.name, marks=RARE.get(level.name, []))
-                                        for level in LEVELS])  # fmt: skip
-def library(request):
-    reason = request.param.missing()
-    if reason:
-        pytest.skip(reason)
-    return load_library(request.param.name)
-
-
 def multiply(team, matrix, x: torch.Tensor, is_bf16: bool) -> torch.Tensor:
     y = torch.full((x.shape[0], matrix.num_panels * native.PANEL), float("nan"))
     team.linear(matrix.struct(), is_bf16, x.data_ptr(), x.shape[0], y.data_ptr())
