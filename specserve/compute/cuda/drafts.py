@@ -42,17 +42,14 @@ _MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A launch that is under way, by its sequences, [S] each."""
+    """A launch for some of a step's groups, by its sequences, [S] each."""
 
-    groups: np.ndarray  # which of the step's groups they are
+    step: Seq[RowGroup]  # all of the step's
+    groups: np.ndarray  # which of them they are
     seats: np.ndarray
     rows: np.ndarray  # of the table of chains
     row_owners: np.ndarray
     lens: np.ndarray  # tokens, before those that the step gives
-
-    @classmethod
-    def nothing(cls) -> _Launched:
-        return cls(*[np.zeros(0, np.int64)] * 5)
 
 
 class DeviceDrafts:
@@ -91,7 +88,7 @@ class DeviceDrafts:
         self._seated = SeatedChains(self._chains, parts.seats)
         self._sizes = (*(size for size in _SIZES if size < num_seats), num_seats)
         self._groups: list[RowGroup] = []  # of the launch that is under way
-        self._launched = _Launched.nothing()
+        self._launched: _Launched | None = None
         self._is_off = False
         self._longest = longest  # draft lately, decaying
         self._num_guesses = 0
@@ -116,7 +113,7 @@ class DeviceDrafts:
                 self._queue(size, num_guesses)
 
     def prepare(self, items: Seq[ScheduledSequence], seats: np.ndarray, ends: np.ndarray) -> None:
-        """Bring sequences that will draft to their seats; before the step is queued, which reads them.
+        """Bring sequences that will draft to their seats, behind the layers and before the heads, which read them.
 
         `ends` [S] is the position behind each item's rows, without its drafts.
         """
@@ -125,9 +122,10 @@ class DeviceDrafts:
         with self._or_off():
             rows = self._seated.rows([item.seq for item in items], seats)
             new = self._chains.wanted[rows] & ~self._seats.holds(seats, ends)
-            found = [(items[idx], int(seats[idx]), self._chains.heads[rows[idx]]) for idx in np.flatnonzero(new)]
             self._seats.take(
-                (item.seq, seat, head) for item, seat, head in found if item.reaches_end and head is not None
+                (items[idx].seq, int(seats[idx]), head)
+                for idx in np.flatnonzero(new).tolist()
+                if items[idx].reaches_end and (head := self._chains.heads[rows[idx]]) is not None
             )
 
     def launch(self, groups: Seq[RowGroup]) -> None:
@@ -159,7 +157,7 @@ class DeviceDrafts:
             return
         found = found[np.argsort(self._seats.head_ids(seats[found]), kind="stable")]  # equal heads are neighbours
         seats, rows = seats[found], rows[found]
-        self._launched = _Launched(found, seats, rows, chains.owners[rows], lens[found])
+        self._launched = _Launched(groups, found, seats, rows, chains.owners[rows], lens[found])
         self._groups = [groups[idx] for idx in found.tolist()]
         nums = [len(group.drafts) for group in self._groups]
         self._longest = max(self._longest - 1, *nums)
@@ -170,20 +168,17 @@ class DeviceDrafts:
         self._queue(size, self._num_guesses)
         self._host.copy_(self._heads.results, non_blocking=True)
 
-    @property
-    def is_drafting(self) -> bool:
-        """Whether a launch is under way whose chains are to be collected."""
-        return bool(self._groups)
+    def collect(self, groups: Seq[RowGroup], kept: Seq[Seq[int]]) -> None:
+        """Hand out the chains that were made for the step of these groups, once the device is done.
 
-    def collect(self, num_kept: np.ndarray) -> None:
-        """Hand out the chains, once the device is done; `num_kept` are the tokens that each group of the launch keeps.
-
-        One that keeps none has failed and needs no chain.
+        `kept` are the tokens that each group keeps; one that keeps none has failed and needs no chain.
         """
         launched, num, num_guesses = self._launched, len(self._groups), self._num_guesses
-        kept = num_kept[launched.groups]
-        goes_on = (kept > 0) & (self._chains.owners[launched.rows] == launched.row_owners)  # else aborted meanwhile
-        lens = np.where(goes_on, launched.lens + kept, -1)
+        if not num or launched is None or launched.step is not groups:  # else it is of a step that is queued ahead
+            return
+        num_kept = np.array([*map(len, kept)])[launched.groups]
+        goes_on = (num_kept > 0) & (self._chains.owners[launched.rows] == launched.row_owners)  # else aborted meanwhile
+        lens = np.where(goes_on, launched.lens + num_kept, -1)
         self._seats.followed(launched.seats, lens)
         guesses, probabilities = self._host[0].numpy(), self._host[1].view(torch.float32).numpy()
         self._chains.set(launched.rows, guesses[:num, :num_guesses], probabilities[:num, :num_guesses], lens)

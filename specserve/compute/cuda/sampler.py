@@ -44,8 +44,7 @@ class DeviceSampler(Sampler):
 
     def collect(self, pending: PendingSample) -> list[list[int]]:
         kept = super().collect(pending)
-        if self.drafts.is_drafting:
-            self.drafts.collect(np.array([*map(len, kept)]))
+        self.drafts.collect(pending.groups, kept)
         return kept
 
     @torch.inference_mode()
