@@ -75,13 +75,14 @@ class SeatedSequence:
     has_prompt: bool = False
 
 
-Write = Callable[[torch.Tensor, np.ndarray, np.ndarray], None]
+Write = Callable[[Sequence[tuple[torch.Tensor, np.ndarray, np.ndarray]]], None]
 
 
-def write_now(table: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
-    """table.view(-1)[index] = values, int64 and int32; what waits for the device to copy from ordinary memory."""
-    device = table.device
-    table.view(-1).index_copy_(0, torch.from_numpy(index).to(device), torch.from_numpy(values).to(device))
+def write_now(writes: Sequence[tuple[torch.Tensor, np.ndarray, np.ndarray]]) -> None:
+    """table.view(-1)[index] = values of each, int64 and int32; waits for the device to copy from ordinary memory."""
+    for table, index, values in writes:
+        device = table.device
+        table.view(-1).index_copy_(0, torch.from_numpy(index).to(device), torch.from_numpy(values).to(device))
 
 
 class DeviceHeads:
@@ -163,7 +164,7 @@ class DeviceHeads:
     def add_sequences(self, sequences: Sequence[SeatedSequence], write: Write = write_now) -> list[bool]:
         """They take their places; False for one whose prompt is too long, so that it goes without its head.
 
-        `write` brings entries to a table on the device, before the next launch.
+        `write` brings entries to tables on the device, before the next launch.
         """
         pool, index, values = self._pool, [], []
         seats, positions, new_seats, lens = [], [], [], []
@@ -182,13 +183,14 @@ class DeviceHeads:
                 values.append(np.stack([tokens, self._local_of[self._id_of[id(one.head)]][tokens]]))
                 new_seats.append(one.seat)
                 lens.append(len(tokens))
+        writes = []
         if index:
             places, both = np.concatenate(index), np.concatenate(values, axis=1)
-            write(pool.lens, np.array(new_seats), np.array(lens, np.int32))
-            write(pool.tokens, places, both[0])
-            write(pool.local, places, both[1])
+            writes.append((pool.lens, np.array(new_seats), np.array(lens, np.int32)))
+            writes += [(pool.tokens, places, both[0]), (pool.local, places, both[1])]
         if seats:
-            write(pool.positions, np.array(seats), np.array(positions, np.int32))
+            writes.append((pool.positions, np.array(seats), np.array(positions, np.int32)))
+        write(writes)
         return fits
 
     def launch(self, rows: LoopRows, hidden: torch.Tensor, tapped: torch.Tensor, num_guesses: int) -> None:

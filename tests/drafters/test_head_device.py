@@ -147,7 +147,9 @@ def test_a_sequence_that_comes_back_stands_behind_its_output():
     assert heads._pool.positions.tolist() == [0, 0, 4]
     written = []
     came_back = SeatedSequence(2, prompt, head, [6, 300, 8, 9], has_prompt=True)
-    heads.add_sequences([came_back], lambda table, index, values: written.append((index.tolist(), values.tolist())))
+    heads.add_sequences(
+        [came_back], lambda writes: written.extend((idx.tolist(), new.tolist()) for _, idx, new in writes)
+    )
     assert written == [([2], [5])]  # its place in the prompt, and no more
 
 

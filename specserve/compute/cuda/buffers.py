@@ -9,7 +9,7 @@ the one before it still waits for the device. Each is handed out for writing onl
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,24 +120,45 @@ class Page:
 
 
 class Writer:
-    """Writes entries of tables on the device, in stream order, without waiting for what is queued."""
+    """Writes entries of tables on the device, in stream order, behind one copy of up to 65,536 of them.
 
-    _MOST = 1 << 14  # entries of one copy
+    The next but one copy waits until that one is done.
+    """
+
+    _MOST = 1 << 16
 
     def __init__(self, device: torch.device):
         self._page = Page(_entries(self._MOST).num_bytes, device)
 
-    def __call__(self, table: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
-        """table.view(-1)[index] = values; `table` is int32 and contiguous, `index` int64, no place twice."""
-        flat = table.view(-1)
-        for start in range(0, len(index), self._MOST):
-            some = index[start : start + self._MOST]
-            layout = _entries(max(16, 1 << (len(some) - 1).bit_length()))
-            host = self._page.host(layout)
-            host["index"][: len(some)], host["value"][: len(some)] = some, values[start : start + self._MOST]
-            self._page.upload(layout)
-            fields = self._page.device(layout)
-            flat.index_copy_(0, fields["index"][: len(some)], fields["value"][: len(some)])
+    def __call__(self, writes: Iterable[tuple[torch.Tensor, np.ndarray, np.ndarray]]) -> None:
+        """table.view(-1)[index] = values, of each; tables are int32 and contiguous, `index` int64, no place twice."""
+        waiting: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
+        room = self._MOST
+        for table, index, values in writes:
+            start = 0
+            while start < len(index):
+                if not room:
+                    self._write(waiting)
+                    waiting, room = [], self._MOST
+                some = slice(start, start + room)
+                waiting.append((table.view(-1), index[some], values[some]))
+                start, room = start + room, room - len(waiting[-1][1])
+        if waiting:
+            self._write(waiting)
+
+    def _write(self, writes: list[tuple[torch.Tensor, np.ndarray, np.ndarray]]) -> None:
+        num = sum(len(index) for _, index, _ in writes)
+        layout = _entries(max(16, 1 << (num - 1).bit_length()))
+        host, fields, start = self._page.host(layout), self._page.device(layout), 0
+        for _, index, values in writes:
+            host["index"][start : start + len(index)], host["value"][start : start + len(index)] = index, values
+            start += len(index)
+        self._page.upload(layout)
+        start = 0
+        for flat, index, _ in writes:
+            own = slice(start, start + len(index))
+            flat.index_copy_(0, fields["index"][own], fields["value"][own])
+            start += len(index)
 
 
 @functools.cache

@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 class DeviceRunner:
     """Runs one forward over whatever was scheduled, within the limits that `parts` were made for.
 
-    `on_seated` gets a step's items, their seats and the positions behind their rows before the step is queued: it may
-    wait for copies to the device.
+    `on_seated` gets a step's items, their seats and the positions behind their rows when its layers are queued.
     """
 
     def __init__(
@@ -49,8 +48,9 @@ class DeviceRunner:
         num_rows = sum(counts)
         assert num_rows <= self._parts.max_rows, (num_rows, self._parts.max_rows)
         bucket = self._parts.layers.bucket_of(num_rows, max(counts), len(active))
-        self._upload(items, counts, slots, bucket)
+        seats, ends = self._upload(items, counts, slots, bucket)
         self._parts.layers.queue(bucket)
+        self._on_seated(items, seats, ends)
         needed = LogitsRows(items, counts)  # while the layers run
         if not needed.rows:  # nothing but unfinished prefill chunks
             logits, hidden = self._parts.logits.nothing
@@ -75,11 +75,13 @@ class DeviceRunner:
             graphs.capture_bytes / 2**20,
         )
 
-    def _upload(self, items: Seq[ScheduledSequence], counts: Seq[int], slots: Seq[int], bucket: Bucket) -> None:
-        """Bring the rows of `items`, their seats and their blocks to the device."""
+    def _upload(
+        self, items: Seq[ScheduledSequence], counts: Seq[int], slots: Seq[int], bucket: Bucket
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bring the rows of `items` and their blocks to the device; returns seats, and positions behind the rows."""
         parts = self._parts
         host = parts.rows.host(bucket.num_rows)
         seats, rows = parts.seats.seat([item.seq for item in items]), RowLists.of(items, counts)
-        self._on_seated(items, seats, rows.ends)
         parts.rows.fill(host, rows, counts, parts.seats, seats, slots, parts.buckets.num_splits(bucket))
         parts.rows.upload(bucket.num_rows)
+        return seats, rows.ends
