@@ -348,26 +348,24 @@ class Engine:
         if len(output.items) < len(step.items) and not step.is_passed:
             step.go_on_with_prompts(self.reports)
         logprobs = _logprobs_of(output, kept)
-        going_on = GoingOn(step.events)
+        going_on, is_passed = GoingOn(step.events), step.is_passed
+        states, items, going = going_on.states, going_on.items, going_on.tokens
         for item, group, tokens in zip(output.items, output.groups, kept, strict=True):
             seq = item.seq
             state = seq.owner
             if state is None:  # finished since this step was queued
                 continue
-            if step.is_passed:
-                seq.tokens.pop()  # it was not known yet
-            if (
-                state.is_plain
-                and tokens
-                and len(seq.tokens) + len(tokens) < seq.max_len
-                and state.ends.isdisjoint(tokens)
-            ):
-                seq.tokens += tokens
-                if not step.is_passed:
-                    seq.num_computed = len(seq.tokens) - 1
-                going_on.states.append(state)
-                going_on.items.append(item)
-                going_on.tokens.append(tokens)
+            so_far = seq.tokens
+            if is_passed:
+                so_far.pop()  # it was not known yet
+            num_tokens = len(so_far) + len(tokens)
+            if state.is_plain and tokens and num_tokens < seq.max_len and state.ends.isdisjoint(tokens):
+                so_far += tokens
+                if not is_passed:
+                    seq.num_computed = num_tokens - 1
+                states.append(state)
+                items.append(item)
+                going.append(tokens)
                 continue
             if seq.grammar is not None and tokens:
                 tokens = tokens[: seq.grammar.commit(tokens)]
@@ -383,7 +381,7 @@ class Engine:
                 report.logprobs = logprobs.get(id(seq))
         self.reports.add(going_on)
         if step.proposed is not None and step.proposed.drafts:
-            for state, item, tokens in zip(going_on.states, going_on.items, going_on.tokens, strict=True):
+            for state, item, tokens in zip(states, items, going, strict=True):
                 if state.drafts.item is item:  # it was asked
                     self._verified.append(Verified(state.drafts, len(tokens) - 1, tokens))
 
