@@ -64,7 +64,8 @@ class Load:
 class BatchSwitch:
     """On or off for whole steps, by load."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pays_for_few: bool = True) -> None:
+        self._pays_for_few = pays_for_few  # if at all; else rather for many
         self._loads: dict[tuple[int, bool], Load] = {}
         self._level = 0
         self._now_s = 0.0
@@ -78,9 +79,10 @@ class BatchSwitch:
             level = self._level = round(at)
         load = self._loads.get((level, can_run_ahead))
         if load is None:
-            # What does not pay for fewer sequences will not for more.
             lower = [known for (other, ahead), known in self._loads.items() if other < level and ahead == can_run_ahead]
-            load = self._loads[level, can_run_ahead] = Load(all(known.is_drafting for known in lower))
+            # What does not pay for fewer sequences will not for more; or if it does, then for more as well.
+            is_on = (all if self._pays_for_few else any)(known.is_drafting for known in lower)
+            load = self._loads[level, can_run_ahead] = Load(is_on)
         return load
 
     def observe(self, load: Load, was_asked: bool, step: TimedStep) -> bool:

@@ -42,6 +42,7 @@ from .switch import DraftSwitch
 logger = logging.getLogger(__name__)
 
 _PRICE_RATE = 1 / 64  # of the running mean in metrics
+_FEWEST_HALVED = 4  # sequences
 LEAST_WAIT = 0.1  # share of a step, from which on the host was waiting for the device and not only reading tokens
 
 
@@ -51,6 +52,8 @@ class Proposed(NamedTuple):
     plan: StepPlan
     drafts: list[GrowingDraft]  # that were asked for
     load: Load | None = None  # whose switch decides for all of them
+    halves: Load | None = None  # whose switch decides whether they take turns
+    is_half: bool = False  # of the sequences; the other half's step runs meanwhile
 
 
 class StepSeconds(NamedTuple):
@@ -106,6 +109,7 @@ class Proposer:
         self._counts: dict[str | None, Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._batch = BatchSwitch() if is_asynchronous else None
+        self._halves = BatchSwitch(pays_for_few=False) if is_asynchronous else None
         self._host = HostCost() if is_asynchronous else None
         self._num_drafting = self._num_fixed = 0  # sequences that may draft; whatever it costs
         self._num_held_up = 0  # that need their tokens before the next step is queued
@@ -187,6 +191,7 @@ class Proposer:
         drafts: Iterable[GrowingDraft],
         scheduler: Scheduler,
         is_ahead: bool = False,
+        is_half: bool = False,
     ) -> Proposed | None:
         """Give drafts to the items whose newest token is computed in this step; `drafts` are theirs, in order.
 
@@ -195,7 +200,8 @@ class Proposer:
         """
         if not self._num_drafting:
             return None
-        plan, load = self._plan_of(items, scheduler), self._load(len(items))
+        plan, num_running = self._plan_of(items, scheduler), len(scheduler.running)
+        load, halves = self._load(num_running), self._load_of_halves(num_running)
         if load is not None and not load.asks:
             self.num_undrafted_steps += 1
             return Proposed(plan, [], load)
@@ -226,7 +232,7 @@ class Proposer:
         num_drafted = sum(self._propose(draft, scheduler) for draft in asked)
         if could_draft and not num_drafted:
             self.num_undrafted_steps += 1
-        return Proposed(plan, asked, load)
+        return Proposed(plan, asked, load, halves, is_half)
 
     def _propose(self, draft: GrowingDraft, scheduler: Scheduler) -> int:
         """Give its item as many drafts as were admitted, and there is room for."""
@@ -253,7 +259,23 @@ class Proposer:
         """Whose switch decides for all of them; None where each has its own, or one drafts whatever it costs."""
         if self._batch is None or self._num_fixed:
             return None
-        return self._batch.load(num_seqs, not self._num_held_up)
+        return self._batch.load(max(1, num_seqs), not self._num_held_up)  # none if all have left meanwhile
+
+    def in_halves(self, num_running: int) -> bool:
+        """Whether a step shall be of half of the sequences, so that the device runs while the host sees to the others.
+
+        Only where they draft: else steps are queued ahead.
+        """
+        halves = self._load_of_halves(num_running)
+        if halves is None or not halves.asks or not self._num_drafting:
+            return False
+        load = self._load(num_running)
+        return load is None or load.asks
+
+    def _load_of_halves(self, num_running: int) -> Load | None:
+        if self._halves is None or num_running < _FEWEST_HALVED:
+            return None
+        return self._halves.load(num_running, False)
 
     def observe(self, verified: Sequence[Verified]) -> None:
         """Learn from what a step's verification kept of those that may draft, before the next step is proposed for."""
@@ -274,12 +296,12 @@ class Proposer:
 
     def end_step(self, proposed: Proposed, seconds: StepSeconds) -> None:
         """Learn from a step."""
-        plan, drafts, load = proposed
+        plan, drafts, load, halves, is_half = proposed
         if not plan.num_decoding:
             return
         num_drafts = sum([len(draft.item.drafts) for draft in drafts if draft.item is not None])
         self._learn_costs(plan, num_drafts, seconds)
-        if load is not None and self._batch is not None:
+        if load is not None or halves is not None:
             step = TimedStep(
                 num_seqs=plan.num_decoding,
                 num_tokens=plan.num_decoding + sum([draft.num_accepted for draft in drafts]),
@@ -287,8 +309,13 @@ class Proposer:
                 prompt_s=plan.prompt_seconds(num_drafts),
                 seconds=seconds.total,
             )
-            if self._batch.observe(load, bool(drafts), step):
-                self._retry()
+            # One trial at a time: each compares with what is kept of the other.
+            is_trying = halves is not None and halves.trial is not None
+            if load is not None and not is_trying and self._batch is not None:
+                if self._batch.observe(load, bool(drafts), step):
+                    self._retry()
+            if halves is not None and (load is None or load.trial is None) and self._halves is not None:
+                self._halves.observe(halves, is_half, step)
         if drafts:
             self._judge(plan, drafts, num_drafts)
 

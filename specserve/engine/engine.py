@@ -281,13 +281,16 @@ class Engine:
         """Complete the events of the latest step, for which the device did not have to wait."""
         self.reports.write()
 
-    def _queue_step(self, is_ahead: bool = False) -> QueuedStep | None:
+    def _queue_step(self, is_ahead: bool = False, beside: QueuedStep | None = None) -> QueuedStep | None:
         """Schedule, draft and queue a step; None if there is nothing to do.
 
         If its forward raises, each sequence runs alone, so that only the guilty one fails; not `is_ahead` of tokens
-        that are still unknown, but when they are known.
+        that are still unknown, but when they are known. A step `beside` another is of other sequences.
         """
-        items = self.scheduler.schedule()
+        scheduler = self.scheduler
+        in_flight = {item.seq for item in beside.items} if beside is not None else ()
+        is_half = beside is not None or (not is_ahead and self.proposer.in_halves(len(scheduler.running)))
+        items = scheduler.schedule(in_flight, half=is_half)
         if not items:
             return None
         num_rows, adapters = sum([item.num_rows for item in items]), self.registry.adapters
@@ -296,7 +299,8 @@ class Engine:
         held = [adapters[key] for key in keys if key is not None]
         step = QueuedStep(items, self._times.clock(), num_rows, held, is_ahead=is_ahead)
         drafts = (item.seq.owner.drafts for item in items)
-        step.proposed = self.proposer.propose(items, drafts, self.scheduler, is_ahead)
+        is_blind = is_ahead and beside is None
+        step.proposed = self.proposer.propose(items, drafts, scheduler, is_blind, is_half)
         try:
             step.output = self.runner.forward(items, adapters)
         except Exception:
@@ -313,14 +317,16 @@ class Engine:
         return step
 
     def _queue_next(self, step: QueuedStep) -> QueuedStep | None:
-        """The step behind `step`, where that needs none of its tokens."""
-        if not step.can_be_passed(self.path.max_rows_ahead):
-            return None
-        drafts = (owner.drafts for item in step.items if (owner := item.seq.owner) is not None)
-        if self.proposer.would_ask(len(step.items), drafts):
-            return None
-        step.pass_by(self.reports)
-        return self._queue_step(is_ahead=True)
+        """The step behind `step`, where that needs none of its tokens: of the same sequences, or of other ones."""
+        max_rows = self.path.max_rows_ahead
+        if step.can_be_passed(max_rows):
+            drafts = (owner.drafts for item in step.items if (owner := item.seq.owner) is not None)
+            if not self.proposer.would_ask(len(self.scheduler.running), drafts):
+                step.pass_by(self.reports)
+                return self._queue_step(is_ahead=True)
+        if self.proposer.in_halves(len(self.scheduler.running)) and step.has_room_beside(max_rows):
+            return self._queue_step(is_ahead=True, beside=step)
+        return None
 
     def _run_alone(self, item: ScheduledSequence, step: QueuedStep) -> None:
         try:

@@ -43,6 +43,13 @@ class QueuedStep:
             return False
         return all(item.seq.gets_any_token and not item.drafts for item in output.items)
 
+    def has_room_beside(self, max_rows: int) -> bool:
+        """Whether a step of other sequences may be queued behind it; nothing but its tokens is read of it then."""
+        output = self.output
+        if output is None or output.prompt_rows or output.logits.shape[0] > max_rows:
+            return False
+        return all(item.seq.sampling.logprobs is None for item in output.items)
+
     def pass_by(self, reports: Reports) -> None:
         """Let its sequences stand where they will: behind its rows, and a token of which only the row is known."""
         assert self.output is not None

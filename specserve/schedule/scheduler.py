@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 import msgspec
@@ -40,6 +41,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
+        self._turn = 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -59,18 +61,31 @@ class Scheduler:
         seq.status = Status.FINISHED
         self.blocks.release(seq.block_table, owner=seq.seq_id)
 
-    def schedule(self) -> list[ScheduledSequence]:
-        """The rows of the next step; KV for them is reserved. Empty when nothing runs."""
+    def schedule(self, in_flight: Collection[Sequence] = (), half: bool = False) -> list[ScheduledSequence]:
+        """The rows of the next step, KV for them is reserved; empty when nothing runs.
+
+        `half` of the sequences at most, those whose turn is longest ago.
+
+        Sequences that are `in_flight` stay as they are: a step of theirs runs, and what it gives is not known. Where KV
+        for the others would have to be taken from somebody, there is no step until it is.
+        """
         self._admit()
         size, num_preemptions, running = self.blocks.block_size, self.num_preemptions, Status.RUNNING
-        prefilling = [seq for seq in self.running if len(seq.tokens) - seq.num_computed > 1]
+        chosen = [seq for seq in self.running if seq not in in_flight] if in_flight else self.running[:]
+        if half:
+            self._turn += 1
+            chosen = sorted(chosen, key=lambda seq: seq.turn)[: -(-len(self.running) // 2)]
+            chosen.sort(key=lambda seq: seq.seq_id)
+            for seq in chosen:
+                seq.turn = self._turn
+        prefilling = [seq for seq in chosen if len(seq.tokens) - seq.num_computed > 1]
         shares: dict[int, int] = {}
         if prefilling:
-            num_decoding = len(self.running) - len(prefilling)
+            num_decoding = len(chosen) - len(prefilling)
             budget = self.max_batched_tokens - num_decoding
             shares = _share(min(budget, self.max_prefill_rows) if num_decoding else budget, prefilling)
         scheduled = []
-        for seq in list(self.running):
+        for seq in chosen:
             if seq.status is not running:
                 continue
             tokens, start = seq.tokens, seq.num_computed
@@ -80,7 +95,10 @@ class Scheduler:
                 continue
             if num_tokens >= seq.max_len and tokens[-1] < 0:  # ends with that token, whichever it is
                 continue
-            if start + num_rows <= len(seq.block_table) * size or self._reserve_or_preempt(seq, num_rows):
+            has_room = start + num_rows <= len(seq.block_table) * size
+            if not has_room and in_flight and not self._reserve(seq, start + num_rows):
+                return []
+            if has_room or in_flight or self._reserve_or_preempt(seq, num_rows):
                 scheduled.append(ScheduledSequence(seq, num_rows, (), (), start + num_rows == num_tokens))
         if self.num_preemptions > num_preemptions:
             # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.

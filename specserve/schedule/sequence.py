@@ -35,7 +35,7 @@ class Sequence:
         "_output_counts", "_queue_s", "adapter_hash", "block_keys", "block_table", "gets_any_token", "grammar",
         "has_edits", "is_greedy", "max_len", "num_cached", "num_computed", "num_forwards", "owner", "prompt_len",
         "request", "request_id", "root_key", "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens",
-        "wants_prompt_logprobs",
+        "turn", "wants_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
@@ -53,6 +53,7 @@ class Sequence:
         self._output_counts: Counter[int] = Counter()  # of its first so many tokens
         self._num_counted = self.prompt_len
         self.num_computed = 0
+        self.turn = 0  # of its latest step among those that are of half of the sequences
         self.num_cached = 0  # prompt tokens taken from the prefix cache at first admission
         self.block_table: list[int] = []
         self.table_id = object()  # another one whenever the table was emptied: under one it only grows

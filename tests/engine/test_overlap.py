@@ -68,17 +68,6 @@ def passed(monkeypatch) -> list[QueuedStep]:
     return steps
 
 
-def test_sources_that_were_switched_off_are_tried_again_while_steps_are_queued_ahead(model_dir, monkeypatch, passed):
-    stand_in = make_stand_in(monkeypatch)
-    engine = make_stand_in_engine(model_dir, stand_in)
-    add(engine, stand_in, "a", [70, 71, 72], sampling={"max_tokens": 120})
-    switch = engine.scheduler.sequences()[0].owner.drafts.switch
-    switch.is_on, switch._left, switch._load = False, 1000, 1
-    while engine.has_work():
-        engine.step()
-    assert len(passed) >= 15 and engine.stats().drafted_by_source["ngram"] > 0
-
-
 class HostClock(DeviceClock):
     """The host takes what `host_s` is told; deterministic."""
 
@@ -90,6 +79,18 @@ class HostClock(DeviceClock):
 
     def standing_still(self):
         return contextlib.nullcontext()
+
+
+def test_sources_that_were_switched_off_are_tried_again_while_steps_are_queued_ahead(model_dir, monkeypatch, passed):
+    stand_in = make_stand_in(monkeypatch)
+    stand_in.clock = HostClock(stand_in.clock.times)
+    engine = make_stand_in_engine(model_dir, stand_in)
+    add(engine, stand_in, "a", [70, 71, 72], sampling={"max_tokens": 120})
+    switch = engine.scheduler.sequences()[0].owner.drafts.switch
+    switch.is_on, switch._left, switch._load = False, 1000, 1
+    while engine.has_work():
+        engine.step()
+    assert len(passed) >= 15 and engine.stats().drafted_by_source["ngram"] > 0
 
 
 def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_taken_again_when_the_load_falls(
@@ -136,14 +137,17 @@ def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_t
     check_baseline(engine)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeypatch, passed, seed):
+@pytest.mark.parametrize(("seed", "in_halves"), [(1, 0.0), (5, 0.0), (0, 0.5), (1, 0.9)])
+def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeypatch, passed, seed, in_halves):
     """Ends of all kinds, drafts or none, log-probabilities, stop strings, preemptions, and clients that leave."""
     random.seed(seed)
+    turns = random.Random(seed)
     stand_in = make_stand_in(monkeypatch)
     object.__setattr__(stand_in.clock, "times", LateTimes())
-    token_bytes = 2 * 2 * 2 * 16 * 4
-    engine = make_stand_in_engine(model_dir, stand_in, kv_cache_gib=7 * 16 * token_bytes / 2**30, max_model_len=64)
+    token_bytes, num_blocks = 2 * 2 * 2 * 16 * 4, random.choice((7, 12)) if in_halves else 7
+    engine = make_stand_in_engine(
+        model_dir, stand_in, kv_cache_gib=num_blocks * 16 * token_bytes / 2**30, max_model_len=64
+    )
     eos = min(engine.eos_token_ids)
     anything = GrammarSpec("regex", r"(?s:.*)")
     words = [token for token in range(3, 200) if engine.tokenizer.decode([token]).isascii() and token != eos]
@@ -180,7 +184,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
         said = [random.choice(words) for _ in range(random.choice((1, 3, 20)))]
         if random.random() < 0.3:
             said[random.randrange(len(said))] = eos
-        is_plain = random.random() < 0.85  # else nothing is queued ahead while it runs
+        is_plain = random.random() < (0.4 if in_halves else 0.85)  # else nothing is queued ahead while it runs
         sampling = {
             "max_tokens": random.choice((1, 7, 40, 40)),
             "ignore_eos": False,
@@ -197,18 +201,35 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
         )  # fmt: skip
         wanted[name] = expected(said, sampling, eos)
 
-    num_joined = 0
+    num_joined = num_beside = 0
+    queue_step = engine._queue_step
+
+    def queue(*args, beside=None, **kwargs):
+        nonlocal num_beside
+        step = queue_step(*args, beside=beside, **kwargs)
+        num_beside += beside is not None and step is not None
+        return step
+
+    monkeypatch.setattr(engine, "_queue_step", queue)
     while num_joined < NUM_REQUESTS or engine.has_work():
         while num_joined < NUM_REQUESTS and len(engine.scheduler.sequences()) < random.randrange(9):
             join(num_joined)
             num_joined += 1
         leave()
+        if turns.random() < 0.1:
+            is_on = turns.random() < in_halves
+            monkeypatch.setattr(engine.proposer, "in_halves", lambda num_running, is_on=is_on: is_on)
+        if not engine.has_work():  # who left was the last
+            hear()
+            held = []
+            continue
         events = engine.step(hear)
         held = events
         assert engine.stats().integrity_error is None
     hear()
     check_baseline(engine)
-    assert len(passed) > 20 and engine.stats().num_preemptions > 0
+    assert in_halves or (len(passed) > 20 and engine.stats().num_preemptions > 0)
+    assert (num_beside > 4) if in_halves else not num_beside, num_beside
     for name, (tokens, finish) in wanted.items():
         one = heard.get(name, Heard([]))
         if name in left:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -38,11 +39,13 @@ def as_on_a_gpu(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
 
 
 def make_pair(model_dir, **settings):
-    """The engine on the Triton path, and on plain torch."""
+    """The engine on the Triton path, at random all sequences at once or in two halves, and on plain torch."""
     settings = {"max_num_seqs": 4, "max_batched_tokens": 48, **settings}
     device = "cpu" if IS_INTERPRETED else "cuda"
     engine = make_engine(model_dir, as_on_a_gpu, kernels="triton", device=device, **settings)
     assert isinstance(engine.runner, DeviceRunner)
+    turns = random.Random(0)
+    engine.proposer.in_halves = lambda num_running: num_running > 1 and turns.random() < 0.7
     return engine, make_engine(model_dir, kernels="torch", **settings)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -42,14 +42,15 @@ _MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A launch for some of a step's groups, by its sequences, [S] each."""
+    """A launch that is under way, by its sequences, [S] each."""
 
-    step: Seq[RowGroup]  # all of the step's
-    groups: np.ndarray  # which of them they are
+    groups: np.ndarray  # which of the step's groups they are
     seats: np.ndarray
     rows: np.ndarray  # of the table of chains
     row_owners: np.ndarray
     lens: np.ndarray  # tokens, before those that the step gives
+    num_guesses: int
+    results: torch.Tensor  # on the host, as `DeviceHeads.results`
 
 
 class DeviceDrafts:
@@ -82,16 +83,16 @@ class DeviceDrafts:
         )
         self._page = Page(_layout(num_seats).num_bytes, device)
         self._verified = torch.zeros(2, num_seats, dtype=torch.int32, device=device)  # tokens accepted, last row
-        self._host = torch.zeros(self._heads.results.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        shape, is_cuda = self._heads.results.shape, device.type == "cuda"
+        self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=is_cuda) for _ in range(2)]  # they take turns
         self._seats = HeadSeats(self._heads, parts.seats, device)
         self._chains = ChainTable(longest)
         self._seated = SeatedChains(self._chains, parts.seats)
         self._sizes = (*(size for size in _SIZES if size < num_seats), num_seats)
-        self._groups: list[RowGroup] = []  # of the launch that is under way
-        self._launched: _Launched | None = None
+        self._under_way: dict[int, _Launched] = {}  # at most two, by the id() of their step's groups
+        self._groups: list[RowGroup] = []  # of the latest launch
         self._is_off = False
         self._longest = longest  # draft lately, decaying
-        self._num_guesses = 0
 
     def source(self, request_id: str, head: LookaheadHeadFile, prompt: Seq[int]) -> ChainSource:
         """The head's voice among a sequence's sources."""
@@ -140,11 +141,12 @@ class DeviceDrafts:
             yield
         except Exception:
             logger.exception("drafting on the device failed; lookahead heads are off from now on")
-            self._is_off, self._groups = True, []
+            self._is_off = True
+            self._under_way.clear()
             self._seats.clear()
 
     def _launch(self, groups: Seq[RowGroup]) -> None:
-        assert not self._groups, "the chains of the last launch were not collected"
+        assert len(self._under_way) < 2, "the chains of the launches before were not collected"
         chains = self._chains
         if not chains.wanted.any():
             return
@@ -157,32 +159,35 @@ class DeviceDrafts:
             return
         found = found[np.argsort(self._seats.head_ids(seats[found]), kind="stable")]  # equal heads are neighbours
         seats, rows = seats[found], rows[found]
-        self._launched = _Launched(groups, found, seats, rows, chains.owners[rows], lens[found])
         self._groups = [groups[idx] for idx in found.tolist()]
         nums = [len(group.drafts) for group in self._groups]
         self._longest = max(self._longest - 1, *nums)
-        self._num_guesses = next((n for n in self._chain_lens if n > self._longest), self._chain_lens[-1])
+        num_guesses = next((n for n in self._chain_lens if n > self._longest), self._chain_lens[-1])
+        self._hosts.reverse()
+        host = self._hosts[0]
+        launched = _Launched(found, seats, rows, chains.owners[rows], lens[found], num_guesses, host)
         size = next(size for size in self._sizes if size >= len(found))
         first_rows = [group.first_row for group in self._groups]
         self._upload(size, seats=seats, heads=self._seats.head_ids(seats), first_rows=first_rows, num_drafts=nums)
-        self._queue(size, self._num_guesses)
-        self._host.copy_(self._heads.results, non_blocking=True)
+        self._queue(size, num_guesses)
+        host.copy_(self._heads.results, non_blocking=True)
+        self._under_way[id(groups)] = launched
 
-    def collect(self, groups: Seq[RowGroup], kept: Seq[Seq[int]]) -> None:
-        """Hand out the chains that were made for the step of these groups, once the device is done.
+    def collect(self, groups: Seq[RowGroup], tokens: Seq[Sized]) -> None:
+        """Hand out the chains of the step with these groups, once the device is done; `tokens` are what they keep.
 
-        `kept` are the tokens that each group keeps; one that keeps none has failed and needs no chain.
+        One that keeps none has failed and needs no chain.
         """
-        launched, num, num_guesses = self._launched, len(self._groups), self._num_guesses
-        if not num or launched is None or launched.step is not groups:  # else it is of a step that is queued ahead
+        launched = self._under_way.pop(id(groups), None)
+        if launched is None:
             return
-        num_kept = np.array([*map(len, kept)])[launched.groups]
-        goes_on = (num_kept > 0) & (self._chains.owners[launched.rows] == launched.row_owners)  # else aborted meanwhile
-        lens = np.where(goes_on, launched.lens + num_kept, -1)
+        kept = np.array([*map(len, tokens)])[launched.groups]
+        num, num_guesses = len(kept), launched.num_guesses
+        goes_on = (kept > 0) & (self._chains.owners[launched.rows] == launched.row_owners)  # else aborted meanwhile
+        lens = np.where(goes_on, launched.lens + kept, -1)
         self._seats.followed(launched.seats, lens)
-        guesses, probabilities = self._host[0].numpy(), self._host[1].view(torch.float32).numpy()
+        guesses, probabilities = launched.results[0].numpy(), launched.results[1].view(torch.float32).numpy()
         self._chains.set(launched.rows, guesses[:num, :num_guesses], probabilities[:num, :num_guesses], lens)
-        self._groups = []
 
     def _upload(self, size: int, **fields: Seq[int] | np.ndarray) -> None:
         """What `_layout` says of each sequence; those beyond are nobody's."""

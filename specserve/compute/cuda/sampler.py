@@ -40,7 +40,7 @@ class DeviceSampler(Sampler):
         self._device = parts.decoder.device
         self._vocab_size = parts.decoder.config.vocab_size
         self._buffers: dict[int, _Buffers] = {}  # by padded rows
-        self._host_masks = _HostMasks(self._vocab_size, self._device)
+        self._host_masks = [_HostMasks(self._vocab_size, self._device) for _ in range(2)]
 
     def collect(self, pending: PendingSample) -> list[list[int]]:
         kept = super().collect(pending)
@@ -60,9 +60,11 @@ class DeviceSampler(Sampler):
         special = [group for group in groups if not group.seq.takes_best]
         rows, edited = self._rows(num_rows, special)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
-        masks = self._masks.masks(special, also_greedy=True, room=self._host_masks.rows) if special else None
+        self._host_masks.reverse()
+        host_masks = self._host_masks[0]
+        masks = self._masks.masks(special, also_greedy=True, room=host_masks.rows) if special else None
         if masks is not None:
-            self._host_masks.upload(buffers.masks, len(masks.rows))
+            host_masks.upload(buffers.masks, len(masks.rows))
         buffers.upload(rows, masks.rows if masks is not None else [])
         raw = logits[edited] if edited else None  # [edited, V]
         if edited:
@@ -165,7 +167,7 @@ class _HostMasks:
 
     def rows(self, num_rows: int) -> np.ndarray:
         """[num_rows, ceil(V / 32)] int32 of whatever they held."""
-        self._copied.wait()  # sync: that copy was queued a step ago
+        self._copied.wait()  # sync: that copy was queued two steps ago
         if num_rows > self._bits.shape[0]:
             shape = (2 * num_rows, self._bits.shape[1])
             self._bits = torch.empty(shape, dtype=torch.int32, pin_memory=self._is_pinned)
