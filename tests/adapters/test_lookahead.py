@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from emulated_library import ARM_CPUS, arm_library
 from engine_fixture import make_engine, request, run, tokens_of
 from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
@@ -142,7 +143,16 @@ def test_a_head_whose_state_becomes_nan_says_nothing_and_nothing_changes(setup, 
     assert engine.stats().drafted_by_source.get("head", 0) == before
 
 
-def test_the_native_heads_guess_what_the_torch_heads_guess(model_dir, tmp_path):
+@pytest.fixture(params=["here", *(pytest.param(name, marks=pytest.mark.slow) for name in ARM_CPUS)])
+def library(request, tmp_path):
+    if request.param == "here":
+        yield load_library()
+        return
+    with arm_library(request.param, tmp_path) as emulated:
+        yield emulated
+
+
+def test_the_native_heads_guess_what_the_torch_heads_guess(model_dir, tmp_path, library):
     """Of every shape, position by position, fed what was guessed, a wrong token now and then."""
     heads, base = [], ServedBase.of_files(model_dir, torch.device("cpu"))
     for seed, shape in enumerate(SHAPES[:3] * 2):
@@ -154,7 +164,7 @@ def test_the_native_heads_guess_what_the_torch_heads_guess(model_dir, tmp_path):
     hidden = torch.randn(len(heads), 64, generator=torch.Generator().manual_seed(0))
     tapped = torch.randn(len(heads), 64, generator=torch.Generator().manual_seed(1))
     guesses = []
-    for runner in (HeadRunner(), NativeHeadRunner(Team(load_library(), 2))):
+    for runner in (HeadRunner(), NativeHeadRunner(Team(library, 2))):
         sources = [HeadSource(ahead.head, prompt) for ahead in heads]
         for row, source in enumerate(sources):
             source.set_hidden(hidden, tapped, row, len(prompt) + 1)

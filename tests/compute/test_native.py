@@ -151,10 +151,11 @@ def test_drafts_change_no_token_at_16_bits_or_fewer(model_dir, tmp_path, library
 
     answers: dict[str, list[int]] = {}
     answers = tokens_of(run(engine, traffic("off")))
-    for stagger in (0, 1, 3):
-        results = run(engine, traffic("auto"), stagger=stagger)
+    for stagger, mode in ((0, "fixed"), (1, "fixed"), (3, "auto")):
+        results = run(engine, traffic(mode), stagger=stagger)
         assert tokens_of(results) == answers
-        assert sum(result.usage.accepted_draft_tokens for result in results.values()) > 100
+        # What auto drafts depends on what steps cost here.
+        assert mode == "auto" or sum(result.usage.accepted_draft_tokens for result in results.values()) > 100
 
 
 def test_an_adapter_on_all_modules_adds_what_peft_adds(model_dir, tmp_path, library):
