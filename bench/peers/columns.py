@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .setup import Setup
 from .worker import Worker, WorkerError
@@ -71,6 +72,11 @@ def _specserve(name: str, worker: Worker, with_drafts: bool) -> list[Peer]:
     ] * with_drafts
 
 
+def _form(gguf: str) -> str:
+    """Q4_1 of Model.Q4_1.gguf."""
+    return Path(gguf).stem.rpartition(".")[2]
+
+
 def _start(setup: Setup, name: str, with_drafts: bool) -> list[Peer]:
     """The columns of a peer. Raises `WorkerError` when it does not start."""
     if name == "specserve":
@@ -81,7 +87,10 @@ def _start(setup: Setup, name: str, with_drafts: bool) -> list[Peer]:
             peers += _specserve(f"{name} {quantization}", worker, with_drafts)
         return peers
     if name == "llamacpp":
-        return [Peer(name, "gguf", "off", setup.start(name, "gguf", with_lora=False), None, max_batch=1)]
+        return [
+            Peer(f"{name} {_form(gguf)}", "gguf", "off", setup.start(name, "gguf", False, gguf=gguf), None, max_batch=1)
+            for gguf in setup.ggufs
+        ]
     dtype, plain = _faster_dtype(setup, name)
     try:
         return [Peer(name, dtype, "off", plain, setup.start(name, dtype, with_lora=True))]

@@ -29,7 +29,7 @@ class Setup:
     start_timeout_s: float
     vllm_python: str | None = None
     llamacpp_python: str | None = None
-    gguf: str | None = None
+    ggufs: Sequence[str] = ()
     prompts: Sequence[list[int]] = ()  # of probes
     dtypes: Sequence[str] = ()
     quantizations: Sequence[str] = ()
@@ -39,11 +39,11 @@ class Setup:
         """Why `peer` cannot start, and what to do about it."""
         if peer == "vllm" and not self.vllm_python:
             return "no environment; run with --setup, or give --vllm-python"
-        if peer == "llamacpp" and not (self.llamacpp_python and self.gguf):
+        if peer == "llamacpp" and not (self.llamacpp_python and self.ggufs):
             return "give --llamacpp-python and --gguf"
         return None
 
-    def start(self, peer: str, dtype: str, with_lora: bool, quantization: str = "none") -> Worker:
+    def start(self, peer: str, dtype: str, with_lora: bool, quantization: str = "none", gguf: str = "") -> Worker:
         settings: dict[str, Any] = {
             "model_dir": str(self.model_dir),
             "dtype": dtype,
@@ -54,7 +54,7 @@ class Setup:
             "quantization": quantization,
             "num_threads": common.num_cores(),
             "speculation": "auto",  # each request says whether it uses it
-            "gguf": self.gguf,
+            "gguf": gguf,
         }
         python, env = sys.executable, {}
         if peer == "specserve":

@@ -9,39 +9,61 @@ from .. import common
 from .cases import Cell
 from .columns import Peer
 
+OURS = "specserve"
+
 
 def report(cells: list[Cell], peers: list[Peer]) -> list[dict[str, Any]]:
     """Print the table and return it with every round's figures."""
     print(
-        f"\n{'case':<14} {'batch':>5}  {'peer':<22} {'dtype':<7} {'tokens/s':>9} {'min-max':>15} {'decode':>9} "
-        f"{'specserve/peer':>15} {'min-max':>13} {'same text':>9}"
+        f"\n{'case':<14} {'batch':>5}  {'peer':<22} {'dtype':<7} {'tokens/s':>9} {'specserve/it':>20} {'prompts':>9} "
+        f"{'specserve/it':>20} {'decode':>9} {'specserve/it':>20} {'same text':>9}"
     )
-    summary = []
-    for cell in cells:
-        case = cell.adapters
-        rows: dict[str, Any] = {}
-        base = cell.tokens_per_s.get("specserve")
-        for peer in peers:
-            values = cell.tokens_per_s.get(peer.name)
-            if values is None:
-                continue
-            speed, decode = common.spread(values), common.spread(cell.decode_tokens_per_s[peer.name])
-            same = statistics.mean(cell.equal_share[peer.name])
-            rows[peer.name] = {
-                "tokens_per_s": speed,
-                "decode_tokens_per_s": decode,
-                "common_prefix_share": round(same, 3),
-                "rounds": [round(value, 2) for value in values],
-                "decode_rounds": [round(value, 2) for value in cell.decode_tokens_per_s[peer.name]],
+    summary = [_cell(cell, peers) for cell in cells]
+    ours = [peer.name for peer in peers if peer.name.startswith(f"{OURS} ") and "+" not in peer.name]
+    for cell, row in zip(cells, summary, strict=True):
+        for name in ours:  # quantized columns against what others quantize
+            ratios = {
+                other: _ratio(cell.decode_tokens_per_s, name, other) for other in row["peers"] if OURS not in other
             }
-            text = ""
-            if base is not None and peer.name != "specserve":
-                ratio = common.spread([ours / theirs for ours, theirs in zip(base, values, strict=True)])
-                rows[peer.name]["specserve_over_it"] = ratio
-                text = f"{ratio['median']:>15.2f} {ratio['min']:>6.2f}-{ratio['max']:<6.2f}"
-            print(
-                f"{case:<14} {cell.batch:>5}  {peer.name:<22} {peer.dtype:<7} {speed['median']:>9.1f} "
-                f"{speed['min']:>7.1f}-{speed['max']:<7.1f} {decode['median']:>9.1f} {text:<29} {same:>9.0%}"
-            )
-        summary.append({"adapters": case, "batch": cell.batch, "peers": rows})
+            for other, ratio in ratios.items():
+                if ratio:
+                    row["peers"][name].setdefault("decode_over", {})[other] = ratio
+                    print(f"{cell.adapters}, batch {cell.batch}: {name} decodes {ratio['median']:.2f}x {other}")
     return summary
+
+
+def _cell(cell: Cell, peers: list[Peer]) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    figures = {"": cell.tokens_per_s, "prompt_": cell.prompt_tokens_per_s, "decode_": cell.decode_tokens_per_s}
+    for peer in peers:
+        if peer.name not in cell.tokens_per_s:
+            continue
+        row = rows[peer.name] = {}
+        text = ""
+        for prefix, values in figures.items():
+            rounds = values.get(peer.name)
+            if rounds is None:
+                text += f"{'':>31}"
+                continue
+            speed, ratio = common.spread(rounds), _ratio(values, OURS, peer.name)
+            row[f"{prefix}tokens_per_s"] = speed
+            row[f"{prefix}rounds"] = [round(value, 2) for value in rounds]
+            text += f"{speed['median']:>10.1f} "
+            if ratio:
+                row[f"specserve_over_it{'_' * bool(prefix)}{prefix.rstrip('_')}"] = ratio
+                text += f"{ratio['median']:>8.2f} {ratio['min']:>5.2f}-{ratio['max']:<5.2f}"
+            else:
+                text += f"{'':>20}"
+        row["common_prefix_share"] = round(statistics.mean(cell.equal_share[peer.name]), 3)
+        print(
+            f"{cell.adapters:<14} {cell.batch:>5}  {peer.name:<22} {peer.dtype:<7}{text} "
+            f"{row['common_prefix_share']:>9.0%}"
+        )
+    return {"adapters": cell.adapters, "batch": cell.batch, "peers": rows}
+
+
+def _ratio(values: dict[str, list[float]], ours: str, peer: str) -> dict[str, float] | None:
+    """Of rates round by round; None for the peer itself, and where one of the two has none."""
+    if ours == peer or ours not in values or peer not in values:
+        return None
+    return common.spread([a / b for a, b in zip(values[ours], values[peer], strict=True)])
