@@ -1,7 +1,7 @@
 // Vectors of 16 floats and the few operations that the kernels need, for any CPU that GCC or clang knows.
 //
-// Written with the compilers' vector extension, so that AVX-512 and NEON come from one text; intrinsics stand only
-// where the extension cannot say what is meant. AVX2 has types of its own (vec_avx2.h). What instructions there are says
+// Written with the compilers' vector extension; intrinsics stand only where the extension cannot say what is meant. AVX2
+// and NEON have types of their own (vec_avx2.h, vec_neon.h). What instructions there are says
 // SPECSERVE_LEVEL, a number of kernels/native_levels.py. Invariant: every reduction has a fixed order that does not depend
 // on how many rows a step has, so that a row's result is the same bits in every batch.
 #pragma once
@@ -30,6 +30,8 @@ INLINE bf16 to_bf16(float v) {
 
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
 #include "vec_avx2.h"
+#elif defined(__aarch64__)
+#include "vec_neon.h"
 #else
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
