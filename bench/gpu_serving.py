@@ -9,6 +9,7 @@ on the same prompts (all of them at once, left-padded, up to the same longest an
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import statistics
@@ -94,6 +95,8 @@ def main(
     engine = Engine(config, base.path)
     start_s = time.perf_counter() - start
     click.echo(f"the engine started in {start_s:.1f} s on {engine.info.device}, {engine.info.dtype}")
+    gc.collect()
+    gc.freeze()  # as the engine's process
     hashes = [engine.load_adapter(task, demo_adapter(task)).content_hash for task in DEMO_TASKS]
     prompts = [base.prompts(demo_rows(task)) for task in DEMO_TASKS]
     figures: dict[str, Any] = {}
@@ -117,7 +120,8 @@ def of_load(
     """`requests` of (adapter hash, prompt), `size` at a time, without drafts and with."""
     rates: dict[str, list[float]] = {"off": [], "auto": []}
     lengths = []
-    answer_mixed(engine, requests, max_tokens, mode="auto", batch=size)  # graphs of this load, costs
+    for mode in ("off", "auto"):  # graphs of this load, costs
+        answer_mixed(engine, requests, max_tokens, mode=mode, batch=size)
     for round_idx in range(rounds):
         for mode in ("off", "auto") if round_idx % 2 else ("auto", "off"):
             done = answer_mixed(engine, requests, max_tokens, mode=mode, batch=size)
