@@ -17,6 +17,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 _WARM_UPS = 1  # runs before a capture: kernels are compiled and library handles made outside of it
+_SPARE_BYTES = 1 << 29  # that are left to adapters and to what runs without a graph; a graph takes some 16 MiB
 
 
 class GraphCache:
@@ -43,6 +44,11 @@ class GraphCache:
     def captured(self) -> Iterator[Hashable]:
         """The keys of all graphs."""
         return (key for key, graph in self._graphs.items() if graph is not None)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the device has memory to spare for graphs that only make steps faster."""
+        return torch.cuda.mem_get_info(self._device)[0] > _SPARE_BYTES
 
     def launch(self, key: Hashable, part: Callable[[], None], eager_reason: str | None = None) -> None:
         """Run `part`, by its graph where there is one or may be one; `eager_reason` says why this step has none."""

@@ -96,7 +96,7 @@ class LayersPart:
         if not self._missed or start < self._rest_until:
             return
         bucket, misses = self._missed.most_common(1)[0]
-        if misses >= _MISSES:
+        if misses >= _MISSES and self._graphs.has_room:
             del self._missed[bucket]
             self.capture(bucket)
             now = time.perf_counter()
