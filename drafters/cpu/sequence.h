@@ -106,7 +106,7 @@ class Sequence {
       if (member.is_stepped) member.is_alive = false;
   }
 
-  // Learn from the tokens that came: every guess up to the first wrong draft was made on true ground.
+  // Learn from the tokens that came, and go on by them: every guess up to the first wrong draft was made on true ground.
   void learn(const int32_t* committed, int64_t num) {
     size_t at = 0;
     for (size_t position = 0; position < asked_.size() && position < (size_t)num; position++) {
@@ -120,6 +120,7 @@ class Sequence {
       }
     }
     guesses_.clear(), asked_.clear();
+    append(committed, num);
   }
 
   int64_t size() const { return text_.size(); }

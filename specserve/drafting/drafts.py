@@ -134,8 +134,12 @@ class Growth(Protocol):
         """Set `num_admitted` of every draft, the first tokens of its chooser's draft, and the plan's `draft_s`."""
         ...
 
+    def has_beyond(self, vocab_size: int) -> bool:
+        """Whether the latest step's drafts may hold a token outside of 0..vocab_size-1: some source is broken."""
+        ...
+
     def observe(self, drafts: Sequence[GrowingDraft], committed: Sequence[Sequence[int]]) -> None:
-        """The step made these tokens of these sequences."""
+        """The step made these tokens of these sequences, which it grew drafts for; they have them now."""
         ...
 
 

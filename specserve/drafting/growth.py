@@ -39,6 +39,7 @@ class DraftGrowth:
         self._ask_s = MeanSeconds()  # one position of one sequence, heads left out
         self._head_steps = HeadSteps(heads, clock)
         self._drafted_last = True
+        self._grown: list[list[int]] = []  # in the latest step
 
     def chooser(
         self, sources: Sequence[DraftSource], shared: SharedAcceptance, constraint: Constraint | None
@@ -74,7 +75,11 @@ class DraftGrowth:
             draft.num_admitted += 1
             expected += survival
         self._drafted_last = num_fixed + num_auto > 0
+        self._grown = [_chooser_of(draft).tokens for draft in drafts]
         self._set_price(plan, num_fixed + num_auto, expected)
+
+    def has_beyond(self, vocab_size: int) -> bool:
+        return any(not 0 <= token < vocab_size for tokens in self._grown for token in tokens)
 
     def _candidates(self, growing: list[GrowingDraft], plan: StepPlan) -> list[tuple[float, GrowingDraft]]:
         """Every position worth considering: (survival, draft), position by position."""

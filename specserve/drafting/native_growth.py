@@ -6,6 +6,7 @@ its way: sources that are not native, grammars, and heads that are stepped betwe
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ class NativeGrowth:
         self.library, self.heads = library, heads
         self._head_steps = HeadSteps(heads, clock or time.perf_counter)
         self._drafts: Sequence[GrowingDraft] = ()
+        self._num_taken = 0  # tokens, by the latest step
         self._raised: BaseException | None = None  # by Python's part; it must not leave through native code
         self._struct = native.Growth(
             enter_gain=ENTER_GAIN,
@@ -67,10 +69,11 @@ class NativeGrowth:
         new_tokens: list[int] = []
         for draft, chooser in zip(drafts, choosers, strict=True):
             tokens = draft.item.seq.tokens  # type: ignore[union-attr]
-            new = tokens[chooser.num_known :]
-            chooser.num_known += len(new)
-            num_new.append(len(new))
-            new_tokens += new
+            num_tokens = len(tokens)
+            num_new.append(num_tokens - chooser.num_known)
+            if num_new[-1]:  # mostly it was told in `observe`
+                new_tokens += tokens[chooser.num_known :]
+                chooser.num_known = num_tokens
         rows, seconds = plan.curve.nodes
         self._make_room(drafts=num, tokens=num * MAX_POSITIONS, new=len(new_tokens), nodes=len(rows))
         arrays = self._arrays
@@ -95,16 +98,25 @@ class NativeGrowth:
         plan.draft_s = struct.draft_s
         self._take(drafts, choosers)
 
+    def has_beyond(self, vocab_size: int) -> bool:
+        tokens = self._arrays["tokens"][: self._num_taken]
+        return bool(len(tokens)) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size
+
     def observe(self, drafts: Sequence[GrowingDraft], committed: Sequence[Sequence[int]]) -> None:
-        handles = np.array([draft.chooser.handle for draft in drafts], np.int64)  # type: ignore[union-attr]
-        num = np.array([len(tokens) for tokens in committed], np.int32)
-        flat = np.array([token for tokens in committed for token in tokens], np.int32)
+        choosers: list[NativeChooser] = [draft.chooser for draft in drafts]  # type: ignore[misc]
+        lens = [*map(len, committed)]
+        for chooser, num_tokens in zip(choosers, lens, strict=True):
+            chooser.num_known += num_tokens
+        handles = np.array([chooser.handle for chooser in choosers], np.int64)
+        num = np.array(lens, np.int32)
+        flat = np.array([*itertools.chain.from_iterable(committed)], np.int32)
         self.library.learn(handles.ctypes.data, len(drafts), num.ctypes.data, flat.ctypes.data)
 
     def _take(self, drafts: Sequence[GrowingDraft], choosers: Sequence[NativeChooser]) -> None:
         """What was admitted."""
         admitted = self._arrays["num_admitted"][: len(drafts)].tolist()
         total, start = sum(admitted), 0
+        self._num_taken = total
         tokens = self._arrays["tokens"][:total].tolist()
         chosen = [*map(self.library.names.__getitem__, self._arrays["chosen"][:total].tolist())]
         for draft, chooser, num in zip(drafts, choosers, admitted, strict=True):

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
 from ..drafters.acceptance import SharedAcceptance
@@ -64,12 +62,17 @@ class StepSeconds(NamedTuple):
     wait: float = 0.0  # of it the host did nothing, for want of the tokens
 
 
-class Verified(msgspec.Struct, gc=False, eq=False):
-    """What a step's verification made of one sequence's draft."""
+class Verified:
+    """What a step's verification made of the drafts that were asked for."""
 
-    draft: GrowingDraft
-    num_accepted: int
-    tokens: Sequence[int]  # that the sequence has now
+    def __init__(self) -> None:
+        self.drafts: list[GrowingDraft] = []
+        self.tokens: list[Sequence[int]] = []  # that their sequences have now
+
+    def add(self, draft: GrowingDraft, num_accepted: int, tokens: Sequence[int]) -> None:
+        draft.num_accepted = num_accepted
+        self.drafts.append(draft)
+        self.tokens.append(tokens)
 
 
 @dataclass(slots=True)
@@ -211,8 +214,10 @@ class Proposer:
         for item, draft in zip(items, drafts, strict=True):
             seq = item.seq
             num_tokens = len(seq.tokens)
-            limit = min(draft.max_tokens, seq.max_len - num_tokens - 1)
-            if limit <= 0 or seq.num_computed + item.num_rows != num_tokens:
+            limit = seq.max_len - num_tokens - 1
+            if limit > draft.max_tokens:
+                limit = draft.max_tokens
+            if limit <= 0 or not item.reaches_end:
                 continue
             could_draft = not is_ahead
             if not draft.is_fixed:
@@ -227,25 +232,28 @@ class Proposer:
                 self._make_chooser(draft, seq)
             draft.item, draft.limit, draft.num_accepted = item, limit, 0
             asked.append(draft)
+        num_drafted = 0
         if asked:
             self.growth.grow(asked, plan)
-        num_drafted = sum(self._propose(draft, scheduler) for draft in asked)
+            vocab_size = self._vocab_size if self.growth.has_beyond(self._vocab_size) else None
+            num_drafted = sum([self._propose(draft, scheduler, vocab_size) for draft in asked if draft.num_admitted])
         if could_draft and not num_drafted:
             self.num_undrafted_steps += 1
         return Proposed(plan, asked, load, halves, is_half)
 
-    def _propose(self, draft: GrowingDraft, scheduler: Scheduler) -> int:
-        """Give its item as many drafts as were admitted, and there is room for."""
+    def _propose(self, draft: GrowingDraft, scheduler: Scheduler, vocab_size: int | None) -> int:
+        """Give its item as many drafts as were admitted, and there is room for; tokens may go beyond a `vocab_size`."""
         item, chooser, num = draft.item, draft.chooser, draft.num_admitted
         assert item is not None and chooser is not None
         tokens = chooser.tokens[:num] if num < len(chooser.tokens) else chooser.tokens
         if (grammar := item.seq.grammar) is not None:
             grammar.rewind()
             tokens = tokens[: grammar.num_allowed(tokens)]  # a row that cannot be kept is not worth its time
-        if not tokens or min(tokens) < 0 or max(tokens) >= self._vocab_size:
+        if vocab_size is not None and not all(0 <= token < vocab_size for token in tokens):
             return 0
         num = scheduler.reserve_drafts(item, len(tokens))
-        item.drafts, item.draft_sources = tokens[:num], chooser.chosen[:num]
+        item.drafts = tokens[:num] if num < len(tokens) else tokens
+        item.draft_sources = chooser.chosen[:num] if num < len(chooser.chosen) else chooser.chosen
         return num
 
     def would_ask(self, num_seqs: int, drafts: Iterable[GrowingDraft]) -> bool:
@@ -277,12 +285,10 @@ class Proposer:
             return None
         return self._halves.load(num_running, False)
 
-    def observe(self, verified: Sequence[Verified]) -> None:
-        """Learn from what a step's verification kept of those that may draft, before the next step is proposed for."""
-        for one in verified:
-            one.draft.num_accepted = one.num_accepted
-        if verified:
-            self.growth.observe([one.draft for one in verified], [one.tokens for one in verified])
+    def observe(self, verified: Verified) -> None:
+        """Learn from what a step's verification kept of those that were asked, before the next step is proposed for."""
+        if verified.drafts:
+            self.growth.observe(verified.drafts, verified.tokens)
 
     def count(self, draft: GrowingDraft, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
         """A verification gave one sequence so many tokens; for metrics, at any time."""

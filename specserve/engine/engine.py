@@ -118,7 +118,7 @@ class Engine:
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
         self._requests: dict[str, RunningRequest] = {}
-        self._verified: list[Verified] = []  # in the step that runs
+        self._verified = Verified()  # in the step that runs
         self._num_added = 0
         self._counters = Counters()
         limits = StepLimits(
@@ -269,7 +269,7 @@ class Engine:
                 self._score_prompts(step.output)
                 self._commit(step, step.output, kept)
         self.proposer.observe(self._verified)
-        self._verified.clear()
+        self._verified = Verified()
         seconds = self._times.end(step, self.has_work())
         if step.proposed is not None:
             self.proposer.end_step(step.proposed, seconds)
@@ -389,7 +389,7 @@ class Engine:
         if step.proposed is not None and step.proposed.drafts:
             for state, item, tokens in zip(states, items, going, strict=True):
                 if state.drafts.item is item:  # it was asked
-                    self._verified.append(Verified(state.drafts, len(tokens) - 1, tokens))
+                    self._verified.add(state.drafts, len(tokens) - 1, tokens)
 
     def _append(self, step: QueuedStep, item: ScheduledSequence, tokens: list[int]) -> StepReport:
         """Append tokens to a sequence, which goes on or leaves."""
@@ -406,7 +406,7 @@ class Engine:
             self.proposer.learn(seq.request, seq.output_ids)  # while its adapter is sure to be there
             self._remove(state)
         if state.drafts.item is item:  # it was asked
-            self._verified.append(Verified(state.drafts, num_accepted, appended.tokens))
+            self._verified.add(state.drafts, num_accepted, appended.tokens)
         return StepReport(step.events, state, item, appended, num_drafted, num_accepted)
 
     # -- bookkeeping
