@@ -9,7 +9,7 @@ from lookahead_adapters import make_lookahead_adapter
 from stand_in_engine import add, make_stand_in, make_stand_in_engine
 from tiny_models import make_tiny_model
 
-from bench.stand_in_device import StandIn
+from bench.stand_in_device import DeviceTimes, StandIn
 from specserve.compute.cuda import buckets
 from specserve.engine.engine import Engine, Event
 from specserve.engine.process import EngineProcess
@@ -29,6 +29,7 @@ def stand_in(monkeypatch) -> StandIn:
 @pytest.mark.parametrize("mode", ["off", "auto", "fixed"])
 def test_the_script_is_what_is_said_and_all_steps_are_on_the_clock(model_dir, stand_in, tmp_path, mode):
     engine = make_stand_in_engine(model_dir, stand_in)
+    stand_in.clock.times = DeviceTimes(step_s=3e-3, row_s=0.0, heads_s=1e-5)  # else a busy host never waits
     adapter = engine.load_adapter("a", make_lookahead_adapter(model_dir, tmp_path / "a", seed=1))
     said = {f"r{idx}": [(7 * idx + 3 * k) % 60 for k in range(17 + 5 * idx)] for idx in range(6)}
     for idx, (request_id, tokens) in enumerate(said.items()):
