@@ -72,7 +72,9 @@ class Reports:
 
     def publish(self, seq: TokenSequence) -> None:
         """Full blocks of what is computed are there for others from now on."""
-        self._blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
+        self._blocks.commit(
+            seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed, seq.prompt_keys
+        )
 
     def _write_going_on(self, report: GoingOn) -> None:
         """What `_write` does for each of them, most of a step's sequences, in one pass."""

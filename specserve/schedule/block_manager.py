@@ -56,18 +56,30 @@ class BlockManager:
 
     # -- prefix cache
 
-    def match_prefix(self, root: bytes, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
+    def prompt_keys(self, root: bytes, tokens: Sequence[int]) -> list[bytes]:
+        """The keys of the full blocks of `tokens`: what takes long of `match_prefix` and `commit`, before its time."""
+        if not self.prefix_caching:
+            return []
+        size, key, keys = self.block_size, root, []
+        for start in range(0, len(tokens) - size + 1, size):
+            key = next_key(key, tokens[start : start + size])
+            keys.append(key)
+        return keys
+
+    def match_prefix(
+        self, root: bytes, tokens: Sequence[int], known: Sequence[bytes] = ()
+    ) -> tuple[list[int], list[bytes]]:
         """Take references on the longest cached prefix of whole blocks, leaving at least one token to compute.
 
-        Returns the blocks and their keys; both are empty when nothing matches.
+        Returns the blocks and their keys; both are empty when nothing matches. `known` are the first blocks' keys.
         """
         blocks: list[int] = []
         keys: list[bytes] = []
         if not self.prefix_caching:
             return blocks, keys
         size, key = self.block_size, root
-        for start in range(0, len(tokens) - size, size):
-            key = next_key(key, tokens[start : start + size])
+        for idx, start in enumerate(range(0, len(tokens) - size, size)):
+            key = known[idx] if idx < len(known) else next_key(key, tokens[start : start + size])
             block = self._cached.get(key)
             if block is None:
                 break
@@ -78,15 +90,27 @@ class BlockManager:
         return blocks, keys
 
     def commit(
-        self, table: Sequence[int], keys: list[bytes], root: bytes, tokens: Sequence[int], num_final: int
+        self,
+        table: Sequence[int],
+        keys: list[bytes],
+        root: bytes,
+        tokens: Sequence[int],
+        num_final: int,
+        known: Sequence[bytes] = (),
     ) -> None:
-        """Publish the full blocks among the first `num_final` tokens; extends `keys`, one per published block."""
+        """Publish the full blocks among the first `num_final` tokens; extends `keys`, one per published block.
+
+        `known` are the first blocks' keys.
+        """
         if not self.prefix_caching:
             return
         size = self.block_size
         while (len(keys) + 1) * size <= num_final:
             idx = len(keys)
-            key = next_key(keys[-1] if keys else root, tokens[idx * size : (idx + 1) * size])
+            if idx < len(known):
+                key = known[idx]
+            else:
+                key = next_key(keys[-1] if keys else root, tokens[idx * size : (idx + 1) * size])
             keys.append(key)
             block = table[idx]
             # Two sequences may compute the same prefix side by side: the first one published serves the cache.

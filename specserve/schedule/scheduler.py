@@ -44,6 +44,7 @@ class Scheduler:
         self._turn = 0
 
     def add(self, seq: Sequence) -> None:
+        seq.prompt_keys = self.blocks.prompt_keys(seq.root_key, seq.tokens)
         self.waiting.append(seq)
 
     def has_work(self) -> bool:
@@ -125,7 +126,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if seq.num_computed == 0 and not seq.block_table and not seq.wants_prompt_logprobs:
-                seq.block_table, seq.block_keys = self.blocks.match_prefix(seq.root_key, seq.tokens)
+                seq.block_table, seq.block_keys = self.blocks.match_prefix(seq.root_key, seq.tokens, seq.prompt_keys)
                 seq.num_computed = len(seq.block_table) * self.blocks.block_size
             need = self._num_missing(seq)
             if need + pending > self.blocks.num_free and self.running:

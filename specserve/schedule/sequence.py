@@ -33,9 +33,9 @@ class Sequence:
     __slots__ = (
         "_accepted", "_accepted_by_source", "_arrived", "_drafted", "_drafted_by_source", "_num_counted",
         "_output_counts", "_queue_s", "adapter_hash", "block_keys", "block_table", "gets_any_token", "grammar",
-        "has_edits", "is_greedy", "max_len", "num_cached", "num_computed", "num_forwards", "owner", "prompt_len",
-        "request", "request_id", "root_key", "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens",
-        "turn", "wants_prompt_logprobs",
+        "has_edits", "is_greedy", "max_len", "num_cached", "num_computed", "num_forwards", "owner", "prompt_keys",
+        "prompt_len", "request", "request_id", "root_key", "sampling", "seat", "seq_id", "status", "table_id",
+        "takes_best", "tokens", "turn", "wants_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
@@ -59,6 +59,7 @@ class Sequence:
         self.table_id = object()  # another one whenever the table was emptied: under one it only grows
         self.block_keys: list[bytes] = []
         self.root_key = root_key(request.adapter_hash, request.cache_salt)
+        self.prompt_keys: list[bytes] = []  # of the prompt's full blocks, from there on
         self.grammar = grammar  # its place in what it must keep to
         self.owner: Any = None  # what whoever runs it has of it
         self.seat: Any = None  # its place in a device's tables, for whom they are

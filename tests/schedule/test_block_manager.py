@@ -80,9 +80,11 @@ def test_integrity_holds_under_random_use():
             blocks.release(live.pop(victim)[0], owner=victim)
         root = root_key(rng.choice([None, "a"]), "")
         tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 30))]
-        table, keys = blocks.match_prefix(root, tokens)
+        known = blocks.prompt_keys(root, tokens[: rng.randrange(len(tokens) + 1)])
+        table, keys = blocks.match_prefix(root, tokens, known)
         if blocks.reserve(table, len(tokens), claim_tokens=len(tokens) + rng.randrange(20), owner=owner):
-            blocks.commit(table, keys, root, tokens, rng.randrange(len(tokens) + 1))
+            blocks.commit(table, keys, root, tokens, rng.randrange(len(tokens) + 1), known)
+            assert keys == blocks.prompt_keys(root, tokens)[: len(keys)]
             live[owner] = (table, keys, root, tokens)
         else:
             blocks.release(table, owner=owner)
