@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from .huge_pages import HugePages
 from .native import PANEL, Matrix
 
 WeightFormat = Literal["f32", "bf16", "int8", "int4"]
@@ -64,8 +65,14 @@ class PackedMatrix:
         )
 
 
-def pack(weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightFormat) -> PackedMatrix:
-    """Pack W [n, k] of any float dtype, some panels at a time: fp32 copies of a whole lm_head would be gigabytes."""
+def pack(
+    weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightFormat, memory: HugePages | None = None
+) -> PackedMatrix:
+    """Pack W [n, k] of any float dtype, some panels at a time: fp32 copies of a whole lm_head would be gigabytes.
+
+    What is read in every step lies in `memory`, which matrices may share.
+    """
+    memory = memory or HugePages()
     n, k = weight.shape
     panels, kp = -(-n // PANEL), -(-k // PANEL) * PANEL
     levels = torch.tensor(INT4_LEVELS * 2).to(torch.bfloat16) if weight_format == "int4" else None
@@ -77,8 +84,8 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightF
         padded = F.pad(rows, (0, kp - k, 0, num * PANEL - rows.shape[0])).view(num, PANEL, kp)
         some_data, some_scales = _pack_panels(padded, weight_format, levels)
         if data is None:
-            data = some_data.new_empty(panels, *some_data.shape[1:])
-            scales = None if some_scales is None else some_scales.new_empty(panels, *some_scales.shape[1:])
+            data = memory.empty((panels, *some_data.shape[1:]), some_data.dtype)
+            scales = None if some_scales is None else memory.empty((panels, *some_scales.shape[1:]), some_scales.dtype)
         data[first : first + num] = some_data
         if scales is not None and some_scales is not None:
             scales[first : first + num] = some_scales

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from ...drafters.head_native import NativeHeadRunner
+from ...kernels.huge_pages import HugePages
 from ...kernels.native import MODULES, Library
 from ...kernels.packed import WeightFormat, pack
 from ...memory import give_memory_back
@@ -26,8 +27,9 @@ def build(
 ) -> NativeDecoder:
     form = _weight_format(weights.dtype, quantization)
     embed = weights.embed()
-    lm_head = pack(weights.lm_head(embed), None, form)  # the largest, before there is anything else in memory
-    layers = [_pack_layer(weights, idx, form) for idx in range(config.num_layers)]
+    memory = HugePages()
+    lm_head = pack(weights.lm_head(embed), None, form, memory)  # the largest, before there is anything else in memory
+    layers = [_pack_layer(weights, idx, form, memory) for idx in range(config.num_layers)]
     norm = weights.norm("model.norm")
     decoder = NativeDecoder(library, num_threads, config, embed, layers, norm, lm_head, weights.dtype)
     logger.info("native CPU path: weights are %s, activations %s, %d threads", form, decoder.compute_dtype, num_threads)
@@ -62,10 +64,10 @@ def _weight_format(dtype: torch.dtype, quantization: str) -> WeightFormat:
     return "bf16" if dtype == torch.bfloat16 else "f32"
 
 
-def _pack_layer(weights: Weights, idx: int, form: WeightFormat) -> NativeLayer:
+def _pack_layer(weights: Weights, idx: int, form: WeightFormat, memory: HugePages) -> NativeLayer:
     base, modules = f"model.layers.{idx}", {}
     for module in MODULES:
         weight, bias = weights.linear(f"{base}.{PARENT[module]}.{module}")
-        modules[module] = pack(weight, bias, form)
+        modules[module] = pack(weight, bias, form, memory)
     give_memory_back()  # what quantizing took lies between the layers otherwise: 0.8 GB after 1.2 GB of int8
     return NativeLayer(modules, weights.layer_norms(idx))
