@@ -2,12 +2,13 @@
 //
 // One configuration for everything, all eight tiles full: an instruction takes as long for 1 row as for 16 (16 cycles),
 // because it is the 16 x 64 bytes of weights that go through the unit. So rows are padded to 16 with whatever lies there, and
-// their results are not read. TDPBF16PS sums 16 even and 16 odd products apart, from zero, and adds both to the sum: within
-// a row the order depends on K alone, and since no other instruction has it, rows that stand alone are tiles, too.
+// their results are not read. TDPBF16PS sums 16 even and 16 odd products apart, from zero, fused, and adds both to the sum,
+// with subnormal numbers as zeros: within a row the order depends on K alone, and what is not a tile has to keep it.
 //
 // Activations lie in tiles, [rows / 16][K / 32][16][32] bf16: a tile is 1 KiB in one piece, where rows of 2 KiB and more
-// would fall on the same few sets of the first cache level. Weights are read where they are packed for all levels:
-// 16 pairs of a panel are four tiles, 256 bytes from row to row.
+// would fall on the same few sets of the first cache level. Fewer than 16 rows lie as [K / 32][rows][32], so that what is
+// loaded beside them is of the steps that follow and takes no room. Weights are read where they are packed for all levels: 16
+// pairs of a panel are four tiles, 256 bytes from row to row.
 #pragma once
 
 #include "vec.h"
@@ -16,36 +17,41 @@
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_K = 32;
 
-// Where element `column` of row `row` lies; from a multiple of 16 on, 16 columns are in one piece.
 template <class A>
 constexpr bool IN_TILES = NATIVE_AMX && sizeof(A) == 2;
-template <class A>
-INLINE A* act_place(A* x, int kp, int row, int column) {
-  if constexpr (IN_TILES<A>)
-    return x + ((size_t)(row / TILE_ROWS) * (kp / TILE_K) + column / TILE_K) * (TILE_ROWS * TILE_K) +
-           row % TILE_ROWS * TILE_K + column % TILE_K;
-  else
-    return x + (size_t)row * kp + column;
-}
-// From 32 columns of a row to the next 32.
-template <class A>
-constexpr int ACT_STEP = IN_TILES<A> ? TILE_ROWS * TILE_K : TILE_K;
 INLINE int pad_rows(int rows) { return NATIVE_AMX ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows; }
 
-// n (at most 16) values from `column` on, which need not be a multiple of 16.
+// Rows of activations, padded with zeros to kp columns: in tiles or one behind the other.
 template <class A>
-INLINE void store_act(A* x, int kp, int row, int column, f32x16 v, int n) {
-  if (column % 16 == 0) return store_n(act_place(x, kp, row, column), v, n);
-  float values[16];
-  store(values, v);
-  for (int i = 0; i < n && i < 16; i++) from_float(act_place(x, kp, row, column + i), values[i]);
-}
+struct Rows {
+  A* data;
+  int kp, height;  // rows of a tile
 
-// Zeros from `column` to the row's end.
-template <class A>
-INLINE void clear(A* x, int kp, int row, int column) {
-  for (; column < kp; column++) *act_place(x, kp, row, column) = A(0);
-}
+  Rows(A* data, int kp, int num_rows) : data(data), kp(kp), height(num_rows < TILE_ROWS ? num_rows : TILE_ROWS) {}
+  static size_t size(int num_rows, int kp) { return (size_t)pad_rows(num_rows) * kp + TILE_ROWS * TILE_K; }
+
+  // From a multiple of 16 on, 16 columns are in one piece.
+  INLINE_METHOD A* at(int row, int column) const {
+    if constexpr (IN_TILES<A>)
+      return data + (size_t)(row / TILE_ROWS) * kp * TILE_ROWS + (size_t)(column / TILE_K * height + row % TILE_ROWS) * TILE_K +
+             column % TILE_K;
+    else
+      return data + (size_t)row * kp + column;
+  }
+  // From 32 columns to the next.
+  INLINE_METHOD size_t step() const { return IN_TILES<A> ? (size_t)height * TILE_K : TILE_K; }
+
+  // n (at most 16) values from `column` on, which need not be a multiple of 16.
+  INLINE_METHOD void set(int row, int column, f32x16 v, int n) const {
+    if (column % 16 == 0) return store_n(at(row, column), v, n);
+    float values[16];
+    store(values, v);
+    for (int i = 0; i < n && i < 16; i++) from_float(at(row, column + i), values[i]);
+  }
+  INLINE_METHOD void clear_from(int row, int column) const {
+    for (; column < kp; column++) *at(row, column) = A(0);
+  }
+};
 
 #if NATIVE_AMX
 // A thread that multiplies holds one; without it there are no tiles, and with it each switch of threads saves 8 KiB.
@@ -104,11 +110,43 @@ struct Fetch {
   }
 };
 
-// c [16][64] (+)= x, one tile of rows, times 64 columns of weights, `steps` times 32 inputs.
+// Subnormal numbers are zeros, as they are to tiles.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+};
+
+// c [64] = the first row of x times 64 columns of weights, in the order of tiles and with their bits (of a NaN, any).
+//
+// A row alone is bound by memory, and a core that uses tiles runs slower.
+INLINE void multiply_1(const bf16* x, const bf16* w, int steps, float* c) {
+  FlushSubnormals flush;
+  f32x16 sum[4] = {};
+  for (int s = 0; s < steps; s++, x += TILE_K) {
+    f32x16 even[4] = {}, odd[4] = {};
+    for (int p = 0; p < TILE_K; p += 2, w += 2 * 64) {
+      const float x0 = to_float(x[p]), x1 = to_float(x[p + 1]);
+      for (int b = 0; b < 4; b++) {
+        u32x16 words = load_pairs(w + 32 * b);
+        even[b] = fma(x0, (f32x16)(words << 16), even[b]);
+        odd[b] = fma(x1, (f32x16)(words & 0xffff0000u), odd[b]);
+      }
+    }
+    for (int b = 0; b < 4; b++) sum[b] = sum[b] + (even[b] + odd[b]);
+  }
+  for (int b = 0; b < 4; b++) store(c + 16 * b, sum[b]);
+}
+
+// c [16][64] (+)= x, one tile of rows (or fewer), times 64 columns of weights, `steps` times 32 inputs.
 template <bool SOON>
-INLINE void multiply_16(const bf16* x, const bf16* w, int steps, float* c, bool first, Fetch<SOON> fetch) {
+INLINE void multiply_16(const bf16* x, size_t x_step, const bf16* w, int steps, float* c, bool first, Fetch<SOON> fetch) {
   load_sums(c, c + 16, c + 32, c + 48, first);
-  for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K, w += 64 * TILE_K) {
+  for (int s = 0; s < steps; s++, x += x_step, w += 64 * TILE_K) {
     fetch.step();
     _tile_loadd(4, x, 64);
     _tile_loadd(6, w, PAIR_STRIDE);

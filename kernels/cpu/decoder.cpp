@@ -109,8 +109,8 @@ class Forward {
     const Layer& first = m.layers[0];
     const int widest = std::max({first.modules[Q].kp, first.modules[O].kp, first.modules[DOWN].kp});
     const size_t rows = T;
-    act = e.act.get<A>((size_t)pad_rows(T) * widest);
-    act2 = e.act2.get<A>((size_t)pad_rows(T) * widest);
+    act = e.act.get<A>(Rows<A>::size(T, widest));
+    act2 = e.act2.get<A>(Rows<A>::size(T, widest));
     e.make_room(T);
     qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
     rotated = e.rotated.get<A>(rows * q_size);
@@ -193,12 +193,13 @@ class Forward {
 
   void norm_rows(const float* weight, int kp) {
     const int n = m.hidden_size;
+    const Rows<A> out(act, kp, T);
     for (int t; (t = e.team.next(T)) >= 0;) {
       const float* x = s.x + (size_t)t * n;
       const float scale = rms_scale(x, n);
       for (int c = 0; c < n; c += 16)
-        store_n(act_place(act, kp, t, c), load_n(x + c, n - c) * scale * load_n(weight + c, n - c), n - c);
-      clear(act, kp, t, n);
+        out.set(t, c, load_n(x + c, n - c) * scale * load_n(weight + c, n - c), n - c);
+      out.clear_from(t, n);
     }
     e.team.barrier();
   }
@@ -210,16 +211,17 @@ class Forward {
     return lora->a ? lora : nullptr;
   }
 
-  void shrink_rows(int layer, const A* x, std::initializer_list<int> modules) {
+  void shrink_rows(int layer, A* x, std::initializer_list<int> modules) {
     if (!s.row_slots) return;
     constexpr int ROWS = 4;
     const int chunks = (T + ROWS - 1) / ROWS, num = (int)modules.size();
     for (int i; (i = e.team.next(chunks * num)) >= 0;) {
       const int place = i % num, module = modules.begin()[place];
       const Matrix& base = m.layers[layer].modules[module];
+      const Rows<A> in(x, base.kp, T);
       for (int t = i / num * ROWS; t < std::min(T, (i / num + 1) * ROWS); t++)
         if (const Lora* lora = lora_of(t, layer, module))
-          shrink(*lora, act_place(x, base.kp, t, 0), base.k, h + (size_t)t * h_stride + place * s.max_rank);
+          shrink(*lora, in.at(t, 0), in.step(), base.k, h + (size_t)t * h_stride + place * s.max_rank);
     }
     e.team.barrier();
   }
@@ -230,13 +232,13 @@ class Forward {
   };
 
   // out [num][padded rows][64]: columns of modules with the same inputs, with bias and LoRA.
-  void multiply_parts(int layer, const Part* parts, int num, const A* x, int row, int rows, float* out) {
+  void multiply_parts(int layer, const Part* parts, int num, A* x, int row, int rows, float* out) {
     Panel panels[MAX_PANELS];
     for (int p = 0; p < num; p++) {
       panels[p] = {&m.layers[layer].modules[parts[p].module], parts[p].panel};
       fetch_lora(layer, parts[p], row, rows);
     }
-    multiply_panels(panels, num, x, row, rows, out);
+    multiply_panels(panels, num, Rows<A>(x, panels[0].matrix->kp, T), row, rows, out);
     for (int p = 0; p < num; p++) finish_part(layer, parts[p], row, rows, out + (size_t)p * pad_rows(rows) * PANEL);
   }
 
@@ -397,16 +399,16 @@ class Forward {
         merge(num, dim, sum, part);
       }
     }
-    const int kp = layer.modules[O].kp;
+    const Rows<A> to(act2, layer.modules[O].kp, T);
     for (int r = 0, v = 0; r < task.num_rows; r++)
       for (int g = 0; g < task.num_groups; g++, v++) {
         const int column = (task.head * group + task.first_group + g) * dim;
         const float scale = 1.0f / sum.total[v];
         for (int c = 0; c < dim; c += 16)
-          store_act(act2, kp, row + r, column + c, load_n(sum.out + v * dim + c, dim - c) * scale, dim - c);
+          to.set(row + r, column + c, load_n(sum.out + v * dim + c, dim - c) * scale, dim - c);
       }
     if (task.head == 0 && task.first_group == 0)
-      for (int r = 0; r < task.num_rows; r++) clear(act2, kp, row + r, q_size);
+      for (int r = 0; r < task.num_rows; r++) to.clear_from(row + r, q_size);
   }
 
   // x += module(act2), normed first where the architecture does so.
@@ -439,7 +441,7 @@ class Forward {
   }
 
   void multiply_gate_up(int idx, const Layer& layer, int thread) {
-    const int kp = layer.modules[DOWN].kp;  // equals panels * 64
+    const Rows<A> to(act2, layer.modules[DOWN].kp, T);  // kp equals panels * 64
     float* products = (float*)e.products[thread].data;
     for_blocks<A>(e.team, layer.modules[GATE].panels(), MAX_PANELS / 2, T, [&](int first, int num, int row, int rows) {
       Part parts[MAX_PANELS];
@@ -451,7 +453,7 @@ class Forward {
         for (int r = 0; r < rows; r++)
           for (int c = 0; c < PANEL; c += 16) {
             f32x16 g = load(gate + r * PANEL + c);
-            store(act_place(act2, kp, row + r, (first + p) * PANEL + c),
+            store(to.at(row + r, (first + p) * PANEL + c),
                   (m.is_gelu ? gelu_tanh(g) : silu(g)) * load(up + r * PANEL + c));
           }
       }
@@ -471,14 +473,14 @@ class Forward {
 // y [rows][panels * 64] = x [rows][k] times the matrix, without bias: the lm_head.
 template <class A>
 static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, float* y) {
-  A* act = e.act.get<A>((size_t)pad_rows(rows) * matrix.kp);
+  const Rows<A> act(e.act.get<A>(Rows<A>::size(rows, matrix.kp)), matrix.kp, rows);
   e.make_room(rows);
   auto work = [&](int thread) {
     Tiles tiles;
     for (int t; (t = e.team.next(rows)) >= 0;) {
       for (int c = 0; c < matrix.k; c += 16)
-        store_n(act_place(act, matrix.kp, t, c), load_n(x + (size_t)t * matrix.k + c, matrix.k - c), matrix.k - c);
-      clear(act, matrix.kp, t, matrix.k);
+        act.set(t, c, load_n(x + (size_t)t * matrix.k + c, matrix.k - c), matrix.k - c);
+      act.clear_from(t, matrix.k);
     }
     e.team.barrier();
     const size_t width = (size_t)matrix.panels() * PANEL;

@@ -41,12 +41,12 @@ INLINE void dots(const W* a, int k, const X* x, float scale, float* h) {
   for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
 }
 
-// The same for a block of rows, a [k / 32][NR][32]; x is a row of activations as they lie (amx.h), padded with zeros to k, a
-// multiple of 32.
+// The same for a block of rows, a [k / 32][NR][32]; x lies as activations do (amx.h), x_step from 32 columns to the next, padded
+// with zeros to k, a multiple of 32.
 template <int NR, class T>
-INLINE void block_dots(const T* a, int k, const T* x, float scale, float* h) {
+INLINE void block_dots(const T* a, int k, const T* x, size_t x_step, float scale, float* h) {
   f32x16 acc[NR] = {};
-  for (int i = 0; i < k; i += 32, a += 32 * NR, x += ACT_STEP<T>) {
+  for (int i = 0; i < k; i += 32, a += 32 * NR, x += x_step) {
 #if NATIVE_BF16
     if constexpr (sizeof(T) == 2) {
       for (int r = 0; r < NR; r++) acc[r] = dot_pairs(acc[r], a + 32 * r, x);
@@ -61,13 +61,13 @@ INLINE void block_dots(const T* a, int k, const T* x, float scale, float* h) {
 
 // h [rank] = scale * A x
 template <class T>
-static void shrink(const Lora& lora, const T* x, int k, float* h) {
+static void shrink(const Lora& lora, const T* x, size_t x_step, int k, float* h) {
   const T* a = (const T*)lora.a;
   const int padded = (k + 31) / 32 * 32;
   int r = 0;
-  for (; r + 8 <= lora.rank; r += 8) block_dots<8>(a + (size_t)r * padded, padded, x, lora.scale, h + r);
-  for (; r + 4 <= lora.rank; r += 4) block_dots<4>(a + (size_t)r * padded, padded, x, lora.scale, h + r);
-  for (; r < lora.rank; r++) block_dots<1>(a + (size_t)r * padded, padded, x, lora.scale, h + r);
+  for (; r + 8 <= lora.rank; r += 8) block_dots<8>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r);
+  for (; r + 4 <= lora.rank; r += 4) block_dots<4>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r);
+  for (; r < lora.rank; r++) block_dots<1>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r);
 }
 
 // y [64] += h [rank] * B, B [rank][num] with `stride` from row to row; num <= 64

@@ -206,20 +206,25 @@ static void multiply_block(const bf16* x, size_t next_rows, int tiles, const bf1
   for (; t + 2 <= tiles; t += 2)
     for (int half = 0; half < 2; half++)
       multiply_32(x + t * next_rows, next_rows, w + 64 * half, steps, out + t * TILE_ROWS * PANEL + 32 * half, first, fetch());
-  if (t < tiles) multiply_16(x + t * next_rows, w, steps, out + t * TILE_ROWS * PANEL, first, fetch());
+  if (t < tiles) multiply_16(x + t * next_rows, TILE_ROWS * TILE_K, w, steps, out + t * TILE_ROWS * PANEL, first, fetch());
 }
 
 // out [num][padded rows][64], from rows that lie in tiles. Sums go on where they stopped: no block of K changes an order.
-static void multiply_stored(const Panel* panels, int num, const bf16* x, int rows, float* out) {
+static void multiply_stored(const Panel* panels, int num, const Rows<bf16>& act, int row, int rows, float* out) {
+  const bf16* x = act.at(row, 0);
   const int kp = panels[0].matrix->kp, steps = kp / TILE_K, tiles = pad_rows(rows) / TILE_ROWS;
   const size_t next_rows = (size_t)kp * TILE_ROWS;
   auto weights = [&](int p, int s) {
     return (const bf16*)panels[p].matrix->data + ((size_t)panels[p].idx * kp + s * TILE_K) * PANEL;
   };
+  if (rows == 1) {
+    for (int p = 0; p < num; p++) multiply_1(x, weights(p, 0), steps, out + (size_t)p * TILE_ROWS * PANEL);
+    return;
+  }
   if (tiles == 1) {
     for (int p = 0; p < num; p++)
-      multiply_16(x, weights(p, 0), steps, out + (size_t)p * TILE_ROWS * PANEL, true,
-                  Fetch<true>{(const char*)weights(p, 0) + 8192, 64});
+      multiply_16(x, act.step(), weights(p, 0), steps, out + (size_t)p * TILE_ROWS * PANEL, true,
+                  Fetch<true>{(const char*)weights(p, 0) + 2048, 64});
     return;
   }
   const int blocks = (steps + BLOCK_STEPS - 1) / BLOCK_STEPS, at_once = (steps + blocks - 1) / blocks;
@@ -239,7 +244,7 @@ static void multiply_stored(const Panel* panels, int num, const bf16* x, int row
   }
 }
 
-static void multiply_decoded(const Panel& panel, const bf16* x, int rows, float* out) {
+static void multiply_decoded(const Panel& panel, const Rows<bf16>& x, int first_row, int rows, float* out) {
   const Matrix& m = *panel.matrix;
   const int steps = m.group / TILE_K;
   alignas(64) bf16 decoded[MAX_GROUP * PANEL];
@@ -248,7 +253,7 @@ static void multiply_decoded(const Panel& panel, const bf16* x, int rows, float*
     decode_group(m, panel.idx, g, decoded);
     const float* scale = group_scales(m, panel.idx, g);
     for (int row = 0; row < rows; row += TILE_ROWS) {
-      multiply_16(x + (size_t)row * m.kp + (size_t)g * steps * TILE_ROWS * TILE_K, decoded, steps, part, true,
+      multiply_16(x.at(first_row + row, g * m.group), x.step(), decoded, steps, part, true,
                   Fetch<true>{});
       for (int r = 0; r < std::min(TILE_ROWS, rows - row); r++)
         for (int c = 0; c < PANEL; c += 16) {
@@ -264,17 +269,16 @@ static void multiply_decoded(const Panel& panel, const bf16* x, int rows, float*
 // out [num][padded rows][64] = rows `row` and following of x times each panel, all of matrices with the same kp and format,
 // without bias.
 template <class A>
-static void multiply_panels(const Panel* panels, int num, const A* x, int row, int rows, float* out) {
+static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, int row, int rows, float* out) {
   const Matrix& m = *panels[0].matrix;
-  x = act_place(x, m.kp, row, 0);
 #if NATIVE_AMX
   if constexpr (sizeof(A) == 2) {
-    if (m.format == BF16) return multiply_stored(panels, num, x, rows, out);
-    for (int p = 0; p < num; p++) multiply_decoded(panels[p], x, rows, out + (size_t)p * pad_rows(rows) * PANEL);
+    if (m.format == BF16) return multiply_stored(panels, num, x, row, rows, out);
+    for (int p = 0; p < num; p++) multiply_decoded(panels[p], x, row, rows, out + (size_t)p * pad_rows(rows) * PANEL);
     return;
   }
 #endif
-  for (int p = 0; p < num; p++) multiply_panel(panels[p], x, rows, out + (size_t)p * pad_rows(rows) * PANEL);
+  for (int p = 0; p < num; p++) multiply_panel(panels[p], x.at(row, 0), rows, out + (size_t)p * pad_rows(rows) * PANEL);
 }
 
 // How many rows and panels a task has. Tiles want many: each row and weight is read from memory once for all of a task. Other
