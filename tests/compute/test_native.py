@@ -24,6 +24,7 @@ from specserve.compute.torch.decoder import Decoder
 from specserve.config import EngineConfig
 from specserve.errors import ModelError
 from specserve.kernels import native, native_build, native_levels
+from specserve.kernels.huge_pages import HugePages
 from specserve.kernels.native import STRUCTS, Team, load_library
 from specserve.kernels.native_build import NativeError
 from specserve.kernels.native_levels import LEVELS
@@ -92,6 +93,22 @@ def test_packing_keeps_the_weights(weight_format):
         rms = (unpack(pack(weight, None, "int4")) - weight).square().mean().sqrt()
         assert rms < 0.11  # plain rounding to sixteen even steps has 0.12 on these groups
     assert (unpack(pack(torch.zeros(3, GROUPS["int4"]), None, weight_format)) == 0).all()
+
+
+@pytest.mark.parametrize("has_large_pages", [True, False])
+def test_tensors_in_large_pages_lie_apart_and_at_cache_lines(has_large_pages, monkeypatch):
+    if not has_large_pages:
+        monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
+    memory = HugePages()
+    shapes = [
+        ((3, 5), torch.bfloat16),
+        ((0, 4), torch.float32),
+        ((40 << 20,), torch.uint8),
+        ((30, 1 << 20), torch.int8),
+    ]
+    tensors = [memory.empty(shape, dtype).fill_(i) for i, (shape, dtype) in enumerate(shapes)]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors if tensor.numel())
+    assert all((tensor == i).all() and (tensor.shape, tensor.dtype) == shapes[i] for i, tensor in enumerate(tensors))
 
 
 @pytest.mark.parametrize(
