@@ -26,9 +26,14 @@ struct Context {
   int block_size, num_heads, head, dim, len, window;
   float scale;
 
-  size_t tile(int position) const {
-    const size_t kv_pos = (size_t)table[position / block_size] * block_size + position % block_size;
-    return ((kv_pos / KEYS) * num_heads + head) * dim * KEYS;
+  // Where the tiles of positions begin..end lie, in keys and in values; begin is a multiple of 16.
+  void find_tiles(int begin, int end, size_t* tiles) const {
+    const int in_block = block_size / KEYS;
+    int block = begin / block_size, idx = begin % block_size / KEYS;
+    for (; begin < end; begin += KEYS, idx++) {
+      if (idx == in_block) idx = 0, block++;
+      *tiles++ = (((size_t)table[block] * in_block + idx) * num_heads + head) * dim * KEYS;
+    }
   }
 };
 
@@ -44,11 +49,17 @@ struct Partial {
   Partial from(int vector, int dim) const { return {top + vector, total + vector, out + (size_t)vector * dim}; }
 };
 
-template <class T>
-INLINE void store_key(T* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* k) {
-  T* tile = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS;
-  constexpr int PAIR = sizeof(T) == 2 ? 2 : 1;
-  for (int d = 0; d < dim; d++) from_float(tile + (d / PAIR * KEYS + kv_pos % KEYS) * PAIR + d % PAIR, k[d]);
+INLINE void store_key(float* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* k) {
+  float* tile = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS + kv_pos % KEYS;
+  for (int d = 0; d < dim; d++) tile[d * KEYS] = k[d];
+}
+INLINE void store_key(bf16* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* k) {
+  bf16* tile = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS + kv_pos % KEYS * 2;
+  for (int d = 0; d < dim; d += 16) {
+    bf16 elements[16];
+    store(elements, load_n(k + d, dim - d));
+    for (int i = 0; i < 16 && d + i < dim; i += 2) memcpy(tile + (d + i) * KEYS, elements + i, 4);
+  }
 }
 
 INLINE void store_value(float* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* v) {
@@ -56,8 +67,16 @@ INLINE void store_value(float* cache, int64_t kv_pos, int head, int num_heads, i
 }
 // Another thread may write the other half of the pairs at the same time, so nothing but this half is touched.
 INLINE void store_value(bf16* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* v) {
-  bf16* pairs = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS + kv_pos % KEYS / 2 * 2 * dim + kv_pos % 2;
-  for (int d = 0; d < dim; d++) from_float(pairs + 2 * d, v[d]);
+  bf16* pairs = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS + kv_pos % KEYS / 2 * 2 * dim;
+  for (int d = 0; d < dim; d += 16) {
+#if NATIVE_BF16
+    const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load_n(v + d, dim - d)));
+    const __mmask32 half = (dim - d < 16 ? (1u << 2 * (dim - d)) - 1 : ~0u) & (kv_pos % 2 ? 0xaaaaaaaau : 0x55555555u);
+    _mm512_mask_storeu_epi16(pairs + 2 * d, half, kv_pos % 2 ? _mm512_slli_epi32(wide, 16) : wide);
+#else
+    for (int i = d; i < std::min(d + 16, dim); i++) pairs[2 * i + kv_pos % 2] = to_bf16(v[i]);
+#endif
+  }
 }
 
 // Scores of NQ query vectors q [NQ][dim] with the 16 keys of a tile.
@@ -86,11 +105,11 @@ INLINE void tile_scores(const bf16* q, const bf16* tile, int dim, f32x16* out) {
   for (int i = 0; i < NQ; i++) out[i] = acc[i];
 }
 
-// The values of the tile at `position`, or, where some of them are not written yet, a copy with zeros there: what lies in
+// The values of a tile that begins at `position`, or, where some of them are not written yet, a copy with zeros there: what lies in
 // memory may be NaN, and no weight hides that.
 template <class T>
-INLINE const T* value_tile(const Context<T>& c, int position, T* copy) {
-  const T* tile = c.v + c.tile(position);
+INLINE const T* value_tile(const Context<T>& c, size_t place, int position, T* copy) {
+  const T* tile = c.v + place;
   const int num = c.len - position, dim = c.dim;
   if (num >= KEYS) return tile;
   if (sizeof(T) == 4) {
@@ -139,11 +158,13 @@ INLINE void weigh_tile(const bf16* tile, int dim, int width, const bf16* weights
 template <int NQ, class T>
 static void attend_split(const Context<T>& c, const T* q, const int* positions, int begin, int end, float* scores,
                          Partial to) {
+  size_t tiles[SPLIT / KEYS];
+  c.find_tiles(begin, end, tiles);
   f32x16 best[NQ];
   for (int i = 0; i < NQ; i++) best[i] = splat(-INFINITY);
   for (int p = begin; p < end; p += KEYS) {
     f32x16 tile[NQ];
-    tile_scores<NQ>(q, c.k + c.tile(p), c.dim, tile);
+    tile_scores<NQ>(q, c.k + tiles[(p - begin) / KEYS], c.dim, tile);
     for (int i = 0; i < NQ; i++) {
       i32x16 key = lanes() + p;
       i32x16 seen = key <= positions[i];
@@ -169,8 +190,10 @@ static void attend_split(const Context<T>& c, const T* q, const int* positions, 
   for (int d = 0; d < c.dim; d += 64) {
     const int width = std::min(64, c.dim - d);
     f32x16 acc[NQ][4] = {};
-    for (int p = begin; p < end; p += KEYS)
-      weigh_tile<NQ>(value_tile(c, p, copy) + (sizeof(T) == 2 ? 2 * d : d), c.dim, width, weights + p - begin, acc);
+    for (int p = begin; p < end; p += KEYS) {
+      const T* values = value_tile(c, tiles[(p - begin) / KEYS], p, copy) + (sizeof(T) == 2 ? 2 * d : d);
+      weigh_tile<NQ>(values, c.dim, width, weights + p - begin, acc);
+    }
     for (int i = 0; i < NQ; i++)
       for (int col = 0; 16 * col < width; col++) store_n(to.out + i * c.dim + d + 16 * col, acc[i][col], width - 16 * col);
   }
@@ -208,16 +231,17 @@ constexpr int QUERIES_AT_ONCE = 6;
 // How many vectors share the instructions of one pass.
 template <class T>
 INLINE int vectors_at_once(int dim) {
-  return in_tiles<T>(dim) ? QUERY_TILE : QUERIES_AT_ONCE;
+  return in_tiles<T>(dim) ? 2 * QUERY_TILE : QUERIES_AT_ONCE;
 }
+constexpr size_t SCORES = 2 * QUERY_TILE * SPLIT;  // room for those of so many
 
-// The first position of a split, or the first tile of it, that a vector at `position` sees.
+// Where what a vector at `position` sees begins, or two tiles at most before it.
 template <class T>
 INLINE int first_seen(const Context<T>& c, int position) {
-  return c.window && position >= c.window ? (position - c.window + 1) / KEYS * KEYS : 0;
+  return c.window && position >= c.window ? (position - c.window + 1) / (2 * KEYS) * (2 * KEYS) : 0;
 }
 
-// n vectors q [n][dim], padded to whole tiles, at ascending positions, over one split. scores: room for 16 * SPLIT floats.
+// n vectors q [n][dim], padded to whole tiles, at ascending positions, over one split.
 template <class T>
 static void attend_split_any(const Context<T>& c, int n, const T* q, const int* positions, int split, float* scores,
                              Partial to) {

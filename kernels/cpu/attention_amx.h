@@ -17,142 +17,184 @@ INLINE bool in_tiles(int dim) {
 }
 
 #if NATIVE_AMX
-// While a thread attends: 5 holds weights [16][16], 6 and 7 hold values [8][16][2], the others 16 x 64 bytes of anything.
-class AttentionTiles {
- public:
-  AttentionTiles() {
-    _tile_storeconfig(&before_);
-    Config config;
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-    config.row_bytes[5] = 32, config.rows[6] = config.rows[7] = 8;
-    _tile_loadconfig(&config);
-  }
-  ~AttentionTiles() { _tile_loadconfig(&before_); }
-  AttentionTiles(const AttentionTiles&) = delete;
-
- private:
-  struct alignas(64) Config {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-  Config before_;
-};
-
+constexpr int STEP = 32;  // positions that one instruction sums over
 constexpr float HIDDEN = -1e30f;  // a score whose weight is 0; finite, so that nothing needs to ask for it
 
-// 2^x to 1e-7, 1 for 0, 0 for very small x, NaN for NaN.
+// 2^x to 3e-6, 1 for 0, 0 for very small x, NaN for NaN.
 INLINE __m512 exp2_of(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 r = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(1.326472721e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.671512812e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550733745e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402224208e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931469776e-1f));
+  __m512 p = _mm512_set1_ps(9.582853221e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.590642621e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409862e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241932e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, whole);
 }
 
-// R rows of scores [tiles][16][16], from `row` on, become weights of the same places.
+// R rows of scores [steps][2][16][16], from `row` on, become weights [16][32] in the first half of each step's place.
 template <int R>
-INLINE void soften(const float* scores, int row, int tiles, float scale, bf16* weights, Partial to) {
+static void soften(float* scores, int row, int steps, float scale, Partial to) {
   __m512 best[R], total[R], shift[R];
   for (int r = 0; r < R; r++) best[r] = _mm512_set1_ps(HIDDEN), total[r] = _mm512_setzero_ps();
-  scores += row * KEYS, weights += row * KEYS;
-  for (int t = 0; t < tiles; t++)
-    for (int r = 0; r < R; r++) best[r] = _mm512_max_ps(_mm512_load_ps(scores + (t * 16 + r) * KEYS), best[r]);
+  for (int s = 0; s < steps; s++)
+    for (int r = 0; r < R; r++) {
+      const float* place = scores + s * 16 * STEP + (row + r) * KEYS;
+      best[r] = _mm512_max_ps(_mm512_max_ps(_mm512_load_ps(place), _mm512_load_ps(place + 16 * KEYS)), best[r]);
+    }
   const float to_log2 = scale * 1.44269504f;
   for (int r = 0; r < R; r++) {
-    const float top = max_lane((f32x16)best[r]);
+    const float top = _mm512_reduce_max_ps(best[r]);
     to.top[row + r] = top == HIDDEN ? -INFINITY : top * scale;
     shift[r] = _mm512_set1_ps(top == HIDDEN ? 0.0f : -top * to_log2);
   }
   const __m512 factor = _mm512_set1_ps(to_log2);
-  for (int t = 0; t < tiles; t++)
+  for (int s = 0; s < steps; s++)
     for (int r = 0; r < R; r++) {
-      const __m512 score = _mm512_load_ps(scores + (t * 16 + r) * KEYS);
-      const __m512 weight = exp2_of(_mm512_fmadd_ps(score, factor, shift[r]));
-      total[r] = _mm512_add_ps(total[r], weight);
-      store(weights + (t * 16 + r) * KEYS, (f32x16)weight);
+      float* place = scores + s * 16 * STEP + (row + r) * KEYS;
+      const __m512 low = exp2_of(_mm512_fmadd_ps(_mm512_load_ps(place), factor, shift[r]));
+      const __m512 high = exp2_of(_mm512_fmadd_ps(_mm512_load_ps(place + 16 * KEYS), factor, shift[r]));
+      total[r] = _mm512_add_ps(total[r], _mm512_add_ps(low, high));
+      _mm512_store_si512(place, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
   for (int r = 0; r < R; r++) to.total[row + r] = sum((f32x16)total[r]);
 }
 
-// As attend_split, for up to 16 vectors; q has 16 in memory, whatever they hold, and `to` has room for 16.
-static void attend_split_in_tiles(const Context<bf16>& c, int n, const bf16* q, const int* positions, int begin, int end,
-                                  float* scores, Partial to) {
-  const int tiles = (end - begin + KEYS - 1) / KEYS;
-  size_t places[SPLIT / KEYS + 1];
-  for (int t = 0; t < tiles; t++) places[t] = c.tile(begin + t * KEYS);
-  places[tiles] = places[tiles - 1];  // of an odd number the last is done twice
-  tile_fence();
-  for (int t = 0; t < tiles; t += 2) {
+// Where a step's keys and values lie; of values that are not written, and of a second tile that nobody sees, a copy with zeros.
+struct StepPlace {
+  const bf16 *keys[2], *values[2];
+};
+
+// scores [steps][2][16][16] of one tile of queries, or of two, SPLIT * 16 floats apart; q [16 or 32][dim].
+template <bool TWO>
+INLINE void score_steps(const StepPlace* places, int steps, const bf16* q, int dim, float* scores) {
+  const int stride = 2 * dim;
+  for (int s = 0; s < steps; s += TWO ? 1 : 2) {
+    const StepPlace &place = places[s], &next = places[TWO ? s : std::min(s + 1, steps - 1)];
     _tile_zero(0);
     _tile_zero(1);
-    const bf16 *keys = c.k + places[t], *next = c.k + places[t + 1];
-    for (int d = 0; d < c.dim; d += 32) {
-      _tile_loadd(2, q + d, 2 * c.dim);
-      _tile_loadd(3, keys + d * KEYS, 64);
-      _tile_dpbf16ps(0, 2, 3);
-      _tile_loadd(4, next + d * KEYS, 64);
-      _tile_dpbf16ps(1, 2, 4);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int d = 0; d < dim; d += 32) {
+      _tile_loadd(4, q + d, stride);
+      _tile_loadd(6, place.keys[0] + d * KEYS, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, place.keys[1] + d * KEYS, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if (TWO) {
+        _tile_loadd(5, q + 16 * dim + d, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      } else {
+        _tile_loadd(6, next.keys[0] + d * KEYS, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, next.keys[1] + d * KEYS, 64);
+        _tile_dpbf16ps(3, 4, 7);
+      }
     }
-    _tile_stored(0, scores + t * 16 * KEYS, 64);
-    _tile_stored(1, scores + (t + 1) * 16 * KEYS, 64);
-    for (const bf16* values : {c.v + places[t], c.v + places[t + 1]})
-      for (int i = 0; i < c.dim * KEYS; i += 32) __builtin_prefetch(values + i, 0, 2);
+    float *to = scores + s * 16 * STEP, *to_next = TWO ? to + 16 * SPLIT : scores + std::min(s + 1, steps - 1) * 16 * STEP;
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + 16 * KEYS, 64);
+    _tile_stored(2, to_next, 64);
+    _tile_stored(3, to_next + 16 * KEYS, 64);
   }
-  for (int t = 0; t < tiles; t++) {
-    const int first = begin + t * KEYS;
+}
+
+// out [16 or 32][dim] = weights [steps][16][32] (the steps 16 * 32 floats apart) times values, COLUMNS at once. Values are
+// copied, as a step's lie in two places: to the first cache level, while tiles before them are multiplied.
+template <bool TWO>
+INLINE void weigh_steps(const StepPlace* places, int steps, const float* weights, int dim, float* out) {
+  constexpr int COLUMNS = TWO ? 32 : 64, STRIDE = 4 * COLUMNS;
+  alignas(64) bf16 buffers[2][STEP * COLUMNS];
+  for (int d = 0; d < dim; d += COLUMNS) {
+    const bool whole = d + COLUMNS <= dim;  // of 64 columns there may be 32
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int s = 0; s < steps; s++) {
+      bf16* values = buffers[s % 2];
+      for (int half = 0; half < 2; half++)
+        for (int pair = 0; pair < 8; pair++) {
+          const bf16* from = places[s].values[half] + 2 * (pair * dim + d);
+          bf16* to = values + (half * 8 + pair) * 2 * COLUMNS;
+          for (int i = 0; i < COLUMNS / 16; i++)
+            if (whole || i < 2) _mm512_store_si512(to + 32 * i, _mm512_loadu_si512(from + 32 * i));
+        }
+      tile_fence();
+      const float* weight = weights + s * 16 * STEP;
+      _tile_loadd(4, weight, 64);
+      _tile_loadd(6, values, STRIDE);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, values + 32, STRIDE);
+      _tile_dpbf16ps(1, 4, 7);
+      if (TWO) {
+        _tile_loadd(5, weight + 16 * SPLIT, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      } else if (whole) {
+        _tile_loadd(6, values + 64, STRIDE);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, values + 96, STRIDE);
+        _tile_dpbf16ps(3, 4, 7);
+      }
+    }
+    _tile_stored(0, out + d, 4 * dim);
+    _tile_stored(1, out + d + 16, 4 * dim);
+    if (!TWO && !whole) continue;
+    float* others = TWO ? out + 16 * dim + d : out + d + 32;
+    _tile_stored(2, others, 4 * dim);
+    _tile_stored(3, others + 16, 4 * dim);
+  }
+}
+
+// As attend_split, for up to 32 vectors; q has whole tiles of them in memory, whatever they hold, and so has `to`. begin is a
+// multiple of 32.
+static void attend_split_in_tiles(const Context<bf16>& c, int n, const bf16* q, const int* positions, int begin, int end,
+                                  float* scores, Partial to) {
+  const int steps = (end - begin + STEP - 1) / STEP;
+  alignas(64) bf16 copies[2][KEYS * 256];
+  StepPlace places[SPLIT / STEP];
+  size_t tiles[SPLIT / KEYS];
+  c.find_tiles(begin, end, tiles);
+  for (int s = 0; s < steps; s++)
+    for (int half = 0; half < 2; half++) {
+      const int position = begin + s * STEP + half * KEYS;
+      if (position < end) {
+        const size_t tile = tiles[2 * s + half];
+        places[s].keys[half] = c.k + tile;
+        places[s].values[half] = value_tile(c, tile, position, copies[half]);
+      } else {
+        std::fill(copies[half], copies[half] + KEYS * c.dim, bf16(0));
+        places[s].keys[half] = places[s].keys[0];
+        places[s].values[half] = copies[half];
+      }
+    }
+  tile_fence();
+  if (n > 16) score_steps<true>(places, steps, q, c.dim, scores);
+  else score_steps<false>(places, steps, q, c.dim, scores);
+  for (int first = begin; first < begin + steps * STEP; first += KEYS) {
     if (first + KEYS - 1 <= positions[0] && !(c.window && first <= positions[n - 1] - c.window)) continue;
     for (int i = 0; i < n; i++) {
       const i32x16 key = lanes() + first;
       i32x16 seen = key <= positions[i];
       if (c.window) seen &= key > positions[i] - c.window;
-      float* row = scores + (t * 16 + i) * KEYS;
+      float* row = scores + i / 16 * 16 * SPLIT + (first - begin) * 16 + i % 16 * KEYS;
       store(row, select(seen, load(row), splat(HIDDEN)));
     }
   }
-  alignas(64) bf16 weights[16 * SPLIT];
-  int row = 0;
-  for (; row + 4 <= n; row += 4) soften<4>(scores, row, tiles, c.scale, weights, to);
-  if (n % 4 == 1) soften<1>(scores, row, tiles, c.scale, weights, to);
-  if (n % 4 == 2) soften<2>(scores, row, tiles, c.scale, weights, to);
-  if (n % 4 == 3) soften<3>(scores, row, tiles, c.scale, weights, to);
-  alignas(64) bf16 copy[KEYS * 256];
-  const bf16* last = value_tile(c, begin + (tiles - 1) * KEYS, copy);
-  const int stride = 4 * c.dim;
-  tile_fence();
-  for (int d = 0; d < c.dim; d += 64) {
-    const bool wide = d + 32 < c.dim;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int t = 0; t < tiles; t++) {
-      const bf16* values = (t == tiles - 1 ? last : c.v + places[t]) + 2 * d;
-      _tile_loadd(5, weights + t * 16 * KEYS, 32);
-      _tile_loadd(6, values, stride);
-      _tile_dpbf16ps(0, 5, 6);
-      _tile_loadd(7, values + 32, stride);
-      _tile_dpbf16ps(1, 5, 7);
-      if (!wide) continue;
-      _tile_loadd(6, values + 64, stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_loadd(7, values + 96, stride);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, to.out + d, stride);
-    _tile_stored(1, to.out + d + 16, stride);
-    if (!wide) continue;
-    _tile_stored(2, to.out + d + 32, stride);
-    _tile_stored(3, to.out + d + 48, stride);
+  for (int i = 0; i < n; i += 16) {
+    float* tile = scores + i * SPLIT;
+    const Partial part = to.from(i, c.dim);
+    const int num = std::min(16, n - i);
+    int row = 0;
+    for (; row + 8 <= num; row += 8) soften<8>(tile, row, steps, c.scale, part);
+    if (num & 4) soften<4>(tile, row, steps, c.scale, part), row += 4;
+    if (num & 2) soften<2>(tile, row, steps, c.scale, part), row += 2;
+    if (num & 1) soften<1>(tile, row, steps, c.scale, part);
   }
+  if (n > 16) weigh_steps<true>(places, steps, scores, c.dim, to.out);
+  else weigh_steps<false>(places, steps, scores, c.dim, to.out);
   tile_fence();
 }
-#else
-struct AttentionTiles {
-  AttentionTiles() {}  // says that it is used
-};
 #endif

@@ -355,11 +355,10 @@ class Forward {
     if ((int)e.splits_left.size() < counters) e.splits_left = std::vector<std::atomic<int>>(counters);
     for (const AttentionTask& task : tasks)
       if (task.split == 0) e.splits_left[task.counter] = task.num_splits;
-    for (auto& buffer : e.attention) buffer.get<float>(QUERY_TILE * SPLIT + 3 * Partial::size(QUERIES, m.head_dim));
+    for (auto& buffer : e.attention) buffer.get<float>(SCORES + 3 * Partial::size(QUERIES, m.head_dim));
   }
 
   void attend_rows(const Layer& layer, int thread) {
-    AttentionTiles tiles;
     for (int i; (i = e.team.next((int)tasks.size())) >= 0;) attend(layer, tasks[i], (float*)e.attention[thread].data);
     e.team.barrier();
   }
@@ -369,9 +368,9 @@ class Forward {
     const int row = s.cu_query_lens[task.seq] + task.first_row;
     const int first_position = s.context_lens[task.seq] - (s.cu_query_lens[task.seq + 1] - row);
     float* scores = scratch;
-    Partial sum = Partial::at(scores + QUERY_TILE * SPLIT, num, dim);
-    Partial part = Partial::at(scores + QUERY_TILE * SPLIT + Partial::size(QUERIES, dim), num, dim);
-    A* queries = (A*)(scores + QUERY_TILE * SPLIT + 2 * Partial::size(QUERIES, dim));
+    Partial sum = Partial::at(scores + SCORES, num, dim);
+    Partial part = Partial::at(scores + SCORES + Partial::size(QUERIES, dim), num, dim);
+    A* queries = (A*)(scores + SCORES + 2 * Partial::size(QUERIES, dim));
     int positions[QUERIES];
     for (int r = 0, v = 0; r < task.num_rows; r++)
       for (int g = 0; g < task.num_groups; g++, v++) {
@@ -390,11 +389,11 @@ class Forward {
       // Who computes the last of the splits adds all of them.
       if (e.splits_left[task.counter].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
       e.splits_left[task.counter].store(task.num_splits, std::memory_order_relaxed);  // for the next layer
-      clear(num, dim, sum);
-      for (int i = first_split; i <= last_split; i++) merge(num, dim, sum, Partial::at(partials + i * size, num, dim));
+      sum = Partial::at(partials + first_split * size, num, dim);
+      for (int i = first_split + 1; i <= last_split; i++) merge(num, dim, sum, Partial::at(partials + i * size, num, dim));
     } else {
-      clear(num, dim, sum);
-      for (int i = first_split; i <= last_split; i++) {
+      attend_split_any(context, num, queries, positions, first_split, scores, sum);
+      for (int i = first_split + 1; i <= last_split; i++) {
         attend_split_any(context, num, queries, positions, i, scores, part);
         merge(num, dim, sum, part);
       }
