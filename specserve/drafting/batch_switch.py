@@ -27,7 +27,7 @@ _MOST_KNOWN = 32
 _LEAST_WAIT = 64  # steps between trials
 _PATIENCE = 4  # times the steps of a trial, until it is given up
 _STALE_S = 2.0  # a load that was away for so long is measured anew
-_NEAR = 0.8  # a load is left when it is so many levels away, of which sqrt(2) times the sequences make one
+_NEAR = 1.2  # a load is left when it is so many levels away, of which sqrt(2) times the sequences make one
 _MOST_PROMPT_ROWS = 4  # for each sequence; steps with more say little of decoding
 _SLOPE_WEIGHT = 0.04  # of what is expected of prompts, against what is seen
 
@@ -68,9 +68,17 @@ class BatchSwitch:
         self._pays_for_few = pays_for_few  # if at all; else rather for many
         self._loads: dict[tuple[int, bool], Load] = {}
         self._level = 0
+        self._planned: Load | None = None  # of the latest step that was asked about
+        self._latest: Load | None = None  # that has ended
+        self._num_here = 0  # steps of that load, one after the other
         self._now_s = 0.0
         self._was_asked = True  # the latest step
         self._num_same = 0  # latest steps that were as it in that
+
+    @property
+    def is_on(self) -> bool:
+        """Whether steps draft now, as far as this switch has to say."""
+        return self._planned is None or self._planned.asks
 
     def load(self, num_seqs: int, can_run_ahead: bool) -> Load:
         """The load of a step of `num_seqs` sequences, all of which allow the next one to be queued ahead, or not."""
@@ -83,6 +91,7 @@ class BatchSwitch:
             # What does not pay for fewer sequences will not for more; or if it does, then for more as well.
             is_on = (all if self._pays_for_few else any)(known.is_drafting for known in lower)
             load = self._loads[level, can_run_ahead] = Load(is_on)
+        self._planned = load
         return load
 
     def observe(self, load: Load, was_asked: bool, step: TimedStep) -> bool:
@@ -93,6 +102,12 @@ class BatchSwitch:
         self._now_s += step.seconds
         self._num_same = self._num_same + 1 if was_asked == self._was_asked else 1
         self._was_asked = was_asked
+        if load is not self._latest:
+            if self._latest is not None and self._latest.trial is not None:  # it would be one of this load, too
+                self._latest.trial = None
+                self._latest.next_trial_s = self._now_s + _LEAST_WAIT * step.seconds
+            self._latest, self._num_here = load, 0
+        self._num_here += 1
         if self._now_s - load.last_s > _STALE_S:
             load.known.clear()
         load.last_s, load.num_steps = self._now_s, load.num_steps + 1
@@ -109,7 +124,7 @@ class BatchSwitch:
                 self._keep(load, False)
                 load.next_trial_s = self._now_s + _LEAST_WAIT * step.seconds
         is_due = load.num_steps >= FIRST_STEPS and self._now_s >= load.next_trial_s
-        if not is_due or len(load.known) < _LEAST_KNOWN:
+        if not is_due or min(len(load.known), self._num_here) < _LEAST_KNOWN:
             return False
         load.trial, load.num_trial_steps, load.trial_s = [], 0, 0.0
         return load.asks

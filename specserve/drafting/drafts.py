@@ -55,7 +55,6 @@ class GrowingDraft:
     item: ScheduledSequence | None = None
     limit: int = 0  # tokens
     num_admitted: int = 0
-    num_accepted: int = 0
 
 
 class StepPlan:

@@ -48,7 +48,7 @@ class Proposed(NamedTuple):
     """What was proposed for a step."""
 
     plan: StepPlan
-    drafts: list[GrowingDraft]  # that were asked for
+    num_asked: int  # sequences that were asked for drafts
     load: Load | None = None  # whose switch decides for all of them
     halves: Load | None = None  # whose switch decides whether they take turns
     is_half: bool = False  # of the sequences; the other half's step runs meanwhile
@@ -67,11 +67,14 @@ class Verified:
 
     def __init__(self) -> None:
         self.drafts: list[GrowingDraft] = []
+        self.num_drafts: list[int] = []
+        self.num_accepted: list[int] = []
         self.tokens: list[Sequence[int]] = []  # that their sequences have now
 
-    def add(self, draft: GrowingDraft, num_accepted: int, tokens: Sequence[int]) -> None:
-        draft.num_accepted = num_accepted
+    def add(self, draft: GrowingDraft, num_drafts: int, num_accepted: int, tokens: Sequence[int]) -> None:
         self.drafts.append(draft)
+        self.num_drafts.append(num_drafts)
+        self.num_accepted.append(num_accepted)
         self.tokens.append(tokens)
 
 
@@ -146,8 +149,8 @@ class Proposer:
             counts=self._counts.setdefault(request.adapter_hash, Counts()),
             holds_up=not seq.gets_any_token,
         )
-        if draft.max_tokens and (self._batch is None or self.growth.heads is not None):  # else it may never be asked
-            self._make_chooser(draft, seq)
+        if draft.max_tokens and (self._batch is None or self._batch.is_on or self.growth.heads is not None):
+            self._make_chooser(draft, seq)  # now, while the device runs; else when it is asked, which may be never
         self._count_live(draft, 1)
         return draft
 
@@ -207,7 +210,7 @@ class Proposer:
         load, halves = self._load(num_running), self._load_of_halves(num_running)
         if load is not None and not load.asks:
             self.num_undrafted_steps += 1
-            return Proposed(plan, [], load)
+            return Proposed(plan, 0, load)
         asked: list[GrowingDraft] = []
         could_draft = False
         asks: dict[DraftSwitch, bool] = {}
@@ -230,7 +233,7 @@ class Proposer:
                 continue
             if draft.chooser is None:
                 self._make_chooser(draft, seq)
-            draft.item, draft.limit, draft.num_accepted = item, limit, 0
+            draft.item, draft.limit = item, limit
             asked.append(draft)
         num_drafted = 0
         if asked:
@@ -239,7 +242,7 @@ class Proposer:
             num_drafted = sum([self._propose(draft, scheduler, vocab_size) for draft in asked if draft.num_admitted])
         if could_draft and not num_drafted:
             self.num_undrafted_steps += 1
-        return Proposed(plan, asked, load, halves, is_half)
+        return Proposed(plan, len(asked), load, halves, is_half)
 
     def _propose(self, draft: GrowingDraft, scheduler: Scheduler, vocab_size: int | None) -> int:
         """Give its item as many drafts as were admitted, and there is room for; tokens may go beyond a `vocab_size`."""
@@ -300,17 +303,17 @@ class Proposer:
         old = counts.row_price
         counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
 
-    def end_step(self, proposed: Proposed, seconds: StepSeconds) -> None:
-        """Learn from a step."""
-        plan, drafts, load, halves, is_half = proposed
+    def end_step(self, proposed: Proposed, verified: Verified, seconds: StepSeconds) -> None:
+        """Learn from a step, at any time before the next one ends."""
+        plan, num_asked, load, halves, is_half = proposed
         if not plan.num_decoding:
             return
-        num_drafts = sum([len(draft.item.drafts) for draft in drafts if draft.item is not None])
+        num_drafts = sum(verified.num_drafts)
         self._learn_costs(plan, num_drafts, seconds)
         if load is not None or halves is not None:
             step = TimedStep(
                 num_seqs=plan.num_decoding,
-                num_tokens=plan.num_decoding + sum([draft.num_accepted for draft in drafts]),
+                num_tokens=plan.num_decoding + sum(verified.num_accepted),
                 num_prompt_rows=plan.num_rows - plan.num_decoding,
                 prompt_s=plan.prompt_seconds(num_drafts),
                 seconds=seconds.total,
@@ -318,12 +321,13 @@ class Proposer:
             # One trial at a time: each compares with what is kept of the other.
             is_trying = halves is not None and halves.trial is not None
             if load is not None and not is_trying and self._batch is not None:
-                if self._batch.observe(load, bool(drafts), step):
+                if self._batch.observe(load, num_asked > 0, step):
                     self._retry()
             if halves is not None and (load is None or load.trial is None) and self._halves is not None:
                 self._halves.observe(halves, is_half, step)
-        if drafts:
-            self._judge(plan, drafts, num_drafts)
+        if num_asked:
+            self._draft_s.observe(plan.draft_s / num_asked)
+            self._judge(plan, verified, num_drafts)
 
     def _learn_costs(self, plan: StepPlan, num_drafts: int, seconds: StepSeconds) -> None:
         if self._host is None:
@@ -338,18 +342,17 @@ class Proposer:
             num_rows = plan.num_rows + num_drafts
             self.cost_model.observe(num_rows, plan.shape, seconds.total - seconds.gap, plan.device.seconds(num_rows))
 
-    def _judge(self, plan: StepPlan, drafts: Sequence[GrowingDraft], num_drafts: int) -> None:
+    def _judge(self, plan: StepPlan, verified: Verified, num_drafts: int) -> None:
         """Tell each switch what its sources brought, and what they took."""
-        self._draft_s.observe(plan.draft_s / len(drafts))
         sums: dict[DraftSwitch, _Asked] = {}
-        for draft in drafts:
-            if not draft.is_fixed and draft.item is not None:
+        for draft, num, accepted in zip(verified.drafts, verified.num_drafts, verified.num_accepted, strict=True):
+            if not draft.is_fixed:
                 asked = sums.get(draft.switch)
                 if asked is None:
                     asked = sums[draft.switch] = _Asked()
                 asked.num_seqs += 1
-                asked.drafted += len(draft.item.drafts)
-                asked.accepted += draft.num_accepted
+                asked.drafted += num
+                asked.accepted += accepted
         # Without drafts the step would have given each sequence a token in `alone_s`.
         alone_s = plan.seconds(0)
         row_s = (plan.seconds(num_drafts) - alone_s) / num_drafts if num_drafts else 0.0

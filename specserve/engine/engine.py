@@ -29,7 +29,7 @@ from ..compute.step_output import StepOutput
 from ..compute.uploads import beside_steps
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
-from ..drafting.proposer import Proposer, Verified
+from ..drafting.proposer import Proposer, StepSeconds
 from ..errors import ErrorInfo, OverloadedError, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
@@ -118,7 +118,7 @@ class Engine:
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
         self._requests: dict[str, RunningRequest] = {}
-        self._verified = Verified()  # in the step that runs
+        self._ended: tuple[QueuedStep, StepSeconds] | None = None  # a step that nothing was learned from yet
         self._num_added = 0
         self._counters = Counters()
         limits = StepLimits(
@@ -258,6 +258,7 @@ class Engine:
             self.num_rows = step.num_rows
             if self.is_asynchronous:
                 self._ahead = self._queue_next(step)
+                self._learn()
                 self.path.beside_step()
                 if while_running is not None:
                     while_running()
@@ -268,14 +269,19 @@ class Engine:
                 self._times.know()
                 self._score_prompts(step.output)
                 self._commit(step, step.output, kept)
-        self.proposer.observe(self._verified)
-        self._verified = Verified()
-        seconds = self._times.end(step, self.has_work())
-        if step.proposed is not None:
-            self.proposer.end_step(step.proposed, seconds)
+        self.proposer.observe(step.verified)
+        self._ended = (step, self._times.end(step, self.has_work()))
+        if not self.is_asynchronous:
+            self._learn()
         if while_running is None or not self.is_asynchronous:
             self.write_events()
         return step.events
+
+    def _learn(self) -> None:
+        """From the latest step, for which the device did not have to wait either."""
+        ended, self._ended = self._ended, None
+        if ended is not None and (proposed := ended[0].proposed) is not None:
+            self.proposer.end_step(proposed, ended[0].verified, ended[1])
 
     def write_events(self) -> None:
         """Complete the events of the latest step, for which the device did not have to wait."""
@@ -337,7 +343,9 @@ class Engine:
         else:
             kept = self.sampler.collect(self.sampler.launch(output.logits, output.groups))
             self._score_prompts(output)
-            self._commit(QueuedStep([item], step.queued_at, item.num_rows, [], step.events), output, kept)
+            self._commit(
+                QueuedStep([item], step.queued_at, item.num_rows, [], step.events, step.verified), output, kept
+            )
 
     def _score_prompts(self, output: StepOutput) -> None:
         for item, first_row, num_rows in output.prompt_rows:
@@ -386,10 +394,10 @@ class Engine:
             if logprobs:
                 report.logprobs = logprobs.get(id(seq))
         self.reports.add(going_on)
-        if step.proposed is not None and step.proposed.drafts:
+        if step.proposed is not None and step.proposed.num_asked:
             for state, item, tokens in zip(states, items, going, strict=True):
                 if state.drafts.item is item:  # it was asked
-                    self._verified.add(state.drafts, len(tokens) - 1, tokens)
+                    step.verified.add(state.drafts, len(item.drafts), len(tokens) - 1, tokens)
 
     def _append(self, step: QueuedStep, item: ScheduledSequence, tokens: list[int]) -> StepReport:
         """Append tokens to a sequence, which goes on or leaves."""
@@ -406,7 +414,7 @@ class Engine:
             self.proposer.learn(seq.request, seq.output_ids)  # while its adapter is sure to be there
             self._remove(state)
         if state.drafts.item is item:  # it was asked
-            self._verified.add(state.drafts, num_accepted, appended.tokens)
+            step.verified.add(state.drafts, len(item.drafts), num_accepted, appended.tokens)
         return StepReport(step.events, state, item, appended, num_drafted, num_accepted)
 
     # -- bookkeeping

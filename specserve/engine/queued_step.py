@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ..adapters.lora import LoraAdapter
 from ..compute.sampler import PendingSample
 from ..compute.step_output import StepOutput
-from ..drafting.proposer import Proposed
+from ..drafting.proposer import Proposed, Verified
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Status
 from .reports import Event, Reports
@@ -29,6 +29,7 @@ class QueuedStep:
     num_rows: int  # without drafts
     adapters: list[LoraAdapter]  # whose weights the device reads until it is done, also if they leave meanwhile
     events: list[Event] = field(default_factory=list)
+    verified: Verified = field(default_factory=Verified)
     is_ahead: bool = False  # of the tokens of the step before
     launched_at: float = 0.0  # when the device could begin
     proposed: Proposed | None = None

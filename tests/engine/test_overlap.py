@@ -137,7 +137,7 @@ def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_t
     check_baseline(engine)
 
 
-@pytest.mark.parametrize(("seed", "in_halves"), [(1, 0.0), (5, 0.0), (0, 0.5), (1, 0.9)])
+@pytest.mark.parametrize(("seed", "in_halves"), [(1, 0.0), (5, 0.0), (2, 0.5), (3, 0.9)])
 def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeypatch, passed, seed, in_halves):
     """Ends of all kinds, drafts or none, log-probabilities, stop strings, preemptions, and clients that leave."""
     random.seed(seed)
