@@ -210,7 +210,7 @@ def load_library(level_name: str | None = None) -> Library:
     find_compiler()
     reasons: list[str] = []
     for level in LEVELS:
-        if level_name not in (None, level.name):
+        if level_name != level.name and (level_name is not None or level.is_foreign):
             continue
         reason = level.missing()
         if reason is None:

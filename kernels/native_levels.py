@@ -16,6 +16,7 @@ from .native_build import cpu_flags
 _SYS_ARCH_PRCTL = 158  # x86-64
 _ARCH_REQ_XCOMP_PERM = 0x1023
 _XFEATURE_XTILEDATA = 18
+_MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,17 @@ class Level:
     cpu_flags: tuple[str, ...] = ()
     compiler_flags: tuple[str, ...] = ()
     asks_for_tiles: bool = False
+    machine: str = "x86_64"  # as Python names the kind of CPU; empty: any
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is for another kind of CPU than this."""
+        return self.machine not in ("", _MACHINE)
 
     def missing(self) -> str | None:
         """Why this machine cannot run the level, whatever compiler it has; None if it can."""
+        if self.is_foreign:
+            return f"it is for {self.machine}, this is {_MACHINE}"
         lacking = [flag for flag in self.cpu_flags if flag not in cpu_flags()]
         if lacking:
             return f"the CPU lacks {', '.join(lacking)}"
@@ -46,9 +55,10 @@ LEVELS = (
         asks_for_tiles=True,
     ),
     Level("avx512_bf16", 3, (*_AVX512, "avx512_bf16"), ("-mavx512bf16",)),
+    Level("neon_bf16", 3, ("asimd", "bf16"), ("-march=armv8.2-a+bf16",), machine="aarch64"),
     Level("avx512", 2, _AVX512, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")),
     Level("avx2", 1, ("avx2", "fma"), ("-mavx2", "-mfma", "-mno-avx512f")),
-    Level("generic", 0, (), ("-mno-avx2", "-mno-fma") if platform.machine() in ("x86_64", "AMD64") else ()),
+    Level("generic", 0, (), ("-mno-avx2", "-mno-fma") if _MACHINE == "x86_64" else (), machine=""),
 )
 LEVEL_NAMES = tuple(level.name for level in LEVELS)
 

@@ -94,12 +94,8 @@ INLINE void tile_scores(const bf16* q, const bf16* tile, int dim, f32x16* out) {
   f32x16 acc[NQ] = {};
 #if NATIVE_BF16
   for (int d = 0; d < dim; d += 2) {
-    __m512bh keys = (__m512bh)_mm512_loadu_si512(tile + d * KEYS);
-    for (int i = 0; i < NQ; i++) {
-      int32_t pair;
-      memcpy(&pair, q + i * dim + d, 4);
-      acc[i] = (f32x16)_mm512_dpbf16_ps((__m512)acc[i], (__m512bh)_mm512_set1_epi32(pair), keys);
-    }
+    const bf16x32 keys = load_bf16(tile + d * KEYS);
+    for (int i = 0; i < NQ; i++) acc[i] = add_dots(acc[i], splat_pair(q + i * dim + d), keys);
   }
 #endif
   for (int i = 0; i < NQ; i++) out[i] = acc[i];
@@ -138,16 +134,12 @@ INLINE void weigh_tile(const float* tile, int dim, int width, const float* weigh
 template <int NQ>
 INLINE void weigh_tile(const bf16* tile, int dim, int width, const bf16* weights, f32x16 (&acc)[NQ][4]) {
 #if NATIVE_BF16
-  __mmask16 columns[4];
-  for (int c = 0; c < 4; c++) columns[c] = 16 * c + 16 <= width ? 0xffff : 16 * c < width ? (1 << (width - 16 * c)) - 1 : 0;
   for (int p = 0; p < KEYS; p += 2, tile += 2 * dim) {
-    __m512bh value[4];
-    for (int c = 0; c < 4; c++) value[c] = (__m512bh)_mm512_maskz_loadu_epi32(columns[c], tile + 32 * c);
+    bf16x32 value[4];
+    for (int c = 0; c < 4; c++) value[c] = load_bf16_n(tile + 32 * c, width - 16 * c);
     for (int i = 0; i < NQ; i++) {
-      int32_t pair;
-      memcpy(&pair, weights + i * SPLIT + p, 4);
-      for (int c = 0; c < 4; c++)
-        acc[i][c] = (f32x16)_mm512_dpbf16_ps((__m512)acc[i][c], (__m512bh)_mm512_set1_epi32(pair), value[c]);
+      const bf16x32 both = splat_pair(weights + i * SPLIT + p);
+      for (int c = 0; c < 4; c++) acc[i][c] = add_dots(acc[i][c], both, value[c]);
     }
   }
 #endif

@@ -16,13 +16,6 @@ struct Lora {
   float scale;
 };
 
-#if NATIVE_BF16
-// Lane i of the sum holds pairs 2i, 2i+1 of every block of 32.
-INLINE f32x16 dot_pairs(f32x16 acc, const bf16* a, const bf16* x) {
-  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(x));
-}
-#endif
-
 // NR dot products of x [k] with rows of a [NR][k].
 template <int NR, class X, class W>
 INLINE void dots(const W* a, int k, const X* x, float scale, float* h) {
@@ -31,7 +24,7 @@ INLINE void dots(const W* a, int k, const X* x, float scale, float* h) {
 #if NATIVE_BF16
   if constexpr (sizeof(X) == 2 && sizeof(W) == 2) {
     for (; i + 32 <= k; i += 32)
-      for (int r = 0; r < NR; r++) acc[r] = dot_pairs(acc[r], a + (size_t)r * k + i, x + i);
+      for (int r = 0; r < NR; r++) acc[r] = add_dots(acc[r], load_bf16(a + (size_t)r * k + i), load_bf16(x + i));
   }
 #endif
   for (; i + 16 <= k; i += 16)
@@ -49,7 +42,7 @@ INLINE void block_dots(const T* a, int k, const T* x, size_t x_step, float scale
   for (int i = 0; i < k; i += 32, a += 32 * NR, x += x_step) {
 #if NATIVE_BF16
     if constexpr (sizeof(T) == 2) {
-      for (int r = 0; r < NR; r++) acc[r] = dot_pairs(acc[r], a + 32 * r, x);
+      for (int r = 0; r < NR; r++) acc[r] = add_dots(acc[r], load_bf16(a + 32 * r), load_bf16(x));
       continue;
     }
 #endif

@@ -59,18 +59,20 @@ INLINE void finish(float* tile, f32x16 (&acc)[MR][NB], const float* scale, bool 
 #if NATIVE_BF16
 template <int MR>
 INLINE void multiply(const bf16* x, int stride, const bf16* w, int pairs, float* tile, const float* scale, bool first) {
-  f32x16 acc[MR][4] = {};
-  for (int p = 0; p < pairs; p++, w += 2 * PANEL) {
-    __m512bh weight[4];
-    for (int c = 0; c < 4; c++) weight[c] = (__m512bh)_mm512_loadu_si512(w + 32 * c);
-    for (int r = 0; r < MR; r++) {
-      int32_t pair;
-      memcpy(&pair, x + r * stride + 2 * p, 4);
-      __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-      for (int c = 0; c < 4; c++) acc[r][c] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][c], both, weight[c]);
+  constexpr int NB = BLOCKS_AT_ONCE;
+  for (int b = 0; b < 4; b += NB) {
+    f32x16 acc[MR][NB] = {};
+    const bf16* from = w + 32 * b;
+    for (int p = 0; p < pairs; p++, from += 2 * PANEL) {
+      bf16x32 weight[NB];
+      for (int c = 0; c < NB; c++) weight[c] = load_bf16(from + 32 * c);
+      for (int r = 0; r < MR; r++) {
+        const bf16x32 both = splat_pair(x + r * stride + 2 * p);
+        for (int c = 0; c < NB; c++) acc[r][c] = add_dots(acc[r][c], both, weight[c]);
+      }
     }
+    finish<MR, NB>(tile + 16 * b, acc, scale ? scale + 16 * b : nullptr, first);
   }
-  finish<MR, 4>(tile, acc, scale, first);
 }
 #else
 template <int MR>
@@ -130,7 +132,7 @@ static void multiply_rows(const A* x, int stride, int rows, const W* w, int pair
 
 // 32 int8 -> 32 bf16; every int8 is exact in bf16.
 INLINE void decode_int8(const int8_t* in, bf16* out) {
-#if NATIVE_BF16
+#if NATIVE_BF16 && defined(__AVX512F__)
   __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)in)));
   __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(in + 16))));
   __m512bh packed = _mm512_cvtne2ps_pbh(high, low);
@@ -142,7 +144,7 @@ INLINE void decode_int8(const int8_t* in, bf16* out) {
 
 // 32 words of 4 nibbles -> 4 blocks of 32 bf16.
 INLINE void decode_int4(const uint16_t* in, const bf16* levels, bf16* out) {
-#if NATIVE_BF16
+#if NATIVE_BF16 && defined(__AVX512F__)
   __m512i table = _mm512_loadu_si512(levels), words = _mm512_loadu_si512(in);  // indices use 5 bits: levels stand twice
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(words, table));
   _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));

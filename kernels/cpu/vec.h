@@ -76,6 +76,22 @@ INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {  // mask lanes are 0 or 
 }
 #endif
 
+// With bf16 instructions: 32 values of which lane i of a sum takes the pair 2i, 2i + 1.
+#if NATIVE_BF16 && defined(__AVX512F__)
+typedef __m512bh bf16x32;
+INLINE bf16x32 load_bf16(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+INLINE bf16x32 load_bf16_n(const bf16* p, int pairs) {  // zeros behind the first so many pairs
+  const __mmask16 taken = pairs >= 16 ? 0xffff : pairs > 0 ? (1 << pairs) - 1 : 0;
+  return (__m512bh)_mm512_maskz_loadu_epi32(taken, p);
+}
+INLINE bf16x32 splat_pair(const bf16* p) {
+  int32_t pair;
+  memcpy(&pair, p, 4);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+INLINE f32x16 add_dots(f32x16 sum, bf16x32 a, bf16x32 b) { return (f32x16)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#endif
+
 INLINE float to_float(float v) { return v; }
 INLINE float to_float(bf16 v) {
   uint32_t u = (uint32_t)v << 16;

@@ -133,3 +133,27 @@ INLINE f32x16 select(i32x16 mask, f32x16 x, f32x16 y) {  // mask lanes are 0 or 
 #undef CHOSEN
 }
 #undef QUARTERS
+
+#if NATIVE_BF16
+struct bf16x32 {
+  bfloat16x8_t a, b, c, d;
+};
+INLINE bfloat16x8_t load_8(const bf16* p) { return vreinterpretq_bf16_u16(vld1q_u16(p)); }
+INLINE bf16x32 load_bf16(const bf16* p) { return {load_8(p), load_8(p + 8), load_8(p + 16), load_8(p + 24)}; }
+INLINE bf16x32 load_bf16_n(const bf16* p, int pairs) {  // zeros behind the first so many pairs
+  if (pairs >= 16) return load_bf16(p);
+  bf16 values[32] = {};
+  if (pairs > 0) memcpy(values, p, 4 * pairs);
+  return load_bf16(values);
+}
+INLINE bf16x32 splat_pair(const bf16* p) {
+  uint32_t pair;
+  memcpy(&pair, p, 4);
+  const bfloat16x8_t all = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+  return {all, all, all, all};
+}
+INLINE f32x16 add_dots(f32x16 sum, bf16x32 x, bf16x32 y) {
+  return {vbfdotq_f32(sum.a, x.a, y.a), vbfdotq_f32(sum.b, x.b, y.b), vbfdotq_f32(sum.c, x.c, y.c),
+          vbfdotq_f32(sum.d, x.d, y.d)};
+}
+#endif
