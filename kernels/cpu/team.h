@@ -52,7 +52,7 @@ class Team {
     const double lost_before_s = lost_s_;
     begun_s_ = now_s(CLOCK_MONOTONIC);
     begin(crowding_.active());
-    take_part(0);
+    take_part(0, begun_s_);
     crowding_.add(now_s(CLOCK_MONOTONIC) - begun_s_, lost_s_ - lost_before_s);
   }
 
@@ -94,8 +94,8 @@ class Team {
     return time.tv_sec + 1e-9 * time.tv_nsec;
   }
 
-  void take_part(int idx) {
-    const double begun_s = begun_s_, cpu_s = now_s(CLOCK_THREAD_CPUTIME_ID);
+  void take_part(int idx, double begun_s) {
+    const double cpu_s = now_s(CLOCK_THREAD_CPUTIME_ID);
     call_(argument_, idx);
     barrier();
     const double lost_s = now_s(CLOCK_MONOTONIC) - begun_s - (now_s(CLOCK_THREAD_CPUTIME_ID) - cpu_s);
@@ -126,13 +126,15 @@ class Team {
         for (int spin = 0; spin < 64 && idle(); spin++) CPU_RELAX();
         if (idle()) std::this_thread::yield();
       }
-      if (idle()) {
+      const bool sleeps = idle();
+      if (sleeps) {
         std::unique_lock<std::mutex> lock(mutex_);
         helper.wake.wait(lock, [&] { return !idle(); });
       }
       seen++;
       if (stop_) return;
-      take_part(idx);
+      // Who was awake and comes late had no core; how long waking takes says nothing of others.
+      take_part(idx, sleeps ? now_s(CLOCK_MONOTONIC) : begun_s_);
     }
   }
 
