@@ -69,7 +69,7 @@ INLINE void store_value(float* cache, int64_t kv_pos, int head, int num_heads, i
 INLINE void store_value(bf16* cache, int64_t kv_pos, int head, int num_heads, int dim, const float* v) {
   bf16* pairs = cache + ((kv_pos / KEYS) * num_heads + head) * dim * KEYS + kv_pos % KEYS / 2 * 2 * dim;
   for (int d = 0; d < dim; d += 16) {
-#if NATIVE_BF16
+#if NATIVE_BF16 && defined(__AVX512F__)
     const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load_n(v + d, dim - d)));
     const __mmask32 half = (dim - d < 16 ? (1u << 2 * (dim - d)) - 1 : ~0u) & (kv_pos % 2 ? 0xaaaaaaaau : 0x55555555u);
     _mm512_mask_storeu_epi16(pairs + 2 * d, half, kv_pos % 2 ? _mm512_slli_epi32(wide, 16) : wide);
