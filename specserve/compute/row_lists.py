@@ -15,6 +15,7 @@ class RowLists(NamedTuple):
 
     tokens: list[int]
     positions: np.ndarray  # [T] int64
+    items: np.ndarray  # [T] int64, which item each is of
     ends: np.ndarray  # [S] int64, the position behind each item's rows, without its drafts
 
     @classmethod
@@ -24,7 +25,7 @@ class RowLists(NamedTuple):
         starts = np.array(firsts, dtype=np.int64)
         if sum(counts) == len(items):  # one row each, mostly
             tokens = [item.seq.tokens[first] for item, first in zip(items, firsts, strict=True)]
-            return cls(tokens, starts, starts + 1)
+            return cls(tokens, starts, np.arange(len(items)), starts + 1)
         tokens = []
         for item, first in zip(items, firsts, strict=True):
             if item.num_rows == 1:
@@ -33,8 +34,10 @@ class RowLists(NamedTuple):
                 tokens += item.seq.tokens[first : first + item.num_rows]
             if item.drafts:
                 tokens += item.drafts
-        positions = np.arange(len(tokens)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
-        return cls(tokens, positions, starts + [item.num_rows for item in items])
+        num_rows = np.array(counts)
+        row_items = np.repeat(np.arange(len(items)), num_rows)
+        positions = (starts + num_rows - num_rows.cumsum())[row_items] + np.arange(len(tokens))
+        return cls(tokens, positions, row_items, starts + [item.num_rows for item in items])
 
     def slot_mapping(self, tables: np.ndarray, table_of_row: np.ndarray, block_size: int) -> np.ndarray:
         """Where each row's key and value go, [T] int64; row i's blocks are tables[table_of_row[i]], of [S, N]."""

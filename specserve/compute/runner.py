@@ -90,7 +90,7 @@ class ModelRunner:
         block_tables = np.zeros((len(items), max(map(len, tables))), dtype=np.int32)
         for idx, table in enumerate(tables):
             block_tables[idx, : len(table)] = table
-        slot_mapping = rows.slot_mapping(block_tables, np.repeat(np.arange(len(items)), counts), size)
+        slot_mapping = rows.slot_mapping(block_tables, rows.items, size)
         batch = Batch(
             tokens=torch.tensor(rows.tokens, device=device),
             positions=torch.tensor(rows.positions, device=device),

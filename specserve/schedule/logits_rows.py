@@ -13,17 +13,16 @@ class LogitsRows:
 
     def __init__(self, items: Sequence[ScheduledSequence], counts: Sequence[int]) -> None:
         self.rows: list[int] = []  # ascending
-        self.counts: list[int] = []  # how many each item needs
         self.groups: list[RowGroup] = []  # to sample; first_row counts in `rows`
         self.items: list[ScheduledSequence] = []  # whose they are
         self.prompt_rows: list[tuple[ScheduledSequence, int, int]] = []  # (item, first in `rows`, how many)
         if len(items) == sum(counts) and all(item.reaches_end for item in items):  # nothing but decodes, mostly
-            self.rows, self.counts, self.items = list(range(len(items))), [1] * len(items), list(items)
+            self.rows, self.items = list(range(len(items))), list(items)
             self.groups = [RowGroup(item.seq, row) for row, item in enumerate(items)]
             return
         rows, groups, end = self.rows, self.groups, 0
         for item, count in zip(items, counts, strict=True):
-            before, end, drafts = len(rows), end + count, item.drafts
+            end, drafts = end + count, item.drafts
             if item.seq.wants_prompt_logprobs:
                 self._add_prompt(item, end - count)
             if item.reaches_end:
@@ -33,7 +32,6 @@ class LogitsRows:
                     rows += range(end - len(drafts) - 1, end)
                 else:
                     rows.append(end - 1)
-            self.counts.append(len(rows) - before)
 
     def _add_prompt(self, item: ScheduledSequence, first_row: int) -> None:
         seq, start = item.seq, item.seq.num_computed

@@ -54,7 +54,7 @@ class LogitsPart:
         """Logits and hidden states of no row."""
         return self._logits[:0], self.picked_hidden[:0]
 
-    def queue(self, rows: Seq[int], slots: Seq[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def queue(self, rows: Seq[int] | np.ndarray, slots: Seq[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Queue logits [L, V] and hidden states [L, H] of `rows`; `slots` are their adapters'."""
         num_logits, size = len(rows), padded(len(rows))
         layout = _layout(size)

@@ -7,7 +7,6 @@ tile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
@@ -40,17 +39,13 @@ class StepRows:
         self,
         host: dict[str, np.ndarray],
         rows: RowLists,
-        counts: Seq[int],
         seats: Seats,
-        seat_of_each: np.ndarray,
-        slots: Seq[int],
+        row_seats: np.ndarray,
+        row_slots: np.ndarray,
         num_splits: int,
     ) -> None:
-        """The rows of a step, `counts` for each sequence, and padding behind them; `slots` are of their adapters."""
+        """The rows of a step, with the seats of their sequences and the slots of their adapters, and padding."""
         num_rows = len(rows.tokens)
-        row_seats, row_slots = seat_of_each, np.array(slots)
-        if num_rows > len(counts):
-            row_seats, row_slots = np.repeat(row_seats, counts), np.repeat(row_slots, counts)
         host["tokens"][:num_rows], host["positions"][:num_rows] = rows.tokens, rows.positions
         host["slot_mapping"][:num_rows] = rows.slot_mapping(seats.host_tables, row_seats, self.block_size)
         host["row_seats"][:num_rows], host["row_slots"][:num_rows] = row_seats, row_slots

@@ -48,14 +48,15 @@ class DeviceRunner:
         num_rows = sum(counts)
         assert num_rows <= self._parts.max_rows, (num_rows, self._parts.max_rows)
         bucket = self._parts.layers.bucket_of(num_rows, max(counts), len(active))
-        seats, ends = self._upload(items, counts, slots, bucket)
+        seats, row_slots, ends = self._upload(items, counts, slots, bucket)
         self._parts.layers.queue(bucket)
         self._on_seated(items, seats, ends)
         needed = LogitsRows(items, counts)  # while the layers run
         if not needed.rows:  # nothing but unfinished prefill chunks
             logits, hidden = self._parts.logits.nothing
             return StepOutput(logits, [], [], [], hidden, {})
-        logits, hidden = self._parts.logits.queue(needed.rows, np.repeat(slots, needed.counts))
+        rows = np.array(needed.rows)
+        logits, hidden = self._parts.logits.queue(rows, row_slots[rows])
         return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, {})
 
     @torch.inference_mode()
@@ -77,11 +78,15 @@ class DeviceRunner:
 
     def _upload(
         self, items: Seq[ScheduledSequence], counts: Seq[int], slots: Seq[int], bucket: Bucket
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Bring the rows of `items` and their blocks to the device; returns seats, and positions behind the rows."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bring the rows of `items` and their blocks to the device.
+
+        Returns the items' seats [S], their rows' slots [T] and the positions behind their rows [S].
+        """
         parts = self._parts
         host = parts.rows.host(bucket.num_rows)
         seats, rows = parts.seats.seat([item.seq for item in items]), RowLists.of(items, counts)
-        parts.rows.fill(host, rows, counts, parts.seats, seats, slots, parts.buckets.num_splits(bucket))
+        row_slots = np.array(slots)[rows.items]
+        parts.rows.fill(host, rows, parts.seats, seats[rows.items], row_slots, parts.buckets.num_splits(bucket))
         parts.rows.upload(bucket.num_rows)
-        return seats, rows.ends
+        return seats, row_slots, rows.ends
