@@ -19,6 +19,8 @@ from .cost_model import CostModel, StepCurve, StepShape
 from .host_cost import HostCost
 from .switch import DraftSwitch
 
+_PRICE_RATE = 1 / 64  # of the running mean in metrics
+
 
 class Chooser(Protocol):
     """All sources of one sequence, and the draft that was made of them."""
@@ -38,7 +40,18 @@ class Counts:
     generated: int = 0
     drafted: int = 0
     accepted: int = 0
-    row_price: float | None = None
+    row_price: float | None = None  # running mean over steps
+
+    def add(self, drafted: int, accepted: int, generated: int) -> None:
+        """A verification of one sequence."""
+        self.num_verifications += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.generated += generated
+
+    def add_price(self, price: float) -> None:
+        """Of a step's next row."""
+        self.row_price = price if self.row_price is None else self.row_price + _PRICE_RATE * (price - self.row_price)
 
 
 @dataclass(slots=True, eq=False)

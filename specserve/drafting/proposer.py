@@ -39,7 +39,6 @@ from .switch import DraftSwitch
 
 logger = logging.getLogger(__name__)
 
-_PRICE_RATE = 1 / 64  # of the running mean in metrics
 _FEWEST_HALVED = 4  # sequences
 LEAST_WAIT = 0.1  # share of a step, from which on the host was waiting for the device and not only reading tokens
 
@@ -293,15 +292,10 @@ class Proposer:
         if verified.drafts:
             self.growth.observe(verified.drafts, verified.tokens)
 
-    def count(self, draft: GrowingDraft, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
-        """A verification gave one sequence so many tokens; for metrics, at any time."""
-        counts, price = draft.counts, self.growth.row_price
-        counts.num_verifications += 1
-        counts.generated += num_tokens
-        counts.drafted += num_drafted
-        counts.accepted += num_accepted
-        old = counts.row_price
-        counts.row_price = price if old is None else old + _PRICE_RATE * (price - old)
+    @property
+    def row_price(self) -> float:
+        """Tokens that the next row of the latest step had to bring."""
+        return self.growth.row_price
 
     def end_step(self, proposed: Proposed, verified: Verified, seconds: StepSeconds) -> None:
         """Learn from a step, at any time before the next one ends."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ..drafting.drafts import Counts
 from ..drafting.proposer import Proposer
 from ..messages import Delta, RequestFailed, TokenLogprobs
 from ..schedule.block_manager import BlockManager
@@ -78,16 +79,24 @@ class Reports:
 
     def _write_going_on(self, report: GoingOn) -> None:
         """What `_write` does for each of them, most of a step's sequences, in one pass."""
-        events, size = report.events, self._blocks.block_size
+        events, size, price = report.events, self._blocks.block_size, self._proposer.row_price
         drafted: list[str] = []
         accepted: list[str] = []
+        counts: Counts | None = None
         for state, item, tokens in zip(report.states, report.items, report.tokens, strict=True):
-            seq, sources = state.seq, item.draft_sources
-            self._proposer.count(state.drafts, len(sources), len(tokens) - 1, len(tokens))
+            seq, sources, num_accepted = state.seq, item.draft_sources, len(tokens) - 1
+            if state.drafts.counts is not counts:  # the next adapter's
+                counts = state.drafts.counts
+                counts.add_price(price)
+            counts.num_verifications += 1
+            counts.generated += num_accepted + 1
             if sources:
-                seq.count_drafts(sources, len(tokens) - 1)
+                counts.drafted += len(sources)
+                counts.accepted += num_accepted
+                right = sources[:num_accepted]
+                seq.count_drafts(sources, right)
                 drafted += sources
-                accepted += sources[: len(tokens) - 1]
+                accepted += right
             delta = Delta(seq.request_id, tokens, "" if state.detokenizer is None else state.text_of(Appended(tokens)))
             seq.num_forwards += 1
             if seq.num_forwards == 1:
@@ -102,13 +111,14 @@ class Reports:
     def _write(self, report: StepReport) -> None:
         state, appended = report.state, report.appended
         seq, tokens = state.seq, appended.tokens
-        self._proposer.count(state.drafts, report.num_drafted, report.num_accepted, len(tokens))
+        state.drafts.counts.add(report.num_drafted, report.num_accepted, len(tokens))
+        state.drafts.counts.add_price(self._proposer.row_price)
         self._counters.generated_tokens += len(tokens)
         if report.num_drafted:
-            drafted = report.item.draft_sources[: report.num_drafted]
-            seq.count_drafts(drafted, report.num_accepted)
+            drafted, right = (report.item.draft_sources[:num] for num in (report.num_drafted, report.num_accepted))
+            seq.count_drafts(drafted, right)
             self._counters.drafted_by_source.update(drafted)
-            self._counters.accepted_by_source.update(drafted[: report.num_accepted])
+            self._counters.accepted_by_source.update(right)
         seq.num_forwards += 1
         delta = Delta(seq.request_id, tokens, state.text_of(appended))
         if seq.num_forwards == 1 or report.logprobs is not None or appended.finish_reason is not None:

@@ -120,10 +120,10 @@ class Sequence:
             self._num_counted = len(self.tokens)
         return self._output_counts
 
-    def count_drafts(self, sources: Seq[str], num_accepted: int) -> None:
-        """A draft by these sources was verified; the first so many of it were right."""
-        self._drafted += sources
-        self._accepted += sources[:num_accepted]
+    def count_drafts(self, drafted: Seq[str], accepted: Seq[str]) -> None:
+        """A draft was verified; by source, its tokens and those that were right."""
+        self._drafted += drafted
+        self._accepted += accepted
         if len(self._drafted) > _MOST_UNCOUNTED:
             self._count()
 
