@@ -219,9 +219,16 @@ class Forward {
       const int place = i % num, module = modules.begin()[place];
       const Matrix& base = m.layers[layer].modules[module];
       const Rows<A> in(x, base.kp, T);
-      for (int t = i / num * ROWS; t < std::min(T, (i / num + 1) * ROWS); t++)
-        if (const Lora* lora = lora_of(t, layer, module))
-          shrink(*lora, in.at(t, 0), in.step(), base.k, h + (size_t)t * h_stride + place * s.max_rank);
+      for (int t = i / num * ROWS, end = std::min(T, t + ROWS), same; t < end; t += same) {
+        const Lora* lora = lora_of(t, layer, module);
+        for (same = 1; same < SHRINK_ROWS && t + same < end && lora_of(t + same, layer, module) == lora;) same++;
+        if (!lora) continue;
+        const A* rows[SHRINK_ROWS];
+        for (int n = 0; n < same; n++) rows[n] = in.at(t + n, 0);
+        float* to = h + (size_t)t * h_stride + place * s.max_rank;
+        if (same == SHRINK_ROWS) shrink<SHRINK_ROWS>(*lora, rows, in.step(), base.k, to, h_stride);
+        else shrink<1>(*lora, rows, in.step(), base.k, to, h_stride);
+      }
     }
     e.team.barrier();
   }
@@ -256,12 +263,22 @@ class Forward {
   void finish_part(int layer, const Part& part, int row, int rows, float* out) {
     const Matrix& matrix = m.layers[layer].modules[part.module];
     const int column = part.panel * PANEL, num = std::min(PANEL, matrix.n - column);
-    for (int r = 0; r < rows; r++, out += PANEL) {
-      if (matrix.bias)
-        for (int c = 0; c < num; c += 16) store(out + c, load(out + c) + load_n(matrix.bias + column + c, num - c));
-      if (const Lora* lora = lora_of(row + r, layer, part.module))
-        expand((const A*)lora->b + (size_t)part.panel * lora->rank * PANEL, PANEL, lora->rank,
-               h + (size_t)(row + r) * h_stride + part.place * s.max_rank, PANEL, out);
+    if (matrix.bias)
+      for (int r = 0; r < rows; r++)
+        for (int c = 0; c < num; c += 16) {
+          float* to = out + r * PANEL + c;
+          store(to, load(to) + load_n(matrix.bias + column + c, num - c));
+        }
+    if (!s.row_slots) return;
+    for (int r = 0, same; r < rows; r += same) {
+      const Lora* lora = lora_of(row + r, layer, part.module);
+      for (same = 1; same < EXPAND_ROWS && r + same < rows && lora_of(row + r + same, layer, part.module) == lora;) same++;
+      if (!lora) continue;
+      const A* b = (const A*)lora->b + (size_t)part.panel * lora->rank * PANEL;
+      const float* from = h + (size_t)(row + r) * h_stride + part.place * s.max_rank;
+      if (same == EXPAND_ROWS) expand_panel<EXPAND_ROWS>(b, lora->rank, from, h_stride, out + r * PANEL);
+      else
+        for (int n = 0; n < same; n++) expand_panel<1>(b, lora->rank, from + n * h_stride, h_stride, out + (r + n) * PANEL);
     }
   }
 

@@ -34,33 +34,63 @@ INLINE void dots(const W* a, int k, const X* x, float scale, float* h) {
   for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
 }
 
-// The same for a block of rows, a [k / 32][NR][32]; x lies as activations do (amx.h), x_step from 32 columns to the next, padded
-// with zeros to k, a multiple of 32.
-template <int NR, class T>
-INLINE void block_dots(const T* a, int k, const T* x, size_t x_step, float scale, float* h) {
-  f32x16 acc[NR] = {};
-  for (int i = 0; i < k; i += 32, a += 32 * NR, x += x_step) {
+// NX rows that share an adapter go over its weights together; no sum changes by that. Fewer registers hold one at a time.
+#if defined(__AVX512F__)
+constexpr int SHRINK_ROWS = 2, EXPAND_ROWS = 4;
+#else
+constexpr int SHRINK_ROWS = 1, EXPAND_ROWS = 1;
+#endif
+
+// h [NX][h_stride] = the same for NX rows x and a block of rows a [k / 32][NR][32]; x lie as activations do (amx.h), x_step from 32
+// columns to the next, padded with zeros to k, a multiple of 32.
+template <int NR, int NX, class T>
+INLINE void block_dots(const T* a, int k, const T* const* x, size_t x_step, float scale, float* h, size_t h_stride) {
+  f32x16 acc[NX][NR] = {};
+  size_t place = 0;
+  for (int i = 0; i < k; i += 32, a += 32 * NR, place += x_step) {
 #if NATIVE_BF16
     if constexpr (sizeof(T) == 2) {
-      for (int r = 0; r < NR; r++) acc[r] = add_dots(acc[r], load_bf16(a + 32 * r), load_bf16(x));
+      for (int r = 0; r < NR; r++) {
+        const auto weight = load_bf16(a + 32 * r);
+        for (int n = 0; n < NX; n++) acc[n][r] = add_dots(acc[n][r], weight, load_bf16(x[n] + place));
+      }
       continue;
     }
 #endif
     for (int half = 0; half < 32; half += 16)
-      for (int r = 0; r < NR; r++) acc[r] = fma(load(a + 32 * r + half), load(x + half), acc[r]);
+      for (int r = 0; r < NR; r++)
+        for (int n = 0; n < NX; n++) acc[n][r] = fma(load(a + 32 * r + half), load(x[n] + place + half), acc[n][r]);
   }
-  for (int r = 0; r < NR; r++) h[r] = scale * sum(acc[r]);
+  for (int n = 0; n < NX; n++)
+    for (int r = 0; r < NR; r++) h[n * h_stride + r] = scale * sum(acc[n][r]);
 }
 
-// h [rank] = scale * A x
-template <class T>
-static void shrink(const Lora& lora, const T* x, size_t x_step, int k, float* h) {
+// h [NX][rank] = scale * A x
+template <int NX, class T>
+static void shrink(const Lora& lora, const T* const* x, size_t x_step, int k, float* h, size_t h_stride) {
   const T* a = (const T*)lora.a;
   const int padded = (k + 31) / 32 * 32;
   int r = 0;
-  for (; r + 8 <= lora.rank; r += 8) block_dots<8>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r);
-  for (; r + 4 <= lora.rank; r += 4) block_dots<4>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r);
-  for (; r < lora.rank; r++) block_dots<1>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r);
+  for (; r + 8 <= lora.rank; r += 8)
+    block_dots<8, NX>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r, h_stride);
+  for (; r + 4 <= lora.rank; r += 4)
+    block_dots<4, NX>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r, h_stride);
+  for (; r < lora.rank; r++) block_dots<1, NX>(a + (size_t)r * padded, padded, x, x_step, lora.scale, h + r, h_stride);
+}
+
+// y [NX][64] += h [NX][rank] * B, a panel [rank][64]
+template <int NX, class W>
+static void expand_panel(const W* b, int rank, const float* h, size_t h_stride, float* y) {
+  f32x16 acc[NX][4];
+  for (int n = 0; n < NX; n++)
+    for (int c = 0; c < 4; c++) acc[n][c] = load(y + n * 64 + 16 * c);
+  for (int r = 0; r < rank; r++, b += 64)
+    for (int c = 0; c < 4; c++) {
+      const f32x16 weight = load(b + 16 * c);
+      for (int n = 0; n < NX; n++) acc[n][c] = fma(h[n * h_stride + r], weight, acc[n][c]);
+    }
+  for (int n = 0; n < NX; n++)
+    for (int c = 0; c < 4; c++) store(y + n * 64 + 16 * c, acc[n][c]);
 }
 
 // y [64] += h [rank] * B, B [rank][num] with `stride` from row to row; num <= 64

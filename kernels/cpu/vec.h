@@ -123,11 +123,19 @@ INLINE f32x16 vmax(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 INLINE f32x16 vmin(f32x16 a, f32x16 b) { return select(a < b, a, b); }
 
 INLINE float sum(f32x16 v) {
+#if defined(__AVX512F__)  // the same sums
+  const __m256 s = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+  const __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  const __m128 u = _mm_add_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_add_ss(u, _mm_movehdup_ps(u)));
+#else
   float a[16];
   store(a, v);
   float s[8];
   for (int i = 0; i < 8; i++) s[i] = a[i] + a[i + 8];
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+#endif
 }
 INLINE float max_lane(f32x16 v) {
   float a[16], m;
