@@ -6,6 +6,7 @@ with a live tensor beside free ones are never returned.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ def in_one_slab(pairs: Sequence[LoraPair]) -> list[LoraPair]:
     if not sum(sizes):
         return list(pairs)
     mapping = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # systems without pages of 2 MiB, which prefetchers like
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     slab = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping
     copies, offset = [], 0
     for tensor, size in zip(tensors, sizes, strict=True):
