@@ -205,7 +205,7 @@ def shown(
 @options.numbers("--rows", "1,8,16,64", "Sequences of a decoding step.")
 @options.numbers("--contexts", "0,2048,8192", "Tokens before a step.", least=0)
 @options.at_least(1, "--prompt", 512, "Rows of a prompt.")
-@click.option("--kv-gib", default=3.0, show_default=True, help="Cases whose KV needs more are left out.")
+@click.option("--kv-gib", default=5.0, show_default=True, help="Cases whose KV needs more are left out.")
 @options.at_least(0, "--adapters", 0, "Different LoRAs in steps of their own.")
 @options.at_least(0, "--neighbours", 0, "Busy processes.")
 @options.rounds(5)

@@ -1,7 +1,7 @@
-"""Models of a shape that nobody trained, adapters for them, and sequences that stand still: a step's time does not
-depend on values, only on sizes.
+"""Models of a shape that nobody trained, adapters for them, and sequences that stand still.
 
-Weights are made one by one where they are asked for, so that no more than one stands beside what a path makes of it.
+A step's time depends on sizes, not on values. Weights are made one by one where they are asked for, so that no more
+than one stands beside what a path makes of it.
 """
 
 from __future__ import annotations
