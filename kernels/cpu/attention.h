@@ -1,12 +1,13 @@
 // Attention of ragged queries over the paged KV cache: prefill chunks, decodes and verifications alike.
 //
-// Keys and values lie in tiles of 16 consecutive KV positions, [tile][Hkv][16 * D], so that a head's part is one piece: keys
-// transposed, fp32 [D][16] or bf16 in pairs of elements [D/2][16][2]; values fp32 [16][D] or bf16 in pairs of positions
-// [8][D][2]. A block is a multiple of 16 positions.
+// Keys and values lie in tiles of 16 consecutive KV positions, [tile][Hkv][16 * D], so that a head's part is one piece:
+// keys transposed, fp32 [D][16] or bf16 in pairs of elements [D/2][16][2]; values fp32 [16][D] or bf16 in pairs of
+// positions [8][D][2]. A block is a multiple of 16 positions.
 //
-// A context is cut into splits of 256 positions. Of each a query has a largest score, the sum of its weights and their sum
-// of values, relative to that score; in ascending order they become one (merge). The cuts depend on positions alone, so
-// that the result of a query is the same bits whoever computes its splits: one thread or several, for one query or many.
+// A context is cut into splits of 256 positions. Of each a query has a largest score, the sum of its weights and their
+// sum of values, relative to that score; in ascending order they become one (merge). The cuts depend on positions
+// alone, so that the result of a query is the same bits whoever computes its splits: one thread or several, for one
+// query or many.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +38,8 @@ struct Context {
   }
 };
 
-// What splits give for up to QUERIES vectors, and what they become: largest scores, sums of weights, sums of values [n][dim].
+// What splits give for up to QUERIES vectors, and what they become: largest scores, sums of weights, sums of values
+// [n][dim].
 struct Partial {
   float *top, *total, *out;
 
@@ -101,8 +103,8 @@ INLINE void tile_scores(const bf16* q, const bf16* tile, int dim, f32x16* out) {
   for (int i = 0; i < NQ; i++) out[i] = acc[i];
 }
 
-// The values of a tile that begins at `position`, or, where some of them are not written yet, a copy with zeros there: what lies in
-// memory may be NaN, and no weight hides that.
+// The values of a tile that begins at `position`, or, where some of them are not written yet, a copy with zeros there:
+// what lies in memory may be NaN, and no weight hides that.
 template <class T>
 INLINE const T* value_tile(const Context<T>& c, size_t place, int position, T* copy) {
   const T* tile = c.v + place;
@@ -145,8 +147,8 @@ INLINE void weigh_tile(const bf16* tile, int dim, int width, const bf16* weights
 #endif
 }
 
-// NQ vectors q [NQ][dim] at ascending positions over positions begin..end of one split; begin is a multiple of 16, end is
-// not included and may stand behind those that a vector sees. scores: room for NQ * SPLIT floats.
+// NQ vectors q [NQ][dim] at ascending positions over positions begin..end of one split; begin is a multiple of 16, end
+// is not included and may stand behind those that a vector sees. scores: room for NQ * SPLIT floats.
 template <int NQ, class T>
 static void attend_split(const Context<T>& c, const T* q, const int* positions, int begin, int end, float* scores,
                          Partial to) {
@@ -187,7 +189,8 @@ static void attend_split(const Context<T>& c, const T* q, const int* positions, 
       weigh_tile<NQ>(values, c.dim, width, weights + p - begin, acc);
     }
     for (int i = 0; i < NQ; i++)
-      for (int col = 0; 16 * col < width; col++) store_n(to.out + i * c.dim + d + 16 * col, acc[i][col], width - 16 * col);
+      for (int col = 0; 16 * col < width; col++)
+        store_n(to.out + i * c.dim + d + 16 * col, acc[i][col], width - 16 * col);
   }
 }
 
@@ -201,8 +204,8 @@ INLINE void merge(int n, int dim, Partial sum, Partial split) {
     store(keep, select(old_top == none, splat(0.0f), vexp(old_top - both)));
     store(add, select(top == none, splat(0.0f), vexp(top - both)));
     store_n(sum.top + start, both, num);
-    store_n(sum.total + start, fma(load_n(split.total + start, num), load(add), load_n(sum.total + start, num) * load(keep)),
-            num);
+    const f32x16 kept = load_n(sum.total + start, num) * load(keep);
+    store_n(sum.total + start, fma(load_n(split.total + start, num), load(add), kept), num);
     for (int i = 0; i < num; i++) {
       float *out = sum.out + (size_t)(start + i) * dim, *from = split.out + (size_t)(start + i) * dim;
       for (int d = 0; d < dim; d += 16)

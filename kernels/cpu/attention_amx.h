@@ -1,8 +1,8 @@
-// One split of attention on AMX tiles: 16 query vectors at once, both products and the softmax between them.
+// One split of attention on AMX tiles: up to 32 query vectors at once, both products and the softmax between them.
 //
-// Keys and values lie in memory as tiles want them, 16 keys x pairs of elements and 16 columns x 8 pairs of positions. Weights
-// are rounded to bf16 for the second product; their sum is not. One vector is a tile, too: tiles have an order of their own.
-// The softmax, not the products, takes most of the time, hence its own exponential.
+// Keys and values lie in memory as tiles want them, 16 keys x pairs of elements and 16 columns x 8 pairs of positions.
+// Weights are rounded to bf16 for the second product; their sum is not. One vector is a tile, too: tiles have an order
+// of their own. The softmax, not the products, takes most of the time, hence its own exponential.
 #pragma once
 
 #include "amx.h"
@@ -60,7 +60,8 @@ static void soften(float* scores, int row, int steps, float scale, Partial to) {
   for (int r = 0; r < R; r++) to.total[row + r] = sum((f32x16)total[r]);
 }
 
-// Where a step's keys and values lie; of values that are not written, and of a second tile that nobody sees, a copy with zeros.
+// Where a step's keys and values lie; of values that are not written, and of a second tile that nobody sees, a copy
+// with zeros.
 struct StepPlace {
   const bf16 *keys[2], *values[2];
 };
@@ -92,7 +93,8 @@ INLINE void score_steps(const StepPlace* places, int steps, const bf16* q, int d
         _tile_dpbf16ps(3, 4, 7);
       }
     }
-    float *to = scores + s * 16 * STEP, *to_next = TWO ? to + 16 * SPLIT : scores + std::min(s + 1, steps - 1) * 16 * STEP;
+    float* to = scores + s * 16 * STEP;
+    float* to_next = TWO ? to + 16 * SPLIT : scores + std::min(s + 1, steps - 1) * 16 * STEP;
     _tile_stored(0, to, 64);
     _tile_stored(1, to + 16 * KEYS, 64);
     _tile_stored(2, to_next, 64);
@@ -100,8 +102,8 @@ INLINE void score_steps(const StepPlace* places, int steps, const bf16* q, int d
   }
 }
 
-// out [16 or 32][dim] = weights [steps][16][32] (the steps 16 * 32 floats apart) times values, COLUMNS at once. Values are
-// copied, as a step's lie in two places: to the first cache level, while tiles before them are multiplied.
+// out [16 or 32][dim] = weights [steps][16][32] (the steps 16 * 32 floats apart) times values, COLUMNS at once. Values
+// are copied, as a step's lie in two places: to the first cache level, while tiles before them are multiplied.
 template <bool TWO>
 INLINE void weigh_steps(const StepPlace* places, int steps, const float* weights, int dim, float* out) {
   constexpr int COLUMNS = TWO ? 32 : 64, STRIDE = 4 * COLUMNS;
@@ -148,10 +150,10 @@ INLINE void weigh_steps(const StepPlace* places, int steps, const float* weights
   }
 }
 
-// As attend_split, for up to 32 vectors; q has whole tiles of them in memory, whatever they hold, and so has `to`. begin is a
-// multiple of 32.
-static void attend_split_in_tiles(const Context<bf16>& c, int n, const bf16* q, const int* positions, int begin, int end,
-                                  float* scores, Partial to) {
+// As attend_split, for up to 32 vectors; q has whole tiles of them in memory, whatever they hold, and so has `to`.
+// begin is a multiple of 32.
+static void attend_split_in_tiles(const Context<bf16>& c, int n, const bf16* q, const int* positions, int begin,
+                                  int end, float* scores, Partial to) {
   const int steps = (end - begin + STEP - 1) / STEP;
   alignas(64) bf16 copies[2][KEYS * 256];
   StepPlace places[SPLIT / STEP];

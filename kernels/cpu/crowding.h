@@ -1,9 +1,9 @@
 // How many threads of a team take part, when other processes want the cores too.
 //
-// A thread that lost its core in the middle of a task holds up all that wait at the next barrier. Where one of two cores is
-// taken, a step of one row on two threads takes 2.3 to 2.9 times as long as on a quiet machine, and on one thread 1.6 times.
-// So the time is measured that threads were without a core; where that is too much, fewer go on, and after a while all are
-// tried again. Owns no threads and no clock; who takes part changes no result.
+// A thread that lost its core in the middle of a task holds up all that wait at the next barrier. Where one of two
+// cores is taken, a step of one row on two threads takes 2.3 to 2.9 times as long as on a quiet machine, and on one
+// thread 1.6 times. So the time is measured that threads were without a core; where that is too much, fewer go on, and
+// after a while all are tried again. Owns no threads and no clock; who takes part changes no result.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +39,9 @@ class Crowding {
  private:
   void begin_window(double window_s) { window_s_ = window_s, wall_s_ = lost_s_ = 0; }
 
-  // Linux's scheduler gives cores for some 4 ms: a few slices that were lost by chance should not count. A try ends sooner, as
-  // it costs; but now and then it is long, as a group of processes that left a core gets its share back in some 50 ms.
+  // Linux's scheduler gives cores for some 4 ms: a few slices that were lost by chance should not count. A try ends
+  // sooner, as it costs; but now and then it is long, as a group of processes that left a core gets its share back in
+  // some 50 ms.
   static constexpr double WINDOW_S = 0.05, TRY_S = 0.016, LONG_TRY_S = 0.1;
   // One thread of two takes 1.6 to 1.8 times as long as two, and two that lose 0.4 cores at least 1 / 0.6.
   static constexpr double LOST_CORES = 0.4;

@@ -312,7 +312,8 @@ class Forward {
     const int half = m.head_dim / 2;
     for (int i = 0; i < half; i += 16) {
       const int n = half - i;
-      const f32x16 a = load_n(x + i, n), b = load_n(x + i + half, n), c = load_n(cos + i, n), sn = load_n(sin + i + half, n);
+      const f32x16 a = load_n(x + i, n), b = load_n(x + i + half, n);
+      const f32x16 c = load_n(cos + i, n), sn = load_n(sin + i + half, n);
       store_n(x + i, a * c - b * sn, n);
       store_n(x + i + half, b * c + a * sn, n);
     }
@@ -338,14 +339,15 @@ class Forward {
           if (layer.k_norm) head_norm(k, layer.k_norm);
           rotate(k, cos, sin);
           store_key((A*)layer.k_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, k);
-          store_value((A*)layer.v_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, row + q_size + kv_size + head * dim);
+          const float* v = row + q_size + kv_size + head * dim;
+          store_value((A*)layer.v_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, v);
         }
       }
     e.team.barrier();
   }
 
-  // Tasks of all layers, those over the longest contexts first. Where a head's queries are few, its splits are tasks, so that
-  // one sequence's context is read by all threads.
+  // Tasks of all layers, those over the longest contexts first. Where a head's queries are few, its splits are tasks, so
+  // that one sequence's context is read by all threads.
   void plan_attention() {
     const int group = m.num_heads / m.num_kv_heads;
     const int groups_at_once = std::min(group, QUERIES), rows_at_once = std::max(1, QUERIES / group);
@@ -395,19 +397,20 @@ class Forward {
         memcpy(queries + v * dim, rotated + (size_t)(row + r) * q_size + head * dim, sizeof(A) * dim);
         positions[v] = first_position + r;
       }
-    const Context<A> context{(const A*)layer.k_cache, (const A*)layer.v_cache,
-                             s.block_tables + (size_t)task.seq * s.table_width, s.block_size, m.num_kv_heads, task.head, dim,
-                             s.context_lens[task.seq], layer.window, m.attention_scale};
+    const int32_t* table = s.block_tables + (size_t)task.seq * s.table_width;
+    const Context<A> context{(const A*)layer.k_cache, (const A*)layer.v_cache, table, s.block_size, m.num_kv_heads,
+                             task.head, dim, s.context_lens[task.seq], layer.window, m.attention_scale};
     const int first_split = first_seen(context, positions[0]) / SPLIT, last_split = positions[num - 1] / SPLIT;
     if (task.split >= 0) {
-      const size_t size = Partial::size(num, dim);
-      float* partials = (float*)e.partials.data + task.partials;
-      attend_split_any(context, num, queries, positions, task.split, scores, Partial::at(partials + task.split * size, num, dim));
+      auto of_split = [&](int i) {
+        return Partial::at((float*)e.partials.data + task.partials + i * Partial::size(num, dim), num, dim);
+      };
+      attend_split_any(context, num, queries, positions, task.split, scores, of_split(task.split));
       // Who computes the last of the splits adds all of them.
       if (e.splits_left[task.counter].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
       e.splits_left[task.counter].store(task.num_splits, std::memory_order_relaxed);  // for the next layer
-      sum = Partial::at(partials + first_split * size, num, dim);
-      for (int i = first_split + 1; i <= last_split; i++) merge(num, dim, sum, Partial::at(partials + i * size, num, dim));
+      sum = of_split(first_split);
+      for (int i = first_split + 1; i <= last_split; i++) merge(num, dim, sum, of_split(i));
     } else {
       attend_split_any(context, num, queries, positions, first_split, scores, sum);
       for (int i = first_split + 1; i <= last_split; i++) {

@@ -1,9 +1,9 @@
 // A team of threads that runs one function together, with barriers and shared task counters inside it.
 //
-// Not OpenMP: a step has hundreds of barriers, and a static schedule waits for whichever core another process took. Here
-// tasks are taken from a counter, who waits at a barrier yields after a short spin, and threads whose cores are taken
-// are left out for a while (crowding.h). Between runs the threads look for work for some milliseconds, yielding, and then
-// sleep. One team a process; calls are made from one thread at a time.
+// Not OpenMP: a step has hundreds of barriers, and a static schedule waits for whichever core another process took.
+// Here tasks are taken from a counter, who waits at a barrier yields after a short spin, and threads whose cores are
+// taken are left out for a while (crowding.h). Between runs the threads look for work for some milliseconds, yielding,
+// and then sleep. One team a process; calls are made from one thread at a time.
 #pragma once
 
 #include <time.h>

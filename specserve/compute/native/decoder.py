@@ -177,7 +177,7 @@ class NativeDecoder:
         return struct
 
     def _bind(self, kv: KVCache) -> None:
-        """Point the layers at the cache's tensors: keys in tiles (kernels/cpu/attention.h), values by slot."""
+        """Point the layers at the cache's tensors, whose memory kernels/cpu/attention.h lays out in tiles."""
         if self._kv is kv:
             return
         for idx, struct in enumerate(self._structs):
