@@ -3,8 +3,8 @@
 Without drafts steps are queued ahead and the device never waits for the host; one sequence that drafts makes all of
 them wait. What that costs no table knows, so both ways are measured, by load: the better one is kept, the other is
 tried for a few steps now and then, so seldom that it takes half a percent at most, and the tokens a second of both are
-compared. A trial counts from its third step on: the first waits for the host whatever comes, and heads have no chain
-before the second. Pure arithmetic on what steps took; time is the sum of that.
+compared. The first steps of a trial do not count: the first waits for the host whatever comes, and heads have no chain
+before the second of a sequence. Pure arithmetic on what steps took; time is the sum of that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 FIRST_STEPS = 16  # of a load that was not met before, until the other way is tried
 TRIAL_SHARE = 0.005  # of the time, lost by trials
 _GAIN = 1.01  # the other way is taken if it makes so many times the tokens a second
-_NUM_UNSETTLED = 2  # steps of a way that are not counted
+_NUM_UNSETTLED = {False: 2, True: 4}  # steps without and with drafts that are not counted, those of both halves
 _TRIAL_STEPS = 6  # that are
 _TRIAL_VERIFICATIONS = 48  # of a trial of drafts: few sequences need more steps to say what their drafts are worth
 _LEAST_KNOWN = 8  # steps of the way that is kept, before a trial is compared with them
@@ -55,6 +55,11 @@ class Load:
     num_unasked: int = 0  # latest steps that would have drafted, had anybody been asked
     next_trial_s: float = 0.0
     last_s: float = 0.0
+
+    @property
+    def was_tried(self) -> bool:
+        """Whether both ways were measured, or there was time enough."""
+        return self.next_trial_s > 0.0 or self.num_steps > _PATIENCE * FIRST_STEPS
 
     @property
     def asks(self) -> bool:
@@ -94,10 +99,10 @@ class BatchSwitch:
         self._planned = load
         return load
 
-    def observe(self, load: Load, was_asked: bool, step: TimedStep) -> bool:
+    def observe(self, load: Load, was_asked: bool, step: TimedStep, may_try: bool = True) -> bool:
         """Learn from a step of that load, in which anybody was asked for drafts or nobody.
 
-        True if drafts are tried from now on.
+        True if drafts are tried from now on. No trial begins unless it `may_try`.
         """
         self._now_s += step.seconds
         self._num_same = self._num_same + 1 if was_asked == self._was_asked else 1
@@ -124,13 +129,16 @@ class BatchSwitch:
                 self._keep(load, False)
                 load.next_trial_s = self._now_s + _LEAST_WAIT * step.seconds
         is_due = load.num_steps >= FIRST_STEPS and self._now_s >= load.next_trial_s
-        if not is_due or min(len(load.known), self._num_here) < _LEAST_KNOWN:
+        if not may_try or not is_due or min(len(load.known), self._num_here) < _LEAST_KNOWN:
             return False
         load.trial, load.num_trial_steps, load.trial_s = [], 0, 0.0
         return load.asks
 
     def _counts(self, step: TimedStep) -> bool:
-        return self._num_same > _NUM_UNSETTLED and step.num_prompt_rows <= _MOST_PROMPT_ROWS * step.num_seqs
+        return (
+            self._num_same > _NUM_UNSETTLED[self._was_asked]
+            and step.num_prompt_rows <= _MOST_PROMPT_ROWS * step.num_seqs
+        )
 
     def _try(self, load: Load, trial: list[TimedStep], was_asked: bool, step: TimedStep) -> None:
         load.num_trial_steps, load.trial_s = load.num_trial_steps + 1, load.trial_s + step.seconds
@@ -148,7 +156,7 @@ class BatchSwitch:
                 )
                 self._keep(load, load.asks, trial)
             lost_s = trial_s * (1.0 - min(gain, 1.0 / gain))
-        elif load.num_trial_steps >= _PATIENCE * (least + _NUM_UNSETTLED):
+        elif load.num_trial_steps >= _PATIENCE * (least + _NUM_UNSETTLED[True]):
             lost_s = load.trial_s
         else:
             return

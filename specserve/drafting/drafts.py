@@ -73,10 +73,14 @@ class GrowingDraft:
 class StepPlan:
     """What a step was before its drafts; seconds are expected ones but for `draft_s`.
 
-    `host` is what a device waits for before the step; None where the host computes it.
+    `host` is what the host takes for the step; None where it computes it. A device waits for it before the step, unless
+    it runs another one meanwhile (`is_hidden`).
     """
 
-    __slots__ = ("_cost_model", "_curve", "_device", "draft_s", "host", "max_rows", "num_decoding", "num_rows", "shape")
+    __slots__ = (
+        "_cost_model", "_curve", "_device", "draft_s", "host", "is_hidden", "max_rows", "num_decoding", "num_rows",
+        "shape",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -86,8 +90,9 @@ class StepPlan:
         num_rows: int,
         max_rows: int,
         host: HostCost | None = None,
+        is_hidden: bool = False,
     ):
-        self._cost_model, self.shape, self.host = cost_model, shape, host
+        self._cost_model, self.shape, self.host, self.is_hidden = cost_model, shape, host, is_hidden
         self.num_decoding = num_decoding  # sequences whose newest token is among the rows
         self.num_rows, self.max_rows = num_rows, max_rows
         self.draft_s = 0.0
@@ -109,10 +114,9 @@ class StepPlan:
             if (host := self.host) is not None:
                 rows, seconds = self.device.nodes
                 host_s, draft_s = host.seconds(self.num_decoding), host.draft_s
-                whole = [
-                    s + max(0.0, host_s + draft_s * (r - self.num_decoding)) for r, s in zip(rows, seconds, strict=True)
-                ]
-                self._curve = StepCurve(rows, whole)
+                hosts = [max(0.0, host_s + draft_s * (num - self.num_decoding)) for num in rows]
+                pairs = zip(seconds, hosts, strict=True)
+                self._curve = StepCurve(rows, [max(pair) if self.is_hidden else sum(pair) for pair in pairs])
         return self._curve
 
     def seconds(self, num_drafts: int) -> float:

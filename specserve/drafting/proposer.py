@@ -115,7 +115,8 @@ class Proposer:
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._batch = BatchSwitch() if is_asynchronous else None
         self._halves = BatchSwitch(pays_for_few=False) if is_asynchronous else None
-        self._host = HostCost() if is_asynchronous else None
+        self._host = HostCost() if is_asynchronous else None  # before a step
+        self._host_beside = HostCost() if is_asynchronous else None  # while the other half's step runs
         self._num_drafting = self._num_fixed = 0  # sequences that may draft; whatever it costs
         self._num_held_up = 0  # that need their tokens before the next step is queued
         self._draft_s = MeanSeconds()  # all of drafting, one sequence
@@ -205,7 +206,7 @@ class Proposer:
         """
         if not self._num_drafting:
             return None
-        plan, num_running = self._plan_of(items, scheduler), len(scheduler.running)
+        plan, num_running = self._plan_of(items, scheduler, is_half), len(scheduler.running)
         load, halves = self._load(num_running), self._load_of_halves(num_running)
         if load is not None and not load.asks:
             self.num_undrafted_steps += 1
@@ -312,19 +313,23 @@ class Proposer:
                 prompt_s=plan.prompt_seconds(num_drafts),
                 seconds=seconds.total,
             )
-            # One trial at a time: each compares with what is kept of the other.
+            # One trial at a time: each compares with what is kept of the other. Drafts are compared at their best.
             is_trying = halves is not None and halves.trial is not None
             if load is not None and not is_trying and self._batch is not None:
-                if self._batch.observe(load, num_asked > 0, step):
+                may_try = not load.asks or halves is None or halves.was_tried
+                if self._batch.observe(load, num_asked > 0, step, may_try):
                     self._retry()
             if halves is not None and (load is None or load.trial is None) and self._halves is not None:
+                was_kept = halves.is_drafting
                 self._halves.observe(halves, is_half, step)
+                if load is not None and halves.is_drafting != was_kept:
+                    load.known.clear()  # drafts are worth something else now
         if num_asked:
             self._draft_s.observe(plan.draft_s / num_asked)
             self._judge(plan, verified, num_drafts)
 
     def _learn_costs(self, plan: StepPlan, num_drafts: int, seconds: StepSeconds) -> None:
-        if self._host is None:
+        if self._host is None or self._host_beside is None:
             if plan.num_rows == plan.num_decoding == plan.shape.num_seqs:  # no prompts
                 num_rows = plan.num_rows + num_drafts
                 expected = plan.device.seconds(num_rows)
@@ -332,6 +337,8 @@ class Proposer:
             return
         if seconds.gap:
             self._host.observe(plan.num_decoding, num_drafts, seconds.gap - plan.draft_s)
+        elif plan.is_hidden:
+            self._host_beside.observe(plan.num_decoding, num_drafts, seconds.total - seconds.wait - plan.draft_s)
         if seconds.gap or seconds.wait > LEAST_WAIT * seconds.total:  # else the device was not what took so long
             num_rows = plan.num_rows + num_drafts
             self.cost_model.observe(num_rows, plan.shape, seconds.total - seconds.gap, plan.device.seconds(num_rows))
@@ -361,7 +368,7 @@ class Proposer:
             for switch in self._switches.values():
                 switch.retry()
 
-    def _plan_of(self, items: Sequence[ScheduledSequence], scheduler: Scheduler) -> StepPlan:
+    def _plan_of(self, items: Sequence[ScheduledSequence], scheduler: Scheduler, is_half: bool) -> StepPlan:
         num_decoding = sum([item.reaches_end and item.seq.sampling.max_tokens > 0 for item in items])
         num_rows, max_rows = sum([item.num_rows for item in items]), scheduler.max_batched_tokens
         if self._max_logits is not None:
@@ -371,7 +378,8 @@ class Proposer:
             num_adapters=len({item.seq.adapter_hash for item in items} - {None}),
             num_keys=sum([item.seq.num_computed for item in items]),
         )
-        return StepPlan(self.cost_model, shape, num_decoding, num_rows, max_rows, self._host)
+        host = self._host_beside if is_half else self._host
+        return StepPlan(self.cost_model, shape, num_decoding, num_rows, max_rows, host, is_half)
 
     def adapter_left(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""

@@ -162,3 +162,15 @@ def test_sources_that_are_all_switched_off_leave_steps_to_be_queued_ahead_and_ar
             tried.append(step)
     assert not switch.load(8, True).is_drafting
     assert 64 < tried[0] < 120 and len(tried) < 5
+
+
+def test_no_trial_begins_while_another_switch_measures_what_drafts_are_worth():
+    """Unless that takes for ever."""
+    switch = BatchSwitch()
+    load = switch.load(256, True)
+    started = []
+    for step in range(200):
+        switch.observe(load, True, TimedStep(256, 256, 0, 0.0, 8e-3), may_try=load.was_tried)
+        if load.trial is not None:
+            started.append(step)
+    assert 60 < started[0] < 70
