@@ -346,8 +346,8 @@ class Forward {
     e.team.barrier();
   }
 
-  // Tasks of all layers, those over the longest contexts first. Where a head's queries are few, its splits are tasks, so
-  // that one sequence's context is read by all threads.
+  // Tasks of all layers: head by head, so that its keys and values stay in the second cache level, the longest contexts
+  // first. Where a head's queries are few, its splits are tasks, so that one sequence's context is read by all threads.
   void plan_attention() {
     const int group = m.num_heads / m.num_kv_heads;
     const int groups_at_once = std::min(group, QUERIES), rows_at_once = std::max(1, QUERIES / group);
@@ -355,9 +355,9 @@ class Forward {
     int counters = 0;
     for (int i = 0; i < s.num_seqs; i++) {
       const int n = s.cu_query_lens[i + 1] - s.cu_query_lens[i], num_splits = (s.context_lens[i] + SPLIT - 1) / SPLIT;
-      for (int row = n; row > 0; row -= rows_at_once) {
-        const int num = std::min(rows_at_once, row);
-        for (int head = 0; head < m.num_kv_heads; head++)
+      for (int head = 0; head < m.num_kv_heads; head++)
+        for (int row = n; row > 0; row -= rows_at_once) {
+          const int num = std::min(rows_at_once, row);
           for (int g = 0; g < group; g += groups_at_once) {
             AttentionTask task{i, head, row - num, num, g, std::min(groups_at_once, group - g)};
             if (n > rows_at_once || num_splits == 1) {
@@ -368,7 +368,7 @@ class Forward {
             partials += num_splits * Partial::size(num * task.num_groups, m.head_dim);
             for (task.split = 0; task.split < num_splits; task.split++) tasks.push_back(task);
           }
-      }
+        }
     }
     e.partials.get<float>(partials);
     if ((int)e.splits_left.size() < counters) e.splits_left = std::vector<std::atomic<int>>(counters);
