@@ -64,6 +64,8 @@ class Tiles {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    // GCC 12's header says that the first 8 bytes are read: stores to the others may be left out (ggml's were).
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
