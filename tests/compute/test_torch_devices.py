@@ -28,11 +28,15 @@ META = torch.device("meta")
 
 
 class ZerosAreRead(TorchFunctionMode):
-    """`tolist` of a tensor without values gives zeros."""
+    """`tolist` and `numpy` of a tensor without values give zeros; it stays where it is until then."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.tolist and args[0].device == META:
-            return np.zeros(args[0].shape, dtype=np.float32 if args[0].is_floating_point() else np.int64).tolist()
+        reads = (torch.Tensor.tolist, torch.Tensor.numpy)
+        if func in (torch.Tensor.cpu, *reads) and args[0].device == META:
+            if func is torch.Tensor.cpu:
+                return args[0]
+            zeros = np.zeros(args[0].shape, dtype=np.float32 if args[0].is_floating_point() else np.int64)
+            return zeros if func is torch.Tensor.numpy else zeros.tolist()
         return func(*args, **(kwargs or {}))
 
 
