@@ -36,7 +36,7 @@ from specserve.schedule.block_manager import BlockManager
 
 from . import common, options
 from .cpu_cases import BITS, BLOCK_SIZE, SHAPES, Case, cases_of
-from .cpu_limits import CpuLimits
+from .cpu_limits import ONEDNN, CpuLimits
 from .random_models import RandomWeights, random_adapter, standing_sequences
 
 DEVICE = torch.device("cpu")
@@ -230,7 +230,8 @@ def main(
     kind, peak = limits.peak(quantization != "none")
     click.echo(
         f"limits, {num_threads} threads: {limits.bytes_per_s / 1e9:.1f} GB/s, so that {num_bytes / 1e9:.2f} GB of "
-        f"weights take {1e3 * num_bytes / limits.bytes_per_s:.2f} ms; {peak / 1e9:.0f} GFLOP/s ({kind})"
+        f"weights take {1e3 * num_bytes / limits.bytes_per_s:.2f} ms; {peak / 1e9:.0f} GFLOP/s ({kind}), "
+        f"of which oneDNN's own product of matrices makes {limits.operations_per_s[ONEDNN] / 1e9:.0f}"
     )
     kv_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     cases, left_out = [], []
