@@ -30,21 +30,13 @@ class CopyPointer:
         return other
 
     def follow(self, token: int) -> None:
-        for idx in range(self.position, min(self.position + self._width, len(self._prompt))):
-            if self._prompt[idx] == token:
-                self.moved = 1 if idx == self.position else 2
-                self.position = idx + 1
-                return
-        self.moved = 0
-
-    def follow_all(self, tokens: Sequence[int]) -> None:
-        """As `follow`, of one after the other; quicker for many. `moved` stays as it was."""
-        prompt, width, position = self._prompt, self._width, self.position
-        for token in tokens:
-            window = prompt[position : position + width]
-            if token in window:
-                position += window.index(token) + 1
-        self.position = position
+        window = self._prompt[self.position : self.position + self._width]
+        if token in window:
+            idx = window.index(token)
+            self.moved = 2 if idx else 1
+            self.position += idx + 1
+        else:
+            self.moved = 0
 
     def window(self) -> list[int]:
         """The next `width` prompt tokens, `NO_TOKEN` behind the end."""

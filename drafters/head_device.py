@@ -174,7 +174,8 @@ class DeviceHeads:
                 continue
             config = one.head.config
             pointer = CopyPointer(one.prompt, config.copy_start, config.copy_window)
-            pointer.follow_all(one.output)
+            for token in one.output:
+                pointer.follow(token)
             seats.append(one.seat)
             positions.append(pointer.position)
             if not one.has_prompt:

@@ -35,12 +35,17 @@ class HugePages:
         return piece.view(dtype).view(*shape)
 
 
+def map_memory(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8, a mapping of its own that goes with its last tensor; in large pages where whole ones fit."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # kernels without them, and other systems
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)  # holds the memory
+
+
 def _reserve(num_bytes: int) -> torch.Tensor:
     """[num_bytes, rounded up to whole pages] uint8, from a page's start."""
     num_bytes = -(-num_bytes // _PAGE) * _PAGE
-    memory = mmap.mmap(-1, num_bytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # kernels without them, and other systems
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # holds the memory
+    whole = map_memory(num_bytes + _PAGE)
     start = -whole.data_ptr() % _PAGE
     return whole[start : start + num_bytes]

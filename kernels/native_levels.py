@@ -39,7 +39,8 @@ class Level:
         """Why this machine cannot run the level, whatever compiler it has; None if it can."""
         if self.is_foreign:
             return f"it is for {self.machine}, this is {_MACHINE}"
-        lacking = [flag for flag in self.cpu_flags if flag not in cpu_flags()]
+        present = cpu_flags()
+        lacking = [flag for flag in self.cpu_flags if flag not in present]
         if lacking:
             return f"the CPU lacks {', '.join(lacking)}"
         return refusal_of_tiles() if self.asks_for_tiles else None

@@ -6,12 +6,9 @@ with a live tensor beside free ones are never returned.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 
-import torch
-
+from ..kernels.huge_pages import map_memory
 from ..kernels.lora import LoraPair
 
 _ALIGNMENT = 64  # bytes, as torch's own allocator has it
@@ -23,11 +20,7 @@ def in_one_slab(pairs: Sequence[LoraPair]) -> list[LoraPair]:
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
     if not sum(sizes):
         return list(pairs)
-    mapping = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # systems without pages of 2 MiB, which prefetchers like
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    slab = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping
-    copies, offset = [], 0
+    slab, copies, offset = map_memory(sum(sizes)), [], 0
     for tensor, size in zip(tensors, sizes, strict=True):
         copy = slab[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         copies.append(copy.copy_(tensor))

@@ -88,11 +88,8 @@ class Reports:
             if state.drafts.counts is not counts:  # the next adapter's
                 counts = state.drafts.counts
                 counts.add_price(price)
-            counts.num_verifications += 1
-            counts.generated += num_accepted + 1
+            counts.add(len(sources), num_accepted, num_accepted + 1)
             if sources:
-                counts.drafted += len(sources)
-                counts.accepted += num_accepted
                 right = sources[:num_accepted]
                 seq.count_drafts(sources, right)
                 drafted += sources

@@ -7,7 +7,6 @@ one whenever their block table was emptied: under one id a table only grows.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ import numpy as np
 import torch
 
 from ...schedule.sequence import Sequence
-from .buffers import Layout, Page
-
-_MAX_UPDATES = 4096  # new entries that go up asynchronously; more at once wait for the device
+from .buffers import Writer
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +43,7 @@ class Seats:
         self._seats = [_Seat(number) for number in range(num_seats)]
         self._oldest: deque[tuple[_Seat, int]] = deque()  # seats and their steps when they were looked through last
         self._num_steps = 0
-        self._page = Page(_update_layout(_MAX_UPDATES).num_bytes, device)
+        self._write = Writer(device)
 
     def seat(self, sequences: Seq[Sequence]) -> np.ndarray:
         """The seats of `sequences`, [S] int64, at most all that there are; their tables are brought up to date."""
@@ -86,7 +83,7 @@ class Seats:
             blocks += new
             seat.num_known += len(new)
         if index:
-            self._update(index, blocks)
+            self._write([(self.tables, np.array(index, np.int64), np.array(blocks, np.int32))])
 
     def _take(self, seq: Sequence) -> _Seat:
         """The seat that was not used for longest; those of this step are all marked."""
@@ -101,23 +98,3 @@ class Seats:
         self.owners[seat.number] += 1
         seq.seat = seat
         return seat
-
-    def _update(self, index: list[int], blocks: list[int]) -> None:
-        flat, num = self.tables.view(-1), len(index)
-        if num > _MAX_UPDATES:
-            device = flat.device
-            flat.index_copy_(
-                0, torch.tensor(index, device=device), torch.tensor(blocks, dtype=torch.int32, device=device)
-            )
-            return
-        layout = _update_layout(1 << (num - 1).bit_length())
-        host = self._page.host(layout)
-        host["index"][:num], host["block"][:num] = index, blocks
-        self._page.upload(layout)
-        fields = self._page.device(layout)
-        flat.index_copy_(0, fields["index"][:num], fields["block"][:num])
-
-
-@functools.cache
-def _update_layout(num: int) -> Layout:
-    return Layout.of({"index": (num, torch.int64), "block": (num, torch.int32)})
