@@ -198,7 +198,7 @@ constexpr size_t ACT_LIMIT = 1024 * 1024;  // bytes of rows that may stay in the
 // in each step: memory does not wait for products, nor they for it.
 static void multiply_block(const bf16* x, size_t next_rows, int tiles, const bf16* w, int steps, float* out, bool first,
                            const bf16* next) {
-  const int passes = tiles / 2 * 2 + tiles % 2, lines = (64 + passes - 1) / passes;
+  const int lines = (64 + tiles - 1) / tiles;  // of 64, in as many passes as there are tiles
   int pass = 0;
   auto fetch = [&]() -> Fetch<false> {
     const int start = std::min(pass++ * lines, 64);
