@@ -255,7 +255,7 @@ class Forward {
       panels[p] = {&m.layers[layer].modules[parts[p].module], parts[p].panel};
       fetch_lora(layer, parts[p], row, rows);
     }
-    multiply_panels(panels, num, Rows<A>(x, panels[0].matrix->kp, T), row, rows, out);
+    multiply_panels(panels, num, Rows<A>(x, panels[0].matrix->kp, T), row, rows, out, e.team.size());
     for (int p = 0; p < num; p++) finish_part(layer, parts[p], row, rows, out + (size_t)p * pad_rows(rows) * PANEL);
   }
 
@@ -517,7 +517,7 @@ static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, fl
     for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, rows, [&](int first, int num, int row, int rows) {
       Panel panels[MAX_PANELS];
       for (int p = 0; p < num; p++) panels[p] = {&matrix, first + p};
-      multiply_panels(panels, num, act, row, rows, products);
+      multiply_panels(panels, num, act, row, rows, products, e.team.size());
       for (int p = 0; p < num; p++)
         for (int r = 0; r < rows; r++)
           memcpy(y + (row + r) * width + (first + p) * PANEL, products + ((size_t)p * pad_rows(rows) + r) * PANEL, 4 * PANEL);

@@ -8,7 +8,7 @@
 // K is padded with zeros to a multiple of 64, N to whole panels. Quantized groups are decoded to bf16 pairs in the first
 // cache level, once for all rows. With AMX or AVX-512 BF16 activations are bf16, and products are tiles (amx.h) or pairs;
 // elsewhere they are fp32 and weights are widened. Sums are fp32 over K in ascending order (for quantized ones, group by
-// group), whatever the number of rows.
+// group), whatever the number of rows, and however K is cut into blocks: a sum that is stored and loaded again is the same.
 #pragma once
 
 #include <algorithm>
@@ -37,14 +37,37 @@ struct Panel {
   int idx;
 };
 
-constexpr int ROWS_AT_ONCE = 6;
+// Sums of so many rows and blocks of 16 columns stay in registers.
 #if defined(__AVX512F__)
-constexpr int BLOCKS_AT_ONCE = 4;
+constexpr int ROWS_AT_ONCE = NATIVE_BF16 ? 6 : 4, BLOCKS_AT_ONCE = 4;
 #else
-constexpr int BLOCKS_AT_ONCE = 1;
+constexpr int ROWS_AT_ONCE = NATIVE_BF16 ? 6 : 5, BLOCKS_AT_ONCE = 1;
 #endif
 
-// tile [MR][64] (stride 64) = x [MR][2 * pairs] * w, or += scale * that if scale is given and this is not the first group.
+// Lines of memory that other products will need, asked for in each step of K, so that memory does not wait for these.
+struct Ahead {
+  const char *from, *end;
+  int lines;  // a step
+
+  INLINE_METHOD void step() {
+    for (int i = 0; i < lines; i++) __builtin_prefetch(from + 64 * i, 0, 3);
+    from += 64 * lines;
+    if (from >= end) lines = 0;
+  }
+};
+
+struct Nothing {
+  INLINE_METHOD void step() {}
+};
+
+template <int MR, int NB>
+INLINE void begin(const float* tile, f32x16 (&acc)[MR][NB], bool from_zero) {
+  for (int r = 0; r < MR; r++)
+    for (int c = 0; c < NB; c++) acc[r][c] = from_zero ? f32x16{} : load(tile + r * PANEL + 16 * c);
+}
+
+// tile [MR][64] (stride 64) = x [MR][2 * pairs] * w, or goes on from there if this is not the first block of K; if scale is given,
+// += scale * that.
 template <int MR, int NB>
 INLINE void finish(float* tile, f32x16 (&acc)[MR][NB], const float* scale, bool first) {
   for (int r = 0; r < MR; r++)
@@ -57,13 +80,16 @@ INLINE void finish(float* tile, f32x16 (&acc)[MR][NB], const float* scale, bool 
 }
 
 #if NATIVE_BF16
-template <int MR>
-INLINE void multiply(const bf16* x, int stride, const bf16* w, int pairs, float* tile, const float* scale, bool first) {
+template <int MR, class Next>
+INLINE void multiply(const bf16* x, int stride, const bf16* w, int pairs, float* tile, const float* scale, bool first,
+                     Next& ahead) {
   constexpr int NB = BLOCKS_AT_ONCE;
   for (int b = 0; b < 4; b += NB) {
-    f32x16 acc[MR][NB] = {};
+    f32x16 acc[MR][NB];
+    begin<MR, NB>(tile + 16 * b, acc, first || scale);
     const bf16* from = w + 32 * b;
     for (int p = 0; p < pairs; p++, from += 2 * PANEL) {
+      ahead.step();
       bf16x32 weight[NB];
       for (int c = 0; c < NB; c++) weight[c] = load_bf16(from + 32 * c);
       for (int r = 0; r < MR; r++) {
@@ -75,18 +101,21 @@ INLINE void multiply(const bf16* x, int stride, const bf16* w, int pairs, float*
   }
 }
 #else
-template <int MR>
-INLINE void multiply(const bf16*, int, const bf16*, int, float*, const float*, bool) {
+template <int MR, class Next>
+INLINE void multiply(const bf16*, int, const bf16*, int, float*, const float*, bool, Next&) {
   __builtin_trap();  // bf16 activations need the instructions
 }
 #endif
 
-template <int MR>
-INLINE void multiply(const float* x, int stride, const bf16* w, int pairs, float* tile, const float* scale, bool first) {
+template <int MR, class Next>
+INLINE void multiply(const float* x, int stride, const bf16* w, int pairs, float* tile, const float* scale, bool first,
+                     Next& ahead) {
   constexpr int NB = BLOCKS_AT_ONCE;
   for (int b = 0; b < 4; b += NB) {
-    f32x16 acc[MR][NB] = {};
-    for (int p = 0; p < pairs; p++)
+    f32x16 acc[MR][NB];
+    begin<MR, NB>(tile + 16 * b, acc, first || scale);
+    for (int p = 0; p < pairs; p++) {
+      ahead.step();
       for (int c = 0; c < NB; c++) {
         u32x16 words = load_pairs(w + p * 2 * PANEL + 32 * (b + c));
         f32x16 even = (f32x16)(words << 16), odd = (f32x16)(words & 0xffff0000u);
@@ -95,38 +124,66 @@ INLINE void multiply(const float* x, int stride, const bf16* w, int pairs, float
           acc[r][c] = fma(x[r * stride + 2 * p + 1], odd, acc[r][c]);
         }
       }
+    }
     finish<MR, NB>(tile + 16 * b, acc, scale ? scale + 16 * b : nullptr, first);
   }
 }
 
-template <int MR>
-INLINE void multiply(const float* x, int stride, const float* w, int pairs, float* tile, const float*, bool) {
+template <int MR, class Next>
+INLINE void multiply(const float* x, int stride, const float* w, int pairs, float* tile, const float*, bool first,
+                     Next& ahead) {
   constexpr int NB = BLOCKS_AT_ONCE;
   for (int b = 0; b < 4; b += NB) {
-    f32x16 acc[MR][NB] = {};
-    for (int k = 0; k < 2 * pairs; k++)
+    f32x16 acc[MR][NB];
+    begin<MR, NB>(tile + 16 * b, acc, first);
+    for (int k = 0; k < 2 * pairs; k++) {
+      ahead.step();
       for (int c = 0; c < NB; c++) {
         f32x16 weight = load(w + k * PANEL + 16 * (b + c));
         for (int r = 0; r < MR; r++) acc[r][c] = fma(x[r * stride + k], weight, acc[r][c]);
       }
-    finish<MR, NB>(tile + 16 * b, acc, nullptr, true);
+    }
+    finish<MR, NB>(tile + 16 * b, acc, nullptr, first);
   }
 }
 
-template <class A, class W>
+// Rows are taken in passes of equal height.
+INLINE int num_passes(int rows) { return (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; }
+
+template <class A, class W, class Next = Nothing>
 static void multiply_rows(const A* x, int stride, int rows, const W* w, int pairs, float* tile, const float* scale,
-                          bool first) {
-  int r = 0;
-  for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE)
-    multiply<ROWS_AT_ONCE>(x + r * stride, stride, w, pairs, tile + r * PANEL, scale, first);
-  x += r * stride;
-  tile += r * PANEL;
-  switch (rows - r) {
-    case 1: return multiply<1>(x, stride, w, pairs, tile, scale, first);
-    case 2: return multiply<2>(x, stride, w, pairs, tile, scale, first);
-    case 3: return multiply<3>(x, stride, w, pairs, tile, scale, first);
-    case 4: return multiply<4>(x, stride, w, pairs, tile, scale, first);
-    case 5: return multiply<5>(x, stride, w, pairs, tile, scale, first);
+                          bool first, Next ahead = {}) {
+  for (int passes = num_passes(rows), r = 0; passes; passes--) {
+    const int now = (rows - r + passes - 1) / passes;
+    const A* from = x + (size_t)r * stride;
+    float* to = tile + r * PANEL;
+    switch (now) {
+      case 1: multiply<1>(from, stride, w, pairs, to, scale, first, ahead); break;
+      case 2: multiply<2>(from, stride, w, pairs, to, scale, first, ahead); break;
+      case 3: multiply<3>(from, stride, w, pairs, to, scale, first, ahead); break;
+      case 4: multiply<4>(from, stride, w, pairs, to, scale, first, ahead); break;
+      case 5: multiply<5>(from, stride, w, pairs, to, scale, first, ahead); break;
+      default: multiply<ROWS_AT_ONCE>(from, stride, w, pairs, to, scale, first, ahead);
+    }
+    r += now;
+  }
+}
+
+// A block of K stays in the first cache level while all rows pass, and the one behind it comes from memory meanwhile: of this
+// panel, or at its end of `next`, which may be null.
+constexpr int BLOCK_PAIRS = 48;
+template <class A, class W>
+static void multiply_blocks(const A* x, int stride, int rows, const W* w, int pairs, float* tile, const W* next) {
+  constexpr int LINES = 2 * PANEL * sizeof(W) / 64, STEPS = sizeof(W) / 2;  // of a pair
+  const int passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE);
+  if (rows == 1 && passes == 1) return multiply_rows(x, stride, rows, w, pairs, tile, nullptr, true);
+  const int blocks = (pairs + BLOCK_PAIRS - 1) / BLOCK_PAIRS, at_once = (pairs + blocks - 1) / blocks;
+  for (int p = 0; p < pairs; p += at_once) {
+    const int now = std::min(at_once, pairs - p), then = std::min(at_once, p + now < pairs ? pairs - p - now : next ? pairs : 0);
+    const W* from = w + (size_t)p * 2 * PANEL;
+    const char* ahead = (const char*)(p + now < pairs ? from + now * 2 * PANEL : next);
+    multiply_rows(x + 2 * p, stride, rows, from, now, tile, nullptr, p == 0,
+                  Ahead{ahead, ahead + (size_t)then * LINES * 64, then ? (LINES / STEPS + passes - 1) / passes : 0});
   }
 }
 
@@ -174,15 +231,19 @@ INLINE const float* group_scales(const Matrix& m, int panel, int group) {
 
 // out [rows][64] = x [rows][kp] * one panel, without bias.
 template <class A>
-static void multiply_panel(const Panel& panel, const A* x, int rows, float* out) {
+static void multiply_panel(const Panel& panel, const A* x, int rows, float* out, int threads) {
   const Matrix& m = *panel.matrix;
   const size_t pairs = m.kp / 2, first = panel.idx * pairs * 2 * PANEL;
+  auto multiply_as = [&](auto* data) {
+    auto* next = panel.idx + threads < m.panels() ? data + first + threads * pairs * 2 * PANEL : nullptr;
+    multiply_blocks(x, m.kp, rows, data + first, pairs, out, next);
+  };
   if (m.format == F32) {
-    if constexpr (sizeof(A) == 4) multiply_rows(x, m.kp, rows, (const float*)m.data + first, pairs, out, nullptr, true);
+    if constexpr (sizeof(A) == 4) multiply_as((const float*)m.data);
     else __builtin_trap();
     return;
   }
-  if (m.format == BF16) return multiply_rows(x, m.kp, rows, (const bf16*)m.data + first, pairs, out, nullptr, true);
+  if (m.format == BF16) return multiply_as((const bf16*)m.data);
   alignas(64) bf16 decoded[MAX_GROUP * PANEL];
   for (int g = 0; g * m.group < m.kp; g++) {
     decode_group(m, panel.idx, g, decoded);
@@ -269,9 +330,9 @@ static void multiply_decoded(const Panel& panel, const Rows<bf16>& x, int first_
 #endif
 
 // out [num][padded rows][64] = rows `row` and following of x times each panel, all of matrices with the same kp and format,
-// without bias.
+// without bias. So many threads take a panel each.
 template <class A>
-static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, int row, int rows, float* out) {
+static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, int row, int rows, float* out, int threads) {
   const Matrix& m = *panels[0].matrix;
 #if NATIVE_AMX
   if constexpr (sizeof(A) == 2) {
@@ -280,7 +341,7 @@ static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, int 
     return;
   }
 #endif
-  for (int p = 0; p < num; p++) multiply_panel(panels[p], x.at(row, 0), rows, out + (size_t)p * pad_rows(rows) * PANEL);
+  for (int p = 0; p < num; p++) multiply_panel(panels[p], x.at(row, 0), rows, out + (size_t)p * pad_rows(rows) * PANEL, threads);
 }
 
 // How many rows and panels a task has. Tiles want many: each row and weight is read from memory once for all of a task. Other
