@@ -85,11 +85,15 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     drain_timeout_s: Annotated[float, Meta(ge=0, description="seconds that running requests get at shutdown")] = 30.0
     engine_timeout_s: Annotated[
         float, Meta(ge=3, description="silence after which the engine process counts as hung and is restarted")
-    ] = 60.0
+    ] = 20.0
     engine_step_timeout_s: Annotated[
         float,
-        Meta(gt=0, description="seconds after which a step of up to 512 rows counts as hung; more rows may take more"),
-    ] = 300.0
+        Meta(
+            gt=0,
+            description="seconds after which a step counts as hung that should long be over; six times that on CUDA, "
+            "where a step may compile, and 20 times what it should take where that is more",
+        ),
+    ] = 10.0
     tool_format: Annotated[
         Literal["auto", "hermes", "llama3", "mistral"],
         Meta(description="how the model writes tool calls; auto: as its chat template does"),

@@ -257,13 +257,15 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     """Sent once a second by a thread of its own, whatever the engine's loop is doing.
 
-    `turn_s` is how long the process was awake in the loop's present turn: a step, or the messages between two.
+    `turn_s` is how long the loop's present turn, a step or the messages between two, has taken of this process's own
+    time: not that in which it was stopped or waited for a core.
     """
 
     num_running: int
     num_waiting: int
     turn_s: float
     num_rows: int  # of the newest step
+    expected_s: float  # that such a step takes at most, by what was measured of others
 
 
 ToEngine = GenerateRequest | Abort | LoadAdapter | UnloadAdapter | GetStats | Shutdown

@@ -9,21 +9,24 @@ When the server goes away (end of stream), so does this process, at once: nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
 import queue
 import signal
 import socket
+import sys
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from ..config import EngineConfig
+from ..drafting.cost_model import StepShape
 from ..errors import ErrorInfo, GrammarError, OverloadedError, UserError
 from ..frames import read_frame
 from ..grammar.compiler import COMPILE_TIMEOUT_S
@@ -44,7 +47,7 @@ from ..messages import (
 )
 from .adapter_loads import AdapterLoads
 from .engine import Engine
-from .server_link import ServerLink
+from .server_link import Load, ServerLink
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +107,14 @@ class EngineProcess:
         self._send_held()
         self._drain_inbox(wait_s=0.0)
 
-    def _load(self) -> tuple[int, int, int]:
-        scheduler = self._engine.scheduler
-        return len(scheduler.running), len(scheduler.waiting), self._engine.num_rows
+    def _load(self) -> Load:
+        """Asked while a step runs: reads, and no more than what may be read then."""
+        engine, scheduler = self._engine, self._engine.scheduler
+        running, num_rows = scheduler.running[:], engine.num_rows
+        shape = StepShape(num_seqs=max(1, len(running)), num_keys=sum([seq.num_computed for seq in running]))
+        most_rows = max(num_rows, min(scheduler.max_batched_tokens, num_rows * (1 + engine.config.max_draft_tokens)))
+        expected_s = engine.proposer.cost_model.seconds(most_rows, shape)
+        return Load(len(running), len(scheduler.waiting), num_rows, expected_s)
 
     def _drain_inbox(self, wait_s: float) -> None:
         """Handle what has arrived, waiting at most `wait_s` for a first message; nothing after `Shutdown`."""
@@ -222,9 +230,20 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # what is there now stays: to look through its 200,000 objects would hold a step up for 0.1 s
     link.send([msgspec.structs.replace(engine.info, pid=os.getpid())])
-    EngineProcess(engine, link).serve()
+    try:
+        EngineProcess(engine, link).serve()
+    except BaseException:
+        logger.exception("the engine failed; its process ends")
+        _leave(1)  # no thread that still reads an adapter from a slow disk is waited for
     engine.close()
-    return 0
+    _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

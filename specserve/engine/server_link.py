@@ -2,7 +2,8 @@
 
 Three threads meet here. One reads frames into `inbox` from before the model is loaded, and leaves the process when the
 server goes. The loop sends, and says when its next turn begins. The heartbeat tells once a second that the process
-lives and how long the present turn has taken; it never waits for the socket, which the loop may have filled.
+lives and how long the present turn has taken of its own time; it never waits for the socket, which the loop may have
+filled.
 """
 
 from __future__ import annotations
@@ -14,15 +15,26 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..awake_clock import AwakeClock
+from ..awake_clock import AwakeClock, CoreWaits
 from ..frames import encode_frames, read_frame, to_engine_decoder
 from ..messages import Heartbeat
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a heartbeat says beside the time: sequences, and the newest step's rows and the seconds it should take."""
+
+    num_running: int
+    num_waiting: int
+    num_rows: int
+    expected_s: float
 
 
 class ServerLink:
@@ -39,8 +51,8 @@ class ServerLink:
         """From here on the process leaves when the server does."""
         threading.Thread(target=self._read, name="frames", daemon=True).start()
 
-    def start_heartbeat(self, load: Callable[[], tuple[int, int, int]]) -> None:
-        """`load` says how many sequences run and wait, and how many rows the newest step has."""
+    def start_heartbeat(self, load: Callable[[], Load]) -> None:
+        """`load` is asked once a second, by another thread than the loop's."""
         threading.Thread(target=self._beat, args=(load,), name="heartbeat", daemon=True).start()
 
     def begin_turn(self) -> None:
@@ -69,18 +81,19 @@ class ServerLink:
             logger.exception("the connection to the server broke")
         self._leave(0)
 
-    def _beat(self, load: Callable[[], tuple[int, int, int]]) -> None:
-        clock, turn, since = AwakeClock(HEARTBEAT_S), -1, 0.0
+    def _beat(self, load: Callable[[], Load]) -> None:
+        clock, waits, turn, since = AwakeClock(HEARTBEAT_S), CoreWaits(), -1, 0.0
         while True:
             time.sleep(HEARTBEAT_S)
-            now = clock.tick()
+            now = clock.tick(waits.take())
             if not self._sending.acquire(blocking=False):
                 continue  # the loop is sending: that is a sign of life, or the server takes nothing
             try:
                 if turn != self._turn:
                     turn, since = self._turn, now
-                num_running, num_waiting, num_rows = load()
-                self._send_now(encode_frames([Heartbeat(num_running, num_waiting, now - since, num_rows)]))
+                has = load()
+                beat = Heartbeat(has.num_running, has.num_waiting, now - since, has.num_rows, has.expected_s)
+                self._send_now(encode_frames([beat]))
             finally:
                 self._sending.release()
 

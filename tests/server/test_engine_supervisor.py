@@ -161,7 +161,10 @@ def test_a_step_that_does_not_end_is_told_from_a_long_one(plan, caplog):
             await wait_for(lambda: client.generation == 2)
 
     asyncio.run(run())
-    assert "one step of 512 rows for 20 s" in caplog.text and "--engine-step-timeout-s" in caplog.text
+    assert (
+        "one step of 512 rows for 20 s, where 0.5 s were expected" in caplog.text
+        and "--engine-step-timeout-s" in caplog.text
+    )
 
 
 def test_stats_do_not_wait_for_a_step(plan):

@@ -49,8 +49,8 @@ class EngineClient:
         self,
         config: EngineConfig,
         *,
-        silence_timeout_s: float = 60.0,
-        step_timeout_s: float = 300.0,
+        silence_timeout_s: float = 20.0,
+        step_timeout_s: float = 10.0,
         command: list[str] | None = None,
     ):
         self.config = config

@@ -28,7 +28,8 @@ _STABLE_S = 10.0  # a process that served for so long is replaced without a paus
 _STOP_GRACE_S = 5.0  # in which the engine saves what it learned
 _EXIT_S = 0.5  # between a process's last word and its end
 _MAX_TICK_S = 1.0
-_ROWS = 512  # of the steps that `step_timeout_s` is meant for; larger ones get more
+_EXPECTED_TIMES = 20  # what a step may take of what it is expected to, from few rows and short contexts at start
+_COMPILING_TIMES = 6  # what one may take on CUDA, where kernels are compiled and graphs captured when first met
 
 
 class EngineSupervisor:
@@ -127,7 +128,7 @@ class EngineSupervisor:
         self.info, self.state, self._heartbeat = link.info, "ready", None
         self.generation += 1
         self._settled.set()
-        tasks = asyncio.create_task(self._read(link)), asyncio.create_task(self._watch())
+        tasks = asyncio.create_task(self._read(link)), asyncio.create_task(self._watch(link.info.device))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -157,8 +158,9 @@ class EngineSupervisor:
             await asyncio.sleep(0)  # a burst of buffered frames must not keep their readers from running
         return ""
 
-    async def _watch(self) -> str:
+    async def _watch(self, device: str) -> str:
         """Until the process counts as hung, by what was heard of it while this loop ran itself."""
+        least_s = self._step_timeout_s * (1 if device == "cpu" else _COMPILING_TIMES)
         tick_s = min(_MAX_TICK_S, self._silence_timeout_s / 4)
         clock, heard_at = AwakeClock(tick_s), 0.0
         while True:
@@ -169,10 +171,10 @@ class EngineSupervisor:
             if now - heard_at > self._silence_timeout_s:
                 return f"the engine has been silent for {now - heard_at:.0f} s and was killed (--engine-timeout-s)"
             beat = self._heartbeat
-            if beat is not None and beat.turn_s > self._step_timeout_s * max(1.0, beat.num_rows / _ROWS):
+            if beat is not None and beat.turn_s > max(least_s, _EXPECTED_TIMES * beat.expected_s):
                 return (
-                    f"the engine has been busy with one step of {beat.num_rows} rows for {beat.turn_s:.0f} s and was "
-                    "killed (--engine-step-timeout-s)"
+                    f"the engine has been busy with one step of {beat.num_rows} rows for {beat.turn_s:.0f} s, where "
+                    f"{beat.expected_s:.2g} s were expected, and was killed (--engine-step-timeout-s)"
                 )
 
 
