@@ -51,7 +51,7 @@ def test_client_that_leaves_a_stream_frees_its_sequence(server):
     assert server.metrics()["engine_generated_tokens"] - before < 480
 
 
-def test_engine_that_dies_ends_streams_with_an_error_event_and_answers_with_an_error(server):
+def test_engine_that_dies_ends_streams_with_an_error_event_and_no_answer_is_lost(server):
     want = server.post("/generate", {"inputs": "The", "parameters": {"max_new_tokens": 5}}).json()
     running = server.post("/generate_stream", LONG, stream=True)
     lines = running.iter_lines()
@@ -65,6 +65,7 @@ def test_engine_that_dies_ends_streams_with_an_error_event_and_answers_with_an_e
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert server.post("/generate", {"inputs": "The", "parameters": {"max_new_tokens": 5}}).json() == want
+    want = server.post("/generate", LONG).json()
     replies = []
     whole = threading.Thread(target=lambda: replies.append(server.post("/generate", LONG)))
     whole.start()
@@ -72,7 +73,7 @@ def test_engine_that_dies_ends_streams_with_an_error_event_and_answers_with_an_e
         time.sleep(0.01)
     os.kill(server.engine_pid(), signal.SIGKILL)
     whole.join()
-    assert replies[0].status_code == 503 and replies[0].json()["error_type"] == "incomplete_generation"
+    assert replies[0].json() == want  # nobody had read any of it: the next engine makes it again
     while server.get("/health").status_code != 200:
         assert time.monotonic() < deadline + 60
         time.sleep(0.1)

@@ -21,7 +21,7 @@ from ...text.tokenizer import TextTokenizer
 from ..activity_log import RequestLine
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
-from ..engine_client.resending import EngineLosses, Resender
+from ..engine_client.resending import EngineLosses, Resender, other_output
 from ..metrics import Metrics
 from .job import Job
 
@@ -110,7 +110,7 @@ class JobRunner:
     def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
         """One sequence, or several as one where tools bring adapters."""
         if job.tools is None or not job.tools.switching:
-            return self._one(request, job.adapter, job.adapter_info)
+            return self._one(request, job.adapter, job.adapter_info, EngineLosses(bool(job.request.stream)))
         eos_token_ids = frozenset(self._engine.info.eos_token_ids)
         return switching_deltas(job.tools, request, job.adapter, eos_token_ids, self._one_with)
 
@@ -118,18 +118,18 @@ class JobRunner:
         """One sequence with the adapter of that name, whatever `request` holds."""
         content_hash = None if adapter is None else (await self._store.resolve(adapter)).content_hash
         request = msgspec.structs.replace(request, adapter_hash=content_hash)
-        async with aclosing(self._one(request, adapter, None)) as deltas:
+        async with aclosing(self._one(request, adapter, None, EngineLosses())) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def _one(
-        self, request: GenerateRequest, adapter: str | None, prompted: AdapterInfo | None
+        self, request: GenerateRequest, adapter: str | None, prompted: AdapterInfo | None, losses: EngineLosses
     ) -> AsyncGenerator[Delta]:
         """One sequence; when its adapter had to make room meanwhile, or went with its engine, it is loaded again.
 
         `prompted` is the adapter whose chat template and tokenizer made the prompt, if it did: they must be the same.
         """
-        losses, sampling = EngineLosses(), request.sampling
+        sampling = request.sampling
         detokenizer: Detokenizer | None = None
         if not sampling.detokenize:
             detokenizer = self._tokenizer.detokenizer(request.prompt_token_ids, sampling.skip_special_tokens)
@@ -157,6 +157,8 @@ class JobRunner:
                     status=409,
                     code="adapter_changed",
                 )
+            if losses.token_ids and now.content_hash != request.adapter_hash:
+                raise other_output()
             request = msgspec.structs.replace(request, adapter_hash=now.content_hash)
 
 

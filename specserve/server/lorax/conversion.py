@@ -88,6 +88,7 @@ def completion_request(
         include_stop_str_in_output=True,
         ignore_eos=parameters.ignore_eos_token,
         best_of=parameters.best_of,
+        stream=stream,
         logprobs=(parameters.return_k_alternatives or 0) if needs_logprobs else None,
         echo=parameters.decoder_input_details,
         speculation=parameters.speculation,
