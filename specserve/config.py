@@ -73,6 +73,17 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     admin_api_key: Annotated[
         str | None, Meta(description="key for loading and unloading adapters; default: the API key")
     ] = None
+    api_keys_file: Annotated[
+        str | None, Meta(description="YAML file of key names, hashes, scopes and limits; read again on SIGHUP")
+    ] = None
+    isolate_keys: Annotated[
+        bool | None,
+        Meta(description="keys share no prefix cache and no learned drafts; default: while there is a file of keys"),
+    ] = None
+    open_info: Annotated[
+        bool | None,
+        Meta(description="metrics, version and OpenAPI document need no key; default: while there is no file of keys"),
+    ] = None
     allowed_origins: Annotated[tuple[str, ...], Meta(description="browser origins that get a CORS grant")] = ()
     allowed_hosts: Annotated[tuple[str, ...], Meta(description="Host names to accept beside the listening one")] = ()
     max_body_mib: Annotated[float, Meta(gt=0, description="largest request body, MiB")] = 8.0

@@ -60,6 +60,19 @@ class OverloadedError(UserError):
     code = "overloaded"
 
 
+class RateLimitedError(UserError):
+    """A key has used up what it may; it is not the server that is full. `limit`: requests, tokens or concurrent."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float):
+        super().__init__(message)
+        self.type = "tokens" if limit == "tokens" else "requests"  # as OpenAI says it
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
 class ShuttingDownError(UserError):
     """The server takes no more requests; another one may."""
 

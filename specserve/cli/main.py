@@ -88,7 +88,8 @@ def settings_options(config_type: type[EngineConfig]) -> Callable[[Command], Com
 def _setting_option(setting: settings.Setting, hidden: bool = False) -> Callable[[Command], Command]:
     help_text = setting.description[:1].upper() + setting.description[1:]
     if setting.kind == "bool":
-        help_text += f"  [default: {'on' if setting.default else 'off'}]"
+        if setting.default is not None:
+            help_text += f"  [default: {'on' if setting.default else 'off'}]"
         return click.option(f"{setting.flag}/--no-{setting.flag[2:]}", setting.name, default=None, help=help_text)
     metavar = {"int": "N", "float": "X", "str": "TEXT", "list": "TEXT", "choice": "|".join(setting.choices)}
     if setting.kind == "list":
@@ -200,6 +201,30 @@ def inspect_adapter(directory: Path, model: str | None, dtype: str, max_lora_ran
     from .adapters import inspect_directory
 
     return inspect_directory(directory, model, dtype, max_lora_rank)
+
+
+@cli.group()
+def keys() -> None:
+    """Make API keys for `serve --api-keys-file`."""
+
+
+@keys.command("new")
+@click.argument("name")
+@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="Add the entry to FILE, or make it.")
+@click.option("--scope", "scopes", multiple=True, type=click.Choice(["generate", "admin", "metrics"]), help="Repeat.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only these (*, ? match); repeat.")
+@click.option("--priority", is_flag=True, help="May set the priority of its requests.")
+@click.option("--requests-per-minute", type=click.IntRange(1))
+@click.option("--tokens-per-minute", type=click.IntRange(1))
+@click.option("--max-concurrent", type=click.IntRange(1), help="Requests at a time.")
+@debug_option
+def new_key(name: str, file: Path | None, **fields: Any) -> None:
+    """Make a key for NAME and print it, once; only its hash is kept."""
+    from .keys import make_key
+
+    make_key(
+        name, file, {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items() if value}
+    )
 
 
 cli.add_command(train)

@@ -19,8 +19,8 @@ SUMMARY_EVERY_S = 10.0
 class RequestLine:
     """The line of one request; `failed` with a reason, or `ended` however it has ended."""
 
-    def __init__(self, request_id: str, model: str, num_sequences: int):
-        self._name = f"{request_id}: {model!r}"
+    def __init__(self, request_id: str, model: str, num_sequences: int, key: str | None):
+        self._name = f"{request_id}: {model!r}" + (f" for {key!r}" if key is not None else "")
         self._num_sequences = num_sequences
         self._start = time.monotonic()
         self._first_s: float | None = None

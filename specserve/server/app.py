@@ -7,6 +7,7 @@ get `drain_timeout_s`, and the engine process is ended; a second signal ends eve
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from ..config import ServeConfig, engine_part
 from ..errors import UserError
 from ..model.store import DEFAULT_MODEL, resolve_model
 from ..text.tokenizer import TextTokenizer
+from .access.keys import KeyRing
 from .activity_log import summarize
 from .adapter_store import AdapterStore
 from .connections import Connections, raise_handle_limit
@@ -35,6 +37,8 @@ from .openai.api import OpenAIRoutes
 from .openai.request_types import LoadAdapterRequest, UnloadAdapterRequest
 from .openapi import openapi_document
 from .routes import add_routes
+
+logger = logging.getLogger(__name__)
 
 
 class Server:
@@ -53,7 +57,8 @@ class Server:
         self.model_name = config.served_model_name or default_name
         self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name)
         self._model_dir = model_dir
-        self.middlewares = Middlewares(config, self.metrics)
+        self.keys = KeyRing(config)
+        self.middlewares = Middlewares(config, self.keys, self.metrics)
         self._openapi_body = msgspec.json.encode(openapi_document())
 
     def application(self, tokenizer: TextTokenizer) -> web.Application:
@@ -87,6 +92,7 @@ class Server:
         num_handles = raise_handle_limit()  # before the engine starts, which inherits it
         try:
             # The engine imports torch and reads the model while the tokenizer loads here.
+            await self.keys.reload()  # before the engine, which takes long
             _, tokenizer = await asyncio.gather(self.engine.start(), asyncio.to_thread(TextTokenizer, self._model_dir))
             runner = web.AppRunner(
                 self.application(tokenizer),
@@ -118,6 +124,13 @@ class Server:
             if runner is not None:
                 await runner.cleanup()
             listener.close()
+
+    async def reload(self) -> None:
+        """Read the keys again; what is wrong with them is logged, and the old ones stay."""
+        try:
+            await self.keys.reload()
+        except UserError as error:
+            logger.error("the keys stay as they are: %s", error)
 
     async def _drain(self) -> None:
         self.middlewares.draining = True
@@ -204,8 +217,15 @@ def serve(config: ServeConfig) -> None:
             stop.set()
             say("shutting down; running requests may finish (once more to stop at once)")
 
+        reloads: set[asyncio.Task[None]] = set()
+
+        def on_hangup() -> None:
+            reloads.add(reload := asyncio.ensure_future(server.reload()))
+            reload.add_done_callback(reloads.discard)
+
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
         await task
 
     try:

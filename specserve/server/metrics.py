@@ -1,7 +1,7 @@
 """Prometheus metrics of the server, and of the engine as of the moment of the scrape.
 
-Each `Metrics` has a registry of its own, so that two servers in one process do not mix. Adapter labels are capped:
-after the first `MAX_MODEL_LABELS` names the rest count as "other".
+Each `Metrics` has a registry of its own, so that two servers in one process do not mix. Labels of adapters and of keys
+are capped: after the first `MAX_MODEL_LABELS` and `MAX_KEY_LABELS` names the rest count as "other".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from ..messages import AdapterDrafts, Delta, EngineStats
 
 MAX_MODEL_LABELS = 200
+MAX_KEY_LABELS = 200
 # What the engine counts from its start.
 CUMULATIVE = (
     *(f"engine_{name}".encode() for name in
@@ -31,8 +32,13 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._labels: set[str] = set()
+        self._key_labels: set[str] = set()
         self.requests = self._counter("http_requests", "HTTP requests by route and status", "route", "status")
         self.in_flight = Gauge("specserve_http_requests_in_flight", "HTTP requests running", registry=self.registry)
+        self.key_requests = self._counter("key_requests", "requests by name of the key and status", "key", "status")
+        self.key_tokens = self._counter(
+            "key_tokens", "tokens by name of the key, as its limits count them: of prompts and generated", "key"
+        )
         self.ttft = self._histogram("time_to_first_token_seconds", "from admission to the first token")
         self.inter_token = self._histogram("inter_token_latency_seconds", "mean gap of a delta's tokens")
         self.e2e = self._histogram("request_seconds", "from admission to the last token")
@@ -65,10 +71,10 @@ class Metrics:
         }
 
     def model_label(self, name: str) -> str:
-        if name in self._labels or len(self._labels) < MAX_MODEL_LABELS:
-            self._labels.add(name)
-            return name
-        return "other"
+        return _capped(name, self._labels, MAX_MODEL_LABELS)
+
+    def key_label(self, name: str) -> str:
+        return _capped(name, self._key_labels, MAX_KEY_LABELS)
 
     def watch(self, model: str, num_sequences: int) -> Watch:
         return Watch(self, self.model_label(model), num_sequences)
@@ -120,6 +126,13 @@ class Metrics:
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
         return Histogram(f"specserve_{name}", help_text, ["model"], buckets=_LATENCY_BUCKETS, registry=self.registry)
+
+
+def _capped(name: str, known: set[str], most: int) -> str:
+    if name in known or len(known) < most:
+        known.add(name)
+        return name
+    return "other"
 
 
 def _typed(text: bytes) -> bytes:

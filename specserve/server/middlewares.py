@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -15,11 +16,14 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from ..config import ServeConfig
-from ..errors import ErrorInfo, OverloadedError, ShuttingDownError, UserError
-from .access import check_key, host_allowed, is_loopback, origin_allowed
+from ..errors import ErrorInfo, OverloadedError, RateLimitedError, ShuttingDownError, UserError
+from .access.caller import Caller, caller_of, found_caller, set_caller
+from .access.key_file import Scope
+from .access.keys import KeyRing
+from .access.network import host_allowed, is_loopback, origin_allowed
 from .error_bodies import error_response
 from .metrics import Metrics
-from .routes import Handler, access_of
+from .routes import Access, Handler, access_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +34,24 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
 class Middlewares:
     """The middlewares of one server."""
 
-    def __init__(self, config: ServeConfig, metrics: Metrics):
+    def __init__(self, config: ServeConfig, keys: KeyRing, metrics: Metrics):
         self._config = config
+        self._keys = keys
         self._metrics = metrics
+        self._open_info = config.open_info if config.open_info is not None else config.api_keys_file is None
         self.draining = False
         self.num_in_flight = 0
 
     def all(self) -> list[Callable[..., Awaitable[web.StreamResponse]]]:
-        return [self.count, self.errors, self.access, self.admit]
+        return [self.count, self.errors, self.access, self.admit, self.limit]
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Before any headers leave, a stream's and an error's too: the request's id and the CORS grant."""
         sent = request.headers.get("X-Request-Id", "")
         response.headers["X-Request-Id"] = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         response.headers.update(request.get("cors", {}))
+        if (caller := found_caller(request)) is not None:
+            response.headers.update(caller.allowance.headers())
 
     @web.middleware
     async def count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -58,6 +66,8 @@ class Middlewares:
         finally:
             self._metrics.in_flight.dec()
             self._metrics.requests.labels(route, str(status)).inc()
+            if (caller := found_caller(request)) is not None:
+                self._metrics.key_requests.labels(self._metrics.key_label(caller.name), str(status)).inc()
 
     @web.middleware
     async def errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -65,8 +75,7 @@ class Middlewares:
         try:
             return await handler(request)
         except UserError as error:
-            headers = RETRY_HEADERS if error.status in (429, 503) else None
-            response = error_response(request, error.info(), headers)
+            response = error_response(request, error.info(), _retry_headers(error))
             if error.status in (408, 413):
                 response.force_close()  # the rest of the body is not worth waiting for
             return response
@@ -97,13 +106,32 @@ class Middlewares:
             allow = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "*"}
             return web.Response(status=204, headers={**cors, **allow})
         request["cors"] = cors
-        if access == "admin":
-            if config.admin_api_key is None and config.api_key is None and not is_loopback(config.host):
-                raise UserError("set --admin-api-key to load adapters from other machines", status=403)
-            check_key(request, config.admin_api_key or config.api_key, "admin ")
-        elif access != "open":
-            check_key(request, config.api_key, "")
+        if access in ("info", "metrics") and self._open_info:
+            access = "open"
+        if access != "open":
+            set_caller(request, self._caller(request, access))
         return await handler(request)
+
+    def _caller(self, request: web.Request, access: Access) -> Caller:
+        """Whose key it is, when that may do what the route needs. Raises `UserError`."""
+        caller, scope = self._keys.authenticate(request.headers.get("Authorization", "")), _scope(request, access)
+        what = "admin " if scope == "admin" else ""
+        is_enough = caller is not None and (scope is None or scope in caller.scopes)
+        if caller is None or (caller is self._keys.anonymous and not is_enough):
+            error = UserError(
+                f"a valid {what}API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
+            )
+            error.type = "authentication_error"
+            raise error
+        if not is_enough:
+            raise UserError(
+                f"key {caller.name!r} has not the scope {scope}; send another, or give it that in the file of keys",
+                status=403,
+                code="insufficient_scope",
+            )
+        if scope == "admin" and caller is self._keys.anonymous and not is_loopback(self._config.host):
+            raise UserError("set --admin-api-key to load adapters from other machines", status=403)
+        return caller
 
     @web.middleware
     async def admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -118,3 +146,24 @@ class Middlewares:
             return await handler(request)
         finally:
             self.num_in_flight -= 1
+
+    @web.middleware
+    async def limit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """What the key may use; tokens are counted when the request has been tokenised."""
+        if request.method != "POST":
+            return await handler(request)
+        with caller_of(request).allowance.running():
+            return await handler(request)
+
+
+def _scope(request: web.Request, access: Access) -> Scope | None:
+    """What a key must be good for; None: any key will do."""
+    if access == "admin" or access == "metrics":
+        return access
+    return "generate" if access == "key" and request.method == "POST" else None
+
+
+def _retry_headers(error: UserError) -> dict[str, str] | None:
+    if isinstance(error, RateLimitedError):
+        return {**RETRY_HEADERS, "Retry-After": str(math.ceil(error.retry_after_s))}
+    return RETRY_HEADERS if error.status in (429, 503) else None

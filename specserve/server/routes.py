@@ -43,6 +43,7 @@ from .openai.response_types import (
     VersionResponse,
 )
 
+Access = Literal["open", "info", "metrics", "key", "admin"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 GET = (401, 403, 500)
@@ -58,7 +59,9 @@ class Route:
 
     `body`, `answer` and `events` are types: of the request, of the JSON answer (None: text), and of a stream's events;
     several are alternatives.
-    `statuses` are those of errors. `access`: open to everyone, with the API key, or with the admin key.
+    `statuses` are those of errors. `access`: open to everyone; with a key that may generate, where something is posted,
+    or with any; with one for administration. `info` and `metrics` are open, or with any key and one for metrics, as
+    --open-info says.
     `errors`: whose error shape it answers with.
     """
 
@@ -70,7 +73,7 @@ class Route:
     body: Any = None
     answer: Any = None
     events: Any = None
-    access: Literal["open", "key", "admin"] = "key"
+    access: Access = "key"
     errors: Literal["openai", "lorax"] = "openai"
 
 
@@ -119,19 +122,19 @@ ROUTES = (
     ),
     Route("GET", "/health", "health", "200 while the engine serves", STATE, answer=StateResponse, access="open"),
     Route("GET", "/ready", "ready", "503 during shutdown too", STATE, answer=StateResponse, access="open"),
-    Route("GET", "/version", "version", "The server's version", (403, 500), answer=VersionResponse, access="open"),
-    Route("GET", "/metrics", "metrics", "Prometheus text", (403, 500), access="open"),
-    Route("GET", "/openapi.json", "openapi", "This document", (403, 500), answer=OpenApiDocument, access="open"),
+    Route("GET", "/version", "version", "The server's version", GET, answer=VersionResponse, access="info"),
+    Route("GET", "/metrics", "metrics", "Prometheus text", GET, access="metrics"),
+    Route("GET", "/openapi.json", "openapi", "This document", GET, answer=OpenApiDocument, access="info"),
 )  # fmt: skip
 
-ACCESS: dict[tuple[str, str], str] = {(route.method, route.path): route.access for route in ROUTES}
+ACCESS: dict[tuple[str, str], Access] = {(route.method, route.path): route.access for route in ROUTES}
 ERRORS: dict[str, str] = {route.path: route.errors for route in ROUTES}
 
 
-def access_of(method: str, path: str) -> str:
+def access_of(method: str, path: str) -> Access:
     """Who may ask; what is no route, and a method that a path has not, is for those with the key."""
     methods = ("GET", "POST") if method == "OPTIONS" else ("GET" if method == "HEAD" else method,)
-    found = {ACCESS.get((name, path), "none") for name in methods} - {"none"}
+    found = {ACCESS[name, path] for name in methods if (name, path) in ACCESS}
     return found.pop() if len(found) == 1 else "key"
 
 

@@ -131,7 +131,7 @@ def test_wrong_key(server, value):
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
 def test_admin_routes_need_the_admin_key(server, path):
-    assert_error(server.post(path, {"lora_name": "good", "lora_path": "good"}), 401, "admin")
+    assert_error(server.post(path, {"lora_name": "good", "lora_path": "good"}), 403, "admin")
 
 
 # 10: browsers

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
+from contextlib import aclosing
 
 import msgspec
 import pytest
@@ -12,6 +14,8 @@ from specserve.chat.types import Message
 from specserve.config import ServeConfig
 from specserve.errors import UserError
 from specserve.messages import AdapterInfo, Delta, EngineInfo
+from specserve.server.access.keys import KeyRing
+from specserve.server.access.limits import Allowance, Limits
 from specserve.server.generation.generator import Generator
 from specserve.server.metrics import Metrics
 from specserve.server.openai.request_types import ChatRequest
@@ -64,8 +68,13 @@ def generator(tokenizer):
     return Generator(ServeConfig(), Engine(), Store(), tokenizer, "base", Metrics())
 
 
+async def prepare(generator, caller=None, **fields):
+    request = ChatRequest(model="a", messages=[Message(role="user", content="Hi")], **fields)
+    return await generator.prepare(request, caller or KeyRing(ServeConfig()).anonymous)
+
+
 async def answer(generator):
-    job = await generator.prepare(ChatRequest(model="a", messages=[Message(role="user", content="Hi")]))
+    job = await prepare(generator)
     return [delta.text async for _, delta in generator.deltas(job)]
 
 
@@ -125,3 +134,54 @@ async def test_an_adapter_that_never_stays_for_its_request_is_an_overload(genera
         await answer(generator)
     assert refused.value.status == 503 and refused.value.code == "overloaded"
     await generator.close()
+
+
+# -- tokens of a key
+
+
+@pytest.fixture
+def caller():
+    allowance = Allowance("team", Limits(tokens_per_minute=1000), lambda: 0.0)
+    return dataclasses.replace(KeyRing(ServeConfig()).anonymous, allowance=allowance)
+
+
+def left(caller) -> int:
+    return int(caller.allowance.headers()["x-ratelimit-remaining-tokens"])
+
+
+async def test_a_job_reserves_what_it_may_use_and_is_charged_what_it_used(generator, caller):
+    generator.engine.num_refusals = 0
+    for fields, num_reserved in (({}, 126), ({"max_tokens": 5}, 5), ({"max_completion_tokens": 5, "n": 3}, 15)):
+        job = await prepare(generator, caller, **fields)
+        before = left(caller)
+        async with aclosing(generator.deltas(job)) as deltas:
+            await anext(deltas)
+            assert before - left(caller) == job.num_prompt_tokens + num_reserved, fields
+            async for _ in deltas:
+                pass
+        assert before - left(caller) == job.num_prompt_tokens + job.n
+
+
+async def test_a_job_whose_client_leaves_before_the_first_token_costs_its_prompt(generator, caller, monkeypatch):
+    asked = asyncio.Event()
+
+    async def silent(request):
+        asked.set()
+        await asyncio.Event().wait()
+        yield
+
+    monkeypatch.setattr(generator.engine, "generate", silent)
+    job = await prepare(generator, caller)
+    client = asyncio.create_task(anext(generator.deltas(job)))
+    await asked.wait()
+    client.cancel()
+    await asyncio.wait([client])
+    assert left(caller) == 1000 - job.num_prompt_tokens
+
+
+async def test_a_job_that_fails_before_the_first_token_costs_nothing(generator, caller):
+    generator.engine.num_refusals = 100
+    job = await prepare(generator, caller)
+    with pytest.raises(UserError, match="make room"):
+        await anext(generator.deltas(job))
+    assert left(caller) == 1000

@@ -25,6 +25,7 @@ from ...errors import UserError
 from ...grammar.structured_output import asks_for_grammar, grammar_spec
 from ...messages import Delta, GenerateRequest
 from ...text.tokenizer import TextTokenizer
+from ..access.caller import Caller
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..metrics import Metrics
@@ -68,8 +69,16 @@ class Generator:
     async def close(self) -> None:
         await self.prompts.close()
 
-    def adapter_name(self, model: str | None, adapter_id: str | None) -> str | None:
-        """The adapter that a request names through `model` or `adapter_id`; None is the base model."""
+    def adapter_name(self, caller: Caller, model: str | None, adapter_id: str | None = None) -> str | None:
+        """The adapter that a request names through `model` or `adapter_id`; None is the base model.
+
+        Raises `UserError` for one that is not for the caller.
+        """
+        name = self._adapter_name(model, adapter_id)
+        caller.check_adapter(name)
+        return name
+
+    def _adapter_name(self, model: str | None, adapter_id: str | None) -> str | None:
         named = None if model in (None, "", self.model_name) else model
         if adapter_id in (None, "", self.model_name):
             return named
@@ -79,9 +88,10 @@ class Generator:
             )
         return adapter_id
 
-    async def prepare(self, request: CompletionRequest | ChatRequest) -> Job:
+    async def prepare(self, request: CompletionRequest | ChatRequest, caller: Caller) -> Job:
         """Check and tokenise a request. Raises `UserError`."""
         check_supported(request)
+        caller.check_priority(request.priority)
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = self.engine.info
         use = tool_use(request) if isinstance(request, ChatRequest) else None
@@ -91,8 +101,8 @@ class Generator:
                 "and guided_*, or send tool_choice none",
                 param="tools",
             )
-        adapter = direct_adapter(use, self.adapter_name(request.model, request.adapter_id))
-        await self._load_tool_adapters(use)
+        adapter = direct_adapter(use, self.adapter_name(caller, request.model, request.adapter_id))
+        await self._load_tool_adapters(use, caller)
         tokenizer, adapter_info = await self.prompts.tokenizer_for(adapter)
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
@@ -126,7 +136,7 @@ class Generator:
                 prompt_token_ids=prompts[idx // n][1],
                 sampling=sampling,
                 adapter_hash=None if adapter_info is None else adapter_info.content_hash,
-                cache_salt=request.cache_salt or "",
+                cache_salt=caller.cache_salt(request.cache_salt),
                 sample_idx=idx % n,
                 speculation=speculation,
                 prediction_token_ids=prediction,
@@ -136,8 +146,8 @@ class Generator:
         ]
         name = request.model or adapter or self.model_name
         return Job(
-            *(job_id, name, adapter, adapter_info, request, tokenizer, prompts),
-            *(n, num_choices, requests, plan, thinking),
+            *(job_id, name, adapter, adapter_info, caller, request, tokenizer, prompts),
+            *(n, num_choices, requests, names_limit(request), plan, thinking),
         )
 
     async def _chat(
@@ -150,12 +160,13 @@ class Generator:
         plan = await asyncio.to_thread(make_plan, use, format, marks, adapter)
         return await self.prompts.chat_ids(request, tokenizer, all_tools(request.tools)), plan
 
-    async def _load_tool_adapters(self, use: ToolUse | None) -> None:
+    async def _load_tool_adapters(self, use: ToolUse | None, caller: Caller) -> None:
         """Load what the tools name before anything is generated, so that what is missing is a plain error."""
         for tool in use.tools if use is not None else ():
             if tool.adapter is None:
                 continue
             try:
+                caller.check_adapter(tool.adapter)
                 await self.store.resolve(tool.adapter)
             except UserError as error:
                 message = f"x-adapter of tool {tool.name!r}: {error}"
@@ -179,6 +190,11 @@ def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolP
         return None
     is_open = tokenizer.decode(prompt_ids[-32:]).rstrip().endswith(THINK)
     return Thinking(is_open, (plan.format.marker,) if plan is not None and plan.format.marker else ())
+
+
+def names_limit(request: CompletionRequest | ChatRequest) -> bool:
+    newer = request.max_completion_tokens if isinstance(request, ChatRequest) else None
+    return request.max_tokens is not None or newer is not None
 
 
 def text_len(prompt: str | list[Any]) -> int:

@@ -9,6 +9,7 @@ from ...chat.reasoning import Thinking
 from ...chat.tools.plan import ToolPlan
 from ...messages import AdapterInfo, GenerateRequest
 from ...text.tokenizer import TextTokenizer
+from ..access.caller import Caller
 from ..openai.request_types import ChatRequest, CompletionRequest
 
 
@@ -20,15 +21,22 @@ class Job:
     model: str  # as the client named it
     adapter: str | None
     adapter_info: AdapterInfo | None  # of the adapter as it was when the prompt was made
+    caller: Caller
     request: CompletionRequest | ChatRequest
     tokenizer: TextTokenizer
     prompts: list[tuple[str | None, list[int]]]
     n: int
     num_choices: int
     requests: list[GenerateRequest]
+    names_limit: bool  # whether the client says how many tokens it wants at most
     tools: ToolPlan | None = None
     thinking: Thinking | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counts once, as in its answer's usage."""
+        return sum(len(ids) for _, ids in self.prompts)
 
     @property
     def is_chat(self) -> bool:

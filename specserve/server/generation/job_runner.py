@@ -24,6 +24,7 @@ from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses, Resender, other_output
 from ..metrics import Metrics
 from .job import Job
+from .token_charge import TokenCharge
 
 MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
 
@@ -52,18 +53,22 @@ class JobRunner:
         """Deltas of all choices as they come. Raises `UserError`; leaving the iterator aborts what still runs."""
         num = len(job.requests)
         watch = self._metrics.watch(job.adapter or self._base_name, num)
-        line = RequestLine(job.id, job.adapter or self._base_name, num)
+        line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
+        charge = TokenCharge(job)
         try:
             async with asyncio.timeout(self._timeout_s), aclosing(self._choices(job)) as deltas:
                 async for idx, delta in deltas:
                     watch.delta(idx, delta)
                     line.delta(delta)
+                    charge.delta(delta)
                     yield idx, delta
         except UserError as error:
             line.failed(error.code or error.type)
+            charge.failed()
             raise
         except TimeoutError:
             line.failed("timeout")
+            charge.failed()
             raise UserError(
                 f"the request took longer than {self._timeout_s:g} s (--request-timeout-s)",
                 status=504,
@@ -71,10 +76,13 @@ class JobRunner:
             ) from None
         except Exception:
             line.failed("internal_error")
+            charge.failed()
             raise
         finally:
             watch.done()
             line.ended()
+            num_used = charge.settle()
+            self._metrics.key_tokens.labels(self._metrics.key_label(job.caller.name)).inc(num_used)
 
     async def _choices(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """The deltas of all choices as they come."""

@@ -16,6 +16,7 @@ from aiohttp import web
 from ... import __version__
 from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
+from ..access.caller import Caller, caller_of
 from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_body
@@ -49,14 +50,14 @@ class LoraxRoutes:
         body = await self._body(request)
         if body.stream:
             raise UserError("stream is true; POST /generate_stream streams", param="stream")
-        return await self._whole(body, Timer(), as_list=False)
+        return await self._whole(request, body, Timer(), as_list=False)
 
     async def generate_stream(self, request: web.Request) -> web.StreamResponse:
         return await self._stream(request, await self._body(request))
 
     async def compat(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        return await (self._stream(request, body) if body.stream else self._whole(body, Timer(), as_list=True))
+        return await (self._stream(request, body) if body.stream else self._whole(request, body, Timer(), as_list=True))
 
     async def info(self, request: web.Request) -> web.Response:
         config, engine = self._generator.config, self._generator.engine.info
@@ -86,8 +87,8 @@ class LoraxRoutes:
     async def _body(self, request: web.Request) -> LoraxRequest:
         return convert(await read_body(request, self._generator.config), LoraxRequest)
 
-    async def _whole(self, body: LoraxRequest, timer: Timer, as_list: bool) -> web.Response:
-        job, builder = await self._prepare(body, stream=False)
+    async def _whole(self, request: web.Request, body: LoraxRequest, timer: Timer, as_list: bool) -> web.Response:
+        job, builder = await self._prepare(body, caller_of(request), stream=False)
         timer.validated()
         async with aclosing(self._generator.deltas(job)) as deltas:
             async for idx, delta in deltas:
@@ -98,7 +99,7 @@ class LoraxRoutes:
         return json_response([answer] if as_list else answer, headers=headers)
 
     async def _stream(self, request: web.Request, body: LoraxRequest) -> web.StreamResponse:
-        job, builder = await self._prepare(body, stream=True)
+        job, builder = await self._prepare(body, caller_of(request), stream=True)
         timeout_s, headers = self._generator.config.write_timeout_s, self._headers(body, job)
         stream = EventStream(request, timeout_s, headers, mark=b"data:")
         return await stream_events(stream, self._generator.deltas(job), builder)
@@ -114,12 +115,13 @@ class LoraxRoutes:
             headers |= {"x-adapter-id": job.adapter, "x-adapter-source": "local"}
         return headers
 
-    async def _prepare(self, body: LoraxRequest, stream: bool) -> tuple[Job, LoraxBuilder]:
+    async def _prepare(self, body: LoraxRequest, caller: Caller, stream: bool) -> tuple[Job, LoraxBuilder]:
         parameters = body.parameters or LoraxParameters()
         check_parameters(body.inputs, parameters, stream)
         info, adapter = self._generator.engine.info, parameters.adapter_id
         adapter = None if adapter == BASE_MODEL else adapter or None
-        tokenizer, _ = await self._generator.prompts.tokenizer_for(self._generator.adapter_name(None, adapter))
+        named = self._generator.adapter_name(caller, None, adapter)
+        tokenizer, _ = await self._generator.prompts.tokenizer_for(named)
         ids = await self._prompt_ids(body.inputs, parameters, tokenizer)
         check_prompt_ids(ids, info)
         room = info.max_model_len - len(ids)
@@ -131,7 +133,8 @@ class LoraxRoutes:
                 param="max_new_tokens",
                 code="context_length_exceeded",
             )
-        job = await self._generator.prepare(completion_request(parameters, adapter, ids, max_tokens, stream))
+        job = await self._generator.prepare(completion_request(parameters, adapter, ids, max_tokens, stream), caller)
+        job.names_limit = parameters.max_new_tokens is not None
         sampling = job.requests[0].sampling
         seed = sampling.seed if sampling.temperature else None
         prefix = body.inputs if parameters.return_full_text else ""

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from ...chat.tools.definitions import all_tools
 from ...errors import UserError
+from ..access.caller import caller_of
 from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_body
@@ -46,11 +47,12 @@ class OpenAIRoutes:
         return await self._generate(request, ChatRequest)
 
     async def models(self, request: web.Request) -> web.Response:
-        names = [None, *self._generator.store.names()]
+        caller = caller_of(request)
+        names = [None, *(name for name in self._generator.store.names() if caller.may_use(name))]
         return json_response({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: web.Request) -> web.Response:
-        name = self._generator.adapter_name(request.match_info["model"], None)
+        name = self._generator.adapter_name(caller_of(request), request.match_info["model"])
         if name is not None:
             self._generator.store.path(name)
         return json_response(self._model(name))
@@ -64,7 +66,7 @@ class OpenAIRoutes:
         if (body.prompt is None) == (body.messages is None):
             raise UserError("send either prompt or messages", param="prompt")
         generator = self._generator
-        tokenizer, _ = await generator.prompts.tokenizer_for(generator.adapter_name(body.model, None))
+        tokenizer, _ = await generator.prompts.tokenizer_for(generator.adapter_name(caller_of(request), body.model))
         if body.messages is not None:
             ids = await generator.prompts.chat_ids(body, tokenizer, all_tools(body.tools))
         else:
@@ -96,7 +98,7 @@ class OpenAIRoutes:
         bad = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
         if bad is not None:
             raise UserError(f"tokens: token id {bad} is outside 0..{vocab_size - 1}", param="tokens")
-        tokenizer, _ = await generator.prompts.tokenizer_for(generator.adapter_name(body.model, None))
+        tokenizer, _ = await generator.prompts.tokenizer_for(generator.adapter_name(caller_of(request), body.model))
         return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
     def _model(self, adapter: str | None) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class OpenAIRoutes:
         body = await self._body(request, kind)
         if body.stream_options is not None and not body.stream:
             raise UserError("stream_options needs stream=true", param="stream_options")
-        job = await self._generator.prepare(body)
+        job = await self._generator.prepare(body, caller_of(request))
         return await (self._stream(request, job) if body.stream else self._whole(job))
 
     async def _whole(self, job: Job) -> web.Response:

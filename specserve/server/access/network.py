@@ -1,31 +1,13 @@
-"""Who may ask: API keys, Host names and browser origins. Pure functions of headers and settings."""
+"""Where a request may come from: Host names and browser origins. Pure functions of headers and settings."""
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
-from aiohttp import web
-
-from ..config import ServeConfig
-from ..errors import UserError
+from ...config import ServeConfig
 
 LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "ip6-localhost"}
-
-
-def check_key(request: web.Request, key: str | None, kind: str) -> None:
-    """Compare the bearer token with `key` in constant time; no key set, no key needed."""
-    if key is None:
-        return
-    scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-    valid = hmac.compare_digest(sent.strip().encode("utf-8", "surrogateescape"), key.encode())
-    if scheme.lower() != "bearer" or not valid:
-        error = UserError(
-            f"a valid {kind}API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
-        )
-        error.type = "authentication_error"
-        raise error
 
 
 def host_allowed(host: str, config: ServeConfig) -> bool:

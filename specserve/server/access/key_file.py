@@ -1,0 +1,129 @@
+"""The file of --api-keys-file: names, hashes of keys, and what each may do. Keys themselves are in no file.
+
+A key is 256 random bits, so its plain SHA-256 gives nothing away: there is no dictionary to try, and a slow hash would
+only make every wrong key cost the server as much as a right one. That holds for keys of `new_key` alone, so there is
+no way here to hash a key that somebody has thought up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from ...errors import UserError
+from ...strict_yaml import read_yaml
+from ..adapter_paths import NAME
+from .limits import Limits
+
+Scope = Literal["generate", "admin", "metrics"]
+SCOPES: tuple[Scope, ...] = ("generate", "admin", "metrics")
+
+DEFAULTS = "defaults"  # no key's name: the limits of entries that do not say theirs
+KEY_PREFIX = "sk-specserve-"  # for people and for programs that look for secrets in what is published
+MAX_KEYS = 1024  # each is compared with at every request
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+_Limit = Annotated[int, Meta(ge=1)] | None | UnsetType
+
+
+class LimitFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """null is no limit."""
+
+    requests_per_minute: _Limit = UNSET
+    tokens_per_minute: _Limit = UNSET
+    max_concurrent: _Limit = UNSET
+
+    def over(self, defaults: Limits) -> Limits:
+        """`defaults` where nothing is said."""
+        said = {name: getattr(self, name) for name in Limits.__struct_fields__}
+        return msgspec.structs.replace(defaults, **{name: value for name, value in said.items() if value is not UNSET})
+
+
+class KeyFields(LimitFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry, as it is written."""
+
+    sha256: str | list[str]  # several while a key is replaced by another
+    scopes: tuple[Scope, ...] = ("generate",)
+    adapters: list[str] | None = None  # names, or patterns with * and ?; None: all
+    priority: bool = False
+
+
+class KeyEntry(msgspec.Struct, frozen=True):
+    """One entry, checked."""
+
+    name: str
+    digests: tuple[bytes, ...]
+    scopes: frozenset[Scope]
+    adapters: tuple[str, ...] | None
+    priority: bool
+    limits: Limits
+
+
+def read_keys(path: Path) -> list[KeyEntry]:
+    """The entries of the file. Raises `UserError` that names the entry; never shows a value that might be a key."""
+    content = read_yaml(path, "the file of API keys")
+    defaults = _convert(path, DEFAULTS, content.pop(DEFAULTS, {}), LimitFields).over(Limits())
+    entries = [_entry(path, name, value, defaults) for name, value in content.items()]
+    owners: dict[bytes, str] = {}
+    for entry in entries:
+        for digest in entry.digests:
+            if owners.setdefault(digest, entry.name) != entry.name:
+                raise UserError(f"{path}: {owners[digest]!r} and {entry.name!r} have the same key; give each its own")
+    if len(owners) > MAX_KEYS:
+        raise UserError(f"{path} has {len(owners)} keys; at most {MAX_KEYS} are served")
+    return entries
+
+
+def _entry(path: Path, name: Any, value: Any, defaults: Limits) -> KeyEntry:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        shown = repr(name)[:80]
+        raise UserError(f"{path}: {shown} is no name; use letters, digits, '.', '-' and '_' (at most 128)")
+    fields = _convert(path, name, value, KeyFields)
+    hashes = [fields.sha256] if isinstance(fields.sha256, str) else fields.sha256
+    if not hashes or not all(_HASH.fullmatch(text) for text in hashes):
+        raise UserError(
+            f"{path}: {name!r}: sha256 must be 64 hexadecimal digits in lower case, or a list of such; "
+            f"`specserve keys new {name}` makes a key and its hash"
+        )
+    if "admin" in fields.scopes and fields.adapters is not None:
+        raise UserError(
+            f"{path}: {name!r}: whoever has the scope admin may load any adapter under any name, so that adapters "
+            "would hold nobody back; leave out one of both"
+        )
+    return KeyEntry(
+        name,
+        tuple(bytes.fromhex(text) for text in hashes),
+        frozenset(fields.scopes),
+        None if fields.adapters is None else tuple(fields.adapters),
+        fields.priority,
+        fields.over(defaults),
+    )
+
+
+def _convert(path: Path, name: str, value: Any, kind: type[Any]) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {name!r}: {error}") from None
+
+
+def new_key() -> str:
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def digest_of(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def entry_text(name: str, key: str, fields: dict[str, Any]) -> str:
+    """The entry of `key` as lines for the file; `fields` beside its hash."""
+    import yaml
+
+    entry = {name: {"sha256": digest_of(key.encode()).hex(), **fields}}
+    return yaml.safe_dump(entry, sort_keys=False, default_flow_style=None)
