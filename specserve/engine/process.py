@@ -31,6 +31,7 @@ from ..errors import ErrorInfo, GrammarError, OverloadedError, UserError
 from ..frames import read_frame
 from ..grammar.compiler import COMPILE_TIMEOUT_S
 from ..grammar.grammar import CompiledGrammar
+from ..log_lines import configure_logging
 from ..messages import (
     SNAPSHOT,
     Abort,
@@ -210,7 +211,7 @@ def main() -> int:
     # A terminal's Ctrl-C reaches the whole group; the server decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    configure_logging(logging.INFO, "engine")
     payload = read_frame(sock)
     if payload is None:
         return 0

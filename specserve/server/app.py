@@ -20,13 +20,14 @@ from aiohttp import web
 from .. import __version__
 from ..config import ServeConfig, engine_part
 from ..errors import UserError
+from ..log_lines import configure_logging
 from ..model.store import DEFAULT_MODEL, resolve_model
 from ..text.tokenizer import TextTokenizer
 from .access.keys import KeyRing
 from .activity_log import summarize
 from .adapter_store import AdapterStore
 from .connections import Connections, raise_handle_limit
-from .console import configure_logging, say, settle
+from .console import say, settle
 from .engine_client.client import EngineClient
 from .generation.generator import Generator
 from .http_body import convert, json_response, read_json
@@ -194,7 +195,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(config: ServeConfig) -> None:
     """Run the server until SIGINT or SIGTERM. Raises `UserError` when it cannot start."""
-    configure_logging(config.log_level)
+    configure_logging(getattr(logging, config.log_level.upper()))
     if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
         raise UserError(f"adapters_dir {config.adapters_dir!r} is not a directory; create it or leave it out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's; a text is one thread's work

@@ -23,7 +23,7 @@ from aiohttp.web_request import BaseRequest
 
 from ..errors import ErrorInfo
 from .console import Seldom
-from .error_bodies import openai_error
+from .error_bodies import SAFE_HEADERS, openai_error
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class _Connection(RequestHandler):
         info = ErrorInfo(f"the request cannot be read: {reason}", status, kind, None, "malformed_http")
         response = web.Response(status=status, body=msgspec.json.encode(openai_error(info)))
         response.content_type = "application/json"
+        response.headers.update(SAFE_HEADERS)
         response.force_close()
         return response
 
@@ -141,6 +142,7 @@ class _Refusal(asyncio.Protocol):
         info = ErrorInfo("all connections are taken; retry shortly", 503, "overloaded_error", None, "overloaded")
         body = msgspec.json.encode(openai_error(info))
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in SAFE_HEADERS.items())
         head += f"x-should-retry: true\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         transport.write(head.encode() + body)
         if len(self._open_now) >= self._max_open:

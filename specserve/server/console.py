@@ -18,11 +18,6 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def configure_logging(level: str) -> None:
-    logging.raiseExceptions = False  # a line that cannot be written is not worth a traceback that cannot be either
-    logging.basicConfig(level=getattr(logging, level.upper()), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-
 def settle() -> None:
     """Before a process ends: give up lines that nobody takes, or the interpreter ends with 120 over them."""
     try:

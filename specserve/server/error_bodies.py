@@ -14,6 +14,8 @@ from .http_body import json_response
 from .lorax.types import LoraxError
 from .routes import ERRORS
 
+# Of every response: bodies are what they say they are, and the versions of libraries are nobody's business.
+SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Server": "specserve"}
 LORAX_TYPES = {
     401: "authentication",
     403: "authentication",

@@ -21,7 +21,7 @@ from .access.caller import Caller, caller_of, found_caller, set_caller
 from .access.key_file import Scope
 from .access.keys import KeyRing
 from .access.network import host_allowed, is_loopback, origin_allowed
-from .error_bodies import error_response
+from .error_bodies import SAFE_HEADERS, error_response
 from .metrics import Metrics
 from .routes import Access, Handler, access_of
 
@@ -49,6 +49,7 @@ class Middlewares:
         """Before any headers leave, a stream's and an error's too: the request's id and the CORS grant."""
         sent = request.headers.get("X-Request-Id", "")
         response.headers["X-Request-Id"] = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        response.headers.update(SAFE_HEADERS)
         response.headers.update(request.get("cors", {}))
         if (caller := found_caller(request)) is not None:
             response.headers.update(caller.allowance.headers())
@@ -95,19 +96,19 @@ class Middlewares:
         """Host, Origin and keys, before anything of the request is read."""
         config, origin = self._config, request.headers.get("Origin")
         access = access_of(request.method, request.path)
+        if access in ("info", "metrics") and self._open_info:
+            access = "open"
         if not host_allowed(request.headers.get("Host", ""), config):
             raise UserError("this Host is not served here (--allowed-hosts)", status=403, code="host_not_allowed")
         cors = {}
         if origin is not None and access != "open":
             if not origin_allowed(origin, request.headers.get("Host", ""), config):
                 raise UserError("this Origin is not allowed (--allowed-origins)", status=403, code="origin_not_allowed")
-            cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "*"}
         if request.method == "OPTIONS" and origin is not None:
-            allow = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "*"}
+            allow = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "Authorization, *"}
             return web.Response(status=204, headers={**cors, **allow})
         request["cors"] = cors
-        if access in ("info", "metrics") and self._open_info:
-            access = "open"
         if access != "open":
             set_caller(request, self._caller(request, access))
         return await handler(request)

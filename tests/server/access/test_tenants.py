@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import socket
 import time
+import urllib.parse
 
 import pytest
 import requests
@@ -97,6 +99,35 @@ def test_a_key_opens_what_its_scopes_say(server):
     assert_error(server.get("/metrics", **auth("red")), 403, "scope metrics")
     assert server.get("/version", **auth("red")).status_code == 200
     assert requests.get(server.url + "/health", timeout=10).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/metrics/",
+            "//metrics",
+            "/./metrics",
+            "/metrics?",
+            "/%6Detrics",
+            "/METRICS",
+            "/metrics;x",
+            "/health/../metrics",
+        ),
+        *("/v1/load_lora_adapter/", "/v1/load_lora_adapter%00", "/v1/load_lora%5Fadapter", "/v1//load_lora_adapter"),
+    ],
+)
+def test_no_spelling_of_a_path_opens_it(server, path):
+    host, port = server.url.removeprefix("http://").split(":")
+    for method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "get"):
+        for target in (path, server.url + path):
+            connection = http.client.HTTPConnection(host, int(port), timeout=20)
+            connection.putrequest(method, urllib.parse.quote(target, safe="/%?;:"), skip_host=False)
+            connection.putheader("Content-Length", "0")
+            connection.endheaders()
+            status = connection.getresponse().status
+            assert status in (400, 401), (method, target, status)
+            connection.close()
 
 
 def test_an_adapter_of_others_does_not_exist(server, adapters_dir):
