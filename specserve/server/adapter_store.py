@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Container, Coroutine
+from collections.abc import Callable, Container, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from ..adapter_files import ChangingError, Stamp, age_s, changing, read_texts, s
 from ..errors import EngineDeadError, UserError
 from ..messages import AdapterInfo
 from .adapter_paths import HUB_NAME, AdapterPaths, check_name, is_one_directory, unknown
+from .disk import Disk
 from .engine_client.client import EngineClient
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
@@ -47,6 +48,7 @@ class AdapterStore:
     def __init__(self, engine: EngineClient, adapters_dir: str | None, base_name: str):
         self._engine = engine
         self._paths = AdapterPaths(adapters_dir, base_name)
+        self._disk = Disk()
         self._base_name = base_name
         self._registered: dict[str, Path] = {}
         self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
@@ -55,7 +57,7 @@ class AdapterStore:
         self._claims: dict[str, tuple[Path, object]] = {}  # names that a load will give to a directory
 
     def names(self) -> list[str]:
-        """Every name that can be asked for now."""
+        """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
         return sorted({*self._folders(), *self._registered})
 
     def path(self, name: str) -> Path:
@@ -65,11 +67,15 @@ class AdapterStore:
             raise unknown(name)
         return directory
 
+    async def look(self, function: Callable[..., T], *args: Any) -> T:
+        """One of the methods above, on a thread. Raises 503 when the disk is away."""
+        return await self._disk.look(str(args[0]) if args else "", function, *args)
+
     async def resolve(self, name: str) -> AdapterInfo:
         """The loaded adapter that `name` means now; loads it if needed. Raises `UserError`."""
         num_loads = 0
         while True:
-            directory, stamp = await asyncio.to_thread(self._look_up, name)
+            directory, stamp = await self._disk.look(name, self._look_up, name)
             loaded = self._loaded.get(name)
             if loaded is not None and loaded.directory == directory and self._is_current(loaded):
                 if loaded.stamp == stamp:
@@ -90,7 +96,7 @@ class AdapterStore:
             if info.text_hash is None or info.text_hash in known:
                 return info, None
             with contextlib.suppress(ChangingError):
-                text_hash, files = await asyncio.to_thread(read_texts, self.path(name), name)
+                text_hash, files = await self._disk.look(name, lambda: read_texts(self.path(name), name))
                 if text_hash == info.text_hash:
                     return info, files
             # Then they changed since they were loaded, which `resolve` sees.
@@ -110,17 +116,29 @@ class AdapterStore:
         check_name(name, "lora_name")
         if name == self._base_name:
             raise UserError(f"{name!r} is the base model's name; choose another", param="lora_name", status=409)
-        directory = await asyncio.to_thread(self._paths.given, name, path)
-        known = self._directory(name) or self._claims.get(name, (None, None))[0]
-        if known is not None and not replace and not is_one_directory(known, directory):
-            raise UserError(
-                f"the name {name!r} is taken by another adapter; unload it first, or replace it with load_inplace=true",
-                param="lora_name",
-                status=409,
-            )
+        directory = await self._disk.look(name, self._paths.given, name, path)
+        if not replace:
+            await self._check_free(name, directory)
         claim = self._claims[name] = (directory, object())
         # A client that leaves does not stop it: the engine would hold an adapter that no name means.
         return await asyncio.shield(_start(self._register(name, claim)))
+
+    async def _check_free(self, name: str, directory: Path) -> None:
+        """Raises 409 unless `name` means nothing, or `directory` already."""
+        folder = await self._disk.look(name, self._folder, name)
+        checked: Path | None = None
+        while True:
+            known = self._registered.get(name) or folder or self._claims.get(name, (None, None))[0]
+            if known is None or known == checked:
+                return
+            if not await self._disk.look(name, is_one_directory, known, directory):
+                raise UserError(
+                    f"the name {name!r} is taken by another adapter; unload it first, or replace it with "
+                    "load_inplace=true",
+                    param="lora_name",
+                    status=409,
+                )
+            checked = known
 
     async def _register(self, name: str, claim: tuple[Path, object]) -> AdapterInfo:
         try:
@@ -140,11 +158,12 @@ class AdapterStore:
 
     async def unregister(self, name: str) -> None:
         """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
-        claim = self._claims.pop(name, None)
-        if claim is None:
-            self.path(name)
+        if name not in self._claims:
+            await self._disk.look(name, self.path, name)
+        is_folder = await self._disk.look(name, lambda: name in self._folders())
+        self._claims.pop(name, None)
         self._registered.pop(name, None)
-        if name in self._folders():
+        if is_folder:
             self._unloaded.add(name)
         loaded = self._loaded.pop(name, None)
         if loaded is not None:
@@ -154,7 +173,12 @@ class AdapterStore:
     async def _load_named(self, name: str, directory: Path) -> None:
         try:
             loaded = await self._load(name, directory)
-            if self._directory(name) == directory:
+            try:
+                folder = await self._disk.look(name, self._folder, name)
+            except UserError:
+                await self._release(loaded)
+                raise
+            if self._registered.get(name, None if name in self._unloaded else folder) == directory:
                 await self._keep(name, loaded)
             else:  # unloaded or given away meanwhile
                 await self._release(loaded)
@@ -165,21 +189,21 @@ class AdapterStore:
         """Load what is in `directory` once it holds still."""
         start = time.monotonic()
         for _ in range(MAX_CHANGES):
-            stamp = await asyncio.to_thread(stamp_of, directory)
+            stamp = await self._disk.look(name, stamp_of, directory)
             age = age_s(stamp)
             if 0 <= age < SETTLE_S:
                 await asyncio.sleep(SETTLE_S - age)
-                if await asyncio.to_thread(stamp_of, directory) != stamp:
+                if await self._disk.look(name, stamp_of, directory) != stamp:
                     continue
             try:
                 info = await self._engine.load_adapter(name, str(directory))
             except UserError as error:
-                if await asyncio.to_thread(stamp_of, directory) == stamp:
+                if await self._disk.look(name, stamp_of, directory) == stamp:
                     logger.info("adapter %r: not loaded: %s", name, error)
                     raise
                 continue
             loaded = _Loaded(directory, stamp, self._engine.generation, info)
-            if await asyncio.to_thread(stamp_of, directory) == stamp:
+            if await self._disk.look(name, stamp_of, directory) == stamp:
                 seconds = time.monotonic() - start
                 logger.info("adapter %r: loaded %s (%.2f s)", name, info.content_hash[:12], seconds)
                 return loaded
@@ -219,6 +243,10 @@ class AdapterStore:
         check_name(name, "model")
         if name in self._registered:
             return self._registered[name]
+        return self._folder(name)
+
+    def _folder(self, name: str) -> Path | None:
+        """The folder of `adapters_dir` that serves under its name."""
         return None if name in self._unloaded else self._paths.folder(name)
 
     def _folders(self) -> list[str]:

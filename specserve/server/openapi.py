@@ -28,7 +28,7 @@ DESCRIPTIONS = {
     424: "the adapter or the model failed",
     429: "the server is full; retry after a while",
     500: "a fault of the server",
-    503: "the engine is starting or the server shuts down; retry after a while",
+    503: "the engine is starting, the server shuts down, or a disk is away; retry after a while",
     504: "the request took too long",
 }
 _VARIABLE = re.compile(r"\{(\w+):[^}]*\}")
@@ -98,7 +98,7 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
             "description": DESCRIPTIONS[status],
             "content": {"application/json": media(*kinds)},
         }
-        if status in (429, 503) and route.method == "POST":
+        if status in (429, 503) and route.access != "open":
             responses[str(status)]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
     operation: dict[str, Any] = {
         "operationId": route.handler,

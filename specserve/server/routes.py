@@ -86,8 +86,8 @@ ROUTES = (
         "POST", "/v1/chat/completions", "chat_completions", "The next message of a conversation", GENERATE,
         ChatRequest, ChatResponse, ChatChunk,
     ),
-    Route("GET", "/v1/models", "models", "The base model and its adapters", GET, answer=ModelList),
-    Route("GET", "/v1/models/{model:.+}", "model", "One of them", (400, *GET, 404), answer=Model),
+    Route("GET", "/v1/models", "models", "The base model and its adapters", (*GET, 503), answer=ModelList),
+    Route("GET", "/v1/models/{model:.+}", "model", "One of them", (400, *GET, 404, 503), answer=Model),
     Route(
         "POST", "/tokenize", "tokenize", "Text or messages as token ids; with inputs in LoRAX's shape",
         (*POST, 404, 422), (TokenizeRequest, LoraxTokenizeRequest), (TokenizeResponse, list[SimpleToken]),

@@ -47,14 +47,14 @@ class OpenAIRoutes:
         return await self._generate(request, ChatRequest)
 
     async def models(self, request: web.Request) -> web.Response:
-        caller = caller_of(request)
-        names = [None, *(name for name in self._generator.store.names() if caller.may_use(name))]
+        caller, store = caller_of(request), self._generator.store
+        names = [None, *(name for name in await store.look(store.names) if caller.may_use(name))]
         return json_response({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: web.Request) -> web.Response:
         name = self._generator.adapter_name(caller_of(request), request.match_info["model"])
         if name is not None:
-            self._generator.store.path(name)
+            await self._generator.store.look(self._generator.store.path, name)
         return json_response(self._model(name))
 
     async def tokenize(self, request: web.Request) -> web.Response:

@@ -1,0 +1,88 @@
+"""A disk that is away under one adapter, as a network's that hangs: who asks for it is told, and nobody else waits."""
+
+import asyncio
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from broken.broken_tokens import AWAY
+from golden import Golden
+from places import FIXTURES, ROOT
+from server_fixture import ServerProcess, assert_error
+
+from specserve.errors import OverloadedError
+from specserve.server import disk
+from specserve.server.disk import Disk
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def hangs(tmp_path_factory):
+    """While this file is there, the disk is away."""
+    return tmp_path_factory.mktemp("faults") / "hangs"
+
+
+@pytest.fixture(scope="module")
+def server(model_dir, adapters_dir, hangs):
+    shutil.copytree(adapters_dir / "good", adapters_dir / AWAY)
+    env = {"PYTHONPATH": os.pathsep.join([str(FIXTURES / "broken"), str(ROOT)]), "BROKEN_DISK": str(hangs)}
+    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), env=env).wait_ready()
+    yield server
+    hangs.touch()  # a process that is to end does not wait for the disk either
+    thread = threading.Thread(target=server.post, args=(TEXT, {"model": AWAY, "prompt": "a"}))
+    thread.start()
+    time.sleep(0.3)
+    assert server.stop() == 0
+    thread.join()
+    hangs.unlink()
+
+
+def test_an_adapter_whose_disk_is_away_is_503_and_everybody_else_is_served(server, hangs):
+    golden = Golden(server, ("tiny", "good", AWAY))
+    hangs.touch()
+    try:
+        with ThreadPoolExecutor(40) as pool:
+            lost = [pool.submit(server.post, TEXT, {"model": AWAY, "prompt": "The"}) for _ in range(40)]
+            for name, tokens in zip(("tiny", "good"), golden.tokens, strict=False):
+                assert server.complete(model=name, logprobs=0)["logprobs"]["tokens"] == tokens
+            chat = {"messages": [{"role": "user", "content": "The quick " * 50}], "max_tokens": 1, "model": "good"}
+            assert server.post(CHAT, chat).status_code == 200
+            assert server.get("/health").status_code == 200
+            for reply in lost:
+                assert_error(reply.result(), 503, AWAY, "disk")
+                assert int(reply.result().headers["Retry-After"]) >= 1
+            assert_error(server.get("/v1/models"), 503, "disk")
+    finally:
+        hangs.unlink()
+    golden.check()
+
+
+async def test_looks_that_hang_are_few_for_a_name_and_bounded_in_all(monkeypatch):
+    monkeypatch.setattr(disk, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(disk, "MAX_LOOKS", 12)
+    away, looks = threading.Event(), Disk()
+    try:
+        for n in range(12):
+            with pytest.raises(OverloadedError, match=f"'name-{n % 2}'.*0.05 s"):
+                await looks.look(f"name-{n % 2}", away.wait)
+        assert looks._looks.total() == 2 * disk.THREADS_A_NAME
+        assert await looks.look("other", lambda: 3) == 3
+        for n in range(4):
+            with pytest.raises(OverloadedError, match="disk"):
+                await looks.look(f"third-{n}", away.wait)
+        with pytest.raises(OverloadedError, match="12 requests wait"):
+            await looks.look("another", lambda: 3)
+    finally:
+        away.set()
+    monkeypatch.setattr(disk, "PATIENCE_S", 10.0)
+    while looks._looks:
+        await asyncio.sleep(0.01)
+    assert await looks.look("name-0", lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        await looks.look("name-0", lambda: 1 / 0)
+    await asyncio.sleep(0)
+    assert not looks._looks and not looks._names
