@@ -8,7 +8,8 @@ refused with the reason; its LoRA is served without it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,15 @@ class LookaheadHeadFile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index_of", {token: idx for idx, token in enumerate(self.config.vocab)})
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about: its weights, and 128 bytes for each token of the vocabulary."""
+        return sum(getattr(self.weights, name).nbytes for name in WEIGHT_NAMES) + 128 * len(self.config.vocab)
+
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> LookaheadHeadFile:
+        """The same head with its weights where `copy` puts them."""
+        return replace(self, weights=HeadWeights(*(copy(getattr(self.weights, name)) for name in WEIGHT_NAMES)))
 
 
 def write_head(directory: Path, config: LookaheadConfig, tensors: dict[str, torch.Tensor]) -> None:

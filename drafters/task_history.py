@@ -183,6 +183,11 @@ class TaskHistory:
         self._packed.write(Path(path))
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about."""
+        return _held_bytes(len(self._rank), len(self._packed.ids), self._token_bytes)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens held, separators not counted."""
         return len(self._sorted)
@@ -409,6 +414,26 @@ class LearningHistory:
                 if self._num_pending < self._rebuild_every:
                     self._worker_running = False
                     return
+
+
+def expected_bytes(path: Path) -> int:
+    """`num_bytes` of the history in a file, by what its header says; the file's size where that says nothing."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            header, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+    except OSError:
+        return 0
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        return size
+    _, _, num_ids, text_len, _, _ = _HEADER.unpack(header)
+    return (
+        _held_bytes(text_len, num_ids, np.dtype(_text_dtype(num_ids)).itemsize) if text_len <= MAX_FILE_TOKENS else size
+    )
+
+
+def _held_bytes(text_len: int, num_ids: int, token_bytes: int) -> int:
+    """Text both ways, order and rank of its positions; a list, a dictionary and bounds by token id."""
+    return text_len * (2 * token_bytes + 8) + num_ids * 200
 
 
 def _text_dtype(num_ids: int) -> type[np.uint16] | type[np.uint32]:

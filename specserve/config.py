@@ -58,7 +58,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = False
     history_dir: Annotated[str | None, Meta(description="where that is kept over restarts; default: nowhere")] = None
     max_lora_rank: Annotated[int, Meta(ge=1, le=1024, description="largest LoRA rank that is loaded")] = 256
-    max_adapters: Annotated[int, Meta(ge=1, description="adapters held in memory; idle ones make room")] = 256
+    max_adapters: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="adapters that steps can use without a load; default: 4096, on CUDA 256"),
+    ] = None
+    adapter_memory_gib: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="main memory for adapters, GiB; default: half of what is free beside the KV cache"),
+    ] = None
+    adapter_device_gib: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="memory for adapters on CUDA, GiB; default: half of what the KV cache leaves free"),
+    ] = None
     num_threads: Annotated[int | None, Meta(description="CPU threads of the model; default: all cores")] = None
 
 

@@ -52,6 +52,9 @@ class GrammarError(UserError):
     code = "invalid_grammar"
 
 
+NO_IDLE_ROOM = "no_idle_room"  # code: a prefetch, for which no adapter in use makes room
+
+
 class OverloadedError(UserError):
     """The server is full; the client should retry after a short while."""
 

@@ -86,6 +86,10 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
     call_id: int
     name: str  # for messages only; identity is the content hash
     path: str
+    content_hash: str | None = None  # of what is there, if its files are those of an earlier load
+    size_bytes: int = 0  # that it took in memory then
+    is_pinned: bool = False
+    is_prefetch: bool = False  # nobody waits for it: it takes no room of adapters in use, and waits for none
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
@@ -93,6 +97,20 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
 
     call_id: int
     adapter_hash: str
+
+
+class PinAdapter(msgspec.Struct, frozen=True, tag="pin_adapter"):
+    """Keep a loaded adapter whatever others need, or do so no more; answered by `CallDone` or `CallFailed`."""
+
+    call_id: int
+    adapter_hash: str
+    is_pinned: bool
+
+
+class GetAdapters(msgspec.Struct, frozen=True, tag="get_adapters"):
+    """Answered by `AdapterStates`."""
+
+    call_id: int
 
 
 class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
@@ -127,7 +145,7 @@ class LookaheadInfo(msgspec.Struct, frozen=True):
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
-    """What a loaded adapter is. `size_bytes` counts the LoRA weights as held in memory."""
+    """What a loaded adapter is. `size_bytes` is what it takes in memory, its head and history included."""
 
     content_hash: str
     max_rank: int
@@ -141,6 +159,31 @@ class AdapterInfo(msgspec.Struct, frozen=True):
 class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
     call_id: int
     adapter: AdapterInfo
+
+
+class AdapterState(msgspec.Struct, frozen=True):
+    """An adapter that the engine holds, in its best memory."""
+
+    content_hash: str
+    tier: Literal["device", "host"]  # on a CPU, host is where steps read it
+    size_bytes: int
+    num_requests: int  # that run with it, or wait to
+    num_uses: int  # requests so far, also before it left and came back
+    idle_s: float  # since a request with it began or ended, or since it was loaded
+    is_pinned: bool
+    draft_tokens: int  # verified since it was loaded
+    accepted_draft_tokens: int
+
+
+class AdapterStates(msgspec.Struct, frozen=True, tag="adapter_states"):
+    call_id: int
+    adapters: list[AdapterState]
+
+
+class AdaptersLeft(msgspec.Struct, frozen=True, tag="adapters_left"):
+    """These are no longer where steps can use them; the next request with one of them needs a load."""
+
+    adapter_hashes: list[str]
 
 
 class CallDone(msgspec.Struct, frozen=True, tag="call_done"):
@@ -242,6 +285,18 @@ class EngineStats(msgspec.Struct, frozen=True):
     grammar_compile_seconds: float = 0.0
     grammar_mask_seconds: float = 0.0  # masks and checks of sampled tokens
     integrity_error: str | None = None
+    max_adapter_bytes: int = 0  # the budget of `adapter_bytes`, which counts what is held and what loads have reserved
+    num_pinned_adapters: int = 0
+    num_host_adapters: int = 0  # copies in main memory beside a device
+    host_adapter_bytes: int = 0
+    max_host_adapter_bytes: int = 0
+    num_adapter_loads: int = 0  # into the memory that steps read
+    num_adapter_reads: int = 0  # from disk
+    num_adapter_evictions: int = 0  # to make room for others
+    num_adapters_asked: int = 0  # in use, to make room when their requests have ended
+    num_adapter_waits: int = 0  # loads that found no room at once
+    adapter_wait_seconds: float = 0.0  # of these
+    num_adapter_loads_waiting: int = 0
 
 
 SNAPSHOT = -1  # the call id of `Stats` that nobody asked for; blocks were not checked for them
@@ -268,7 +323,18 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     expected_s: float  # that such a step takes at most, by what was measured of others
 
 
-ToEngine = GenerateRequest | Abort | LoadAdapter | UnloadAdapter | GetStats | Shutdown
-FromEngine = EngineInfo | Delta | RequestFailed | AdapterLoaded | CallDone | CallFailed | Stats | Heartbeat
+ToEngine = GenerateRequest | Abort | LoadAdapter | UnloadAdapter | PinAdapter | GetAdapters | GetStats | Shutdown
+FromEngine = (
+    EngineInfo
+    | Delta
+    | RequestFailed
+    | AdapterLoaded
+    | AdaptersLeft
+    | AdapterStates
+    | CallDone
+    | CallFailed
+    | Stats
+    | Heartbeat
+)
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024

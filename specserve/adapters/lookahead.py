@@ -7,8 +7,8 @@ refused with the reason, logged and reported; the LoRA is served without it. Not
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,16 @@ class Lookahead:
     acceptance: SharedAcceptance
     error: str | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that head and history take, about."""
+        head = self.head.num_bytes if self.head is not None else 0
+        return head + (self.history.num_bytes if self.history is not None else 0)
+
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> Lookahead:
+        """With the head's weights where `copy` puts them; the history and what is learned are the same objects."""
+        return replace(self, head=self.head.copied(copy)) if self.head is not None else self
+
     def info(self) -> LookaheadInfo:
         return LookaheadInfo(
             draft_len=self.head.config.draft_len if self.head is not None else None,
@@ -59,7 +69,6 @@ def read_lookahead(
     name: str,
     config: ModelConfig,
     base: BaseIdentity,
-    device: torch.device | str,
 ) -> Lookahead | None:
     """Read the files `paths`, by name, beside the LoRA of hash `lora_hash`; None when none of them is a lookahead's."""
     if not paths.keys() & set(LOOKAHEAD_FILES):
@@ -78,7 +87,6 @@ def read_lookahead(
                 hidden_size=config.hidden_size,
                 num_layers=config.num_layers,
                 vocab_size=config.vocab_size,
-                device=device,
             )
     except (HeadError, OSError) as error:
         errors.append(f"its lookahead head is not used: {error}")

@@ -8,8 +8,9 @@ and weights, is its identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -24,7 +25,7 @@ from ..model.shapes import module_shapes
 from .lookahead import Lookahead, read_lookahead
 from .peft_config import parse_config
 from .served_base import ServedBase
-from .slab import in_one_slab
+from .slab import copied, in_one_slab
 from .tensors import EMBED, LM_HEAD, check_tensors
 
 
@@ -48,6 +49,28 @@ class LoraAdapter:
     def pairs(self) -> list[LoraPair]:
         return [*self.layers.values(), *(pair for pair in (self.embed, self.lm_head) if pair is not None)]
 
+    def _keys(self) -> list[Hashable]:
+        """Of `pairs`."""
+        others = ((EMBED, self.embed), (LM_HEAD, self.lm_head))
+        return [*self.layers, *(key for key, pair in others if pair is not None)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the LoRA and what drafts for it take."""
+        lora = sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs)
+        return lora + (self.lookahead.num_bytes if self.lookahead is not None else 0)
+
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> LoraAdapter:
+        """The same adapter with the weights of LoRA and head where `copy` puts them; what one learns, both have."""
+        there = dict(zip(self._keys(), copied(self.pairs, copy), strict=True))
+        return replace(
+            self,
+            layers={key: there[key] for key in self.layers},
+            embed=there.get(EMBED),
+            lm_head=there.get(LM_HEAD),
+            lookahead=self.lookahead.copied(copy) if self.lookahead is not None else None,
+        )
+
     def info(self) -> AdapterInfo:
         modules = sorted({module for _, module in self.layers})
         modules += [name for name, pair in (("embed_tokens", self.embed), ("lm_head", self.lm_head)) if pair]
@@ -56,7 +79,7 @@ class LoraAdapter:
             max_rank=self.max_rank,
             num_modules=len(self.pairs),
             target_modules=modules,
-            size_bytes=sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs),
+            size_bytes=self.num_bytes,
             text_hash=self.text_hash,
             lookahead=self.lookahead.info() if self.lookahead is not None else None,
         )
@@ -68,19 +91,20 @@ def read_adapter(
     *,
     name: str | None = None,
     max_rank: int = 256,
-    device: torch.device | str = "cpu",
     lay_out: Callable[[LoraPair], LoraPair] = lambda pair: pair,
+    turn: AbstractContextManager[object] | None = None,
 ) -> LoraAdapter:
     """Read and check the PEFT directory `path` for the base model `base`.
 
-    Weights are on `device`, those of layers held as `lay_out` has them. Where lookahead files beside the LoRA do not
-    fit, the LoRA is served without them. Raises `AdapterError`.
+    Weights are in main memory, those of layers held as `lay_out` has them. Where lookahead files beside the LoRA do not
+    fit, the LoRA is served without them. `turn` is held for what needs a core, not the disk. Raises `AdapterError`.
     """
     path = Path(path)
     name = name or path.name
     with open_adapter(path, name, max_weights_bytes=_max_weights_bytes(base.config, max_rank)) as files:
         check_complete(files, path, name)
-        return _read_files(files, name, base, max_rank, device, lay_out)
+        with turn or nullcontext():
+            return _read_files(files, name, base, max_rank, lay_out)
 
 
 def _read_files(
@@ -88,7 +112,6 @@ def _read_files(
     name: str,
     base: ServedBase,
     max_rank: int,
-    device: torch.device | str,
     lay_out: Callable[[LoraPair], LoraPair],
 ) -> LoraAdapter:
     peft = parse_config(name, files.paths[CONFIG_FILE].read_bytes())
@@ -98,10 +121,8 @@ def _read_files(
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
     pairs = check_tensors(peft, tensors, base, max_rank)
-    held = [LoraPair(pair.a.to(device), pair.b.to(device), pair.scale) for pair in pairs.values()]
-    held = [pair if module in (EMBED, LM_HEAD) else lay_out(pair) for module, pair in zip(pairs, held, strict=True)]
-    if torch.device(device).type == "cpu":
-        held = in_one_slab(held)
+    held = [pair if module in (EMBED, LM_HEAD) else lay_out(pair) for module, pair in pairs.items()]
+    held = in_one_slab(held)
     by_module = dict(zip(pairs, held, strict=True))
     embed, lm_head = by_module.pop(EMBED, None), by_module.pop(LM_HEAD, None)
     layers = {_layer_and_module(module): pair for module, pair in by_module.items()}
@@ -109,7 +130,7 @@ def _read_files(
     lookahead = None
     if base.identity is not None:
         digest = files.digests[WEIGHTS_FILE].hex()
-        lookahead = read_lookahead(files.paths, digest, name, base.config, base.identity, device)
+        lookahead = read_lookahead(files.paths, digest, name, base.config, base.identity)
     return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead)
 
 

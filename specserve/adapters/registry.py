@@ -1,128 +1,137 @@
-"""The adapters that the engine holds, by content hash, and who uses them.
+"""The adapters that one memory holds, by content hash, and who uses them.
 
-An adapter leaves memory when it was unloaded, or has to make room, and its last running request is done. Names live in
-the server; here a changed directory is simply another adapter.
+Owns which are there; who gets room and who leaves is `rooms`. Nothing here reads, copies or imports torch. Names live
+in the server; a changed directory is simply another adapter. `adapters` changes with the engine's thread alone (`put`,
+`take_left`), whatever other threads ask for.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..errors import OverloadedError, UserError
-from .lora import LoraAdapter
+from .held import ARRIVAL_S, Held, Room
+from .rooms import NO_LIMIT, Rooms
 
-ARRIVAL_S = 2.0  # how long an adapter that nobody used yet is kept for the request that it was loaded for
-STAY_S = 1.0  # an adapter in use makes room for others after so long at the earliest
-PATIENCE_S = 5.0  # when the one that was asked to make room has not, another is asked
+if TYPE_CHECKING:
+    from .lora import LoraAdapter
 
 
-class AdapterRegistry:
-    """At most `max_adapters` adapters; idle ones make room, least recently used first."""
+class AdapterRegistry(Rooms):
+    """At most `max_adapters` adapters of at most `max_bytes` together."""
 
-    def __init__(self, max_adapters: int, clock: Callable[[], float] = time.monotonic):
-        self.max_adapters = max_adapters
-        self.adapters: OrderedDict[str, LoraAdapter] = OrderedDict()
-        self._clock = clock
-        self._refs: dict[str, int] = {}
-        self._leaving: set[str] = set()
-        self._since: dict[str, float] = {}
-        self._unused: set[str] = set()
-        self._asked = 0.0  # when an adapter was last asked to make room
+    def __init__(
+        self,
+        max_adapters: int,
+        clock: Callable[[], float] = time.monotonic,
+        max_bytes: int = NO_LIMIT,
+        bytes_flag: str = "--adapter-memory-gib",
+    ):
+        super().__init__(max_adapters, clock, max_bytes, bytes_flag)
+        self.adapters: dict[str, LoraAdapter] = {}
 
-    @property
-    def num_refs(self) -> int:
-        return sum(self._refs.values())
+    def put(self, adapter: LoraAdapter, room: Room, load_s: float = 0.0) -> None:
+        """Fill `room` with an adapter of its size; one that is held already stays instead, and is asked no more."""
+        with self.lock:
+            held = self._held.get(adapter.content_hash)
+            if held is not None:
+                self.give_back(room)
+                held.stay(self._clock())
+                return
+            assert room.is_granted and adapter.content_hash not in self.adapters
+            self._num_reserved -= 1
+            room.is_granted = False
+            key, now = adapter.content_hash, self._clock()
+            value = self._value(key, load_s, room.num_bytes)
+            self._held[key] = Held(room.num_bytes, load_s, value, now, now + ARRIVAL_S, now)
+            self.adapters[key] = adapter
+            self.counts.num_loads += 1
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(adapter.info().size_bytes for adapter in self.adapters.values())
+    def add(self, adapter: LoraAdapter, num_bytes: int = 0) -> None:
+        """As `ask` and `put`, for those who cannot wait and whose request need not come at once.
 
-    def add(self, adapter: LoraAdapter) -> list[str]:
-        """Register an adapter; returns the hashes evicted for it. Raises `OverloadedError` if all are in use."""
-        evicted = self._make_room(adapter, arrival_s=0.0)
-        if evicted is None:
+        Raises `OverloadedError` if there is no room.
+        """
+        room = self.ask(num_bytes, is_patient=False)
+        if not room.is_granted:
             raise OverloadedError(
-                f"all {self.max_adapters} adapter places are in use by running requests; retry later or raise "
-                "--max-adapters",
+                f"all {self.max_adapters} adapter places, or {self.max_bytes} bytes, are in use by running requests; "
+                f"retry later or raise --max-adapters or {self.bytes_flag}",
                 status=503,
             )
-        self._put(adapter)
-        return evicted
+        self.put(adapter, room)
+        self._held[adapter.content_hash].awaited_until = 0.0
 
-    def is_staying(self, content_hash: str) -> bool:
-        """Whether requests for it would be taken now."""
-        return content_hash in self.adapters and content_hash not in self._leaving
-
-    def place(self, adapter: LoraAdapter) -> list[str] | None:
-        """As `add`, for an adapter that can wait: None while there is no room, and one in use is then to make it.
-
-        That one takes no new request; its server loads it again, in turn, behind those that wait already.
-        """
-        evicted = self._make_room(adapter, arrival_s=ARRIVAL_S)
-        if evicted is not None:
-            self._put(adapter)
-        elif not self._leaving or self._clock() - self._asked >= PATIENCE_S:
-            now = self._clock()
-            staying = [key for key in self._refs if key not in self._leaving and now - self._since[key] >= STAY_S]
-            if staying:
-                self._leaving.add(min(staying, key=self._since.__getitem__))
-                self._asked = now
-        return evicted
-
-    def _make_room(self, adapter: LoraAdapter, arrival_s: float) -> list[str] | None:
-        """Evict until `adapter` fits; None when nobody idle can go."""
-        if adapter.content_hash in self.adapters:
-            return []
-        now = self._clock()
-        evicted: list[str] = []
-        while len(self.adapters) >= self.max_adapters:
-            idle = (key for key in self.adapters if not self._refs.get(key))
-            oldest = next((key for key in idle if key not in self._unused or now - self._since[key] >= arrival_s), None)
-            if oldest is None:
-                return None
-            self._drop(oldest)
-            evicted.append(oldest)
-        return evicted
-
-    def _put(self, adapter: LoraAdapter) -> None:
-        self._leaving.discard(adapter.content_hash)
-        if adapter.content_hash not in self.adapters:
-            self.adapters[adapter.content_hash] = adapter
-            self._since[adapter.content_hash] = self._clock()
-            self._unused.add(adapter.content_hash)
+    def take_left(self) -> list[str]:
+        """The adapters that have left since the last call; from now on `adapters` is without them."""
+        with self.lock:
+            left, self._left = self._left, []
+            for key in left:
+                del self.adapters[key]
+            return left
 
     def acquire(self, content_hash: str) -> None:
         """Count one more running request; an unknown hash tells the server to load the adapter again."""
-        if content_hash not in self.adapters or content_hash in self._leaving:
-            raise UserError(f"adapter {content_hash[:12]} is not loaded", code="adapter_not_resident", status=409)
-        self.adapters.move_to_end(content_hash)
-        self._unused.discard(content_hash)
-        self._refs[content_hash] = self._refs.get(content_hash, 0) + 1
+        with self.lock:
+            held = self._held.get(content_hash)
+            if held is None or not held.is_staying:
+                message = f"adapter {content_hash[:12]} is not loaded"
+                raise UserError(message, code="adapter_not_resident", status=409)
+            held.num_refs += 1
+            held.last_used, held.awaited_until = self._clock(), 0.0
+            self.scores.use(content_hash)
+            held.value = self._value(content_hash, held.load_s, held.num_bytes)
 
-    def release(self, content_hash: str) -> bool:
-        """Count one less; True when that freed an adapter that was waiting to leave."""
-        self._refs[content_hash] -= 1
-        if self._refs[content_hash]:
-            return False
-        del self._refs[content_hash]
-        return self._drop_if_leaving(content_hash)
+    def release(self, content_hash: str) -> None:
+        """Count one less; one that was waiting to leave goes with the last."""
+        with self.lock:
+            held = self._held[content_hash]
+            held.num_refs -= 1
+            held.last_used = self._clock()
+            if not held.num_refs and not held.is_staying:
+                self._drop(content_hash)
 
-    def unload(self, content_hash: str) -> bool:
-        """Let the adapter go once nobody uses it; True when it is gone already."""
-        if content_hash not in self.adapters:
-            return False
-        self._leaving.add(content_hash)
-        return not self._refs.get(content_hash) and self._drop_if_leaving(content_hash)
+    def unload(self, content_hash: str) -> None:
+        """Let the adapter go once nobody uses it, pinned or not."""
+        with self.lock:
+            held = self._held.get(content_hash)
+            if held is None:
+                return
+            held.is_unloaded, held.is_pinned, held.asked_at = True, False, self._clock()
+            if not held.num_refs:
+                self._drop(content_hash)
 
-    def _drop_if_leaving(self, content_hash: str) -> bool:
-        if content_hash not in self._leaving:
-            return False
-        self._drop(content_hash)
-        return True
+    def pin(self, content_hash: str, is_pinned: bool = True) -> None:
+        """Keep the adapter whatever others need, or do so no more. Raises as `acquire`."""
+        with self.lock:
+            held = self._held.get(content_hash)
+            if held is None:
+                if is_pinned:
+                    message = f"adapter {content_hash[:12]} is not loaded"
+                    raise UserError(message, code="adapter_not_resident", status=409)
+                return
+            held.is_pinned = is_pinned
+            if is_pinned:
+                held.asked_at = None
 
-    def _drop(self, content_hash: str) -> None:
-        del self.adapters[content_hash], self._since[content_hash]
-        self._leaving.discard(content_hash)
-        self._unused.discard(content_hash)
+    def held(self) -> dict[str, Held]:
+        """Copies of what is known of all that are held."""
+        with self.lock:
+            return {key: replace(held) for key, held in self._held.items()}
+
+    @property
+    def num_refs(self) -> int:
+        with self.lock:
+            return sum(held.num_refs for held in self._held.values())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def size_bytes(self) -> int:
+        """Held and reserved."""
+        return self._used_bytes

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from ..config import EngineConfig
 from ..errors import UserError
+from ..memory import available_bytes
+
+logger = logging.getLogger(__name__)
 
 # (CPU, CUDA). A GPU's step of 2,048 rows takes as long as a CPU's of some tens.
-_DEFAULTS = {"max_num_seqs": (64, 256), "max_batched_tokens": (512, 2048), "max_prefill_rows": (128, 1024)}
+_DEFAULTS = {
+    "max_num_seqs": (64, 256),
+    "max_batched_tokens": (512, 2048),
+    "max_prefill_rows": (128, 1024),
+    "max_adapters": (4096, 256),
+}
 _CPU_KV_GIB = 2.0
+_MIN_ADAPTER_BYTES = 64 << 20  # where next to nothing is free
+_ADAPTER_SHARE = 0.5  # of what is free beside the KV cache
 _CUDA_KV_SHARE = (
     0.8  # of the memory that is free once the model is loaded; activations, graphs and adapters get the rest
 )
@@ -42,6 +54,51 @@ def kv_cache_gib(config: EngineConfig, device: torch.device) -> float:
         return _CPU_KV_GIB
     free, _ = torch.cuda.mem_get_info(device)
     return free / 2**30 * _CUDA_KV_SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBudgets:
+    """Bytes for adapters: where steps read them, and in main memory beside that, if these are two."""
+
+    step_bytes: int
+    host_bytes: int | None
+    step_flag: str  # that sets `step_bytes`
+
+
+def adapter_budgets(config: EngineConfig, device: torch.device, kv_bytes: int) -> AdapterBudgets:
+    """The budgets of `config`, or shares of what is free now; call it when the KV cache is there.
+
+    On a CPU its `kv_bytes` are taken page by page, as they are used. Raises `UserError` for what cannot be.
+    """
+    is_cuda = device.type == "cuda"
+    if config.adapter_device_gib is not None and not is_cuda:
+        raise UserError(
+            f"adapter_device_gib={config.adapter_device_gib:g} is for CUDA; on a CPU adapters have one memory "
+            "(--adapter-memory-gib)",
+            param="adapter_device_gib",
+        )
+    free = available_bytes() if is_cuda else available_bytes() - kv_bytes
+    memory = _adapter_bytes(config.adapter_memory_gib, "adapter_memory_gib", free, memory_bytes(torch.device("cpu")))
+    if not is_cuda:
+        return AdapterBudgets(memory, None, "--adapter-memory-gib")
+    free, total = torch.cuda.mem_get_info(device)
+    on_device = _adapter_bytes(config.adapter_device_gib, "adapter_device_gib", free, total)
+    return AdapterBudgets(on_device, memory, "--adapter-device-gib")
+
+
+def _adapter_bytes(gib: float | None, name: str, free: int, total: int) -> int:
+    if gib is None:
+        num_bytes, why = max(_MIN_ADAPTER_BYTES, int(free * _ADAPTER_SHARE)), "half of what is free beside the KV cache"
+    else:
+        num_bytes, why = int(gib * 2**30), f"--{name.replace('_', '-')}"
+    if num_bytes > total:
+        raise UserError(
+            f"{name}={num_bytes / 2**30:g} is more than the memory there is ({total / 2**30:.1f} GiB); lower it "
+            f"(--{name.replace('_', '-')})",
+            param=name,
+        )
+    logger.info("%s is %.3g GiB (%s)", name, num_bytes / 2**30, why)
+    return num_bytes
 
 
 def memory_bytes(device: torch.device) -> int:

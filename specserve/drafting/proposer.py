@@ -402,6 +402,11 @@ class Proposer:
             if key is None or key in adapters
         ]
 
+    def drafts_of(self, content_hash: str) -> tuple[int, int]:
+        """Drafts verified, and accepted, of an adapter since it was loaded."""
+        counts = self._counts.get(content_hash)
+        return (counts.drafted, counts.accepted) if counts is not None else (0, 0)
+
     def _switch(self, request: GenerateRequest) -> DraftSwitch:
         mode, has_grammar = request.speculation.mode, request.grammar is not None
         key = (request.adapter_hash, mode, bool(request.prediction_token_ids), has_grammar)

@@ -1,38 +1,47 @@
-"""Adapters on their way into the engine: read on threads, then given places in the order in which they were asked for.
+"""Adapters on their way into the engine: each goes its way on a thread (`adapter_memory`), and waits without one.
 
-One that finds no place waits, and an adapter in use makes room (`AdapterRegistry.place`). Only a few are in memory
-while they wait, others are not read yet; what waits too long or is too many is refused.
+Room is given in the order of asking; whoever finds none waits, and adapters in use make some. A load that takes long or
+fails holds up nobody else. What waits too long or is too many is refused; while others get room no wait is too long.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..adapters.lora import LoraAdapter
-from ..errors import ErrorInfo, OverloadedError, UserError
+from ..adapters.registry import Room
+from ..errors import NO_IDLE_ROOM, ErrorInfo, OverloadedError, UserError
 from ..memory import give_memory_back
 from ..messages import AdapterLoaded, CallFailed, LoadAdapter
+from .adapter_memory import Brought
 from .engine import Engine
 
-MAX_LOADS = 1024  # that wait
-MAX_READ = 4  # that are being read, or are read and wait for a place
-NUM_READERS = 2
-WAIT_S = 60.0  # for a place
+MAX_LOADS = 1024  # that wait or are read
+NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
+WAIT_S = 60.0  # for room, while nobody else gets any
 READ_S = 600.0  # a disk that has not given an adapter by then is away
+TRIM_BYTES = 64 << 20  # of adapters that were read, after which memory goes back to the system
 
 logger = logging.getLogger(__name__)
 
+Answer = AdapterLoaded | CallFailed
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Load:
     message: LoadAdapter
-    deadline: float
-    adapter: Future[LoraAdapter] | None = None  # None until a reader has it
+    way: Generator[Room, None, Brought]
+    since: float  # it waits, or is read
+    running: Future[Room | Brought] | None = None
+    room: Room | None = None  # that it waits for
+
+    @property
+    def result(self) -> Future[Room | Brought] | None:
+        """What a thread has left it with, if that is new."""
+        return self.running if self.room is None and self.running is not None and self.running.done() else None
 
 
 class AdapterLoads:
@@ -42,82 +51,104 @@ class AdapterLoads:
         self._engine = engine
         self._wake = wake
         self._clock = clock
-        self._loads: deque[_Load] = deque()
+        self._loads: list[_Load] = []  # in order of arrival
+        self._given_up: list[_Load] = []  # while a thread is still at it
+        self._last_given = clock()  # when a load ended with room
+        self._untrimmed_bytes = 0
         self._readers = ThreadPoolExecutor(max_workers=NUM_READERS, thread_name_prefix="adapter")
 
     @property
     def is_waiting(self) -> bool:
-        """Whether an adapter that was read waits for its place."""
-        return any(load.adapter is not None and load.adapter.done() for load in self._loads)
+        """Whether a load waits for room."""
+        return any(load.room is not None for load in self._loads)
 
-    def submit(self, message: LoadAdapter) -> list[AdapterLoaded | CallFailed]:
+    def submit(self, message: LoadAdapter) -> list[Answer]:
         """Take a load over; its answer comes from `place`, or at once when there are too many."""
         if len(self._loads) >= MAX_LOADS:
             error = OverloadedError(f"{len(self._loads)} adapters wait to be loaded; retry shortly", status=503)
             return [CallFailed(message.call_id, error.info())]
-        self._loads.append(_Load(message, self._clock() + WAIT_S))
-        self._read()
+        self._loads.append(_Load(message, self._engine.memory.bring(message), self._clock()))
+        self._go_on()
         return []
 
-    def place(self) -> list[AdapterLoaded | CallFailed]:
-        """The answers to loads that have ended, one way or the other."""
-        answers = []
-        is_full = False  # whoever came later does not overtake one that waits
-        now = self._clock()
+    def place(self) -> list[Answer]:
+        """The answers to loads that have ended, one way or the other; those that wait go on when there is room."""
+        if not self._loads and not self._given_up:
+            return []
+        answers, now = [], self._clock()
         for load in list(self._loads):
-            answer: AdapterLoaded | CallFailed | None = None
-            if load.adapter is not None and load.adapter.done():
-                answer = self._end(load, load.adapter, is_full)
-                is_full = is_full or answer is None
-            if answer is None and now > load.deadline:
-                answer = CallFailed(load.message.call_id, self._late(load).info())
+            answer = self._look_at(load, now)
             if answer is not None:
                 self._loads.remove(load)
                 answers.append(answer)
-        self._read()
+        for load in list(self._given_up):
+            if load.result is not None:
+                self._given_up.remove(load)
+                self._give_back(load)
+        self._engine.memory.grant()
+        self._go_on()
         return answers
 
-    def _end(self, load: _Load, done: Future[LoraAdapter], is_full: bool) -> AdapterLoaded | CallFailed | None:
-        call_id = load.message.call_id
+    def _look_at(self, load: _Load, now: float) -> Answer | None:
+        """Its answer, if there is one now."""
+        message = load.message
         try:
-            adapter = done.result()
-            if is_full and not self._engine.registry.is_staying(adapter.content_hash):
-                return None
-            info = self._engine.place_adapter(adapter)
-            return AdapterLoaded(call_id, info) if info is not None else None
+            if load.result is not None:
+                result = load.result.result()
+                if isinstance(result, Brought):
+                    self._last_given = now
+                    return AdapterLoaded(message.call_id, self._engine.place_adapter(result, message.is_pinned))
+                load.room, load.since = result, now
+                if message.is_prefetch:
+                    load.way.close()
+                    text = f"no idle adapter makes room for {message.name!r}, and a prefetch does not wait"
+                    raise OverloadedError(text, status=503, code=NO_IDLE_ROOM)
+            if load.room is not None:
+                if not load.room.is_granted and now - max(load.since, self._last_given) > WAIT_S:
+                    load.way.close()
+                    raise self._engine.memory.no_room(WAIT_S)
+            elif load.running is not None and now - load.since > READ_S:
+                self._given_up.append(load)
+                raise OverloadedError(
+                    f"adapter {message.name!r} was not read in {READ_S:g} s; is its disk slow or away?", status=503
+                )
         except UserError as error:
-            return CallFailed(call_id, error.info())
+            return CallFailed(message.call_id, error.info())
         except Exception as error:
             logger.exception("loading an adapter failed")
-            message = f"the adapter could not be loaded: {type(error).__name__}: {error}"
-            return CallFailed(call_id, ErrorInfo(message, 500, "server_error", None, "adapter_load_failed"))
+            text = f"the adapter could not be loaded: {type(error).__name__}: {error}"
+            return CallFailed(message.call_id, ErrorInfo(text, 500, "server_error", None, "adapter_load_failed"))
+        return None
 
-    def _read(self) -> None:
-        num_read = sum(load.adapter is not None for load in self._loads)
+    def _go_on(self) -> None:
+        """Send loads on their way: new ones, and those that have got their room."""
+        under_way: set[str] = set()
         for load in self._loads:
-            if num_read >= MAX_READ:
-                return
-            if load.adapter is None:
-                load.deadline = self._clock() + READ_S
-                load.adapter = self._readers.submit(self._read_one, load)
-                load.adapter.add_done_callback(lambda _: self._wake())
-                num_read += 1
+            key = load.message.content_hash
+            # One of the same content is under way, under another name: this one will find it there.
+            is_double = load.running is None and key in under_way
+            if key is not None:
+                under_way.add(key)
+            if not is_double and (load.running is None or (load.room is not None and load.room.is_granted)):
+                load.room, load.since = None, self._clock()
+                load.running = self._readers.submit(self._advance, load)
+                load.running.add_done_callback(lambda _: self._wake())
 
-    def _read_one(self, load: _Load) -> LoraAdapter:
-        """On a reader's thread: how long it takes is no part of the wait for a place."""
+    def _advance(self, load: _Load) -> Room | Brought:
+        """On a reader's thread: as far as it gets without waiting."""
         try:
-            return self._engine.read_adapter(load.message.name, load.message.path)
-        finally:
-            give_memory_back()  # what the adapters before it left in pieces: half a gigabyte after sixty of 2 to 150 MB
-            load.deadline = self._clock() + WAIT_S
+            return next(load.way)
+        except StopIteration as end:
+            brought: Brought = end.value
+        self._untrimmed_bytes += brought.adapter.num_bytes
+        if self._untrimmed_bytes > TRIM_BYTES:  # 60 adapters of 2 to 150 MB left half a gigabyte in pieces
+            self._untrimmed_bytes = 0
+            give_memory_back()
+        return brought
 
-    def _late(self, load: _Load) -> OverloadedError:
-        if load.adapter is not None and not load.adapter.done():
-            return OverloadedError(
-                f"adapter {load.message.name!r} was not read in {READ_S:g} s; is its disk slow or away?", status=503
-            )
-        return OverloadedError(
-            f"the adapter found no place in {WAIT_S:g} s: all {self._engine.registry.max_adapters} are in use; "
-            "retry later or raise --max-adapters",
-            status=503,
-        )
+    def _give_back(self, load: _Load) -> None:
+        """What a load that was given up has come to hold."""
+        assert load.running is not None
+        if load.running.exception() is None and isinstance(result := load.running.result(), Brought):
+            self._engine.memory.registry.give_back(result.room)
+        load.way.close()

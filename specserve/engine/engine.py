@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +19,17 @@ import torch
 
 from ..adapters.lora import LoraAdapter, read_adapter
 from ..adapters.registry import AdapterRegistry
+from ..adapters.rooms import NO_LIMIT
 from ..adapters.served_base import ServedBase
-from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
+from ..adapters.sizes import expected_bytes
+from ..compute.device_choice import adapter_budgets, choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
 from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..compute.sampler import token_logprobs
 from ..compute.step_output import StepOutput
-from ..compute.uploads import beside_steps
+from ..compute.uploads import Uploads
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
 from ..drafting.proposer import Proposer, StepSeconds
@@ -35,6 +38,7 @@ from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
 from ..messages import (
     AdapterInfo,
+    AdapterState,
     EngineInfo,
     EngineStats,
     GenerateRequest,
@@ -47,14 +51,17 @@ from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence, Status
 from ..text.detokenizer import Detokenizer, TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
+from .adapter_memory import AdapterMemory, Brought
 from .admission import check_request, size_kv
 from .queued_step import QueuedStep
 from .reports import Event, GoingOn, Reports, StepReport
 from .running import RunningRequest
-from .stats import Counters, engine_stats
+from .stats import Counters, adapter_states, engine_stats
 from .step_times import StepTimes
 
 logger = logging.getLogger(__name__)
+
+MAX_READING = 2  # adapters that are checked and laid out at the same time: beside steps, on the same cores
 
 
 class Engine:
@@ -74,11 +81,13 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         device = choose_device(config)
         self.config = config = with_defaults(config, device)
-        assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows
+        assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows and config.max_adapters
         self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
         self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
         self.tokenizer = load_backend_tokenizer(model_dir)
         self._texts = TokenTexts(self.tokenizer)
+        self._uploads = Uploads(device)
+        self._reading = threading.Semaphore(MAX_READING)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
         num_blocks, max_model_len = size_kv(
@@ -102,7 +111,11 @@ class Engine:
         )
         self.grammars = GrammarCompiler(self.tokenizer, model.vocab_size, sorted(self.eos_token_ids))
         self.masks = MaskMaker(self.grammars.mask_words)
-        self.registry = AdapterRegistry(config.max_adapters)
+        budgets = adapter_budgets(config, device, sum(tensor.nbytes for tensor in (*kv.k, *kv.v)))
+        self.registry = AdapterRegistry(config.max_adapters, max_bytes=budgets.step_bytes, bytes_flag=budgets.step_flag)
+        host = AdapterRegistry(NO_LIMIT, max_bytes=budgets.host_bytes) if budgets.host_bytes is not None else None
+        self.memory = AdapterMemory(self.registry, self.read_adapter, self._expected_bytes, host, self._upload)
+        self.left_adapters: list[str] = []  # since somebody last took note of it and emptied it
         self.info = EngineInfo(
             model=str(model_dir),
             architecture=model.architecture,
@@ -205,28 +218,40 @@ class Engine:
     # -- adapters
 
     def read_adapter(self, name: str, path: str | Path) -> LoraAdapter:
-        """Read and check a PEFT directory; touches no engine state, so another thread may do it while steps run."""
-        with beside_steps(self.decoder.device):
-            return read_adapter(
-                path,
-                self._base,
-                name=name,
-                max_rank=self.config.max_lora_rank,
-                device=self.decoder.device,
-                lay_out=self.decoder.lay_out_lora,
-            )
+        """Read and check a PEFT directory into main memory; touches no engine state, so any thread may do it."""
+        return read_adapter(
+            path,
+            self._base,
+            name=name,
+            max_rank=self.config.max_lora_rank,
+            lay_out=self.decoder.lay_out_lora,
+            turn=self._reading,
+        )
+
+    def _expected_bytes(self, path: Path) -> int:
+        return expected_bytes(path, self._base.lora_dtype.itemsize)
+
+    def _upload(self, adapter: LoraAdapter) -> LoraAdapter:
+        """On another thread while steps run; itself where steps read main memory."""
+        return adapter.copied(self._uploads.copy) if self.decoder.device.type != "cpu" else adapter
 
     def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:
-        for content_hash in self.registry.add(adapter):
-            self._adapter_left(content_hash)
+        """Hold an adapter at once. Raises `OverloadedError` where there is no room."""
+        if adapter.content_hash not in self.registry.adapters:
+            adapter = self._upload(adapter)
+        self.registry.add(adapter, adapter.num_bytes)
+        self.forget_left_adapters()
         return adapter.info()
 
-    def place_adapter(self, adapter: LoraAdapter) -> AdapterInfo | None:
-        """As `register_adapter`, for one that can wait for its place: None while there is none."""
-        evicted = self.registry.place(adapter)
-        for content_hash in evicted or ():
-            self._adapter_left(content_hash)
-        return adapter.info() if evicted is not None else None
+    def place_adapter(self, brought: Brought, is_pinned: bool = False) -> AdapterInfo:
+        """Hold an adapter in the room that it was brought to."""
+        self.forget_left_adapters()
+        adapter = brought.adapter
+        if not brought.room.is_held:
+            self.registry.put(adapter, brought.room, brought.load_s)
+        if is_pinned:
+            self.registry.pin(adapter.content_hash)
+        return adapter.info()
 
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         """Read, check and register the PEFT directory `path`. Raises `AdapterError`."""
@@ -234,13 +259,19 @@ class Engine:
 
     def unload_adapter(self, content_hash: str) -> None:
         """Forget an adapter as soon as no running request uses it."""
-        if self.registry.unload(content_hash):
-            self._adapter_left(content_hash)
+        self.memory.unload(content_hash)
+        self.forget_left_adapters()
 
-    def _adapter_left(self, content_hash: str) -> None:
-        """Free what was built of an adapter that has left the registry."""
-        self.runner.slots.free(content_hash)
-        self.proposer.adapter_left(content_hash)
+    def adapter_states(self) -> list[AdapterState]:
+        """Every adapter that is held anywhere, in its best memory."""
+        return adapter_states(self.memory, self.proposer.drafts_of)
+
+    def forget_left_adapters(self) -> None:
+        """Free what was built of adapters that have left the registry, whoever made them leave."""
+        for content_hash in self.registry.take_left():
+            self.runner.slots.free(content_hash)
+            self.proposer.adapter_left(content_hash)
+            self.left_adapters.append(content_hash)
 
     # -- the step
 
@@ -425,8 +456,9 @@ class Engine:
         self.proposer.end(state.drafts)
         del self._requests[seq.request_id]
         seq.owner = None  # each held the other
-        if seq.adapter_hash is not None and self.registry.release(seq.adapter_hash):
-            self._adapter_left(seq.adapter_hash)
+        if seq.adapter_hash is not None:
+            self.registry.release(seq.adapter_hash)
+            self.forget_left_adapters()
 
     def _fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
         self._remove(self._requests[seq.request_id])

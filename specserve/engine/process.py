@@ -35,12 +35,16 @@ from ..log_lines import configure_logging
 from ..messages import (
     SNAPSHOT,
     Abort,
+    AdaptersLeft,
+    AdapterStates,
     CallDone,
     CallFailed,
     GenerateRequest,
+    GetAdapters,
     GetStats,
     GrammarSpec,
     LoadAdapter,
+    PinAdapter,
     RequestFailed,
     Shutdown,
     Stats,
@@ -95,7 +99,7 @@ class EngineProcess:
             if not busy:
                 self._send_held()  # no forward will follow to send them beside
             self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S)
-            self._send(self._loads.place())
+            self._place_adapters()
             if self._engine.has_work() and not self._is_over:
                 events = self._engine.step(self._while_running)
                 self._send_held()  # unless that was done while it ran
@@ -145,12 +149,33 @@ class EngineProcess:
         elif isinstance(message, UnloadAdapter):
             engine.unload_adapter(message.adapter_hash)
             self._send([CallDone(message.call_id)])
+        elif isinstance(message, PinAdapter):
+            self._pin(message)
+        elif isinstance(message, GetAdapters):
+            self._send([AdapterStates(message.call_id, engine.adapter_states())])
         elif isinstance(message, GetStats):
             self._send([Stats(message.call_id, engine.stats())])
         elif isinstance(message, _Compiled):
             self._compiled(message)
         else:
             assert isinstance(message, _AdapterRead)  # it only ends the wait for a message
+
+    def _pin(self, message: PinAdapter) -> None:
+        try:
+            self._engine.registry.pin(message.adapter_hash, message.is_pinned)
+        except UserError as error:
+            self._send([CallFailed(message.call_id, error.info())])
+        else:
+            self._send([CallDone(message.call_id)])
+
+    def _place_adapters(self) -> None:
+        """Answer loads that have ended, and tell of the adapters that left for them, or with their last request."""
+        answers: list[Any] = list(self._loads.place())
+        self._engine.forget_left_adapters()
+        if left := self._engine.left_adapters:
+            answers.append(AdaptersLeft(left[:]))
+            left.clear()
+        self._send(answers)
 
     def _add(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
         try:

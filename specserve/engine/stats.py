@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from ..messages import EngineStats
+from ..adapters.held import Held
+from ..messages import AdapterState, EngineStats
+from .adapter_memory import AdapterMemory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -26,6 +30,7 @@ class Counters:
 
 def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> EngineStats:
     """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
+    registry, host = engine.registry, engine.memory.host
     graphs, sequences = engine.path.graphs, engine.scheduler.sequences()
     error = engine.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
     return EngineStats(
@@ -33,9 +38,9 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         num_waiting=len(engine.scheduler.waiting),
         num_kv_blocks=engine.blocks.num_blocks,
         num_free_kv_blocks=engine.blocks.num_free,
-        num_adapters=len(engine.registry.adapters),
-        adapter_bytes=engine.registry.size_bytes,
-        num_adapter_refs=engine.registry.num_refs,
+        num_adapters=len(registry.adapters),
+        adapter_bytes=registry.size_bytes,
+        num_adapter_refs=registry.num_refs,
         num_steps=counters.num_steps,
         num_preemptions=engine.scheduler.num_preemptions,
         prompt_tokens=counters.prompt_tokens,
@@ -58,4 +63,31 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         grammar_compile_seconds=engine.grammars.compile_s,
         grammar_mask_seconds=engine.masks.seconds,
         integrity_error=error,
+        max_adapter_bytes=registry.max_bytes,
+        num_pinned_adapters=sum(held.is_pinned for held in registry.held().values()),
+        num_host_adapters=len(host.adapters) if host else 0,
+        host_adapter_bytes=host.size_bytes if host else 0,
+        max_host_adapter_bytes=host.max_bytes if host else 0,
+        num_adapter_loads=registry.counts.num_loads,
+        num_adapter_reads=engine.memory.num_reads,
+        num_adapter_evictions=registry.counts.num_evictions,
+        num_adapters_asked=registry.counts.num_asked,
+        num_adapter_waits=registry.counts.num_waits,
+        adapter_wait_seconds=registry.counts.wait_s,
+        num_adapter_loads_waiting=registry.num_waiting,
     )
+
+
+def adapter_states(memory: AdapterMemory, drafts_of: Callable[[str], tuple[int, int]]) -> list[AdapterState]:
+    """Of every adapter that is held; `drafts_of` a content hash is how many drafts were verified, and accepted."""
+    now, registry, states = time.monotonic(), memory.registry, {}
+    tiers: list[tuple[Literal["host", "device"], dict[str, Held]]] = [("host", registry.held())]
+    if memory.host is not None:
+        tiers = [("host", memory.host.held()), ("device", registry.held())]
+    for tier, memory_held in tiers:
+        for key, held in memory_held.items():
+            states[key] = AdapterState(
+                key, tier, held.num_bytes, held.num_refs, registry.scores.num_uses(key), now - held.last_used,
+                held.is_pinned, *drafts_of(key),
+            )  # fmt: skip
+    return list(states.values())

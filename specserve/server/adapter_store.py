@@ -12,17 +12,17 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Container, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapter_files import ChangingError, Stamp, age_s, changing, read_texts, stamp_of
-from ..errors import EngineDeadError, UserError
+from ..errors import NO_IDLE_ROOM, EngineDeadError, UserError
 from ..messages import AdapterInfo
 from .adapter_paths import HUB_NAME, AdapterPaths, check_name, is_one_directory, unknown
 from .disk import Disk
 from .engine_client.client import EngineClient
+from .loaded_names import MAX_KNOWN, Loaded, LoadedNames, Uses
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
 # That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
@@ -34,25 +34,28 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    directory: Path
-    stamp: Stamp
-    generation: int  # of the engine process that holds it
-    info: AdapterInfo
-
-
 class AdapterStore:
     """Resolves adapter names for one engine; `base_name` is the base model's and no adapter's."""
 
-    def __init__(self, engine: EngineClient, adapters_dir: str | None, base_name: str):
+    def __init__(
+        self,
+        engine: EngineClient,
+        adapters_dir: str | None,
+        base_name: str,
+        observe_load_s: Callable[[float], object] = lambda seconds: None,
+    ):
         self._engine = engine
         self._paths = AdapterPaths(adapters_dir, base_name)
         self._disk = Disk()
         self._base_name = base_name
         self._registered: dict[str, Path] = {}
         self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
-        self._loaded: dict[str, _Loaded] = {}
+        self._pinned: set[str] = set()
+        self._pinned_hashes: set[str] = set()  # that the engine was told to keep
+        self._pins_of = 0  # the engine process that was told of them
+        self._loaded = LoadedNames()
+        self._uses: dict[str, Uses] = {}
+        self._observe_load_s = observe_load_s
         self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
         self._claims: dict[str, tuple[Path, object]] = {}  # names that a load will give to a directory
 
@@ -74,20 +77,19 @@ class AdapterStore:
     async def resolve(self, name: str) -> AdapterInfo:
         """The loaded adapter that `name` means now; loads it if needed. Raises `UserError`."""
         num_loads = 0
+        self._load_pinned_again()
         while True:
             directory, stamp = await self._disk.look(name, self._look_up, name)
-            loaded = self._loaded.get(name)
+            loaded = self._loaded.held(name)
             if loaded is not None and loaded.directory == directory and self._is_current(loaded):
                 if loaded.stamp == stamp:
                     return loaded.info
                 num_loads += 1
                 if num_loads > MAX_LOADS:
                     raise changing(name)
-            key = (name, directory)
-            if key not in self._loading:
-                self._loading[key] = _start(self._load_named(name, directory))
             # What was loaded may be of a moment before this request: look again.
-            await asyncio.shield(self._loading[key])
+            with _unless_nobody_would_have_waited():
+                await asyncio.shield(self._begin_load(name, directory))
 
     async def resolve_with_texts(self, name: str, known: Container[str]) -> tuple[AdapterInfo, dict[str, bytes] | None]:
         """As `resolve`, with the template and tokenizer files of that moment; None where `known` has their hash."""
@@ -104,9 +106,77 @@ class AdapterStore:
 
     def engine_lost(self, name: str, content_hash: str | None) -> None:
         """The engine no longer holds `content_hash`, which `name` meant; the next request loads it again."""
-        loaded = self._loaded.get(name)
+        loaded = self._loaded.held(name)
         if loaded is not None and loaded.info.content_hash == content_hash:
-            del self._loaded[name]
+            self._loaded.lost(loaded.info.content_hash)
+
+    def adapters_left(self, content_hashes: Iterable[str]) -> None:
+        """The engine says that it no longer holds these."""
+        for content_hash in content_hashes:
+            self._loaded.lost(content_hash)
+
+    async def prefetch(self, name: str) -> bool:
+        """Begin to load what `name` means now, if idle adapters make room; True when it is loaded already.
+
+        Raises 404 for an unknown name.
+        """
+        directory, stamp = await self._disk.look(name, self._look_up, name)
+        loaded = self._loaded.held(name)
+        if loaded is not None and (loaded.directory, loaded.stamp) == (directory, stamp) and self._is_current(loaded):
+            return True
+        self._begin_load(name, directory, is_prefetch=True)
+        return False
+
+    async def pin(self, name: str) -> AdapterInfo:
+        """Load what `name` means, and keep it, and whatever the name will mean, where steps can use it."""
+        await self._disk.look(name, self.path, name)
+        self._pinned.add(name)
+        try:
+            for _ in range(MAX_LOADS):
+                info = await self.resolve(name)
+                try:
+                    self._pinned_hashes.add(info.content_hash)
+                    await self._engine.pin_adapter(info.content_hash, True)
+                except UserError as error:
+                    if error.code != "adapter_not_resident":
+                        raise
+                    self.engine_lost(name, info.content_hash)
+                else:
+                    return info
+        except BaseException:
+            self._pinned.discard(name)
+            raise
+        self._pinned.discard(name)
+        raise changing(name)
+
+    async def unpin(self, name: str) -> None:
+        """Let others take its place again; a name that is not pinned stays as it is."""
+        await self._disk.look(name, self.path, name)
+        self._pinned.discard(name)
+        loaded = self._loaded.held(name)
+        if loaded is not None and self._is_current(loaded):
+            await self._follow_pins(loaded.info.content_hash)
+
+    def use(self, name: str) -> None:
+        """A request with this adapter begins to run."""
+        uses = self._uses.pop(name, None) or Uses()  # last used last
+        self._uses[name] = Uses(uses.num_uses + 1, time.time())
+        if len(self._uses) > MAX_KNOWN:
+            del self._uses[next(iter(self._uses))]
+
+    def uses(self, name: str) -> Uses:
+        return self._uses.get(name, Uses())
+
+    def is_pinned(self, name: str) -> bool:
+        return name in self._pinned
+
+    def is_loading(self, name: str) -> bool:
+        return any(loading == name for loading, _ in self._loading)
+
+    def known(self, name: str) -> AdapterInfo | None:
+        """What `name` was when it was last loaded, whoever holds that now."""
+        loaded = self._loaded.known(name)
+        return loaded.info if loaded is not None else None
 
     async def register(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
         """Load the directory `path`, then give `name` to it; a name that is taken is refused unless `replace`.
@@ -142,7 +212,7 @@ class AdapterStore:
 
     async def _register(self, name: str, claim: tuple[Path, object]) -> AdapterInfo:
         try:
-            loaded = await self._load(name, claim[0])
+            loaded = await self._load(name, claim[0], reads=True)
             # Another load of the same directory under this name may have ended first, and given up the claim.
             if self._claims.get(name, (self._registered.get(name),))[0] != claim[0]:
                 await self._release(loaded)
@@ -165,14 +235,29 @@ class AdapterStore:
         self._registered.pop(name, None)
         if is_folder:
             self._unloaded.add(name)
-        loaded = self._loaded.pop(name, None)
+        self._pinned.discard(name)
+        loaded = self._loaded.forget(name)
         if loaded is not None:
             await self._release(loaded)
         logger.info("adapter %r: unloaded", name)
 
-    async def _load_named(self, name: str, directory: Path) -> None:
+    def _begin_load(self, name: str, directory: Path, is_prefetch: bool = False) -> asyncio.Task[None]:
+        """The load of a name that is under way, or one that begins now."""
+        key = (name, directory)
+        if key not in self._loading:
+            self._loading[key] = _start(self._load_named(name, directory, is_prefetch))
+        return self._loading[key]
+
+    def _load_pinned_again(self) -> None:
+        """An engine that was started again holds nothing: pinned adapters do not wait for a request of their own."""
+        if self._pins_of != self._engine.generation:
+            self._pins_of = self._engine.generation
+            for name in self._pinned:
+                _start(self.resolve(name))
+
+    async def _load_named(self, name: str, directory: Path, is_prefetch: bool) -> None:
         try:
-            loaded = await self._load(name, directory)
+            loaded = await self._load(name, directory, is_prefetch=is_prefetch)
             try:
                 folder = await self._disk.look(name, self._folder, name)
             except UserError:
@@ -185,8 +270,8 @@ class AdapterStore:
         finally:
             del self._loading[name, directory]
 
-    async def _load(self, name: str, directory: Path) -> _Loaded:
-        """Load what is in `directory` once it holds still."""
+    async def _load(self, name: str, directory: Path, *, reads: bool = False, is_prefetch: bool = False) -> Loaded:
+        """Load what is in `directory` once it holds still; where it `reads`, also what seems to be what it was."""
         start = time.monotonic()
         for _ in range(MAX_CHANGES):
             stamp = await self._disk.look(name, stamp_of, directory)
@@ -196,36 +281,51 @@ class AdapterStore:
                 if await self._disk.look(name, stamp_of, directory) != stamp:
                     continue
             try:
-                info = await self._engine.load_adapter(name, str(directory))
+                known = self._loaded.known(name)
+                is_same = known is not None and (known.directory, known.stamp) == (directory, stamp) and not reads
+                before = known.info if known is not None and is_same else None
+                info = await self._engine.load_adapter(
+                    name, str(directory), before, is_pinned=name in self._pinned, is_prefetch=is_prefetch
+                )
             except UserError as error:
                 if await self._disk.look(name, stamp_of, directory) == stamp:
                     logger.info("adapter %r: not loaded: %s", name, error)
                     raise
                 continue
-            loaded = _Loaded(directory, stamp, self._engine.generation, info)
+            if name in self._pinned:
+                self._pinned_hashes.add(info.content_hash)
+            loaded = Loaded(directory, stamp, self._engine.generation, info)
             if await self._disk.look(name, stamp_of, directory) == stamp:
                 seconds = time.monotonic() - start
+                self._observe_load_s(seconds)
                 logger.info("adapter %r: loaded %s (%.2f s)", name, info.content_hash[:12], seconds)
                 return loaded
             await self._release(loaded)
         raise changing(name)
 
-    async def _keep(self, name: str, loaded: _Loaded) -> None:
-        before = self._loaded.get(name)
-        self._loaded[name] = loaded
+    async def _keep(self, name: str, loaded: Loaded) -> None:
+        before = self._loaded.keep(name, loaded)
         if before is not None:
             await self._release(before)
 
-    async def _release(self, loaded: _Loaded) -> None:
+    async def _release(self, loaded: Loaded) -> None:
         """Let the engine forget an adapter that no name means any more."""
         if not self._is_current(loaded):
             return
         content_hash = loaded.info.content_hash
-        if all(other.info.content_hash != content_hash for other in self._loaded.values()):
-            with contextlib.suppress(EngineDeadError):
+        with contextlib.suppress(EngineDeadError):
+            if self._loaded.names_of(content_hash):
+                await self._follow_pins(content_hash)
+            else:
                 await self._engine.unload_adapter(content_hash)
 
-    def _is_current(self, loaded: _Loaded) -> bool:
+    async def _follow_pins(self, content_hash: str) -> None:
+        """An adapter stays pinned while one of its names is."""
+        if content_hash in self._pinned_hashes and not self._loaded.names_of(content_hash) & self._pinned:
+            self._pinned_hashes.discard(content_hash)
+            await self._engine.pin_adapter(content_hash, False)
+
+    def _is_current(self, loaded: Loaded) -> bool:
         return loaded.generation == self._engine.generation
 
     def _look_up(self, name: str) -> tuple[Path, Stamp]:
@@ -251,6 +351,16 @@ class AdapterStore:
 
     def _folders(self) -> list[str]:
         return [name for name in self._paths.folders() if name not in self._unloaded]
+
+
+@contextlib.contextmanager
+def _unless_nobody_would_have_waited() -> Iterator[None]:
+    """A request that joined a prefetch which found no room waits for room by itself."""
+    try:
+        yield
+    except UserError as error:
+        if error.code != NO_IDLE_ROOM:
+            raise
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

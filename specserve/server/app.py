@@ -25,17 +25,17 @@ from ..model.store import DEFAULT_MODEL, resolve_model
 from ..text.tokenizer import TextTokenizer
 from .access.keys import KeyRing
 from .activity_log import summarize
+from .adapter_routes import AdapterRoutes
 from .adapter_store import AdapterStore
 from .connections import Connections, raise_handle_limit
 from .console import say, settle
 from .engine_client.client import EngineClient
 from .generation.generator import Generator
-from .http_body import convert, json_response, read_json
+from .http_body import json_response
 from .lorax.api import LoraxRoutes
 from .metrics import Metrics
 from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
-from .openai.request_types import LoadAdapterRequest, UnloadAdapterRequest
 from .openapi import openapi_document
 from .routes import add_routes
 
@@ -56,7 +56,9 @@ class Server:
         )
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name
-        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name)
+        observe_load_s = self.metrics.adapter_load.observe
+        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s)
+        self.engine.on_adapters_left = self.store.adapters_left
         self._model_dir = model_dir
         self.keys = KeyRing(config)
         self.middlewares = Middlewares(config, self.keys, self.metrics)
@@ -72,8 +74,6 @@ class Server:
 
         app.on_cleanup.append(close)
         own = {
-            "load_adapter": self._load_adapter,
-            "unload_adapter": self._unload_adapter,
             "health": self._health,
             "root": self._health,
             "ready": self._ready,
@@ -81,7 +81,9 @@ class Server:
             "metrics": self._metrics,
             "openapi": self._openapi,
         }
-        add_routes(app, {**own, **OpenAIRoutes(generator).handlers(), **LoraxRoutes(generator).handlers()})
+        adapters = AdapterRoutes(self.store, self.engine, self.config.read_timeout_s)
+        others = (OpenAIRoutes(generator), LoraxRoutes(generator), adapters)
+        add_routes(app, own | {name: handler for routes in others for name, handler in routes.handlers().items()})
         return app
 
     async def serve_until(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
@@ -139,19 +141,7 @@ class Server:
         while self.middlewares.num_in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
 
-    # -- routes beside OpenAI's
-
-    async def _load_adapter(self, request: web.Request) -> web.Response:
-        value = await read_json(request, 2**20, self.config.read_timeout_s)
-        body = convert(value, LoadAdapterRequest)
-        info = await self.store.register(body.lora_name, body.lora_path, replace=body.load_inplace)
-        return json_response({"message": f"adapter {body.lora_name!r} is loaded", "adapter": info})
-
-    async def _unload_adapter(self, request: web.Request) -> web.Response:
-        value = await read_json(request, 2**20, self.config.read_timeout_s)
-        body = convert(value, UnloadAdapterRequest)
-        await self.store.unregister(body.lora_name)
-        return json_response({"message": f"adapter {body.lora_name!r} is unloaded"})
+    # -- routes about the server
 
     async def _health(self, request: web.Request) -> web.Response:
         state = self.engine.state

@@ -19,8 +19,9 @@ CUMULATIVE = (
     *(f"engine_{name}".encode() for name in
       ("num_steps", "num_preemptions", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "draft_tokens",
        "accepted_draft_tokens", "num_kernel_builds", "cuda_graph_capture_seconds", "num_eager_parts",
-       "num_undrafted_steps", "num_grammars_compiled", "num_grammar_cache_hits", "grammar_compile_seconds",
-       "grammar_mask_seconds", "drafted_by_source", "accepted_by_source")),
+       "num_undrafted_steps", "num_adapter_loads", "num_adapter_reads", "num_adapter_evictions", "num_adapters_asked",
+       "num_adapter_waits", "adapter_wait_seconds", "num_grammars_compiled", "num_grammar_cache_hits",
+       "grammar_compile_seconds", "grammar_mask_seconds", "drafted_by_source", "accepted_by_source")),
     b"speculation_drafted", b"speculation_accepted",
 )  # fmt: skip
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -46,6 +47,12 @@ class Metrics:
         self.generated_tokens = self._counter("generated_tokens", "tokens generated", "model")
         self.draft_tokens = self._counter("draft_tokens", "draft tokens verified", "model")
         self.accepted_draft_tokens = self._counter("accepted_draft_tokens", "draft tokens kept", "model")
+        self.adapter_load = Histogram(
+            "specserve_adapter_load_seconds",
+            "from a load's begin to its end, its wait for room included",
+            buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
+        )
         self.finished = self._counter("finished_sequences", "sequences by the reason they ended", "reason")
         self._engine: dict[str, Gauge] = {}
         self._sources = {

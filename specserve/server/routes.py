@@ -21,6 +21,7 @@ from .lorax.types import (
     SimpleToken,
 )
 from .openai.request_types import (
+    AdapterNameRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -29,6 +30,7 @@ from .openai.request_types import (
     UnloadAdapterRequest,
 )
 from .openai.response_types import (
+    AdapterList,
     AdapterLoadedResponse,
     ChatChunk,
     ChatResponse,
@@ -119,6 +121,19 @@ ROUTES = (
     Route(
         "POST", "/v1/unload_lora_adapter", "unload_adapter", "Take a name away", (*POST, 404),
         UnloadAdapterRequest, MessageResponse, access="admin",
+    ),
+    Route("GET", "/v1/adapters", "adapters", "Adapters, where they lie and their use", GET, answer=AdapterList),
+    Route(
+        "POST", "/v1/pin_lora_adapter", "pin_adapter", "Load an adapter and keep it loaded", (*POST, 404, 409),
+        AdapterNameRequest, AdapterLoadedResponse, access="admin",
+    ),
+    Route(
+        "POST", "/v1/unpin_lora_adapter", "unpin_adapter", "Let it make room again", (*POST, 404),
+        AdapterNameRequest, MessageResponse, access="admin",
+    ),
+    Route(
+        "POST", "/v1/prefetch_lora_adapter", "prefetch_adapter", "Begin to load an adapter if idle ones make room",
+        (*POST, 404), AdapterNameRequest, MessageResponse, access="admin",
     ),
     Route("GET", "/health", "health", "200 while the engine serves", STATE, answer=StateResponse, access="open"),
     Route("GET", "/ready", "ready", "503 during shutdown too", STATE, answer=StateResponse, access="open"),

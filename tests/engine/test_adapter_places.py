@@ -1,23 +1,21 @@
-"""More adapters than places: they wait in order, those in use make room, and nobody is refused for it."""
+"""Adapters on their way into the engine: in order, bounded, and nothing stays reserved for what did not come."""
 
 from __future__ import annotations
 
-import threading
-import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-from peft_adapters import make_peft_adapter
-from server_fixture import ServerProcess
-from tiny_models import make_tiny_model
 
-from specserve.adapters import registry as adapter_registry
+from specserve.adapters import rooms
 from specserve.adapters.registry import AdapterRegistry
 from specserve.engine import adapter_loads
 from specserve.engine.adapter_loads import AdapterLoads
-from specserve.errors import OverloadedError, UserError
+from specserve.engine.adapter_memory import AdapterMemory
+from specserve.errors import NO_IDLE_ROOM, AdapterError
 from specserve.messages import AdapterLoaded, CallFailed, LoadAdapter
+
+SIZE = 10
 
 
 class Clock:
@@ -27,170 +25,206 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def clock():
-    return Clock()
+class Threads:
+    """A pool whose work is done when the test says so."""
+
+    def __init__(self):
+        self.work = []
+
+    def submit(self, work, load):
+        self.work.append((Future(), work, load))
+        return self.work[-1][0]
+
+    def run(self, num=1):
+        for future, work, load in [self.work.pop(0) for _ in range(min(num, len(self.work)))]:
+            try:
+                future.set_result(work(load))
+            except Exception as error:
+                future.set_exception(error)
 
 
-@pytest.fixture
-def registry(clock):
-    return AdapterRegistry(2, clock)
+class Engine:
+    """An engine for two adapters whose files are their names; `host` bytes beside its device."""
 
+    def __init__(self, host_bytes=None):
+        self.clock, self.reads, self.uploads, self.pinned = Clock(), [], [], []
+        self.registry = AdapterRegistry(2, self.clock, max_bytes=3 * SIZE)
+        host = AdapterRegistry(99, self.clock, max_bytes=host_bytes) if host_bytes else None
+        self.memory = AdapterMemory(self.registry, self.read, lambda path: SIZE, host, self.upload)
+        self.loads = AdapterLoads(self, lambda: None, self.clock)
+        self.threads = self.loads._readers = Threads()
+        self.size = {}
 
-def adapter(name):
-    return SimpleNamespace(content_hash=name)
+    def read(self, name, path):
+        self.reads.append(name)
+        if name.startswith("bad"):
+            raise AdapterError("bad weights")
+        if name.startswith("bug"):
+            raise ZeroDivisionError
+        return SimpleNamespace(content_hash=name[0], num_bytes=self.size.get(name, SIZE))
 
+    def upload(self, adapter):
+        self.uploads.append(adapter.content_hash)
+        return adapter
 
-def fill(registry, clock):
-    for name in "ab":
-        assert registry.place(adapter(name)) == []
-        registry.acquire(name)
-        clock.now += 0.1
-    clock.now += adapter_registry.STAY_S
+    def place_adapter(self, brought, is_pinned):
+        self.registry.take_left()
+        if not brought.room.is_held:
+            self.registry.put(brought.adapter, brought.room, brought.load_s)
+        return brought.adapter.content_hash
 
+    def load(self, name, **fields):
+        assert self.loads.submit(LoadAdapter(name, name, "/x", **fields)) == []
 
-def test_the_longest_resident_makes_room_and_comes_back_behind_who_waits(registry, clock):
-    fill(registry, clock)
-    registry.acquire("a")
-    assert registry.place(adapter("c")) is None
-    with pytest.raises(UserError) as refused:
-        registry.acquire("a")
-    assert refused.value.code == "adapter_not_resident"
-    registry.acquire("b")  # one makes room, not both
-    assert not registry.release("a")  # one request of a is left
-    assert registry.place(adapter("c")) is None and not registry.is_staying("a") and registry.is_staying("b")
-    assert registry.release("a") and registry.place(adapter("c")) == []
-    registry.acquire("c")
-    assert registry.place(adapter("a")) is None  # c has only just come: b is asked
-    assert registry.is_staying("c") and not registry.is_staying("b")
+    def place(self):
+        """Call ids of loads that have ended well, and the errors of others."""
+        answers = self.loads.place()
+        failed = {answer.call_id: answer.error for answer in answers if isinstance(answer, CallFailed)}
+        return [answer.call_id for answer in answers if isinstance(answer, AdapterLoaded)], failed
 
-
-def test_an_adapter_waits_for_the_request_that_it_was_loaded_for(registry, clock):
-    registry.place(adapter("a"))
-    registry.place(adapter("b"))
-    registry.acquire("b")
-    registry.release("b")
-    assert registry.place(adapter("c")) == ["b"]  # idle; a was not used yet
-    registry.acquire("c")
-    assert registry.place(adapter("d")) is None
-    clock.now += adapter_registry.ARRIVAL_S
-    assert registry.place(adapter("d")) == ["a"]
-
-
-def test_where_one_request_goes_on_for_long_another_adapter_is_asked(registry, clock):
-    fill(registry, clock)
-    assert registry.place(adapter("c")) is None and not registry.is_staying("a")
-    clock.now += adapter_registry.PATIENCE_S
-    assert registry.place(adapter("c")) is None and not registry.is_staying("b")
-    assert registry.release("b") and registry.place(adapter("c")) == []
-    registry.place(adapter("a"))  # nobody waits: it stays after all
-    registry.acquire("a")
-
-
-def test_loads_are_placed_in_order_few_are_read_and_late_ones_are_refused(registry, clock, monkeypatch):
-    fill(registry, clock)
-    reads = []
-
-    def place_adapter(loaded):
-        evicted = registry.place(loaded)
-        return None if evicted is None else loaded.content_hash
-
-    engine = SimpleNamespace(
-        registry=registry,
-        place_adapter=place_adapter,
-        read_adapter=lambda name, path: reads.append(name) or adapter(name),
-    )
-    loads = AdapterLoads(engine, lambda: None, clock)
-    loads._readers = SimpleNamespace(submit=_now)
-    trimmed = []
-    monkeypatch.setattr(adapter_loads, "give_memory_back", lambda: trimmed.append(len(reads)))
-    for idx, name in enumerate("cdefgh"):
-        assert loads.submit(LoadAdapter(idx, name, "/x")) == []
-    assert reads == list("cdef") and loads.place() == [] and loads.is_waiting
-    assert trimmed == [1, 2, 3, 4]  # behind every read
-    registry.release("a")
-    assert [answer.call_id for answer in loads.place()] == [0] and reads == list("cdefg")
-    registry.acquire("c")
-    assert loads.place() == []
-    registry.release("b")
-    assert [answer.call_id for answer in loads.place()] == [1]
-    clock.now += adapter_loads.WAIT_S + 1
-    answers = loads.place()
-    assert [answer.call_id for answer in answers if isinstance(answer, AdapterLoaded)] == [2]  # d's request never came
-    late = [answer for answer in answers if isinstance(answer, CallFailed)]
-    assert [answer.call_id for answer in late] == [3, 4, 5] and not loads.is_waiting
-    assert late[0].error.status == 503 and "--max-adapters" in late[0].error.message
-    for idx in range(adapter_loads.MAX_LOADS):
-        assert loads.submit(LoadAdapter(idx, "z", "/x")) == []
-    assert loads.submit(LoadAdapter(-7, "z", "/x"))[0].call_id == -7
-
-
-def test_the_wait_for_a_place_begins_when_the_adapter_is_read_and_a_read_without_end_is_refused(registry, clock):
-    reads = []
-    engine = SimpleNamespace(
-        registry=registry,
-        place_adapter=lambda loaded: registry.place(loaded) and None,
-        read_adapter=lambda name, path: adapter(name),
-    )
-    loads = AdapterLoads(engine, lambda: None, clock)
-    loads._readers = SimpleNamespace(submit=lambda read, *args: reads.append((Future(), read, args)) or reads[-1][0])
-    fill(registry, clock)
-    for idx, name in enumerate("cd"):
-        assert loads.submit(LoadAdapter(idx, name, "/x")) == []
-    clock.now += adapter_loads.WAIT_S + 1
-    assert loads.place() == []  # a large adapter on a slow disk
-    future, read, args = reads[0]
-    future.set_result(read(*args))
-    assert loads.place() == [] and loads.is_waiting
-    clock.now += adapter_loads.WAIT_S + 1
-    (late,) = loads.place()
-    assert late.call_id == 0 and "found no place in 60 s" in late.error.message
-    clock.now += adapter_loads.READ_S
-    (late,) = loads.place()
-    assert late.call_id == 1 and late.error.status == 503 and "not read in 600 s" in late.error.message
-
-
-def _now(read, *args):
-    future = Future()
-    future.set_result(read(*args))
-    return future
-
-
-def test_an_engine_used_directly_refuses_at_once(registry, clock):
-    fill(registry, clock)
-    with pytest.raises(OverloadedError, match="--max-adapters"):
-        registry.add(adapter("c"))
-    registry.release("b")
-    assert registry.add(adapter("c")) == ["b"]
-
-
-def test_a_third_adapter_is_served_beside_steady_traffic_on_two(tmp_path_factory):
-    model_dir = make_tiny_model(tmp_path_factory.mktemp("model"))
-    root = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate("abc"):
-        make_peft_adapter(model_dir, root / name, r=4 + seed, seed=seed, std=0.3)
-    server = ServerProcess(model_dir, "--adapters-dir", str(root), "--max-adapters", "2").wait_ready()
-    try:
-        golden = {name: server.complete(model=name, max_tokens=120)["text"] for name in "abc"}
-        stop, texts = threading.Event(), []
-
-        def ask(name):
-            while not stop.is_set():
-                texts.append((name, server.complete(model=name, max_tokens=120)["text"]))
-
-        # Several clients each, so that neither adapter is ever idle.
-        threads = [threading.Thread(target=ask, args=(name,)) for name in "aaaabbbb"]
-        for thread in threads:
-            thread.start()
-        time.sleep(1.0)
+    def bring(self, name, **fields):
+        self.load(name, **fields)
         for _ in range(3):
-            start = time.monotonic()
-            assert server.complete(model="c", max_tokens=120)["text"] == golden["c"]
-            assert time.monotonic() - start < 30
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert {name for name, _ in texts} == {"a", "b"} and all(text == golden[name] for name, text in texts)
-        server.wait_baseline()
-    finally:
-        server.stop()
+            self.threads.run()
+            if done := self.place()[0]:
+                assert done == [name]
+                return
+        raise AssertionError(name)
+
+    def fill(self):
+        for name in "ab":
+            self.bring(name)
+            self.registry.acquire(name)
+        self.clock.now += rooms.STAY_S
+
+
+@pytest.fixture
+def engine():
+    return Engine()
+
+
+def test_loads_get_room_in_order_and_what_waits_is_not_read_yet(engine):
+    engine.fill()
+    for name in "cde":
+        engine.load(name)
+    engine.threads.run(3)
+    assert engine.place() == ([], {}) and engine.loads.is_waiting and engine.reads == ["a", "b"]
+    engine.registry.release("a")
+    assert engine.place() == ([], {}) and len(engine.threads.work) == 1
+    engine.threads.run()
+    assert engine.place() == (["c"], {}) and engine.reads == ["a", "b", "c"]
+    engine.registry.acquire("c")
+    engine.registry.release("b")
+    engine.place()
+    engine.threads.run()
+    assert engine.place() == (["d"], {}) and set(engine.registry.adapters) == {"c", "d"}
+
+
+def test_while_others_get_room_no_wait_is_too_long_and_then_it_is(engine):
+    engine.fill()
+    for name in "cd":
+        engine.load(name)
+    engine.threads.run(2)
+    engine.place()
+    engine.clock.now += adapter_loads.WAIT_S - 1
+    engine.registry.release("a")
+    engine.place()
+    engine.threads.run()
+    assert engine.place() == (["c"], {})
+    engine.registry.acquire("c")
+    engine.clock.now += adapter_loads.WAIT_S - 1
+    assert engine.place() == ([], {})
+    engine.clock.now += 2
+    done, failed = engine.place()
+    assert not done and failed["d"].status == 503 and not engine.loads.is_waiting
+    assert "2 of 2 places" in failed["d"].message and "--max-adapters" in failed["d"].message
+    assert engine.registry.num_waiting == 0 and engine.registry.size_bytes == 2 * SIZE
+    engine.registry.acquire("b")  # nobody waits for its place any more
+
+
+def test_a_load_that_fails_gives_back_what_it_reserved(engine):
+    engine.load("bad")
+    engine.load("bug")
+    assert engine.registry.size_bytes == 0
+    engine.threads.run(2)
+    _, failed = engine.place()
+    assert failed["bad"].message == "bad weights" and failed["bug"].code == "adapter_load_failed"
+    assert engine.registry.size_bytes == 0
+    engine.bring("a")
+    engine.size["big"] = 4 * SIZE  # more than its header said, and than there may be
+    engine.load("big")
+    engine.threads.run()
+    assert "takes 40 bytes" in engine.place()[1]["big"].message and engine.registry.size_bytes == SIZE
+
+
+def test_a_read_without_end_is_refused_and_its_room_comes_back_when_it_ends(engine):
+    engine.load("a")
+    future, work, load = engine.threads.work.pop()
+    engine.load("b")
+    engine.threads.run()
+    assert engine.place() == (["b"], {})  # it is not held up
+    engine.clock.now += adapter_loads.READ_S + 1
+    assert "not read in 600 s" in engine.place()[1]["a"].message
+    result = work(load)
+    assert engine.registry.size_bytes == 2 * SIZE
+    future.set_result(result)
+    engine.place()
+    assert engine.registry.size_bytes == SIZE and not engine.loads._given_up
+
+
+def test_two_loads_of_known_content_read_it_once(engine):
+    engine.load("a1", content_hash="a", size_bytes=SIZE)
+    engine.load("a2", content_hash="a", size_bytes=SIZE)
+    engine.threads.run(2)
+    assert engine.place() == (["a1"], {})
+    engine.threads.run()
+    assert engine.place() == (["a2"], {}) and engine.reads == ["a1"] and engine.registry.size_bytes == SIZE
+    engine.bring("a3")  # unknown content, which turns out to be there
+    assert engine.registry.size_bytes == SIZE and engine.registry.counts.num_loads == 1
+
+
+def test_a_prefetch_takes_no_room_of_adapters_in_use_and_does_not_wait(engine):
+    engine.fill()
+    engine.load("c", is_prefetch=True)
+    engine.threads.run()
+    assert engine.place()[1]["c"].code == NO_IDLE_ROOM and not engine.loads.is_waiting
+    engine.registry.release("a")
+    engine.bring("c", is_prefetch=True)
+    assert set(engine.registry.adapters) == {"b", "c"}
+
+
+def test_too_many_loads_are_refused(engine, monkeypatch):
+    monkeypatch.setattr(adapter_loads, "MAX_LOADS", 2)
+    engine.load("a")
+    engine.load("b")
+    (refused,) = engine.loads.submit(LoadAdapter(7, "c", "/x"))
+    assert refused.call_id == 7 and refused.error.status == 503
+
+
+def test_beside_a_device_copies_stay_in_main_memory_and_are_not_read_again():
+    engine = Engine(host_bytes=3 * SIZE)
+    host = engine.memory.host
+    for name in "abc":
+        engine.bring(name)
+        engine.registry.acquire(name)
+        engine.registry.release(name)
+    assert set(engine.registry.adapters) == {"b", "c"} and set(host.adapters) == {"a", "b", "c"}
+    engine.bring("a", content_hash="a", size_bytes=SIZE)
+    assert engine.reads == ["a", "b", "c"] and engine.uploads == ["a", "b", "c", "a"]
+    engine.bring("d")  # a copy leaves main memory for it, whether or not the device has that adapter
+    assert len(host.adapters) == 3 and host.size_bytes == 3 * SIZE and not host.num_refs
+    engine.memory.unload("d")
+    engine.registry.take_left()
+    assert "d" not in engine.registry.adapters and host.size_bytes == 2 * SIZE
+
+
+def test_a_load_that_ends_between_main_memory_and_device_gives_back_both():
+    engine = Engine(host_bytes=9 * SIZE)
+    engine.fill()
+    engine.load("c")
+    engine.threads.run()
+    engine.place()
+    assert engine.loads.is_waiting and engine.memory.host.num_refs == 1  # it is in main memory, and waits
+    engine.clock.now += adapter_loads.WAIT_S + 1
+    assert engine.place()[1]["c"].status == 503
+    assert engine.memory.host.num_refs == 0 and engine.registry.size_bytes == 2 * SIZE

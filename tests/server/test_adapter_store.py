@@ -13,7 +13,7 @@ import pytest
 
 from specserve import adapter_files
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, ChangingError, content_hash, open_adapter
-from specserve.errors import AdapterError, UserError
+from specserve.errors import NO_IDLE_ROOM, AdapterError, OverloadedError, UserError
 from specserve.messages import AdapterInfo
 from specserve.server import adapter_store
 from specserve.server.adapter_store import AdapterStore
@@ -25,11 +25,17 @@ class FakeEngine:
     def __init__(self):
         self.generation = 1
         self.num_loads = 0
+        self.befores: list[str | None] = []  # what the store said was there
         self.held: set[str] = set()
+        self.pinned: set[str] = set()
+        self.is_full = False  # of adapters in use
         self.during = None
 
-    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+    async def load_adapter(self, name, path, before=None, *, is_pinned=False, is_prefetch=False) -> AdapterInfo:
         self.num_loads += 1
+        self.befores.append(before and before.content_hash)
+        if is_prefetch and self.is_full:
+            raise OverloadedError("no idle adapter makes room", code=NO_IDLE_ROOM)
         with open_adapter(Path(path), name) as files:
             if WEIGHTS_FILE not in files.paths:
                 raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}")
@@ -40,10 +46,18 @@ class FakeEngine:
         if text == b"bad":
             raise AdapterError("bad weights")
         self.held.add(info.content_hash)
+        if is_pinned:
+            self.pinned.add(info.content_hash)
         return info
 
     async def unload_adapter(self, adapter_hash: str) -> None:
         self.held.discard(adapter_hash)
+        self.pinned.discard(adapter_hash)
+
+    async def pin_adapter(self, adapter_hash: str, is_pinned: bool) -> None:
+        if is_pinned and adapter_hash not in self.held:
+            raise UserError("not loaded", code="adapter_not_resident")
+        (self.pinned.add if is_pinned else self.pinned.discard)(adapter_hash)
 
 
 def make(path: Path, weights: str) -> Path:
@@ -293,9 +307,9 @@ async def test_a_folder_that_goes_away_during_its_load_is_the_users_error(store,
     path = make(root / "a", "one")
     real = engine.load_adapter
 
-    async def gone(name, directory):
+    async def gone(name, directory, before, **how):
         shutil.rmtree(path, ignore_errors=True)
-        return await real(name, directory)
+        return await real(name, directory, before, **how)
 
     engine.load_adapter = gone
     with pytest.raises(UserError) as failed:
@@ -391,3 +405,60 @@ async def test_a_process_that_is_out_of_handles_does_not_blame_the_adapter(store
             with pytest.raises(UserError, match="Too many open files") as failed:
                 await store.resolve("a")
         assert (failed.value.status, failed.value.code) == (503, "overloaded")
+
+
+async def test_what_the_engine_let_go_of_is_asked_for_by_its_content_unless_files_changed(store, engine, root):
+    path = make(root / "a", "one")
+    one = await store.resolve("a")
+    store.adapters_left([one.content_hash, "unknown"])
+    assert store.known("a") == one and await store.resolve("a") == one
+    assert engine.befores == [None, one.content_hash]
+    make(path, "two")
+    store.adapters_left([one.content_hash])
+    assert (await store.resolve("a")).content_hash != one.content_hash and engine.befores[2:] == [None]
+
+
+async def test_a_pin_follows_its_name_and_goes_with_it(store, engine, root):
+    path, other = make(root / "a", "one"), make(root / "b", "one")
+    one = (await store.pin("a")).content_hash
+    assert engine.pinned == {one} and store.is_pinned("a") and not store.is_pinned("b")
+    await store.resolve("b")
+    make(path, "two")
+    two = (await store.resolve("a")).content_hash
+    assert engine.pinned == {two} and engine.held == {one, two}  # b means the old content, and is not pinned
+    engine.generation, engine.held, engine.pinned = 2, set(), set()
+    await store.resolve("b")  # any request after a new engine serves
+    while engine.pinned != {two}:
+        await asyncio.sleep(0.01)
+    make(other, "two")
+    await store.resolve("b")
+    await store.pin("b")
+    await store.unpin("b")
+    assert engine.pinned == {two}  # by its other name
+    await store.unregister("a")
+    assert not engine.pinned and not store.is_pinned("a")
+    with pytest.raises(UserError) as unknown:
+        await store.pin("a")
+    assert unknown.value.status == 404 and not store.is_pinned("a")
+
+
+async def test_a_pin_of_what_leaves_at_once_loads_it_again(store, engine, root):
+    make(root / "a", "one")
+    one = await store.resolve("a")
+    engine.held.clear()
+    assert await store.pin("a") == one and engine.pinned == {one.content_hash} and engine.num_loads == 2
+
+
+async def test_a_prefetch_begins_a_load_that_requests_join_and_a_full_engine_keeps_none_waiting(store, engine, root):
+    make(root / "a", "one")
+    assert await store.prefetch("a") is False and store.is_loading("a")
+    await store.resolve("a")
+    assert engine.num_loads == 1 and await store.prefetch("a") is True
+    make(root / "b", "two")
+    engine.is_full = True
+    assert await store.prefetch("b") is False
+    await store.resolve("b")  # joins it, and then waits by itself
+    assert engine.num_loads == 3 and not store.is_loading("b")
+    with pytest.raises(UserError) as unknown:
+        await store.prefetch("c")
+    assert unknown.value.status == 404

@@ -39,6 +39,9 @@ class Store:
     def engine_lost(self, name, content_hash):
         pass
 
+    def use(self, name):
+        pass
+
 
 class Engine:
     """Has let go of the adapter the first `num_refusals` times that it is asked for; `meanwhile` happens then."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -22,14 +22,19 @@ from ...messages import (
     Abort,
     AdapterInfo,
     AdapterLoaded,
+    AdaptersLeft,
+    AdapterState,
+    AdapterStates,
     CallDone,
     CallFailed,
     Delta,
     EngineInfo,
     EngineStats,
     GenerateRequest,
+    GetAdapters,
     GetStats,
     LoadAdapter,
+    PinAdapter,
     RequestFailed,
     Stats,
     UnloadAdapter,
@@ -54,6 +59,7 @@ class EngineClient:
         command: list[str] | None = None,
     ):
         self.config = config
+        self.on_adapters_left: Callable[[list[str]], object] = lambda hashes: None  # of the process that serves
         command = command or [sys.executable, "-m", "specserve.engine.process"]
         self._engine = EngineSupervisor(
             lambda: EngineLink.launch(command, config),
@@ -115,12 +121,33 @@ class EngineClient:
             if not finished:
                 engine.send(Abort(request.request_id))
 
-    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """Load the PEFT directory `path`; raises `UserError` when it cannot be served."""
-        return (await self._call(LoadAdapter(next(self._call_ids), name, path))).adapter
+    async def load_adapter(
+        self,
+        name: str,
+        path: str,
+        before: AdapterInfo | None = None,
+        *,
+        is_pinned: bool = False,
+        is_prefetch: bool = False,
+    ) -> AdapterInfo:
+        """Load the PEFT directory `path`; raises `UserError` when it cannot be served.
+
+        `before` is what it was loaded as, if its files are still the same; `LoadAdapter` has the rest.
+        """
+        content_hash, size_bytes = (before.content_hash, before.size_bytes) if before is not None else (None, 0)
+        load = LoadAdapter(next(self._call_ids), name, path, content_hash, size_bytes, is_pinned, is_prefetch)
+        return (await self._call(load)).adapter
 
     async def unload_adapter(self, adapter_hash: str) -> None:
         await self._call(UnloadAdapter(next(self._call_ids), adapter_hash))
+
+    async def pin_adapter(self, adapter_hash: str, is_pinned: bool) -> None:
+        """Raises `UserError` where it is not loaded, and shall be pinned."""
+        await self._call(PinAdapter(next(self._call_ids), adapter_hash, is_pinned))
+
+    async def adapters(self) -> list[AdapterState]:
+        """What the engine holds. Raises `EngineDeadError` while none serves."""
+        return (await self._call(GetAdapters(next(self._call_ids)), patience_s=0.0)).adapters
 
     async def stats(self) -> EngineStats | None:
         """A snapshot of now, or of just before a step that takes long; None while no engine serves."""
@@ -150,7 +177,9 @@ class EngineClient:
         elif isinstance(message, CallFailed):
             if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
                 future.set_exception(from_info(message.error))
-        elif isinstance(message, AdapterLoaded | CallDone):
+        elif isinstance(message, AdaptersLeft):
+            self.on_adapters_left(message.adapter_hashes)
+        elif isinstance(message, AdapterLoaded | AdapterStates | CallDone):
             self._answer(message)
 
     def _take_snapshot(self, message: Stats) -> None:
@@ -159,11 +188,15 @@ class EngineClient:
         self._snapshot = message.stats if checked else msgspec.structs.replace(message.stats, integrity_error=error)
         self._answer(message)
 
-    def _answer(self, message: AdapterLoaded | CallDone | Stats) -> None:
+    def _answer(self, message: AdapterLoaded | AdapterStates | CallDone | Stats) -> None:
         if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
             future.set_result(message)
 
-    async def _call(self, message: LoadAdapter | UnloadAdapter | GetStats, patience_s: float | None = None) -> Any:
+    async def _call(
+        self,
+        message: LoadAdapter | UnloadAdapter | PinAdapter | GetAdapters | GetStats,
+        patience_s: float | None = None,
+    ) -> Any:
         """The answer; asked for once more of the next engine when this one ends meanwhile."""
         for is_last in (False, True):
             engine = await self._engine.link(RESTART_PATIENCE_S if patience_s is None else patience_s)

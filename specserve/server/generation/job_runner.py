@@ -55,6 +55,8 @@ class JobRunner:
         watch = self._metrics.watch(job.adapter or self._base_name, num)
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
+        if job.adapter is not None:
+            self._store.use(job.adapter)
         try:
             async with asyncio.timeout(self._timeout_s), aclosing(self._choices(job)) as deltas:
                 async for idx, delta in deltas:

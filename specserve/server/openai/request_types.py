@@ -147,6 +147,10 @@ class UnloadAdapterRequest(msgspec.Struct, forbid_unknown_fields=True):
     lora_int_id: int | None = None  # vLLM's second way to name it; ignored
 
 
+class AdapterNameRequest(msgspec.Struct, forbid_unknown_fields=True):
+    lora_name: str
+
+
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
     prompt: str | None = None

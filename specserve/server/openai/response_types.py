@@ -193,6 +193,28 @@ class AdapterLoadedResponse(msgspec.Struct, forbid_unknown_fields=True):
     adapter: AdapterInfo
 
 
+class AdapterEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """A name that can be asked for. What is null is not known before the first load."""
+
+    id: str
+    object: Literal["adapter"]
+    tier: Literal["device", "host", "disk"]  # the best memory that holds it; on a CPU steps read host
+    is_loading: bool
+    pinned: bool
+    size_bytes: int | None  # in memory, head and history included
+    content_hash: str | None
+    max_rank: int | None
+    running: int  # requests with this content that run, or wait to
+    uses: int  # requests since the server started
+    last_used: int | None  # seconds since 1970
+    acceptance: float | None  # of drafts that were verified since it was loaded
+
+
+class AdapterList(msgspec.Struct, forbid_unknown_fields=True):
+    object: Literal["list"]
+    data: list[AdapterEntry]
+
+
 class MessageResponse(msgspec.Struct, forbid_unknown_fields=True):
     message: str
 

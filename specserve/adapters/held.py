@@ -1,0 +1,65 @@
+"""What is known of an adapter that a memory holds, of room that was asked for, and of what came of it. Plain values.
+
+The registry alone changes them, under its lock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ARRIVAL_S = 2.0  # how long an adapter that nobody used yet is kept for the request that it was loaded for
+
+
+@dataclass(slots=True, eq=False)
+class Room:
+    """Bytes and a place, for a load that asked for them; reserved for it once `is_granted`.
+
+    `is_held`: the adapter `key` is here already and stays, so nothing was reserved and nothing needs to be read.
+    """
+
+    num_bytes: int
+    asked_at: float
+    key: str | None = None
+    is_granted: bool = False
+    is_held: bool = False
+
+
+@dataclass(slots=True)
+class Held:
+    """An adapter that is here."""
+
+    num_bytes: int
+    load_s: float  # that it took to get here
+    value: float  # `ReuseScores.value` at its last use
+    since: float  # it came, or was given its place again
+    awaited_until: float  # a request that it was loaded for is to come
+    last_used: float
+    num_refs: int = 0  # requests that run with it, or wait to
+    is_pinned: bool = False
+    is_unloaded: bool = False  # it goes with its last request
+    asked_at: float | None = None  # to make room, likewise
+
+    @property
+    def is_staying(self) -> bool:
+        """Whether it takes requests."""
+        return not self.is_unloaded and self.asked_at is None
+
+    def may_go(self, now: float) -> bool:
+        """Whether nobody needs it at this moment."""
+        return not self.num_refs and not self.is_pinned and now >= self.awaited_until
+
+    def stay(self, now: float) -> None:
+        """Take requests, first of all the one that asked for it."""
+        self.is_unloaded, self.asked_at = False, None
+        self.since, self.awaited_until = now, now + ARRIVAL_S
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start."""
+
+    num_loads: int = 0
+    num_evictions: int = 0  # for others, not by name
+    num_asked: int = 0  # adapters in use, to make room
+    num_waits: int = 0  # loads that did not find room at once
+    wait_s: float = 0.0  # of these, those that found room

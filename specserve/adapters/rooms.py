@@ -1,0 +1,194 @@
+"""Who gets room in a memory, and who leaves for it: the half of the registry that decides.
+
+Knows sizes, counts and values of adapters, never the adapters. Any thread may ask. Invariants: held and reserved bytes
+and places are within the limits; what is in use or pinned stays; room is given in the order of asking.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ..errors import OverloadedError, UserError
+from .held import Counts, Held, Room
+from .reuse import ReuseScores
+
+STAY_S = 1.0  # an adapter in use makes room for others after so long at the earliest
+PATIENCE_S = 5.0  # when one that was asked to make room has not, another is asked in its stead
+ASKED_SHARE = 0.25  # of those held that are asked at the same time, however many wait
+ASK_EVERY_S = 0.02  # between looks for some to ask, which go through all that are held
+NO_LIMIT = 1 << 62  # bytes
+
+
+class Rooms:
+    """Room for at most `max_adapters` adapters of at most `max_bytes` together.
+
+    Idle ones make room, the least valuable first. Where too few are idle the least valuable ones in use are asked to:
+    they take no new request, and their server loads them again in turn, behind those that wait already.
+    """
+
+    def __init__(
+        self,
+        max_adapters: int,
+        clock: Callable[[], float] = time.monotonic,
+        max_bytes: int = NO_LIMIT,
+        bytes_flag: str = "--adapter-memory-gib",
+    ):
+        self.max_adapters, self.max_bytes = max_adapters, max_bytes
+        self.counts = Counts()
+        self.scores = ReuseScores()
+        self._clock = clock
+        self.bytes_flag = bytes_flag
+        self._held: dict[str, Held] = {}
+        self._waiting: deque[Room] = deque()
+        self._left: list[str] = []  # of `_held`, until somebody takes note of it
+        self._used_bytes = 0  # held and reserved
+        self._num_reserved = 0
+        self._is_asking, self._next_ask = False, 0.0
+        self.lock = threading.RLock()
+
+    def ask(self, num_bytes: int, key: str | None = None, *, is_patient: bool = True) -> Room:
+        """Room for an adapter, granted at once if idle ones can make it and nobody waits; else it waits if it shall.
+
+        `key` is its content hash, where that is known. Raises `UserError` for what can never be granted.
+        """
+        with self.lock:
+            room = Room(num_bytes, self._clock(), key)
+            if self.is_staying(key) or not self._waiting:
+                if self._take(room):
+                    return room
+            if key not in self._held:
+                self._check_size(num_bytes)
+            if is_patient:
+                self._waiting.append(room)
+                self.counts.num_waits += 1
+            return room
+
+    def grant(self) -> None:
+        """Give room to those that wait, in order, and ask adapters in use to make more; call it now and then."""
+        with self.lock:
+            while self._waiting and self._take(self._waiting[0]):
+                room = self._waiting.popleft()
+                self.counts.wait_s += self._clock() - room.asked_at
+            if self._waiting:
+                self._ask_held()
+            elif self._is_asking:  # whoever waited has given up, or found room elsewhere
+                self._is_asking, self._next_ask = False, 0.0
+                for held in self._held.values():
+                    held.asked_at = None
+
+    def give_back(self, room: Room) -> None:
+        """What was not filled; a room that is not granted yet waits no more."""
+        with self.lock:
+            if room in self._waiting:
+                self._waiting.remove(room)
+            elif room.is_granted and not room.is_held:
+                self._used_bytes -= room.num_bytes
+                self._num_reserved -= 1
+            room.is_granted = False
+
+    def resize(self, room: Room, num_bytes: int) -> None:
+        """What was read has another size than expected. Raises `OverloadedError` where more is not free at once."""
+        with self.lock:
+            self._check_size(num_bytes)
+            if not self._evict(num_bytes - room.num_bytes, 0):
+                raise OverloadedError(f"no room for {num_bytes - room.num_bytes} bytes more; retry shortly", status=503)
+            self._used_bytes += num_bytes - room.num_bytes
+            room.num_bytes = num_bytes
+
+    def _check_size(self, num_bytes: int) -> None:
+        pinned = [held for held in self._held.values() if held.is_pinned]
+        pinned_bytes = sum(held.num_bytes for held in pinned)
+        beside = f", of which pinned adapters hold {pinned_bytes}" if pinned else ""
+        if num_bytes > self.max_bytes - pinned_bytes:
+            raise UserError(
+                f"the adapter takes {num_bytes} bytes in memory, but the limit for all is {self.max_bytes}{beside}; "
+                f"raise {self.bytes_flag}" + (" or unpin some" if pinned else ""),
+                code="adapter_too_large",
+            )
+        if len(pinned) >= self.max_adapters:
+            raise UserError(
+                f"all {self.max_adapters} places are pinned; unpin an adapter or raise --max-adapters",
+                code="adapter_places_pinned",
+                status=503,
+            )
+
+    def _take(self, room: Room) -> bool:
+        """Reserve `room`, evicting idle adapters for it; False, and nobody leaves, when that is not enough."""
+        held = self._held.get(room.key) if room.key is not None else None
+        if held is not None and not held.is_unloaded:
+            held.stay(self._clock())
+            room.is_granted = room.is_held = True
+            return True
+        if not self._evict(room.num_bytes, 1):
+            return False
+        self._used_bytes += room.num_bytes
+        self._num_reserved += 1
+        room.is_granted = True
+        return True
+
+    def _missing(self, num_bytes: int, num_places: int) -> tuple[int, int]:
+        """Bytes and places that are not free for so many more."""
+        num_used = len(self._held) + self._num_reserved
+        return self._used_bytes + num_bytes - self.max_bytes, num_used + num_places - self.max_adapters
+
+    def _evict(self, num_bytes: int, num_places: int) -> bool:
+        bytes_missing, places_missing = self._missing(num_bytes, num_places)
+        if bytes_missing <= 0 and places_missing <= 0:
+            return True
+        now, victims = self._clock(), []
+        for *_, key in sorted(
+            (held.value, held.last_used, key) for key, held in self._held.items() if held.may_go(now)
+        ):
+            if bytes_missing <= 0 and places_missing <= 0:
+                break
+            victims.append(key)
+            bytes_missing -= self._held[key].num_bytes
+            places_missing -= 1
+        if bytes_missing > 0 or places_missing > 0:
+            return False
+        for key in victims:
+            self._drop(key)
+            self.counts.num_evictions += 1
+        return True
+
+    def _ask_held(self) -> None:
+        """Ask adapters in use to make room for those that wait longest, the least valuable first."""
+        now = self._clock()
+        if now < self._next_ask:
+            return
+        self._is_asking, self._next_ask = True, now + ASK_EVERY_S
+        num_served = max(1, int(len(self._held) * ASKED_SHARE))
+        served = [room for room, _ in zip(self._waiting, range(num_served), strict=False)]
+        bytes_missing, places_missing = self._missing(sum(room.num_bytes for room in served), len(served))
+        can_be_asked = []
+        for key, held in self._held.items():
+            is_leaving = held.asked_at is not None and now - held.asked_at < PATIENCE_S
+            if is_leaving or held.may_go(now):
+                bytes_missing -= held.num_bytes
+                places_missing -= 1
+            elif held.num_refs and held.is_staying and not held.is_pinned and now - held.since >= STAY_S:
+                can_be_asked.append((held.value, held.last_used, key))
+        for *_, key in sorted(can_be_asked):
+            if bytes_missing <= 0 and places_missing <= 0:
+                return
+            held = self._held[key]
+            held.asked_at = now
+            bytes_missing -= held.num_bytes
+            places_missing -= 1
+            self.counts.num_asked += 1
+
+    def _value(self, key: str, load_s: float, num_bytes: int) -> float:
+        return self.scores.value(key, load_s, max(num_bytes / self.max_bytes, 1 / self.max_adapters))
+
+    def _drop(self, content_hash: str) -> None:
+        self._used_bytes -= self._held.pop(content_hash).num_bytes
+        self._left.append(content_hash)
+
+    def is_staying(self, content_hash: str | None) -> bool:
+        """Whether requests for it would be taken now."""
+        with self.lock:
+            held = self._held.get(content_hash) if content_hash is not None else None
+            return held is not None and held.is_staying

@@ -1,0 +1,78 @@
+"""What adapter names were last loaded as, and which of these adapters the engine still holds.
+
+Plain bookkeeping, no files and no engine. What a name was is remembered when the engine has let go of it, so that
+the engine need not read it again where it has a copy. Invariant: a name that is held is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapter_files import Stamp
+from ..messages import AdapterInfo
+
+MAX_KNOWN = 65_536  # names
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    directory: Path
+    stamp: Stamp
+    generation: int  # of the engine process that was asked
+    info: AdapterInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Requests of a name since the server started, and when the last one began, in seconds since 1970."""
+
+    num_uses: int = 0
+    last_used: float = 0.0
+
+
+class LoadedNames:
+    """By name and, for what is held, by content hash."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Loaded] = {}
+        self._held: dict[str, set[str]] = {}  # content hash -> names
+
+    def known(self, name: str) -> Loaded | None:
+        """What the name was when it was last loaded."""
+        return self._known.get(name)
+
+    def held(self, name: str) -> Loaded | None:
+        """The same, while the engine holds that."""
+        loaded = self._known.get(name)
+        return loaded if loaded is not None and name in self._held.get(loaded.info.content_hash, ()) else None
+
+    def names_of(self, content_hash: str) -> frozenset[str]:
+        """Names that mean an adapter which the engine holds."""
+        return frozenset(self._held.get(content_hash, ()))
+
+    def keep(self, name: str, loaded: Loaded) -> Loaded | None:
+        """Note that `name` means this now; what it meant until now, if the engine holds that."""
+        before = self.forget(name)
+        if len(self._known) >= MAX_KNOWN:  # names of folders that have long gone: none of them is worth keeping
+            self._known = {known: one for known, one in self._known.items() if self.held(known) is not None}
+        self._known[name] = loaded
+        self._held.setdefault(loaded.info.content_hash, set()).add(name)
+        return before
+
+    def forget(self, name: str) -> Loaded | None:
+        """Note that `name` means nothing now; what it meant until now, if the engine holds that."""
+        held, known = self.held(name), self._known.pop(name, None)
+        if known is not None and held is not None:
+            self._let_go(name, known.info.content_hash)
+        return held
+
+    def lost(self, content_hash: str) -> None:
+        """The engine no longer holds this."""
+        self._held.pop(content_hash, None)
+
+    def _let_go(self, name: str, content_hash: str) -> None:
+        names = self._held[content_hash]
+        names.discard(name)
+        if not names:
+            del self._held[content_hash]
