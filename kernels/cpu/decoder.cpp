@@ -223,7 +223,7 @@ class Forward {
 
   void shrink_rows(int layer, A* x, std::initializer_list<int> modules) {
     if (!s.row_slots) return;
-    constexpr int ROWS = 4;
+    constexpr int ROWS = 4, SHRINK_START = 16;
     const int chunks = (T + ROWS - 1) / ROWS, num = (int)modules.size();
     for (int i; (i = e.team.next(chunks * num)) >= 0;) {
       const int place = i % num, module = modules.begin()[place];
@@ -233,6 +233,9 @@ class Forward {
         const Lora* lora = lora_of(t, layer, module);
         for (same = 1; same < SHRINK_ROWS && t + same < end && lora_of(t + same, layer, module) == lora;) same++;
         if (!lora) continue;
+        if (t + same < end)
+          if (const Lora* next = lora_of(t + same, layer, module))  // a stream that the CPU does not foresee
+            for (int i = 0; i < SHRINK_START; i++) __builtin_prefetch((const char*)next->a + 64 * i, 0, 3);
         const A* rows[SHRINK_ROWS];
         for (int n = 0; n < same; n++) rows[n] = in.at(t + n, 0);
         float* to = h + (size_t)t * h_stride + place * s.max_rank;
@@ -251,23 +254,37 @@ class Forward {
   // out [num][padded rows][64]: columns of modules with the same inputs, with bias and LoRA.
   void multiply_parts(int layer, const Part* parts, int num, A* x, int row, int rows, float* out) {
     Panel panels[MAX_PANELS];
+    Piece pieces[MAX_PANELS][FEW_ROWS];
     for (int p = 0; p < num; p++) {
-      panels[p] = {&m.layers[layer].modules[parts[p].module], parts[p].panel};
-      fetch_lora(layer, parts[p], row, rows);
+      panels[p] = {&m.layers[layer].modules[parts[p].module], parts[p].panel, parts[p].panel + e.team.size()};
+      if (!s.row_slots) continue;
+      if constexpr (IN_TILES<A>) fetch_lora(layer, parts[p], row, rows);
+      else panels[p].wanted = pieces[p], panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
     }
-    multiply_panels(panels, num, Rows<A>(x, panels[0].matrix->kp, T), row, rows, out, e.team.size());
+    multiply_panels(panels, num, Rows<A>(x, panels[0].matrix->kp, T), row, rows, out);
     for (int p = 0; p < num; p++) finish_part(layer, parts[p], row, rows, out + (size_t)p * pad_rows(rows) * PANEL);
   }
 
-  // Each row's part of B is a short stream that starts cold; the base panel's products hide its way from memory.
-  void fetch_lora(int layer, const Part& part, int row, int rows) {
+  // Each row's part of B is a short stream that starts cold; the base panel's products hide its way from memory. How many.
+  int lora_pieces(int layer, const Part& part, int row, int rows, Piece* pieces) const {
     const Lora* before = nullptr;
+    int num = 0;
     for (int r = 0; r < rows; r++)
       if (const Lora* lora = lora_of(row + r, layer, part.module); lora && lora != before) {
         const char* b = (const char*)((const A*)lora->b + (size_t)part.panel * lora->rank * PANEL);
-        for (size_t i = 0; i < sizeof(A) * lora->rank * PANEL; i += 64) __builtin_prefetch(b + i, 0, 2);
+        pieces[num++] = {b, b + sizeof(A) * lora->rank * PANEL};
         before = lora;
       }
+    return num;
+  }
+
+  void fetch_lora(int layer, const Part& part, int row, int rows) const {
+    for (int r = 0; r < rows; r += FEW_ROWS) {
+      Piece pieces[FEW_ROWS];
+      const int num = lora_pieces(layer, part, row + r, std::min(FEW_ROWS, rows - r), pieces);
+      for (int i = 0; i < num; i++)
+        for (const char* at = pieces[i].at; at < pieces[i].end; at += 64) __builtin_prefetch(at, 0, 2);
+    }
   }
 
   void finish_part(int layer, const Part& part, int row, int rows, float* out) {
@@ -516,8 +533,8 @@ static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, fl
     float* products = (float*)e.products[thread].data;
     for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, rows, [&](int first, int num, int row, int rows) {
       Panel panels[MAX_PANELS];
-      for (int p = 0; p < num; p++) panels[p] = {&matrix, first + p};
-      multiply_panels(panels, num, act, row, rows, products, e.team.size());
+      for (int p = 0; p < num; p++) panels[p] = {&matrix, first + p, first + p + e.team.size()};
+      multiply_panels(panels, num, act, row, rows, products);
       for (int p = 0; p < num; p++)
         for (int r = 0; r < rows; r++)
           memcpy(y + (row + r) * width + (first + p) * PANEL, products + ((size_t)p * pad_rows(rows) + r) * PANEL, 4 * PANEL);

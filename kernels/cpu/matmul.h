@@ -31,10 +31,18 @@ struct Matrix {
   int panels() const { return (n + PANEL - 1) / PANEL; }
 };
 
-// The columns of one panel of a matrix.
+// A piece of memory that is needed soon.
+struct Piece {
+  const char *at, *end;
+};
+
+// The columns of one panel of a matrix; the panel that this thread takes next, unless others are quicker; and what will be
+// read when the products are there.
 struct Panel {
   const Matrix* matrix;
-  int idx;
+  int idx, next;
+  const Piece* wanted = nullptr;
+  int num_wanted = 0;
 };
 
 // Sums of so many rows and blocks of 16 columns stay in registers.
@@ -44,15 +52,43 @@ constexpr int ROWS_AT_ONCE = NATIVE_BF16 ? 6 : 4, BLOCKS_AT_ONCE = 4;
 constexpr int ROWS_AT_ONCE = NATIVE_BF16 ? 6 : 5, BLOCKS_AT_ONCE = 1;
 #endif
 
-// Lines of memory that other products will need, asked for in each step of K, so that memory does not wait for these.
+// Lines of memory that are asked for in each step of K, so that memory does not wait for products. All at once would fill
+// the core's buffers for lines that are on their way, and the products would wait.
 struct Ahead {
-  const char *from, *end;
+  const char *at, *end;
   int lines;  // a step
-
   INLINE_METHOD void step() {
-    for (int i = 0; i < lines; i++) __builtin_prefetch(from + 64 * i, 0, 3);
-    from += 64 * lines;
-    if (from >= end) lines = 0;
+    for (int i = 0; i < lines; i++) __builtin_prefetch(at + 64 * i, 0, 3);
+    at += 64 * lines;
+    if (at >= end) lines = 0;
+  }
+};
+
+// The same of several pieces.
+struct Pieces {
+  const Piece *next, *last;
+  int lines;
+  Piece now = {};
+  INLINE_METHOD void step() {
+    for (int i = 0; i < lines; i++, now.at += 64) {
+      if (now.at >= now.end) {
+        if (next == last) {
+          lines = 0;
+          return;
+        }
+        now = *next++;
+      }
+      __builtin_prefetch(now.at, 0, 3);
+    }
+  }
+};
+
+struct Both {
+  Ahead& panel;
+  Pieces& pieces;
+  INLINE_METHOD void step() {
+    panel.step();
+    pieces.step();
   }
 };
 
@@ -150,9 +186,9 @@ INLINE void multiply(const float* x, int stride, const float* w, int pairs, floa
 // Rows are taken in passes of equal height.
 INLINE int num_passes(int rows) { return (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; }
 
-template <class A, class W, class Next = Nothing>
+template <class A, class W, class Next>
 static void multiply_rows(const A* x, int stride, int rows, const W* w, int pairs, float* tile, const float* scale,
-                          bool first, Next ahead = {}) {
+                          bool first, Next&& ahead) {
   for (int passes = num_passes(rows), r = 0; passes; passes--) {
     const int now = (rows - r + passes - 1) / passes;
     const A* from = x + (size_t)r * stride;
@@ -170,20 +206,30 @@ static void multiply_rows(const A* x, int stride, int rows, const W* w, int pair
 }
 
 // A block of K stays in the first cache level while all rows pass, and the one behind it comes from memory meanwhile: of this
-// panel, or at its end of `next`, which may be null.
+// panel, or at its end of `next`, which may be null. So do the pieces that are wanted behind the products.
 constexpr int BLOCK_PAIRS = 48;
 template <class A, class W>
-static void multiply_blocks(const A* x, int stride, int rows, const W* w, int pairs, float* tile, const W* next) {
-  constexpr int LINES = 2 * PANEL * sizeof(W) / 64, STEPS = sizeof(W) / 2;  // of a pair
-  const int passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE);
-  if (rows == 1 && passes == 1) return multiply_rows(x, stride, rows, w, pairs, tile, nullptr, true);
+static void multiply_blocks(const A* x, int stride, int rows, const W* w, int pairs, float* tile, const W* next,
+                            const Piece* wanted, int num_wanted) {
+  constexpr int LINES = 2 * PANEL * sizeof(W) / 64;  // of a pair
+  const int passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE), steps = pairs * passes * (sizeof(W) / 2);
+  size_t wanted_lines = 0;
+  for (int i = 0; i < num_wanted; i++) wanted_lines += (wanted[i].end - wanted[i].at + 63) / 64;
+  Pieces others{wanted, wanted + num_wanted, (int)((wanted_lines + steps - 1) / steps)};
+  if (rows == 1 && passes == 1) {
+    if (!num_wanted) return multiply_rows(x, stride, rows, w, pairs, tile, nullptr, true, Nothing());
+    return multiply_rows(x, stride, rows, w, pairs, tile, nullptr, true, others);
+  }
   const int blocks = (pairs + BLOCK_PAIRS - 1) / BLOCK_PAIRS, at_once = (pairs + blocks - 1) / blocks;
   for (int p = 0; p < pairs; p += at_once) {
-    const int now = std::min(at_once, pairs - p), then = std::min(at_once, p + now < pairs ? pairs - p - now : next ? pairs : 0);
+    const int now = std::min(at_once, pairs - p), left = pairs - p - now;
     const W* from = w + (size_t)p * 2 * PANEL;
-    const char* ahead = (const char*)(p + now < pairs ? from + now * 2 * PANEL : next);
-    multiply_rows(x + 2 * p, stride, rows, from, now, tile, nullptr, p == 0,
-                  Ahead{ahead, ahead + (size_t)then * LINES * 64, then ? (LINES / STEPS + passes - 1) / passes : 0});
+    const char* ahead = (const char*)(left ? from + now * 2 * PANEL : next);
+    const size_t lines = (size_t)std::min(at_once, left ? left : next ? pairs : 0) * LINES;
+    const int block_steps = now * passes * (sizeof(W) / 2);
+    Ahead base{ahead, ahead + 64 * lines, (int)((lines + block_steps - 1) / block_steps)};
+    if (!others.lines) multiply_rows(x + 2 * p, stride, rows, from, now, tile, nullptr, p == 0, base);
+    else multiply_rows(x + 2 * p, stride, rows, from, now, tile, nullptr, p == 0, Both{base, others});
   }
 }
 
@@ -231,12 +277,12 @@ INLINE const float* group_scales(const Matrix& m, int panel, int group) {
 
 // out [rows][64] = x [rows][kp] * one panel, without bias.
 template <class A>
-static void multiply_panel(const Panel& panel, const A* x, int rows, float* out, int threads) {
+static void multiply_panel(const Panel& panel, const A* x, int rows, float* out) {
   const Matrix& m = *panel.matrix;
   const size_t pairs = m.kp / 2, first = panel.idx * pairs * 2 * PANEL;
   auto multiply_as = [&](auto* data) {
-    auto* next = panel.idx + threads < m.panels() ? data + first + threads * pairs * 2 * PANEL : nullptr;
-    multiply_blocks(x, m.kp, rows, data + first, pairs, out, next);
+    auto* next = panel.next < m.panels() ? data + panel.next * pairs * 2 * PANEL : nullptr;
+    multiply_blocks(x, m.kp, rows, data + first, pairs, out, next, panel.wanted, panel.num_wanted);
   };
   if (m.format == F32) {
     if constexpr (sizeof(A) == 4) multiply_as((const float*)m.data);
@@ -247,7 +293,8 @@ static void multiply_panel(const Panel& panel, const A* x, int rows, float* out,
   alignas(64) bf16 decoded[MAX_GROUP * PANEL];
   for (int g = 0; g * m.group < m.kp; g++) {
     decode_group(m, panel.idx, g, decoded);
-    multiply_rows(x + g * m.group, m.kp, rows, decoded, m.group / 2, out, group_scales(m, panel.idx, g), g == 0);
+    multiply_rows(x + g * m.group, m.kp, rows, decoded, m.group / 2, out, group_scales(m, panel.idx, g), g == 0,
+                  Nothing());
   }
 }
 
@@ -330,9 +377,9 @@ static void multiply_decoded(const Panel& panel, const Rows<bf16>& x, int first_
 #endif
 
 // out [num][padded rows][64] = rows `row` and following of x times each panel, all of matrices with the same kp and format,
-// without bias. So many threads take a panel each.
+// without bias.
 template <class A>
-static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, int row, int rows, float* out, int threads) {
+static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, int row, int rows, float* out) {
   const Matrix& m = *panels[0].matrix;
 #if NATIVE_AMX
   if constexpr (sizeof(A) == 2) {
@@ -341,18 +388,18 @@ static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, int 
     return;
   }
 #endif
-  for (int p = 0; p < num; p++) multiply_panel(panels[p], x.at(row, 0), rows, out + (size_t)p * pad_rows(rows) * PANEL, threads);
+  for (int p = 0; p < num; p++) multiply_panel(panels[p], x.at(row, 0), rows, out + (size_t)p * pad_rows(rows) * PANEL);
 }
 
 // How many rows and panels a task has. Tiles want many: each row and weight is read from memory once for all of a task. Other
 // products are bound by arithmetic, and their results should stay in the first cache level.
-constexpr int MAX_ROWS = NATIVE_AMX ? 512 : 64;
+constexpr int FEW_ROWS = 64, MAX_ROWS = NATIVE_AMX ? 512 : FEW_ROWS;
 constexpr int MAX_PANELS = NATIVE_AMX ? 4 : 2;
 struct Blocks {
   int rows, panels;
 };
 template <class A>
 static Blocks choose_blocks(int num_rows, int num_panels, int most, int threads) {
-  if (!IN_TILES<A>) return {64, 1};
+  if (!IN_TILES<A>) return {FEW_ROWS, 1};
   return {std::min(MAX_ROWS, pad_rows(num_rows)), std::clamp(num_panels / (4 * threads), 1, most)};
 }
