@@ -72,6 +72,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     speculation: Speculation = Speculation()
     prediction_token_ids: list[int] = []  # the client's expected output (OpenAI `prediction`)
     grammar: GrammarSpec | None = None
+    priority: int = 0  # lower is sooner
+    deadline: float | None = None  # of time.monotonic(), which all processes of a machine share: then nobody wants it
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

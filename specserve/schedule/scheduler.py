@@ -1,23 +1,25 @@
 """Decides which rows of which sequences the next forward computes. Pure Python, no torch.
 
-Continuous batching over one ragged batch. Each step, in this order: waiting sequences are admitted while there is room;
-every decoding sequence gets its row; prefills share what is left of the row budget, a quarter for the oldest and the
-rest by shortest remaining work, so that no prompt starves another and, beside decodes, a prefill stays short. When KV
-blocks run out the latest arrival is preempted: its blocks are freed and its tokens, output included, are computed again
-later. A sequence that fits the cache alone (checked at admission by the engine) therefore always finishes.
+Continuous batching over one ragged batch. Each step, in this order: waiting sequences are admitted in the order of
+`waiting` while there is room; every decoding sequence gets its row; prefills share what is left of the row budget, a
+quarter for the oldest and the rest by priority and shortest remaining work, so that no prompt starves another and,
+beside decodes, a prefill stays short. When KV blocks run out the latest arrival of the worst priority is preempted: its
+blocks are freed and its tokens, output included, are computed again later. A sequence of the best priority that fits
+the cache alone (checked at admission by the engine) therefore always finishes.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections import deque
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 
 import msgspec
 
 from .block_manager import BlockManager
 from .sequence import Sequence, Status
+from .waiting import WaitingQueue
 
 
 class ScheduledSequence(msgspec.Struct, gc=False, eq=False):
@@ -33,19 +35,28 @@ class ScheduledSequence(msgspec.Struct, gc=False, eq=False):
 class Scheduler:
     """Owns the waiting and running queues and, through `BlockManager`, every sequence's blocks."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_batched_tokens: int, max_prefill_rows: int):
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        max_prefill_rows: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.blocks = blocks
+        self.clock = clock
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max(max_batched_tokens, max_num_seqs)
         self.max_prefill_rows = max_prefill_rows  # rows of prefill beside running decodes
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # by priority, then in order of arrival
         self.num_preemptions = 0
         self._turn = 0
 
     def add(self, seq: Sequence) -> None:
         seq.prompt_keys = self.blocks.prompt_keys(seq.root_key, seq.tokens)
-        self.waiting.append(seq)
+        self.waiting.add(seq, self.clock())
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -57,6 +68,7 @@ class Scheduler:
         """Take a finished or aborted sequence out and free its blocks."""
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
+            self.waiting.end(seq)
         elif seq.status is Status.WAITING:
             self.waiting.remove(seq)
         seq.status = Status.FINISHED
@@ -76,7 +88,7 @@ class Scheduler:
         if half:
             self._turn += 1
             chosen = sorted(chosen, key=lambda seq: seq.turn)[: -(-len(self.running) // 2)]
-            chosen.sort(key=lambda seq: seq.seq_id)
+            chosen.sort(key=_rank)
             for seq in chosen:
                 seq.turn = self._turn
         prefilling = [seq for seq in chosen if len(seq.tokens) - seq.num_computed > 1]
@@ -120,11 +132,11 @@ class Scheduler:
     def _admit(self) -> None:
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return
-        size = self.blocks.block_size
+        size, now = self.blocks.block_size, self.clock()
         # Blocks that those who run will ask for. Most have them: of these there is nothing to add up.
         pending = sum([self._num_missing(s) for s in self.running if len(s.block_table) * size <= len(s.tokens)])
         while self.waiting and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
+            seq = self.waiting.first(now)
             if seq.num_computed == 0 and not seq.block_table and not seq.wants_prompt_logprobs:
                 seq.block_table, seq.block_keys = self.blocks.match_prefix(seq.root_key, seq.tokens, seq.prompt_keys)
                 seq.num_computed = len(seq.block_table) * self.blocks.block_size
@@ -134,10 +146,10 @@ class Scheduler:
                 return
             if seq.output_len == 0:
                 seq.num_cached = seq.num_computed
-            self.waiting.popleft()
-            seq.admit()
+            self.waiting.admit(seq)
+            seq.admit(now)
             pending += need
-            bisect.insort(self.running, seq, key=lambda s: s.seq_id)
+            bisect.insort(self.running, seq, key=_rank)
 
     def _num_missing(self, seq: Sequence) -> int:
         """Blocks that a sequence needs for its tokens and the next one, beside those that it has."""
@@ -159,22 +171,26 @@ class Scheduler:
         self.running.remove(seq)
         self._release(seq)
         seq.status = Status.WAITING
-        self.waiting.appendleft(seq)
+        self.waiting.put_back(seq)
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table, owner=seq.seq_id)
         seq.forget_blocks()
 
 
+def _rank(seq: Sequence) -> tuple[int, int]:
+    return seq.rank
+
+
 def _share(budget: int, prefilling: list[Sequence]) -> dict[int, int]:
-    """Split `budget` rows: a quarter for the oldest, so that nothing starves, then shortest remaining work first."""
+    """Split `budget` rows: a quarter for the oldest, so that nothing starves, then by priority and remaining work."""
     rows: dict[int, int] = {}
     if not prefilling or budget <= 0:
         return rows
     oldest = min(prefilling, key=lambda seq: seq.seq_id)
     rows[oldest.seq_id] = min(oldest.num_uncomputed, max(1, budget // 4))
     budget -= rows[oldest.seq_id]
-    for seq in sorted(prefilling, key=lambda seq: (seq.num_uncomputed, seq.seq_id)):
+    for seq in sorted(prefilling, key=lambda seq: (seq.priority, seq.num_uncomputed, seq.seq_id)):
         num_rows = min(seq.num_uncomputed - rows.get(seq.seq_id, 0), budget)
         if num_rows:
             rows[seq.seq_id] = rows.get(seq.seq_id, 0) + num_rows

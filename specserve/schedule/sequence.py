@@ -7,7 +7,6 @@ compute; otherwise it prefills. Pure Python: the scheduler and its tests need no
 from __future__ import annotations
 
 import enum
-import time
 from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
@@ -31,11 +30,11 @@ class Sequence:
     """State of one `GenerateRequest`; `seq_id` orders arrivals."""
 
     __slots__ = (
-        "_accepted", "_accepted_by_source", "_arrived", "_drafted", "_drafted_by_source", "_num_counted",
-        "_output_counts", "_queue_s", "adapter_hash", "block_keys", "block_table", "gets_any_token", "grammar",
-        "has_edits", "is_greedy", "max_len", "num_cached", "num_computed", "num_forwards", "owner", "prompt_keys",
-        "prompt_len", "request", "request_id", "root_key", "sampling", "seat", "seq_id", "status", "table_id",
-        "takes_best", "tokens", "turn", "wants_prompt_logprobs",
+        "_accepted", "_accepted_by_source", "_drafted", "_drafted_by_source", "_num_counted", "_output_counts",
+        "_queue_s", "adapter_hash", "arrived", "block_keys", "block_table", "cost", "deadline", "due",
+        "gets_any_token", "grammar", "has_edits", "is_greedy", "max_len", "num_cached", "num_computed",
+        "num_forwards", "owner", "priority", "prompt_keys", "prompt_len", "rank", "request", "request_id", "root_key",
+        "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens", "turn", "wants_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
@@ -45,7 +44,13 @@ class Sequence:
         self.sampling: SamplingParams = request.sampling
         self.adapter_hash = request.adapter_hash
         self.status = Status.WAITING
-        self._arrived = time.monotonic()
+        self.priority = request.priority
+        self.rank = (request.priority, seq_id)  # whoever has a larger one makes room first
+        self.deadline = request.deadline
+        self.arrived = self.due = (
+            0.0  # by the scheduler's clock; these and `cost` are set by the queue that it waits in
+        )
+        self.cost = 0.0  # what its adapter was, or is to be, charged for it
         self._queue_s: float | None = None
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.tokens)
@@ -106,11 +111,11 @@ class Sequence:
         self.num_computed = 0
         self.table_id = object()
 
-    def admit(self) -> None:
+    def admit(self, now: float) -> None:
         """It runs now, for the first time or after a preemption."""
         self.status = Status.RUNNING
         if self._queue_s is None:
-            self._queue_s = time.monotonic() - self._arrived
+            self._queue_s = now - self.arrived
 
     @property
     def output_counts(self) -> Counter[int]:

@@ -85,7 +85,7 @@ def test_preempted_sequence_keeps_its_tokens_and_goes_first():
     scheduler.add(second)
     while not scheduler.num_preemptions:
         advance(scheduler)
-    assert scheduler.waiting[0] is second and second.block_table == [] and second.output_len > 0
+    assert scheduler.waiting.first(0.0) is second and second.block_table == [] and second.output_len > 0
     kept = list(second.tokens)
     while scheduler.has_work():
         advance(scheduler)

@@ -1,0 +1,128 @@
+"""Which waiting sequence is admitted next.
+
+By priority first, lower is sooner; within one adapters share (`fair_queue`), and of one adapter, or where adapters are
+about level, the sequence that is due first: its deadline, or `PATIENCE_S` after its arrival, whichever is sooner. A
+sequence that was preempted goes before all that have not run, of its priority and worse ones.
+
+Nobody waits for ever: of the sequences that have waited for longer than `PATIENCE_S` the oldest, whatever its priority
+or adapter, gets every eighth admission. So nothing is bought with many adapters, and no low priority starves.
+
+Every operation is O(log n); nothing is done per step for those that wait. Owns the order, not the blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from .fair_queue import PROMPT_COST, FairQueue
+from .heap import Heap
+from .sequence import Sequence
+
+PATIENCE_S = 30.0
+OLDEST_EVERY = 8  # admissions
+_NOBODY = FairQueue()
+
+
+class WaitingQueue:
+    """All sequences that wait, those that were preempted among them. Times are of one monotonic clock, in seconds."""
+
+    def __init__(self) -> None:
+        self._by_priority: dict[int, FairQueue] = {}
+        self._waiting_priorities: Heap[int] = Heap()  # of sequences that have not run
+        self._returning: Heap[Sequence] = Heap()  # were preempted
+        self._by_arrival: OrderedDict[Sequence, None] = OrderedDict()
+        self._by_deadline: Heap[Sequence] = Heap()
+        self._num_admitted = 0
+        self._prompt_tokens = 0  # of sequences that have not run
+
+    def __len__(self) -> int:
+        return len(self._by_arrival)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._by_arrival)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that wait: prompts, and outputs as long as they are expected to be."""
+        cost = sum([queue.cost_waiting for queue in self._by_priority.values()])
+        return round(cost + (1.0 - PROMPT_COST) * self._prompt_tokens)
+
+    def add(self, seq: Sequence, now: float) -> None:
+        """A new sequence."""
+        seq.arrived = now
+        seq.due = min(now + PATIENCE_S, now + PATIENCE_S if seq.deadline is None else seq.deadline)
+        queue = self._by_priority.setdefault(seq.priority, FairQueue())
+        queue.add(seq)
+        self._waiting_priorities.put(seq.priority, seq.priority)
+        self._prompt_tokens += seq.prompt_len
+        self._by_arrival[seq] = None
+        if seq.deadline is not None:
+            self._by_deadline.put(seq, (seq.deadline, seq.seq_id))
+
+    def put_back(self, seq: Sequence) -> None:
+        """A sequence that was preempted."""
+        self._returning.put(seq, seq.rank)
+        self._by_arrival[seq] = None
+        self._by_arrival.move_to_end(seq, last=False)
+
+    def first(self, now: float) -> Sequence:
+        """Who is admitted next; it stays until `admit`."""
+        if self._num_admitted % OLDEST_EVERY == OLDEST_EVERY - 1:
+            oldest = next(iter(self._by_arrival))
+            if now - oldest.arrived > PATIENCE_S:
+                return oldest
+        if not self._returning:
+            return self._by_priority[self._waiting_priorities.first()].first()
+        returning = self._returning.first()
+        if self._waiting_priorities and (priority := self._waiting_priorities.first()) < returning.priority:
+            return self._by_priority[priority].first()
+        return returning
+
+    def admit(self, seq: Sequence) -> None:
+        """It runs now; `num_cached` of a new one says what it need not compute."""
+        self._num_admitted += 1
+        del self._by_arrival[seq]
+        if seq in self._returning:
+            self._returning.remove(seq)
+            return
+        self._by_priority[seq.priority].admit(seq)
+        self._left(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """One that waits will not run, or not any more."""
+        del self._by_arrival[seq]
+        if seq in self._returning:
+            self._returning.remove(seq)
+            self.end(seq)
+            return
+        self._by_priority[seq.priority].remove(seq)
+        self._left(seq)
+
+    def end(self, seq: Sequence) -> None:
+        """One that was admitted has ended, whichever way."""
+        self._by_priority[seq.priority].end(seq)
+
+    def late(self, now: float) -> list[Sequence]:
+        """Those that have not run and whose deadline has passed; they stay until `remove`."""
+        late: list[Sequence] = []
+        while self._by_deadline and (seq := self._by_deadline.first()).deadline is not None and seq.deadline <= now:
+            self._by_deadline.remove(seq)
+            late.append(seq)
+        return late
+
+    def cost_ahead(self, adapter_hash: str | None, priority: int) -> float:
+        """What is served, at most, before a new sequence of that adapter and priority is admitted."""
+        better = sum([queue.cost_waiting for own, queue in self._by_priority.items() if own < priority])
+        queue = self._by_priority.get(priority)
+        return better + (0.0 if queue is None else queue.cost_ahead(adapter_hash))
+
+    def expected_output(self, adapter_hash: str | None, priority: int, max_tokens: int) -> float:
+        """Tokens that an output of that adapter is expected to have."""
+        return self._by_priority.get(priority, _NOBODY).expected_output(adapter_hash, max_tokens)
+
+    def _left(self, seq: Sequence) -> None:
+        self._prompt_tokens -= seq.prompt_len
+        self._by_deadline.remove(seq)
+        if not self._by_priority[seq.priority].num_waiting:
+            self._waiting_priorities.remove(seq.priority)

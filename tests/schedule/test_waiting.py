@@ -1,0 +1,227 @@
+"""The order of waiting sequences: fairness between adapters, priorities, deadlines, and that nobody waits for ever."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from specserve.messages import GenerateRequest, SamplingParams
+from specserve.schedule.block_manager import BlockManager
+from specserve.schedule.fair_queue import PROMPT_COST, QUANTUM
+from specserve.schedule.scheduler import Scheduler
+from specserve.schedule.sequence import Sequence, Status
+from specserve.schedule.waiting import OLDEST_EVERY, PATIENCE_S
+
+
+class Simulation:
+    """A scheduler whose sequences end after their `max_tokens`; a step takes `step_s` of its clock."""
+
+    def __init__(self, num_blocks=1000, max_num_seqs=4, step_s=0.01):
+        self.now = 0.0
+        self.step_s = step_s
+        self.blocks = BlockManager(num_blocks, 4)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_batched_tokens=64,
+            max_prefill_rows=32,
+            clock=lambda: self.now,
+        )
+        self.admitted: list[Sequence] = []
+        self.served: dict[str | None, float] = {}
+        self._num = 0
+
+    def add(self, adapter, prompt_len=8, output_len=8, priority=0, deadline=None, base=None):
+        self._num += 1
+        base = 1000 * self._num if base is None else base
+        sampling = SamplingParams(max_tokens=output_len)
+        prompt = [base + i for i in range(prompt_len)]
+        request = GenerateRequest(
+            str(self._num), prompt, sampling, adapter_hash=adapter, priority=priority, deadline=deadline
+        )
+        seq = Sequence(self._num, request)
+        self.scheduler.add(seq)
+        return seq
+
+    def step(self):
+        before = set(self.scheduler.running)
+        items = self.scheduler.schedule()
+        self.admitted += [seq for seq in self.scheduler.running if seq not in before and seq not in self.admitted]
+        for item in items:
+            seq, is_prompt = item.seq, item.seq.output_len == 0
+            seq.num_computed += item.num_rows
+            self.blocks.commit(seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed)
+            cost = PROMPT_COST * item.num_rows if is_prompt else 0.0
+            if item.reaches_end:
+                seq.tokens.append(7)
+                cost += 1.0
+                if seq.output_len == seq.sampling.max_tokens:
+                    self.scheduler.remove(seq)
+            self.served[seq.adapter_hash] = self.served.get(seq.adapter_hash, 0.0) + cost
+        self.now += self.step_s
+
+    def run(self):
+        while self.scheduler.has_work():
+            self.step()
+        assert self.blocks.num_free == self.blocks.num_blocks
+
+    def order(self):
+        return [seq.adapter_hash for seq in self.admitted]
+
+
+def test_one_request_does_not_wait_for_five_hundred_of_another_adapter():
+    simulation = Simulation()
+    for _ in range(500):
+        simulation.add("hot", output_len=32)
+    for _ in range(200):
+        simulation.step()
+    single = simulation.add("quiet", output_len=32)
+    before = len(simulation.admitted)
+    simulation.run()
+    num_before = simulation.admitted.index(single) - before
+    assert num_before <= QUANTUM / 32  # behind what was left of the present quantum
+    assert len(simulation.admitted) == 501
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_backlogged_adapters_are_served_within_a_bound_of_each_other(seed):
+    rng = random.Random(seed)
+    simulation = Simulation()
+    shapes = {"a": (40, 8), "b": (4, 24), "c": (16, 12)}
+    start: dict[str, float] = {}
+    worst = 0.0
+    for step in range(4000):
+        names = [seq.adapter_hash for seq in simulation.scheduler.waiting]
+        for name, shape in shapes.items():
+            for _ in range(3 + rng.randrange(3) - names.count(name)):
+                simulation.add(name, *shape)
+        simulation.step()
+        if step == 500:  # by then outputs are as long as expected
+            start = dict(simulation.served)
+        elif step > 500:
+            since = [simulation.served[name] - start[name] for name in shapes]
+            worst = max(worst, max(since) - min(since))
+    most = max(PROMPT_COST * prompt_len + output_len for prompt_len, output_len in shapes.values())
+    assert worst <= 2 * (QUANTUM + most * simulation.scheduler.max_num_seqs)
+    assert min(since) > 10 * QUANTUM
+
+
+def test_cached_prompt_tokens_are_not_charged():
+    simulation = Simulation(max_num_seqs=1)
+    for _ in range(60):
+        simulation.add("shared", 400, 8, base=0)
+        simulation.add("own", 400, 8)
+    for _ in range(400):
+        simulation.step()
+    order = simulation.order()
+    assert order.count("shared") > 5 * order.count("own")
+
+
+def test_within_an_adapter_it_is_first_come_first_served():
+    simulation = Simulation()
+    rng = random.Random(1)
+    for _ in range(100):
+        simulation.add(rng.choice("abc"), rng.randrange(1, 20), rng.randrange(1, 20))
+        simulation.step()
+    simulation.run()
+    for name in "abc":
+        ids = [seq.seq_id for seq in simulation.admitted if seq.adapter_hash == name]
+        assert ids == sorted(ids)
+
+
+def test_priority_goes_first_and_the_oldest_gets_its_turn_after_its_patience():
+    simulation = Simulation(max_num_seqs=1, step_s=0.1)
+    low = simulation.add("low", output_len=4, priority=5)
+    while low not in simulation.admitted:
+        while sum(seq.priority == 0 for seq in simulation.scheduler.waiting) < 2:
+            simulation.add("high", output_len=4)
+        simulation.step()
+    assert PATIENCE_S < simulation.now < PATIENCE_S + (OLDEST_EVERY + 1) * 4 * simulation.step_s
+
+
+def test_no_stream_of_new_adapters_starves_one_that_was_served():
+    simulation = Simulation(max_num_seqs=1, step_s=1.0)
+    for _ in range(40):
+        simulation.add("hot", output_len=32)
+    for num in range(3000):
+        simulation.add(f"new{num}", output_len=4)  # four times what can be served
+        simulation.step()
+    assert simulation.order().count("hot") == 40
+    assert len(simulation.scheduler.waiting) > 2000
+
+
+def test_earliest_deadline_first_and_what_is_late_is_not_run():
+    simulation = Simulation(max_num_seqs=1)
+    simulation.add("a", output_len=4)
+    simulation.step()
+    last = simulation.add("a", deadline=20.0)
+    first = simulation.add("a", deadline=10.0)
+    none = simulation.add("a", deadline=None)
+    gone = simulation.add("a", deadline=simulation.now)
+    assert simulation.scheduler.waiting.late(simulation.now) == [gone]
+    simulation.scheduler.remove(gone)
+    assert simulation.scheduler.waiting.late(simulation.now) == []
+    simulation.run()
+    assert simulation.admitted[1:] == [first, last, none] and gone.status is Status.FINISHED
+    assert simulation.scheduler.waiting.late(100.0) == []
+
+
+def test_one_that_was_preempted_keeps_its_place_and_the_worst_priority_makes_room():
+    simulation = Simulation(num_blocks=8, max_num_seqs=3)
+    batch = simulation.add("a", 8, 12, priority=9)
+    simulation.step()
+    urgent = simulation.add("a", 8, 12)
+    simulation.step()
+    while not simulation.scheduler.num_preemptions:
+        simulation.step()
+    assert batch.status is Status.WAITING and urgent.status is Status.RUNNING
+    fresh = simulation.add("b", 8, 4, priority=9)
+    sooner = simulation.add("b", 8, 4, priority=8)
+    waiting = simulation.scheduler.waiting
+    assert waiting.first(simulation.now) is sooner
+    simulation.scheduler.remove(sooner)
+    assert waiting.first(simulation.now) is batch
+    simulation.run()
+    assert batch.output_len == 12 and fresh.output_len == 4
+
+
+def test_whatever_is_aborted_leaves_nothing_behind():
+    rng = random.Random(2)
+    simulation = Simulation(num_blocks=14)
+    live = []
+    for _ in range(3000):
+        if rng.random() < 0.5:
+            deadline = simulation.now + rng.random() if rng.random() < 0.3 else None
+            adapter = rng.choice([None, *"abcdefgh"])
+            live.append(simulation.add(adapter, rng.randrange(1, 30), rng.randrange(1, 20), rng.randrange(3), deadline))
+        if live and rng.random() < 0.4:
+            seq = live.pop(rng.randrange(len(live)))
+            if seq.status is not Status.FINISHED:
+                simulation.scheduler.remove(seq)
+        for seq in simulation.scheduler.waiting.late(simulation.now):
+            simulation.scheduler.remove(seq)
+        simulation.step()
+        waiting = simulation.scheduler.waiting
+        assert len(waiting) == len(list(waiting)) == sum(seq.status is Status.WAITING for seq in waiting)
+    simulation.run()
+    assert simulation.scheduler.num_preemptions > 0
+    assert len(waiting) == 0 and waiting.num_tokens == 0 and waiting.cost_ahead("a", 9) == 0
+    for queue in waiting._by_priority.values():
+        assert set(queue._flows.values()) == set(queue._idle)  # ahead of others, and known until they caught up
+        for flow in queue._idle:
+            assert flow.served > queue._quantum * QUANTUM
+        assert len(queue._backlogged) == 0
+
+
+def test_what_is_ahead_of_a_request_bounds_what_is_served_before_it():
+    rng = random.Random(3)
+    simulation = Simulation(max_num_seqs=1)
+    for _ in range(30):
+        simulation.add("warm", output_len=10)
+    simulation.run()
+    for _ in range(120):
+        simulation.add(rng.choice("abbbbb"), 8, 10)
+    ahead = [simulation.scheduler.waiting.cost_ahead(name, 0) for name in ("b", "a", "new")]
+    assert all(more > less for more, less in pairwise(ahead))
+    assert simulation.scheduler.waiting.cost_ahead("new", -1) == 0
+    assert simulation.scheduler.waiting.cost_ahead("new", 1) == pytest.approx(120 * 12)
