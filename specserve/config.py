@@ -50,6 +50,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = None
     max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait; more are answered 429")] = 1024
+    max_waiting_tokens: Annotated[
+        int,
+        Meta(
+            ge=0, description="tokens of waiting requests, prompts and expected outputs; beyond these are answered 429"
+        ),
+    ] = 1 << 20
     prefix_caching: Annotated[bool, Meta(description="reuse KV of equal prefixes")] = True
     speculation: Annotated[Literal["auto", "off"], Meta(description="draft and verify several tokens a step")] = "auto"
     max_draft_tokens: Annotated[int, Meta(ge=1, le=64, description="longest draft a request may ask for")] = 16
@@ -103,6 +109,10 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         float, Meta(gt=0, description="seconds that a stream's reader may take nothing before it is cut off")
     ] = 60.0
     request_timeout_s: Annotated[float, Meta(gt=0, description="longest time a request may take, seconds")] = 600.0
+    highest_priority: Annotated[
+        int,
+        Meta(ge=-1000, le=0, description="the lowest number that requests may send as priority; lower is sooner"),
+    ] = 0
     max_concurrent_requests: Annotated[int, Meta(ge=1, description="requests in the server; more get 429")] = 2048
     drain_timeout_s: Annotated[float, Meta(ge=0, description="seconds that running requests get at shutdown")] = 30.0
     engine_timeout_s: Annotated[

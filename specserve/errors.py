@@ -15,6 +15,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     type: str = "invalid_request_error"
     param: str | None = None
     code: str | None = None
+    retry_after_s: float | None = None  # where trying again may help: when
 
 
 class UserError(Exception):
@@ -24,14 +25,23 @@ class UserError(Exception):
     type = "invalid_request_error"
     code: str | None = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+    ):
         super().__init__(message)
+        self.retry_after_s = retry_after_s
         self.param = param
         self.code = code if code is not None else type(self).code
         self.status = status if status is not None else type(self).status
 
     def info(self) -> ErrorInfo:
-        return ErrorInfo(str(self), self.status, self.type, self.param, self.code)
+        return ErrorInfo(str(self), self.status, self.type, self.param, self.code, self.retry_after_s)
 
 
 class AdapterError(UserError):
@@ -70,10 +80,17 @@ class RateLimitedError(UserError):
     code = "rate_limit_exceeded"
 
     def __init__(self, message: str, *, limit: str, retry_after_s: float):
-        super().__init__(message)
+        super().__init__(message, retry_after_s=retry_after_s)
         self.type = "tokens" if limit == "tokens" else "requests"  # as OpenAI says it
         self.limit = limit
-        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(UserError):
+    """The request's own deadline passed before its answer was there."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class ShuttingDownError(UserError):
@@ -98,6 +115,8 @@ class EngineLostError(EngineDeadError):
 
 def from_info(info: ErrorInfo) -> UserError:
     """Rebuild the exception that `ErrorInfo` describes, on the other side of the process edge."""
-    error = UserError(info.message, param=info.param, code=info.code, status=info.status)
+    error = UserError(
+        info.message, param=info.param, code=info.code, status=info.status, retry_after_s=info.retry_after_s
+    )
     error.type = info.type
     return error

@@ -272,6 +272,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     cached_prompt_tokens: int
     draft_tokens: int
     accepted_draft_tokens: int
+    num_waiting_tokens: int = 0  # prompts, and outputs as long as they are expected to be
+    wait_estimate_seconds: float = 0.0  # of a request for an adapter of which none waits
     num_kernel_builds: int = 0  # native kernels compiled by this process: at start or never
     num_cuda_graphs: int = 0
     cuda_graph_bytes: int = 0

@@ -8,9 +8,14 @@ from __future__ import annotations
 import torch
 
 from ..config import EngineConfig
-from ..errors import UserError
+from ..errors import DeadlineError, OverloadedError, UserError
 from ..messages import EngineInfo, GenerateRequest
 from ..model.config import ModelConfig
+from ..schedule.scheduler import Scheduler
+from .wait_estimate import WaitEstimate
+
+# A request is refused for its deadline only where the answer would be late by this factor: estimates are rough.
+_DEADLINE_MARGIN = 1.25
 
 
 def check_request(request: GenerateRequest, info: EngineInfo) -> None:
@@ -39,6 +44,35 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
+
+
+def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate) -> None:
+    """Refuse a request that has no room to wait, or no time.
+
+    Raises `OverloadedError` with when to try again, and `DeadlineError` when its deadline has passed already.
+    """
+    num, num_tokens, what = len(scheduler.waiting), scheduler.waiting.num_tokens, ""
+    own_tokens = len(request.prompt_token_ids) + waits.expected_output(request)
+    if num >= config.max_waiting + scheduler.max_num_seqs:
+        what = f"{num} requests are waiting already (--max-waiting {config.max_waiting})"
+    elif num_tokens and num_tokens + own_tokens > config.max_waiting_tokens:  # one may wait, whatever its size
+        what = f"{num_tokens} tokens are waiting already (--max-waiting-tokens {config.max_waiting_tokens})"
+    if what:
+        wait_s = waits.wait_s(request)
+        raise OverloadedError(f"{what}; they are served in about {wait_s:.0f} s: retry then", retry_after_s=wait_s)
+    if request.deadline is None:
+        return
+    left_s, answer_s = request.deadline - scheduler.clock(), waits.answer_s(request)
+    if left_s <= 0:
+        raise DeadlineError("the deadline passed before the request came to the engine", param="deadline_ms")
+    if answer_s > left_s * _DEADLINE_MARGIN:
+        raise OverloadedError(
+            f"the answer would be there in about {answer_s:.1f} s and deadline_ms leaves {left_s:.1f} s; retry "
+            "later or leave it more time",
+            param="deadline_ms",
+            code="deadline_unreachable",
+            retry_after_s=max(0.0, answer_s - left_s),
+        )
 
 
 def size_kv(

@@ -33,7 +33,7 @@ from ..compute.uploads import Uploads
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
 from ..drafting.proposer import Proposer, StepSeconds
-from ..errors import ErrorInfo, OverloadedError, UserError
+from ..errors import DeadlineError, ErrorInfo, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
 from ..messages import (
@@ -52,12 +52,13 @@ from ..schedule.sequence import Sequence, Status
 from ..text.detokenizer import Detokenizer, TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .adapter_memory import AdapterMemory, Brought
-from .admission import check_request, size_kv
+from .admission import check_request, refuse_overload, size_kv
 from .queued_step import QueuedStep
 from .reports import Event, GoingOn, Reports, StepReport
 from .running import RunningRequest
 from .stats import Counters, adapter_states, engine_stats
 from .step_times import StepTimes
+from .wait_estimate import WaitEstimate
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ class Engine:
             max_logits=path.max_rows_ahead or None,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
+        self.waits = WaitEstimate(self.scheduler, cost_model.seconds)
 
     # -- requests
 
@@ -175,8 +177,7 @@ class Engine:
             grammar = self.grammars.compile(request.grammar)
         if request.request_id in self._requests:
             raise UserError(f"request id {request.request_id!r} is already running")
-        if len(self.scheduler.waiting) >= self.config.max_waiting + self.scheduler.max_num_seqs:
-            raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already; retry shortly")
+        refuse_overload(request, self.config, self.scheduler, self.waits)
         if request.adapter_hash is not None:
             self.registry.acquire(request.adapter_hash)
         self._num_added += 1
@@ -206,6 +207,23 @@ class Engine:
         state = self._requests.get(request_id)
         if state is not None:
             self._remove(state)
+
+    def drop_late(self) -> list[RequestFailed]:
+        """Take out the requests whose deadline has passed before they ran."""
+        now = self.scheduler.clock()
+        late = self.scheduler.waiting.late(now)
+        for seq in late:
+            self._remove(self._requests[seq.request_id])
+        return [
+            RequestFailed(
+                seq.request_id,
+                DeadlineError(
+                    f"the deadline passed after {now - seq.arrived:.1f} s of waiting; the request was not run",
+                    param="deadline_ms",
+                ).info(),
+            )
+            for seq in late
+        ]
 
     def close(self) -> None:
         """Save what was learned; call it once, when no step will follow."""
@@ -473,6 +491,10 @@ class Engine:
         message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
         self._remove(self._requests[seq.request_id])
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, code="grammar_dead_end")))
+
+    def measure_load(self) -> None:
+        """Learn how fast requests are served; to be called about once a second."""
+        self.waits.observe(self._counters.prompt_tokens, self._counters.generated_tokens)
 
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""

@@ -93,6 +93,7 @@ class EngineProcess:
             self._link.begin_turn()
             self._give_up_compiling()
             if time.monotonic() >= self._next_snapshot:
+                self._engine.measure_load()
                 self._send([Stats(SNAPSHOT, self._engine.stats(check_integrity=False))])
                 self._next_snapshot = time.monotonic() + SNAPSHOT_S
             busy = self._engine.has_work()
@@ -100,6 +101,7 @@ class EngineProcess:
                 self._send_held()  # no forward will follow to send them beside
             self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S)
             self._place_adapters()
+            self._send([*self._engine.drop_late()])
             if self._engine.has_work() and not self._is_over:
                 events = self._engine.step(self._while_running)
                 self._send_held()  # unless that was done while it ran

@@ -48,6 +48,8 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         cached_prompt_tokens=counters.cached_prompt_tokens,
         draft_tokens=counters.drafted_by_source.total(),
         accepted_draft_tokens=counters.accepted_by_source.total(),
+        num_waiting_tokens=engine.scheduler.waiting.num_tokens,
+        wait_estimate_seconds=engine.waits.typical_wait_s,
         num_kernel_builds=engine.decoder.num_builds,
         num_cuda_graphs=graphs.num_graphs if graphs else 0,
         cuda_graph_bytes=graphs.capture_bytes if graphs else 0,

@@ -5,13 +5,15 @@ about level, the sequence that is due first: its deadline, or `PATIENCE_S` after
 sequence that was preempted goes before all that have not run, of its priority and worse ones.
 
 Nobody waits for ever: of the sequences that have waited for longer than `PATIENCE_S` the oldest, whatever its priority
-or adapter, gets every eighth admission. So nothing is bought with many adapters, and no low priority starves.
+or adapter, gets every eighth admission, and none of a better priority takes its blocks again. So nothing is bought with
+many adapters, and no low priority starves.
 
 Every operation is O(log n); nothing is done per step for those that wait. Owns the order, not the blocks.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -21,6 +23,7 @@ from .sequence import Sequence
 
 PATIENCE_S = 30.0
 OLDEST_EVERY = 8  # admissions
+_AGED = -sys.maxsize  # better than any priority
 _NOBODY = FairQueue()
 
 
@@ -71,6 +74,7 @@ class WaitingQueue:
         if self._num_admitted % OLDEST_EVERY == OLDEST_EVERY - 1:
             oldest = next(iter(self._by_arrival))
             if now - oldest.arrived > PATIENCE_S:
+                oldest.rank = (_AGED, oldest.seq_id)
                 return oldest
         if not self._returning:
             return self._by_priority[self._waiting_priorities.first()].first()

@@ -61,7 +61,7 @@ class Server:
         self.engine.on_adapters_left = self.store.adapters_left
         self._model_dir = model_dir
         self.keys = KeyRing(config)
-        self.middlewares = Middlewares(config, self.keys, self.metrics)
+        self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
         self._openapi_body = msgspec.json.encode(openapi_document())
 
     def application(self, tokenizer: TextTokenizer) -> web.Application:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from ..config import ServeConfig
-from ..errors import ErrorInfo, OverloadedError, RateLimitedError, ShuttingDownError, UserError
+from ..errors import ErrorInfo, OverloadedError, ShuttingDownError, UserError
 from .access.caller import Caller, caller_of, found_caller, set_caller
 from .access.key_file import Scope
 from .access.keys import KeyRing
@@ -27,18 +27,19 @@ from .routes import Access, Handler, access_of
 
 logger = logging.getLogger(__name__)
 
-RETRY_HEADERS = {"Retry-After": "1", "x-should-retry": "true"}
+MAX_RETRY_AFTER_S = 600
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
 
 
 class Middlewares:
     """The middlewares of one server."""
 
-    def __init__(self, config: ServeConfig, keys: KeyRing, metrics: Metrics):
+    def __init__(self, config: ServeConfig, keys: KeyRing, metrics: Metrics, wait_estimate_s: Callable[[], float]):
         self._config = config
         self._keys = keys
         self._metrics = metrics
         self._open_info = config.open_info if config.open_info is not None else config.api_keys_file is None
+        self._wait_estimate_s = wait_estimate_s
         self.draining = False
         self.num_in_flight = 0
 
@@ -76,7 +77,7 @@ class Middlewares:
         try:
             return await handler(request)
         except UserError as error:
-            response = error_response(request, error.info(), _retry_headers(error))
+            response = error_response(request, error.info(), retry_headers(error))
             if error.status in (408, 413):
                 response.force_close()  # the rest of the body is not worth waiting for
             return response
@@ -141,7 +142,12 @@ class Middlewares:
         if self.draining:
             raise ShuttingDownError("the server is shutting down")
         if self.num_in_flight >= self._config.max_concurrent_requests:
-            raise OverloadedError(f"{self.num_in_flight} requests are running; retry shortly")
+            wait_s = self._wait_estimate_s()
+            raise OverloadedError(
+                f"{self.num_in_flight} requests are in the server (--max-concurrent-requests); retry in about "
+                f"{max(1.0, wait_s):.0f} s",
+                retry_after_s=wait_s,
+            )
         self.num_in_flight += 1
         try:
             return await handler(request)
@@ -164,7 +170,9 @@ def _scope(request: web.Request, access: Access) -> Scope | None:
     return "generate" if access == "key" and request.method == "POST" else None
 
 
-def _retry_headers(error: UserError) -> dict[str, str] | None:
-    if isinstance(error, RateLimitedError):
-        return {**RETRY_HEADERS, "Retry-After": str(math.ceil(error.retry_after_s))}
-    return RETRY_HEADERS if error.status in (429, 503) else None
+def retry_headers(error: UserError) -> dict[str, str] | None:
+    """When to try again, in whole seconds, for what may go better then; 1 where nobody knows."""
+    if error.status not in (429, 503):
+        return None
+    seconds = min(max(1, math.ceil(error.retry_after_s or 1.0)), MAX_RETRY_AFTER_S)
+    return {"Retry-After": str(seconds), "x-should-retry": "true"}

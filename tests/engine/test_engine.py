@@ -3,6 +3,7 @@
 import random
 import time
 
+import msgspec
 import pytest
 import torch
 from engine_fixture import check_baseline, collect, make_engine, request, run, tokens_of
@@ -13,7 +14,7 @@ from specserve.compute.loader import make_path
 from specserve.config import EngineConfig
 from specserve.drafters.protocol import Guess
 from specserve.engine.engine import Engine
-from specserve.errors import OverloadedError, UserError
+from specserve.errors import DeadlineError, OverloadedError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,29 @@ def test_waiting_queue_is_bounded(model_dir):
         small.add_request(request(i, [1]))
     with pytest.raises(OverloadedError):
         small.add_request(request("x", [1]))
+
+
+def test_a_request_that_is_late_before_it_runs_is_answered_and_not_run(model_dir):
+    small = make_engine(model_dir, max_num_seqs=1)
+    now = 100.0
+    small.scheduler.clock = lambda: now
+    small.add_request(request("runs", [1, 2], ignore_eos=True))
+    small.step()
+    late = msgspec.structs.replace(request("late", [1, 2], max_tokens=1), deadline=105.0)
+    small.add_request(late)
+    assert small.drop_late() == []
+    now = 105.0
+    (failed,) = small.drop_late()
+    assert (failed.request_id, failed.error.status, failed.error.code) == ("late", 504, "deadline_exceeded")
+    with pytest.raises(DeadlineError):
+        small.add_request(late)
+    cannot = msgspec.structs.replace(late, request_id="cannot", deadline=105.0 + 1e-6)
+    with pytest.raises(OverloadedError, match="deadline_ms leaves") as error:
+        small.add_request(cannot)
+    assert error.value.retry_after_s is not None
+    while small.has_work():
+        small.step()
+    check_baseline(small)
 
 
 def test_a_request_that_raises_in_the_forward_fails_alone(engine, monkeypatch):

@@ -89,6 +89,11 @@ class EngineClient:
             raise EngineDeadError("the engine has not started yet; retry shortly")
         return self._engine.info
 
+    @property
+    def wait_estimate_s(self) -> float:
+        """Seconds that a request would have waited about a second ago; 0 where nobody knows."""
+        return self._snapshot.wait_estimate_seconds if self._snapshot is not None else 0.0
+
     async def start(self) -> None:
         """Start the process and wait for the model; raises the `UserError` that says why it cannot be served."""
         await self._engine.start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from ...chat.tools.definitions import ToolUse, all_tools, tool_use
 from ...chat.tools.grammar import Marks
 from ...chat.tools.plan import ToolPlan, direct_adapter, make_plan, markers
 from ...config import ServeConfig
-from ...errors import UserError
+from ...errors import DeadlineError, UserError
 from ...grammar.structured_output import asks_for_grammar, grammar_spec
 from ...messages import Delta, GenerateRequest
 from ...text.tokenizer import TextTokenizer
@@ -34,6 +35,8 @@ from ..openai.conversion import (
     check_supported,
     choice_counts,
     completion_prompts,
+    deadline_s,
+    priority_of,
     sampling_params,
     speculation_params,
 )
@@ -90,8 +93,22 @@ class Generator:
 
     async def prepare(self, request: CompletionRequest | ChatRequest, caller: Caller) -> Job:
         """Check and tokenise a request. Raises `UserError`."""
+        limit_s = deadline_s(request)
+        if limit_s is None:
+            return await self._prepare(request, caller, None)
+        deadline = time.monotonic() + limit_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._prepare(request, caller, deadline)
+        except TimeoutError:
+            raise DeadlineError(
+                f"deadline_ms passed after {limit_s:g} s, before the request ran", param="deadline_ms"
+            ) from None
+
+    async def _prepare(self, request: CompletionRequest | ChatRequest, caller: Caller, deadline: float | None) -> Job:
         check_supported(request)
         caller.check_priority(request.priority)
+        priority = priority_of(request, self.config)
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = self.engine.info
         use = tool_use(request) if isinstance(request, ChatRequest) else None
@@ -141,13 +158,15 @@ class Generator:
                 speculation=speculation,
                 prediction_token_ids=prediction,
                 grammar=grammar,
+                priority=priority,
+                deadline=deadline,
             )
             for idx in range(n * len(prompts))
         ]
         name = request.model or adapter or self.model_name
         return Job(
             *(job_id, name, adapter, adapter_info, caller, request, tokenizer, prompts),
-            *(n, num_choices, requests, names_limit(request), plan, thinking),
+            *(n, num_choices, requests, names_limit(request), deadline, plan, thinking),
         )
 
     async def _chat(

@@ -29,6 +29,7 @@ class Job:
     num_choices: int
     requests: list[GenerateRequest]
     names_limit: bool  # whether the client says how many tokens it wants at most
+    deadline: float | None = None  # of time.monotonic()
     tools: ToolPlan | None = None
     thinking: Thinking | None = None
     created: int = field(default_factory=lambda: int(time.time()))

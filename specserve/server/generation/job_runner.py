@@ -8,13 +8,14 @@ adapter had to make room and is loaded again, its engine process ended (`engine_
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import msgspec
 
 from ...chat.tools.adapter_switching import switching_deltas
-from ...errors import OverloadedError, UserError
+from ...errors import DeadlineError, OverloadedError, UserError
 from ...messages import AdapterInfo, Delta, GenerateRequest
 from ...text.detokenizer import Detokenizer
 from ...text.tokenizer import TextTokenizer
@@ -51,14 +52,16 @@ class JobRunner:
 
     async def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """Deltas of all choices as they come. Raises `UserError`; leaving the iterator aborts what still runs."""
-        num = len(job.requests)
+        num, timeout_s = len(job.requests), self._timeout_s
+        if job.deadline is not None:
+            timeout_s = min(timeout_s, job.deadline - time.monotonic())
         watch = self._metrics.watch(job.adapter or self._base_name, num)
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
         if job.adapter is not None:
             self._store.use(job.adapter)
         try:
-            async with asyncio.timeout(self._timeout_s), aclosing(self._choices(job)) as deltas:
+            async with asyncio.timeout(timeout_s), aclosing(self._choices(job)) as deltas:
                 async for idx, delta in deltas:
                     watch.delta(idx, delta)
                     line.delta(delta)
@@ -71,6 +74,8 @@ class JobRunner:
         except TimeoutError:
             line.failed("timeout")
             charge.failed()
+            if timeout_s < self._timeout_s:
+                raise DeadlineError("deadline_ms passed before the answer was complete", param="deadline_ms") from None
             raise UserError(
                 f"the request took longer than {self._timeout_s:g} s (--request-timeout-s)",
                 status=504,

@@ -93,6 +93,8 @@ def completion_request(
         echo=parameters.decoder_input_details,
         speculation=parameters.speculation,
         cache_salt=parameters.cache_salt,
+        priority=parameters.priority,
+        deadline_ms=parameters.deadline_ms,
         **_grammar(parameters),
     )
 

@@ -49,7 +49,9 @@ class LoraxParameters(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     schema: Any = None  # the JSON Schema alone, as an object or as JSON text
     grammar: LoraxGrammar | None = None
     speculation: SpeculationOptions | None = None  # of this server
-    cache_salt: str | None = None  # of this server
+    cache_salt: str | None = None  # these three of this server
+    priority: int | None = None
+    deadline_ms: float | None = None
     # Known names that are refused when they ask for something.
     merged_adapters: Any = None
     typical_p: float | None = None

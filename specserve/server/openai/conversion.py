@@ -21,6 +21,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_SALT_LEN = 1024
+LOWEST_PRIORITY = 1000
+MAX_DEADLINE_MS = 86_400_000.0
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 
@@ -101,6 +103,24 @@ def speculation_params(request: GenerationFields, config: ServeConfig) -> Specul
             param="speculation.max_draft_tokens",
         )
     return Speculation(options.mode if limit else "off", limit)
+
+
+def priority_of(request: GenerationFields, config: ServeConfig) -> int:
+    """Lower is sooner; how low, the server's settings say."""
+    value, best = request.priority or 0, config.highest_priority
+    if not best <= value <= LOWEST_PRIORITY:
+        raise UserError(
+            f"priority is {value}; {best} to {LOWEST_PRIORITY} is allowed, lower is sooner (--highest-priority)",
+            param="priority",
+        )
+    return value
+
+
+def deadline_s(request: GenerationFields) -> float | None:
+    """Seconds from its arrival; None: it has no deadline of its own."""
+    if request.deadline_ms is None:
+        return None
+    return _number(request, "deadline_ms", 0.0, MAX_DEADLINE_MS, 0.0, open_low=True) / 1e3
 
 
 def choice_counts(request: CompletionRequest | ChatRequest, num_prompts: int) -> tuple[int, int]:

@@ -60,6 +60,8 @@ class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     speculation: SpeculationOptions | None = None
     return_speculation_stats: bool | None = None
     cache_salt: str | None = None
+    priority: int | None = None  # vLLM's: lower is sooner
+    deadline_ms: float | None = None  # after so long from its arrival nobody wants the answer
     response_format: Any = None  # these six: `grammar.structured_output`
     structured_outputs: Any = None
     guided_json: Any = None
@@ -74,7 +76,6 @@ class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    priority: int | None = None  # vLLM's: requests are served in order of arrival
     request_id: str | None = None  # vLLM's: the answer has an id of its own
     guided_decoding_backend: str | None = None
     # Known names that are refused when they ask for something.

@@ -1,0 +1,87 @@
+"""How long a request is told that it would wait: before anything was measured, and after."""
+
+import pytest
+
+from specserve.engine.wait_estimate import WaitEstimate
+from specserve.messages import GenerateRequest, SamplingParams
+from specserve.schedule.block_manager import BlockManager
+from specserve.schedule.scheduler import Scheduler
+from specserve.schedule.sequence import Sequence
+
+STEP_S = 0.1
+
+
+class Load:
+    """A scheduler of two seats whose steps take `STEP_S`, and what was served by it."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.scheduler = Scheduler(
+            BlockManager(1000, 16), max_num_seqs=2, max_batched_tokens=64, max_prefill_rows=32, clock=lambda: self.now
+        )
+        self.waits = WaitEstimate(self.scheduler, lambda num: STEP_S / 2)  # wrong by half, as a table may be
+        self.prompt_tokens = self.generated_tokens = 0
+        self._num = 0
+
+    def request(self, adapter=None, max_tokens=20, **fields):
+        self._num += 1
+        prompt = list(range(100 * self._num, 100 * self._num + 4))
+        return GenerateRequest(
+            str(self._num), prompt, SamplingParams(max_tokens=max_tokens), adapter_hash=adapter, **fields
+        )
+
+    def add(self, *args, **fields):
+        request = self.request(*args, **fields)
+        self.scheduler.add(seq := Sequence(self._num, request))
+        return seq
+
+    def step(self):
+        for item in self.scheduler.schedule():
+            seq = item.seq
+            self.prompt_tokens += item.num_rows if seq.output_len == 0 else 0
+            seq.num_computed += item.num_rows
+            seq.tokens.append(7)
+            self.generated_tokens += 1
+            if seq.output_len == seq.sampling.max_tokens:
+                self.scheduler.remove(seq)
+        self.now += STEP_S
+        self.waits.observe(self.prompt_tokens, self.generated_tokens)
+
+
+def test_nobody_waits_while_there_is_a_seat():
+    load = Load()
+    load.add()
+    load.step()
+    assert load.waits.wait_s(load.request()) == 0
+    assert load.waits.answer_s(load.request()) == pytest.approx(20 * STEP_S / 2, rel=0.1)
+
+
+def test_the_estimate_comes_from_the_table_first_and_then_from_what_is_measured():
+    load = Load()
+    for _ in range(40):
+        load.add()
+    first = load.waits.wait_s(load.request())
+    for _ in range(30):
+        load.step()
+    assert first == pytest.approx(41 * 21 / (2 / (STEP_S / 2)), rel=0.05)
+    new = load.request()
+    wait_s, answer_s = load.waits.wait_s(new), load.waits.answer_s(new)
+    load.scheduler.add(seq := Sequence(10**6, new))
+    before = load.now
+    while seq not in load.scheduler.running:
+        load.step()
+    assert wait_s == pytest.approx(load.now - before, rel=0.15)
+    while seq in load.scheduler.running:
+        load.step()
+    assert answer_s == pytest.approx(load.now - before, rel=0.15)
+
+
+def test_an_adapter_that_nobody_waits_for_and_a_better_priority_wait_less():
+    load = Load()
+    for _ in range(60):
+        load.add("hot")
+    load.step()
+    hot, other = load.waits.wait_s(load.request("hot")), load.waits.wait_s(load.request("other"))
+    urgent = load.waits.wait_s(load.request("hot", priority=-1))
+    assert urgent < other < hot / 4
+    assert load.waits.typical_wait_s < hot / 4

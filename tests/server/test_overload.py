@@ -1,0 +1,115 @@
+"""What clients see when there is more to do than seats: priorities, deadlines, and when to come again."""
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from server_fixture import ServerProcess, assert_error
+
+from specserve.errors import UserError, from_info
+from specserve.server.middlewares import retry_headers
+
+LONG = {"prompt": "The quick brown", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
+SHORT = {"prompt": "The quick brown", "max_tokens": 1, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(model_dir):
+    """On the torch path, which takes its time, with one seat."""
+    flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "15", "--max-waiting-tokens", "8000")
+    server = ServerProcess(model_dir, *flags, "--highest-priority=-5", "--speculation", "off").wait_ready()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def occupy(server):
+    """Takes the seat, and with n > 1 waits for it too; all of it is given back."""
+    opened = []
+
+    def occupy(**fields):
+        reply = server.post("/v1/completions", {**LONG, "stream": True, **fields}, stream=True)
+        assert reply.status_code == 200, reply.text
+        lines = reply.iter_lines()
+        next(lines)
+        opened.append((reply, lines))  # lines that nobody holds close the connection
+
+    yield occupy
+    for reply, _ in opened:
+        reply.close()
+    server.wait_baseline()
+
+
+@contextmanager
+def paused(server):
+    """Whatever is sent meanwhile comes to the engine together."""
+    os.kill(server.engine_pid(), signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.engine_pid(), signal.SIGCONT)
+
+
+def test_priorities_decide_who_is_next_and_only_allowed_ones_are_taken(server, occupy):
+    occupy()
+    done = []
+
+    def send(priority):
+        assert server.post("/v1/completions", {**LONG, "max_tokens": 60, "priority": priority}).status_code == 200
+        done.append(priority)
+
+    threads = [threading.Thread(target=send, args=(priority,)) for priority in (5, None, -5)]
+    with paused(server):
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+    for thread in threads:
+        thread.join()
+    assert done == [-5, None, 5]
+    refused = server.post("/v1/completions", {**SHORT, "priority": -6})
+    assert_error(refused, 400, "priority is -6", "--highest-priority", param="priority")
+
+
+def test_a_deadline_that_passes_is_504_and_one_that_cannot_be_met_429_at_once(server, occupy):
+    with paused(server):
+        error = assert_error(server.post("/v1/completions", {**SHORT, "deadline_ms": 100}), 504, "deadline")
+        assert error["code"] == "deadline_exceeded"
+        inputs = {"inputs": "The quick", "parameters": {"max_new_tokens": 1, "deadline_ms": 100}}
+        assert server.post("/generate", inputs).status_code == 504
+    occupy(n=15, priority=-1)
+    refused = server.post("/v1/completions", {**SHORT, "deadline_ms": 200})
+    error = assert_error(refused, 429, "deadline_ms leaves", param="deadline_ms")
+    assert error["code"] == "deadline_unreachable" and int(refused.headers["Retry-After"]) >= 1
+    assert server.post("/v1/completions", {**SHORT, "deadline_ms": 60_000, "priority": -2}).status_code == 200
+    assert_error(server.post("/v1/completions", {**SHORT, "deadline_ms": 0}), 400, "deadline_ms is 0")
+
+
+def test_an_answer_that_is_not_complete_at_its_deadline_ends_with_504(server, occupy):
+    for _ in range(3):  # so that no long output is expected
+        assert server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 16}).status_code == 200
+    reply = server.post("/v1/completions", {**LONG, "n": 8, "deadline_ms": 400})
+    error = assert_error(reply, 504, "complete")
+    assert error["code"] == "deadline_exceeded"
+
+
+def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(server, occupy):
+    occupy()
+    prompts = [list(range(3, 303)) + [5] * 200] * 16  # 16 * 501 tokens
+    error = assert_error(server.post("/v1/completions", {**SHORT, "prompt": prompts}), 429, "--max-waiting-tokens 8000")
+    assert error["code"] == "overloaded"
+    occupy()
+    refused = server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 24})
+    error = assert_error(refused, 429, "16 requests are waiting", "--max-waiting 15")
+    occupy(n=8)
+    metrics = server.metrics()
+    assert metrics["engine_num_waiting_tokens"] > 0 and metrics["engine_wait_estimate_seconds"] > 0
+
+
+def test_retry_after_is_the_estimate_in_whole_seconds():
+    for status, wait_s, header in ((429, 0.2, "1"), (429, 12.3, "13"), (503, None, "1"), (429, 1e9, "600")):
+        error = UserError("", status=status, retry_after_s=wait_s)
+        assert retry_headers(from_info(error.info())) == {"Retry-After": header, "x-should-retry": "true"}
+    assert retry_headers(UserError("", status=504)) is None
