@@ -85,6 +85,20 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
     adapters_dir: Annotated[str | None, Meta(description="every folder in it is an adapter of that name")] = None
+    allowed_adapter_urls: Annotated[
+        tuple[str, ...], Meta(description="prefixes of addresses (https://, s3://, gs://) that adapters may come from")
+    ] = ()
+    allowed_hub_repos: Annotated[
+        tuple[str, ...], Meta(description="repositories of the hub that adapters may come from; * and ? match")
+    ] = ()
+    allowed_adapter_networks: Annotated[
+        tuple[str, ...], Meta(description="networks, such as 10.0.0.0/8, that their host names may lead to")
+    ] = ()
+    adapter_cache_dir: Annotated[
+        str | None, Meta(description="where fetched adapters are kept; default: the user's cache")
+    ] = None
+    adapter_cache_gib: Annotated[float, Meta(gt=0, description="disk for them, GiB; idle ones make room")] = 10.0
+    adapter_fetch_timeout_s: Annotated[float, Meta(gt=0, description="seconds that fetching one may take")] = 600.0
     served_model_name: Annotated[str | None, Meta(description="the base model's name in the API")] = None
     api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
     admin_api_key: Annotated[

@@ -23,10 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterPaths:
-    """The file system's side of adapter names; `base_name` is the base model's and no adapter's."""
+    """The file system's side of adapter names; `base_name` is the base model's and no adapter's.
 
-    def __init__(self, adapters_dir: str | None, base_name: str):
+    Given paths may lie in `adapters_dir` or in `fetched_dir`, or anywhere where there is no `adapters_dir`.
+    """
+
+    def __init__(self, adapters_dir: str | None, base_name: str, fetched_dir: Path | None = None):
         self._root = Path(adapters_dir).resolve() if adapters_dir else None
+        self._fetched_root = fetched_dir.resolve() if fetched_dir else None
         self._base_name = base_name
         self._warned: set[str] = set()
 
@@ -71,20 +75,23 @@ class AdapterPaths:
         return True
 
     def _check_inside(self, directory: Path, name: str, param: str) -> None:
-        if self._root is None:
-            return
         for path in (directory, *directory.iterdir()):
-            if not path.resolve().is_relative_to(self._root):
+            if not self._is_inside(path.resolve()):
                 raise UserError(
                     f"adapter {name!r}: {path.name} is a link that leaves the adapters folder",
                     param=param,
                     status=403,
                 )
 
+    def _is_inside(self, target: Path) -> bool:
+        if self._root is None or target.is_relative_to(self._root):
+            return True
+        return self._fetched_root is not None and target.is_relative_to(self._fetched_root)
+
     def given(self, name: str, path: str) -> Path:
         """The directory that `path` means, as a path that may go through links: those may be switched later."""
         if "\0" in path or "://" in path or len(path) > 4096:
-            raise UserError("lora_path must be a local directory, not an address", param="lora_path")
+            raise UserError("lora_path is no path of a local directory", param="lora_path")
         directory = Path(path)
         if not directory.is_absolute() and self._root is not None:
             directory = self._root / directory
@@ -93,7 +100,7 @@ class AdapterPaths:
             target = directory.resolve()
         except (OSError, RuntimeError) as error:
             raise UserError(f"lora_path {path!r} is not readable: {error}", param="lora_path") from None
-        if self._root is not None and not target.is_relative_to(self._root):
+        if not self._is_inside(target):
             raise UserError(
                 f"lora_path {path!r} lies outside the adapters folder; move it there", param="lora_path", status=403
             )

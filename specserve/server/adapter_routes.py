@@ -15,6 +15,7 @@ from .http_body import convert, json_response, read_json
 from .openai.request_types import AdapterNameRequest, LoadAdapterRequest, UnloadAdapterRequest
 from .openai.response_types import AdapterEntry
 from .routes import Handler
+from .sources.fetcher import AdapterFetcher
 
 MAX_BODY_BYTES = 2**20
 
@@ -22,8 +23,9 @@ MAX_BODY_BYTES = 2**20
 class AdapterRoutes:
     """Handlers over one store and its engine."""
 
-    def __init__(self, store: AdapterStore, engine: EngineClient, read_timeout_s: float):
+    def __init__(self, store: AdapterStore, fetcher: AdapterFetcher, engine: EngineClient, read_timeout_s: float):
         self._store = store
+        self._fetcher = fetcher
         self._engine = engine
         self._read_timeout_s = read_timeout_s
 
@@ -68,7 +70,8 @@ class AdapterRoutes:
 
     async def load(self, request: web.Request) -> web.Response:
         body = await self._body(request, LoadAdapterRequest)
-        info = await self._store.register(body.lora_name, body.lora_path, replace=body.load_inplace)
+        async with self._fetcher.local(body.lora_path, self._store.given_directories) as path:
+            info = await self._store.register(body.lora_name, path, replace=body.load_inplace)
         return json_response({"message": f"adapter {body.lora_name!r} is loaded", "adapter": info})
 
     async def unload(self, request: web.Request) -> web.Response:

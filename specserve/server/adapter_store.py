@@ -43,9 +43,10 @@ class AdapterStore:
         adapters_dir: str | None,
         base_name: str,
         observe_load_s: Callable[[float], object] = lambda seconds: None,
+        fetched_dir: Path | None = None,
     ):
         self._engine = engine
-        self._paths = AdapterPaths(adapters_dir, base_name)
+        self._paths = AdapterPaths(adapters_dir, base_name, fetched_dir)
         self._disk = Disk()
         self._base_name = base_name
         self._registered: dict[str, Path] = {}
@@ -62,6 +63,10 @@ class AdapterStore:
     def names(self) -> list[str]:
         """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
         return sorted({*self._folders(), *self._registered})
+
+    def given_directories(self) -> set[Path]:
+        """Those that names were given to at run time, or are about to be."""
+        return {*self._registered.values(), *(directory for directory, _ in self._claims.values())}
 
     def path(self, name: str) -> Path:
         """The directory of a known name; raises 404 otherwise."""

@@ -38,6 +38,7 @@ from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
 from .routes import add_routes
+from .sources.fetcher import AdapterFetcher
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Server:
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name
         observe_load_s = self.metrics.adapter_load.observe
-        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s)
+        self.fetcher = AdapterFetcher(config)
+        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, self.fetcher.root)
         self.engine.on_adapters_left = self.store.adapters_left
         self._model_dir = model_dir
         self.keys = KeyRing(config)
@@ -81,7 +83,7 @@ class Server:
             "metrics": self._metrics,
             "openapi": self._openapi,
         }
-        adapters = AdapterRoutes(self.store, self.engine, self.config.read_timeout_s)
+        adapters = AdapterRoutes(self.store, self.fetcher, self.engine, self.config.read_timeout_s)
         others = (OpenAIRoutes(generator), LoraxRoutes(generator), adapters)
         add_routes(app, own | {name: handler for routes in others for name, handler in routes.handlers().items()})
         return app
@@ -127,6 +129,7 @@ class Server:
             if runner is not None:
                 await runner.cleanup()
             listener.close()
+            self.fetcher.close()
 
     async def reload(self) -> None:
         """Read the keys again; what is wrong with them is logged, and the old ones stay."""

@@ -28,6 +28,7 @@ DESCRIPTIONS = {
     424: "the adapter or the model failed",
     429: "the server is full; retry after a while",
     500: "a fault of the server",
+    502: "an adapter's source fails",
     503: "the engine is starting, the server shuts down, or a disk is away; retry after a while",
     504: "the request took too long",
 }

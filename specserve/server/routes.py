@@ -115,7 +115,8 @@ ROUTES = (
     ),
     Route("GET", "/info", "lorax_info", "LoRAX: model and limits", GET, answer=LoraxInfo, errors="lorax"),
     Route(
-        "POST", "/v1/load_lora_adapter", "load_adapter", "Load an adapter directory under a name", (*POST, 404, 409),
+        "POST", "/v1/load_lora_adapter", "load_adapter", "Load an adapter directory under a name",
+        (*POST, 404, 409, 502, 504),
         LoadAdapterRequest, AdapterLoadedResponse, access="admin",
     ),
     Route(

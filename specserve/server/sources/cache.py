@@ -1,0 +1,119 @@
+"""Fetched adapters on disk, by content: a folder is complete and checked, or it is not there.
+
+A folder's name is the hash of its files' hashes; `sources/` says what each address meant last. Folders are made beside
+their place and renamed; what was left by a server that was killed goes when the next one opens the cache. Folders not
+in use make room, the one used longest ago first. One server has the cache, for as long as it runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from ...errors import UserError
+from ...whole_files import replace_file
+from .fetching import FetchedFile, FileState, measured
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What an address meant when it was fetched last."""
+
+    url: str
+    states: dict[str, FileState]
+    files: dict[str, FetchedFile]
+
+    @property
+    def folder(self) -> str:
+        text = "".join(f"{name}\0{file.sha256}\n" for name, file in sorted(self.files.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class AdapterCache:
+    """Up to `max_bytes` in `root`. Raises `UserError` where another server has it, or it cannot be written."""
+
+    def __init__(self, root: Path, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.folders, self._sources, self._partial = root / "adapters", root / "sources", root / "partial"
+        try:
+            for folder in (self.folders, self._sources, self._partial):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = (root / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"another server keeps its adapters in {root}; give --adapter-cache-dir another") from None
+        except OSError as error:
+            raise UserError(f"adapters cannot be kept in {root}: {error.strerror}; give --adapter-cache-dir") from None
+        for left in self._partial.iterdir():
+            shutil.rmtree(left, ignore_errors=True)
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def entry(self, url: str) -> Entry | None:
+        """What `url` meant last, if its folder is there with the bytes that were fetched."""
+        try:
+            entry = msgspec.json.decode(self._source(url).read_bytes(), type=Entry)
+        except (OSError, msgspec.DecodeError):
+            return None
+        return entry if entry.url == url and self._is_whole(entry) else None
+
+    def _is_whole(self, entry: Entry) -> bool:
+        folder = self.folders / entry.folder
+        try:
+            return all(measured(folder / name) == file for name, file in entry.files.items())
+        except OSError:
+            return False
+
+    @contextmanager
+    def workplace(self) -> Iterator[Path]:
+        """An empty folder that is gone afterwards, whatever happens; `keep` takes `files` out of it."""
+        folder = Path(tempfile.mkdtemp(dir=self._partial))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, url: str, states: Mapping[str, FileState], files: Mapping[str, FetchedFile], fetched: Path) -> Path:
+        """Put the folder `fetched` in its place; returns that."""
+        entry = Entry(url, dict(states), dict(files))
+        folder = self.folders / entry.folder
+        if not self._is_whole(entry):
+            for name in files:
+                with (fetched / name).open("rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)  # it is damaged
+            fetched.rename(folder)
+        replace_file(self._source(url), lambda path: path.write_bytes(msgspec.json.encode(entry)))
+        return folder
+
+    def use(self, entry: Entry) -> Path:
+        folder = self.folders / entry.folder
+        os.utime(folder)
+        return folder
+
+    def make_room(self, in_use: Collection[Path]) -> None:
+        """Remove folders that are not `in_use` until the others fit."""
+        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in self.folders.iterdir()}
+        total = sum(sizes.values())
+        for folder in sorted(sizes.keys() - set(in_use), key=lambda path: path.stat().st_mtime):
+            if total <= self.max_bytes:
+                return
+            gone = folder.rename(self._partial / folder.name)  # whoever comes meanwhile finds all of it or nothing
+            shutil.rmtree(gone, ignore_errors=True)
+            total -= sizes[folder]
+
+    def _source(self, url: str) -> Path:
+        return self._sources / hashlib.sha256(url.encode()).hexdigest()
+
+
+def default_root(environ: Mapping[str, str] = os.environ) -> Path:
+    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "fetched-adapters"

@@ -1,0 +1,166 @@
+"""Adapters from elsewhere as local folders: each fetched by a process of its own, once however many ask.
+
+A fetch that is slow, hangs or fails is its own requests' matter; it ends with the last of them, or with its time, and
+leaves nothing behind. A folder stays while somebody holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from ...config import ServeConfig
+from ...errors import OverloadedError, UserError, from_info
+from .cache import AdapterCache, default_root
+from .locations import Location, allowed_sources, is_address
+from .worker import MAX_MESSAGE_BYTES, Fetched, FetchFailed, FetchJob
+
+MAX_FETCHES = 8  # at a time; each is a process
+WORKER = [sys.executable, "-m", "specserve.server.sources.worker"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterFetcher:
+    """Fetches what the settings allow. Raises `UserError` for settings or a cache that cannot be used."""
+
+    def __init__(self, config: ServeConfig):
+        self._allowed = allowed_sources(config)
+        self._timeout_s = config.adapter_fetch_timeout_s
+        self._held: Counter[Path] = Counter()
+        self._fetches: dict[Location, asyncio.Task[Path]] = {}
+        self._waiting: Counter[Location] = Counter()
+        self.cache: AdapterCache | None = None
+        if self._allowed.prefixes or self._allowed.repositories:
+            root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
+            self.cache = AdapterCache(root.absolute(), int(config.adapter_cache_gib * 2**30))
+
+    @property
+    def root(self) -> Path | None:
+        """Where all fetched folders are."""
+        return None if self.cache is None else self.cache.folders
+
+    def close(self) -> None:
+        if self.cache is not None:
+            self.cache.close()
+
+    @asynccontextmanager
+    async def local(self, path: str, in_use: Callable[[], Collection[Path]]) -> AsyncIterator[str]:
+        """`path`, or where it is an address the folder with the adapter that is there now, which stays inside.
+
+        `in_use`: folders that names lead to, which stay too. Raises `UserError`.
+        """
+        if not is_address(path):
+            yield path
+            return
+        folder = await self._shared(self._allowed.location(path), in_use)
+        try:
+            yield str(folder)
+        finally:
+            self._release(folder)
+
+    async def _shared(self, location: Location, in_use: Callable[[], Collection[Path]]) -> Path:
+        """One fetch for all that ask meanwhile; it goes on while one of them waits."""
+        if location not in self._fetches:
+            if len(self._fetches) >= MAX_FETCHES:
+                raise OverloadedError(f"{MAX_FETCHES} adapters are being fetched; retry when one is there", status=503)
+            self._fetches[location] = asyncio.create_task(self._fetch(location, in_use))
+        task = self._fetches[location]
+        self._waiting[location] += 1
+        try:
+            folder = await asyncio.shield(task)
+            self._held[folder] += 1
+            return folder
+        finally:
+            self._waiting[location] -= 1
+            if not self._waiting[location]:
+                del self._waiting[location]
+                if self._fetches.get(location) is task:
+                    del self._fetches[location]
+                if task.done():
+                    if not task.cancelled() and task.exception() is None:
+                        self._release(task.result())  # the fetch's own hold
+                else:
+                    task.cancel()
+
+    def _release(self, folder: Path) -> None:
+        self._held[folder] -= 1
+        if not self._held[folder]:
+            del self._held[folder]
+
+    async def _fetch(self, location: Location, in_use: Callable[[], Collection[Path]]) -> Path:
+        """The folder, held once. Raises `UserError`."""
+        cache, start = self.cache, time.monotonic()
+        assert cache is not None, "nothing is allowed without a cache"
+        known = await asyncio.to_thread(cache.entry, location.url)
+        try:
+            with cache.workplace() as place:
+                job = FetchJob(location, self._allowed, str(place), known.states if known else {}, cache.max_bytes)
+                async with asyncio.timeout(self._timeout_s):
+                    fetched = await self._run(job)
+                if fetched.files is None:
+                    assert known is not None, "only what is known is not fetched again"
+                    folder = cache.use(known)
+                else:
+                    folder = await _to_the_end(
+                        asyncio.to_thread(cache.keep, location.url, fetched.states, fetched.files, place / "files")
+                    )
+        except TimeoutError:
+            raise UserError(
+                f"the adapter at {location.url} did not come within {self._timeout_s:g} s (--adapter-fetch-timeout-s)",
+                param="lora_path",
+                status=504,
+                code="timeout",
+            ) from None
+        self._held[folder] += 1
+        await asyncio.to_thread(cache.make_room, {*in_use(), *self._held})
+        seconds = time.monotonic() - start
+        logger.info("%s: %s (%.2f s)", location.url, "as it was" if fetched.files is None else "fetched", seconds)
+        return folder
+
+    async def _run(self, job: FetchJob) -> Fetched:
+        worker = await asyncio.create_subprocess_exec(
+            *WORKER, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=MAX_MESSAGE_BYTES
+        )
+        assert worker.stdin is not None and worker.stdout is not None
+        try:
+            worker.stdin.write(msgspec.json.encode(job) + b"\n")  # and stays open: its end is the worker's
+            answer = await worker.stdout.readline()
+        except ValueError:  # it has no end
+            answer = b""
+        finally:
+            if worker.returncode is None:
+                worker.kill()
+            await worker.wait()
+        try:
+            result: Fetched | FetchFailed = msgspec.json.decode(answer, type=Fetched | FetchFailed)
+        except msgspec.DecodeError:
+            raise UserError(
+                "the process that fetches the adapter ended without an answer; the server's log says more",
+                status=502,
+                code="fetch_failed",
+            ) from None
+        if isinstance(result, FetchFailed):
+            raise from_info(result.error)
+        return result
+
+
+async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """`work`, of which a thread will do all in any case: whoever is cancelled meanwhile waits for it first."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
