@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import stat
@@ -103,11 +104,17 @@ def age_s(stamp: Stamp) -> float:
 
 @contextlib.contextmanager
 def open_adapter(
-    directory: Path, name: str, *, names: Sequence[str] = ALL_FILES, max_weights_bytes: int = 64 << 30
+    directory: Path,
+    name: str,
+    *,
+    names: Sequence[str] = ALL_FILES,
+    max_weights_bytes: int = 64 << 30,
+    roots: Sequence[Path] = (),
 ) -> Iterator[AdapterFiles]:
     """Read those of `names` that are in `directory` into private copies, as they stood together at one time.
 
-    Raises `AdapterError` for what cannot be read, and `ChangingError` when the directory never held still.
+    Nothing is read of a file that lay outside all `roots`, which are resolved paths, when it was opened; none:
+    anywhere. Raises `AdapterError` for what cannot be read, and `ChangingError` when the directory never held still.
     """
     limits = {**MAX_FILE_BYTES, WEIGHTS_FILE: max_weights_bytes}
     for attempt in range(NUM_ATTEMPTS):
@@ -119,7 +126,7 @@ def open_adapter(
             digests: dict[str, bytes] = {}
             try:
                 for file in names:
-                    copy = _private_copy(directory / file, limits[file])
+                    copy = _private_copy(directory / file, limits[file], roots)
                     if copy is not None:
                         fd, digests[file] = copy
                         stack.callback(os.close, fd)
@@ -130,7 +137,7 @@ def open_adapter(
                 continue
             except AdapterError as error:
                 if stamp_of(directory) == before:
-                    raise AdapterError(f"adapter {name!r}: {error}") from None
+                    raise AdapterError(f"adapter {name!r}: {error}", status=error.status) from None
                 continue
             if stamp_of(directory) == before:
                 yield AdapterFiles(paths, digests)
@@ -138,9 +145,9 @@ def open_adapter(
     raise changing(name)
 
 
-def read_texts(directory: Path, name: str) -> tuple[str | None, dict[str, bytes]]:
-    """(hash, contents by name) of the chat template and tokenizer files in `directory`. Raises `AdapterError`."""
-    with open_adapter(directory, name, names=TEXT_FILES) as files:
+def read_texts(directory: Path, name: str, roots: Sequence[Path] = ()) -> tuple[str | None, dict[str, bytes]]:
+    """(hash, contents by name) of the chat template and tokenizer files in `directory`. Raises as `open_adapter`."""
+    with open_adapter(directory, name, names=TEXT_FILES, roots=roots) as files:
         return files.text_hash, {file: path.read_bytes() for file, path in files.paths.items()}
 
 
@@ -173,13 +180,15 @@ def _other_weights(directory: Path) -> str:
     return ""
 
 
-def _private_copy(path: Path, max_bytes: int) -> tuple[int, bytes] | None:
+def _private_copy(path: Path, max_bytes: int, roots: Sequence[Path]) -> tuple[int, bytes] | None:
     """(descriptor of a copy that nobody else can open, SHA-256); None when there is no such file."""
     try:
         stream = open(path, "rb", buffering=0, opener=_open_now)
     except FileNotFoundError:
         return None
     with stream:
+        if roots and not any(_place_of(stream.fileno()).is_relative_to(root) for root in roots):
+            raise AdapterError(f"{path.name} is a link that leaves the folders of adapters", status=403)
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise AdapterError(f"{path.name} is {_kind(status.st_mode)}, not a file")
@@ -201,6 +210,13 @@ def _private_copy(path: Path, max_bytes: int) -> tuple[int, bytes] | None:
             os.close(target)
             raise
     return target, digest.digest()
+
+
+def _place_of(fd: int) -> Path:
+    """Where an open file lies, which no link that is changed now can alter."""
+    if hasattr(fcntl, "F_GETPATH"):  # macOS
+        return Path(os.fsdecode(fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+    return Path(os.readlink(f"/proc/self/fd/{fd}"))
 
 
 def _open_now(path: str, flags: int) -> int:

@@ -64,6 +64,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = False
     history_dir: Annotated[str | None, Meta(description="where that is kept over restarts; default: nowhere")] = None
     max_lora_rank: Annotated[int, Meta(ge=1, le=1024, description="largest LoRA rank that is loaded")] = 256
+    adapter_roots: Annotated[
+        tuple[str, ...],
+        Meta(description="folders that adapters loaded by path must lie in; default: --adapters-dir, else anywhere"),
+    ] = ()
     max_adapters: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="adapters that steps can use without a load; default: 4096, on CUDA 256"),

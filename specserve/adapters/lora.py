@@ -8,7 +8,7 @@ and weights, is its identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,15 +93,17 @@ def read_adapter(
     max_rank: int = 256,
     lay_out: Callable[[LoraPair], LoraPair] = lambda pair: pair,
     turn: AbstractContextManager[object] | None = None,
+    roots: Sequence[Path] = (),
 ) -> LoraAdapter:
-    """Read and check the PEFT directory `path` for the base model `base`.
+    """Read and check the PEFT directory `path`, in one of `roots` if there are any, for the base model `base`.
 
     Weights are in main memory, those of layers held as `lay_out` has them. Where lookahead files beside the LoRA do not
     fit, the LoRA is served without them. `turn` is held for what needs a core, not the disk. Raises `AdapterError`.
     """
     path = Path(path)
     name = name or path.name
-    with open_adapter(path, name, max_weights_bytes=_max_weights_bytes(base.config, max_rank)) as files:
+    max_bytes = _max_weights_bytes(base.config, max_rank)
+    with open_adapter(path, name, max_weights_bytes=max_bytes, roots=roots) as files:
         check_complete(files, path, name)
         with turn or nullcontext():
             return _read_files(files, name, base, max_rank, lay_out)

@@ -244,6 +244,7 @@ class Engine:
             max_rank=self.config.max_lora_rank,
             lay_out=self.decoder.lay_out_lora,
             turn=self._reading,
+            roots=[Path(root) for root in self.config.adapter_roots],
         )
 
     def _expected_bytes(self, path: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapter_files import CONFIG_FILE, EXHAUSTED, exhausted
@@ -25,12 +26,12 @@ logger = logging.getLogger(__name__)
 class AdapterPaths:
     """The file system's side of adapter names; `base_name` is the base model's and no adapter's.
 
-    Given paths may lie in `adapters_dir` or in `fetched_dir`, or anywhere where there is no `adapters_dir`.
+    All adapters must lie in one of `roots`, which are resolved; in `adapters_dir` without any, without that anywhere.
     """
 
-    def __init__(self, adapters_dir: str | None, base_name: str, fetched_dir: Path | None = None):
+    def __init__(self, adapters_dir: str | None, base_name: str, roots: Sequence[Path] = ()):
         self._root = Path(adapters_dir).resolve() if adapters_dir else None
-        self._fetched_root = fetched_dir.resolve() if fetched_dir else None
+        self.roots = roots or ([self._root] if self._root is not None else [])
         self._base_name = base_name
         self._warned: set[str] = set()
 
@@ -63,7 +64,10 @@ class AdapterPaths:
         return entry if self.is_usable(entry, name) else None
 
     def is_usable(self, directory: Path, name: str, param: str = "model") -> bool:
-        """Whether `directory` is there; refuses it when it or its files are links that leave the adapters folder."""
+        """Whether `directory` is there; refuses it when it or its files are links that leave the folders of adapters.
+
+        That is for an error in time: whoever reads the files looks again where what was opened lies.
+        """
         try:
             if not directory.is_dir():
                 return False
@@ -84,9 +88,7 @@ class AdapterPaths:
                 )
 
     def _is_inside(self, target: Path) -> bool:
-        if self._root is None or target.is_relative_to(self._root):
-            return True
-        return self._fetched_root is not None and target.is_relative_to(self._fetched_root)
+        return not self.roots or any(target.is_relative_to(root) for root in self.roots)
 
     def given(self, name: str, path: str) -> Path:
         """The directory that `path` means, as a path that may go through links: those may be switched later."""
@@ -102,7 +104,9 @@ class AdapterPaths:
             raise UserError(f"lora_path {path!r} is not readable: {error}", param="lora_path") from None
         if not self._is_inside(target):
             raise UserError(
-                f"lora_path {path!r} lies outside the adapters folder; move it there", param="lora_path", status=403
+                f"lora_path {path!r} lies outside the adapters folder (--adapters-dir, --adapter-roots); move it there",
+                param="lora_path",
+                status=403,
             )
         if not self.is_usable(directory, name, "lora_path"):
             raise UserError(f"lora_path {path!r} is not a directory on the server", param="lora_path")

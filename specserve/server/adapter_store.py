@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,10 +43,10 @@ class AdapterStore:
         adapters_dir: str | None,
         base_name: str,
         observe_load_s: Callable[[float], object] = lambda seconds: None,
-        fetched_dir: Path | None = None,
+        roots: Sequence[Path] = (),
     ):
         self._engine = engine
-        self._paths = AdapterPaths(adapters_dir, base_name, fetched_dir)
+        self._paths = AdapterPaths(adapters_dir, base_name, roots)
         self._disk = Disk()
         self._base_name = base_name
         self._registered: dict[str, Path] = {}
@@ -103,7 +103,9 @@ class AdapterStore:
             if info.text_hash is None or info.text_hash in known:
                 return info, None
             with contextlib.suppress(ChangingError):
-                text_hash, files = await self._disk.look(name, lambda: read_texts(self.path(name), name))
+                text_hash, files = await self._disk.look(
+                    name, lambda: read_texts(self.path(name), name, self._paths.roots)
+                )
                 if text_hash == info.text_hash:
                     return info, files
             # Then they changed since they were loaded, which `resolve` sees.

@@ -49,8 +49,10 @@ class Server:
     def __init__(self, config: ServeConfig, model_dir: Path, engine_command: list[str] | None = None):
         self.config = config
         self.metrics = Metrics()
+        self.fetcher = AdapterFetcher(config)
+        roots = adapter_roots(config, self.fetcher.root)
         self.engine = EngineClient(
-            msgspec.structs.replace(engine_part(config), model=str(model_dir)),
+            msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots))),
             silence_timeout_s=config.engine_timeout_s,
             step_timeout_s=config.engine_step_timeout_s,
             command=engine_command,
@@ -58,8 +60,7 @@ class Server:
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name
         observe_load_s = self.metrics.adapter_load.observe
-        self.fetcher = AdapterFetcher(config)
-        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, self.fetcher.root)
+        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
         self.engine.on_adapters_left = self.store.adapters_left
         self._model_dir = model_dir
         self.keys = KeyRing(config)
@@ -163,6 +164,14 @@ class Server:
     async def _metrics(self, request: web.Request) -> web.Response:
         body = self.metrics.render(await self.engine.stats(), self.model_name)
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def adapter_roots(config: ServeConfig, fetched_dir: Path | None) -> list[Path]:
+    """The folders that adapters must lie in, resolved; none: anywhere."""
+    roots = [Path(folder) for folder in (config.adapters_dir, *config.adapter_roots) if folder]
+    if roots and fetched_dir is not None:
+        roots.append(fetched_dir)
+    return [folder.resolve() for folder in roots]
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -46,8 +46,8 @@ def test_a_change_between_two_files_is_noticed_and_all_is_read_again(adapter, mo
     monkeypatch.setattr(adapter_files, "PAUSE_S", 0.0)
     copy_of, calls = adapter_files._private_copy, []
 
-    def replace_once(path, max_bytes):
-        copied = copy_of(path, max_bytes)
+    def replace_once(path, *limits):
+        copied = copy_of(path, *limits)
         calls.append(path.name)
         if len(calls) == 1:  # the configuration was read, the weights were not
             for name, text in ((CONFIG_FILE, b'{"r": 2}'), (WEIGHTS_FILE, b"2" * 1000)):
@@ -66,9 +66,9 @@ def test_files_that_never_hold_still_are_refused_and_nothing_is_kept_open(adapte
     copy_of = adapter_files._private_copy
     num = iter(range(10**6))
 
-    def always(path, max_bytes):
+    def always(path, *limits):
         (adapter / WEIGHTS_FILE).write_bytes(b"x" * (1 + next(num)))
-        return copy_of(path, max_bytes)
+        return copy_of(path, *limits)
 
     monkeypatch.setattr(adapter_files, "_private_copy", always)
     before = len(os.listdir("/proc/self/fd"))
@@ -148,3 +148,34 @@ def test_a_directory_that_is_removed_while_it_is_read_is_an_adapter_error(adapte
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_link_that_leaves_the_roots_after_they_were_checked_is_not_read(adapter, tmp_path, where):
+    """What is checked is where the opened file lies, so that there is no time between the check and the reading."""
+    outside = tmp_path / "outside"
+    adapter.rename(outside)
+    root = tmp_path / "root"
+    root.mkdir()
+    if where == "folder":
+        (root / "a").symlink_to(outside)
+    else:
+        (root / "a").mkdir()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            (root / "a" / name).symlink_to(outside / name)
+    with pytest.raises(AdapterError, match="leaves the folders of adapters") as refusal:
+        read(root / "a", roots=[root])
+    assert refusal.value.status == 403
+    assert set(read(root / "a", roots=[root, outside])[0]) == {CONFIG_FILE, WEIGHTS_FILE}
+
+
+def test_files_may_be_replaced_or_removed_while_they_are_read_from_within_the_roots(adapter, tmp_path, monkeypatch):
+    place_of = adapter_files._place_of
+
+    def remove(fd):
+        (adapter / WEIGHTS_FILE).unlink(missing_ok=True)  # its place is then another text
+        return place_of(fd)
+
+    monkeypatch.setattr(adapter_files, "_place_of", remove)
+    monkeypatch.setattr(adapter_files, "PAUSE_S", 0.0)
+    assert set(read(adapter, roots=[tmp_path])[0]) == {CONFIG_FILE}

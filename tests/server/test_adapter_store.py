@@ -350,7 +350,7 @@ async def test_an_edited_chat_template_and_equal_weights_with_another_one(store,
 async def test_texts_that_are_never_those_that_were_loaded_are_refused_in_the_end(store, root, monkeypatch):
     make(root / "a", "one")
     (root / "a" / "chat_template.jinja").write_text("one")
-    monkeypatch.setattr(adapter_store, "read_texts", lambda directory, name: ("another", {}))  # its times do not tell
+    monkeypatch.setattr(adapter_store, "read_texts", lambda *args: ("another", {}))  # its times do not tell
     with pytest.raises(adapter_files.ChangingError):
         await asyncio.wait_for(store.resolve_with_texts("a", ()), 10)
 

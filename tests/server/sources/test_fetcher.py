@@ -21,6 +21,7 @@ from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from specserve.config import ServeConfig
 from specserve.errors import UserError
 from specserve.server.adapter_store import AdapterStore
+from specserve.server.app import adapter_roots
 from specserve.server.sources import fetcher as fetcher_module
 from specserve.server.sources.fetcher import AdapterFetcher
 from specserve.server.sources.worker import run
@@ -273,7 +274,8 @@ async def test_a_name_is_given_to_what_was_fetched_and_holds_its_folder(make, so
     source.put("a", b"weights")
     (tmp_path / "adapters").mkdir()
     fetcher = make(adapter_cache_gib=1e-9 * 5)
-    store = AdapterStore(FakeEngine(), str(tmp_path / "adapters"), "base", fetched_dir=fetcher.root)
+    roots = adapter_roots(ServeConfig(adapters_dir=str(tmp_path / "adapters")), fetcher.root)
+    store = AdapterStore(FakeEngine(), str(tmp_path / "adapters"), "base", roots=roots)
     with pytest.raises(UserError, match="at most"):
         await fetch(fetcher, f"{source.url}/loras/a")
     fetcher.close()
