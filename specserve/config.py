@@ -88,6 +88,10 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
+    tls_certfile: Annotated[
+        str | None, Meta(description="PEM certificate chain: serve HTTPS; read again on SIGHUP")
+    ] = None
+    tls_keyfile: Annotated[str | None, Meta(description="its PEM key; default: in the same file")] = None
     adapters_dir: Annotated[str | None, Meta(description="every folder in it is an adapter of that name")] = None
     allowed_adapter_urls: Annotated[
         tuple[str, ...], Meta(description="prefixes of addresses (https://, s3://, gs://) that adapters may come from")

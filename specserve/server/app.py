@@ -39,6 +39,7 @@ from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
 from .routes import add_routes
 from .sources.fetcher import AdapterFetcher
+from .tls import certificate_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Server:
         self.engine.on_adapters_left = self.store.adapters_left
         self._model_dir = model_dir
         self.keys = KeyRing(config)
+        self.certificate = certificate_of(config)
         self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
         self._openapi_body = msgspec.json.encode(openapi_document())
 
@@ -115,10 +117,11 @@ class Server:
                 auto_decompress=False,  # compressed bodies are refused unread, also those aiohttp cannot inflate
                 lingering_time=1.0,  # how long the rest of a refused body is still read
             )
-            listening = await connections.listen(listener)
+            tls = self.certificate.listening if self.certificate is not None else None
+            listening = await connections.listen(listener, tls)
             host, port = listener.getsockname()[:2]
             summaries = asyncio.create_task(summarize(self.engine.stats))
-            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            on_ready(f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}")
             await stop.wait()
             await self._drain()
         finally:
@@ -133,11 +136,17 @@ class Server:
             self.fetcher.close()
 
     async def reload(self) -> None:
-        """Read the keys again; what is wrong with them is logged, and the old ones stay."""
+        """Read keys and certificate again; what is wrong with one is logged, and the old one stays."""
         try:
             await self.keys.reload()
         except UserError as error:
             logger.error("the keys stay as they are: %s", error)
+        if self.certificate is not None:
+            try:
+                await asyncio.to_thread(self.certificate.reload)
+                logger.info("the certificate has been read again")
+            except UserError as error:
+                logger.error("the certificate stays as it is: %s", error)
 
     async def _drain(self) -> None:
         self.middlewares.draining = True

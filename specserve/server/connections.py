@@ -12,6 +12,7 @@ import logging
 import resource
 import select
 import socket
+import ssl
 import time
 from http import HTTPStatus
 from typing import Any
@@ -24,6 +25,7 @@ from aiohttp.web_request import BaseRequest
 from ..errors import ErrorInfo
 from .console import Seldom
 from .error_bodies import SAFE_HEADERS, openai_error
+from .tls import HANDSHAKE_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +57,13 @@ class Connections:
         self._refusals: set[_Refusal] = set()
         self._full, self._malformed, self._accept = (Seldom(logger) for _ in range(3))
 
-    async def listen(self, listener: socket.socket) -> asyncio.Server:
+    async def listen(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
-        server = await loop.create_server(self._protocol, sock=listener, backlog=ACCEPTED_AT_ONCE)
+        handshake_timeout_s = HANDSHAKE_TIMEOUT_S if tls is not None else None
+        server = await loop.create_server(
+            self._protocol, sock=listener, backlog=ACCEPTED_AT_ONCE, ssl=tls, ssl_handshake_timeout=handshake_timeout_s
+        )
         listener.listen(1024)  # what waits in the system is another number
         return server
 
@@ -149,7 +154,8 @@ class _Refusal(asyncio.Protocol):
             transport.close()
             return
         self._open_now.add(self)
-        transport.write_eof()
+        if transport.can_write_eof():  # TLS cannot
+            transport.write_eof()
         self._timer = asyncio.get_running_loop().call_later(REFUSAL_S, transport.close)
 
     def data_received(self, data: bytes) -> None:
