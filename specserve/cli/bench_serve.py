@@ -5,6 +5,7 @@ than --timeout. Knows nothing of the engine: any OpenAI-compatible server can be
 """
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class BenchResult(msgspec.Struct, frozen=True):
     timeout_s: float
     seed: int
     levels: list["LevelFigures"]
+    targets_ms: dict[str, float] = {}  # of goodput
 
 
 @click.command()
@@ -90,6 +92,12 @@ class BenchResult(msgspec.Struct, frozen=True):
 @click.option(
     "--max-in-flight", type=click.IntRange(1, 50_000), default=1000, show_default=True, help="More are not sent."
 )
+@click.option(
+    "--goodput",
+    multiple=True,
+    metavar="NAME:MS",
+    help="Count the requests that keep to a latency, as in --goodput ttft:500 --goodput tpot:50; also e2el, all of it.",
+)
 @click.option("--api-key", envvar="SPECSERVE_API_KEY", help="Sent as bearer token; also SPECSERVE_API_KEY.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JSON.")
@@ -127,7 +135,7 @@ def serve(url: str, output: Path | None, plot: Path | None, **params: Any) -> in
     )  # fmt: skip
     duration_s = params["duration"] or 600.0
     num_requests = params["num_requests"] or (MAX_REQUESTS if params["duration"] else DEFAULT_REQUESTS)
-    params |= {"duration": duration_s, "num_requests": num_requests}
+    params |= {"duration": duration_s, "num_requests": num_requests, "targets_ms": _targets(params["goodput"])}
     result = asyncio.run(_measure(target, rates, concurrencies, params))
     if output is not None:
         output.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
@@ -176,7 +184,7 @@ async def _measure(
                 records = await client.closed_loop(session, target, requests, int(load), params["duration"])
             if not records:
                 raise UserError(f"no request was due within --duration {params['duration']:g} s at --rate {rate:g}")
-            levels.append(report.level_figures(records, rate, None if rates else int(load)))
+            levels.append(report.level_figures(records, rate, None if rates else int(load), params["targets_ms"]))
     _print(levels)
     return BenchResult(
         bench="serve",
@@ -193,6 +201,7 @@ async def _measure(
         timeout_s=target.timeout_s,
         seed=params["seed"],
         levels=levels,
+        targets_ms=params["targets_ms"],
     )
 
 
@@ -233,6 +242,23 @@ def _levels(option: str, text: str | None, limit: int, whole: bool = False) -> l
         kind = "whole numbers" if whole else "numbers"
         raise click.UsageError(f"{option} {text!r} is not a list of at most {MAX_LEVELS} {kind} above 0, to {limit}")
     return values
+
+
+def _targets(values: Sequence[str]) -> dict[str, float]:
+    """'ttft:500' and the like as milliseconds by name."""
+    from ..loadgen.report import GOODPUT_KEYS
+
+    targets = {}
+    for value in values:
+        name, _, text = value.partition(":")
+        try:
+            targets[name] = float(text)
+        except ValueError:
+            targets[name] = math.nan
+        if name not in GOODPUT_KEYS or not 0 < targets[name] < math.inf:
+            known = ", ".join(GOODPUT_KEYS)
+            raise click.UsageError(f"--goodput {value!r} is not NAME:MS, milliseconds above 0 for one of {known}")
+    return targets
 
 
 def _file_name(value: str) -> str:

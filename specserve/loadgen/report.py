@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from .client import Record
+
+GOODPUT_KEYS = ("ttft", "tpot", "e2el")  # vLLM's names
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -66,9 +68,14 @@ class LevelFigures(msgspec.Struct, frozen=True):
     end_to_end_ms: Distribution | None
     send_lag_ms: Distribution | None  # scheduled to sent: the load generator's own delay
     adapters: dict[str, AdapterFigures]
+    goodput: float | None = None  # requests/s that succeeded and met all targets; None without targets
+    good_share: float | None = None  # of all requests, those that failed among them
 
 
-def level_figures(records: Sequence[Record], rate: float | None, concurrency: int | None) -> LevelFigures:
+def level_figures(
+    records: Sequence[Record], rate: float | None, concurrency: int | None, targets_ms: Mapping[str, float] = {}
+) -> LevelFigures:
+    """Figures of a level; `targets_ms` are latencies by `GOODPUT_KEYS` that a good request does not exceed."""
     ok = [record for record in records if record.error is None]
     failed = [record for record in records if record.error is not None]
     duration_s = max((record.end_s for record in records), default=0.0)
@@ -83,6 +90,7 @@ def level_figures(records: Sequence[Record], rate: float | None, concurrency: in
             if num_tokens > 0:
                 shares.append(gap_ms / num_tokens)
                 weights.append(num_tokens)
+    num_good = sum(is_good(record, targets_ms) for record in ok)
     num_chunks = sum(len(record.chunks) for record in ok)
     return LevelFigures(
         rate_offered=rate,
@@ -108,7 +116,22 @@ def level_figures(records: Sequence[Record], rate: float | None, concurrency: in
             model: adapter_figures([record for record in records if record.model == model])
             for model in sorted({record.model for record in records})
         },
+        goodput=(_ratio(num_good, duration_s) or 0.0) if targets_ms else None,
+        good_share=_ratio(num_good, len(records)) if targets_ms else None,
     )
+
+
+def is_good(record: Record, targets_ms: Mapping[str, float]) -> bool:
+    """Whether a request that succeeded kept to all targets. One without output has no first token and is none."""
+    if not record.chunks:
+        return False
+    first_s, last_s = record.chunks[0].at_s, record.chunks[-1].at_s
+    figures_ms = {
+        "ttft": 1e3 * (first_s - record.scheduled_s),
+        "tpot": 1e3 * (last_s - first_s) / max(1, num_output_tokens(record) - 1),
+        "e2el": 1e3 * (record.end_s - record.scheduled_s),
+    }
+    return all(figures_ms[name] <= most for name, most in targets_ms.items())
 
 
 def adapter_figures(records: Sequence[Record]) -> AdapterFigures:
@@ -176,6 +199,8 @@ def table(levels: Sequence[LevelFigures]) -> str:
     """One line a level for the terminal."""
     closed = levels[0].concurrency is not None
     head = ["parallel" if closed else "rate", "achieved", "tokens/s", "ok", "failed"]
+    if levels[0].goodput is not None:
+        head += ["goodput"]
     head += ["TTFT p50", "p90", "p99", "token p50", "p99", "chunk p50", "p99", "total p50", "p90", "p99"]
     rows = [head]
     for level in levels:
@@ -186,6 +211,8 @@ def table(levels: Sequence[LevelFigures]) -> str:
             str(level.num_ok),
             str(level.num_requests - level.num_ok),
         ]
+        if level.goodput is not None:
+            row.append(f"{level.goodput:.2f}")
         for figures, names in (
             (level.ttft_ms, ("p50", "p90", "p99")),
             (level.inter_token_ms, ("p50", "p99")),

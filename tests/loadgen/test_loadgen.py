@@ -120,6 +120,17 @@ def test_latencies_count_from_the_scheduled_arrival():
     assert figures.send_lag_ms.p50 == pytest.approx(100)
 
 
+def test_goodput_counts_the_requests_that_keep_to_every_target():
+    fast, slow_start = [(0.2, 1, 1), (0.5, 1, 1)], [(2.0, 1, 1), (2.1, 1, 1)]
+    records = [record(fast, tokens=4), record(fast, tokens=2), record(slow_start, tokens=2), record(fast, tokens=4)]
+    records[-1].error = "truncated"
+    figures = level_figures(records, 1.0, None, {"ttft": 1000, "tpot": 200})
+    assert figures.good_share == 0.25 and figures.goodput == pytest.approx(1 / figures.duration_s, rel=1e-3)
+    assert level_figures(records, 1.0, None, {"ttft": 1000}).good_share == 0.5
+    assert level_figures(records, 1.0, None, {"e2el": 1}).goodput == 0
+    assert level_figures(records, 1.0, None).goodput is None
+
+
 def test_percentiles():
     records = [record([(float(idx), 1, 1)], tokens=1) for idx in range(1, 101)]
     ttft = level_figures(records, None, 1).ttft_ms
@@ -308,9 +319,21 @@ def test_fields_that_only_some_servers_know_are_sent_only_when_asked_for(capsys,
 
 
 def test_warmup_is_sent_and_not_counted(capsys, bad_server, tmp_path):
-    flags = ["--concurrency", 1, "--num-requests", 2, "--warmup", 3]
-    _, (level,), _ = bench(capsys, bad_server.url, tmp_path, *flags)
+    flags = [
+        "--concurrency",
+        1,
+        "--num-requests",
+        2,
+        "--warmup",
+        3,
+        "--goodput",
+        "ttft:60000",
+        "--goodput",
+        "e2el:0.01",
+    ]
+    _, (level,), out = bench(capsys, bad_server.url, tmp_path, *flags)
     assert len(bad_server.bodies) == 5 and level["num_requests"] == 2
+    assert (level["goodput"], level["good_share"]) == (0, 0) and "goodput" in out
 
 
 def test_prompts_from_files_shared_and_of_one_adapter(capsys, bad_server, tmp_path):
@@ -337,6 +360,8 @@ def test_prompts_from_files_shared_and_of_one_adapter(capsys, bad_server, tmp_pa
         (["--concurrency", "1.5"], "whole numbers"),
         (["--concurrency", ",".join(["1"] * 33)], "at most 32"),
         (["--rate", "1", "--url", "localhost:8000"], "http://host:port"),
+        (["--rate", "1", "--goodput", "itl:5"], "--goodput 'itl:5' is not NAME:MS"),
+        (["--rate", "1", "--goodput", "ttft:0"], "milliseconds above 0 for one of ttft, tpot, e2el"),
         (["--rate", "1", "--output", "/no/such/folder/x.json"], "there is no directory"),
         (["--rate", "1", "--url", "http://127.0.0.1:1"], "is the server running"),
     ],
