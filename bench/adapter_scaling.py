@@ -1,191 +1,177 @@
-"""Does throughput fall with the number of registered adapters, when Zipf decides which of them are asked for?
+"""What do a thousand adapters cost that take turns in room for a few, against those that always fit?
 
-One engine for each number, all in one process and with the same adapters in memory; each round serves the same number
-of requests on every engine, in an order that turns from round to round. Eight requests (--batch) are kept running, so
-adapters come and go as requests end. Each engine serves one unmeasured round first. Greedy, no drafts, no prefix cache:
-every engine does the same work but for which adapters its rows use. The wanted ratio is 1,000 adapters >= 0.95 x 8.
+One server for each case, all up at the same time and over the same directories; each round asks every one of them for
+the same number of completions, in an order that turns from round to round, after an unmeasured one. Clients ask one
+after the other over HTTP, greedy, without drafts and prefix cache, so that all servers do the same work but for which
+adapters it is:
 
-The limit is printed first: a step cannot be faster than reading the base weights and, for each distinct adapter of its
-rows, the adapter's weights. Beside it stand the distinct adapters of a step, and the share of the time that went into
-making adapters ready for a step (`AdapterSlots.activate`), which is where a number of adapters would show.
+    resident    so many adapters by Zipf's law, all of which fit
+    zipf        --adapters of them by Zipf's law, in room for --room
+    distinct    the same room, and no adapter is asked for twice before all others were: every request waits for a load
 
-    python -m bench.adapter_scaling [--adapters 1,8,64,256,1000] [--rounds 3] [--requests 32] [--rank 8]
+Wanted: zipf has 0.95 of the throughput of the first resident case, and twice its p99 time to first token at most. The
+limit is printed first: a step reads the base's weights, and those of each of its adapters.
+
+    python -m bench.adapter_scaling [--adapters 1000] [--room 32] [--resident 8,32] [--rounds 4] [--requests 96]
 """
 
 from __future__ import annotations
 
-import json
-import statistics
+import asyncio
+import contextlib
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from safetensors.torch import save_file
 
-from specserve.adapters.lora import LoraAdapter
-from specserve.config import EngineConfig
-from specserve.engine.engine import Engine
-from specserve.loadgen.plan import pick_models
-from specserve.messages import GenerateRequest, SamplingParams, Speculation
-from specserve.model.shapes import PARENT, module_shapes
+from specserve.loadgen.client import Record, Target, closed_loop, open_session
+from specserve.loadgen.plan import PlannedRequest, Popularity, make_plan
+from specserve.loadgen.report import distribution
+from specserve.model.config import ModelConfig
+from specserve.model.shapes import PARENT
 
 from . import common, options
-from .generation import generate
-from .tasks import BaseModel, read_prompts
+from .adapter_files import write_adapters
+from .server_process import metrics, serving
+from .tasks import BaseModel
+
+TIMEOUT_S = 120.0
+COUNTERS = ("adapter_loads", "adapter_reads", "adapter_evictions", "adapters_asked", "adapter_waits")
 
 
 @dataclass(slots=True)
-class Level:
-    """One engine and what was measured on it, one value a round."""
+class Case:
+    """One server, and what was measured on it."""
 
-    engine: Engine
-    hashes: list[str]  # most popular first
-    activate_s: float = 0.0
-    distinct: list[int] = field(default_factory=list)  # adapters of each step
-    tokens_per_s: list[float] = field(default_factory=list)
-    activate_share: list[float] = field(default_factory=list)
+    name: str
+    adapters: list[str]  # most popular first
+    popularity: Popularity
+    flags: list[str]
+    url: str = ""
+    num_asked: int = 0
+    tokens_per_s: list[float] = field(default_factory=list)  # one a round
+    ttft_ms: list[float] = field(default_factory=list)  # one a request
+    counts: dict[str, float] = field(default_factory=dict)
 
-    def watch_activate(self) -> None:
-        """Time the step's `activate` calls and note how many adapters each was given."""
-        slots = self.engine.runner.slots
-        activate = slots.activate
-
-        def timed(active: Any) -> None:
-            start_s = time.perf_counter()
-            activate(active)
-            self.activate_s += time.perf_counter() - start_s
-            self.distinct.append(len(active))
-
-        slots.activate = timed  # type: ignore[method-assign]
+    def plan(self, num: int, words: int, seed: str) -> list[PlannedRequest]:
+        first = self.num_asked % len(self.adapters) if self.popularity == "distinct" else 0
+        adapters = self.adapters[first:] + self.adapters[:first]
+        self.num_asked += num
+        return make_plan(
+            adapters, {}, num_requests=num, rate=None, duration_s=TIMEOUT_S, popularity=self.popularity,
+            zipf_exponent=1.0, prompt_words=words, seed=seed,
+        )  # fmt: skip
 
 
 @click.command(help=__doc__.partition("\n")[0])
-@options.numbers("--adapters", "1,8,64,256,1000", "Numbers of registered adapters.")
+@options.at_least(2, "--adapters", 1000, "Registered in the cases zipf and distinct.")
+@options.at_least(1, "--room", 32, "Adapters that fit there.")
+@options.numbers("--resident", "8,32", "Cases in which all fit.")
 @options.model
-@options.rounds(3)
-@options.at_least(1, "--requests", 32, "Of a round, on each engine.")
-@options.at_least(1, "--batch", 8, "Requests at the same time.")
-@options.at_least(2, "--tokens", 32, "Mean output of a request.")
-@options.at_least(1, "--prompt-len", 32, "Tokens of each prompt.")
+@options.rounds(4)
+@options.at_least(1, "--requests", 96, "Of a round, on each server.")
+@options.at_least(1, "--clients", 8, "That ask at the same time.")
+@options.at_least(8, "--tokens", 32, "Mean output of a request.")
+@options.at_least(1, "--prompt-words", 32)
 @options.at_least(1, "--rank", 8)
 @click.option("--modules", default="q_proj,v_proj", show_default=True, help="Linears with LoRA; peft's own default.")
-@click.option("--zipf-exponent", type=click.FloatRange(0), default=1.0, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Default: all cores.")
 @options.save("adapter_scaling")
 def main(
-    adapters: list[int], model: str, rounds: int, requests: int, batch: int, tokens: int, prompt_len: int, rank: int,
-    modules: str, zipf_exponent: float, threads: int | None, save: bool,
+    adapters: int, room: int, resident: list[int], model: str, rounds: int, requests: int, clients: int, tokens: int,
+    prompt_words: int, rank: int, modules: str, save: bool,
 ) -> None:  # fmt: skip
+    if unknown := [name for name in modules.split(",") if name not in PARENT]:
+        raise click.UsageError(f"--modules: {', '.join(unknown)} are not linears of a layer")
     run = common.start("adapter_scaling", "torch")
     base = BaseModel.load(model)
-    config = EngineConfig(
-        model=str(base.path),
-        max_num_seqs=batch,
-        max_model_len=prompt_len + 2 * tokens,
-        kv_cache_gib=0.1,
-        prefix_caching=False,
-        speculation="off",
-        max_adapters=max(adapters),
-        num_threads=threads or common.num_cores(),
-    )
-    engines = {number: Engine(config, base.path) for number in adapters}
-    start_s = time.perf_counter()
-    loras = make_adapters(engines[max(adapters)], max(adapters), rank, modules.split(","))
-    adapter_bytes = loras[0].info().size_bytes
-    click.echo(f"read {len(loras)} adapters of {adapter_bytes / 1e6:.2f} MB in {time.perf_counter() - start_s:.1f} s")
     floor = common.WeightFloor.measured(base.path)
-    click.echo(
-        f"limit: a step that only reads weights takes {floor.ms():.1f} ms at 16 bits, "
-        f"and {1e3 * adapter_bytes / floor.bytes_per_s:.2f} ms for each distinct adapter"
-    )
-    prompts = [base.tokenizer.encode(row["prompt"], False)[:prompt_len] for row in read_prompts()]
-    levels = {}
-    for number, engine in engines.items():
-        for lora in loras[:number]:
-            engine.register_adapter(lora)
-        levels[number] = Level(engine, [lora.content_hash for lora in loras[:number]])
-        levels[number].watch_activate()
-    for round_idx in range(rounds + 1):
-        turn = round_idx % len(adapters)
-        for number in [*adapters[turn:], *adapters[:turn]]:
-            serve(levels[number], prompts, requests, batch, tokens, zipf_exponent, round_idx, measured=round_idx > 0)
-        if round_idx > 0:
-            rates = ", ".join(f"{number} adapters {levels[number].tokens_per_s[-1]:.1f}" for number in adapters)
-            click.echo(f"round {round_idx}, tokens/s: {rates}")
-    figures = {}
-    for number, level in levels.items():
-        versus = [a / b for a, b in zip(level.tokens_per_s, levels.get(8, level).tokens_per_s, strict=True)]
-        figures[number] = {
-            "tokens_per_s": common.spread(level.tokens_per_s),
-            "ratio_to_8": common.spread(versus) if 8 in levels else None,
-            "distinct_a_step": round(statistics.mean(level.distinct), 2),
-            "activate_share": common.spread(level.activate_share),
-        }
-        click.echo(f"{number} adapters: {figures[number]}")
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adapters-")))
+        start_s = time.perf_counter()
+        names = write_adapters(root, ModelConfig.from_dir(base.path), adapters, rank, modules.split(","))
+        num_bytes = sum(file.stat().st_size for file in (root / names[0]).iterdir())
+        click.echo(f"wrote {adapters} adapters of {num_bytes / 1e6:.2f} MB in {time.perf_counter() - start_s:.1f} s")
+        click.echo(
+            f"limit: a step that only reads weights takes {floor.ms():.1f} ms at 16 bits, "
+            f"and {1e3 * num_bytes / floor.bytes_per_s:.2f} ms for each distinct adapter"
+        )
+        few = ["--max-adapters", str(room)]
+        cases = [Case(f"{num} resident", names[:num], "zipf", []) for num in resident]
+        cases += [Case(f"{adapters} zipf", names, "zipf", few), Case(f"{adapters} distinct", names, "distinct", few)]
+        common_flags = ("--adapters-dir", str(root), "--speculation", "off", "--no-prefix-caching")
+        for case in cases:
+            case.url = stack.enter_context(serving(str(base.path), *common_flags, "--kv-cache-gib", "0.1", *case.flags))
+        for round_idx in range(rounds + 1):
+            turn = round_idx % len(cases)
+            for case in [*cases[turn:], *cases[:turn]]:
+                plan = case.plan(requests, prompt_words, str(round_idx))
+                asyncio.run(ask(case, plan, clients, tokens, is_measured=round_idx > 0))
+            rates = ", ".join(f"{case.name} {case.tokens_per_s[-1]:.1f}" for case in cases if case.tokens_per_s)
+            click.echo(f"round {round_idx}, tokens/s: {rates}" if round_idx else "warmed up")
+    figures = figures_of(cases)
+    for name, of_case in figures.items():
+        click.echo(f"{name}: {of_case}")
     settings = {
-        "model": base.name, "dtype": engines[adapters[0]].info.dtype, "rank": rank, "modules": modules,
-        "adapter_mb": round(adapter_bytes / 1e6, 3), "batch": batch, "rounds": rounds, "requests": requests,
-        "prompt_len": prompt_len, "tokens": tokens, "zipf_exponent": zipf_exponent, "threads": config.num_threads,
+        "model": base.name, "rank": rank, "modules": modules, "adapter_mb": round(num_bytes / 1e6, 3), "room": room,
+        "rounds": rounds, "requests": requests, "clients": clients, "tokens": tokens, "prompt_words": prompt_words,
     }  # fmt: skip
     run.finish({**settings, "figures": figures}, save)
 
 
-def make_adapters(engine: Engine, num: int, rank: int, modules: list[str]) -> list[LoraAdapter]:
-    """Random LoRAs, written as PEFT directories one after the other and read back as the engine reads any."""
-    shapes = module_shapes(engine.decoder.config)
-    unknown = [name for name in modules if name not in PARENT]
-    if unknown:
-        raise click.UsageError(f"--modules: {', '.join(unknown)} are not linears of a layer")
-    adapters = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
-        (path / "adapter_config.json").write_text(json.dumps(settings))
-        for idx in range(num):
-            generator = torch.Generator().manual_seed(idx)
-            tensors: dict[str, torch.Tensor] = {}
-            for layer in range(engine.decoder.config.num_layers):
-                for name in modules:
-                    size_in, size_out = shapes[name]
-                    key = f"base_model.model.model.layers.{layer}.{PARENT[name]}.{name}"
-                    a = torch.randn(rank, size_in, generator=generator) * size_in**-0.5
-                    b = torch.randn(size_out, rank, generator=generator) * 0.02
-                    tensors |= {f"{key}.lora_A.weight": a.bfloat16(), f"{key}.lora_B.weight": b.bfloat16()}
-            save_file(tensors, path / "adapter_model.safetensors")
-            adapters.append(engine.read_adapter(f"random-{idx}", path))
-    return adapters
-
-
-def serve(
-    level: Level, prompts: list[list[int]], num: int, batch: int, tokens: int, zipf_exponent: float, round_idx: int,
-    *, measured: bool,
+async def ask(
+    case: Case, plan: Sequence[PlannedRequest], clients: int, tokens: int, *, is_measured: bool
 ) -> None:  # fmt: skip
-    """Serve `num` requests, `batch` at a time; the draw of adapters is the round's own."""
-    engine = level.engine
-    chosen = pick_models(level.hashes, num, "zipf", zipf_exponent, str(round_idx))
-    level.activate_s = 0.0
-    requests = [
-        GenerateRequest(
-            f"{round_idx}-{idx}",
-            prompts[(round_idx * num + idx) % len(prompts)],
-            # from half to one and a half of `tokens`: equal ones would end, and change adapters, all at once
-            SamplingParams(max_tokens=tokens // 2 + 1 + (7 * idx) % tokens, temperature=0.0, ignore_eos=True),
-            adapter_hash=adapter,
-            speculation=Speculation("off"),
-        )
-        for idx, adapter in enumerate(chosen)
+    """One round on one server."""
+    # Outputs of three lengths: requests of one would end, and change adapters, all at once.
+    targets = [
+        Target(case.url, False, {"max_tokens": num, "temperature": 0, "ignore_eos": True}, TIMEOUT_S, clients)
+        for num in (tokens * 3 // 4, tokens, tokens * 5 // 4)
     ]
-    outputs, elapsed_s = generate(engine, requests, batch)
-    num_tokens = sum(len(output.token_ids) for output in outputs)
-    if not measured:
-        level.distinct.clear()
-    else:
-        level.tokens_per_s.append(num_tokens / elapsed_s)
-        level.activate_share.append(level.activate_s / elapsed_s)
+    async with open_session(targets[0]) as session:
+        if not is_measured and case.popularity == "zipf" and not case.flags:
+            for name in case.adapters:  # resident is what was asked for once
+                await closed_loop(session, targets[0], [PlannedRequest(name, plan[0].messages, None)], 1, TIMEOUT_S)
+        before = await metrics(session, case.url)
+        start_s = time.perf_counter()
+        parts = [(target, plan[idx::3], len(range(idx, clients, 3))) for idx, target in enumerate(targets)]
+        loops = (closed_loop(session, target, part, num, TIMEOUT_S) for target, part, num in parts if num)
+        records = [record for done in await asyncio.gather(*loops) for record in done]
+        elapsed_s = time.perf_counter() - start_s
+        after = await metrics(session, case.url)
+    check(case, records)
+    if is_measured:
+        num_tokens = sum(record.usage.completion_tokens for record in records if record.usage is not None)
+        case.tokens_per_s.append(num_tokens / elapsed_s)
+        case.ttft_ms += [1e3 * (record.chunks[0].at_s - record.sent_s) for record in records]
+        for name in COUNTERS:
+            grown = after[f"engine_num_{name}"] - before[f"engine_num_{name}"]
+            case.counts[name] = case.counts.get(name, 0) + grown
+
+
+def check(case: Case, records: Sequence[Record]) -> None:
+    failed = next((record for record in records if record.error is not None or not record.chunks), None)
+    if failed is not None:
+        raise click.ClickException(f"{case.name}: a request failed: {failed.error} {failed.error_text[:500]}")
+
+
+def figures_of(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+    first, figures = cases[0], {}
+    for case in cases:
+        ttft, of_first = distribution(case.ttft_ms), distribution(first.ttft_ms)
+        assert ttft is not None and of_first is not None
+        ratios = [a / b for a, b in zip(case.tokens_per_s, first.tokens_per_s, strict=True)]
+        figures[case.name] = {
+            "tokens_per_s": common.spread(case.tokens_per_s),
+            "ratio_to_first": common.spread(ratios),
+            "ttft_ms": {"p50": ttft.p50, "p99": ttft.p99, "longest": ttft.max},
+            "p99_to_first": round(ttft.p99 / of_first.p99, 3),
+            **{name: int(count) for name, count in case.counts.items()},
+        }
+    return figures
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ than one stands beside what a path makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from specserve.adapters.lora import LoraAdapter
-from specserve.adapters.slab import in_one_slab
+from specserve.adapters.lora import LayOut, LoraAdapter
+from specserve.adapters.sizes import layout_bytes
+from specserve.adapters.slab import Slab, as_in_peft
 from specserve.compute.decoder_weights import GROUPS
 from specserve.kernels.lora import LoraPair
 from specserve.messages import GenerateRequest, SamplingParams
@@ -63,19 +64,20 @@ def random_adapter(
     idx: int,
     device: torch.device,
     dtype: torch.dtype,
-    lay_out: Callable[[LoraPair], LoraPair] = lambda pair: pair,
+    lay_out: LayOut = as_in_peft,
 ) -> LoraAdapter:
-    """A LoRA of rank 16 on all linears; `lay_out` is its decoder's `lay_out_lora`."""
-    layers, shapes = {}, module_shapes(config)
-    linears = [module for modules in GROUPS.values() for module in modules]
+    """A LoRA of rank 16 on all linears, lying as served ones do; `lay_out` is its decoder's `lay_out_lora`."""
+    shapes = {name: module_shapes(config)[name] for modules in GROUPS.values() for name in modules}
+    sides = [side for size_in, size_out in shapes.values() for side in ((RANK, size_in), (size_out, RANK))]
+    slab = Slab(config.num_layers * sum(layout_bytes(side, dtype.itemsize) for side in sides))
+    layers = {}
     for layer in range(config.num_layers):
-        for module, (in_size, out_size) in ((name, shapes[name]) for name in linears):
-            a = torch.randn(RANK, in_size, device=device, dtype=dtype).mul_(in_size**-0.5)
-            b = torch.randn(out_size, RANK, device=device, dtype=dtype).mul_(0.01)
-            layers[layer, module] = lay_out(LoraPair(a, b, 1.0))
-    if device.type == "cpu":  # as served ones lie
-        layers = dict(zip(layers, in_one_slab(list(layers.values())), strict=True))
-    return LoraAdapter(f"random-{idx}", f"random-{idx}", layers, None, None, RANK, None)
+        for module, (size_in, size_out) in shapes.items():
+            a = torch.randn(RANK, size_in, dtype=dtype).mul_(size_in**-0.5)
+            b = torch.randn(size_out, RANK, dtype=dtype).mul_(0.01)
+            layers[layer, module] = lay_out(LoraPair(a, b, 1.0), slab.empty)
+    adapter = LoraAdapter(f"random-{idx}", f"random-{idx}", layers, None, None, RANK, None)
+    return adapter if device.type == "cpu" else adapter.copied(lambda tensor: tensor.to(device))
 
 
 def standing_sequences(

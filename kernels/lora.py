@@ -7,7 +7,7 @@ batch of many adapters is the native path's (cpu/lora.h) and, on a GPU, lora_til
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -18,6 +18,12 @@ class LoraPair(NamedTuple):
     a: torch.Tensor  # [R, in]
     b: torch.Tensor  # [out, R]
     scale: float
+
+
+class Empty(Protocol):
+    """Gives memory, as `torch.empty` does."""
+
+    def __call__(self, size: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor: ...
 
 
 def lora_add_pair_(y: torch.Tensor, x: torch.Tensor, pair: LoraPair) -> None:

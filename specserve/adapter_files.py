@@ -45,7 +45,7 @@ MAX_FILE_BYTES = dict.fromkeys((*LOOKAHEAD_FILES, *TEXT_FILES), 256 << 20) | dic
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # handles or memory are out
 NUM_ATTEMPTS = 4
 PAUSE_S = 0.25  # between attempts
-_CHUNK = 4 << 20
+_CHUNK = 256 << 10  # what is read is hashed and written while it is in the cache
 
 Stamp = tuple[tuple[str, int, int, int, int, int], ...]
 
@@ -197,15 +197,17 @@ def _private_copy(path: Path, max_bytes: int, roots: Sequence[Path]) -> tuple[in
         target = _anonymous_file(path.name)
         try:
             digest = hashlib.sha256()
+            buffer = memoryview(bytearray(min(_CHUNK, status.st_size + 1)))
             num_bytes = 0
-            while chunk := stream.read(_CHUNK):
-                num_bytes += len(chunk)
+            while num_read := stream.readinto(buffer):
+                chunk = buffer[:num_read]
+                num_bytes += num_read
                 if num_bytes > max_bytes:  # it grows
                     raise AdapterError(f"{path.name} has more than {max_bytes} bytes; at most so many are read")
                 digest.update(chunk)
                 written = 0
                 while written < len(chunk):
-                    written += os.write(target, memoryview(chunk)[written:])
+                    written += os.write(target, chunk[written:])
         except BaseException:
             os.close(target)
             raise

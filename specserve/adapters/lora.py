@@ -18,15 +18,18 @@ import torch
 
 from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
 from ..errors import AdapterError
-from ..kernels.lora import LoraPair
+from ..kernels.lora import Empty, LoraPair
 from ..messages import AdapterInfo
 from ..model.config import ModelConfig
 from ..model.shapes import module_shapes
 from .lookahead import Lookahead, read_lookahead
 from .peft_config import parse_config
 from .served_base import ServedBase
-from .slab import copied, in_one_slab
+from .sizes import layout_bytes
+from .slab import Slab, as_in_peft, copied
 from .tensors import EMBED, LM_HEAD, check_tensors
+
+LayOut = Callable[[LoraPair, Empty], LoraPair]  # a copy of a pair in memory that the second one gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def read_adapter(
     *,
     name: str | None = None,
     max_rank: int = 256,
-    lay_out: Callable[[LoraPair], LoraPair] = lambda pair: pair,
+    lay_out: LayOut = as_in_peft,
     turn: AbstractContextManager[object] | None = None,
     roots: Sequence[Path] = (),
 ) -> LoraAdapter:
@@ -114,7 +117,7 @@ def _read_files(
     name: str,
     base: ServedBase,
     max_rank: int,
-    lay_out: Callable[[LoraPair], LoraPair],
+    lay_out: LayOut,
 ) -> LoraAdapter:
     peft = parse_config(name, files.paths[CONFIG_FILE].read_bytes())
     try:
@@ -123,8 +126,8 @@ def _read_files(
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
     pairs = check_tensors(peft, tensors, base, max_rank)
-    held = [pair if module in (EMBED, LM_HEAD) else lay_out(pair) for module, pair in pairs.items()]
-    held = in_one_slab(held)
+    slab = Slab(sum(layout_bytes(side.shape, side.itemsize) for pair in pairs.values() for side in (pair.a, pair.b)))
+    held = [(as_in_peft if module in (EMBED, LM_HEAD) else lay_out)(pair, slab.empty) for module, pair in pairs.items()]
     by_module = dict(zip(pairs, held, strict=True))
     embed, lm_head = by_module.pop(EMBED, None), by_module.pop(LM_HEAD, None)
     layers = {_layer_and_module(module): pair for module, pair in by_module.items()}

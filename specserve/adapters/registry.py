@@ -1,8 +1,8 @@
 """The adapters that one memory holds, by content hash, and who uses them.
 
 Owns which are there; who gets room and who leaves is `rooms`. Nothing here reads, copies or imports torch. Names live
-in the server; a changed directory is simply another adapter. `adapters` changes with the engine's thread alone (`put`,
-`take_left`), whatever other threads ask for.
+in the server; a changed directory is simply another adapter. Any thread may ask and put; what has left goes from
+`adapters` when the engine's thread takes note of it (`take_left`), so that nothing goes in the middle of a step.
 """
 
 from __future__ import annotations
@@ -33,15 +33,20 @@ class AdapterRegistry(Rooms):
         super().__init__(max_adapters, clock, max_bytes, bytes_flag)
         self.adapters: dict[str, LoraAdapter] = {}
 
-    def put(self, adapter: LoraAdapter, room: Room, load_s: float = 0.0) -> None:
-        """Fill `room` with an adapter of its size; one that is held already stays instead, and is asked no more."""
+    def put(self, adapter: LoraAdapter, room: Room, load_s: float = 0.0) -> bool:
+        """Fill `room` with an adapter of its size; one that is held already stays instead, and is asked no more.
+
+        False, and nothing is done, while an earlier one of the same content has left and `take_left` was not called.
+        """
         with self.lock:
             held = self._held.get(adapter.content_hash)
             if held is not None:
                 self.give_back(room)
                 held.stay(self._clock())
-                return
-            assert room.is_granted and adapter.content_hash not in self.adapters
+                return True
+            assert room.is_granted
+            if adapter.content_hash in self.adapters:
+                return False
             self._num_reserved -= 1
             room.is_granted = False
             key, now = adapter.content_hash, self._clock()
@@ -49,6 +54,7 @@ class AdapterRegistry(Rooms):
             self._held[key] = Held(room.num_bytes, load_s, value, now, now + ARRIVAL_S, now)
             self.adapters[key] = adapter
             self.counts.num_loads += 1
+            return True
 
     def add(self, adapter: LoraAdapter, num_bytes: int = 0) -> None:
         """As `ask` and `put`, for those who cannot wait and whose request need not come at once.
@@ -62,7 +68,8 @@ class AdapterRegistry(Rooms):
                 f"retry later or raise --max-adapters or {self.bytes_flag}",
                 status=503,
             )
-        self.put(adapter, room)
+        is_put = self.put(adapter, room)
+        assert is_put
         self._held[adapter.content_hash].awaited_until = 0.0
 
     def take_left(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,13 +31,17 @@ def expected_bytes(directory: Path, lora_itemsize: int) -> int:
     num_bytes = 0
     for key, shape in _shapes(directory / WEIGHTS_FILE):
         if "lora_" in key and len(shape) == 2:
-            rank, size = sorted(shape)
-            values = _round_up(rank, _RANK_STEP) * _round_up(size, _SIZE_STEP)
-            num_bytes += _round_up(values * lora_itemsize, _ALIGNMENT)
+            num_bytes += layout_bytes(shape, lora_itemsize)
     for key, shape in _shapes(directory / HEAD_WEIGHTS_FILE):  # held in fp32
         num_bytes += 4 * math.prod(shape) + (4 * (VOCAB_STEP * (shape[-1] + 1) if key == "embed" and shape else 0))
         num_bytes += 128 * shape[0] if key == "embed" and shape else 0  # where each token is
     return num_bytes + history_bytes(directory / HISTORY_FILE)
+
+
+def layout_bytes(shape: Sequence[int], itemsize: int) -> int:
+    """Bytes that A or B of this shape takes at most, in whatever layout."""
+    values = max(_round_up(a, _RANK_STEP) * _round_up(b, _SIZE_STEP) for a, b in (shape, shape[::-1]))  # rank first?
+    return _round_up(values * itemsize, _ALIGNMENT)
 
 
 def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:

@@ -6,28 +6,38 @@ with a live tensor beside free ones are never returned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from ..kernels.huge_pages import map_memory
-from ..kernels.lora import LoraPair
+from ..kernels.lora import Empty, LoraPair
 
 _ALIGNMENT = 64  # bytes, as torch's own allocator has it
 
 
-def in_one_slab(pairs: Sequence[LoraPair]) -> list[LoraPair]:
-    """Copies of `pairs` on the CPU, equal in shape, dtype and values, contiguous, in one anonymous mapping."""
-    tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
-    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-    if not sum(sizes):
-        return list(pairs)
-    slab, copies, offset = map_memory(sum(sizes)), [], 0
-    for tensor, size in zip(tensors, sizes, strict=True):
-        copy = slab[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        copies.append(copy.copy_(tensor))
-        offset += size
-    return [LoraPair(copies[2 * i], copies[2 * i + 1], pair.scale) for i, pair in enumerate(pairs)]
+def as_in_peft(pair: LoraPair, empty: Empty) -> LoraPair:
+    """A contiguous copy in what `empty(shape, dtype)` gives."""
+    a, b = (empty(tuple(tensor.shape), dtype=tensor.dtype).copy_(tensor) for tensor in (pair.a, pair.b))
+    return LoraPair(a, b, pair.scale)
+
+
+class Slab:
+    """Memory of `num_bytes`, zeros, of which each tensor gets the next piece."""
+
+    def __init__(self, num_bytes: int):
+        self._bytes = map_memory(max(num_bytes, _ALIGNMENT))
+        self._used = 0
+
+    def empty(self, size: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of this shape; raises `ValueError` when there is no room for it."""
+        num_bytes = math.prod(size) * dtype.itemsize
+        if self._used + num_bytes > self._bytes.shape[0]:
+            raise ValueError(f"{num_bytes} bytes more than {self._used} of {self._bytes.shape[0]}")
+        piece = self._bytes[self._used : self._used + num_bytes]
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return piece.view(dtype).view(size)
 
 
 def copied(pairs: Sequence[LoraPair], copy: Callable[[torch.Tensor], torch.Tensor]) -> list[LoraPair]:

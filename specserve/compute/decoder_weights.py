@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
+from ..adapters.slab import as_in_peft
 from ..kernels.linear import Linear
-from ..kernels.lora import LoraPair
+from ..kernels.lora import Empty, LoraPair
 from ..model.config import ModelConfig
 from ..model.rope import Rope
 from ..model.shapes import PARENT
@@ -83,9 +84,9 @@ class DecoderWeights:
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
 
     @staticmethod
-    def lay_out_lora(pair: LoraPair) -> LoraPair:
-        """How a LoRA's weights are held for this decoder: as PEFT has them."""
-        return pair
+    def lay_out_lora(pair: LoraPair, empty: Empty = torch.empty) -> LoraPair:
+        """A copy of a LoRA's weights as they are held for this decoder, which is as PEFT has them."""
+        return as_in_peft(pair, empty)
 
 
 def fused_layers(

@@ -7,6 +7,7 @@ fails holds up nobody else. What waits too long or is too many is refused; while
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ class _Load:
     since: float  # it waits, or is read
     running: Future[Room | Brought] | None = None
     room: Room | None = None  # that it waits for
+    is_answered: bool = False
 
     @property
     def result(self) -> Future[Room | Brought] | None:
@@ -45,16 +47,27 @@ class _Load:
 
 
 class AdapterLoads:
-    """Owned by the engine's thread; `wake` is called from others when there is something to place."""
+    """Loads begin on any thread and end on any: neither waits for a step. The engine's thread does what else there is.
 
-    def __init__(self, engine: Engine, wake: Callable[[], None], clock: Callable[[], float] = time.monotonic):
+    `answer` is told of an adapter that can be used, `wake` that there is something to `place`, from other threads.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        wake: Callable[[], None],
+        answer: Callable[[AdapterLoaded], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._engine = engine
         self._wake = wake
+        self._answer = answer
         self._clock = clock
         self._loads: list[_Load] = []  # in order of arrival
         self._given_up: list[_Load] = []  # while a thread is still at it
         self._last_given = clock()  # when a load ended with room
         self._untrimmed_bytes = 0
+        self._lock = threading.Lock()  # of the list, and of who sends a load on its way
         self._readers = ThreadPoolExecutor(max_workers=NUM_READERS, thread_name_prefix="adapter")
 
     @property
@@ -64,11 +77,12 @@ class AdapterLoads:
 
     def submit(self, message: LoadAdapter) -> list[Answer]:
         """Take a load over; its answer comes from `place`, or at once when there are too many."""
-        if len(self._loads) >= MAX_LOADS:
-            error = OverloadedError(f"{len(self._loads)} adapters wait to be loaded; retry shortly", status=503)
-            return [CallFailed(message.call_id, error.info())]
-        self._loads.append(_Load(message, self._engine.memory.bring(message), self._clock()))
-        self._go_on()
+        with self._lock:
+            if len(self._loads) >= MAX_LOADS:
+                error = OverloadedError(f"{len(self._loads)} adapters wait to be loaded; retry shortly", status=503)
+                return [CallFailed(message.call_id, error.info())]
+            self._loads.append(_Load(message, self._engine.memory.bring(message), self._clock()))
+            self._go_on()
         return []
 
     def place(self) -> list[Answer]:
@@ -78,26 +92,35 @@ class AdapterLoads:
         answers, now = [], self._clock()
         for load in list(self._loads):
             answer = self._look_at(load, now)
+            if answer is not None or load.is_answered:
+                with self._lock:
+                    self._loads.remove(load)
             if answer is not None:
-                self._loads.remove(load)
                 answers.append(answer)
         for load in list(self._given_up):
             if load.result is not None:
                 self._given_up.remove(load)
                 self._give_back(load)
         self._engine.memory.grant()
-        self._go_on()
+        with self._lock:
+            self._go_on()
         return answers
 
     def _look_at(self, load: _Load, now: float) -> Answer | None:
         """Its answer, if there is one now."""
         message = load.message
+        if load.is_answered:
+            self._last_given = now
+            return None
         try:
             if load.result is not None:
                 result = load.result.result()
                 if isinstance(result, Brought):
                     self._last_given = now
-                    return AdapterLoaded(message.call_id, self._engine.place_adapter(result, message.is_pinned))
+                    self._engine.forget_left_adapters()
+                    info = self._engine.place_adapter(result, message.is_pinned)
+                    assert info is not None
+                    return AdapterLoaded(message.call_id, info)
                 load.room, load.since = result, now
                 if message.is_prefetch:
                     load.way.close()
@@ -121,7 +144,7 @@ class AdapterLoads:
         return None
 
     def _go_on(self) -> None:
-        """Send loads on their way: new ones, and those that have got their room."""
+        """Send loads on their way: new ones, and those that have got their room. Under the lock."""
         under_way: set[str] = set()
         for load in self._loads:
             key = load.message.content_hash
@@ -140,6 +163,11 @@ class AdapterLoads:
             return next(load.way)
         except StopIteration as end:
             brought: Brought = end.value
+        is_wanted = load not in self._given_up
+        info = self._engine.place_adapter(brought, load.message.is_pinned) if is_wanted else None
+        if info is not None:
+            self._answer(AdapterLoaded(load.message.call_id, info))
+            load.is_answered = True
         self._untrimmed_bytes += brought.adapter.num_bytes
         if self._untrimmed_bytes > TRIM_BYTES:  # 60 adapters of 2 to 150 MB left half a gigabyte in pieces
             self._untrimmed_bytes = 0

@@ -258,18 +258,22 @@ class Engine:
         """Hold an adapter at once. Raises `OverloadedError` where there is no room."""
         if adapter.content_hash not in self.registry.adapters:
             adapter = self._upload(adapter)
+        self.forget_left_adapters()
         self.registry.add(adapter, adapter.num_bytes)
         self.forget_left_adapters()
         return adapter.info()
 
-    def place_adapter(self, brought: Brought, is_pinned: bool = False) -> AdapterInfo:
-        """Hold an adapter in the room that it was brought to."""
-        self.forget_left_adapters()
-        adapter = brought.adapter
-        if not brought.room.is_held:
-            self.registry.put(adapter, brought.room, brought.load_s)
-        if is_pinned:
-            self.registry.pin(adapter.content_hash)
+    def place_adapter(self, brought: Brought, is_pinned: bool = False) -> AdapterInfo | None:
+        """Hold an adapter in the room that it was brought to; on any thread.
+
+        None while the engine's thread must forget an earlier copy first (`forget_left_adapters`).
+        """
+        adapter, registry = brought.adapter, self.registry
+        with registry.lock:
+            if not brought.room.is_held and not registry.put(adapter, brought.room, brought.load_s):
+                return None
+            if is_pinned:
+                registry.pin(adapter.content_hash)
         return adapter.info()
 
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:

@@ -80,7 +80,10 @@ class EngineProcess:
         self._engine = engine
         self._link = link
         self._inbox = link.inbox  # messages, and what other threads have done
-        self._loads = AdapterLoads(engine, lambda: self._inbox.put(_AdapterRead()))
+        self._loads = AdapterLoads(
+            engine, lambda: self._inbox.put(_AdapterRead()), lambda loaded: link.send_beside([loaded])
+        )
+        link.at_once = self._begin_load
         self._next_snapshot = 0.0
         self._is_over = False  # a `Shutdown` came
         self._held: list[Any] | None = None  # events of the latest step, to be sent beside the next
@@ -123,6 +126,13 @@ class EngineProcess:
         expected_s = engine.proposer.cost_model.seconds(most_rows, shape)
         return Load(len(running), len(scheduler.waiting), num_rows, expected_s)
 
+    def _begin_load(self, message: Any) -> bool:
+        """On the thread that reads frames: a load waits for no step."""
+        if not isinstance(message, LoadAdapter):
+            return False
+        self._link.send_beside(self._loads.submit(message))
+        return True
+
     def _drain_inbox(self, wait_s: float) -> None:
         """Handle what has arrived, waiting at most `wait_s` for a first message; nothing after `Shutdown`."""
         try:
@@ -138,6 +148,8 @@ class EngineProcess:
 
     def _handle(self, message: Any) -> None:
         engine = self._engine
+        if self._begin_load(message):  # it came before this loop did
+            return
         if isinstance(message, GenerateRequest):
             if message.grammar is None:
                 self._add(message)
@@ -146,8 +158,6 @@ class EngineProcess:
         elif isinstance(message, Abort):
             self._compiling.pop(message.request_id, None)
             engine.abort(message.request_id)
-        elif isinstance(message, LoadAdapter):
-            self._send(self._loads.submit(message))
         elif isinstance(message, UnloadAdapter):
             engine.unload_adapter(message.adapter_hash)
             self._send([CallDone(message.call_id)])

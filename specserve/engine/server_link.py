@@ -1,9 +1,9 @@
 """The engine's end of the socket: what the server says, what the loop sends, and a heartbeat that no step holds up.
 
-Three threads meet here. One reads frames into `inbox` from before the model is loaded, and leaves the process when the
-server goes. The loop sends, and says when its next turn begins. The heartbeat tells once a second that the process
-lives and how long the present turn has taken of its own time; it never waits for the socket, which the loop may have
-filled.
+Three threads meet here. One reads frames into `inbox`, but for those that `at_once` takes, from before the model is
+loaded, and leaves the process when the server goes. The loop sends, and says when its next turn begins. The heartbeat
+tells once a second that the process lives and how long the present turn has taken of its own time; it never waits for
+the socket, which the loop may have filled.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class ServerLink:
 
     def __init__(self, sock: socket.socket, leave: Callable[[int], Any] = os._exit):
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # messages, and what else is to be handled by the loop
+        # On the thread that reads: whether a message was handled there, and is none of the loop's.
+        self.at_once: Callable[[Any], bool] = lambda message: False
         self._sock = sock
         self._leave = leave  # the process, at once, with this status
         self._sending = threading.Lock()
@@ -60,7 +62,12 @@ class ServerLink:
         self._turn += 1
 
     def send(self, messages: Sequence[Any]) -> None:
-        """Send them; waits while the server takes nothing."""
+        """Send them, as the loop; waits while the server takes nothing."""
+        self.send_beside(messages)
+        self._turn += 1  # waiting for the server is no part of a turn
+
+    def send_beside(self, messages: Sequence[Any]) -> None:
+        """The same from another thread, which says nothing of the loop."""
         if not messages:
             return
         data = encode_frames(messages)
@@ -69,12 +76,13 @@ class ServerLink:
                 self._sock.sendall(data)
             except OSError:  # the server has gone, and the reading thread is about to see it
                 self._leave(0)
-            self._turn += 1  # waiting for the server is no part of a turn
 
     def _read(self) -> None:
         try:
             while (payload := read_frame(self._sock)) is not None:
-                self.inbox.put(to_engine_decoder.decode(payload))
+                message = to_engine_decoder.decode(payload)
+                if not self.at_once(message):
+                    self.inbox.put(message)
         except ConnectionError:
             pass
         except Exception:

@@ -51,7 +51,8 @@ class Engine:
         self.registry = AdapterRegistry(2, self.clock, max_bytes=3 * SIZE)
         host = AdapterRegistry(99, self.clock, max_bytes=host_bytes) if host_bytes else None
         self.memory = AdapterMemory(self.registry, self.read, lambda path: SIZE, host, self.upload)
-        self.loads = AdapterLoads(self, lambda: None, self.clock)
+        self.answers = []
+        self.loads = AdapterLoads(self, lambda: None, self.answers.append, self.clock)
         self.threads = self.loads._readers = Threads()
         self.size = {}
 
@@ -67,10 +68,12 @@ class Engine:
         self.uploads.append(adapter.content_hash)
         return adapter
 
-    def place_adapter(self, brought, is_pinned):
+    def forget_left_adapters(self):
         self.registry.take_left()
-        if not brought.room.is_held:
-            self.registry.put(brought.adapter, brought.room, brought.load_s)
+
+    def place_adapter(self, brought, is_pinned):
+        if not brought.room.is_held and not self.registry.put(brought.adapter, brought.room, brought.load_s):
+            return None
         return brought.adapter.content_hash
 
     def load(self, name, **fields):
@@ -78,7 +81,9 @@ class Engine:
 
     def place(self):
         """Call ids of loads that have ended well, and the errors of others."""
-        answers = self.loads.place()
+        answers = [*self.answers, *self.loads.place()]
+        self.answers.clear()
+        self.forget_left_adapters()
         failed = {answer.call_id: answer.error for answer in answers if isinstance(answer, CallFailed)}
         return [answer.call_id for answer in answers if isinstance(answer, AdapterLoaded)], failed
 
@@ -181,6 +186,20 @@ def test_two_loads_of_known_content_read_it_once(engine):
     assert engine.place() == (["a2"], {}) and engine.reads == ["a1"] and engine.registry.size_bytes == SIZE
     engine.bring("a3")  # unknown content, which turns out to be there
     assert engine.registry.size_bytes == SIZE and engine.registry.counts.num_loads == 1
+
+
+def test_an_adapter_comes_back_when_its_old_copy_is_forgotten_and_else_without_a_turn_of_the_engine(engine):
+    for name in "ab":
+        engine.bring(name)
+        engine.registry.acquire(name)
+        engine.registry.release(name)
+    for name in "ca":
+        engine.load(name)
+        engine.threads.run()
+    assert [answer.call_id for answer in engine.answers] == ["c"]
+    assert set(engine.registry.adapters) == {"a", "b", "c"}  # a step may use what has left
+    assert engine.place() == (["c", "a"], {}) and set(engine.registry.adapters) == {"a", "c"}
+    assert not engine.loads._loads and engine.registry.size_bytes == 2 * SIZE
 
 
 def test_a_prefetch_takes_no_room_of_adapters_in_use_and_does_not_wait(engine):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...adapters.lora import LoraAdapter
-from ...kernels.lora import LoraPair
+from ...kernels.lora import Empty, LoraPair
 from ...kernels.native import MODULES, PANEL, Lora
 from ...model.config import ModelConfig
 
@@ -102,20 +102,29 @@ class NativeSlots:
         return table
 
 
-def to_native(pair: LoraPair) -> LoraPair:
+def to_native(pair: LoraPair, empty: Empty = torch.empty) -> LoraPair:
     """A layer module's pair in the order in which the native kernels read it (kernels/cpu/lora.h), padded with zeros.
 
-    A is flat, with each block of 8, 4 or 1 rows as [in / 32, rows, 32]; B is [panels, R, 64].
+    A is flat, with each block of 8, 4 or 1 rows as [in / 32, rows, 32]; B is [panels, R, 64]. Both are copies, in what
+    `empty(shape, dtype)` gives.
     """
-    rank, size_in = pair.a.shape
-    padded = F.pad(pair.a, (0, -size_in % 32))
+    (rank, size_in), out, dtype = pair.a.shape, pair.b.shape[0], pair.a.dtype
+    a, b = pair.a, pair.b
+    if size_in % 32:
+        a = F.pad(a, (0, -size_in % 32))
+    panels = -(-out // PANEL)
+    if out % PANEL:
+        b = F.pad(b, (0, 0, 0, panels * PANEL - out))
     blocks, row = [], 0
     while row < rank:
         num_rows = next(num for num in (8, 4, 1) if row + num <= rank)
-        block = padded[row : row + num_rows].view(num_rows, -1, 32)
-        blocks.append(block.transpose(0, 1).reshape(-1))
+        blocks.append((row, num_rows))
         row += num_rows
-    out = pair.b.shape[0]
-    panels = -(-out // PANEL)
-    b = F.pad(pair.b, (0, 0, 0, panels * PANEL - out)).view(panels, PANEL, rank).transpose(1, 2).contiguous()
-    return LoraPair(torch.cat(blocks), b, pair.scale)
+    flat = empty((a.numel(),), dtype=dtype)
+    for row, num_rows in blocks:
+        size = a.shape[1]
+        block = flat[row * size : (row + num_rows) * size].view(-1, num_rows, 32)
+        block.copy_(a[row : row + num_rows].view(num_rows, -1, 32).transpose(0, 1))
+    there = empty((panels, rank, PANEL), dtype=dtype)
+    there.copy_(b.reshape(panels, PANEL, rank).transpose(1, 2))
+    return LoraPair(flat, there, pair.scale)

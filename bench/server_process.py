@@ -1,0 +1,52 @@
+"""`specserve serve` in a process of its own, for benches that ask it over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import aiohttp
+import click
+
+READY = re.compile(r"is ready at (http://\S+)")
+METRIC = re.compile(r"^specserve_(\w+) (\S+)$", re.MULTILINE)
+START_S = 300
+
+
+@contextlib.contextmanager
+def serving(model: str, *flags: str) -> Iterator[str]:
+    """Its URL once it is ready; it ends with the context."""
+    command = [sys.executable, "-m", "specserve.cli", "serve", model, "--port", "0", *flags]
+    env = os.environ | {"SPECSERVE_LOG_LEVEL": "warning"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    url, log, ready = [""], [], threading.Event()
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            log.append(line)
+            if match := READY.search(line):
+                url[0] = match[1]
+                ready.set()
+        ready.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        if not ready.wait(START_S) or not url[0]:
+            raise click.ClickException(f"the server did not start: {''.join(log[-20:])}")
+        yield url[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+async def metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    """Those without labels."""
+    async with session.get(f"{url}/metrics") as response:
+        return {name: float(value) for name, value in METRIC.findall(await response.text())}
