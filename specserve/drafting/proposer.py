@@ -1,8 +1,8 @@
 """The engine's side of drafting: which sources a request gets, who is asked in a step, and what came of it.
 
 `growth` decides how far drafts go. Here every adapter's switch says whether its sources are asked at all; after
-the step, cost table, switches and the counts by adapter learn from it. On a device that runs by itself a switch for all
-sequences stands above those, and what the host costs beside the table.
+the step, cost table, switches and the counts by adapter learn from it. On a device that runs by itself the way of whole
+steps (`step_ways`) stands above those, and what the host costs beside the table.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from ..kernels.native_build import NativeError
 from ..messages import AdapterDrafts, GenerateRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence as EngineSequence
-from .batch_switch import BatchSwitch, Load, TimedStep
 from .cost_model import CostModel, MeanSeconds, StepShape
 from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan
 from .growth import DraftGrowth
 from .host_cost import HostCost
 from .native_growth import NativeGrowth
 from .served_history import ServedHistories
+from .step_ways import Live, Load, StepWays
 from .switch import DraftSwitch
+from .way_trial import TimedStep, Way
 
 logger = logging.getLogger(__name__)
 
-_FEWEST_HALVED = 4  # sequences
+_BACKLOG = 0.9  # of the rows that a step has for prompts beside decodes: more wait
 LEAST_WAIT = 0.1  # share of a step, from which on the host was waiting for the device and not only reading tokens
 
 
@@ -48,8 +49,7 @@ class Proposed(NamedTuple):
 
     plan: StepPlan
     num_asked: int  # sequences that were asked for drafts
-    load: Load | None = None  # whose switch decides for all of them
-    halves: Load | None = None  # whose switch decides whether they take turns
+    load: Load | None = None  # whose way it went
     is_half: bool = False  # of the sequences; the other half's step runs meanwhile
 
 
@@ -113,12 +113,10 @@ class Proposer:
         self.num_undrafted_steps = 0
         self._counts: dict[str | None, Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
-        self._batch = BatchSwitch() if is_asynchronous else None
-        self._halves = BatchSwitch(pays_for_few=False) if is_asynchronous else None
+        self._ways = StepWays() if is_asynchronous else None
+        self._live = Live()
         self._host = HostCost() if is_asynchronous else None  # before a step
         self._host_beside = HostCost() if is_asynchronous else None  # while the other half's step runs
-        self._num_drafting = self._num_fixed = 0  # sequences that may draft; whatever it costs
-        self._num_held_up = 0  # that need their tokens before the next step is queued
         self._draft_s = MeanSeconds()  # all of drafting, one sequence
         self._served: ServedHistories | None = None
         if config.learn_history:
@@ -149,7 +147,8 @@ class Proposer:
             counts=self._counts.setdefault(request.adapter_hash, Counts()),
             holds_up=not seq.gets_any_token,
         )
-        if draft.max_tokens and (self._batch is None or self._batch.is_on or self.growth.heads is not None):
+        way = self._ways.latest if self._ways is not None else None
+        if draft.max_tokens and (way is None or way.drafts or self.growth.heads is not None):
             self._make_chooser(draft, seq)  # now, while the device runs; else when it is asked, which may be never
         self._count_live(draft, 1)
         return draft
@@ -159,9 +158,9 @@ class Proposer:
         self._count_live(draft, -1)
 
     def _count_live(self, draft: GrowingDraft, change: int) -> None:
-        self._num_drafting += change * (draft.max_tokens > 0)
-        self._num_fixed += change * (draft.max_tokens > 0 and draft.is_fixed)
-        self._num_held_up += change * draft.holds_up
+        self._live.num_drafting += change * (draft.max_tokens > 0)
+        self._live.num_fixed += change * (draft.max_tokens > 0 and draft.is_fixed)
+        self._live.num_held_up += change * draft.holds_up
 
     def _make_chooser(self, draft: GrowingDraft, seq: EngineSequence) -> None:
         request = seq.request
@@ -204,13 +203,15 @@ class Proposer:
         None where nobody may draft; else what `end_step` learns from. Nobody is asked in a step that is queued
         `is_ahead` of the tokens of the last: a head would draft for it before the last one's chains were collected.
         """
-        if not self._num_drafting:
+        if not self._live.num_drafting:
             return None
-        plan, num_running = self._plan_of(items, scheduler, is_half), len(scheduler.running)
-        load, halves = self._load(num_running), self._load_of_halves(num_running)
-        if load is not None and not load.asks:
+        plan, load = self._plan_of(items, scheduler, is_half), self._load(len(scheduler.running))
+        if self._ways is not None and plan.num_decoding:
+            num_prompt_rows = plan.num_rows - plan.num_decoding
+            self._ways.note_prompts(num_prompt_rows >= _BACKLOG * scheduler.max_prefill_rows)
+        if load is not None and not load.way.drafts:
             self.num_undrafted_steps += 1
-            return Proposed(plan, 0, load)
+            return Proposed(plan, 0, load, is_half)
         asked: list[GrowingDraft] = []
         could_draft = False
         asks: dict[DraftSwitch, bool] = {}
@@ -242,7 +243,7 @@ class Proposer:
             num_drafted = sum([self._propose(draft, scheduler, vocab_size) for draft in asked if draft.num_admitted])
         if could_draft and not num_drafted:
             self.num_undrafted_steps += 1
-        return Proposed(plan, len(asked), load, halves, is_half)
+        return Proposed(plan, len(asked), load, is_half)
 
     def _propose(self, draft: GrowingDraft, scheduler: Scheduler, vocab_size: int | None) -> int:
         """Give its item as many drafts as were admitted, and there is room for; tokens may go beyond a `vocab_size`."""
@@ -262,31 +263,20 @@ class Proposer:
     def would_ask(self, num_seqs: int, drafts: Iterable[GrowingDraft]) -> bool:
         """Whether a next step of `num_seqs` sequences, whose drafts these are, would ask any of them."""
         load = self._load(num_seqs)
-        if not self._num_drafting or (load is not None and not load.asks):
+        if not self._live.num_drafting or (load is not None and not load.way.drafts):
             return False
         return any(draft.max_tokens and (draft.is_fixed or draft.switch.would_ask(num_seqs)) for draft in drafts)
-
-    def _load(self, num_seqs: int) -> Load | None:
-        """Whose switch decides for all of them; None where each has its own, or one drafts whatever it costs."""
-        if self._batch is None or self._num_fixed:
-            return None
-        return self._batch.load(max(1, num_seqs), not self._num_held_up)  # none if all have left meanwhile
 
     def in_halves(self, num_running: int) -> bool:
         """Whether a step shall be of half of the sequences, so that the device runs while the host sees to the others.
 
         Only where they draft: else steps are queued ahead.
         """
-        halves = self._load_of_halves(num_running)
-        if halves is None or not halves.asks or not self._num_drafting:
-            return False
         load = self._load(num_running)
-        return load is None or load.asks
+        return load is not None and load.way.halves
 
-    def _load_of_halves(self, num_running: int) -> Load | None:
-        if self._halves is None or num_running < _FEWEST_HALVED:
-            return None
-        return self._halves.load(num_running, False)
+    def _load(self, num_running: int) -> Load | None:
+        return self._ways.load(num_running, self._live) if self._ways is not None else None
 
     def observe(self, verified: Verified) -> None:
         """Learn from what a step's verification kept of those that were asked, before the next step is proposed for."""
@@ -300,30 +290,20 @@ class Proposer:
 
     def end_step(self, proposed: Proposed, verified: Verified, seconds: StepSeconds) -> None:
         """Learn from a step, at any time before the next one ends."""
-        plan, num_asked, load, halves, is_half = proposed
+        plan, num_asked, load, is_half = proposed
         if not plan.num_decoding:
             return
         num_drafts = sum(verified.num_drafts)
         self._learn_costs(plan, num_drafts, seconds)
-        if load is not None or halves is not None:
+        if load is not None and self._ways is not None:
             step = TimedStep(
                 num_seqs=plan.num_decoding,
                 num_tokens=plan.num_decoding + sum(verified.num_accepted),
-                num_prompt_rows=plan.num_rows - plan.num_decoding,
                 prompt_s=plan.prompt_seconds(num_drafts),
                 seconds=seconds.total,
             )
-            # One trial at a time: each compares with what is kept of the other. Drafts are compared at their best.
-            is_trying = halves is not None and halves.trial is not None
-            if load is not None and not is_trying and self._batch is not None:
-                may_try = not load.asks or halves is None or halves.was_tried
-                if self._batch.observe(load, num_asked > 0, step, may_try):
-                    self._retry()
-            if halves is not None and (load is None or load.trial is None) and self._halves is not None:
-                was_kept = halves.is_drafting
-                self._halves.observe(halves, is_half, step)
-                if load is not None and halves.is_drafting != was_kept:
-                    load.known.clear()  # drafts are worth something else now
+            if self._ways.observe(load, Way(num_asked > 0, is_half), step):
+                self._retry()
         if num_asked:
             self._draft_s.observe(plan.draft_s / num_asked)
             self._judge(plan, verified, num_drafts)

@@ -103,11 +103,12 @@ def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_t
 
     def timed(items, adapters):
         drafts = [len(item.drafts) for item in items]
-        clock.host_s += 2e-4 + 2e-5 * len(items) + (2e-3 * len(items) if any(drafts) else 0.0) + 1e-6 * sum(drafts)
+        clock.host_s += 2e-4 + 2e-5 * len(items) + (5e-4 * len(items) if any(drafts) else 0.0) + 1e-6 * sum(drafts)
         return forward(items, adapters)
 
     monkeypatch.setattr(engine.runner, "forward", timed)
     names = (f"r{number}" for number in itertools.count())
+    random.seed(0)
 
     def run(num_seqs: int, num_steps: int, mode: str) -> tuple[float, float]:
         """Tokens a second, and the share of steps that were queued ahead; of a load that stays."""
@@ -115,8 +116,9 @@ def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_t
         start, num_tokens = clock.now, 0
         for _ in range(num_steps):
             while len(engine.scheduler.sequences()) < num_seqs:
-                add(engine, stand_in, next(names), [70, 71, 72, 73], sampling={"max_tokens": 100},
-                    speculation=Speculation(mode=mode))  # fmt: skip
+                name, max_tokens = next(names), random.randint(60, 100)  # not all at once
+                add(engine, stand_in, name, [70, 71, 72, 73], sampling={"max_tokens": max_tokens},
+                    speculation=Speculation(mode=mode, max_draft_tokens=3))  # fmt: skip
             num_tokens += sum(len(event.token_ids) for event in engine.step())
         share, seconds = len(passed) / num_steps, clock.now - start
         for seq in engine.scheduler.sequences():
@@ -126,12 +128,12 @@ def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_t
         return num_tokens / seconds, share
 
     off, _ = run(16, 80, "off")
-    run(16, 60, "auto")
+    run(16, 800, "auto")
     rate, share = run(16, 200, "auto")
     assert rate > 0.98 * off and share > 0.9
     off, _ = run(1, 300, "off")
     rate, share = run(1, 300, "auto")
-    assert rate > 3 * off and share < 0.1
+    assert rate > 1.8 * off and share < 0.1
     rate, share = run(16, 100, "auto")
     assert share > 0.85
     check_baseline(engine)
