@@ -55,21 +55,9 @@ class Bench:
     """One engine on a stand-in device, measured case by case."""
 
     def __init__(self, base: BaseModel, times: DeviceTimes, head_rate: float, most: int):
-        os.environ["TRITON_INTERPRET"] = "1"  # the CUDA path's parts on a CPU; nothing is launched
         self.script = Script(head_rate, ModelConfig.from_dir(base.path).vocab_size)
         self.stand_in = StandIn(times, self.script)
-        config = EngineConfig(
-            model=str(base.path),
-            device="cpu",
-            kernels="triton",
-            max_num_seqs=most,
-            max_batched_tokens=2048,  # the defaults of a GPU
-            max_prefill_rows=1024,
-            max_waiting=100_000,
-            max_model_len=2048,
-            kv_cache_gib=0.03 * most + 0.1,
-        )
-        self.engine = Engine(config, base.path, self.stand_in.make_path)  # type: ignore[arg-type]
+        self.engine = stand_in_engine(base, self.stand_in, most)
         hashes = [self.engine.load_adapter(task, demo_adapter(task)).content_hash for task in DEMO_TASKS]
         examples = [base.examples(demo_rows(task), ROWS_OF_A_TASK) for task in DEMO_TASKS]
         grammars = [_grammar_of(task) for task in DEMO_TASKS]
@@ -187,6 +175,23 @@ class Bench:
 
     def _only_heads(self, request: GenerateRequest) -> list[DraftSource]:
         return [source for source in self._sources(request) if source.source == "head"]
+
+
+def stand_in_engine(base: BaseModel, stand_in: StandIn, most: int) -> Engine:
+    """An engine for `most` sequences at a time on the stand-in device."""
+    os.environ["TRITON_INTERPRET"] = "1"  # the CUDA path's parts on a CPU; nothing is launched
+    config = EngineConfig(
+        model=str(base.path),
+        device="cpu",
+        kernels="triton",
+        max_num_seqs=most,
+        max_batched_tokens=2048,  # the defaults of a GPU
+        max_prefill_rows=1024,
+        max_waiting=100_000,
+        max_model_len=2048,
+        kv_cache_gib=0.03 * most + 0.1,
+    )
+    return Engine(config, base.path, stand_in.make_path)  # type: ignore[arg-type]
 
 
 def _grammar_of(task: str) -> GrammarSpec:

@@ -38,11 +38,12 @@ from specserve.schedule.sequence import Sequence as EngineSequence
 
 @dataclass(frozen=True, slots=True)
 class DeviceTimes:
-    """Seconds that the device needs; those of the layers grow with the padded rows."""
+    """Seconds that the device needs, those of the layers grow with the padded rows; and how slow the host is."""
 
     step_s: float = 1.3e-3
     row_s: float = 2.0e-6
     heads_s: float = 0.3e-3
+    host_factor: float = 1.0  # times what its thread takes here
 
     def layers(self, num_rows: int) -> float:
         return self.step_s + self.row_s * num_rows
@@ -60,7 +61,7 @@ class DeviceClock:
 
     @property
     def now(self) -> float:
-        return time.thread_time() - self._stood_s + self.waited_s
+        return self.times.host_factor * (time.thread_time() - self._stood_s) + self.waited_s
 
     def queue_step(self, num_rows: int) -> None:
         if self.busy_until:
