@@ -237,7 +237,8 @@ def serve(config: ServeConfig) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        if config.api_keys_file is not None or config.tls_certfile is not None:
+            loop.add_signal_handler(signal.SIGHUP, on_hangup)  # else a terminal that closes ends the server
         await task
 
     try:

@@ -126,4 +126,4 @@ def entry_text(name: str, key: str, fields: dict[str, Any]) -> str:
     import yaml
 
     entry = {name: {"sha256": digest_of(key.encode()).hex(), **fields}}
-    return yaml.safe_dump(entry, sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(entry, sort_keys=False)

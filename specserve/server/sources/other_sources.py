@@ -73,6 +73,7 @@ class HubSource:
     """A repository at one of its revisions, the default branch's without one; all of a fetch is of one commit."""
 
     def __init__(self, location: Location):
+        os.environ["HF_HUB_DISABLE_XET"] = "1"  # read at import; it keeps a cache of its own beside ours
         self._id = location.place
         self._revision = location.path or None
         self._commit = ""
