@@ -21,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-com
 TWO_PROCESSES := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test test-all churn gpu conformance lint audit format clean
+.PHONY: help install pull serve test test-all churn soak abuse gpu conformance lint audit format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,14 @@ gpu: $(TEST_INSTALLED)  ## on a CUDA machine: the GPU tests and benches, under n
 churn: $(TEST_INSTALLED)  ## change ten adapters in every way while they are served, for an hour (ARGS="--minutes 5")
 	$(BIN)/specserve pull
 	PYTHONPATH=tests/fixtures:tests:. $(BIN)/python -m churn $(ARGS)
+
+soak: $(TEST_INSTALLED)  ## the same for half an hour at saturation: a quarter leaves early, new grammars, a kill every 5 minutes
+	$(BIN)/specserve pull
+	PYTHONPATH=tests/fixtures:tests:. $(BIN)/python -m churn --minutes 30 --callers 16 --grammar-callers 4 --num-seqs 8 \
+		--leaving 0.25 --kill-every-s 300 $(ARGS)
+
+abuse: $(TEST_INSTALLED)  ## all bad inputs and faults that the server survives (docs/reliability.md), the slow ones too
+	$(BIN)/python -m pytest $(TWO_PROCESSES) -m 'not gpu' $$(grep -ohE 'tests/[a-z_/]+\.py' docs/reliability.md | sort -u) $(ARGS)
 
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

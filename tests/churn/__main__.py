@@ -4,9 +4,9 @@ A server with ten names over a pool of contents (random LoRAs of rank 4 to 128, 
 one with another's head, two chat templates over equal weights). Workers overwrite, patch, preallocate, truncate,
 replace, remove and swap their files, load and unload them; clients ask all of them over three routes, leave, and
 freeze; the engine is killed and both processes are stopped for seconds. Every text is compared with the golden one of
-what its name held at that time (`history.judge`). Ends with a quiet pass over all names, everything given back, and a
-line in bench/results/churn.jsonl; the exit status is 1 if anything was wrong. Kills end after 55% of the time: the
-engine's memory is measured after that.
+what its name held at that time (`history.judge`), or asked for under a grammar that allows it alone. Ends with a quiet
+pass over all names, everything given back, and a line in bench/results/churn.jsonl; the exit status is 1 if anything
+was wrong. Kills at random end after 55% of the time: the engine's memory is measured after that.
 
     make churn [ARGS="--minutes 60 --seed 0 --model tiny"]
 """
@@ -52,19 +52,28 @@ def open_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
 
-async def churn(run: Run, server: Server, changer: Changer, num_callers: int, num_changers: int) -> dict[str, Any]:
+async def churn(
+    run: Run, server: Server, changer: Changer, num_callers: int, num_changers: int, num_grammar_callers: int
+) -> dict[str, Any]:
     """The time of `run.minutes`, then the quiet end; the figures of it. Raises `ServerGone`."""
     watch = Watch(server)
     trouble = Troublemaker(watch, run.disturbances, changer.session)
     gap_s = min(45.0, 60 * run.minutes / 12)
+    kills_at_random = run.may_kill and run.kill_every_s is None
 
     async def change(rng: random.Random) -> None:
         await asyncio.sleep(rng.expovariate(1.0))
         await changer.change_one(rng)
 
+    async def kill_on_time(rng: random.Random) -> None:
+        assert run.kill_every_s is not None
+        await asyncio.sleep(min(run.kill_every_s, 60 * run.minutes))
+        if not run.is_over:
+            await trouble.kill_engine(rng)
+
     async def disturb(rng: random.Random) -> None:
         await asyncio.sleep(rng.expovariate(1 / gap_s))
-        may_kill = run.may_kill and time.monotonic() - run.started < 0.55 * 60 * run.minutes
+        may_kill = kills_at_random and time.monotonic() - run.started < 0.55 * 60 * run.minutes
         others = [] if may_kill and not trouble.counts else [trouble.stop_server, trouble.stop_engine]  # a kill first
         await rng.choice([trouble.kill_engine] * 3 * may_kill + others)(rng)
 
@@ -82,6 +91,12 @@ async def churn(run: Run, server: Server, changer: Changer, num_callers: int, nu
             ]
             steps = {f"caller {n}": lambda rng: run.call(session, server.url, rng) for n in range(num_callers)}
             steps |= {f"changer {n}": change for n in range(num_changers)}
+            steps |= {
+                f"grammar {n}": lambda rng: run.call_forced(session, server.url, rng)
+                for n in range(num_grammar_callers)
+            }
+            if run.kill_every_s is not None:
+                steps["killer"] = kill_on_time
             steps |= {"freezer": lambda rng: run.freeze(server.url, rng), "faults": disturb}
             await asyncio.wait([group.create_task(run.repeat(step, worker)) for worker, step in steps.items()])
             left = await settle(server, session)
@@ -134,7 +149,7 @@ async def report_now_and_then(run: Run) -> None:
 
 
 async def main_async(
-    run_options: dict[str, Any], model: str, threads: int, work: Path, num_callers: int, num_changers: int
+    run_options: dict[str, Any], model: str, threads: int, work: Path, num_seqs: int, workers: tuple[int, int, int]
 ) -> tuple[dict[str, Any], list[str]]:
     if model == "tiny":
         from tiny_models import make_tiny_model
@@ -180,11 +195,12 @@ async def main_async(
         changer = Changer("", root, contents, run.adapters, run.disturbances, session, run.note)
         changer.prepare(random.Random(run.seed))
         flags = ["--adapters-dir", str(root), "--max-adapters", "12", "--engine-timeout-s", str(ENGINE_TIMEOUT_S)]
+        flags += ["--max-num-seqs", str(num_seqs)]
         server = await Server.start([*arguments, *flags], work / "server.log")
         changer.url = server.url
         gone, figures, code = "", {}, None
         try:
-            figures = await churn(run, server, changer, num_callers, num_changers)
+            figures = await churn(run, server, changer, *workers)
         except* ServerGone as group:
             gone = "; ".join(str(error) for error in group.exceptions)
         finally:
@@ -214,25 +230,34 @@ async def main_async(
     "--grace-s", type=click.FloatRange(0), default=5.0, show_default=True, help="How late a change may count."
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the model.")
+@click.option("--grammar-callers", type=click.IntRange(0), default=1, show_default=True, help="Beside those.")
+@click.option("--num-seqs", type=click.IntRange(1), default=64, show_default=True, help="That the server runs at once.")
+@click.option("--leaving", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Clients that go early.")
+@click.option(
+    "--kill-every-s", type=click.FloatRange(1), help="Kills to the end, at this interval; default: at random."
+)
 @click.option("--kills/--no-kills", default=True, help="Kill the engine now and then.")
 @click.option("--save/--no-save", default=True, help="Append the result to bench/results/churn.jsonl.")
 def main(
-    minutes: float, model: str, seed: int, callers: int, changers: int, grace_s: float, threads: int, kills: bool,
-    save: bool,
+    minutes: float, model: str, seed: int, callers: int, changers: int, grace_s: float, threads: int,
+    grammar_callers: int, num_seqs: int, leaving: float, kill_every_s: float | None, kills: bool, save: bool,
 ) -> None:  # fmt: skip
     machine = common.hardware()
     click.echo(common.hardware_line(machine))
     work = Path(tempfile.mkdtemp(prefix="churn-"))
     options = {"minutes": minutes, "seed": seed, "grace_s": grace_s, "may_kill": kills}
+    options |= {"leaving": leaving, "kill_every_s": kill_every_s}
+    workers = callers, changers, grammar_callers
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # asyncio ends the server on it
     try:
-        result, failed = asyncio.run(main_async(options, model, threads, work, callers, changers))
+        result, failed = asyncio.run(main_async(options, model, threads, work, num_seqs, workers))
     except (NoReference, ServerGone) as error:
         raise click.ClickException(f"{error}\n(files are in {work})") from None
     setup = {
         "commit": common.commit(), "versions": common.versions("torch", "aiohttp"), "hardware": machine,
         "model": model or "default", "seed": seed, "callers": callers, "changers": changers, "grace_s": grace_s,
-        "threads": threads, "kills": kills,
+        "threads": threads, "kills": kills, "grammar_callers": grammar_callers, "num_seqs": num_seqs,
+        "leaving": leaving, "kill_every_s": kill_every_s,
     }  # fmt: skip
     click.echo(summary(result, failed))
     document = setup | result | {"failed": failed}

@@ -18,7 +18,8 @@ import click
 
 from .callers import ROUTES, TEXT, Prompt, ask_once, body_of, freeze_once
 from .changes import Adapter
-from .history import BASE, FAULTS, Ask, Disturbances, Reply, Timeline, judge
+from .grammars import forced, judge_forced
+from .history import BASE, FAULTS, Ask, Disturbances, Reply, Timeline, Verdict, judge
 from .reference import Key
 from .watch import ServerGone
 
@@ -41,7 +42,9 @@ class Run:
     golden: dict[Key, str]
     questions: list[tuple[str, int]]  # (route, prompt)
     faults_file: Path
+    kill_every_s: float | None = None  # at random if None
     may_kill: bool = True
+    leaving: float = 0.1  # of all requests
     base_name: str = ""
     adapters: list[Adapter] = field(default_factory=list)
     disturbances: Disturbances = field(default_factory=Disturbances)
@@ -73,6 +76,10 @@ class Run:
     def record(self, ask: Ask, reply: Reply, how: str) -> None:
         timeline = self.timeline(ask.name)
         verdict, why = judge(ask, reply, timeline, self.golden, self.disturbances, self.grace_s)
+        self._count(ask, reply, how, verdict, why)
+
+    def _count(self, ask: Ask, reply: Reply, how: str, verdict: Verdict, why: str) -> None:
+        timeline = self.timeline(ask.name)
         self.verdicts[verdict] += 1
         self.statuses[f"{reply.status} {reply.code}" if reply.error else str(reply.status)] += 1
         if verdict in FAULTS:
@@ -115,7 +122,7 @@ class Run:
         ask, is_streamed = self.pick(rng), rng.random() < 0.6
         body = body_of(ask, self.prompts[ask.prompt_idx], self.base_name, rng)
         leave_after, leave_s, is_away = None, None, False
-        if rng.random() < 0.1:
+        if rng.random() < self.leaving:
             leave_after, leave_s = (rng.randrange(6), None) if is_streamed else (None, rng.uniform(0.01, 1.0))
         try:
             async with asyncio.timeout(leave_s):
@@ -127,6 +134,17 @@ class Run:
         if is_away:
             await asyncio.sleep(1.0)  # as Retry-After says
         await asyncio.sleep(rng.choice([0.0, 0.0, rng.uniform(0, 1)]))
+
+    async def call_forced(self, session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
+        """Under a grammar of its own."""
+        name = rng.choice([BASE, rng.choice(self.adapters).name])
+        asked, is_streamed = forced(name or self.base_name, rng), rng.random() < 0.5
+        leave_after = rng.randrange(6) if is_streamed and rng.random() < self.leaving else None
+        ask, timeline = Ask(name, TEXT, 0), self.timeline(name)
+        reply = await ask_once(session, url, ask, asked.body, leave_after, is_streamed)
+        verdict, why = judge_forced(asked, ask.name, reply, timeline, self.disturbances, self.grace_s)
+        self._count(ask, reply, "grammar", verdict, why)
+        await asyncio.sleep(1.0 if reply.status == 503 else rng.uniform(0, 1))
 
     async def freeze(self, url: str, rng: random.Random) -> None:
         ask = self.pick(rng, (TEXT,))

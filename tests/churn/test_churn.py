@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from places import FIXTURES, ROOT, TESTS
 
 from churn.callers import dechunk, take_event
+from churn.grammars import forced, judge_forced
 from churn.history import BASE, Ask, Disturbances, Reply, Timeline, judge
 from churn.verdict import failures
 
@@ -106,6 +108,25 @@ def test_a_stream_must_end_as_its_protocol_says(timeline):
     assert reply.is_whole and reply.text == "a"
     assert dechunk(b"3\r\nabc\r\n0\r\n\r\n") == (b"abc", True)
     assert dechunk(b"3\r\nabc\r\n5\r\nde") == (b"abcde", False)
+
+
+def test_a_text_under_a_grammar_is_that_text_whatever_the_name_holds(timeline):
+    rng, seen = random.Random(0), set()
+    for _ in range(60):
+        asked = forced("name", rng)
+        seen.add(asked.text is None or asked.is_json)
+        refusal = {"status": 400, "error": "the keyword 'not' is not enforced", "is_json_error": True}
+
+        def judged(asked=asked, **fields):
+            reply = Reply(200, 201, **{"status": 200, "is_whole": True, **fields})
+            return judge_forced(asked, "name", reply, timeline, Disturbances(), GRACE)[0]
+
+        if asked.text is None:
+            assert judged(**refusal) == "refused" and judged(text="{}") == "wrong text"
+        else:
+            assert judged(text=asked.text) == "right" and judged(text=asked.text + "x") == "wrong text"
+            assert judged(**refusal) == "unexpected error" and judged(is_whole=False) == "broken stream"
+    assert seen == {True, False}
 
 
 def test_every_kind_of_fault_fails_the_run():
