@@ -113,7 +113,8 @@ class _Connection(RequestHandler):
     ) -> web.StreamResponse:
         """A request that could not be read; what handlers raise is answered before it comes here."""
         reason = (message or HTTPStatus(status).phrase).splitlines()[0][:200]
-        self._seldom.warn(f"a request from {request.remote} cannot be read: {reason!r}")
+        fault = f" ({type(exc).__name__}: {exc})" if exc is not None and status >= 500 else ""
+        self._seldom.warn(f"a request from {request.remote} cannot be read: {reason!r}{fault}")
         if request.writer.output_size > 0:
             raise ConnectionError("a part of the answer is sent already")
         kind = "server_error" if status >= 500 else "invalid_request_error"

@@ -113,7 +113,7 @@ class Changer:
         elif rng.random() < 0.5:
             await self._load(adapter, adapter.content, load_inplace=True)
         else:
-            adapter.timeline.set(time.monotonic(), None, is_moving=True)
+            adapter.timeline.set(time.monotonic(), None, is_moving=True, keeps_old=True)
             if await self._post(adapter, UNLOAD, {"lora_name": adapter.name}, (200, 404)):
                 adapter.timeline.set(time.monotonic(), None)
                 self.counts["unload"] += 1
@@ -122,7 +122,7 @@ class Changer:
 
     async def _load(self, adapter: Adapter, content: str, load_inplace: bool = False) -> bool:
         """Whether `adapter.folder`, which holds `content`, is what the name means now."""
-        adapter.timeline.set(time.monotonic(), content, is_moving=True)
+        adapter.timeline.set(time.monotonic(), content, is_moving=True, keeps_old=True)
         body = {"lora_name": adapter.name, "lora_path": str(adapter.folder.relative_to(self.root))}
         if load_inplace:
             body |= {"load_inplace": True}

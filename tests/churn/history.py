@@ -23,10 +23,14 @@ FAULTS: tuple[Verdict, ...] = ("wrong text", "unexpected error", "unclean error"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """`content` is None where the name means nothing; while `is_moving`, that is what it is going to hold."""
+    """`content` is None where the name means nothing; while `is_moving`, that is what it is going to hold.
+
+    A name that is given or taken away by a route, unlike one whose files change, holds what it held until that is done.
+    """
 
     content: str | None
     is_moving: bool = False
+    keeps_old: bool = False
 
 
 @dataclass(slots=True)
@@ -36,9 +40,9 @@ class Timeline:
     times: list[float] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
 
-    def set(self, at: float, content: str | None, *, is_moving: bool = False) -> None:
+    def set(self, at: float, content: str | None, *, is_moving: bool = False, keeps_old: bool = False) -> None:
         self.times.append(at)
-        self.states.append(State(content, is_moving))
+        self.states.append(State(content, is_moving, keeps_old))
 
     @property
     def last(self) -> State:
@@ -46,6 +50,8 @@ class Timeline:
 
     def between(self, start: float, end: float) -> list[State]:
         first = max(0, bisect_right(self.times, start) - 1)
+        while first > 0 and self.states[first].keeps_old:
+            first -= 1
         return self.states[first : bisect_right(self.times, end)]
 
 

@@ -58,6 +58,15 @@ def test_a_text_is_right_if_its_name_held_it_at_that_time(timeline, start, end, 
     assert verdict(timeline, start, end, text=text)[0] == want
 
 
+def test_what_a_route_gives_or_takes_is_held_as_before_until_that_is_done(timeline):
+    timeline.set(200, "other", is_moving=True, keeps_old=True)
+    assert verdict(timeline, 230, 231, text="text of new")[0] == "right"
+    assert verdict(timeline, 230, 231, text="text of other")[0] == "right"
+    assert verdict(timeline, 230, 231, text="text of old")[0] == "wrong text"
+    timeline.set(240, "other")
+    assert verdict(timeline, 250, 251, text="text of new")[0] == "wrong text"
+
+
 def test_a_wrong_text_says_whose_it_is(timeline):
     assert verdict(timeline, 200, 201, text="text of old")[1] == "the text of old"
     assert verdict(timeline, 200, 201, text="text of base")[1] == "the base model's text"

@@ -4,10 +4,13 @@ A module whose server has flags, is broken on purpose or gets other adapters has
 a run makes these once.
 """
 
+import os
 import shutil
 
 import pytest
+from broken.broken_tokens import AWAY
 from peft_adapters import make_peft_adapter
+from places import FIXTURES, ROOT
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
@@ -37,4 +40,31 @@ def server(model_dir, alpha_dir):
     server = ServerProcess(model_dir, "--adapters-dir", str(alpha_dir.parent)).wait_ready()
     yield server
     server.wait_baseline()
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory):
+    """A folder of switches, for fixtures/broken: while `once` is there, a prompt with ONCE kills the engine, and while
+    `hangs` is, the disk of the adapter `AWAY` hangs."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="session")
+def broken_dir(alpha_dir, tmp_path_factory):
+    """A folder with the adapters `good` and `AWAY`."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name in ("good", AWAY):
+        shutil.copytree(alpha_dir, root / name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def broken_server(model_dir, broken_dir, faults):
+    """Breaks where it is told to; impatient with steps and silence."""
+    env = {"PYTHONPATH": os.pathsep.join([str(FIXTURES / "broken"), str(ROOT)])}
+    env |= {"BROKEN_ONCE": str(faults / "once"), "BROKEN_DISK": str(faults / "hangs")}
+    flags = ("--adapters-dir", str(broken_dir), "--engine-step-timeout-s", "2", "--engine-timeout-s", "5")
+    server = ServerProcess(model_dir, *flags, env=env).wait_ready()
+    yield server
     assert server.stop() == 0

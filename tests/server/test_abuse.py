@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from golden import Golden, resident_mib
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
 from server_fixture import ServerProcess, assert_error
@@ -41,19 +42,13 @@ def server(model_dir, adapters_dir):
 
 @pytest.fixture(scope="module")
 def baseline(server):
-    server.wait_baseline()
-    return [server.complete(model=name, logprobs=1) for name in ("tiny", "good")], server.num_handles()
+    return Golden(server, ("tiny", "good"))
 
 
 @pytest.fixture(autouse=True)
-def golden(server, baseline):
-    """After each case: the golden requests give the same tokens, and blocks, references and handles are back."""
+def golden(baseline):
     yield
-    want, handles = baseline
-    got = [server.complete(model=name, logprobs=1) for name in ("tiny", "good")]
-    assert [choice["logprobs"]["tokens"] for choice in got] == [choice["logprobs"]["tokens"] for choice in want]
-    server.wait_baseline()
-    assert server.num_handles() <= handles + 8  # connections that requests keeps open for reuse
+    baseline.check()
 
 
 def text(**fields):
@@ -295,10 +290,6 @@ def cpu_s(pid) -> float:
     """What the process has computed so far, however busy the machine is."""
     user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def resident_mib(pid) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_prompt_longer_than_the_kv_cache_names_both_counts_and_is_never_queued(model_dir):

@@ -6,18 +6,17 @@ After each case the golden requests give the same tokens, and blocks, references
 import asyncio
 import json
 import random
-import re
 import resource
 import shutil
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import aiohttp
 import pytest
 import requests
+from golden import Golden, resident_mib
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
 from server_fixture import ServerProcess, assert_error
@@ -52,23 +51,15 @@ def server(model_dir, adapters_dir, histories):
 
 @pytest.fixture(scope="module")
 def baseline(server):
-    want = [server.complete(model=name)["text"] for name in ("tiny", "good")]
-    server.wait_baseline()
-    return want, server.num_handles()
+    texts = [server.complete(model=name)["text"] for name in ("tiny", "good")]
+    return texts, Golden(server, ("tiny", "good"))
 
 
 @pytest.fixture(autouse=True)
-def golden(server, baseline):
-    want, handles = baseline
-    yield want
-    assert [server.complete(model=name)["text"] for name in ("tiny", "good")] == want
-    server.wait_baseline()
-    wait_until(lambda: server.num_handles() <= handles + 8)  # connections that requests keeps open for reuse
-
-
-def resident_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+def golden(baseline):
+    """Texts of the golden requests, which are asked again afterwards."""
+    yield baseline[0]
+    baseline[1].check()
 
 
 def wait_until(condition, timeout_s=20):

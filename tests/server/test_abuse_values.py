@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import requests
+from golden import Golden
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
 from server_fixture import ServerProcess, assert_error
@@ -26,22 +27,21 @@ def server(model_dir, adapters_dir):
     assert server.stop() == 0
 
 
-def golden_tokens(server):
+def lorax_tokens(server):
     body = {"inputs": "The quick", "parameters": {"adapter_id": "good", "max_new_tokens": 8, "details": True}}
-    lorax = server.post(GENERATE, body).json()["details"]["tokens"]
-    return server.complete(model="good", logprobs=0)["logprobs"]["tokens"], [token["id"] for token in lorax]
+    return [token["id"] for token in server.post(GENERATE, body).json()["details"]["tokens"]]
 
 
 @pytest.fixture(scope="module")
 def baseline(server):
-    return golden_tokens(server)
+    return Golden(server, ("tiny", "good")), lorax_tokens(server)
 
 
 @pytest.fixture(autouse=True)
 def golden(server, baseline):
     yield
-    assert golden_tokens(server) == baseline
-    server.wait_baseline()
+    assert lorax_tokens(server) == baseline[1]
+    baseline[0].check()
 
 
 def assert_lorax_error(response, status, error_type, *words):

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,45 +19,42 @@ from specserve.server.disk import Disk
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
-@pytest.fixture(scope="module")
-def hangs(tmp_path_factory):
-    """While this file is there, the disk is away."""
-    return tmp_path_factory.mktemp("faults") / "hangs"
+@pytest.fixture
+def hangs(faults):
+    yield faults / "hangs"
+    (faults / "hangs").unlink(missing_ok=True)
 
 
-@pytest.fixture(scope="module")
-def server(model_dir, adapters_dir, hangs):
-    shutil.copytree(adapters_dir / "good", adapters_dir / AWAY)
-    env = {"PYTHONPATH": os.pathsep.join([str(FIXTURES / "broken"), str(ROOT)]), "BROKEN_DISK": str(hangs)}
-    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), env=env).wait_ready()
-    yield server
-    hangs.touch()  # a process that is to end does not wait for the disk either
-    thread = threading.Thread(target=server.post, args=(TEXT, {"model": AWAY, "prompt": "a"}))
-    thread.start()
-    time.sleep(0.3)
-    assert server.stop() == 0
-    thread.join()
-    hangs.unlink()
-
-
-def test_an_adapter_whose_disk_is_away_is_503_and_everybody_else_is_served(server, hangs):
+def test_an_adapter_whose_disk_is_away_is_503_and_everybody_else_is_served(broken_server, hangs):
+    server = broken_server
     golden = Golden(server, ("tiny", "good", AWAY))
     hangs.touch()
-    try:
-        with ThreadPoolExecutor(40) as pool:
-            lost = [pool.submit(server.post, TEXT, {"model": AWAY, "prompt": "The"}) for _ in range(40)]
-            for name, tokens in zip(("tiny", "good"), golden.tokens, strict=False):
-                assert server.complete(model=name, logprobs=0)["logprobs"]["tokens"] == tokens
-            chat = {"messages": [{"role": "user", "content": "The quick " * 50}], "max_tokens": 1, "model": "good"}
-            assert server.post(CHAT, chat).status_code == 200
-            assert server.get("/health").status_code == 200
-            for reply in lost:
-                assert_error(reply.result(), 503, AWAY, "disk")
-                assert int(reply.result().headers["Retry-After"]) >= 1
-            assert_error(server.get("/v1/models"), 503, "disk")
-    finally:
-        hangs.unlink()
+    with ThreadPoolExecutor(40) as pool:
+        lost = [pool.submit(server.post, TEXT, {"model": AWAY, "prompt": "The"}) for _ in range(40)]
+        for name, tokens in zip(("tiny", "good"), golden.tokens, strict=False):
+            assert server.complete(model=name, logprobs=0)["logprobs"]["tokens"] == tokens
+        chat = {"messages": [{"role": "user", "content": "The quick " * 50}], "max_tokens": 1, "model": "good"}
+        assert server.post(CHAT, chat).status_code == 200
+        assert server.get("/health").status_code == 200
+        for reply in lost:
+            assert_error(reply.result(), 503, AWAY, "disk")
+            assert int(reply.result().headers["Retry-After"]) >= 1
+        assert_error(server.get("/v1/models"), 503, "disk")
+    hangs.unlink()
     golden.check()
+
+
+@pytest.mark.slow
+def test_a_server_that_ends_does_not_wait_for_a_disk_that_is_away(model_dir, broken_dir, hangs):
+    env = {"PYTHONPATH": os.pathsep.join([str(FIXTURES / "broken"), str(ROOT)]), "BROKEN_DISK": str(hangs)}
+    server = ServerProcess(model_dir, "--adapters-dir", str(broken_dir), env=env).wait_ready()
+    server.complete(model=AWAY)
+    hangs.touch()
+    with ThreadPoolExecutor(8) as pool:
+        lost = [pool.submit(server.post, TEXT, {"model": AWAY, "prompt": "a"}) for _ in range(8)]
+        time.sleep(0.5)
+        assert server.stop() == 0
+        assert {reply.result().status_code for reply in lost} == {503}
 
 
 async def test_looks_that_hang_are_few_for_a_name_and_bounded_in_all(monkeypatch):

@@ -16,30 +16,26 @@ from pathlib import Path
 import pytest
 from broken.broken_tokens import EXITS, HANGS, KILLED, LATER, ONCE, OUT_OF_MEMORY, RAISES, SEIZES, SPINS
 from golden import Golden
-from places import FIXTURES, ROOT
-from server_fixture import ServerProcess, assert_error
+from server_fixture import assert_error
 
 TEXT = "/v1/completions"
 BODY = {"max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 0}
 START = [1, 2, 3]
 
 
-@pytest.fixture(scope="module")
-def once(tmp_path_factory):
-    """While this file is there, a prompt with ONCE kills the engine."""
-    return tmp_path_factory.mktemp("faults") / "once"
+@pytest.fixture
+def once(faults):
+    return faults / "once"
 
 
 @pytest.fixture(scope="module")
-def server(model_dir, adapters_dir, once):
-    env = {"PYTHONPATH": os.pathsep.join([str(FIXTURES / "broken"), str(ROOT)]), "BROKEN_ONCE": str(once)}
-    server = ServerProcess(
-        model_dir,
-        *("--adapters-dir", str(adapters_dir), "--engine-step-timeout-s", "2", "--engine-timeout-s", "5"),
-        env=env,
-    ).wait_ready()
-    yield server
-    assert server.stop() == 0
+def adapters_dir(broken_dir):
+    return broken_dir
+
+
+@pytest.fixture(scope="module")
+def server(broken_server):
+    return broken_server
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +91,19 @@ def test_a_request_whose_forward_raises_fails_alone(server, fault):
     assert server.engine_pid() == pid
 
 
-@pytest.mark.parametrize("fault", [EXITS, pytest.param(KILLED, marks=pytest.mark.slow)], ids=["exits", "killed"])
-def test_a_request_that_ends_two_engines_is_refused_and_the_others_are_served(server, fault):
-    want = texts_of(ask(server, START))
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [EXITS, KILLED], ids=["exits", "killed"])
+@pytest.mark.parametrize("more", [[], [LATER]], ids=["at once", "in the middle of its output"])
+def test_a_request_that_ends_two_engines_is_refused_and_the_others_are_served(server, fault, more):
+    others = [{"model": name, "max_tokens": num} for name in ("tiny", "good") for num in (4, 60, 200)]
+    want = [texts_of(ask(server, START, **fields)) for fields in others]
     num_lines = len(server.log)
-    with ThreadPoolExecutor(6) as pool:
-        bad = pool.submit(ask, server, [*START, fault])
-        others = [pool.submit(ask, server, START, model=name) for name in ("tiny", "tiny", "good", "good")]
+    with ThreadPoolExecutor(8) as pool:
+        bad = pool.submit(ask, server, [*START, fault, *more])
+        replies = [pool.submit(ask, server, START, **fields) for fields in others]
         error = assert_error(bad.result(), 500, "2 times")
         assert error["code"] == "engine_crashed"
-        answers = [texts_of(reply.result()) for reply in others]
-        assert answers[:2] == [want] * 2 and answers[2] == answers[3] != want
+        assert [texts_of(reply.result()) for reply in replies] == want
     assert sum("starting it again" in line for line in server.log[num_lines:]) == 2
 
 

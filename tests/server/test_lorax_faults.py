@@ -65,11 +65,12 @@ def test_engine_that_dies_ends_streams_with_an_error_event_and_no_answer_is_lost
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert server.post("/generate", {"inputs": "The", "parameters": {"max_new_tokens": 5}}).json() == want
-    want = server.post("/generate", LONG).json()
+    body = {"inputs": "The quick", "parameters": {"max_new_tokens": 200, "ignore_eos_token": True}}
+    want = server.post("/generate", body).json()
     replies = []
-    whole = threading.Thread(target=lambda: replies.append(server.post("/generate", LONG)))
+    whole = threading.Thread(target=lambda: replies.append(server.post("/generate", body)))
     whole.start()
-    while not server.metrics().get("engine_num_running"):
+    while whole.is_alive() and not server.metrics().get("engine_num_running"):
         time.sleep(0.01)
     os.kill(server.engine_pid(), signal.SIGKILL)
     whole.join()

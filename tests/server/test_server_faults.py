@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from golden import Golden
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
 
@@ -41,13 +42,16 @@ def server(model_dir):
     assert server.stop() == 0
 
 
+@pytest.fixture(scope="module")
+def baseline(server):
+    return server.complete()["text"], Golden(server)
+
+
 @pytest.fixture
-def golden(server):
-    """The same tokens before and after, and everything given back."""
-    before = server.complete()["text"]
-    yield before
-    server.wait_baseline()
-    assert server.complete()["text"] == before
+def golden(baseline):
+    """Text of the golden request, which is asked again afterwards."""
+    yield baseline[0]
+    baseline[1].check()
 
 
 def raw(server, data: bytes, timeout_s=10) -> bytes:

@@ -6,11 +6,11 @@ After each case golden requests give the same tokens as before, and blocks, refe
 import json
 import threading
 import time
-from pathlib import Path
 
 import jsonschema
 import pytest
 import requests
+from golden import Golden, resident_mib
 from server_fixture import ServerProcess, assert_error
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -31,26 +31,18 @@ def server(model_dir):
 
 @pytest.fixture(scope="module")
 def baseline(server):
-    server.complete(guided_choice=["warm"])
-    server.wait_baseline()
-    return golden_choices(server), server.num_handles()
+    return constrained_text(server), Golden(server)
 
 
 @pytest.fixture(autouse=True)
 def golden(server, baseline):
     yield
-    want, handles = baseline
-    assert golden_choices(server) == want
-    server.wait_baseline()
-    assert server.num_handles() <= handles + 8  # connections that requests keeps open for reuse
+    assert constrained_text(server) == baseline[0]
+    baseline[1].check()
 
 
-def golden_choices(server):
-    return [server.complete()["text"], server.complete(guided_json=SCHEMA, temperature=1, seed=3)["text"]]
-
-
-def resident_mib(pid):
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
+def constrained_text(server):
+    return server.complete(guided_json=SCHEMA, temperature=1, seed=3)["text"]
 
 
 def text(**fields):

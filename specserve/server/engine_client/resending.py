@@ -2,9 +2,11 @@
 
 One whose engine ended runs again on the next one, as if it had just come: its seed is its own, so its tokens are the
 same. What was made of those already stays; where the next engine says other ones, which a device without the same bits
-may, the sequence ends with the loss. A sequence may be what ended the engine. So those that saw an end are sent again
-one at a time, the next one when the last has given its first token, and one that has seen `MAX_ENGINE_LOSSES` ends is
-refused: a request that no engine survives takes nobody with it who only waited beside it.
+may, the sequence ends with the loss.
+
+A sequence may be what ended the engine. So those that saw an end are sent again one at a time, the next one when the
+last has come further than ever before, and one that ends an engine in its turn is refused: a request that no engine
+survives takes nobody with it who only ran beside it. As that is slow, long outputs are not made again.
 """
 
 from __future__ import annotations
@@ -20,25 +22,42 @@ from ...errors import EngineDeadError, EngineLostError, UserError
 from ...messages import Delta, GenerateRequest
 from .client import EngineClient
 
-MAX_ENGINE_LOSSES = 2
+MAX_TOKENS_AGAIN = 256
+MAX_ENGINE_LOSSES = 4  # of a sequence that had come further than before each time
 
 
 @dataclass(slots=True)
 class EngineLosses:
     """How many engine processes ended with one sequence in them, and what had been made of its output by then."""
 
-    is_streamed: bool = True  # a client reads the output as it comes
+    is_streamed: bool = True  # a client reads the output as it comes: there is no second time
     num: int = 0
     token_ids: list[int] = field(default_factory=list)
     text_len: int = 0
-    _num_again: int = 0
+    _num_before: int = 0  # tokens when the newest engine was asked
+    _num_again: int = 0  # of them, what it has said so far, and more
     _text_again: int = 0
 
+    @property
+    def is_further(self) -> bool:
+        """Whether it has come further on this engine than on those that ended."""
+        return self._num_again > self._num_before
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it cannot be made again."""
+        num = len(self.token_ids)
+        return self.num >= MAX_ENGINE_LOSSES or num > (0 if self.is_streamed else MAX_TOKENS_AGAIN)
+
     def begin_again(self) -> None:
-        self._num_again = self._text_again = 0
+        self._num_before, self._num_again, self._text_again = len(self.token_ids), 0, 0
 
     def rest_of(self, delta: Delta) -> Delta | None:
         """What is new in `delta`, if anything. Raises `EngineDeadError` where it is not what was said before."""
+        if not self.num:
+            self.token_ids += delta.token_ids
+            self.text_len += len(delta.text)
+            return delta
         num_old = min(len(delta.token_ids), len(self.token_ids) - self._num_again)
         len_old = min(len(delta.text), self.text_len - self._text_again)
         if delta.token_ids[:num_old] != self.token_ids[self._num_again : self._num_again + num_old]:
@@ -66,32 +85,32 @@ class Resender:
 
     def __init__(self, engine: EngineClient):
         self._engine = engine
-        self._alone = asyncio.Lock()  # of the sequence among those with losses that has no token yet
+        self._alone = asyncio.Lock()  # of the sequence among those with losses whose turn it is
 
     async def generate(self, request: GenerateRequest, losses: EngineLosses) -> AsyncGenerator[Delta]:
         """As `EngineClient.generate`; `losses` is the sequence's own, over several calls where it needs them."""
         while True:
-            has_output = False
             losses.begin_again()
+            is_alone = losses.num > 0
             async with AsyncExitStack() as turn:
-                if losses.num:
+                if is_alone:
                     await turn.enter_async_context(self._alone)
                 try:
                     async with aclosing(self._engine.generate(request)) as deltas:
                         async for delta in deltas:
-                            if not has_output:
-                                has_output = True
+                            fresh = losses.rest_of(delta)
+                            if is_alone and losses.is_further:
+                                is_alone = False
                                 await turn.aclose()
-                            fresh = delta if losses.is_streamed else losses.rest_of(delta)
                             if fresh is not None:
                                 yield fresh
                     return
                 except EngineLostError:
                     losses.num += 1
-                    if has_output and losses.is_streamed:
+                    if is_alone:
+                        raise _refused(losses.num) from None
+                    if losses.is_final:
                         raise
-            if losses.num >= MAX_ENGINE_LOSSES:
-                raise _refused(losses.num)
 
 
 def other_output() -> EngineDeadError:
