@@ -20,6 +20,7 @@ from msgspec import Meta
 from safetensors.torch import save_file
 
 from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE
+from ..errors import shortened
 from ..whole_files import replace_file
 from .head import WEIGHT_NAMES, HeadWeights, head_shapes
 
@@ -32,6 +33,9 @@ Positive = Annotated[int, Meta(ge=1, le=1 << 20)]
 
 class HeadError(ValueError):
     """This head cannot be used, and why."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
 
 
 class LookaheadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,7 +92,7 @@ def read_config(path: Path) -> LookaheadConfig:
         if version != FORMAT_VERSION:
             raise HeadError(f"{HEAD_CONFIG_FILE} has format_version {version!r}; this version reads {FORMAT_VERSION}")
         config = msgspec.json.decode(text, type=LookaheadConfig)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise HeadError(f"{HEAD_CONFIG_FILE}: {error}") from None
     vocab = config.vocab
     if not vocab or any(a >= b for a, b in zip(vocab, vocab[1:], strict=False)) or vocab[0] < 0:

@@ -113,6 +113,12 @@ class EngineLostError(EngineDeadError):
     """The engine process ended while the request was in it."""
 
 
+def shortened(text: object, max_len: int = 400) -> str:
+    """One line of it: libraries quote what they could not read, however long that is."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= max_len else f"{line[: max_len // 2]} ... {line[-max_len // 4 :]}"
+
+
 def from_info(info: ErrorInfo) -> UserError:
     """Rebuild the exception that `ErrorInfo` describes, on the other side of the process edge."""
     error = UserError(

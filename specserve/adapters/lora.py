@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
-from ..errors import AdapterError
+from ..errors import AdapterError, shortened
 from ..kernels.lora import Empty, LoraPair
 from ..messages import AdapterInfo
 from ..model.config import ModelConfig
@@ -124,7 +124,8 @@ def _read_files(
         with safetensors.safe_open(files.paths[WEIGHTS_FILE], framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # not a dict: it has no iterator
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
+        text = f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {shortened(error)}"
+        raise AdapterError(text) from None
     pairs = check_tensors(peft, tensors, base, max_rank)
     slab = Slab(sum(layout_bytes(side.shape, side.itemsize) for pair in pairs.values() for side in (pair.a, pair.b)))
     held = [(as_in_peft if module in (EMBED, LM_HEAD) else lay_out)(pair, slab.empty) for module, pair in pairs.items()]
