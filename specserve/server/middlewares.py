@@ -1,4 +1,4 @@
-"""What surrounds every request: counting, errors as JSON, access, and admission.
+"""What surrounds every request: counting, errors as JSON, access, admission, and limits of keys.
 
 Outermost first, in this order. Owns the number of requests in flight and whether the server drains; knows no route's
 meaning. Nothing of a body is read before host, origin and key were checked.
@@ -47,7 +47,7 @@ class Middlewares:
         return [self.count, self.errors, self.access, self.admit, self.limit]
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Before any headers leave, a stream's and an error's too: the request's id and the CORS grant."""
+        """Before any headers leave, a stream's and an error's too: the request's id, the CORS grant, what is left."""
         sent = request.headers.get("X-Request-Id", "")
         response.headers["X-Request-Id"] = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         response.headers.update(SAFE_HEADERS)

@@ -67,7 +67,7 @@ class AdapterCache:
         return entry if entry.url == url and self._is_whole(entry) else None
 
     def _is_whole(self, entry: Entry) -> bool:
-        folder = self.folders / entry.folder
+        folder = self.folder_of(entry)
         try:
             return all(measured(folder / name) == file for name, file in entry.files.items())
         except OSError:
@@ -85,7 +85,7 @@ class AdapterCache:
     def keep(self, url: str, states: Mapping[str, FileState], files: Mapping[str, FetchedFile], fetched: Path) -> Path:
         """Put the folder `fetched` in its place; returns that."""
         entry = Entry(url, dict(states), dict(files))
-        folder = self.folders / entry.folder
+        folder = self.folder_of(entry)
         if not self._is_whole(entry):
             for name in files:
                 with (fetched / name).open("rb") as file:
@@ -95,8 +95,11 @@ class AdapterCache:
         replace_file(self._source(url), lambda path: path.write_bytes(msgspec.json.encode(entry)))
         return folder
 
+    def folder_of(self, entry: Entry) -> Path:
+        return self.folders / entry.folder
+
     def use(self, entry: Entry) -> Path:
-        folder = self.folders / entry.folder
+        folder = self.folder_of(entry)
         os.utime(folder)
         return folder
 

@@ -22,7 +22,7 @@ from ...config import ServeConfig
 from ...errors import OverloadedError, UserError, from_info
 from .cache import AdapterCache, default_root
 from .locations import Location, allowed_sources, is_address
-from .worker import MAX_MESSAGE_BYTES, Fetched, FetchFailed, FetchJob
+from .worker import MAX_MESSAGE_BYTES, Fetched, FetchFailed, FetchJob, cannot_keep
 
 MAX_FETCHES = 8  # at a time; each is a process
 WORKER = [sys.executable, "-m", "specserve.server.sources.worker"]
@@ -41,6 +41,7 @@ class AdapterFetcher:
         self._held: Counter[Path] = Counter()
         self._fetches: dict[Location, asyncio.Task[Path]] = {}
         self._waiting: Counter[Location] = Counter()
+        self._changing = asyncio.Lock()  # what is in the cache: finding and holding a folder is one act
         self.cache: AdapterCache | None = None
         if self._allowed.prefixes or self._allowed.repositories:
             root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
@@ -101,9 +102,34 @@ class AdapterFetcher:
 
     async def _fetch(self, location: Location, in_use: Callable[[], Collection[Path]]) -> Path:
         """The folder, held once. Raises `UserError`."""
-        cache, start = self.cache, time.monotonic()
-        assert cache is not None, "nothing is allowed without a cache"
-        known = await asyncio.to_thread(cache.entry, location.url)
+        start = time.monotonic()
+        try:
+            folder, how = await self._fetch_or_find(location)
+            try:
+                async with self._changing:
+                    await _to_the_end(asyncio.to_thread(self._cache().make_room, {*in_use(), *self._held}))
+            except BaseException:
+                self._release(folder)
+                raise
+        except TimeoutError:
+            raise UserError(
+                f"the adapter at {location.url} did not come within {self._timeout_s:g} s (--adapter-fetch-timeout-s)",
+                param="lora_path",
+                status=504,
+                code="timeout",
+            ) from None
+        except OSError as error:
+            raise cannot_keep(error) from None
+        logger.info("%s: %s (%.2f s)", location.url, how, time.monotonic() - start)
+        return folder
+
+    async def _fetch_or_find(self, location: Location) -> tuple[Path, str]:
+        """The folder, held once, and how it came about. What the cache has of it stays there meanwhile."""
+        cache = self._cache()
+        async with self._changing:
+            known = await _to_the_end(asyncio.to_thread(cache.entry, location.url))
+            if known is not None:
+                self._held[cache.folder_of(known)] += 1
         try:
             with cache.workplace() as place:
                 job = FetchJob(location, self._allowed, str(place), known.states if known else {}, cache.max_bytes)
@@ -112,22 +138,20 @@ class AdapterFetcher:
                 if fetched.files is None:
                     assert known is not None, "only what is known is not fetched again"
                     folder = cache.use(known)
-                else:
-                    folder = await _to_the_end(
-                        asyncio.to_thread(cache.keep, location.url, fetched.states, fetched.files, place / "files")
-                    )
-        except TimeoutError:
-            raise UserError(
-                f"the adapter at {location.url} did not come within {self._timeout_s:g} s (--adapter-fetch-timeout-s)",
-                param="lora_path",
-                status=504,
-                code="timeout",
-            ) from None
-        self._held[folder] += 1
-        await asyncio.to_thread(cache.make_room, {*in_use(), *self._held})
-        seconds = time.monotonic() - start
-        logger.info("%s: %s (%.2f s)", location.url, "as it was" if fetched.files is None else "fetched", seconds)
-        return folder
+                    self._held[folder] += 1
+                    return folder, "as it was"
+                async with self._changing:
+                    kept = asyncio.to_thread(cache.keep, location.url, fetched.states, fetched.files, place / "files")
+                    folder = await _to_the_end(kept)
+                    self._held[folder] += 1
+                return folder, "fetched"
+        finally:
+            if known is not None:
+                self._release(cache.folder_of(known))
+
+    def _cache(self) -> AdapterCache:
+        assert self.cache is not None, "nothing is allowed without a cache"
+        return self.cache
 
     async def _run(self, job: FetchJob) -> Fetched:
         worker = await asyncio.create_subprocess_exec(

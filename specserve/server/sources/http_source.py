@@ -112,10 +112,10 @@ class HttpSource:
 
     def _redirected(self, url: str, to: str) -> str:
         """Where a redirect leads, when that is allowed; it may have a query, which is how stores sign addresses."""
-        address, mark, query = urljoin(url, to).partition("#")[0].partition("?")
         try:
+            address, mark, query = urljoin(url, to).partition("#")[0].partition("?")
             location = parse(address, "redirect")
-        except UserError:
+        except (UserError, ValueError):
             raise _redirect_refused(self._location) from None
         if not self._allowed.allows(location):
             raise _redirect_refused(self._location)

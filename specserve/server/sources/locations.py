@@ -87,7 +87,7 @@ def is_address(path: str) -> bool:
 def parse(text: str, param: str) -> Location:
     """`text` as the address of a folder. Raises `UserError`."""
     match = _URL.fullmatch(text)
-    if match is None or len(text) > MAX_LEN or _DISGUISED.search(text):
+    if match is None or len(text) > MAX_LEN or _DISGUISED.search(text) or not _has_place(text):
         raise UserError(
             f"{param} {_shown(text)!r} is no address of a folder; write scheme://host/path without credentials, query, "
             "fragment or encoded dots and slashes",
@@ -127,6 +127,14 @@ def address_allowed(address: str, host: str, networks: Iterable[str]) -> bool:
     if any(ip in ipaddress.ip_network(network) for network in networks):
         return True
     return ip.is_global and not ip.is_multicast
+
+
+def _has_place(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.port != 0 and bool(parts.hostname)
+    except ValueError:  # brackets or a port that are none
+        return False
 
 
 def _shown(text: str) -> str:

@@ -29,6 +29,8 @@ class FsspecSource:
                 f"there is no file system for {location.scheme}:// here; install its fsspec package (s3fs, gcsfs)",
                 param="lora_path",
             ) from None
+        except Exception as error:  # of any library
+            raise failed(f"{location.scheme}: {type(error).__name__}") from None
 
     def states(self, names: tuple[str, ...]) -> dict[str, FileState]:
         states = {name: self._state(name) for name in names}

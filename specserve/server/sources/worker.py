@@ -7,10 +7,12 @@ outlives no server.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -56,7 +58,9 @@ def run(job: FetchJob) -> Fetched:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints goes to the log
+    log = logging.StreamHandler(os.fdopen(os.dup(2), "w"))
+    for fd in (1, 2):  # what libraries print has what hostile servers say in it, and may have what is secret
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=FetchJob)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_FSIZE, (job.max_bytes, job.max_bytes))  # also of a library's own files
@@ -65,11 +69,21 @@ def main() -> None:
     except UserError as error:
         answer = FetchFailed(error.info())
     except OSError as error:
-        problem = f"the adapter cannot be kept here: {error.strerror or type(error).__name__}"
-        answer = FetchFailed(ErrorInfo(problem, 503, "server_error", None, "fetch_failed"))
+        answer = FetchFailed(cannot_keep(error).info())
+    except Exception as error:  # a bug of ours: where it is, and not what its text says
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+        log.handle(logging.makeLogRecord({"msg": f"fetching an adapter failed: {type(error).__name__} at {where}"}))
+        info = ErrorInfo("fetching failed; the server's log says where", 500, "server_error", None, "internal_error")
+        answer = FetchFailed(info)
     answers.write(msgspec.json.encode(answer) + b"\n")
     answers.flush()
     os._exit(0)  # threads of libraries may wait for what never comes
+
+
+def cannot_keep(error: OSError) -> UserError:
+    problem = error.strerror or type(error).__name__
+    return UserError(f"the adapter cannot be kept here: {problem}", status=503, code="fetch_failed")
 
 
 def _end_with_parent() -> None:

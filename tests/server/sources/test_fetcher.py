@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import http.server
 import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -201,6 +203,64 @@ async def test_idle_folders_make_room_the_one_used_longest_ago_first(make, sourc
     async with fetcher.local(f"{source.url}/loras/b", lambda: set()):
         await fetch(fetcher, f"{source.url}/loras/d", in_use={folders["c"]})
         assert folders["b"].exists() and folders["c"].exists()
+
+
+async def test_a_folder_that_is_found_again_makes_no_room_while_its_source_is_asked(make, source, in_process):
+    for name in "ab":
+        source.put(name, name.encode() * 100_000)
+    fetcher = make(adapter_cache_gib=150_000 / 2**30)
+    folder = await fetch(fetcher, f"{source.url}/loras/a")
+    run_now, asked, go_on = fetcher._run, asyncio.Event(), asyncio.Event()
+
+    async def run_later(job):
+        if job.known:
+            asked.set()
+            await go_on.wait()
+        return await run_now(job)
+
+    fetcher._run = run_later
+    again = asyncio.create_task(fetch(fetcher, f"{source.url}/loras/a"))
+    await asked.wait()
+    await fetch(fetcher, f"{source.url}/loras/b")
+    assert folder.exists()
+    go_on.set()
+    assert await again == folder and nothing_is_left(fetcher)
+
+
+async def test_a_full_disk_is_said_and_leaves_nothing(make, source, in_process, monkeypatch):
+    source.put("a", b"weights")
+    fetcher = make()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for method in ("keep", "make_room"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left") as refusal:
+            patch.setattr(fetcher.cache, method, full)
+            await fetch(fetcher, f"{source.url}/loras/a")
+        assert refusal.value.status == 503 and nothing_is_left(fetcher)
+
+
+BROKEN_WORKER = """
+import sys
+from specserve.server.sources import worker
+
+def run(job):
+    print("SECRET")
+    print("SECRET", file=sys.stderr)
+    raise KeyError("SECRET")
+
+worker.run = run
+worker.main()
+"""
+
+
+async def test_a_bug_in_a_worker_is_logged_by_its_place_and_told_to_nobody(make, source, capfd, monkeypatch):
+    monkeypatch.setattr(fetcher_module, "WORKER", [sys.executable, "-c", BROKEN_WORKER])
+    with pytest.raises(UserError, match="the server's log says where") as refusal:
+        await fetch(make(), f"{source.url}/loras/a")
+    logged = capfd.readouterr().err
+    assert "KeyError at" in logged and "SECRET" not in logged + str(refusal.value)
 
 
 async def test_a_cache_has_one_server_and_loses_what_a_killed_one_left(make, source, tmp_path):

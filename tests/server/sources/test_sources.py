@@ -73,7 +73,12 @@ def test_what_lies_under_a_prefix_is_allowed(url):
             "://",
             "é://a/b",
         ),
-        "https://h.example/loras/" + "a" * 3000,
+        *(
+            "https://h.example/loras/" + "a" * 3000,
+            "https://[::1/loras",
+            "https://h.example:99999/loras",
+            "https://:80/loras",
+        ),
     ],
 )
 def test_what_does_not_or_can_be_read_in_two_ways_is_refused(url):
@@ -291,7 +296,14 @@ async def test_a_source_that_says_nothing_is_given_up(store, get, monkeypatch):
 @pytest.mark.parametrize(
     "to",
     [
-        *("http://169.254.169.254/latest/meta-data", "http://127.0.0.1:1/loras/a", "/other/file", "/loras/../other"),
+        *(
+            "http://169.254.169.254/latest/meta-data",
+            "http://127.0.0.1:1/loras/a",
+            "/other/file",
+            "/loras/../other",
+            "http://[",
+            "http://HOST:0/",
+        ),
         *(
             "//evil.example/loras/a",
             "file:///etc/passwd",
