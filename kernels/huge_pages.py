@@ -1,7 +1,7 @@
-"""Memory for weights in pages of 2 MiB, where the operating system has them.
+"""Memory for weights and the KV cache in pages of 2 MiB, where the operating system has them.
 
 A step reads all weights once, and with pages of 4 KiB the CPU's prefetchers stop at each: a step of one row took 1.25
-times as long. Memory lives as long as any tensor in it.
+times as long. Long contexts take 1.1 times as long. Memory lives as long as any tensor in it.
 """
 
 from __future__ import annotations

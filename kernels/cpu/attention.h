@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -81,26 +82,36 @@ INLINE void store_value(bf16* cache, int64_t kv_pos, int head, int num_heads, in
   }
 }
 
-// Scores of NQ query vectors q [NQ][dim] with the 16 keys of a tile.
-template <int NQ>
-INLINE void tile_scores(const float* q, const float* tile, int dim, f32x16* out) {
-  f32x16 acc[NQ] = {};
-  for (int d = 0; d < dim; d++) {
-    f32x16 keys = load(tile + d * KEYS);
-    for (int i = 0; i < NQ; i++) acc[i] = fma(q[i * dim + d], keys, acc[i]);
-  }
-  for (int i = 0; i < NQ; i++) out[i] = acc[i];
+// out [NQ][NT]: scores of NQ query vectors q [NQ][dim] with the 16 keys of NT tiles, while as many others come from
+// memory, if there are any.
+template <int NQ, int NT>
+INLINE void tile_scores(const float* q, const float* const* tiles, const float* const* ahead, int dim, f32x16 (*out)[NT]) {
+  f32x16 acc[NQ][NT] = {};
+  for (int d = 0; d < dim; d++)
+    for (int t = 0; t < NT; t++) {
+      if (ahead) __builtin_prefetch(ahead[t] + d * KEYS);
+      const f32x16 keys = load(tiles[t] + d * KEYS);
+      for (int i = 0; i < NQ; i++) acc[i][t] = fma(q[i * dim + d], keys, acc[i][t]);
+    }
+  memcpy(out, acc, sizeof(acc));
 }
-template <int NQ>
-INLINE void tile_scores(const bf16* q, const bf16* tile, int dim, f32x16* out) {
-  f32x16 acc[NQ] = {};
+template <int NQ, int NT>
+INLINE void tile_scores(const bf16* q, const bf16* const* tiles, const bf16* const* ahead, int dim, f32x16 (*out)[NT]) {
+  f32x16 acc[NQ][NT] = {};
 #if NATIVE_BF16
   for (int d = 0; d < dim; d += 2) {
-    const bf16x32 keys = load_bf16(tile + d * KEYS);
-    for (int i = 0; i < NQ; i++) acc[i] = add_dots(acc[i], splat_pair(q + i * dim + d), keys);
+    bf16x32 keys[NT];
+    for (int t = 0; t < NT; t++) {
+      if (ahead) __builtin_prefetch(ahead[t] + d * KEYS);
+      keys[t] = load_bf16(tiles[t] + d * KEYS);
+    }
+    for (int i = 0; i < NQ; i++) {
+      const bf16x32 both = splat_pair(q + i * dim + d);
+      for (int t = 0; t < NT; t++) acc[i][t] = add_dots(acc[i][t], both, keys[t]);
+    }
   }
 #endif
-  for (int i = 0; i < NQ; i++) out[i] = acc[i];
+  memcpy(out, acc, sizeof(acc));
 }
 
 // The values of a tile that begins at `position`, or, where some of them are not written yet, a copy with zeros there:
@@ -122,10 +133,12 @@ INLINE const T* value_tile(const Context<T>& c, size_t place, int position, T* c
   return copy;
 }
 
-// acc [NQ][4] += weights [NQ][SPLIT], of 16 positions, times 64 columns of a tile of values.
+// acc [NQ][4] += weights [NQ][SPLIT], of 16 positions, times 64 columns of a tile of values, while another comes.
 template <int NQ>
-INLINE void weigh_tile(const float* tile, int dim, int width, const float* weights, f32x16 (&acc)[NQ][4]) {
+INLINE void weigh_tile(const float* tile, const float* ahead, int dim, int width, const float* weights, f32x16 (&acc)[NQ][4]) {
   for (int p = 0; p < KEYS; p++, tile += dim) {
+    if (ahead)
+      for (int c = 0; c < width; c += 16) __builtin_prefetch(ahead + p * dim + c);
     f32x16 value[4];
     for (int c = 0; c < 4; c++)
       value[c] = width == 64 ? load(tile + 16 * c) : 16 * c < width ? load_n(tile + 16 * c, width - 16 * c) : f32x16{};
@@ -134,9 +147,11 @@ INLINE void weigh_tile(const float* tile, int dim, int width, const float* weigh
   }
 }
 template <int NQ>
-INLINE void weigh_tile(const bf16* tile, int dim, int width, const bf16* weights, f32x16 (&acc)[NQ][4]) {
+INLINE void weigh_tile(const bf16* tile, const bf16* ahead, int dim, int width, const bf16* weights, f32x16 (&acc)[NQ][4]) {
 #if NATIVE_BF16
   for (int p = 0; p < KEYS; p += 2, tile += 2 * dim) {
+    if (ahead)
+      for (int c = 0; c < width; c += 16) __builtin_prefetch(ahead + p * dim + 2 * c);
     bf16x32 value[4];
     for (int c = 0; c < 4; c++) value[c] = load_bf16_n(tile + 32 * c, width - 16 * c);
     for (int i = 0; i < NQ; i++) {
@@ -148,26 +163,43 @@ INLINE void weigh_tile(const bf16* tile, int dim, int width, const bf16* weights
 }
 
 // NQ vectors q [NQ][dim] at ascending positions over positions begin..end of one split; begin is a multiple of 16, end
-// is not included and may stand behind those that a vector sees. scores: room for NQ * SPLIT floats.
+// is not included and may stand behind those that a vector sees. scores: room for NQ * SPLIT floats. `is_cold`: keys and
+// values come from memory, where a head's lie in pieces of a tile each, too short for the CPU to foresee.
 template <int NQ, class T>
 static void attend_split(const Context<T>& c, const T* q, const int* positions, int begin, int end, float* scores,
-                         Partial to) {
-  size_t tiles[SPLIT / KEYS];
-  c.find_tiles(begin, end, tiles);
+                         Partial to, bool is_cold) {
+  size_t tiles[SPLIT / KEYS + 2];
+  c.find_tiles(begin, std::min(end + 2 * KEYS, c.len), tiles);
+  const int last = (std::min(end + 2 * KEYS, c.len) - 1 - begin) / KEYS;
   f32x16 best[NQ];
   for (int i = 0; i < NQ; i++) best[i] = splat(-INFINITY);
-  for (int p = begin; p < end; p += KEYS) {
-    f32x16 tile[NQ];
-    tile_scores<NQ>(q, c.k + tiles[(p - begin) / KEYS], c.dim, tile);
-    for (int i = 0; i < NQ; i++) {
-      i32x16 key = lanes() + p;
-      i32x16 seen = key <= positions[i];
-      if (c.window) seen &= key > positions[i] - c.window;
-      f32x16 score = select(seen, tile[i] * c.scale, splat(-INFINITY));
-      best[i] = vmax(best[i], score);
-      store(scores + i * SPLIT + p - begin, score);
+  auto score_tiles = [&](int p, auto num) {
+    constexpr int NT = decltype(num)::value;
+    const T *keys[NT], *ahead[NT];
+    for (int t = 0; t < NT; t++) {
+      const int idx = (p - begin) / KEYS + t;
+      keys[t] = c.k + tiles[idx], ahead[t] = c.k + tiles[std::min(idx + 2, last)];
     }
-  }
+    f32x16 found[NQ][NT];
+    tile_scores<NQ, NT>(q, keys, is_cold ? ahead : nullptr, c.dim, found);
+    for (int t = 0; t < NT; t++, p += KEYS) {
+      const bool sees_all = !c.window && p + KEYS - 1 <= positions[0];
+      for (int i = 0; i < NQ; i++) {
+        f32x16 score = found[i][t] * c.scale;
+        if (!sees_all) {
+          i32x16 key = lanes() + p;
+          i32x16 seen = key <= positions[i];
+          if (c.window) seen &= key > positions[i] - c.window;
+          score = select(seen, score, splat(-INFINITY));
+        }
+        best[i] = vmax(best[i], score);
+        store(scores + i * SPLIT + p - begin, score);
+      }
+    }
+  };
+  int p = begin;
+  for (; p + KEYS < end; p += 2 * KEYS) score_tiles(p, std::integral_constant<int, 2>());
+  if (p < end) score_tiles(p, std::integral_constant<int, 1>());
   T* weights = (T*)scores;  // bf16 ones overwrite scores that have been read
   for (int i = 0; i < NQ; i++) {
     const float top = max_lane(best[i]);
@@ -185,8 +217,10 @@ static void attend_split(const Context<T>& c, const T* q, const int* positions, 
     const int width = std::min(64, c.dim - d);
     f32x16 acc[NQ][4] = {};
     for (int p = begin; p < end; p += KEYS) {
-      const T* values = value_tile(c, tiles[(p - begin) / KEYS], p, copy) + (sizeof(T) == 2 ? 2 * d : d);
-      weigh_tile<NQ>(values, c.dim, width, weights + p - begin, acc);
+      const int idx = (p - begin) / KEYS, column = sizeof(T) == 2 ? 2 * d : d;
+      const T* values = value_tile(c, tiles[idx], p, copy) + column;
+      const T* ahead = is_cold ? c.v + tiles[std::min(idx + 2, last)] + column : nullptr;
+      weigh_tile<NQ>(values, ahead, c.dim, width, weights + p - begin, acc);
     }
     for (int i = 0; i < NQ; i++)
       for (int col = 0; 16 * col < width; col++)
@@ -257,7 +291,7 @@ static void attend_split_any(const Context<T>& c, int n, const T* q, const int* 
       }
 #define CASE(N)                                                                                       \
   case N:                                                                                             \
-    attend_split<N>(c, q + (size_t)i * c.dim, positions + i, begin, end, scores, part);               \
+    attend_split<N>(c, q + (size_t)i * c.dim, positions + i, begin, end, scores, part, i == 0);       \
     break;
     switch (num) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE

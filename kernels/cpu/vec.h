@@ -71,9 +71,7 @@ INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #endif
 }
 INLINE i32x16 lanes() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {  // mask lanes are 0 or -1
-  return (f32x16)((mask & (i32x16)a) | (~mask & (i32x16)b));
-}
+INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) { return mask ? a : b; }  // mask lanes are 0 or -1
 #endif
 
 // With bf16 instructions: 32 values of which lane i of a sum takes the pair 2i, 2i + 1.
@@ -119,8 +117,13 @@ INLINE void store_n(T* p, f32x16 v, int n) {
 }
 
 INLINE f32x16 fma(float a, f32x16 b, f32x16 c) { return fma(splat(a), b, c); }
+#if defined(__AVX512F__)  // the same in one instruction: b where one of both is NaN
+INLINE f32x16 vmax(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f32x16 vmin(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE f32x16 vmax(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 INLINE f32x16 vmin(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+#endif
 
 INLINE float sum(f32x16 v) {
 #if defined(__AVX512F__)  // the same sums

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from ..kernels.huge_pages import map_memory
 
 
 class KVCache:
@@ -22,6 +26,9 @@ class KVCache:
         shape = (2, num_layers, num_blocks * block_size, num_kv_heads, head_dim)
         # Not cleared: no position is read before it is written, and clearing would make all of it resident (torch.zeros
         # maps 1025 MiB for 1 GiB) where an unused cache on the CPU costs address space only.
-        pool = torch.empty(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            pool = map_memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        else:
+            pool = torch.empty(shape, dtype=dtype, device=device)
         self.k = list(pool[0].unbind(0))
         self.v = list(pool[1].unbind(0))
