@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from specserve.adapters.lora import LoraAdapter
+from specserve.engine.engine import Engine
 from specserve.model.config import ModelConfig
 from specserve.model.shapes import PARENT, module_shapes
 
@@ -34,3 +37,10 @@ def write_adapters(root: Path, config: ModelConfig, num: int, rank: int, modules
         rolled = {key: tensor.roll(idx, dims=1) for key, tensor in tensors.items()}
         save_file(rolled, root / name / WEIGHTS_FILE, metadata={"format": "pt", "idx": str(idx)})
     return names
+
+
+def make_adapters(engine: Engine, num: int, rank: int, modules: Sequence[str]) -> list[LoraAdapter]:
+    """The same as `engine` holds them, without a directory that stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = write_adapters(Path(folder), engine.decoder.config, num, rank, modules)
+        return [engine.read_adapter(name, Path(folder) / name) for name in names]

@@ -170,9 +170,6 @@ class AdapterState(msgspec.Struct, frozen=True):
     tier: Literal["device", "host"]  # on a CPU, host is where steps read it
     size_bytes: int
     num_requests: int  # that run with it, or wait to
-    num_uses: int  # requests so far, also before it left and came back
-    idle_s: float  # since a request with it began or ended, or since it was loaded
-    is_pinned: bool
     draft_tokens: int  # verified since it was loaded
     accepted_draft_tokens: int
 

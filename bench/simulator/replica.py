@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from specserve.adapters.registry import AdapterRegistry, Room
+from specserve.adapters.registry import AdapterRegistry, Reservation
 from specserve.config import EngineConfig
 from specserve.engine.adapter_loads import NUM_READERS
 from specserve.engine.admission import refuse_overload
@@ -57,7 +57,7 @@ class _Adapter:
 
 @dataclass(slots=True)
 class _Load:
-    room: Room
+    room: Reservation
     waiting: list[tuple[Outcome, GenerateRequest]] = field(default_factory=list)
     is_read: bool = False  # or being read
 

@@ -26,7 +26,7 @@ from specserve.messages import GenerateRequest, RequestFailed, SamplingParams, S
 from specserve.schedule.scheduler import ScheduledSequence
 
 from .. import common, options
-from ..adapter_scaling import make_adapters
+from ..adapter_files import make_adapters
 from ..tasks import BaseModel
 from .costs import Step, StepCosts
 from .replica import Outcome, Replica

@@ -11,7 +11,7 @@ ARRIVAL_S = 2.0  # how long an adapter that nobody used yet is kept for the requ
 
 
 @dataclass(slots=True, eq=False)
-class Room:
+class Reservation:
     """Bytes and a place, for a load that asked for them; reserved for it once `is_granted`.
 
     `is_held`: the adapter `key` is here already and stays, so nothing was reserved and nothing needs to be read.

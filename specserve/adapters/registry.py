@@ -1,7 +1,7 @@
 """The adapters that one memory holds, by content hash, and who uses them.
 
-Owns which are there; who gets room and who leaves is `rooms`. Nothing here reads, copies or imports torch. Names live
-in the server; a changed directory is simply another adapter. Any thread may ask and put; what has left goes from
+Owns which are there; who gets room and who leaves is `residency`. Nothing here reads, copies or imports torch. Names
+live in the server; a changed directory is simply another adapter. Any thread may ask and put; what has left goes from
 `adapters` when the engine's thread takes note of it (`take_left`), so that nothing goes in the middle of a step.
 """
 
@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import OverloadedError, UserError
-from .held import ARRIVAL_S, Held, Room
-from .rooms import NO_LIMIT, Rooms
+from .held import ARRIVAL_S, Held, Reservation
+from .residency import NO_LIMIT, Residency
 
 if TYPE_CHECKING:
     from .lora import LoraAdapter
 
 
-class AdapterRegistry(Rooms):
+class AdapterRegistry(Residency):
     """At most `max_adapters` adapters of at most `max_bytes` together."""
 
     def __init__(
@@ -33,25 +33,25 @@ class AdapterRegistry(Rooms):
         super().__init__(max_adapters, clock, max_bytes, bytes_flag)
         self.adapters: dict[str, LoraAdapter] = {}
 
-    def put(self, adapter: LoraAdapter, room: Room, load_s: float = 0.0) -> bool:
-        """Fill `room` with an adapter of its size; one that is held already stays instead, and is asked no more.
+    def put(self, adapter: LoraAdapter, reservation: Reservation, load_s: float = 0.0) -> bool:
+        """Fill `reservation` with an adapter of its size; one that is held already stays instead, and is asked no more.
 
         False, and nothing is done, while an earlier one of the same content has left and `take_left` was not called.
         """
         with self.lock:
             held = self._held.get(adapter.content_hash)
             if held is not None:
-                self.give_back(room)
+                self.give_back(reservation)
                 held.stay(self._clock())
                 return True
-            assert room.is_granted
+            assert reservation.is_granted
             if adapter.content_hash in self.adapters:
                 return False
             self._num_reserved -= 1
-            room.is_granted = False
+            reservation.is_granted = False
             key, now = adapter.content_hash, self._clock()
-            value = self._value(key, load_s, room.num_bytes)
-            self._held[key] = Held(room.num_bytes, load_s, value, now, now + ARRIVAL_S, now)
+            value = self._value(key, load_s, reservation.num_bytes)
+            self._held[key] = Held(reservation.num_bytes, load_s, value, now, now + ARRIVAL_S, now)
             self.adapters[key] = adapter
             self.counts.num_loads += 1
             return True
@@ -61,14 +61,14 @@ class AdapterRegistry(Rooms):
 
         Raises `OverloadedError` if there is no room.
         """
-        room = self.ask(num_bytes, is_patient=False)
-        if not room.is_granted:
+        reservation = self.ask(num_bytes, is_patient=False)
+        if not reservation.is_granted:
             raise OverloadedError(
                 f"all {self.max_adapters} adapter places, or {self.max_bytes} bytes, are in use by running requests; "
                 f"retry later or raise --max-adapters or {self.bytes_flag}",
                 status=503,
             )
-        is_put = self.put(adapter, room)
+        is_put = self.put(adapter, reservation)
         assert is_put
         self._held[adapter.content_hash].awaited_until = 0.0
 

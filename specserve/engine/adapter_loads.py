@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..adapters.registry import Room
+from ..adapters.registry import Reservation
 from ..errors import NO_IDLE_ROOM, ErrorInfo, OverloadedError, UserError
 from ..memory import give_memory_back
 from ..messages import AdapterLoaded, CallFailed, LoadAdapter
@@ -34,16 +34,16 @@ Answer = AdapterLoaded | CallFailed
 @dataclass(slots=True, eq=False)
 class _Load:
     message: LoadAdapter
-    way: Generator[Room, None, Brought]
+    way: Generator[Reservation, None, Brought]
     since: float  # it waits, or is read
-    running: Future[Room | Brought] | None = None
-    room: Room | None = None  # that it waits for
+    running: Future[Reservation | Brought] | None = None
+    reservation: Reservation | None = None  # that it waits for
     is_answered: bool = False
 
     @property
-    def result(self) -> Future[Room | Brought] | None:
+    def result(self) -> Future[Reservation | Brought] | None:
         """What a thread has left it with, if that is new."""
-        return self.running if self.room is None and self.running is not None and self.running.done() else None
+        return self.running if self.reservation is None and self.running is not None and self.running.done() else None
 
 
 class AdapterLoads:
@@ -73,7 +73,7 @@ class AdapterLoads:
     @property
     def is_waiting(self) -> bool:
         """Whether a load waits for room."""
-        return any(load.room is not None for load in self._loads)
+        return any(load.reservation is not None for load in self._loads)
 
     def submit(self, message: LoadAdapter) -> list[Answer]:
         """Take a load over; its answer comes from `place`, or at once when there are too many."""
@@ -121,13 +121,13 @@ class AdapterLoads:
                     info = self._engine.place_adapter(result, message.is_pinned)
                     assert info is not None
                     return AdapterLoaded(message.call_id, info)
-                load.room, load.since = result, now
+                load.reservation, load.since = result, now
                 if message.is_prefetch:
                     load.way.close()
                     text = f"no idle adapter makes room for {message.name!r}, and a prefetch does not wait"
                     raise OverloadedError(text, status=503, code=NO_IDLE_ROOM)
-            if load.room is not None:
-                if not load.room.is_granted and now - max(load.since, self._last_given) > WAIT_S:
+            if load.reservation is not None:
+                if not load.reservation.is_granted and now - max(load.since, self._last_given) > WAIT_S:
                     load.way.close()
                     raise self._engine.memory.no_room(WAIT_S)
             elif load.running is not None and now - load.since > READ_S:
@@ -152,12 +152,14 @@ class AdapterLoads:
             is_double = load.running is None and key in under_way
             if key is not None:
                 under_way.add(key)
-            if not is_double and (load.running is None or (load.room is not None and load.room.is_granted)):
-                load.room, load.since = None, self._clock()
+            if not is_double and (
+                load.running is None or (load.reservation is not None and load.reservation.is_granted)
+            ):
+                load.reservation, load.since = None, self._clock()
                 load.running = self._readers.submit(self._advance, load)
                 load.running.add_done_callback(lambda _: self._wake())
 
-    def _advance(self, load: _Load) -> Room | Brought:
+    def _advance(self, load: _Load) -> Reservation | Brought:
         """On a reader's thread: as far as it gets without waiting."""
         try:
             return next(load.way)
@@ -178,5 +180,5 @@ class AdapterLoads:
         """What a load that was given up has come to hold."""
         assert load.running is not None
         if load.running.exception() is None and isinstance(result := load.running.result(), Brought):
-            self._engine.memory.registry.give_back(result.room)
+            self._engine.memory.registry.give_back(result.reservation)
         load.way.close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.lora import LoraAdapter
-from ..adapters.registry import AdapterRegistry, Room
+from ..adapters.registry import AdapterRegistry, Reservation
 from ..errors import OverloadedError
 from ..messages import LoadAdapter
 
@@ -23,7 +23,7 @@ class Brought:
     """An adapter that can be used once it is put into its room, which is reserved; `load_s` without waits for room."""
 
     adapter: LoraAdapter
-    room: Room
+    reservation: Reservation
     load_s: float
 
 
@@ -42,8 +42,8 @@ class AdapterMemory:
         self.num_reads = 0  # from disk, that succeeded
         self._read, self._expected_bytes, self._upload = read, expected_bytes, upload
 
-    def bring(self, load: LoadAdapter) -> Generator[Room, None, Brought]:
-        """Yields rooms that are not granted yet, to go on when they are. On threads other than the engine's.
+    def bring(self, load: LoadAdapter) -> Generator[Reservation, None, Brought]:
+        """Yields reservations that are not granted yet, to go on when they are. On threads other than the engine's.
 
         Closing it gives back what it holds. Raises `UserError`.
         """
@@ -55,38 +55,40 @@ class AdapterMemory:
         finally:
             self.host.release(content_hash)
 
-    def _on_host(self, host: AdapterRegistry, load: LoadAdapter) -> Generator[Room, None, str]:
+    def _on_host(self, host: AdapterRegistry, load: LoadAdapter) -> Generator[Reservation, None, str]:
         """Content hash of the adapter, whose copy in host memory is acquired."""
         brought = yield from self._into(host, load, None)
         with host.lock:
             host.take_left()
-            host.put(brought.adapter, brought.room, brought.load_s)
+            host.put(brought.adapter, brought.reservation, brought.load_s)
             host.acquire(brought.adapter.content_hash)
         return brought.adapter.content_hash
 
     def _into(
         self, registry: AdapterRegistry, load: LoadAdapter, copy: LoraAdapter | None
-    ) -> Generator[Room, None, Brought]:
+    ) -> Generator[Reservation, None, Brought]:
         """Into one memory, from the `copy` of another one or from disk."""
         key = copy.content_hash if copy is not None else load.content_hash
         num_bytes = copy.num_bytes if copy is not None else load.size_bytes
-        room = registry.ask(num_bytes or self._expected_bytes(Path(load.path)), key, is_patient=not load.is_prefetch)
+        reservation = registry.ask(
+            num_bytes or self._expected_bytes(Path(load.path)), key, is_patient=not load.is_prefetch
+        )
         try:
-            while not room.is_granted:
-                yield room
-            if room.is_held:
+            while not reservation.is_granted:
+                yield reservation
+            if reservation.is_held:
                 assert key is not None
-                return Brought(registry.adapters[key], room, 0.0)
+                return Brought(registry.adapters[key], reservation, 0.0)
             start = time.monotonic()
             if copy is None:
                 adapter = self._read(load.name, Path(load.path))
                 self.num_reads += 1
-                registry.resize(room, adapter.num_bytes)
+                registry.resize(reservation, adapter.num_bytes)
             else:
                 adapter = self._upload(copy)
-            return Brought(adapter, room, time.monotonic() - start)
+            return Brought(adapter, reservation, time.monotonic() - start)
         except BaseException:
-            registry.give_back(room)
+            registry.give_back(reservation)
             raise
 
     def unload(self, content_hash: str) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from ..adapters.lora import LoraAdapter, read_adapter
 from ..adapters.registry import AdapterRegistry
-from ..adapters.rooms import NO_LIMIT
+from ..adapters.residency import NO_LIMIT
 from ..adapters.served_base import ServedBase
 from ..adapters.sizes import expected_bytes
 from ..compute.device_choice import adapter_budgets, choose_device, kv_cache_gib, memory_bytes, with_defaults
@@ -270,7 +270,7 @@ class Engine:
         """
         adapter, registry = brought.adapter, self.registry
         with registry.lock:
-            if not brought.room.is_held and not registry.put(adapter, brought.room, brought.load_s):
+            if not brought.reservation.is_held and not registry.put(adapter, brought.reservation, brought.load_s):
                 return None
             if is_pinned:
                 registry.pin(adapter.content_hash)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,14 +81,12 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
 
 def adapter_states(memory: AdapterMemory, drafts_of: Callable[[str], tuple[int, int]]) -> list[AdapterState]:
     """Of every adapter that is held; `drafts_of` a content hash is how many drafts were verified, and accepted."""
-    now, registry, states = time.monotonic(), memory.registry, {}
-    tiers: list[tuple[Literal["host", "device"], dict[str, Held]]] = [("host", registry.held())]
+    tiers: list[tuple[Literal["host", "device"], dict[str, Held]]] = [("host", memory.registry.held())]
     if memory.host is not None:
-        tiers = [("host", memory.host.held()), ("device", registry.held())]
-    for tier, memory_held in tiers:
-        for key, held in memory_held.items():
-            states[key] = AdapterState(
-                key, tier, held.num_bytes, held.num_refs, registry.scores.num_uses(key), now - held.last_used,
-                held.is_pinned, *drafts_of(key),
-            )  # fmt: skip
+        tiers = [("host", memory.host.held()), ("device", memory.registry.held())]
+    states = {
+        key: AdapterState(key, tier, held.num_bytes, held.num_refs, *drafts_of(key))
+        for tier, of_tier in tiers
+        for key, held in of_tier.items()
+    }
     return list(states.values())

@@ -50,7 +50,7 @@ class AdapterRoutes:
         return json_response({"object": "list", "data": [self._entry(name, states) for name in names]})
 
     def _entry(self, name: str, states: dict[str, AdapterState]) -> AdapterEntry:
-        known, uses = self._store.known(name), self._store.uses(name)
+        known, uses = self._store.known(name), self._store.uses.of(name)
         state = states.get(known.content_hash) if known is not None else None
         drafted = state.draft_tokens if state is not None else 0
         return AdapterEntry(

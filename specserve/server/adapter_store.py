@@ -20,9 +20,10 @@ from ..adapter_files import ChangingError, Stamp, age_s, changing, read_texts, s
 from ..errors import NO_IDLE_ROOM, EngineDeadError, UserError
 from ..messages import AdapterInfo
 from .adapter_paths import HUB_NAME, AdapterPaths, check_name, is_one_directory, unknown
+from .adapter_pins import AdapterPins
 from .disk import Disk
 from .engine_client.client import EngineClient
-from .loaded_names import MAX_KNOWN, Loaded, LoadedNames, Uses
+from .loaded_names import Loaded, LoadedNames, UseCounts
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
 # That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
@@ -51,11 +52,9 @@ class AdapterStore:
         self._base_name = base_name
         self._registered: dict[str, Path] = {}
         self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
-        self._pinned: set[str] = set()
-        self._pinned_hashes: set[str] = set()  # that the engine was told to keep
-        self._pins_of = 0  # the engine process that was told of them
+        self._pins = AdapterPins(engine)
         self._loaded = LoadedNames()
-        self._uses: dict[str, Uses] = {}
+        self.uses = UseCounts()
         self._observe_load_s = observe_load_s
         self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
         self._claims: dict[str, tuple[Path, object]] = {}  # names that a load will give to a directory
@@ -82,7 +81,8 @@ class AdapterStore:
     async def resolve(self, name: str) -> AdapterInfo:
         """The loaded adapter that `name` means now; loads it if needed. Raises `UserError`."""
         num_loads = 0
-        self._load_pinned_again()
+        for pinned in self._pins.to_load_again():
+            _start(self.resolve(pinned))
         while True:
             directory, stamp = await self._disk.look(name, self._look_up, name)
             loaded = self._loaded.held(name)
@@ -129,7 +129,7 @@ class AdapterStore:
         """
         directory, stamp = await self._disk.look(name, self._look_up, name)
         loaded = self._loaded.held(name)
-        if loaded is not None and (loaded.directory, loaded.stamp) == (directory, stamp) and self._is_current(loaded):
+        if loaded is not None and loaded.is_of(directory, stamp) and self._is_current(loaded):
             return True
         self._begin_load(name, directory, is_prefetch=True)
         return False
@@ -137,13 +137,12 @@ class AdapterStore:
     async def pin(self, name: str) -> AdapterInfo:
         """Load what `name` means, and keep it, and whatever the name will mean, where steps can use it."""
         await self._disk.look(name, self.path, name)
-        self._pinned.add(name)
+        self._pins.names.add(name)
         try:
             for _ in range(MAX_LOADS):
                 info = await self.resolve(name)
                 try:
-                    self._pinned_hashes.add(info.content_hash)
-                    await self._engine.pin_adapter(info.content_hash, True)
+                    await self._pins.keep(info.content_hash)
                 except UserError as error:
                     if error.code != "adapter_not_resident":
                         raise
@@ -151,31 +150,21 @@ class AdapterStore:
                 else:
                     return info
         except BaseException:
-            self._pinned.discard(name)
+            self._pins.names.discard(name)
             raise
-        self._pinned.discard(name)
+        self._pins.names.discard(name)
         raise changing(name)
 
     async def unpin(self, name: str) -> None:
         """Let others take its place again; a name that is not pinned stays as it is."""
         await self._disk.look(name, self.path, name)
-        self._pinned.discard(name)
+        self._pins.names.discard(name)
         loaded = self._loaded.held(name)
         if loaded is not None and self._is_current(loaded):
-            await self._follow_pins(loaded.info.content_hash)
-
-    def use(self, name: str) -> None:
-        """A request with this adapter begins to run."""
-        uses = self._uses.pop(name, None) or Uses()  # last used last
-        self._uses[name] = Uses(uses.num_uses + 1, time.time())
-        if len(self._uses) > MAX_KNOWN:
-            del self._uses[next(iter(self._uses))]
-
-    def uses(self, name: str) -> Uses:
-        return self._uses.get(name, Uses())
+            await self._pins.follow(loaded.info.content_hash, self._loaded.names_of(loaded.info.content_hash))
 
     def is_pinned(self, name: str) -> bool:
-        return name in self._pinned
+        return name in self._pins.names
 
     def is_loading(self, name: str) -> bool:
         return any(loading == name for loading, _ in self._loading)
@@ -242,7 +231,7 @@ class AdapterStore:
         self._registered.pop(name, None)
         if is_folder:
             self._unloaded.add(name)
-        self._pinned.discard(name)
+        self._pins.names.discard(name)
         loaded = self._loaded.forget(name)
         if loaded is not None:
             await self._release(loaded)
@@ -254,13 +243,6 @@ class AdapterStore:
         if key not in self._loading:
             self._loading[key] = _start(self._load_named(name, directory, is_prefetch))
         return self._loading[key]
-
-    def _load_pinned_again(self) -> None:
-        """An engine that was started again holds nothing: pinned adapters do not wait for a request of their own."""
-        if self._pins_of != self._engine.generation:
-            self._pins_of = self._engine.generation
-            for name in self._pinned:
-                _start(self.resolve(name))
 
     async def _load_named(self, name: str, directory: Path, is_prefetch: bool) -> None:
         try:
@@ -288,19 +270,17 @@ class AdapterStore:
                 if await self._disk.look(name, stamp_of, directory) != stamp:
                     continue
             try:
-                known = self._loaded.known(name)
-                is_same = known is not None and (known.directory, known.stamp) == (directory, stamp) and not reads
-                before = known.info if known is not None and is_same else None
+                known = self._loaded.known(name) if not reads else None
+                before = known.info if known is not None and known.is_of(directory, stamp) else None
                 info = await self._engine.load_adapter(
-                    name, str(directory), before, is_pinned=name in self._pinned, is_prefetch=is_prefetch
+                    name, str(directory), before, is_pinned=name in self._pins.names, is_prefetch=is_prefetch
                 )
             except UserError as error:
                 if await self._disk.look(name, stamp_of, directory) == stamp:
                     logger.info("adapter %r: not loaded: %s", name, error)
                     raise
                 continue
-            if name in self._pinned:
-                self._pinned_hashes.add(info.content_hash)
+            self._pins.loaded(name, info.content_hash)
             loaded = Loaded(directory, stamp, self._engine.generation, info)
             if await self._disk.look(name, stamp_of, directory) == stamp:
                 seconds = time.monotonic() - start
@@ -321,16 +301,11 @@ class AdapterStore:
             return
         content_hash = loaded.info.content_hash
         with contextlib.suppress(EngineDeadError):
-            if self._loaded.names_of(content_hash):
-                await self._follow_pins(content_hash)
+            if names := self._loaded.names_of(content_hash):
+                await self._pins.follow(content_hash, names)
             else:
+                self._pins.unloaded(content_hash)
                 await self._engine.unload_adapter(content_hash)
-
-    async def _follow_pins(self, content_hash: str) -> None:
-        """An adapter stays pinned while one of its names is."""
-        if content_hash in self._pinned_hashes and not self._loaded.names_of(content_hash) & self._pinned:
-            self._pinned_hashes.discard(content_hash)
-            await self._engine.pin_adapter(content_hash, False)
 
     def _is_current(self, loaded: Loaded) -> bool:
         return loaded.generation == self._engine.generation

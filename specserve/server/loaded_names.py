@@ -6,6 +6,7 @@ the engine need not read it again where it has a copy. Invariant: a name that is
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ class Loaded:
     stamp: Stamp
     generation: int  # of the engine process that was asked
     info: AdapterInfo
+
+    def is_of(self, directory: Path, stamp: Stamp) -> bool:
+        """Whether the same directory with the same files would give the same."""
+        return (self.directory, self.stamp) == (directory, stamp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +81,20 @@ class LoadedNames:
         names.discard(name)
         if not names:
             del self._held[content_hash]
+
+
+class UseCounts:
+    """Requests by adapter name, of the names that were used last."""
+
+    def __init__(self) -> None:
+        self._uses: dict[str, Uses] = {}  # last used last
+
+    def count(self, name: str) -> None:
+        """A request with this adapter begins."""
+        before = self._uses.pop(name, Uses())
+        self._uses[name] = Uses(before.num_uses + 1, time.time())
+        if len(self._uses) > MAX_KNOWN:
+            del self._uses[next(iter(self._uses))]
+
+    def of(self, name: str) -> Uses:
+        return self._uses.get(name, Uses())

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from specserve.adapters import held, rooms
+from specserve.adapters import held, residency
 from specserve.adapters.registry import AdapterRegistry
 from specserve.errors import OverloadedError, UserError
 
@@ -29,17 +29,17 @@ def clock():
 
 @pytest.fixture
 def make(clock):
-    return lambda max_adapters=2, max_bytes=rooms.NO_LIMIT: AdapterRegistry(max_adapters, clock, max_bytes)
+    return lambda max_adapters=2, max_bytes=residency.NO_LIMIT: AdapterRegistry(max_adapters, clock, max_bytes)
 
 
 def bring(registry, key, num_bytes=1, load_s=0.0):
     """Whether there was room for it at once, in which it now is."""
-    room = registry.ask(num_bytes, key, is_patient=False)
-    if not room.is_granted:
+    reservation = registry.ask(num_bytes, key, is_patient=False)
+    if not reservation.is_granted:
         return False
-    if not room.is_held:
+    if not reservation.is_held:
         registry.take_left()
-        registry.put(SimpleNamespace(content_hash=key), room, load_s)
+        registry.put(SimpleNamespace(content_hash=key), reservation, load_s)
     return True
 
 
@@ -55,7 +55,7 @@ def fill(registry, clock, keys="ab"):
         assert bring(registry, key)
         registry.acquire(key)
         clock.now += 0.1
-    clock.now += rooms.STAY_S
+    clock.now += residency.STAY_S
 
 
 def asked(registry):
@@ -130,19 +130,19 @@ def test_the_least_valuable_in_use_makes_room_and_comes_back_behind_who_waits(ma
     fill(registry, clock)
     for _ in range(2):
         registry.acquire("b")
-    room = registry.ask(1, "c")
+    reservation = registry.ask(1, "c")
     registry.grant()
-    assert not room.is_granted and asked(registry) == ["a"]  # one makes room, not both
+    assert not reservation.is_granted and asked(registry) == ["a"]  # one makes room, not both
     with pytest.raises(UserError) as refused:
         registry.acquire("a")
     assert refused.value.code == "adapter_not_resident"
     again = registry.ask(1, "a")
     registry.release("a")
     registry.grant()
-    assert room.is_granted and not again.is_granted and registry.take_left() == ["a"]
-    registry.put(SimpleNamespace(content_hash="c"), room)
+    assert reservation.is_granted and not again.is_granted and registry.take_left() == ["a"]
+    registry.put(SimpleNamespace(content_hash="c"), reservation)
     registry.acquire("c")
-    clock.now += rooms.ASK_EVERY_S
+    clock.now += residency.ASK_EVERY_S
     registry.grant()
     assert asked(registry) == ["b"]  # c has only just come
 
@@ -150,10 +150,10 @@ def test_the_least_valuable_in_use_makes_room_and_comes_back_behind_who_waits(ma
 def test_one_that_was_asked_stays_when_nobody_waits_any_more(make, clock):
     registry = make()
     fill(registry, clock)
-    room = registry.ask(1, "c")
+    reservation = registry.ask(1, "c")
     registry.grant()
     assert asked(registry) == ["a"]
-    registry.give_back(room)
+    registry.give_back(reservation)
     registry.grant()
     registry.acquire("a")
     assert not asked(registry) and registry.num_waiting == 0
@@ -174,7 +174,7 @@ def test_where_one_request_goes_on_for_long_another_adapter_is_asked(make, clock
     fill(registry, clock)
     registry.ask(1, "c")
     registry.grant()
-    clock.now += rooms.PATIENCE_S
+    clock.now += residency.PATIENCE_S
     registry.grant()
     assert asked(registry) == ["a", "b"]
 
@@ -197,12 +197,12 @@ def test_pinned_ones_stay_until_they_are_unpinned_or_unloaded(make, clock):
     fill(registry, clock)
     registry.pin("a")
     registry.release("a")
-    room = registry.ask(1, "c")
+    reservation = registry.ask(1, "c")
     registry.grant()
     assert asked(registry) == ["b"]
     registry.release("b")
     registry.grant()
-    registry.put(SimpleNamespace(content_hash="c"), room)
+    registry.put(SimpleNamespace(content_hash="c"), reservation)
     use(registry, clock, "c", 9)
     assert bring(registry, "d") and "a" in registry.adapters
     registry.pin("d")
@@ -231,16 +231,16 @@ def test_a_load_that_needs_more_than_it_asked_for_takes_it_or_ends(make, clock):
     registry = make(8, max_bytes=100)
     bring(registry, "a", 50)
     use(registry, clock, "a")
-    room = registry.ask(40)
-    registry.resize(room, 30)
+    reservation = registry.ask(40)
+    registry.resize(reservation, 30)
     assert registry.size_bytes == 80
-    registry.resize(room, 60)
+    registry.resize(reservation, 60)
     assert registry.take_left() == ["a"] and registry.size_bytes == 60
     with pytest.raises(OverloadedError):
         other = registry.ask(40)
         registry.resize(other, 50)
     registry.give_back(other)
-    registry.give_back(room)
+    registry.give_back(reservation)
     assert registry.size_bytes == 0
 
 
@@ -250,7 +250,7 @@ class Traffic:
     def __init__(self, seed):
         self.random = random.Random(seed)
         self.clock = Clock()
-        self.places, self.max_bytes = self.random.randint(1, 8), self.random.choice([40, 100, rooms.NO_LIMIT])
+        self.places, self.max_bytes = self.random.randint(1, 8), self.random.choice([40, 100, residency.NO_LIMIT])
         self.registry = AdapterRegistry(self.places, self.clock, self.max_bytes)
         self.sizes = [self.random.randint(1, 40) for _ in range(self.random.randint(1, 30))]
         self.request_s = self.random.choice([0.1, 1.0, 4.0])
@@ -274,9 +274,9 @@ class Traffic:
                 if load[-2] == key:
                     load[-1].append(self.clock.now)
                     return
-            room = self.registry.ask(self.sizes[int(key)], key)
-            (self.reading if room.is_granted else self.loads).append(
-                (self.clock.now + self.random.random() * 0.2, room, key, [self.clock.now])
+            reservation = self.registry.ask(self.sizes[int(key)], key)
+            (self.reading if reservation.is_granted else self.loads).append(
+                (self.clock.now + self.random.random() * 0.2, reservation, key, [self.clock.now])
             )
         else:
             self.running.append((self.clock.now + self.random.random() * self.request_s, key))
@@ -294,19 +294,19 @@ class Traffic:
         granted = [one[1].is_granted for one in self.loads]
         assert granted == sorted(granted, reverse=True)  # in the order of asking
         while self.loads and self.loads[0][1].is_granted:
-            _, room, key, requests = self.loads.popleft()
-            self.reading.append((self.clock.now + self.random.random() * 0.2, room, key, requests))
+            _, reservation, key, requests = self.loads.popleft()
+            self.reading.append((self.clock.now + self.random.random() * 0.2, reservation, key, requests))
         self.check()
 
-    def end(self, room, key, requests):
-        if not room.is_held and self.random.random() < 0.1:
+    def end(self, reservation, key, requests):
+        if not reservation.is_held and self.random.random() < 0.1:
             self.num_fails += 1
-            self.registry.give_back(room)
+            self.registry.give_back(reservation)
             return
-        if not room.is_held:
+        if not reservation.is_held:
             assert not self.registry.is_staying(key)  # nothing is loaded twice
             self.registry.take_left()
-            self.registry.put(SimpleNamespace(content_hash=key), room, self.random.random())
+            self.registry.put(SimpleNamespace(content_hash=key), reservation, self.random.random())
         self.longest_s = max([self.longest_s, *(self.clock.now - asked_at for asked_at in requests)])
         for _ in requests:
             self.start(key)
@@ -315,7 +315,7 @@ class Traffic:
         registry, there = self.registry, self.registry.held()
         reserved = [load[1] for load in self.reading if not load[1].is_held]
         assert registry.size_bytes == sum(one.num_bytes for one in there.values()) + sum(
-            room.num_bytes for room in reserved
+            reservation.num_bytes for reservation in reserved
         )
         assert registry.size_bytes <= self.max_bytes and len(there) + len(reserved) <= self.places
         assert all(self.sizes[int(key)] == one.num_bytes for key, one in there.items())
@@ -336,6 +336,6 @@ def test_under_random_traffic_limits_hold_and_nobody_starves(seed):
         traffic.turn()
     assert not traffic.running and not traffic.loads and not traffic.reading and not traffic.registry.num_refs
     # Each of those before it in the line waits for an adapter to stay, be asked and end its requests, and is read.
-    a_turn_s = rooms.STAY_S + held.ARRIVAL_S + traffic.request_s + 0.3
+    a_turn_s = residency.STAY_S + held.ARRIVAL_S + traffic.request_s + 0.3
     assert traffic.longest_s < a_turn_s * len(traffic.sizes)
     assert traffic.registry.counts.num_waits > 0 or traffic.places >= len(traffic.sizes)

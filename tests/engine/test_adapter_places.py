@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from specserve.adapters import rooms
+from specserve.adapters import residency
 from specserve.adapters.registry import AdapterRegistry
 from specserve.engine import adapter_loads
 from specserve.engine.adapter_loads import AdapterLoads
@@ -72,7 +72,9 @@ class Engine:
         self.registry.take_left()
 
     def place_adapter(self, brought, is_pinned):
-        if not brought.room.is_held and not self.registry.put(brought.adapter, brought.room, brought.load_s):
+        if not brought.reservation.is_held and not self.registry.put(
+            brought.adapter, brought.reservation, brought.load_s
+        ):
             return None
         return brought.adapter.content_hash
 
@@ -100,7 +102,7 @@ class Engine:
         for name in "ab":
             self.bring(name)
             self.registry.acquire(name)
-        self.clock.now += rooms.STAY_S
+        self.clock.now += residency.STAY_S
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from specserve.messages import AdapterInfo, Delta, EngineInfo
 from specserve.server.access.keys import KeyRing
 from specserve.server.access.limits import Allowance, Limits
 from specserve.server.generation.generator import Generator
+from specserve.server.loaded_names import UseCounts
 from specserve.server.metrics import Metrics
 from specserve.server.openai.request_types import ChatRequest
 from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
@@ -29,6 +30,7 @@ class Store:
 
     def __init__(self):
         self.info = AdapterInfo("weights", 1, 1, [], 1, "one template")
+        self.uses = UseCounts()
 
     async def resolve(self, name):
         return self.info
@@ -37,9 +39,6 @@ class Store:
         return self.info, None if self.info.text_hash in known else {"chat_template.jinja": b"Hi"}
 
     def engine_lost(self, name, content_hash):
-        pass
-
-    def use(self, name):
         pass
 
 

@@ -59,7 +59,7 @@ class JobRunner:
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
         if job.adapter is not None:
-            self._store.use(job.adapter)
+            self._store.uses.count(job.adapter)
         try:
             async with asyncio.timeout(timeout_s), aclosing(self._choices(job)) as deltas:
                 async for idx, delta in deltas:

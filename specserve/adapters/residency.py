@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ..errors import OverloadedError, UserError
-from .held import Counts, Held, Room
+from .held import Counts, Held, Reservation
 from .reuse import ReuseScores
 
 STAY_S = 1.0  # an adapter in use makes room for others after so long at the earliest
@@ -22,7 +22,7 @@ ASK_EVERY_S = 0.02  # between looks for some to ask, which go through all that a
 NO_LIMIT = 1 << 62  # bytes
 
 
-class Rooms:
+class Residency:
     """Room for at most `max_adapters` adapters of at most `max_bytes` together.
 
     Idle ones make room, the least valuable first. Where too few are idle the least valuable ones in use are asked to:
@@ -42,36 +42,36 @@ class Rooms:
         self._clock = clock
         self.bytes_flag = bytes_flag
         self._held: dict[str, Held] = {}
-        self._waiting: deque[Room] = deque()
+        self._waiting: deque[Reservation] = deque()
         self._left: list[str] = []  # of `_held`, until somebody takes note of it
         self._used_bytes = 0  # held and reserved
         self._num_reserved = 0
         self._is_asking, self._next_ask = False, 0.0
         self.lock = threading.RLock()
 
-    def ask(self, num_bytes: int, key: str | None = None, *, is_patient: bool = True) -> Room:
+    def ask(self, num_bytes: int, key: str | None = None, *, is_patient: bool = True) -> Reservation:
         """Room for an adapter, granted at once if idle ones can make it and nobody waits; else it waits if it shall.
 
         `key` is its content hash, where that is known. Raises `UserError` for what can never be granted.
         """
         with self.lock:
-            room = Room(num_bytes, self._clock(), key)
+            reservation = Reservation(num_bytes, self._clock(), key)
             if self.is_staying(key) or not self._waiting:
-                if self._take(room):
-                    return room
+                if self._take(reservation):
+                    return reservation
             if key not in self._held:
                 self._check_size(num_bytes)
             if is_patient:
-                self._waiting.append(room)
+                self._waiting.append(reservation)
                 self.counts.num_waits += 1
-            return room
+            return reservation
 
     def grant(self) -> None:
         """Give room to those that wait, in order, and ask adapters in use to make more; call it now and then."""
         with self.lock:
             while self._waiting and self._take(self._waiting[0]):
-                room = self._waiting.popleft()
-                self.counts.wait_s += self._clock() - room.asked_at
+                reservation = self._waiting.popleft()
+                self.counts.wait_s += self._clock() - reservation.asked_at
             if self._waiting:
                 self._ask_held()
             elif self._is_asking:  # whoever waited has given up, or found room elsewhere
@@ -79,24 +79,24 @@ class Rooms:
                 for held in self._held.values():
                     held.asked_at = None
 
-    def give_back(self, room: Room) -> None:
+    def give_back(self, reservation: Reservation) -> None:
         """What was not filled; a room that is not granted yet waits no more."""
         with self.lock:
-            if room in self._waiting:
-                self._waiting.remove(room)
-            elif room.is_granted and not room.is_held:
-                self._used_bytes -= room.num_bytes
+            if reservation in self._waiting:
+                self._waiting.remove(reservation)
+            elif reservation.is_granted and not reservation.is_held:
+                self._used_bytes -= reservation.num_bytes
                 self._num_reserved -= 1
-            room.is_granted = False
+            reservation.is_granted = False
 
-    def resize(self, room: Room, num_bytes: int) -> None:
+    def resize(self, reservation: Reservation, num_bytes: int) -> None:
         """What was read has another size than expected. Raises `OverloadedError` where more is not free at once."""
         with self.lock:
             self._check_size(num_bytes)
-            if not self._evict(num_bytes - room.num_bytes, 0):
-                raise OverloadedError(f"no room for {num_bytes - room.num_bytes} bytes more; retry shortly", status=503)
-            self._used_bytes += num_bytes - room.num_bytes
-            room.num_bytes = num_bytes
+            if not self._evict(num_bytes - reservation.num_bytes, 0):
+                raise OverloadedError(f"no room for {num_bytes - reservation.num_bytes} bytes more; retry", status=503)
+            self._used_bytes += num_bytes - reservation.num_bytes
+            reservation.num_bytes = num_bytes
 
     def _check_size(self, num_bytes: int) -> None:
         pinned = [held for held in self._held.values() if held.is_pinned]
@@ -115,18 +115,18 @@ class Rooms:
                 status=503,
             )
 
-    def _take(self, room: Room) -> bool:
-        """Reserve `room`, evicting idle adapters for it; False, and nobody leaves, when that is not enough."""
-        held = self._held.get(room.key) if room.key is not None else None
+    def _take(self, reservation: Reservation) -> bool:
+        """Reserve `reservation`, evicting idle adapters for it; False, and nobody leaves, when that is not enough."""
+        held = self._held.get(reservation.key) if reservation.key is not None else None
         if held is not None and not held.is_unloaded:
             held.stay(self._clock())
-            room.is_granted = room.is_held = True
+            reservation.is_granted = reservation.is_held = True
             return True
-        if not self._evict(room.num_bytes, 1):
+        if not self._evict(reservation.num_bytes, 1):
             return False
-        self._used_bytes += room.num_bytes
+        self._used_bytes += reservation.num_bytes
         self._num_reserved += 1
-        room.is_granted = True
+        reservation.is_granted = True
         return True
 
     def _missing(self, num_bytes: int, num_places: int) -> tuple[int, int]:
@@ -161,8 +161,8 @@ class Rooms:
             return
         self._is_asking, self._next_ask = True, now + ASK_EVERY_S
         num_served = max(1, int(len(self._held) * ASKED_SHARE))
-        served = [room for room, _ in zip(self._waiting, range(num_served), strict=False)]
-        bytes_missing, places_missing = self._missing(sum(room.num_bytes for room in served), len(served))
+        served = [reservation for reservation, _ in zip(self._waiting, range(num_served), strict=False)]
+        bytes_missing, places_missing = self._missing(sum(reservation.num_bytes for reservation in served), len(served))
         can_be_asked = []
         for key, held in self._held.items():
             is_leaving = held.asked_at is not None and now - held.asked_at < PATIENCE_S

@@ -1,0 +1,47 @@
+"""Adapter names that are pinned: whatever they mean stays where steps can use it.
+
+The engine pins contents, users pin names; here is which contents the engine was told to keep, so that one is let go
+when no pinned name means it any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from .engine_client.client import EngineClient
+
+
+class AdapterPins:
+    """The pins of one engine, over its processes."""
+
+    def __init__(self, engine: EngineClient):
+        self.names: set[str] = set()
+        self._engine = engine
+        self._hashes: set[str] = set()  # that the engine was told to keep
+        self._generation = 0  # of the engine process that was told
+
+    def loaded(self, name: str, content_hash: str) -> None:
+        """A load said whether its name was pinned."""
+        if name in self.names:
+            self._hashes.add(content_hash)
+
+    async def keep(self, content_hash: str) -> None:
+        """Raises `UserError` where the engine does not hold it."""
+        self._hashes.add(content_hash)
+        await self._engine.pin_adapter(content_hash, True)
+
+    async def follow(self, content_hash: str, names: Set[str]) -> None:
+        """Let the engine keep it no longer if none of `names`, which mean it, is pinned."""
+        if content_hash in self._hashes and not names & self.names:
+            self._hashes.discard(content_hash)
+            await self._engine.pin_adapter(content_hash, False)
+
+    def unloaded(self, content_hash: str) -> None:
+        self._hashes.discard(content_hash)
+
+    def to_load_again(self) -> list[str]:
+        """The pinned names, once for each engine process: one that was started again holds nothing."""
+        if self._generation == self._engine.generation:
+            return []
+        self._generation = self._engine.generation
+        return sorted(self.names)
