@@ -187,3 +187,10 @@ async def test_a_job_that_fails_before_the_first_token_costs_nothing(generator, 
     with pytest.raises(UserError, match="make room"):
         await anext(generator.deltas(job))
     assert left(caller) == 1000
+
+
+async def test_a_key_without_tokens_is_refused_before_its_adapter_is_loaded(generator, caller, monkeypatch):
+    caller.allowance.reserve(1).settle(1001)
+    monkeypatch.setattr(generator.store, "resolve_with_texts", None)
+    with pytest.raises(UserError, match="0 are left of tokens_per_minute 1000"):
+        await prepare(generator, caller)

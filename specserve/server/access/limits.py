@@ -123,6 +123,11 @@ class Allowance:
         finally:
             self.num_running -= 1
 
+    def check_tokens(self) -> None:
+        """Raises `RateLimitedError` where none are left, for those who are about to read a request for tokens."""
+        if self._tokens is not None:
+            self._check(self._tokens, 1, "tokens")
+
     def reserve(self, num_tokens: int) -> Reservation:
         """Take `num_tokens`, at most a minute's worth. Raises `RateLimitedError` when they are not there."""
         if self._tokens is None:

@@ -108,6 +108,7 @@ class Generator:
     async def _prepare(self, request: CompletionRequest | ChatRequest, caller: Caller, deadline: float | None) -> Job:
         check_supported(request)
         caller.check_priority(request.priority)
+        caller.allowance.check_tokens()  # before an adapter is loaded and a text is read
         priority = priority_of(request, self.config)
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = self.engine.info
