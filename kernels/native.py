@@ -29,7 +29,7 @@ FLAGS = (
     "-pthread",
 )
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PHASES = ("norm", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
+PHASES = ("norm", "quantize", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
 MAX_TAPS = 8
 MAX_HEAD_DIM = 256
 KEYS_PER_TILE = 16  # a KV block must be a multiple
@@ -39,15 +39,13 @@ PANEL = 64
 class Matrix(Structure):
     _fields_ = [
         ("data", c_void_p),
+        ("groups", c_void_p),
         ("scales", c_void_p),
         ("bias", c_void_p),
-        ("levels", c_void_p),
         ("n", c_int32),
         ("k", c_int32),
         ("kp", c_int32),
         ("format", c_int32),
-        ("group", c_int32),
-        ("unused", c_int32),
     ]
 
 
@@ -160,6 +158,7 @@ class Library:
     level: str
     not_higher: str  # why not one of the levels above, each with its reason; empty for the best
     uses_bf16: bool
+    int8_products: str  # what multiplies whole numbers, in words
     build_s: float  # 0 when it came from the cache
 
 
@@ -215,19 +214,28 @@ def load_library(level_name: str | None = None) -> Library:
         reason = level.missing()
         if reason is None:
             try:
-                return _load(level, "; ".join(reasons))
+                return load_at(level, "; ".join(reasons))
             except NativeError as error:
                 reason = str(error)
         reasons.append(f"{level.name}: {reason}")
     raise NativeError(reasons[-1])
 
 
-def _load(level: Level, not_higher: str) -> Library:
+def load_at(level: Level, not_higher: str = "") -> Library:
+    """The library of `level`, built if the cache lacks it, whether this machine has the level or not."""
     functions, build_s = sources(level).load(STRUCTS)
     functions.specserve_create.restype = c_void_p
     functions.specserve_create.argtypes = [c_int32]
     functions.specserve_destroy.argtypes = functions.specserve_num_active.argtypes = [c_void_p]
     functions.specserve_forward.argtypes = [c_void_p, c_void_p, c_void_p]
+    functions.specserve_int8_products.restype = ctypes.c_char_p
     functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
     functions.specserve_begin_heads.argtypes = functions.specserve_step_heads.argtypes = [c_void_p, c_void_p, c_int32]
-    return Library(functions, level.name, not_higher, bool(functions.specserve_uses_bf16()), build_s)
+    return Library(
+        functions,
+        level.name,
+        not_higher,
+        bool(functions.specserve_uses_bf16()),
+        functions.specserve_int8_products().decode(),
+        build_s,
+    )

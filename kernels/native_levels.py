@@ -47,18 +47,22 @@ class Level:
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_AVX2_FLAGS = ("-mavx2", "-mfma", "-mno-avx512f")
 LEVELS = (
     Level(
         "amx",
         4,
-        ("amx_tile", "amx_bf16", "amx_int8", *_AVX512, "avx512_bf16"),
-        ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        ("amx_tile", "amx_bf16", "amx_int8", *_AVX512, "avx512_bf16", "avx512_vnni"),
+        ("-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vnni"),
         asks_for_tiles=True,
     ),
-    Level("avx512_bf16", 3, (*_AVX512, "avx512_bf16"), ("-mavx512bf16",)),
-    Level("neon_bf16", 3, ("asimd", "bf16"), ("-march=armv8.2-a+bf16",), machine="aarch64"),
-    Level("avx512", 2, _AVX512, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")),
-    Level("avx2", 1, ("avx2", "fma"), ("-mavx2", "-mfma", "-mno-avx512f")),
+    Level("avx512_bf16", 3, (*_AVX512, "avx512_bf16", "avx512_vnni"), ("-mavx512bf16", "-mavx512vnni")),
+    Level("neon_bf16", 3, ("asimd", "bf16", "asimddp"), ("-march=armv8.2-a+bf16+dotprod",), machine="aarch64"),
+    Level("avx512_vnni", 2, (*_AVX512, "avx512_vnni"), (*_AVX512_FLAGS, "-mavx512vnni")),
+    Level("avx512", 2, _AVX512, (*_AVX512_FLAGS, "-mno-avx512vnni")),
+    Level("avx2_vnni", 1, ("avx2", "fma", "avx_vnni"), (*_AVX2_FLAGS, "-mavxvnni")),
+    Level("avx2", 1, ("avx2", "fma"), (*_AVX2_FLAGS, "-mno-avxvnni")),
     Level("generic", 0, (), ("-mno-avx2", "-mno-fma") if _MACHINE == "x86_64" else (), machine=""),
 )
 LEVEL_NAMES = tuple(level.name for level in LEVELS)

@@ -1,8 +1,7 @@
-"""Weight matrices in the form that the native forward reads: panels of 64 columns, pairs of inputs, 32 to 4 bits.
+"""Weight matrices in the form that the native forward reads: panels of 64 columns, 32 to 4 bits.
 
-The layout is described in kernels/cpu/matmul.h. Quantization is weight-only and symmetric, with one fp32 scale for
-`group` inputs of each output: int8 rounds to 127 steps of the group's largest weight; int4 has the 16 levels of
-`INT4_LEVELS`, and of several scales the one with the least squared error is kept. Activations are never quantized.
+The layout is described in kernels/cpu/matmul.h, what 8 and 4 bits mean in integers.py: whole numbers with one fp32
+scale for each output, in 4 bits with a step and an offset for 16 inputs as well.
 """
 
 from __future__ import annotations
@@ -14,19 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from .huge_pages import HugePages
+from .integers import GROUP, MAX_INPUTS, IntegerWeights, quantize, rotate
 from .native import PANEL, Matrix
 
 WeightFormat = Literal["f32", "bf16", "int8", "int4"]
 FORMATS: dict[str, int] = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
-GROUPS = {"f32": 0, "bf16": 0, "int8": 64, "int4": 32}
-
-# The quantiles of a normal distribution that NF4 uses (Dettmers et al. 2023, "QLoRA"), rounded to bf16.
-INT4_LEVELS = (
-    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
-)  # fmt: skip
+_BITS = {"int8": 8, "int4": 4}
 _VALUES_AT_ONCE = 1 << 20
-_INT4_SCALES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +27,9 @@ class PackedMatrix:
     """y = x @ W^T + bias for W [n, k]; `data` is on the CPU in the layout of `format`."""
 
     data: torch.Tensor
-    scales: torch.Tensor | None  # [panels, k / group, 64] fp32
+    groups: torch.Tensor | None  # int4: [panels, kp / 16, 64, 2] uint8, steps and offsets
+    scales: torch.Tensor | None  # int8 and int4: [panels, 64] fp32
     bias: torch.Tensor | None  # [n] fp32
-    levels: torch.Tensor | None  # [32] bf16
     n: int
     k: int
     kp: int
@@ -48,20 +41,19 @@ class PackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.data, self.scales, self.bias) if t is not None)
+        return sum(t.nbytes for t in (self.data, self.groups, self.scales, self.bias) if t is not None)
 
     def struct(self) -> Matrix:
         """The C struct; it points into these tensors, which must stay alive."""
         return Matrix(
             _address(self.data),
+            _address(self.groups),
             _address(self.scales),
             _address(self.bias),
-            _address(self.levels),
             self.n,
             self.k,
             self.kp,
             FORMATS[self.format],
-            GROUPS[self.format],
         )
 
 
@@ -75,93 +67,76 @@ def pack(
     memory = memory or HugePages()
     n, k = weight.shape
     panels, kp = -(-n // PANEL), -(-k // PANEL) * PANEL
-    levels = torch.tensor(INT4_LEVELS * 2).to(torch.bfloat16) if weight_format == "int4" else None
-    data = scales = None
+    if weight_format in _BITS and kp > MAX_INPUTS:
+        raise ValueError(f"a matrix of {k} inputs cannot be multiplied in whole numbers; at most {MAX_INPUTS} can")
+    whole: list[torch.Tensor] = []
     step = max(1, _VALUES_AT_ONCE // (PANEL * kp))
     for first in range(0, panels, step):
         rows = weight[first * PANEL : (first + step) * PANEL]
         num = -(-rows.shape[0] // PANEL)
-        padded = F.pad(rows, (0, kp - k, 0, num * PANEL - rows.shape[0])).view(num, PANEL, kp)
-        some_data, some_scales = _pack_panels(padded, weight_format, levels)
-        if data is None:
-            data = memory.empty((panels, *some_data.shape[1:]), some_data.dtype)
-            scales = None if some_scales is None else memory.empty((panels, *some_scales.shape[1:]), some_scales.dtype)
-        data[first : first + num] = some_data
-        if scales is not None and some_scales is not None:
-            scales[first : first + num] = some_scales
-    assert data is not None
-    return PackedMatrix(data, scales, None if bias is None else bias.float().clone(), levels, n, k, kp, weight_format)
+        some = _pack_panels(F.pad(rows, (0, kp - k, 0, num * PANEL - rows.shape[0])), weight_format)
+        if not whole:
+            whole = [memory.empty((panels, *part.shape[1:]), part.dtype) for part in some]
+        for target, part in zip(whole, some, strict=True):
+            target[first : first + num] = part
+    scales, groups = whole[1] if len(whole) > 1 else None, whole[2] if len(whole) > 2 else None
+    bias = None if bias is None else bias.float().clone()
+    return PackedMatrix(whole[0], groups, scales, bias, n, k, kp, weight_format)
 
 
-def _pack_panels(
-    padded: torch.Tensor, weight_format: WeightFormat, levels: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Data and scales of W [panels, 64, kp]."""
-    panels, _, kp = padded.shape
+def _pack_panels(padded: torch.Tensor, weight_format: WeightFormat) -> list[torch.Tensor]:
+    """Data, and scales and groups where there are any, of W [panels * 64, kp]."""
     if weight_format == "f32":
-        return padded.float().transpose(1, 2), None  # [panels, kp, 64]
+        return [padded.float().view(-1, PANEL, padded.shape[1]).transpose(1, 2)]  # [panels, kp, 64]
     if weight_format == "bf16":
-        return _pairs(padded.to(torch.bfloat16)), None
-    groups = padded.float().view(panels, PANEL, -1, GROUPS[weight_format])
+        return [_inputs_together(padded.to(torch.bfloat16), 2)]
+    weights = quantize(padded, _BITS[weight_format])
+    scales = weights.scales.view(-1, PANEL)
     if weight_format == "int8":
-        scales = groups.abs().amax(-1) / 127.0  # [panels, 64, groups]
-        codes = (groups / scales.clamp(min=1e-30).unsqueeze(-1)).round().to(torch.int8)
-        data = _pairs(codes.view(panels, PANEL, kp))
-    else:
-        assert levels is not None
-        codes, scales = _best_int4(groups, levels[:16].float())
-        data = _nibbles(codes.view(panels, PANEL, kp))
-    return data, scales.transpose(1, 2)  # scales [panels, groups, 64]
+        return [_inputs_together((weights.values.to(torch.int16) + 128).to(torch.uint8), 4), scales]
+    assert weights.codes is not None and weights.steps is not None and weights.offsets is not None
+    groups = torch.stack((weights.steps, weights.offsets.view(torch.uint8)), -1)  # [N, kp / 16, 2]
+    return [_nibbles(weights.codes), scales, groups.view(-1, PANEL, *groups.shape[1:]).transpose(1, 2)]
+
+
+def integer_weights(matrix: PackedMatrix) -> IntegerWeights:
+    """The whole numbers of an int8 or int4 matrix [panels * 64, kp] that the kernels multiply."""
+    assert matrix.scales is not None
+    scales, shape = matrix.scales.view(-1), (matrix.num_panels * PANEL, matrix.kp)
+    if matrix.format == "int8":
+        return IntegerWeights((matrix.data.transpose(1, 2).reshape(shape).to(torch.int16) - 128).to(torch.int8), scales)
+    assert matrix.groups is not None
+    both = torch.stack((matrix.data & 15, matrix.data >> 4), 3)  # [panels, kp / 4, 2, 2, 64]
+    codes = both.view(-1, matrix.kp // 4, PANEL, 4).transpose(1, 2).reshape(shape)
+    steps, offsets = matrix.groups.transpose(1, 2).reshape(shape[0], -1, 2).unbind(-1)
+    offsets = offsets.contiguous().view(torch.int8)
+    by_group = codes.view(shape[0], -1, GROUP).to(torch.int16)
+    values = by_group * steps.unsqueeze(-1) + offsets.unsqueeze(-1)
+    return IntegerWeights(values.to(torch.int8).view(shape), scales, codes, steps, offsets)
 
 
 def unpack(matrix: PackedMatrix) -> torch.Tensor:
     """W [n, k] in fp32 as multiplied: for checks, and the reference that kernels are tested against."""
-    panels, kp = matrix.num_panels, matrix.kp
-    if matrix.format == "f32":
-        values = matrix.data.transpose(1, 2)
-    elif matrix.format == "int4":
-        assert matrix.levels is not None
-        shifts = torch.arange(0, 16, 4).view(1, 1, 4, 1)
-        codes = (matrix.data.to(torch.int32).view(panels, kp // 2, 1, 32) >> shifts) & 15  # [panels, pairs, 4, 32]
-        values = matrix.levels.float()[codes].view(panels, kp // 2, PANEL, 2).permute(0, 2, 1, 3)
+    if matrix.format in _BITS:
+        weights = integer_weights(matrix)
+        values = rotate(weights.values * weights.scales.unsqueeze(-1))
+    elif matrix.format == "f32":
+        values = matrix.data.transpose(1, 2).reshape(-1, matrix.kp)
     else:
-        values = matrix.data.float().view(panels, kp // 2, PANEL, 2).permute(0, 2, 1, 3)
-    values = values.reshape(panels * PANEL, kp)
-    if matrix.scales is not None:
-        groups = matrix.scales.transpose(1, 2).reshape(panels * PANEL, -1)  # [N, groups]
-        values = values * groups.repeat_interleave(GROUPS[matrix.format], dim=1)
+        values = matrix.data.transpose(1, 2).reshape(-1, matrix.kp).float()
     return values[: matrix.n, : matrix.k]
 
 
-def _pairs(padded: torch.Tensor) -> torch.Tensor:
-    """[panels, 64, kp] -> [panels, kp / 2, 64, 2]"""
-    panels, _, kp = padded.shape
-    return padded.view(panels, PANEL, kp // 2, 2).permute(0, 2, 1, 3)
+def _inputs_together(padded: torch.Tensor, num: int) -> torch.Tensor:
+    """[panels * 64, kp] -> [panels, kp / num, 64, num]"""
+    return padded.view(-1, PANEL, padded.shape[1] // num, num).transpose(1, 2)
 
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Codes [panels, 64, kp] -> words [panels, kp / 2, 32]: nibble c of word 2j + i is column 16c + j, element i."""
-    panels, _, kp = codes.shape
-    parts = codes.to(torch.int32).view(panels, 4, 16, kp // 2, 2).permute(0, 3, 1, 2, 4).reshape(panels, kp // 2, 4, 32)
-    words = parts[:, :, 0] | parts[:, :, 1] << 4 | parts[:, :, 2] << 8 | parts[:, :, 3] << 12
-    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
-
-
-def _best_int4(groups: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes uint8, scales) of groups [panels, 64, G, group], with the scale of the least squared error."""
-    middles = (levels[1:] + levels[:-1]) / 2
-    largest = groups.abs().amax(-1)
-    best_error = torch.full_like(largest, torch.inf)
-    best_scale, best_codes = torch.zeros_like(largest), torch.zeros_like(groups, dtype=torch.uint8)
-    for factor in _INT4_SCALES:
-        scale = largest * factor
-        codes = torch.bucketize(groups / scale.clamp(min=1e-30).unsqueeze(-1), middles)
-        error = (levels[codes] * scale.unsqueeze(-1) - groups).square().sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_codes = torch.where(better.unsqueeze(-1), codes.to(torch.uint8), best_codes)
-    return best_codes, best_scale
+    """Codes [panels * 64, kp] -> [panels, kp / 4, 2, 64]: of each 32 columns the second 16 in the upper halves."""
+    parts = _inputs_together(codes, 4)  # [panels, kp / 4, 64, 4]
+    parts = parts.reshape(*parts.shape[:2], 2, 2, PANEL)
+    return parts[:, :, :, 0] | parts[:, :, :, 1] << 4
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -18,7 +18,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs")] = "auto"
     dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Meta(description="weights and arithmetic")] = "auto"
     kernels: Annotated[
-        Literal["auto", "native", "amx", "avx512_bf16", "neon_bf16", "avx512", "avx2", "generic", "triton", "torch"],
+        Literal[
+            "auto",
+            "native",
+            "amx",
+            "avx512_bf16",
+            "neon_bf16",
+            "avx512_vnni",
+            "avx512",
+            "avx2_vnni",
+            "avx2",
+            "generic",
+            "triton",
+            "torch",
+        ],
         Meta(
             description="native: C++ on a CPU, Triton's on CUDA, or no start; amx to generic: C++ on a CPU with these "
             "instructions, or no start; triton: Triton's or no start; torch: none; auto: native where that can be, "

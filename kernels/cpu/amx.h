@@ -5,41 +5,48 @@
 // their results are not read. TDPBF16PS sums 16 even and 16 odd products apart, from zero, fused, and adds both to the sum,
 // with subnormal numbers as zeros: within a row the order depends on K alone, and what is not a tile has to keep it.
 //
-// Activations lie in tiles, [rows / 16][K / 32][16][32] bf16: a tile is 1 KiB in one piece, where rows of 2 KiB and more
-// would fall on the same few sets of the first cache level. Fewer than 16 rows lie as [K / 32][rows][32], so that what is
-// loaded beside them is of the steps that follow and takes no room. Weights are read where they are packed for all levels: 16
-// pairs of a panel are four tiles, 256 bytes from row to row.
+// TDPBSUD's sums are whole numbers and exact in any order.
+//
+// Activations lie in tiles, [rows / 16][K / 32][16][32] bf16 or [rows / 16][K / 64][16][64] int8: a tile is 1 KiB in one piece,
+// where rows of 2 KiB and more would fall on the same few sets of the first cache level. Fewer than 16 rows lie as
+// [K / 32][rows][32], so that what is loaded beside them is of the steps that follow and takes no room. Weights are read where they
+// are packed for all levels: 16 pairs (bf16) or fours (int8) of a panel are four tiles, 256 bytes from row to row.
 #pragma once
 
 #include "vec.h"
+#ifdef EMULATE_TILES
+#include "tiles_emulated.h"
+#endif
 
 #define INLINE_METHOD inline __attribute__((always_inline))
 constexpr int TILE_ROWS = 16;
-constexpr int TILE_K = 32;
+template <class A>
+constexpr int TILE_K = sizeof(A) <= 2 ? 64 / sizeof(A) : 32;  // inputs of a tile, or of as much of a row
 
 template <class A>
-constexpr bool IN_TILES = NATIVE_AMX && sizeof(A) == 2;
+constexpr bool IN_TILES = NATIVE_AMX && sizeof(A) <= 2;
 INLINE int pad_rows(int rows) { return NATIVE_AMX ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows; }
 
 // Rows of activations, padded with zeros to kp columns: in tiles or one behind the other.
 template <class A>
 struct Rows {
+  static constexpr int K = TILE_K<A>;
   A* data;
   int kp, height;  // rows of a tile
 
   Rows(A* data, int kp, int num_rows) : data(data), kp(kp), height(num_rows < TILE_ROWS ? num_rows : TILE_ROWS) {}
-  static size_t size(int num_rows, int kp) { return (size_t)pad_rows(num_rows) * kp + TILE_ROWS * TILE_K; }
+  static size_t size(int num_rows, int kp) { return (size_t)pad_rows(num_rows) * kp + TILE_ROWS * K; }
 
   // From a multiple of 16 on, 16 columns are in one piece.
   INLINE_METHOD A* at(int row, int column) const {
     if constexpr (IN_TILES<A>)
-      return data + (size_t)(row / TILE_ROWS) * kp * TILE_ROWS + (size_t)(column / TILE_K * height + row % TILE_ROWS) * TILE_K +
-             column % TILE_K;
+      return data + (size_t)(row / TILE_ROWS) * kp * TILE_ROWS + (size_t)(column / K * height + row % TILE_ROWS) * K +
+             column % K;
     else
       return data + (size_t)row * kp + column;
   }
-  // From 32 columns to the next.
-  INLINE_METHOD size_t step() const { return IN_TILES<A> ? (size_t)height * TILE_K : TILE_K; }
+  // From a tile's columns to the next.
+  INLINE_METHOD size_t step() const { return IN_TILES<A> ? (size_t)height * K : K; }
 
   // n (at most 16) values from `column` on, which need not be a multiple of 16.
   INLINE_METHOD void set(int row, int column, f32x16 v, int n) const {
@@ -72,7 +79,7 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-constexpr int PAIR_STRIDE = 2 * 2 * 64;  // bytes from one pair of a panel to the next
+constexpr int WEIGHT_STRIDE = 4 * 64;  // bytes from one pair or four of a panel's inputs to the next
 
 // GCC does not know that tile loads read memory: what was written before stays before.
 INLINE void tile_fence() { asm volatile("" ::: "memory"); }
@@ -129,9 +136,9 @@ class FlushSubnormals {
 INLINE void multiply_1(const bf16* x, const bf16* w, int steps, float* c) {
   FlushSubnormals flush;
   f32x16 sum[4] = {};
-  for (int s = 0; s < steps; s++, x += TILE_K) {
+  for (int s = 0; s < steps; s++, x += TILE_K<bf16>) {
     f32x16 even[4] = {}, odd[4] = {};
-    for (int p = 0; p < TILE_K; p += 2, w += 2 * 64) {
+    for (int p = 0; p < TILE_K<bf16>; p += 2, w += 2 * 64) {
       const float x0 = to_float(x[p]), x1 = to_float(x[p + 1]);
       for (int b = 0; b < 4; b++) {
         u32x16 words = load_pairs(w + 32 * b);
@@ -144,43 +151,51 @@ INLINE void multiply_1(const bf16* x, const bf16* w, int steps, float* c) {
   for (int b = 0; b < 4; b++) store(c + 16 * b, sum[b]);
 }
 
-// c [16][64] (+)= x, one tile of rows (or fewer), times 64 columns of weights, `steps` times 32 inputs.
-template <bool SOON>
-INLINE void multiply_16(const bf16* x, size_t x_step, const bf16* w, int steps, float* c, bool first, Fetch<SOON> fetch) {
+// Tile numbers are part of the instruction's name to GCC. X: bf16, or int8_t (times uint8_t; sums are int32_t in floats' place).
+#define TILE_PRODUCT(sums, x, w) \
+  if constexpr (sizeof(X) == 2) _tile_dpbf16ps(sums, x, w); \
+  else _tile_dpbsud(sums, x, w)
+
+// c [16][64] (+)= x, one tile of rows (or fewer), times 64 columns of weights, `steps` times a tile's inputs.
+template <bool SOON, class X, class W>
+INLINE void multiply_16(const X* x, size_t x_step, const W* w, int steps, float* c, bool first, Fetch<SOON> fetch) {
+  constexpr int EACH = 4 / sizeof(W);  // inputs of a column that lie together
   load_sums(c, c + 16, c + 32, c + 48, first);
-  for (int s = 0; s < steps; s++, x += x_step, w += 64 * TILE_K) {
+  for (int s = 0; s < steps; s++, x += x_step, w += 64 * TILE_K<X>) {
     fetch.step();
     _tile_loadd(4, x, 64);
-    _tile_loadd(6, w, PAIR_STRIDE);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + 32, PAIR_STRIDE);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, w + 64, PAIR_STRIDE);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, w + 96, PAIR_STRIDE);
-    _tile_dpbf16ps(3, 4, 7);
+    _tile_loadd(6, w, WEIGHT_STRIDE);
+    TILE_PRODUCT(0, 4, 6);
+    _tile_loadd(7, w + 16 * EACH, WEIGHT_STRIDE);
+    TILE_PRODUCT(1, 4, 7);
+    _tile_loadd(6, w + 32 * EACH, WEIGHT_STRIDE);
+    TILE_PRODUCT(2, 4, 6);
+    _tile_loadd(7, w + 48 * EACH, WEIGHT_STRIDE);
+    TILE_PRODUCT(3, 4, 7);
   }
   store_sums(c, c + 16, c + 32, c + 48);
 }
 
 // The same for two tiles of rows and 32 of the columns: each tile that is loaded is used twice.
-INLINE void multiply_32(const bf16* x, size_t next_rows, const bf16* w, int steps, float* c, bool first,
-                        Fetch<false> fetch) {
+template <class X, class W>
+INLINE void multiply_32(const X* x, size_t next_rows, const W* w, int steps, float* c, bool first, Fetch<false> fetch) {
+  constexpr int EACH = 4 / sizeof(W);
   float* c2 = c + 16 * 64;
   load_sums(c, c + 16, c2, c2 + 16, first);
-  for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K, w += 64 * TILE_K) {
+  for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K<X>, w += 64 * TILE_K<X>) {
     fetch.step();
-    _tile_loadd(6, w, PAIR_STRIDE);
+    _tile_loadd(6, w, WEIGHT_STRIDE);
     _tile_loadd(4, x, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    TILE_PRODUCT(0, 4, 6);
     _tile_loadd(5, x + next_rows, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_loadd(7, w + 32, PAIR_STRIDE);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    TILE_PRODUCT(2, 5, 6);
+    _tile_loadd(7, w + 16 * EACH, WEIGHT_STRIDE);
+    TILE_PRODUCT(1, 4, 7);
+    TILE_PRODUCT(3, 5, 7);
   }
   store_sums(c, c + 16, c2, c2 + 16);
 }
+#undef TILE_PRODUCT
 #else
 struct Tiles {
   Tiles() {}  // says that it is used

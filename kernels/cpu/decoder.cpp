@@ -23,7 +23,7 @@
 #include "team.h"
 
 enum Module { Q, K, V, O, GATE, UP, DOWN, NUM_MODULES };
-enum Phase { NORM, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES };
+enum Phase { NORM, QUANTIZE, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES };
 
 struct Layer {
   Matrix modules[NUM_MODULES];
@@ -78,12 +78,22 @@ struct Buffer {
 };
 
 struct Engine {
-  explicit Engine(int num_threads) : team(num_threads), attention(num_threads), products(num_threads) {}
+  explicit Engine(int num_threads) : team(num_threads), attention(num_threads), products(num_threads), rows(num_threads) {}
   Team team;
-  Buffer act, act2, qkv, rotated, h, y;
-  std::vector<Buffer> attention, products;
+  Buffer act, act2, codes, row_scales, row_sums, qkv, rotated, h, y;
+  std::vector<Buffer> attention, products, rows;
   Buffer partials;
   std::vector<std::atomic<int>> splits_left;
+
+  // Of inputs that whole numbers stand for; one matrix's at a time.
+  QuantizedRows quantized(int kp, int num_rows) { return {{(int8_t*)codes.data, kp, num_rows}, (float*)row_scales.data, (int32_t*)row_sums.data}; }
+
+  void make_room_for_integers(int kp, int num_rows) {
+    codes.get<int8_t>(Rows<int8_t>::size(num_rows, kp));
+    row_scales.get<float>(num_rows);
+    row_sums.get<int32_t>(num_rows);
+    for (auto& row : rows) row.get<float>(kp);
+  }
 
   void make_room(int num_rows) {
     for (auto& buffer : products) buffer.get<float>((size_t)MAX_PANELS * std::min(MAX_ROWS, pad_rows(num_rows)) * PANEL);
@@ -122,6 +132,8 @@ class Forward {
     act = e.act.get<A>(Rows<A>::size(T, widest));
     act2 = e.act2.get<A>(Rows<A>::size(T, widest));
     e.make_room(T);
+    is_quantized = first.modules[Q].format >= INT8;
+    if (is_quantized) e.make_room_for_integers(widest, T);
     qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
     rotated = e.rotated.get<A>(rows * q_size);
     y = e.y.get<float>(rows * m.hidden_size);
@@ -135,7 +147,7 @@ class Forward {
     Clock clock(thread == 0 ? s.seconds : nullptr);
     for (int idx = 0; idx < m.num_layers; idx++) {
       const Layer& layer = m.layers[idx];
-      norm_rows(layer.input_norm, layer.modules[Q].kp);
+      norm_rows(layer.input_norm, layer.modules[Q].kp, thread);
       clock.end(NORM);
       shrink_rows(idx, act, {Q, K, V});
       clock.end(SHRINK);
@@ -145,16 +157,20 @@ class Forward {
       clock.end(ROPE);
       attend_rows(layer, thread);
       clock.end(ATTENTION);
+      quantize_rows(layer.modules[O].kp, thread);
+      clock.end(QUANTIZE);
       shrink_rows(idx, act2, {O});
       clock.end(SHRINK);
       multiply_residual(idx, layer, O, layer.post_attention_norm, thread);
       clock.end(OUT);
-      norm_rows(layer.mlp_norm, layer.modules[GATE].kp);
+      norm_rows(layer.mlp_norm, layer.modules[GATE].kp, thread);
       clock.end(NORM);
       shrink_rows(idx, act, {GATE, UP});
       clock.end(SHRINK);
       multiply_gate_up(idx, layer, thread);
       clock.end(GATE_UP);
+      quantize_rows(layer.modules[DOWN].kp, thread);
+      clock.end(QUANTIZE);
       shrink_rows(idx, act2, {DOWN});
       clock.end(SHRINK);
       multiply_residual(idx, layer, DOWN, layer.post_mlp_norm, thread);
@@ -201,7 +217,7 @@ class Forward {
     for (int c = 0; c < n; c += 16) store_n(out + c, load_n(x + c, n - c) * scale * load_n(weight + c, n - c), n - c);
   }
 
-  void norm_rows(const float* weight, int kp) {
+  void norm_rows(const float* weight, int kp, int thread) {
     const int n = m.hidden_size;
     const Rows<A> out(act, kp, T);
     for (int t; (t = e.team.next(T)) >= 0;) {
@@ -210,7 +226,15 @@ class Forward {
       for (int c = 0; c < n; c += 16)
         out.set(t, c, load_n(x + c, n - c) * scale * load_n(weight + c, n - c), n - c);
       out.clear_from(t, n);
+      if (is_quantized) quantize_row(out, t, e.quantized(kp, T), (float*)e.rows[thread].data);
     }
+    e.team.barrier();
+  }
+
+  void quantize_rows(int kp, int thread) {
+    if (!is_quantized) return;
+    const Rows<A> in(act2, kp, T);
+    for (int t; (t = e.team.next(T)) >= 0;) quantize_row(in, t, e.quantized(kp, T), (float*)e.rows[thread].data);
     e.team.barrier();
   }
 
@@ -261,7 +285,8 @@ class Forward {
       if constexpr (IN_TILES<A>) fetch_lora(layer, parts[p], row, rows);
       else panels[p].wanted = pieces[p], panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
     }
-    multiply_panels(panels, num, Rows<A>(x, panels[0].matrix->kp, T), row, rows, out);
+    const int kp = panels[0].matrix->kp;
+    multiply_panels(panels, num, Rows<A>(x, kp, T), e.quantized(kp, T), row, rows, out);
     for (int p = 0; p < num; p++) finish_part(layer, parts[p], row, rows, out + (size_t)p * pad_rows(rows) * PANEL);
   }
 
@@ -510,6 +535,7 @@ class Forward {
   const Model& m;
   const Step& s;
   const int T;
+  bool is_quantized;
   int q_size, kv_size, h_stride;
   A *act, *act2, *rotated;
   float *qkv, *h, *y;
@@ -520,13 +546,17 @@ class Forward {
 template <class A>
 static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, float* y) {
   const Rows<A> act(e.act.get<A>(Rows<A>::size(rows, matrix.kp)), matrix.kp, rows);
+  const bool is_quantized = matrix.format >= INT8;
   e.make_room(rows);
+  if (is_quantized) e.make_room_for_integers(matrix.kp, rows);
+  const QuantizedRows quantized = e.quantized(matrix.kp, rows);
   auto work = [&](int thread) {
     Tiles tiles;
     for (int t; (t = e.team.next(rows)) >= 0;) {
       for (int c = 0; c < matrix.k; c += 16)
         act.set(t, c, load_n(x + (size_t)t * matrix.k + c, matrix.k - c), matrix.k - c);
       act.clear_from(t, matrix.k);
+      if (is_quantized) quantize_row(act, t, quantized, (float*)e.rows[thread].data);
     }
     e.team.barrier();
     const size_t width = (size_t)matrix.panels() * PANEL;
@@ -534,7 +564,7 @@ static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, fl
     for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, rows, [&](int first, int num, int row, int rows) {
       Panel panels[MAX_PANELS];
       for (int p = 0; p < num; p++) panels[p] = {&matrix, first + p, first + p + e.team.size()};
-      multiply_panels(panels, num, act, row, rows, products);
+      multiply_panels(panels, num, act, quantized, row, rows, products);
       for (int p = 0; p < num; p++)
         for (int r = 0; r < rows; r++)
           memcpy(y + (row + r) * width + (first + p) * PANEL, products + ((size_t)p * pad_rows(rows) + r) * PANEL, 4 * PANEL);
@@ -552,8 +582,8 @@ struct Place {
 #define STRUCT(type) {#type, nullptr, 0, sizeof(type)}
 #define FIELD(type, field) {#type, #field, offsetof(type, field), sizeof(((type*)nullptr)->field)}
 static const Place LAYOUT[] = {
-    STRUCT(Matrix), FIELD(Matrix, data), FIELD(Matrix, scales), FIELD(Matrix, bias), FIELD(Matrix, levels), FIELD(Matrix, n),
-    FIELD(Matrix, k), FIELD(Matrix, kp), FIELD(Matrix, format), FIELD(Matrix, group), FIELD(Matrix, unused),
+    STRUCT(Matrix), FIELD(Matrix, data), FIELD(Matrix, groups), FIELD(Matrix, scales), FIELD(Matrix, bias), FIELD(Matrix, n),
+    FIELD(Matrix, k), FIELD(Matrix, kp), FIELD(Matrix, format),
     STRUCT(Layer), FIELD(Layer, modules), FIELD(Layer, input_norm), FIELD(Layer, mlp_norm), FIELD(Layer, q_norm),
     FIELD(Layer, k_norm), FIELD(Layer, post_attention_norm), FIELD(Layer, post_mlp_norm), FIELD(Layer, k_cache),
     FIELD(Layer, v_cache), FIELD(Layer, window), FIELD(Layer, rope),
@@ -582,6 +612,8 @@ extern "C" {
 const Place* specserve_layout() { return LAYOUT; }
 
 int specserve_uses_bf16() { return NATIVE_BF16; }
+
+const char* specserve_int8_products() { return NATIVE_AMX ? "AMX tiles, of one row " INT8_PRODUCTS : INT8_PRODUCTS; }
 
 void* specserve_create(int num_threads) { return new Engine(num_threads); }
 

@@ -70,7 +70,28 @@ INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
   return a * b + c;
 #endif
 }
+INLINE i32x16 splat_int(int32_t v) { return i32x16{} + v; }
+INLINE f32x16 to_floats(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 INLINE i32x16 lanes() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+// Lane i becomes v[i ^ H].
+template <int H>
+INLINE f32x16 swap_lanes(f32x16 v) {
+#if defined(__AVX512F__)
+  if constexpr (H < 4) return (f32x16)_mm512_permute_ps((__m512)v, H == 1 ? 0xb1 : 0x4e);
+  else return (f32x16)_mm512_shuffle_f32x4((__m512)v, (__m512)v, H == 4 ? 0xb1 : 0x4e);
+#else
+  f32x16 swapped;
+  for (int i = 0; i < 16; i++) swapped[i] = v[i ^ H];
+  return swapped;
+#endif
+}
+INLINE void store_codes(int8_t* p, i32x16 v) {  // values fit 8 bits
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  for (int i = 0; i < 16; i++) p[i] = (int8_t)v[i];
+#endif
+}
 INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) { return mask ? a : b; }  // mask lanes are 0 or -1
 #endif
 

@@ -21,6 +21,7 @@ struct f32x16 {
 };
 struct i32x16 {
   __m256i lo, hi;
+  i32x16() = default;
   INLINE_METHOD i32x16(__m256i a, __m256i b) : lo(a), hi(b) {}
   INLINE_METHOD explicit i32x16(f32x16 v) : lo(_mm256_castps_si256(v.lo)), hi(_mm256_castps_si256(v.hi)) {}
 };
@@ -111,4 +112,15 @@ INLINE i32x16 lanes() {
 INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {  // mask lanes are 0 or -1
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(mask.lo)),
           _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(mask.hi))};
+}
+INLINE f32x16 to_floats(i32x16 v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
+template <int H>
+INLINE f32x16 swap_lanes(f32x16 v) {  // lane i becomes v[i ^ H]
+  if constexpr (H == 8) return {v.hi, v.lo};
+  else if constexpr (H == 4) return {_mm256_permute2f128_ps(v.lo, v.lo, 1), _mm256_permute2f128_ps(v.hi, v.hi, 1)};
+  else return {_mm256_permute_ps(v.lo, H == 1 ? 0xb1 : 0x4e), _mm256_permute_ps(v.hi, H == 1 ? 0xb1 : 0x4e)};
+}
+INLINE void store_codes(int8_t* p, i32x16 v) {  // values fit 8 bits
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.lo, v.hi), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }

@@ -23,6 +23,7 @@ struct f32x16 {
 };
 struct i32x16 {
   int32x4_t a, b, c, d;
+  i32x16() = default;
   INLINE_METHOD i32x16(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) : a(a), b(b), c(c), d(d) {}
   INLINE_METHOD explicit i32x16(f32x16 v)
       : a(vreinterpretq_s32_f32(v.a)), b(vreinterpretq_s32_f32(v.b)), c(vreinterpretq_s32_f32(v.c)),
@@ -122,6 +123,20 @@ INLINE void store(bf16* p, f32x16 v) {
 
 INLINE f32x16 fma(f32x16 x, f32x16 y, f32x16 sum) {
   return {vfmaq_f32(sum.a, x.a, y.a), vfmaq_f32(sum.b, x.b, y.b), vfmaq_f32(sum.c, x.c, y.c), vfmaq_f32(sum.d, x.d, y.d)};
+}
+INLINE f32x16 to_floats(i32x16 v) {
+  return {vcvtq_f32_s32(v.a), vcvtq_f32_s32(v.b), vcvtq_f32_s32(v.c), vcvtq_f32_s32(v.d)};
+}
+template <int H>
+INLINE f32x16 swap_lanes(f32x16 v) {  // lane i becomes v[i ^ H]
+  if constexpr (H == 8) return {v.c, v.d, v.a, v.b};
+  else if constexpr (H == 4) return {v.b, v.a, v.d, v.c};
+  else if constexpr (H == 2) return {vextq_f32(v.a, v.a, 2), vextq_f32(v.b, v.b, 2), vextq_f32(v.c, v.c, 2), vextq_f32(v.d, v.d, 2)};
+  else return {vrev64q_f32(v.a), vrev64q_f32(v.b), vrev64q_f32(v.c), vrev64q_f32(v.d)};
+}
+INLINE void store_codes(int8_t* p, i32x16 v) {  // values fit 8 bits
+  const int16x8_t lo = vcombine_s16(vmovn_s32(v.a), vmovn_s32(v.b)), hi = vcombine_s16(vmovn_s32(v.c), vmovn_s32(v.d));
+  vst1q_s8(p, vcombine_s8(vmovn_s16(lo), vmovn_s16(hi)));
 }
 INLINE i32x16 lanes() {
   const int32x4_t first = {0, 1, 2, 3};

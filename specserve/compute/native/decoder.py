@@ -71,8 +71,9 @@ class NativeDecoder:
         self.is_bf16 = library.uses_bf16 and lm_head.format != "f32"
         self.compute_dtype = torch.bfloat16 if self.is_bf16 else torch.float32
         self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")
-        if lm_head.format in ("int8", "int4"):
-            self.weight_dtype_name = lm_head.format
+        form = layers[0].modules["q_proj"].format
+        if form in ("int8", "int4"):
+            self.weight_dtype_name = form
         self.phase_seconds = (ctypes.c_double * len(PHASES))()
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # as transformers rounds it
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
