@@ -21,6 +21,7 @@ from .decoder import RowInputs, TritonDecoder
 from .graph_cache import GraphCache
 from .lora import DeviceAdapterSlots
 from .rows import StepRows
+from .seats import Seats
 
 _MISSES = 8  # of a bucket before its graph is captured
 _MOST_CAPTURING = 0.1  # of the time
@@ -30,7 +31,7 @@ class LayersPart:
     """The layers of `decoder` over up to `max_rows` rows.
 
     `sampled` [L] int64 are the tokens of the step before, which a row may name by its place there: token -1 - i is
-    sampled[i]. `tables` [seats, N] int32 are the sequences' blocks.
+    sampled[i]. `seats` has the sequences' blocks; those that are new with the rows are put there first.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class LayersPart:
         kv: KVCache,
         rows: StepRows,
         sampled: torch.Tensor,
-        tables: torch.Tensor,
+        seats: Seats,
         slots: DeviceAdapterSlots,
         buckets: Buckets,
         graphs: GraphCache,
         max_rows: int,
     ):
         config, device, dtype = decoder.config, decoder.device, decoder.compute_dtype
-        self._decoder, self._kv, self._rows, self._tables = decoder, kv, rows, tables
+        self._decoder, self._kv, self._rows, self._seats = decoder, kv, rows, seats
         self._sampled = sampled
         self._slots, self._buckets, self._graphs = slots, buckets, graphs
         self._attention_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
@@ -105,6 +106,7 @@ class LayersPart:
     def _launch(self, bucket: Bucket) -> None:
         num_rows, num_splits = bucket.num_rows, self._buckets.num_splits(bucket)
         fields = self._rows.device(num_rows)
+        self._seats.flat.index_copy_(0, fields["new_places"], fields["new_blocks"])
         tiles = self._attention_tiles[: self._buckets.num_tiles(bucket)]
         build_tiles_(tiles, fields["row_seats"], bucket.tile_rows)
         lora = None
@@ -121,7 +123,7 @@ class LayersPart:
             slot_mapping=fields["slot_mapping"],
             tiles=tiles,
             tile_rows=bucket.tile_rows,
-            block_tables=self._tables,
+            block_tables=self._seats.tables,
             block_size=self._rows.block_size,
             split_len=fields["split_len"],
             num_splits=num_splits,

@@ -2,7 +2,7 @@
 
 A sequence takes a seat when it is first scheduled and keeps it while it is scheduled often enough; a seat is handed on,
 least recently used first, when there is no free one. Sequences are told apart by `Sequence.table_id`, which is another
-one whenever their block table was emptied: under one id a table only grows.
+one whenever their block table was emptied: under one id a table only grows. What is new goes up with the step's rows.
 """
 
 from __future__ import annotations
@@ -31,25 +31,31 @@ class _Seat:
 class Seats:
     """`tables` is [num_seats, width] int32 on `device`: row i holds the physical blocks of the sequence on seat i.
 
-    `host_tables` are the same on the host, where they are up to date first; `owners` [num_seats] int64 is another
-    number for each table that a seat held.
+    `flat` [num_seats * width + 1] are the same entries and one at the end, `nowhere`, that nobody reads. `host_tables`
+    are the tables on the host, where they are up to date first; `owners` [num_seats] int64 is another number for each
+    table that a seat held.
     """
 
     def __init__(self, num_seats: int, width: int, device: torch.device):
-        self.tables = torch.zeros(num_seats, width, dtype=torch.int32, device=device)
+        self.nowhere = num_seats * width
+        self.flat = torch.zeros(self.nowhere + 1, dtype=torch.int32, device=device)
+        self.tables = self.flat[: self.nowhere].view(num_seats, width)
         self.host_tables = np.zeros((num_seats, width), dtype=np.int32)
         self.owners = np.zeros(num_seats, np.int64)
         self._width = width
         self._seats = [_Seat(number) for number in range(num_seats)]
         self._oldest: deque[tuple[_Seat, int]] = deque()  # seats and their steps when they were looked through last
         self._num_steps = 0
-        self._write = Writer(device)
+        self._new: tuple[list[int], list[int]] = [], []  # places in `flat`, and blocks, that the device lacks
+        self._writer = Writer(device)
 
     def seat(self, sequences: Seq[Sequence]) -> np.ndarray:
-        """The seats of `sequences`, [S] int64, at most all that there are; their tables are brought up to date."""
+        """The seats of `sequences`, [S] int64, at most all that there are; what is new of them is there to take."""
         assert len(sequences) <= self.tables.shape[0], (len(sequences), self.tables.shape[0])
         self._num_steps += 1
         step = self._num_steps
+        if self._new[0]:  # of a step that failed
+            self._write(0)
         seats: list[int] = []
         changed: list[tuple[int, Sequence]] = []  # place in `seats`
         for seq in sequences:
@@ -71,8 +77,7 @@ class Seats:
         return np.array([seq.seat.number for seq in sequences], np.int64)
 
     def _bring_up_to_date(self, changed: list[tuple[int, Sequence]], seats: list[int]) -> None:
-        index: list[int] = []
-        blocks: list[int] = []
+        index, blocks = self._new
         for place, seq in changed:
             seat = seq.seat if seats[place] >= 0 else self._take(seq)
             seats[place] = seat.number
@@ -82,8 +87,20 @@ class Seats:
             index += range(start, start + len(new))
             blocks += new
             seat.num_known += len(new)
-        if index:
-            self._write([(self.tables, np.array(index, np.int64), np.array(blocks, np.int32))])
+
+    def take_new(self, room: int) -> tuple[list[int], list[int]]:
+        """Places in `flat` and the blocks that belong there, at most `room`, for the caller to write before they are
+        read; what is more is written here."""
+        if len(self._new[0]) > room:
+            self._write(room)
+        taken, self._new = self._new, ([], [])
+        return taken
+
+    def _write(self, start: int) -> None:
+        """All that is new but the first `start`, now and in stream order."""
+        index, blocks = self._new
+        self._writer([(self.flat, np.array(index[start:], np.int64), np.array(blocks[start:], np.int32))])
+        del index[start:], blocks[start:]
 
     def _take(self, seq: Sequence) -> _Seat:
         """The seat that was not used for longest; those of this step are all marked."""
