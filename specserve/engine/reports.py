@@ -63,9 +63,9 @@ class Reports:
         reports, self._reports = self._reports, []
         for report in reports:
             if isinstance(report, GoingOn):
-                self._write_going_on(report)
+                self._write(report.events, report.states, report.items, report.tokens)
             else:
-                self._write(report)
+                self._write(report.events, [report.state], [report.item], [report.appended.tokens], report)
         unpublished, self._unpublished = self._unpublished, []
         for seq in unpublished:
             if seq.status is not Status.FINISHED:  # else its blocks are gone
@@ -77,65 +77,57 @@ class Reports:
             seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed, seq.prompt_keys
         )
 
-    def _write_going_on(self, report: GoingOn) -> None:
-        """What `_write` does for each of them, most of a step's sequences, in one pass."""
-        events, size, price = report.events, self._blocks.block_size, self._proposer.row_price
+    def _write(
+        self,
+        events: list[Event],
+        states: list[RunningRequest],
+        items: list[ScheduledSequence],
+        tokens_of: list[list[int]],
+        report: StepReport | None = None,
+    ) -> None:
+        """Of sequences that just go on by their tokens, or of one of which a `report` says more."""
+        size, price = self._blocks.block_size, self._proposer.row_price
         drafted: list[str] = []
         accepted: list[str] = []
         counts: Counts | None = None
-        for state, item, tokens in zip(report.states, report.items, report.tokens, strict=True):
+        for state, item, tokens in zip(states, items, tokens_of, strict=True):
             seq, sources, num_accepted = state.seq, item.draft_sources, len(tokens) - 1
+            if report is not None:  # none behind the end
+                sources, num_accepted = sources[: report.num_drafted], report.num_accepted
             if state.drafts.counts is not counts:  # the next adapter's
                 counts = state.drafts.counts
                 counts.add_price(price)
-            counts.add(len(sources), num_accepted, num_accepted + 1)
+            counts.add(len(sources), num_accepted, len(tokens))
             if sources:
                 right = sources[:num_accepted]
                 seq.count_drafts(sources, right)
                 drafted += sources
                 accepted += right
-            delta = Delta(seq.request_id, tokens, "" if state.detokenizer is None else state.text_of(Appended(tokens)))
             seq.num_forwards += 1
-            if seq.num_forwards == 1:
-                delta = self._with_extras(delta, StepReport(events, state, item, Appended(tokens)))
+            if report is not None or seq.num_forwards == 1:
+                told = report or StepReport(events, state, item, Appended(tokens))
+                events.append(self._whole_delta(told))
+            else:
+                text = "" if state.detokenizer is None else state.text_of(Appended(tokens))
+                events.append(Delta(seq.request_id, tokens, text))
             if (len(seq.block_keys) + 1) * size <= seq.num_computed:
                 self._unpublished.append(seq)
-            events.append(delta)
-        self._counters.generated_tokens += sum(map(len, report.tokens))
+        self._counters.generated_tokens += sum(map(len, tokens_of))
         self._counters.drafted_by_source.update(drafted)
         self._counters.accepted_by_source.update(accepted)
 
-    def _write(self, report: StepReport) -> None:
-        state, appended = report.state, report.appended
-        seq, tokens = state.seq, appended.tokens
-        state.drafts.counts.add(report.num_drafted, report.num_accepted, len(tokens))
-        state.drafts.counts.add_price(self._proposer.row_price)
-        self._counters.generated_tokens += len(tokens)
-        if report.num_drafted:
-            drafted, right = (report.item.draft_sources[:num] for num in (report.num_drafted, report.num_accepted))
-            seq.count_drafts(drafted, right)
-            self._counters.drafted_by_source.update(drafted)
-            self._counters.accepted_by_source.update(right)
-        seq.num_forwards += 1
-        delta = Delta(seq.request_id, tokens, state.text_of(appended))
-        if seq.num_forwards == 1 or report.logprobs is not None or appended.finish_reason is not None:
-            delta = self._with_extras(delta, report)
-        if (len(seq.block_keys) + 1) * self._blocks.block_size <= seq.num_computed:
-            self._unpublished.append(seq)
-        report.events.append(delta)
-
-    def _with_extras(self, delta: Delta, report: StepReport) -> Delta:
-        """What a delta has beside tokens and text, which most have not."""
+    def _whole_delta(self, report: StepReport) -> Delta:
+        """With what most have not beside tokens and text."""
         state, appended, logprobs = report.state, report.appended, report.logprobs
-        seq, num_tokens, finish = state.seq, len(delta.token_ids), appended.finish_reason
+        seq, num_tokens, finish = state.seq, len(appended.tokens), appended.finish_reason
         is_first = seq.num_forwards == 1
         if is_first:
             self._counters.prompt_tokens += report.item.num_rows
             self._counters.cached_prompt_tokens += seq.num_cached
         return Delta(
-            delta.request_id,
-            delta.token_ids,
-            delta.text,
+            seq.request_id,
+            appended.tokens,
+            state.text_of(appended),
             appended.num_silent,
             logprobs=logprobs[:num_tokens] if logprobs is not None and num_tokens else None,
             prompt_logprobs=state.prompt_logprobs if is_first else None,
