@@ -82,22 +82,20 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._masks = masks or MaskMaker(0)
 
-    def sample(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> list[list[int]]:
-        """Tokens of each group's rows, given its drafts.
-
-        `logits` is [L, V] float32 on any device and is not modified. A group with a NaN in a row it needs gets an
-        empty list: its logits are not a distribution and nothing may be made of them. Under a grammar the list ends
-        early where nothing may come or a draft was wrong; an empty list's reason is the group's `failure`.
-        """
-        drawn = self._queue(logits, groups)()
-        return [self._rows_of(logits, group, drawn, drawn.tokens.tolist()) for group in groups]
-
     def launch(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> PendingSample:
-        """Begin to sample; a device that runs by itself goes on meanwhile, elsewhere all is done by `collect`."""
+        """Begin to sample; a device that runs by itself goes on meanwhile, elsewhere all is done by `collect`.
+
+        `logits` is [L, V] float32 on any device and is not modified.
+        """
         return PendingSample(logits, groups, self._queue(logits, groups), Verification(groups, logits.shape[0]))
 
     def collect(self, pending: PendingSample) -> list[list[int]]:
-        """Of what `sample` gives, the tokens that each group keeps: its right drafts and the one behind them."""
+        """The tokens that each group keeps: its right drafts and the one behind them.
+
+        A group with a NaN in a row it needs gets an empty list: its logits are not a distribution and nothing may be
+        made of them. Under a grammar the list ends early where nothing may come; an empty list's reason is the group's
+        `failure`.
+        """
         groups, drawn = pending.groups, pending.drawn()
         kept = pending.verification.kept(drawn.tokens)
         special = range(len(groups)) if drawn.bad else pending.verification.constrained

@@ -34,10 +34,14 @@ def sequence(sample_idx=0, prompt=(1, 2, 3), output=(), **params):
     return seq
 
 
+def sample(sampler, logits, groups):
+    return sampler.collect(sampler.launch(logits, groups))
+
+
 def draw(logits, **kwargs):
     """One sampled token per row of logits [M, V], each row a sequence with its own seed."""
     groups = [RowGroup(sequence(seed=seed, **kwargs), seed) for seed in range(logits.shape[0])]
-    return [tokens[0] for tokens in Sampler([0]).sample(logits, groups)]
+    return [tokens[0] for tokens in sample(Sampler([0]), logits, groups)]
 
 
 def exact(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -92,10 +96,10 @@ def test_rows_of_a_verification_see_the_drafts_before_them():
     logits = torch.zeros(3, V)
     logits[:, 5], logits[:, 6] = 2.0, 1.5
     seq = sequence(temperature=0.0, frequency_penalty=1.0)
-    (tokens,) = Sampler([0]).sample(logits, [RowGroup(seq, 0, [5, 6])])
+    (tokens,) = sample(Sampler([0]), logits, [RowGroup(seq, 0, [5, 6])])
     assert tokens == [5, 6, 5]  # after draft 5 its logit is 1.0, below 6; after drafts 5 and 6 they are 1.0 and 0.5
     for draft, sampled in zip([5, 6], tokens, strict=False):
-        (alone,) = Sampler([0]).sample(logits[:1], [RowGroup(seq, 0)])
+        (alone,) = sample(Sampler([0]), logits[:1], [RowGroup(seq, 0)])
         assert alone == [sampled]
         seq.tokens.append(draft)
 
@@ -106,7 +110,7 @@ def test_penalties_bias_and_minimum_length():
     sampler = Sampler([0])
 
     def greedy(row=logits, **kwargs):
-        (tokens,) = sampler.sample(row, [RowGroup(sequence(temperature=0.0, **kwargs), 0)])
+        (tokens,) = sample(sampler, row, [RowGroup(sequence(temperature=0.0, **kwargs), 0)])
         return tokens[0]
 
     assert greedy() == 3
@@ -127,7 +131,7 @@ def test_nan_rows_give_no_tokens_and_leave_other_groups_alone():
     logits[1, 4] = float("nan")
     logits[2, 8] = 1.0
     groups = [RowGroup(sequence(temperature=0.0), 0, [1]), RowGroup(sequence(temperature=0.0), 2)]
-    assert Sampler([0]).sample(logits, groups) == [[], [8]]
+    assert sample(Sampler([0]), logits, groups) == [[], [8]]
 
 
 def test_logits_are_not_modified():
