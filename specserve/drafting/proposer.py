@@ -1,8 +1,8 @@
 """The engine's side of drafting: which sources a request gets, who is asked in a step, and what came of it.
 
-`growth` decides how far drafts go. Here every adapter's switch says whether its sources are asked at all; after
-the step, cost table, switches and the counts by adapter learn from it. On a device that runs by itself the way of whole
-steps (`step_ways`) stands above those, and what the host costs beside the table.
+`growth` decides how far drafts go, `step_costs` what they may cost. Here every adapter's switch says whether its
+sources are asked at all; after the step, costs, switches and the counts by adapter learn from it. On a device that runs
+by itself the way of whole steps (`step_ways`) stands above those.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +27,12 @@ from ..kernels.native_build import NativeError
 from ..messages import AdapterDrafts, GenerateRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence as EngineSequence
-from .cost_model import CostModel, MeanSeconds, StepShape
+from .cost_model import CostModel
 from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan
 from .growth import DraftGrowth
-from .host_cost import HostCost
 from .native_growth import NativeGrowth
 from .served_history import ServedHistories
+from .step_costs import StepCosts, StepSeconds, Verified
 from .step_ways import Live, Load, StepWays
 from .switch import DraftSwitch
 from .way_trial import TimedStep, Way
@@ -41,7 +40,6 @@ from .way_trial import TimedStep, Way
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 0.9  # of the rows that a step has for prompts beside decodes: more wait
-LEAST_WAIT = 0.1  # share of a step, from which on the host was waiting for the device and not only reading tokens
 
 
 class Proposed(NamedTuple):
@@ -51,39 +49,6 @@ class Proposed(NamedTuple):
     num_asked: int  # sequences that were asked for drafts
     load: Load | None = None  # whose way it went
     is_half: bool = False  # of the sequences; the other half's step runs meanwhile
-
-
-class StepSeconds(NamedTuple):
-    """What a step took, drafting included."""
-
-    total: float
-    gap: float = 0.0  # of it the device did nothing, for want of what to do
-    wait: float = 0.0  # of it the host did nothing, for want of the tokens
-
-
-class Verified:
-    """What a step's verification made of the drafts that were asked for."""
-
-    def __init__(self) -> None:
-        self.drafts: list[GrowingDraft] = []
-        self.num_drafts: list[int] = []
-        self.num_accepted: list[int] = []
-        self.tokens: list[Sequence[int]] = []  # that their sequences have now
-
-    def add(self, draft: GrowingDraft, num_drafts: int, num_accepted: int, tokens: Sequence[int]) -> None:
-        self.drafts.append(draft)
-        self.num_drafts.append(num_drafts)
-        self.num_accepted.append(num_accepted)
-        self.tokens.append(tokens)
-
-
-@dataclass(slots=True)
-class _Asked:
-    """What a step's sequences of one switch came to."""
-
-    num_seqs: int = 0
-    drafted: int = 0
-    accepted: int = 0
 
 
 class Proposer:
@@ -103,21 +68,17 @@ class Proposer:
         max_logits: int | None = None,
     ):
         self._config = config
-        self._max_logits = max_logits  # rows with logits beyond which a device's heads are left out
         self._vocab_size = vocab_size
         self._adapters = adapters
         self._base_acceptance = SharedAcceptance()
         self._heads = heads
-        self.cost_model = cost_model
+        self.cost_model, self._costs = cost_model, StepCosts(cost_model, is_asynchronous, max_logits)
         self.growth = make_growth(stepped_heads, clock)
         self.num_undrafted_steps = 0
         self._counts: dict[str | None, Counts] = {}  # by adapter hash
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._ways = StepWays() if is_asynchronous else None
         self._live = Live()
-        self._host = HostCost() if is_asynchronous else None  # before a step
-        self._host_beside = HostCost() if is_asynchronous else None  # while the other half's step runs
-        self._draft_s = MeanSeconds()  # all of drafting, one sequence
         self._served: ServedHistories | None = None
         if config.learn_history:
             directory = Path(config.history_dir).expanduser() if config.history_dir else None
@@ -205,7 +166,8 @@ class Proposer:
         """
         if not self._live.num_drafting:
             return None
-        plan, load = self._plan_of(items, scheduler, is_half), self._load(len(scheduler.running))
+        plan = self._costs.plan(items, scheduler.max_batched_tokens, is_half)
+        load = self._load(len(scheduler.running))
         if self._ways is not None and plan.num_decoding:
             num_prompt_rows = plan.num_rows - plan.num_decoding
             self._ways.note_prompts(num_prompt_rows >= _BACKLOG * scheduler.max_prefill_rows)
@@ -294,7 +256,7 @@ class Proposer:
         if not plan.num_decoding:
             return
         num_drafts = sum(verified.num_drafts)
-        self._learn_costs(plan, num_drafts, seconds)
+        self._costs.learn(plan, num_drafts, seconds)
         if load is not None and self._ways is not None:
             step = TimedStep(
                 num_seqs=plan.num_decoding,
@@ -305,61 +267,13 @@ class Proposer:
             if self._ways.observe(load, Way(num_asked > 0, is_half), step):
                 self._retry()
         if num_asked:
-            self._draft_s.observe(plan.draft_s / num_asked)
-            self._judge(plan, verified, num_drafts)
-
-    def _learn_costs(self, plan: StepPlan, num_drafts: int, seconds: StepSeconds) -> None:
-        if self._host is None or self._host_beside is None:
-            if plan.num_rows == plan.num_decoding == plan.shape.num_seqs:  # no prompts
-                num_rows = plan.num_rows + num_drafts
-                expected = plan.device.seconds(num_rows)
-                self.cost_model.observe(num_rows, plan.shape, seconds.total - plan.draft_s, expected)
-            return
-        if seconds.gap:
-            self._host.observe(plan.num_decoding, num_drafts, seconds.gap - plan.draft_s)
-        elif plan.is_hidden:
-            self._host_beside.observe(plan.num_decoding, num_drafts, seconds.total - seconds.wait - plan.draft_s)
-        if seconds.gap or seconds.wait > LEAST_WAIT * seconds.total:  # else the device was not what took so long
-            num_rows = plan.num_rows + num_drafts
-            self.cost_model.observe(num_rows, plan.shape, seconds.total - seconds.gap, plan.device.seconds(num_rows))
-
-    def _judge(self, plan: StepPlan, verified: Verified, num_drafts: int) -> None:
-        """Tell each switch what its sources brought, and what they took."""
-        sums: dict[DraftSwitch, _Asked] = {}
-        for draft, num, accepted in zip(verified.drafts, verified.num_drafts, verified.num_accepted, strict=True):
-            if not draft.is_fixed:
-                asked = sums.get(draft.switch)
-                if asked is None:
-                    asked = sums[draft.switch] = _Asked()
-                asked.num_seqs += 1
-                asked.drafted += num
-                asked.accepted += accepted
-        # Without drafts the step would have given each sequence a token in `alone_s`.
-        alone_s = plan.seconds(0)
-        row_s = (plan.seconds(num_drafts) - alone_s) / num_drafts if num_drafts else 0.0
-        for switch, asked in sums.items():
-            spent_s = row_s * asked.drafted + self._draft_s.seconds * asked.num_seqs
-            gain = asked.accepted - spent_s * plan.num_decoding / alone_s
-            switch.observe(gain / asked.num_seqs, plan.num_decoding)
+            self._costs.judge(plan, num_asked, verified, num_drafts)
 
     def _retry(self) -> None:
         """Drafts are about to be tried for all: if all sources are switched off, that tries them as well."""
         if not any(switch.is_on for switch in self._switches.values()):
             for switch in self._switches.values():
                 switch.retry()
-
-    def _plan_of(self, items: Sequence[ScheduledSequence], scheduler: Scheduler, is_half: bool) -> StepPlan:
-        num_decoding = sum([item.reaches_end and item.seq.sampling.max_tokens > 0 for item in items])
-        num_rows, max_rows = sum([item.num_rows for item in items]), scheduler.max_batched_tokens
-        if self._max_logits is not None:
-            max_rows = min(max_rows, num_rows + max(0, self._max_logits - num_decoding))
-        shape = StepShape(
-            num_seqs=len(items),
-            num_adapters=len({item.seq.adapter_hash for item in items} - {None}),
-            num_keys=sum([item.seq.num_computed for item in items]),
-        )
-        host = self._host_beside if is_half else self._host
-        return StepPlan(self.cost_model, shape, num_decoding, num_rows, max_rows, host, is_half)
 
     def adapter_left(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""

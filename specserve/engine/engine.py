@@ -32,7 +32,8 @@ from ..compute.step_output import StepOutput
 from ..compute.uploads import Uploads
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
-from ..drafting.proposer import Proposer, StepSeconds
+from ..drafting.proposer import Proposer
+from ..drafting.step_costs import StepSeconds
 from ..errors import DeadlineError, ErrorInfo, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from ..adapters.lora import LoraAdapter
 from ..compute.sampler import PendingSample
 from ..compute.step_output import StepOutput
-from ..drafting.proposer import Proposed, Verified
+from ..drafting.proposer import Proposed
+from ..drafting.step_costs import Verified
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Status
 from .reports import Event, Reports

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..drafting.proposer import StepSeconds
+from ..drafting.step_costs import StepSeconds
 from .queued_step import QueuedStep
 
 
