@@ -5,9 +5,11 @@ what the newest validation measured (`bench.simulator.validate`). Loads are shar
 equal adapters, which is printed first. Both orders get the same requests:
 
 - burst: half load, Zipf over all adapters but one, for which 500 requests come within a second
-- distinct: 0.4 of what can be served, each request for another adapter, all in turn: places and reading decide
-- priorities: 0.3 of the load urgent, 1.0 batch of a worse priority; first come first served knows no priority
-- popular: 0.8 of the load, Zipf: the most popular adapter asks for more than its share
+- distinct: 0.9 of the load, each request for another adapter, all in turn: places and reading decide
+- popular: 1.1 times what can be served, Zipf: the most popular adapters ask for more than their share
+- priorities: 0.3 of the load urgent, with a deadline of 10 s, and 1.0 batch of a worse priority, over adapters that are
+  all in memory; first come first served knows neither priority nor deadline
+- priorities, many: the same over all adapters, which wait for places in order of arrival, whatever their priority
 
     python -m bench.simulator [--adapters 1000] [--places 32] [--requests 3000] [--plot docs/scheduling.png]
 """
@@ -31,17 +33,19 @@ from .run import Result, figures, simulate
 from .trace import Lengths, SimulatedRequest, burst, merged, poisson
 
 ORDERS: dict[str, type[WaitingQueue]] = {"first come": FirstComeQueue, "fair": WaitingQueue}
-BURST_AT_S = 60.0
+BURST_AT_S, DEADLINE_S = 60.0, 10.0
 Trace = list[SimulatedRequest]
 
 
-def traces(rate: float, num: int, adapters: int, lengths: Lengths) -> dict[str, Callable[[], Trace]]:
+def traces(rate: float, num: int, adapters: int, places: int, lengths: Lengths) -> dict[str, Callable[[], Trace]]:
     """By name; `rate` is what the server can serve."""
     everyone = range(adapters)
 
-    def mixed() -> Trace:
-        urgent = poisson(num * 3 // 13, 0.3 * rate, everyone, "urgent", lengths=lengths, kind="urgent")
-        batch = poisson(num * 10 // 13, rate, everyone, "batch", lengths=lengths, kind="batch", priority=10)
+    def mixed(adapters: range) -> Trace:
+        urgent = poisson(
+            num * 3 // 13, 0.3 * rate, adapters, "urgent", lengths=lengths, kind="urgent", deadline_s=DEADLINE_S
+        )
+        batch = poisson(num * 10 // 13, rate, adapters, "batch", lengths=lengths, kind="batch", priority=10)
         return merged(urgent, batch)
 
     return {
@@ -49,12 +53,13 @@ def traces(rate: float, num: int, adapters: int, lengths: Lengths) -> dict[str, 
             poisson(num, 0.5 * rate, everyone[1:], "others", lengths=lengths, kind="others"),
             burst(500, BURST_AT_S, 0, "burst", lengths),
         ),
-        "distinct": lambda: [*poisson(num, 0.4 * rate, everyone, "distinct", lengths=lengths, in_turn=True)],
-        "priorities": mixed,
+        "distinct": lambda: [*poisson(num, 0.9 * rate, everyone, "distinct", lengths=lengths, in_turn=True)],
         "popular": lambda: [
             replace(request, kind="most popular" if request.adapter == 0 else "others")
-            for request in poisson(num, 0.8 * rate, everyone, "popular", lengths=lengths)
+            for request in poisson(num, 1.1 * rate, everyone, "popular", lengths=lengths)
         ],
+        "priorities": lambda: mixed(everyone[:places]),
+        "priorities, many": lambda: mixed(everyone),
     }
 
 
@@ -88,12 +93,12 @@ def main(
     click.echo(f"limit: {rate:.2f} requests/s of {places} adapters that are all in memory")
     results: dict[str, dict[str, Result]] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, make in traces(rate, requests, adapters, lengths).items():
+    for name, make in traces(rate, requests, adapters, places, lengths).items():
         results[name], found[name] = {}, {}
         for order, queue in ORDERS.items():
             trace = make()
             if order == "first come":
-                trace = [replace(request, priority=0) for request in trace]
+                trace = [replace(request, priority=0, deadline_s=None) for request in trace]
             results[name][order] = simulate(trace, [replica(queue)])
             found[name][order] = figures(results[name][order], ttft_s, token_s)
             click.echo(_line(name, order, found[name][order]))
@@ -119,7 +124,7 @@ def saturated_rate(replica: Replica, num_adapters: int, lengths: Lengths) -> flo
 def _line(name: str, order: str, found: dict[str, Any]) -> str:
     kinds = "; ".join(
         f"{kind}: TTFT p50 {of['ttft_s']['p50']:.2f}, p99 {of['ttft_s']['p99']:.2f}, max {of['ttft_s']['max']:.1f} s, "
-        f"{100 * of['good_share']:.0f}% good"
+        f"{100 * of['good_share']:.0f}% good{', refused ' + str(of['errors']) if of['errors'] else ''}"
         for kind, of in found["kinds"].items()
     )
     total = sum(of["tokens_per_s"] for of in found["kinds"].values())

@@ -32,13 +32,18 @@ def write_plot(results: dict[str, dict[str, Result]], found: dict[str, dict[str,
     for idx, order in enumerate(COLOURS):
         values = [found[name][order]["kinds"][kind]["ttft_s"]["p99"] for name, kind in rows]
         places = [place + 0.4 * idx - 0.2 for place in range(len(rows))]
-        drawn = bars.barh(places, values, height=0.38, color=COLOURS[order], label=order)
-        bars.bar_label(drawn, [f"{value:.1f}" for value in values], padding=3)
+        drawn = bars.barh(places, values, height=0.38, color=COLOURS[order])
+        bars.bar_label(drawn, [_label(found[name][order]["kinds"][kind]) for name, kind in rows], padding=3)
     bars.set(
         title="time to first token, 99 of 100 requests within", xlabel="s", xscale="log",
-        yticks=range(len(rows)), yticklabels=[name if kind == "all" else f"{name}: {kind}" for name, kind in rows],
+        yticks=range(len(rows)), yticklabels=[name if kind == "all" else f"{name}:\n{kind}" for name, kind in rows],
     )  # fmt: skip
-    bars.margins(x=0.15)
+    bars.margins(x=0.3)
     bars.invert_yaxis()
-    bars.legend(loc="lower right")
     figure.savefig(path, dpi=110)
+
+
+def _label(kind: dict[str, Any]) -> str:
+    num_failed = sum(kind["errors"].values())
+    failed = f", {100 * num_failed / kind['num']:.0f}% refused or late" if num_failed else ""
+    return f"{kind['ttft_s']['p99']:.1f}{failed}"

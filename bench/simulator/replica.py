@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,7 +46,8 @@ class Outcome:
     admitted_s: float | None = None
     first_token_s: float | None = None
     end_s: float | None = None
-    expected_wait_s: float | None = None  # as estimated when it came to the engine
+    added_s: float | None = None  # its adapter was there
+    expected_wait_s: float | None = None  # as estimated then
     error: str | None = None
 
 
@@ -93,7 +94,7 @@ class Replica:
         self._num_added = 0
         self._next_measure = MEASURE_S
         self.prompt_tokens = self.generated_tokens = self.num_steps = 0
-        self.served: dict[int, int] = {}  # output tokens by adapter
+        self.served: Counter[tuple[int, int]] = Counter()  # output tokens by adapter and priority
 
     def hold(self, adapter: int) -> None:
         """Have an adapter from the start."""
@@ -138,7 +139,7 @@ class Replica:
 
     def _add(self, outcome: Outcome, request: GenerateRequest) -> None:
         try:
-            outcome.expected_wait_s = self.waits.wait_s(request)
+            outcome.added_s, outcome.expected_wait_s = self.now, self.waits.wait_s(request)
             refuse_overload(request, self._config, self.scheduler, self.waits)
             self.registry.acquire(request.adapter_hash or "")
         except UserError as error:
@@ -187,7 +188,7 @@ class Replica:
         request = outcome.request
         seq.tokens.append(1)
         self.generated_tokens += 1
-        self.served[request.adapter] = self.served.get(request.adapter, 0) + 1
+        self.served[request.adapter, request.priority] += 1
         if outcome.first_token_s is None:
             outcome.first_token_s = self.now
         if seq.output_len == request.output_len:

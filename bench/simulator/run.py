@@ -13,7 +13,7 @@ import numpy as np
 from .replica import Outcome, Replica
 from .trace import SimulatedRequest
 
-WINDOW_S = 5.0  # over which it is looked at who was served
+WINDOW_S, LOOK_S = 30.0, 0.5  # over which it is looked at who was served, and how often who waits
 Route = Callable[[SimulatedRequest, Sequence[Replica]], Replica]
 
 
@@ -57,21 +57,29 @@ def simulate(trace: Sequence[SimulatedRequest], replicas: Sequence[Replica], rou
 
 
 class _Window:
+    """Who was served how much while it waited: of adapters, and priorities, that had some waiting at every look."""
+
     def __init__(self, replica: Replica):
         self._replica = replica
-        self._end = WINDOW_S
-        self._waiting: set[int] = set()
-        self._served: dict[int, int] = {}
+        self._next_look = LOOK_S
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._end = self._replica.now + WINDOW_S
+        self._always_waited: set[tuple[int, int]] | None = None
+        self._served = self._replica.served.copy()
 
     def look(self, shares: list[list[int]]) -> None:
         replica = self._replica
-        if replica.now < self._end:
+        if replica.now < self._next_look:
             return
-        waiting = {seq.owner.request.adapter for seq in replica.scheduler.waiting}
-        both = waiting & self._waiting
-        if len(both) > 1:
-            shares.append([replica.served.get(key, 0) - self._served.get(key, 0) for key in sorted(both)])
-        self._waiting, self._served, self._end = waiting, dict(replica.served), replica.now + WINDOW_S
+        self._next_look = replica.now + LOOK_S
+        waiting = {(seq.owner.request.adapter, seq.priority) for seq in replica.scheduler.waiting}
+        self._always_waited = waiting if self._always_waited is None else self._always_waited & waiting
+        if replica.now >= self._end:
+            if len(self._always_waited) > 1:
+                shares.append([replica.served[key] - self._served[key] for key in sorted(self._always_waited)])
+            self._start_window()
 
 
 def jain(values: Sequence[float]) -> float:
@@ -85,9 +93,12 @@ def figures(result: Result, ttft_s: float, token_s: float) -> dict[str, Any]:
     registry = [replica.registry for replica in result.replicas]
     kinds = sorted({outcome.request.kind for outcome in result.outcomes})
     estimates = [
-        (o.expected_wait_s, o.admitted_s - o.request.arrival_s)
+        (o.expected_wait_s, o.admitted_s - o.added_s)
         for o in result.outcomes
-        if o.expected_wait_s is not None and o.admitted_s is not None and o.admitted_s - o.request.arrival_s > 1.0
+        if o.expected_wait_s is not None
+        and o.added_s is not None
+        and o.admitted_s is not None
+        and o.admitted_s - o.added_s > 1.0
     ]
     return {
         "seconds": round(result.end_s, 3),

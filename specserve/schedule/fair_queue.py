@@ -28,11 +28,13 @@ _MEAN_RATE = 0.1
 class _Flow:
     """One adapter's sequences of this priority."""
 
-    __slots__ = ("adapter_hash", "cost_waiting", "num_running", "output_len", "served", "waiting")
+    __slots__ = ("adapter_hash", "cost_waiting", "num_running", "number", "output_len", "served", "since", "waiting")
 
-    def __init__(self, adapter_hash: str | None, served: float, output_len: float):
+    def __init__(self, adapter_hash: str | None, number: int, output_len: float):
         self.adapter_hash = adapter_hash
-        self.served = served  # cost, since the queue began
+        self.number = number  # of the flow, which makes keys differ
+        self.served = 0.0  # cost, since the queue began
+        self.since = 0.0  # when one of it was admitted last, or it began to wait
         self.output_len = output_len  # running mean
         self.waiting: Heap[Sequence] = Heap()
         self.cost_waiting = 0.0
@@ -44,9 +46,11 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._flows: dict[str | None, _Flow] = {}
+        self._num_flows = 0  # ever
         self._backlogged: Heap[_Flow] = Heap()
+        self._by_since: Heap[_Flow] = Heap()  # the same ones
         self._idle: Heap[_Flow] = Heap()  # nothing waits or runs, and yet ahead of the present quantum
-        self._quantum = 0  # the present one: of the flow that was served last
+        self._quantum = 0  # the present one: the least of those that wait, or was
         self._output_len: float | None = None  # running mean over all flows
         self.cost_waiting = 0.0
         self.num_waiting = 0
@@ -55,13 +59,14 @@ class FairQueue:
         for flow in self._backlogged:
             yield from flow.waiting
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: Sequence, now: float) -> None:
         flow = self._flows.get(seq.adapter_hash)
         if flow is None:
             output_len = FIRST_OUTPUT_LEN if self._output_len is None else self._output_len
-            flow = self._flows[seq.adapter_hash] = _Flow(seq.adapter_hash, 0.0, output_len)
+            self._num_flows += 1
+            flow = self._flows[seq.adapter_hash] = _Flow(seq.adapter_hash, self._num_flows, output_len)
         if not flow.waiting:
-            flow.served = max(flow.served, self._quantum * QUANTUM)
+            flow.served, flow.since = max(flow.served, self._quantum * QUANTUM), now
             self._idle.remove(flow)
         seq.cost = PROMPT_COST * seq.prompt_len + self.expected_output(seq.adapter_hash, seq.sampling.max_tokens)
         flow.waiting.put(seq, (seq.due, seq.seq_id))
@@ -72,6 +77,11 @@ class FairQueue:
         """Who goes next; stays."""
         return self._backlogged.first().waiting.first()
 
+    def longest_unserved(self) -> tuple[float, Sequence]:
+        """Since when none of the flow was admitted of which none was for the longest, and who of it goes next."""
+        flow = self._by_since.first()
+        return flow.since, flow.waiting.first()
+
     def remove(self, seq: Sequence) -> None:
         """One that waits leaves and is charged for nothing."""
         flow = self._flows[seq.adapter_hash]
@@ -79,11 +89,13 @@ class FairQueue:
         self._count(flow, -1, -seq.cost)
         self._place(flow)
 
-    def admit(self, seq: Sequence) -> None:
+    def admit(self, seq: Sequence, now: float) -> None:
         """One that waits begins to run: its adapter is charged."""
         flow = self._flows[seq.adapter_hash]
-        self._quantum = max(self._quantum, int(flow.served // QUANTUM))
+        quantum, *_ = self._backlogged.key(self._backlogged.first())  # not of one that is admitted out of its turn
+        self._quantum = max(self._quantum, quantum)
         flow.num_running += 1
+        flow.since = now
         self.remove(seq)
         seq.cost -= PROMPT_COST * seq.num_cached
         flow.served += seq.cost
@@ -127,13 +139,15 @@ class FairQueue:
         if flow.waiting:
             seq = flow.waiting.first()
             self._backlogged.put(flow, (int(flow.served // QUANTUM), seq.due, seq.seq_id))
+            self._by_since.put(flow, (flow.since, flow.number))
             return
         self._backlogged.remove(flow)
+        self._by_since.remove(flow)
         flow.cost_waiting = 0.0
         if flow.num_running:
             return
         if flow.served > self._quantum * QUANTUM:
-            self._idle.put(flow, (flow.served, str(flow.adapter_hash)))
+            self._idle.put(flow, (flow.served, flow.number))
         else:
             self._idle.remove(flow)
             del self._flows[flow.adapter_hash]

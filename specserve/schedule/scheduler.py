@@ -146,7 +146,7 @@ class Scheduler:
                 return
             if seq.output_len == 0:
                 seq.num_cached = seq.num_computed
-            self.waiting.admit(seq)
+            self.waiting.admit(seq, now)
             seq.admit(now)
             pending += need
             bisect.insort(self.running, seq, key=_rank)
@@ -171,7 +171,7 @@ class Scheduler:
         self.running.remove(seq)
         self._release(seq)
         seq.status = Status.WAITING
-        self.waiting.put_back(seq)
+        self.waiting.put_back(seq, self.clock())
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table, owner=seq.seq_id)

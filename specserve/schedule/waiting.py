@@ -4,9 +4,9 @@ By priority first, lower is sooner; within one adapters share (`fair_queue`), an
 about level, the sequence that is due first: its deadline, or `PATIENCE_S` after its arrival, whichever is sooner. A
 sequence that was preempted goes before all that have not run, of its priority and worse ones.
 
-Nobody waits for ever: of the sequences that have waited for longer than `PATIENCE_S` the oldest, whatever its priority
-or adapter, gets every eighth admission, and none of a better priority takes its blocks again. So nothing is bought with
-many adapters, and no low priority starves.
+Nobody waits for ever: the adapter, of whatever priority, of which none was admitted for the longest gets every eighth
+admission if that is more than `PATIENCE_S` ago, and nobody takes the blocks of that sequence again. So a low priority
+keeps an eighth of the admissions, and many adapters starve no other.
 
 Every operation is O(log n); nothing is done per step for those that wait. Owns the order, not the blocks.
 """
@@ -22,9 +22,8 @@ from .heap import Heap
 from .sequence import Sequence
 
 PATIENCE_S = 30.0
-OLDEST_EVERY = 8  # admissions
-_AGED = -sys.maxsize  # better than any priority
-_NOBODY = FairQueue()
+UNSERVED_EVERY = 8  # admissions
+_FIRST = -sys.maxsize  # better than any priority
 
 
 class WaitingQueue:
@@ -34,6 +33,7 @@ class WaitingQueue:
         self._by_priority: dict[int, FairQueue] = {}
         self._waiting_priorities: Heap[int] = Heap()  # of sequences that have not run
         self._returning: Heap[Sequence] = Heap()  # were preempted
+        self._returning_since: OrderedDict[Sequence, float] = OrderedDict()
         self._by_arrival: OrderedDict[Sequence, None] = OrderedDict()
         self._by_deadline: Heap[Sequence] = Heap()
         self._num_admitted = 0
@@ -54,28 +54,28 @@ class WaitingQueue:
     def add(self, seq: Sequence, now: float) -> None:
         """A new sequence."""
         seq.arrived = now
-        seq.due = min(now + PATIENCE_S, now + PATIENCE_S if seq.deadline is None else seq.deadline)
+        seq.due = now + PATIENCE_S if seq.deadline is None else min(now + PATIENCE_S, seq.deadline)
         queue = self._by_priority.setdefault(seq.priority, FairQueue())
-        queue.add(seq)
+        queue.add(seq, now)
         self._waiting_priorities.put(seq.priority, seq.priority)
         self._prompt_tokens += seq.prompt_len
         self._by_arrival[seq] = None
         if seq.deadline is not None:
             self._by_deadline.put(seq, (seq.deadline, seq.seq_id))
 
-    def put_back(self, seq: Sequence) -> None:
+    def put_back(self, seq: Sequence, now: float) -> None:
         """A sequence that was preempted."""
         self._returning.put(seq, seq.rank)
+        self._returning_since[seq] = now
         self._by_arrival[seq] = None
-        self._by_arrival.move_to_end(seq, last=False)
 
     def first(self, now: float) -> Sequence:
         """Who is admitted next; it stays until `admit`."""
-        if self._num_admitted % OLDEST_EVERY == OLDEST_EVERY - 1:
-            oldest = next(iter(self._by_arrival))
-            if now - oldest.arrived > PATIENCE_S:
-                oldest.rank = (_AGED, oldest.seq_id)
-                return oldest
+        if self._num_admitted % UNSERVED_EVERY == UNSERVED_EVERY - 1:
+            since, longest = self._longest_unserved()
+            if now - since > PATIENCE_S:
+                longest.rank = (_FIRST, longest.seq_id)
+                return longest
         if not self._returning:
             return self._by_priority[self._waiting_priorities.first()].first()
         returning = self._returning.first()
@@ -83,21 +83,21 @@ class WaitingQueue:
             return self._by_priority[priority].first()
         return returning
 
-    def admit(self, seq: Sequence) -> None:
+    def admit(self, seq: Sequence, now: float) -> None:
         """It runs now; `num_cached` of a new one says what it need not compute."""
         self._num_admitted += 1
         del self._by_arrival[seq]
         if seq in self._returning:
-            self._returning.remove(seq)
+            self._leave_returning(seq)
             return
-        self._by_priority[seq.priority].admit(seq)
+        self._by_priority[seq.priority].admit(seq, now)
         self._left(seq)
 
     def remove(self, seq: Sequence) -> None:
         """One that waits will not run, or not any more."""
         del self._by_arrival[seq]
         if seq in self._returning:
-            self._returning.remove(seq)
+            self._leave_returning(seq)
             self.end(seq)
             return
         self._by_priority[seq.priority].remove(seq)
@@ -123,7 +123,20 @@ class WaitingQueue:
 
     def expected_output(self, adapter_hash: str | None, priority: int, max_tokens: int) -> float:
         """Tokens that an output of that adapter is expected to have."""
-        return self._by_priority.get(priority, _NOBODY).expected_output(adapter_hash, max_tokens)
+        queue = self._by_priority.get(priority) or FairQueue()
+        return queue.expected_output(adapter_hash, max_tokens)
+
+    def _longest_unserved(self) -> tuple[float, Sequence]:
+        """Since when, and who."""
+        found = [self._by_priority[priority].longest_unserved() for priority in self._waiting_priorities]
+        if self._returning_since:
+            seq, since = next(iter(self._returning_since.items()))
+            found.append((since, seq))
+        return min(found, key=lambda each: each[0])
+
+    def _leave_returning(self, seq: Sequence) -> None:
+        self._returning.remove(seq)
+        del self._returning_since[seq]
 
     def _left(self, seq: Sequence) -> None:
         self._prompt_tokens -= seq.prompt_len

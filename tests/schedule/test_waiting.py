@@ -7,10 +7,10 @@ import pytest
 
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.schedule.block_manager import BlockManager
-from specserve.schedule.fair_queue import PROMPT_COST, QUANTUM
+from specserve.schedule.fair_queue import PROMPT_COST, QUANTUM, FairQueue
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.sequence import Sequence, Status
-from specserve.schedule.waiting import OLDEST_EVERY, PATIENCE_S
+from specserve.schedule.waiting import PATIENCE_S, UNSERVED_EVERY
 
 
 class Simulation:
@@ -106,6 +106,27 @@ def test_backlogged_adapters_are_served_within_a_bound_of_each_other(seed):
     assert min(since) > 10 * QUANTUM
 
 
+def test_an_admission_out_of_turn_does_not_set_back_who_comes_next():
+    queue = FairQueue()
+
+    def add(seq_id, adapter):
+        sampling = SamplingParams(max_tokens=int(QUANTUM))
+        seq = Sequence(seq_id, GenerateRequest(str(seq_id), [1], sampling, adapter_hash=adapter))
+        queue.add(seq, 0.0)
+        return seq
+
+    ahead = [add(seq_id, "ahead") for seq_id in range(1, 4)]
+    queue.admit(ahead[0], 0.0)
+    behind = [add(seq_id, "behind") for seq_id in (11, 12)]
+    queue.admit(ahead[1], 0.0)
+    new = add(21, "new")
+    order = []
+    while queue.num_waiting:
+        order.append(queue.first())
+        queue.admit(order[-1], 0.0)
+    assert order == [behind[0], new, behind[1], ahead[2]]
+
+
 def test_cached_prompt_tokens_are_not_charged():
     simulation = Simulation(max_num_seqs=1)
     for _ in range(60):
@@ -136,18 +157,33 @@ def test_priority_goes_first_and_the_oldest_gets_its_turn_after_its_patience():
         while sum(seq.priority == 0 for seq in simulation.scheduler.waiting) < 2:
             simulation.add("high", output_len=4)
         simulation.step()
-    assert PATIENCE_S < simulation.now < PATIENCE_S + (OLDEST_EVERY + 1) * 4 * simulation.step_s
+    assert PATIENCE_S < simulation.now < PATIENCE_S + (UNSERVED_EVERY + 1) * 4 * simulation.step_s
 
 
 def test_no_stream_of_new_adapters_starves_one_that_was_served():
     simulation = Simulation(max_num_seqs=1, step_s=1.0)
     for _ in range(40):
         simulation.add("hot", output_len=32)
-    for num in range(3000):
-        simulation.add(f"new{num}", output_len=4)  # four times what can be served
+    for num in range(8000):
+        if len(simulation.scheduler.waiting) < 50:  # more would be refused
+            simulation.add(f"new{num}", output_len=4)  # whoever has not been here yet goes first
         simulation.step()
     assert simulation.order().count("hot") == 40
-    assert len(simulation.scheduler.waiting) > 2000
+
+
+def test_a_long_backlog_is_no_starvation_and_gets_no_more_than_its_share():
+    simulation = Simulation(step_s=0.1)
+    for _ in range(300):
+        simulation.add("hot", output_len=16)
+    newest = {name: simulation.add(name, output_len=16) for name in "abcdefghijklmnopqrst"}
+    for _ in range(3500):
+        for name, seq in newest.items():
+            if seq.status is not Status.WAITING:
+                newest[name] = simulation.add(name, output_len=16)
+        simulation.step()
+    assert simulation.now > 10 * PATIENCE_S
+    others = [simulation.served[name] for name in newest]
+    assert min(others) > 2 * QUANTUM and simulation.served["hot"] - min(others) < 1.5 * QUANTUM
 
 
 def test_earliest_deadline_first_and_what_is_late_is_not_run():
