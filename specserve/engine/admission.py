@@ -16,6 +16,7 @@ from .wait_estimate import WaitEstimate
 
 # A request is refused for its deadline only where the answer would be late by this factor: estimates are rough.
 _DEADLINE_MARGIN = 1.25
+_RESERVED = 8  # one in so many places to wait is for adapters of which nobody waits: one adapter cannot fill them all
 
 
 def check_request(request: GenerateRequest, info: EngineInfo) -> None:
@@ -53,10 +54,12 @@ def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: S
     """
     num, num_tokens, what = len(scheduler.waiting), scheduler.waiting.num_tokens, ""
     own_tokens = len(request.prompt_token_ids) + waits.expected_output(request)
-    if num >= config.max_waiting + scheduler.max_num_seqs:
-        what = f"{num} requests are waiting already (--max-waiting {config.max_waiting})"
+    num_places = config.max_waiting + scheduler.max_num_seqs
+    num_own = scheduler.waiting.num_of(request.adapter_hash, request.priority)
+    if num >= num_places or (num_own and num >= num_places - num_places // _RESERVED):
+        what = f"{num} requests, {num_own} of them for this adapter, are waiting (--max-waiting {config.max_waiting})"
     elif num_tokens and num_tokens + own_tokens > config.max_waiting_tokens:  # one may wait, whatever its size
-        what = f"{num_tokens} tokens are waiting already (--max-waiting-tokens {config.max_waiting_tokens})"
+        what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"
     if what:
         wait_s = waits.wait_s(request)
         raise OverloadedError(f"{what}; they are served in about {wait_s:.0f} s: retry then", retry_after_s=wait_s)

@@ -121,6 +121,11 @@ class FairQueue:
             return min(flow.output_len, max_tokens)
         return min(FIRST_OUTPUT_LEN if self._output_len is None else self._output_len, max_tokens)
 
+    def num_of(self, adapter_hash: str | None) -> int:
+        """How many of that adapter's wait."""
+        flow = self._flows.get(adapter_hash)
+        return 0 if flow is None else len(flow.waiting)
+
     def cost_ahead(self, adapter_hash: str | None) -> float:
         """What is served, at most, before a new sequence of that adapter: all, or each flow as far as its own is."""
         flow = self._flows.get(adapter_hash)

@@ -115,6 +115,11 @@ class WaitingQueue:
             late.append(seq)
         return late
 
+    def num_of(self, adapter_hash: str | None, priority: int) -> int:
+        """How many of that adapter and priority have not run."""
+        queue = self._by_priority.get(priority)
+        return 0 if queue is None else queue.num_of(adapter_hash)
+
     def cost_ahead(self, adapter_hash: str | None, priority: int) -> float:
         """What is served, at most, before a new sequence of that adapter and priority is admitted."""
         better = sum([queue.cost_waiting for own, queue in self._by_priority.items() if own < priority])

@@ -2,7 +2,10 @@
 
 import pytest
 
+from specserve.config import EngineConfig
+from specserve.engine.admission import refuse_overload
 from specserve.engine.wait_estimate import WaitEstimate
+from specserve.errors import OverloadedError
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.scheduler import Scheduler
@@ -46,6 +49,26 @@ class Load:
                 self.scheduler.remove(seq)
         self.now += STEP_S
         self.waits.observe(self.prompt_tokens, self.generated_tokens)
+
+
+def test_one_adapter_cannot_take_all_places_to_wait():
+    load, config = Load(), EngineConfig(max_waiting=14)  # and two seats
+
+    def room_for(adapter):
+        try:
+            refuse_overload(load.request(adapter), config, load.scheduler, load.waits)
+        except OverloadedError as error:
+            assert "--max-waiting 14" in str(error) and error.retry_after_s is not None
+            return False
+        return True
+
+    while room_for("hot"):
+        load.add("hot")
+    assert len(load.scheduler.waiting) == 14
+    for adapter in ("a", "b"):
+        assert room_for(adapter)
+        load.add(adapter)
+    assert not room_for("c")
 
 
 def test_nobody_waits_while_there_is_a_seat():

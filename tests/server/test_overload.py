@@ -19,7 +19,7 @@ SHORT = {"prompt": "The quick brown", "max_tokens": 1, "temperature": 0}
 @pytest.fixture(scope="module")
 def server(model_dir):
     """On the torch path, which takes its time, with one seat."""
-    flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "15", "--max-waiting-tokens", "8000")
+    flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "20", "--max-waiting-tokens", "8000")
     server = ServerProcess(model_dir, *flags, "--highest-priority=-5", "--speculation", "off").wait_ready()
     yield server
     assert server.stop() == 0
@@ -102,7 +102,7 @@ def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(serve
     assert error["code"] == "overloaded"
     occupy()
     refused = server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 24})
-    error = assert_error(refused, 429, "16 requests are waiting", "--max-waiting 15")
+    error = assert_error(refused, 429, "19 requests", "--max-waiting 20")
     occupy(n=8)
     metrics = server.metrics()
     assert metrics["engine_num_waiting_tokens"] > 0 and metrics["engine_wait_estimate_seconds"] > 0
