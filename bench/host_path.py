@@ -26,7 +26,7 @@ import torch
 from specserve.compute.sampler import token_logprobs
 from specserve.config import EngineConfig
 from specserve.drafters.protocol import DraftSource
-from specserve.engine import engine as engine_module
+from specserve.engine import commits
 from specserve.engine.engine import Engine, Event
 from specserve.engine.step_profile import StepProfile
 from specserve.frames import encode_frames
@@ -72,7 +72,7 @@ class Bench:
         self._profile = StepProfile(self.engine)
         self._profile.clock(self, "_write_and_encode", "events")
         self._profile.clock(self, "_refill", "new requests")
-        engine_module.token_logprobs = few_logprobs  # type: ignore[assignment]
+        commits.token_logprobs = few_logprobs  # type: ignore[assignment]
         gc.collect()
         gc.freeze()  # as the engine's process
 

@@ -8,7 +8,6 @@ requests go on: errors are turned into that request's `RequestFailed`.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import threading
 import time
@@ -27,14 +26,12 @@ from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
 from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
-from ..compute.sampler import token_logprobs
-from ..compute.step_output import StepOutput
 from ..compute.uploads import Uploads
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
 from ..drafting.proposer import Proposer
 from ..drafting.step_costs import StepSeconds
-from ..errors import DeadlineError, ErrorInfo, UserError
+from ..errors import DeadlineError, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
 from ..messages import (
@@ -47,15 +44,15 @@ from ..messages import (
     TokenLogprobs,
 )
 from ..schedule.block_manager import BlockManager
-from ..schedule.row_group import RowGroup
 from ..schedule.scheduler import ScheduledSequence, Scheduler
-from ..schedule.sequence import Sequence, Status
+from ..schedule.sequence import Sequence
 from ..text.detokenizer import Detokenizer, TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .adapter_memory import AdapterMemory, Brought
 from .admission import check_request, refuse_overload, size_kv
+from .commits import Commits
 from .queued_step import QueuedStep
-from .reports import Event, GoingOn, Reports, StepReport
+from .reports import Event, Reports
 from .running import RunningRequest
 from .stats import Counters, adapter_states, engine_stats
 from .step_times import StepTimes
@@ -164,6 +161,7 @@ class Engine:
             max_logits=path.max_rows_ahead or None,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
+        self.commits = Commits(self.proposer, self.reports, self._remove)
         self.waits = WaitEstimate(self.scheduler, cost_model.seconds)
 
     # -- requests
@@ -322,8 +320,8 @@ class Engine:
                 self._times.start_waiting()
                 kept = self.sampler.collect(step.pending)
                 self._times.know()
-                self._score_prompts(step.output)
-                self._commit(step, step.output, kept)
+                self.commits.score_prompts(step.output)
+                self.commits.commit(step, step.output, kept)
         self.proposer.observe(step.verified)
         self._ended = (step, self._times.end(step, self.has_work()))
         if not self.is_asynchronous:
@@ -394,83 +392,15 @@ class Engine:
             output = self.runner.forward([item], self.registry.adapters)
         except Exception as error:
             logger.exception("request %s fails alone", item.seq.request_id)
-            self._fail(item.seq, f"the model failed on this request: {type(error).__name__}: {error}", step.events)
+            self.commits.fail(
+                item.seq, f"the model failed on this request: {type(error).__name__}: {error}", step.events
+            )
         else:
             kept = self.sampler.collect(self.sampler.launch(output.logits, output.groups))
-            self._score_prompts(output)
-            self._commit(
+            self.commits.score_prompts(output)
+            self.commits.commit(
                 QueuedStep([item], step.queued_at, item.num_rows, [], step.events, step.verified), output, kept
             )
-
-    def _score_prompts(self, output: StepOutput) -> None:
-        for item, first_row, num_rows in output.prompt_rows:
-            seq = item.seq
-            scores = seq.owner.prompt_logprobs if seq.owner is not None else None  # else aborted meanwhile
-            if scores is None or len(scores) > seq.num_computed + 1:  # already scored before a preemption
-                continue
-            tokens = seq.tokens[seq.num_computed + 1 : seq.num_computed + 1 + num_rows]
-            rows = range(first_row, first_row + num_rows)
-            scores += token_logprobs(output.logits, rows, tokens, seq.sampling.prompt_logprobs or 0)
-
-    def _commit(self, step: QueuedStep, output: StepOutput, kept: list[list[int]]) -> None:
-        """Append what was sampled, and do no more than the next step needs; `reports` tells those who wait."""
-        if len(output.items) < len(step.items) and not step.is_passed:
-            step.go_on_with_prompts(self.reports)
-        logprobs = _logprobs_of(output, kept)
-        going_on, is_passed = GoingOn(step.events), step.is_passed
-        states, items, going = going_on.states, going_on.items, going_on.tokens
-        for item, group, tokens in zip(output.items, output.groups, kept, strict=True):
-            seq = item.seq
-            state = seq.owner
-            if state is None:  # finished since this step was queued
-                continue
-            so_far = seq.tokens
-            if is_passed:
-                so_far.pop()  # it was not known yet
-            num_tokens = len(so_far) + len(tokens)
-            if state.is_plain and tokens and num_tokens < seq.max_len and state.ends.isdisjoint(tokens):
-                so_far += tokens
-                if not is_passed:
-                    seq.num_computed = num_tokens - 1
-                states.append(state)
-                items.append(item)
-                going.append(tokens)
-                continue
-            if seq.grammar is not None and tokens:
-                tokens = tokens[: seq.grammar.commit(tokens)]
-            if not tokens:
-                self._fail_without_token(group, step.events)
-                continue
-            report = self._append(step, item, tokens)
-            self.reports.add(report)
-            if seq.status is not Status.FINISHED and (head := state.drafts.head) is not None:
-                tapped, row = output.taps[head.head.config.tap_layer], group.first_row + report.num_accepted
-                head.set_hidden(output.hidden, tapped, row, len(seq.tokens))
-            if logprobs:
-                report.logprobs = logprobs.get(id(seq))
-        self.reports.add(going_on)
-        if step.proposed is not None and step.proposed.num_asked:
-            for state, item, tokens in zip(states, items, going, strict=True):
-                if state.drafts.item is item:  # it was asked
-                    step.verified.add(state.drafts, len(item.drafts), len(tokens) - 1, tokens)
-
-    def _append(self, step: QueuedStep, item: ScheduledSequence, tokens: list[int]) -> StepReport:
-        """Append tokens to a sequence, which goes on or leaves."""
-        seq, state = item.seq, item.seq.owner
-        num_drafted, num_accepted = len(item.drafts), len(tokens) - 1
-        appended = state.append(tokens)
-        if not step.is_passed:
-            num_new = min(num_accepted, len(appended.tokens))
-            seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_new)
-        if appended.finish_reason is not None:
-            num_kept = len(appended.tokens)
-            num_drafted, num_accepted = min(num_drafted, num_kept), min(num_accepted, num_kept)
-            self.reports.publish(seq)
-            self.proposer.learn(seq.request, seq.output_ids)  # while its adapter is sure to be there
-            self._remove(state)
-        if state.drafts.item is item:  # it was asked
-            step.verified.add(state.drafts, len(item.drafts), num_accepted, appended.tokens)
-        return StepReport(step.events, state, item, appended, num_drafted, num_accepted)
 
     # -- bookkeeping
 
@@ -484,20 +414,6 @@ class Engine:
             self.registry.release(seq.adapter_hash)
             self.forget_left_adapters()
 
-    def _fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
-        self._remove(self._requests[seq.request_id])
-        events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
-
-    def _fail_without_token(self, group: RowGroup, events: list[Event]) -> None:
-        seq = group.seq
-        if group.failure == "nan":
-            self._fail(seq, "the model produced NaN for this request; its adapter or the dtype is unfit", events)
-            return
-        reason = seq.grammar.problem or seq.grammar.error if seq.grammar is not None else ""
-        message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
-        self._remove(self._requests[seq.request_id])
-        events.append(RequestFailed(seq.request_id, ErrorInfo(message, code="grammar_dead_end")))
-
     def measure_load(self) -> None:
         """Learn how fast requests are served; to be called about once a second."""
         self.waits.observe(self._counters.prompt_tokens, self._counters.generated_tokens)
@@ -505,21 +421,3 @@ class Engine:
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
         return engine_stats(self, self._counters, check_integrity)
-
-
-def _logprobs_of(output: StepOutput, kept: list[list[int]]) -> dict[int, list[TokenLogprobs]]:
-    """Log-probabilities of the tokens that each sequence keeps, by its id(), for those that ask.
-
-    Together for all that ask for equally many: each call is several launches and a wait for the device.
-    """
-    asking: dict[int, list[tuple[RowGroup, list[int]]]] = {}
-    for group, tokens in zip(output.groups, kept, strict=True):
-        if (num_top := group.seq.sampling.logprobs) is not None and tokens:
-            asking.setdefault(num_top, []).append((group, tokens))
-    found: dict[int, list[TokenLogprobs]] = {}
-    for num_top, of_each in asking.items():
-        rows = [group.first_row + idx for group, tokens in of_each for idx in range(len(tokens))]
-        flat = [token for _, tokens in of_each for token in tokens]
-        scores = iter(token_logprobs(output.logits, rows, flat, num_top))
-        found |= {id(group.seq): list(itertools.islice(scores, len(tokens))) for group, tokens in of_each}
-    return found
