@@ -135,6 +135,11 @@ class AdapterRegistry(Residency):
             return sum(held.num_refs for held in self._held.values())
 
     @property
+    def num_pinned(self) -> int:
+        with self.lock:
+            return sum(held.is_pinned for held in self._held.values())
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

@@ -28,7 +28,7 @@ class Brought:
 
 
 class AdapterMemory:
-    """`read` and `expected_bytes` take (name, path); `upload` copies an adapter of `host` to the device."""
+    """`read` takes (name, directory), `expected_bytes` a directory; `upload` copies one of `host` to the device."""
 
     def __init__(
         self,
@@ -47,22 +47,32 @@ class AdapterMemory:
 
         Closing it gives back what it holds. Raises `UserError`.
         """
-        if self.host is None:
+        host = self.host
+        if host is None:
             return (yield from self._into(self.registry, load, None))
-        content_hash = yield from self._on_host(self.host, load)
+        if self.registry.is_staying(load.content_hash):
+            reservation = self.registry.ask(load.size_bytes, load.content_hash, is_patient=False)
+            if (brought := self._held_by(self.registry, reservation)) is not None:
+                return brought
+            self.registry.give_back(reservation)
+        content_hash = yield from self._on_host(host, load)
         try:
-            return (yield from self._into(self.registry, load, self.host.adapters[content_hash]))
+            return (yield from self._into(self.registry, load, host.adapters[content_hash]))
         finally:
-            self.host.release(content_hash)
+            host.release(content_hash)
 
     def _on_host(self, host: AdapterRegistry, load: LoadAdapter) -> Generator[Reservation, None, str]:
         """Content hash of the adapter, whose copy in host memory is acquired."""
-        brought = yield from self._into(host, load, None)
-        with host.lock:
-            host.take_left()
-            host.put(brought.adapter, brought.reservation, brought.load_s)
-            host.acquire(brought.adapter.content_hash)
-        return brought.adapter.content_hash
+        while True:
+            brought = yield from self._into(host, load, None)
+            content_hash = brought.adapter.content_hash
+            with host.lock:
+                host.take_left()
+                if not brought.reservation.is_held:
+                    host.put(brought.adapter, brought.reservation, brought.load_s)
+                if host.is_staying(content_hash):  # else it was unloaded since it was found
+                    host.acquire(content_hash)
+                    return content_hash
 
     def _into(
         self, registry: AdapterRegistry, load: LoadAdapter, copy: LoraAdapter | None
@@ -70,26 +80,36 @@ class AdapterMemory:
         """Into one memory, from the `copy` of another one or from disk."""
         key = copy.content_hash if copy is not None else load.content_hash
         num_bytes = copy.num_bytes if copy is not None else load.size_bytes
-        reservation = registry.ask(
-            num_bytes or self._expected_bytes(Path(load.path)), key, is_patient=not load.is_prefetch
-        )
-        try:
-            while not reservation.is_granted:
-                yield reservation
-            if reservation.is_held:
-                assert key is not None
-                return Brought(registry.adapters[key], reservation, 0.0)
-            start = time.monotonic()
-            if copy is None:
-                adapter = self._read(load.name, Path(load.path))
-                self.num_reads += 1
-                registry.resize(reservation, adapter.num_bytes)
-            else:
-                adapter = self._upload(copy)
-            return Brought(adapter, reservation, time.monotonic() - start)
-        except BaseException:
-            registry.give_back(reservation)
-            raise
+        num_bytes = num_bytes or self._expected_bytes(Path(load.path))
+        while True:
+            reservation = registry.ask(num_bytes, key, is_patient=not load.is_prefetch)
+            try:
+                while not reservation.is_granted:
+                    yield reservation
+                if not reservation.is_held:
+                    return self._moved(registry, load, copy, reservation)
+            except BaseException:
+                registry.give_back(reservation)
+                raise
+            if (brought := self._held_by(registry, reservation)) is not None:
+                return brought
+            # It was unloaded since it was found.
+
+    def _moved(
+        self, registry: AdapterRegistry, load: LoadAdapter, copy: LoraAdapter | None, reservation: Reservation
+    ) -> Brought:
+        start = time.monotonic()
+        if copy is not None:
+            return Brought(self._upload(copy), reservation, time.monotonic() - start)
+        adapter = self._read(load.name, Path(load.path))
+        self.num_reads += 1
+        registry.resize(reservation, adapter.num_bytes)
+        return Brought(adapter, reservation, time.monotonic() - start)
+
+    def _held_by(self, registry: AdapterRegistry, reservation: Reservation) -> Brought | None:
+        """What is there already, if it is."""
+        adapter = registry.adapters.get(reservation.key) if reservation.is_held and reservation.key else None
+        return Brought(adapter, reservation, 0.0) if adapter is not None else None
 
     def unload(self, content_hash: str) -> None:
         """Forget an adapter as soon as no running request uses it."""
@@ -106,10 +126,9 @@ class AdapterMemory:
     def no_room(self, seconds: float) -> OverloadedError:
         """Why a load that waited for so long is refused."""
         registry = self.registry
-        held = registry.held().values()
         return OverloadedError(
-            f"the adapter found no room in {seconds:g} s: {len(held)} of {registry.max_adapters} places and "
-            f"{registry.size_bytes} of {registry.max_bytes} bytes are in use, {sum(one.is_pinned for one in held)} of "
+            f"the adapter found no room in {seconds:g} s: {len(registry.held())} of {registry.max_adapters} places and "
+            f"{registry.size_bytes} of {registry.max_bytes} bytes are in use, {registry.num_pinned} of "
             f"these adapters are pinned; retry later or raise --max-adapters or {registry.bytes_flag}",
             status=503,
         )

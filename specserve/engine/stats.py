@@ -65,7 +65,7 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         grammar_mask_seconds=engine.masks.seconds,
         integrity_error=error,
         max_adapter_bytes=registry.max_bytes,
-        num_pinned_adapters=sum(held.is_pinned for held in registry.held().values()),
+        num_pinned_adapters=registry.num_pinned,
         num_host_adapters=len(host.adapters) if host else 0,
         host_adapter_bytes=host.size_bytes if host else 0,
         max_host_adapter_bytes=host.max_bytes if host else 0,

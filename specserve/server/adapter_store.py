@@ -280,6 +280,8 @@ class AdapterStore:
                     logger.info("adapter %r: not loaded: %s", name, error)
                     raise
                 continue
+            if before is not None and info.content_hash == before.content_hash:
+                info = before  # what is held may have come with another chat template
             self._pins.loaded(name, info.content_hash)
             loaded = Loaded(directory, stamp, self._engine.generation, info)
             if await self._disk.look(name, stamp_of, directory) == stamp:

@@ -239,6 +239,36 @@ def test_beside_a_device_copies_stay_in_main_memory_and_are_not_read_again():
     assert "d" not in engine.registry.adapters and host.size_bytes == 2 * SIZE
 
 
+def test_what_the_device_has_is_not_brought_again_whether_or_not_a_copy_is_left():
+    engine = Engine(host_bytes=2 * SIZE)
+    engine.bring("a")
+    engine.registry.acquire("a")
+    for name in "bc":
+        engine.bring(name)
+        engine.clock.now += 3
+    assert set(engine.registry.adapters) == {"a", "c"} and "a" not in engine.memory.host.held()
+    engine.bring("a", content_hash="a", size_bytes=SIZE)
+    assert engine.reads == ["a", "b", "c"] == engine.uploads
+    engine.registry.release("a")
+
+
+def test_an_adapter_that_is_unloaded_while_a_load_finds_it_is_read_again():
+    engine = Engine(host_bytes=9 * SIZE)
+    engine.bring("a")
+    ask = engine.registry.ask
+
+    def unloaded(num_bytes, key=None, *, is_patient=True):
+        reservation = ask(num_bytes, key, is_patient=is_patient)
+        engine.registry.ask = ask
+        engine.memory.unload("a")
+        engine.registry.take_left()
+        return reservation
+
+    engine.registry.ask = unloaded
+    engine.bring("a", content_hash="a", size_bytes=SIZE)
+    assert engine.reads == ["a", "a"] and engine.registry.size_bytes == engine.memory.host.size_bytes == SIZE
+
+
 def test_a_load_that_ends_between_main_memory_and_device_gives_back_both():
     engine = Engine(host_bytes=9 * SIZE)
     engine.fill()

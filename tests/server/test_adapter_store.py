@@ -27,6 +27,7 @@ class FakeEngine:
         self.num_loads = 0
         self.befores: list[str | None] = []  # what the store said was there
         self.held: set[str] = set()
+        self.infos: dict[str, AdapterInfo] = {}
         self.pinned: set[str] = set()
         self.is_full = False  # of adapters in use
         self.during = None
@@ -36,6 +37,8 @@ class FakeEngine:
         self.befores.append(before and before.content_hash)
         if is_prefetch and self.is_full:
             raise OverloadedError("no idle adapter makes room", code=NO_IDLE_ROOM)
+        if before is not None and before.content_hash in self.held:
+            return self.infos[before.content_hash]  # whichever directory it came from
         with open_adapter(Path(path), name) as files:
             if WEIGHTS_FILE not in files.paths:
                 raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}")
@@ -46,6 +49,7 @@ class FakeEngine:
         if text == b"bad":
             raise AdapterError("bad weights")
         self.held.add(info.content_hash)
+        self.infos.setdefault(info.content_hash, info)
         if is_pinned:
             self.pinned.add(info.content_hash)
         return info
@@ -462,3 +466,14 @@ async def test_a_prefetch_begins_a_load_that_requests_join_and_a_full_engine_kee
     with pytest.raises(UserError) as unknown:
         await store.prefetch("c")
     assert unknown.value.status == 404
+
+
+async def test_equal_weights_with_another_template_keep_their_own_when_the_engine_has_them_already(store, engine, root):
+    for name in "ab":
+        make(root / name, "one")
+        (root / name / "chat_template.jinja").write_text(f"I am {name}")
+    first = {name: await store.resolve(name) for name in "ab"}
+    assert first["a"].content_hash == first["b"].content_hash and first["a"].text_hash != first["b"].text_hash
+    store.adapters_left([first["a"].content_hash])
+    assert {name: await store.resolve(name) for name in "ba"} == first
+    assert engine.befores[2:] == [first["a"].content_hash] * 2
