@@ -56,7 +56,7 @@ def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: S
     own_tokens = len(request.prompt_token_ids) + waits.expected_output(request)
     num_places = config.max_waiting + scheduler.max_num_seqs
     num_own = scheduler.waiting.num_of(request.adapter_hash, request.priority)
-    if num >= num_places or (num_own and num >= num_places - num_places // _RESERVED):
+    if num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED):
         what = f"{num} requests, {num_own} of them for this adapter, are waiting (--max-waiting {config.max_waiting})"
     elif num_tokens and num_tokens + own_tokens > config.max_waiting_tokens:  # one may wait, whatever its size
         what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"

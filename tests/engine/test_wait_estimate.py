@@ -52,19 +52,19 @@ class Load:
 
 
 def test_one_adapter_cannot_take_all_places_to_wait():
-    load, config = Load(), EngineConfig(max_waiting=14)  # and two seats
+    load, config = Load(), EngineConfig(max_waiting=16)  # and two seats
 
     def room_for(adapter):
         try:
             refuse_overload(load.request(adapter), config, load.scheduler, load.waits)
         except OverloadedError as error:
-            assert "--max-waiting 14" in str(error) and error.retry_after_s is not None
+            assert "--max-waiting 16" in str(error) and error.retry_after_s is not None
             return False
         return True
 
     while room_for("hot"):
         load.add("hot")
-    assert len(load.scheduler.waiting) == 14
+    assert len(load.scheduler.waiting) == 16
     for adapter in ("a", "b"):
         assert room_for(adapter)
         load.add(adapter)
