@@ -1,7 +1,7 @@
 """The steps of `bench.cpu_steps`: how many sequences and rows, and what bytes and operations they ask for at least.
 
-Bytes are the weights at their nominal bits, without scales and padding, and KV; operations are multiplications and
-additions. Knows no clock.
+Bytes are the weights at their nominal bits (of the lm_head 8 at least), without scales and padding, and KV; operations
+are multiplications and additions. Knows no clock.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Case:
     def num_blocks(self) -> int:
         return self.num_seqs * -(-(self.context + self.num_rows) // BLOCK_SIZE)
 
-    def num_bytes(self, config: ModelConfig, bits: int, kv_bytes: int) -> float:
+    def num_bytes(self, config: ModelConfig, bits: float, kv_bytes: int) -> float:
         """Weights and KV that the step reads."""
         kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
         loras = self.num_loras * RANK * sum(map(sum, linears(config))) * config.num_layers * 2
         head = config.vocab_size * config.hidden_size
-        weights = (layer_parameters(config) + head) * bits / 8
+        weights = (layer_parameters(config) * bits + head * max(8, bits)) / 8
         return weights + self.num_seqs * self.context * kv + loras
 
     def num_operations(self, config: ModelConfig) -> float:

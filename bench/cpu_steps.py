@@ -4,14 +4,15 @@ A decoder of a published shape with random weights, run by the engine's own runn
 sequence, a verification (64 rows of 8 sequences), a prompt of 512 rows, at several contexts. First the limits: bytes a
 second that all threads read, and multiplications, in registers and oneDNN's. A step's limit is the larger of the time
 for its bytes (weights at 16, 8 or 4 bits, without scales, and KV) and the time for its operations. Limits and cases
-take turns, so that a slow minute hits all alike. --kernels may be given several times. --adapters adds steps whose
-sequences have a rank-16 LoRA each, --neighbours each case once more beside as many busy processes.
+take turns, so that a slow minute hits all alike. --kernels and --quantization may be given several times. --adapters
+adds steps whose sequences have a rank-16 LoRA each, --neighbours each case once more beside as many busy processes.
 
     python -m bench.cpu_steps [--shape smollm2|1b|3b] [--quantization int8] [--kernels auto] [--rounds 5]
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
 import statistics
 import subprocess
@@ -60,7 +61,7 @@ class Steps:
 
     def __init__(
         self,
-        kernels: str,
+        name: str,
         config: ModelConfig,
         settings: EngineConfig,
         dtype: torch.dtype,
@@ -69,7 +70,8 @@ class Steps:
         most_repeats: int,
     ):
         self._most_repeats = most_repeats
-        self.kernels = kernels
+        self.name = name
+        self.bits = BITS[settings.quantization] if settings.quantization != "none" else 8 * dtype.itemsize
         self.decoder: AnyDecoder = build_decoder(
             config, RandomWeights(config, DEVICE, dtype), choose_paths(settings, DEVICE)
         )
@@ -144,14 +146,14 @@ def measured(
     decoders: list[Steps], cases: list[Case], limits: CpuLimits, rounds: int, let: Callable[[bool], None] | None
 ) -> dict[str, dict[str, Figures]]:
     """Figures by kernels and case. A first round, which is not counted, warms up."""
-    figures = {steps.kernels: {case.name: Figures() for case in cases} for steps in decoders}
+    figures = {steps.name: {case.name: Figures() for case in cases} for steps in decoders}
     for round_idx in range(rounds + 1):
         limits.measure()
         time.sleep(SPIN_S)
         for case in cases:
             for steps in decoders if round_idx % 2 else decoders[::-1]:
                 taken, phases = steps.seconds(case)
-                found = figures[steps.kernels][case.name]
+                found = figures[steps.name][case.name]
                 if round_idx:
                     found.alone.append(taken)
                     found.phases = {name: found.phases.get(name, 0.0) + value for name, value in phases.items()}
@@ -193,13 +195,27 @@ def shown(
     return record
 
 
+def ratios(decoders: list[Steps], figures: dict[str, dict[str, Figures]]) -> dict[str, dict[str, dict[str, float]]]:
+    """How many times as fast as the first decoder each other one was, round by round; printed."""
+    first, *others = decoders
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for steps in others:
+        found[steps.name] = {
+            name: common.spread([a / b for a, b in zip(base.alone, figures[steps.name][name].alone, strict=True)])
+            for name, base in figures[first.name].items()
+        }
+        shown_ones = ", ".join(f"{name} {ratio['median']:.2f}x" for name, ratio in found[steps.name].items())
+        click.echo(f"{steps.name} over {first.name}: {shown_ones}")
+    return found
+
+
 @click.command(help=__doc__.partition("\n")[0])
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="smollm2", show_default=True)
 @click.option(
     "--kernels", multiple=True, default=["auto"], show_default=True,
     type=click.Choice(get_args(get_type_hints(EngineConfig)["kernels"])),
 )  # fmt: skip
-@click.option("--quantization", type=click.Choice(list(BITS)), default="none", show_default=True)
+@click.option("--quantization", multiple=True, type=click.Choice(list(BITS)), default=["none"], show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Default: all cores.")
 @options.numbers("--rows", "1,8,16,64", "Sequences of a decoding step.")
@@ -213,9 +229,9 @@ def shown(
 @options.save("cpu_steps", default=False)
 @torch.inference_mode()
 def main(
-    shape: str, kernels: tuple[str, ...], quantization: str, dtype: str, threads: int | None, rows: list[int],
-    contexts: list[int], prompt: int, kv_gib: float, adapters: int, neighbours: int, rounds: int, dry_run: bool,
-    save: bool,
+    shape: str, kernels: tuple[str, ...], quantization: tuple[str, ...], dtype: str, threads: int | None,
+    rows: list[int], contexts: list[int], prompt: int, kv_gib: float, adapters: int, neighbours: int, rounds: int,
+    dry_run: bool, save: bool,
 ) -> None:  # fmt: skip
     run = common.start("cpu_steps", "torch")
     if dry_run:
@@ -223,11 +239,11 @@ def main(
     num_threads = threads or common.num_cores()
     torch.set_num_threads(num_threads)
     config = SHAPES[shape].config()
-    bits = BITS[quantization] if quantization != "none" else 8 * DTYPES[dtype].itemsize
+    bits = BITS[quantization[0]] if quantization[0] != "none" else 8 * DTYPES[dtype].itemsize
     num_bytes = Case(1, 1, 0).num_bytes(config, bits, 0)
     limits = CpuLimits(num_threads, min(int(num_bytes), MOST_READ))
     limits.measure(repeats=1 if dry_run else 10)
-    kind, peak = limits.peak(quantization != "none")
+    kind, peak = limits.peak("none" not in quantization)
     click.echo(
         f"limits, {num_threads} threads: {limits.bytes_per_s / 1e9:.1f} GB/s, so that {num_bytes / 1e9:.2f} GB of "
         f"weights take {1e3 * num_bytes / limits.bytes_per_s:.2f} ms; {peak / 1e9:.0f} GFLOP/s ({kind}), "
@@ -241,25 +257,27 @@ def main(
     if left_out:
         click.echo(f"left out, their KV is above --kv-gib {kv_gib}: {', '.join(case.name for case in left_out)}")
     decoders = []
-    for name in kernels:
-        settings = EngineConfig(kernels=name, quantization=quantization, num_threads=threads)  # type: ignore[arg-type]
+    for level, form in itertools.product(kernels, quantization):
+        settings = EngineConfig(kernels=level, quantization=form, num_threads=threads)  # type: ignore[arg-type]
+        name = level if quantization == ("none",) else f"{level} {form}"
         decoders.append(Steps(name, config, settings, DTYPES[dtype], cases, adapters, 1 if dry_run else MOST_REPEATS))
     with busy_processes(neighbours) as let:
         figures = measured(decoders, cases, limits, rounds, let if neighbours else None)
-    kind, peak = limits.peak(quantization != "none")
     results = {}
     for steps in decoders:
-        click.echo(f"{steps.kernels}: {steps.what}")
-        results[steps.kernels] = {
+        click.echo(f"{steps.name}: {steps.what}")
+        _, peak = limits.peak(steps.bits < 16)
+        results[steps.name] = {
             case.name: shown(
-                figures[steps.kernels][case.name], case, config, bits, steps.kv_bytes, limits.bytes_per_s, peak
+                figures[steps.name][case.name], case, config, steps.bits, steps.kv_bytes, limits.bytes_per_s, peak
             )
             for case in cases
         }
+    over = ratios(decoders, figures)
     fields = {
         "shape": shape,
         "dtype": dtype,
-        "quantization": quantization,
+        "quantization": list(quantization),
         "threads": num_threads,
         "rounds": rounds,
         "neighbours": neighbours,
@@ -271,6 +289,7 @@ def main(
         },
         "left_out": [case.name for case in left_out],
         "results": results,
+        "over_first": over,
     }
     run.finish(fields, save)
 

@@ -2,9 +2,10 @@
 
 Per format: perplexity of the base model on the tasks' gold completions (prompt given), perplexity and task metric of
 each LoRA on the same base, held-out rows, greedy; tokens/s of the same answers without drafts, one at a time and eight
-at a time, formats in turn within a round. The floor is printed first: bytes of the weights over a measured read rate.
+at a time, formats in turn within a round (--rounds 0: quality alone, which other work on the machine does not touch).
+The floor is printed first: bytes of the weights over a measured read rate. What single steps take says bench.cpu_steps.
 
-    python -m bench.quantization ADAPTER_DIR ... --data FILE ... [--rows 40] [--rounds 3]
+    python -m bench.quantization ADAPTER_DIR ... --data FILE ... [--rows 40] [--rounds 3] [--format int8]
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ import click
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.messages import GenerateRequest, SamplingParams, Speculation
+from specserve.model.config import ModelConfig
 from specserve.training.data.dataset import Example
 from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.task_metrics import task_metrics
 
 from . import common, options
+from .cpu_cases import Case
 from .generation import generate
 from .tasks import BaseModel
 
-FORMATS = ("none", "int8", "int4")
-BITS = {"none": 16, "int8": 8 + 32 / 64, "int4": 4 + 32 / 32}  # with the scale of each group
+BITS = {
+    "none": 16,
+    "int8": 8,
+    "int4": 4 + 16 / 16,
+}  # with the step and the offset of each group; the lm_head has 8 at least
 
 
 def mean_log_prob(engine: Engine, adapter: str | None, examples: list[Example]) -> float:
@@ -51,20 +57,23 @@ def mean_log_prob(engine: Engine, adapter: str | None, examples: list[Example]) 
 @options.for_each_adapter("--data")
 @options.model
 @options.at_least(1, "--rows", 40, "Held-out rows of each task.")
-@options.rounds(3)
+@options.at_least(0, "--rounds", 3, "Of timed runs.")
+@click.option("--format", "formats", multiple=True, type=click.Choice(list(BITS)), default=list(BITS))
 @options.at_least(1, "--speed-rows", 8, "Rows of each timed run.")
 @options.at_least(1, "--max-tokens", 450)
 @options.save("quantization")
 def main(
-    adapters: tuple[Path, ...], data: tuple[Path, ...], model: str, rows: int, rounds: int, speed_rows: int,
-    max_tokens: int, save: bool,
+    adapters: tuple[Path, ...], data: tuple[Path, ...], model: str, rows: int, rounds: int, formats: tuple[str, ...],
+    speed_rows: int, max_tokens: int, save: bool,
 ) -> None:  # fmt: skip
     options.check_one_each(adapters, data=data)
     run = common.start("quantization", "torch")
     base = BaseModel.load(model)
     floor = common.WeightFloor.measured(base.path)
-    for name, bits in BITS.items():
-        click.echo(f"floor, {name}: {floor.ms(bits):.2f} ms a step at batch 1")
+    config = ModelConfig.from_dir(base.path)
+    for name in formats:
+        ms = 1e3 * Case(1, 1, 0).num_bytes(config, BITS[name], 0) / floor.bytes_per_s
+        click.echo(f"floor, {name}: {ms:.2f} ms a step at batch 1")
     tasks = [base.examples(file, rows) for file in data]
     engines = {
         name: Engine(
@@ -78,7 +87,7 @@ def main(
             ),  # type: ignore[arg-type]
             base.path,
         )
-        for name in FORMATS
+        for name in formats
     }
     figures: dict[str, dict[str, Any]] = {}
     hashes = {}
@@ -94,17 +103,17 @@ def main(
                 **{key: round(value, 4) for key, value in task_metrics([a.text for a in answers], gold).items()},
             }
             click.echo(f"{name}, {path.name}: {figures[name]['tasks'][path.name]}")
-    for batch in (1, 8):
-        rates: dict[str, list[float]] = {name: [] for name in FORMATS}
+    for batch in (1, 8) if rounds else ():
+        rates: dict[str, list[float]] = {name: [] for name in formats}
         prompts = [example.prompt for example in tasks[0][:speed_rows]]
         for round_idx in range(rounds):
-            for name in FORMATS if round_idx % 2 else FORMATS[::-1]:
+            for name in formats if round_idx % 2 else formats[::-1]:
                 result = answer(engines[name], hashes[name][0], prompts, 64, mode="off", batch=batch)
                 rates[name].append(result.decode_tokens / max(1e-9, result.decode_seconds))
-        for name in FORMATS:
-            ratios = [a / b for a, b in zip(rates[name], rates["none"], strict=True)]
+        for name in formats:
+            ratios = [a / b for a, b in zip(rates[name], rates[formats[0]], strict=True)]
             figures[name][f"decode_tokens_per_s_batch_{batch}"] = round(statistics.median(rates[name]), 1)
-            figures[name][f"over_none_batch_{batch}"] = common.spread(ratios)
+            figures[name][f"over_{formats[0]}_batch_{batch}"] = common.spread(ratios)
     click.echo(str({name: {k: v for k, v in f.items() if k != "tasks"} for name, f in figures.items()}))
     run.finish({"model": base.name, "rows": rows, "rounds": rounds, "figures": figures}, save)
 
