@@ -68,8 +68,8 @@ def random_adapter(
 ) -> LoraAdapter:
     """A LoRA of rank 16 on all linears, lying as served ones do; `lay_out` is its decoder's `lay_out_lora`."""
     shapes = {name: module_shapes(config)[name] for modules in GROUPS.values() for name in modules}
-    sides = [side for size_in, size_out in shapes.values() for side in ((RANK, size_in), (size_out, RANK))]
-    slab = Slab(config.num_layers * sum(layout_bytes(side, dtype.itemsize) for side in sides))
+    sizes = (layout_bytes((RANK, size_in), (size_out, RANK), dtype.itemsize) for size_in, size_out in shapes.values())
+    slab = Slab(config.num_layers * sum(sizes))
     layers = {}
     for layer in range(config.num_layers):
         for module, (size_in, size_out) in shapes.items():

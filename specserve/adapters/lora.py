@@ -127,7 +127,7 @@ def _read_files(
         text = f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {shortened(error)}"
         raise AdapterError(text) from None
     pairs = check_tensors(peft, tensors, base, max_rank)
-    slab = Slab(sum(layout_bytes(side.shape, side.itemsize) for pair in pairs.values() for side in (pair.a, pair.b)))
+    slab = Slab(sum(layout_bytes(pair.a.shape, pair.b.shape, pair.a.itemsize) for pair in pairs.values()))
     held = [(as_in_peft if module in (EMBED, LM_HEAD) else lay_out)(pair, slab.empty) for module, pair in pairs.items()]
     by_module = dict(zip(pairs, held, strict=True))
     embed, lm_head = by_module.pop(EMBED, None), by_module.pop(LM_HEAD, None)

@@ -6,61 +6,67 @@ the adapter can be served: what cannot be understood counts as its files' size, 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from ..adapter_files import HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
 from ..drafters.head_files import VOCAB_STEP
 from ..drafters.task_history import expected_bytes as history_bytes
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
-_RANK_STEP, _SIZE_STEP, _ALIGNMENT = 8, 64, 64  # that layouts round up to: values, values, bytes
+_RANK_STEP, _IN_STEP, _OUT_STEP = 8, 32, 64  # values that layouts round up to
+_ALIGNMENT = 64  # bytes
 
 
 class _Tensor(msgspec.Struct):
-    shape: list[int]
+    shape: list[Annotated[int, Meta(ge=0)]]
 
 
 def expected_bytes(directory: Path, lora_itemsize: int) -> int:
     """Bytes that LoRA (`lora_itemsize` a value), lookahead head and task history in `directory` take at most."""
-    num_bytes = 0
-    for key, shape in _shapes(directory / WEIGHTS_FILE):
+    lora, num_bytes = _shapes(directory / WEIGHTS_FILE)
+    for key, shape in lora.items():
         if "lora_" in key and len(shape) == 2:
-            num_bytes += layout_bytes(shape, lora_itemsize)
-    for key, shape in _shapes(directory / HEAD_WEIGHTS_FILE):  # held in fp32
-        num_bytes += 4 * math.prod(shape) + (4 * (VOCAB_STEP * (shape[-1] + 1) if key == "embed" and shape else 0))
-        num_bytes += 128 * shape[0] if key == "embed" and shape else 0  # where each token is
+            is_a = key.removesuffix(".weight").endswith("_A")
+            num_bytes += layout_bytes(shape if is_a else (0, 0), (0, 0) if is_a else shape, lora_itemsize)
+    head, head_bytes = _shapes(directory / HEAD_WEIGHTS_FILE)
+    num_bytes += head_bytes + sum(4 * math.prod(shape) for shape in head.values())  # in fp32
+    if len(embed := head.get("embed", [])) == 2:  # padded, and a dictionary of its tokens
+        num_bytes += 4 * VOCAB_STEP * (embed[1] + 1) + 128 * embed[0]
     return num_bytes + history_bytes(directory / HISTORY_FILE)
 
 
-def layout_bytes(shape: Sequence[int], itemsize: int) -> int:
-    """Bytes that A or B of this shape takes at most, in whatever layout."""
-    values = max(_round_up(a, _RANK_STEP) * _round_up(b, _SIZE_STEP) for a, b in (shape, shape[::-1]))  # rank first?
-    return _round_up(values * itemsize, _ALIGNMENT)
+def layout_bytes(a_shape: Sequence[int], b_shape: Sequence[int], itemsize: int) -> int:
+    """Bytes that a module's A [R, in] and B [out, R] take at most, in whatever layout; either may be empty."""
+    (rank, size_in), (size_out, rank_of_b) = a_shape, b_shape
+    a = rank * _round_up(size_in, _IN_STEP) * itemsize
+    b = _round_up(size_out, _OUT_STEP) * _round_up(rank_of_b, _RANK_STEP) * itemsize
+    return _round_up(a, _ALIGNMENT) + _round_up(b, _ALIGNMENT)
 
 
-def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
-    """(name, shape) of each tensor of a safetensors file; one without a name for what is none."""
-    with contextlib.suppress(OSError):
-        size = os.stat(path).st_size
-        try:
-            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-                header_len = int.from_bytes(file.read(8), "little")
-                if header_len > min(size, MAX_HEADER_BYTES):
-                    raise ValueError
-                header = msgspec.json.decode(file.read(header_len), type=dict[str, msgspec.Raw])
-            tensors = ((name, raw) for name, raw in header.items() if name != "__metadata__")
-            found = {name: msgspec.json.decode(raw, type=_Tensor).shape for name, raw in tensors}
-            if sum(math.prod(shape) for shape in found.values()) > size:  # a value has a byte at least
-                raise ValueError
-            yield from found.items()
-        except (ValueError, msgspec.MsgspecError):
-            yield "", [size]
+def _shapes(path: Path) -> tuple[dict[str, list[int]], int]:
+    """The tensors' shapes by name, and 0; or none, and the file's size, where it is no safetensors file."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            size = os.fstat(file.fileno()).st_size
+            header_len = int.from_bytes(file.read(8), "little")
+            if header_len > min(size, MAX_HEADER_BYTES):
+                return {}, size
+            header = msgspec.json.decode(file.read(header_len), type=dict[str, msgspec.Raw])
+        tensors = ((name, raw) for name, raw in header.items() if name != "__metadata__")
+        shapes = {name: msgspec.json.decode(raw, type=_Tensor).shape for name, raw in tensors}
+    except OSError:
+        return {}, 0
+    except msgspec.MsgspecError:
+        return {}, size
+    num_values = sum(math.prod(shape) for shape in shapes.values())
+    return (shapes, 0) if num_values <= size else ({}, size)  # a value has a byte at least
 
 
 def _round_up(value: int, step: int) -> int:
