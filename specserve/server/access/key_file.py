@@ -8,8 +8,11 @@ no way here to hash a key that somebody has thought up.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
+import stat
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +30,8 @@ SCOPES: tuple[Scope, ...] = ("generate", "admin", "metrics")
 DEFAULTS = "defaults"  # no key's name: the limits of entries that do not say theirs
 KEY_PREFIX = "sk-specserve-"  # for people and for programs that look for secrets in what is published
 MAX_KEYS = 1024  # each is compared with at every request
+SETTLE_S = 0.5  # without a change a file is complete: half of one can be a valid file with fewer keys
+_MAX_SETTLE_S = 10.0
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 _Limit = Annotated[int, Meta(ge=1)] | None | UnsetType
@@ -78,6 +83,37 @@ def read_keys(path: Path) -> list[KeyEntry]:
     if len(owners) > MAX_KEYS:
         raise UserError(f"{path} has {len(owners)} keys; at most {MAX_KEYS} are served")
     return entries
+
+
+def read_settled_keys(path: Path) -> list[KeyEntry]:
+    """As `read_keys`, of a file that others may be writing: as it was when nothing changed for `SETTLE_S`."""
+    deadline = time.monotonic() + _MAX_SETTLE_S
+    while True:
+        before = _status(path)
+        if time.time() - before.st_ctime < SETTLE_S:
+            time.sleep(SETTLE_S)
+        if _stamp(before) == _stamp(_status(path)):
+            entries = read_keys(path)
+            if _stamp(before) == _stamp(_status(path)):
+                return entries
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path} changes all the time, for {_MAX_SETTLE_S:g} s now; send SIGHUP again when it is complete"
+            )
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"cannot read the file of API keys {path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        raise UserError(f"the file of API keys {path} is not a regular file; write one, or link to it")
+    return status
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _entry(path: Path, name: Any, value: Any, defaults: Limits) -> KeyEntry:

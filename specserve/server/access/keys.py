@@ -16,7 +16,7 @@ from pathlib import Path
 from ...config import ServeConfig
 from ...errors import UserError
 from .caller import ANONYMOUS, Caller
-from .key_file import SCOPES, KeyEntry, digest_of, read_keys
+from .key_file import SCOPES, KeyEntry, digest_of, read_settled_keys
 from .limits import Allowance, Clock, Limits
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class KeyRing:
         if self._file is None:
             return
         async with self._reading:  # the last to ask sees the newest file
-            entries = await asyncio.to_thread(read_keys, self._file)
+            entries = await asyncio.to_thread(read_settled_keys, self._file)
             taken = [entry.name for entry in entries if entry.name in (API_KEY, ADMIN_API_KEY, ANONYMOUS)]
             if taken:
                 raise UserError(f"{self._file}: the name {taken[0]!r} is the server's own; choose another")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
+import os
 import time
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from specserve.cli.main import exit_code_of
 from specserve.config import ServeConfig
 from specserve.errors import RateLimitedError, UserError
+from specserve.server.access import key_file as key_file_module
 from specserve.server.access import keys as keys_module
 from specserve.server.access.caller import Caller
 from specserve.server.access.key_file import digest_of, entry_text, new_key, read_keys
@@ -18,6 +21,11 @@ from specserve.server.access.keys import KeyRing
 from specserve.server.access.limits import Allowance, Limits
 
 KEY, OTHER = new_key(), new_key()
+
+
+@pytest.fixture(autouse=True)
+def files_need_not_settle(monkeypatch):
+    monkeypatch.setattr(key_file_module, "SETTLE_S", 0.0)
 
 
 @pytest.fixture
@@ -134,6 +142,36 @@ async def test_a_broken_file_says_why_and_changes_nothing(file, text, reason):
     with pytest.raises(UserError, match=reason) as refusal:
         await ring.reload()
     assert name_of(ring, KEY) == "team" and KEY not in str(refusal.value)
+
+
+async def test_a_file_that_is_being_written_is_read_when_it_is_complete(file, monkeypatch):
+    """Cut after an entry, or just opened for writing, it is a valid file of fewer keys."""
+    ring = await ring_of(file)
+    monkeypatch.setattr(key_file_module, "SETTLE_S", 0.3)
+    whole = file.read_text() + entry_text("other", OTHER, {})
+    with open(file, "w") as stream:
+        reload = asyncio.ensure_future(ring.reload())
+        for part in (whole[: len(whole) // 3], whole[len(whole) // 3 :]):
+            await asyncio.sleep(0.1)
+            assert name_of(ring, KEY) == "team"
+            stream.write(part)
+            stream.flush()
+    await reload
+    assert (name_of(ring, KEY), name_of(ring, OTHER)) == ("team", "other")
+
+
+async def test_a_file_that_never_rests_and_a_pipe_are_refused(file, monkeypatch):
+    ring = await ring_of(file)
+    monkeypatch.setattr(key_file_module, "SETTLE_S", 0.01)
+    monkeypatch.setattr(key_file_module, "_MAX_SETTLE_S", 0.1)
+    monkeypatch.setattr(key_file_module, "read_keys", lambda path: os.utime(path))
+    with pytest.raises(UserError, match="changes all the time"):
+        await ring.reload()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="not a regular file"):
+        await ring.reload()
+    assert name_of(ring, KEY) == "team"
 
 
 async def test_defaults_hold_where_an_entry_says_nothing_and_null_is_no_limit(file):
