@@ -14,7 +14,7 @@ from ..model.config import ModelConfig
 from ..schedule.scheduler import Scheduler
 from .wait_estimate import WaitEstimate
 
-# A request is refused for its deadline only where the answer would be late by this factor: estimates are rough.
+# A request is refused for its deadline only where its answer would begin late by this factor: estimates are rough.
 _DEADLINE_MARGIN = 1.25
 _RESERVED = 8  # one in so many places to wait is for adapters of which nobody waits: one adapter cannot fill them all
 
@@ -65,16 +65,16 @@ def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: S
         raise OverloadedError(f"{what}; they are served in about {wait_s:.0f} s: retry then", retry_after_s=wait_s)
     if request.deadline is None:
         return
-    left_s, answer_s = request.deadline - scheduler.clock(), waits.answer_s(request)
+    left_s, first_s = request.deadline - scheduler.clock(), waits.first_token_s(request)
     if left_s <= 0:
         raise DeadlineError("the deadline passed before the request came to the engine", param="deadline_ms")
-    if answer_s > left_s * _DEADLINE_MARGIN:
+    if first_s > left_s * _DEADLINE_MARGIN:
         raise OverloadedError(
-            f"the answer would be there in about {answer_s:.1f} s and deadline_ms leaves {left_s:.1f} s; retry "
-            "later or leave it more time",
+            f"the answer would begin in about {first_s:.1f} s and deadline_ms leaves {left_s:.1f} s; retry later or "
+            "leave it more time",
             param="deadline_ms",
             code="deadline_unreachable",
-            retry_after_s=max(0.0, answer_s - left_s),
+            retry_after_s=max(0.0, first_s - left_s),
         )
 
 

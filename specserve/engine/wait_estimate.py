@@ -1,8 +1,8 @@
-"""How long a request would wait and run, from what is queued and how fast the engine serves.
+"""How long a request would wait, from what is queued and how fast the engine serves.
 
-Owns the rates: tokens served a second while somebody waits, and seconds between two tokens of one sequence, both
-measured from window to window; until there is such a window the cost table of the steps stands in for them. Estimates
-are of the order of what comes; they assume that outputs are as long as their adapter's were in the mean.
+Owns the rate: tokens served a second while all seats are taken, measured from window to window; until there is such a
+window the cost table of the steps stands in for it. Estimates are bounds of the right order; they assume that outputs
+are as long as their adapter's were in the mean.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..schedule.fair_queue import PROMPT_COST
 from ..schedule.scheduler import Scheduler
 
 _LEAST_WINDOW_S = 0.2
-_RATE = 0.3  # share of what a window says that the running means take over
+_RATE = 0.3  # share of what a window says that the running mean takes over
 
 
 class WaitEstimate:
@@ -24,23 +24,21 @@ class WaitEstimate:
         self._scheduler = scheduler
         self._step_seconds = step_seconds
         self._served_per_s: float | None = None  # cost: output tokens, and prompt tokens at their price
-        self._token_s: float | None = None
-        self._since: tuple[float, float, int, bool] | None = None  # when the window began: time, cost, tokens, full
+        self._since: tuple[float, float, bool] | None = None  # when the window began: time, cost, full
 
     def observe(self, prompt_tokens: int, generated_tokens: int) -> None:
         """Learn from what was computed since the last call; both count from the engine's start."""
-        scheduler = self._scheduler
-        now, cost, is_full = scheduler.clock(), PROMPT_COST * prompt_tokens + generated_tokens, self._is_full
+        now, cost, is_full = self._scheduler.clock(), PROMPT_COST * prompt_tokens + generated_tokens, self._is_full
         if self._since is not None:
-            then, cost_then, tokens_then, was_full = self._since
-            window_s, num_tokens = now - then, generated_tokens - tokens_then
+            then, cost_then, was_full = self._since
+            window_s = now - then
             if window_s < _LEAST_WINDOW_S:
                 return
             if is_full and was_full and cost > cost_then:
-                self._served_per_s = _moved(self._served_per_s, (cost - cost_then) / window_s)
-            if is_full and was_full and num_tokens:
-                self._token_s = _moved(self._token_s, window_s * len(scheduler.running) / num_tokens)
-        self._since = now, cost, generated_tokens, is_full
+                rate = (cost - cost_then) / window_s
+                mean = self._served_per_s or rate
+                self._served_per_s = mean + _RATE * (rate - mean)
+        self._since = now, cost, is_full
 
     @property
     def typical_wait_s(self) -> float:
@@ -52,10 +50,13 @@ class WaitEstimate:
         ahead = self._scheduler.waiting.cost_ahead(request.adapter_hash, request.priority)
         return self._wait_s(ahead, self.expected_output(request))
 
-    def answer_s(self, request: GenerateRequest) -> float:
-        """Seconds until a request that comes now would be answered."""
+    def first_token_s(self, request: GenerateRequest) -> float:
+        """Seconds until a request that comes now would have its first token.
+
+        How long its answer is nobody knows, and what is refused for that is never learned from.
+        """
         prompt_s = PROMPT_COST * len(request.prompt_token_ids) / self._rate
-        return self.wait_s(request) + prompt_s + self.expected_output(request) * self._seconds_a_token
+        return self.wait_s(request) + prompt_s + self._step_seconds(len(self._scheduler.running) + 1)
 
     @property
     def _is_full(self) -> bool:
@@ -66,12 +67,6 @@ class WaitEstimate:
         num = self._scheduler.max_num_seqs
         return self._served_per_s or num / self._step_seconds(num)
 
-    @property
-    def _seconds_a_token(self) -> float:
-        if self._is_full and self._token_s is not None:
-            return self._token_s
-        return self._step_seconds(len(self._scheduler.running) + 1)
-
     def _wait_s(self, cost_ahead: float, own_cost: float) -> float:
         """Until so much is served, and a place is free."""
         return (cost_ahead + own_cost) / self._rate if self._is_full else 0.0
@@ -80,7 +75,3 @@ class WaitEstimate:
         """Tokens, the mean of its adapter's."""
         waiting, max_tokens = self._scheduler.waiting, request.sampling.max_tokens
         return waiting.expected_output(request.adapter_hash, request.priority, max_tokens)
-
-
-def _moved(mean: float | None, value: float) -> float:
-    return value if mean is None else mean + _RATE * (value - mean)

@@ -8,13 +8,11 @@ Counters are compared by quanta: within one, the sequence that is due first goes
 prompt tokens cost nothing.
 
 Two adapters that both have sequences waiting are never further apart than a quantum, a sequence's cost, and what was
-guessed wrong of those that run. Invariant: a flow is known while a sequence of it waits or runs, or while it is ahead
-of the present quantum.
+guessed wrong of those that run, but for turns that `waiting` gives to who was served longest ago. Invariant: a flow is
+known while a sequence of it waits or runs, or while it is ahead of the present quantum.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from .heap import Heap
 from .sequence import Sequence
@@ -55,11 +53,8 @@ class FairQueue:
         self.cost_waiting = 0.0
         self.num_waiting = 0
 
-    def __iter__(self) -> Iterator[Sequence]:
-        for flow in self._backlogged:
-            yield from flow.waiting
-
     def add(self, seq: Sequence, now: float) -> None:
+        """One that begins to wait; `due` says when it should be served by."""
         flow = self._flows.get(seq.adapter_hash)
         if flow is None:
             output_len = FIRST_OUTPUT_LEN if self._output_len is None else self._output_len

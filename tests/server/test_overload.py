@@ -88,11 +88,8 @@ def test_a_deadline_that_passes_is_504_and_one_that_cannot_be_met_429_at_once(se
 
 
 def test_an_answer_that_is_not_complete_at_its_deadline_ends_with_504(server, occupy):
-    for _ in range(3):  # so that no long output is expected
-        assert server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 16}).status_code == 200
-    reply = server.post("/v1/completions", {**LONG, "n": 8, "deadline_ms": 400})
-    error = assert_error(reply, 504, "complete")
-    assert error["code"] == "deadline_exceeded"
+    reply = server.post("/v1/completions", {**LONG, "deadline_ms": 150})
+    assert assert_error(reply, 504, "complete")["code"] == "deadline_exceeded"
 
 
 def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(server, occupy):
