@@ -9,8 +9,9 @@ adapters it is:
     zipf        --adapters of them by Zipf's law, in room for --room
     distinct    the same room, and no adapter is asked for twice before all others were: every request waits for a load
 
-Wanted: zipf has 0.95 of the throughput of the first resident case, and twice its p99 time to first token at most. The
-limit is printed first: a step reads the base's weights, and those of each of its adapters.
+Wanted: zipf has 0.95 of the throughput of the first resident case, and twice its p99 time to first token at most. Beside
+throughput stands the CPU time of server and engine, which other work on the machine changes less. The limit is printed
+first: a step reads the base's weights, and those of each of its adapters.
 
     python -m bench.adapter_scaling [--adapters 1000] [--room 32] [--resident 8,32] [--rounds 4] [--requests 96]
 """
@@ -36,7 +37,7 @@ from specserve.model.shapes import PARENT
 
 from . import common, options
 from .adapter_files import write_adapters
-from .server_process import metrics, serving
+from .server_process import Serving, metrics, serving
 from .tasks import BaseModel
 
 TIMEOUT_S = 120.0
@@ -51,9 +52,10 @@ class Case:
     adapters: list[str]  # most popular first
     popularity: Popularity
     flags: list[str]
-    url: str = ""
+    server: Serving | None = None
     num_asked: int = 0
     tokens_per_s: list[float] = field(default_factory=list)  # one a round
+    cpu_ms_a_token: list[float] = field(default_factory=list)
     ttft_ms: list[float] = field(default_factory=list)  # one a request
     counts: dict[str, float] = field(default_factory=dict)
 
@@ -102,9 +104,9 @@ def main(
         few = ["--max-adapters", str(room)]
         cases = [Case(f"{num} resident", names[:num], "zipf", []) for num in resident]
         cases += [Case(f"{adapters} zipf", names, "zipf", few), Case(f"{adapters} distinct", names, "distinct", few)]
-        common_flags = ("--adapters-dir", str(root), "--speculation", "off", "--no-prefix-caching")
+        flags = [str(base.path), "--adapters-dir", str(root), "--speculation", "off", "--no-prefix-caching"]
         for case in cases:
-            case.url = stack.enter_context(serving(str(base.path), *common_flags, "--kv-cache-gib", "0.1", *case.flags))
+            case.server = stack.enter_context(serving(*flags, "--kv-cache-gib", "0.1", *case.flags))
         for round_idx in range(rounds + 1):
             turn = round_idx % len(cases)
             for case in [*cases[turn:], *cases[:turn]]:
@@ -126,26 +128,29 @@ async def ask(
     case: Case, plan: Sequence[PlannedRequest], clients: int, tokens: int, *, is_measured: bool
 ) -> None:  # fmt: skip
     """One round on one server."""
+    assert case.server is not None
+    url = case.server.url
     # Outputs of three lengths: requests of one would end, and change adapters, all at once.
     targets = [
-        Target(case.url, False, {"max_tokens": num, "temperature": 0, "ignore_eos": True}, TIMEOUT_S, clients)
+        Target(url, False, {"max_tokens": num, "temperature": 0, "ignore_eos": True}, TIMEOUT_S, clients)
         for num in (tokens * 3 // 4, tokens, tokens * 5 // 4)
     ]
     async with open_session(targets[0]) as session:
         if not is_measured and case.popularity == "zipf" and not case.flags:
             for name in case.adapters:  # resident is what was asked for once
                 await closed_loop(session, targets[0], [PlannedRequest(name, plan[0].messages, None)], 1, TIMEOUT_S)
-        before = await metrics(session, case.url)
-        start_s = time.perf_counter()
+        before = await metrics(session, url)
+        start_s, cpu_s = time.perf_counter(), case.server.cpu_s()
         parts = [(target, plan[idx::3], len(range(idx, clients, 3))) for idx, target in enumerate(targets)]
         loops = (closed_loop(session, target, part, num, TIMEOUT_S) for target, part, num in parts if num)
         records = [record for done in await asyncio.gather(*loops) for record in done]
-        elapsed_s = time.perf_counter() - start_s
-        after = await metrics(session, case.url)
+        elapsed_s, cpu_s = time.perf_counter() - start_s, case.server.cpu_s() - cpu_s
+        after = await metrics(session, url)
     check(case, records)
     if is_measured:
         num_tokens = sum(record.usage.completion_tokens for record in records if record.usage is not None)
         case.tokens_per_s.append(num_tokens / elapsed_s)
+        case.cpu_ms_a_token.append(1e3 * cpu_s / num_tokens)
         case.ttft_ms += [1e3 * (record.chunks[0].at_s - record.sent_s) for record in records]
         for name in COUNTERS:
             grown = after[f"engine_num_{name}"] - before[f"engine_num_{name}"]
@@ -167,6 +172,7 @@ def figures_of(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
         figures[case.name] = {
             "tokens_per_s": common.spread(case.tokens_per_s),
             "ratio_to_first": common.spread(ratios),
+            "cpu_ms_a_token": common.spread(case.cpu_ms_a_token),
             "ttft_ms": {"p50": ttft.p50, "p99": ttft.p99, "longest": ttft.max},
             "p99_to_first": round(ttft.p99 / of_first.p99, 3),
             **{name: int(count) for name, count in case.counts.items()},

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 import click
@@ -19,9 +21,24 @@ METRIC = re.compile(r"^specserve_(\w+) (\S+)$", re.MULTILINE)
 START_S = 300
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    url: str
+    pid: int
+
+    def cpu_s(self) -> float:
+        """CPU time that the server and its engine have taken so far."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        ticks = 0
+        for pid in (str(self.pid), *children):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])  # user, system
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def serving(model: str, *flags: str) -> Iterator[str]:
-    """Its URL once it is ready; it ends with the context."""
+def serving(model: str, *flags: str) -> Iterator[Serving]:
+    """A server once it is ready; it ends with the context."""
     command = [sys.executable, "-m", "specserve.cli", "serve", model, "--port", "0", *flags]
     env = os.environ | {"SPECSERVE_LOG_LEVEL": "warning"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
@@ -40,7 +57,7 @@ def serving(model: str, *flags: str) -> Iterator[str]:
     try:
         if not ready.wait(START_S) or not url[0]:
             raise click.ClickException(f"the server did not start: {''.join(log[-20:])}")
-        yield url[0]
+        yield Serving(url[0], process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()

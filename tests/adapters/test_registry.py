@@ -215,6 +215,18 @@ def test_pinned_ones_stay_until_they_are_unpinned_or_unloaded(make, clock):
     registry.pin("a", False)
 
 
+def test_one_that_is_unloaded_in_use_and_loaded_again_stays_and_counts_once(make, clock):
+    registry = make()
+    fill(registry, clock, "a")
+    registry.unload("a")
+    assert not registry.is_staying("a")
+    again = registry.ask(1)  # what it is was not known before it was read
+    assert registry.put(SimpleNamespace(content_hash="a"), again)
+    registry.release("a")
+    registry.acquire("a")
+    assert registry.take_left() == [] and registry.size_bytes == 1 and registry.counts.num_loads == 1
+
+
 def test_whoever_cannot_wait_is_refused_at_once(make, clock):
     registry = make()
     fill(registry, clock)
