@@ -9,9 +9,9 @@ adapters it is:
     zipf        --adapters of them by Zipf's law, in room for --room
     distinct    the same room, and no adapter is asked for twice before all others were: every request waits for a load
 
-Wanted: zipf has 0.95 of the throughput of the first resident case, and twice its p99 time to first token at most. Beside
-throughput stands the CPU time of server and engine, which other work on the machine changes less. The limit is printed
-first: a step reads the base's weights, and those of each of its adapters.
+Wanted: zipf has 0.95 of the throughput of the first resident case, and twice its p99 time to first token at most.
+Beside throughput stands the CPU time of server and engine, which other work on the machine changes less. The limit is
+printed first: a step reads the base's weights, and those of each of its adapters.
 
     python -m bench.adapter_scaling [--adapters 1000] [--room 32] [--resident 8,32] [--rounds 4] [--requests 96]
 """
