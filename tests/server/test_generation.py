@@ -16,6 +16,7 @@ from specserve.errors import UserError
 from specserve.messages import AdapterInfo, Delta, EngineInfo
 from specserve.server.access.keys import KeyRing
 from specserve.server.access.limits import Allowance, Limits
+from specserve.server.generation import token_charge
 from specserve.server.generation.generator import Generator
 from specserve.server.loaded_names import UseCounts
 from specserve.server.metrics import Metrics
@@ -151,9 +152,15 @@ def left(caller) -> int:
     return int(caller.allowance.headers()["x-ratelimit-remaining-tokens"])
 
 
-async def test_a_job_reserves_what_it_may_use_and_is_charged_what_it_used(generator, caller):
+async def test_a_job_reserves_what_it_may_use_and_is_charged_what_it_used(generator, caller, monkeypatch):
     generator.engine.num_refusals = 0
-    for fields, num_reserved in (({}, 126), ({"max_tokens": 5}, 5), ({"max_completion_tokens": 5, "n": 3}, 15)):
+    monkeypatch.setattr(token_charge, "GUESSED_TOKENS", 50)  # less than the room of 126
+    for fields, num_reserved in (
+        ({}, 50),
+        ({"n": 2}, 100),
+        ({"max_tokens": 60}, 60),
+        ({"max_completion_tokens": 5, "n": 3}, 15),
+    ):
         job = await prepare(generator, caller, **fields)
         before = left(caller)
         async with aclosing(generator.deltas(job)) as deltas:

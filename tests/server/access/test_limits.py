@@ -73,7 +73,9 @@ def test_tokens_that_were_not_used_are_given_back_and_more_than_reserved_is_a_de
 
 def test_a_request_larger_than_a_minute_runs_when_the_bucket_is_full(clock):
     team = allowance(clock, tokens_per_minute=100)
-    team.reserve(10**6).settle(1000)
+    reservation = team.reserve(10**6)
+    assert team.headers()["x-ratelimit-reset-tokens"] == "1m0s"  # it took what there was
+    reservation.settle(1000)
     with pytest.raises(RateLimitedError) as refusal:
         team.reserve(10**6)
     clock.now_s += refusal.value.retry_after_s
