@@ -6,6 +6,7 @@ second that all threads read, and multiplications, in registers and oneDNN's. A 
 for its bytes (weights at 16, 8 or 4 bits, without scales, and KV) and the time for its operations. Limits and cases
 take turns, so that a slow minute hits all alike. --kernels and --quantization may be given several times. --adapters
 adds steps whose sequences have a rank-16 LoRA each, --neighbours each case once more beside as many busy processes.
+With --threads 1, --cpu-time counts the thread's own time: on a machine that does other work, ratios of that still hold.
 
     python -m bench.cpu_steps [--shape smollm2|1b|3b] [--quantization int8] [--kernels auto] [--rounds 5]
 """
@@ -68,8 +69,9 @@ class Steps:
         cases: list[Case],
         adapters: int,
         most_repeats: int,
+        clock: Callable[[], float] = time.perf_counter,
     ):
-        self._most_repeats = most_repeats
+        self._most_repeats, self._clock = most_repeats, clock
         self.name = name
         self.bits = BITS[settings.quantization] if settings.quantization != "none" else 8 * dtype.itemsize
         self.decoder: AnyDecoder = build_decoder(
@@ -117,9 +119,9 @@ class Steps:
 
     def _once(self, case: Case) -> tuple[float, dict[str, float]]:
         clocks = self.decoder.clocks if isinstance(self.decoder, NativeDecoder) else dict
-        before, start = clocks(), time.perf_counter()
+        before, start = clocks(), self._clock()
         self._ways[case.name]()
-        taken = time.perf_counter() - start
+        taken = self._clock() - start
         return taken, {name: value - before[name] for name, value in clocks().items()}
 
 
@@ -224,6 +226,7 @@ def ratios(decoders: list[Steps], figures: dict[str, dict[str, Figures]]) -> dic
 @click.option("--kv-gib", default=5.0, show_default=True, help="Cases whose KV needs more are left out.")
 @options.at_least(0, "--adapters", 0, "Different LoRAs in steps of their own.")
 @options.at_least(0, "--neighbours", 0, "Busy processes.")
+@click.option("--cpu-time", is_flag=True, help="The thread's own time instead of the clock's; needs --threads 1.")
 @options.rounds(5)
 @click.option("--dry-run", is_flag=True, help="A tiny shape, once: only shows that the bench runs.")
 @options.save("cpu_steps", default=False)
@@ -231,8 +234,10 @@ def ratios(decoders: list[Steps], figures: dict[str, dict[str, Figures]]) -> dic
 def main(
     shape: str, kernels: tuple[str, ...], quantization: tuple[str, ...], dtype: str, threads: int | None,
     rows: list[int], contexts: list[int], prompt: int, kv_gib: float, adapters: int, neighbours: int, rounds: int,
-    dry_run: bool, save: bool,
+    cpu_time: bool, dry_run: bool, save: bool,
 ) -> None:  # fmt: skip
+    if cpu_time and threads != 1:
+        raise click.UsageError("--cpu-time is the time of one thread; add --threads 1")
     run = common.start("cpu_steps", "torch")
     if dry_run:
         shape, rows, contexts, prompt, rounds = "tiny", [1], [40], 30, 1
@@ -257,10 +262,13 @@ def main(
     if left_out:
         click.echo(f"left out, their KV is above --kv-gib {kv_gib}: {', '.join(case.name for case in left_out)}")
     decoders = []
+    clock = time.thread_time if cpu_time else time.perf_counter
     for level, form in itertools.product(kernels, quantization):
         settings = EngineConfig(kernels=level, quantization=form, num_threads=threads)  # type: ignore[arg-type]
         name = level if quantization == ("none",) else f"{level} {form}"
-        decoders.append(Steps(name, config, settings, DTYPES[dtype], cases, adapters, 1 if dry_run else MOST_REPEATS))
+        decoders.append(
+            Steps(name, config, settings, DTYPES[dtype], cases, adapters, 1 if dry_run else MOST_REPEATS, clock)
+        )
     with busy_processes(neighbours) as let:
         figures = measured(decoders, cases, limits, rounds, let if neighbours else None)
     results = {}
@@ -281,6 +289,7 @@ def main(
         "threads": num_threads,
         "rounds": rounds,
         "neighbours": neighbours,
+        "cpu_time": cpu_time,
         "dry_run": dry_run,
         "limit": {
             "gb_per_s": round(limits.bytes_per_s / 1e9, 2),

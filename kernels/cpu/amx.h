@@ -18,7 +18,6 @@
 #include "tiles_emulated.h"
 #endif
 
-#define INLINE_METHOD inline __attribute__((always_inline))
 constexpr int TILE_ROWS = 16;
 template <class A>
 constexpr int TILE_K = sizeof(A) <= 2 ? 64 / sizeof(A) : 32;  // inputs of a tile, or of as much of a row

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 
+#include "ahead.h"
 #include "int8.h"
 #include "quantize.h"
 
@@ -28,11 +29,6 @@ struct Matrix {
   int32_t n, k, kp, format;
 
   int panels() const { return (n + PANEL - 1) / PANEL; }
-};
-
-// A piece of memory that is needed soon.
-struct Piece {
-  const char *at, *end;
 };
 
 // The columns of one panel of a matrix; the panel that this thread takes next, unless others are quicker; and what will be
@@ -50,57 +46,6 @@ constexpr int ROWS_AT_ONCE = NATIVE_BF16 ? 6 : 4, BLOCKS_AT_ONCE = 4;
 #else
 constexpr int ROWS_AT_ONCE = NATIVE_BF16 ? 6 : 5, BLOCKS_AT_ONCE = 1;
 #endif
-
-// Lines of memory that are asked for in each step of K, so that memory does not wait for products. All at once would fill
-// the core's buffers for lines that are on their way, and the products would wait.
-struct Ahead {
-  const char *at, *end;
-  int lines;  // a step
-  INLINE_METHOD void step() {
-    for (int i = 0; i < lines; i++) __builtin_prefetch(at + 64 * i, 0, 3);
-    at += 64 * lines;
-    if (at >= end) lines = 0;
-  }
-};
-
-// The same of several pieces.
-struct Pieces {
-  const Piece *next, *last;
-  int lines;
-  Piece now = {};
-
-  // All that a panel wants, within so many steps.
-  static Pieces of(const Panel& panel, int steps) {
-    size_t lines = 0;
-    for (int i = 0; i < panel.num_wanted; i++) lines += (panel.wanted[i].end - panel.wanted[i].at + 63) / 64;
-    return {panel.wanted, panel.wanted + panel.num_wanted, (int)((lines + steps - 1) / steps)};
-  }
-  INLINE_METHOD void step() {
-    for (int i = 0; i < lines; i++, now.at += 64) {
-      if (now.at >= now.end) {
-        if (next == last) {
-          lines = 0;
-          return;
-        }
-        now = *next++;
-      }
-      __builtin_prefetch(now.at, 0, 3);
-    }
-  }
-};
-
-struct Both {
-  Ahead& panel;
-  Pieces& pieces;
-  INLINE_METHOD void step() {
-    panel.step();
-    pieces.step();
-  }
-};
-
-struct Nothing {
-  INLINE_METHOD void step() {}
-};
 
 template <int MR, int NB>
 INLINE void begin(const float* tile, f32x16 (&acc)[MR][NB], bool from_zero) {
@@ -234,7 +179,7 @@ template <class A, class W>
 static void multiply_blocks(const Panel& panel, const A* x, int rows, const W* w, float* tile, const W* next) {
   constexpr int EACH = INPUTS<W>, LINES = EACH * PANEL * sizeof(W) / 64, MOST = BLOCK_LINES / LINES;
   const int kp = panel.matrix->kp, steps = kp / EACH, passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE);
-  Pieces others = Pieces::of(panel, steps * passes);
+  Pieces others = Pieces::within(steps * passes, panel.wanted, panel.num_wanted);
   if (rows == 1 && passes == 1) {
     if (!others.lines) return multiply_rows(x, kp, rows, w, steps, tile, true, Nothing());
     return multiply_rows(x, kp, rows, w, steps, tile, true, others);
@@ -268,13 +213,14 @@ static void multiply_codes(const Panel& panel, const int8_t* x, int rows, int ro
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
   if (rows == 1) {
     const Codes from = Codes::of(m, panel.idx, 0);
-    return multiply_1_int4(x, from.codes, from.groups, quads, WEIGHT_ZERO * row_sum, (int32_t*)tile, Pieces::of(panel, quads));
+    return multiply_1_int4(x, from.codes, from.groups, quads, WEIGHT_ZERO * row_sum, (int32_t*)tile,
+                           Pieces::within(quads, panel.wanted, panel.num_wanted));
   }
 #endif
   constexpr int MOST = 48;
   alignas(64) uint8_t decoded[MOST * 4 * PANEL];
   const int passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE);
-  Pieces others = Pieces::of(panel, quads * passes);
+  Pieces others = Pieces::within(quads * passes, panel.wanted, panel.num_wanted);
   for (int q = 0; q < quads; q += MOST) {
     const int now = std::min(MOST, quads - q), lines = std::min(MOST, quads - q - now) * CODE_BYTES / 64;
     const Codes from = Codes::of(m, panel.idx, 4 * q);

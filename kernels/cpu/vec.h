@@ -17,6 +17,7 @@
 #define NATIVE_AMX (SPECSERVE_LEVEL >= 4)
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_METHOD inline __attribute__((always_inline))
 
 typedef uint16_t bf16;
 

@@ -5,8 +5,6 @@
 // but for the sign of a zero that is splatted.
 #pragma once
 
-#define INLINE_METHOD inline __attribute__((always_inline))
-
 struct i32x16;
 struct u32x16 {
   __m256i lo, hi;

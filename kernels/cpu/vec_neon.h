@@ -6,8 +6,6 @@
 
 #include <arm_neon.h>
 
-#define INLINE_METHOD inline __attribute__((always_inline))
-
 struct u32x16 {
   uint32x4_t a, b, c, d;
 };
