@@ -224,7 +224,7 @@ class StepWays:
     def _judge(self, load: Load, trial: Trial) -> None:
         gain, loser, lost_s = trial.gain(), trial.way, 0.0
         load.is_measured = True
-        if gain > _GAIN:
+        if gain > _GAIN + trial.doubt():
             loser, load.kept = load.kept, trial.way  # the loser is tried again soon: a wrong verdict shall not last
         else:
             lost_s = trial.seconds * (1.0 - min(gain, 1.0 / gain))

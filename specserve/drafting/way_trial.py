@@ -7,6 +7,7 @@ arithmetic on what steps took.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,19 @@ class Trial:
         """How many times the tokens a second of the way that is kept."""
         kept = [1.0 / tokens_per_s(steps) for steps in (self.before, self.after)]
         return tokens_per_s(self.steps) * statistics.fmean(kept)
+
+    def doubt(self) -> float:
+        """One standard error of the gain, as a share of it: steps of one way differ, most of all beside other work."""
+        kept = math.hypot(_spread(self.before), _spread(self.after)) / 2
+        return math.hypot(_spread(self.steps), kept)
+
+
+def _spread(steps: Sequence[TimedStep]) -> float:
+    """One standard error of the tokens a second of `steps`, as a share."""
+    decoding = [step.seconds - step.prompt_s for step in steps]
+    rate = sum(step.num_tokens for step in steps) / sum(decoding)
+    off = [step.num_tokens - rate * seconds for step, seconds in zip(steps, decoding, strict=True)]
+    return statistics.pstdev(off) / statistics.fmean(step.num_tokens for step in steps) / math.sqrt(len(steps) - 1)
 
 
 def tokens_per_s(steps: Sequence[TimedStep]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -159,6 +160,21 @@ def test_ways_that_are_nearly_equal_do_not_flap():
         assert load is not None
         kept.append(load.kept)
     assert len(set(kept)) == 1
+
+
+def test_a_machine_whose_steps_are_uneven_makes_them_flap_seldom():
+    num_changes = 0
+    for seed in range(6):
+        machine = Machine(Times(step_s=6e-3), noise=2.0, rng=random.Random(seed))
+        machine.tokens = 3.0 * 0.97 * machine.rate(128, BARE) / machine.rate(128, WHOLE)
+        ways, kept = StepWays(), []
+        for _ in range(4000):
+            machine.step(ways, 128)
+            load = ways.load(128, live())
+            assert load is not None
+            kept.append(load.kept)
+        num_changes += sum(one != other for one, other in itertools.pairwise(kept))
+    assert num_changes < 40  # 53 if a verdict within its own doubt counts
 
 
 def test_sources_that_are_all_switched_off_leave_steps_to_be_queued_ahead_and_are_tried_again():
