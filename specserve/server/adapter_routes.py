@@ -47,9 +47,10 @@ class AdapterRoutes:
             states = {state.content_hash: state for state in await self._engine.adapters()}
         except EngineDeadError:  # nothing is held anywhere then
             states = {}
-        return json_response({"object": "list", "data": [self._entry(name, states) for name in names]})
+        loading = self._store.loading_names()
+        return json_response({"object": "list", "data": [self._entry(name, states, name in loading) for name in names]})
 
-    def _entry(self, name: str, states: dict[str, AdapterState]) -> AdapterEntry:
+    def _entry(self, name: str, states: dict[str, AdapterState], is_loading: bool) -> AdapterEntry:
         known, uses = self._store.known(name), self._store.uses.of(name)
         state = states.get(known.content_hash) if known is not None else None
         drafted = state.draft_tokens if state is not None else 0
@@ -57,7 +58,7 @@ class AdapterRoutes:
             id=name,
             object="adapter",
             tier=state.tier if state is not None else "disk",
-            is_loading=self._store.is_loading(name),
+            is_loading=is_loading,
             pinned=self._store.is_pinned(name),
             size_bytes=known.size_bytes if known is not None else None,
             content_hash=known.content_hash if known is not None else None,

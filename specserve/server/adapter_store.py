@@ -166,8 +166,9 @@ class AdapterStore:
     def is_pinned(self, name: str) -> bool:
         return name in self._pins.names
 
-    def is_loading(self, name: str) -> bool:
-        return any(loading == name for loading, _ in self._loading)
+    def loading_names(self) -> set[str]:
+        """Names whose adapter is on its way now."""
+        return {name for name, _ in self._loading}
 
     def known(self, name: str) -> AdapterInfo | None:
         """What `name` was when it was last loaded, whoever holds that now."""

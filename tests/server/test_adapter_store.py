@@ -455,14 +455,14 @@ async def test_a_pin_of_what_leaves_at_once_loads_it_again(store, engine, root):
 
 async def test_a_prefetch_begins_a_load_that_requests_join_and_a_full_engine_keeps_none_waiting(store, engine, root):
     make(root / "a", "one")
-    assert await store.prefetch("a") is False and store.is_loading("a")
+    assert await store.prefetch("a") is False and store.loading_names() == {"a"}
     await store.resolve("a")
     assert engine.num_loads == 1 and await store.prefetch("a") is True
     make(root / "b", "two")
     engine.is_full = True
     assert await store.prefetch("b") is False
     await store.resolve("b")  # joins it, and then waits by itself
-    assert engine.num_loads == 3 and not store.is_loading("b")
+    assert engine.num_loads == 3 and not store.loading_names()
     with pytest.raises(UserError) as unknown:
         await store.prefetch("c")
     assert unknown.value.status == 404
