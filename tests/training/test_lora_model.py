@@ -37,6 +37,28 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path, architecture,
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+def test_a_batch_of_unequal_rows_has_the_gradients_of_its_rows_alone(tmp_path):
+    make_tiny_model(tmp_path)
+    torch.manual_seed(0)
+    model = LoraModel(tmp_path, LoraConfig(r=4, alpha=8, dropout=0.0), torch.float32, torch.device("cpu"), None)
+    with torch.no_grad():
+        for parameter in model.parameters:
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    lengths = (5, 40, 17)
+    examples = [Example(torch.randint(3, 300, (n,)).tolist(), [False] * 3 + [True] * (n - 3), 1) for n in lengths]
+
+    def gradients(*batches):
+        model.peft.zero_grad()
+        for batch in batches:
+            hidden = model.hidden(batch)
+            F.cross_entropy(model.logits(hidden.last).float(), hidden.targets, reduction="sum").backward()
+        return [parameter.grad.clone() for parameter in model.parameters]
+
+    together, alone = gradients(examples), gradients(*([example] for example in examples))
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
 def test_states_of_a_row_with_several_answers_start_at_its_last_prompt(tmp_path):
     make_tiny_model(tmp_path)
     model = LoraModel(tmp_path, LoraConfig(r=4), torch.float32, torch.device("cpu"), None)

@@ -264,6 +264,26 @@ def test_bad_and_shared_held_out_rows_are_said_before_training(trained, tmp_path
     )
 
 
+def test_rows_too_long_are_left_out_whole_and_said_and_never_cut_to_nothing(trained, tmp_path, capsys, monkeypatch):
+    root, model_dir = trained
+    long = json.dumps({"prompt": "The quick brown fox " * 90, "completion": "x"}) + "\n"
+    (tmp_path / "long.jsonl").write_text(long)
+    (tmp_path / "some.jsonl").write_text((root / "train.jsonl").read_text() + long)
+
+    def train(rows):
+        common = ["--model", str(model_dir), "--data", str(tmp_path / rows), "--output", str(tmp_path / "new")]
+        assert cli(["train", *common, "--set", "data.max_len=200"]) == 2
+        return "".join(capsys.readouterr())
+
+    def not_reached(*args, **kwargs):
+        raise UserError("training starts")
+
+    assert "every row is longer than data.max_len (200 tokens)" in train("long.jsonl")
+    monkeypatch.setattr("specserve.training.run.LoraModel", not_reached)
+    said = train("some.jsonl")
+    assert "1 of " in said and "longer than data.max_len and left out" in said and "training starts" in said
+
+
 def test_checking_the_data_finds_what_is_wrong_with_it(trained, tmp_path, capsys):
     root, model_dir = trained
     rows = (root / "train.jsonl").read_text().splitlines()[:5]
