@@ -80,11 +80,13 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
     if route.answer is not None:
         content["application/json"] = media(*_alternatives(route.answer))
     if route.events is not None:
-        data = {
+        data: dict[str, Any] = {
             "type": "string",
             "contentMediaType": "application/json",
             "contentSchema": media(route.events, error)["schema"],
         }
+        if route.errors == "openai":
+            data = {"anyOf": [data, {"const": "[DONE]"}]}
         content["text/event-stream"] = {
             "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
         }
