@@ -71,6 +71,7 @@ class AdapterRoutes:
 
     async def load(self, request: web.Request) -> web.Response:
         body = await self._body(request, LoadAdapterRequest)
+        self._store.check_name(body.lora_name)  # before anything is fetched for it
         async with self._fetcher.local(body.lora_path, self._store.given_directories) as path:
             info = await self._store.register(body.lora_name, path, replace=body.load_inplace)
         return json_response({"message": f"adapter {body.lora_name!r} is loaded", "adapter": info})

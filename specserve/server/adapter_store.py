@@ -175,14 +175,18 @@ class AdapterStore:
         loaded = self._loaded.known(name)
         return loaded.info if loaded is not None else None
 
+    def check_name(self, name: str) -> None:
+        """Raises `UserError` for a name that no adapter may have."""
+        check_name(name, "lora_name")
+        if name == self._base_name:
+            raise UserError(f"{name!r} is the base model's name; choose another", param="lora_name", status=409)
+
     async def register(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
         """Load the directory `path`, then give `name` to it; a name that is taken is refused unless `replace`.
 
         The name keeps its old meaning until the load is done, and when it fails.
         """
-        check_name(name, "lora_name")
-        if name == self._base_name:
-            raise UserError(f"{name!r} is the base model's name; choose another", param="lora_name", status=409)
+        self.check_name(name)
         directory = await self._disk.look(name, self._paths.given, name, path)
         if not replace:
             await self._check_free(name, directory)

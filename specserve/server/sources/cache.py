@@ -41,7 +41,14 @@ class AdapterCache:
 
     def __init__(self, root: Path, max_bytes: int):
         self.max_bytes = max_bytes
+        self._root = root
         self.folders, self._sources, self._partial = root / "adapters", root / "sources", root / "partial"
+        self._open()
+        for left in self._partial.iterdir():
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _open(self) -> None:
+        root = self._root
         try:
             for folder in (self.folders, self._sources, self._partial):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -52,8 +59,6 @@ class AdapterCache:
             raise UserError(f"another server keeps its adapters in {root}; give --adapter-cache-dir another") from None
         except OSError as error:
             raise UserError(f"adapters cannot be kept in {root}: {error.strerror}; give --adapter-cache-dir") from None
-        for left in self._partial.iterdir():
-            shutil.rmtree(left, ignore_errors=True)
 
     def close(self) -> None:
         self._lock.close()
@@ -76,6 +81,9 @@ class AdapterCache:
     @contextmanager
     def workplace(self) -> Iterator[Path]:
         """An empty folder that is gone afterwards, whatever happens; `keep` takes `files` out of it."""
+        if not self._partial.is_dir():  # somebody removed the cache, as one may, and the lock on it
+            self._lock.close()
+            self._open()
         folder = Path(tempfile.mkdtemp(dir=self._partial))
         try:
             yield folder

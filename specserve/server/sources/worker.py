@@ -83,7 +83,7 @@ def main() -> None:
 
 def cannot_keep(error: OSError) -> UserError:
     problem = error.strerror or type(error).__name__
-    return UserError(f"the adapter cannot be kept here: {problem}", status=503, code="fetch_failed")
+    return UserError(f"the adapter cannot be kept (--adapter-cache-dir): {problem}", status=503, code="fetch_failed")
 
 
 def _end_with_parent() -> None:

@@ -277,6 +277,21 @@ async def test_a_cache_has_one_server_and_loses_what_a_killed_one_left(make, sou
     assert not (tmp_path / "unused").exists()
 
 
+async def test_a_cache_that_was_removed_is_made_anew_and_locked(make, source, tmp_path, in_process):
+    source.put("a", b"weights")
+    fetcher = make()
+    await fetch(fetcher, f"{source.url}/loras/a")
+    shutil.rmtree(tmp_path / "cache")
+    assert (await fetch(fetcher, f"{source.url}/loras/a") / WEIGHTS_FILE).read_bytes() == b"weights"
+    assert nothing_is_left(fetcher)
+    with pytest.raises(UserError, match="--adapter-cache-dir another"):
+        make()
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match="cannot be kept in"):
+        await fetch(fetcher, f"{source.url}/loras/a")
+
+
 async def test_a_worker_that_is_killed_or_says_nonsense_is_an_error_of_its_requests(
     make, source, monkeypatch, tmp_path
 ):
@@ -364,6 +379,8 @@ def test_load_lora_adapter_with_an_address_over_http(source, model_dir, adapters
             return server.post("/v1/load_lora_adapter", {"lora_name": "far", "lora_path": path, **fields})
 
         assert_error(load("https://h.example/loras/a"), 403, "--allowed-adapter-urls")
+        for name in ("../far", server.get("/v1/models").json()["data"][0]["id"]):  # refused before it is fetched
+            assert "lora_name" in load(f"{source.url}/loras/a", lora_name=name).text and not source.requests
         assert_error(load(f"{source.url}/loras/none"), 400, "no adapter_config.json")
         assert load(f"{source.url}/loras/a").status_code == 200
         assert server.complete(model="far")["text"] == server.complete(model="good")["text"]
