@@ -6,7 +6,9 @@ connections that begin afterwards; files that do not fit leave the old ones in u
 
 from __future__ import annotations
 
+import os
 import ssl
+import stat
 from pathlib import Path
 
 from ..config import ServeConfig
@@ -36,8 +38,11 @@ class Certificate:
         context.set_alpn_protocols(["http/1.1"])
         for name, file in (("tls_certfile", self._certfile), ("tls_keyfile", self._keyfile)):
             try:
-                if file is not None:
-                    Path(file).open("rb").close()  # OpenSSL does not say which of both it cannot read
+                if file is None:
+                    continue
+                if not file or not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
+                    raise UserError(f"{name}: {file!r} is not a regular file; name a PEM file", param=name)
+                Path(file).open("rb").close()  # OpenSSL does not say which of both it cannot read
             except OSError as error:
                 raise UserError(f"{name}: cannot read {file}: {error.strerror}", param=name) from None
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import ssl
 import sys
@@ -140,6 +141,7 @@ def test_files_that_are_no_certificate_and_key_are_named(files, tmp_path):
     other = tmp_path / "other.pem"
     trustme.CA().issue_cert("h.example").private_key_pem.write_to_path(other)
     (tmp_path / "text").write_text("no certificate")
+    os.mkfifo(tmp_path / "pipe")
     for cert, key, reason in (
         (certfile, str(other), "no PEM certificate and its key"),
         (str(tmp_path / "text"), keyfile, "no PEM certificate and its key"),
@@ -147,6 +149,8 @@ def test_files_that_are_no_certificate_and_key_are_named(files, tmp_path):
         (str(tmp_path / "none"), keyfile, "tls_certfile: cannot read"),
         (certfile, str(tmp_path / "none"), "tls_keyfile: cannot read"),
         (certfile, _encrypted(keyfile, tmp_path), "has a password"),
+        (certfile, str(tmp_path / "pipe"), "tls_keyfile: .* is not a regular file"),  # would be waited for
+        ("", keyfile, "tls_certfile: '' is not"),
     ):
         with pytest.raises(UserError, match=reason):
             Certificate(cert, key)
