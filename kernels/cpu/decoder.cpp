@@ -85,8 +85,10 @@ struct Engine {
   Buffer partials;
   std::vector<std::atomic<int>> splits_left;
 
-  // Of inputs that whole numbers stand for; one matrix's at a time.
-  QuantizedRows quantized(int kp, int num_rows) { return {{(int8_t*)codes.data, kp, num_rows}, (float*)row_scales.data, (int32_t*)row_sums.data}; }
+  // The inputs of matrices that are multiplied in whole numbers: those of one phase at a time.
+  QuantizedRows quantized(int kp, int num_rows) const {
+    return {{(int8_t*)codes.data, kp, num_rows}, (float*)row_scales.data, (int32_t*)row_sums.data};
+  }
 
   void make_room_for_integers(int kp, int num_rows) {
     codes.get<int8_t>(Rows<int8_t>::size(num_rows, kp));

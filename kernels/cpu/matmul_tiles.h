@@ -3,6 +3,7 @@
 // Part of matmul.h, which says how matrices lie. Sums go on where they stopped: no block of K changes an order.
 #pragma once
 
+static_assert(WEIGHT_ZERO == 128, "TDPBSUD takes weights as they are stored");
 constexpr int BLOCK_STEPS = 6;              // 24 KiB of weights and 12 of rows: both stay in the first cache level
 constexpr size_t ACT_LIMIT = 1024 * 1024;  // bytes of rows that may stay in the second
 
