@@ -1,11 +1,12 @@
 // Rows of activations as 8-bit integers: rotated, so that no column stands out, then rounded to one step for a whole row.
 //
 // A block of `rotation_size` columns is multiplied by a Hadamard matrix (entries 1 and -1), as the weights were before they were
-// rounded (kernels/packed.py): the product of both is the same, but for the matrix' factor, which the weights' scales hold.
-// Single columns of activations are a hundred times as large as others, and with steps for the largest of them the others are lost:
-// "QuaRot", Ashkboos et al. 2024; we rotate in blocks, in front of every matrix, and nothing is merged into others.
+// rounded (kernels/integers.py): the product of both is the same, but for the matrix' factor, which the weights' scales hold.
+// Single columns of activations are much larger than others, and with steps for the largest of them the others are lost: "QuaRot", Ashkboos et al. 2024; we rotate in blocks, in front of every matrix, and nothing is merged into others.
 // Every operation is a single rounding in fp32 in one order, so that a row has the same codes at all levels and in torch.
 #pragma once
+
+#include <algorithm>
 
 #include "amx.h"
 
@@ -21,7 +22,7 @@ struct QuantizedRows {
 // Lane i becomes v[i] + v[i + H] or v[i - H] - v[i].
 template <int H>
 INLINE f32x16 butterfly(f32x16 v) {
-  alignas(64) static const float signs[5][16] = {
+  alignas(64) static const float signs[4][16] = {
       {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1}, {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
       {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1}, {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1}};
   return fma(v, load(signs[H == 1 ? 0 : H == 2 ? 1 : H == 4 ? 2 : 3]), swap_lanes<H>(v));
