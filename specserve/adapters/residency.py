@@ -99,21 +99,23 @@ class Residency:
             reservation.num_bytes = num_bytes
 
     def _check_size(self, num_bytes: int) -> None:
-        pinned = [held for held in self._held.values() if held.is_pinned]
-        pinned_bytes = sum(held.num_bytes for held in pinned)
-        beside = f", of which pinned adapters hold {pinned_bytes}" if pinned else ""
-        if num_bytes > self.max_bytes - pinned_bytes:
+        if num_bytes > self.max_bytes:
             raise UserError(
-                f"the adapter takes {num_bytes} bytes in memory, but the limit for all is {self.max_bytes}{beside}; "
-                f"raise {self.bytes_flag}" + (" or unpin some" if pinned else ""),
+                f"the adapter takes {num_bytes} bytes in memory, but the limit for all is {self.max_bytes}; raise "
+                f"{self.bytes_flag}",
                 code="adapter_too_large",
             )
-        if len(pinned) >= self.max_adapters:
-            raise UserError(
-                f"all {self.max_adapters} places are pinned; unpin an adapter or raise --max-adapters",
-                code="adapter_places_pinned",
-                status=503,
+        pinned = [held.num_bytes for held in self._held.values() if held.is_pinned]
+        pinned_bytes, problem = sum(pinned), ""
+        if num_bytes > self.max_bytes - pinned_bytes:
+            problem = (
+                f"the adapter takes {num_bytes} bytes in memory, and pinned ones hold {pinned_bytes} of the "
+                f"{self.max_bytes} that there are; unpin some or raise {self.bytes_flag}"
             )
+        elif len(pinned) >= self.max_adapters:
+            problem = f"all {self.max_adapters} places are pinned; unpin an adapter or raise --max-adapters"
+        if problem:
+            raise UserError(problem, code="adapter_places_pinned", status=503)
 
     def _take(self, reservation: Reservation) -> bool:
         """Reserve `reservation`, evicting idle adapters for it; False, and nobody leaves, when that is not enough."""

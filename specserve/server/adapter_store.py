@@ -281,6 +281,8 @@ class AdapterStore:
                     name, str(directory), before, is_pinned=name in self._pins.names, is_prefetch=is_prefetch
                 )
             except UserError as error:
+                if error.code == "adapter_places_pinned" and await self._let_go_of_old_files(name, directory, stamp):
+                    continue
                 if await self._disk.look(name, stamp_of, directory) == stamp:
                     logger.info("adapter %r: not loaded: %s", name, error)
                     raise
@@ -296,6 +298,15 @@ class AdapterStore:
                 return loaded
             await self._release(loaded)
         raise changing(name)
+
+    async def _let_go_of_old_files(self, name: str, directory: Path, stamp: Stamp) -> bool:
+        """Whether a pin of `name` may hold the room that its new files need: nobody can ask for the old ones now."""
+        old = self._loaded.held(name)
+        if name not in self._pins.names or old is None or old.directory != directory or old.stamp == stamp:
+            return False
+        self._loaded.forget(name)
+        await self._release(old)
+        return True
 
     async def _keep(self, name: str, loaded: Loaded) -> None:
         before = self._loaded.keep(name, loaded)

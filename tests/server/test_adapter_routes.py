@@ -82,7 +82,7 @@ def test_many_clients_get_every_adapters_own_text_while_adapters_take_turns(serv
     assert metrics["adapter_load_seconds_count"] >= loads
 
 
-def test_pins_survive_what_others_ask_for_and_go_with_their_name(server):
+def test_pins_survive_what_others_ask_for_and_go_with_their_name(server, root):
     pinned = post(server, "pin", "a1").json()
     assert pinned["adapter"]["content_hash"] == entries(server)["a1"]["content_hash"]
     for name in NAMES[2:9]:
@@ -91,6 +91,12 @@ def test_pins_survive_what_others_ask_for_and_go_with_their_name(server):
     assert entries(server)["a1"]["pinned"] and server.metrics()["engine_num_pinned_adapters"] == 1
     assert post(server, "pin", "a2").status_code == post(server, "pin", "a3").status_code == 200
     assert_error(server.post("/v1/completions", {"model": "a4", "prompt": "x"}), 503, "all 3 places are pinned")
+    before = server.complete(model="a3")["text"]
+    weights = load_file(root / "a3" / WEIGHTS_FILE)
+    save_file({key: -tensor if "lora_B" in key else tensor for key, tensor in weights.items()}, root / "new")
+    (root / "new").rename(root / "a3" / WEIGHTS_FILE)
+    replaced = server.complete(model="a3")["text"]  # its own pin does not keep its new files out
+    assert replaced != before and entries(server)["a3"]["pinned"]
     assert post(server, "unpin", "a3").status_code == post(server, "unpin", "a3").status_code == 200
     server.complete(model="a4")
     assert in_memory(server) == {"a1", "a2", "a4"}
