@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+Text = Annotated[str, Meta(min_length=1)]  # an empty one is mostly a variable that nobody set
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine process needs; all of it is known before the model is read."""
 
     model: Annotated[str, Meta(description="local Hugging Face directory or hub id; empty is the default model")] = ""
-    revision: Annotated[str | None, Meta(description="hub revision of the model")] = None
+    revision: Annotated[Text | None, Meta(description="hub revision of the model")] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the model runs")] = "auto"
     dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Meta(description="weights and arithmetic")] = "auto"
     kernels: Annotated[
@@ -42,7 +44,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["none", "int8", "int4"], Meta(description="hold the base model's weights in fewer bits (CPU)")
     ] = "none"
     cuda_graphs: Annotated[bool, Meta(description="capture a step's launches on CUDA and replay them")] = True
-    max_model_len: Annotated[int | None, Meta(description="tokens of prompt plus output; default: the model's")] = None
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="tokens of prompt plus output; default: the model's")
+    ] = None
     kv_cache_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="memory for the KV cache, GiB; default: 2, on CUDA four fifths of what the model leaves"),
@@ -75,7 +79,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     learn_history: Annotated[
         bool, Meta(description="draft from what an adapter served before, per adapter and cache_salt")
     ] = False
-    history_dir: Annotated[str | None, Meta(description="where that is kept over restarts; default: nowhere")] = None
+    history_dir: Annotated[Text | None, Meta(description="where that is kept over restarts; default: nowhere")] = None
     max_lora_rank: Annotated[int, Meta(ge=1, le=1024, description="largest LoRA rank that is loaded")] = 256
     adapter_roots: Annotated[
         tuple[str, ...],
@@ -93,19 +97,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="memory for adapters on CUDA, GiB; default: half of what the KV cache leaves free"),
     ] = None
-    num_threads: Annotated[int | None, Meta(description="CPU threads of the model; default: all cores")] = None
+    num_threads: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="CPU threads of the model; default: all cores")
+    ] = None
 
 
 class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`EngineConfig` and what the HTTP server needs."""
 
-    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    host: Annotated[str, Meta(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
     tls_certfile: Annotated[
-        str | None, Meta(description="PEM certificate chain: serve HTTPS; read again on SIGHUP")
+        Text | None, Meta(description="PEM certificate chain: serve HTTPS; read again on SIGHUP")
     ] = None
-    tls_keyfile: Annotated[str | None, Meta(description="its PEM key; default: in the same file")] = None
-    adapters_dir: Annotated[str | None, Meta(description="every folder in it is an adapter of that name")] = None
+    tls_keyfile: Annotated[Text | None, Meta(description="its PEM key; default: in the same file")] = None
+    adapters_dir: Annotated[Text | None, Meta(description="every folder in it is an adapter of that name")] = None
     allowed_adapter_urls: Annotated[
         tuple[str, ...], Meta(description="prefixes of addresses (https://, s3://, gs://) that adapters may come from")
     ] = ()
@@ -116,17 +122,17 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         tuple[str, ...], Meta(description="networks, such as 10.0.0.0/8, that their host names may lead to")
     ] = ()
     adapter_cache_dir: Annotated[
-        str | None, Meta(description="where fetched adapters are kept; default: the user's cache")
+        Text | None, Meta(description="where fetched adapters are kept; default: the user's cache")
     ] = None
     adapter_cache_gib: Annotated[float, Meta(gt=0, description="disk for them, GiB; idle ones make room")] = 10.0
     adapter_fetch_timeout_s: Annotated[float, Meta(gt=0, description="seconds that fetching one may take")] = 600.0
-    served_model_name: Annotated[str | None, Meta(description="the base model's name in the API")] = None
-    api_key: Annotated[str | None, Meta(description="key that clients must send as a bearer token")] = None
+    served_model_name: Annotated[Text | None, Meta(description="the base model's name in the API")] = None
+    api_key: Annotated[Text | None, Meta(description="key that clients must send as a bearer token")] = None
     admin_api_key: Annotated[
-        str | None, Meta(description="key for loading and unloading adapters; default: the API key")
+        Text | None, Meta(description="key for loading and unloading adapters; default: the API key")
     ] = None
     api_keys_file: Annotated[
-        str | None, Meta(description="YAML file of key names, hashes, scopes and limits; read again on SIGHUP")
+        Text | None, Meta(description="YAML file of key names, hashes, scopes and limits; read again on SIGHUP")
     ] = None
     isolate_keys: Annotated[
         bool | None,

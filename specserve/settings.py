@@ -6,6 +6,7 @@ the values, and the wording of what is wrong with one; knows nothing of click. V
 secrets: they appear in no message.
 """
 
+import contextlib
 import difflib
 import math
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class Setting(msgspec.Struct, frozen=True):
     description: str
     default: Any
     choices: tuple[str, ...]
-    limits: str  # "from 1 to 256"; empty when there are none
+    limits: str  # "from 1 to 256", "of at least 1 character"; empty when there are none
     annotation: Any  # what msgspec.convert checks against
 
     @property
@@ -121,22 +122,18 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 def parse(setting: Setting, value: Any, origin: str, *, is_text: bool = True) -> Any:
     """`value` as the setting's type. `is_text`: it comes from a flag or variable, so that "8" is a number."""
+    converted: Any = _UNSET
     if setting.kind == "list" and is_text:
         texts = [value] if isinstance(value, str) else value
-        return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
-    if setting.kind in ("str", "choice") and is_text:
-        converted = value
-        if setting.choices and value not in setting.choices:
-            converted = _UNSET
+        converted = tuple(part.strip() for text in texts for part in text.split(",") if part.strip()) or _UNSET
     else:
-        try:
-            converted = msgspec.convert(value, setting.annotation, strict=not is_text)
-        except msgspec.ValidationError:
-            converted = _UNSET
+        is_strict = not is_text or setting.kind in ("str", "choice")  # else the text "null" would be none
+        with contextlib.suppress(msgspec.ValidationError):
+            converted = msgspec.convert(value, setting.annotation, strict=is_strict)
     if isinstance(converted, float) and not math.isfinite(converted):
         converted = _UNSET
     if converted is _UNSET:
-        shown = HIDDEN if setting.secret else repr(value)
+        shown = HIDDEN if setting.secret and value else repr(value)
         raise UserError(f"{setting.name}: {shown} from {origin} is not {setting.expected}", param=setting.name)
     return converted
 
@@ -169,6 +166,8 @@ def _setting(field: inspect.Field, annotation: Any) -> Setting:
             raise TypeError(f"{field.name}: settings of type {plain} have no flag")
     default = field.default if field.default is not msgspec.NODEFAULT else None
     limits = _limits(plain) if isinstance(plain, inspect.IntType | inspect.FloatType) else ""
+    if isinstance(plain, inspect.StrType) and plain.min_length:
+        limits = f"of at least {plain.min_length} character"
     return Setting(field.name, kind, description, default, choices, limits, annotation)
 
 

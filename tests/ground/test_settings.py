@@ -92,6 +92,11 @@ def test_text_that_looks_like_a_number_stays_text():
         ({"kv_cache_gib": "nan"}, "kv_cache_gib: 'nan' from --kv-cache-gib is not a number more than 0"),
         ({"kv_cache_gib": "inf"}, "kv_cache_gib: 'inf' from --kv-cache-gib is not a number more than 0"),
         ({"device": "tpu"}, "device: 'tpu' from --device is not one of auto, cpu, cuda"),
+        ({"num_threads": "0"}, "num_threads: '0' from --num-threads is not a whole number at least 1"),
+        ({"max_model_len": "0"}, "max_model_len: '0' from --max-model-len is not a whole number at least 1"),
+        ({"api_key": ""}, "api_key: '' from --api-key is not text of at least 1 character"),  # "Bearer " would be it
+        ({"adapters_dir": ""}, "adapters_dir: '' from --adapters-dir is not text of at least 1 character"),
+        ({"adapter_roots": ""}, "adapter_roots: '' from --adapter-roots is not a list of texts"),  # it means anywhere
         ({"max_waiting": "1.5"}, "max_waiting: '1.5' from --max-waiting is not a whole number at least 0"),
     ],
 )

@@ -24,6 +24,7 @@ _URL = re.compile(
 _REPOSITORY = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*)(@(?P<revision>[A-Za-z0-9][\w.\-/]*))?", re.ASCII
 )
+_REPOSITORIES = re.compile(r"[A-Za-z0-9*?][\w.\-*?]*/[A-Za-z0-9*?][\w.\-*?]*|\*", re.ASCII)
 _DISGUISED = re.compile(r"%(2e|2f|5c|00)|%(?![0-9a-f]{2})", re.IGNORECASE)
 _LOCAL_SCHEMES = {"file", "local"}  # folders are for --adapters-dir, which knows about links
 
@@ -111,6 +112,12 @@ def allowed_sources(config: ServeConfig) -> AllowedSources:
     prefixes = tuple(parse(text, "allowed_adapter_urls") for text in config.allowed_adapter_urls)
     if any(prefix.scheme == HUB for prefix in prefixes):
         raise UserError("allowed_adapter_urls: repositories of the hub are for --allowed-hub-repos")
+    for repository in config.allowed_hub_repos:
+        if not _REPOSITORIES.fullmatch(repository):
+            raise UserError(
+                f"allowed_hub_repos {repository[:200]!r} matches no repository; write owner/name, where * and ? match",
+                param="allowed_hub_repos",
+            )
     return AllowedSources(prefixes, config.allowed_hub_repos, config.allowed_adapter_networks)
 
 
@@ -139,6 +146,8 @@ def _has_place(text: str) -> bool:
 
 def _shown(text: str) -> str:
     """Without what may be a password or a signature."""
+    if not is_address(text):
+        return text.partition("?")[0].rpartition("@")[2][:200]
     try:
         parts = urlsplit(text)
     except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import socket
 
 import fsspec
@@ -112,9 +113,13 @@ def test_nothing_is_allowed_by_default_and_settings_that_cannot_be_are_refused()
     for settings in ({"networks": ("10.0.0.0/33",)}, {"networks": ("x",)}):
         with pytest.raises(UserError, match="allowed_adapter_networks"):
             allowed(**settings)
+    for repository in ("team", "a/b/c", "../x", "a b/c", "hf://a/b", "team/[ab]"):
+        with pytest.raises(UserError, match=re.escape(f"allowed_hub_repos {repository!r}")):
+            allowed(repos=(repository,))
     for url in ("https://", "h.example", "https://u:p@h/", "file:///srv", "hf://a/b"):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as refusal:
             allowed(url)
+        assert url.replace("u:p@", "") in str(refusal.value) or url == "hf://a/b"
 
 
 @pytest.mark.parametrize(
