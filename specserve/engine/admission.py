@@ -62,7 +62,8 @@ def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: S
         what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"
     if what:
         wait_s = waits.wait_s(request)
-        raise OverloadedError(f"{what}; they are served in about {wait_s:.0f} s: retry then", retry_after_s=wait_s)
+        shown_s = max(wait_s, 1.0)  # as Retry-After says it
+        raise OverloadedError(f"{what}; they are served in about {shown_s:.0f} s: retry then", retry_after_s=wait_s)
     if request.deadline is None:
         return
     left_s, first_s = request.deadline - scheduler.clock(), waits.first_token_s(request)

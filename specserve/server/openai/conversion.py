@@ -228,8 +228,8 @@ def _number(request: Any, name: str, low: float, high: float, default: float, op
     if value is None:
         return default
     if not (low <= value <= high) or (open_low and value == low):
-        bounds = f"more than {low:g} and at most {high:g}" if open_low else f"{low:g} to {high:g}"
-        raise UserError(f"{name} is {value:g}; {bounds} is allowed", param=name)
+        bounds = f"more than {low:g} and at most {high:.12g}" if open_low else f"{low:g} to {high:g}"
+        raise UserError(f"{name} is {value:.12g}; {bounds} is allowed", param=name)
     return float(value)
 
 
