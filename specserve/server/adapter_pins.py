@@ -20,10 +20,9 @@ class AdapterPins:
         self._hashes: set[str] = set()  # that the engine was told to keep
         self._generation = 0  # of the engine process that was told
 
-    def loaded(self, name: str, content_hash: str) -> None:
-        """A load said whether its name was pinned."""
-        if name in self.names:
-            self._hashes.add(content_hash)
+    def told(self, content_hash: str) -> None:
+        """A load said that its name was pinned."""
+        self._hashes.add(content_hash)
 
     async def keep(self, content_hash: str) -> None:
         """Raises `UserError` where the engine does not hold it."""

@@ -135,30 +135,44 @@ class AdapterStore:
         return False
 
     async def pin(self, name: str) -> AdapterInfo:
-        """Load what `name` means, and keep it, and whatever the name will mean, where steps can use it."""
+        """Load what `name` means, and keep it, and whatever the name will mean, where steps can use it.
+
+        What was pinned before stays so when this fails.
+        """
         await self._disk.look(name, self.path, name)
+        was_pinned = name in self._pins.names
         self._pins.names.add(name)
         try:
-            for _ in range(MAX_LOADS):
-                info = await self.resolve(name)
-                try:
-                    await self._pins.keep(info.content_hash)
-                except UserError as error:
-                    if error.code != "adapter_not_resident":
-                        raise
-                    self.engine_lost(name, info.content_hash)
-                else:
-                    return info
+            info = await self._load_and_keep(name)
         except BaseException:
-            self._pins.names.discard(name)
+            if not was_pinned:
+                self._pins.names.discard(name)
+                _start(self._follow_pins(name))  # the engine may have been told already
             raise
-        self._pins.names.discard(name)
+        await self._follow_pins(name)  # it may be unpinned meanwhile
+        return info
+
+    async def _load_and_keep(self, name: str) -> AdapterInfo:
+        for _ in range(MAX_LOADS):
+            info = await self.resolve(name)
+            try:
+                await self._pins.keep(info.content_hash)
+            except UserError as error:
+                if error.code != "adapter_not_resident":
+                    raise
+                self.engine_lost(name, info.content_hash)
+            else:
+                return info
         raise changing(name)
 
     async def unpin(self, name: str) -> None:
         """Let others take its place again; a name that is not pinned stays as it is."""
         await self._disk.look(name, self.path, name)
         self._pins.names.discard(name)
+        await self._follow_pins(name)
+
+    async def _follow_pins(self, name: str) -> None:
+        """Let the engine keep what `name` means no longer if no pinned name means it."""
         loaded = self._loaded.held(name)
         if loaded is not None and self._is_current(loaded):
             await self._pins.follow(loaded.info.content_hash, self._loaded.names_of(loaded.info.content_hash))
@@ -277,8 +291,9 @@ class AdapterStore:
             try:
                 known = self._loaded.known(name) if not reads else None
                 before = known.info if known is not None and known.is_of(directory, stamp) else None
+                is_pinned = name in self._pins.names
                 info = await self._engine.load_adapter(
-                    name, str(directory), before, is_pinned=name in self._pins.names, is_prefetch=is_prefetch
+                    name, str(directory), before, is_pinned=is_pinned, is_prefetch=is_prefetch
                 )
             except UserError as error:
                 if error.code == "adapter_places_pinned" and await self._let_go_of_old_files(name, directory, stamp):
@@ -289,7 +304,8 @@ class AdapterStore:
                 continue
             if before is not None and info.content_hash == before.content_hash:
                 info = before  # what is held may have come with another chat template
-            self._pins.loaded(name, info.content_hash)
+            if is_pinned:
+                self._pins.told(info.content_hash)
             loaded = Loaded(directory, stamp, self._engine.generation, info)
             if await self._disk.look(name, stamp_of, directory) == stamp:
                 seconds = time.monotonic() - start
@@ -312,6 +328,7 @@ class AdapterStore:
         before = self._loaded.keep(name, loaded)
         if before is not None:
             await self._release(before)
+        await self._follow_pins(name)  # it may be unpinned while it was loaded
 
     async def _release(self, loaded: Loaded) -> None:
         """Let the engine forget an adapter that no name means any more."""

@@ -446,6 +446,43 @@ async def test_a_pin_follows_its_name_and_goes_with_it(store, engine, root):
     assert unknown.value.status == 404 and not store.is_pinned("a")
 
 
+async def test_a_pin_that_is_taken_back_or_fails_while_it_loads_leaves_none(store, engine, root):
+    make(root / "a", "one")
+    loading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, path):
+        loading.set()
+        await go_on.wait()
+
+    async def pin_during_load() -> asyncio.Task:
+        loading.clear()
+        go_on.clear()
+        engine.during = wait
+        pin = asyncio.create_task(store.pin("a"))
+        await loading.wait()
+        return pin
+
+    pin = await pin_during_load()
+    await store.unpin("a")
+    go_on.set()
+    await pin
+    assert not engine.pinned and not store.is_pinned("a") and engine.held
+    make(root / "a", "two")
+    pin = await pin_during_load()
+    pin.cancel()  # a client that leaves
+    go_on.set()
+    await store.resolve("a")
+    assert not engine.pinned and not store.is_pinned("a")
+    engine.during = None
+    two = (await store.pin("a")).content_hash
+    make(root / "a", "bad")
+    with pytest.raises(UserError, match="bad weights"):
+        await store.pin("a")
+    make(root / "a", "two")
+    await store.resolve("a")
+    assert store.is_pinned("a") and engine.pinned == {two}  # as it was before
+
+
 async def test_a_pin_of_what_leaves_at_once_loads_it_again(store, engine, root):
     make(root / "a", "one")
     one = await store.resolve("a")
