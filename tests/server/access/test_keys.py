@@ -16,11 +16,12 @@ from specserve.errors import RateLimitedError, UserError
 from specserve.server.access import key_file as key_file_module
 from specserve.server.access import keys as keys_module
 from specserve.server.access.caller import Caller
-from specserve.server.access.key_file import digest_of, entry_text, new_key, read_keys
+from specserve.server.access.key_file import digest_of, entry_text, read_keys
 from specserve.server.access.keys import KeyRing
 from specserve.server.access.limits import Allowance, Limits
 
-KEY, OTHER = new_key(), new_key()
+# The same in every process of a test run, since cases are named by them.
+KEY, OTHER = (f"sk-specserve-{letter * 43}" for letter in "ab")
 
 
 @pytest.fixture(autouse=True)
