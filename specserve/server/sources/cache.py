@@ -63,6 +63,14 @@ class AdapterCache:
     def close(self) -> None:
         self._lock.close()
 
+    @property
+    def _is_locked(self) -> bool:
+        """Whether the lock is on what is there now."""
+        try:
+            return os.path.samestat(os.stat(self._root / "lock"), os.fstat(self._lock.fileno()))
+        except (OSError, ValueError):  # it is gone, or closed
+            return False
+
     def entry(self, url: str) -> Entry | None:
         """What `url` meant last, if its folder is there with the bytes that were fetched."""
         try:
@@ -81,7 +89,7 @@ class AdapterCache:
     @contextmanager
     def workplace(self) -> Iterator[Path]:
         """An empty folder that is gone afterwards, whatever happens; `keep` takes `files` out of it."""
-        if not self._partial.is_dir():  # somebody removed the cache, as one may, and the lock on it
+        if not (self._partial.is_dir() and self._is_locked):  # somebody removed the cache, as one may
             self._lock.close()
             self._open()
         folder = Path(tempfile.mkdtemp(dir=self._partial))

@@ -287,6 +287,12 @@ async def test_a_cache_that_was_removed_is_made_anew_and_locked(make, source, tm
     with pytest.raises(UserError, match="--adapter-cache-dir another"):
         make()
     shutil.rmtree(tmp_path / "cache")
+    other = make()  # another server comes first
+    with pytest.raises(UserError, match="--adapter-cache-dir another"):
+        await fetch(fetcher, f"{source.url}/loras/a")
+    other.close()
+    await fetch(fetcher, f"{source.url}/loras/a")
+    shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match="cannot be kept in"):
         await fetch(fetcher, f"{source.url}/loras/a")
