@@ -207,6 +207,9 @@ def bind(host: str, port: int) -> socket.socket:
 def serve(config: ServeConfig) -> None:
     """Run the server until SIGINT or SIGTERM. Raises `UserError` when it cannot start."""
     configure_logging(getattr(logging, config.log_level.upper()))
+    reads_again = config.api_keys_file is not None or config.tls_certfile is not None
+    if reads_again:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is somebody to hear it, and nothing older to replace
     if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
         raise UserError(f"adapters_dir {config.adapters_dir!r} is not a directory; create it or leave it out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's; a text is one thread's work
@@ -237,7 +240,7 @@ def serve(config: ServeConfig) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        if config.api_keys_file is not None or config.tls_certfile is not None:
+        if reads_again:
             loop.add_signal_handler(signal.SIGHUP, on_hangup)  # else a terminal that closes ends the server
         await task
 
