@@ -67,7 +67,7 @@ class AdapterLoads:
         self._given_up: list[_Load] = []  # while a thread is still at it
         self._last_given = clock()  # when a load ended with room
         self._untrimmed_bytes = 0
-        self._lock = threading.Lock()  # of the list, and of who sends a load on its way
+        self._lock = threading.Lock()  # of the lists, and of who sends a load on its way or gives it up
         self._readers = ThreadPoolExecutor(max_workers=NUM_READERS, thread_name_prefix="adapter")
 
     @property
@@ -91,9 +91,9 @@ class AdapterLoads:
             return []
         answers, now = [], self._clock()
         for load in list(self._loads):
-            answer = self._look_at(load, now)
-            if answer is not None or load.is_answered:
-                with self._lock:
+            with self._lock:
+                answer = self._look_at(load, now)
+                if answer is not None or load.is_answered:
                     self._loads.remove(load)
             if answer is not None:
                 answers.append(answer)
@@ -107,7 +107,7 @@ class AdapterLoads:
         return answers
 
     def _look_at(self, load: _Load, now: float) -> Answer | None:
-        """Its answer, if there is one now."""
+        """Its answer, if there is one now. Under the lock."""
         message = load.message
         if load.is_answered:
             self._last_given = now
@@ -165,11 +165,12 @@ class AdapterLoads:
             return next(load.way)
         except StopIteration as end:
             brought: Brought = end.value
-        is_wanted = load not in self._given_up
-        info = self._engine.place_adapter(brought, load.message.is_pinned) if is_wanted else None
+        with self._lock:
+            is_wanted = load not in self._given_up
+            info = self._engine.place_adapter(brought, load.message.is_pinned) if is_wanted else None
+            load.is_answered = info is not None
         if info is not None:
             self._answer(AdapterLoaded(load.message.call_id, info))
-            load.is_answered = True
         self._untrimmed_bytes += brought.adapter.num_bytes
         if self._untrimmed_bytes > TRIM_BYTES:  # 60 adapters of 2 to 150 MB left half a gigabyte in pieces
             self._untrimmed_bytes = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -37,6 +38,7 @@ class Threads:
 
     def run(self, num=1):
         for future, work, load in [self.work.pop(0) for _ in range(min(num, len(self.work)))]:
+            assert future.set_running_or_notify_cancel()
             try:
                 future.set_result(work(load))
             except Exception as error:
@@ -167,6 +169,7 @@ def test_a_load_that_fails_gives_back_what_it_reserved(engine):
 def test_a_read_without_end_is_refused_and_its_room_comes_back_when_it_ends(engine):
     engine.load("a")
     future, work, load = engine.threads.work.pop()
+    future.set_running_or_notify_cancel()
     engine.load("b")
     engine.threads.run()
     assert engine.place() == (["b"], {})  # it is not held up
@@ -177,6 +180,24 @@ def test_a_read_without_end_is_refused_and_its_room_comes_back_when_it_ends(engi
     future.set_result(result)
     engine.place()
     assert engine.registry.size_bytes == SIZE and not engine.loads._given_up
+
+
+def test_a_read_that_ends_while_it_is_given_up_has_one_answer(engine):
+    engine.load("a")
+    engine.clock.now += adapter_loads.READ_S + 1
+    place_adapter, placed = engine.place_adapter, []
+    giving_up = threading.Thread(target=lambda: placed.extend(engine.loads.place()))
+
+    def beside(brought, is_pinned):
+        giving_up.start()
+        giving_up.join(0.1)
+        return place_adapter(brought, is_pinned)
+
+    engine.place_adapter = beside
+    engine.threads.run()
+    giving_up.join()
+    assert engine.place() == (["a"], {}) and not placed
+    assert engine.registry.size_bytes == SIZE and not engine.loads._loads and not engine.loads._given_up
 
 
 def test_two_loads_of_known_content_read_it_once(engine):
