@@ -60,6 +60,7 @@ class AdapterMemory:
             return (yield from self._into(self.registry, load, host.adapters[content_hash]))
         finally:
             host.release(content_hash)
+            host.take_left()  # it may have been unloaded meanwhile
 
     def _on_host(self, host: AdapterRegistry, load: LoadAdapter) -> Generator[Reservation, None, str]:
         """Content hash of the adapter, whose copy in host memory is acquired."""
@@ -98,6 +99,8 @@ class AdapterMemory:
     def _moved(
         self, registry: AdapterRegistry, load: LoadAdapter, copy: LoraAdapter | None, reservation: Reservation
     ) -> Brought:
+        if registry is self.host:
+            registry.take_left()  # the copies that made room: no step reads them
         start = time.monotonic()
         if copy is not None:
             return Brought(self._upload(copy), reservation, time.monotonic() - start)
@@ -113,9 +116,10 @@ class AdapterMemory:
 
     def unload(self, content_hash: str) -> None:
         """Forget an adapter as soon as no running request uses it."""
-        for registry in (self.registry, self.host):
-            if registry is not None:
-                registry.unload(content_hash)
+        self.registry.unload(content_hash)
+        if self.host is not None:
+            self.host.unload(content_hash)
+            self.host.take_left()
 
     def grant(self) -> None:
         """Give room to loads that wait for it."""

@@ -50,6 +50,7 @@ class Engine:
 
     def __init__(self, host_bytes=None):
         self.clock, self.reads, self.uploads, self.pinned = Clock(), [], [], []
+        self.most_copies = 0  # in main memory beside the device while one is read
         self.registry = AdapterRegistry(2, self.clock, max_bytes=3 * SIZE)
         host = AdapterRegistry(99, self.clock, max_bytes=host_bytes) if host_bytes else None
         self.memory = AdapterMemory(self.registry, self.read, lambda path: SIZE, host, self.upload)
@@ -60,6 +61,8 @@ class Engine:
 
     def read(self, name, path):
         self.reads.append(name)
+        if self.memory.host is not None:
+            self.most_copies = max(self.most_copies, len(self.memory.host.adapters))
         if name.startswith("bad"):
             raise AdapterError("bad weights")
         if name.startswith("bug"):
@@ -255,9 +258,10 @@ def test_beside_a_device_copies_stay_in_main_memory_and_are_not_read_again():
     assert engine.reads == ["a", "b", "c"] and engine.uploads == ["a", "b", "c", "a"]
     engine.bring("d")  # a copy leaves main memory for it, whether or not the device has that adapter
     assert len(host.adapters) == 3 and host.size_bytes == 3 * SIZE and not host.num_refs
+    assert engine.most_copies == 2  # it had left before the new one was read
     engine.memory.unload("d")
     engine.registry.take_left()
-    assert "d" not in engine.registry.adapters and host.size_bytes == 2 * SIZE
+    assert "d" not in engine.registry.adapters and host.size_bytes == 2 * SIZE and len(host.adapters) == 2
 
 
 def test_what_the_device_has_is_not_brought_again_whether_or_not_a_copy_is_left():
