@@ -55,7 +55,7 @@ def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: S
     num, num_tokens, what = len(scheduler.waiting), scheduler.waiting.num_tokens, ""
     own_tokens = len(request.prompt_token_ids) + waits.expected_output(request)
     num_places = config.max_waiting + scheduler.max_num_seqs
-    num_own = scheduler.waiting.num_of(request.adapter_hash, request.priority)
+    num_own = scheduler.waiting.num_of(request.adapter_hash)
     if num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED):
         what = f"{num} requests, {num_own} of them for this adapter, are waiting (--max-waiting {config.max_waiting})"
     elif num_tokens and num_tokens + own_tokens > config.max_waiting_tokens:  # one may wait, whatever its size

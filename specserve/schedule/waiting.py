@@ -115,10 +115,9 @@ class WaitingQueue:
             late.append(seq)
         return late
 
-    def num_of(self, adapter_hash: str | None, priority: int) -> int:
-        """How many of that adapter and priority have not run."""
-        queue = self._by_priority.get(priority)
-        return 0 if queue is None else queue.num_of(adapter_hash)
+    def num_of(self, adapter_hash: str | None) -> int:
+        """How many of that adapter have not run."""
+        return sum([queue.num_of(adapter_hash) for queue in self._by_priority.values()])
 
     def cost_ahead(self, adapter_hash: str | None, priority: int) -> float:
         """What is served, at most, before a new sequence of that adapter and priority is admitted."""

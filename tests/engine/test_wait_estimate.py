@@ -54,9 +54,9 @@ class Load:
 def test_one_adapter_cannot_take_all_places_to_wait():
     load, config = Load(), EngineConfig(max_waiting=16)  # and two seats
 
-    def room_for(adapter):
+    def room_for(adapter, priority=0):
         try:
-            refuse_overload(load.request(adapter), config, load.scheduler, load.waits)
+            refuse_overload(load.request(adapter, priority=priority), config, load.scheduler, load.waits)
         except OverloadedError as error:
             assert "--max-waiting 16" in str(error) and error.retry_after_s is not None
             return False
@@ -64,7 +64,7 @@ def test_one_adapter_cannot_take_all_places_to_wait():
 
     while room_for("hot"):
         load.add("hot")
-    assert len(load.scheduler.waiting) == 16
+    assert len(load.scheduler.waiting) == 16 and not room_for("hot", priority=-1)
     for adapter in ("a", "b"):
         assert room_for(adapter)
         load.add(adapter)
