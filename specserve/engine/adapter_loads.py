@@ -23,7 +23,7 @@ from .engine import Engine
 MAX_LOADS = 1024  # that wait or are read
 NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
 WAIT_S = 60.0  # for room, while nobody else gets any
-READ_S = 600.0  # a disk that has not given an adapter by then is away
+READ_S = 600.0  # a disk that has not given an adapter by then is away; also for a thread that reads
 TRIM_BYTES = 64 << 20  # of adapters that were read, after which memory goes back to the system
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ Answer = AdapterLoaded | CallFailed
 class _Load:
     message: LoadAdapter
     way: Generator[Reservation, None, Brought]
-    since: float  # it waits, or is read
+    since: float  # it waits for a thread, is read, or waits for room
     running: Future[Reservation | Brought] | None = None
     reservation: Reservation | None = None  # that it waits for
     is_answered: bool = False
@@ -131,6 +131,10 @@ class AdapterLoads:
                     load.way.close()
                     raise self._engine.memory.no_room(WAIT_S)
             elif load.running is not None and now - load.since > READ_S:
+                if load.running.cancel():
+                    load.way.close()
+                    text = f"adapter {message.name!r} waited {READ_S:g} s for others to be read; are disks slow or away?"
+                    raise OverloadedError(text, status=503)
                 self._given_up.append(load)
                 raise OverloadedError(
                     f"adapter {message.name!r} was not read in {READ_S:g} s; is its disk slow or away?", status=503
@@ -150,7 +154,7 @@ class AdapterLoads:
             key = load.message.content_hash
             # One of the same content is under way, under another name: this one will find it there.
             is_double = load.running is None and key in under_way
-            if key is not None:
+            if key is not None and not load.is_answered:
                 under_way.add(key)
             if not is_double and (
                 load.running is None or (load.reservation is not None and load.reservation.is_granted)
@@ -161,6 +165,7 @@ class AdapterLoads:
 
     def _advance(self, load: _Load) -> Reservation | Brought:
         """On a reader's thread: as far as it gets without waiting."""
+        load.since = self._clock()
         try:
             return next(load.way)
         except StopIteration as end:
@@ -168,7 +173,9 @@ class AdapterLoads:
         with self._lock:
             is_wanted = load not in self._given_up
             info = self._engine.place_adapter(brought, load.message.is_pinned) if is_wanted else None
-            load.is_answered = info is not None
+            if info is not None:
+                load.is_answered = True
+                self._go_on()  # with those of the same content
         if info is not None:
             self._answer(AdapterLoaded(load.message.call_id, info))
         self._untrimmed_bytes += brought.adapter.num_bytes

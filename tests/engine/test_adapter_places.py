@@ -185,6 +185,24 @@ def test_a_read_without_end_is_refused_and_its_room_comes_back_when_it_ends(engi
     assert engine.registry.size_bytes == SIZE and not engine.loads._given_up
 
 
+def test_waiting_for_a_thread_is_no_reading_and_has_an_end_as_well(engine):
+    for name in "ab":
+        engine.load(name)
+    engine.clock.now += adapter_loads.READ_S - 1
+    read = engine.read
+
+    def slow(name, path):
+        engine.clock.now += 2
+        assert engine.loads.place()[0].error.message.startswith("adapter 'b' waited 600 s for others")
+        return read(name, path)
+
+    engine.memory._read = slow
+    engine.threads.run()
+    (waiting, *_), *rest = engine.threads.work
+    assert waiting.cancelled() and not rest and engine.place() == (["a"], {})
+    assert engine.registry.size_bytes == SIZE and not engine.loads._loads and not engine.loads._given_up
+
+
 def test_a_read_that_ends_while_it_is_given_up_has_one_answer(engine):
     engine.load("a")
     engine.clock.now += adapter_loads.READ_S + 1
@@ -207,10 +225,11 @@ def test_two_loads_of_known_content_read_it_once(engine):
     engine.load("a1", content_hash="a", size_bytes=SIZE)
     engine.load("a2", content_hash="a", size_bytes=SIZE)
     engine.threads.run(2)
-    assert engine.place() == (["a1"], {})
-    engine.threads.run()
-    assert engine.place() == (["a2"], {}) and engine.reads == ["a1"] and engine.registry.size_bytes == SIZE
-    engine.bring("a3")  # unknown content, which turns out to be there
+    engine.load("a3", content_hash="a", size_bytes=SIZE)
+    engine.threads.run(2)  # without a turn of the engine between
+    assert engine.place() == (["a1", "a2", "a3"], {}) and engine.reads == ["a1"]
+    assert engine.registry.size_bytes == SIZE
+    engine.bring("a4")  # unknown content, which turns out to be there
     assert engine.registry.size_bytes == SIZE and engine.registry.counts.num_loads == 1
 
 
