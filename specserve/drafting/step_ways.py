@@ -177,7 +177,7 @@ class StepWays:
             if load.num_unasked >= FIRST_STEPS and BARE in load.kind.choices:  # all sources are switched off
                 load.next_trials[load.kept] = self._now_s + _LEAST_WAIT * step.seconds
                 load.kept, load.num_unasked = BARE, 0
-        return way == load.kept and self._begin_trial(load)
+        return way == load.kept and self._trying is None and self._begin_trial(load)
 
     def _note(self, load: Load, way: Way, step: TimedStep) -> bool:
         """Count the step in; whether it says what steps of its way take."""

@@ -259,6 +259,21 @@ def test_a_way_is_not_better_because_the_load_rose_or_fell_while_it_was_tried():
         assert trial.gain() == pytest.approx(1.0, abs=0.05)
 
 
+def test_one_way_is_tried_at_a_time_though_steps_are_learned_two_late():
+    for num_before in range(FIRST_STEPS, FIRST_STEPS + 16):  # at some of them a trial begins
+        ways, planned, num_tried = StepWays(), [], 0
+        for step in range(num_before + 12):
+            num_seqs = 64 if step < num_before else 128
+            load = ways.load(num_seqs, live())
+            planned.append((load, load.way, TimedStep(num_seqs, num_seqs, 0.0, 1e-3)))
+            if len(planned) > 2:
+                ways.observe(*planned.pop(0))
+            tried = [load for load in ways._loads.values() if load.trial is not None]
+            num_tried = max(num_tried, len(tried))
+            assert tried == ([ways._trying] if ways._trying is not None else [])
+        assert num_tried == 1
+
+
 def test_steps_of_another_load_are_not_what_a_trial_is_compared_with():
     machine, ways = Machine(), StepWays()
     machine.run(ways, 256, FIRST_STEPS - 1)
