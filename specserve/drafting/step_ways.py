@@ -66,8 +66,8 @@ class Load:
 
     @property
     def is_known(self) -> bool:
-        """Whether all ways were tried."""
-        return len(self.next_trials) >= len(self.kind.choices) - 1
+        """Whether all other ways were tried."""
+        return all(way in self.next_trials for way in self.kind.choices if way != self.kept)
 
     def is_like(self, kind: Kind, level: int) -> bool:
         """Whether its steps may be compared with those of that load."""

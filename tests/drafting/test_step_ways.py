@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from specserve.drafting.step_ways import BARE, FIRST_STEPS, HALVES, TRIAL_SHARE, WHOLE, Live, StepWays
+from specserve.drafting.step_ways import (
+    BARE,
+    FIRST_STEPS,
+    HALVES,
+    TRIAL_SHARE,
+    WHOLE,
+    Kind,
+    Live,
+    Load,
+    StepWays,
+)
 from specserve.drafting.way_trial import TimedStep, Trial, Way
 
 WAYS = (BARE, WHOLE, HALVES)
@@ -292,6 +302,14 @@ def test_steps_that_prompts_fill_are_another_load_that_begins_as_the_one_without
     ways.note_prompts(True)
     filled = ways.load(256, live())
     assert filled is not alone and filled.kept == alone.kept == HALVES
+
+
+def test_a_load_is_known_when_every_way_but_the_one_that_is_kept_was_tried():
+    load = Load(Kind(WAYS, True, False), 8, kept=BARE, next_trials={WHOLE: 1.0})
+    load.next_trials[BARE] = 2.0  # it was tried and lost, before it was kept
+    assert not load.is_known
+    load.next_trials[HALVES] = 3.0
+    assert load.is_known
 
 
 def test_a_trial_ends_where_its_load_does_and_takes_few_steps_while_much_is_to_be_learned():
