@@ -167,7 +167,7 @@ class Proposer:
         if not self._live.num_drafting:
             return None
         plan = self._costs.plan(items, scheduler.max_batched_tokens, is_half)
-        load = self._load(len(scheduler.running))
+        load = self._plan_way(len(scheduler.running))
         if self._ways is not None and plan.num_decoding:
             num_prompt_rows = plan.num_rows - plan.num_decoding
             self._ways.note_prompts(num_prompt_rows >= _BACKLOG * scheduler.max_prefill_rows)
@@ -224,8 +224,10 @@ class Proposer:
 
     def would_ask(self, num_seqs: int, drafts: Iterable[GrowingDraft]) -> bool:
         """Whether a next step of `num_seqs` sequences, whose drafts these are, would ask any of them."""
-        load = self._load(num_seqs)
-        if not self._live.num_drafting or (load is not None and not load.way.drafts):
+        if not self._live.num_drafting:
+            return False
+        load = self._plan_way(num_seqs)
+        if load is not None and not load.way.drafts:
             return False
         return any(draft.max_tokens and (draft.is_fixed or draft.switch.would_ask(num_seqs)) for draft in drafts)
 
@@ -234,11 +236,11 @@ class Proposer:
 
         Only where they draft: else steps are queued ahead.
         """
-        load = self._load(num_running)
+        load = self._plan_way(num_running)
         return load is not None and load.way.halves
 
-    def _load(self, num_running: int) -> Load | None:
-        return self._ways.load(num_running, self._live) if self._ways is not None else None
+    def _plan_way(self, num_running: int) -> Load | None:
+        return self._ways.plan(num_running, self._live) if self._ways is not None else None
 
     def observe(self, verified: Verified) -> None:
         """Learn from what a step's verification kept of those that were asked, before the next step is proposed for."""

@@ -116,10 +116,10 @@ class StepWays:
         """Of the latest step that was asked about, if any was."""
         return None if self._planned is None else self._planned.way
 
-    def load(self, num_seqs: int, live: Live) -> Load | None:
-        """The load of a step while `num_seqs` sequences run; None where there is no choice.
+    def plan(self, num_seqs: int, live: Live) -> Load | None:
+        """The load of the next step while `num_seqs` sequences run; None where there is no choice.
 
-        As long as something is tried, and little else changes, the load that it is tried for.
+        As long as something is tried, and little else changes, the load that it is tried for; else a trial ends here.
         """
         choices = live.choices(num_seqs)
         if len(choices) < 2:

@@ -69,7 +69,7 @@ class Machine:
         return num * (self.tokens if way.drafts else 1) / self.times(num, way, way)
 
     def step(self, ways: StepWays | Way, num_seqs: int, prompts: bool = False) -> Way:
-        load = ways.load(num_seqs, live(is_held_up=not self.times.is_ahead)) if isinstance(ways, StepWays) else None
+        load = ways.plan(num_seqs, live(is_held_up=not self.times.is_ahead)) if isinstance(ways, StepWays) else None
         way = load.way if load is not None else ways
         assert isinstance(way, Way)
         num_prompt_rows = 0
@@ -166,7 +166,7 @@ def test_ways_that_are_nearly_equal_do_not_flap():
     ways, kept = StepWays(), []
     for _ in range(3000):
         machine.step(ways, 128)
-        load = ways.load(128, live())
+        load = ways.plan(128, live())
         assert load is not None
         kept.append(load.kept)
     assert len(set(kept)) == 1
@@ -180,7 +180,7 @@ def test_a_machine_whose_steps_are_uneven_makes_them_flap_seldom():
         ways, kept = StepWays(), []
         for _ in range(4000):
             machine.step(ways, 128)
-            load = ways.load(128, live())
+            load = ways.plan(128, live())
             assert load is not None
             kept.append(load.kept)
         num_changes += sum(one != other for one, other in itertools.pairwise(kept))
@@ -191,19 +191,19 @@ def test_sources_that_are_all_switched_off_leave_steps_to_be_queued_ahead_and_ar
     """Nobody is asked though drafts would be, until a trial says that they are tried."""
     ways, tried = StepWays(), []
     for step in range(400):
-        load = ways.load(2, live())
+        load = ways.plan(2, live())
         if ways.observe(load, BARE, TimedStep(2, 2, 0.0, 1.3e-3)):
             tried.append(step)
-    assert ways.load(2, live()).kept == BARE
+    assert ways.plan(2, live()).kept == BARE
     assert 64 < tried[0] < 120 and len(tried) < 5
 
 
 def test_there_is_no_choice_without_drafts_and_none_of_leaving_them_out_where_they_are_asked_for():
     ways = StepWays()
-    assert ways.load(256, live(num_drafting=0)) is None and ways.load(1, live(num_fixed=1)) is None
-    fixed = ways.load(256, live(num_fixed=1))
+    assert ways.plan(256, live(num_drafting=0)) is None and ways.plan(1, live(num_fixed=1)) is None
+    fixed = ways.plan(256, live(num_fixed=1))
     assert fixed is not None and fixed.kind.choices == (WHOLE, HALVES)
-    assert ways.load(3, live()).kind.choices == (WHOLE, BARE)
+    assert ways.plan(3, live()).kind.choices == (WHOLE, BARE)
 
 
 @dataclass
@@ -253,7 +253,7 @@ def test_requests_in_bursts_are_served_as_fast_as_by_the_best_single_way(times):
     def way_of(num_seqs: int, fills: bool) -> Way:
         nonlocal load
         ways.note_prompts(fills)
-        load = ways.load(num_seqs, live())
+        load = ways.plan(num_seqs, live())
         return load.way if load.way.halves is False or num_seqs > 1 else WHOLE
 
     for _ in range(6):
@@ -274,7 +274,7 @@ def test_one_way_is_tried_at_a_time_though_steps_are_learned_two_late():
         ways, planned, num_tried = StepWays(), [], 0
         for step in range(num_before + 12):
             num_seqs = 64 if step < num_before else 128
-            load = ways.load(num_seqs, live())
+            load = ways.plan(num_seqs, live())
             planned.append((load, load.way, TimedStep(num_seqs, num_seqs, 0.0, 1e-3)))
             if len(planned) > 2:
                 ways.observe(*planned.pop(0))
@@ -287,7 +287,7 @@ def test_one_way_is_tried_at_a_time_though_steps_are_learned_two_late():
 def test_steps_of_another_load_are_not_what_a_trial_is_compared_with():
     machine, ways = Machine(), StepWays()
     machine.run(ways, 256, FIRST_STEPS - 1)
-    while (trial := ways.load(8, live()).trial) is None:
+    while (trial := ways.plan(8, live()).trial) is None:
         machine.step(ways, 8)
     assert {step.num_seqs for step in trial.before} == {8}
 
@@ -295,12 +295,12 @@ def test_steps_of_another_load_are_not_what_a_trial_is_compared_with():
 def test_steps_that_prompts_fill_are_another_load_that_begins_as_the_one_without_was_found_to_be():
     machine, ways = Machine(), StepWays()
     machine.run(ways, 256, 100)
-    alone = ways.load(256, live())
+    alone = ways.plan(256, live())
     for is_full in (True, True, False, True, True):
         ways.note_prompts(is_full)
-        assert ways.load(256, live()) is alone
+        assert ways.plan(256, live()) is alone
     ways.note_prompts(True)
-    filled = ways.load(256, live())
+    filled = ways.plan(256, live())
     assert filled is not alone and filled.kept == alone.kept == HALVES
 
 
@@ -314,13 +314,13 @@ def test_a_load_is_known_when_every_way_but_the_one_that_is_kept_was_tried():
 
 def test_a_trial_ends_where_its_load_does_and_takes_few_steps_while_much_is_to_be_learned():
     machine, ways = Machine(), StepWays()
-    while ways.load(64, live()).trial is None:
+    while ways.plan(64, live()).trial is None:
         machine.step(ways, 64)
-    tried = ways.load(64, live())
-    assert ways.load(90, live()) is tried  # nearly the same
-    assert ways.load(8, live()) is not tried and tried.trial is None and tried.way == WHOLE
+    tried = ways.plan(64, live())
+    assert ways.plan(90, live()) is tried  # nearly the same
+    assert ways.plan(8, live()) is not tried and tried.trial is None and tried.way == WHOLE
     num_steps, num_tried = 600, 0
     for step in range(num_steps):  # always a load that was not met before
         num_seqs = 1 << (step // 20 % 10)
-        num_tried += machine.step(ways, num_seqs) != ways.load(num_seqs, live()).kept
+        num_tried += machine.step(ways, num_seqs) != ways.plan(num_seqs, live()).kept
     assert 0 < num_tried < 0.25 * num_steps
