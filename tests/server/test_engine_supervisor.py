@@ -183,11 +183,12 @@ def test_stats_do_not_wait_for_a_step(plan):
     asyncio.run(run())
 
 
+async def text(resender, request_id, prompt):
+    return "".join([delta.text async for delta in resender.generate(request(request_id, prompt), EngineLosses())])
+
+
 def test_sequences_without_output_outlive_their_engine_and_what_ends_it_twice_is_refused(plan):
     plan("serve")
-
-    async def text(resender, request_id, prompt):
-        return "".join([delta.text async for delta in resender.generate(request(request_id, prompt), EngineLosses())])
 
     async def run():
         async with started() as client:
@@ -201,6 +202,26 @@ def test_sequences_without_output_outlive_their_engine_and_what_ends_it_twice_is
             assert results == ["seven"] * 5
             assert error.status == 500 and error.code == "engine_crashed" and "2 times" in str(error)
             assert client.generation == 3
+
+    asyncio.run(run())
+
+
+def test_a_sequence_that_ran_alone_beside_a_new_one_that_ends_its_engine_is_served(plan):
+    plan("serve")
+
+    async def run():
+        async with started() as client:
+            resender = Resender(client)
+            ask = [asyncio.create_task(text(resender, name, ids)) for name, ids in (("good", [1]), ("bad", [13]))]
+            await wait_for(lambda: client.state != "ready")
+            ask.append(asyncio.create_task(text(resender, "bad again", [13])))  # runs beside the good one in its turn
+            await wait_for(lambda: client.state == "ready")
+            await wait_for(lambda: client.state != "ready")
+            ask.append(asyncio.create_task(text(resender, "new", [5])))  # waits until the good one is served
+            results = await asyncio.gather(*ask, return_exceptions=True)
+            assert [results[0], results[3]] == ["seven"] * 2
+            assert all(error.code == "engine_crashed" for error in results[1:3])
+            assert client.generation <= 6
 
     asyncio.run(run())
 

@@ -5,13 +5,15 @@ same. What was made of those already stays; where the next engine says other one
 may, the sequence ends with the loss.
 
 A sequence may be what ended the engine. So those that saw an end are sent again one at a time, the next one when the
-last has come further than ever before, and one that ends an engine in its turn is refused: a request that no engine
-survives takes nobody with it who only ran beside it. As that is slow, long outputs are not made again.
+last has come further than ever before. What saw no end runs beside them; so one that ends an engine in its turn is
+refused where nothing of that kind was there, and else has another turn, in which nothing new begins. A request that no
+engine survives takes nobody with it who only ran beside it. As all this is slow, long outputs are not made again.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ class EngineLosses:
 
     is_streamed: bool = True  # a client reads the output as it comes: there is no second time
     num: int = 0
+    was_alone: bool = False  # but for one that had seen no end, which may be what ended that engine
     token_ids: list[int] = field(default_factory=list)
     text_len: int = 0
     _num_before: int = 0  # tokens when the newest engine was asked
@@ -86,15 +89,28 @@ class Resender:
     def __init__(self, engine: EngineClient):
         self._engine = engine
         self._alone = asyncio.Lock()  # of the sequence among those with losses whose turn it is
+        self._num_new: Counter[int] = Counter()  # sequences without losses that run, by number of the engine
+        self._has_company = False  # one of them ran in this turn
+        self._takes_new = asyncio.Event()
+        self._takes_new.set()
 
     async def generate(self, request: GenerateRequest, losses: EngineLosses) -> AsyncGenerator[Delta]:
         """As `EngineClient.generate`; `losses` is the sequence's own, over several calls where it needs them."""
-        while True:
-            losses.begin_again()
-            is_alone = losses.num > 0
-            async with AsyncExitStack() as turn:
-                if is_alone:
-                    await turn.enter_async_context(self._alone)
+        is_alone = False
+        async with AsyncExitStack() as turn:
+            while True:
+                losses.begin_again()
+                if not losses.num:
+                    await self._takes_new.wait()
+                    self._begin_new(turn)
+                else:
+                    if not is_alone:
+                        await turn.enter_async_context(self._alone)
+                        is_alone = True
+                    if losses.was_alone:
+                        self._takes_new.clear()
+                        turn.callback(self._takes_new.set)
+                    self._has_company = self._num_new[self._engine_number] > 0
                 try:
                     async with aclosing(self._engine.generate(request)) as deltas:
                         async for delta in deltas:
@@ -107,10 +123,25 @@ class Resender:
                     return
                 except EngineLostError:
                     losses.num += 1
-                    if is_alone:
+                    if is_alone and not self._has_company:
                         raise _refused(losses.num) from None
                     if losses.is_final:
                         raise
+                    if is_alone:
+                        losses.was_alone = True
+                    else:
+                        await turn.aclose()
+
+    @property
+    def _engine_number(self) -> int:
+        """Of the engine that a sequence goes to now."""
+        return self._engine.generation + (self._engine.state != "ready")
+
+    def _begin_new(self, turn: AsyncExitStack) -> None:
+        number = self._engine_number
+        self._num_new[number] += 1
+        self._has_company = True
+        turn.callback(self._num_new.subtract, (number,))
 
 
 def other_output() -> EngineDeadError:
