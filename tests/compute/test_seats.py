@@ -13,7 +13,7 @@ from specserve.schedule.sequence import Sequence
 
 def test_every_sequence_of_a_step_has_a_seat_of_its_own_with_its_blocks():
     """While sequences come and go, grow, and lose their blocks; more in all than there are seats. Some steps fail
-    before what is new was taken, and some have no room for all of it."""
+    before or after what is new was taken, and some have no room for all of it."""
     rng, num_seats, next_block = random.Random(0), 6, 1
     seats = Seats(num_seats, 40, torch.device("cpu"))
     alive: list[Sequence] = []
@@ -31,8 +31,11 @@ def test_every_sequence_of_a_step_has_a_seat_of_its_own_with_its_blocks():
         places = seats.seat(chosen)
         assert len(set(places.tolist())) == len(chosen) and places.tolist() == seats.seats_of(chosen).tolist()
         if rng.random() < 0.1:
+            if rng.random() < 0.5:
+                seats.take_new(rng.choice((0, 2, 100)))
             continue
         new_places, new_blocks = seats.take_new(rng.choice((0, 2, 100)))
+        seats.wrote_new()
         assert len(set(new_places)) == len(new_places) and seats.take_new(100) == ([], [])
         padding = [seats.nowhere] * 3
         seats.flat[[*new_places, *padding]] = torch.tensor([*new_blocks, 9, 9, 9], dtype=torch.int32)

@@ -50,6 +50,7 @@ class DeviceRunner:
         bucket = self._parts.layers.bucket_of(num_rows, max(counts), len(active))
         seats, row_slots, ends = self._upload(items, counts, slots, bucket)
         self._parts.layers.queue(bucket)
+        self._parts.seats.wrote_new()
         self._on_seated(items, seats, ends)
         needed = LogitsRows(items, counts)  # while the layers run
         if not needed.rows:  # nothing but unfinished prefill chunks

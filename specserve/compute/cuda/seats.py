@@ -46,7 +46,7 @@ class Seats:
         self._seats = [_Seat(number) for number in range(num_seats)]
         self._oldest: deque[tuple[_Seat, int]] = deque()  # seats and their steps when they were looked through last
         self._num_steps = 0
-        self._new: tuple[list[int], list[int]] = [], []  # places in `flat`, and blocks, that the device lacks
+        self._new: tuple[list[int], list[int]] = [], []  # places in `flat`, and blocks, that the device may lack
         self._writer = Writer(device)
 
     def seat(self, sequences: Seq[Sequence]) -> np.ndarray:
@@ -90,11 +90,14 @@ class Seats:
 
     def take_new(self, room: int) -> tuple[list[int], list[int]]:
         """Places in `flat` and the blocks that belong there, at most `room`, for the caller to write before they are
-        read; what is more is written here."""
+        read, and to say so (`wrote_new`): else the next `seat` writes them. What is more is written here."""
         if len(self._new[0]) > room:
             self._write(room)
-        taken, self._new = self._new, ([], [])
-        return taken
+        return self._new
+
+    def wrote_new(self) -> None:
+        """What was taken is queued to be written."""
+        self._new = [], []
 
     def _write(self, start: int) -> None:
         """All that is new but the first `start`, now and in stream order."""
