@@ -78,17 +78,18 @@ class StepCosts:
         """From what a step took."""
         if self._host is None or self._host_beside is None:
             if plan.num_rows == plan.num_decoding == plan.shape.num_seqs:  # no prompts
-                num_rows = plan.num_rows + num_drafts
-                expected = plan.device.seconds(num_rows)
-                self.table.observe(num_rows, plan.shape, seconds.total - plan.draft_s, expected)
+                self._learn_device(plan, num_drafts, seconds.total - plan.draft_s)
             return
         if seconds.gap:
             self._host.observe(plan.num_decoding, num_drafts, seconds.gap - plan.draft_s)
         elif plan.is_hidden:
             self._host_beside.observe(plan.num_decoding, num_drafts, seconds.total - seconds.wait - plan.draft_s)
         if seconds.gap or seconds.wait > LEAST_WAIT * seconds.total:  # else the device was not what took so long
-            num_rows = plan.num_rows + num_drafts
-            self.table.observe(num_rows, plan.shape, seconds.total - seconds.gap, plan.device.seconds(num_rows))
+            self._learn_device(plan, num_drafts, seconds.total - seconds.gap)
+
+    def _learn_device(self, plan: StepPlan, num_drafts: int, seconds: float) -> None:
+        num_rows = plan.num_rows + num_drafts
+        self.table.observe(num_rows, plan.shape, seconds, plan.device.seconds(num_rows))
 
     def judge(self, plan: StepPlan, num_asked: int, verified: Verified, num_drafts: int) -> None:
         """Tell the switch of each that was asked what its sources brought, and what they took."""

@@ -40,17 +40,20 @@ class QueuedStep:
 
     def can_be_passed(self, max_rows: int) -> bool:
         """Whether the next step may be planned before this one's tokens are known; `max_rows` can be named."""
-        output = self.output
-        if output is None or output.prompt_rows or output.logits.shape[0] > max_rows:
-            return False
-        return all(item.seq.gets_any_token and not item.drafts for item in output.items)
+        output = self._output_for(max_rows)
+        return output is not None and all(item.seq.gets_any_token and not item.drafts for item in output.items)
 
     def has_room_beside(self, max_rows: int) -> bool:
         """Whether a step of other sequences may be queued behind it; nothing but its tokens is read of it then."""
+        output = self._output_for(max_rows)
+        return output is not None and all(item.seq.sampling.logprobs is None for item in output.items)
+
+    def _output_for(self, max_rows: int) -> StepOutput | None:
+        """Its output, if a step may be queued behind it at all."""
         output = self.output
         if output is None or output.prompt_rows or output.logits.shape[0] > max_rows:
-            return False
-        return all(item.seq.sampling.logprobs is None for item in output.items)
+            return None
+        return output
 
     def pass_by(self, reports: Reports) -> None:
         """Let its sequences stand where they will: behind its rows, and a token of which only the row is known."""

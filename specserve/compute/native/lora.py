@@ -115,16 +115,12 @@ def to_native(pair: LoraPair, empty: Empty = torch.empty) -> LoraPair:
     panels = -(-out // PANEL)
     if out % PANEL:
         b = F.pad(b, (0, 0, 0, panels * PANEL - out))
-    blocks, row = [], 0
+    flat, size, row = empty((a.numel(),), dtype=dtype), a.shape[1], 0
     while row < rank:
         num_rows = next(num for num in (8, 4, 1) if row + num <= rank)
-        blocks.append((row, num_rows))
-        row += num_rows
-    flat = empty((a.numel(),), dtype=dtype)
-    for row, num_rows in blocks:
-        size = a.shape[1]
         block = flat[row * size : (row + num_rows) * size].view(-1, num_rows, 32)
         block.copy_(a[row : row + num_rows].view(num_rows, -1, 32).transpose(0, 1))
+        row += num_rows
     there = empty((panels, rank, PANEL), dtype=dtype)
     there.copy_(b.reshape(panels, PANEL, rank).transpose(1, 2))
     return LoraPair(flat, there, pair.scale)
