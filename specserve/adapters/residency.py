@@ -89,6 +89,11 @@ class Residency:
                 self._num_reserved -= 1
             reservation.is_granted = False
 
+    def is_waiting(self, reservation: Reservation) -> bool:
+        """Whether it waits for room here."""
+        with self.lock:
+            return reservation in self._waiting
+
     def resize(self, reservation: Reservation, num_bytes: int) -> None:
         """What was read has another size than expected. Raises `OverloadedError` where more is not free at once."""
         with self.lock:

@@ -128,8 +128,9 @@ class AdapterLoads:
                     raise OverloadedError(text, status=503, code=NO_IDLE_ROOM)
             if load.reservation is not None:
                 if not load.reservation.is_granted and now - max(load.since, self._last_given) > WAIT_S:
+                    error = self._engine.memory.no_room(load.reservation, WAIT_S)
                     load.way.close()
-                    raise self._engine.memory.no_room(WAIT_S)
+                    raise error
             elif load.running is not None and now - load.since > READ_S:
                 if load.running.cancel():
                     load.way.close()

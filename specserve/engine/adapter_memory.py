@@ -105,7 +105,8 @@ class AdapterMemory:
         if copy is not None:
             return Brought(self._upload(copy), reservation, time.monotonic() - start)
         adapter = self._read(load.name, Path(load.path))
-        self.num_reads += 1
+        with registry.lock:  # there are several readers
+            self.num_reads += 1
         registry.resize(reservation, adapter.num_bytes)
         return Brought(adapter, reservation, time.monotonic() - start)
 
@@ -127,8 +128,14 @@ class AdapterMemory:
             if registry is not None:
                 registry.grant()
 
-    def no_room(self, seconds: float) -> OverloadedError:
-        """Why a load that waited for so long is refused."""
+    def no_room(self, reservation: Reservation, seconds: float) -> OverloadedError:
+        """Why a load that waited for `reservation` for so long is refused."""
+        if self.host is not None and self.host.is_waiting(reservation):
+            return OverloadedError(
+                f"the adapter found no room in main memory in {seconds:g} s: {self.host.size_bytes} of "
+                f"{self.host.max_bytes} bytes are in use; retry later or raise {self.host.bytes_flag}",
+                status=503,
+            )
         registry = self.registry
         return OverloadedError(
             f"the adapter found no room in {seconds:g} s: {len(registry.held())} of {registry.max_adapters} places and "

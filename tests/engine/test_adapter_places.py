@@ -313,6 +313,18 @@ def test_an_adapter_that_is_unloaded_while_a_load_finds_it_is_read_again():
     assert engine.reads == ["a", "a"] and engine.registry.size_bytes == engine.memory.host.size_bytes == SIZE
 
 
+def test_a_load_that_waits_for_main_memory_is_told_of_that():
+    engine = Engine(host_bytes=SIZE)
+    engine.bring("a")
+    engine.memory.host.acquire("a")  # as one on its way to the device does
+    engine.load("b")
+    engine.threads.run()
+    engine.place()
+    engine.clock.now += adapter_loads.WAIT_S + 1
+    assert "10 of 10 bytes" in (message := engine.place()[1]["b"].message) and "main memory" in message
+    assert not engine.memory.host.num_waiting and engine.memory.host.size_bytes == SIZE
+
+
 def test_a_load_that_ends_between_main_memory_and_device_gives_back_both():
     engine = Engine(host_bytes=9 * SIZE)
     engine.fill()
