@@ -168,7 +168,6 @@ class AdapterState(msgspec.Struct, frozen=True):
 
     content_hash: str
     tier: Literal["device", "host"]  # on a CPU, host is where steps read it
-    size_bytes: int
     num_requests: int  # that run with it, or wait to
     draft_tokens: int  # verified since it was loaded
     accepted_draft_tokens: int
@@ -317,8 +316,6 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     time: not that in which it was stopped or waited for a core.
     """
 
-    num_running: int
-    num_waiting: int
     turn_s: float
     num_rows: int  # of the newest step
     expected_s: float  # that such a step takes at most, by what was measured of others

@@ -52,7 +52,7 @@ from ..messages import (
 )
 from .adapter_loads import AdapterLoads
 from .engine import Engine
-from .server_link import Load, ServerLink
+from .server_link import NewestStep, ServerLink
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class EngineProcess:
 
     def serve(self) -> None:
         """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
-        self._link.start_heartbeat(self._load)
+        self._link.start_heartbeat(self._newest_step)
         while not self._is_over:
             self._link.begin_turn()
             self._give_up_compiling()
@@ -117,14 +117,14 @@ class EngineProcess:
         self._send_held()
         self._drain_inbox(wait_s=0.0)
 
-    def _load(self) -> Load:
+    def _newest_step(self) -> NewestStep:
         """Asked while a step runs: reads, and no more than what may be read then."""
         engine, scheduler = self._engine, self._engine.scheduler
         running, num_rows = scheduler.running[:], engine.num_rows
         shape = StepShape(num_seqs=max(1, len(running)), num_keys=sum([seq.num_computed for seq in running]))
         most_rows = max(num_rows, min(scheduler.max_batched_tokens, num_rows * (1 + engine.config.max_draft_tokens)))
         expected_s = engine.proposer.cost_model.seconds(most_rows, shape)
-        return Load(len(running), len(scheduler.waiting), num_rows, expected_s)
+        return NewestStep(num_rows, expected_s)
 
     def _begin_load(self, message: Any) -> bool:
         """On the thread that reads frames: a load waits for no step."""

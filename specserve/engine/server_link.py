@@ -1,9 +1,9 @@
 """The engine's end of the socket: what the server says, what the loop sends, and a heartbeat that no step holds up.
 
-Three threads meet here. One reads frames into `inbox`, but for those that `at_once` takes, from before the model is
-loaded, and leaves the process when the server goes. The loop sends, and says when its next turn begins. The heartbeat
-tells once a second that the process lives and how long the present turn has taken of its own time; it never waits for
-the socket, which the loop may have filled.
+One thread reads frames into `inbox`, but for those that `at_once` takes, from before the model is loaded, and leaves the
+process when the server goes. The loop sends, and says when its next turn begins; other threads send beside it, whole
+frames one after the other. The heartbeat tells once a second that the process lives and how long the present turn has
+taken of its own time; it never waits for the socket, which they may have filled.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ HEARTBEAT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a heartbeat says beside the time: sequences, and the newest step's rows and the seconds it should take."""
+class NewestStep:
+    """What a heartbeat says beside the time: the newest step's rows, and the seconds that it should take at most."""
 
-    num_running: int
-    num_waiting: int
     num_rows: int
     expected_s: float
 
@@ -53,9 +51,9 @@ class ServerLink:
         """From here on the process leaves when the server does."""
         threading.Thread(target=self._read, name="frames", daemon=True).start()
 
-    def start_heartbeat(self, load: Callable[[], Load]) -> None:
-        """`load` is asked once a second, by another thread than the loop's."""
-        threading.Thread(target=self._beat, args=(load,), name="heartbeat", daemon=True).start()
+    def start_heartbeat(self, newest_step: Callable[[], NewestStep]) -> None:
+        """`newest_step` is asked once a second, by another thread than the loop's."""
+        threading.Thread(target=self._beat, args=(newest_step,), name="heartbeat", daemon=True).start()
 
     def begin_turn(self) -> None:
         """What the loop does from here to the next call is what a heartbeat calls a turn."""
@@ -89,7 +87,7 @@ class ServerLink:
             logger.exception("the connection to the server broke")
         self._leave(0)
 
-    def _beat(self, load: Callable[[], Load]) -> None:
+    def _beat(self, newest_step: Callable[[], NewestStep]) -> None:
         clock, waits, turn, since = AwakeClock(HEARTBEAT_S), CoreWaits(), -1, 0.0
         while True:
             time.sleep(HEARTBEAT_S)
@@ -99,9 +97,8 @@ class ServerLink:
             try:
                 if turn != self._turn:
                     turn, since = self._turn, now
-                has = load()
-                beat = Heartbeat(has.num_running, has.num_waiting, now - since, has.num_rows, has.expected_s)
-                self._send_now(encode_frames([beat]))
+                step = newest_step()
+                self._send_now(encode_frames([Heartbeat(now - since, step.num_rows, step.expected_s)]))
             finally:
                 self._sending.release()
 

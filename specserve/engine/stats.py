@@ -85,7 +85,7 @@ def adapter_states(memory: AdapterMemory, drafts_of: Callable[[str], tuple[int, 
     if memory.host is not None:
         tiers = [("host", memory.host.held()), ("device", memory.registry.held())]
     states = {
-        key: AdapterState(key, tier, held.num_bytes, held.num_refs, *drafts_of(key))
+        key: AdapterState(key, tier, held.num_refs, *drafts_of(key))
         for tier, of_tier in tiers
         for key, held in of_tier.items()
     }
