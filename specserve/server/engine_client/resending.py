@@ -32,7 +32,7 @@ MAX_ENGINE_LOSSES = 4  # of a sequence that had come further than before each ti
 class EngineLosses:
     """How many engine processes ended with one sequence in them, and what had been made of its output by then."""
 
-    is_streamed: bool = True  # a client reads the output as it comes: there is no second time
+    is_once: bool  # somebody acts on the output as it comes: what was given cannot be made again
     num: int = 0
     was_alone: bool = False  # but for one that had seen no end, which may be what ended that engine
     token_ids: list[int] = field(default_factory=list)
@@ -50,7 +50,7 @@ class EngineLosses:
     def is_final(self) -> bool:
         """Whether it cannot be made again."""
         num = len(self.token_ids)
-        return self.num >= MAX_ENGINE_LOSSES or num > (0 if self.is_streamed else MAX_TOKENS_AGAIN)
+        return self.num >= MAX_ENGINE_LOSSES or num > (0 if self.is_once else MAX_TOKENS_AGAIN)
 
     def begin_again(self) -> None:
         self._num_before, self._num_again, self._text_again = len(self.token_ids), 0, 0

@@ -125,7 +125,7 @@ class JobRunner:
     def _choice(self, job: Job, request: GenerateRequest) -> AsyncGenerator[Delta]:
         """One sequence, or several as one where tools bring adapters."""
         if job.tools is None or not job.tools.switching:
-            return self._one(request, job.adapter, job.adapter_info, EngineLosses(bool(job.request.stream)))
+            return self._one(request, job.adapter, job.adapter_info, EngineLosses(is_once=bool(job.request.stream)))
         eos_token_ids = frozenset(self._engine.info.eos_token_ids)
         return switching_deltas(job.tools, request, job.adapter, eos_token_ids, self._one_with)
 
@@ -133,7 +133,7 @@ class JobRunner:
         """One sequence with the adapter of that name, whatever `request` holds."""
         content_hash = None if adapter is None else (await self._store.resolve(adapter)).content_hash
         request = msgspec.structs.replace(request, adapter_hash=content_hash)
-        async with aclosing(self._one(request, adapter, None, EngineLosses())) as deltas:
+        async with aclosing(self._one(request, adapter, None, EngineLosses(is_once=True))) as deltas:
             async for delta in deltas:
                 yield delta
 
