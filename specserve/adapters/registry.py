@@ -2,7 +2,8 @@
 
 Owns which are there; who gets room and who leaves is `residency`. Nothing here reads, copies or imports torch. Names
 live in the server; a changed directory is simply another adapter. Any thread may ask and put; what has left goes from
-`adapters` when the engine's thread takes note of it (`take_left`), so that nothing goes in the middle of a step.
+`adapters` with `take_left`, which is the engine's thread's to call for the memory that steps read, so that nothing goes
+while one is queued, and any thread's for copies beside a device.
 """
 
 from __future__ import annotations

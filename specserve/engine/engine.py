@@ -1,8 +1,9 @@
 """The engine: continuous batching with speculation, one `step()` at a time.
 
-`step()` is schedule, propose, forward, verify, commit, emit. Everything here is synchronous and single-threaded; the
-process around it (`process`) feeds requests in between steps. Whatever a request or an adapter does, other
-requests go on: errors are turned into that request's `RequestFailed`.
+`step()` is schedule, propose, forward, verify, commit, emit. Requests and steps are one thread's: the process around it
+(`process`) feeds requests in between steps and, on a device, while it runs. Other threads read, upload and place
+adapters. Whatever a request or an adapter does, other requests go on: errors are turned into that request's
+`RequestFailed`.
 """
 
 from __future__ import annotations
