@@ -66,7 +66,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "default: 128, on CUDA 1024"
         ),
     ] = None
-    max_waiting: Annotated[int, Meta(ge=0, description="requests that may wait beside as many as may run; more are answered 429")] = 1024
+    max_waiting: Annotated[
+        int, Meta(ge=0, description="requests that may wait beside as many as may run; more are answered 429")
+    ] = 1024
     max_waiting_tokens: Annotated[
         int,
         Meta(

@@ -134,7 +134,9 @@ class AdapterLoads:
             elif load.running is not None and now - load.since > READ_S:
                 if load.running.cancel():
                     load.way.close()
-                    text = f"adapter {message.name!r} waited {READ_S:g} s for others to be read; are disks slow or away?"
+                    text = (
+                        f"adapter {message.name!r} waited {READ_S:g} s for others to be read; are disks slow or away?"
+                    )
                     raise OverloadedError(text, status=503)
                 self._given_up.append(load)
                 raise OverloadedError(

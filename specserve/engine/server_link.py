@@ -1,9 +1,9 @@
 """The engine's end of the socket: what the server says, what the loop sends, and a heartbeat that no step holds up.
 
-One thread reads frames into `inbox`, but for those that `at_once` takes, from before the model is loaded, and leaves the
-process when the server goes. The loop sends, and says when its next turn begins; other threads send beside it, whole
-frames one after the other. The heartbeat tells once a second that the process lives and how long the present turn has
-taken of its own time; it never waits for the socket, which they may have filled.
+One thread reads frames into `inbox`, but for those that `at_once` takes, from before the model is loaded, and leaves
+the process when the server goes. The loop sends, and says when its next turn begins; other threads send beside it,
+whole frames one after the other. The heartbeat tells once a second that the process lives and how long the present turn
+has taken of its own time; it never waits for the socket, which they may have filled.
 """
 
 from __future__ import annotations

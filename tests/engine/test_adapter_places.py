@@ -226,7 +226,8 @@ def test_two_loads_of_known_content_read_it_once(engine):
     engine.load("a2", content_hash="a", size_bytes=SIZE)
     engine.threads.run(2)
     engine.load("a3", content_hash="a", size_bytes=SIZE)
-    engine.threads.run(2)  # without a turn of the engine between
+    for _ in range(2):
+        engine.threads.run()  # without a turn of the engine between
     assert engine.place() == (["a1", "a2", "a3"], {}) and engine.reads == ["a1"]
     assert engine.registry.size_bytes == SIZE
     engine.bring("a4")  # unknown content, which turns out to be there

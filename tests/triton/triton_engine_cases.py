@@ -146,6 +146,23 @@ def test_preempted_sequences_and_reused_seats_read_their_own_blocks(model_dir):
     assert pair[0].stats().num_preemptions > 0
 
 
+def test_blocks_of_a_step_whose_layers_could_not_be_queued_are_read_by_the_next(pair, monkeypatch):
+    engine, plain = pair
+    layers, num_steps = engine.runner._parts.layers, 0
+    queue = layers.queue
+
+    def failing(bucket):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 1:
+            raise RuntimeError("no memory")
+        queue(bucket)
+
+    monkeypatch.setattr(layers, "queue", failing)
+    requests = [request(i, range(20 * i + 5, 20 * i + 24), max_tokens=3) for i in range(2)]
+    assert tokens_of(run(engine, requests)) == tokens_of(run(plain, requests))
+
+
 def test_more_adapters_than_places_are_served_one_after_the_other(model_dir, adapter_dirs):
     pair = make_pair(model_dir, max_adapters=2)
     tokens = []
