@@ -119,7 +119,7 @@ class StepWays:
     def plan(self, num_seqs: int, live: Live) -> Load | None:
         """The load of the next step while `num_seqs` sequences run; None where there is no choice.
 
-        As long as something is tried, and little else changes, the load that it is tried for; else a trial ends here.
+        As long as something is tried, and little else changes, the load that it is tried for; else the trial ends.
         """
         choices = live.choices(num_seqs)
         if len(choices) < 2:

@@ -23,7 +23,7 @@ from .engine import Engine
 MAX_LOADS = 1024  # that wait or are read
 NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
 WAIT_S = 60.0  # for room, while nobody else gets any
-READ_S = 600.0  # a disk that has not given an adapter by then is away; also for a thread that reads
+READ_S = 600.0  # a disk that has not given an adapter by then is away; a wait for a thread has the same limit
 TRIM_BYTES = 64 << 20  # of adapters that were read, after which memory goes back to the system
 
 logger = logging.getLogger(__name__)

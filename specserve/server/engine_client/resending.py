@@ -34,7 +34,7 @@ class EngineLosses:
 
     is_once: bool  # somebody acts on the output as it comes: what was given cannot be made again
     num: int = 0
-    was_alone: bool = False  # but for one that had seen no end, which may be what ended that engine
+    was_alone: bool = False  # an engine ended in its turn, with a new one beside it: either may be why
     token_ids: list[int] = field(default_factory=list)
     text_len: int = 0
     _num_before: int = 0  # tokens when the newest engine was asked
