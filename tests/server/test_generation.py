@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from contextlib import aclosing
 
 import msgspec
@@ -12,13 +13,15 @@ import pytest
 
 from specserve.chat.types import Message
 from specserve.config import ServeConfig
-from specserve.errors import UserError
+from specserve.errors import DeadlineError, UserError
 from specserve.messages import AdapterInfo, Delta, EngineInfo
 from specserve.server.access.keys import KeyRing
 from specserve.server.access.limits import Allowance, Limits
 from specserve.server.generation import token_charge
 from specserve.server.generation.generator import Generator
 from specserve.server.loaded_names import UseCounts
+from specserve.server.lorax.api import LoraxRoutes
+from specserve.server.lorax.types import LoraxParameters, LoraxRequest
 from specserve.server.metrics import Metrics
 from specserve.server.openai.request_types import ChatRequest
 from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
@@ -201,3 +204,47 @@ async def test_a_key_without_tokens_is_refused_before_its_adapter_is_loaded(gene
     monkeypatch.setattr(generator.store, "resolve_with_texts", None)
     with pytest.raises(UserError, match="0 are left of tokens_per_minute 1000"):
         await prepare(generator, caller)
+
+
+# -- LoRAX's inputs, which are tokenised before they are a request
+
+
+def lorax_job(generator, caller, **parameters):
+    body = LoraxRequest("Hi", LoraxParameters(adapter_id="a", **parameters))
+    return LoraxRoutes(generator)._prepare(body, caller, stream=False)
+
+
+async def test_inputs_of_a_key_without_tokens_load_no_adapter(generator, caller, monkeypatch):
+    caller.allowance.reserve(1).settle(1001)
+    monkeypatch.setattr(generator.store, "resolve_with_texts", None)
+    with pytest.raises(UserError, match="0 are left of tokens_per_minute 1000"):
+        await lorax_job(generator, caller)
+
+
+async def test_the_deadline_of_inputs_is_from_before_their_adapter_is_loaded(generator, caller, monkeypatch):
+    begun = time.monotonic()
+    job, _ = await lorax_job(generator, caller, deadline_ms=60_000)
+    assert begun + 60 <= job.deadline == job.requests[0].deadline <= time.monotonic() + 60
+
+    async def load(name, known):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(generator.store, "resolve_with_texts", load)
+    with pytest.raises(DeadlineError):
+        await lorax_job(generator, caller, deadline_ms=20)
+
+
+async def test_inputs_are_not_run_with_another_tokenizer_than_made_their_tokens(generator, caller, monkeypatch):
+    resolve = generator.store.resolve_with_texts
+
+    async def edit(name, known):
+        resolved = await resolve(name, known)
+        generator.store.info = msgspec.structs.replace(generator.store.info, text_hash="another template")
+        return resolved
+
+    monkeypatch.setattr(generator.store, "resolve_with_texts", edit)
+    with pytest.raises(UserError, match="another chat template") as refused:
+        await lorax_job(generator, caller)
+    assert refused.value.code == "adapter_changed"
+    assert (await lorax_job(generator, caller))[0].adapter_info.text_hash == "another template"
+    await generator.close()

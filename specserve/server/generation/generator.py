@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..metrics import Metrics
 from ..openai.conversion import (
+    HasDeadline,
     check_prompt_ids,
     check_supported,
     choice_counts,
@@ -93,19 +95,13 @@ class Generator:
 
     async def prepare(self, request: CompletionRequest | ChatRequest, caller: Caller) -> Job:
         """Check and tokenise a request. Raises `UserError`."""
-        limit_s = deadline_s(request)
-        if limit_s is None:
-            return await self._prepare(request, caller, None)
-        deadline = time.monotonic() + limit_s
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self._prepare(request, caller, deadline)
-        except TimeoutError:
-            raise DeadlineError(
-                f"deadline_ms passed after {limit_s:g} s, before the request ran", param="deadline_ms"
-            ) from None
+        async with before_deadline(request) as deadline:
+            return await self.prepare_until(deadline, request, caller)
 
-    async def _prepare(self, request: CompletionRequest | ChatRequest, caller: Caller, deadline: float | None) -> Job:
+    async def prepare_until(
+        self, deadline: float | None, request: CompletionRequest | ChatRequest, caller: Caller
+    ) -> Job:
+        """The same, within `before_deadline` of what the request was made from."""
         check_supported(request)
         caller.check_priority(request.priority)
         caller.allowance.check_tokens()  # before an adapter is loaded and a text is read
@@ -202,6 +198,23 @@ class Generator:
     def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """(sequence index, delta) of all sequences. Raises `UserError`; leaving the iterator aborts what still runs."""
         return self._runner.deltas(job)
+
+
+@asynccontextmanager
+async def before_deadline(request: HasDeadline) -> AsyncIterator[float | None]:
+    """A request is prepared within this; its deadline, of time.monotonic(). Raises `DeadlineError` when it passes."""
+    limit_s = deadline_s(request)
+    if limit_s is None:
+        yield None
+        return
+    deadline = time.monotonic() + limit_s
+    try:
+        async with asyncio.timeout(limit_s):
+            yield deadline
+    except TimeoutError:
+        raise DeadlineError(
+            f"deadline_ms passed after {limit_s:g} s, before the request ran", param="deadline_ms"
+        ) from None
 
 
 def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolPlan | None) -> Thinking | None:

@@ -25,6 +25,7 @@ from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses, Resender, other_output
 from ..metrics import Metrics
 from .job import Job
+from .prompts import check_same_texts
 from .token_charge import TokenCharge
 
 MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
@@ -165,13 +166,7 @@ class JobRunner:
                     ) from None
             self._store.engine_lost(adapter, request.adapter_hash)
             now = await self._store.resolve(adapter)
-            if prompted is not None and now.text_hash != prompted.text_hash:
-                raise UserError(
-                    f"adapter {adapter!r} got another chat template or tokenizer while the request waited for it; "
-                    "send the request again",
-                    status=409,
-                    code="adapter_changed",
-                )
+            check_same_texts(adapter, prompted, now)
             if losses.token_ids and now.content_hash != request.adapter_hash:
                 raise other_output()
             request = msgspec.structs.replace(request, adapter_hash=now.content_hash)

@@ -16,6 +16,7 @@ from ...chat.messages import chat_ending, chat_messages, template_variables
 from ...chat.tools.definitions import Tool
 from ...chat.tools.formats import ChosenFormat, choose_format
 from ...chat.tools.prompt import for_template
+from ...errors import UserError
 from ...messages import AdapterInfo
 from ...text.template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
 from ...text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
@@ -96,3 +97,15 @@ class Prompts:
         else:
             text = await self._templates.render(tokenizer.template.job(chat, RENDER_TIMEOUT_S), tokenizer.template.name)
         return await self.off_loop(len(text) + chat.marks.num_chars, tokenizer.chat_ids, chat, text, max_tokens)
+
+
+def check_same_texts(name: str | None, prompted: AdapterInfo | None, now: AdapterInfo | None) -> None:
+    """Raises `UserError` (409) where a prompt was made by the template and tokenizer of `prompted`, which are not
+    those that `name` brings now."""
+    if prompted is not None and (now is None or now.text_hash != prompted.text_hash):
+        raise UserError(
+            f"adapter {name!r} got another chat template or tokenizer while the request waited for it; "
+            "send the request again",
+            status=409,
+            code="adapter_changed",
+        )

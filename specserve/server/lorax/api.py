@@ -17,8 +17,9 @@ from ... import __version__
 from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller, caller_of
-from ..generation.generator import Generator
+from ..generation.generator import Generator, before_deadline
 from ..generation.job import Job
+from ..generation.prompts import check_same_texts
 from ..http_body import convert, json_response, read_body
 from ..openai.conversion import MAX_CHOICES, MAX_STOPS, check_prompt_ids
 from ..routes import Handler
@@ -118,11 +119,24 @@ class LoraxRoutes:
     async def _prepare(self, body: LoraxRequest, caller: Caller, stream: bool) -> tuple[Job, LoraxBuilder]:
         parameters = body.parameters or LoraxParameters()
         check_parameters(body.inputs, parameters, stream)
+        caller.allowance.check_tokens()  # before an adapter is loaded and a text is read
+        async with before_deadline(parameters) as deadline:
+            job = await self._job(body.inputs, parameters, caller, stream, deadline)
+        job.names_limit = parameters.max_new_tokens is not None
+        sampling = job.requests[0].sampling
+        seed = sampling.seed if sampling.temperature else None
+        prefix = body.inputs if parameters.return_full_text else ""
+        eos = next(iter(self._generator.engine.info.eos_token_ids), 0)
+        return job, LoraxBuilder(job, parameters, prefix, seed, eos)
+
+    async def _job(
+        self, inputs: str, parameters: LoraxParameters, caller: Caller, stream: bool, deadline: float | None
+    ) -> Job:
         info, adapter = self._generator.engine.info, parameters.adapter_id
         adapter = None if adapter == BASE_MODEL else adapter or None
         named = self._generator.adapter_name(caller, None, adapter)
-        tokenizer, _ = await self._generator.prompts.tokenizer_for(named)
-        ids = await self._prompt_ids(body.inputs, parameters, tokenizer)
+        tokenizer, prompted = await self._generator.prompts.tokenizer_for(named)
+        ids = await self._prompt_ids(inputs, parameters, tokenizer)
         check_prompt_ids(ids, info)
         room = info.max_model_len - len(ids)
         max_tokens = parameters.max_new_tokens if parameters.max_new_tokens is not None else max(1, room)
@@ -133,13 +147,10 @@ class LoraxRoutes:
                 param="max_new_tokens",
                 code="context_length_exceeded",
             )
-        job = await self._generator.prepare(completion_request(parameters, adapter, ids, max_tokens, stream), caller)
-        job.names_limit = parameters.max_new_tokens is not None
-        sampling = job.requests[0].sampling
-        seed = sampling.seed if sampling.temperature else None
-        prefix = body.inputs if parameters.return_full_text else ""
-        eos = next(iter(info.eos_token_ids), 0)
-        return job, LoraxBuilder(job, parameters, prefix, seed, eos)
+        request = completion_request(parameters, adapter, ids, max_tokens, stream)
+        job = await self._generator.prepare_until(deadline, request, caller)
+        check_same_texts(named, prompted, job.adapter_info)  # it is looked up again, and may be another by now
+        return job
 
     async def _prompt_ids(self, inputs: str, parameters: LoraxParameters, tokenizer: TextTokenizer) -> list[int]:
         """Token ids of the inputs, as a user's message if so asked, cut at the front to `truncate` tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ...config import ServeConfig
 from ...errors import UserError
@@ -116,7 +116,11 @@ def priority_of(request: GenerationFields, config: ServeConfig) -> int:
     return value
 
 
-def deadline_s(request: GenerationFields) -> float | None:
+class HasDeadline(Protocol):
+    deadline_ms: float | None
+
+
+def deadline_s(request: HasDeadline) -> float | None:
     """Seconds from its arrival; None: it has no deadline of its own."""
     if request.deadline_ms is None:
         return None
