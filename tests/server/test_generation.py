@@ -174,7 +174,8 @@ async def test_a_job_reserves_what_it_may_use_and_is_charged_what_it_used(genera
         assert before - left(caller) == job.num_prompt_tokens + job.n
 
 
-async def test_a_job_whose_client_leaves_before_the_first_token_costs_its_prompt(generator, caller, monkeypatch):
+@pytest.mark.parametrize("end", ["client", "deadline"])
+async def test_a_job_that_ends_before_the_first_token_costs_its_prompt(generator, caller, monkeypatch, end):
     asked = asyncio.Event()
 
     async def silent(request):
@@ -184,10 +185,14 @@ async def test_a_job_whose_client_leaves_before_the_first_token_costs_its_prompt
 
     monkeypatch.setattr(generator.engine, "generate", silent)
     job = await prepare(generator, caller)
+    if end == "deadline":
+        job.deadline = time.monotonic() + 0.05
     client = asyncio.create_task(anext(generator.deltas(job)))
-    await asked.wait()
-    client.cancel()
+    if end == "client":
+        await asked.wait()
+        client.cancel()
     await asyncio.wait([client])
+    assert client.cancelled() or isinstance(client.exception(), DeadlineError)
     assert left(caller) == 1000 - job.num_prompt_tokens
 
 

@@ -74,7 +74,6 @@ class JobRunner:
             raise
         except TimeoutError:
             line.failed("timeout")
-            charge.failed()
             if timeout_s < self._timeout_s:
                 raise DeadlineError("deadline_ms passed before the answer was complete", param="deadline_ms") from None
             raise UserError(

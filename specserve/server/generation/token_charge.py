@@ -1,8 +1,9 @@
 """What a job takes of its key's tokens: reserved before it runs, charged by what it used when it ends.
 
 Reserved are its prompts and as many tokens as all its sequences may give; where the client leaves that open, which in a
-chat means all the room that there is, a guess stands for it. Who leaves before the first token is charged the prompt,
-or prompts would be free for whoever leaves in time; a job that fails before it is charged nothing.
+chat means all the room that there is, a guess stands for it. A job that ends before its first token, because its client
+leaves or its time is over, is charged the prompt, or prompts would be free for whoever leaves in time; one that fails
+before it is charged nothing.
 """
 
 from __future__ import annotations
