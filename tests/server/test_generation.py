@@ -142,6 +142,27 @@ async def test_an_adapter_that_never_stays_for_its_request_is_an_overload(genera
     await generator.close()
 
 
+@pytest.mark.parametrize(("num_taken", "is_complete"), [(1, False), (2, True)])
+async def test_a_deadline_that_passes_during_a_write_cuts_no_write(generator, monkeypatch, num_taken, is_complete):
+    async def generate(request):
+        for finish_reason in (None, None, "stop"):
+            yield Delta(request.request_id, [7], finish_reason=finish_reason)
+
+    monkeypatch.setattr(generator.engine, "generate", generate)
+    job = await prepare(generator)
+    job.deadline = time.monotonic() + 0.5
+    async with aclosing(generator.deltas(job)) as deltas:
+        for _ in range(num_taken):
+            await anext(deltas)
+        await asyncio.sleep(0.6)  # a reader that takes nothing; cancelled, this would not be a DeadlineError
+        if is_complete:
+            assert [delta.finish_reason async for _, delta in deltas] == ["stop"]
+        else:
+            with pytest.raises(DeadlineError):
+                await anext(deltas)
+    await generator.close()
+
+
 # -- tokens of a key
 
 

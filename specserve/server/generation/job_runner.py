@@ -56,14 +56,16 @@ class JobRunner:
         num, timeout_s = len(job.requests), self._timeout_s
         if job.deadline is not None:
             timeout_s = min(timeout_s, job.deadline - time.monotonic())
+        end = asyncio.get_running_loop().time() + timeout_s
         watch = self._metrics.watch(job.adapter or self._base_name, num)
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
         if job.adapter is not None:
             self._store.uses.count(job.adapter)
         try:
-            async with asyncio.timeout(timeout_s), aclosing(self._choices(job)) as deltas:
-                async for idx, delta in deltas:
+            async with aclosing(self._choices(job)) as deltas:
+                while (item := await _next(deltas, end)) is not None:
+                    idx, delta = item
                     watch.delta(idx, delta)
                     line.delta(delta)
                     charge.delta(delta)
@@ -174,3 +176,15 @@ class JobRunner:
 def _with_text(delta: Delta, detokenizer: Detokenizer) -> Delta:
     text = detokenizer.write(delta.token_ids, delta.num_silent, is_last=delta.finish_reason is not None)
     return msgspec.structs.replace(delta, text=text)
+
+
+async def _next(deltas: AsyncGenerator[tuple[int, Delta]], end: float) -> tuple[int, Delta] | None:
+    """The next one, if there is one. Raises `TimeoutError` after `end`, of the event loop's time, while more follow.
+
+    The timeout is not open while a delta is written, which it would cut in the middle.
+    """
+    async with asyncio.timeout_at(end):
+        item = await anext(deltas, None)
+    if item is not None and item[1].finish_reason is None and asyncio.get_running_loop().time() > end:
+        raise TimeoutError
+    return item
