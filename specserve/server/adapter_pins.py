@@ -6,7 +6,8 @@ when no pinned name means it any more.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 
 from .engine_client.client import EngineClient
 
@@ -16,9 +17,37 @@ class AdapterPins:
 
     def __init__(self, engine: EngineClient):
         self.names: set[str] = set()
+        self._attempts: dict[str, set[object]] = {}  # that have not ended, of names that none has pinned for good
         self._engine = engine
         self._hashes: set[str] = set()  # that the engine was told to keep
         self._generation = 0  # of the engine process that was told
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """`name` is pinned, from now on where this or another attempt meanwhile succeeds; one that fails unpins nothing
+        that was pinned before."""
+        if name not in self.names:
+            self.names.add(name)
+            self._attempts[name] = set()
+        attempts, this = self._attempts.get(name), object()
+        if attempts is None:  # one has succeeded
+            yield
+            return
+        attempts.add(this)
+        try:
+            yield
+        except BaseException:
+            attempts.discard(this)
+            if not attempts and self._attempts.get(name) is attempts:
+                self.unpin(name)
+            raise
+        if self._attempts.get(name) is attempts:  # it was not unpinned meanwhile
+            del self._attempts[name]
+
+    def unpin(self, name: str) -> None:
+        """Also for attempts that have not ended."""
+        self.names.discard(name)
+        self._attempts.pop(name, None)
 
     def told(self, content_hash: str) -> None:
         """A load said that its name was pinned."""

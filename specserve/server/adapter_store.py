@@ -140,14 +140,11 @@ class AdapterStore:
         What was pinned before stays so when this fails.
         """
         await self._disk.look(name, self.path, name)
-        was_pinned = name in self._pins.names
-        self._pins.names.add(name)
         try:
-            info = await self._load_and_keep(name)
+            with self._pins.attempt(name):
+                info = await self._load_and_keep(name)
         except BaseException:
-            if not was_pinned:
-                self._pins.names.discard(name)
-                _start(self._follow_pins(name))  # the engine may have been told already
+            _start(self._follow_pins(name))  # the engine may have been told already
             raise
         await self._follow_pins(name)  # it may be unpinned meanwhile
         return info
@@ -168,7 +165,7 @@ class AdapterStore:
     async def unpin(self, name: str) -> None:
         """Let others take its place again; a name that is not pinned stays as it is."""
         await self._disk.look(name, self.path, name)
-        self._pins.names.discard(name)
+        self._pins.unpin(name)
         await self._follow_pins(name)
 
     async def _follow_pins(self, name: str) -> None:
@@ -250,7 +247,7 @@ class AdapterStore:
         self._registered.pop(name, None)
         if is_folder:
             self._unloaded.add(name)
-        self._pins.names.discard(name)
+        self._pins.unpin(name)
         loaded = self._loaded.forget(name)
         if loaded is not None:
             await self._release(loaded)

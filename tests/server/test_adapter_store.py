@@ -483,6 +483,41 @@ async def test_a_pin_that_is_taken_back_or_fails_while_it_loads_leaves_none(stor
     assert store.is_pinned("a") and engine.pinned == {two}  # as it was before
 
 
+async def test_a_pin_that_fails_takes_none_from_another_of_its_name(store, engine, root):
+    make(root / "a", "one")
+    loading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, path):
+        loading.set()
+        await go_on.wait()
+
+    async def pins_during_load() -> list[asyncio.Task]:
+        engine.during = wait
+        pins = [asyncio.create_task(store.pin("a")) for _ in range(3)]
+        await loading.wait()
+        while len(store._pins._attempts["a"]) < 3:
+            await asyncio.sleep(0.01)
+        pins[0].cancel()  # a client that leaves
+        await asyncio.wait(pins[:1])
+        assert store.is_pinned("a")
+        return pins[1:]
+
+    second, third = await pins_during_load()
+    third.cancel()
+    go_on.set()
+    assert engine.pinned == {(await second).content_hash} and store.is_pinned("a")
+    await store.unpin("a")
+    loading.clear()
+    go_on.clear()
+    make(root / "a", "bad")
+    pins = await pins_during_load()
+    go_on.set()
+    for pin in pins:
+        with pytest.raises(UserError, match="bad weights"):
+            await pin
+    assert not store.is_pinned("a") and not engine.pinned
+
+
 async def test_a_pin_of_what_leaves_at_once_loads_it_again(store, engine, root):
     make(root / "a", "one")
     one = await store.resolve("a")
