@@ -265,7 +265,7 @@ class AdapterStore:
             loaded = await self._load(name, directory, is_prefetch=is_prefetch)
             try:
                 folder = await self._disk.look(name, self._folder, name)
-            except UserError:
+            except BaseException:
                 await self._release(loaded)
                 raise
             if self._registered.get(name, None if name in self._unloaded else folder) == directory:
@@ -304,7 +304,12 @@ class AdapterStore:
             if is_pinned:
                 self._pins.told(info.content_hash)
             loaded = Loaded(directory, stamp, self._engine.generation, info)
-            if await self._disk.look(name, stamp_of, directory) == stamp:
+            try:
+                is_same = await self._disk.look(name, stamp_of, directory) == stamp
+            except BaseException:
+                await self._release(loaded)
+                raise
+            if is_same:
                 seconds = time.monotonic() - start
                 self._observe_load_s(seconds)
                 logger.info("adapter %r: loaded %s (%.2f s)", name, info.content_hash[:12], seconds)

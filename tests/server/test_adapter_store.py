@@ -324,6 +324,21 @@ async def test_a_folder_that_goes_away_during_its_load_is_the_users_error(store,
     assert failed.value.status == 404
 
 
+async def test_a_load_whose_disk_goes_away_at_its_end_leaves_nothing_without_a_name(store, engine, root, monkeypatch):
+    make(root / "a", "one")
+
+    def away(*args):
+        raise OverloadedError("the disk has not answered", status=503)
+
+    async def go(name, directory):
+        monkeypatch.setattr(adapter_store, "stamp_of", away)
+
+    engine.during = go
+    with pytest.raises(OverloadedError, match="has not answered"):
+        await store.resolve("a")
+    assert engine.num_loads == 1 and not engine.held and not store.loading_names()
+
+
 async def test_links_that_lead_back_to_themselves_are_the_users_error(store, root):
     make(root / "a", "one")
     (root / "a" / "loop").symlink_to(root / "a" / "loop")
