@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -45,7 +46,7 @@ class AdapterFetcher:
         self.cache: AdapterCache | None = None
         if self._allowed.prefixes or self._allowed.repositories:
             root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
-            self.cache = AdapterCache(root.absolute(), int(config.adapter_cache_gib * 2**30))
+            self.cache = AdapterCache(Path(os.path.abspath(root)), int(config.adapter_cache_gib * 2**30))
 
     @property
     def root(self) -> Path | None:
@@ -87,8 +88,7 @@ class AdapterFetcher:
             self._waiting[location] -= 1
             if not self._waiting[location]:
                 del self._waiting[location]
-                if self._fetches.get(location) is task:
-                    del self._fetches[location]
+                del self._fetches[location]
                 if task.done():
                     if not task.cancelled() and task.exception() is None:
                         self._release(task.result())  # the fetch's own hold

@@ -83,8 +83,8 @@ def make(source, tmp_path):
     made = []
 
     def make(**settings) -> AdapterFetcher:
-        settings = {"allowed_adapter_urls": (f"{source.url}/loras",), **settings}
-        made.append(AdapterFetcher(ServeConfig(adapter_cache_dir=str(tmp_path / "cache"), **settings)))
+        defaults = {"adapter_cache_dir": str(tmp_path / "cache"), "allowed_adapter_urls": (f"{source.url}/loras",)}
+        made.append(AdapterFetcher(ServeConfig(**{**defaults, **settings})))
         return made[-1]
 
     yield make
@@ -371,6 +371,19 @@ async def test_a_name_is_given_to_what_was_fetched_and_holds_its_folder(make, so
         assert (await store.register("mine", path, replace=True)).content_hash != info.content_hash
     await store.unregister("mine")
     assert store.given_directories() == set()
+
+
+async def test_a_cache_given_by_a_path_with_dots_keeps_what_names_mean(make, source, tmp_path, in_process):
+    from test_adapter_store import FakeEngine
+
+    for name in "ab":
+        source.put(name, name.encode() * 100_000)
+    fetcher = make(adapter_cache_dir=f"{tmp_path}/adapters/../dots/cache", adapter_cache_gib=150_000 / 2**30)
+    store = AdapterStore(FakeEngine(), None, "base")
+    async with fetcher.local(f"{source.url}/loras/a", store.given_directories) as path:
+        await store.register("mine", path)
+    await fetch(fetcher, f"{source.url}/loras/b", store.given_directories())
+    assert Path(path).exists()
 
 
 @pytest.mark.slow
