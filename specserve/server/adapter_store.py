@@ -360,9 +360,7 @@ class AdapterStore:
         if len(name) <= 256 and HUB_NAME.fullmatch(name) and ".." not in name:
             raise unknown(name)  # a hub id is a good name of something that is not here; it is no path either
         check_name(name, "model")
-        if name in self._registered:
-            return self._registered[name]
-        return self._folder(name)
+        return self._registered.get(name) or self._folder(name)  # one look: this may be on a thread
 
     def _folder(self, name: str) -> Path | None:
         """The folder of `adapters_dir` that serves under its name."""

@@ -44,7 +44,11 @@ class Disk:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await places.acquire()
-                future = self._begin(function, args)
+                try:
+                    future = self._begin(function, args)
+                except BaseException:
+                    places.release()
+                    raise
                 future.add_done_callback(lambda done: self._end(name, places, done))
                 is_begun = True
                 return await asyncio.shield(future)
@@ -58,8 +62,8 @@ class Disk:
 
     def _begin(self, function: Callable[..., T], args: tuple[Any, ...]) -> asyncio.Future[T]:
         if self._num_threads < min(NUM_THREADS, self._looks.total()):
-            self._num_threads += 1
             threading.Thread(target=self._work, name="disk", daemon=True).start()
+            self._num_threads += 1  # none that could not be started
         done: Future[T] = Future()
         self._tasks.put((done, function, args))
         return asyncio.wrap_future(done)

@@ -82,3 +82,15 @@ async def test_looks_that_hang_are_few_for_a_name_and_bounded_in_all(monkeypatch
         await looks.look("name-0", lambda: 1 / 0)
     await asyncio.sleep(0)
     assert not looks._looks and not looks._names
+
+
+async def test_a_thread_that_cannot_be_started_costs_no_place(monkeypatch):
+    looks = Disk()
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.threading.Thread, "start", lambda thread: 1 / 0)
+        for _ in range(disk.NUM_THREADS + 1):
+            with pytest.raises(ZeroDivisionError):
+                await looks.look("a", lambda: 3)
+    assert await looks.look("a", lambda: 3) == 3
+    await asyncio.sleep(0)
+    assert not looks._looks and not looks._names
