@@ -53,7 +53,7 @@ class AdapterStore:
         self._registered: dict[str, Path] = {}
         self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
         self._pins = AdapterPins(engine)
-        self._loaded = LoadedNames()
+        self._loaded = LoadedNames(lambda: engine.generation)
         self.uses = UseCounts()
         self._observe_load_s = observe_load_s
         self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
@@ -86,7 +86,7 @@ class AdapterStore:
         while True:
             directory, stamp = await self._disk.look(name, self._look_up, name)
             loaded = self._loaded.held(name)
-            if loaded is not None and loaded.directory == directory and self._is_current(loaded):
+            if loaded is not None and loaded.directory == directory:
                 if loaded.stamp == stamp:
                     return loaded.info
                 num_loads += 1
@@ -129,7 +129,7 @@ class AdapterStore:
         """
         directory, stamp = await self._disk.look(name, self._look_up, name)
         loaded = self._loaded.held(name)
-        if loaded is not None and loaded.is_of(directory, stamp) and self._is_current(loaded):
+        if loaded is not None and loaded.is_of(directory, stamp):
             return True
         self._begin_load(name, directory, is_prefetch=True)
         return False
@@ -171,7 +171,7 @@ class AdapterStore:
     async def _follow_pins(self, name: str) -> None:
         """Let the engine keep what `name` means no longer if no pinned name means it."""
         loaded = self._loaded.held(name)
-        if loaded is not None and self._is_current(loaded):
+        if loaded is not None:
             await self._pins.follow(loaded.info.content_hash, self._loaded.names_of(loaded.info.content_hash))
 
     def is_pinned(self, name: str) -> bool:
@@ -334,7 +334,7 @@ class AdapterStore:
 
     async def _release(self, loaded: Loaded) -> None:
         """Let the engine forget an adapter that no name means any more."""
-        if not self._is_current(loaded):
+        if loaded.generation != self._engine.generation:
             return
         content_hash = loaded.info.content_hash
         with contextlib.suppress(EngineDeadError):
@@ -343,9 +343,6 @@ class AdapterStore:
             else:
                 self._pins.unloaded(content_hash)
                 await self._engine.unload_adapter(content_hash)
-
-    def _is_current(self, loaded: Loaded) -> bool:
-        return loaded.generation == self._engine.generation
 
     def _look_up(self, name: str) -> tuple[Path, Stamp]:
         directory = self.path(name)

@@ -7,6 +7,7 @@ the engine need not read it again where it has a copy. Invariant: a name that is
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,19 @@ class Uses:
 
 
 class LoadedNames:
-    """By name and, for what is held, by content hash."""
+    """By name and, for what is held, by content hash; `generation` is that of the engine process that serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, generation: Callable[[], int]) -> None:
         self._known: dict[str, Loaded] = {}
-        self._held: dict[str, set[str]] = {}  # content hash -> names
+        self._generation = generation
+        self._of_generation = generation()
+        self._of_process: dict[str, set[str]] = {}  # content hash -> names
+
+    @property
+    def _held(self) -> dict[str, set[str]]:
+        if self._of_generation != (now := self._generation()):  # what a former process held is held no more
+            self._of_generation, self._of_process = now, {}
+        return self._of_process
 
     def known(self, name: str) -> Loaded | None:
         """What the name was when it was last loaded."""
@@ -62,25 +71,24 @@ class LoadedNames:
         if len(self._known) >= MAX_KNOWN:  # names of folders that have long gone: none of them is worth keeping
             self._known = {known: one for known, one in self._known.items() if self.held(known) is not None}
         self._known[name] = loaded
-        self._held.setdefault(loaded.info.content_hash, set()).add(name)
+        if loaded.generation == self._generation():
+            self._held.setdefault(loaded.info.content_hash, set()).add(name)
         return before
 
     def forget(self, name: str) -> Loaded | None:
         """Note that `name` means nothing now; what it meant until now, if the engine holds that."""
-        held, known = self.held(name), self._known.pop(name, None)
-        if known is not None and held is not None:
-            self._let_go(name, known.info.content_hash)
+        held = self.held(name)
+        self._known.pop(name, None)
+        if held is not None:
+            names = self._held[held.info.content_hash]
+            names.discard(name)
+            if not names:
+                del self._held[held.info.content_hash]
         return held
 
     def lost(self, content_hash: str) -> None:
         """The engine no longer holds this."""
         self._held.pop(content_hash, None)
-
-    def _let_go(self, name: str, content_hash: str) -> None:
-        names = self._held[content_hash]
-        names.discard(name)
-        if not names:
-            del self._held[content_hash]
 
 
 class UseCounts:

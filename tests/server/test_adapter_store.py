@@ -383,6 +383,18 @@ async def test_an_adapter_that_the_engine_let_go_is_loaded_again_unless_that_is_
     assert await store.resolve("a") == info and engine.num_loads == 2
 
 
+async def test_names_that_a_former_engine_knew_hold_nothing_of_the_new_one(store, engine, root):
+    one, other = make(root / "a", "one"), make(root / "b", "one")
+    await store.resolve("a")
+    await store.resolve("b")
+    engine.generation, engine.held = 2, set()
+    await store.resolve("a")
+    make(one, "two")
+    two = await store.resolve("a")
+    assert engine.held == {two.content_hash}  # nobody asked for b since
+    assert (await store.resolve("b")).content_hash == content_hash(other) and len(engine.held) == 2
+
+
 async def test_a_link_that_is_switched_means_the_new_content_by_whatever_name(store, root):
     def switch(version):
         (root / "link.new").symlink_to(f".store/{version}")
