@@ -24,6 +24,7 @@ from .adapter_pins import AdapterPins
 from .disk import Disk
 from .engine_client.client import EngineClient
 from .loaded_names import Loaded, LoadedNames, UseCounts
+from .name_claims import Claim, NameClaims
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
 # That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
@@ -57,7 +58,7 @@ class AdapterStore:
         self.uses = UseCounts()
         self._observe_load_s = observe_load_s
         self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
-        self._claims: dict[str, tuple[Path, object]] = {}  # names that a load will give to a directory
+        self._claims = NameClaims()
 
     def names(self) -> list[str]:
         """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
@@ -65,7 +66,7 @@ class AdapterStore:
 
     def given_directories(self) -> set[Path]:
         """Those that names were given to at run time, or are about to be."""
-        return {*self._registered.values(), *(directory for directory, _ in self._claims.values())}
+        return {*self._registered.values(), *self._claims.directories()}
 
     def path(self, name: str) -> Path:
         """The directory of a known name; raises 404 otherwise."""
@@ -201,16 +202,16 @@ class AdapterStore:
         directory = await self._disk.look(name, self._paths.given, name, path)
         if not replace:
             await self._check_free(name, directory)
-        claim = self._claims[name] = (directory, object())
+        claim = self._claims.begin(name, directory)
         # A client that leaves does not stop it: the engine would hold an adapter that no name means.
-        return await asyncio.shield(_start(self._register(name, claim)))
+        return await asyncio.shield(_start(self._register(claim)))
 
     async def _check_free(self, name: str, directory: Path) -> None:
         """Raises 409 unless `name` means nothing, or `directory` already."""
         folder = await self._disk.look(name, self._folder, name)
         checked: Path | None = None
         while True:
-            known = self._registered.get(name) or folder or self._claims.get(name, (None, None))[0]
+            known = self._registered.get(name) or folder or self._claims.directory(name)
             if known is None or known == checked:
                 return
             if not await self._disk.look(name, is_one_directory, known, directory):
@@ -222,28 +223,29 @@ class AdapterStore:
                 )
             checked = known
 
-    async def _register(self, name: str, claim: tuple[Path, object]) -> AdapterInfo:
+    async def _register(self, claim: Claim) -> AdapterInfo:
+        name, directory = claim.name, claim.directory
         try:
-            loaded = await self._load(name, claim[0], reads=True)
+            loaded = await self._load(name, directory, reads=True)
             # Another load of the same directory under this name may have ended first, and given up the claim.
-            if self._claims.get(name, (self._registered.get(name),))[0] != claim[0]:
+            if (self._claims.directory(name) or self._registered.get(name)) != directory:
                 await self._release(loaded)
                 message = f"the name {name!r} was unloaded or given away while the adapter loaded"
                 raise UserError(message, param="lora_name", status=409)
-            self._registered[name] = claim[0]
+            self._registered[name] = directory
+            self._claims.end(claim, with_older=True)
             self._unloaded.discard(name)
             await self._keep(name, loaded)
             return loaded.info
         finally:
-            if self._claims.get(name) is claim:
-                del self._claims[name]
+            self._claims.end(claim)
 
     async def unregister(self, name: str) -> None:
         """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
-        if name not in self._claims:
+        if self._claims.directory(name) is None:
             await self._disk.look(name, self.path, name)
         is_folder = await self._disk.look(name, lambda: name in self._folders())
-        self._claims.pop(name, None)
+        self._claims.end_all(name)
         self._registered.pop(name, None)
         if is_folder:
             self._unloaded.add(name)

@@ -253,6 +253,26 @@ async def test_two_loads_of_one_directory_under_one_name_succeed_in_whatever_ord
     assert await first == second and store.names() == ["n"] and engine.held == {second.content_hash}
 
 
+async def test_a_load_has_its_name_again_when_the_one_that_took_it_fails(store, engine, root):
+    slow, bad = make(root / ".slow", "slow"), make(root / ".bad", "bad")
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(name, directory):
+        if directory == str(slow):
+            reading.set()
+            await go_on.wait()
+
+    engine.during = wait
+    first = asyncio.create_task(store.register("n", str(slow)))
+    await reading.wait()
+    with pytest.raises(AdapterError, match="bad weights"):
+        await store.register("n", str(bad), replace=True)
+    assert store.given_directories() == {slow}
+    go_on.set()
+    assert (await first).content_hash == content_hash(slow) == (await store.resolve("n")).content_hash
+    assert store.given_directories() == {slow}
+
+
 async def test_a_folder_that_cannot_be_looked_into_hides_no_other(store, root, monkeypatch):
     for name in ("a", "b"):
         make(root / name, name)
