@@ -56,6 +56,10 @@ class AdapterPaths:
                 names.append(name)
         return names
 
+    def has_folder(self, name: str) -> bool:
+        """Whether `folders` lists it."""
+        return self._root is not None and self._problem(name) is None and _has_config(self._root / name)
+
     def folder(self, name: str) -> Path | None:
         """The folder of that name, if there is one."""
         if self._root is None or name == self._base_name:

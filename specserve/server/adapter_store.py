@@ -244,7 +244,7 @@ class AdapterStore:
         """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
         if self._claims.directory(name) is None:
             await self._disk.look(name, self.path, name)
-        is_folder = await self._disk.look(name, lambda: name in self._folders())
+        is_folder = await self._disk.look(name, self._paths.has_folder, name)
         self._claims.end_all(name)
         self._registered.pop(name, None)
         if is_folder:
