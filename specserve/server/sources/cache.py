@@ -12,8 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -86,17 +85,12 @@ class AdapterCache:
         except OSError:
             return False
 
-    @contextmanager
-    def workplace(self) -> Iterator[Path]:
-        """An empty folder that is gone afterwards, whatever happens; `keep` takes `files` out of it."""
+    def workplace(self) -> Path:
+        """A new empty folder, for whoever asked to remove; `keep` takes `files` out of it."""
         if not (self._partial.is_dir() and self._is_locked):  # somebody removed the cache, as one may
             self._lock.close()
             self._open()
-        folder = Path(tempfile.mkdtemp(dir=self._partial))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=self._partial))
 
     def keep(self, url: str, states: Mapping[str, FileState], files: Mapping[str, FetchedFile], fetched: Path) -> Path:
         """Put the folder `fetched` in its place; returns that."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -130,14 +131,15 @@ class AdapterFetcher:
             known = await _to_the_end(asyncio.to_thread(cache.entry, location.url))
             if known is not None:
                 self._held[cache.folder_of(known)] += 1
+        folder: Path | None = None
         try:
-            with cache.workplace() as place:
+            async with self._workplace() as place:
                 job = FetchJob(location, self._allowed, str(place), known.states if known else {}, cache.max_bytes)
                 async with asyncio.timeout(self._timeout_s):
                     fetched = await self._run(job)
                 if fetched.files is None:
                     assert known is not None, "only what is known is not fetched again"
-                    folder = cache.use(known)
+                    folder = await _to_the_end(asyncio.to_thread(cache.use, known))
                     self._held[folder] += 1
                     return folder, "as it was"
                 async with self._changing:
@@ -145,9 +147,26 @@ class AdapterFetcher:
                     folder = await _to_the_end(kept)
                     self._held[folder] += 1
                 return folder, "fetched"
+        except BaseException:
+            if folder is not None:
+                self._release(folder)
+            raise
         finally:
             if known is not None:
                 self._release(cache.folder_of(known))
+
+    @asynccontextmanager
+    async def _workplace(self) -> AsyncIterator[Path]:
+        """A folder that is gone afterwards, whatever happens."""
+        making = asyncio.ensure_future(self._make_workplace())
+        try:
+            yield await asyncio.shield(making)
+        finally:
+            await _to_the_end(_remove(making))
+
+    async def _make_workplace(self) -> Path:
+        async with self._changing:
+            return await asyncio.to_thread(self._cache().workplace)
 
     def _cache(self) -> AdapterCache:
         assert self.cache is not None, "nothing is allowed without a cache"
@@ -188,3 +207,10 @@ async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+async def _remove(making: asyncio.Task[Path]) -> None:
+    """The folder that `making` makes, if it does."""
+    await asyncio.wait([making])
+    if making.exception() is None:
+        await asyncio.to_thread(shutil.rmtree, making.result(), ignore_errors=True)

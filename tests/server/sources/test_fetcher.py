@@ -227,6 +227,29 @@ async def test_a_folder_that_is_found_again_makes_no_room_while_its_source_is_as
     assert await again == folder and nothing_is_left(fetcher)
 
 
+async def test_what_a_fetch_leaves_is_removed_beside_others_and_whoever_leaves_meanwhile_holds_nothing(
+    make, source, in_process, monkeypatch
+):
+    source.put("a", b"weights")
+    fetcher = make()
+    removing, go_on, rmtree = threading.Event(), threading.Event(), shutil.rmtree
+
+    def slow(path, **kwargs):
+        if Path(path).parent.name == "partial":
+            removing.set()
+            go_on.wait(10)
+        rmtree(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    client = asyncio.create_task(fetch(fetcher, f"{source.url}/loras/a"))
+    await until(removing.is_set)
+    assert not client.done()
+    client.cancel()
+    await asyncio.wait([client])
+    go_on.set()
+    await until(lambda: nothing_is_left(fetcher))
+
+
 async def test_a_full_disk_is_said_and_leaves_nothing(make, source, in_process, monkeypatch):
     source.put("a", b"weights")
     fetcher = make()
