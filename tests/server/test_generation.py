@@ -50,6 +50,7 @@ class Engine:
     """Has let go of the adapter the first `num_refusals` times that it is asked for; `meanwhile` happens then."""
 
     info = INFO
+    generation, state = 1, "ready"
 
     def __init__(self):
         self.asked = []
