@@ -13,12 +13,19 @@ struct Piece {
   const char *at, *end;
 };
 
-// One piece of memory, from a line on.
+// One piece of memory, from a line on: what is used SOON goes to the first cache level, else to the second, where it does not
+// push others out.
+template <bool SOON>
 struct Ahead {
   const char *at, *end;
   int lines;  // a step
+
+  // All `num_lines` of it within so many steps.
+  static Ahead within(int steps, const void* at, int num_lines) {
+    return {(const char*)at, (const char*)at + 64 * (size_t)num_lines, (num_lines + steps - 1) / steps};
+  }
   INLINE_METHOD void step() {
-    for (int i = 0; i < lines; i++) __builtin_prefetch(at + 64 * i, 0, 3);
+    for (int i = 0; i < lines; i++) __builtin_prefetch(at + 64 * i, 0, SOON ? 3 : 2);
     at += 64 * lines;
     if (at >= end) lines = 0;
   }
@@ -51,7 +58,7 @@ struct Pieces {
 };
 
 struct Both {
-  Ahead& panel;
+  Ahead<true>& panel;
   Pieces& pieces;
   INLINE_METHOD void step() {
     panel.step();

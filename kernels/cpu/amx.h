@@ -106,18 +106,6 @@ INLINE void store_sums(float* c0, float* c1, float* c2, float* c3) {
   _tile_stored(3, c3, SUM_STRIDE);
 }
 
-// Lines of memory that are asked for ahead of their use, `lines` a step, since the CPU's own prefetchers stop at each page.
-// With few rows they go to the first cache level, soon to be used; else to the second, where they do not push others out.
-template <bool SOON>
-struct Fetch {
-  const char* from;
-  int lines;
-  INLINE_METHOD void step() {
-    for (int i = 0; i < lines; i++) __builtin_prefetch(from + 64 * i, 0, SOON ? 3 : 2);
-    from += 64 * lines;
-  }
-};
-
 // Subnormal numbers are zeros, as they are to tiles.
 class FlushSubnormals {
  public:
@@ -156,12 +144,12 @@ INLINE void multiply_1(const bf16* x, const bf16* w, int steps, float* c) {
   else _tile_dpbsud(sums, x, w)
 
 // c [16][64] (+)= x, one tile of rows (or fewer), times 64 columns of weights, `steps` times a tile's inputs.
-template <bool SOON, class X, class W>
-INLINE void multiply_16(const X* x, size_t x_step, const W* w, int steps, float* c, bool first, Fetch<SOON> fetch) {
+template <class X, class W, class Next>
+INLINE void multiply_16(const X* x, size_t x_step, const W* w, int steps, float* c, bool first, Next&& ahead) {
   constexpr int EACH = 4 / sizeof(W);  // inputs of a column that lie together
   load_sums(c, c + 16, c + 32, c + 48, first);
   for (int s = 0; s < steps; s++, x += x_step, w += 64 * TILE_K<X>) {
-    fetch.step();
+    ahead.step();
     _tile_loadd(4, x, 64);
     _tile_loadd(6, w, WEIGHT_STRIDE);
     TILE_PRODUCT(0, 4, 6);
@@ -176,13 +164,13 @@ INLINE void multiply_16(const X* x, size_t x_step, const W* w, int steps, float*
 }
 
 // The same for two tiles of rows and 32 of the columns: each tile that is loaded is used twice.
-template <class X, class W>
-INLINE void multiply_32(const X* x, size_t next_rows, const W* w, int steps, float* c, bool first, Fetch<false> fetch) {
+template <class X, class W, class Next>
+INLINE void multiply_32(const X* x, size_t next_rows, const W* w, int steps, float* c, bool first, Next&& ahead) {
   constexpr int EACH = 4 / sizeof(W);
   float* c2 = c + 16 * 64;
   load_sums(c, c + 16, c2, c2 + 16, first);
   for (int s = 0; s < steps; s++, x += TILE_ROWS * TILE_K<X>, w += 64 * TILE_K<X>) {
-    fetch.step();
+    ahead.step();
     _tile_loadd(6, w, WEIGHT_STRIDE);
     _tile_loadd(4, x, 64);
     TILE_PRODUCT(0, 4, 6);

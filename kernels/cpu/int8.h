@@ -137,9 +137,11 @@ INLINE i32x16 add_products(i32x16 sum, Acts8 x, Weights8 w) {
 // first or second 32, input k. `groups` [64][2] are steps (uint8) and offsets (int8).
 constexpr int GROUP_QUADS = 4, CODE_BYTES = 128, GROUP_BYTES = 128;  // 16 inputs; bytes of 4 inputs, and of a group's numbers
 
-// 64 columns x `quads` (whole groups) times 4 inputs, as the 8-bit weights that are multiplied: [quads][64][4].
-static void decode_int4(const uint8_t* codes, const uint8_t* groups, int quads, uint8_t* out) {
-  for (int first = 0; first < quads; first += GROUP_QUADS, groups += GROUP_BYTES) {
+// 64 columns x `quads` (whole groups) times 4 inputs, as the 8-bit weights that are multiplied: [quads][64][4]. As many of the
+// `next` groups are asked for meanwhile.
+static void decode_int4(const uint8_t* codes, const uint8_t* groups, int quads, uint8_t* out, const uint8_t* next) {
+  for (int first = 0; first < quads; first += GROUP_QUADS, groups += GROUP_BYTES, next += GROUP_BYTES) {
+    for (int i = 0; i < GROUP_BYTES; i += 64) __builtin_prefetch(next + i, 0, 3);
 #if defined(__AVX512F__)
     const __m512i low = _mm512_set1_epi8(15);
     const __m512i to_both = _mm512_set1_epi32((int)0x80008000), to_all = _mm512_set1_epi32(0x01010101);

@@ -147,6 +147,46 @@ INLINE void multiply(const int8_t* x, int stride, const uint8_t* w, int steps, f
   }
 }
 
+constexpr int BLOCK_BYTES = 24 * 1024;  // of weights, at most: half of the first cache level
+
+// Where a block of K begins.
+struct BlockStart {
+  const Matrix* matrix;
+  int panel, input;
+
+  size_t inputs_before() const { return (size_t)panel * matrix->kp + input; }
+};
+
+// Weights that are multiplied where they lie.
+template <class W>
+struct InMemory {
+  typedef W Weight;
+  static constexpr bool IS_DECODED = false;
+  static constexpr int INPUT_BYTES = PANEL * sizeof(W);  // of memory, for an input
+
+  static const W* memory(const BlockStart& at) { return (const W*)at.matrix->data + at.inputs_before() * PANEL; }
+  const W* block(const BlockStart& at, int, const BlockStart&) { return memory(at); }
+};
+
+// Codes of 4 bits, decoded in blocks of whole groups. Steps and offsets of the `next` block are asked for meanwhile.
+struct FourBits {
+  typedef uint8_t Weight;
+  static constexpr bool IS_DECODED = true;
+  static constexpr int INPUT_BYTES = CODE_BYTES / 4;
+  alignas(64) uint8_t decoded[BLOCK_BYTES];
+
+  static const uint8_t* memory(const BlockStart& at) {
+    return (const uint8_t*)at.matrix->data + at.inputs_before() * INPUT_BYTES;
+  }
+  static const uint8_t* groups(const BlockStart& at) {
+    return at.matrix->groups + at.inputs_before() / (4 * GROUP_QUADS) * GROUP_BYTES;
+  }
+  const uint8_t* block(const BlockStart& at, int inputs, const BlockStart& next) {
+    decode_int4(memory(at), groups(at), inputs / 4, decoded, groups(next));
+    return decoded;
+  }
+};
+
 // A step of K in panels of W: a pair, or four.
 template <class W>
 constexpr int INPUTS = sizeof(W) == 4 ? 1 : 4 / sizeof(W);
@@ -173,62 +213,34 @@ static void multiply_rows(const A* x, int stride, int rows, const W* w, int step
 }
 
 // A block of K stays in the first cache level while all rows pass, and the one behind it comes from memory meanwhile: of this
-// panel, or at its end of `next`, which may be null. So do the pieces that are wanted behind the products.
-constexpr int BLOCK_LINES = 192;
-template <class A, class W>
-static void multiply_blocks(const Panel& panel, const A* x, int rows, const W* w, float* tile, const W* next) {
-  constexpr int EACH = INPUTS<W>, LINES = EACH * PANEL * sizeof(W) / 64, MOST = BLOCK_LINES / LINES;
-  const int kp = panel.matrix->kp, steps = kp / EACH, passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE);
+// panel, or at its end of the next. So do the pieces that are wanted behind the products.
+template <class Source, class A>
+static void multiply_blocks(const Panel& panel, const A* x, int rows, float* tile) {
+  typedef typename Source::Weight W;
+  constexpr int EACH = INPUTS<W>, LINES = EACH * Source::INPUT_BYTES / 64, MOST = BLOCK_BYTES / 2 / (EACH * PANEL * sizeof(W));
+  Source source;
+  const Matrix* m = panel.matrix;
+  const int kp = m->kp, steps = kp / EACH, passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE);
   Pieces others = Pieces::within(steps * passes, panel.wanted, panel.num_wanted);
-  if (rows == 1 && passes == 1) {
-    if (!others.lines) return multiply_rows(x, kp, rows, w, steps, tile, true, Nothing());
-    return multiply_rows(x, kp, rows, w, steps, tile, true, others);
-  }
-  const int blocks = (steps + MOST - 1) / MOST, at_once = (steps + blocks - 1) / blocks;
+  if constexpr (!Source::IS_DECODED)
+    if (rows == 1 && passes == 1) {
+      const W* w = source.memory({m, panel.idx, 0});
+      if (!others.lines) return multiply_rows(x, kp, rows, w, steps, tile, true, Nothing());
+      return multiply_rows(x, kp, rows, w, steps, tile, true, others);
+    }
+  const int blocks = (steps + MOST - 1) / MOST, equal = (steps + blocks - 1) / blocks;
+  const int at_once = (equal + GROUP_QUADS - 1) / GROUP_QUADS * GROUP_QUADS;  // codes are decoded by groups
   for (int p = 0; p < steps; p += at_once) {
     const int now = std::min(at_once, steps - p), left = steps - p - now;
-    const W* from = w + (size_t)p * EACH * PANEL;
-    const char* ahead = (const char*)(left ? from + now * EACH * PANEL : next);
-    const size_t lines = (size_t)std::min(at_once, left ? left : next ? steps : 0) * LINES;
-    Ahead base{ahead, ahead + 64 * lines, (int)((lines + now * passes - 1) / (now * passes))};
-    if (!others.lines) multiply_rows(x + EACH * p, kp, rows, from, now, tile, p == 0, base);
-    else multiply_rows(x + EACH * p, kp, rows, from, now, tile, p == 0, Both{base, others});
-  }
-}
-
-struct Codes {
-  const uint8_t *codes, *groups;
-
-  // Of a panel, from an input on.
-  static Codes of(const Matrix& m, int panel, int input) {
-    const size_t quads = ((size_t)panel * m.kp + input) / 4;
-    return {(const uint8_t*)m.data + quads * CODE_BYTES, m.groups + quads / GROUP_QUADS * GROUP_BYTES};
-  }
-};
-
-// The same for 4-bit codes, which are decoded block by block.
-static void multiply_codes(const Panel& panel, const int8_t* x, int rows, int row_sum, float* tile) {
-  const Matrix& m = *panel.matrix;
-  const int quads = m.kp / 4;
-#if defined(__AVX512F__) && defined(__AVX512VNNI__)
-  if (rows == 1) {
-    const Codes from = Codes::of(m, panel.idx, 0);
-    return multiply_1_int4(x, from.codes, from.groups, quads, WEIGHT_ZERO * row_sum, (int32_t*)tile,
-                           Pieces::within(quads, panel.wanted, panel.num_wanted));
-  }
-#endif
-  constexpr int MOST = 48;
-  alignas(64) uint8_t decoded[MOST * 4 * PANEL];
-  const int passes = num_passes(rows) * (4 / BLOCKS_AT_ONCE);
-  Pieces others = Pieces::within(quads * passes, panel.wanted, panel.num_wanted);
-  for (int q = 0; q < quads; q += MOST) {
-    const int now = std::min(MOST, quads - q), lines = std::min(MOST, quads - q - now) * CODE_BYTES / 64;
-    const Codes from = Codes::of(m, panel.idx, 4 * q);
-    decode_int4(from.codes, from.groups, now, decoded);
-    const char* ahead = (const char*)(from.codes + now * CODE_BYTES);
-    Ahead base{ahead, ahead + 64 * lines, (lines + now * passes - 1) / (now * passes)};
-    if (!others.lines) multiply_rows(x + 4 * q, m.kp, rows, decoded, now, tile, q == 0, base);
-    else multiply_rows(x + 4 * q, m.kp, rows, decoded, now, tile, q == 0, Both{base, others});
+    const BlockStart from{m, panel.idx, EACH * p};
+    BlockStart next = from;  // if there is none
+    int soon = 0;
+    if (left) next.input += EACH * now, soon = std::min(at_once, left);
+    else if (panel.next < m->panels()) next = {m, panel.next, 0}, soon = std::min(at_once, steps);
+    const W* w = source.block(from, EACH * now, next);
+    Ahead<true> base = Ahead<true>::within(now * passes, source.memory(next), soon * LINES);
+    if (!others.lines) multiply_rows(x + EACH * p, kp, rows, w, now, tile, p == 0, base);
+    else multiply_rows(x + EACH * p, kp, rows, w, now, tile, p == 0, Both{base, others});
   }
 }
 
@@ -245,15 +257,26 @@ static void scale_sums(const Panel& panel, const QuantizedRows& act, int row, in
 // out [rows][64] = x [rows][kp] * one panel, without bias.
 template <class A>
 static void multiply_panel(const Panel& panel, const A* x, int rows, float* out) {
-  const Matrix& m = *panel.matrix;
-  auto multiply_as = [&](auto* data) {
-    auto* next = panel.next < m.panels() ? data + (size_t)panel.next * m.kp * PANEL : nullptr;
-    multiply_blocks(panel, x, rows, data + (size_t)panel.idx * m.kp * PANEL, out, next);
-  };
-  if constexpr (sizeof(A) == 1) multiply_as((const uint8_t*)m.data);
-  else if (m.format == BF16) multiply_as((const bf16*)m.data);
-  else if constexpr (sizeof(A) == 4) multiply_as((const float*)m.data);
+  const int format = panel.matrix->format;
+  if constexpr (sizeof(A) == 1) {
+    if (format == INT8) multiply_blocks<InMemory<uint8_t>>(panel, x, rows, out);
+    else multiply_blocks<FourBits>(panel, x, rows, out);
+  } else if (format == BF16) multiply_blocks<InMemory<bf16>>(panel, x, rows, out);
+  else if constexpr (sizeof(A) == 4) multiply_blocks<InMemory<float>>(panel, x, rows, out);
   else __builtin_trap();
+}
+
+// The same for one row and 4-bit codes, which need not be decoded. False where the CPU cannot do that.
+static bool multiply_codes(const Panel& panel, const int8_t* x, int row_sum, float* out) {
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+  const BlockStart at{panel.matrix, panel.idx, 0};
+  const int quads = panel.matrix->kp / 4;
+  multiply_1_int4(x, FourBits::memory(at), FourBits::groups(at), quads, WEIGHT_ZERO * row_sum, (int32_t*)out,
+                  Pieces::within(quads, panel.wanted, panel.num_wanted));
+  return true;
+#else
+  return false;
+#endif
 }
 
 #if NATIVE_AMX
@@ -268,21 +291,21 @@ static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, cons
   const size_t each = (size_t)pad_rows(rows) * PANEL;
   if (m.format == F32 || m.format == BF16) {
 #if NATIVE_AMX
-    if constexpr (sizeof(A) == 2) return multiply_tiles(InMemory<bf16>{panels}, num, x, row, rows, out);
+    if constexpr (sizeof(A) == 2) return multiply_tiles<InMemory<bf16>>(panels, num, x, row, rows, out);
 #endif
     for (int p = 0; p < num; p++) multiply_panel(panels[p], x.at(row, 0), rows, out + p * each);
     return;
   }
 #if NATIVE_AMX
   if (rows > 1 || act.codes.height > 1) {
-    if (m.format == INT8) multiply_tiles(InMemory<uint8_t>{panels}, num, act.codes, row, rows, out);
-    else multiply_tiles(FourBits{panels}, num, act.codes, row, rows, out);
+    if (m.format == INT8) multiply_tiles<InMemory<uint8_t>>(panels, num, act.codes, row, rows, out);
+    else multiply_tiles<FourBits>(panels, num, act.codes, row, rows, out);
   } else
 #endif
     for (int p = 0; p < num; p++) {
       const int8_t* from = act.codes.at(row, 0);
-      if (m.format == INT8) multiply_panel(panels[p], from, rows, out + p * each);
-      else multiply_codes(panels[p], from, rows, act.sums[row], out + p * each);
+      const bool is_done = m.format == INT4 && rows == 1 && multiply_codes(panels[p], from, act.sums[row], out + p * each);
+      if (!is_done) multiply_panel(panels[p], from, rows, out + p * each);
     }
   for (int p = 0; p < num; p++) scale_sums(panels[p], act, row, rows, out + p * each);
 }
