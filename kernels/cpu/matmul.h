@@ -320,5 +320,5 @@ struct Blocks {
 template <class A>
 static Blocks choose_blocks(int num_rows, int num_panels, int most, int threads) {
   if (!IN_TILES<A>) return {FEW_ROWS, 1};
-  return {std::min(MAX_ROWS, pad_rows(num_rows)), std::clamp(num_panels / (4 * threads), 1, most)};
+  return {std::min(MAX_ROWS, pad_rows(std::max(1, num_rows))), std::clamp(num_panels / (4 * threads), 1, most)};
 }
