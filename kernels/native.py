@@ -29,6 +29,7 @@ FLAGS = (
     "-pthread",
 )
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# "norm" quantizes what it norms; "quantize" is what o and down read.
 PHASES = ("norm", "quantize", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
 MAX_TAPS = 8
 MAX_HEAD_DIM = 256

@@ -120,8 +120,6 @@ def unpack(matrix: PackedMatrix) -> torch.Tensor:
     if matrix.format in _BITS:
         weights = integer_weights(matrix)
         values = rotate(weights.values * weights.scales.unsqueeze(-1))
-    elif matrix.format == "f32":
-        values = matrix.data.transpose(1, 2).reshape(-1, matrix.kp)
     else:
         values = matrix.data.transpose(1, 2).reshape(-1, matrix.kp).float()
     return values[: matrix.n, : matrix.k]

@@ -23,6 +23,7 @@
 #include "team.h"
 
 enum Module { Q, K, V, O, GATE, UP, DOWN, NUM_MODULES };
+// Norms quantize what they norm; QUANTIZE is what O and DOWN read.
 enum Phase { NORM, QUANTIZE, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES };
 
 struct Layer {
@@ -292,7 +293,7 @@ class Forward {
     for (int p = 0; p < num; p++) finish_part(layer, parts[p], row, rows, out + (size_t)p * pad_rows(rows) * PANEL);
   }
 
-  // Each row's part of B is a short stream that starts cold; the base panel's products hide its way from memory. How many.
+  // Each row's part of B is a short stream that starts cold; the base panel's products hide its way from memory. Gives how many there are.
   int lora_pieces(int layer, const Part& part, int row, int rows, Piece* pieces) const {
     const Lora* before = nullptr;
     int num = 0;

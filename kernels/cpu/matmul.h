@@ -6,10 +6,10 @@
 //   INT8  [panel][K/4][64][4] uint8, 128 above the value
 //   INT4  [panel][K/4][2][64] bytes of two codes, and [panel][K/16][64][2] steps and offsets (int8.h)
 // K is padded with zeros to a multiple of 64, N to whole panels. INT8 and INT4 have one scale for each column, are multiplied by rows
-// of integers (quantize.h), and their sums are exact; codes of 4 bits are decoded in the first cache level, once for all rows.
-// With AMX or AVX-512 BF16 other activations are bf16, and products are tiles (matmul_tiles.h) or pairs; elsewhere they are fp32
-// and weights are widened. Sums are fp32 over K in ascending order, whatever the number of rows, and however K is cut into blocks: a
-// sum that is stored and loaded again is the same.
+// of integers (quantize.h), and their sums are exact; codes of 4 bits are decoded in the first cache level, once for the rows of a
+// task (choose_blocks). With AMX, AVX-512 BF16 or NEON's BF16 other activations are bf16, and products are tiles (matmul_tiles.h)
+// or pairs; elsewhere they are fp32 and weights are widened. Sums are fp32 over K in ascending order, whatever the number of rows,
+// and however K is cut into blocks: a sum that is stored and loaded again is the same.
 #pragma once
 
 #include <algorithm>
@@ -53,13 +53,13 @@ INLINE void begin(const float* tile, f32x16 (&acc)[MR][NB], bool from_zero) {
     for (int c = 0; c < NB; c++) acc[r][c] = from_zero ? f32x16{} : load(tile + r * PANEL + 16 * c);
 }
 
-// tile [MR][64] = x [MR][inputs of `steps`] * w, or goes on from there if this is not the first block of K.
 template <int MR, int NB>
 INLINE void finish(float* tile, f32x16 (&acc)[MR][NB]) {
   for (int r = 0; r < MR; r++)
     for (int c = 0; c < NB; c++) store(tile + r * PANEL + 16 * c, acc[r][c]);
 }
 
+// tile [MR][64] = x [MR][inputs of `steps`] * w, or goes on from there if this is not the first block of K.
 #if NATIVE_BF16
 template <int MR, class Next>
 INLINE void multiply(const bf16* x, int stride, const bf16* w, int steps, float* tile, bool first, Next& ahead) {
@@ -304,8 +304,9 @@ static void multiply_panels(const Panel* panels, int num, const Rows<A>& x, cons
 #endif
     for (int p = 0; p < num; p++) {
       const int8_t* from = act.codes.at(row, 0);
-      const bool is_done = m.format == INT4 && rows == 1 && multiply_codes(panels[p], from, act.sums[row], out + p * each);
-      if (!is_done) multiply_panel(panels[p], from, rows, out + p * each);
+      float* to = out + p * each;
+      const bool is_done = rows == 1 && m.format == INT4 && multiply_codes(panels[p], from, act.sums[row], to);
+      if (!is_done) multiply_panel(panels[p], from, rows, to);
     }
   for (int p = 0; p < num; p++) scale_sums(panels[p], act, row, rows, out + p * each);
 }

@@ -2,7 +2,8 @@
 //
 // A block of `rotation_size` columns is multiplied by a Hadamard matrix (entries 1 and -1), as the weights were before they were
 // rounded (kernels/integers.py): the product of both is the same, but for the matrix' factor, which the weights' scales hold.
-// Single columns of activations are much larger than others, and with steps for the largest of them the others are lost: "QuaRot", Ashkboos et al. 2024; we rotate in blocks, in front of every matrix, and nothing is merged into others.
+// Single columns of activations are much larger than others, and with steps for the largest of them the others are lost: "QuaRot",
+// Ashkboos et al. 2024; we rotate in blocks, in front of every matrix, and nothing is merged into others.
 // Every operation is a single rounding in fp32 in one order, so that a row has the same codes at all levels and in torch.
 #pragma once
 

@@ -1,9 +1,9 @@
 // Vectors of 16 floats and the few operations that the kernels need, for any CPU that GCC or clang knows.
 //
 // Written with the compilers' vector extension; intrinsics stand only where the extension cannot say what is meant. AVX2
-// and NEON have types of their own (vec_avx2.h, vec_neon.h). What instructions there are says
-// SPECSERVE_LEVEL, a number of kernels/native_levels.py. Invariant: every reduction has a fixed order that does not depend
-// on how many rows a step has, so that a row's result is the same bits in every batch.
+// and NEON have types of their own (vec_avx2.h, vec_neon.h). What instructions there are say the compiler's macros, whether
+// those for bf16 and tiles are used SPECSERVE_LEVEL, a number of kernels/native_levels.py. Invariant: every reduction has a
+// fixed order that does not depend on how many rows a step has, so that a row's result is the same bits in every batch.
 #pragma once
 
 #include <cmath>
