@@ -14,11 +14,14 @@ from specserve.compute.loader import load_model
 CPU = torch.device("cpu")
 SPLIT = 256
 LENGTH = 2 * SPLIT + 75
-# Heads of 32 elements are whole tiles of AMX; 20 are not, and 96 are one and a half of what is weighed at once.
+# Heads of 32 elements are whole tiles of AMX; 20 are not, 80 are two and a half, 96 are one and a half of what is
+# weighed at once, and 256 are the most.
 MODELS = {
     "whole tiles": ("llama", {"num_attention_heads": 6, "hidden_size": 192, "head_dim": 32}),
     "part of a tile, each head its keys": ("llama", {"num_key_value_heads": 4, "head_dim": 20}),
     "windows over splits, wide heads": ("gemma3", {"head_dim": 96, "sliding_window": SPLIT + 21}),
+    "tiles and a half": ("llama", {"head_dim": 80}),
+    "the widest heads": ("gemma3", {"head_dim": 256}),
     "windows within splits": ("gemma3", {"head_dim": 64, "sliding_window": 40, "num_key_value_heads": 1}),
 }
 
