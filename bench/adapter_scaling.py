@@ -76,7 +76,7 @@ class Case:
 @options.model
 @options.rounds(4)
 @options.at_least(1, "--requests", 96, "Of a round, on each server.")
-@options.at_least(1, "--clients", 8, "That ask at the same time.")
+@options.at_least(3, "--clients", 8, "That ask at the same time, one at least for each length of output.")
 @options.at_least(8, "--tokens", 32, "Mean output of a request.")
 @options.at_least(1, "--prompt-words", 32)
 @options.at_least(1, "--rank", 8)
@@ -124,9 +124,7 @@ def main(
     run.finish({**settings, "figures": figures}, save)
 
 
-async def ask(
-    case: Case, plan: Sequence[PlannedRequest], clients: int, tokens: int, *, is_measured: bool
-) -> None:  # fmt: skip
+async def ask(case: Case, plan: Sequence[PlannedRequest], clients: int, tokens: int, *, is_measured: bool) -> None:
     """One round on one server."""
     assert case.server is not None
     url = case.server.url
@@ -142,7 +140,7 @@ async def ask(
         before = await metrics(session, url)
         start_s, cpu_s = time.perf_counter(), case.server.cpu_s()
         parts = [(target, plan[idx::3], len(range(idx, clients, 3))) for idx, target in enumerate(targets)]
-        loops = (closed_loop(session, target, part, num, TIMEOUT_S) for target, part, num in parts if num)
+        loops = (closed_loop(session, target, part, num, TIMEOUT_S) for target, part, num in parts)
         records = [record for done in await asyncio.gather(*loops) for record in done]
         elapsed_s, cpu_s = time.perf_counter() - start_s, case.server.cpu_s() - cpu_s
         after = await metrics(session, url)
