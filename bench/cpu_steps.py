@@ -3,7 +3,7 @@
 A decoder of a published shape with random weights, run by the engine's own runner: decoding steps of one row a
 sequence, a verification (64 rows of 8 sequences), a prompt of 512 rows, at several contexts. First the limits: bytes a
 second that all threads read, and multiplications, in registers and oneDNN's. A step's limit is the larger of the time
-for its bytes (weights at 16, 8 or 4 bits, without scales, and KV) and the time for its operations. Limits and cases
+for its bytes (weights at 16, 8 or 5 bits, without scales, and KV) and the time for its operations. Limits and cases
 take turns, so that a slow minute hits all alike. --kernels and --quantization may be given several times. --adapters
 adds steps whose sequences have a rank-16 LoRA each, --neighbours each case once more beside as many busy processes.
 With --threads 1, --cpu-time counts the thread's own time: on a machine that does other work, ratios of that still hold.

@@ -26,15 +26,9 @@ from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.task_metrics import task_metrics
 
 from . import common, options
-from .cpu_cases import Case
+from .cpu_cases import BITS, Case
 from .generation import generate
 from .tasks import BaseModel
-
-BITS = {
-    "none": 16,
-    "int8": 8,
-    "int4": 4 + 16 / 16,
-}  # with the step and the offset of each group; the lm_head has 8 at least
 
 
 def mean_log_prob(engine: Engine, adapter: str | None, examples: list[Example]) -> float:
@@ -78,17 +72,13 @@ def main(
     engines = {
         name: Engine(
             EngineConfig(
-                model=str(base.path),
-                device="cpu",
-                quantization=name,
-                max_num_seqs=16,
-                kv_cache_gib=0.5,
-                max_waiting=10**5,
-            ),  # type: ignore[arg-type]
+                model=str(base.path), device="cpu", quantization=name,  # type: ignore[arg-type]
+                max_num_seqs=16, kv_cache_gib=0.5, max_waiting=10**5,
+            ),
             base.path,
         )
         for name in formats
-    }
+    }  # fmt: skip
     figures: dict[str, dict[str, Any]] = {}
     hashes = {}
     for name, engine in engines.items():
