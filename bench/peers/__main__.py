@@ -30,7 +30,7 @@ from ..tasks import BaseModel, chat_token_ids, read_prompts
 from . import vllm_cpu
 from .cases import Prompts, interleaved
 from .columns import PEERS, start_peers
-from .random_adapters import RANK, make_adapters
+from .random_adapters import RANK, adapter_folders
 from .setup import Setup
 from .table import report
 
@@ -94,7 +94,7 @@ def main(
         setup = Setup(
             stack=stack,
             model_dir=base.path,
-            adapters=make_adapters(base.path) + [folder for folder, _ in own],
+            adapters=adapter_folders(base.path) + [folder for folder, _ in own],
             start_timeout_s=start_timeout,
             vllm_python=vllm_cpu.set_up() if set_up and not vllm_python else vllm_cpu.find(vllm_python),
             llamacpp_python=llamacpp_python,

@@ -15,7 +15,7 @@ from ..tasks import EXAMPLES
 NUM_ADAPTERS, RANK = 8, 16
 
 
-def make_adapters(model_dir: Path) -> list[str]:
+def adapter_folders(model_dir: Path) -> list[str]:
     """Their folders, made by examples/make_adapters.py where they are not in the cache."""
     key = sha256((model_dir / "config.json").read_bytes()).hexdigest()[:12]
     folder = common.cache_dir() / f"adapters-{key}-r{RANK}"

@@ -27,7 +27,7 @@ from specserve.config import EngineConfig
 from specserve.schedule.waiting import WaitingQueue
 
 from .. import common, options
-from .costs import StepCosts
+from .costs import FittedCosts
 from .replica import FirstComeQueue, Replica
 from .run import Result, figures, simulate
 from .trace import Lengths, SimulatedRequest, burst, merged, poisson
@@ -80,7 +80,7 @@ def main(
     ttft_s: float, token_s: float, plot: Path | None, save: bool,
 ) -> None:  # fmt: skip
     run = common.start("simulator", "numpy")
-    costs, lengths = StepCosts.saved(), Lengths(prompt, output)
+    costs, lengths = FittedCosts.saved(), Lengths(prompt, output)
     config = EngineConfig(
         max_num_seqs=max_num_seqs, max_batched_tokens=256, max_prefill_rows=64, max_adapters=places,
         max_waiting=10**6, max_waiting_tokens=10**9,

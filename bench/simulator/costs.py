@@ -29,7 +29,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class StepCosts:
+class FittedCosts:
     """Seconds; `rows[i]` for each row between NODES[i - 1] and NODES[i]."""
 
     fixed: float
@@ -39,7 +39,7 @@ class StepCosts:
     key: float
 
     @classmethod
-    def fit(cls, steps: Sequence[Step], seconds: Sequence[float]) -> StepCosts:
+    def fit(cls, steps: Sequence[Step], seconds: Sequence[float]) -> FittedCosts:
         """Least squares of relative errors. A step that took thrice the median of its kind is left out: it was
         interrupted, or read memory for the first time."""
         from scipy.optimize import nnls  # of the test extra; a saved table needs none
@@ -53,13 +53,13 @@ class StepCosts:
         return cls(float(found[0]), tuple(map(float, found[1:-3])), *map(float, found[-3:]))
 
     @classmethod
-    def saved(cls) -> StepCosts:
+    def saved(cls) -> FittedCosts:
         """Of the newest validation."""
         lines = (RESULTS / "simulator_validation.jsonl").read_text("utf-8").splitlines()
         return cls.of(json.loads(lines[-1])["costs"])
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> StepCosts:
+    def of(cls, fields: dict[str, Any]) -> FittedCosts:
         return cls(**{**fields, "rows": tuple(fields["rows"])})
 
     def seconds(self, step: Step) -> float:

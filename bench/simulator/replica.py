@@ -25,7 +25,7 @@ from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.sequence import Sequence
 from specserve.schedule.waiting import WaitingQueue
 
-from .costs import Step, StepCosts
+from .costs import FittedCosts, Step
 from .trace import SimulatedRequest
 
 MEASURE_S = 1.0  # between looks at the load, as in the engine's process
@@ -68,7 +68,7 @@ class Replica:
 
     def __init__(
         self,
-        costs: StepCosts,
+        costs: FittedCosts,
         config: EngineConfig,
         num_blocks: int,
         load_s: float,

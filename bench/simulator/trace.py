@@ -33,12 +33,12 @@ class Lengths:
 
 
 def poisson(
-    num: int, rate: float, adapters: Sequence[int], seed: str, *, zipf_exponent: float = 1.0, start_s: float = 0.0,
+    num: int, rate: float, adapters: Sequence[int], seed: str, *, zipf_exponent: float = 1.0,
     lengths: Lengths = Lengths(), kind: str = "all", priority: int = 0, deadline_s: float | None = None,
     in_turn: bool = False,
 ) -> Iterator[SimulatedRequest]:  # fmt: skip
     """`num` arrivals of a Poisson process; adapters by Zipf, the first the most popular, or each in its turn."""
-    rng, now = random.Random(seed), start_s
+    rng, now = random.Random(seed), 0.0
     weights = list(accumulate((idx + 1) ** -zipf_exponent for idx in range(len(adapters))))
     for idx in range(num):
         now += rng.expovariate(rate)

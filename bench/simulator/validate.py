@@ -28,7 +28,7 @@ from specserve.schedule.scheduler import ScheduledSequence
 from .. import common, options
 from ..adapter_files import make_adapters
 from ..tasks import BaseModel
-from .costs import Step, StepCosts
+from .costs import FittedCosts, Step
 from .replica import Outcome, Replica
 from .run import kind_figures, simulate
 from .trace import Lengths, SimulatedRequest, poisson
@@ -114,7 +114,7 @@ def main(model: str, adapters: int, requests: int, max_num_seqs: int, prompt: in
     saturated = _trace(requests, 1e6, names, "saturated", lengths)
     rate = requests / max(outcome.end_s or 0.0 for outcome in real.run(saturated, "saturated"))
     real.run(_trace(requests, 0.7 * rate, names, "fit", lengths), "fit")
-    costs = StepCosts.fit(real.steps, real.seconds)
+    costs = FittedCosts.fit(real.steps, real.seconds)
     predicted = np.array([costs.seconds(step) for step in real.steps])
     noise = float(np.median(np.abs(np.array(real.seconds) / predicted - 1)))
     click.echo(f"{rate:.2f} requests/s at most; a step differs from the table by {100 * noise:.0f}% in the median")

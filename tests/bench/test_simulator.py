@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.simulator.costs import Step, StepCosts
+from bench.simulator.costs import FittedCosts, Step
 from bench.simulator.replica import FirstComeQueue, Replica
 from bench.simulator.run import figures, jain, simulate
 from bench.simulator.trace import Lengths, burst, merged, poisson
@@ -13,7 +13,7 @@ from specserve.config import EngineConfig
 from specserve.drafting.cost_model import NODES
 from specserve.schedule.waiting import WaitingQueue
 
-COSTS = StepCosts(0.01, (0.001,) * len(NODES), 0.0002, 0.0005, 1e-7)
+COSTS = FittedCosts(0.01, (0.001,) * len(NODES), 0.0002, 0.0005, 1e-7)
 
 
 def make_replica(order=WaitingQueue, num_blocks=2000, **settings):
@@ -29,13 +29,13 @@ def check_given_back(replica):
 
 def test_costs_are_found_again_in_steps_that_have_them():
     rng = random.Random(0)
-    costs = StepCosts(0.02, tuple(0.001 / (1 + idx) for idx in range(len(NODES))), 0.0003, 0.002, 1e-6)
+    costs = FittedCosts(0.02, tuple(0.001 / (1 + idx) for idx in range(len(NODES))), 0.0003, 0.002, 1e-6)
     steps = [
         Step(rows := rng.choice((1, 2, 3, 7, 12, 30, 100, 400, 900, 2000)), rng.randint(1, rows), rng.randint(1, 8),
              rng.randrange(5000)) for _ in range(400)
     ]  # fmt: skip
     seconds = [costs.seconds(step) * (9.0 if idx == 7 else 1.0) for idx, step in enumerate(steps)]  # one interrupted
-    found = StepCosts.fit(steps, seconds)
+    found = FittedCosts.fit(steps, seconds)
     for step in steps:
         assert found.seconds(step) == pytest.approx(costs.seconds(step), rel=1e-3)
 
