@@ -25,9 +25,8 @@ _DEFAULTS = {
 _CPU_KV_GIB = 2.0
 _MIN_ADAPTER_BYTES = 64 << 20  # where next to nothing is free
 _ADAPTER_SHARE = 0.5  # of what is free beside the KV cache
-_CUDA_KV_SHARE = (
-    0.8  # of the memory that is free once the model is loaded; activations, graphs and adapters get the rest
-)
+# Of the memory that is free once the model is loaded; activations, graphs and adapters get the rest.
+_CUDA_KV_SHARE = 0.8
 
 
 def choose_device(config: EngineConfig) -> torch.device:

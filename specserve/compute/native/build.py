@@ -30,9 +30,8 @@ def build(
     memory = HugePages()
     # 4 bits of the lm_head cost a fifth of what 4 bits cost at all, for a seventh of the bytes of a model of 135M.
     head_form: WeightFormat = "int8" if form == "int4" else form
-    lm_head = pack(
-        weights.lm_head(embed), None, head_form, memory
-    )  # the largest, before there is anything else in memory
+    # The largest comes before there is anything else in memory.
+    lm_head = pack(weights.lm_head(embed), None, head_form, memory)
     layers = [_pack_layer(weights, idx, form, memory) for idx in range(config.num_layers)]
     norm = weights.norm("model.norm")
     decoder = NativeDecoder(library, num_threads, config, embed, layers, norm, lm_head, weights.dtype)
