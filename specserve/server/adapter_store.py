@@ -1,9 +1,9 @@
-"""Adapter names: which directory a name means, and which loaded weights a directory means.
+"""Adapter names and which loaded weights they mean.
 
-Names are the folders of `adapters_dir`, looked up when asked for, and those registered at run time. A name is resolved
-to the content hash of what is in its directory now: when files change, the name means another adapter from the next
-request on, and the next request waits until the change is complete. Uses of one adapter that is not loaded load it
-once; a slow or failing load holds up nobody else, and takes nothing from a name that others gave away meanwhile.
+A name means a directory (`adapter_names`), and is resolved to the content hash of what is in it now: when files change,
+the name means another adapter from the next request on, and the next request waits until the change is complete. Uses
+of one adapter that is not loaded load it once; a slow or failing load holds up nobody else, and takes nothing from a
+name that others gave away meanwhile.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 from ..adapter_files import ChangingError, Stamp, age_s, changing, read_texts, stamp_of
 from ..errors import NO_IDLE_ROOM, EngineDeadError, UserError
 from ..messages import AdapterInfo
-from .adapter_paths import HUB_NAME, AdapterPaths, check_name, is_one_directory, unknown
+from .adapter_names import AdapterNames
+from .adapter_paths import is_one_directory
 from .adapter_pins import AdapterPins
 from .disk import Disk
 from .engine_client.client import EngineClient
 from .loaded_names import Loaded, LoadedNames, UseCounts
-from .name_claims import Claim, NameClaims
+from .name_claims import Claim
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
 # That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
@@ -48,32 +49,25 @@ class AdapterStore:
         roots: Sequence[Path] = (),
     ):
         self._engine = engine
-        self._paths = AdapterPaths(adapters_dir, base_name, roots)
+        self._names = AdapterNames(adapters_dir, base_name, roots)
         self._disk = Disk()
-        self._base_name = base_name
-        self._registered: dict[str, Path] = {}
-        self._unloaded: set[str] = set()  # folders of adapters_dir that were unloaded by name
         self._pins = AdapterPins(engine)
         self._loaded = LoadedNames(lambda: engine.generation)
         self.uses = UseCounts()
         self._observe_load_s = observe_load_s
         self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
-        self._claims = NameClaims()
 
     def names(self) -> list[str]:
         """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
-        return sorted({*self._folders(), *self._registered})
+        return self._names.all()
 
     def given_directories(self) -> set[Path]:
         """Those that names were given to at run time, or are about to be."""
-        return {*self._registered.values(), *self._claims.directories()}
+        return self._names.given_directories()
 
     def path(self, name: str) -> Path:
-        """The directory of a known name; raises 404 otherwise."""
-        directory = self._directory(name)
-        if directory is None:
-            raise unknown(name)
-        return directory
+        """The directory of a known name; raises 404 otherwise. Looks at the disk."""
+        return self._names.path(name)
 
     async def look(self, function: Callable[..., T], *args: Any) -> T:
         """One of the methods above, on a thread. Raises 503 when the disk is away."""
@@ -85,7 +79,7 @@ class AdapterStore:
         for pinned in self._pins.to_load_again():
             _start(self.resolve(pinned))
         while True:
-            directory, stamp = await self._disk.look(name, self._look_up, name)
+            directory, stamp = await self._disk.look(name, self._names.look_up, name)
             loaded = self._loaded.held(name)
             if loaded is not None and loaded.directory == directory:
                 if loaded.stamp == stamp:
@@ -105,7 +99,7 @@ class AdapterStore:
                 return info, None
             with contextlib.suppress(ChangingError):
                 text_hash, files = await self._disk.look(
-                    name, lambda: read_texts(self.path(name), name, self._paths.roots)
+                    name, lambda: read_texts(self.path(name), name, self._names.paths.roots)
                 )
                 if text_hash == info.text_hash:
                     return info, files
@@ -128,7 +122,7 @@ class AdapterStore:
 
         Raises 404 for an unknown name.
         """
-        directory, stamp = await self._disk.look(name, self._look_up, name)
+        directory, stamp = await self._disk.look(name, self._names.look_up, name)
         loaded = self._loaded.held(name)
         if loaded is not None and loaded.is_of(directory, stamp):
             return True
@@ -189,9 +183,7 @@ class AdapterStore:
 
     def check_name(self, name: str) -> None:
         """Raises `UserError` for a name that no adapter may have."""
-        check_name(name, "lora_name")
-        if name == self._base_name:
-            raise UserError(f"{name!r} is the base model's name; choose another", param="lora_name", status=409)
+        self._names.check_name(name)
 
     async def register(self, name: str, path: str, *, replace: bool = False) -> AdapterInfo:
         """Load the directory `path`, then give `name` to it; a name that is taken is refused unless `replace`.
@@ -199,19 +191,19 @@ class AdapterStore:
         The name keeps its old meaning until the load is done, and when it fails.
         """
         self.check_name(name)
-        directory = await self._disk.look(name, self._paths.given, name, path)
+        directory = await self._disk.look(name, self._names.paths.given, name, path)
         if not replace:
             await self._check_free(name, directory)
-        claim = self._claims.begin(name, directory)
+        claim = self._names.claims.begin(name, directory)
         # A client that leaves does not stop it: the engine would hold an adapter that no name means.
         return await asyncio.shield(_start(self._register(claim)))
 
     async def _check_free(self, name: str, directory: Path) -> None:
         """Raises 409 unless `name` means nothing, or `directory` already."""
-        folder = await self._disk.look(name, self._folder, name)
+        folder = await self._disk.look(name, self._names.folder, name)
         checked: Path | None = None
         while True:
-            known = self._registered.get(name) or folder or self._claims.directory(name)
+            known = self._names.holder(name, folder)
             if known is None or known == checked:
                 return
             if not await self._disk.look(name, is_one_directory, known, directory):
@@ -224,31 +216,23 @@ class AdapterStore:
             checked = known
 
     async def _register(self, claim: Claim) -> AdapterInfo:
-        name, directory = claim.name, claim.directory
         try:
-            loaded = await self._load(name, directory, reads=True)
-            # Another load of the same directory under this name may have ended first, and given up the claim.
-            if (self._claims.directory(name) or self._registered.get(name)) != directory:
+            loaded = await self._load(claim.name, claim.directory, reads=True)
+            if not self._names.give(claim):
                 await self._release(loaded)
-                message = f"the name {name!r} was unloaded or given away while the adapter loaded"
+                message = f"the name {claim.name!r} was unloaded or given away while the adapter loaded"
                 raise UserError(message, param="lora_name", status=409)
-            self._registered[name] = directory
-            self._claims.end(claim, with_older=True)
-            self._unloaded.discard(name)
-            await self._keep(name, loaded)
+            await self._keep(claim.name, loaded)
             return loaded.info
         finally:
-            self._claims.end(claim)
+            self._names.claims.end(claim)
 
     async def unregister(self, name: str) -> None:
         """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
-        if self._claims.directory(name) is None:
+        if self._names.claims.directory(name) is None:
             await self._disk.look(name, self.path, name)
-        is_folder = await self._disk.look(name, self._paths.has_folder, name)
-        self._claims.end_all(name)
-        self._registered.pop(name, None)
-        if is_folder:
-            self._unloaded.add(name)
+        is_folder = await self._disk.look(name, self._names.paths.has_folder, name)
+        self._names.take(name, is_folder)
         self._pins.unpin(name)
         loaded = self._loaded.forget(name)
         if loaded is not None:
@@ -266,11 +250,11 @@ class AdapterStore:
         try:
             loaded = await self._load(name, directory, is_prefetch=is_prefetch)
             try:
-                folder = await self._disk.look(name, self._folder, name)
+                folder = await self._disk.look(name, self._names.folder, name)
             except BaseException:
                 await self._release(loaded)
                 raise
-            if self._registered.get(name, None if name in self._unloaded else folder) == directory:
+            if self._names.means(name, directory, folder):
                 await self._keep(name, loaded)
             else:  # unloaded or given away meanwhile
                 await self._release(loaded)
@@ -345,28 +329,6 @@ class AdapterStore:
             else:
                 self._pins.unloaded(content_hash)
                 await self._engine.unload_adapter(content_hash)
-
-    def _look_up(self, name: str) -> tuple[Path, Stamp]:
-        directory = self.path(name)
-        if name in self._registered and not self._paths.is_usable(directory, name):
-            raise unknown(name)
-        stamp = stamp_of(directory)
-        if not stamp and not directory.is_dir():
-            raise unknown(name)
-        return directory, stamp
-
-    def _directory(self, name: str) -> Path | None:
-        if len(name) <= 256 and HUB_NAME.fullmatch(name) and ".." not in name:
-            raise unknown(name)  # a hub id is a good name of something that is not here; it is no path either
-        check_name(name, "model")
-        return self._registered.get(name) or self._folder(name)  # one look: this may be on a thread
-
-    def _folder(self, name: str) -> Path | None:
-        """The folder of `adapters_dir` that serves under its name."""
-        return None if name in self._unloaded else self._paths.folder(name)
-
-    def _folders(self) -> list[str]:
-        return [name for name in self._paths.folders() if name not in self._unloaded]
 
 
 @contextlib.contextmanager
