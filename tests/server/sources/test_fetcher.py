@@ -232,12 +232,12 @@ async def test_what_a_fetch_leaves_is_removed_beside_others_and_whoever_leaves_m
 ):
     source.put("a", b"weights")
     fetcher = make()
-    removing, go_on, rmtree = threading.Event(), threading.Event(), shutil.rmtree
+    removing, go_on, waited, rmtree = threading.Event(), threading.Event(), [], shutil.rmtree
 
     def slow(path, **kwargs):
         if Path(path).parent.name == "partial":
             removing.set()
-            go_on.wait(10)
+            waited.append(go_on.wait(5))
         rmtree(path, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", slow)
@@ -248,6 +248,7 @@ async def test_what_a_fetch_leaves_is_removed_beside_others_and_whoever_leaves_m
     await asyncio.wait([client])
     go_on.set()
     await until(lambda: nothing_is_left(fetcher))
+    assert waited == [True]  # not so on the event loop, where nothing else runs meanwhile
 
 
 async def test_a_full_disk_is_said_and_leaves_nothing(make, source, in_process, monkeypatch):
