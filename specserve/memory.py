@@ -29,7 +29,12 @@ def available_bytes(root: Path = Path("/")) -> int:
     with contextlib.suppress(OSError):
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         limits += [left for line in groups for left in _left_of_groups(root / "sys/fs/cgroup", line)]
-    return max(0, min(limits, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
+    return max(0, min(limits, default=physical_bytes() // 2))
+
+
+def physical_bytes() -> int:
+    """All main memory, in use or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _left_of_groups(root: Path, line: str) -> list[int]:

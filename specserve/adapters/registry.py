@@ -86,8 +86,7 @@ class AdapterRegistry(Residency):
         with self.lock:
             held = self._held.get(content_hash)
             if held is None or not held.is_staying:
-                message = f"adapter {content_hash[:12]} is not loaded"
-                raise UserError(message, code="adapter_not_resident", status=409)
+                raise _not_resident(content_hash)
             held.num_refs += 1
             held.last_used, held.awaited_until = self._clock(), 0.0
             self.scores.use(content_hash)
@@ -118,8 +117,7 @@ class AdapterRegistry(Residency):
             held = self._held.get(content_hash)
             if held is None:
                 if is_pinned:
-                    message = f"adapter {content_hash[:12]} is not loaded"
-                    raise UserError(message, code="adapter_not_resident", status=409)
+                    raise _not_resident(content_hash)
                 return
             held.is_pinned = is_pinned
             if is_pinned:
@@ -148,3 +146,7 @@ class AdapterRegistry(Residency):
     def size_bytes(self) -> int:
         """Held and reserved."""
         return self._used_bytes
+
+
+def _not_resident(content_hash: str) -> UserError:
+    return UserError(f"adapter {content_hash[:12]} is not loaded", code="adapter_not_resident", status=409)

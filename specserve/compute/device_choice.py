@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 
 import msgspec
@@ -11,7 +10,7 @@ import torch
 
 from ..config import EngineConfig
 from ..errors import UserError
-from ..memory import available_bytes
+from ..memory import available_bytes, physical_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -104,4 +103,4 @@ def memory_bytes(device: torch.device) -> int:
     """All memory that the device has, in use or not."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical_bytes()

@@ -119,7 +119,7 @@ class AdapterPaths:
     def _problem(self, name: str) -> str | None:
         if name == self._base_name:
             return "that is the base model's name; rename the folder"
-        if not NAME.fullmatch(name) or ".." in name:
+        if not _is_name(name):
             return "a name has letters, digits, '.', '-' and '_' only (at most 128); rename the folder"
         return None
 
@@ -154,9 +154,13 @@ def unknown(name: str) -> UserError:
     )
 
 
+def _is_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None and ".." not in name
+
+
 def check_name(name: str, param: str) -> None:
     """Names reach the file system, logs and metrics: letters, digits, dot, dash and underscore only."""
-    if not NAME.fullmatch(name) or ".." in name:
+    if not _is_name(name):
         shown = name[:64].encode("unicode_escape").decode()
         raise UserError(
             f"{param} '{shown}' is not a valid name; use letters, digits, '.', '-' and '_' (at most 128)",

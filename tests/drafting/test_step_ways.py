@@ -160,16 +160,21 @@ def test_drafts_that_are_worth_more_or_less_than_before_are_noticed():
     assert machine.run(ways, 128, 100)[0][BARE] < 0.15
 
 
-def test_ways_that_are_nearly_equal_do_not_flap():
-    machine = Machine(Times(step_s=6e-3))
-    machine.tokens = 3.0 * 1.004 * machine.rate(128, BARE) / machine.rate(128, WHOLE)
+def kept_ways(machine, num_steps):
+    """The way that is kept after each step at 128 sequences."""
     ways, kept = StepWays(), []
-    for _ in range(3000):
+    for _ in range(num_steps):
         machine.step(ways, 128)
         load = ways.plan(128, live())
         assert load is not None
         kept.append(load.kept)
-    assert len(set(kept)) == 1
+    return kept
+
+
+def test_ways_that_are_nearly_equal_do_not_flap():
+    machine = Machine(Times(step_s=6e-3))
+    machine.tokens = 3.0 * 1.004 * machine.rate(128, BARE) / machine.rate(128, WHOLE)
+    assert len(set(kept_ways(machine, 3000))) == 1
 
 
 def test_a_machine_whose_steps_are_uneven_makes_them_flap_seldom():
@@ -177,12 +182,7 @@ def test_a_machine_whose_steps_are_uneven_makes_them_flap_seldom():
     for seed in range(6):
         machine = Machine(Times(step_s=6e-3), noise=2.0, rng=random.Random(seed))
         machine.tokens = 3.0 * 0.97 * machine.rate(128, BARE) / machine.rate(128, WHOLE)
-        ways, kept = StepWays(), []
-        for _ in range(4000):
-            machine.step(ways, 128)
-            load = ways.plan(128, live())
-            assert load is not None
-            kept.append(load.kept)
+        kept = kept_ways(machine, 4000)
         num_changes += sum(one != other for one, other in itertools.pairwise(kept))
     assert num_changes < 40  # 53 if a verdict within its own doubt counts
 
