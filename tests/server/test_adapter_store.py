@@ -214,17 +214,23 @@ async def test_load_inplace_replaces_when_the_load_has_ended_and_keeps_the_old_o
     assert (await store.resolve("n")).content_hash == content_hash(two)
 
 
-@pytest.mark.parametrize("weights", ["bad", "slow"])
-async def test_a_load_that_ends_late_takes_nothing_from_a_newer_one_of_its_name(store, engine, root, weights):
-    old, good = make(root / ".old", weights), make(root / ".good", "good")
+def hold_reads_of(path, engine):
+    """Reads of that directory set the first event, and go on with the second."""
     reading, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait(name, directory):
-        if directory == str(old):
+        if directory == str(path):
             reading.set()
             await go_on.wait()
 
     engine.during = wait
+    return reading, go_on
+
+
+@pytest.mark.parametrize("weights", ["bad", "slow"])
+async def test_a_load_that_ends_late_takes_nothing_from_a_newer_one_of_its_name(store, engine, root, weights):
+    old, good = make(root / ".old", weights), make(root / ".good", "good")
+    reading, go_on = hold_reads_of(old, engine)
     late = asyncio.create_task(store.register("n", str(old)))
     await reading.wait()
     await store.unregister("n")
@@ -255,14 +261,7 @@ async def test_two_loads_of_one_directory_under_one_name_succeed_in_whatever_ord
 
 async def test_a_load_has_its_name_again_when_the_one_that_took_it_fails(store, engine, root):
     slow, bad = make(root / ".slow", "slow"), make(root / ".bad", "bad")
-    reading, go_on = asyncio.Event(), asyncio.Event()
-
-    async def wait(name, directory):
-        if directory == str(slow):
-            reading.set()
-            await go_on.wait()
-
-    engine.during = wait
+    reading, go_on = hold_reads_of(slow, engine)
     first = asyncio.create_task(store.register("n", str(slow)))
     await reading.wait()
     with pytest.raises(AdapterError, match="bad weights"):
