@@ -54,7 +54,7 @@ def test_an_engine_that_is_away_at_the_signal_comes_back_for_those_who_wait(serv
         os.kill(server.engine_pid(), signal.SIGKILL)
         wait_until(lambda: server.get("/health").status_code == 503)
         waiting = [pool.submit(server.post, TEXT, SLOW) for _ in range(2)]
-        wait_until(lambda: server.metrics()["http_requests_in_flight"] >= 2)
+        wait_until(lambda: server.metrics()["http_requests_in_flight"] >= 3)
         drain(server)
         assert server.get("/ready").json()["status"] == "draining"  # whatever the engine does
         assert server.get("/health").json()["status"] == "restarting"
@@ -86,7 +86,7 @@ def test_loads_that_are_under_way_finish(server, adapters_dir):
         with ThreadPoolExecutor(2) as pool:
             loaded = pool.submit(server.post, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "late"})
             asked = pool.submit(server.post, TEXT, {**BODY, "model": "late"})
-            wait_until(lambda: server.metrics()["http_requests_in_flight"] >= 2)
+            wait_until(lambda: server.metrics()["http_requests_in_flight"] >= 3)
             drain(server)
             assert loaded.result().status_code == 200 and asked.result().status_code == 200
     finally:
