@@ -44,6 +44,7 @@ class Speculation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     mode: Literal["auto", "off", "ngram", "fixed"] = "auto"
     max_draft_tokens: int = 16
+    trace: bool = False  # deltas say where each token came from
 
 
 MAX_GRAMMAR_BYTES = 256 * 1024
@@ -201,6 +202,33 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     rank: int  # 1 = the most likely token
 
 
+class RejectedDraft(msgspec.Struct, frozen=True):
+    """A token that was drafted and verified in vain."""
+
+    token_id: int
+    text: str
+    source: str
+    chance: float  # as in `TokenTrace`
+
+
+TARGET = "target"  # the source of tokens that nobody had drafted
+MAX_REJECTED = 16  # drafts that a token's trace shows
+
+
+class TokenTrace(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a token of an output came from, in the words of the HTTP API.
+
+    The engine leaves the texts empty; who writes the output's text writes them (`text/traced_text.py`).
+    """
+
+    token_id: int
+    text: str
+    source: str  # of drafts, or `TARGET`
+    chance: float | None  # what the drafter expected: that this draft is right, those before it being right
+    forward: int  # which of the output's forwards gave it, from 0
+    rejected: list[RejectedDraft] = []  # whose place it took, and those behind that, up to `MAX_REJECTED`
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Counts of one finished sequence. Tokens after a stop, EOS or max_tokens are counted nowhere."""
 
@@ -227,6 +255,7 @@ class Delta(msgspec.Struct, frozen=True, tag="delta", omit_defaults=True):
     text: str = ""
     num_silent: int = 0  # token ids at the end that are no text: an end of sequence, a stop token
     logprobs: list[TokenLogprobs] | None = None
+    trace: list[TokenTrace] | None = None  # of each of the token ids; beside a text, of those whose text is certain
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, on the first delta
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
