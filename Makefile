@@ -21,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-com
 TWO_PROCESSES := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test test-all churn soak abuse gpu conformance lint audit format clean
+.PHONY: help install pull serve test test-all churn soak abuse gpu conformance lint audit docs format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -69,12 +69,17 @@ audit: $(INSTALLED)  ## look what is installed up among known vulnerabilities (d
 	.venv-audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.9'
 	.venv-audit/bin/pip-audit --path $(VENV)/lib/python*/site-packages --skip-editable --progress-spinner off $(ARGS)
 
+docs:  ## build the documentation as a site in build/site; a warning is an error
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --no-compile 'mkdocs-material>=9.6,<10'
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
 format: $(LINT_INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments and caches; the converted model stays in the user's cache
-	rm -rf $(VENV) .venv-audit .venv-conformance build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-audit .venv-conformance .venv-docs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

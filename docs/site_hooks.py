@@ -1,4 +1,4 @@
-"""What the documentation's site has beyond docs/: the README as its first page, and the files of the repository that pages link to.
+"""What the documentation's site has beyond docs/: the README as its first page, and files that pages link to.
 
 Pages are written to be read in the repository, where links are relative paths. The site keeps them: a linked file is
 copied under `files/`, and a linked folder, which has no page, becomes its name.
