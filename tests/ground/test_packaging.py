@@ -85,3 +85,13 @@ def test_the_installed_version_is_the_package_version():
     from specserve import __version__
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+def test_images_copy_what_the_package_is_built_from():
+    """A folder that the wheel needs and an image does not copy would be missed at its first start only."""
+    needed = {"Makefile", "pyproject.toml", "README.md", "LICENSE", "specserve", *LINKED}
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")}
+    assert let_through == needed
+    for name in ("cpu", "cuda"):
+        lines = (ROOT / "deploy" / f"Dockerfile.{name}").read_text().splitlines()
+        assert {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]} == needed
