@@ -137,6 +137,9 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     dtype: str
     pid: int
     eos_token_ids: list[int]
+    kernels: str = ""  # what multiplies: a level of the native CPU path, torch or triton
+    max_num_seqs: int = 0
+    max_adapters: int = 0  # in the memory that steps read
 
 
 class LookaheadInfo(msgspec.Struct, frozen=True):
@@ -280,6 +283,35 @@ class AdapterDrafts(msgspec.Struct, frozen=True):
     row_price: float  # running mean of the tokens that one more row had to be expected to bring
 
 
+class AdapterRequests(msgspec.Struct, frozen=True):
+    """The sequences of one adapter, or of the bare base."""
+
+    name: str | None  # None is the base
+    num_running: int
+    num_waiting: int
+
+
+class RecentStep(msgspec.Struct, frozen=True):
+    """One of the latest steps."""
+
+    ago_s: float  # from its end to the snapshot
+    num_sequences: int
+    num_rows: int  # drafts included
+    num_drafts: int
+    seconds: float  # drafting included
+    no_draft_tokens_per_s: float  # of the same sequences and prompts, by the cost table
+    tokens: int  # of output
+
+
+class CostTable(msgspec.Struct, frozen=True):
+    """Seconds that a step of so many rows is expected to take, with the sequences and adapters of the latest one."""
+
+    rows: list[int] = []
+    seconds: list[float] = []
+    num_sequences: int = 1
+    num_adapters: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot of the engine; counters grow from the start of the process."""
 
@@ -326,6 +358,12 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_adapter_waits: int = 0  # loads that found no room at once
     adapter_wait_seconds: float = 0.0  # of these
     num_adapter_loads_waiting: int = 0
+    finished: dict[str, int] = {}  # sequences by what ended them: stop, length, abort, error
+    requests_by_adapter: list[AdapterRequests] = []
+    step_seconds: float = 0.0  # of all steps, one after the other
+    no_draft_tokens: float = 0.0  # that they would have given without drafts, by the cost table
+    recent_steps: list[RecentStep] = []  # oldest first
+    cost_table: CostTable = CostTable()
 
 
 SNAPSHOT = -1  # the call id of `Stats` that nobody asked for; blocks were not checked for them

@@ -60,6 +60,7 @@ class Layer:
 class DecoderWeights:
     """A loaded model as plain matrices, whatever multiplies them. `compute_dtype` is that of activations and KV."""
 
+    kernels = "torch"  # what multiplies them
     num_builds = 0  # nothing is compiled while serving
 
     def __init__(

@@ -68,6 +68,7 @@ class Commits:
                 self._fail_without_token(group, step.events)
                 continue
             report = self._append(step, item, tokens)
+            step.num_tokens += len(report.appended.tokens)
             self._reports.add(report)
             if seq.status is not Status.FINISHED and (head := state.drafts.head) is not None:
                 tapped, row = output.taps[head.head.config.tap_layer], group.first_row + report.num_accepted
@@ -75,6 +76,7 @@ class Commits:
             if logprobs:
                 report.logprobs = logprobs.get(id(seq))
         self._reports.add(going_on)
+        step.num_tokens += sum(map(len, going))
         if step.proposed is not None and step.proposed.num_asked:
             for state, item, tokens in zip(states, items, going, strict=True):
                 if state.drafts.item is item:  # it was asked
@@ -101,6 +103,7 @@ class Commits:
     def fail(self, seq: Sequence, message: str, events: list[Event]) -> None:
         """End a sequence by the model's own fault."""
         self._remove(seq.owner)
+        self._reports.count_end("error")
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, 500, "server_error", None, "model_failure")))
 
     def _fail_without_token(self, group: RowGroup, events: list[Event]) -> None:
@@ -111,6 +114,7 @@ class Commits:
         reason = seq.grammar.problem or seq.grammar.error if seq.grammar is not None else ""
         message = f"the grammar allows no token after {seq.output_len} tokens of output{reason and ': '}{reason}"
         self._remove(seq.owner)
+        self._reports.count_end("error")
         events.append(RequestFailed(seq.request_id, ErrorInfo(message, code="grammar_dead_end")))
 
 

@@ -53,6 +53,7 @@ from .adapter_memory import AdapterMemory, Brought
 from .admission import check_request, refuse_overload, size_kv
 from .commits import Commits
 from .queued_step import QueuedStep
+from .recent_steps import RecentSteps
 from .reports import Event, Reports
 from .running import RunningRequest
 from .stats import Counters, adapter_states, engine_stats
@@ -127,6 +128,9 @@ class Engine:
             dtype=self.decoder.weight_dtype_name,
             pid=0,
             eos_token_ids=list(self.eos_token_ids),
+            kernels=self.decoder.kernels,
+            max_num_seqs=config.max_num_seqs,
+            max_adapters=config.max_adapters,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
@@ -164,6 +168,7 @@ class Engine:
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)
         self.waits = WaitEstimate(self.scheduler, cost_model.seconds)
+        self.recent_steps = RecentSteps(cost_model)
 
     # -- requests
 
@@ -207,6 +212,7 @@ class Engine:
         state = self._requests.get(request_id)
         if state is not None:
             self._remove(state)
+            self.reports.count_end("abort")
 
     def drop_late(self) -> list[RequestFailed]:
         """Take out the requests whose deadline has passed before they ran."""
@@ -214,6 +220,7 @@ class Engine:
         late = self.scheduler.waiting.late(now)
         for seq in late:
             self._remove(self._requests[seq.request_id])
+            self.reports.count_end("abort")
         return [
             RequestFailed(
                 seq.request_id,
@@ -334,8 +341,12 @@ class Engine:
     def _learn(self) -> None:
         """From the latest step, for which the device did not have to wait either."""
         ended, self._ended = self._ended, None
-        if ended is not None and (proposed := ended[0].proposed) is not None:
-            self.proposer.end_step(proposed, ended[0].verified, ended[1])
+        if ended is None:
+            return
+        step, seconds = ended
+        self.recent_steps.add(step, seconds.total)
+        if step.proposed is not None:
+            self.proposer.end_step(step.proposed, step.verified, seconds)
 
     def write_events(self) -> None:
         """Complete the events of the latest step, for which the device did not have to wait."""
@@ -399,9 +410,9 @@ class Engine:
         else:
             kept = self.sampler.collect(self.sampler.launch(output.logits, output.groups))
             self.commits.score_prompts(output)
-            self.commits.commit(
-                QueuedStep([item], step.queued_at, item.num_rows, [], step.events, step.verified), output, kept
-            )
+            alone = QueuedStep([item], step.queued_at, item.num_rows, [], step.events, step.verified)
+            self.commits.commit(alone, output, kept)
+            step.num_tokens += alone.num_tokens
 
     # -- bookkeeping
 

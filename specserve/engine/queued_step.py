@@ -36,6 +36,7 @@ class QueuedStep:
     proposed: Proposed | None = None
     output: StepOutput | None = None
     pending: PendingSample | None = None
+    num_tokens: int = 0  # that its sequences got
     is_passed: bool = False  # its sequences stand behind it: the next step was planned
 
     def can_be_passed(self, max_rows: int) -> bool:

@@ -52,6 +52,10 @@ class Reports:
     def add(self, report: StepReport | GoingOn) -> None:
         self._reports.append(report)
 
+    def count_end(self, reason: str) -> None:
+        """Of a sequence, whichever way it ended."""
+        self._counters.finished[reason] += 1
+
     def add_prompt(self, item: ScheduledSequence) -> None:
         """Rows of a prompt were computed that had no token to sample."""
         if item.seq.output_len == 0:
@@ -124,6 +128,8 @@ class Reports:
         if is_first:
             self._counters.prompt_tokens += report.item.num_rows
             self._counters.cached_prompt_tokens += seq.num_cached
+        if finish is not None:
+            self.count_end(finish)
         return Delta(
             seq.request_id,
             appended.tokens,

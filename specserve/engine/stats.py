@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..adapters.held import Held
-from ..messages import AdapterState, EngineStats
+from ..messages import AdapterRequests, AdapterState, EngineStats
 from .adapter_memory import AdapterMemory
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Counters:
     cached_prompt_tokens: int = 0
     drafted_by_source: Counter[str] = field(default_factory=Counter)
     accepted_by_source: Counter[str] = field(default_factory=Counter)
+    finished: Counter[str] = field(default_factory=Counter)
 
 
 def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> EngineStats:
@@ -76,7 +77,23 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         num_adapter_waits=registry.counts.num_waits,
         adapter_wait_seconds=registry.counts.wait_s,
         num_adapter_loads_waiting=registry.num_waiting,
+        finished=dict(counters.finished),
+        requests_by_adapter=_requests_by_adapter(engine),
+        step_seconds=engine.recent_steps.seconds,
+        no_draft_tokens=engine.recent_steps.no_draft_tokens,
+        recent_steps=engine.recent_steps.taken(),
+        cost_table=engine.recent_steps.cost_table(),
     )
+
+
+def _requests_by_adapter(engine: Engine) -> list[AdapterRequests]:
+    running = Counter(seq.adapter_hash for seq in engine.scheduler.running)
+    waiting = Counter(seq.adapter_hash for seq in engine.scheduler.waiting)
+    adapters = engine.registry.adapters  # none of a sequence leaves before it
+    return [
+        AdapterRequests(None if key is None else adapters[key].name, running[key], waiting[key])
+        for key in running.keys() | waiting.keys()
+    ]
 
 
 def adapter_states(memory: AdapterMemory, drafts_of: Callable[[str], tuple[int, int]]) -> list[AdapterState]:

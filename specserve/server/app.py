@@ -39,6 +39,7 @@ from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
 from .routes import add_routes
 from .sources.fetcher import AdapterFetcher
+from .stats.routes import StatsRoutes
 from .tls import certificate_of
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Server:
         observe_load_s = self.metrics.adapter_load.observe
         self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
         self.engine.on_adapters_left = self.store.adapters_left
+        self.stats = StatsRoutes(self.engine, self.model_name, config.write_timeout_s)
         self._model_dir = model_dir
         self.keys = KeyRing(config)
         self.certificate = certificate_of(config)
@@ -87,7 +89,7 @@ class Server:
             "openapi": self._openapi,
         }
         adapters = AdapterRoutes(self.store, self.fetcher, self.engine, self.config.read_timeout_s)
-        others = (OpenAIRoutes(generator), LoraxRoutes(generator), adapters)
+        others = (OpenAIRoutes(generator), LoraxRoutes(generator), adapters, self.stats)
         add_routes(app, own | {name: handler for routes in others for name, handler in routes.handlers().items()})
         return app
 
@@ -150,6 +152,7 @@ class Server:
 
     async def _drain(self) -> None:
         self.middlewares.draining = True
+        self.stats.feed.close()  # its listeners would stay for ever
         deadline = asyncio.get_running_loop().time() + self.config.drain_timeout_s
         while self.middlewares.num_in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)

@@ -85,7 +85,7 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
             "contentMediaType": "application/json",
             "contentSchema": media(route.events, error)["schema"],
         }
-        if route.errors == "openai":
+        if route.errors == "openai" and route.method == "POST":
             data = {"anyOf": [data, {"const": "[DONE]"}]}
         content["text/event-stream"] = {
             "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
@@ -106,16 +106,34 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.handler,
         "summary": route.summary,
-        "tags": ["LoRAX" if route.errors == "lorax" else "OpenAI" if route.path.startswith("/v1/") else "server"],
+        "tags": [_tag(route)],
         "responses": responses,
         "security": [] if route.access == "open" else [{}, {"key": []}],  # without --api-key none is needed
     }
     if names := _VARIABLE.findall(route.path):
         string = {"type": "string", "minLength": 1}
         operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": string} for name in names]
+    if route.query is not None:
+        operation["parameters"] = [*operation.get("parameters", []), *_query_parameters(route.query)]
     if route.body is not None:
         operation["requestBody"] = {
             "required": True,
             "content": {"application/json": media(*_alternatives(route.body))},
         }
     return operation
+
+
+def _tag(route: Route) -> str:
+    if route.errors == "lorax":
+        return "LoRAX"
+    return "OpenAI" if route.path.startswith("/v1/") and route.access not in ("info", "metrics") else "server"
+
+
+def _query_parameters(kind: Any) -> list[dict[str, Any]]:
+    (_, components) = msgspec.json.schema_components([kind])
+    schema = components[kind.__name__]
+    required = schema.get("required", ())
+    return [
+        {"name": name, "in": "query", "required": name in required, "schema": field}
+        for name, field in schema["properties"].items()
+    ]

@@ -44,6 +44,7 @@ from .openai.response_types import (
     TokenizeResponse,
     VersionResponse,
 )
+from .stats.types import StatsQuery, StatsResponse
 
 Access = Literal["open", "info", "metrics", "key", "admin"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -60,7 +61,7 @@ class Route:
     """One method of one path.
 
     `body`, `answer` and `events` are types: of the request, of the JSON answer (None: text), and of a stream's events;
-    several are alternatives.
+    several are alternatives. `query`: a type of text fields, the parameters.
     `statuses` are those of errors. `access`: open to everyone; with a key that may generate, where something is posted,
     or with any; with one for administration. `info` and `metrics` are open, or with any key and one for metrics, as
     --open-info says.
@@ -75,6 +76,7 @@ class Route:
     body: Any = None
     answer: Any = None
     events: Any = None
+    query: Any = None
     access: Access = "key"
     errors: Literal["openai", "lorax"] = "openai"
 
@@ -140,6 +142,10 @@ ROUTES = (
     Route("GET", "/ready", "ready", "503 during shutdown too", STATE, answer=StateResponse, access="open"),
     Route("GET", "/version", "version", "The server's version", GET, answer=VersionResponse, access="info"),
     Route("GET", "/metrics", "metrics", "Prometheus text", GET, access="metrics"),
+    Route(
+        "GET", "/v1/stats", "stats", "State and counters of the engine, once or every second", (400, *GET, 429, 503),
+        answer=StatsResponse, events=StatsResponse, query=StatsQuery, access="metrics",
+    ),
     Route("GET", "/openapi.json", "openapi", "This document", GET, answer=OpenApiDocument, access="info"),
 )  # fmt: skip
 

@@ -55,7 +55,9 @@ def test_an_engine_that_is_away_at_the_signal_comes_back_for_those_who_wait(serv
         wait_until(lambda: server.get("/health").status_code == 503)
         waiting = [pool.submit(server.post, TEXT, SLOW) for _ in range(2)]
         wait_until(lambda: server.metrics()["http_requests_in_flight"] >= 3)
+        watching = server.get("/v1/stats?stream=true", stream=True)
         drain(server)
+        assert list(watching.iter_lines())[0].startswith(b"data: ")  # and it has an end
         assert server.get("/ready").json()["status"] == "draining"  # whatever the engine does
         assert server.get("/health").json()["status"] == "restarting"
         assert_error(server.post(TEXT, SLOW), 503, "shutting down")

@@ -45,6 +45,8 @@ class RowInputs:
 class TritonDecoder(DecoderWeights):
     """The forward pass through Triton kernels; `norm` and the layers' norms are fp32."""
 
+    kernels = "triton"
+
     def forward_rows(
         self,
         rows: RowInputs,

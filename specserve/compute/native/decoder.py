@@ -67,7 +67,7 @@ class NativeDecoder:
         self.embed = embed  # [V, H] in the weights' dtype
         self.device = embed.device
         self.num_builds = int(library.build_s > 0)
-        self.level = library.level
+        self.level = self.kernels = library.level
         self.is_bf16 = library.uses_bf16 and lm_head.format != "f32"
         self.compute_dtype = torch.bfloat16 if self.is_bf16 else torch.float32
         self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -60,6 +61,7 @@ class EngineClient:
     ):
         self.config = config
         self.on_adapters_left: Callable[[list[str]], object] = lambda hashes: None  # of the process that serves
+        self.on_snapshot: Callable[[], object] = lambda: None  # about once a second, and when the process has gone
         command = command or [sys.executable, "-m", "specserve.engine.process"]
         self._engine = EngineSupervisor(
             lambda: EngineLink.launch(command, config),
@@ -72,6 +74,7 @@ class EngineClient:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._snapshot: EngineStats | None = None  # the newest of the process that serves
+        self._snapshot_at = 0.0
 
     @property
     def state(self) -> State:
@@ -88,6 +91,17 @@ class EngineClient:
         if self._engine.info is None:
             raise EngineDeadError("the engine has not started yet; retry shortly")
         return self._engine.info
+
+    @property
+    def serving_s(self) -> float:
+        """How long the process has served; 0 while none does."""
+        since = self._engine.serving_since
+        return time.monotonic() - since if self.state == "ready" and since is not None else 0.0
+
+    @property
+    def snapshot(self) -> tuple[EngineStats | None, float]:
+        """The newest one of the process that serves, and when it came, since 1970; None, and now, for none."""
+        return self._snapshot, time.time() if self._snapshot is None else self._snapshot_at
 
     @property
     def wait_estimate_s(self) -> float:
@@ -191,7 +205,10 @@ class EngineClient:
         error = self._snapshot.integrity_error if self._snapshot is not None else None
         checked = message.call_id != SNAPSHOT
         self._snapshot = message.stats if checked else msgspec.structs.replace(message.stats, integrity_error=error)
+        self._snapshot_at = time.time()
         self._answer(message)
+        if not checked:
+            self.on_snapshot()
 
     def _answer(self, message: AdapterLoaded | AdapterStates | CallDone | Stats) -> None:
         if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
@@ -219,6 +236,7 @@ class EngineClient:
     def _lost(self) -> None:
         self._snapshot = None
         self._fail_all(EngineLostError, "the engine process ended while the request was running; retry")
+        self.on_snapshot()
 
     def _fail_all(self, kind: type[EngineDeadError], reason: str) -> None:
         for queue in self._streams.values():

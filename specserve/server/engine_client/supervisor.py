@@ -47,6 +47,7 @@ class EngineSupervisor:
         self.state: State = "stopped"
         self.generation = 0
         self.info: EngineInfo | None = None  # of the newest process that served
+        self.serving_since: float | None = None  # of time.monotonic(), the same process
         self._launch = launch
         self._on_message = on_message
         self._on_lost = on_lost
@@ -126,6 +127,7 @@ class EngineSupervisor:
     async def _serve(self, link: EngineLink) -> str:
         """Dispatch what the process says until it ends or has to be ended; says why. The process is gone then."""
         self.info, self.state, self._heartbeat = link.info, "ready", None
+        self.serving_since = time.monotonic()
         self.generation += 1
         self._settled.set()
         tasks = asyncio.create_task(self._read(link)), asyncio.create_task(self._watch(link.info.device))

@@ -94,9 +94,11 @@ def test_a_key_opens_what_its_scopes_say(server):
     assert_error(server.post("/v1/load_lora_adapter", load, **auth("red")), 403, "scope admin")
     assert server.post("/v1/load_lora_adapter", load, **auth("admin")).status_code == 200
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "mine"}, **auth("admin")).status_code == 200
-    for path in ("/metrics", "/version", "/openapi.json", "/v1/models", COMPLETIONS):
+    for path in ("/metrics", "/v1/stats", "/version", "/openapi.json", "/v1/models", COMPLETIONS):
         assert requests.get(server.url + path, timeout=10).status_code == 401
-    assert_error(server.get("/metrics", **auth("red")), 403, "scope metrics")
+    for path in ("/metrics", "/v1/stats", "/v1/stats?stream=true"):
+        assert_error(server.get(path, **auth("red")), 403, "scope metrics")
+    assert server.get("/v1/stats").json()["engine"]["status"] == "running"
     assert server.get("/version", **auth("red")).status_code == 200
     assert requests.get(server.url + "/health", timeout=10).status_code == 200
 

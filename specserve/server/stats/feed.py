@@ -1,0 +1,100 @@
+"""Stats for everybody who listens: one event for all, made when the engine tells of itself, about once a second.
+
+Owns the listeners. None of them asks the engine anything, keeps others waiting or has a queue: who is slow misses
+events and gets the newest. Where the engine says nothing for `QUIET_S`, in a long step or while it is started again,
+what is known is told all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+
+from ...errors import OverloadedError, ShuttingDownError
+from ..access.caller import Caller
+from .snapshot import visible
+from .types import StatsResponse
+
+MAX_LISTENERS = 64
+QUIET_S = 2.0
+
+
+class _Event:
+    """The stats of a moment, written once for all callers who may see the same."""
+
+    def __init__(self, whole: StatsResponse):
+        self._whole = whole
+        self._written: dict[tuple[str, ...] | None, msgspec.Raw] = {}
+
+    def for_caller(self, caller: Caller | None) -> msgspec.Raw:
+        """JSON. Whoever needs no key to ask, and sends none, sees what /metrics shows."""
+        adapters = caller.adapters if caller is not None else None
+        if adapters not in self._written:
+            may_see = caller.may_use if caller is not None else lambda name: True
+            self._written[adapters] = msgspec.Raw(msgspec.json.encode(visible(self._whole, may_see)))
+        return self._written[adapters]
+
+
+class StatsFeed:
+    """`newest` makes the stats of a moment; call `publish` when there is a new one. Of one event loop."""
+
+    def __init__(self, newest: Callable[[], StatsResponse]):
+        self._newest = newest
+        self._event: _Event | None = None  # the newest, while there are listeners
+        self._changed = asyncio.Event()  # set, and replaced, with each event
+        self._num_listeners = 0
+        self._quiet: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    @property
+    def num_listeners(self) -> int:
+        return self._num_listeners
+
+    def publish(self) -> None:
+        """Tell all listeners of the stats of now; nothing is done for none."""
+        self._cancel_timer()
+        if not self._num_listeners or self._is_closed:
+            return
+        self._event = _Event(self._newest())
+        self._quiet = asyncio.get_running_loop().call_later(QUIET_S, self.publish)
+        self._wake()
+
+    def close(self) -> None:
+        """End all streams, and begin none."""
+        self._is_closed = True
+        self._cancel_timer()
+        self._wake()
+
+    async def listen(self, caller: Caller | None) -> AsyncGenerator[msgspec.Raw]:
+        """Events as JSON, the first at once, until `close`. Raises `UserError` where there is no place."""
+        if self._is_closed:
+            raise ShuttingDownError("the server is shutting down")
+        if self._num_listeners >= MAX_LISTENERS:
+            raise OverloadedError(
+                f"{self._num_listeners} clients listen to the stats, which is the limit; ask without stream, or later"
+            )
+        self._num_listeners += 1
+        try:
+            if self._event is None:
+                self.publish()
+            while not self._is_closed:
+                changed, event = self._changed, self._event
+                assert event is not None
+                yield event.for_caller(caller)
+                await changed.wait()
+        finally:
+            self._num_listeners -= 1
+            if not self._num_listeners:
+                self._event = None
+                self._cancel_timer()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _cancel_timer(self) -> None:
+        if self._quiet is not None:
+            self._quiet.cancel()
+            self._quiet = None

@@ -1,0 +1,41 @@
+"""GET /v1/stats: the engine's state and counters, once or as server-sent events."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+from aiohttp import web
+
+from ..access.caller import found_caller
+from ..engine_client.client import EngineClient
+from ..http_body import convert, json_response
+from ..routes import Handler
+from ..sse import EventStream
+from .feed import StatsFeed
+from .snapshot import StatsSource, visible
+from .types import StatsQuery
+
+
+class StatsRoutes:
+    """Of one server; a listener who takes nothing for `write_timeout_s` is cut off."""
+
+    def __init__(self, engine: EngineClient, base_name: str, write_timeout_s: float):
+        self._source = StatsSource(engine, base_name)
+        self.feed = StatsFeed(self._source.newest)
+        engine.on_snapshot = self.feed.publish
+        self._write_timeout_s = write_timeout_s
+
+    def handlers(self) -> dict[str, Handler]:
+        """Handlers by the names that the route table gives them."""
+        return {"stats": self.stats}
+
+    async def stats(self, request: web.Request) -> web.StreamResponse:
+        query, caller = convert(dict(request.query), StatsQuery), found_caller(request)
+        if query.stream == "false" or request.method == "HEAD":
+            whole = await self._source.fresh()
+            return json_response(visible(whole, caller.may_use if caller is not None else lambda name: True))
+        stream = EventStream(request, self._write_timeout_s)
+        async with aclosing(self.feed.listen(caller)) as events:
+            async for event in events:
+                await stream.send(event)
+        return await stream.end()

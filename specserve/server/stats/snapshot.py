@@ -1,0 +1,145 @@
+"""The answer of GET /v1/stats, made of the engine's newest snapshot: once for all, and what of it a caller may see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from ... import __version__
+from ...messages import EngineInfo, EngineStats
+from ..engine_client.client import EngineClient
+from .types import (
+    AdapterStats,
+    EngineState,
+    FinishedSequences,
+    KvStats,
+    ModelSpeculation,
+    RequestStats,
+    SourceSpeculation,
+    SpeculationOverall,
+    StatsResponse,
+    StepStats,
+    TierStats,
+    TokenStats,
+)
+
+MAX_MODELS = 100  # whose speculation is told of
+_NOTHING = EngineStats(*(0,) * 14)
+
+
+class StatsSource:
+    """Of one server, whose base model has this name."""
+
+    def __init__(self, engine: EngineClient, base_name: str):
+        self._engine, self._base_name = engine, base_name
+        self._since = time.monotonic()
+
+    async def fresh(self) -> StatsResponse:
+        """Of now, or of just before a step that takes long."""
+        await self._engine.stats()
+        return self.newest()
+
+    def newest(self) -> StatsResponse:
+        """Of the engine's last word."""
+        engine = self._engine
+        stats, taken_at = engine.snapshot
+        stats, info = stats or _NOTHING, engine.info
+        return StatsResponse(
+            time_s=taken_at,
+            uptime_s=time.monotonic() - self._since,
+            version=__version__,
+            model=self._base_name,
+            engine=EngineState(
+                status="running" if engine.state == "ready" else engine.state,
+                device=info.device,
+                dtype=info.dtype,
+                kernels=info.kernels,
+                num_restarts=engine.generation - 1,
+                uptime_s=engine.serving_s,
+            ),
+            requests=RequestStats(
+                running=stats.num_running,
+                waiting=stats.num_waiting,
+                waiting_tokens=stats.num_waiting_tokens,
+                wait_estimate_s=stats.wait_estimate_seconds,
+                finished=FinishedSequences(**stats.finished),
+                max_running=info.max_num_seqs,
+            ),
+            tokens=TokenStats(
+                prompt=stats.prompt_tokens + stats.cached_prompt_tokens,
+                cached_prompt=stats.cached_prompt_tokens,
+                generated=stats.generated_tokens,
+                drafted=stats.draft_tokens,
+                accepted=stats.accepted_draft_tokens,
+            ),
+            kv=_kv(stats, info),
+            adapters=_adapters(stats, info),
+            speculation=SpeculationOverall(
+                by_adapter=_by_adapter(stats, self._base_name),
+                num_others=0,
+                by_source={
+                    source: SourceSpeculation(num, stats.accepted_by_source.get(source, 0))
+                    for source, num in stats.drafted_by_source.items()
+                },
+            ),
+            steps=StepStats(
+                num=stats.num_steps,
+                undrafted=stats.num_undrafted_steps,
+                seconds=stats.step_seconds,
+                no_draft_tokens=stats.no_draft_tokens,
+                recent=stats.recent_steps,
+            ),
+            cost_table=stats.cost_table,
+        )
+
+
+def visible(whole: StatsResponse, may_see: Callable[[str], bool]) -> StatsResponse:
+    """What somebody may see who may see these adapters; the base model is everybody's."""
+    models = [entry for entry in whole.speculation.by_adapter if entry.model == whole.model or may_see(entry.model)]
+    cut = msgspec.structs.replace(
+        whole.speculation, by_adapter=models[:MAX_MODELS], num_others=max(0, len(models) - MAX_MODELS)
+    )
+    return msgspec.structs.replace(whole, speculation=cut)
+
+
+def _kv(stats: EngineStats, info: EngineInfo) -> KvStats:
+    num, free = info.num_kv_blocks, stats.num_free_kv_blocks if stats is not _NOTHING else info.num_kv_blocks
+    return KvStats(blocks=num, free_blocks=free, block_size=info.block_size, used_ratio=1 - free / num)
+
+
+def _adapters(stats: EngineStats, info: EngineInfo) -> AdapterStats:
+    in_steps = TierStats(stats.num_adapters, stats.adapter_bytes, stats.max_adapter_bytes)
+    copies = TierStats(stats.num_host_adapters, stats.host_adapter_bytes, stats.max_host_adapter_bytes)
+    device, host = (TierStats(), in_steps) if info.device == "cpu" else (in_steps, copies)
+    return AdapterStats(
+        device=device,
+        host=host,
+        pinned=stats.num_pinned_adapters,
+        loads=stats.num_adapter_loads,
+        evictions=stats.num_adapter_evictions,
+        waiting_loads=stats.num_adapter_loads_waiting,
+    )
+
+
+def _by_adapter(stats: EngineStats, base_name: str) -> list[ModelSpeculation]:
+    """Versions of one name together, most output first."""
+    found: dict[str, ModelSpeculation] = {}
+    for drafts in stats.drafts_by_adapter:
+        name = drafts.name or base_name
+        entry = found.setdefault(name, ModelSpeculation(name))
+        num = entry.verifications + drafts.num_verifications
+        if num:
+            priced = entry.row_price * entry.verifications + drafts.row_price * drafts.num_verifications
+            entry.row_price = priced / num
+        entry.verifications = num
+        entry.generated += drafts.generated_tokens
+        entry.drafted += drafts.draft_tokens
+        entry.accepted += drafts.accepted_draft_tokens
+    for requests in stats.requests_by_adapter:
+        name = requests.name or base_name
+        entry = found.setdefault(name, ModelSpeculation(name))
+        entry.running += requests.num_running
+        entry.waiting += requests.num_waiting
+    return sorted(found.values(), key=lambda entry: -entry.generated)

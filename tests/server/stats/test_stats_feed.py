@@ -1,0 +1,172 @@
+"""Who listens to the stats: one event for all, nothing for who has left, and what is told while the engine is away."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import sys
+from contextlib import aclosing
+
+import msgspec
+import pytest
+from places import FIXTURES, ROOT
+
+from specserve.config import EngineConfig, ServeConfig
+from specserve.errors import OverloadedError, ShuttingDownError
+from specserve.messages import AdapterDrafts, AdapterRequests, EngineInfo, EngineStats
+from specserve.server.access.caller import Caller
+from specserve.server.access.keys import KeyRing
+from specserve.server.engine_client.client import EngineClient
+from specserve.server.stats import feed as feed_module
+from specserve.server.stats import snapshot as snapshot_module
+from specserve.server.stats.feed import StatsFeed
+from specserve.server.stats.snapshot import StatsSource
+from specserve.server.stats.types import StatsResponse
+
+INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2], "avx2", 64, 4096)
+DRAFTS = [AdapterDrafts(name, 10, 10 * idx, 40, 20, 0.5) for idx, name in enumerate([None, "red-1", "red-2", "blue"])]
+
+
+class Engine:
+    """What a source asks of an engine's client."""
+
+    state, generation, info, serving_s = "ready", 1, INFO, 5.0
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+        self.stats: EngineStats | None = EngineStats(*range(14), drafts_by_adapter=DRAFTS)
+
+    @property
+    def snapshot(self):
+        self.num_asked += 1
+        return self.stats, 1000.0 + self.num_asked
+
+
+@pytest.fixture
+def engine():
+    return Engine()
+
+
+@pytest.fixture
+def feed(engine):
+    return StatsFeed(StatsSource(engine, "the-base").newest)
+
+
+def decoded(event: msgspec.Raw) -> StatsResponse:
+    return msgspec.json.decode(event, type=StatsResponse)
+
+
+def caller_for(*adapters: str) -> Caller:
+    return dataclasses.replace(KeyRing(ServeConfig()).anonymous, adapters=adapters or None)
+
+
+async def test_one_snapshot_serves_all_who_listen_and_nobody_asks_when_they_have_left(feed, engine):
+    async with aclosing(feed.listen(None)) as one, aclosing(feed.listen(None)) as other:
+        assert decoded(await anext(one)).time_s == decoded(await anext(other)).time_s == 1001.0
+        feed.publish()
+        events = await asyncio.gather(anext(one), anext(other))
+        assert events[0] is events[1] and decoded(events[0]).time_s == 1002.0
+        assert feed.num_listeners == 2
+    assert feed.num_listeners == 0
+    feed.publish()
+    assert engine.num_asked == 2
+    async with aclosing(feed.listen(None)) as late:
+        assert decoded(await anext(late)).time_s == 1003.0  # not of those who listened before
+
+
+async def test_a_slow_listener_misses_events_and_gets_the_newest(feed, engine):
+    async with aclosing(feed.listen(None)) as slow:
+        await anext(slow)
+        for _ in range(5):
+            feed.publish()
+        assert decoded(await anext(slow)).time_s == 1006.0
+        waiting = asyncio.ensure_future(anext(slow))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        feed.publish()
+        assert decoded(await waiting).time_s == 1007.0
+
+
+async def test_there_are_places_for_so_many_and_each_that_leaves_makes_room(feed, monkeypatch):
+    monkeypatch.setattr(feed_module, "MAX_LISTENERS", 2)
+    async with aclosing(feed.listen(None)) as one, aclosing(feed.listen(None)) as other:
+        await anext(one), await anext(other)
+        with pytest.raises(OverloadedError, match="2 clients"):
+            await anext(feed.listen(None))
+        await one.aclose()
+        async with aclosing(feed.listen(None)) as third:
+            await anext(third)
+
+
+async def test_closing_ends_all_streams_and_begins_none(feed):
+    async with aclosing(feed.listen(None)) as listener:
+        await anext(listener)
+        waiting = asyncio.ensure_future(anext(listener))
+        await asyncio.sleep(0)
+        feed.close()
+        with pytest.raises(StopAsyncIteration):
+            await waiting
+    with pytest.raises(ShuttingDownError):
+        await anext(feed.listen(None))
+
+
+async def test_something_is_told_while_the_engine_says_nothing(feed, engine, monkeypatch):
+    monkeypatch.setattr(feed_module, "QUIET_S", 0.01)
+    async with aclosing(feed.listen(None)) as listener:
+        await anext(listener)
+        engine.stats, engine.state = None, "restarting"
+        async with asyncio.timeout(20):
+            while (event := decoded(await anext(listener))).engine.status == "running":
+                pass
+    assert event.engine.status == "restarting"
+    assert event.tokens.generated == 0 and event.kv.free_blocks == event.kv.blocks == 8
+
+
+async def test_a_caller_sees_the_adapters_that_are_for_it(feed, engine, monkeypatch):
+    engine.stats = EngineStats(
+        *range(14), drafts_by_adapter=[*DRAFTS, *DRAFTS], requests_by_adapter=[AdapterRequests("red-2", 3, 4)]
+    )
+    seen = {}
+    for adapters in ((), ("red-*",), ("green",)):
+        async with aclosing(feed.listen(caller_for(*adapters))) as listener:
+            seen[adapters] = decoded(await anext(listener)).speculation
+    names = {adapters: [entry.model for entry in told.by_adapter] for adapters, told in seen.items()}
+    assert names == {
+        (): ["blue", "red-2", "red-1", "the-base"],
+        ("red-*",): ["red-2", "red-1", "the-base"],
+        ("green",): ["the-base"],
+    }
+    entry = seen["red-*",].by_adapter[0]  # two versions of one name
+    assert (entry.generated, entry.drafted, entry.accepted, entry.row_price) == (40, 80, 40, 0.5)
+    assert (entry.running, entry.waiting) == (3, 4)
+    monkeypatch.setattr(snapshot_module, "MAX_MODELS", 2)
+    async with aclosing(feed.listen(None)) as listener:
+        told = decoded(await anext(listener)).speculation
+    assert [entry.model for entry in told.by_adapter] == ["blue", "red-2"] and told.num_others == 2
+
+
+async def test_a_stream_goes_on_over_a_restart_of_the_engine(tmp_path, monkeypatch):
+    (tmp_path / "plan").write_text("serve")
+    monkeypatch.setenv("FAKE_ENGINE_PLAN", str(tmp_path / "plan"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, str(FIXTURES / "fake_engine.py")]
+    client = EngineClient(EngineConfig(model="fake"), command=command)
+    feed = StatsFeed(StatsSource(client, "the-base").newest)
+    client.on_snapshot = feed.publish
+    await client.start()
+    try:
+        async with asyncio.timeout(60), aclosing(feed.listen(None)) as listener:
+            while (event := decoded(await anext(listener))).requests.waiting != 1:  # the fake's number
+                pass
+            assert event.engine.num_restarts == 0
+            os.kill(client.info.pid, signal.SIGKILL)
+            while (event := decoded(await anext(listener))).engine.status != "restarting":
+                pass
+            assert event.requests.waiting == 0 and event.engine.uptime_s == 0
+            while (event := decoded(await anext(listener))).requests.waiting != 1:
+                pass
+            assert event.engine.status == "running" and event.engine.num_restarts == 1
+    finally:
+        await client.stop()
