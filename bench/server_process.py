@@ -28,12 +28,24 @@ class Serving:
 
     def cpu_s(self) -> float:
         """CPU time that the server and its engine have taken so far."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        ticks = 0
-        for pid in (str(self.pid), *children):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])  # user, system
-        return ticks / os.sysconf("SC_CLK_TCK")
+        return sum(cpu_s(pid) for pid in (self.pid, *self._children()))
+
+    def engine_pid(self) -> int | None:
+        """The engine's process; None while there is none."""
+        for pid in self._children():
+            with contextlib.suppress(OSError):  # it may end while it is looked at
+                if b"specserve.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
+    def _children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
