@@ -162,6 +162,11 @@ class Library:
     int8_products: str  # what multiplies whole numbers, in words
     build_s: float  # 0 when it came from the cache
 
+    @property
+    def name(self) -> str:
+        """Its file's, which stands for sources, compiler and CPU flags."""
+        return Path(self.functions._name).name
+
 
 class Team:
     """The threads and scratch memory that forwards run on; used from one thread at a time."""

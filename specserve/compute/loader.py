@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
@@ -17,9 +17,7 @@ from ..config import EngineConfig
 from ..errors import ModelError
 from ..model.config import ModelConfig
 from ..model.weights import DTYPES, StoredWeights, checked_source
-from .cuda import build as cuda_path
 from .cuda.choice import choose_triton
-from .cuda.decoder import TritonDecoder
 from .decoder_weights import Weights
 from .native import build as native_path
 from .native.choice import choose_native
@@ -28,9 +26,12 @@ from .path import ComputePath, PathInputs
 from .torch import build as torch_path
 from .torch.decoder import Decoder
 
+if TYPE_CHECKING:
+    from .cuda.decoder import TritonDecoder
+
 logger = logging.getLogger(__name__)
 
-AnyDecoder: TypeAlias = Decoder | NativeDecoder | TritonDecoder
+AnyDecoder: TypeAlias = "Decoder | NativeDecoder | TritonDecoder"
 
 
 class PathChoice(Protocol):
@@ -88,8 +89,10 @@ def build_decoder(config: ModelConfig, weights: Weights, choices: Sequence[PathC
 
 def make_path(decoder: AnyDecoder, inputs: PathInputs) -> ComputePath:
     """What runs the steps of `decoder`."""
-    if isinstance(decoder, TritonDecoder):
-        return cuda_path.make_path(decoder, inputs)
     if isinstance(decoder, NativeDecoder):
         return native_path.make_path(decoder, inputs)
-    return torch_path.make_path(decoder, inputs)
+    if isinstance(decoder, Decoder):
+        return torch_path.make_path(decoder, inputs)
+    from .cuda import build as cuda_path  # late: it is 0.4 s of a start on a CPU, which has no use for it
+
+    return cuda_path.make_path(decoder, inputs)

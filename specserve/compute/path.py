@@ -101,6 +101,9 @@ class ComputePath:
     phases: tuple[Phase, ...] = ()
     unseen: str = ""  # what the host's clocks cannot see of these phases, and why
     graphs: GraphCache | None = None
+    # What its steps' times follow from, beside the model and the machine; None: to be measured at each start, which
+    # also warms up.
+    costs_key: str | None = None
 
     def seconds(
         self, blocks: BlockManager, max_model_len: int, num_rows: int, num_seqs: int = 1, context_len: int = 0

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 MEASURED_ROWS = NODES[:7]
 MEASURED_SEQS = 8  # of the step that measures what a sequence costs
@@ -78,6 +80,42 @@ class StepCurve:
         return least
 
 
+class MeasuredCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was measured at start, in seconds, as it may be kept for the next one (`kept_costs.py`)."""
+
+    by_rows: dict[int, float]
+    sequence_s: float
+    key_s: float
+    row_key_s: float
+
+    @classmethod
+    def measure(cls, timed_step: TimedStep, repeats: int = 5) -> MeasuredCosts:
+        """Time steps of several shapes; the fastest repeat counts.
+
+        The shapes take turns, so that a busy moment of the machine spoils one repeat of each and not all of one: a
+        shape that came out too dear would hardly be visited, and so stay so.
+        """
+        apart, ahead = (8, MEASURED_SEQS, 0), [(1, 1, _CONTEXT_LEN), (8, 1, _CONTEXT_LEN)]
+        shapes = [*((rows, 1, 0) for rows in MEASURED_ROWS), apart, *ahead]
+        timed_step(MEASURED_ROWS[0])
+        turns = [[timed_step(*shape) for shape in shapes] for _ in range(repeats)]
+        fastest = dict(zip(shapes, map(min, zip(*turns, strict=True)), strict=True))
+        by_rows = {rows: fastest[rows, 1, 0] for rows in MEASURED_ROWS}
+        eight_apart, (one_ahead, eight_ahead) = fastest[apart], (fastest[shape] for shape in ahead)
+        key_s = max(0.0, one_ahead - by_rows[1]) / _CONTEXT_LEN
+        return cls(
+            by_rows,
+            sequence_s=max(0.0, eight_apart - by_rows[8]) / 7,
+            key_s=key_s,
+            row_key_s=max(0.0, (eight_ahead - by_rows[8]) / _CONTEXT_LEN - key_s) / 7,
+        )
+
+    def scaled(self, factor: float) -> MeasuredCosts:
+        """On a machine where everything takes `factor` times as long."""
+        by_rows = {rows: factor * seconds for rows, seconds in self.by_rows.items()}
+        return MeasuredCosts(by_rows, factor * self.sequence_s, factor * self.key_s, factor * self.row_key_s)
+
+
 class CostModel:
     """The table; `seconds_by_rows` is what was measured at start, of one sequence without context or adapter."""
 
@@ -102,26 +140,8 @@ class CostModel:
         self._log_speed = 0.0
 
     @classmethod
-    def measure(cls, timed_step: TimedStep, repeats: int = 5) -> CostModel:
-        """Time steps of several shapes; the fastest repeat counts.
-
-        The shapes take turns, so that a busy moment of the machine spoils one repeat of each and not all of one: a
-        shape that came out too dear would hardly be visited, and so stay so.
-        """
-        apart, ahead = (8, MEASURED_SEQS, 0), [(1, 1, _CONTEXT_LEN), (8, 1, _CONTEXT_LEN)]
-        shapes = [*((rows, 1, 0) for rows in MEASURED_ROWS), apart, *ahead]
-        timed_step(MEASURED_ROWS[0])
-        turns = [[timed_step(*shape) for shape in shapes] for _ in range(repeats)]
-        fastest = dict(zip(shapes, map(min, zip(*turns, strict=True)), strict=True))
-        by_rows = {rows: fastest[rows, 1, 0] for rows in MEASURED_ROWS}
-        eight_apart, (one_ahead, eight_ahead) = fastest[apart], (fastest[shape] for shape in ahead)
-        key_s = max(0.0, one_ahead - by_rows[1]) / _CONTEXT_LEN
-        return cls(
-            by_rows,
-            sequence_s=max(0.0, eight_apart - by_rows[8]) / 7,
-            key_s=key_s,
-            row_key_s=max(0.0, (eight_ahead - by_rows[8]) / _CONTEXT_LEN - key_s) / 7,
-        )
+    def of(cls, costs: MeasuredCosts) -> CostModel:
+        return cls(costs.by_rows, sequence_s=costs.sequence_s, key_s=costs.key_s, row_key_s=costs.row_key_s)
 
     def seconds(self, num_rows: int, shape: StepShape = StepShape()) -> float:
         return self.curve(shape).seconds(num_rows)

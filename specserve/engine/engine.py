@@ -29,7 +29,8 @@ from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..compute.uploads import Uploads
 from ..config import EngineConfig
-from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, CostModel
+from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS
+from ..drafting.kept_costs import costs_file, measured_costs
 from ..drafting.proposer import Proposer
 from ..drafting.step_costs import StepSeconds
 from ..errors import DeadlineError, UserError
@@ -70,6 +71,7 @@ class Engine:
 
     `model_dir` is a local Hugging Face directory. Raises `ModelError` when it cannot be served and `UserError` for
     settings that do not fit the model. `make_path` gives what computes, if it shall not be the loaded model itself.
+    `keeps_costs`: what steps cost is taken from an earlier start where that still holds, and kept for the next one.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         config: EngineConfig,
         model_dir: Path,
         make_path: Callable[[AnyDecoder, PathInputs], ComputePath] = make_path,
+        keeps_costs: bool = False,
     ):
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
@@ -153,7 +156,9 @@ class Engine:
         self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
         self._torch_threads = path.torch_threads
         self._times = StepTimes(path.clock or time.perf_counter, path.is_asynchronous)
-        cost_model = CostModel.measure(functools.partial(path.seconds, self.blocks, max_model_len))
+        kept = path.costs_key is not None and keeps_costs
+        file = costs_file(path.costs_key, model, num_blocks * config.block_size, max_model_len) if kept else None
+        cost_model = measured_costs(functools.partial(path.seconds, self.blocks, max_model_len), file)
         self.proposer = Proposer(
             config,
             cost_model,

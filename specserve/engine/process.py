@@ -256,7 +256,7 @@ def main() -> int:
     link = ServerLink(sock)
     link.start_reading()
     try:
-        engine = Engine(config, Path(config.model))
+        engine = Engine(config, Path(config.model), keeps_costs=True)
     except UserError as error:
         link.send([CallFailed(-1, error.info())])
         return 1

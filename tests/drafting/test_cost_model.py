@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specserve.drafting.cost_model import MEASURED_ROWS, NODES, CostModel, MeanSeconds, StepShape
+from specserve.drafting.cost_model import MEASURED_ROWS, NODES, CostModel, MeanSeconds, MeasuredCosts, StepShape
 
 
 def affine(fixed: float, per_row: float) -> CostModel:
@@ -29,7 +29,7 @@ def test_a_busy_moment_at_start_makes_no_shape_look_dear() -> None:
         num_calls += 1
         return (10.0 if 4 <= num_calls < 30 else 1.0) * rows
 
-    model = CostModel.measure(timed)
+    model = CostModel.of(MeasuredCosts.measure(timed))
     assert [model.seconds(rows) for rows in MEASURED_ROWS] == pytest.approx(list(MEASURED_ROWS))
 
 
@@ -42,7 +42,7 @@ def test_measures_the_fastest_repeat_and_takes_shapes_apart() -> None:
         keys = num_seqs * context_len
         return 10.0 + rows + 2.0 * (num_seqs - 1) + 0.01 * keys + 0.001 * context_len * (rows - num_seqs) + late
 
-    model = CostModel.measure(timed)
+    model = CostModel.of(MeasuredCosts.measure(timed))
     assert calls[0] == MEASURED_ROWS[0] and set(calls) == set(MEASURED_ROWS)
     assert model.seconds(MEASURED_ROWS[-1]) == 10.0 + MEASURED_ROWS[-1]
     shape = StepShape(num_seqs=4, num_keys=4 * 300)

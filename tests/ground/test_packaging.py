@@ -79,6 +79,14 @@ def test_importing_does_not_load_the_heavy_libraries(module):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_the_engines_process_loads_no_path_that_may_not_serve():
+    """What a GPU needs is 0.4 s of a start on a CPU."""
+    unwanted = {"triton", "peft", "transformers", "specserve.compute.cuda.build", "specserve.server.app"}
+    code = f"import sys, specserve.engine.process; sys.exit(', '.join({unwanted!r} & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_the_installed_version_is_the_package_version():
     import tomllib
 

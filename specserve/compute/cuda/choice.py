@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,8 +18,9 @@ from ...config import EngineConfig
 from ...errors import ModelError
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
-from .build import build
-from .decoder import TritonDecoder
+
+if TYPE_CHECKING:
+    from .decoder import TritonDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class TritonChoice:
         return None
 
     def build(self, config: ModelConfig, weights: Weights) -> TritonDecoder:
+        from .build import build  # late: 0.4 s of a start, where another path serves
+
         return build(config, weights)
 
 

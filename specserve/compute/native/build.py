@@ -60,6 +60,7 @@ def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
             Phase(sampler, "collect", "sample"),
             Phase(heads, "step", "lookahead heads"),
         ),
+        costs_key=decoder.costs_key,
     )
 
 

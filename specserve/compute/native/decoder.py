@@ -74,6 +74,7 @@ class NativeDecoder:
         form = layers[0].modules["q_proj"].format
         if form in ("int8", "int4"):
             self.weight_dtype_name = form
+        self.costs_key = f"{library.name}, {num_threads} threads, {form}"
         self.phase_seconds = (ctypes.c_double * len(PHASES))()
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # as transformers rounds it
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}

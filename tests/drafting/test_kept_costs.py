@@ -1,0 +1,79 @@
+"""Step costs that are kept from one start to the next: believed where they hold, measured again where not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from specserve.drafting.cost_model import MEASURED_ROWS
+from specserve.drafting.kept_costs import costs_file, measured_costs
+
+
+class Machine:
+    """Steps take `fixed` and `per_row` seconds, and something for sequences and keys."""
+
+    def __init__(self, fixed: float, per_row: float):
+        self.fixed, self.per_row, self.rows = fixed, per_row, []
+
+    def __call__(self, num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float:
+        self.rows.append(num_rows)
+        return self.fixed + self.per_row * num_rows + 0.1 * self.fixed * (num_seqs - 1) + 1e-5 * context_len
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "deep" / "costs.json"
+
+
+def times(model):
+    return [model.seconds(rows) for rows in MEASURED_ROWS]
+
+
+def test_a_later_start_times_few_steps_and_takes_the_rest_at_the_speed_of_now(file):
+    first = measured_costs(Machine(1.0, 0.1), file)
+    slower = Machine(2.0, 0.2)
+    second = measured_costs(slower, file)
+    assert times(second) == pytest.approx([2 * seconds for seconds in times(first)])
+    assert len(slower.rows) < 10 and max(slower.rows) < MEASURED_ROWS[-1]
+
+
+@pytest.mark.parametrize("changed", [(1.0, 0.5), (0.01, 0.001)], ids=["another shape", "another machine"])
+def test_what_no_longer_holds_is_measured_again_and_kept(file, changed):
+    measured_costs(Machine(1.0, 0.1), file)
+    now = Machine(*changed)
+    assert times(measured_costs(now, file)) == pytest.approx([now(rows) for rows in MEASURED_ROWS])
+    num = len(now.rows)
+    measured_costs(now, file)
+    assert len(now.rows) - num < 10, "the new ones are kept"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"by_rows":{"1":1.0},"sequence_s":0.0,"key_s":0.0,"row_key_s":0.0}',
+        b'{"by_rows":{"1":0,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":0.0,"key_s":0.0,"row_key_s":0.0}',
+        b'{"by_rows":{"1":1,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":-1.0,"key_s":0.0,"row_key_s":0.0}',
+    ],
+)
+def test_a_file_of_nonsense_is_replaced(file, content):
+    file.parent.mkdir()
+    file.write_bytes(content)
+    machine = Machine(1.0, 0.1)
+    assert times(measured_costs(machine, file)) == pytest.approx([machine(rows) for rows in MEASURED_ROWS])
+    assert len(file.read_bytes()) > len(content) and os.listdir(file.parent) == [file.name]
+
+
+def test_where_nothing_can_be_kept_steps_are_measured(tmp_path):
+    (tmp_path / "file").touch()
+    machine = Machine(1.0, 0.1)
+    for file in (tmp_path / "file" / "costs.json", None):
+        assert times(measured_costs(machine, file)) == pytest.approx([machine(rows) for rows in MEASURED_ROWS])
+
+
+def test_each_way_to_compute_has_a_file_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = {costs_file("native", threads, "bf16") for threads in (1, 2)}
+    assert len(files) == 2 and all(file.is_relative_to(tmp_path) for file in files)
+    assert costs_file("native", 1, "bf16") in files
