@@ -175,6 +175,11 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     ] = "auto"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether SIGHUP asks for something."""
+        return self.api_keys_file is not None or self.tls_certfile is not None
+
 
 def engine_part(config: ServeConfig) -> EngineConfig:
     """The engine's share of the settings."""

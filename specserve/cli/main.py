@@ -5,6 +5,7 @@ imported before a command runs, so that `--help` and a typing mistake answer at 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +129,9 @@ def serve(**params: Any) -> None:
     MODEL is a Hugging Face directory, a .gguf file or a hub id; without it, SmolLM2-135M-Instruct is used.
     """
     config = load_settings(ServeConfig, params)
+    if config.reads_again:
+        # Until there is somebody to hear it: there is nothing older to replace, and the import takes half a second.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from ..server.app import serve as run_server
 
     run_server(config)

@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -94,16 +95,20 @@ class Server:
         return app
 
     async def serve_until(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
-        """Serve until `stop` is set, then drain. Raises `UserError` when the model or the port is unusable."""
-        listener = bind(self.config.host, self.config.port)
+        """Serve until `stop` is set, then drain. Raises `UserError` when the model or the port is unusable.
+
+        The port is open while the model is read: /health says so, and what is to be generated waits.
+        """
+        listener: socket.socket | None = None
         runner: web.AppRunner | None = None
         listening: asyncio.Server | None = None
-        summaries: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Future[Any]] = []
         num_handles = raise_handle_limit()  # before the engine starts, which inherits it
         try:
-            # The engine imports torch and reads the model while the tokenizer loads here.
             await self.keys.reload()  # before the engine, which takes long
-            _, tokenizer = await asyncio.gather(self.engine.start(), asyncio.to_thread(TextTokenizer, self._model_dir))
+            # The engine imports torch and reads the model while the tokenizer loads here.
+            tasks.append(starting := asyncio.ensure_future(self.engine.start()))
+            tokenizer = await asyncio.to_thread(TextTokenizer, self._model_dir)
             runner = web.AppRunner(
                 self.application(tokenizer),
                 handler_cancellation=True,  # a client that leaves cancels its handler, which aborts its sequences
@@ -120,21 +125,30 @@ class Server:
                 lingering_time=1.0,  # how long the rest of a refused body is still read
             )
             tls = self.certificate.listening if self.certificate is not None else None
+            listener = bind(self.config.host, self.config.port)  # not before there is somebody to answer
             listening = await connections.listen(listener, tls)
             host, port = listener.getsockname()[:2]
-            summaries = asyncio.create_task(summarize(self.engine.stats))
-            on_ready(f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}")
-            await stop.wait()
+            url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+            logger.info("listening at %s", url)
+            tasks.append(stopping := asyncio.ensure_future(stop.wait()))
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                tasks.append(asyncio.ensure_future(summarize(self.engine.stats)))
+                on_ready(url)
+            await stopping
             await self._drain()
         finally:
-            if summaries is not None:
-                summaries.cancel()
+            for task in tasks:
+                task.cancel()
             await self.engine.stop()  # first: what still runs ends with an error event, not with a cut connection
+            await asyncio.gather(*tasks, return_exceptions=True)
             if listening is not None:
                 listening.close()
             if runner is not None:
                 await runner.cleanup()
-            listener.close()
+            if listener is not None:
+                listener.close()
             self.fetcher.close()
 
     async def reload(self) -> None:
@@ -210,9 +224,6 @@ def bind(host: str, port: int) -> socket.socket:
 def serve(config: ServeConfig) -> None:
     """Run the server until SIGINT or SIGTERM. Raises `UserError` when it cannot start."""
     configure_logging(getattr(logging, config.log_level.upper()))
-    reads_again = config.api_keys_file is not None or config.tls_certfile is not None
-    if reads_again:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is somebody to hear it, and nothing older to replace
     if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
         raise UserError(f"adapters_dir {config.adapters_dir!r} is not a directory; create it or leave it out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's; a text is one thread's work
@@ -230,7 +241,8 @@ def serve(config: ServeConfig) -> None:
         task = asyncio.ensure_future(server.serve_until(stop, announce))
 
         def on_signal() -> None:
-            if stop.is_set() or server.engine.state == "starting":
+            is_asked = server.engine.generation or server.middlewares.num_in_flight
+            if stop.is_set() or not is_asked:
                 os._exit(1)  # the engine process leaves by itself when its socket closes
             stop.set()
             say("shutting down; running requests may finish (once more to stop at once)")
@@ -243,7 +255,7 @@ def serve(config: ServeConfig) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        if reads_again:
+        if config.reads_again:
             loop.add_signal_handler(signal.SIGHUP, on_hangup)  # else a terminal that closes ends the server
         await task
 

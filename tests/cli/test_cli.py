@@ -67,6 +67,31 @@ def captured_serve(monkeypatch) -> list[ServeConfig]:
     return configs
 
 
+@pytest.mark.parametrize("flags, is_ignored", [(["--api-keys-file", "keys.yaml"], True), ([], False)])
+def test_a_hangup_is_ignored_before_the_server_is_imported_where_one_asks_for_something(
+    capsys, monkeypatch, flags, is_ignored
+):
+    """The import takes half a second, in which one would end the start."""
+    import signal
+    import types
+
+    seen = []
+
+    class Module(types.ModuleType):
+        @property
+        def serve(self):
+            seen.append(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+            return lambda config: None
+
+    monkeypatch.setitem(sys.modules, "specserve.server.app", Module("specserve.server.app"))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert run(capsys, "serve", *flags) == (0, "", "")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [is_ignored]
+
+
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"specserve, version {__version__}\n", "")
 

@@ -92,6 +92,12 @@ class EngineClient:
             raise EngineDeadError("the engine has not started yet; retry shortly")
         return self._engine.info
 
+    async def first_info(self) -> EngineInfo:
+        """As `info`; while the first process starts it is waited for, as any later one would be."""
+        if self._engine.info is None:
+            await self._engine.link(RESTART_PATIENCE_S)
+        return self.info
+
     @property
     def serving_s(self) -> float:
         """How long the process has served; 0 while none does."""

@@ -107,7 +107,7 @@ class Generator:
         caller.allowance.check_tokens()  # before an adapter is loaded and a text is read
         priority = priority_of(request, self.config)
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
-        info = self.engine.info
+        info = await self.engine.first_info()
         use = tool_use(request) if isinstance(request, ChatRequest) else None
         if use is not None and grammar is not None:
             raise UserError(

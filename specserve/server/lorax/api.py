@@ -132,7 +132,7 @@ class LoraxRoutes:
     async def _job(
         self, inputs: str, parameters: LoraxParameters, caller: Caller, stream: bool, deadline: float | None
     ) -> Job:
-        info, adapter = self._generator.engine.info, parameters.adapter_id
+        info, adapter = await self._generator.engine.first_info(), parameters.adapter_id
         adapter = None if adapter == BASE_MODEL else adapter or None
         named = self._generator.adapter_name(caller, None, adapter)
         tokenizer, prompted = await self._generator.prompts.tokenizer_for(named)
