@@ -281,6 +281,8 @@ class AdapterDrafts(msgspec.Struct, frozen=True):
     draft_tokens: int
     accepted_draft_tokens: int
     row_price: float  # running mean of the tokens that one more row had to be expected to bring
+    drafted_per_pos: list[int] = []  # drafts with a token at each position, the first one first
+    accepted_per_pos: list[int] = []  # those whose token there was kept; as many positions
 
 
 class AdapterRequests(msgspec.Struct, frozen=True):
@@ -358,6 +360,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_adapter_waits: int = 0  # loads that found no room at once
     adapter_wait_seconds: float = 0.0  # of these
     num_adapter_loads_waiting: int = 0
+    drafted_per_pos: list[int] = []  # drafts with a token at each position, the first one first
+    accepted_per_pos: list[int] = []  # those whose token there was kept; as many positions
     finished: dict[str, int] = {}  # sequences by what ended them: stop, length, abort, error
     requests_by_adapter: list[AdapterRequests] = []
     step_seconds: float = 0.0  # of all steps, one after the other

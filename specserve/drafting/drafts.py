@@ -6,6 +6,7 @@ there is a C++ compiler. Both make the same drafts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,6 +33,39 @@ class Chooser(Protocol):
     def remove_source(self, source: DraftSource) -> None: ...
 
 
+class DraftLengths:
+    """How long drafts were, and how far they were right; which says of each position in a draft how often it was."""
+
+    __slots__ = ("_accepted", "_drafted")
+
+    def __init__(self) -> None:
+        self._drafted: Counter[int] = Counter()  # drafts by length
+        self._accepted: Counter[int] = Counter()
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """A draft, of at least one token."""
+        self._drafted[drafted] += 1
+        self._accepted[accepted] += 1
+
+    def drafted_per_pos(self) -> list[int]:
+        """Drafts that had a token at each position, the first one first."""
+        return _at_least(self._drafted)
+
+    def accepted_per_pos(self) -> list[int]:
+        """Drafts whose token there was kept; as long a list."""
+        found = _at_least(self._accepted)
+        return found + [0] * (max(self._drafted, default=0) - len(found))
+
+
+def _at_least(by_length: Counter[int]) -> list[int]:
+    """How many are of length 1 or more, of 2 or more, and so on."""
+    sums, num = [], 0
+    for length in range(max(by_length, default=0), 0, -1):
+        num += by_length[length]
+        sums.append(num)
+    return sums[::-1]
+
+
 @dataclass(slots=True)
 class Counts:
     """Of one adapter."""
@@ -41,6 +75,7 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
     row_price: float | None = None  # running mean over steps
+    lengths: DraftLengths = field(default_factory=DraftLengths)
 
     def add(self, drafted: int, accepted: int, generated: int) -> None:
         """A verification of one sequence."""
@@ -48,6 +83,8 @@ class Counts:
         self.drafted += drafted
         self.accepted += accepted
         self.generated += generated
+        if drafted:
+            self.lengths.add(drafted, accepted)
 
     def add_price(self, price: float) -> None:
         """Of a step's next row."""

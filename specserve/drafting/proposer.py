@@ -293,6 +293,8 @@ class Proposer:
                 draft_tokens=counts.drafted,
                 accepted_draft_tokens=counts.accepted,
                 row_price=counts.row_price or 0.0,
+                drafted_per_pos=counts.lengths.drafted_per_pos(),
+                accepted_per_pos=counts.lengths.accepted_per_pos(),
             )
             for key, counts in self._counts.items()
             if key is None or key in adapters

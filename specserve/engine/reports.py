@@ -104,6 +104,7 @@ class Reports:
             counts.add(len(sources), num_accepted, len(tokens))
             if sources:
                 right = sources[:num_accepted]
+                self._counters.lengths.add(len(sources), num_accepted)
                 seq.count_drafts(sources, right)
                 drafted += sources
                 accepted += right

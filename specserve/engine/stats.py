@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..adapters.held import Held
+from ..drafting.drafts import DraftLengths
 from ..messages import AdapterRequests, AdapterState, EngineStats
 from .adapter_memory import AdapterMemory
 
@@ -25,6 +26,7 @@ class Counters:
     cached_prompt_tokens: int = 0
     drafted_by_source: Counter[str] = field(default_factory=Counter)
     accepted_by_source: Counter[str] = field(default_factory=Counter)
+    lengths: DraftLengths = field(default_factory=DraftLengths)
     finished: Counter[str] = field(default_factory=Counter)
 
 
@@ -77,6 +79,8 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         num_adapter_waits=registry.counts.num_waits,
         adapter_wait_seconds=registry.counts.wait_s,
         num_adapter_loads_waiting=registry.num_waiting,
+        drafted_per_pos=counters.lengths.drafted_per_pos(),
+        accepted_per_pos=counters.lengths.accepted_per_pos(),
         finished=dict(counters.finished),
         requests_by_adapter=_requests_by_adapter(engine),
         step_seconds=engine.recent_steps.seconds,

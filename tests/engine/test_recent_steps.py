@@ -6,6 +6,7 @@ import pytest
 from engine_fixture import make_engine, request, run
 from tiny_models import make_tiny_model
 
+from specserve.drafting.drafts import DraftLengths
 from specserve.engine import recent_steps as recent_steps_module
 from specserve.engine.recent_steps import RecentSteps
 
@@ -31,6 +32,20 @@ def test_steps_hold_every_token_and_draft_once(model_dir):
     assert stats.step_seconds == pytest.approx(sum(step.seconds for step in steps))
     assert stats.finished == {"length": 4}
     assert stats.cost_table.rows == sorted(stats.cost_table.rows)
+    assert sum(stats.drafted_per_pos) == stats.draft_tokens
+    assert sum(stats.accepted_per_pos) == stats.accepted_draft_tokens
+    assert stats.drafted_per_pos == sorted(stats.drafted_per_pos, reverse=True)
+    (of_base,) = stats.drafts_by_adapter
+    assert of_base.drafted_per_pos == stats.drafted_per_pos and of_base.accepted_per_pos == stats.accepted_per_pos
+
+
+def test_positions_follow_from_lengths():
+    lengths = DraftLengths()
+    for drafted, accepted in ((3, 0), (3, 2), (1, 1), (4, 2)):
+        lengths.add(drafted, accepted)
+    assert lengths.drafted_per_pos() == [4, 3, 3, 1]
+    assert lengths.accepted_per_pos() == [3, 2, 0, 0]
+    assert DraftLengths().drafted_per_pos() == DraftLengths().accepted_per_pos() == []
 
 
 def test_without_drafts_is_by_the_cost_table_where_drafts_were_asked_for_and_else_as_it_was(model_dir):

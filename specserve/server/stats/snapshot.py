@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 
 import msgspec
 
@@ -83,6 +84,8 @@ class StatsSource:
                     source: SourceSpeculation(num, stats.accepted_by_source.get(source, 0))
                     for source, num in stats.drafted_by_source.items()
                 },
+                drafted_per_pos=stats.drafted_per_pos,
+                accepted_per_pos=stats.accepted_per_pos,
             ),
             steps=StepStats(
                 num=stats.num_steps,
@@ -137,9 +140,15 @@ def _by_adapter(stats: EngineStats, base_name: str) -> list[ModelSpeculation]:
         entry.generated += drafts.generated_tokens
         entry.drafted += drafts.draft_tokens
         entry.accepted += drafts.accepted_draft_tokens
+        entry.drafted_per_pos = _sums(entry.drafted_per_pos, drafts.drafted_per_pos)
+        entry.accepted_per_pos = _sums(entry.accepted_per_pos, drafts.accepted_per_pos)
     for requests in stats.requests_by_adapter:
         name = requests.name or base_name
         entry = found.setdefault(name, ModelSpeculation(name))
         entry.running += requests.num_running
         entry.waiting += requests.num_waiting
     return sorted(found.values(), key=lambda entry: -entry.generated)
+
+
+def _sums(one: list[int], other: list[int]) -> list[int]:
+    return [sum(pair) for pair in zip_longest(one, other, fillvalue=0)]

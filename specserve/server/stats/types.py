@@ -93,6 +93,7 @@ class ModelSpeculation(msgspec.Struct, forbid_unknown_fields=True):
     drafted: int = 0
     accepted: int = 0
     row_price: float = 0.0
+    drafted_per_pos: list[int] = []
     accepted_per_pos: list[int] = []
 
 

@@ -26,7 +26,10 @@ from specserve.server.stats.snapshot import StatsSource
 from specserve.server.stats.types import StatsResponse
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2], "avx2", 64, 4096)
-DRAFTS = [AdapterDrafts(name, 10, 10 * idx, 40, 20, 0.5) for idx, name in enumerate([None, "red-1", "red-2", "blue"])]
+DRAFTS = [
+    AdapterDrafts(name, 10, 10 * idx, 40, 20, 0.5, [20, 20], [15, 5])
+    for idx, name in enumerate([None, "red-1", "red-2", "blue"])
+]
 
 
 class Engine:
@@ -141,6 +144,7 @@ async def test_a_caller_sees_the_adapters_that_are_for_it(feed, engine, monkeypa
     entry = seen["red-*",].by_adapter[0]  # two versions of one name
     assert (entry.generated, entry.drafted, entry.accepted, entry.row_price) == (40, 80, 40, 0.5)
     assert (entry.running, entry.waiting) == (3, 4)
+    assert (entry.drafted_per_pos, entry.accepted_per_pos) == ([40, 40], [30, 10])
     monkeypatch.setattr(snapshot_module, "MAX_MODELS", 2)
     async with aclosing(feed.listen(None)) as listener:
         told = decoded(await anext(listener)).speculation
