@@ -54,12 +54,15 @@ def test_the_directory_is_complete(trained):
         "metrics.jsonl",
         "run.yaml",
         "report.json",
+        "report.html",
+        "examples.json",
         "README.md",
         "plots",
     }
     assert "checkpoint.pt" not in names
     assert {path.name for path in (root / "out/task/plots").iterdir()} == {
         "loss.png",
+        "speed.png",
         "accepted_length.png",
         "reached_by_position.png",
     }

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ...config import EngineConfig
 from ...engine.engine import Engine
 from ...errors import UserError
-from ...messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from ...messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, TokenTrace
 from ...model.config import ModelConfig
 from ..data.dataset import Example
 
@@ -30,6 +30,7 @@ class Answer:
     drafted: int = 0
     finish_reason: str | None = None
     accepted_by_source: dict[str, int] = field(default_factory=dict)
+    trace: list[TokenTrace] = field(default_factory=list)  # where the tokens came from, if that was asked for
 
 
 @dataclass(slots=True)
@@ -87,10 +88,11 @@ def answer(
     mode: str = "auto",
     batch: int = 8,
     desc: str | None = None,
+    has_trace: bool = False,
 ) -> Answers:
     """Greedy answers of one adapter to `prompts`, at most `batch` at a time, with a progress bar if `desc` names it."""
     requests = [(adapter_hash, prompt) for prompt in prompts]
-    return answer_mixed(engine, requests, max_tokens, mode=mode, batch=batch, desc=desc)
+    return answer_mixed(engine, requests, max_tokens, mode=mode, batch=batch, desc=desc, has_trace=has_trace)
 
 
 def answer_mixed(
@@ -102,6 +104,7 @@ def answer_mixed(
     batch: int = 8,
     max_draft_tokens: int = 16,
     desc: str | None = None,
+    has_trace: bool = False,
 ) -> Answers:
     """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails.
 
@@ -127,7 +130,7 @@ def answer_mixed(
                     SamplingParams(max_tokens=limit, temperature=0.0),
                     adapter_hash=adapter_hash,
                     cache_salt=salt,
-                    speculation=Speculation(mode, max_draft_tokens),  # type: ignore[arg-type]
+                    speculation=Speculation(mode, max_draft_tokens, has_trace),  # type: ignore[arg-type]
                 )
             )
             running += 1
@@ -152,6 +155,7 @@ def answer_mixed(
                 decode_tokens += len(event.token_ids)
             state.tokens += event.token_ids
             state.text += event.text
+            state.trace += event.trace or []
             if event.usage is not None:
                 state.finish_reason = event.finish_reason
                 running -= 1

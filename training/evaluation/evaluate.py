@@ -1,7 +1,7 @@
 """What a lookahead LoRA is worth: its task metric and its speed on held-out rows, through the real engine.
 
-The same prompts are answered with drafts and without in one process. Writes report.json, plots and the model
-card; `specserve eval DIR` does it again for a finished directory.
+The same prompts are answered with drafts and without in one process. Writes report.json, report.html, plots,
+examples.json and the model card; `specserve eval DIR` does it again for a finished directory.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..run_config import RunConfig
 from ..run_directory import RUN_FILE
 from ..run_file import load_run
 from .answers import Answers, answer, make_engine
+from .examples import shaded_answers, write_examples
 from .report import write_report
 from .task_metrics import task_metrics
 from .verdict import steps_warning, warnings_of
@@ -50,7 +51,8 @@ def evaluate_directory(
     model_dir = resolve_model(config.model if config is not None else "")
     tokenizer = TextTokenizer(model_dir).for_adapter_in(directory)
     system = config.data.system if config is not None else None
-    examples = tokenize(read_rows(data, rows), tokenizer, eos_token_ids(model_dir), system)
+    held_out = read_rows(data, rows)
+    examples = tokenize(held_out, tokenizer, eos_token_ids(model_dir), system)
     check_held_out(examples, str(data), ModelConfig.from_dir(model_dir))
     longest = max(len(example.prompt) for example in examples)
     engine = make_engine(model_dir, batch=8, max_len=longest + max_tokens + 1)
@@ -87,12 +89,14 @@ def evaluate_directory(
         "accepted_length_histogram": dict(sorted(Counter(n for a in drafted.answers for n in a.step_lens).items())),
         "speed": {name: _speed(modes["off"], modes["auto"]) for name, modes in runs.items()},
         "lookahead": msgspec.to_builtins(adapter.lookahead),
+        "examples": shaded_answers(engine, adapter.content_hash, examples, tokenizer, max_tokens),
     }
     steps = [values["step"] for values in read_metrics(directory / METRICS_FILE)]
     optimizer = (config or RunConfig()).optimizer
     report["steps"] = max(steps, default=None)
     report["warnings"] = [*steps_warning(report["steps"], optimizer.min_steps), *warnings_of(report)]
     write_report(directory, report)
+    write_examples(directory, held_out, system)
     return report
 
 

@@ -1,4 +1,4 @@
-"""report.json, plots/*.png and the model card README.md of a lookahead LoRA."""
+"""report.json, plots/*.png, report.html and the model card README.md of a lookahead LoRA."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import msgspec
 
 from ..metrics_file import METRICS_FILE, read_metrics
+from .html_report import html_report
+from .plots import plots_of
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
-    """Write all three; plots from the run's metrics.jsonl are added when it is there."""
+    """Write all of them; the loss is plotted from the run's metrics.jsonl where there is one."""
     (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    plots = directory / "plots"
-    plots.mkdir(exist_ok=True)
-    _plot_positions(plots / "reached_by_position.png", report["reached_by_position"])
-    _plot_histogram(plots / "accepted_length.png", report["accepted_length_histogram"])
-    if metrics := read_metrics(directory / METRICS_FILE):
-        _plot_loss(plots / "loss.png", metrics)
+    plots = plots_of(report, read_metrics(directory / METRICS_FILE))
+    (directory / "plots").mkdir(exist_ok=True)
+    for plot in plots:
+        plot.save(directory / "plots" / f"{plot.name}.png")
+    (directory / "report.html").write_text(html_report(directory.name, report, plots), encoding="utf-8")
     (directory / "README.md").write_text(model_card(directory.name, report), encoding="utf-8")
 
 
@@ -55,7 +56,8 @@ Accepted drafts by source: {sources}.
 ![tokens a verification](plots/accepted_length.png)
 ![share of verifications that reach a position](plots/reached_by_position.png)
 
-`specserve eval DIR` measures this again; `run.yaml` is the run that made it.
+`specserve eval DIR` measures this again; `run.yaml` is the run that made it. `report.html` shows more: answers, and
+where each of their tokens came from.
 """
 
 
@@ -67,37 +69,3 @@ def _rounding(report: dict[str, Any]) -> str:
     if report["answers_equal_with_and_without_drafts"] == 1.0 or report["dtype"] in ("float32", "fp32"):
         return ""
     return f" ({report['dtype']} rounds a row a little differently beside others)"
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _plot_positions(path: Path, reached: list[float]) -> None:
-    figure, axes = _figure()
-    axes.bar(range(1, len(reached) + 1), reached)
-    axes.set(xlabel="draft position", ylabel="share of verifications", ylim=(0, 1), title="accepted at least so far")
-    figure.savefig(path)
-
-
-def _plot_histogram(path: Path, histogram: dict[int, int]) -> None:
-    figure, axes = _figure()
-    axes.bar(list(histogram), list(histogram.values()))
-    axes.set(xlabel="tokens a verification", ylabel="verifications", title="accepted length")
-    figure.savefig(path)
-
-
-def _plot_loss(path: Path, metrics: list[dict[str, Any]]) -> None:
-    figure, axes = _figure()
-    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], label="task")
-    with_head = [m for m in metrics if "head_loss" in m]
-    if with_head:
-        axes.plot([m["step"] for m in with_head], [m["head_loss"] for m in with_head], label="head")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.legend()
-    figure.savefig(path)

@@ -1,0 +1,91 @@
+"""report.html of a lookahead LoRA: one file without scripts or anything from elsewhere, light and dark.
+
+Everything in it that came from rows or answers is text, escaped by the template: rows are not trusted. The server shows
+the page of any adapter that has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from .plots import Plot
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+# By source: its shade's class, its name, and what it is.
+SOURCES = {
+    "head": ("head", "lookahead head", "the network that was trained with the LoRA"),
+    "history": ("history", "history", "what answers of the task look like"),
+    "ngram": ("ngram", "n-gram", "the text so far, repeated"),
+    "prediction": ("prediction", "prediction", "what the client expected"),
+    "grammar": ("grammar", "grammar", "what the grammar leaves no choice about"),
+}
+_TASK_TILES = {"field_match": "of the fields are right", "exact_match": "of the answers are right to the letter"}
+_BATCHES = {"batch 1": "one at a time", "batch 8": "eight at a time"}
+
+
+def html_report(name: str, report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
+    """The page; `report` is report.json, whose `examples` may be absent."""
+    examples = report.get("examples", [])
+    used = {token["source"] for example in examples for token in example["tokens"]}
+    return (
+        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            name=name,
+            report=report,
+            tiles=_tiles(report),
+            examples=[_example(example) for example in examples],
+            sources=[
+                {"css": css, "label": label, "what": what} for key, (css, label, what) in SOURCES.items() if key in used
+            ],
+            plots=[{"svg": plot.svg(), "caption": plot.caption} for plot in plots],
+            speeds=[(_BATCHES.get(batch, batch), values) for batch, values in report["speed"].items()],
+            metrics=[(key, f"{value:.4f}") for key, value in report["task"].items() if key != "main"],
+        )
+    )
+
+
+def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    task = report["task"]
+    tiles = [(label, f"{task[key]:.1%}") for key, label in _TASK_TILES.items() if key in task]
+    if "rouge_l" in task and "field_match" not in task:
+        tiles.append(("ROUGE-L against the wanted answers", f"{task['rouge_l']:.2f}"))
+    tiles += [
+        (f"times as fast, {_BATCHES.get(batch, batch)}", f"{values['ratio']:.2f}")
+        for batch, values in report["speed"].items()
+    ]
+    tiles.append(("tokens a verification, one at a time", f"{report['mean_accepted_length_batch_1']:.2f}"))
+    tiles.append(("answers equal with and without drafts", f"{report['answers_equal_with_and_without_drafts']:.0%}"))
+    return tiles
+
+
+def _example(example: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = example["tokens"]
+    return {
+        "prompt": example["prompt"],
+        "runs": [_run(token) for token in tokens if token["text"] or token.get("rejected")],
+        "num_tokens": len(tokens),
+        "num_forwards": 1 + max((token["forward"] for token in tokens), default=-1),
+    }
+
+
+def _run(token: Mapping[str, Any]) -> dict[str, str]:
+    source, rejected = token["source"], token.get("rejected", [])
+    classes, titles = [], []
+    if source != "target":
+        css, label, _ = _named(source)
+        classes += ["token", css]
+        titles.append(f"{label}, expected {token['chance']:.0%}")
+    if rejected:
+        classes.append("missed")
+        wrong, first = "".join(draft["text"] for draft in rejected), rejected[0]
+        titles.append(f"{_named(first['source'])[1]} had guessed {wrong!r} ({first['chance']:.0%})")
+    return {"text": token["text"], "css": " ".join(classes), "title": "; ".join(titles)}
+
+
+def _named(source: str) -> tuple[str, str, str]:
+    return SOURCES.get(source, ("other", source, "another source"))
