@@ -71,7 +71,7 @@ class Commits:
             step.num_tokens += len(report.appended.tokens)
             self._reports.add(report)
             if seq.status is not Status.FINISHED and (head := state.drafts.head) is not None:
-                tapped, row = output.taps[head.head.config.tap_layer], group.first_row + report.num_accepted
+                tapped, row = output.taps[head.head.config.tap_layer], group.first_row + len(tokens) - 1
                 head.set_hidden(output.hidden, tapped, row, len(seq.tokens))
             if logprobs:
                 report.logprobs = logprobs.get(id(seq))
@@ -90,6 +90,8 @@ class Commits:
         if not step.is_passed:
             num_new = min(num_accepted, len(appended.tokens))
             seq.num_computed = min(len(seq.tokens), seq.num_computed + item.num_rows + num_new)
+        if num_accepted < num_drafted and item.drafts[num_accepted] == tokens[-1]:
+            num_accepted += 1  # the last one was right too, and the grammar lets nothing follow
         if appended.finish_reason is not None:
             num_kept = len(appended.tokens)
             num_drafted, num_accepted = min(num_drafted, num_kept), min(num_accepted, num_kept)
