@@ -26,6 +26,7 @@ class DraftChooser:
         sources: Sequence[DraftSource],
         shared: SharedAcceptance | None = None,
         constraint: Constraint | None = None,
+        is_traced: bool = False,
     ):
         self.sources = list(sources)
         self._constraint = constraint
@@ -35,6 +36,8 @@ class DraftChooser:
         self._best: list[int | None] = []  # token by position asked, also the last one, which did not pay
         self.tokens: list[int] = []
         self.chosen: list[str] = []  # name of the source of each token
+        self.is_traced = is_traced
+        self.chances: list[float] = []  # that each is right, those before it being right; only where it is traced
         self.survival = 1.0  # chance that every token of the draft is right
 
     @property
@@ -43,7 +46,7 @@ class DraftChooser:
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Start a draft that continues `tokens`."""
-        self.tokens, self.chosen, self.guesses, self._best, self.survival = [], [], [], [], 1.0
+        self.tokens, self.chosen, self.chances, self.guesses, self._best, self.survival = [], [], [], [], [], 1.0
         if self._constraint is not None:
             self._constraint.rewind()
         for source in tuple(self.sources):
@@ -73,6 +76,8 @@ class DraftChooser:
         token = best[1].token
         self.tokens.append(token)
         self.chosen.append(best[0].source)
+        if self.is_traced:
+            self.chances.append(best_rate)
         for source in tuple(self.sources):
             try:
                 source.follow(token)

@@ -70,7 +70,7 @@ class Growth(Structure):
         ("constrain", Constrain),
         ("step_heads", StepHeads),
         ("clock", Clock),
-        *((name, c_void_p) for name in ("num_admitted", "tokens", "chosen")),
+        *((name, c_void_p) for name in ("num_admitted", "tokens", "chosen", "chances")),
         *((name, c_int32) for name in ("num_seqs", "num_nodes", "num_decoding", "num_rows", "max_rows", "drafted")),
         *((name, c_double) for name in ("enter_gain", "draft_s", "row_price", "head_s", "ask_s")),
         *((name, c_int32) for name in ("num_seen", "unused")),
@@ -92,12 +92,13 @@ class NativeDrafts:
         self.grow, self.learn = functions.specserve_grow, functions.specserve_learn
         self.num_sequences = functions.specserve_num_sequences
         self.create.restype = c_void_p
-        self.create.argtypes = [c_void_p, c_int32, c_int32, c_void_p]
+        self.create.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32]
         self.destroy.argtypes, self.destroy.restype = [c_void_p], None
         self.grow.argtypes = [POINTER(Growth)]
         self.learn.argtypes, self.learn.restype = [c_void_p, c_int32, c_void_p, c_void_p], None
         self.names: list[str] = []  # of sources, by the number that stands for each over there
         self.chains: ChainTable | None = None  # all heads of an engine write into one table
+        self.num_traced = 0  # sequences that want to know their drafts' chances
         self._histories: WeakKeyDictionary[TaskHistory, HistoryStruct] = WeakKeyDictionary()
 
     def name(self, source: str) -> int:
@@ -122,7 +123,8 @@ class NativeDrafts:
 class NativeChooser:
     """All sources of one sequence, and what a step took of its draft: `tokens`, and the source of each, `chosen`.
 
-    `sources` are those that have not failed. `all_sources` has each at its number in native code.
+    `sources` are those that have not failed. `all_sources` has each at its number in native code. `chances` are those
+    of `DraftChooser`.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class NativeChooser:
         sources: Sequence[DraftSource],
         shared: SharedAcceptance | None = None,
         constraint: Constraint | None = None,
+        is_traced: bool = False,
     ):
         self._library, self.constraint = library, constraint
         self._shared = shared or SharedAcceptance()
@@ -138,17 +141,21 @@ class NativeChooser:
         self.num_levels = [len(source.prior) for source in sources]
         self.tokens: list[int] = []
         self.chosen: list[str] = []
+        self.chances: list[float] = []
         self.num_known = 0  # tokens of the sequence that it has over there
         self._held: list[object] = [self._shared.positions]
         specs = (SourceSpec * len(sources))(*(self._spec(idx, source) for idx, source in enumerate(sources)))
         positions = self._shared.positions.buffer_info()[0]
-        self.handle = library.create(specs, len(sources), constraint is not None, positions)
+        self.handle = library.create(specs, len(sources), constraint is not None, positions, is_traced)
         if not self.handle:
             raise MemoryError("a sequence to draft for")
+        self.is_traced = is_traced
+        library.num_traced += is_traced
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
             self._library.destroy(self.handle)
+            self._library.num_traced -= self.is_traced
 
     def remove_source(self, source: DraftSource) -> None:
         """Go on without a source that failed; called where its exception is handled."""

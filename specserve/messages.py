@@ -232,6 +232,11 @@ class TokenTrace(msgspec.Struct, frozen=True, omit_defaults=True):
     rejected: list[RejectedDraft] = []  # whose place it took, and those behind that, up to `MAX_REJECTED`
 
 
+def renumbered(trace: list[TokenTrace], by: int) -> list[TokenTrace]:
+    """With the numbers of its forwards moved `by` so many: a part of an output that is several sequences in turn."""
+    return [msgspec.structs.replace(entry, forward=entry.forward + by) for entry in trace] if by else trace
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Counts of one finished sequence. Tokens after a stop, EOS or max_tokens are counted nowhere."""
 

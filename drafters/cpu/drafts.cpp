@@ -44,7 +44,7 @@ static const Place LAYOUT[] = {
     STRUCT(Growth), FIELD(Growth, sequences), FIELD(Growth, num_new), FIELD(Growth, new_tokens), FIELD(Growth, limits),
     FIELD(Growth, is_fixed), FIELD(Growth, node_rows), FIELD(Growth, node_seconds), FIELD(Growth, chains),
     FIELD(Growth, ask), FIELD(Growth, constrain), FIELD(Growth, step_heads), FIELD(Growth, clock),
-    FIELD(Growth, num_admitted), FIELD(Growth, tokens), FIELD(Growth, chosen), FIELD(Growth, num_seqs),
+    FIELD(Growth, num_admitted), FIELD(Growth, tokens), FIELD(Growth, chosen), FIELD(Growth, chances), FIELD(Growth, num_seqs),
     FIELD(Growth, num_nodes), FIELD(Growth, num_decoding), FIELD(Growth, num_rows), FIELD(Growth, max_rows),
     FIELD(Growth, drafted), FIELD(Growth, enter_gain), FIELD(Growth, draft_s), FIELD(Growth, row_price),
     FIELD(Growth, head_s), FIELD(Growth, ask_s), FIELD(Growth, num_seen), FIELD(Growth, unused), {}
@@ -58,9 +58,9 @@ const Place* specserve_layout() { return LAYOUT; }
 
 int32_t specserve_num_sequences() { return num_sequences; }
 
-void* specserve_create(const SourceSpec* specs, int32_t num, int32_t is_constrained, double* positions) {
+void* specserve_create(const SourceSpec* specs, int32_t num, int32_t is_constrained, double* positions, int32_t is_traced) {
   Sequence* sequence = nullptr;
-  unless_full([&] { sequence = new Sequence(specs, num, is_constrained, positions); });
+  unless_full([&] { sequence = new Sequence(specs, num, is_constrained, positions, is_traced); });
   num_sequences += sequence != nullptr;
   return sequence;
 }

@@ -33,6 +33,7 @@ struct Growth {
   int32_t* num_admitted;  // [S]
   int64_t* tokens;        // those admitted, one draft after the other
   int32_t* chosen;        // name of the source of each
+  double* chances;        // of each, of sequences that are traced; null: none is
   int32_t num_seqs;
   int32_t num_nodes;
   int32_t num_decoding;
@@ -213,8 +214,13 @@ class Grower {
   void write() const {
     int64_t* tokens = g_.tokens;
     int32_t* chosen = g_.chosen;
+    double* chances = g_.chances;
     for (int idx = 0; idx < g_.num_seqs; idx++) {
       const Sequence& sequence = *g_.sequences[idx];
+      if (chances) {
+        if (sequence.is_traced) std::copy_n(sequence.chances.begin(), g_.num_admitted[idx], chances);
+        chances += g_.num_admitted[idx];
+      }
       tokens = std::copy_n(sequence.tokens.begin(), g_.num_admitted[idx], tokens);
       chosen = std::copy_n(sequence.chosen.begin(), g_.num_admitted[idx], chosen);
     }

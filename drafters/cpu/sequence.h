@@ -36,8 +36,8 @@ struct Constrainer {
 
 class Sequence {
  public:
-  Sequence(const SourceSpec* specs, int num, bool is_constrained, double* positions)
-      : is_constrained_(is_constrained), positions_(positions) {
+  Sequence(const SourceSpec* specs, int num, bool is_constrained, double* positions, bool is_traced)
+      : is_traced(is_traced), is_constrained_(is_constrained), positions_(positions) {
     for (int idx = 0; idx < num; idx++) {
       const SourceSpec& spec = specs[idx];
       Member member;
@@ -53,7 +53,7 @@ class Sequence {
   void append(const int32_t* tokens, int64_t num) { text_.insert(text_.end(), tokens, tokens + num); }
 
   void begin(const Asker& asker, const Constrainer& constrainer) {
-    tokens.clear(), chosen.clear(), guesses_.clear(), asked_.clear();
+    tokens.clear(), chosen.clear(), chances.clear(), guesses_.clear(), asked_.clear();
     survival = 1.0;
     if (is_constrained_) constrainer.constrain(REWIND, asker.draft, 0);
     for (Member& member : members_)
@@ -82,6 +82,7 @@ class Sequence {
     const int64_t token = guesses_[best].guess.token;
     tokens.push_back(token);
     chosen.push_back(members_[guesses_[best].source].name);
+    if (is_traced) chances.push_back(best_rate);
     for (Member& member : members_)
       if (member.is_alive && member.source->follow(asker, token) == FAILED) member.is_alive = false;
     return true;
@@ -127,7 +128,9 @@ class Sequence {
 
   std::vector<int64_t> tokens;  // of the draft
   std::vector<int32_t> chosen;  // name of the source of each
+  std::vector<double> chances;  // that each is right, those before it being right; only where it is traced
   double survival = 1.0;        // chance that every token of the draft is right
+  const bool is_traced;
 
  private:
   static constexpr int64_t NO_TOKEN = INT64_MIN;

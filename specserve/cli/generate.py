@@ -3,11 +3,14 @@
 Owns reading the prompt and the closing line of figures. The engine is the one that serves; there is no second path.
 """
 
+from __future__ import annotations
+
+import os
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import msgspec
 
@@ -15,6 +18,10 @@ from ..config import EngineConfig
 from ..errors import UserError, from_info
 from ..messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
 from ..model.store import is_hub_id, resolve_model
+from .shading import ColourChoice, Shading, wants_colour
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import TextTokenizer
 
 
 class GenerateOptions(msgspec.Struct, frozen=True):
@@ -30,6 +37,9 @@ class GenerateOptions(msgspec.Struct, frozen=True):
     stop: tuple[str, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+    trace: bool = False
+    rejected: bool = False
+    color: ColourChoice = "auto"
 
 
 def refuse_prompt_as_model(model: str, stdin: IO[str]) -> None:
@@ -68,9 +78,14 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, stdin: IO[str]) ->
 def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -> None:
     """Print the completion of `prompt` on stdout and the figures on stderr; raises `UserError`."""
     from ..engine.engine import Engine
+    from ..text.tokenizer import TextTokenizer
+    from ..text.traced_text import TracedText
 
+    if options.rejected and not options.trace:
+        raise UserError("--rejected shows the wrong drafts of a trace; add --trace")
     model_dir = resolve_model(config.model, config.revision)
-    token_ids = encode_prompt(model_dir, prompt, options)
+    tokenizer = TextTokenizer(model_dir)
+    token_ids = encode_prompt(tokenizer, prompt, options)
     engine = Engine(config, model_dir)
     adapter = engine.load_adapter(options.adapter.name, str(options.adapter)) if options.adapter else None
     room = engine.info.max_model_len - len(token_ids)
@@ -91,17 +106,22 @@ def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -
             ignore_eos=options.ignore_eos,
         ),
         adapter_hash=adapter.content_hash if adapter else None,
-        speculation=Speculation(max_draft_tokens=config.max_draft_tokens),
+        speculation=Speculation(max_draft_tokens=config.max_draft_tokens, trace=options.trace),
     )
+    traced = TracedText(tokenizer.detokenizer(token_ids, request.sampling.skip_special_tokens))
+    shading = Shading(wants_colour(options.color, sys.stdout, os.environ), options.rejected)
     start_s = time.perf_counter()
     engine.add_request(request)
     while engine.has_work():
         for event in engine.step():
             if isinstance(event, RequestFailed):
                 raise from_info(event.error)
-            print(event.text, end="", flush=True)
+            text = shading.text(traced.told(event).trace or ()) if options.trace else event.text
+            print(text, end="", flush=True)
             if event.usage is not None:
                 print(flush=True)
+                if options.trace:
+                    print(shading.legend(), file=sys.stderr)
                 print(figures(event.usage, time.perf_counter() - start_s), file=sys.stderr)
 
 
@@ -115,11 +135,9 @@ def figures(usage: Usage, seconds: float) -> str:
     )
 
 
-def encode_prompt(model_dir: Path, prompt: str, options: GenerateOptions) -> list[int]:
+def encode_prompt(base: TextTokenizer, prompt: str, options: GenerateOptions) -> list[int]:
     """Token ids of the prompt, inside the chat template where that is wanted; an adapter's own tokenizer wins."""
-    from ..text.tokenizer import TextTokenizer
-
-    tokenizer = TextTokenizer(model_dir)
+    tokenizer = base
     if options.adapter is not None:
         tokenizer = tokenizer.for_adapter_in(options.adapter)
     chat = options.chat if options.chat is not None else tokenizer.template.text is not None
@@ -128,7 +146,7 @@ def encode_prompt(model_dir: Path, prompt: str, options: GenerateOptions) -> lis
             raise UserError("--system needs the chat template; leave out --raw, or put the text into the prompt")
         return tokenizer.encode(prompt)
     if tokenizer.template.text is None:
-        raise UserError(f"{model_dir} has no chat template; use --raw")
+        raise UserError("the model has no chat template; use --raw")
     messages = [{"role": "user", "content": prompt}]
     if options.system is not None:
         messages.insert(0, {"role": "system", "content": options.system})

@@ -151,6 +151,9 @@ def serve(**params: Any) -> None:
 @click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; may be repeated.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
+@click.option("--trace", is_flag=True, help="Shade each token by what drafted it, and print a legend.")
+@click.option("--rejected", is_flag=True, help="With --trace: show wrong drafts as well, struck through.")
+@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 @debug_option
 def generate(**params: Any) -> None:
     """Generate from one prompt, without a server; the text goes to stdout as it comes, the speed to stderr."""

@@ -29,6 +29,7 @@ class Chooser(Protocol):
     sources: list[DraftSource]  # those that have not failed
     tokens: list[int]
     chosen: list[str]  # name of the source of each token
+    chances: list[float]  # that each is right, those before it being right; only where it is traced
 
     def remove_source(self, source: DraftSource) -> None: ...
 
@@ -180,7 +181,11 @@ class Growth(Protocol):
         ...
 
     def chooser(
-        self, sources: Sequence[DraftSource], shared: SharedAcceptance, constraint: Constraint | None
+        self,
+        sources: Sequence[DraftSource],
+        shared: SharedAcceptance,
+        constraint: Constraint | None,
+        is_traced: bool = False,
     ) -> Chooser: ...
 
     def grow(self, drafts: Sequence[GrowingDraft], plan: StepPlan) -> None:

@@ -42,9 +42,13 @@ class DraftGrowth:
         self._grown: list[list[int]] = []  # in the latest step
 
     def chooser(
-        self, sources: Sequence[DraftSource], shared: SharedAcceptance, constraint: Constraint | None
+        self,
+        sources: Sequence[DraftSource],
+        shared: SharedAcceptance,
+        constraint: Constraint | None,
+        is_traced: bool = False,
     ) -> DraftChooser:
-        return DraftChooser(sources, shared, constraint)
+        return DraftChooser(sources, shared, constraint, is_traced)
 
     def observe(self, drafts: Sequence[GrowingDraft], committed: Sequence[Sequence[int]]) -> None:
         for draft, tokens in zip(drafts, committed, strict=True):

@@ -22,13 +22,13 @@ from .budget import ENTER_GAIN
 from .drafts import Clock, GrowingDraft, StepPlan
 from .stepped_heads import HeadSteps
 
-# By field of the native struct: the dtype, and what there is one of: a draft, a token of one, a token that is new to
-# the library, a node of the step's costs.
+# By field of the native struct: the dtype, and what there is one of: a draft, a token of one, a token where some are
+# traced, a token that is new to the library, a node of the step's costs.
 _ARRAYS = {
     "sequences": (np.int64, "drafts"), "num_new": (np.int32, "drafts"), "limits": (np.int32, "drafts"),
     "is_fixed": (np.uint8, "drafts"), "num_admitted": (np.int32, "drafts"), "tokens": (np.int64, "tokens"),
-    "chosen": (np.int32, "tokens"), "new_tokens": (np.int32, "new"), "node_rows": (np.int32, "nodes"),
-    "node_seconds": (np.float64, "nodes"),
+    "chosen": (np.int32, "tokens"), "chances": (np.float64, "chances"), "new_tokens": (np.int32, "new"),
+    "node_rows": (np.int32, "nodes"), "node_seconds": (np.float64, "nodes"),
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class NativeGrowth:
             **({"clock": native.Clock(clock)} if clock else {}),
         )
         self._arrays: dict[str, np.ndarray] = {}
-        self._room = dict.fromkeys(("drafts", "tokens", "new", "nodes"), 0)
+        self._room = dict.fromkeys(("drafts", "tokens", "chances", "new", "nodes"), 0)
         self._chain_tokens: np.ndarray | None = None  # of the table that the struct points into
 
     @property
@@ -58,9 +58,13 @@ class NativeGrowth:
         return self._struct.row_price
 
     def chooser(
-        self, sources: Sequence[DraftSource], shared: SharedAcceptance, constraint: Constraint | None
+        self,
+        sources: Sequence[DraftSource],
+        shared: SharedAcceptance,
+        constraint: Constraint | None,
+        is_traced: bool = False,
     ) -> NativeChooser:
-        return NativeChooser(self.library, sources, shared, constraint)
+        return NativeChooser(self.library, sources, shared, constraint, is_traced)
 
     def grow(self, drafts: Sequence[GrowingDraft], plan: StepPlan) -> None:
         struct, num = self._struct, len(drafts)
@@ -86,6 +90,10 @@ class NativeGrowth:
         struct.num_seqs, struct.num_nodes = num, len(rows)
         struct.num_decoding, struct.num_rows, struct.max_rows = plan.num_decoding, plan.num_rows, plan.max_rows
         self._point_at_chains()
+        struct.chances = None
+        if self.library.num_traced:
+            self._make_room(chances=num * MAX_POSITIONS)
+            struct.chances = arrays["chances"].ctypes.data
         self._drafts = drafts
         is_done = self.library.grow(struct)
         self._drafts = ()
@@ -123,6 +131,13 @@ class NativeGrowth:
             end = start + num
             draft.num_admitted, chooser.tokens, chooser.chosen = num, tokens[start:end], chosen[start:end]
             start = end
+        if self._struct.chances:
+            chances, start = self._arrays["chances"][:total].tolist(), 0
+            for chooser, num in zip(choosers, admitted, strict=True):
+                end = start + num
+                if chooser.is_traced:
+                    chooser.chances = chances[start:end]
+                start = end
 
     def _make_room(self, **needed: int) -> None:
         for kind, num in needed.items():

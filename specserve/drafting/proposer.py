@@ -131,7 +131,7 @@ class Proposer:
         adapter = self._adapters.get(request.adapter_hash or "")
         lookahead = adapter.lookahead if adapter is not None else None
         shared = lookahead.acceptance if lookahead is not None else self._base_acceptance
-        draft.chooser = self.growth.chooser(sources, shared, seq.grammar)
+        draft.chooser = self.growth.chooser(sources, shared, seq.grammar, seq.is_traced)
         draft.head = next((source for source in sources if isinstance(source, HeadSource)), None)
 
     def drafters_for(self, request: GenerateRequest) -> list[DraftSource]:
@@ -220,6 +220,8 @@ class Proposer:
         num = scheduler.reserve_drafts(item, len(tokens))
         item.drafts = tokens[:num] if num < len(tokens) else tokens
         item.draft_sources = chooser.chosen[:num] if num < len(chooser.chosen) else chooser.chosen
+        if item.seq.is_traced:
+            item.draft_chances = chooser.chances[:num]
         return num
 
     def would_ask(self, num_seqs: int, drafts: Iterable[GrowingDraft]) -> bool:

@@ -9,7 +9,15 @@ import msgspec
 
 from ..drafting.drafts import Counts
 from ..drafting.proposer import Proposer
-from ..messages import Delta, RequestFailed, TokenLogprobs
+from ..messages import (
+    MAX_REJECTED,
+    TARGET,
+    Delta,
+    RejectedDraft,
+    RequestFailed,
+    TokenLogprobs,
+    TokenTrace,
+)
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Sequence as TokenSequence
@@ -18,6 +26,8 @@ from .running import Appended, RunningRequest
 from .stats import Counters
 
 Event = Delta | RequestFailed
+
+_CHANCE_DIGITS = 4
 
 
 class StepReport(msgspec.Struct, gc=False, eq=False):
@@ -137,8 +147,21 @@ class Reports:
             state.text_of(appended),
             appended.num_silent,
             logprobs=logprobs[:num_tokens] if logprobs is not None and num_tokens else None,
+            trace=_trace_of(report) if seq.is_traced else None,
             prompt_logprobs=state.prompt_logprobs if is_first else None,
             finish_reason=finish,
             stop_reason=appended.stop_reason,
             usage=seq.usage() if finish is not None else None,
         )
+
+
+def _trace_of(report: StepReport) -> list[TokenTrace]:
+    """Where each token of a step's came from, of the drafts that count."""
+    item, tokens, num_right = report.item, report.appended.tokens, report.num_accepted
+    forward, num = report.state.seq.num_forwards - 1, report.num_drafted
+    chances = [round(chance, _CHANCE_DIGITS) for chance in item.draft_chances[:num]]
+    drafts = [*zip(item.drafts[:num], item.draft_sources[:num], chances, strict=True)]
+    trace = [TokenTrace(token, "", source, chance, forward) for token, source, chance in drafts[:num_right]]
+    rejected = [RejectedDraft(token, "", source, chance) for token, source, chance in drafts[num_right:]]
+    trace += [TokenTrace(token, "", TARGET, None, forward, rejected[:MAX_REJECTED]) for token in tokens[num_right:]]
+    return trace

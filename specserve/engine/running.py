@@ -48,7 +48,7 @@ class RunningRequest:
         self._walks = bool(sampling.stop) or seq.grammar is not None or sampling.max_tokens == 0
         self._max_len = seq.max_len
         # Whether tokens that hold none of `ends` and stay below the last are appended, and that is all.
-        self.is_plain = not (self._walks or sampling.logprobs is not None or drafts.head is not None)
+        self.is_plain = not (self._walks or sampling.logprobs is not None or drafts.head is not None or seq.is_traced)
 
     def append(self, tokens: list[int]) -> Appended:
         """Append tokens up to the first that ends the sequence. Text is read where a stop string may end it."""

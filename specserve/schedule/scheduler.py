@@ -30,6 +30,7 @@ class ScheduledSequence(msgspec.Struct, gc=False, eq=False):
     drafts: Seq[int] = ()
     draft_sources: Seq[str] = ()  # one per draft
     reaches_end: bool = True  # the last non-draft row is the sequence's newest token, so that a token can be sampled
+    draft_chances: Seq[float] = ()  # one per draft, of sequences that are traced
 
 
 class Scheduler:

@@ -32,7 +32,7 @@ class Sequence:
     __slots__ = (
         "_accepted", "_accepted_by_source", "_drafted", "_drafted_by_source", "_num_counted", "_output_counts",
         "_queue_s", "adapter_hash", "arrived", "block_keys", "block_table", "cost", "deadline", "due",
-        "gets_any_token", "grammar", "has_edits", "is_greedy", "max_len", "num_cached", "num_computed",
+        "gets_any_token", "grammar", "has_edits", "is_greedy", "is_traced", "max_len", "num_cached", "num_computed",
         "num_forwards", "owner", "priority", "prompt_keys", "prompt_len", "rank", "request", "request_id", "root_key",
         "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens", "turn", "wants_prompt_logprobs",
     )  # fmt: skip
@@ -70,6 +70,7 @@ class Sequence:
         self.seat: Any = None  # its place in a device's tables, for whom they are
         self.wants_prompt_logprobs = self.sampling.prompt_logprobs is not None
         self.is_greedy = self.sampling.temperature == 0.0
+        self.is_traced = request.speculation.trace
         self.has_edits = bool(  # of its logits, before temperature, at every token
             self.sampling.presence_penalty
             or self.sampling.frequency_penalty

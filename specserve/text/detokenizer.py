@@ -7,6 +7,7 @@ sequence with nearly all tokenizers, so it is decoded once and remembered.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 
@@ -68,6 +69,17 @@ class Detokenizer:
         self._stop_characters = frozenset("".join(string[:-1] for string in self._stop))  # that leave one unfinished
         self._include_stop = include_stop
         self._held = ""  # decoded, but perhaps the start of a stop string
+
+    def fork(self) -> Detokenizer:
+        """Another one that stands where this one does, to see what other tokens would say from here."""
+        other = copy.copy(self)
+        other._pending = list(self._pending)
+        return other
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the text of all tokens so far is known: none is a part of a character that is not complete."""
+        return not self._pending
 
     def push(self, token: int) -> tuple[str, str | None]:
         """Text that `token` makes certain, and the stop string that it completes, if any."""

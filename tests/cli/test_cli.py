@@ -1,6 +1,7 @@
 """The command line: one line per mistake, exit codes, and what each command prints."""
 
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -358,6 +359,17 @@ def test_generate_is_the_same_with_and_without_drafts(capsys, model_dir):
     out = generated(capsys, model_dir, *prompt)
     assert len(out) > 1 and out.endswith("\n")
     assert generated(capsys, model_dir, *prompt, "--speculation", "off") == out
+
+
+def test_generate_shades_each_token_by_what_drafted_it(capsys, model_dir):
+    prompt = ("-p", "a b c a b c a b c a b c", "--raw", "--ignore-eos")
+    plain = generated(capsys, model_dir, *prompt)
+    assert generated(capsys, model_dir, *prompt, "--trace") == plain  # no terminal
+    shaded = generated(capsys, model_dir, *prompt, "--trace", "--color", "always")
+    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\t\n" else c for c in plain)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", shaded) == shown.replace("\x7f", "\u2421")
+    code, _, err = run(capsys, "generate", str(model_dir), "-p", "x", "--rejected")
+    assert code == 2 and "--trace" in err
 
 
 def test_generate_uses_the_chat_template_unless_told_not_to(capsys, model_dir):

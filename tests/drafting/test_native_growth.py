@@ -155,7 +155,7 @@ class World:
             sources.insert(0, GrammarSource(grammar))
         seq = EngineSequence(number, GenerateRequest(str(number), prompt, SamplingParams(max_tokens=500)))
         self.drafts[number] = GrowingDraft(
-            self.growth.chooser(sources, self.shared[adapter], grammar),
+            self.growth.chooser(sources, self.shared[adapter], grammar, rng.random() < 0.5),
             16,
             rng.random() < 0.2,
             DraftSwitch(),
@@ -182,7 +182,9 @@ class World:
         for draft in drafts:
             num = draft.num_admitted
             tokens = draft.chooser.tokens[:num]
-            found.append((num, tokens, draft.chooser.chosen[:num], [s.source for s in draft.chooser.sources]))
+            chances = draft.chooser.chances[:num]
+            assert len(chances) == (num if draft.chooser.is_traced else 0)
+            found.append((num, tokens, draft.chooser.chosen[:num], [s.source for s in draft.chooser.sources], chances))
             kept = tokens[: rng.randint(0, num)] if rng.random() < 0.5 else tokens
             committed.append([*kept, rng.randrange(VOCAB)][: rng.choice([1, 20])])
         for draft, tokens in zip(drafts, committed, strict=True):

@@ -13,10 +13,11 @@ from engine_fixture import check_baseline
 from lookahead_adapters import make_lookahead_adapter
 from stand_in_engine import add, make_stand_in, make_stand_in_engine
 from tiny_models import make_tiny_model
+from traces import check_trace
 
 from bench.stand_in_device import DeviceClock, DeviceTimes
 from specserve.engine.queued_step import QueuedStep
-from specserve.messages import Delta, GrammarSpec, Speculation
+from specserve.messages import Delta, GrammarSpec, Speculation, TokenTrace, Usage
 
 NUM_REQUESTS = 40
 
@@ -44,6 +45,8 @@ class Heard:
     tokens: list[int]
     text: str = ""
     finish: str | None = None
+    usage: Usage | None = None
+    trace: list[TokenTrace] | None = None
 
 
 def expected(said: list[int], sampling: dict, eos: int) -> tuple[list[int], str]:
@@ -175,7 +178,9 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
             assert one.finish is None, "something was said behind the end"
             one.tokens += event.token_ids
             one.text += event.text
-            one.finish = event.finish_reason
+            one.finish, one.usage = event.finish_reason, event.usage
+            if event.trace is not None:
+                one.trace = (one.trace or []) + event.trace
             assert (event.usage is not None) == (event.finish_reason is not None)
             if event.usage is not None:
                 assert event.usage.completion_tokens == len(one.tokens)
@@ -198,7 +203,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
         add(
             engine, stand_in, name, said, sampling=sampling,
             adapter_hash=random.choice((None, adapter)),
-            speculation=Speculation(mode="off" if is_plain else random.choice(("auto", "fixed"))),
+            speculation=Speculation("off" if is_plain else random.choice(("auto", "fixed")), trace=number % 3 == 0),
             grammar=None if is_plain else random.choice((anything, None)),
         )  # fmt: skip
         wanted[name] = expected(said, sampling, eos)
@@ -238,6 +243,9 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
             assert one.tokens == tokens[: len(one.tokens)]
         else:
             assert (one.tokens, one.finish) == (tokens, finish), name
+            assert (one.trace is not None) == (int(name[1:]) % 3 == 0)
+            if one.trace is not None:
+                check_trace(one.trace, tokens, "", one.usage)
             spoken = [t for t in tokens if t != eos]
             if finish == "length":
                 assert one.text == engine.tokenizer.decode(spoken)

@@ -131,6 +131,7 @@ def test_whole_answers_survive_the_death_of_their_engine_whatever_had_been_made_
         {"stop": ["\0never"], "temperature": 0.7, "seed": 9},
         {"speculation": {"mode": "fixed", "max_draft_tokens": 4}, "echo": True},
         {"prompt": "The quick brown fox jumps"},
+        {"speculation": {"mode": "off", "trace": True}, "n": 2, "temperature": 1.0, "seed": 7},
     ]
     bodies = [{"prompt": [*START, ONCE, LATER], **body} for body in bodies]
     want = [_without_times(ask(server, **body)) for body in bodies]

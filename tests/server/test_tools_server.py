@@ -305,6 +305,17 @@ def test_switching_answers_stream_repeat_and_count(server):
     fields = {"tools": with_adapters(pick="alpha"), "tool_choice": "required", "seed": 4, "temperature": 1, "n": 3}
     first, second = (choices(server, **fields, logprobs=True) for _ in range(2))
     assert without_ids(first) == without_ids(second)
+    traced = choices(server, **fields, logprobs=True, speculation={"mode": "fixed", "trace": True})
+    traces = [choice.pop("trace") for choice in traced]
+    assert without_ids(traced) == without_ids(first)
+    for choice, trace in zip(traced, traces, strict=True):
+        assert len(trace) == len(choice["logprobs"]["content"])
+        said = "".join(entry["text"] for entry in trace)
+        assert all(call["function"]["arguments"] in said for call in choice["message"]["tool_calls"])
+        forwards = [entry["forward"] for entry in trace]
+        assert forwards == sorted(forwards)
+        last = [idx for idx, entry in enumerate(trace) if entry["source"] == "target"]
+        assert all(forwards[idx] < forwards[idx + 1] for idx in last if idx + 1 < len(trace))
     for choice in first:
         if choice["finish_reason"] != "length":
             assert_calls(choice)

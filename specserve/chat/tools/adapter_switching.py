@@ -13,7 +13,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from ...messages import Delta, GenerateRequest, Usage
+from ...messages import Delta, GenerateRequest, TokenTrace, Usage, renumbered
 from .plan import ToolPlan
 
 Start = Callable[[GenerateRequest, str | None], AsyncGenerator[Delta]]  # runs a sequence with an adapter by name
@@ -36,12 +36,15 @@ async def switching_deltas(
                 if delta.finish_reason is not None:
                     last = delta
                     break
-                yield msgspec.structs.replace(delta, request_id=request.request_id)
+                trace = _numbered_on(delta.trace, usage)
+                yield msgspec.structs.replace(delta, request_id=request.request_id, trace=trace)
         assert last is not None and last.usage is not None
+        last_usage = last.usage
         tool = plan.announced(text) if last.finish_reason == "stop" and last.stop_reason is None else None
         num_end = 1 if tool is not None and tokens[-1:] and tokens[-1] in eos_token_ids else 0
         del tokens[len(tokens) - num_end :]
-        usage = _joined(usage, last.usage, num_end)
+        last = msgspec.structs.replace(last, trace=_numbered_on(last.trace, usage))
+        usage = _joined(usage, last_usage, num_end)
         left = len(request.prompt_token_ids) + request.sampling.max_tokens - len(tokens)
         if tool is None or left <= 0:
             finish = "length" if tool is not None else last.finish_reason
@@ -68,9 +71,15 @@ def _without_end(delta: Delta, num_end: int, request_id: str, finish: object, us
         request_id=request_id,
         token_ids=delta.token_ids[:kept],
         logprobs=None if delta.logprobs is None else delta.logprobs[:kept],
+        trace=None if delta.trace is None else delta.trace[: len(delta.trace) - num_end],
         finish_reason=finish,
         usage=usage,
     )
+
+
+def _numbered_on(trace: list[TokenTrace] | None, before: Usage | None) -> list[TokenTrace] | None:
+    """A trace whose forwards follow those of the sequences before."""
+    return trace if trace is None or before is None else renumbered(trace, before.num_forwards)
 
 
 def _joined(before: Usage | None, usage: Usage, num_end: int) -> Usage:

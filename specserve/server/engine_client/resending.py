@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ...errors import EngineDeadError, EngineLostError, UserError
-from ...messages import Delta, GenerateRequest
+from ...messages import Delta, GenerateRequest, TokenTrace, renumbered
 from .client import EngineClient
 
 MAX_TOKENS_AGAIN = 256
@@ -37,9 +37,11 @@ class EngineLosses:
     was_alone: bool = False  # an engine ended in its turn, with a new one beside it: either may be why
     token_ids: list[int] = field(default_factory=list)
     text_len: int = 0
+    num_forwards: int = 0  # that its trace tells of
     _num_before: int = 0  # tokens when the newest engine was asked
     _num_again: int = 0  # of them, what it has said so far, and more
     _text_again: int = 0
+    _forwards_before: int | None = None  # of the newest engine's, that tell of nothing new
 
     @property
     def is_further(self) -> bool:
@@ -54,12 +56,14 @@ class EngineLosses:
 
     def begin_again(self) -> None:
         self._num_before, self._num_again, self._text_again = len(self.token_ids), 0, 0
+        self._forwards_before = None
 
     def rest_of(self, delta: Delta) -> Delta | None:
         """What is new in `delta`, if anything. Raises `EngineDeadError` where it is not what was said before."""
         if not self.num:
             self.token_ids += delta.token_ids
             self.text_len += len(delta.text)
+            self._count(delta.trace)
             return delta
         num_old = min(len(delta.token_ids), len(self.token_ids) - self._num_again)
         len_old = min(len(delta.text), self.text_len - self._text_again)
@@ -69,7 +73,8 @@ class EngineLosses:
         self._text_again += len(delta.text)
         self.token_ids += delta.token_ids[num_old:]
         self.text_len += len(delta.text) - len_old
-        if not num_old and not len_old:
+        trace = self._numbered_on(delta.trace[num_old:]) if delta.trace is not None else None
+        if not num_old and not len_old and trace == delta.trace:
             return delta
         if num_old == len(delta.token_ids) and len_old == len(delta.text) and delta.finish_reason is None:
             return None
@@ -79,8 +84,21 @@ class EngineLosses:
             text=delta.text[len_old:],
             num_silent=min(delta.num_silent, len(delta.token_ids) - num_old),
             logprobs=delta.logprobs[num_old:] if delta.logprobs is not None else None,
+            trace=trace,
             prompt_logprobs=None,
         )
+
+    def _numbered_on(self, trace: list[TokenTrace]) -> list[TokenTrace]:
+        """The trace of new tokens, its forwards behind those that were told of on engines that ended."""
+        if trace and self._forwards_before is None:
+            self._forwards_before = trace[0].forward - self.num_forwards
+        trace = renumbered(trace, -(self._forwards_before or 0))
+        self._count(trace)
+        return trace
+
+    def _count(self, trace: list[TokenTrace] | None) -> None:
+        if trace:
+            self.num_forwards = trace[-1].forward + 1
 
 
 class Resender:

@@ -141,7 +141,7 @@ class Generator:
                 sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
         if thinking is not None and tokenizer.is_special(tokenizer.added_tokens({THINK_END})[0].get(THINK_END, -1)):
             sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
-        speculation = speculation_params(request, self.config)
+        speculation = speculation_params(request, self.config, n * len(prompts))
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         prediction = await self._prediction(request, tokenizer)
         requests = [

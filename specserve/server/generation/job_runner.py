@@ -19,6 +19,7 @@ from ...errors import DeadlineError, OverloadedError, UserError
 from ...messages import AdapterInfo, Delta, GenerateRequest
 from ...text.detokenizer import Detokenizer
 from ...text.tokenizer import TextTokenizer
+from ...text.traced_text import TracedText
 from ..activity_log import RequestLine
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
@@ -150,11 +151,17 @@ class JobRunner:
         detokenizer: Detokenizer | None = None
         if not sampling.detokenize:
             detokenizer = self._tokenizer.detokenizer(request.prompt_token_ids, sampling.skip_special_tokens)
+        traced: TracedText | None = None
+        if request.speculation.trace:
+            reader = self._tokenizer.detokenizer(request.prompt_token_ids, sampling.skip_special_tokens)
+            traced = TracedText(reader)
         for attempt in range(MAX_RELOADS + 1):
             try:
                 async with aclosing(self._resender.generate(request, losses)) as deltas:
                     async for delta in deltas:
-                        yield delta if detokenizer is None else _with_text(delta, detokenizer)
+                        if detokenizer is not None:
+                            delta = _with_text(delta, detokenizer)
+                        yield delta if traced is None else traced.told(delta)
                 return
             except UserError as error:
                 if error.code != "adapter_not_resident" or adapter is None:

@@ -22,6 +22,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_SALT_LEN = 1024
 LOWEST_PRIORITY = 1000
+MAX_TRACED_OUTPUTS = 16  # of a request: a trace takes far more memory than its text
 MAX_DEADLINE_MS = 86_400_000.0
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
@@ -88,10 +89,18 @@ def sampling_params(
     )
 
 
-def speculation_params(request: GenerationFields, config: ServeConfig) -> Speculation:
+def speculation_params(request: GenerationFields, config: ServeConfig, num_outputs: int = 1) -> Speculation:
+    """The speculation of a request of `num_outputs` sequences."""
     options = request.speculation
+    traces = options is not None and options.trace
+    if traces and num_outputs > MAX_TRACED_OUTPUTS:
+        raise UserError(
+            f"speculation.trace is for at most {MAX_TRACED_OUTPUTS} outputs of a request, and n or best_of times the "
+            f"number of prompts is {num_outputs}; ask for fewer, or leave the trace out",
+            param="speculation.trace",
+        )
     if config.speculation == "off":
-        return Speculation("off")
+        return Speculation("off", trace=traces)
     if options is None:
         return Speculation("auto", min(Speculation().max_draft_tokens, config.max_draft_tokens))
     limit = options.max_draft_tokens
@@ -102,7 +111,7 @@ def speculation_params(request: GenerationFields, config: ServeConfig) -> Specul
             f"speculation.max_draft_tokens is {limit}; 0 to {config.max_draft_tokens} is allowed (--max-draft-tokens)",
             param="speculation.max_draft_tokens",
         )
-    return Speculation(options.mode if limit else "off", limit)
+    return Speculation(options.mode if limit else "off", limit, traces)
 
 
 def priority_of(request: GenerationFields, config: ServeConfig) -> int:

@@ -29,6 +29,7 @@ class Prediction(msgspec.Struct, forbid_unknown_fields=True):
 class SpeculationOptions(msgspec.Struct, forbid_unknown_fields=True):
     mode: Literal["auto", "off", "ngram", "fixed"] = "auto"
     max_draft_tokens: int | None = None
+    trace: bool = False  # answers say where each token came from
 
 
 class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

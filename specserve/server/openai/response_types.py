@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ...messages import AdapterInfo
+from ...messages import AdapterInfo, TokenTrace
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
@@ -87,6 +87,7 @@ class CompletionChoice(msgspec.Struct, forbid_unknown_fields=True):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
+    trace: list[TokenTrace] | None = None  # asked for with `speculation.trace`
 
 
 class CompletionResponse(msgspec.Struct, forbid_unknown_fields=True):
@@ -125,6 +126,7 @@ class ChatChoice(msgspec.Struct, forbid_unknown_fields=True):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
+    trace: list[TokenTrace] | None = None  # asked for with `speculation.trace`
 
 
 class ChatResponse(msgspec.Struct, forbid_unknown_fields=True):
@@ -151,6 +153,7 @@ class ChatChunkChoice(msgspec.Struct, forbid_unknown_fields=True):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
+    trace: list[TokenTrace] | None = None  # asked for with `speculation.trace`
 
 
 class ChatChunk(msgspec.Struct, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...chat.answer import ChatAnswer
 from ...errors import ErrorInfo
-from ...messages import Delta, TokenLogprobs, Usage
+from ...messages import Delta, TokenLogprobs, TokenTrace, Usage
 from ...text.tokenizer import TextTokenizer
 from ..error_bodies import openai_error
 from ..generation.job import Job
@@ -26,12 +26,14 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
+    trace: list[TokenTrace] = field(default_factory=list)  # in a stream, what no chunk has told of
     text_offset: int = 0  # of the next token, in completions' logprobs
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += delta.token_ids
         self.logprobs += delta.logprobs or []
+        self.trace += delta.trace or []
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.usage = delta.usage
@@ -48,6 +50,7 @@ class ResponseBuilder:
         self._job = job
         self.choices = [Choice() for _ in job.requests]
         self._is_open = False  # whether a stream has begun
+        self._traces = job.requests[0].speculation.trace
         self._answers: list[ChatAnswer] = []
         if isinstance(job.request, ChatRequest):
             shown = job.request.include_reasoning is not False
@@ -92,6 +95,8 @@ class ResponseBuilder:
             else:
                 body["text"] = echo_text + choice.text
             body["stop_reason"] = choice.stop_reason
+            if self._traces:
+                body["trace"] = choice.trace
             choices.append(body)
         return {**self._head("chat.completion", "text_completion"), "choices": choices, "usage": self._usage()}
 
@@ -156,6 +161,8 @@ class ResponseBuilder:
         }
         if delta is not None and delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
+        if delta is not None and self._traces:
+            choice["trace"], self.choices[idx].trace = self.choices[idx].trace, []
         chunk = {**self._head("chat.completion.chunk", "text_completion"), "choices": [choice]}
         options = self._job.request.stream_options
         if options is not None and options.include_usage:
