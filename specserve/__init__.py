@@ -1,3 +1,50 @@
-"""specserve serves many task LoRAs of one base model and speeds them up by exact speculation."""
+"""specserve serves many task LoRAs of one base model and speeds them up by exact speculation.
+
+The names of the Python API are found on first use: `import specserve` itself imports nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "llm.llm",
+    "AsyncLLM": "llm.llm",
+    "SamplingParams": "llm.params",
+    "StructuredOutputsParams": "llm.params",
+    "LoRARequest": "llm.params",
+    "RequestOutput": "llm.outputs",
+    "CompletionOutput": "llm.outputs",
+    "Logprob": "llm.outputs",
+    "UserError": "errors",
+}
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "LoRARequest",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "UserError",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .llm.llm import LLM, AsyncLLM
+    from .llm.outputs import CompletionOutput, Logprob, RequestOutput
+    from .llm.params import LoRARequest, SamplingParams, StructuredOutputsParams
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

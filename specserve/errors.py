@@ -120,9 +120,11 @@ def shortened(text: object, max_len: int = 400) -> str:
 
 
 def from_info(info: ErrorInfo) -> UserError:
-    """Rebuild the exception that `ErrorInfo` describes, on the other side of the process edge."""
-    error = UserError(
-        info.message, param=info.param, code=info.code, status=info.status, retry_after_s=info.retry_after_s
-    )
+    """Rebuild the exception that `ErrorInfo` describes, on the other side of the process edge, with its class."""
+    kind = next((kind for kind in _CROSSING if kind.code == info.code), UserError)
+    error = kind(info.message, param=info.param, code=info.code, status=info.status, retry_after_s=info.retry_after_s)
     error.type = info.type
     return error
+
+
+_CROSSING = (AdapterError, ModelError, GrammarError, OverloadedError, DeadlineError, EngineDeadError)

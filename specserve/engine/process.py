@@ -244,11 +244,13 @@ class EngineProcess:
 def main() -> int:
     parser = argparse.ArgumentParser(description="engine process of specserve; started by the server")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
-    sock = socket.socket(fileno=parser.parse_args().fd)
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    arguments = parser.parse_args()
+    sock = socket.socket(fileno=arguments.fd)
     # A terminal's Ctrl-C reaches the whole group; the server decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    configure_logging(logging.INFO, "engine")
+    configure_logging(getattr(logging, arguments.log_level.upper()), "engine")
     payload = read_frame(sock)
     if payload is None:
         return 0

@@ -30,7 +30,7 @@ from .adapter_routes import AdapterRoutes
 from .adapter_store import AdapterStore
 from .connections import Connections, raise_handle_limit
 from .console import say, settle
-from .engine_client.client import EngineClient
+from .engine_client.client import EngineClient, engine_command
 from .generation.generator import Generator
 from .http_body import json_response
 from .lorax.api import LoraxRoutes
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 class Server:
     """One engine behind one aiohttp application."""
 
-    def __init__(self, config: ServeConfig, model_dir: Path, engine_command: list[str] | None = None):
+    def __init__(self, config: ServeConfig, model_dir: Path, command: list[str] | None = None):
         self.config = config
         self.metrics = Metrics()
         self.fetcher = AdapterFetcher(config)
@@ -58,7 +58,7 @@ class Server:
             msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots))),
             silence_timeout_s=config.engine_timeout_s,
             step_timeout_s=config.engine_step_timeout_s,
-            command=engine_command,
+            command=command or engine_command(config.log_level),
         )
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name

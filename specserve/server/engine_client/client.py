@@ -48,6 +48,11 @@ RESTART_PATIENCE_S = 60.0  # that a request waits for an engine that is started 
 STATS_PATIENCE_S = 0.25
 
 
+def engine_command(log_level: str = "info") -> list[str]:
+    """What starts an engine process that logs from `log_level` on."""
+    return [sys.executable, "-m", "specserve.engine.process", "--log-level", log_level]
+
+
 class EngineClient:
     """An engine for `config`, whose `model` is a local directory, in a process that is replaced when it fails."""
 
@@ -62,7 +67,7 @@ class EngineClient:
         self.config = config
         self.on_adapters_left: Callable[[list[str]], object] = lambda hashes: None  # of the process that serves
         self.on_snapshot: Callable[[], object] = lambda: None  # about once a second, and when the process has gone
-        command = command or [sys.executable, "-m", "specserve.engine.process"]
+        command = command or engine_command()
         self._engine = EngineSupervisor(
             lambda: EngineLink.launch(command, config),
             self._dispatch,
