@@ -26,6 +26,7 @@ ADAPTERS = ("my-adapter", "mine-v2", "random-1", "control2json", "debtags", "sum
 OTHER_PROGRAMS = {"guidellm", "pip"}  # not ours
 # Python that is run elsewhere.
 RUN_BY = {"lorax.Client": "tests/conformance/test_clients.py"}
+PAGES_RUN_BY = {"python.md": "tests/llm/test_async_llm.py"}  # one program each
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,9 @@ def test_benches_in_the_text_exist_with_their_flags(page):
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python(block, request):
     ast.parse(block.text)
+    if block.page.name in PAGES_RUN_BY:
+        assert "docs/python.md" in (ROOT / PAGES_RUN_BY[block.page.name]).read_text()
+        return
     if any(name in block.text for name in RUN_BY):
         assert all((ROOT / path).exists() for path in RUN_BY.values())
         return

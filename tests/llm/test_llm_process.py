@@ -1,4 +1,4 @@
-"""What `LLM` is to the program around it: light to import, without a guard, gone with it, interruptible; its options."""
+"""What `LLM` is to the program around it: light to import, without guards, gone with it, interruptible; its options."""
 
 import os
 import subprocess
