@@ -97,6 +97,11 @@ class EngineClient:
             raise EngineDeadError("the engine has not started yet; retry shortly")
         return self._engine.info
 
+    @property
+    def known_info(self) -> EngineInfo | None:
+        """As `info`; None while the first process starts."""
+        return self._engine.info
+
     async def first_info(self) -> EngineInfo:
         """As `info`; while the first process starts it is waited for, as any later one would be."""
         if self._engine.info is None:

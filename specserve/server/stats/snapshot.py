@@ -28,6 +28,7 @@ from .types import (
 
 MAX_MODELS = 100  # whose speculation is told of
 _NOTHING = EngineStats(*(0,) * 14)
+_UNKNOWN = EngineInfo("", "", 0, 0, 0, 0, "", "", 0, [])  # of an engine that has not started yet
 
 
 class StatsSource:
@@ -46,7 +47,7 @@ class StatsSource:
         """Of the engine's last word."""
         engine = self._engine
         stats, taken_at = engine.snapshot
-        stats, info = stats or _NOTHING, engine.info
+        stats, info = stats or _NOTHING, engine.known_info or _UNKNOWN
         return StatsResponse(
             time_s=taken_at,
             uptime_s=time.monotonic() - self._since,
@@ -57,7 +58,7 @@ class StatsSource:
                 device=info.device,
                 dtype=info.dtype,
                 kernels=info.kernels,
-                num_restarts=engine.generation - 1,
+                num_restarts=max(0, engine.generation - 1),
                 uptime_s=engine.serving_s,
             ),
             requests=RequestStats(
@@ -109,7 +110,7 @@ def visible(whole: StatsResponse, may_see: Callable[[str], bool]) -> StatsRespon
 
 def _kv(stats: EngineStats, info: EngineInfo) -> KvStats:
     num, free = info.num_kv_blocks, stats.num_free_kv_blocks if stats is not _NOTHING else info.num_kv_blocks
-    return KvStats(blocks=num, free_blocks=free, block_size=info.block_size, used_ratio=1 - free / num)
+    return KvStats(blocks=num, free_blocks=free, block_size=info.block_size, used_ratio=1 - free / num if num else 0.0)
 
 
 def _adapters(stats: EngineStats, info: EngineInfo) -> AdapterStats:

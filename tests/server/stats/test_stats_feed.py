@@ -35,7 +35,7 @@ DRAFTS = [
 class Engine:
     """What a source asks of an engine's client."""
 
-    state, generation, info, serving_s = "ready", 1, INFO, 5.0
+    state, generation, known_info, serving_s = "ready", 1, INFO, 5.0
 
     def __init__(self) -> None:
         self.num_asked = 0
@@ -125,6 +125,12 @@ async def test_something_is_told_while_the_engine_says_nothing(feed, engine, mon
                 pass
     assert event.engine.status == "restarting"
     assert event.tokens.generated == 0 and event.kv.free_blocks == event.kv.blocks == 8
+
+
+def test_an_engine_that_has_not_started_has_stats_of_nothing(engine):
+    engine.stats, engine.state, engine.generation, engine.known_info = None, "starting", 0, None
+    told = StatsSource(engine, "the-base").newest()
+    assert told.engine.status == "starting" and told.engine.num_restarts == told.kv.blocks == told.kv.used_ratio == 0
 
 
 async def test_a_caller_sees_the_adapters_that_are_for_it(feed, engine, monkeypatch):
