@@ -151,6 +151,24 @@ def read_texts(directory: Path, name: str, roots: Sequence[Path] = ()) -> tuple[
         return files.text_hash, {file: path.read_bytes() for file, path in files.paths.items()}
 
 
+def read_extra(directory: Path, name: str, file: str, max_bytes: int, roots: Sequence[Path] = ()) -> bytes | None:
+    """The file of that name in `directory`, which is no part of the adapter; None where there is none.
+
+    Raises `AdapterError` for a link that leaves `roots`, for what is no file or cannot be read, and for a larger one.
+    """
+    try:
+        copy = _private_copy(directory / file, max_bytes, roots)
+    except OSError as error:
+        raise _unreadable(name, file, error) from None
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r}: {error}", status=error.status) from None
+    if copy is None:
+        return None
+    with open(copy[0], "rb") as stream:
+        stream.seek(0)
+        return stream.read()
+
+
 def changing(name: str) -> ChangingError:
     return ChangingError(f"adapter {name!r} changes while it is read; ask again when its files are complete")
 

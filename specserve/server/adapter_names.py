@@ -29,6 +29,10 @@ class AdapterNames:
         """Every name that can be asked for now. Looks at the disk."""
         return sorted({*(name for name in self.paths.folders() if name not in self._unloaded), *self._registered})
 
+    def given(self) -> set[str]:
+        """The names that were given at run time."""
+        return set(self._registered)
+
     def given_directories(self) -> set[Path]:
         """Those that names were given to at run time, or are about to be."""
         return {*self._registered.values(), *self.claims.directories()}

@@ -9,6 +9,7 @@ from aiohttp import web
 from ..errors import EngineDeadError
 from ..messages import AdapterState
 from .access.caller import caller_of
+from .adapter_extras import AdapterExtras, Extras
 from .adapter_store import AdapterStore
 from .engine_client.client import EngineClient
 from .http_body import convert, json_response, read_json
@@ -25,6 +26,7 @@ class AdapterRoutes:
 
     def __init__(self, store: AdapterStore, fetcher: AdapterFetcher, engine: EngineClient, read_timeout_s: float):
         self._store = store
+        self._extras = AdapterExtras(store)
         self._fetcher = fetcher
         self._engine = engine
         self._read_timeout_s = read_timeout_s
@@ -38,6 +40,7 @@ class AdapterRoutes:
             "pin_adapter": self.pin,
             "unpin_adapter": self.unpin,
             "prefetch_adapter": self.prefetch,
+            **self._extras.handlers(),
         }
 
     async def adapters(self, request: web.Request) -> web.Response:
@@ -47,10 +50,11 @@ class AdapterRoutes:
             states = {state.content_hash: state for state in await self._engine.adapters()}
         except EngineDeadError:  # nothing is held anywhere then
             states = {}
-        loading = self._store.loading_names()
-        return json_response({"object": "list", "data": [self._entry(name, states, name in loading) for name in names]})
+        extras, loading = await self._extras.of(names), self._store.loading_names()
+        entries = [self._entry(name, states, name in loading, extras.get(name, (False, False))) for name in names]
+        return json_response({"object": "list", "data": entries})
 
-    def _entry(self, name: str, states: dict[str, AdapterState], is_loading: bool) -> AdapterEntry:
+    def _entry(self, name: str, states: dict[str, AdapterState], is_loading: bool, extras: Extras) -> AdapterEntry:
         known, uses = self._store.known(name), self._store.uses.of(name)
         state = states.get(known.content_hash) if known is not None else None
         drafted = state.draft_tokens if state is not None else 0
@@ -67,6 +71,8 @@ class AdapterRoutes:
             uses=uses.num_uses,
             last_used=int(uses.last_used) if uses.num_uses else None,
             acceptance=round(state.accepted_draft_tokens / drafted, 4) if state is not None and drafted else None,
+            has_report=extras[0],
+            has_examples=extras[1],
         )
 
     async def load(self, request: web.Request) -> web.Response:

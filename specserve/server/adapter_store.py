@@ -61,6 +61,15 @@ class AdapterStore:
         """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
         return self._names.all()
 
+    def given_names(self) -> set[str]:
+        """Those of them that were given at run time, to directories that may lie anywhere."""
+        return self._names.given()
+
+    @property
+    def roots(self) -> Sequence[Path]:
+        """The folders that adapters must lie in, resolved; none: anywhere."""
+        return self._names.paths.roots
+
     def given_directories(self) -> set[Path]:
         """Those that names were given to at run time, or are about to be."""
         return self._names.given_directories()

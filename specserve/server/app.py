@@ -38,6 +38,7 @@ from .metrics import Metrics
 from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
+from .page_files import PageFiles, wants_page
 from .routes import add_routes
 from .sources.fetcher import AdapterFetcher
 from .stats.routes import StatsRoutes
@@ -70,6 +71,7 @@ class Server:
         self.keys = KeyRing(config)
         self.certificate = certificate_of(config)
         self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
+        self.page = PageFiles()
         self._openapi_body = msgspec.json.encode(openapi_document())
 
     def application(self, tokenizer: TextTokenizer) -> web.Application:
@@ -83,7 +85,8 @@ class Server:
         app.on_cleanup.append(close)
         own = {
             "health": self._health,
-            "root": self._health,
+            "root": self._root,
+            "page_file": self.page.file,
             "ready": self._ready,
             "version": self._version,
             "metrics": self._metrics,
@@ -172,6 +175,9 @@ class Server:
             await asyncio.sleep(0.05)
 
     # -- routes about the server
+
+    async def _root(self, request: web.Request) -> web.Response:
+        return self.page.index(request) if wants_page(request) else await self._health(request)
 
     async def _health(self, request: web.Request) -> web.Response:
         state = self.engine.state

@@ -30,6 +30,7 @@ from .openai.request_types import (
     UnloadAdapterRequest,
 )
 from .openai.response_types import (
+    AdapterExamples,
     AdapterList,
     AdapterLoadedResponse,
     ChatChunk,
@@ -62,7 +63,8 @@ class Route:
 
     `body`, `answer` and `events` are types: of the request, of the JSON answer (None: text), and of a stream's events;
     several are alternatives. `query`: a type of text fields, the parameters.
-    `statuses` are those of errors. `access`: open to everyone; with a key that may generate, where something is posted,
+    `media`: what else the answer may be. `statuses` are those of errors, and 304.
+    `access`: open to everyone; with a key that may generate, where something is posted,
     or with any; with one for administration. `info` and `metrics` are open, or with any key and one for metrics, as
     --open-info says.
     `errors`: whose error shape it answers with.
@@ -77,6 +79,7 @@ class Route:
     answer: Any = None
     events: Any = None
     query: Any = None
+    media: tuple[str, ...] = ()
     access: Access = "key"
     errors: Literal["openai", "lorax"] = "openai"
 
@@ -108,8 +111,12 @@ ROUTES = (
         LoraxRequest, events=LoraxStreamResponse, errors="lorax",
     ),
     Route(
-        "GET", "/", "root", "As /health, for those who look whether anyone is there", STATE, answer=StateResponse,
-        access="open", errors="lorax",
+        "GET", "/", "root", "The page for those who accept text/html; else as /health", (304, *STATE),
+        answer=StateResponse, media=("text/html",), access="open", errors="lorax",
+    ),
+    Route(
+        "GET", "/ui/{path:.+}", "page_file", "A file of the page", (304, 403, 404, 500),
+        media=("text/css", "text/javascript", "image/svg+xml", "text/html", "text/plain"), access="open",
     ),
     Route(
         "POST", "/", "lorax_compat", "LoRAX: one of both, by `stream`", LORAX, LoraxRequest, list[LoraxResponse],
@@ -126,6 +133,14 @@ ROUTES = (
         UnloadAdapterRequest, MessageResponse, access="admin",
     ),
     Route("GET", "/v1/adapters", "adapters", "Adapters, where they lie and their use", GET, answer=AdapterList),
+    Route(
+        "GET", "/v1/adapters/{name:[^/]+}/examples", "adapter_examples", "Prompts that come with it",
+        (400, *GET, 404, 503), answer=AdapterExamples,
+    ),
+    Route(
+        "GET", "/v1/adapters/{name:[^/]+}/report", "adapter_report", "The report of its training",
+        (400, *GET, 404, 503), media=("text/html",),
+    ),
     Route(
         "POST", "/v1/pin_lora_adapter", "pin_adapter", "Load an adapter and keep it loaded", (*POST, 404, 409),
         AdapterNameRequest, AdapterLoadedResponse, access="admin",
@@ -150,11 +165,16 @@ ROUTES = (
 )  # fmt: skip
 
 ACCESS: dict[tuple[str, str], Access] = {(route.method, route.path): route.access for route in ROUTES}
+OPEN_FOLDERS = tuple(
+    route.path.partition("{")[0] for route in ROUTES if route.access == "open" and route.path.endswith("/{path:.+}")
+)
 ERRORS: dict[str, str] = {route.path: route.errors for route in ROUTES}
 
 
 def access_of(method: str, path: str) -> Access:
     """Who may ask; what is no route, and a method that a path has not, is for those with the key."""
+    if method in ("GET", "HEAD") and path.startswith(OPEN_FOLDERS):
+        return "open"
     methods = ("GET", "POST") if method == "OPTIONS" else ("GET" if method == "HEAD" else method,)
     found = {ACCESS[name, path] for name in methods if (name, path) in ACCESS}
     return found.pop() if len(found) == 1 else "key"

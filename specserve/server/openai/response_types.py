@@ -211,11 +211,31 @@ class AdapterEntry(msgspec.Struct, forbid_unknown_fields=True):
     uses: int  # requests since the server started
     last_used: int | None  # seconds since 1970
     acceptance: float | None  # of drafts that were verified since it was loaded
+    has_report: bool
+    has_examples: bool
 
 
 class AdapterList(msgspec.Struct, forbid_unknown_fields=True):
     object: Literal["list"]
     data: list[AdapterEntry]
+
+
+class ExampleMessage(msgspec.Struct, omit_defaults=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class AdapterExample(msgspec.Struct, omit_defaults=True):
+    """A conversation, or a text, for the adapter to go on with; one of both."""
+
+    title: str
+    messages: list[ExampleMessage] | None = None
+    prompt: str | None = None
+
+
+class AdapterExamples(msgspec.Struct, forbid_unknown_fields=True):
+    object: Literal["list"]
+    data: list[AdapterExample]
 
 
 class MessageResponse(msgspec.Struct, forbid_unknown_fields=True):

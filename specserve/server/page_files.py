@@ -1,0 +1,81 @@
+"""The page at `/`: playground, live board and adapters, as files of this package.
+
+All of them are read at start, so that a request looks up a name and never a path. They hold no secret and need no key;
+what the page asks of the API does. Its policy allows no inline script or style, no other host, and no text as HTML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+PAGE_DIR = Path(__file__).with_name("page")
+INDEX = "index.html"
+TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+
+
+@dataclass(frozen=True, slots=True)
+class PageFile:
+    body: bytes
+    content_type: str
+    etag: str  # without its quotes
+
+
+class PageFiles:
+    """Serves `directory`, as it was when this was made."""
+
+    def __init__(self, directory: Path = PAGE_DIR):
+        self._files = {
+            path.relative_to(directory).as_posix(): _read(path)
+            for path in directory.rglob("*")
+            if path.suffix in TYPES and path.is_file()
+        }
+
+    @property
+    def files(self) -> Mapping[str, PageFile]:
+        return self._files
+
+    def index(self, request: web.Request) -> web.Response:
+        """The page itself, from `/`, where clients that do not name HTML get something else."""
+        response = self._answer(request, self._files[INDEX])
+        response.headers["Vary"] = "Accept"
+        return response
+
+    async def file(self, request: web.Request) -> web.Response:
+        """One of `/ui/...`; 404 for what is no file of the page."""
+        found = self._files.get(request.match_info["path"])
+        if found is None:
+            raise web.HTTPNotFound(reason="the page has no such file")
+        return self._answer(request, found)
+
+    def _answer(self, request: web.Request, file: PageFile) -> web.Response:
+        headers = {**HEADERS, "ETag": f'"{file.etag}"'}
+        known = request.if_none_match or ()
+        if any(tag.value in (file.etag, "*") for tag in known):
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=file.body, content_type=file.content_type, charset="utf-8", headers=headers)
+
+
+def wants_page(request: web.Request) -> bool:
+    """Whether a browser asks: others, who name no HTML, look whether anyone is there."""
+    return any("text/html" in value.lower() for value in request.headers.getall("Accept", ()))
+
+
+def _read(path: Path) -> PageFile:
+    body = path.read_bytes()
+    return PageFile(body, TYPES[path.suffix], hashlib.sha256(body).hexdigest()[:32])
