@@ -1,0 +1,120 @@
+// Starts the page: which view is shown, the theme, the key, and whether the server serves.
+import { getJson, hasKey, setKey } from "./api.js";
+import { byId } from "./dom.js";
+import { Playground } from "./playground.js";
+
+const POLL_MS = 5000;
+const THEMES = ["system", "light", "dark"];
+
+const playground = new Playground();
+const views = { playground: null, board: () => import("./board.js"), adapters: () => import("./adapters.js") };
+const opened = {};
+
+async function show() {
+  const name = location.hash.slice(1) in views ? location.hash.slice(1) : "playground";
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  for (const view of Object.keys(views)) byId(`view-${view}`).hidden = view !== name;
+  for (const [other, view] of Object.entries(opened)) if (other !== name) view.close();
+  document.title = name === "playground" ? "specserve" : `${name === "board" ? "Live board" : "Adapters"} · specserve`;
+  if (views[name] === null) return;
+  const module = await views[name]();
+  opened[name] ??= module.create(byId(`view-${name}`), { use: useModel });
+  if (!byId(`view-${name}`).hidden) opened[name].open();
+}
+
+function useModel(model) {
+  location.hash = "#playground";
+  playground.choose(model);
+}
+
+// -- theme
+
+function nameTheme(theme) {
+  byId("theme-name").textContent = theme;
+  byId("theme-button").setAttribute("aria-label", `Theme: ${theme}`);
+}
+
+function setTheme(theme) {
+  if (theme === "system") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  nameTheme(theme);
+  try {
+    localStorage.setItem("specserve-theme", theme);
+  } catch {
+    // storage may be forbidden; then the choice ends with the page
+  }
+  document.dispatchEvent(new CustomEvent("theme-changed"));
+}
+
+let theme = document.documentElement.dataset.theme ?? "system";
+nameTheme(theme);
+byId("theme-button").addEventListener("click", () => {
+  theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+  setTheme(theme);
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.dispatchEvent(new CustomEvent("theme-changed")));
+
+// -- key
+
+const keyDialog = byId("key-dialog");
+
+function askForKey(reason) {
+  byId("key-button").hidden = false;
+  if (keyDialog.open) return;
+  byId("key-reason").textContent = `${reason} The key is kept in this tab until it is closed.`;
+  byId("key-input").value = "";
+  keyDialog.showModal();
+}
+
+keyDialog.addEventListener("close", () => {
+  if (keyDialog.returnValue !== "use") return;
+  setKey(byId("key-input").value);
+  byId("key-input").value = "";
+  load();
+  show();
+});
+byId("key-button").hidden = !hasKey();
+byId("key-button").addEventListener("click", () => askForKey(hasKey() ? "A key is in use; an empty one forgets it." : ""));
+document.addEventListener("key-needed", () => askForKey(hasKey() ? "The server does not take this key." : "The server wants a key."));
+
+// -- whether the server serves
+
+let isLoaded = false;
+let state = "unknown";
+
+async function poll() {
+  if (!document.hidden) {
+    try {
+      const response = await fetch("/health", { cache: "no-store" });
+      state = (await response.json()).status;
+    } catch {
+      state = "not reached";
+    }
+    const box = byId("state");
+    if (box.dataset.state !== state) {
+      box.dataset.state = state;
+      box.textContent = state === "ok" ? "serving" : state;
+      if (state === "ok" && !isLoaded) load();
+    }
+  }
+  setTimeout(poll, POLL_MS);
+}
+
+/** The models, again after a key was given or the server was away. */
+async function load() {
+  try {
+    await playground.settings.load();
+    isLoaded = true;
+  } catch {
+    isLoaded = false; // the state or the dialog for the key says why
+  }
+}
+
+addEventListener("hashchange", show);
+addEventListener("focus", () => isLoaded && load()); // adapters come and go
+load();
+poll();
+show();
