@@ -87,6 +87,7 @@ export class TokenView {
     if (this._runs.size >= 2 * MAX_RUNS) return true;
     if (token.rejected?.length || last.source !== token.source) return false;
     if (last.forward === token.forward || this._runs.size >= MAX_RUNS) return true;
+    if (this._run.tokens.every((part) => part.text === "")) return true; // parts of one character, which comes with the last
     return token.source === "target" && !this._run.tokens[0].rejected?.length;
   }
 
