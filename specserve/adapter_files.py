@@ -125,7 +125,8 @@ def open_adapter(
             paths: dict[str, Path] = {}
             digests: dict[str, bytes] = {}
             try:
-                for file in names:
+                present = {found for found, *_ in before}
+                for file in [wanted for wanted in names if wanted in present]:
                     copy = _private_copy(directory / file, limits[file], roots)
                     if copy is not None:
                         fd, digests[file] = copy

@@ -13,23 +13,21 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors
 import torch
 
 from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
-from ..errors import AdapterError, shortened
-from ..kernels.lora import Empty, LoraPair
+from ..errors import AdapterError
+from ..kernels.lora import LoraPair
 from ..messages import AdapterInfo
 from ..model.config import ModelConfig
 from ..model.shapes import module_shapes
 from .lookahead import Lookahead, read_lookahead
 from .peft_config import parse_config
 from .served_base import ServedBase
-from .sizes import layout_bytes
-from .slab import Slab, as_in_peft, copied
+from .slab import as_in_peft, copied
+from .stored_pairs import LayOut, lay_out_pairs
 from .tensors import EMBED, LM_HEAD, check_tensors
-
-LayOut = Callable[[LoraPair, Empty], LoraPair]  # a copy of a pair in memory that the second one gives
+from .weights_file import WeightsFile, WeightsFileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +119,12 @@ def _read_files(
 ) -> LoraAdapter:
     peft = parse_config(name, files.paths[CONFIG_FILE].read_bytes())
     try:
-        with safetensors.safe_open(files.paths[WEIGHTS_FILE], framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # not a dict: it has no iterator
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        text = f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {shortened(error)}"
+        file = WeightsFile(files.paths[WEIGHTS_FILE])
+    except (WeightsFileError, OSError) as error:
+        text = f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}"
         raise AdapterError(text) from None
-    pairs = check_tensors(peft, tensors, base, max_rank)
-    slab = Slab(sum(layout_bytes(pair.a.shape, pair.b.shape, pair.a.itemsize) for pair in pairs.values()))
-    held = [(as_in_peft if module in (EMBED, LM_HEAD) else lay_out)(pair, slab.empty) for module, pair in pairs.items()]
-    by_module = dict(zip(pairs, held, strict=True))
+    pairs = check_tensors(peft, file, base, max_rank)
+    by_module = lay_out_pairs(name, file, pairs, base.lora_dtype, lay_out)
     embed, lm_head = by_module.pop(EMBED, None), by_module.pop(LM_HEAD, None)
     layers = {_layer_and_module(module): pair for module, pair in by_module.items()}
     highest = max(pair.a.shape[0] for pair in pairs.values())

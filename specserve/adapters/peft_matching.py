@@ -8,6 +8,7 @@ also be run as a program, `python -I -S peft_matching.py`, in a process that end
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -78,10 +79,11 @@ def _named(field: str, names: Any, modules: list[str], note: Note) -> set[str]:
     return {module for module in modules if not known.isdisjoint(_ends(module))}
 
 
-def _ends(module: str) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def _ends(module: str) -> tuple[str, ...]:
     """a.b.c -> a.b.c, b.c, c"""
     parts = module.split(".")
-    return [".".join(parts[idx:]) for idx in range(len(parts))]
+    return tuple(".".join(parts[idx:]) for idx in range(len(parts)))
 
 
 def _targets_tied(targets: Any, note: Note) -> bool:

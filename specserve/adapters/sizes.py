@@ -10,22 +10,14 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import msgspec
-from msgspec import Meta
 
 from ..adapter_files import HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
 from ..drafters.head_files import VOCAB_STEP
 from ..drafters.task_history import expected_bytes as history_bytes
+from .weights_file import WeightsFileError, read_header
 
-MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 _RANK_STEP, _IN_STEP, _OUT_STEP = 8, 32, 64  # values that layouts round up to
 _ALIGNMENT = 64  # bytes
-
-
-class _Tensor(msgspec.Struct):
-    shape: list[Annotated[int, Meta(ge=0)]]
 
 
 def expected_bytes(directory: Path, lora_itemsize: int) -> int:
@@ -37,7 +29,7 @@ def expected_bytes(directory: Path, lora_itemsize: int) -> int:
             num_bytes += layout_bytes(shape if is_a else (0, 0), (0, 0) if is_a else shape, lora_itemsize)
     head, head_bytes = _shapes(directory / HEAD_WEIGHTS_FILE)
     num_bytes += head_bytes + sum(4 * math.prod(shape) for shape in head.values())  # in fp32
-    if len(embed := head.get("embed", [])) == 2:  # padded, and a dictionary of its tokens
+    if len(embed := head.get("embed", ())) == 2:  # padded, and a dictionary of its tokens
         num_bytes += 4 * VOCAB_STEP * (embed[1] + 1) + 128 * embed[0]
     return num_bytes + history_bytes(directory / HISTORY_FILE)
 
@@ -50,23 +42,16 @@ def layout_bytes(a_shape: Sequence[int], b_shape: Sequence[int], itemsize: int) 
     return _round_up(a, _ALIGNMENT) + _round_up(b, _ALIGNMENT)
 
 
-def _shapes(path: Path) -> tuple[dict[str, list[int]], int]:
+def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     """The tensors' shapes by name, and 0; or none, and the file's size, where it is no safetensors file."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            size = os.fstat(file.fileno()).st_size
-            header_len = int.from_bytes(file.read(8), "little")
-            if header_len > min(size, MAX_HEADER_BYTES):
-                return {}, size
-            header = msgspec.json.decode(file.read(header_len), type=dict[str, msgspec.Raw])
-        tensors = ((name, raw) for name, raw in header.items() if name != "__metadata__")
-        shapes = {name: msgspec.json.decode(raw, type=_Tensor).shape for name, raw in tensors}
+            try:
+                return {name: stored.shape for name, stored in read_header(file).items()}, 0
+            except WeightsFileError:
+                return {}, os.fstat(file.fileno()).st_size
     except OSError:
         return {}, 0
-    except msgspec.MsgspecError:
-        return {}, size
-    num_values = sum(math.prod(shape) for shape in shapes.values())
-    return (shapes, 0) if num_values <= size else ({}, size)  # a value has a byte at least
 
 
 def _round_up(value: int, step: int) -> int:

@@ -1,7 +1,8 @@
 """An adapter's weights in one piece of memory of their own, which goes back to the system when the adapter goes.
 
 Hundreds of tensors of 10 KB to some MB that come and go on reading threads leave the allocator's heaps in pieces: pages
-with a live tensor beside free ones are never returned.
+with a live tensor beside free ones are never returned. Layers that have the same modules are laid out together, each in
+a row of its own, so that a layer's tensors lie side by side.
 """
 
 from __future__ import annotations
@@ -36,6 +37,27 @@ class Slab:
         if self._used + num_bytes > self._bytes.shape[0]:
             raise ValueError(f"{num_bytes} bytes more than {self._used} of {self._bytes.shape[0]}")
         piece = self._bytes[self._used : self._used + num_bytes]
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return piece.view(dtype).view(size)
+
+    def rows(self, num: int, num_bytes: int) -> Rows:
+        """The next `num` rows of `num_bytes` each."""
+        return Rows(self.empty((num, -(-num_bytes // _ALIGNMENT) * _ALIGNMENT), dtype=torch.uint8))
+
+
+class Rows:
+    """Rows of equal layout, [N, bytes]."""
+
+    def __init__(self, memory: torch.Tensor):
+        self._memory = memory
+        self._used = 0  # of each row
+
+    def empty(self, size: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+        """[N, ...]: a contiguous tensor of each row; raises `ValueError` when there is no room for it."""
+        num_bytes = math.prod(size[1:]) * dtype.itemsize
+        if self._used + num_bytes > self._memory.shape[1]:
+            raise ValueError(f"{num_bytes} bytes more than {self._used} of {self._memory.shape[1]}")
+        piece = self._memory[:, self._used : self._used + num_bytes]
         self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         return piece.view(dtype).view(size)
 

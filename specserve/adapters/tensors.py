@@ -1,23 +1,24 @@
-"""The tensors of an adapter, held against its configuration and the base model: names, dtypes, shapes, values.
+"""The tensors of an adapter, held against its configuration and the base model: names, dtypes, shapes.
 
-Every tensor is accounted for, every module that the configuration selects is looked up, and values are judged as they
-will be served: after the cast. What PEFT would ignore, make up or compute otherwise is refused by name.
+Every tensor is accounted for, every module that the configuration selects is looked up. What PEFT would ignore, make up
+or compute otherwise is refused by name. LoRA's values are judged as they will be served, by `stored_pairs`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
 import re
 
 import torch
 
 from ..errors import AdapterError
-from ..kernels.lora import LoraPair
 from ..model.config import ModelConfig
 from ..model.shapes import PARENT, module_shapes
 from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora, shown
 from .served_base import ServedBase
+from .stored_pairs import StoredPair
+from .weights_file import StoredTensor, WeightsFile
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _PREFIX = "base_model.model."
 _COPY_NAME = re.compile(re.escape(_PREFIX) + r"(?P<module>model\.embed_tokens|lm_head)\.(?:base_layer\.)?weight")
 _LAYER_NAME = re.compile(re.escape(_PREFIX) + r"model\.layers\.(?P<layer>[0-9]{1,9})\..*\.lora_[AB]\.weight")
 
-Sides = dict[str, torch.Tensor]  # "A", "B"
+Sides = dict[str, StoredTensor]  # "A", "B"
 
 
 def module_names(model: ModelConfig) -> list[str]:
@@ -38,13 +39,21 @@ def module_names(model: ModelConfig) -> list[str]:
     return [EMBED, *(f"{layer}.{parent}.{name}" for layer in layers for name, parent in PARENT.items()), LM_HEAD]
 
 
-def check_tensors(
-    config: LoraConfig, tensors: dict[str, torch.Tensor], base: ServedBase, max_rank: int
-) -> dict[str, LoraPair]:
-    """module -> its weights in `base.lora_dtype`, A [rank, in] and B [out, rank]. Raises `AdapterError`."""
+@functools.cache
+def _places(modules: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """PEFT's name of a tensor -> its module, and its side there."""
+    places = {f"{_PREFIX}{module}.lora_{side}.weight": (module, side) for module in modules for side in "AB"}
+    places |= {f"{_PREFIX}{EMBED}.lora_embedding_{side}": (EMBED, side) for side in "AB"}
+    for side in "AB":
+        del places[f"{_PREFIX}{EMBED}.lora_{side}.weight"]
+    return places
+
+
+def check_tensors(config: LoraConfig, file: WeightsFile, base: ServedBase, max_rank: int) -> dict[str, StoredPair]:
+    """module -> its weights, A [rank, in] and B [out, rank]. Raises `AdapterError`."""
     name, model = config.name, base.config
     modules = module_names(model)
-    sides = _sort(name, tensors, base, modules)
+    sides = _sort(name, file, base, modules)
     if not sides:
         raise AdapterError(f"adapter {name!r} holds no LoRA tensors")
     wanted, shapes = config.resolve(modules, model.tie_word_embeddings), module_shapes(model)
@@ -62,23 +71,20 @@ def check_tensors(
         pairs[module] = _pair(name, module, sides[module], said, shapes, max_rank, base.lora_dtype)
     _check_missing(config, [module for module, said in wanted.items() if isinstance(said, ModuleLora)], pairs)
     if config.is_tied(model.tie_word_embeddings) and (EMBED in pairs or LM_HEAD in pairs):
-        _check_tied(name, pairs)
+        _check_tied(name, file, pairs)
     return pairs
 
 
-def _sort(name: str, tensors: dict[str, torch.Tensor], base: ServedBase, modules: list[str]) -> dict[str, Sides]:
+def _sort(name: str, file: WeightsFile, base: ServedBase, modules: list[str]) -> dict[str, Sides]:
     """module -> its sides; anything unexpected is an error that names it."""
-    places = {f"{_PREFIX}{module}.lora_{side}.weight": (module, side) for module in modules for side in "AB"}
-    places |= {f"{_PREFIX}{EMBED}.lora_embedding_{side}": (EMBED, side) for side in "AB"}
-    for side in "AB":
-        del places[f"{_PREFIX}{EMBED}.lora_{side}.weight"]
+    places = _places(tuple(modules))
     sides: dict[str, Sides] = {}
-    for key, tensor in tensors.items():
-        if match := _COPY_NAME.fullmatch(key):
-            base.copies.check(name, key, match["module"], tensor)
-        elif key in places:
+    for key, tensor in file.tensors.items():
+        if key in places:
             module, side = places[key]
             sides.setdefault(module, {})[side] = tensor
+        elif match := _COPY_NAME.fullmatch(key):
+            base.copies.check(name, key, match["module"], file.tensor(tensor))
         elif (layer := _LAYER_NAME.fullmatch(key)) and int(layer["layer"]) >= base.config.num_layers:
             raise AdapterError(f"adapter {name!r}: {key!r} is beyond the model's {base.config.num_layers} layers")
         else:
@@ -97,13 +103,13 @@ def _pair(
     shapes: dict[str, tuple[int, int]],
     max_rank: int,
     dtype: torch.dtype,
-) -> LoraPair:
+) -> StoredPair:
     size_in, size_out = shapes[module.rpartition(".")[2]]
-    if missing := sorted({"A", "B"} - set(sides)):
+    if len(sides) < 2 and (missing := sorted({"A", "B"} - set(sides))):
         raise AdapterError(f"adapter {name!r}: {module} has no lora_{missing[0]} weight")
     for side, wanted_text in (("A", f"[rank, {size_in}]"), ("B", f"[{size_out}, rank]")):
         tensor = sides[side]
-        if tensor.dim() != 2 or tensor.dtype not in FLOATS:
+        if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
             raise AdapterError(
                 f"adapter {name!r}: {module} lora_{side} is {tensor.dtype} {list(tensor.shape)}; "
                 f"a matrix {wanted_text} of floating-point numbers (16 bits or more, or float8) is expected"
@@ -112,7 +118,7 @@ def _pair(
     if not 1 <= rank <= max_rank:
         raise AdapterError(f"adapter {name!r}: {module} has rank {rank}; 1 to {max_rank} is served (--max-lora-rank)")
     for side, wanted in (("A", (rank, size_in)), ("B", (size_out, rank))):
-        if tuple(sides[side].shape) != wanted:
+        if sides[side].shape != wanted:
             raise AdapterError(
                 f"adapter {name!r}: {module} lora_{side} has shape {list(sides[side].shape)}, the base model wants "
                 f"{list(wanted)}; was it trained for another base?"
@@ -121,31 +127,21 @@ def _pair(
         raise AdapterError(
             f"adapter {name!r}: {module} has rank {rank} but {CONFIG_FILE} says {shown(said.rank)} (r, rank_pattern)"
         )
-    if not bool(torch.isfinite(torch.tensor(said.scale, dtype=torch.float64).to(dtype))):
+    if not _is_finite(said.scale, dtype):
         raise AdapterError(
             f"adapter {name!r}: {module} has lora_alpha {shown(said.alpha)} over rank {rank}, a factor beyond the "
             f"range of {_short(dtype)}, which it would be served in"
         )
-    a, b = (_cast(name, f"{module} lora_{side}", sides[side], dtype) for side in "AB")
-    return LoraPair(a, b, said.scale)
+    return StoredPair(sides["A"], sides["B"], said.scale)
 
 
-def _cast(name: str, place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor as it is served; every value is finite."""
-    cast = tensor.to(dtype)
-    # A sum is finite only if all is, and takes a tenth of the time; where it is not, it may have overflowed.
-    if math.isfinite(float(cast.sum())) or bool(torch.isfinite(cast).all()):
-        return cast
-    values = tensor.double()
-    if not bool(torch.isfinite(values).all()):
-        raise AdapterError(f"adapter {name!r}: {place} holds NaN or infinite values")
-    raise AdapterError(
-        f"adapter {name!r}: {place} holds {values.abs().max():.3g}, beyond the range of {_short(dtype)} "
-        f"({torch.finfo(dtype).max:.3g}), which it would be served in"
-    )
+@functools.lru_cache(maxsize=1024)
+def _is_finite(scale: float, dtype: torch.dtype) -> bool:
+    """Whether it is still once it is rounded to `dtype`."""
+    return bool(torch.isfinite(torch.tensor(scale, dtype=torch.float64).to(dtype)))
 
 
-def _check_missing(config: LoraConfig, selected: list[str], pairs: dict[str, LoraPair]) -> None:
+def _check_missing(config: LoraConfig, selected: list[str], pairs: dict[str, StoredPair]) -> None:
     missing = [module for module in selected if module not in pairs]
     if not missing:
         return
@@ -159,14 +155,18 @@ def _check_missing(config: LoraConfig, selected: list[str], pairs: dict[str, Lor
     logger.warning("adapter %r selects modules without weights, served as the base has them: %s", config.name, some)
 
 
-def _check_tied(name: str, pairs: dict[str, LoraPair]) -> None:
+def _check_tied(name: str, file: WeightsFile, pairs: dict[str, StoredPair]) -> None:
     """PEFT holds one LoRA for both; it writes it twice."""
     embed, head = pairs.get(EMBED), pairs.get(LM_HEAD)
-    if embed is None or head is None or not (torch.equal(embed.a.T, head.b) and torch.equal(embed.b.T, head.a)):
+    if embed is None or head is None or not (_is_turned(file, embed.a, head.b) and _is_turned(file, embed.b, head.a)):
         raise AdapterError(
             f"adapter {name!r}: ensure_weight_tying is set, but {EMBED} and {LM_HEAD} do not have the same LoRA; "
             "set it to false if they shall differ"
         )
+
+
+def _is_turned(file: WeightsFile, one: StoredTensor, other: StoredTensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(file.tensor(one).T, file.tensor(other))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -62,6 +63,7 @@ class NativeSlots:
         self._slot_of: dict[str, int] = {}
         # By content hashes; each with the adapters whose tensors it points into.
         self._tables: dict[tuple[str, ...], tuple[ctypes.Array, list[LoraAdapter]]] = {}
+        self._parts: dict[str, tuple[ctypes.Array, LoraAdapter]] = {}  # of tables, each adapter's own
 
     def slot_of(self, content_hash: str) -> int:
         return self._slot_of[content_hash]
@@ -74,6 +76,7 @@ class NativeSlots:
     def free(self, content_hash: str) -> None:
         """Forget an adapter that was unloaded."""
         self._tables = {key: known for key, known in self._tables.items() if content_hash not in key}
+        self._parts.pop(content_hash, None)
         self._active = [adapter for adapter in self._active if adapter.content_hash != content_hash]
 
     def batch(self, runs: Sequence[tuple[str | None, int]], logits_indices: Sequence[int]) -> NativeLoraBatch | None:
@@ -92,35 +95,55 @@ class NativeSlots:
         return NativeLoraBatch(self._active, row_slots, [row_slots[row] for row in logits_indices], known[0])
 
     def _build(self) -> ctypes.Array:
-        table = (Lora * (len(self._active) * self._num_layers * len(MODULES)))()
+        """Every set of adapters that steps name has its own table: with many adapters, most requests a new one."""
+        num = self._num_layers * len(MODULES)
+        table = (Lora * (len(self._active) * num))()
         for slot, adapter in enumerate(self._active):
-            for (layer, module), pair in adapter.layers.items():
-                a, b = pair.a, pair.b  # as `to_native` laid them out
-                assert b.dim() == 3 and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
-                place = (slot * self._num_layers + layer) * len(MODULES) + MODULES.index(module)
-                table[place] = Lora(a.data_ptr(), b.data_ptr(), b.shape[1], pair.scale)
+            part, of = self._parts.get(adapter.content_hash, (None, None))
+            if part is None or of is not adapter:
+                part = self._part(adapter)
+                self._parts[adapter.content_hash] = part, adapter
+            size = ctypes.sizeof(part)
+            ctypes.memmove(ctypes.addressof(table) + slot * size, part, size)
         return table
+
+    def _part(self, adapter: LoraAdapter) -> ctypes.Array:
+        part = (Lora * (self._num_layers * len(MODULES)))()
+        for (layer, module), pair in adapter.layers.items():
+            a, b = pair.a, pair.b  # as `to_native` laid them out
+            assert b.dim() == 3 and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
+            part[layer * len(MODULES) + MODULES.index(module)] = Lora(
+                a.data_ptr(), b.data_ptr(), b.shape[1], pair.scale
+            )
+        return part
 
 
 def to_native(pair: LoraPair, empty: Empty = torch.empty) -> LoraPair:
     """A layer module's pair in the order in which the native kernels read it (kernels/cpu/lora.h), padded with zeros.
 
     A is flat, with each block of 8, 4 or 1 rows as [in / 32, rows, 32]; B is [panels, R, 64]. Both are copies, in what
-    `empty(shape, dtype)` gives.
+    `empty(shape, dtype)` gives. Pairs of one shape may come together, [N, ...].
     """
-    (rank, size_in), out, dtype = pair.a.shape, pair.b.shape[0], pair.a.dtype
+    (*num, rank, size_in), out, dtype = pair.a.shape, pair.b.shape[-2], pair.a.dtype
     a, b = pair.a, pair.b
     if size_in % 32:
         a = F.pad(a, (0, -size_in % 32))
     panels = -(-out // PANEL)
     if out % PANEL:
         b = F.pad(b, (0, 0, 0, panels * PANEL - out))
-    flat, size, row = empty((a.numel(),), dtype=dtype), a.shape[1], 0
+    size, row = a.shape[-1], 0
+    flat = empty((*num, rank * size), dtype=dtype)
     while row < rank:
         num_rows = next(num for num in (8, 4, 1) if row + num <= rank)
-        block = flat[row * size : (row + num_rows) * size].view(-1, num_rows, 32)
-        block.copy_(a[row : row + num_rows].view(num_rows, -1, 32).transpose(0, 1))
+        block = flat[..., row * size : (row + num_rows) * size].unflatten(-1, (-1, num_rows, 32))
+        _copy(block, a[..., row : row + num_rows, :].unflatten(-1, (-1, 32)).transpose(-3, -2))
         row += num_rows
-    there = empty((panels, rank, PANEL), dtype=dtype)
-    there.copy_(b.reshape(panels, PANEL, rank).transpose(1, 2))
+    there = empty((*num, panels, rank, PANEL), dtype=dtype)
+    _copy(there, b.unflatten(-2, (panels, PANEL)).transpose(-2, -1))
     return LoraPair(flat, there, pair.scale)
+
+
+def _copy(there: torch.Tensor, values: torch.Tensor) -> None:
+    """As `Tensor.copy_` between equal dtypes; numpy takes half the time to turn one over."""
+    integers = {2: torch.int16, 4: torch.int32}[there.itemsize]
+    np.copyto(there.view(integers).numpy(), values.view(integers).numpy())
