@@ -69,6 +69,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     sampling: SamplingParams
     adapter_hash: str | None = None  # content hash of a loaded adapter; None is the bare base
     cache_salt: str = ""
+    caller: str = ""  # who sends it, of those that share the server: a key's name; "" is anybody without one
     sample_idx: int = 0
     speculation: Speculation = Speculation()
     prediction_token_ids: list[int] = []  # the client's expected output (OpenAI `prediction`)

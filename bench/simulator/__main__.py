@@ -5,6 +5,7 @@ what the newest validation measured (`bench.simulator.validate`). Loads are shar
 equal adapters, which is printed first. Both orders get the same requests:
 
 - burst: half load, Zipf over all adapters but one, for which 500 requests come within a second
+- callers: 0.3 of the load, Zipf over all adapters, and such a burst by another caller for the most popular of them
 - distinct: 0.9 of the load, each request for another adapter, all in turn: places and reading decide
 - popular: 1.1 times what can be served, Zipf: the most popular adapters ask for more than their share
 - priorities: 0.3 of the load urgent, with a deadline of 10 s, and 1.0 batch of a worse priority, over adapters that are
@@ -52,6 +53,13 @@ def traces(rate: float, num: int, adapters: int, places: int, lengths: Lengths) 
         "burst": lambda: merged(
             poisson(num, 0.5 * rate, everyone[1:], "others", lengths=lengths, kind="others"),
             burst(500, BURST_AT_S, 0, "burst", lengths),
+        ),
+        "callers": lambda: merged(
+            (
+                replace(request, kind="others, same adapter" if request.adapter == 0 else "others")
+                for request in poisson(num, 0.3 * rate, everyone, "callers", lengths=lengths)
+            ),
+            burst(500, BURST_AT_S, 0, "burst", lengths, caller="flood"),
         ),
         "distinct": lambda: [*poisson(num, 0.9 * rate, everyone, "distinct", lengths=lengths, in_turn=True)],
         "popular": lambda: [

@@ -122,7 +122,7 @@ class Replica:
         deadline = None if request.deadline_s is None else request.arrival_s + request.deadline_s
         generate = GenerateRequest(
             str(self._num_added), prompt, SamplingParams(max_tokens=request.max_tokens),
-            adapter_hash=_name(request.adapter), priority=request.priority, deadline=deadline,
+            adapter_hash=_name(request.adapter), caller=request.caller, priority=request.priority, deadline=deadline,
         )  # fmt: skip
         self._bring(outcome, generate)
         return outcome

@@ -19,6 +19,7 @@ class SimulatedRequest:
     priority: int = 0
     deadline_s: float | None = None  # after its arrival
     shared_len: int = 0  # of its prompt, the start that all prompts of its adapter have
+    caller: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,16 @@ def poisson(
         yield SimulatedRequest(now, adapter, prompt_len, output_len, 4 * output_len, kind, priority, deadline_s)
 
 
-def burst(num: int, at_s: float, adapter: int, seed: str, lengths: Lengths = Lengths()) -> Iterator[SimulatedRequest]:
+def burst(
+    num: int, at_s: float, adapter: int, seed: str, lengths: Lengths = Lengths(), caller: str = ""
+) -> Iterator[SimulatedRequest]:
     """`num` requests for one adapter within a second."""
     rng = random.Random(seed)
     for idx in range(num):
         prompt_len, output_len = lengths.draw(rng)
-        yield SimulatedRequest(at_s + idx / num, adapter, prompt_len, output_len, 4 * output_len, "burst")
+        yield SimulatedRequest(
+            at_s + idx / num, adapter, prompt_len, output_len, 4 * output_len, "burst", caller=caller
+        )
 
 
 def merged(*parts: Iterator[SimulatedRequest]) -> list[SimulatedRequest]:

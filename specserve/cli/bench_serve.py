@@ -135,7 +135,7 @@ def serve(url: str, output: Path | None, plot: Path | None, **params: Any) -> in
     )  # fmt: skip
     duration_s = params["duration"] or 600.0
     num_requests = params["num_requests"] or (MAX_REQUESTS if params["duration"] else DEFAULT_REQUESTS)
-    params |= {"duration": duration_s, "num_requests": num_requests, "targets_ms": _targets(params["goodput"])}
+    params |= {"duration": duration_s, "num_requests": num_requests, "targets_ms": goodput_targets(params["goodput"])}
     result = asyncio.run(_measure(target, rates, concurrencies, params))
     if output is not None:
         output.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
@@ -244,7 +244,7 @@ def _levels(option: str, text: str | None, limit: int, whole: bool = False) -> l
     return values
 
 
-def _targets(values: Sequence[str]) -> dict[str, float]:
+def goodput_targets(values: Sequence[str]) -> dict[str, float]:
     """'ttft:500' and the like as milliseconds by name."""
     from ..loadgen.report import GOODPUT_KEYS
 

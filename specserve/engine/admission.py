@@ -16,7 +16,8 @@ from .wait_estimate import WaitEstimate
 
 # A request is refused for its deadline only where its answer would begin late by this factor: estimates are rough.
 _DEADLINE_MARGIN = 1.25
-_RESERVED = 8  # one in so many places to wait is for adapters of which nobody waits: one adapter cannot fill them all
+# One in so many places to wait is for adapters of which none of the caller's waits: it cannot fill all with one.
+_RESERVED = 8
 
 
 def check_request(request: GenerateRequest, info: EngineInfo) -> None:
@@ -55,9 +56,10 @@ def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: S
     num, num_tokens, what = len(scheduler.waiting), scheduler.waiting.num_tokens, ""
     own_tokens = len(request.prompt_token_ids) + waits.expected_output(request)
     num_places = config.max_waiting + scheduler.max_num_seqs
-    num_own = scheduler.waiting.num_of(request.adapter_hash)
+    num_own = scheduler.waiting.num_of(request.caller, request.adapter_hash)
     if num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED):
-        what = f"{num} requests, {num_own} of them for this adapter, are waiting (--max-waiting {config.max_waiting})"
+        own = f"{num_own} of them this key's for this adapter"
+        what = f"{num} requests, {own}, are waiting (--max-waiting {config.max_waiting})"
     elif num_tokens and num_tokens + own_tokens > config.max_waiting_tokens:  # one may wait, whatever its size
         what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"
     if what:

@@ -43,11 +43,11 @@ class WaitEstimate:
     @property
     def typical_wait_s(self) -> float:
         """Of a request of priority 0 for an adapter of which none waits."""
-        return self._wait_s(self._scheduler.waiting.cost_ahead("", 0), 0.0)
+        return self._wait_s(self._scheduler.waiting.cost_ahead("", "", 0), 0.0)
 
     def wait_s(self, request: GenerateRequest) -> float:
         """Seconds until a request that comes now would begin to run."""
-        ahead = self._scheduler.waiting.cost_ahead(request.adapter_hash, request.priority)
+        ahead = self._scheduler.waiting.cost_ahead(request.caller, request.adapter_hash, request.priority)
         return self._wait_s(ahead, self.expected_output(request))
 
     def first_token_s(self, request: GenerateRequest) -> float:
@@ -74,4 +74,4 @@ class WaitEstimate:
     def expected_output(self, request: GenerateRequest) -> float:
         """Tokens, the mean of its adapter's."""
         waiting, max_tokens = self._scheduler.waiting, request.sampling.max_tokens
-        return waiting.expected_output(request.adapter_hash, request.priority, max_tokens)
+        return waiting.expected_output(request.caller, request.adapter_hash, request.priority, max_tokens)

@@ -1,55 +1,62 @@
-"""Waiting sequences of one priority, shared out fairly between adapters, in tokens served.
+"""Waiting sequences of one priority and one caller, shared out fairly between adapters, in tokens served.
 
-Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): an adapter's counter
-grows by what its sequences cost, and the adapter with the least goes next; one that comes back with nothing waiting
-begins where the others are, so that nobody saves service up. We differ in three ways. A sequence is charged when it is
-admitted, for an output as long as its adapter's were in the mean, and set right when it ends: nothing is done per step.
-Counters are compared by quanta: within one, the sequence that is due first goes first, whoever's it is. And cached
-prompt tokens cost nothing.
+By virtual token counters (`counters`), with differences to their paper: a sequence is charged when it is admitted, for
+an output as long as its adapter's were in the mean, and set right when it ends, so that nothing is done per step; and
+cached prompt tokens cost nothing.
 
 Two adapters that both have sequences waiting are never further apart than a quantum, a sequence's cost, and what was
-guessed wrong of those that run, but for turns that `waiting` gives to who was served longest ago. Invariant: a flow is
-known while a sequence of it waits or runs, or while it is ahead of the present quantum.
+guessed wrong of those that run, but for turns that `waiting` gives to who was served longest ago.
 """
 
 from __future__ import annotations
 
+from .counters import QUANTUM, Counters, Member
 from .heap import Heap
 from .sequence import Sequence
 
-QUANTUM = 256.0  # of cost
 PROMPT_COST = 0.25  # of a prompt token that is computed; an output token costs 1
 FIRST_OUTPUT_LEN = 256.0  # expected of an output before any has ended
 _MEAN_RATE = 0.1
 
 
-class _Flow:
-    """One adapter's sequences of this priority."""
+class OutputLen:
+    """The running mean of outputs' lengths."""
 
-    __slots__ = ("adapter_hash", "cost_waiting", "num_running", "number", "output_len", "served", "since", "waiting")
+    __slots__ = ("mean",)
+
+    def __init__(self, mean: float | None = None):
+        self.mean = mean
+
+    def observe(self, output_len: int) -> None:
+        mean = output_len if self.mean is None else self.mean
+        self.mean = mean + _MEAN_RATE * (output_len - mean)
+
+    def expected(self, max_tokens: int) -> float:
+        return min(FIRST_OUTPUT_LEN if self.mean is None else self.mean, max_tokens)
+
+
+class _Flow(Member):
+    """One adapter's sequences of this caller and priority."""
+
+    __slots__ = ("adapter_hash", "cost_waiting", "output_len", "since", "waiting")
 
     def __init__(self, adapter_hash: str | None, number: int, output_len: float):
+        super().__init__(number)
         self.adapter_hash = adapter_hash
-        self.number = number  # of the flow, which makes keys differ
-        self.served = 0.0  # cost, since the queue began
         self.since = 0.0  # when one of it was admitted last, or it began to wait
-        self.output_len = output_len  # running mean
+        self.output_len = OutputLen(output_len)
         self.waiting: Heap[Sequence] = Heap()
         self.cost_waiting = 0.0
-        self.num_running = 0  # admitted and not ended
 
 
 class FairQueue:
-    """The order of waiting sequences of one priority."""
+    """The order of waiting sequences of one caller and priority. `output_len` is of all outputs, whoever's."""
 
-    def __init__(self) -> None:
+    def __init__(self, output_len: OutputLen | None = None) -> None:
         self._flows: dict[str | None, _Flow] = {}
-        self._num_flows = 0  # ever
-        self._backlogged: Heap[_Flow] = Heap()
-        self._by_since: Heap[_Flow] = Heap()  # the same ones
-        self._idle: Heap[_Flow] = Heap()  # nothing waits or runs, and yet ahead of the present quantum
-        self._quantum = 0  # the present one: the least of those that wait, or was
-        self._output_len: float | None = None  # running mean over all flows
+        self._counters: Counters[_Flow] = Counters()
+        self._by_since: Heap[_Flow] = Heap()  # those of which some wait
+        self._output_len = output_len or OutputLen()
         self.cost_waiting = 0.0
         self.num_waiting = 0
 
@@ -57,20 +64,19 @@ class FairQueue:
         """One that begins to wait; `due` says when it should be served by."""
         flow = self._flows.get(seq.adapter_hash)
         if flow is None:
-            output_len = FIRST_OUTPUT_LEN if self._output_len is None else self._output_len
-            self._num_flows += 1
-            flow = self._flows[seq.adapter_hash] = _Flow(seq.adapter_hash, self._num_flows, output_len)
+            mean = FIRST_OUTPUT_LEN if self._output_len.mean is None else self._output_len.mean
+            flow = self._flows[seq.adapter_hash] = _Flow(seq.adapter_hash, self._counters.new_number(), mean)
         if not flow.waiting:
-            flow.served, flow.since = max(flow.served, self._quantum * QUANTUM), now
-            self._idle.remove(flow)
-        seq.cost = PROMPT_COST * seq.prompt_len + self.expected_output(seq.adapter_hash, seq.sampling.max_tokens)
+            self._counters.begin(flow)
+            flow.since = now
+        seq.cost = PROMPT_COST * seq.prompt_len + flow.output_len.expected(seq.sampling.max_tokens)
         flow.waiting.put(seq, (seq.due, seq.seq_id))
         self._count(flow, 1, seq.cost)
         self._place(flow)
 
     def first(self) -> Sequence:
         """Who goes next; stays."""
-        return self._backlogged.first().waiting.first()
+        return self._counters.first().waiting.first()
 
     def longest_unserved(self) -> tuple[float, Sequence]:
         """Since when none of the flow was admitted of which none was for the longest, and who of it goes next."""
@@ -85,36 +91,31 @@ class FairQueue:
         self._place(flow)
 
     def admit(self, seq: Sequence, now: float) -> None:
-        """One that waits begins to run: its adapter is charged."""
+        """One that waits begins to run: its adapter is charged, and its cost says for what."""
         flow = self._flows[seq.adapter_hash]
-        quantum, *_ = self._backlogged.key(self._backlogged.first())  # not of one that is admitted out of its turn
-        self._quantum = max(self._quantum, quantum)
+        self._counters.advance()
         flow.num_running += 1
         flow.since = now
         self.remove(seq)
         seq.cost -= PROMPT_COST * seq.num_cached
         flow.served += seq.cost
         self._place(flow)
-        while self._idle and (first := self._idle.first()).served <= self._quantum * QUANTUM:
-            self._idle.remove(first)
-            del self._flows[first.adapter_hash]
+        for caught_up in self._counters.caught_up():
+            del self._flows[caught_up.adapter_hash]
 
     def end(self, seq: Sequence) -> None:
         """One that was admitted has ended: its adapter is charged for what it was served, no more."""
-        flow, output_len = self._flows[seq.adapter_hash], seq.output_len
+        flow = self._flows[seq.adapter_hash]
         flow.num_running -= 1
-        flow.served += PROMPT_COST * (seq.prompt_len - seq.num_cached) + output_len - seq.cost
-        flow.output_len += _MEAN_RATE * (output_len - flow.output_len)
-        mean = output_len if self._output_len is None else self._output_len
-        self._output_len = mean + _MEAN_RATE * (output_len - mean)
+        flow.served += unforeseen_cost(seq)
+        flow.output_len.observe(seq.output_len)
+        self._output_len.observe(seq.output_len)
         self._place(flow)
 
     def expected_output(self, adapter_hash: str | None, max_tokens: int) -> float:
         """Tokens that an output is expected to have."""
         flow = self._flows.get(adapter_hash)
-        if flow is not None:
-            return min(flow.output_len, max_tokens)
-        return min(FIRST_OUTPUT_LEN if self._output_len is None else self._output_len, max_tokens)
+        return (self._output_len if flow is None else flow.output_len).expected(max_tokens)
 
     def num_of(self, adapter_hash: str | None) -> int:
         """How many of that adapter's wait."""
@@ -124,8 +125,8 @@ class FairQueue:
     def cost_ahead(self, adapter_hash: str | None) -> float:
         """What is served, at most, before a new sequence of that adapter: all, or each flow as far as its own is."""
         flow = self._flows.get(adapter_hash)
-        own = 0.0 if flow is None else flow.cost_waiting + max(0.0, flow.served - self._quantum * QUANTUM)
-        return min(self.cost_waiting, (own + QUANTUM / 2) * len(self._backlogged))
+        own = 0.0 if flow is None else flow.cost_waiting + self._counters.lead(flow)
+        return min(self.cost_waiting, (own + QUANTUM / 2) * self._counters.num_backlogged)
 
     def _count(self, flow: _Flow, num: int, cost: float) -> None:
         self.num_waiting += num
@@ -138,16 +139,15 @@ class FairQueue:
         """Where a flow belongs after any change of it."""
         if flow.waiting:
             seq = flow.waiting.first()
-            self._backlogged.put(flow, (int(flow.served // QUANTUM), seq.due, seq.seq_id))
+            self._counters.place(flow, (seq.due, seq.seq_id))
             self._by_since.put(flow, (flow.since, flow.number))
             return
-        self._backlogged.remove(flow)
         self._by_since.remove(flow)
         flow.cost_waiting = 0.0
-        if flow.num_running:
-            return
-        if flow.served > self._quantum * QUANTUM:
-            self._idle.put(flow, (flow.served, flow.number))
-        else:
-            self._idle.remove(flow)
+        if self._counters.place(flow, None):
             del self._flows[flow.adapter_hash]
+
+
+def unforeseen_cost(seq: Sequence) -> float:
+    """What a sequence that has ended cost beyond what was charged for it."""
+    return PROMPT_COST * (seq.prompt_len - seq.num_cached) + seq.output_len - seq.cost

@@ -31,8 +31,9 @@ class Sequence:
 
     __slots__ = (
         "_accepted", "_accepted_by_source", "_drafted", "_drafted_by_source", "_num_counted", "_output_counts",
-        "_queue_s", "adapter_hash", "arrived", "block_keys", "block_table", "cost", "deadline", "due",
-        "gets_any_token", "grammar", "has_edits", "is_greedy", "is_traced", "max_len", "num_cached", "num_computed",
+        "_queue_s", "adapter_hash", "arrived", "block_keys", "block_table", "caller", "cost", "deadline",
+        "due", "gets_any_token", "grammar", "has_edits", "is_greedy", "is_traced", "max_len", "num_cached",
+        "num_computed",
         "num_forwards", "owner", "priority", "prompt_keys", "prompt_len", "rank", "request", "request_id", "root_key",
         "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens", "turn", "wants_prompt_logprobs",
     )  # fmt: skip
@@ -43,6 +44,7 @@ class Sequence:
         self.request_id = request.request_id
         self.sampling: SamplingParams = request.sampling
         self.adapter_hash = request.adapter_hash
+        self.caller = request.caller
         self.status = Status.WAITING
         self.priority = request.priority
         self.rank = (request.priority, seq_id)  # whoever has a larger one makes room first
@@ -50,7 +52,7 @@ class Sequence:
         self.arrived = self.due = (
             0.0  # by the scheduler's clock; these and `cost` are set by the queue that it waits in
         )
-        self.cost = 0.0  # what its adapter was, or is to be, charged for it
+        self.cost = 0.0  # what its caller and adapter were, or are to be, charged for it
         self._queue_s: float | None = None
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.tokens)

@@ -1,12 +1,13 @@
 """Which waiting sequence is admitted next.
 
-By priority first, lower is sooner; within one adapters share (`fair_queue`), and of one adapter, or where adapters are
-about level, the sequence that is due first: its deadline, or `PATIENCE_S` after its arrival, whichever is sooner. A
-sequence that was preempted goes before all that have not run, of its priority and worse ones.
+By priority first, lower is sooner; within one callers share (`caller_queue`), and of each its adapters (`fair_queue`),
+and of one adapter, or where they are about level, the sequence that is due first: its deadline, or `PATIENCE_S` after
+its arrival, whichever is sooner. A sequence that was preempted goes before all that have not run, of its priority and
+worse ones.
 
-Nobody waits for ever: the adapter, of whatever priority, of which none was admitted for the longest gets every eighth
-admission if that is more than `PATIENCE_S` ago, and nobody takes the blocks of that sequence again. So a low priority
-keeps an eighth of the admissions, and many adapters starve no other.
+Nobody waits for ever: the caller's adapter, of whatever priority, of which none was admitted for the longest gets every
+eighth admission if that is more than `PATIENCE_S` ago, and nobody takes the blocks of that sequence again. So a low
+priority keeps an eighth of the admissions, and many adapters starve no other.
 
 Every operation is O(log n); nothing is done per step for those that wait. Owns the order, not the blocks.
 """
@@ -17,7 +18,8 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from .fair_queue import PROMPT_COST, FairQueue
+from .caller_queue import CallerQueue
+from .fair_queue import PROMPT_COST
 from .heap import Heap
 from .sequence import Sequence
 
@@ -30,7 +32,7 @@ class WaitingQueue:
     """All sequences that wait, those that were preempted among them. Times are of one monotonic clock, in seconds."""
 
     def __init__(self) -> None:
-        self._by_priority: dict[int, FairQueue] = {}
+        self._by_priority: dict[int, CallerQueue] = {}
         self._waiting_priorities: Heap[int] = Heap()  # of sequences that have not run
         self._returning: Heap[Sequence] = Heap()  # were preempted
         self._returning_since: OrderedDict[Sequence, float] = OrderedDict()
@@ -55,7 +57,7 @@ class WaitingQueue:
         """A new sequence."""
         seq.arrived = now
         seq.due = now + PATIENCE_S if seq.deadline is None else min(now + PATIENCE_S, seq.deadline)
-        queue = self._by_priority.setdefault(seq.priority, FairQueue())
+        queue = self._by_priority.setdefault(seq.priority, CallerQueue())
         queue.add(seq, now)
         self._waiting_priorities.put(seq.priority, seq.priority)
         self._prompt_tokens += seq.prompt_len
@@ -115,20 +117,20 @@ class WaitingQueue:
             late.append(seq)
         return late
 
-    def num_of(self, adapter_hash: str | None) -> int:
-        """How many of that adapter have not run."""
-        return sum([queue.num_of(adapter_hash) for queue in self._by_priority.values()])
+    def num_of(self, caller: str, adapter_hash: str | None) -> int:
+        """How many of that caller and adapter have not run."""
+        return sum([queue.num_of(caller, adapter_hash) for queue in self._by_priority.values()])
 
-    def cost_ahead(self, adapter_hash: str | None, priority: int) -> float:
-        """What is served, at most, before a new sequence of that adapter and priority is admitted."""
+    def cost_ahead(self, caller: str, adapter_hash: str | None, priority: int) -> float:
+        """What is served, at most, before a new sequence of that caller, adapter and priority is admitted."""
         better = sum([queue.cost_waiting for own, queue in self._by_priority.items() if own < priority])
         queue = self._by_priority.get(priority)
-        return better + (0.0 if queue is None else queue.cost_ahead(adapter_hash))
+        return better + (0.0 if queue is None else queue.cost_ahead(caller, adapter_hash))
 
-    def expected_output(self, adapter_hash: str | None, priority: int, max_tokens: int) -> float:
-        """Tokens that an output of that adapter is expected to have."""
-        queue = self._by_priority.get(priority) or FairQueue()
-        return queue.expected_output(adapter_hash, max_tokens)
+    def expected_output(self, caller: str, adapter_hash: str | None, priority: int, max_tokens: int) -> float:
+        """Tokens that an output of that caller and adapter is expected to have."""
+        queue = self._by_priority.get(priority) or CallerQueue()
+        return queue.expected_output(caller, adapter_hash, max_tokens)
 
     def _longest_unserved(self) -> tuple[float, Sequence]:
         """Since when, and who."""

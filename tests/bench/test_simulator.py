@@ -81,5 +81,16 @@ def test_a_burst_is_felt_by_others_where_the_first_that_comes_is_served_first():
     assert served[WaitingQueue] == pytest.approx(served[FirstComeQueue], rel=0.1)  # no time is lost
 
 
+def test_a_caller_that_floods_an_adapter_is_not_felt_by_another_that_asks_for_it():
+    lengths, worst = Lengths(40, 16), {}
+    for caller in ("", "flood"):
+        others = poisson(60, 1.0, [0], "others", lengths=lengths, kind="others")
+        replica = make_replica()
+        result = simulate(merged(others, burst(300, 10.0, 0, "burst", lengths, caller)), [replica])
+        worst[caller] = figures(result, ttft_s=1.0, token_s=0.1)["kinds"]["others"]["ttft_s"]["max"]
+        check_given_back(replica)
+    assert worst["flood"] < worst[""] / 4
+
+
 def test_jain_is_one_where_all_are_equal_and_a_share_where_one_has_everything():
     assert jain([3, 3, 3]) == 1 and jain([5, 0, 0, 0]) == 0.25 and jain([0, 0]) == 1

@@ -7,7 +7,9 @@ import pytest
 
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.schedule.block_manager import BlockManager
-from specserve.schedule.fair_queue import PROMPT_COST, QUANTUM, FairQueue
+from specserve.schedule.caller_queue import CallerQueue
+from specserve.schedule.counters import QUANTUM
+from specserve.schedule.fair_queue import PROMPT_COST, FairQueue
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.sequence import Sequence, Status
 from specserve.schedule.waiting import PATIENCE_S, UNSERVED_EVERY
@@ -29,16 +31,16 @@ class Simulation:
         )
         self.admitted: list[Sequence] = []
         self.served: dict[str | None, float] = {}
+        self.served_callers: dict[str, float] = {}
         self._num = 0
 
-    def add(self, adapter, prompt_len=8, output_len=8, priority=0, deadline=None, base=None):
+    def add(self, adapter, prompt_len=8, output_len=8, priority=0, deadline=None, base=None, caller=""):
         self._num += 1
         base = 1000 * self._num if base is None else base
         sampling = SamplingParams(max_tokens=output_len)
         prompt = [base + i for i in range(prompt_len)]
-        request = GenerateRequest(
-            str(self._num), prompt, sampling, adapter_hash=adapter, priority=priority, deadline=deadline
-        )
+        who = {"adapter_hash": adapter, "caller": caller}
+        request = GenerateRequest(str(self._num), prompt, sampling, **who, priority=priority, deadline=deadline)
         seq = Sequence(self._num, request)
         self.scheduler.add(seq)
         return seq
@@ -58,6 +60,7 @@ class Simulation:
                 if seq.output_len == seq.sampling.max_tokens:
                     self.scheduler.remove(seq)
             self.served[seq.adapter_hash] = self.served.get(seq.adapter_hash, 0.0) + cost
+            self.served_callers[seq.caller] = self.served_callers.get(seq.caller, 0.0) + cost
         self.now += self.step_s
 
     def run(self):
@@ -104,6 +107,92 @@ def test_backlogged_adapters_are_served_within_a_bound_of_each_other(seed):
     most = max(PROMPT_COST * prompt_len + output_len for prompt_len, output_len in shapes.values())
     assert worst <= 2 * (QUANTUM + most * simulation.scheduler.max_num_seqs)
     assert min(since) > 10 * QUANTUM
+
+
+def test_a_caller_that_floods_an_adapter_does_not_slow_another_callers_requests_for_it():
+    simulation = Simulation()
+    for _ in range(500):
+        simulation.add("shared", output_len=32, caller="flood")
+    for _ in range(200):
+        simulation.step()
+    single = simulation.add("shared", output_len=32, caller="quiet")
+    before = len(simulation.admitted)
+    simulation.run()
+    assert simulation.admitted.index(single) - before <= QUANTUM / 32
+    assert len(simulation.admitted) == 501
+
+
+def test_callers_share_alike_however_many_adapters_they_ask_for_and_each_shares_out_its_own():
+    simulation = Simulation()
+    wanted = {"one": ["a"], "many": ["a", *"bcdefgh"]}
+    start = {}
+    for step in range(4000):
+        waiting = [(seq.caller, seq.adapter_hash) for seq in simulation.scheduler.waiting]
+        for caller, adapters in wanted.items():
+            for adapter in adapters:
+                for _ in range(24 // len(adapters) - waiting.count((caller, adapter))):
+                    simulation.add(adapter, output_len=16, caller=caller)
+        simulation.step()
+        if step == 500:
+            start = simulation.served_callers | {"b": simulation.served["b"], "h": simulation.served["h"]}
+    one, many = (simulation.served_callers[caller] - start[caller] for caller in wanted)
+    assert abs(one - many) <= 2 * (QUANTUM + 20 * 4) and one > 10 * QUANTUM
+    assert abs(simulation.served["b"] - start["b"] - simulation.served["h"] + start["h"]) <= 2 * (QUANTUM + 20 * 4)
+
+
+def test_a_caller_that_was_idle_has_saved_nothing_up():
+    simulation = Simulation(max_num_seqs=1)
+    for _ in range(100):
+        simulation.add("a", output_len=16, caller="busy")
+        simulation.add("a", output_len=16, caller="idle") if not simulation.now else None
+    for _ in range(800):
+        simulation.step()
+    for _ in range(100):
+        simulation.add("a", output_len=16, caller="idle")
+    before = dict(simulation.served_callers)
+    for _ in range(600):
+        simulation.step()
+    grown = [simulation.served_callers[caller] - before[caller] for caller in ("busy", "idle")]
+    assert min(grown) > QUANTUM / 2 and abs(grown[0] - grown[1]) <= 2 * QUANTUM + 36
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_caller_has_the_order_of_its_adapters_alone(seed):
+    """Whatever the name, and whatever callers were there before."""
+
+    def order(caller, is_first):
+        rng, simulation = random.Random(seed), Simulation(num_blocks=60)
+        for _ in range(0 if is_first else 5):
+            simulation.add("z", caller="before")
+        simulation.run()
+        num_before = len(simulation.admitted)
+        for _ in range(400):
+            if rng.random() < 0.6:
+                adapter, priority = rng.choice("abbbc"), rng.randrange(2)
+                simulation.add(adapter, rng.randrange(1, 20), rng.randrange(1, 20), priority, caller=caller)
+            simulation.step()
+        simulation.run()
+        return [(seq.seq_id - num_before, seq.adapter_hash) for seq in simulation.admitted[num_before:]]
+
+    def queue_order(queue):
+        """Of one priority's queue, without the rest of the scheduler."""
+        rng, made, admitted = random.Random(seed), [], []
+        for seq_id in range(1, 300):
+            sampling = SamplingParams(max_tokens=rng.randrange(1, 200))
+            request = GenerateRequest(
+                str(seq_id), [1] * rng.randrange(1, 90), sampling, adapter_hash=rng.choice("abbc")
+            )
+            queue.add(Sequence(seq_id, request), float(seq_id))
+            if rng.random() < 0.7:
+                admitted.append(queue.first())
+                queue.admit(admitted[-1], float(seq_id))
+                made.append(admitted[-1].seq_id)
+            if admitted and rng.random() < 0.6:
+                queue.end(admitted.pop(rng.randrange(len(admitted))))
+        return made
+
+    assert order("", True) == order("alice", True)
+    assert queue_order(CallerQueue()) == queue_order(FairQueue())
 
 
 def test_an_admission_out_of_turn_does_not_set_back_who_comes_next():
@@ -229,7 +318,8 @@ def test_whatever_is_aborted_leaves_nothing_behind():
         if rng.random() < 0.5:
             deadline = simulation.now + rng.random() if rng.random() < 0.3 else None
             adapter = rng.choice([None, *"abcdefgh"])
-            live.append(simulation.add(adapter, rng.randrange(1, 30), rng.randrange(1, 20), rng.randrange(3), deadline))
+            lengths, priority = (rng.randrange(1, 30), rng.randrange(1, 20)), rng.randrange(3)
+            live.append(simulation.add(adapter, *lengths, priority, deadline, caller=rng.choice(["", "x", "y"])))
         if live and rng.random() < 0.4:
             seq = live.pop(rng.randrange(len(live)))
             if seq.status is not Status.FINISHED:
@@ -241,12 +331,14 @@ def test_whatever_is_aborted_leaves_nothing_behind():
         assert len(waiting) == len(list(waiting)) == sum(seq.status is Status.WAITING for seq in waiting)
     simulation.run()
     assert simulation.scheduler.num_preemptions > 0
-    assert len(waiting) == 0 and waiting.num_tokens == 0 and waiting.cost_ahead("a", 9) == 0
+    assert len(waiting) == 0 and waiting.num_tokens == 0 and waiting.cost_ahead("x", "a", 9) == 0
     for queue in waiting._by_priority.values():
-        assert set(queue._flows.values()) == set(queue._idle)  # ahead of others, and known until they caught up
-        for flow in queue._idle:
-            assert flow.served > queue._quantum * QUANTUM
-        assert len(queue._backlogged) == 0
+        for known, counters in [
+            (queue._shares, queue._counters),
+            *((share.adapters._flows, share.adapters._counters) for share in queue._shares.values()),
+        ]:
+            assert set(known.values()) == set(counters._idle)  # ahead of others, and known until they caught up
+            assert all(counters.lead(member) > 0 for member in counters._idle) and counters.num_backlogged == 0
 
 
 def test_what_is_ahead_of_a_request_bounds_what_is_served_before_it():
@@ -257,7 +349,12 @@ def test_what_is_ahead_of_a_request_bounds_what_is_served_before_it():
     simulation.run()
     for _ in range(120):
         simulation.add(rng.choice("abbbbb"), 8, 10)
-    ahead = [simulation.scheduler.waiting.cost_ahead(name, 0) for name in ("b", "a", "new")]
+    ahead = [simulation.scheduler.waiting.cost_ahead("", name, 0) for name in ("b", "a", "new")]
     assert all(more > less for more, less in pairwise(ahead))
-    assert simulation.scheduler.waiting.cost_ahead("new", -1) == 0
-    assert simulation.scheduler.waiting.cost_ahead("new", 1) == pytest.approx(120 * 12)
+    others = [simulation.scheduler.waiting.cost_ahead("other", name, 0) for name in ("b", "new")]
+    assert others[0] == others[1] == QUANTUM / 2  # behind what is left of the present quantum of the one caller
+    simulation.add("b", 8, 10, caller="other")
+    assert QUANTUM / 2 < simulation.scheduler.waiting.cost_ahead("other", "b", 0) < ahead[0]
+    simulation.scheduler.remove([*simulation.scheduler.waiting][-1])
+    assert simulation.scheduler.waiting.cost_ahead("", "new", -1) == 0
+    assert simulation.scheduler.waiting.cost_ahead("", "new", 1) == pytest.approx(120 * 12)

@@ -57,6 +57,9 @@ class Engine:
         self.num_refusals = 1
         self.meanwhile = lambda: None
 
+    async def first_info(self):
+        return self.info
+
     async def generate(self, request):
         self.asked.append(request.adapter_hash)
         if len(self.asked) <= self.num_refusals:
@@ -78,6 +81,14 @@ def generator(tokenizer):
 async def prepare(generator, caller=None, **fields):
     request = ChatRequest(model="a", messages=[Message(role="user", content="Hi")], **fields)
     return await generator.prepare(request, caller or KeyRing(ServeConfig()).anonymous)
+
+
+async def test_the_engine_hears_who_sends_a_request_whether_or_not_caches_are_apart(generator):
+    anonymous = KeyRing(ServeConfig()).anonymous
+    for name, tenant in (("red", "red"), ("red", None)):
+        job = await prepare(generator, dataclasses.replace(anonymous, name=name, tenant=tenant), n=2)
+        assert [request.caller for request in job.requests] == ["red", "red"]
+    assert (await prepare(generator)).requests[0].caller == ""
 
 
 async def answer(generator):

@@ -151,6 +151,7 @@ class Generator:
                 sampling=sampling,
                 adapter_hash=None if adapter_info is None else adapter_info.content_hash,
                 cache_salt=caller.cache_salt(request.cache_salt),
+                caller=caller.key or "",
                 sample_idx=idx % n,
                 speculation=speculation,
                 prediction_token_ids=prediction,
