@@ -33,9 +33,9 @@ class Sequence:
         "_accepted", "_accepted_by_source", "_drafted", "_drafted_by_source", "_num_counted", "_output_counts",
         "_queue_s", "adapter_hash", "arrived", "block_keys", "block_table", "caller", "cost", "deadline",
         "due", "gets_any_token", "grammar", "has_edits", "is_greedy", "is_traced", "max_len", "num_cached",
-        "num_computed",
-        "num_forwards", "owner", "priority", "prompt_keys", "prompt_len", "rank", "request", "request_id", "root_key",
-        "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens", "turn", "wants_prompt_logprobs",
+        "num_computed", "num_forwards", "owner", "priority", "prompt_keys", "prompt_len", "rank", "request",
+        "request_id", "root_key", "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens", "turn",
+        "wants_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
