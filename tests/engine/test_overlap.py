@@ -245,7 +245,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
             assert (one.tokens, one.finish) == (tokens, finish), name
             assert (one.trace is not None) == (int(name[1:]) % 3 == 0)
             if one.trace is not None:
-                check_trace(one.trace, tokens, "", one.usage)
+                check_trace(one.trace, tokens, None, one.usage)
             spoken = [t for t in tokens if t != eos]
             if finish == "length":
                 assert one.text == engine.tokenizer.decode(spoken)

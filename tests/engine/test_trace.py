@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from engine_fixture import collect, make_engine, request, run, tokens_of
 from lookahead_adapters import make_lookahead_adapter
@@ -78,8 +79,7 @@ def sampled_requests(
                 "detokenize": True,
             },
         )
-        values = {name: getattr(made, name) for name in made.__struct_fields__}
-        requests.append(GenerateRequest(**{**values, "grammar": grammar}))
+        requests.append(msgspec.structs.replace(made, grammar=grammar))
     return requests
 
 
@@ -181,3 +181,16 @@ def test_beside_others_only_those_who_ask_are_traced(setup):
     requests = [request(number, [5, 6, 7] * 4, mode="fixed", trace=number % 2 == 0) for number in range(4)]
     results = run(engine, requests)
     assert [bool(results[str(number)].trace) for number in range(4)] == [True, False, True, False]
+
+
+def test_a_forward_of_drafts_alone_has_none_that_was_rejected(setup):
+    """Where the grammar lets nothing follow the last draft, no token of the target's is behind it."""
+    engine, _ = setup
+    made = request("a", [5, 6, 7], mode="fixed", max_tokens=60, trace=True, ignore_eos=True)
+    text = "The quick brown fox jumps over"
+    result = run(engine, [msgspec.structs.replace(made, grammar=GrammarSpec("regex", text))])["a"]
+    assert engine.tokenizer.decode(result.tokens) == text and result.finish_reason == "stop"
+    usage = result.usage
+    assert usage.draft_tokens == usage.accepted_draft_tokens == usage.accepted_by_source["grammar"] > 0
+    assert result.trace[-1].source == "grammar"
+    check_trace(result.trace, result.tokens, None, usage)

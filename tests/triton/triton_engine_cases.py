@@ -19,6 +19,7 @@ from engine_fixture import make_engine, request, run, tokens_of
 from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
+from traces import check_trace, drafts_of
 from triton_interpreter import IS_INTERPRETED  # before anything imports triton
 
 from specserve.compute.cuda import buckets, drafts
@@ -198,10 +199,23 @@ def test_heads_draft_on_the_device_what_they_draft_on_the_host(model_dir, tmp_pa
 
         engine.proposer.propose = recording
         requests = [
-            request(i, prompt, adapter=hashes[i], mode="fixed", max_draft_tokens=4, max_tokens=6, ignore_eos=True)
+            request(
+                i,
+                prompt,
+                adapter=hashes[i],
+                mode="fixed",
+                max_draft_tokens=4,
+                max_tokens=6,
+                ignore_eos=True,
+                trace=True,
+            )
             for i, prompt in enumerate(prompts)
         ]
-        tokens.append(tokens_of(run(engine, requests)))
+        results = run(engine, requests)
+        tokens.append(tokens_of(results))
+        for result in results.values():
+            check_trace(result.trace, result.tokens, None, result.usage)
+            assert "head" in {draft.source for draft in drafts_of(result.trace)}
         drafted.append(dict(first))
         # A head of another layer than the device keeps is refused there, and its LoRA serves without it.
         other = make_lookahead_adapter(model_dir, tmp_path / "other", seed=9, tap_layer=0, history=False)

@@ -1,0 +1,50 @@
+"""What is new in what an engine says again, after one that said a part of it ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from specserve.errors import EngineDeadError
+from specserve.messages import TARGET, Delta, TokenTrace
+from specserve.server.engine_client.resending import EngineLosses
+
+
+def delta(forward: int, *tokens: int) -> Delta:
+    drafts = [TokenTrace(token, "", "ngram", 0.5, forward) for token in tokens[:-1]]
+    return Delta("a", list(tokens), trace=[*drafts, TokenTrace(tokens[-1], "", TARGET, None, forward)])
+
+
+def fresh(losses: EngineLosses, deltas: list[Delta]) -> list[tuple[int, int]]:
+    """(token, forward) of each entry that is told."""
+    told = [rest for item in deltas if (rest := losses.rest_of(item)) is not None]
+    assert all([entry.token_id for entry in item.trace] == item.token_ids for item in told)
+    return [(entry.token_id, entry.forward) for item in told for entry in item.trace]
+
+
+def test_a_trace_goes_on_behind_what_was_told_however_the_next_engine_drafts():
+    """Better than the first, so that its forwards of new tokens have smaller numbers; then worse."""
+    losses = EngineLosses(is_once=False)
+    assert fresh(losses, [delta(0, 1), delta(1, 2, 3), delta(2, 4)]) == [(1, 0), (2, 1), (3, 1), (4, 2)]
+    losses.num += 1
+    losses.begin_again()
+    assert fresh(losses, [delta(0, 1, 2, 3), delta(1, 4, 5, 6), delta(2, 7)]) == [(5, 3), (6, 3), (7, 4)]
+    losses.num += 1
+    losses.begin_again()
+    again = [delta(number, number + 1) for number in range(9)]
+    assert fresh(losses, again) == [(8, 5), (9, 6)]
+
+
+def test_an_engine_that_ends_before_it_says_anything_new_moves_no_number():
+    losses = EngineLosses(is_once=False)
+    fresh(losses, [delta(0, 1), delta(1, 2)])
+    for _ in range(2):
+        losses.num += 1
+        losses.begin_again()
+        assert fresh(losses, [delta(0, 1)]) == []
+    losses.num += 1
+    losses.begin_again()
+    assert fresh(losses, [delta(0, 1, 2, 3), delta(1, 4)]) == [(3, 2), (4, 3)]
+    with pytest.raises(EngineDeadError):
+        losses.num += 1
+        losses.begin_again()
+        losses.rest_of(delta(0, 1, 7))
