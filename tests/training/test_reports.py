@@ -22,15 +22,18 @@ def token(text, source="target", forward=0, **fields):
 
 
 def report(**changes):
-    rejected = [{"token_id": 2, "text": EVIL, "source": "ngram", "chance": 0.5}]
-    tokens = [token("The"), token(EVIL, "head", 1), token(" fox", forward=1, rejected=rejected), token("", "else", 2)]
     made = {
         "reached_by_position": [0.8, 0.4],
         "accepted_length_histogram": {"1": 5, "4": 3, "60": 1},
-        "examples": [{"prompt": EVIL, "tokens": tokens}],
         "warnings": [EVIL],
     }
     return small_report(**made | changes)
+
+
+def examples():
+    rejected = [{"token_id": 2, "text": EVIL, "source": "ngram", "chance": 0.5}]
+    tokens = [token("The"), token(EVIL, "head", 1), token(" fox", forward=1, rejected=rejected), token("", "else", 2)]
+    return [{"prompt": EVIL, "tokens": tokens}]
 
 
 class Page(HTMLParser):
@@ -50,7 +53,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page():
-    return Page(html_report(EVIL, report(), plots_of(report(), METRICS)))
+    return Page(html_report(EVIL, report(), plots_of(report(), METRICS), examples()))
 
 
 def test_nothing_of_rows_answers_or_names_becomes_markup(page):

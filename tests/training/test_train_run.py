@@ -100,6 +100,8 @@ def test_the_report_says_what_was_measured(trained):
         "error": None,
     }
     assert report["speed"]["batch 8"]["tokens_per_s"] > 0
+    page = (trained[0] / "out/task/report.html").read_text()
+    assert page.count('<div class="answer">') == 4 and page.count("<span") > 4 * 5
 
 
 def test_the_lora_loads_in_peft_alone_and_answers_as_served(trained):

@@ -17,6 +17,8 @@ from ...engine.engine import Engine
 from ...errors import UserError
 from ...messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, TokenTrace
 from ...model.config import ModelConfig
+from ...text.tokenizer import TextTokenizer
+from ...text.traced_text import TracedText
 from ..data.dataset import Example
 
 
@@ -88,11 +90,11 @@ def answer(
     mode: str = "auto",
     batch: int = 8,
     desc: str | None = None,
-    has_trace: bool = False,
+    traced_by: TextTokenizer | None = None,
 ) -> Answers:
     """Greedy answers of one adapter to `prompts`, at most `batch` at a time, with a progress bar if `desc` names it."""
     requests = [(adapter_hash, prompt) for prompt in prompts]
-    return answer_mixed(engine, requests, max_tokens, mode=mode, batch=batch, desc=desc, has_trace=has_trace)
+    return answer_mixed(engine, requests, max_tokens, mode=mode, batch=batch, desc=desc, traced_by=traced_by)
 
 
 def answer_mixed(
@@ -104,9 +106,11 @@ def answer_mixed(
     batch: int = 8,
     max_draft_tokens: int = 16,
     desc: str | None = None,
-    has_trace: bool = False,
+    traced_by: TextTokenizer | None = None,
 ) -> Answers:
     """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails.
+
+    With `traced_by`, the engine's tokenizer, answers say where their tokens came from.
 
     Prompts share cached prefixes within one call, as they do in the server, but not with other calls, so that a call
     repeated does the same work.
@@ -116,6 +120,7 @@ def answer_mixed(
     waiting = list(enumerate(requests))[::-1]
     running = 0
     in_prefill: set[int] = set()
+    traced: dict[int, TracedText] = {}
     seconds = decode_seconds = 0.0
     decode_tokens = 0
     progress = tqdm(total=len(requests), unit="answer", desc=desc, disable=desc is None, dynamic_ncols=True)
@@ -130,7 +135,7 @@ def answer_mixed(
                     SamplingParams(max_tokens=limit, temperature=0.0),
                     adapter_hash=adapter_hash,
                     cache_salt=salt,
-                    speculation=Speculation(mode, max_draft_tokens, has_trace),  # type: ignore[arg-type]
+                    speculation=Speculation(mode, max_draft_tokens, traced_by is not None),  # type: ignore[arg-type]
                 )
             )
             running += 1
@@ -155,7 +160,10 @@ def answer_mixed(
                 decode_tokens += len(event.token_ids)
             state.tokens += event.token_ids
             state.text += event.text
-            state.trace += event.trace or []
+            if traced_by is not None:
+                if idx not in traced:
+                    traced[idx] = TracedText(traced_by.detokenizer(requests[idx][1], True))
+                state.trace += traced[idx].told(event).trace or []
             if event.usage is not None:
                 state.finish_reason = event.finish_reason
                 running -= 1

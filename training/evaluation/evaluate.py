@@ -89,13 +89,12 @@ def evaluate_directory(
         "accepted_length_histogram": dict(sorted(Counter(n for a in drafted.answers for n in a.step_lens).items())),
         "speed": {name: _speed(modes["off"], modes["auto"]) for name, modes in runs.items()},
         "lookahead": msgspec.to_builtins(adapter.lookahead),
-        "examples": shaded_answers(engine, adapter.content_hash, examples, tokenizer, max_tokens),
     }
     steps = [values["step"] for values in read_metrics(directory / METRICS_FILE)]
     optimizer = (config or RunConfig()).optimizer
     report["steps"] = max(steps, default=None)
     report["warnings"] = [*steps_warning(report["steps"], optimizer.min_steps), *warnings_of(report)]
-    write_report(directory, report)
+    write_report(directory, report, shaded_answers(engine, adapter.content_hash, examples, tokenizer, max_tokens))
     write_examples(directory, held_out, system)
     return report
 

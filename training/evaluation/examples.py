@@ -21,7 +21,7 @@ EXAMPLES_FILE = "examples.json"
 MAX_EXAMPLES = 8
 MAX_EXAMPLES_BYTES = 64 << 10
 _TITLE_LEN = 60
-_NUM_SHADED = 4  # answers in report.json
+_NUM_SHADED = 4  # answers in report.html
 _MOST_SHADED_TOKENS = 256  # of each
 
 
@@ -69,7 +69,7 @@ def shaded_answers(
         [example.prompt for example in chosen],
         min(max_tokens, _MOST_SHADED_TOKENS),
         batch=1,
-        has_trace=True,
+        traced_by=tokenizer,
     )
     return [
         {"prompt": tokenizer.decode(example.prompt, skip_special_tokens=True), "tokens": msgspec.to_builtins(a.trace)}

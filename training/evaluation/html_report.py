@@ -27,9 +27,10 @@ _TASK_TILES = {"field_match": "of the fields are right", "exact_match": "of the 
 _BATCHES = {"batch 1": "one at a time", "batch 8": "eight at a time"}
 
 
-def html_report(name: str, report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
-    """The page; `report` is report.json, whose `examples` may be absent."""
-    examples = report.get("examples", [])
+def html_report(
+    name: str, report: Mapping[str, Any], plots: Sequence[Plot], examples: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The page; `examples` are prompts with the traces of their answers' tokens, as the HTTP API has them."""
     used = {token["source"] for example in examples for token in example["tokens"]}
     return (
         Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)

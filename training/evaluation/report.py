@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from .html_report import html_report
 from .plots import plots_of
 
 
-def write_report(directory: Path, report: dict[str, Any]) -> None:
-    """Write all of them; the loss is plotted from the run's metrics.jsonl where there is one."""
+def write_report(directory: Path, report: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
+    """Write all of them; the loss is plotted from the run's metrics.jsonl where there is one.
+
+    `examples` are answers with the traces of their tokens, for report.html.
+    """
     (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     plots = plots_of(report, read_metrics(directory / METRICS_FILE))
     (directory / "plots").mkdir(exist_ok=True)
     for plot in plots:
         plot.save(directory / "plots" / f"{plot.name}.png")
-    (directory / "report.html").write_text(html_report(directory.name, report, plots), encoding="utf-8")
+    (directory / "report.html").write_text(html_report(directory.name, report, plots, examples), encoding="utf-8")
     (directory / "README.md").write_text(model_card(directory.name, report), encoding="utf-8")
 
 
