@@ -173,6 +173,11 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         Literal["auto", "hermes", "llama3", "mistral"],
         Meta(description="how the model writes tool calls; auto: as its chat template does"),
     ] = "auto"
+    store_responses_mib: Annotated[
+        float,
+        Meta(ge=0, description="memory for responses of /v1/responses, to be read and continued, MiB; 0 keeps none"),
+    ] = 0.0
+    store_responses_s: Annotated[float, Meta(gt=0, description="seconds that they are kept")] = 3600.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .reasoning import Thinking, ThinkingParser
+from .reasoning import Phase, Thinking, ThinkingParser
 from .tools.answer import ToolAnswer
+from .tools.events import Content, Event, Reasoning
 from .tools.plan import ToolPlan
 
 
 class ChatAnswer:
-    """Feed it a choice's text; `delta` gives what came since the last feed, `message` everything."""
+    """Feed it a choice's text; `delta` and `events` give what came since the last feed, `message` everything."""
 
     def __init__(self, plan: ToolPlan | None, thinking: Thinking | None, include_reasoning: bool):
         self._tools = None if plan is None else ToolAnswer(plan)
@@ -23,6 +24,10 @@ class ChatAnswer:
     def is_called(self) -> bool:
         """Whether there are tool calls, and the last was not cut off by a stop string."""
         return self._tools is not None and self._tools.is_called
+
+    @property
+    def phase(self) -> Phase:
+        return "answer" if self._thinking is None else self._thinking.phase
 
     def feed(self, text: str, final: bool) -> None:
         reasoning, content = ("", text) if self._thinking is None else self._thinking.feed(text, final)
@@ -47,6 +52,18 @@ class ChatAnswer:
         else:
             delta = {"content": self._new_content} if self._new_content else {}
         return {**_named(self._new_reasoning), **delta} if self._new_reasoning else delta
+
+    def events(self) -> list[Event]:
+        """The same as events, in the order of the text."""
+        events: list[Event] = [Reasoning(self._new_reasoning)] if self._new_reasoning else []
+        if self._tools is not None:
+            return events + self._tools.new
+        return [*events, Content(self._new_content)] if self._new_content else events
+
+    def call_id(self, index: int) -> str:
+        """The id of a call that has been announced."""
+        assert self._tools is not None
+        return self._tools.call_id(index)
 
 
 def _named(reasoning: str) -> dict[str, str]:

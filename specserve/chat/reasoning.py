@@ -9,11 +9,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .markers import overlap
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_SPACE = 64  # characters of white space that are waited for
+Phase = Literal["open", "thinking", "answer"]  # open: it may begin to think, or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,13 @@ class ThinkingParser:
         self._buffer = ""
         self._space = ""  # within the block: reasoning unless the block ends here
         self._has_reasoning = False
+
+    @property
+    def phase(self) -> Phase:
+        """What the text so far is; thinking lasts until the answer's first character."""
+        if self._state is _State.START:
+            return "open"
+        return "answer" if self._state is _State.CONTENT else "thinking"
 
     def feed(self, text: str, final: bool) -> tuple[str, str]:
         self._buffer += text

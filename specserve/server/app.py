@@ -39,6 +39,7 @@ from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
 from .page_files import PageFiles, wants_page
+from .responses.api import ResponsesRoutes
 from .routes import add_routes
 from .sources.fetcher import AdapterFetcher
 from .stats.routes import StatsRoutes
@@ -80,6 +81,7 @@ class Server:
         generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
 
         async def close(_: web.Application) -> None:
+            responses.close()
             await generator.close()
 
         app.on_cleanup.append(close)
@@ -93,7 +95,8 @@ class Server:
             "openapi": self._openapi,
         }
         adapters = AdapterRoutes(self.store, self.fetcher, self.engine, self.config.read_timeout_s)
-        others = (OpenAIRoutes(generator), LoraxRoutes(generator), adapters, self.stats)
+        responses = ResponsesRoutes(generator)
+        others = (OpenAIRoutes(generator), responses, LoraxRoutes(generator), adapters, self.stats)
         add_routes(app, own | {name: handler for routes in others for name, handler in routes.handlers().items()})
         return app
 

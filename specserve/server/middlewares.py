@@ -107,7 +107,10 @@ class Middlewares:
                 raise UserError("this Origin is not allowed (--allowed-origins)", status=403, code="origin_not_allowed")
             cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "*"}
         if request.method == "OPTIONS" and origin is not None:
-            allow = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "Authorization, *"}
+            allow = {
+                "Access-Control-Allow-Methods": "GET, POST, DELETE",
+                "Access-Control-Allow-Headers": "Authorization, *",
+            }
             return web.Response(status=204, headers={**cors, **allow})
         request["cors"] = cors
         if access != "open":

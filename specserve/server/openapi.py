@@ -86,7 +86,7 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
             "contentMediaType": "application/json",
             "contentSchema": media(route.events, error)["schema"],
         }
-        if route.errors == "openai" and route.method == "POST":
+        if route.errors == "openai" and route.method == "POST" and route.has_done:
             data = {"anyOf": [data, {"const": "[DONE]"}]}
         content["text/event-stream"] = {
             "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}

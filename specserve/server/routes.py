@@ -45,6 +45,8 @@ from .openai.response_types import (
     TokenizeResponse,
     VersionResponse,
 )
+from .responses.request_types import ResponsesRequest
+from .responses.response_types import DeletedResponse, Response, StreamEvent
 from .stats.types import StatsQuery, StatsResponse
 
 Access = Literal["open", "info", "metrics", "key", "admin"]
@@ -70,7 +72,7 @@ class Route:
     `errors`: whose error shape it answers with.
     """
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     handler: str
     summary: str
@@ -82,6 +84,7 @@ class Route:
     media: tuple[str, ...] = ()
     access: Access = "key"
     errors: Literal["openai", "lorax"] = "openai"
+    has_done: bool = True  # whether [DONE] ends a stream of OpenAI's
 
 
 ROUTES = (
@@ -92,6 +95,16 @@ ROUTES = (
     Route(
         "POST", "/v1/chat/completions", "chat_completions", "The next message of a conversation", GENERATE,
         ChatRequest, ChatResponse, ChatChunk,
+    ),
+    Route(
+        "POST", "/v1/responses", "responses", "The next items of a conversation", GENERATE,
+        ResponsesRequest, Response, StreamEvent, has_done=False,
+    ),
+    Route(
+        "GET", "/v1/responses/{response_id}", "response", "A response that was kept", (400, *GET, 404), answer=Response
+    ),
+    Route(
+        "DELETE", "/v1/responses/{response_id}", "delete_response", "Forget it", (*GET, 404), answer=DeletedResponse
     ),
     Route("GET", "/v1/models", "models", "The base model and its adapters", (*GET, 503), answer=ModelList),
     Route("GET", "/v1/models/{model:.+}", "model", "One of them", (400, *GET, 404, 503), answer=Model),
@@ -175,7 +188,7 @@ def access_of(method: str, path: str) -> Access:
     """Who may ask; what is no route, and a method that a path has not, is for those with the key."""
     if method in ("GET", "HEAD") and path.startswith(OPEN_FOLDERS):
         return "open"
-    methods = ("GET", "POST") if method == "OPTIONS" else ("GET" if method == "HEAD" else method,)
+    methods = ("GET", "POST", "DELETE") if method == "OPTIONS" else ("GET" if method == "HEAD" else method,)
     found = {ACCESS[name, path] for name in methods if (name, path) in ACCESS}
     return found.pop() if len(found) == 1 else "key"
 
@@ -184,5 +197,5 @@ def add_routes(app: web.Application, handlers: Mapping[str, Handler]) -> None:
     """Register the whole table; `handlers` must hold exactly its handler names."""
     assert set(handlers) == {route.handler for route in ROUTES}, set(handlers) ^ {route.handler for route in ROUTES}
     for route in ROUTES:
-        add = app.router.add_get if route.method == "GET" else app.router.add_post  # add_get serves HEAD too
-        add(route.path, handlers[route.handler])
+        add = {"GET": app.router.add_get, "POST": app.router.add_post, "DELETE": app.router.add_delete}[route.method]
+        add(route.path, handlers[route.handler])  # add_get serves HEAD too

@@ -7,7 +7,7 @@ event is an answer with its own status; after it, the last event.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -59,7 +59,11 @@ class EventStream:
     """The answer to `request`, which starts with the first event. Raises `ConnectionError` when nobody reads it."""
 
     def __init__(
-        self, request: web.Request, timeout_s: float, headers: Mapping[str, str] | None = None, mark: bytes = b"data: "
+        self,
+        request: web.Request,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        mark: bytes | Callable[[Any], bytes] = b"data: ",  # what stands before an event's JSON
     ):
         self.response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
         self._request = request
@@ -78,7 +82,10 @@ class EventStream:
         """Write `events` as JSON in one piece."""
         await self.open()
         if events:
-            data = b"".join([self._mark + msgspec.json.encode(event) + b"\n\n" for event in events])
+            mark = self._mark
+            marks = [mark(event) if callable(mark) else mark for event in events]
+            texts = [msgspec.json.encode(event) for event in events]
+            data = b"".join([start + text + b"\n\n" for start, text in zip(marks, texts, strict=True)])
             transport = self._request.transport
             num_waiting = transport.get_write_buffer_size() if transport is not None else _WAITS_FOR_NOBODY
             if num_waiting + len(data) < _WAITS_FOR_NOBODY:

@@ -79,6 +79,21 @@ def test_tool_choice_says_which_tools_and_how():
     assert (named.mode, named.parallel, [tool.name for tool in named.tools]) == ("named", False, ["add"])
 
 
+def test_allowed_tools_are_those_that_may_be_called():
+    def allowed(mode, *names):
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    use = tool_use(request(tools=BOTH, tool_choice=allowed("required", "add"), parallel_tool_calls=True))
+    assert (use.mode, use.parallel, [tool.name for tool in use.tools]) == ("required", True, ["add"])
+    assert tool_use(request(tools=BOTH, tool_choice=allowed("auto", "add"))).mode == "auto"
+    for wrong in (allowed("none", "add"), allowed("auto"), allowed("auto", "rm"), {"type": "allowed_tools"}):
+        with pytest.raises(UserError, match="tool_choice"):
+            tool_use(request(tools=BOTH, tool_choice=wrong))
+    with pytest.raises(UserError, match="no tools"):
+        tool_use(request(tool_choice=allowed("required", "add")))
+
+
 BAD_TOOLS = {
     "too many": ([function(f"f{idx}", ADD) for idx in range(129)], "128"),
     "two of one name": ([function("add"), function("add")], "add"),

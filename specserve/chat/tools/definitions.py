@@ -24,7 +24,10 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 40  # of brackets
 ADAPTER_KEY = "x-adapter"
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LEN}}}")
-_CHOICES = "none, auto, required, or {'type': 'function', 'function': {'name': ...}}"
+_CHOICES = (
+    "none, auto, required, {'type': 'function', 'function': {'name': ...}}, or {'type': 'allowed_tools', "
+    "'allowed_tools': {'mode': ..., 'tools': [...]}}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class ToolUse:
 def tool_use(request: ToolFields) -> ToolUse | None:
     """The tools that `request` offers; None when the answer cannot call any. Raises `UserError`."""
     tools = all_tools(request.tools)
-    choice = request.tool_choice
+    choice, allowed = _allowed(request.tool_choice)
     if choice is None:
         choice = "auto" if tools else "none"
     named = _named(choice)
@@ -69,8 +72,11 @@ def tool_use(request: ToolFields) -> ToolUse | None:
         raise UserError("tool_choice asks for a call but there are no tools; send tools", param="tool_choice")
     if choice == "none":
         return None
-    if named is not None and named not in {tool.name for tool in tools}:
-        raise UserError(f"tool_choice names {named[:64]!r}, which is not one of the tools", param="tool_choice")
+    for name in [*allowed, *([] if named is None else [named])]:
+        if name not in {tool.name for tool in tools}:
+            raise UserError(f"tool_choice names {name[:64]!r}, which is not one of the tools", param="tool_choice")
+    if allowed:
+        tools = tuple(tool for tool in tools if tool.name in allowed)
     parallel = request.parallel_tool_calls is not False
     if named is None:
         return ToolUse(tools, "auto" if choice == "auto" else "required", parallel)
@@ -167,6 +173,20 @@ def _named(choice: Any) -> str | None:
         function = choice["function"]
         if isinstance(function, dict) and set(function) == {"name"} and isinstance(function["name"], str):
             return function["name"]
+    raise UserError(f"tool_choice is {str(choice)[:100]!r}; served are {_CHOICES}", param="tool_choice")
+
+
+def _allowed(choice: Any) -> tuple[Any, list[str]]:
+    """(the choice, the tools that it is limited to; none: all of them)."""
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return choice, []
+    fields = choice.get("allowed_tools")
+    if set(choice) == {"type", "allowed_tools"} and isinstance(fields, dict) and set(fields) == {"mode", "tools"}:
+        mode, tools = fields["mode"], fields["tools"]
+        if mode in ("auto", "required") and isinstance(tools, list) and tools:
+            names = [_named(tool) if isinstance(tool, dict) else None for tool in tools]
+            if None not in names:
+                return mode, [name for name in names if name is not None]
     raise UserError(f"tool_choice is {str(choice)[:100]!r}; served are {_CHOICES}", param="tool_choice")
 
 

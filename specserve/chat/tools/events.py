@@ -1,9 +1,14 @@
-"""What a choice's text is made of, as it comes: content, the start of a call, and pieces of its arguments."""
+"""What a choice's text is made of, as it comes: thinking, content, the start of a call, and pieces of its arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,7 @@ class Arguments:
     text: str
 
 
-Event = Content | CallStart | Arguments
+Event = Reasoning | Content | CallStart | Arguments
 
 
 def merged(events: Sequence[Event]) -> list[Event]:

@@ -62,15 +62,19 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}.id must be text of 1 to {MAX_CALL_ID_LEN} characters", param=f"{where}.id")
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}.function.name must be text", param=f"{where}.function.name")
+    arguments = call_arguments(text, f"{where}.function.arguments")
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def call_arguments(text: Any, where: str) -> dict[str, Any]:
+    """A call's arguments out of their JSON text. Raises `UserError`."""
     try:
         arguments = decode_json(text.encode()) if isinstance(text, str) else None
     except (UserError, UnicodeEncodeError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise UserError(
-            f"{where}.function.arguments must be the JSON text of an object", param=f"{where}.function.arguments"
-        )
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        raise UserError(f"{where} must be the JSON text of an object", param=where)
+    return arguments
 
 
 def for_template(
