@@ -101,10 +101,12 @@ ROUTES = (
         ResponsesRequest, Response, StreamEvent, has_done=False,
     ),
     Route(
-        "GET", "/v1/responses/{response_id:[^/]+}", "response", "A response that was kept", (400, *GET, 404), answer=Response
+        "GET", "/v1/responses/{response_id:[^/]+}", "response", "A response that was kept", (400, *GET, 404),
+        answer=Response,
     ),
     Route(
-        "DELETE", "/v1/responses/{response_id:[^/]+}", "delete_response", "Forget it", (*GET, 404), answer=DeletedResponse
+        "DELETE", "/v1/responses/{response_id:[^/]+}", "delete_response", "Forget it", (*GET, 404),
+        answer=DeletedResponse,
     ),
     Route("GET", "/v1/models", "models", "The base model and its adapters", (*GET, 503), answer=ModelList),
     Route("GET", "/v1/models/{model:.+}", "model", "One of them", (400, *GET, 404, 503), answer=Model),

@@ -83,7 +83,12 @@ def chat_request(request: ResponsesRequest, items: Sequence[Item], num_earlier: 
 def check_served(request: ResponsesRequest) -> None:
     """Refuse, by name, what this server has not."""
     refuse_unserved(request, UNSERVED)
-    refuse_unserved(request.speculation, {"trace": (False,)})  # which has no place in these answers
+    if request.speculation is not None and request.speculation.trace:
+        raise UserError(
+            "speculation.trace has no place in responses; leave it out, or ask /v1/chat/completions",
+            param="speculation.trace",
+            code="unsupported",
+        )
     reasoning = request.reasoning or ReasoningOptions()
     for name, values in UNSERVED_REASONING.items():
         if (value := getattr(reasoning, name)) is not None and value not in values:

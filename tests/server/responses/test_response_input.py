@@ -180,6 +180,7 @@ BAD_FIELDS = {
     "tool_choice": ({"type": "function", "function": {"name": "add"}}, "tool_choice", "'name'"),
     "tool_choice ": ({"type": "web_search_preview"}, "tool_choice", "web_search"),
     "tool_choice  ": ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}, "tool_choice", "mcp"),
+    "speculation ": ({"trace": True}, "speculation.trace", "chat"),
     "max_tokens": (3, "max_tokens", "unknown"),
     "speculation": ({"mode": "warp"}, "speculation.mode", "speculation.mode"),
 }
