@@ -70,6 +70,13 @@ def debug_option(command: Command) -> Command:
     return click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")(command)
 
 
+def colour_option(command: Command) -> Command:
+    return click.option(
+        "--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
+        help="Shade tokens by their source; auto: on a terminal.",
+    )(command)  # fmt: skip
+
+
 def settings_options(config_type: type[EngineConfig]) -> Callable[[Command], Command]:
     """The model argument, --config, and a flag for every field of `config_type`."""
 
@@ -153,7 +160,7 @@ def serve(**params: Any) -> None:
 @click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
 @click.option("--trace", is_flag=True, help="Shade each token by what drafted it, and print a legend.")
 @click.option("--rejected", is_flag=True, help="With --trace: show wrong drafts as well, struck through.")
-@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@colour_option
 @debug_option
 def generate(**params: Any) -> None:
     """Generate from one prompt, without a server; the text goes to stdout as it comes, the speed to stderr."""
@@ -165,6 +172,39 @@ def generate(**params: Any) -> None:
     prompt = read_prompt(params["prompt"], params["prompt_file"], sys.stdin)
     names = GenerateOptions.__struct_fields__
     generate_text(config, prompt, GenerateOptions(**{name: params[name] for name in names}))
+
+
+@cli.command(epilog=SETTINGS_HELP)
+@settings_options(EngineConfig)
+@click.option("--url", metavar="URL", help="Talk to the server there, instead of starting an engine.")
+@click.option("--api-key", envvar="SPECSERVE_API_KEY", metavar="KEY", help="Key for the server at --url.")
+@click.option(
+    "--adapters-dir", type=click.Path(path_type=Path), metavar="DIR", help="Every folder in it is an adapter."
+)
+@click.option("--adapter", metavar="NAME", help="The adapter to begin with.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer.  [default: the room that there is]")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), help="Of answers that are sampled.")
+@colour_option
+@click.option("--rejected", is_flag=True, help="Show wrong drafts as well, struck through.")
+@click.option("--history/--no-history", default=True, help="Keep the lines that were typed.  [default: on]")
+@debug_option
+def chat(**params: Any) -> int:
+    """Chat with MODEL and its adapters, or with a server; tokens are shaded by who guessed them.
+
+    On a terminal /help lists what else may be typed. From a pipe, every line is a message; answers go to stdout.
+    """
+    from .chat_command import ChatFlags
+    from .chat_command import chat as run_chat
+
+    url = params["url"]
+    given = [name for name in EngineConfig.__struct_fields__ if params[name] not in (None, ())]
+    if url is not None and (params["model_argument"] or params["adapters_dir"] or given):
+        what = "MODEL" if params["model_argument"] else "--" + (given or ["adapters_dir"])[0].replace("_", "-")
+        raise click.UsageError(f"--url is for a server that runs, which has a model and settings; leave out {what}")
+    config = None if url is not None else load_settings(EngineConfig, params)
+    return run_chat(config, ChatFlags(**{name: params[name] for name in ChatFlags.__struct_fields__}))
 
 
 @cli.command()

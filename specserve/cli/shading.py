@@ -39,6 +39,11 @@ def wants_colour(choice: ColourChoice, out: IO[str], environ: Mapping[str, str])
     return out.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
+def visible(text: str) -> str:
+    """What a terminal may be sent of `text`: control characters are pictures of themselves."""
+    return text.translate(_VISIBLE)
+
+
 class Shading:
     """Of one answer; counts its tokens for the legend. `shows_rejected`: also the wrong drafts, before what came."""
 
@@ -87,7 +92,7 @@ class Shading:
         """Each line for itself: a terminal fills the rest of a line with the background that a line feed finds."""
         if not self._has_colour:
             return text
-        text = text.translate(_VISIBLE)
+        text = visible(text)
         if not style:
             return text
         return "\n".join([f"{style}{line}{_RESET}" if line else "" for line in text.split("\n")])

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from ..config import ServeConfig
 from ..errors import EngineDeadError, UserError
-from ..messages import AdapterInfo, EngineInfo, EngineStats
+from ..messages import AdapterInfo, EngineInfo
 from ..model.store import resolve_model
+from ..server.stats.types import StatsResponse
 from ..text.tokenizer import TextTokenizer
 from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks
 from .loop_thread import LoopThread
@@ -168,6 +169,11 @@ class LLM(_Front):
         """The same of one conversation's answer."""
         return self._stream(_single(chat_asks(messages, sampling_params, adapter_of(adapter, lora_request), fields)))
 
+    def chat_chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The answer to a body of POST /v1/chat/completions, as the chunks of its stream; `model` names the adapter."""
+        service, thread = self._running()
+        return thread.iterate(service.chunks(body))
+
     def _run(self, asks: list[Ask], use_tqdm: bool | None) -> list[RequestOutput]:
         if use_tqdm is None:
             use_tqdm = len(asks) > 1 and sys.stderr.isatty()
@@ -194,8 +200,8 @@ class LLM(_Front):
         """Take the name away."""
         self._call(lambda service: service.unload_adapter(name))
 
-    def stats(self) -> EngineStats | None:
-        """A snapshot of what the engine does and has done; None while there is none."""
+    def stats(self) -> StatsResponse:
+        """What the engine does and has done, as GET /v1/stats says it."""
         return self._call(lambda service: service.stats())
 
     def close(self) -> None:
@@ -282,7 +288,7 @@ class AsyncLLM(_Front):
     async def unload_adapter(self, name: str) -> None:
         await self._acall(lambda service: service.unload_adapter(name))
 
-    async def stats(self) -> EngineStats | None:
+    async def stats(self) -> StatsResponse:
         return await self._acall(lambda service: service.stats())
 
     async def close(self) -> None:

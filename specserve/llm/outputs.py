@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..chat.answer import ChatAnswer
-from ..messages import Delta, TokenLogprobs, Usage
+from ..messages import Delta, TokenLogprobs, TokenTrace, Usage
 from ..server.generation.job import Job
 from ..text.tokenizer import TextTokenizer
 
@@ -41,6 +41,7 @@ class CompletionOutput:
     message: dict[str, Any] | None = None
     usage: Usage | None = None
     delta: str = ""
+    trace: list[TokenTrace] | None = None  # who guessed each token, where `SamplingParams(trace=True)` asked
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -75,6 +76,7 @@ class _Growing:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    trace: list[TokenTrace] | None = None
     last: Delta | None = None
 
     def add(self, delta: Delta, tokenizer: TextTokenizer) -> None:
@@ -83,6 +85,8 @@ class _Growing:
         for token, scored in zip(delta.token_ids, delta.logprobs or (), strict=False):
             self.logprobs.append(_logprobs(tokenizer, token, scored))
             self.cumulative_logprob += scored.logprob
+        if delta.trace is not None:
+            self.trace = [*(self.trace or ()), *delta.trace]
         self.last = delta
         if self.answer is not None:
             self.answer.feed(delta.text, final=delta.finish_reason is not None)
@@ -105,6 +109,7 @@ class _Growing:
             message=message,
             usage=last.usage if last is not None else None,
             delta=new_text,
+            trace=self.trace,
         )
 
 

@@ -31,7 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `max_tokens` None: as many as the context holds. `seed` None: another one each time. `logprobs` n: of the sampled
     token and of the n most likely ones; `prompt_logprobs` the same of each prompt token. `structured_outputs` or, as in
     OpenAI's API, `response_format` say what the output must be. `speculation`, `max_draft_tokens` and `prediction`, the
-    text that is expected, make the output come sooner and never another one.
+    text that is expected, make the output come sooner and never another one. `trace`: outputs say who guessed what.
     """
 
     n: int = 1
@@ -58,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     speculation: Literal["auto", "off", "ngram", "fixed"] = "auto"
     max_draft_tokens: int | None = None
     prediction: str | None = None
+    trace: bool = False
     priority: int = 0
     cache_salt: str | None = None
 
@@ -74,7 +75,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "response_format", "priority", "cache_salt",
         )  # fmt: skip
         body = {name: getattr(self, name) for name in names}
-        body["speculation"] = {"mode": self.speculation, "max_draft_tokens": self.max_draft_tokens}
+        body["speculation"] = {
+            "mode": self.speculation,
+            "max_draft_tokens": self.max_draft_tokens,
+            "trace": self.trace,
+        }
         body["stop"] = self.stop if self.stop is None or isinstance(self.stop, str) else list(self.stop)
         body["stop_token_ids"] = None if self.stop_token_ids is None else list(self.stop_token_ids)
         if self.logit_bias is not None:

@@ -19,7 +19,7 @@ import msgspec
 
 from ..config import ServeConfig, engine_part
 from ..errors import UserError
-from ..messages import AdapterInfo, EngineStats
+from ..messages import AdapterInfo
 from ..model.store import DEFAULT_MODEL
 from ..server.access.keys import KeyRing
 from ..server.adapter_store import AdapterStore
@@ -29,6 +29,9 @@ from ..server.generation.job import Job
 from ..server.http_body import convert
 from ..server.metrics import Metrics
 from ..server.openai.request_types import ChatRequest, CompletionRequest
+from ..server.openai.responses import ResponseBuilder
+from ..server.stats.snapshot import StatsSource
+from ..server.stats.types import StatsResponse
 from ..text.tokenizer import TextTokenizer
 from .outputs import OutputBuilder, RequestOutput
 from .params import LoRARequest, SamplingParams
@@ -70,6 +73,7 @@ class Service:
             self.engine, config.adapters_dir, self.model_name, roots=roots or [Path(model_dir.anchor)]
         )
         self.engine.on_adapters_left = self.store.adapters_left
+        self._stats = StatsSource(self.engine, self.model_name)
         self._config = config
         self._model_dir = model_dir
         self._caller = KeyRing(config).anonymous
@@ -96,8 +100,8 @@ class Service:
         assert self._generator is not None, "not started"
         return self._generator
 
-    async def stats(self) -> EngineStats | None:
-        return await self.engine.stats()
+    async def stats(self) -> StatsResponse:
+        return await self._stats.fresh()
 
     # -- adapters
 
@@ -153,7 +157,7 @@ class Service:
                     raise
                 on_done()
 
-        await _all_or_none(work() for _ in range(min(len(asks), MAX_AT_ONCE)))
+        await _all_or_none(work() for _ in range(min(len(asks), max(MAX_AT_ONCE, 2 * self.engine.info.max_num_seqs))))
         return [result for result in results if result is not None]
 
     async def _whole(self, ask: Ask) -> RequestOutput:
@@ -171,6 +175,17 @@ class Service:
         async with aclosing(self.generator.deltas(job)) as deltas:
             async for idx, delta in deltas:
                 yield builder.streamed(idx, delta)
+
+    async def chunks(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """The answer to a body of /v1/chat/completions, as the chunks of its stream. Raises `UserError`."""
+        job = await self.generator.prepare(convert({**body, "stream": True}, ChatRequest), self._caller)
+        builder = ResponseBuilder(job)
+        async with aclosing(self.generator.deltas(job)) as deltas:
+            async for idx, delta in deltas:
+                for chunk in builder.events(idx, delta):
+                    yield chunk
+        for chunk in builder.closing():
+            yield chunk
 
     async def _job(self, ask: Ask) -> Job:
         body = {"model": await self._name_of(ask.adapter), **ask.body, **ask.params.body(ask.is_chat)}

@@ -58,12 +58,7 @@ def wait_idle():
         deadline = time.monotonic() + 60
         while True:
             stats = llm.stats()
-            if (
-                stats
-                and not stats.num_running
-                and not stats.num_waiting
-                and stats.num_free_kv_blocks == stats.num_kv_blocks
-            ):
+            if not stats.requests.running + stats.requests.waiting and stats.kv.free_blocks == stats.kv.blocks:
                 return
             assert time.monotonic() < deadline, stats
             time.sleep(0.02)

@@ -33,7 +33,7 @@ def other(model_dir, adapters_dir):
 
 async def wait_idle(llm):
     async with asyncio.timeout(60):
-        while not (stats := await llm.stats()) or stats.num_running or stats.num_waiting:
+        while (requests := (await llm.stats()).requests).running + requests.waiting:
             await asyncio.sleep(0.02)
 
 

@@ -68,6 +68,19 @@ def test_speculation_changes_nothing_but_the_forwards(llm):
     assert drafted.usage.draft_tokens > 0
 
 
+def test_a_trace_says_who_guessed_each_token(llm):
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, speculation="fixed", trace=True)
+    prompt = "one two three one two three one two three one two"
+    *steps, _ = streamed = list(llm.generate_stream(prompt, params))
+    (whole,) = llm.generate(prompt, params)
+    trace = whole.outputs[0].trace
+    assert streamed[-1].outputs[0].trace == trace and len(steps[0].outputs[0].trace) < len(trace)
+    assert [entry.token_id for entry in trace] == list(whole.outputs[0].token_ids)
+    assert "".join(entry.text for entry in trace) == whole.outputs[0].text
+    assert "ngram" in {entry.source for entry in trace} | {r.source for entry in trace for r in entry.rejected}
+    assert llm.generate(prompt, GREEDY)[0].outputs[0].trace is None
+
+
 def test_prompts_come_back_in_order_each_with_its_own_parameters_and_adapter(llm):
     params = [SamplingParams(temperature=0, max_tokens=num, ignore_eos=True) for num in (3, 9, 5)]
     together = llm.generate(PROMPTS, params, adapter=[None, "alpha", "alpha"])
@@ -159,6 +172,19 @@ def test_a_stream_joins_to_the_whole_and_never_changes_what_it_gave(llm):
     (chat,) = llm.chat(ASK, SamplingParams(**SAMPLED), adapter="alpha")
     *_, last = llm.chat_stream(ASK, SamplingParams(**SAMPLED), adapter="alpha")
     assert last.outputs[0].message == chat.outputs[0].message
+
+
+def test_a_chats_body_gives_the_servers_chunks(llm, server):
+    body = {"messages": ASK, "model": "alpha", "stream_options": {"include_usage": True}, **SAMPLED}
+    ours, theirs = list(llm.chat_chunks(body)), server.stream("/v1/chat/completions", body)
+    assert ours[-1]["usage"]["completion_tokens"] == theirs[-1]["usage"]["completion_tokens"] > 0
+    contents = [
+        "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+        for chunks in (ours, theirs)
+    ]
+    assert contents[0] == contents[1] != "" and set(ours[0]) == set(theirs[0])
+    with pytest.raises(UserError, match="unknown field 'colour'"):
+        next(llm.chat_chunks({**body, "colour": "red"}))
 
 
 def test_leaving_a_stream_ends_its_request(llm, wait_idle):

@@ -31,7 +31,7 @@ except KeyboardInterrupt:
     print("interrupted")
 
 def interrupt():
-    while not llm.stats().num_running:
+    while not llm.stats().requests.running:
         pass
     os.kill(os.getpid(), signal.SIGINT)
 
