@@ -69,7 +69,7 @@ class NativeSources:
         if platform.system() not in ("Linux", "Darwin"):
             raise NativeError(f"native code is not built on {platform.system()}")
         compiler = find_compiler()
-        path, build_s = _cache_dir() / f"{self.name}-{self._key(compiler)}.so", 0.0
+        path, build_s = cache_dir() / f"{self.name}-{self._key(compiler)}.so", 0.0
         if not path.is_file():
             start = time.perf_counter()
             self.build(compiler, path)
@@ -132,7 +132,8 @@ def _shown(place: tuple[int, int] | None) -> str:
     return "missing" if place is None else f"{place[1]} bytes at {place[0]}"
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """Where libraries are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "native"
 
 

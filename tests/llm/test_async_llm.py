@@ -111,6 +111,7 @@ def test_the_programs_in_the_docs_run(llm, other, beta_dir, adapters_dir, monkey
     try:
         exec(compile(program, "docs/python.md", "exec"), {})
     finally:
-        llm.unload_adapter("tags")
+        for name in ("tags", "debtags"):
+            llm.unload_adapter(name)
         shutil.rmtree(adapters_dir / "debtags")
     assert "tokens a forward" in capsys.readouterr().out
