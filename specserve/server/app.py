@@ -34,7 +34,7 @@ from .engine_client.client import EngineClient, engine_command
 from .generation.generator import Generator
 from .http_body import json_response
 from .lorax.api import LoraxRoutes
-from .metrics import Metrics
+from .metrics.metrics import Metrics
 from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
@@ -53,7 +53,6 @@ class Server:
 
     def __init__(self, config: ServeConfig, model_dir: Path, command: list[str] | None = None):
         self.config = config
-        self.metrics = Metrics()
         self.fetcher = AdapterFetcher(config)
         roots = adapter_roots(config, self.fetcher.root)
         self.engine = EngineClient(
@@ -64,6 +63,7 @@ class Server:
         )
         default_name = model_dir.name if config.model else DEFAULT_MODEL.name
         self.model_name = config.served_model_name or default_name
+        self.metrics = Metrics(self.model_name, config.metrics_prefix, config.prefix_caching)
         observe_load_s = self.metrics.adapter_load.observe
         self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
         self.engine.on_adapters_left = self.store.adapters_left
@@ -197,7 +197,8 @@ class Server:
         return web.Response(body=self._openapi_body, content_type="application/json")
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        body = self.metrics.render(await self.engine.stats(), self.model_name)
+        stats = await self.engine.stats()
+        body = self.metrics.render(stats, self.engine.known_info, self.store.loading_names())
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

@@ -22,7 +22,7 @@ from .access.key_file import Scope
 from .access.keys import KeyRing
 from .access.network import host_allowed, is_loopback, origin_allowed
 from .error_bodies import SAFE_HEADERS, error_response
-from .metrics import Metrics
+from .metrics.metrics import Metrics
 from .routes import Access, Handler, access_of
 
 logger = logging.getLogger(__name__)

@@ -87,7 +87,7 @@ def post_bytes(path: str, body) -> bytes:
 
 def load(server) -> tuple[int, int]:
     m = server.metrics()
-    return int(m["engine_num_running"]), int(m["engine_num_waiting"])
+    return int(m["num_requests_running"]), int(m["num_requests_waiting"])
 
 
 # 6: slow headers and bodies
@@ -276,7 +276,7 @@ def test_more_adapters_than_places_take_turns_and_their_labels_are_capped(server
         list(pool.map(ask, many_adapters))
     m = server.metrics()
     assert m["engine_num_adapters"] <= MAX_ADAPTERS
-    labels = {key for key in m if key.startswith("generated_tokens_total{")}
+    labels = {key for key in m if key.startswith("generation_tokens_total{")}
     assert len(labels) <= 201
     assert resident_mib(server.engine_pid()) < before + 30
     assert server.complete(model=many_adapters[3])["text"] == want

@@ -71,7 +71,7 @@ def test_an_engine_that_dies_during_the_drain_comes_back_and_cuts_streams_alone(
     next(lines)
     with ThreadPoolExecutor(1) as pool:
         whole = pool.submit(server.post, TEXT, SLOW)
-        wait_until(lambda: server.metrics()["engine_num_running"] == 2)
+        wait_until(lambda: server.metrics()["num_requests_running"] == 2)
         drain(server)
         for _ in range(2):
             os.kill(server.engine_pid(), signal.SIGKILL)

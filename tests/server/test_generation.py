@@ -22,7 +22,7 @@ from specserve.server.generation.generator import Generator
 from specserve.server.loaded_names import UseCounts
 from specserve.server.lorax.api import LoraxRoutes
 from specserve.server.lorax.types import LoraxParameters, LoraxRequest
-from specserve.server.metrics import Metrics
+from specserve.server.metrics.metrics import Metrics
 from specserve.server.openai.request_types import ChatRequest
 from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
 

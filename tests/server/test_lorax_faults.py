@@ -70,7 +70,7 @@ def test_engine_that_dies_ends_streams_with_an_error_event_and_no_answer_is_lost
     replies = []
     whole = threading.Thread(target=lambda: replies.append(server.post("/generate", body)))
     whole.start()
-    while whole.is_alive() and not server.metrics().get("engine_num_running"):
+    while whole.is_alive() and not server.metrics().get("num_requests_running"):
         time.sleep(0.01)
     os.kill(server.engine_pid(), signal.SIGKILL)
     whole.join()

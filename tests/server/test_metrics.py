@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from specserve.messages import AdapterDrafts, EngineStats
-from specserve.server import metrics as metrics_module
 from specserve.server.activity_log import summarize, summary
-from specserve.server.metrics import Metrics
+from specserve.server.metrics import metrics as metrics_module
+from specserve.server.metrics.metrics import Metrics
 
 
 def stats(drafts: list[AdapterDrafts]) -> EngineStats:
@@ -30,9 +30,9 @@ def values(metrics: Metrics, name: str) -> dict[str, float]:
 
 
 def test_two_versions_of_a_name_are_one_label_and_the_base_has_its_own() -> None:
-    metrics = Metrics()
+    metrics = Metrics("the-base")
     old, new = AdapterDrafts("a", 10, 20, 40, 10, 0.5), AdapterDrafts("a", 30, 100, 80, 70, 0.1)
-    metrics.render(stats([old, new, AdapterDrafts(None, 4, 4, 0, 0, 0.3)]), "the-base")
+    metrics.render(stats([old, new, AdapterDrafts(None, 4, 4, 0, 0, 0.3)]))
     assert values(metrics, "drafted") == {"a": 120, "the-base": 0}
     assert values(metrics, "accepted") == {"a": 80, "the-base": 0}
     assert values(metrics, "tokens_per_verification") == {"a": 3.0, "the-base": 1.0}
@@ -54,7 +54,7 @@ def test_what_only_grows_is_typed_as_a_counter_under_its_old_name() -> None:
     for name in ("engine_generated_tokens", "engine_num_steps", "engine_drafted_by_source", "speculation_accepted"):
         assert f"# TYPE specserve_{name} counter\n" in text
     assert "\nspecserve_engine_generated_tokens 1.0\n" in text
-    assert "# TYPE specserve_engine_num_running gauge\n" in text
+    assert "# TYPE specserve_num_requests_running gauge\n" in text
     for name in metrics_module.CUMULATIVE:
         assert f"# TYPE specserve_{name.decode()} counter\n" in text, name
 

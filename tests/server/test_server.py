@@ -308,10 +308,10 @@ def test_metrics_count_requests_tokens_and_latencies(server):
     def grew(name):
         return after[name] - before.get(name, 0)
 
-    assert grew('generated_tokens_total{model="alpha"}') == 7
+    assert grew('generation_tokens_total{model="alpha"}') == 7
     assert grew('http_requests_total{route="/v1/completions",status="200"}') == 1
     assert grew('time_to_first_token_seconds_count{model="alpha"}') == 1
-    assert after["engine_kv_cache_usage_ratio"] == 0
+    assert after["kv_cache_usage_perc"] == 0
 
 
 HARMLESS = {

@@ -70,7 +70,7 @@ def raw(server, data: bytes, timeout_s=10) -> bytes:
 
 def running(server) -> int:
     m = server.metrics()
-    return int(m["engine_num_running"] + m["engine_num_waiting"])
+    return int(m["num_requests_running"] + m["num_requests_waiting"])
 
 
 def wait_until(condition, timeout_s=20):

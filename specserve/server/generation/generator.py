@@ -30,7 +30,7 @@ from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from ..openai.conversion import (
     HasDeadline,
     check_prompt_ids,

@@ -24,7 +24,7 @@ from ..activity_log import RequestLine
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses, Resender, other_output
-from ..metrics import Metrics
+from ..metrics.metrics import Metrics
 from .job import Job
 from .prompts import check_same_texts
 from .token_charge import TokenCharge
@@ -58,7 +58,8 @@ class JobRunner:
         if job.deadline is not None:
             timeout_s = min(timeout_s, job.deadline - time.monotonic())
         end = asyncio.get_running_loop().time() + timeout_s
-        watch = self._metrics.watch(job.adapter or self._base_name, num)
+        prompt_lens = [len(request.prompt_token_ids) for request in job.requests]
+        watch = self._metrics.watch(job.adapter or self._base_name, prompt_lens)
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
         if job.adapter is not None:
@@ -72,10 +73,12 @@ class JobRunner:
                     charge.delta(delta)
                     yield idx, delta
         except UserError as error:
+            watch.failed()
             line.failed(error.code or error.type)
             charge.failed()
             raise
         except TimeoutError:
+            watch.failed()
             line.failed("timeout")
             if timeout_s < self._timeout_s:
                 raise DeadlineError("deadline_ms passed before the answer was complete", param="deadline_ms") from None
@@ -85,6 +88,7 @@ class JobRunner:
                 code="timeout",
             ) from None
         except Exception:
+            watch.failed()
             line.failed("internal_error")
             charge.failed()
             raise
