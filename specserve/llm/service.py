@@ -27,7 +27,7 @@ from ..server.engine_client.client import EngineClient, engine_command
 from ..server.generation.generator import Generator
 from ..server.generation.job import Job
 from ..server.http_body import convert
-from ..server.metrics import Metrics
+from ..server.metrics.metrics import Metrics
 from ..server.openai.request_types import ChatRequest, CompletionRequest
 from ..server.openai.responses import ResponseBuilder
 from ..server.stats.snapshot import StatsSource
