@@ -180,9 +180,7 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     store_responses_s: Annotated[float, Meta(gt=0, description="seconds that they are kept")] = 3600.0
     metrics_prefix: Annotated[
         Literal["specserve", "vllm"],
-        Meta(
-            description="what names in /metrics begin with; vllm: as vLLM's own, for its dashboards and routers"
-        ),
+        Meta(description="what names in /metrics begin with; vllm: as vLLM's own, for its dashboards and routers"),
     ] = "specserve"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
