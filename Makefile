@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
 LINT_INSTALLED := $(VENV)/.installed-lint
+BROWSER_INSTALLED := $(VENV)/.installed-browser
 CLIENTS := $(patsubst tests/conformance/requirements-%.txt,%,$(wildcard tests/conformance/requirements-*.txt))
 CLIENTS_INSTALLED := $(CLIENTS:%=.venv-conformance/%/.installed)
 # Compiling every module of torch and transformers takes half of the install's CPU time; few of them are ever imported.
@@ -21,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-com
 TWO_PROCESSES := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test test-all churn soak abuse gpu conformance lint audit docs format clean
+.PHONY: help install pull serve test test-all browser churn soak abuse gpu conformance lint audit docs format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +40,9 @@ test: $(TEST_INSTALLED)  ## run the tests, five minutes in two processes (ARGS="
 
 test-all: $(TEST_INSTALLED)  ## run the slow tests too, all but those for a GPU
 	$(BIN)/python -m pytest $(TWO_PROCESSES) -m 'not gpu' $(ARGS)
+
+browser: $(BROWSER_INSTALLED)  ## test the page in Chromium; installs that with apt where there is none, and playwright, for make test too
+	$(BIN)/python -m pytest -n 0 -m 'not gpu' tests/browser $(ARGS)
 
 conformance: $(TEST_INSTALLED) $(CLIENTS_INSTALLED)  ## run other projects' clients, each in an environment of its own
 	$(BIN)/python -m pytest -m slow tests/conformance $(ARGS)
@@ -101,6 +105,13 @@ $(TEST_INSTALLED): pyproject.toml | $(INSTALLED)
 .venv-conformance/%/.installed: tests/conformance/requirements-%.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-conformance/$*
 	.venv-conformance/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile -r $<
+	@touch $@
+
+$(BROWSER_INSTALLED): pyproject.toml | $(TEST_INSTALLED)
+	$(PIP_INSTALL) '.[browser]'
+	@for program in "$$SPECSERVE_CHROMIUM" chromium chromium-browser google-chrome; do \
+	command -v "$$program" >/dev/null && exit; done; apt-get install --yes chromium || { \
+	echo "error: no Chromium, and apt-get cannot install one here; install it, or set SPECSERVE_CHROMIUM to its path" >&2; exit 1; }
 	@touch $@
 
 $(LINT_INSTALLED): pyproject.toml | $(INSTALLED)

@@ -1,0 +1,109 @@
+"""Whom the page reaches: everybody (axe finds nothing, the keyboard is enough, a phone shows it), and no other host."""
+
+import pytest
+from page_driver import Playground, figure_of
+
+VIEWS = ("playground", "board", "adapters")
+MAX_BYTES = 300_000
+
+
+def violations(page) -> list[str]:
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{item['id']}: {node['html'][:200]} {node['failureSummary'][:300]}" for item in found for node in item["nodes"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theme", "device"),
+    [
+        ("light", "desk"),
+        ("dark", "phone"),
+        pytest.param("dark", "desk", marks=pytest.mark.slow),
+        pytest.param("light", "phone", marks=pytest.mark.slow),
+    ],
+)
+def test_axe_finds_nothing(server, open_page, theme, device, phone):
+    page = open_page(server.url, color_scheme=theme, **(phone if device == "phone" else {}))
+    assert violations(page) == []
+    play = Playground(page)
+    text = server.complete("Hello", max_tokens=20, ignore_eos=False)["text"]
+    fields = {"max_tokens": 20, "mode": "fixed", "prediction": text[:12] + " else", "beside": " race"}
+    play.ask("Hello", kind="completion", **fields)
+    play.page.locator(".output .struck").first.click()
+    page.locator("#card").wait_for()
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    play.answers()[0].get_by_role("button", name="curl").click()
+    assert violations(page) == []
+    page.locator("#code-close").click()
+    page.evaluate("location.hash = '#board'")
+    page.locator("tr[data-by]").first.wait_for()
+    assert violations(page) == []
+    page.evaluate("location.hash = '#adapters'")
+    page.locator("#view-adapters article").first.wait_for()
+    assert violations(page) == []
+
+
+def test_nothing_is_wider_than_a_phone(server, open_page, phone):
+    page = open_page(server.url, **phone)
+    assert not page.locator("#settings").is_visible()  # folded up
+    play = Playground(page)
+    play.ask("Hello", max_tokens=60, beside=" race")
+    for view in VIEWS:
+        page.evaluate("view => { location.hash = view; }", view)
+        page.locator(f"#view-{view}").wait_for()
+        if view == "board":
+            page.locator("tr[data-model]").first.wait_for()
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= phone["viewport"]["width"], view
+
+
+def test_the_keyboard_is_enough(server, open_page):
+    page = open_page(server.url)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to content"
+    page.keyboard.press("Enter")
+    page.locator("#prompt").focus()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("there")
+    page.keyboard.press("Enter")
+    page.locator(".answer .actions").wait_for()
+    assert page.locator(".user").text_content() == "Hello\nthere"
+    assert page.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_a_chosen_theme_stays(server, open_page):
+    page = open_page(server.url, color_scheme="light")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light, button = page.evaluate(ground), page.locator("#theme-button")
+    button.click()
+    button.click()
+    assert button.text_content() == "Theme: dark"
+    dark = page.evaluate(ground)
+    page.reload()
+    assert page.evaluate(ground) == dark != light
+    button.click()
+    assert page.evaluate(ground) == light  # the system's
+
+
+def test_the_page_is_small_and_asks_nobody_else(server, browser):
+    context = browser.new_context()
+    page, bodies = context.new_page(), {}
+    page.on("response", lambda response: bodies.update({response.url: response}))
+    page.goto(server.url)
+    for view in VIEWS:
+        page.evaluate("view => { location.hash = view; }", view)
+        page.locator(f"#view-{view}").wait_for()
+    page.locator("#board-engine").filter(has_text="running").wait_for(state="attached")
+    assert all(url.startswith(server.url) for url in bodies)
+    files = [response.body() for url, response in bodies.items() if "/ui/" in url or url == server.url + "/"]
+    assert len(files) > 10 and sum(map(len, files)) < MAX_BYTES
+    (paint,) = page.evaluate("performance.getEntriesByName('first-contentful-paint').map((entry) => entry.startTime)")
+    assert paint > 0
+    page.goto(server.url)
+    assert figure_of(Playground(page).ask("Hello", max_tokens=3)[0], "tokens") == "3"
+    context.close()

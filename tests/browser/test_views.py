@@ -1,0 +1,151 @@
+"""The live board, the list of adapters, keys, and a server that goes away and comes back under an open page."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+from page_driver import Playground, figure_of
+from server_fixture import ServerProcess
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def restarted(model_dir, adapters_dir):
+    """A server's flags with a port that stays; a list of the processes that a test starts."""
+    flags, processes = ("--adapters-dir", str(adapters_dir), "--port", str(free_port())), []
+
+    def start():
+        processes.append(ServerProcess(model_dir, *flags).wait_ready())
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        assert process.stop() == 0
+
+
+def tile(page, name: str) -> str:
+    return page.locator(f"[data-tile={name}]").text_content()
+
+
+def wait_for_text(page, selector: str, text: str) -> None:
+    page.locator(selector).filter(has_text=text).first.wait_for()
+
+
+def test_the_board_follows_what_the_server_does(server, open_page):
+    page = open_page(server.url + "/#board")
+    wait_for_text(page, "#board-engine", "tiny, running on cpu")
+    before = int(tile(page, "done").replace(",", ""))
+    for _ in range(3):
+        server.complete(model="alpha", max_tokens=30, speculation={"mode": "fixed"})
+    page.wait_for_function(
+        "num => Number(document.querySelector('[data-tile=done]').textContent.replace(',', '')) >= num", arg=before + 3
+    )
+    page.locator("tr[data-model=alpha]").wait_for()
+    page.locator("tr[data-by]").first.wait_for()
+    assert tile(page, "kept").endswith("%") and page.locator(".plot canvas").count() == 5
+    said = page.locator(".plot").first.get_attribute("aria-label")
+    assert said.startswith("Tokens a second: ")
+    page.get_by_role("link", name="Playground").click()
+    page.get_by_role("link", name="Live board").click()  # opens its stream again
+    server.complete(max_tokens=5)
+    page.wait_for_function(
+        "num => Number(document.querySelector('[data-tile=done]').textContent.replace(',', '')) >= num", arg=before + 4
+    )
+
+
+def test_the_list_of_adapters_leads_to_the_playground_and_to_reports(server, open_page):
+    page = open_page(server.url + "/#adapters")
+    card = page.locator("#view-adapters article").filter(has_text="alpha")
+    with page.expect_popup() as popup:
+        card.get_by_role("link", name="Training report").click()
+    report = popup.value
+    report.locator("h1").wait_for()
+    assert report.title() == "How alpha was trained"  # its script was not run
+    report.close()
+    assert "no training report" in page.locator("#view-adapters article").filter(has_text="beta").text_content()
+    card.get_by_role("button", name="Try it").click()
+    assert page.locator("[name=model]").input_value() == "alpha" and page.locator("#prompt").is_visible()
+
+
+def test_a_page_outlives_engines_and_servers(restarted, open_page, errors):
+    server = restarted()
+    page = open_page(server.url + "/#board")
+    wait_for_text(page, "#board-engine", "running")
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    wait_for_text(page, "#board-engine", "1 restarts")
+    assert server.stop() == 0
+    wait_for_text(page, "#state", "not reached")
+    page.locator("#view-board .error").wait_for()
+    server = restarted()
+    wait_for_text(page, "#state", "serving")
+    page.locator("#view-board .error").wait_for(state="hidden")
+    num_done = tile(page, "done")
+    server.complete(max_tokens=5)
+    deadline = time.monotonic() + 60
+    while tile(page, "done") == num_done:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(100)
+    page.get_by_role("link", name="Playground").click()
+    (answer,) = Playground(page).ask("Hello", max_tokens=5)
+    assert figure_of(answer, "tokens") == "5"
+    network = ("Failed to load resource", "net::ERR_")  # the browser's own lines while nobody answered
+    errors[:] = [line for line in errors if not line.startswith(network)]
+
+
+def test_a_stream_that_breaks_off_says_so_and_keeps_its_text(restarted, open_page, errors):
+    server = restarted()
+    play = Playground(open_page(server.url))
+    play.set(max_tokens=3500).send("The quick")
+    play.page.locator(".run").first.wait_for()
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    play.wait_done()
+    (answer,) = play.answers()
+    assert "engine" in answer.locator("[role=alert]").text_content()
+    assert int(figure_of(answer, "tokens").replace(",", "")) > 0
+    (answer,) = play.ask("Again", max_tokens=5)
+    assert figure_of(answer, "tokens") == "5"
+    errors[:] = [line for line in errors if not line.startswith("Failed to load resource")]  # /health was 503
+
+
+def test_a_key_is_asked_for_kept_in_the_tab_and_sent(model_dir, adapters_dir, browser, errors):
+    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), "--api-key", "open sesame").wait_ready()
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(server.url)
+        dialog = page.locator("#key-dialog")
+        dialog.wait_for()
+        page.locator("#key-input").fill("wrong")
+        page.get_by_role("button", name="Use it").click()
+        wait_for_text(page, "#key-reason", "does not take this key")
+        page.locator("#key-input").fill("open sesame")
+        page.get_by_role("button", name="Use it").click()
+        page.locator("[name=model] option").first.wait_for(state="attached")
+        page.reload()
+        page.locator("[name=model] option").first.wait_for(state="attached")
+        assert not dialog.is_visible()
+        (answer,) = Playground(page).ask("Hello", max_tokens=5)
+        assert figure_of(answer, "tokens") == "5"
+        answer.get_by_role("button", name="curl").click()
+        assert "$SPECSERVE_API_KEY" in page.locator("#code-text").text_content()
+        assert "sesame" not in page.content() and "sesame" not in page.url
+        page.locator("#code-close").click()
+        page.get_by_role("link", name="Adapters").click()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save training report").click()
+        assert download.value.suggested_filename == "alpha-report.html"
+        page.get_by_role("link", name="Live board").click()
+        wait_for_text(page, "#board-engine", "running")
+        other = context.new_page()  # another tab asks anew
+        other.goto(server.url)
+        other.locator("#key-dialog").wait_for()
+    finally:
+        context.close()
+        assert server.stop() == 0
