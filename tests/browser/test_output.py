@@ -81,7 +81,7 @@ def test_html_of_a_model_is_text_everywhere(hostile_server, open_page):
     card = play.page.locator("#card")
     card.locator("del").first.wait_for()
     assert card.locator("del").all_text_contents()[1] == HOSTILE[1].replace(" ", "␣")
-    assert answer.locator("h3").text_content() == MODEL
+    assert answer.locator("h2").text_content() == MODEL
     play.page.locator("[name=model]").select_option(label="<img src=x onerror=alert(1)>")
     play.page.get_by_role("button", name="<u>title</u>").click()
     assert play.page.locator("#prompt").input_value() == "<s>prompt</s>"

@@ -89,7 +89,7 @@ def test_another_adapter_answers_when_it_is_chosen_and_brings_its_examples(play,
     play.page.locator(".turn .answer").wait_for()
     (answer,) = play.wait_done().answers()
     assert text_of(answer) == own != chat(server, "The quick <i>brown</i>")["message"]["content"]
-    assert answer.locator("h3").text_content() == "alpha"
+    assert answer.locator("h2").text_content() == "alpha"
     play.page.get_by_role("button", name="a text").click()
     assert play.page.locator("#prompt").input_value() == "Pack my box"
     assert play.page.locator("[name=kind][value=completion]").is_checked()

@@ -102,7 +102,7 @@ def test_a_page_outlives_engines_and_servers(restarted, open_page, errors):
 def test_a_stream_that_breaks_off_says_so_and_keeps_its_text(restarted, open_page, errors):
     server = restarted()
     play = Playground(open_page(server.url))
-    play.set(max_tokens=3500).send("The quick")
+    play.set(max_tokens=3500, model="alpha").send("The quick brown fox")
     play.page.locator(".run").first.wait_for()
     os.kill(server.engine_pid(), signal.SIGKILL)
     play.wait_done()

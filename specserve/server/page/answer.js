@@ -7,8 +7,8 @@ import { shareBar } from "./sources.js";
 import { TokenView } from "./token_view.js";
 
 export class Answer {
-  /** `request`: {path, body, title, note}; `prefix`: the text that a completion goes on from. */
-  constructor(request, card, prefix = "") {
+  /** `request`: {path, body, title, note}; `prefix`: the text that a completion goes on from; `onDrawn`: after each frame. */
+  constructor(request, card, { prefix = "", onDrawn } = {}) {
     this.request = request;
     this.text = ""; // without thinking and calls
     this.reasoning = "";
@@ -20,7 +20,7 @@ export class Answer {
     this.isRunning = false;
     this.played = []; // [milliseconds, tokens] of each event
     this._abort = new AbortController();
-    this._tokens = new TokenView(card);
+    this._tokens = new TokenView(card, onDrawn);
     this._showFigures = onFrame(() => this._figures());
     this._meter = new Meter();
     this._build(prefix);
@@ -131,11 +131,11 @@ export class Answer {
     this._calls = el("div", { class: "calls" });
     this._share = el("div");
     this.actions = el("div", { class: "actions", hidden: true });
-    const before = prefix ? [el("div", { class: "prefix" }, prefix)] : [];
+    const before = prefix ? [promptBox("prefix", prefix)] : [];
     this.element = el(
       "article",
       { class: "answer", "aria-label": `Answer of ${title}` },
-      el("header", {}, el("h3", {}, title), note ? el("span", { class: "badge" }, note) : null, this._state),
+      el("header", {}, el("h2", {}, title), note ? el("span", { class: "badge" }, note) : null, this._state),
       el("dl", { class: "figures" }, ...figures),
       ...before,
       this._tokens.element,
@@ -182,6 +182,11 @@ const FIGURES = [
   { id: "tokens", name: "tokens", says: "tokens of the answer", of: (meter) => number(meter.tokens) },
   { id: "seconds", name: "in all", says: "from the request to the end of the answer", of: (meter, answer) => duration(answer.isRunning ? meter.lastAt / 1000 : answer.seconds) },
 ];
+
+/** A prompt as it was sent; a long one scrolls, for which the keyboard must reach it. */
+export function promptBox(kind, text) {
+  return el("div", { class: kind, ...(text.length > 700 ? { tabindex: 0, role: "group", "aria-label": "Prompt" } : {}) }, text);
+}
 
 function callBox({ function: { name, arguments: text } }) {
   return el(

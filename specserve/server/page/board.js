@@ -30,8 +30,8 @@ class Board {
   constructor(element) {
     this._state = el("p", { class: "error", role: "status", hidden: true });
     this._engine = el("p", { class: "lead", id: "board-engine" }, "Waiting for the first numbers.");
-    this._tiles = Object.fromEntries(TILES.map(({ id }) => [id, { value: el("dd", { data: { tile: id } }, "–"), note: el("span", { class: "hint" }, "") }]));
-    const tiles = TILES.map(({ id, name }) => el("div", { class: "panel tile" }, el("dt", {}, name), this._tiles[id].value, this._tiles[id].note));
+    this._tiles = Object.fromEntries(TILES.map(({ id }) => [id, { value: el("span", { class: "value", data: { tile: id } }, "–"), note: el("span", { class: "hint" }, "") }]));
+    const tiles = TILES.map(({ id, name }) => el("div", { class: "panel tile" }, el("dt", {}, name), el("dd", {}, this._tiles[id].value, this._tiles[id].note)));
     this._memory = el("div", { class: "meters" });
     this._adapters = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Drafts by adapter" });
     this._sources = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Drafts by source" });

@@ -2,7 +2,7 @@
 // time; in a race the answer without drafts is asked for when the first one has ended, which is played again beside it,
 // so that neither slows the other.
 import { hasKey } from "./api.js";
-import { Answer } from "./answer.js";
+import { Answer, promptBox } from "./answer.js";
 import { showCode } from "./code_dialog.js";
 import { byId, copyText, duration, el, number, replace } from "./dom.js";
 import { SettingError, fieldsOf, newSeed, traced, undrafted } from "./request.js";
@@ -16,6 +16,7 @@ export class Playground {
     this._turns = [];
     this._running = []; // answers that a stop ends
     this._isStopped = false;
+    this._isAtEnd = true;
     this.settings = new Settings({ onExample: (example) => this._useExample(example), onKind: () => this._clear() });
     replace(byId("legend"), ...legend());
     byId("composer").addEventListener("submit", (event) => {
@@ -28,6 +29,9 @@ export class Playground {
       event.preventDefault();
       this._send();
     });
+    addEventListener("scroll", () => {
+      this._isAtEnd = document.documentElement.scrollHeight - innerHeight - scrollY < 60;
+    }, { passive: true });
     byId("stop").addEventListener("click", () => this._stop());
     byId("new").addEventListener("click", () => this._clear());
     this._clear();
@@ -89,9 +93,10 @@ export class Playground {
 
   async _runTurn(turn, requests) {
     this._turns.push(turn);
+    this._isAtEnd = true;
     turn.place = el("div", { class: "pair" });
     const results = turn.calls.map((call) => el("div", { class: "user" }, el("b", {}, `Result of ${call.function.name}`), ` ${call.result}`));
-    turn.element = el("section", { class: "turn" }, ...results, this.settings.isChat && turn.text ? el("div", { class: "user" }, turn.text) : null, turn.place);
+    turn.element = el("section", { class: "turn" }, ...results, this.settings.isChat && turn.text ? promptBox("user", turn.text) : null, turn.place);
     byId("turns").append(turn.element);
     const first = requests.map((request) => this._addAnswer(turn, request));
     await this._whileBusy(first, async () => {
@@ -109,6 +114,7 @@ export class Playground {
     this._running.push(plain);
     await Promise.all([plain.run(), drafted.replay(() => this._isStopped)]);
     if (plain.isComplete) turn.element.append(verdict(drafted, plain));
+    this._follow();
   }
 
   async _whileBusy(answers, work) {
@@ -123,11 +129,17 @@ export class Playground {
       byId("send").hidden = false;
       byId("stop").hidden = true;
       this._offerRaces();
+      this._follow();
     }
   }
 
+  /** Keep the end in view while the reader is there. */
+  _follow() {
+    if (this._isAtEnd) scrollTo(0, document.documentElement.scrollHeight);
+  }
+
   _addAnswer(turn, request) {
-    const answer = new Answer(request, this._card, this.settings.isChat ? "" : turn.text);
+    const answer = new Answer(request, this._card, { prefix: this.settings.isChat ? "" : turn.text, onDrawn: () => this._follow() });
     const { path, body } = request;
     const copied = el("button", { type: "button", class: "quiet" }, "Copy text");
     copied.addEventListener("click", async () => {
@@ -138,7 +150,7 @@ export class Playground {
     turn.answers.push(answer);
     turn.place.append(answer.element);
     turn.place.classList.toggle("two", turn.answers.length > 1);
-    answer.element.scrollIntoView({ block: "nearest" });
+    this._follow();
     return answer;
   }
 
