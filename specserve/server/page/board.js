@@ -124,8 +124,8 @@ class Board {
       legend: { live: false },
       series: [{ label: "position" }, bars("kept, %", colour("--accent"))],
     }));
-    this._cost = new Chart("Cost of a step", "Line: the cost table; points: the latest steps. Where the line is flat, drafts are nearly free.", (colour) => ({
-      scales: { x: { time: false, distr: 3, log: 2 }, y: { range: fromZero } },
+    this._cost = new Chart("Cost of a step", "Line: the cost table; points: the latest steps. Where the line is flat, drafts are nearly free. Both axes are logarithmic.", (colour) => ({
+      scales: { x: { time: false, distr: 3, log: 2 }, y: { distr: 3 } },
       axes: [axisOf("rows", { size: 34 }), axisOf("milliseconds")],
       legend: { live: false },
       series: [
@@ -134,11 +134,11 @@ class Board {
         { ...line("latest steps, ms", colour("--ngram-line")), paths: () => null, points: { show: true, size: 7, fill: colour("--ngram-line") } },
       ],
     }));
-    this._choices = new Chart("What the budget chose", "Rows of the latest steps: those without which nothing would be generated, and drafts on top.", (colour) => ({
+    this._choices = new Chart("What the budget chose", "Rows of the latest steps: prompts and newest tokens, and drafts on top.", (colour) => ({
       scales: { x: { time: false, range: (_, low) => [(low ?? 0) - 0.6, 0.6] }, y: { range: fromZero } },
       axes: [axisOf("steps ago", { size: 34, incrs: [1, 2, 5, 10, 20, 50], values: (_, ticks) => ticks.map(Math.abs) }), axisOf("rows")],
       legend: { live: false },
-      series: [{ label: "step" }, bars("with drafts", colour("--head-line")), bars("without", colour("--muted"))],
+      series: [{ label: "step" }, bars("drafts", colour("--head-line")), bars("prompts and newest tokens", colour("--muted"))],
     }));
   }
 }

@@ -37,7 +37,7 @@ export class Chart {
     options.axes = options.axes.map((own) => ({ ...axis, ...own }));
     options.cursor = { drag: { x: false, y: false }, points: { size: 7 } };
     options.legend ??= { live: true }; // with the newest values while nothing is pointed at
-    this._plot = new uPlot({ width, height: HEIGHT, padding: [12, 12, 0, 0], ...options }, this._data, this._place);
+    this._plot = new uPlot({ width, height: HEIGHT, padding: [12, 22, 0, 0], ...options }, this._data, this._place);
   }
 
   _resize() {

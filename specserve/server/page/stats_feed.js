@@ -47,6 +47,7 @@ export class StatsFeed {
 
   _add(snapshot) {
     const last = this.samples.at(-1);
+    if (last?.snapshot.time_s === snapshot.time_s) return; // a step takes long: the engine has told nothing new
     this.samples.push({ snapshot, rates: last ? ratesOf(last.snapshot, snapshot) : null });
     if (this.samples.length > MAX_SAMPLES) this.samples.shift();
   }
