@@ -1,4 +1,4 @@
-"""langchain-openai: chat, streams, completions, structured output, tools."""
+"""langchain-openai: chat, streams, completions, structured output, tools; over chat and over responses."""
 
 from typing import Literal
 
@@ -62,6 +62,32 @@ def case_tools(url, key):
     check_answer(**call["args"])
     answer = chat(url, key, max_completion_tokens=200).with_structured_output(Answer, method="function_calling")
     check_answer(**answer.invoke("Say hello").model_dump())
+
+
+def case_responses_api(url, key):
+    model = chat(url, key, max_completion_tokens=24, use_responses_api=True)
+    whole = model.invoke("Say hello")
+    assert whole.text and whole.text == chat(url, key, max_completion_tokens=24).invoke("Say hello").content
+    chunks = list(model.stream("Say hello"))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    turn = [("human", "Say hello"), whole, ("human", "Again")]
+    assert model.invoke(turn).usage_metadata["input_tokens"] > whole.usage_metadata["input_tokens"]
+
+
+def case_responses_api_tools_and_formats(url, key):
+    model = chat(url, key, max_completion_tokens=200, use_responses_api=True)
+    bound = model.bind_tools([set_level], tool_choice="set_level")
+    first = bound.invoke("Say hello")
+    check_answer(**first.tool_calls[0]["args"])
+    result = set_level.invoke(first.tool_calls[0])
+    after = chat(url, key, max_completion_tokens=24, use_responses_api=True).invoke([("human", "Hi"), first, result])
+    assert after.text
+    streamed = None
+    for chunk in bound.stream("Say hello"):
+        streamed = chunk if streamed is None else streamed + chunk
+    assert streamed.tool_calls[0]["args"] == first.tool_calls[0]["args"]
+    answer = model.with_structured_output(Answer, method="json_schema").invoke("Say hello")
+    check_answer(answer.ok, answer.level)
 
 
 if __name__ == "__main__":

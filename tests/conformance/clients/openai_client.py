@@ -1,4 +1,4 @@
-"""The openai package: sync, async, streams, structured output with pydantic models, tools."""
+"""The openai package: sync, async, streams, structured output with pydantic models, tools; chat and responses."""
 
 import json
 from typing import Literal
@@ -105,6 +105,34 @@ def case_tools(url, key):
     ]
     after = client(url, key).chat.completions.create(**{**fields, "messages": history, "tool_choice": "none"})
     assert after.choices[0].message.tool_calls is None
+
+
+def case_responses_and_their_stream(url, key):
+    fields = {"model": "tiny", "input": "Say hello", "temperature": 0, "max_output_tokens": 24}
+    whole = client(url, key).responses.create(**fields)
+    chat = client(url, key).chat.completions.create(**FIELDS)
+    assert whole.output_text == chat.choices[0].message.content
+    with client(url, key).responses.stream(**fields) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert text == whole.output_text
+    fields["max_output_tokens"] = 100
+    parsed = client(url, key).responses.parse(**fields, text_format=Answer).output_parsed
+    check_answer(parsed.ok, parsed.level)
+
+
+def case_responses_tools(url, key):
+    tool = {"type": "function", **TOOL["function"], "strict": True}
+    fields = {"model": "tiny", "temperature": 0, "max_output_tokens": 200, "tools": [tool]}
+    forced = {**fields, "input": MESSAGES, "tool_choice": "required", "parallel_tool_calls": False}
+    call = client(url, key).responses.create(**forced).output[0]
+    check_answer(**json.loads(call.arguments))
+    with client(url, key).responses.stream(**forced) as stream:
+        final = stream.get_final_response()
+    assert final.output[0].parsed_arguments == json.loads(call.arguments)
+    history = [*MESSAGES, *final.output]
+    history.append({"type": "function_call_output", "call_id": final.output[0].call_id, "output": "done"})
+    after = client(url, key).responses.create(**{**fields, "input": history, "tool_choice": "none"})
+    assert [item.type for item in after.output] == ["message"]
 
 
 if __name__ == "__main__":
