@@ -20,6 +20,7 @@ from ..access.caller import Caller, caller_of
 from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_body
+from ..openai.request_types import ChatRequest
 from ..routes import Handler
 from ..sse import EventStream, stream_events
 from .answer import ResponseBuilder
@@ -51,10 +52,8 @@ class ResponsesRoutes:
         body = convert(await read_body(request, self._generator.config), ResponsesRequest)
         caller = caller_of(request)
         is_stored = self._is_stored(body)
-        own = input_items(body)
-        earlier = self._earlier(body, caller)
-        items = [*earlier, *own]
-        chat = chat_request(body, items, len(earlier))
+        kept = self._continued(body, caller)
+        chat, items = await asyncio.to_thread(_conversation, body, kept)  # a body may have very many items
         try:
             job = await self._generator.prepare(chat, caller)
         except UserError as error:
@@ -113,10 +112,10 @@ class ResponsesRoutes:
             )
         return self._store.is_open and body.store is not False
 
-    def _earlier(self, body: ResponsesRequest, caller: Caller) -> list[Item]:
-        """The conversation that the request continues, whose instructions are not carried over."""
+    def _continued(self, body: ResponsesRequest, caller: Caller) -> StoredResponse | None:
+        """The response that the request continues."""
         if body.previous_response_id is None:
-            return []
+            return None
         if not self._store.is_open:
             raise UserError(
                 "previous_response_id: this server keeps no responses (--store-responses-mib); send the conversation's "
@@ -132,8 +131,7 @@ class ResponsesRoutes:
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        items: list[Item] = decode_json(found.items)
-        return items
+        return found
 
     def _keep(self, caller: Caller, response: Response, items: list[Item]) -> None:
         stored = StoredResponse(
@@ -155,3 +153,11 @@ class ResponsesRoutes:
         return UserError(
             f"no response {response_id[:64]!r} is kept here{why}", param="response_id", status=404, code="not_found"
         )
+
+
+def _conversation(body: ResponsesRequest, kept: StoredResponse | None) -> tuple[ChatRequest, list[Item]]:
+    """The chat request, and all items of its conversation; the instructions of what it continues are not among them."""
+    own = input_items(body)
+    earlier: list[Item] = [] if kept is None else decode_json(kept.items)
+    items = [*earlier, *own]
+    return chat_request(body, items, len(earlier)), items

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from ...chat.tools.definitions import MAX_TOOLS
 from ...chat.tools.prompt import MAX_CALL_ID_LEN, call_arguments
 from ...chat.types import Message
 from ...errors import UserError
 from ..http_body import convert
 
 Item = Mapping[str, Any]
+MAX_ITEMS = 8192
 
 
 class MessageInput(msgspec.Struct, forbid_unknown_fields=True):
@@ -73,6 +75,12 @@ THOUGHT_PARTS: dict[str, tuple[str, set[str]]] = {"reasoning_text": ("text", set
 
 def messages_of(items: Sequence[Item], first: int = 0) -> list[Message]:
     """The conversation of `items`; errors count those from `first` on, the client's own, as `input`."""
+    if len(items) > MAX_ITEMS:
+        raise UserError(
+            f"the conversation has {len(items)} items, {first} of them of previous_response_id; at most {MAX_ITEMS} "
+            "are allowed",
+            param="input",
+        )
     conversation = _Conversation()
     for idx, item in enumerate(items):
         where = f"input[{idx - first}]" if idx >= first else "an item of previous_response_id"
@@ -140,10 +148,11 @@ class _Conversation:
             )
         call_arguments(item.arguments, f"{where}.arguments")
         turn = self._open(is_new=False)
+        turn.tool_calls = turn.tool_calls or []
+        if len(turn.tool_calls) == MAX_TOOLS:
+            raise UserError(f"{where} is one call more than the {MAX_TOOLS} that one turn may have", param=where)
         function = {"name": item.name, "arguments": item.arguments}
-        turn.tool_calls = [
-            *(turn.tool_calls or []), {"id": item.call_id, "type": "function", "function": function}
-        ]  # fmt: skip
+        turn.tool_calls.append({"id": item.call_id, "type": "function", "function": function})
         self._asked.add(item.call_id)
 
     def _answered(self, item: OutputInput, where: str) -> None:

@@ -131,6 +131,8 @@ BAD_INPUT = {
     "a call without an id": ([call("")], "input[0].call_id", "256"),
     "an output of nothing": ([user("a"), output("x")], "input[1].call_id", "'x'"),
     "an output of an earlier turn": ([call("a"), user("a"), output("a")], "input[2].call_id", "'a'"),
+    "too many calls": ([call(f"c{idx}") for idx in range(129)], "input[128]", "128"),
+    "too many items": ([user("a")] * 8193, "input", "8193"),
     "thoughts of another server": (
         [{"type": "reasoning", "summary": [], "encrypted_content": "x"}], "input[0].encrypted_content", "leave"
     ),
