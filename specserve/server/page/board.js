@@ -1,5 +1,5 @@
 // The live board: what the engine does now, what drafts bring, and what the budget chose. Numbers come from stats_feed.
-import { Chart, axisOf, bars, fromZero, line, timeAxis, timeSeries } from "./charts.js";
+import { Chart, axisOf, bars, decades, fromZero, line, timeAxis, timeSeries } from "./charts.js";
 import { acceptanceTable, sourceTable } from "./board_tables.js";
 import { bytes, duration, el, number, percent, replace } from "./dom.js";
 import { StatsFeed, lately } from "./stats_feed.js";
@@ -125,8 +125,8 @@ class Board {
       series: [{ label: "position" }, bars("kept, %", colour("--accent"))],
     }));
     this._cost = new Chart("Cost of a step", "Line: the cost table; points: the latest steps. Where the line is flat, drafts are nearly free. Both axes are logarithmic.", (colour) => ({
-      scales: { x: { time: false, distr: 3, log: 2 }, y: { distr: 3 } },
-      axes: [axisOf("rows", { size: 34 }), axisOf("milliseconds")],
+      scales: { x: { time: false, distr: 3, log: 2 }, y: { distr: 3, range: (_, low, high) => [(low || 1) / 1.5, (high || 10) * 1.5] } },
+      axes: [axisOf("rows", { size: 34 }), axisOf("milliseconds", { size: 62, splits: decades, filter: (_, splits) => splits, values: (_, ticks) => ticks.map((value) => number(value, value < 1 ? 2 : 0)) })],
       legend: { live: false },
       series: [
         { label: "rows" },

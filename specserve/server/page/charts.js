@@ -63,6 +63,12 @@ export const timeAxis = () => ({ values: (_, ticks) => ticks.map(clock), space: 
 export const timeSeries = () => ({ label: "time", value: (_, value) => (value === null ? "–" : clock(value)) });
 export const line = (label, stroke, more = {}) => ({ label, stroke, width: 2, points: { show: false }, value: (_, value) => figure(value), ...more });
 export const fromZero = (_, low, high) => [0, Number.isFinite(high) && high > 0 ? 1.08 * high : 1];
+export const decades = (_, axis, low, high) => {
+  const first = Math.floor(Math.log10(low));
+  const powers = Array.from({ length: Math.ceil(Math.log10(high)) - first + 1 }, (_, idx) => 10 ** (first + idx));
+  const splits = high / low > 100 ? powers : powers.flatMap((power) => [power, 2 * power, 5 * power]);
+  return splits.filter((value) => value >= low && value <= high);
+};
 export const bars = (label, fill, more = {}) => ({ label, fill, stroke: fill, width: 0, points: { show: false }, paths: uPlot.paths.bars({ size: [0.72, 64] }), value: (_, value) => figure(value), ...more });
 
 function figure(value) {

@@ -3,6 +3,7 @@
 import { stream } from "./api.js";
 
 const MAX_SAMPLES = 180; // three minutes
+const MIN_INTERVAL_S = 0.5;
 const PAUSES_S = [0.5, 1, 2, 5];
 
 export class StatsFeed {
@@ -46,8 +47,9 @@ export class StatsFeed {
   }
 
   _add(snapshot) {
+    // While a step takes long the engine has told nothing new, or so little later that no rate can be made of it.
+    if (snapshot.time_s - this.samples.at(-1)?.snapshot.time_s < MIN_INTERVAL_S) this.samples.pop();
     const last = this.samples.at(-1);
-    if (last?.snapshot.time_s === snapshot.time_s) return; // a step takes long: the engine has told nothing new
     this.samples.push({ snapshot, rates: last ? ratesOf(last.snapshot, snapshot) : null });
     if (this.samples.length > MAX_SAMPLES) this.samples.shift();
   }
