@@ -157,7 +157,7 @@ class Library:
 
     functions: ctypes.CDLL
     level: str
-    not_higher: str  # why not one of the levels above, each with its reason; empty for the best
+    not_higher: str  # the level above and why not that one; empty for the best
     uses_bf16: bool
     int8_products: str  # what multiplies whole numbers, in words
     build_s: float  # 0 when it came from the cache
@@ -220,7 +220,7 @@ def load_library(level_name: str | None = None) -> Library:
         reason = level.missing()
         if reason is None:
             try:
-                return load_at(level, "; ".join(reasons))
+                return load_at(level, reasons[-1] if reasons else "")
             except NativeError as error:
                 reason = str(error)
         reasons.append(f"{level.name}: {reason}")

@@ -26,6 +26,19 @@ class LineFormatter(logging.Formatter):
         return _UNSAFE_IN_TRACEBACK.sub(_escaped, super().formatException(ei)).replace("\n", "\n    ")
 
 
+class OriginFormatter(LineFormatter):
+    """The line with when, how bad and who: the process, and the module where it is not ours or something is wrong."""
+
+    def __init__(self, process: str):
+        super().__init__("%(asctime)s %(levelname)s %(origin)s: %(message)s")
+        self._process = process
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        is_plain = record.levelno == logging.INFO and record.name.startswith("specserve.")
+        record.origin = self._process if is_plain else f"{self._process} {record.name}"
+        return super().formatMessage(record)
+
+
 def one_line(text: str) -> str:
     return _UNSAFE.sub(_escaped, text)
 
@@ -34,11 +47,9 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-def configure_logging(level: int, process: str = "") -> None:
+def configure_logging(level: int, process: str = "server") -> None:
     """Log to standard error; `process` stands in each line."""
     logging.raiseExceptions = False  # a line that cannot be written is not worth a traceback that cannot be either
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        LineFormatter(f"%(asctime)s %(levelname)s {process + ' ' if process else ''}%(name)s: %(message)s")
-    )
+    handler.setFormatter(OriginFormatter(process))
     logging.basicConfig(level=level, handlers=[handler])

@@ -141,6 +141,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     kernels: str = ""  # what multiplies: a level of the native CPU path, torch or triton
     max_num_seqs: int = 0
     max_adapters: int = 0  # in the memory that steps read
+    undrafted_rates: list[tuple[int, float]] = []  # (sequences, tokens/s of all) without drafts, by the cost table
 
 
 class LookaheadInfo(msgspec.Struct, frozen=True):

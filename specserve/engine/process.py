@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from ..config import EngineConfig
-from ..drafting.cost_model import StepShape
+from ..drafting.cost_model import MEASURED_SEQS, StepShape
 from ..errors import ErrorInfo, GrammarError, OverloadedError, UserError
 from ..frames import read_frame
 from ..grammar.compiler import COMPILE_TIMEOUT_S
@@ -269,7 +269,7 @@ def main() -> int:
         return 1
     gc.collect()
     gc.freeze()  # what is there now stays: to look through its 200,000 objects would hold a step up for 0.1 s
-    link.send([msgspec.structs.replace(engine.info, pid=os.getpid())])
+    link.send([msgspec.structs.replace(engine.info, pid=os.getpid(), undrafted_rates=_undrafted_rates(engine))])
     try:
         EngineProcess(engine, link).serve()
     except BaseException:
@@ -277,6 +277,12 @@ def main() -> int:
         _leave(1)  # no thread that still reads an adapter from a slow disk is waited for
     engine.close()
     _leave(0)
+
+
+def _undrafted_rates(engine: Engine) -> list[tuple[int, float]]:
+    """Of short contexts and the bare base."""
+    table = engine.proposer.cost_model
+    return [(num, num / table.seconds(num, StepShape(num_seqs=num))) for num in (1, MEASURED_SEQS)]
 
 
 def _leave(status: int) -> NoReturn:

@@ -28,6 +28,7 @@ from .access.keys import KeyRing
 from .activity_log import summarize
 from .adapter_routes import AdapterRoutes
 from .adapter_store import AdapterStore
+from .banner import banner, takes_colour
 from .connections import Connections, raise_handle_limit
 from .console import say, settle
 from .engine_client.client import EngineClient, engine_command
@@ -243,8 +244,7 @@ def serve(config: ServeConfig) -> None:
     server = Server(config, model_dir)
 
     def announce(url: str) -> None:
-        names = ", ".join([server.model_name, *server.store.names()])
-        say(f"specserve {__version__} is ready at {url} (models: {names})")
+        say(banner(url, config, server.model_name, server.engine.info, server.store.names(), takes_colour()))
 
     async def main() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from specserve.log_lines import LineFormatter, one_line
+from specserve.log_lines import LineFormatter, OriginFormatter, one_line
 
 
 @pytest.fixture
@@ -38,3 +38,16 @@ def test_a_traceback_keeps_its_lines_and_forges_none(formatted):
     first, *rest = text.splitlines()
     assert first == "INFO failed" and "\x1b" not in text
     assert len(rest) > 3 and all(line.startswith(("Traceback", "    ")) for line in rest)
+
+
+def test_a_line_names_its_module_where_something_is_wrong_or_it_is_not_ours():
+    def line(name: str, level: int) -> str:
+        return (
+            OriginFormatter("engine")
+            .format(logging.LogRecord(name, level, "x.py", 1, "text", (), None))
+            .split(" ", 2)[2]
+        )
+
+    assert line("specserve.compute.loader", logging.INFO) == "INFO engine: text"
+    assert line("specserve.compute.loader", logging.WARNING) == "WARNING engine specserve.compute.loader: text"
+    assert line("torch", logging.INFO) == "INFO engine torch: text"

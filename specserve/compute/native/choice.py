@@ -78,7 +78,7 @@ def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | 
         return None
     if library.build_s:
         logger.info("built the native CPU kernels in %.1f s; they are cached", library.build_s)
-    why = f"; {library.not_higher}" if library.not_higher else "; kernels asks for it" if level else ""
+    why = f"; not {library.not_higher}" if library.not_higher else "; kernels asks for it" if level else ""
     logger.info("native CPU path: instructions are %s%s", library.level, why)
     num_threads = config.num_threads or torch.get_num_threads()
     return NativeChoice(library, num_threads, config.block_size, config.quantization, is_required)
