@@ -76,6 +76,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     grammar: GrammarSpec | None = None
     priority: int = 0  # lower is sooner
     deadline: float | None = None  # of time.monotonic(), which all processes of a machine share: then nobody wants it
+    # Sequences of one answer are admitted or refused together: with the first of them, which counts all. The others
+    # say 0, and are neither refused nor dropped for want of room or time.
+    num_admitted: int = 1
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

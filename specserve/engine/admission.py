@@ -49,17 +49,21 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
 
 
 def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate) -> None:
-    """Refuse a request that has no room to wait, or no time.
+    """Refuse a request that has no room to wait, or no time, and with it all sequences that are admitted with it.
 
     Raises `OverloadedError` with when to try again, and `DeadlineError` when its deadline has passed already.
     """
+    if not request.num_admitted:
+        return
     num, num_tokens, what = len(scheduler.waiting), scheduler.waiting.num_tokens, ""
-    own_tokens = len(request.prompt_token_ids) + waits.expected_output(request)
-    num_places = config.max_waiting + scheduler.max_num_seqs
+    own_tokens = request.num_admitted * (len(request.prompt_token_ids) + waits.expected_output(request))
+    num_places = config.max_waiting + scheduler.max_num_seqs + 1 - request.num_admitted  # for the first of them
     num_own = scheduler.waiting.num_of(request.caller, request.adapter_hash)
     if num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED):
         own = f"{num_own} of them this key's for this adapter"
         what = f"{num} requests, {own}, are waiting (--max-waiting {config.max_waiting})"
+        if request.num_admitted > 1:
+            what += f" and this one has {request.num_admitted} sequences"
     elif num_tokens and num_tokens + own_tokens > config.max_waiting_tokens:  # one may wait, whatever its size
         what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"
     if what:

@@ -59,7 +59,7 @@ from .reports import Event, Reports
 from .running import RunningRequest
 from .stats import Counters, adapter_states, engine_stats
 from .step_times import StepTimes
-from .wait_estimate import WaitEstimate
+from .wait_estimate import WaitEstimate, decode_step_s
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Engine:
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)
-        self.waits = WaitEstimate(self.scheduler, cost_model.seconds)
+        self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
         self.recent_steps = RecentSteps(cost_model)
 
     # -- requests

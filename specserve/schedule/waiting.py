@@ -62,7 +62,7 @@ class WaitingQueue:
         self._waiting_priorities.put(seq.priority, seq.priority)
         self._prompt_tokens += seq.prompt_len
         self._by_arrival[seq] = None
-        if seq.deadline is not None:
+        if seq.deadline is not None and seq.request.num_admitted:
             self._by_deadline.put(seq, (seq.deadline, seq.seq_id))
 
     def put_back(self, seq: Sequence, now: float) -> None:
@@ -110,7 +110,10 @@ class WaitingQueue:
         self._by_priority[seq.priority].end(seq)
 
     def late(self, now: float) -> list[Sequence]:
-        """Those that have not run and whose deadline has passed; they stay until `remove`."""
+        """Those that have not run and whose deadline has passed; they stay until `remove`.
+
+        Of an answer the first sequence alone: once that runs the answer has begun.
+        """
         late: list[Sequence] = []
         while self._by_deadline and (seq := self._by_deadline.first()).deadline is not None and seq.deadline <= now:
             self._by_deadline.remove(seq)

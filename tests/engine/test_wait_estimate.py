@@ -3,8 +3,9 @@
 import pytest
 
 from specserve.config import EngineConfig
+from specserve.drafting.cost_model import CostModel
 from specserve.engine.admission import refuse_overload
-from specserve.engine.wait_estimate import WaitEstimate
+from specserve.engine.wait_estimate import WaitEstimate, decode_step_s
 from specserve.errors import OverloadedError
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.schedule.block_manager import BlockManager
@@ -69,6 +70,61 @@ def test_one_adapter_cannot_take_all_places_to_wait():
         assert room_for(adapter)
         load.add(adapter)
     assert not room_for("c")
+
+
+def refusal_of(load, request, config):
+    try:
+        refuse_overload(request, config, load.scheduler, load.waits)
+    except OverloadedError as error:
+        return error
+    return None
+
+
+def test_sequences_of_one_answer_are_refused_with_the_first_or_not_at_all():
+    """For want of places, and of time."""
+    config = EngineConfig(max_waiting=4)  # and two seats
+    load = Load()
+    for _ in range(3):
+        load.add()
+    assert refusal_of(load, load.request("a", num_admitted=3), config) is None
+    assert "has 4 sequences" in str(refusal_of(load, load.request("a", num_admitted=4), config))
+    for _ in range(5):
+        load.add()
+    assert refusal_of(load, load.request(), config) is not None
+    assert refusal_of(load, load.request(num_admitted=0), config) is None, "its answer was admitted"
+    in_time = load.now + load.waits.first_token_s(load.request("a"))
+    roomy = EngineConfig(max_waiting=100)
+    assert refusal_of(load, load.request("a", deadline=in_time), roomy) is None
+    refused = refusal_of(load, load.request("a", deadline=in_time, num_admitted=8), roomy)
+    assert refused.code == "deadline_unreachable"
+    assert refusal_of(load, load.request("a", deadline=load.now - 1, num_admitted=0), roomy) is None
+
+
+def test_where_seats_are_free_for_some_of_an_answers_sequences_the_last_one_waits():
+    load = Load()
+    assert load.waits.wait_s(load.request(num_admitted=2)) == 0 < load.waits.wait_s(load.request(num_admitted=3))
+
+
+def test_a_sequence_whose_answer_has_begun_is_not_dropped_for_its_deadline():
+    load = Load()
+    first = load.add(deadline=5.0, num_admitted=3)
+    others = [load.add(deadline=5.0, num_admitted=0) for _ in range(2)]
+    late = load.add("b", deadline=5.0)
+    load.scheduler.max_num_seqs = 1
+    load.step()
+    assert load.scheduler.running == [first]
+    assert load.scheduler.waiting.late(10.0) == [late] and set(others) < set(load.scheduler.waiting)
+
+
+def test_before_anything_was_measured_the_host_sequences_and_contexts_count():
+    load, costs = Load(), CostModel({1: 0.01, 64: 0.02}, sequence_s=1e-3, key_s=1e-5)
+    alone = decode_step_s(costs, load.scheduler, 1)
+    assert alone > costs.seconds(1)
+    apart = decode_step_s(costs, load.scheduler, 2)
+    assert apart - alone > costs.seconds(2) - costs.seconds(1) + 0.9e-3
+    load.add()
+    load.step()
+    assert decode_step_s(costs, load.scheduler, 2) - apart == pytest.approx(2 * 4 * 1e-5)  # prompts of four tokens
 
 
 def test_nobody_waits_while_there_is_a_seat():

@@ -87,7 +87,7 @@ async def test_the_engine_hears_who_sends_a_request_whether_or_not_caches_are_ap
     anonymous = KeyRing(ServeConfig()).anonymous
     for name, tenant in (("red", "red"), ("red", None)):
         job = await prepare(generator, dataclasses.replace(anonymous, name=name, tenant=tenant), n=2)
-        assert [request.caller for request in job.requests] == ["red", "red"]
+        assert [(request.caller, request.num_admitted) for request in job.requests] == [("red", 2), ("red", 0)]
     assert (await prepare(generator)).requests[0].caller == ""
 
 

@@ -59,6 +59,7 @@ async def switching_deltas(
             prompt_token_ids=list(tokens),
             sampling=sampling,
             grammar=plan.arguments_spec(tool),
+            num_admitted=0,  # the answer has begun
         )
         adapter = tool.adapter or own_adapter
 

@@ -158,6 +158,7 @@ class Generator:
                 grammar=grammar,
                 priority=priority,
                 deadline=deadline,
+                num_admitted=n * len(prompts) if idx == 0 else 0,
             )
             for idx in range(n * len(prompts))
         ]
