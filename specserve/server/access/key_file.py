@@ -33,6 +33,14 @@ MAX_KEYS = 1024  # each is compared with at every request
 SETTLE_S = 0.5  # without a change a file is complete: half of one can be a valid file with fewer keys
 _MAX_SETTLE_S = 10.0
 _HASH = re.compile(r"[0-9a-f]{64}")
+_WORD = re.compile(r"[a-z_]{1,16}")  # shorter than any key
+_MAY_BE = {
+    "sha256": "64 hexadecimal digits in lower case, or a list of such",
+    "scopes": f"a list of {', '.join(SCOPES)}",
+    "adapters": "a list of names, or of patterns with * and ?; null for all",
+    "priority": "true or false",
+}
+_LIMIT_MAY_BE = "a whole number, 1 or more, or null for no limit"
 
 _Limit = Annotated[int, Meta(ge=1)] | None | UnsetType
 
@@ -142,11 +150,41 @@ def _entry(path: Path, name: Any, value: Any, defaults: Limits) -> KeyEntry:
     )
 
 
-def _convert(path: Path, name: str, value: Any, kind: type[Any]) -> Any:
+def _convert(path: Path, name: str, value: Any, kind: type[msgspec.Struct]) -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise UserError(f"{path}: {name!r}: {error}") from None
+        raise UserError(f"{path}: {name!r} {_problem(name, value, kind) or error}") from None
+
+
+def _problem(name: str, value: Any, kind: type[msgspec.Struct]) -> str | None:
+    """The first thing that is wrong with an entry, what it may be, and what to do."""
+    if not isinstance(value, dict):
+        example = "max_concurrent: 8" if name == DEFAULTS else "sha256: HASH"
+        return f"is {_shown(value)}; write its fields under it, such as {example}"
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    for key, item in value.items():
+        if key not in fields:
+            return f"has an unknown field {str(key)[:80]!r}; there are {', '.join(fields)}"
+        try:
+            msgspec.convert(item, fields[key].type)
+        except msgspec.ValidationError:
+            return f"has {key}: {_shown(item, key)}; it may be {_MAY_BE.get(key, _LIMIT_MAY_BE)}"
+    if missing := [field.name for field in fields.values() if field.required and field.name not in value]:
+        return f"has no {missing[0]}; `specserve keys new {name}` makes a key and its hash"
+    return None
+
+
+def _shown(value: Any, field: str = "") -> str:
+    """A value in an error, by its kind alone where it might be a key."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, int | float):
+        return str(value)[:40]
+    if field == "scopes" and isinstance(value, list):
+        unknown = [item for item in value if item not in SCOPES]
+        return unknown[0] if isinstance(unknown[0], str) and _WORD.fullmatch(unknown[0]) else "a list of something else"
+    return {str: "text", list: "a list", dict: "a mapping"}.get(type(value), type(value).__name__)
 
 
 def new_key() -> str:
