@@ -62,11 +62,12 @@ def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: S
     if num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED):
         own = f"{num_own} of them this key's for this adapter"
         what = f"{num} requests, {own}, are waiting (--max-waiting {config.max_waiting})"
-        if request.num_admitted > 1:
-            what += f" and this one has {request.num_admitted} sequences"
-    elif num_tokens and num_tokens + own_tokens > config.max_waiting_tokens:  # one may wait, whatever its size
+    elif num_tokens + own_tokens > config.max_waiting_tokens and (num_tokens or request.num_admitted > 1):
+        # One may wait, whatever its size.
         what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"
     if what:
+        if request.num_admitted > 1:
+            what += f" and this one has {request.num_admitted} sequences"
         wait_s = waits.wait_s(request)
         shown_s = max(wait_s, 1.0)  # as Retry-After says it
         raise OverloadedError(f"{what}; they are served in about {shown_s:.0f} s: retry then", retry_after_s=wait_s)

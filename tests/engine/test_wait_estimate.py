@@ -92,6 +92,9 @@ def test_sequences_of_one_answer_are_refused_with_the_first_or_not_at_all():
         load.add()
     assert refusal_of(load, load.request(), config) is not None
     assert refusal_of(load, load.request(num_admitted=0), config) is None, "its answer was admitted"
+    few = EngineConfig(max_waiting_tokens=60)
+    assert refusal_of(Load(), load.request(num_admitted=2), few) is None
+    assert "max-waiting-tokens 60" in str(refusal_of(Load(), load.request(num_admitted=3), few))  # 24 tokens each
     in_time = load.now + load.waits.first_token_s(load.request("a"))
     roomy = EngineConfig(max_waiting=100)
     assert refusal_of(load, load.request("a", deadline=in_time), roomy) is None

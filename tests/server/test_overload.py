@@ -100,7 +100,7 @@ def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(serve
     assert error["code"] == "overloaded"
     occupy()
     refused = server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 24})
-    error = assert_error(refused, 429, "19 requests", "--max-waiting 20")
+    error = assert_error(refused, 429, "this one has 24 sequences", "--max-waiting 20")
     occupy(n=8)
     metrics = server.metrics()
     assert metrics["engine_num_waiting_tokens"] > 0 and metrics["engine_wait_estimate_seconds"] > 0

@@ -184,7 +184,8 @@ def _shown(value: Any, field: str = "") -> str:
     if field == "scopes" and isinstance(value, list):
         unknown = [item for item in value if item not in SCOPES]
         return unknown[0] if isinstance(unknown[0], str) and _WORD.fullmatch(unknown[0]) else "a list of something else"
-    return {str: "text", list: "a list", dict: "a mapping"}.get(type(value), type(value).__name__)
+    kinds = {"str": "text", "list": "a list", "dict": "a mapping"}
+    return kinds.get(type(value).__name__, type(value).__name__)
 
 
 def new_key() -> str:
