@@ -34,5 +34,6 @@ def test_a_browser_may_send_its_key_and_read_what_is_left_of_its_limits(server):
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     preflight = requests.options(server.url + TEXT, headers={"Origin": server.url, **asked}, timeout=20)
     assert "Authorization" in preflight.headers["Access-Control-Allow-Headers"]  # which no * includes
+    assert preflight.headers["Access-Control-Allow-Methods"] == "GET, POST, DELETE"
     answer = server.post(TEXT, {"prompt": "a", "max_tokens": 1}, headers={"Origin": server.url})
     assert answer.headers["Access-Control-Expose-Headers"] == "*"
