@@ -97,6 +97,14 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
     size_bytes: int = 0  # that it took in memory then
     is_pinned: bool = False
     is_prefetch: bool = False  # nobody waits for it: it takes no room of adapters in use, and waits for none
+    priority: int = 0  # the best of the requests that wait for it; lower is sooner
+
+
+class HastenLoads(msgspec.Struct, frozen=True, tag="hasten_loads"):
+    """A request of this priority waits, too, for the loads of the PEFT directory `path` that are under way."""
+
+    path: str
+    priority: int
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
@@ -402,7 +410,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     expected_s: float  # that such a step takes at most, by what was measured of others
 
 
-ToEngine = GenerateRequest | Abort | LoadAdapter | UnloadAdapter | PinAdapter | GetAdapters | GetStats | Shutdown
+ToEngine = (
+    GenerateRequest | Abort | LoadAdapter | HastenLoads | UnloadAdapter | PinAdapter | GetAdapters | GetStats | Shutdown
+)
 FromEngine = (
     EngineInfo
     | Delta

@@ -10,7 +10,7 @@ equal adapters, which is printed first. Both orders get the same requests:
 - popular: 1.1 times what can be served, Zipf: the most popular adapters ask for more than their share
 - priorities: 0.3 of the load urgent, with a deadline of 10 s, and 1.0 batch of a worse priority, over adapters that are
   all in memory; first come first served knows neither priority nor deadline
-- priorities, many: the same over all adapters, which wait for places in order of arrival, whatever their priority
+- priorities, many: the same over all adapters, which wait for places by priority, too
 
     python -m bench.simulator [--adapters 1000] [--places 32] [--requests 3000] [--plot docs/scheduling.png]
 """

@@ -134,7 +134,8 @@ class Replica:
             self._add(outcome, request)
             return
         if key not in self._loads:
-            self._loads[key] = _Load(self.registry.ask(1, key))
+            self._loads[key] = _Load(self.registry.ask(1, key, priority=request.priority))
+        self.registry.hasten(self._loads[key].room, request.priority)
         self._loads[key].waiting.append((outcome, request))
 
     def _add(self, outcome: Outcome, request: GenerateRequest) -> None:

@@ -20,8 +20,10 @@ class Reservation:
     num_bytes: int
     asked_at: float
     key: str | None = None
+    priority: int = 0  # the best of the requests that wait for it; lower is sooner
     is_granted: bool = False
     is_held: bool = False
+    number: int = 0  # in the order of asking
 
 
 @dataclass(slots=True)

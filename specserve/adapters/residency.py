@@ -1,19 +1,19 @@
 """Who gets room in a memory, and who leaves for it: the half of the registry that decides.
 
 Knows sizes, counts and values of adapters, never the adapters. Any thread may ask. Invariants: held and reserved bytes
-and places are within the limits; what is in use or pinned stays; room is given in the order of asking.
+and places are within the limits; what is in use or pinned stays; room is given in the order of `room_queue`.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 from ..errors import OverloadedError, UserError
 from .held import Counts, Held, Reservation
 from .reuse import ReuseScores
+from .room_queue import RoomQueue
 
 STAY_S = 1.0  # an adapter in use makes room for others after so long at the earliest
 PATIENCE_S = 5.0  # when one that was asked to make room has not, another is asked in its stead
@@ -42,36 +42,51 @@ class Residency:
         self._clock = clock
         self.bytes_flag = bytes_flag
         self._held: dict[str, Held] = {}
-        self._waiting: deque[Reservation] = deque()
+        self._waiting = RoomQueue()
         self._left: list[str] = []  # of `_held`, until somebody takes note of it
         self._used_bytes = 0  # held and reserved
         self._num_reserved = 0
         self._is_asking, self._next_ask = False, 0.0
         self.lock = threading.RLock()
 
-    def ask(self, num_bytes: int, key: str | None = None, *, is_patient: bool = True) -> Reservation:
-        """Room for an adapter, granted at once if idle ones can make it and nobody waits; else it waits if it shall.
+    def ask(self, num_bytes: int, key: str | None = None, *, is_patient: bool = True, priority: int = 0) -> Reservation:
+        """Room for an adapter, granted at once if idle ones can make it and nobody else is first; else it waits if it
+        shall.
 
         `key` is its content hash, where that is known. Raises `UserError` for what can never be granted.
         """
         with self.lock:
-            reservation = Reservation(num_bytes, self._clock(), key)
-            if self.is_staying(key) or not self._waiting:
-                if self._take(reservation):
-                    return reservation
-            if key not in self._held:
-                self._check_size(num_bytes)
+            reservation = Reservation(num_bytes, self._clock(), key, priority)
+            if self.is_staying(key) and self._take(reservation):
+                return reservation
+            self._waiting.put(reservation)
+            if self._waiting.first(reservation.asked_at) is reservation and self._take(reservation):
+                self._waiting.take(reservation)
+                return reservation
+            try:
+                if key not in self._held:
+                    self._check_size(num_bytes)
+            except UserError:
+                self._waiting.remove(reservation)
+                raise
             if is_patient:
-                self._waiting.append(reservation)
                 self.counts.num_waits += 1
+            else:
+                self._waiting.remove(reservation)
             return reservation
+
+    def hasten(self, reservation: Reservation, priority: int) -> None:
+        """A request of that priority waits for it, too."""
+        with self.lock:
+            self._waiting.hasten(reservation, priority)
 
     def grant(self) -> None:
         """Give room to those that wait, in order, and ask adapters in use to make more; call it now and then."""
         with self.lock:
-            while self._waiting and self._take(self._waiting[0]):
-                reservation = self._waiting.popleft()
-                self.counts.wait_s += self._clock() - reservation.asked_at
+            now = self._clock()
+            while self._waiting and self._take(reservation := self._waiting.first(now)):
+                self._waiting.take(reservation)
+                self.counts.wait_s += now - reservation.asked_at
             if self._waiting:
                 self._ask_held()
             elif self._is_asking:  # whoever waited has given up, or found room elsewhere
@@ -162,7 +177,7 @@ class Residency:
         return True
 
     def _ask_held(self) -> None:
-        """Ask adapters in use to make room for those that wait longest, the least valuable first."""
+        """Ask adapters in use to make room for those that are next, the least valuable first."""
         now = self._clock()
         if now < self._next_ask:
             return

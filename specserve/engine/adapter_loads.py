@@ -1,7 +1,8 @@
 """Adapters on their way into the engine: each goes its way on a thread (`adapter_memory`), and waits without one.
 
-Room is given in the order of asking; whoever finds none waits, and adapters in use make some. A load that takes long or
-fails holds up nobody else. What waits too long or is too many is refused; while others get room no wait is too long.
+Room is given by the priority of the requests that wait, then in the order of asking; whoever finds none waits, and
+adapters in use make some. A load that takes long or fails holds up nobody else. What waits too long or is too many is
+refused; while others get room no wait is too long.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..adapters.registry import Reservation
 from ..errors import NO_IDLE_ROOM, ErrorInfo, OverloadedError, UserError
@@ -34,8 +35,9 @@ Answer = AdapterLoaded | CallFailed
 @dataclass(slots=True, eq=False)
 class _Load:
     message: LoadAdapter
-    way: Generator[Reservation, None, Brought]
     since: float  # it waits for a thread, is read, or waits for room
+    priority: int  # the best of the requests that wait for it
+    way: Generator[Reservation, None, Brought] = field(init=False)
     running: Future[Reservation | Brought] | None = None
     reservation: Reservation | None = None  # that it waits for
     is_answered: bool = False
@@ -81,9 +83,24 @@ class AdapterLoads:
             if len(self._loads) >= MAX_LOADS:
                 error = OverloadedError(f"{len(self._loads)} adapters wait to be loaded; retry shortly", status=503)
                 return [CallFailed(message.call_id, error.info())]
-            self._loads.append(_Load(message, self._engine.memory.bring(message), self._clock()))
+            load = _Load(message, self._clock(), message.priority)
+            load.way = self._engine.memory.bring(message, lambda: load.priority)
+            if (key := message.content_hash) is not None:  # those of the same content come first
+                self._hasten((other for other in self._loads if other.message.content_hash == key), load.priority)
+            self._loads.append(load)
             self._go_on()
         return []
+
+    def hasten(self, path: str, priority: int) -> None:
+        """A request of that priority waits, too, for the loads of the directory `path`."""
+        with self._lock:
+            self._hasten((load for load in self._loads if load.message.path == path), priority)
+
+    def _hasten(self, loads: Iterable[_Load], priority: int) -> None:
+        for load in loads:
+            load.priority = min(load.priority, priority)
+            if load.reservation is not None:
+                self._engine.memory.hasten(load.reservation, load.priority)
 
     def place(self) -> list[Answer]:
         """The answers to loads that have ended, one way or the other; those that wait go on when there is room."""
@@ -122,6 +139,7 @@ class AdapterLoads:
                     assert info is not None
                     return AdapterLoaded(message.call_id, info)
                 load.reservation, load.since = result, now
+                self._engine.memory.hasten(result, load.priority)  # it may have been hastened since it asked
                 if message.is_prefetch:
                     load.way.close()
                     text = f"no idle adapter makes room for {message.name!r}, and a prefetch does not wait"

@@ -42,30 +42,33 @@ class AdapterMemory:
         self.num_reads = 0  # from disk, that succeeded
         self._read, self._expected_bytes, self._upload = read, expected_bytes, upload
 
-    def bring(self, load: LoadAdapter) -> Generator[Reservation, None, Brought]:
+    def bring(self, load: LoadAdapter, priority: Callable[[], int]) -> Generator[Reservation, None, Brought]:
         """Yields reservations that are not granted yet, to go on when they are. On threads other than the engine's.
 
-        Closing it gives back what it holds. Raises `UserError`.
+        `priority` is asked for the best of the requests that wait for it by then. Closing it gives back what it holds.
+        Raises `UserError`.
         """
         host = self.host
         if host is None:
-            return (yield from self._into(self.registry, load, None))
+            return (yield from self._into(self.registry, load, priority, None))
         if self.registry.is_staying(load.content_hash):
             reservation = self.registry.ask(load.size_bytes, load.content_hash, is_patient=False)
             if (brought := self._held_by(self.registry, reservation)) is not None:
                 return brought
             self.registry.give_back(reservation)
-        content_hash = yield from self._on_host(host, load)
+        content_hash = yield from self._on_host(host, load, priority)
         try:
-            return (yield from self._into(self.registry, load, host.adapters[content_hash]))
+            return (yield from self._into(self.registry, load, priority, host.adapters[content_hash]))
         finally:
             host.release(content_hash)
             host.take_left()  # it may have been unloaded meanwhile
 
-    def _on_host(self, host: AdapterRegistry, load: LoadAdapter) -> Generator[Reservation, None, str]:
+    def _on_host(
+        self, host: AdapterRegistry, load: LoadAdapter, priority: Callable[[], int]
+    ) -> Generator[Reservation, None, str]:
         """Content hash of the adapter, whose copy in host memory is acquired."""
         while True:
-            brought = yield from self._into(host, load, None)
+            brought = yield from self._into(host, load, priority, None)
             content_hash = brought.adapter.content_hash
             with host.lock:
                 host.take_left()
@@ -76,14 +79,14 @@ class AdapterMemory:
                     return content_hash
 
     def _into(
-        self, registry: AdapterRegistry, load: LoadAdapter, copy: LoraAdapter | None
+        self, registry: AdapterRegistry, load: LoadAdapter, priority: Callable[[], int], copy: LoraAdapter | None
     ) -> Generator[Reservation, None, Brought]:
         """Into one memory, from the `copy` of another one or from disk."""
         key = copy.content_hash if copy is not None else load.content_hash
         num_bytes = copy.num_bytes if copy is not None else load.size_bytes
         num_bytes = num_bytes or self._expected_bytes(Path(load.path))
         while True:
-            reservation = registry.ask(num_bytes, key, is_patient=not load.is_prefetch)
+            reservation = registry.ask(num_bytes, key, is_patient=not load.is_prefetch, priority=priority())
             try:
                 while not reservation.is_granted:
                     yield reservation
@@ -127,6 +130,12 @@ class AdapterMemory:
         for registry in (self.registry, self.host):
             if registry is not None:
                 registry.grant()
+
+    def hasten(self, reservation: Reservation, priority: int) -> None:
+        """A request of that priority waits for it, too."""
+        for registry in (self.registry, self.host):
+            if registry is not None and registry.is_waiting(reservation):
+                registry.hasten(reservation, priority)
 
     def no_room(self, reservation: Reservation, seconds: float) -> OverloadedError:
         """Why a load that waited for `reservation` for so long is refused."""

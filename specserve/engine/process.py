@@ -43,6 +43,7 @@ from ..messages import (
     GetAdapters,
     GetStats,
     GrammarSpec,
+    HastenLoads,
     LoadAdapter,
     PinAdapter,
     RequestFailed,
@@ -128,9 +129,12 @@ class EngineProcess:
 
     def _begin_load(self, message: Any) -> bool:
         """On the thread that reads frames: a load waits for no step."""
-        if not isinstance(message, LoadAdapter):
+        if isinstance(message, LoadAdapter):
+            self._link.send_beside(self._loads.submit(message))
+        elif isinstance(message, HastenLoads):
+            self._loads.hasten(message.path, message.priority)
+        else:
             return False
-        self._link.send_beside(self._loads.submit(message))
         return True
 
     def _drain_inbox(self, wait_s: float) -> None:

@@ -20,7 +20,6 @@ class AdapterPins:
         self._attempts: dict[str, set[object]] = {}  # that have not ended, of names that none has pinned for good
         self._engine = engine
         self._hashes: set[str] = set()  # that the engine was told to keep
-        self._generation = 0  # of the engine process that was told
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
@@ -66,10 +65,3 @@ class AdapterPins:
 
     def unloaded(self, content_hash: str) -> None:
         self._hashes.discard(content_hash)
-
-    def to_load_again(self) -> list[str]:
-        """The pinned names, once for each engine process: one that was started again holds nothing."""
-        if self._generation == self._engine.generation:
-            return []
-        self._generation = self._engine.generation
-        return sorted(self.names)

@@ -11,30 +11,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..adapter_files import ChangingError, Stamp, age_s, changing, read_texts, stamp_of
-from ..errors import NO_IDLE_ROOM, EngineDeadError, UserError
+from ..adapter_files import ChangingError, changing, read_texts
+from ..errors import NO_IDLE_ROOM, UserError
 from ..messages import AdapterInfo
+from .adapter_loader import AdapterLoader
 from .adapter_names import AdapterNames
 from .adapter_paths import is_one_directory
 from .adapter_pins import AdapterPins
 from .disk import Disk
 from .engine_client.client import EngineClient
-from .loaded_names import Loaded, LoadedNames, UseCounts
+from .loaded_names import LoadedNames, UseCounts
 from .name_claims import Claim
 
-SETTLE_S = 1.0  # files that changed later than this ago may be half of something
-# That a load waits out, each for up to `SETTLE_S`. Not by the clock, which also runs while the server is stopped.
-MAX_CHANGES = 30
 MAX_LOADS = 4  # that a request sees overtaken by changes
+PINS_AT_ONCE = 4  # that are loaded again; requests have the other threads of the engine that read
+AFTER_ALL = 1 << 30  # a priority behind every request's
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class _Loading:
+    """A load that is under way."""
+
+    priority: int  # the best of the requests that wait for it
+    task: asyncio.Task[None] = field(init=False)
 
 
 class AdapterStore:
@@ -54,8 +62,9 @@ class AdapterStore:
         self._pins = AdapterPins(engine)
         self._loaded = LoadedNames(lambda: engine.generation)
         self.uses = UseCounts()
-        self._observe_load_s = observe_load_s
-        self._loading: dict[tuple[str, Path], asyncio.Task[None]] = {}
+        self._loader = AdapterLoader(engine, self._disk, self._pins, self._loaded, observe_load_s)
+        self._loading: dict[tuple[str, Path], _Loading] = {}
+        self._pin_places = asyncio.Semaphore(PINS_AT_ONCE)
 
     def names(self) -> list[str]:
         """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
@@ -82,11 +91,12 @@ class AdapterStore:
         """One of the methods above, on a thread. Raises 503 when the disk is away."""
         return await self._disk.look(str(args[0]) if args else "", function, *args)
 
-    async def resolve(self, name: str) -> AdapterInfo:
-        """The loaded adapter that `name` means now; loads it if needed. Raises `UserError`."""
+    async def resolve(self, name: str, priority: int = 0) -> AdapterInfo:
+        """The loaded adapter that `name` means now; loads it if needed, for a request of that `priority`.
+
+        Raises `UserError`.
+        """
         num_loads = 0
-        for pinned in self._pins.to_load_again():
-            _start(self.resolve(pinned))
         while True:
             directory, stamp = await self._disk.look(name, self._names.look_up, name)
             loaded = self._loaded.held(name)
@@ -98,12 +108,14 @@ class AdapterStore:
                     raise changing(name)
             # What was loaded may be of a moment before this request: look again.
             with _unless_nobody_would_have_waited():
-                await asyncio.shield(self._begin_load(name, directory))
+                await asyncio.shield(self._begin_load(name, directory, priority))
 
-    async def resolve_with_texts(self, name: str, known: Container[str]) -> tuple[AdapterInfo, dict[str, bytes] | None]:
+    async def resolve_with_texts(
+        self, name: str, known: Container[str], priority: int = 0
+    ) -> tuple[AdapterInfo, dict[str, bytes] | None]:
         """As `resolve`, with the template and tokenizer files of that moment; None where `known` has their hash."""
         for _ in range(MAX_LOADS):
-            info = await self.resolve(name)
+            info = await self.resolve(name, priority)
             if info.text_hash is None or info.text_hash in known:
                 return info, None
             with contextlib.suppress(ChangingError):
@@ -124,7 +136,20 @@ class AdapterStore:
     def adapters_left(self, content_hashes: Iterable[str]) -> None:
         """The engine says that it no longer holds these."""
         for content_hash in content_hashes:
+            names = self._loaded.names_of(content_hash)
             self._loaded.lost(content_hash)
+            for pinned in names & self._pins.names:  # it was let go for another name that had the same content
+                _start(self._bring_back(pinned))
+
+    def engine_started(self) -> None:
+        """A new engine process serves, which holds nothing: pinned adapters come back before they are asked for."""
+        for pinned in sorted(self._pins.names):
+            _start(self._bring_back(pinned))
+
+    async def _bring_back(self, pinned: str) -> None:
+        async with self._pin_places:
+            if pinned in self._pins.names:
+                await self.resolve(pinned, AFTER_ALL)
 
     async def prefetch(self, name: str) -> bool:
         """Begin to load what `name` means now, if idle adapters make room; True when it is loaded already.
@@ -135,7 +160,7 @@ class AdapterStore:
         loaded = self._loaded.held(name)
         if loaded is not None and loaded.is_of(directory, stamp):
             return True
-        self._begin_load(name, directory, is_prefetch=True)
+        self._begin_load(name, directory, AFTER_ALL, is_prefetch=True)
         return False
 
     async def pin(self, name: str) -> AdapterInfo:
@@ -148,9 +173,9 @@ class AdapterStore:
             with self._pins.attempt(name):
                 info = await self._load_and_keep(name)
         except BaseException:
-            _start(self._follow_pins(name))  # the engine may have been told already
+            _start(self._loader.follow_pins(name))  # the engine may have been told already
             raise
-        await self._follow_pins(name)  # it may be unpinned meanwhile
+        await self._loader.follow_pins(name)  # it may be unpinned meanwhile
         return info
 
     async def _load_and_keep(self, name: str) -> AdapterInfo:
@@ -170,13 +195,7 @@ class AdapterStore:
         """Let others take its place again; a name that is not pinned stays as it is."""
         await self._disk.look(name, self.path, name)
         self._pins.unpin(name)
-        await self._follow_pins(name)
-
-    async def _follow_pins(self, name: str) -> None:
-        """Let the engine keep what `name` means no longer if no pinned name means it."""
-        loaded = self._loaded.held(name)
-        if loaded is not None:
-            await self._pins.follow(loaded.info.content_hash, self._loaded.names_of(loaded.info.content_hash))
+        await self._loader.follow_pins(name)
 
     def is_pinned(self, name: str) -> bool:
         return name in self._pins.names
@@ -226,12 +245,12 @@ class AdapterStore:
 
     async def _register(self, claim: Claim) -> AdapterInfo:
         try:
-            loaded = await self._load(claim.name, claim.directory, reads=True)
+            loaded = await self._loader.load(claim.name, claim.directory, reads=True)
             if not self._names.give(claim):
-                await self._release(loaded)
+                await self._loader.release(loaded)
                 message = f"the name {claim.name!r} was unloaded or given away while the adapter loaded"
                 raise UserError(message, param="lora_name", status=409)
-            await self._keep(claim.name, loaded)
+            await self._loader.keep(claim.name, loaded)
             return loaded.info
         finally:
             self._names.claims.end(claim)
@@ -245,99 +264,36 @@ class AdapterStore:
         self._pins.unpin(name)
         loaded = self._loaded.forget(name)
         if loaded is not None:
-            await self._release(loaded)
+            await self._loader.release(loaded)
         logger.info("adapter %r: unloaded", name)
 
-    def _begin_load(self, name: str, directory: Path, is_prefetch: bool = False) -> asyncio.Task[None]:
+    def _begin_load(self, name: str, directory: Path, priority: int, is_prefetch: bool = False) -> asyncio.Task[None]:
         """The load of a name that is under way, or one that begins now."""
-        key = (name, directory)
-        if key not in self._loading:
-            self._loading[key] = _start(self._load_named(name, directory, is_prefetch))
-        return self._loading[key]
+        loading = self._loading.get((name, directory))
+        if loading is None:
+            loading = self._loading[name, directory] = _Loading(priority)
+            loading.task = _start(self._load_named(name, directory, loading, is_prefetch))
+        elif priority < loading.priority:
+            loading.priority = priority
+            self._engine.hasten_loads(str(directory), priority)
+        return loading.task
 
-    async def _load_named(self, name: str, directory: Path, is_prefetch: bool) -> None:
+    async def _load_named(self, name: str, directory: Path, loading: _Loading, is_prefetch: bool) -> None:
         try:
-            loaded = await self._load(name, directory, is_prefetch=is_prefetch)
+            loaded = await self._loader.load(
+                name, directory, is_prefetch=is_prefetch, priority=lambda: loading.priority
+            )
             try:
                 folder = await self._disk.look(name, self._names.folder, name)
             except BaseException:
-                await self._release(loaded)
+                await self._loader.release(loaded)
                 raise
             if self._names.means(name, directory, folder):
-                await self._keep(name, loaded)
+                await self._loader.keep(name, loaded)
             else:  # unloaded or given away meanwhile
-                await self._release(loaded)
+                await self._loader.release(loaded)
         finally:
             del self._loading[name, directory]
-
-    async def _load(self, name: str, directory: Path, *, reads: bool = False, is_prefetch: bool = False) -> Loaded:
-        """Load what is in `directory` once it holds still; where it `reads`, also what seems to be what it was."""
-        start = time.monotonic()
-        for _ in range(MAX_CHANGES):
-            stamp = await self._disk.look(name, stamp_of, directory)
-            age = age_s(stamp)
-            if 0 <= age < SETTLE_S:
-                await asyncio.sleep(SETTLE_S - age)
-                if await self._disk.look(name, stamp_of, directory) != stamp:
-                    continue
-            try:
-                known = self._loaded.known(name) if not reads else None
-                before = known.info if known is not None and known.is_of(directory, stamp) else None
-                is_pinned = name in self._pins.names
-                info = await self._engine.load_adapter(
-                    name, str(directory), before, is_pinned=is_pinned, is_prefetch=is_prefetch
-                )
-            except UserError as error:
-                if error.code == "adapter_places_pinned" and await self._let_go_of_old_files(name, directory, stamp):
-                    continue
-                if await self._disk.look(name, stamp_of, directory) == stamp:
-                    logger.info("adapter %r: not loaded: %s", name, error)
-                    raise
-                continue
-            if before is not None and info.content_hash == before.content_hash:
-                info = before  # what is held may have come with another chat template
-            if is_pinned:
-                self._pins.told(info.content_hash)
-            loaded = Loaded(directory, stamp, self._engine.generation, info)
-            try:
-                is_same = await self._disk.look(name, stamp_of, directory) == stamp
-            except BaseException:
-                await self._release(loaded)
-                raise
-            if is_same:
-                seconds = time.monotonic() - start
-                self._observe_load_s(seconds)
-                logger.info("adapter %r: loaded %s (%.2f s)", name, info.content_hash[:12], seconds)
-                return loaded
-            await self._release(loaded)
-        raise changing(name)
-
-    async def _let_go_of_old_files(self, name: str, directory: Path, stamp: Stamp) -> bool:
-        """Whether a pin of `name` may hold the room that its new files need: nobody can ask for the old ones now."""
-        old = self._loaded.held(name)
-        if name not in self._pins.names or old is None or old.directory != directory or old.stamp == stamp:
-            return False
-        self._loaded.forget(name)
-        await self._release(old)
-        return True
-
-    async def _keep(self, name: str, loaded: Loaded) -> None:
-        before = self._loaded.keep(name, loaded)
-        if before is not None:
-            await self._release(before)
-        await self._follow_pins(name)  # it may be unpinned while it was loaded
-
-    async def _release(self, loaded: Loaded) -> None:
-        """Let the engine forget an adapter that no name means any more."""
-        if loaded.generation != self._engine.generation:
-            return
-        content_hash = loaded.info.content_hash
-        with contextlib.suppress(EngineDeadError):
-            if names := self._loaded.names_of(content_hash):
-                await self._pins.follow(content_hash, names)
-            else:
-                self._pins.unloaded(content_hash)
-                await self._engine.unload_adapter(content_hash)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ class Server:
         observe_load_s = self.metrics.adapter_load.observe
         self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
         self.engine.on_adapters_left = self.store.adapters_left
+        self.engine.on_serving = self.store.engine_started
         self.stats = StatsRoutes(self.engine, self.model_name, config.write_timeout_s)
         self._model_dir = model_dir
         self.keys = KeyRing(config)

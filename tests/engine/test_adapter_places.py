@@ -84,7 +84,7 @@ class Engine:
         return brought.adapter.content_hash
 
     def load(self, name, **fields):
-        assert self.loads.submit(LoadAdapter(name, name, "/x", **fields)) == []
+        assert self.loads.submit(LoadAdapter(name, name, **{"path": "/x", **fields})) == []
 
     def place(self):
         """Call ids of loads that have ended well, and the errors of others."""
@@ -336,3 +336,38 @@ def test_a_load_that_ends_between_main_memory_and_device_gives_back_both():
     engine.clock.now += adapter_loads.WAIT_S + 1
     assert engine.place()[1]["c"].status == 503
     assert engine.memory.host.num_refs == 0 and engine.registry.size_bytes == 2 * SIZE
+
+
+def test_a_load_that_is_hastened_while_it_waits_or_is_on_its_way_gets_room_first(engine):
+    engine.fill()
+    for name in "cde":
+        engine.load(name, priority=5)
+    engine.loads.hasten("/x", 6)  # worse: nothing changes
+    engine.load("far", path="/far", priority=5)
+    engine.loads.hasten("/far", 1)  # no thread has begun it
+    engine.threads.run(4)
+    engine.place()
+    engine.load("other", path="/other", priority=5)
+    engine.threads.run()  # it has asked for room, which the engine's loop has not heard
+    engine.loads.hasten("/other", 0)
+    engine.place()
+    for name, held in (("o", "a"), ("f", "b"), ("c", "o")):
+        engine.registry.release(held)
+        engine.place()
+        engine.threads.run()
+        (done,) = engine.place()[0]
+        assert done[0] == name
+        engine.registry.acquire(name)
+
+
+def test_a_better_load_of_the_same_content_hastens_the_one_that_it_waits_for(engine):
+    engine.fill()
+    for name in "cd":
+        engine.load(name, content_hash=name, size_bytes=SIZE, priority=5)
+    engine.threads.run(2)
+    engine.place()
+    engine.load("d again", content_hash="d", size_bytes=SIZE, priority=0)
+    engine.registry.release("a")
+    engine.place()
+    engine.threads.run()
+    assert engine.place()[0][0] == "d"

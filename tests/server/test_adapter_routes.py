@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,8 +54,8 @@ def in_memory(server):
     return {name for name, entry in entries(server).items() if entry["tier"] != "disk"}
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 30
+def wait_for(condition, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -125,3 +127,15 @@ def test_an_adapter_beyond_the_limit_is_refused_with_both_numbers_and_takes_noth
         "bytes in memory", f"the limit for all is {int(MEMORY_GIB * 2**30)}", "--adapter-memory-gib",
     )  # fmt: skip
     assert error["code"] == "adapter_too_large" and server.metrics()["engine_adapter_bytes"] == held
+
+
+def test_pinned_adapters_are_there_again_when_a_new_engine_is(server):
+    for name in ("a9", "a10"):
+        post(server, "pin", name).raise_for_status()
+    post(server, "unpin", "a10").raise_for_status()
+    old = server.engine_pid()
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: server.engine_pids() - {old} and server.get("/health").status_code == 200, 120)
+    wait_for(lambda: in_memory(server) == {"a9"}, 120)
+    assert entries(server)["a9"]["pinned"] and server.metrics()["engine_num_pinned_adapters"] == 1
+    post(server, "unpin", "a9").raise_for_status()

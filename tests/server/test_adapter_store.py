@@ -15,7 +15,7 @@ from specserve import adapter_files
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, ChangingError, content_hash, open_adapter
 from specserve.errors import NO_IDLE_ROOM, AdapterError, OverloadedError, UserError
 from specserve.messages import AdapterInfo
-from specserve.server import adapter_store
+from specserve.server import adapter_loader, adapter_store
 from specserve.server.adapter_store import AdapterStore
 
 
@@ -29,11 +29,15 @@ class FakeEngine:
         self.held: set[str] = set()
         self.infos: dict[str, AdapterInfo] = {}
         self.pinned: set[str] = set()
+        self.priorities: list[int] = []  # of loads, and what they were raised to
         self.is_full = False  # of adapters in use
         self.during = None
 
-    async def load_adapter(self, name, path, before=None, *, is_pinned=False, is_prefetch=False) -> AdapterInfo:
+    async def load_adapter(
+        self, name, path, before=None, *, is_pinned=False, is_prefetch=False, priority=0
+    ) -> AdapterInfo:
         self.num_loads += 1
+        self.priorities.append(priority)
         self.befores.append(before and before.content_hash)
         if is_prefetch and self.is_full:
             raise OverloadedError("no idle adapter makes room", code=NO_IDLE_ROOM)
@@ -53,6 +57,9 @@ class FakeEngine:
         if is_pinned:
             self.pinned.add(info.content_hash)
         return info
+
+    def hasten_loads(self, path: str, priority: int) -> None:
+        self.priorities.append(priority)
 
     async def unload_adapter(self, adapter_hash: str) -> None:
         self.held.discard(adapter_hash)
@@ -74,7 +81,7 @@ def make(path: Path, weights: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(adapter_store, "SETTLE_S", 0.05)
+    monkeypatch.setattr(adapter_loader, "SETTLE_S", 0.05)
     monkeypatch.setattr(adapter_files, "PAUSE_S", 0.01)
 
 
@@ -128,7 +135,7 @@ async def test_a_request_that_comes_after_a_change_does_not_get_what_an_earlier_
 
 
 async def test_a_file_that_is_still_written_is_not_served_before_it_is_complete(store, engine, root, monkeypatch):
-    monkeypatch.setattr(adapter_store, "SETTLE_S", 0.4)  # far more than a writer's pause, also on a busy machine
+    monkeypatch.setattr(adapter_loader, "SETTLE_S", 0.4)  # far more than a writer's pause, also on a busy machine
     path = make(root / "a", "0" * 64)
 
     async def fill():
@@ -145,7 +152,7 @@ async def test_a_file_that_is_still_written_is_not_served_before_it_is_complete(
 
 
 async def test_files_that_go_on_changing_are_refused_until_they_are_complete(store, engine, root, monkeypatch):
-    monkeypatch.setattr(adapter_store, "MAX_CHANGES", 3)
+    monkeypatch.setattr(adapter_loader, "MAX_CHANGES", 3)
     path = make(root / "a", "0")
     num = iter(range(100))
 
@@ -350,7 +357,7 @@ async def test_a_load_whose_disk_goes_away_at_its_end_leaves_nothing_without_a_n
         raise OverloadedError("the disk has not answered", status=503)
 
     async def go(name, directory):
-        monkeypatch.setattr(adapter_store, "stamp_of", away)
+        monkeypatch.setattr(adapter_loader, "stamp_of", away)
 
     engine.during = go
     with pytest.raises(OverloadedError, match="has not answered"):
@@ -477,7 +484,7 @@ async def test_a_pin_follows_its_name_and_goes_with_it(store, engine, root):
     two = (await store.resolve("a")).content_hash
     assert engine.pinned == {two} and engine.held == {one, two}  # b means the old content, and is not pinned
     engine.generation, engine.held, engine.pinned = 2, set(), set()
-    await store.resolve("b")  # any request after a new engine serves
+    store.engine_started()
     while engine.pinned != {two}:
         await asyncio.sleep(0.01)
     make(other, "two")

@@ -34,6 +34,7 @@ from ...messages import (
     GenerateRequest,
     GetAdapters,
     GetStats,
+    HastenLoads,
     LoadAdapter,
     PinAdapter,
     RequestFailed,
@@ -66,6 +67,7 @@ class EngineClient:
     ):
         self.config = config
         self.on_adapters_left: Callable[[list[str]], object] = lambda hashes: None  # of the process that serves
+        self.on_serving: Callable[[], object] = lambda: None  # a process has started
         self.on_snapshot: Callable[[], object] = lambda: None  # about once a second, and when the process has gone
         command = command or engine_command()
         self._engine = EngineSupervisor(
@@ -74,6 +76,7 @@ class EngineClient:
             self._lost,
             silence_timeout_s=silence_timeout_s,
             step_timeout_s=step_timeout_s,
+            on_serving=lambda: self.on_serving(),
         )
         self._streams: dict[str, asyncio.Queue[Delta | UserError]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -164,14 +167,19 @@ class EngineClient:
         *,
         is_pinned: bool = False,
         is_prefetch: bool = False,
+        priority: int = 0,
     ) -> AdapterInfo:
         """Load the PEFT directory `path`; raises `UserError` when it cannot be served.
 
         `before` is what it was loaded as, if its files are still the same; `LoadAdapter` has the rest.
         """
         content_hash, size_bytes = (before.content_hash, before.size_bytes) if before is not None else (None, 0)
-        load = LoadAdapter(next(self._call_ids), name, path, content_hash, size_bytes, is_pinned, is_prefetch)
+        load = LoadAdapter(next(self._call_ids), name, path, content_hash, size_bytes, is_pinned, is_prefetch, priority)
         return (await self._call(load)).adapter
+
+    def hasten_loads(self, path: str, priority: int) -> None:
+        """A request of that priority waits, too, for the loads of the directory `path`."""
+        self._engine.send(HastenLoads(path, priority))
 
     async def unload_adapter(self, adapter_hash: str) -> None:
         await self._call(UnloadAdapter(next(self._call_ids), adapter_hash))

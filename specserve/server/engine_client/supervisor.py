@@ -33,7 +33,10 @@ _COMPILING_TIMES = 6  # what one may take on CUDA, where kernels are compiled an
 
 
 class EngineSupervisor:
-    """Calls `on_message` with what the engine says, and `on_lost` when a process that served has gone."""
+    """Calls `on_message` with what the engine says, and `on_lost` when a process that served has gone.
+
+    `on_serving` is called when one has started.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class EngineSupervisor:
         *,
         silence_timeout_s: float,
         step_timeout_s: float,
+        on_serving: Callable[[], object] = lambda: None,
     ):
         self.state: State = "stopped"
         self.generation = 0
@@ -51,6 +55,7 @@ class EngineSupervisor:
         self._launch = launch
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_serving = on_serving
         self._silence_timeout_s = silence_timeout_s
         self._step_timeout_s = step_timeout_s
         self._link: EngineLink | None = None
@@ -130,6 +135,7 @@ class EngineSupervisor:
         self.serving_since = time.monotonic()
         self.generation += 1
         self._settled.set()
+        self._on_serving()
         tasks = asyncio.create_task(self._read(link)), asyncio.create_task(self._watch(link.info.device))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -116,8 +116,8 @@ class Generator:
                 param="tools",
             )
         adapter = direct_adapter(use, self.adapter_name(caller, request.model, request.adapter_id))
-        await self._load_tool_adapters(use, caller)
-        tokenizer, adapter_info = await self.prompts.tokenizer_for(adapter)
+        await self._load_tool_adapters(use, caller, priority)
+        tokenizer, adapter_info = await self.prompts.tokenizer_for(adapter, priority)
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
@@ -178,14 +178,14 @@ class Generator:
         plan = await asyncio.to_thread(make_plan, use, format, marks, adapter)
         return await self.prompts.chat_ids(request, tokenizer, all_tools(request.tools)), plan
 
-    async def _load_tool_adapters(self, use: ToolUse | None, caller: Caller) -> None:
+    async def _load_tool_adapters(self, use: ToolUse | None, caller: Caller, priority: int) -> None:
         """Load what the tools name before anything is generated, so that what is missing is a plain error."""
         for tool in use.tools if use is not None else ():
             if tool.adapter is None:
                 continue
             try:
                 caller.check_adapter(tool.adapter)
-                await self.store.resolve(tool.adapter)
+                await self.store.resolve(tool.adapter, priority)
             except UserError as error:
                 message = f"x-adapter of tool {tool.name!r}: {error}"
                 raise UserError(message, param="tools", code=error.code, status=error.status) from None

@@ -138,7 +138,7 @@ class JobRunner:
 
     async def _one_with(self, request: GenerateRequest, adapter: str | None) -> AsyncGenerator[Delta]:
         """One sequence with the adapter of that name, whatever `request` holds."""
-        content_hash = None if adapter is None else (await self._store.resolve(adapter)).content_hash
+        content_hash = None if adapter is None else (await self._store.resolve(adapter, request.priority)).content_hash
         request = msgspec.structs.replace(request, adapter_hash=content_hash)
         async with aclosing(self._one(request, adapter, None, EngineLosses(is_once=True))) as deltas:
             async for delta in deltas:
@@ -177,7 +177,7 @@ class JobRunner:
                         status=503,
                     ) from None
             self._store.engine_lost(adapter, request.adapter_hash)
-            now = await self._store.resolve(adapter)
+            now = await self._store.resolve(adapter, request.priority)
             check_same_texts(adapter, prompted, now)
             if losses.token_ids and now.content_hash != request.adapter_hash:
                 raise other_output()

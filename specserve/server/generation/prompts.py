@@ -50,11 +50,11 @@ class Prompts:
         """How the model of this tokenizer writes tool calls."""
         return choose_format(tokenizer.template.text, self._tool_format)
 
-    async def tokenizer_for(self, adapter: str | None) -> tuple[TextTokenizer, AdapterInfo | None]:
-        """The tokenizer to use, and the loaded adapter; loads the adapter if needed."""
+    async def tokenizer_for(self, adapter: str | None, priority: int = 0) -> tuple[TextTokenizer, AdapterInfo | None]:
+        """The tokenizer to use, and the loaded adapter; loads the adapter if needed, for a request of `priority`."""
         if adapter is None:
             return self.tokenizer, None
-        info, files = await self._store.resolve_with_texts(adapter, self._adapter_tokenizers)
+        info, files = await self._store.resolve_with_texts(adapter, self._adapter_tokenizers, priority)
         if info.text_hash is None:
             return self.tokenizer, info
         if files is not None:
