@@ -310,7 +310,7 @@ async def test_a_client_that_leaves_during_its_load_leaves_no_adapter_without_a_
     load.cancel()
     go_on.set()
     async with asyncio.timeout(10):
-        while not engine.held:
+        while store.names() != ["n"]:
             await asyncio.sleep(0.01)
     await store.resolve("n")  # when the load has ended
     assert store.names() == ["n"] and engine.num_loads == 1
