@@ -15,10 +15,10 @@ from jinja2 import Environment, StrictUndefined
 from .plots import Plot
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-# By source: its shade's class, its name, and what it is.
+# By source: its shade's class, its name, and what it is. Names and shades are those of the server's page.
 SOURCES = {
     "head": ("head", "lookahead head", "the network that was trained with the LoRA"),
-    "history": ("history", "history", "what answers of the task look like"),
+    "history": ("history", "task history", "what answers of the task look like"),
     "ngram": ("ngram", "n-gram", "the text so far, repeated"),
     "prediction": ("prediction", "prediction", "what the client expected"),
     "grammar": ("grammar", "grammar", "what the grammar leaves no choice about"),
