@@ -97,7 +97,10 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"specserve, version {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["pull"], ["adapters"], ["bench", "offline"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["serve"], ["generate"], ["chat"], ["doctor"], ["completion"], ["pull"], ["adapters"], ["bench", "offline"]],
+)
 def test_help_of_every_command(capsys, command):
     code, out, err = run(capsys, *command, "--help")
     assert code == 0 and "Usage: specserve" in out and err == ""

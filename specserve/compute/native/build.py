@@ -35,7 +35,7 @@ def build(
     layers = [_pack_layer(weights, idx, form, memory) for idx in range(config.num_layers)]
     norm = weights.norm("model.norm")
     decoder = NativeDecoder(library, num_threads, config, embed, layers, norm, lm_head, weights.dtype)
-    inputs = f"{decoder.compute_dtype}"
+    inputs = str(decoder.compute_dtype).removeprefix("torch.")
     if quantization != "none":
         inputs = f"int8, multiplied by {library.int8_products}"
     logger.info("native CPU path: weights are %s, activations %s, %d threads", form, inputs, num_threads)
