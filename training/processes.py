@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -11,6 +13,33 @@ import torch.distributed as dist
 from ..errors import UserError
 
 T = TypeVar("T")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Within: the group of the processes that one launcher has started, if it has, and if there is none yet.
+
+    It ends with its threads. One that lives on when the interpreter ends can abort the process, as it then asks for
+    the interpreter's lock to free a tensor.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    # Loading a model imports this, whose functions have the group of that moment as a default, and keep it for good.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    is_cuda = torch.cuda.is_available()
+    if is_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Losses are summed from the CPU, gradients on the device.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
+    try:
+        yield
+    except BaseException:
+        if not is_cuda:  # NCCL would wait for what the others will never send
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def first_process(action: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ from .finish import finish
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_model import LoraModel, arithmetic
 from .preflight import prepare
-from .processes import first_process
+from .processes import first_process, process_group
 from .run_config import RunConfig
 from .run_directory import RunDirectory, disk_errors, held_directory, started_as, state_of
 from .run_identity import check_same_run, check_same_settings, run_identity
@@ -44,12 +44,11 @@ def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult | None:
 
     Raises `UserError` for what the user can fix, before anything is written where it can be known before.
     """
-    makes_group = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    if makes_group:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # Losses are summed from the CPU, gradients on the device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with process_group():
+        return _run(config, resume)
+
+
+def _run(config: RunConfig, resume: bool) -> TrainResult | None:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     output = Path(config.output)
     directory: RunDirectory | None = None
@@ -68,8 +67,6 @@ def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult | None:
         else:
             stack.enter_context(disk_errors(output))
             result = _train_and_finish(config, directory, resume, is_first)
-    if makes_group:
-        dist.destroy_process_group()
     return result if is_first else None
 
 

@@ -33,14 +33,20 @@ import torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from training_fixture import few_steps, make_trainer
-dist.init_process_group("gloo")
-trainer = make_trainer(Path({model!r}), Path({rows!r}), Path({directory!r}))
-trainer.plan = few_steps(trainer.plan)
-losses = [trainer.train_step()["loss"] for _ in trainer.plan]
-if dist.get_rank() == 0:
-    print(json.dumps(losses), flush=True)
-dist.barrier()  # leave together: one that is gone while the other still talks to it can bring that one down
-dist.destroy_process_group()
+from specserve.training.processes import process_group
+
+def num_threads_of_gloo():
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+with process_group():
+    trainer = make_trainer(Path({model!r}), Path({rows!r}), Path({directory!r}))
+    trainer.plan = few_steps(trainer.plan)
+    losses = [trainer.train_step()["loss"] for _ in trainer.plan]
+    if dist.get_rank() == 0:
+        print(json.dumps(losses), flush=True)
+    dist.barrier()  # leave together: one that is gone while the other still talks to it can bring that one down
+    assert num_threads_of_gloo()
+assert not num_threads_of_gloo(), "a thread that outlives its group can abort the process at its end"
 """
 
 
