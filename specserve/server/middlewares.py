@@ -60,13 +60,15 @@ class Middlewares:
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unknown"
         status = 499  # the client left before there was an answer
-        self._metrics.in_flight.inc()
+        # Who looks does not count himself: an idle server has none.
+        is_counted = route != "/metrics"
+        self._metrics.in_flight.inc(is_counted)
         try:
             response = await handler(request)
             status = response.status
             return response
         finally:
-            self._metrics.in_flight.dec()
+            self._metrics.in_flight.dec(is_counted)
             self._metrics.requests.labels(route, str(status)).inc()
             if (caller := found_caller(request)) is not None:
                 self._metrics.key_requests.labels(self._metrics.key_label(caller.name), str(status)).inc()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from specserve.drafters import task_history
 from specserve.drafters.task_history import (
@@ -259,13 +260,6 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [entry.name for entry in tmp_path.iterdir()] == ["history.bin"]
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_learning_improves_later_peeks_and_survives_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "tenant" / "history.bin"
     base = TaskHistory.build([[1, 2, 3], [1, 2, 3]], 100)
@@ -290,7 +284,7 @@ def test_a_rebuild_runs_once_enough_is_pending() -> None:
     learning.learn([1, 2, 3])
     assert learning.current.num_tokens == 0
     learning.learn([4, 5, 6])
-    wait_for(lambda: learning.current.num_tokens == 6)
+    wait_until(lambda: learning.current.num_tokens == 6)
 
 
 def test_learning_is_bounded_and_prefers_what_was_served() -> None:
@@ -327,7 +321,7 @@ def test_every_rebuild_is_saved_without_waiting_for_the_end(tmp_path: Path) -> N
     learning.learn([1, 2, 3])
     assert not path.exists()
     learning.learn([4, 5, 6])
-    wait_for(path.exists)
+    wait_until(path.exists)
     assert LearningHistory(None, path=path).current.num_tokens > 0
 
 
@@ -360,7 +354,7 @@ def test_threads_learn_together_and_one_rebuild_runs_at_a_time(monkeypatch: pyte
     for thread in threads:
         thread.join()
     learning.flush()
-    wait_for(lambda: not learning._worker_running)
+    wait_until(lambda: not learning._worker_running)
     assert most == 1
     assert sorted(as_lists(learning.current)) == sorted([token] * 5 for token in range(4) for _ in range(50))
 
@@ -372,10 +366,10 @@ def test_a_failed_rebuild_is_logged_and_the_next_one_runs(
     with monkeypatch.context() as patch:
         patch.setattr(TaskHistory, "build", lambda completions, max_tokens: 1 / 0)
         learning.learn([1, 2, 3])
-        wait_for(lambda: not learning._worker_running)
+        wait_until(lambda: not learning._worker_running)
     assert "rebuild failed" in caplog.text
     learning.learn([4, 5, 6])
-    wait_for(lambda: as_lists(learning.current) == [[1, 2, 3], [4, 5, 6]])
+    wait_until(lambda: as_lists(learning.current) == [[1, 2, 3], [4, 5, 6]])
 
 
 def test_a_large_table_builds_in_bounded_memory() -> None:

@@ -152,7 +152,7 @@ def test_two_processes_convert_once(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert log.read_text() == "built\n"
 

@@ -275,14 +275,14 @@ def test_text_that_must_be_too_long_is_refused_by_its_bytes(server, name):
 def test_tokenising_a_long_text_holds_up_nobody_and_leaves_no_memory(server):
     body = {"inputs": LONG, "parameters": {"truncate": 8, "max_new_tokens": 1}}  # whatever its length, its end is used
     assert server.post("/generate", body).status_code == 200
-    before, slowest = resident_mib(server.process.pid), 0.0
+    before, num_answers = resident_mib(server.process.pid), 0
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.post, "/generate", body)
         while not running.done():
-            slowest = max(slowest, requests.get(server.url + "/health", timeout=60).elapsed.total_seconds())
+            assert requests.get(server.url + "/health", timeout=60).status_code == 200
+            num_answers += 1
     assert running.result().status_code == 200
-    # Both take longer where other processes have the cores too.
-    assert slowest < max(0.4, 0.5 * running.result().elapsed.total_seconds()), slowest
+    assert num_answers > 5  # held up, one would be answered before it and one behind it
     assert resident_mib(server.process.pid) < before + 20
 
 
@@ -305,7 +305,7 @@ def test_prompt_longer_than_the_kv_cache_names_both_counts_and_is_never_queued(m
         for path in ("/generate", "/generate_stream", "/"):
             reply = small.post(path, {"inputs": words, "parameters": {}})
             assert reply.status_code == 422 and "64" in reply.json()["error"], reply.text
-        small.wait_baseline(timeout_s=1)
+        small.wait_baseline()
         assert small.complete([5] * 40)["text"] == want
     finally:
         assert small.stop() == 0
@@ -520,7 +520,7 @@ def test_garbage_on_the_socket_is_closed(server):
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
         b"POST / HTTP/9.9\r\n\r\n",
     ):
-        with socket.create_connection((host, int(port)), timeout=10) as sock:
+        with socket.create_connection((host, int(port)), timeout=60) as sock:
             sock.sendall(data)
             assert b" 400 " in sock.recv(65536).split(b"\r\n")[0]
 

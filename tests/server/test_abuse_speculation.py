@@ -147,7 +147,7 @@ def test_requests_that_are_dropped_at_random_moments_leave_nothing(server):
             for _ in range(rng.randrange(12)):
                 next(lines, None)
             time.sleep(rng.uniform(0, 0.01))
-    server.wait_baseline(timeout_s=5)
+    server.wait_baseline()
 
 
 def test_many_schemas_at_once_are_each_obeyed_and_impossible_ones_are_refused(server):

@@ -215,7 +215,7 @@ def test_broken_json_is_refused_at_once_on_every_route(server, path):
     for name, data in BROKEN.items():
         reply = requests.post(server.url + path, data=data, headers={"Content-Type": "application/json"}, timeout=60)
         assert reply.status_code == wanted, f"{name}: {reply.status_code} {reply.text[:300]}"
-        assert reply.elapsed.total_seconds() < 5, name  # quadratic readers take half a minute
+        assert reply.elapsed.total_seconds() < 20, name  # quadratic readers take half a minute
         assert len(reply.content) < 1000, name
 
 

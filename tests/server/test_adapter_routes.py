@@ -13,6 +13,7 @@ import torch
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
 from server_fixture import ServerProcess, assert_error
+from waiting import wait_until
 
 from specserve.adapter_files import WEIGHTS_FILE
 
@@ -52,13 +53,6 @@ def entries(server):
 
 def in_memory(server):
     return {name for name, entry in entries(server).items() if entry["tier"] != "disk"}
-
-
-def wait_for(condition, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_many_clients_get_every_adapters_own_text_while_adapters_take_turns(server):
@@ -112,8 +106,8 @@ def test_pins_survive_what_others_ask_for_and_go_with_their_name(server, root):
 def test_a_prefetched_adapter_is_there_before_its_request(server):
     (name, *_) = sorted(set(NAMES) - {"a2"} - in_memory(server))
     assert "being loaded" in post(server, "prefetch", name).json()["message"]
-    wait_for(lambda: name in in_memory(server))
-    wait_for(lambda: "is loaded" in post(server, "prefetch", name).json()["message"])
+    wait_until(lambda: name in in_memory(server))
+    wait_until(lambda: "is loaded" in post(server, "prefetch", name).json()["message"])
     loads = server.metrics()["engine_num_adapter_loads"]
     server.complete(model=name)
     assert server.metrics()["engine_num_adapter_loads"] == loads
@@ -135,7 +129,7 @@ def test_pinned_adapters_are_there_again_when_a_new_engine_is(server):
     post(server, "unpin", "a10").raise_for_status()
     old = server.engine_pid()
     os.kill(old, signal.SIGKILL)
-    wait_for(lambda: server.engine_pids() - {old} and server.get("/health").status_code == 200, 120)
-    wait_for(lambda: in_memory(server) == {"a9"}, 120)
+    wait_until(lambda: server.engine_pids() - {old} and server.get("/health").status_code == 200, 120)
+    wait_until(lambda: in_memory(server) == {"a9"}, 120)
     assert entries(server)["a9"]["pinned"] and server.metrics()["engine_num_pinned_adapters"] == 1
     post(server, "unpin", "a9").raise_for_status()

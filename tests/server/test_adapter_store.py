@@ -309,7 +309,7 @@ async def test_a_client_that_leaves_during_its_load_leaves_no_adapter_without_a_
     await reading.wait()
     load.cancel()
     go_on.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while store.names() != ["n"]:
             await asyncio.sleep(0.01)
     await store.resolve("n")  # when the load has ended
@@ -397,7 +397,7 @@ async def test_texts_that_are_never_those_that_were_loaded_are_refused_in_the_en
     (root / "a" / "chat_template.jinja").write_text("one")
     monkeypatch.setattr(adapter_store, "read_texts", lambda *args: ("another", {}))  # its times do not tell
     with pytest.raises(adapter_files.ChangingError):
-        await asyncio.wait_for(store.resolve_with_texts("a", ()), 10)
+        await asyncio.wait_for(store.resolve_with_texts("a", ()), 60)
 
 
 async def test_an_adapter_that_the_engine_let_go_is_loaded_again_unless_that_is_old_news(store, engine, root):

@@ -98,4 +98,4 @@ async def test_client_that_stops_reading_a_stream_frees_its_sequence(server):
         async for _ in stream:
             break
         await stream.close()
-    server.wait_baseline(timeout_s=10)
+    server.wait_baseline()

@@ -311,7 +311,7 @@ def test_metrics_count_requests_tokens_and_latencies(server):
     assert grew('generation_tokens_total{model="alpha"}') == 7
     assert grew('http_requests_total{route="/v1/completions",status="200"}') == 1
     assert grew('time_to_first_token_seconds_count{model="alpha"}') == 1
-    assert after["kv_cache_usage_perc"] == 0
+    assert after["kv_cache_usage_perc"] == 0 and after["http_requests_in_flight"] == 0
 
 
 HARMLESS = {

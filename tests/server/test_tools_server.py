@@ -211,7 +211,7 @@ def test_a_client_that_leaves_a_switching_answer_frees_its_sequence(server):
     while b"arguments" not in next(lines):
         pass
     response.close()
-    server.wait_baseline(timeout_s=20)
+    server.wait_baseline()
 
 
 def test_calls_cut_by_max_tokens_finish_with_length(server):

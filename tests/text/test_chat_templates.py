@@ -167,7 +167,7 @@ def test_marks_in_the_place_of_texts_do_not_hide_how_long_the_text_becomes(of_ad
     start = time.monotonic()
     with pytest.raises(UserError, match=r"adapter 'many'.*10001000000 characters"):
         many.chat_ids(chat, many.template.render_chat(chat), 2048)
-    assert time.monotonic() - start < 5  # 10 GB take half a minute, and a longer message hours
+    assert time.monotonic() - start < 20  # 10 GB take half a minute, and a longer message hours
 
 
 def test_a_slow_template_of_an_adapter_holds_up_nobody(model_dir, tmp_path):
@@ -180,15 +180,15 @@ def test_a_slow_template_of_an_adapter_holds_up_nobody(model_dir, tmp_path):
         assert server.post("/v1/chat/completions", {**chat, "model": "good"}).status_code == 200
         for _ in range(3):  # as many as would take all threads if each burned on
             with pytest.raises(requests.exceptions.ReadTimeout):
-                requests.post(server.url + "/v1/chat/completions", json={**chat, "model": "slow"}, timeout=0.1)
+                requests.post(server.url + "/v1/chat/completions", json={**chat, "model": "slow"}, timeout=(60, 0.1))
         start = time.monotonic()
         assert server.post("/v1/chat/completions", {**chat, "model": "good"}).status_code == 200
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 60
         generate = {"inputs": "Hi", "parameters": {"adapter_id": "slow", "apply_chat_template": True}}
         for path, body in (("/generate", generate), ("/tokenize", {"messages": chat["messages"], "model": "slow"})):
             with pytest.raises(requests.exceptions.ReadTimeout):
-                requests.post(server.url + path, json=body, timeout=0.1)
+                requests.post(server.url + path, json=body, timeout=(60, 0.1))
     finally:
         start = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 60

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from server_fixture import ServerProcess, assert_error
+from server_fixture import ServerProcess, assert_error, command_of
+from waiting import until
 
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from specserve.config import ServeConfig
@@ -52,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(f"{self.command} {self.path}")
         if self.command == "GET" and self.path.endswith(WEIGHTS_FILE):
-            self.server.gate.wait(30)
+            self.server.gate.wait(120)
         body, headers = self.server.files.get(self.path, (None, {}))
         self.send_response(404 if body is None else 200)
         for name, value in {"Content-Length": str(len(body or b"")), **headers}.items():
@@ -114,13 +115,7 @@ def nothing_is_left(fetcher) -> bool:
 
 def worker_pids() -> set[str]:
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return {pid for pid in children if b"sources.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-
-
-async def until(true) -> None:
-    async with asyncio.timeout(20):
-        while not true():
-            await asyncio.sleep(0.01)
+    return {pid for pid in children if "sources.worker" in command_of(pid)}
 
 
 async def test_an_adapter_is_fetched_once_however_many_ask_and_not_again_while_it_is_the_same(make, source):
@@ -237,7 +232,7 @@ async def test_what_a_fetch_leaves_is_removed_beside_others_and_whoever_leaves_m
     def slow(path, **kwargs):
         if Path(path).parent.name == "partial":
             removing.set()
-            waited.append(go_on.wait(5))
+            waited.append(go_on.wait(60))
         rmtree(path, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", slow)
