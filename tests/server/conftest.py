@@ -4,13 +4,11 @@ A module whose server has flags, is broken on purpose or gets other adapters has
 a run makes these once.
 """
 
-import os
 import shutil
 
 import pytest
-from broken.broken_tokens import AWAY
+from broken.broken_tokens import AWAY, broken_env
 from peft_adapters import make_peft_adapter
-from places import FIXTURES, ROOT
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
@@ -18,6 +16,12 @@ from tiny_models import make_tiny_model
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def patient_model_dir(tmp_path_factory):
+    """The same weights with a context of 4,096: answers that last while a test does something to them."""
+    return make_tiny_model(tmp_path_factory.mktemp("patient") / "tiny", max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +64,10 @@ def broken_dir(alpha_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def broken_server(model_dir, broken_dir, faults):
+def broken_server(patient_model_dir, broken_dir, faults):
     """Breaks where it is told to; impatient with steps and silence."""
-    env = {"PYTHONPATH": os.pathsep.join([str(FIXTURES / "broken"), str(ROOT)])}
-    env |= {"BROKEN_ONCE": str(faults / "once"), "BROKEN_DISK": str(faults / "hangs")}
+    env = broken_env(BROKEN_ONCE=faults / "once", BROKEN_DISK=faults / "hangs")
     flags = ("--adapters-dir", str(broken_dir), "--engine-step-timeout-s", "2", "--engine-timeout-s", "5")
-    server = ServerProcess(model_dir, *flags, env=env).wait_ready()
+    server = ServerProcess(patient_model_dir, *flags, env=env).wait_ready()
     yield server
     assert server.stop() == 0

@@ -1,16 +1,14 @@
 """A disk that is away under one adapter, as a network's that hangs: who asks for it is told, and nobody else waits."""
 
 import asyncio
-import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from broken.broken_tokens import AWAY
+from broken.broken_tokens import AWAY, broken_env
 from golden import Golden
-from places import FIXTURES, ROOT
 from server_fixture import ServerProcess, assert_error
+from waiting import until, wait_until
 
 from specserve.errors import OverloadedError
 from specserve.server import disk
@@ -46,13 +44,13 @@ def test_an_adapter_whose_disk_is_away_is_503_and_everybody_else_is_served(broke
 
 @pytest.mark.slow
 def test_a_server_that_ends_does_not_wait_for_a_disk_that_is_away(model_dir, broken_dir, hangs):
-    env = {"PYTHONPATH": os.pathsep.join([str(FIXTURES / "broken"), str(ROOT)]), "BROKEN_DISK": str(hangs)}
+    env = broken_env(BROKEN_DISK=hangs)
     server = ServerProcess(model_dir, "--adapters-dir", str(broken_dir), env=env).wait_ready()
     server.complete(model=AWAY)
     hangs.touch()
     with ThreadPoolExecutor(8) as pool:
         lost = [pool.submit(server.post, TEXT, {"model": AWAY, "prompt": "a"}) for _ in range(8)]
-        time.sleep(0.5)
+        wait_until(lambda: server.num_in_flight() == 8)
         assert server.stop() == 0
         assert {reply.result().status_code for reply in lost} == {503}
 
@@ -75,8 +73,7 @@ async def test_looks_that_hang_are_few_for_a_name_and_bounded_in_all(monkeypatch
     finally:
         away.set()
     monkeypatch.setattr(disk, "PATIENCE_S", 10.0)
-    while looks._looks:
-        await asyncio.sleep(0.01)
+    await until(lambda: not looks._looks)
     assert await looks.look("name-0", lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
         await looks.look("name-0", lambda: 1 / 0)

@@ -17,6 +17,7 @@ import pytest
 from broken.broken_tokens import EXITS, HANGS, KILLED, LATER, ONCE, OUT_OF_MEMORY, RAISES, SEIZES, SPINS
 from golden import Golden
 from server_fixture import assert_error
+from waiting import wait_until
 
 TEXT = "/v1/completions"
 BODY = {"max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 0}
@@ -50,13 +51,6 @@ def golden(server, baseline):
     baseline.check()
 
 
-def wait_until(condition, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def ask(server, prompt, **fields):
     return server.post(TEXT, {**BODY, "prompt": prompt, **fields})
 
@@ -68,7 +62,7 @@ def texts_of(reply):
 
 def open_stream(server, **fields):
     """Events of a stream that has begun."""
-    body = {**BODY, "prompt": START, "max_tokens": 480, "stream": True, "speculation": {"mode": "off"}, **fields}
+    body = {**BODY, "prompt": START, "max_tokens": 4000, "stream": True, "speculation": {"mode": "off"}, **fields}
     lines = (line for line in server.post(TEXT, body, stream=True).iter_lines() if line)
     return [next(lines)], lines
 
@@ -104,6 +98,7 @@ def test_a_request_that_ends_two_engines_is_refused_and_the_others_are_served(se
         error = assert_error(bad.result(), 500, "2 times")
         assert error["code"] == "engine_crashed"
         assert [texts_of(reply.result()) for reply in replies] == want
+    server.wait_log("starting it again", num=2, since=num_lines)
     assert sum("starting it again" in line for line in server.log[num_lines:]) == 2
 
 
@@ -117,7 +112,7 @@ def test_a_step_that_never_ends_is_noticed_within_seconds(server, fault):
     start = time.monotonic()
     lines = server.post(TEXT, {**BODY, "prompt": [*START, fault, LATER], "stream": True}, stream=True).iter_lines()
     assert_cut([line for line in lines if line])
-    assert time.monotonic() - start < 30  # 2 s for a step, 5 s for silence; more where others have the cores
+    assert time.monotonic() - start < 90  # 2 s for a step, 5 s for silence; more where others have the cores
     wait_until(lambda: server.get("/ready").status_code == 200)
     assert server.engine_pid() != pid
 
@@ -158,7 +153,7 @@ def test_an_adapter_that_changes_while_its_engine_is_away_gives_no_mixed_answer(
         with ThreadPoolExecutor(1) as pool:
             num = len(server.log)
             reply = pool.submit(ask, server, [*START, ONCE, LATER], model="swapped", max_tokens=300)
-            wait_until(lambda: any("starting it again" in line for line in server.log[num:]))
+            server.wait_log("starting it again", since=num)
             config = json.loads((folder / "adapter_config.json").read_text())
             (folder / "fresh").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 2}))
             (folder / "fresh").replace(folder / "adapter_config.json")

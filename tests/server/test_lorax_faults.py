@@ -4,25 +4,19 @@ import json
 import os
 import signal
 import threading
-import time
 
 import pytest
 from server_fixture import ServerProcess
+from waiting import wait_until
 
-LONG = {"inputs": "The quick", "parameters": {"max_new_tokens": 480, "ignore_eos_token": True}}
+LONG = {"inputs": "The quick", "parameters": {"max_new_tokens": 4000, "ignore_eos_token": True}}
 
 
 @pytest.fixture(scope="module")
-def server(model_dir):
-    flags = (
-        "--kernels",
-        "torch",
-        "--speculation",
-        "off",
-        "--max-concurrent-requests",
-        "1",
-    )  # slow enough to be cut off
-    server = ServerProcess(model_dir, *flags).wait_ready()
+def server(patient_model_dir):
+    """Slow enough for its streams to be cut off."""
+    flags = ("--kernels", "torch", "--speculation", "off", "--max-concurrent-requests", "1")
+    server = ServerProcess(patient_model_dir, *flags).wait_ready()
     yield server
     server.wait_baseline()
     assert server.stop() == 0
@@ -47,8 +41,8 @@ def test_client_that_leaves_a_stream_frees_its_sequence(server):
     running = server.post("/generate_stream", LONG, stream=True)
     next(running.iter_lines())
     running.close()
-    server.wait_baseline(timeout_s=10)
-    assert server.metrics()["engine_generated_tokens"] - before < 480
+    server.wait_baseline()
+    assert server.metrics()["engine_generated_tokens"] - before < 4000
 
 
 def test_engine_that_dies_ends_streams_with_an_error_event_and_no_answer_is_lost(server):
@@ -60,21 +54,15 @@ def test_engine_that_dies_ends_streams_with_an_error_event_and_no_answer_is_lost
     rest = [line for line in lines if line]
     last = json.loads(rest[-1].removeprefix(b"data:"))
     assert set(last) == {"error", "error_type"} and last["error_type"] == "incomplete_generation"
-    deadline = time.monotonic() + 60
-    while server.get("/health").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: server.get("/health").status_code == 200)
     assert server.post("/generate", {"inputs": "The", "parameters": {"max_new_tokens": 5}}).json() == want
     body = {"inputs": "The quick", "parameters": {"max_new_tokens": 200, "ignore_eos_token": True}}
     want = server.post("/generate", body).json()
     replies = []
     whole = threading.Thread(target=lambda: replies.append(server.post("/generate", body)))
     whole.start()
-    while whole.is_alive() and not server.metrics().get("num_requests_running"):
-        time.sleep(0.01)
+    wait_until(lambda: not whole.is_alive() or server.metrics().get("engine_num_running"))
     os.kill(server.engine_pid(), signal.SIGKILL)
     whole.join()
     assert replies[0].json() == want  # nobody had read any of it: the next engine makes it again
-    while server.get("/health").status_code != 200:
-        assert time.monotonic() < deadline + 60
-        time.sleep(0.1)
+    wait_until(lambda: server.get("/health").status_code == 200)

@@ -1,33 +1,30 @@
 """What clients see when there is more to do than seats: priorities, deadlines, and when to come again."""
 
-import os
-import signal
-import threading
-import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server_fixture import ServerProcess, assert_error
+from waiting import wait_until
 
 from specserve.errors import UserError, from_info
 from specserve.server.middlewares import retry_headers
 
-LONG = {"prompt": "The quick brown", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
+LONG = {"prompt": "The quick brown", "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The quick brown", "max_tokens": 1, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def server(model_dir):
+def server(patient_model_dir):
     """On the torch path, which takes its time, with one seat."""
-    flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "20", "--max-waiting-tokens", "8000")
-    server = ServerProcess(model_dir, *flags, "--highest-priority=-5", "--speculation", "off").wait_ready()
+    flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "20", "--max-waiting-tokens", "64000")
+    server = ServerProcess(patient_model_dir, *flags, "--highest-priority=-5", "--speculation", "off").wait_ready()
     yield server
     assert server.stop() == 0
 
 
 @pytest.fixture
 def occupy(server):
-    """Takes the seat, and with n > 1 waits for it too; all of it is given back."""
+    """Takes the seat, and with n > 1 waits for it too, until it leaves; all of it is given back."""
     opened = []
 
     def occupy(**fields):
@@ -36,6 +33,7 @@ def occupy(server):
         lines = reply.iter_lines()
         next(lines)
         opened.append((reply, lines))  # lines that nobody holds close the connection
+        return reply
 
     yield occupy
     for reply, _ in opened:
@@ -43,62 +41,49 @@ def occupy(server):
     server.wait_baseline()
 
 
-@contextmanager
-def paused(server):
-    """Whatever is sent meanwhile comes to the engine together."""
-    os.kill(server.engine_pid(), signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.engine_pid(), signal.SIGCONT)
-
-
 def test_priorities_decide_who_is_next_and_only_allowed_ones_are_taken(server, occupy):
-    occupy()
-    done = []
-
-    def send(priority):
-        assert server.post("/v1/completions", {**LONG, "max_tokens": 60, "priority": priority}).status_code == 200
-        done.append(priority)
-
-    threads = [threading.Thread(target=send, args=(priority,)) for priority in (5, None, -5)]
-    with paused(server):
-        for thread in threads:
-            thread.start()
-        time.sleep(0.5)
-    for thread in threads:
-        thread.join()
-    assert done == [-5, None, 5]
+    occupant = occupy()
+    num_lines = len(server.log)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [
+            pool.submit(server.post, "/v1/completions", {**LONG, "max_tokens": 60, "priority": priority})
+            for priority in (5, None, -5)
+        ]
+        wait_until(lambda: server.metrics()["engine_num_waiting"] == 3)
+        occupant.close()
+        last, second, first = (reply.result().json()["id"] for reply in asked)
+    server.wait_log(last, since=num_lines)
+    lines = [line for line in server.log[num_lines:] if "length, " in line]  # as they ended
+    assert all(name in line for name, line in zip((first, second, last), lines, strict=True)), lines
     refused = server.post("/v1/completions", {**SHORT, "priority": -6})
     assert_error(refused, 400, "priority is -6", "--highest-priority", param="priority")
 
 
 def test_a_deadline_that_passes_is_504_and_one_that_cannot_be_met_429_at_once(server, occupy):
-    with paused(server):
+    with server.paused():
         error = assert_error(server.post("/v1/completions", {**SHORT, "deadline_ms": 100}), 504, "deadline")
         assert error["code"] == "deadline_exceeded"
         inputs = {"inputs": "The quick", "parameters": {"max_new_tokens": 1, "deadline_ms": 100}}
         assert server.post("/generate", inputs).status_code == 504
-    occupy(n=15, priority=-1)
+    occupy(n=15, priority=-1, max_tokens=480)
     refused = server.post("/v1/completions", {**SHORT, "deadline_ms": 200})
     error = assert_error(refused, 429, "deadline_ms leaves", param="deadline_ms")
     assert error["code"] == "deadline_unreachable" and int(refused.headers["Retry-After"]) >= 1
-    assert server.post("/v1/completions", {**SHORT, "deadline_ms": 60_000, "priority": -2}).status_code == 200
+    assert server.post("/v1/completions", {**SHORT, "deadline_ms": 600_000, "priority": -2}).status_code == 200
     for wrong in (0, 86_400_001):
         assert_error(server.post("/v1/completions", {**SHORT, "deadline_ms": wrong}), 400, f"deadline_ms is {wrong};")
 
 
-def test_an_answer_that_is_not_complete_at_its_deadline_ends_with_504(server, occupy):
-    reply = server.post("/v1/completions", {**LONG, "deadline_ms": 150})
+def test_an_answer_that_is_not_complete_at_its_deadline_ends_with_504(server):
+    reply = server.post("/v1/completions", {**LONG, "deadline_ms": 2000})
     assert assert_error(reply, 504, "complete")["code"] == "deadline_exceeded"
 
 
 def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(server, occupy):
     occupy()
-    prompts = [list(range(3, 303)) + [5] * 200] * 16  # 16 * 501 tokens
-    error = assert_error(server.post("/v1/completions", {**SHORT, "prompt": prompts}), 429, "--max-waiting-tokens 8000")
+    body = {**SHORT, "prompt": [[5] * 500] * 16, "max_tokens": 3590}  # 16 * 4090 tokens
+    error = assert_error(server.post("/v1/completions", body), 429, "--max-waiting-tokens 64000")
     assert error["code"] == "overloaded"
-    occupy()
     refused = server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 24})
     error = assert_error(refused, 429, "this one has 24 sequences", "--max-waiting 20")
     occupy(n=8)

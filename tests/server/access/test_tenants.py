@@ -5,12 +5,12 @@ from __future__ import annotations
 import http.client
 import signal
 import socket
-import time
 import urllib.parse
 
 import pytest
 import requests
 from server_fixture import ServerProcess, assert_error
+from waiting import wait_until
 
 from specserve.server.access.key_file import entry_text, new_key
 
@@ -47,10 +47,10 @@ def keys_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(model_dir, adapters_dir, keys_file):
+def server(patient_model_dir, adapters_dir, keys_file):
     (adapters_dir / "good").rename(adapters_dir / "red")
     server = TenantsServer(
-        model_dir, "--adapters-dir", str(adapters_dir), "--api-keys-file", str(keys_file), "--learn-history"
+        patient_model_dir, "--adapters-dir", str(adapters_dir), "--api-keys-file", str(keys_file), "--learn-history"
     ).wait_ready()
     yield server
     server.wait_baseline()
@@ -67,17 +67,10 @@ def reload(server, keys_file):
         num = sum(line in entry for entry in server.log)
         keys_file.write_text(text)
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: sum(line in entry for entry in server.log) > num)
+        wait_until(lambda: sum(line in entry for entry in server.log) > num)
 
     yield put
     put(file_text())
-
-
-def until(true) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def ask(server, name, **fields):
@@ -95,12 +88,12 @@ def test_a_key_opens_what_its_scopes_say(server):
     assert server.post("/v1/load_lora_adapter", load, **auth("admin")).status_code == 200
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "mine"}, **auth("admin")).status_code == 200
     for path in ("/metrics", "/v1/stats", "/version", "/openapi.json", "/v1/models", COMPLETIONS):
-        assert requests.get(server.url + path, timeout=10).status_code == 401
+        assert requests.get(server.url + path, timeout=60).status_code == 401
     for path in ("/metrics", "/v1/stats", "/v1/stats?stream=true"):
         assert_error(server.get(path, **auth("red")), 403, "scope metrics")
     assert server.get("/v1/stats").json()["engine"]["status"] == "running"
     assert server.get("/version", **auth("red")).status_code == 200
-    assert requests.get(server.url + "/health", timeout=10).status_code == 200
+    assert requests.get(server.url + "/health", timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -123,7 +116,7 @@ def test_no_spelling_of_a_path_opens_it(server, path):
     host, port = server.url.removeprefix("http://").split(":")
     for method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "get"):
         for target in (path, server.url + path):
-            connection = http.client.HTTPConnection(host, int(port), timeout=20)
+            connection = http.client.HTTPConnection(host, int(port), timeout=60)
             connection.putrequest(method, urllib.parse.quote(target, safe="/%?;:"), skip_host=False)
             connection.putheader("Content-Length", "0")
             connection.endheaders()
@@ -199,12 +192,12 @@ def test_tokens_are_charged_as_usage_says_whole_streamed_or_left(server, reload)
 
     before = charged()
     assert charged(ask(server, "red", n=2), ask(server, "red", prompt=["a b", "c"])) == before
-    body = {"prompt": "The quick", "n": 16, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"prompt": "The quick", "n": 4, "max_tokens": 4000, "ignore_eos": True, "stream": True}
     before = charged()
     with requests.post(server.url + COMPLETIONS, json=body, stream=True, timeout=60, **auth("red")) as response:
-        assert int(response.headers["x-ratelimit-remaining-tokens"]) < 20_000 - 15 * 400  # some came back
+        assert int(response.headers["x-ratelimit-remaining-tokens"]) < 20_000 - 3 * 4000  # some came back
         next(response.iter_lines())
-    assert 2 < charged() - before < 16 * 400
+    assert 2 < charged() - before < 4 * 4000
     before = charged()
     assert ask(server, "red", response_format={"type": "regex"}).status_code == 400
     assert charged() == before
@@ -223,11 +216,11 @@ def test_requests_at_a_time_are_counted_from_before_their_bodies_are_read(server
     reload(file_text(red={"max_concurrent": 1}))
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEYS['red']}\r\n"
-    with socket.create_connection((host, int(port)), timeout=20) as slow:
+    with socket.create_connection((host, int(port)), timeout=60) as slow:
         slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 9\r\n\r\n".encode())
-        until(lambda: ask(server, "red").status_code == 429)
+        wait_until(lambda: ask(server, "red").status_code == 429)
         assert_error(ask(server, "red"), 429, "max_concurrent is 1")
-    until(lambda: ask(server, "red").status_code == 200)
+    wait_until(lambda: ask(server, "red").status_code == 200)
 
 
 def test_keys_change_hands_while_a_request_runs_and_a_broken_file_keeps_the_old_ones(server, reload):
@@ -236,7 +229,7 @@ def test_keys_change_hands_while_a_request_runs_and_a_broken_file_keeps_the_old_
         lines = response.iter_lines()
         next(lines)
         reload(entry_text("blue", KEYS["blue"], {}) + entry_text("scraper", KEYS["scraper"], {"scopes": ["metrics"]}))
-        assert requests.get(server.url + "/v1/models", timeout=10, **auth("red")).status_code == 401
+        assert requests.get(server.url + "/v1/models", timeout=60, **auth("red")).status_code == 401
         assert [line for line in lines if line][-1] == b"data: [DONE]"
     reload("blue: {", "the keys stay as they are")
     assert ask(server, "blue").status_code == 200 and ask(server, "red").status_code == 401
