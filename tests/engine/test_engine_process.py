@@ -15,6 +15,7 @@ from engine_fixture import request
 from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
+from waiting import wait_until
 
 from specserve import frames
 from specserve.adapter_files import content_hash
@@ -97,16 +98,19 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
 def test_heartbeat_comes_while_the_loop_is_held_up_and_waiting_for_the_server_is_no_part_of_a_turn(monkeypatch):
     monkeypatch.setattr(server_link, "HEARTBEAT_S", 0.05)
     ours, theirs = socket.socketpair()
-    ours.settimeout(10)
+    ours.settimeout(60)
     left = threading.Event()
     link = ServerLink(theirs, leave=lambda status: left.set())
     link.start_heartbeat(lambda: server_link.NewestStep(7, 0.25))
     beats = [receive(ours)[0] for _ in range(6)]  # of one turn: nothing begins another
+    while beats[-1].turn_s < 0.15:  # time without a core is not counted
+        beats.append(receive(ours)[0])
     assert all(beat == Heartbeat(beat.turn_s, 7, 0.25) for beat in beats)
-    assert [beat.turn_s for beat in beats] == sorted(beat.turn_s for beat in beats) and 0.15 < beats[-1].turn_s < 5
-    link.begin_turn()
-    turns = (receive(ours)[0].turn_s for _ in range(20))  # some may be on their way
-    assert any(turn_s < beats[-1].turn_s for turn_s in turns)
+    assert [beat.turn_s for beat in beats] == sorted(beat.turn_s for beat in beats)
+    begun = time.monotonic()
+    while receive(ours)[0].turn_s >= beats[-1].turn_s:  # some may be on their way
+        begun = time.monotonic()
+        link.begin_turn()
     # The server takes nothing: the loop waits in the middle of a frame, and no heartbeat may cut in, wait, or blame it.
     delta = Delta("a", [], "x" * 2**21)
     loop = threading.Thread(target=link.send, args=([delta],), daemon=True)
@@ -116,8 +120,9 @@ def test_heartbeat_comes_while_the_loop_is_held_up_and_waiting_for_the_server_is
     kinds = []
     while not kinds or kinds[-1] != delta:
         kinds += receive(ours)
-    assert receive(ours)[0].turn_s < 0.45  # 0.5 and more with the wait
-    loop.join(timeout=10)
+    turn_s = receive(ours)[0].turn_s
+    assert turn_s < time.monotonic() - begun - 0.45  # without the wait of 0.5 s
+    loop.join()
     # And with the socket full to the brim the heartbeat passes over its turn.
     theirs.setblocking(False)
     with contextlib.suppress(BlockingIOError):
@@ -125,13 +130,14 @@ def test_heartbeat_comes_while_the_loop_is_held_up_and_waiting_for_the_server_is
             theirs.send(b"x" * 1024)
     theirs.setblocking(True)
     time.sleep(0.2)
-    assert not link._sending.locked() and not left.is_set()
+    wait_until(lambda: not link._sending.locked())
+    assert not left.is_set()
     ours.close()
-    assert left.wait(10)
+    assert left.wait(60)
 
 
 class Peer:
-    """The server's end of an engine process."""
+    """The server's end of an engine process, which keeps what nobody has asked for yet."""
 
     def __init__(self, config):
         self.sock, theirs = socket.socketpair()
@@ -142,25 +148,29 @@ class Peer:
             stderr=subprocess.DEVNULL,
         )
         theirs.close()
-        self.sock.settimeout(60)
+        self.sock.settimeout(300)
         self.send(config)
 
     def send(self, message):
         self.sock.sendall(encode_frame(message))
 
     def receive(self, kind, match=lambda message: True):
+        num_seen = 0
         while True:
-            while self.received:
-                message = self.received.pop(0)
-                if isinstance(message, kind) and match(message):
-                    return message
+            for idx in range(num_seen, len(self.received)):
+                if isinstance(self.received[idx], kind) and match(self.received[idx]):
+                    return self.received.pop(idx)
+            num_seen = len(self.received)
             payload = read_frame(self.sock)
             assert payload is not None, "the engine process went away"
-            self.received = from_engine_decoder.decode(payload)
+            self.received += from_engine_decoder.decode(payload)
+
+    def answer(self, call_id):
+        return self.receive((AdapterLoaded, CallDone, CallFailed, Stats), lambda answer: answer.call_id == call_id)
 
     def close(self):
         self.sock.close()
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +205,15 @@ def finish(peer, request_id):
 def test_adapter_loads_and_serves_while_another_request_decodes(peer, model_dir, tmp_path):
     path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.3)
     peer.send(request("long", [1, 2, 3], max_tokens=400, ignore_eos=True, mode="off"))
-    first = peer.receive(Delta)
-    assert first.request_id == "long"
+    first = peer.receive(Delta, lambda m: m.request_id == "long")
     peer.send(LoadAdapter(1, "a", str(path)))
-    adapter = peer.receive(AdapterLoaded).adapter
+    adapter = peer.answer(1).adapter
     assert adapter.max_rank == 4 and "q_proj" in adapter.target_modules
     peer.send(request("short", [1, 2, 3], adapter=adapter.content_hash, max_tokens=3, ignore_eos=True))
     assert len(finish(peer, "short")) == 3
     assert len(first.token_ids) + len(finish(peer, "long")) <= 400
     peer.send(UnloadAdapter(2, adapter.content_hash))
-    assert peer.receive(CallDone).call_id == 2
+    assert isinstance(peer.answer(2), CallDone)
 
 
 def test_an_adapter_that_is_rewritten_and_truncated_while_it_is_read_fails_alone(peer, model_dir, tmp_path):
@@ -225,22 +234,22 @@ def test_an_adapter_that_is_rewritten_and_truncated_while_it_is_read_fails_alone
     try:
         for idx in range(20):
             peer.send(LoadAdapter(100 + idx, "moving", str(path)))
-        for _ in range(20):
-            reply = peer.receive((AdapterLoaded, CallFailed))
+        for idx in range(20):
+            reply = peer.answer(100 + idx)
             assert isinstance(reply, AdapterLoaded) or reply.error.status in (400, 409), reply
     finally:
         stop.set()
         thread.join()
     peer.send(LoadAdapter(120, "moving", str(path)))
-    assert peer.receive(AdapterLoaded).adapter.content_hash == content_hash(path)
+    assert peer.answer(120).adapter.content_hash == content_hash(path)
 
 
 def test_bad_adapter_and_bad_request_are_answered_and_the_engine_goes_on(peer, tmp_path):
     peer.send(LoadAdapter(3, "missing", str(tmp_path / "missing")))
-    failed = peer.receive(CallFailed)
-    assert failed.call_id == 3 and failed.error.code == "invalid_adapter"
+    failed = peer.answer(3)
+    assert isinstance(failed, CallFailed) and failed.error.code == "invalid_adapter"
     peer.send(request("bad", [10**6]))
-    assert peer.receive(RequestFailed).error.param == "prompt"
+    assert peer.receive(RequestFailed, lambda m: m.request_id == "bad").error.param == "prompt"
     peer.send(request("good", [1], max_tokens=2, ignore_eos=True))
     assert len(finish(peer, "good")) == 2
 
@@ -250,16 +259,15 @@ def test_abort_frees_everything_within_a_step(peer):
     peer.receive(Delta, lambda m: m.request_id == "a")
     peer.send(Abort("a"))
     peer.send(GetStats(4))
-    stats = peer.receive(Stats).stats
+    stats = peer.answer(4).stats
     assert stats.num_running == 0 and stats.num_free_kv_blocks == stats.num_kv_blocks
     assert stats.integrity_error is None
 
 
 def test_heartbeats_come_while_idle(peer):
-    peer.receive(Heartbeat)
-    start = time.monotonic()
-    peer.receive(Heartbeat)
-    assert time.monotonic() - start < 5
+    peer.received.clear()
+    for _ in range(2):
+        peer.receive(Heartbeat)
 
 
 def test_process_leaves_when_the_server_goes_away_in_the_middle_of_a_request(config):
@@ -274,7 +282,7 @@ def test_shutdown_leaves_with_zero(config):
     peer = Peer(config)
     peer.receive(EngineInfo)
     peer.send(Shutdown())
-    assert peer.process.wait(timeout=20) == 0
+    assert peer.process.wait(timeout=60) == 0
     peer.close()
 
 
@@ -291,5 +299,5 @@ def test_unservable_settings_are_reported_in_one_sentence(config, change, word):
     peer = Peer(msgspec.structs.replace(config, **change))
     failed = peer.receive(CallFailed)
     assert failed.call_id == -1 and word in failed.error.message and "\n" not in failed.error.message
-    assert peer.process.wait(timeout=20) == 1
+    assert peer.process.wait(timeout=60) == 1
     peer.close()

@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 import msgspec
 import pytest
+from waiting import until
 
 from specserve.chat.types import Message
 from specserve.config import ServeConfig
@@ -121,11 +122,11 @@ async def test_long_texts_are_read_one_at_a_time_also_when_clients_leave(generat
         nonlocal num_reading
         num_reading += 1
         most.append(num_reading)
-        go_on.wait(10)
+        go_on.wait(60)
         num_reading -= 1
 
     readers = [asyncio.create_task(generator.prompts.off_loop(LONG_TEXT + 1, read)) for _ in range(3)]
-    await asyncio.sleep(0.05)
+    await until(lambda: most)
     for reader in readers[:2]:
         reader.cancel()
     await asyncio.sleep(0.05)
@@ -162,11 +163,11 @@ async def test_a_deadline_that_passes_during_a_write_cuts_no_write(generator, mo
 
     monkeypatch.setattr(generator.engine, "generate", generate)
     job = await prepare(generator)
-    job.deadline = time.monotonic() + 0.5
+    job.deadline = time.monotonic() + 2
     async with aclosing(generator.deltas(job)) as deltas:
         for _ in range(num_taken):
             await anext(deltas)
-        await asyncio.sleep(0.6)  # a reader that takes nothing; cancelled, this would not be a DeadlineError
+        await asyncio.sleep(2.1)  # a reader that takes nothing; cancelled, this would not be a DeadlineError
         if is_complete:
             assert [delta.finish_reason async for _, delta in deltas] == ["stop"]
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
 import msgspec
@@ -73,13 +72,18 @@ def test_summary_says_what_was_done_between_two_snapshots(caplog: pytest.LogCapt
     assert summary(start, start, 10.0) is None and summary(busy, start, 10.0) is None  # idle; restarted
 
     async def watch() -> None:
-        snapshots = iter([start, busy, None, start, start])
+        snapshots, all_seen = [start, busy, None, start, start], asyncio.Event()
 
         async def next_stats() -> EngineStats | None:
-            return next(snapshots, start)
+            if len(snapshots) == 1:
+                all_seen.set()
+                await asyncio.Event().wait()
+            return snapshots.pop(0)
 
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(summarize(next_stats, every_s=0.01), 0.2)
+        task = asyncio.create_task(summarize(next_stats, every_s=0.01))
+        await asyncio.wait_for(all_seen.wait(), 60)
+        task.cancel()
+        await asyncio.wait([task])
 
     with caplog.at_level(logging.INFO):
         asyncio.run(watch())
