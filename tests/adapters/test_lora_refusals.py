@@ -179,7 +179,7 @@ def test_steps_go_on_while_a_catastrophic_pattern_is_matched(engine, adapters, t
             num_steps += bool(engine.step())
             longest = max(longest, time.monotonic() - start)
     assert isinstance(reading.exception(), AdapterError) and CATASTROPHE in str(reading.exception())
-    assert num_steps > 10 and longest < 5.0
+    assert num_steps > 10 and longest < 30.0
     engine.abort("a")
     check_baseline(engine)
 

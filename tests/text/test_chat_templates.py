@@ -72,7 +72,7 @@ def test_a_process_renders_what_transformers_renders(model_dir, of_adapter):
             for tools in (None, TOOLS):
                 for opens in (True, False):
                     chat = tokenizer.template.hidden_chat(MESSAGES, opens, False, tools)
-                    text = await renderer.render(tokenizer.template.job(chat, 5), "it")
+                    text = await renderer.render(tokenizer.template.job(chat, 60), "it")
                     plain = [dict(m, content=m["content"].replace("<|im_end|>", "END")) for m in MESSAGES]
                     want = reference.apply_chat_template(
                         plain, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=opens
@@ -111,14 +111,14 @@ def test_bad_templates_are_refused_by_name_and_good_ones_go_on(of_adapter):
     async def all_of_them(renderer):
         good = of_adapter("{{ messages[0].content }}", "good")
 
-        async def render(tokenizer, timeout_s=10.0):
+        async def render(tokenizer, timeout_s=60.0):
             return await renderer.render(
                 tokenizer.template.job(tokenizer.template.hidden_chat(MESSAGES[:1]), timeout_s), tokenizer.template.name
             )
 
         async def fails(template, words):
             with pytest.raises(UserError) as caught:
-                await render(of_adapter(template, "bad"), 0.5 if "longer" in words else 10.0)
+                await render(of_adapter(template, "bad"), 0.5 if "longer" in words else 60.0)
             assert "adapter 'bad'" in str(caught.value) and words in str(caught.value)
 
         for template, words in BAD.values():
@@ -137,7 +137,7 @@ def test_bad_templates_are_refused_by_name_and_good_ones_go_on(of_adapter):
 
 def test_processes_that_do_not_start_or_end_by_themselves_are_no_templates_fault(of_adapter, monkeypatch):
     good = of_adapter("{{ messages[0].content }}", "good")
-    job = good.template.job(good.template.hidden_chat(MESSAGES[:1]), 10.0)
+    job = good.template.job(good.template.hidden_chat(MESSAGES[:1]), 60.0)
 
     async def work(renderer):
         for executable in ("/bin/false", "/no/such/python"):

@@ -167,12 +167,12 @@ async def test_a_broken_file_says_why_and_changes_nothing(file, text, reason):
 async def test_a_file_that_is_being_written_is_read_when_it_is_complete(file, monkeypatch):
     """Cut after an entry, or just opened for writing, it is a valid file of fewer keys."""
     ring = await ring_of(file)
-    monkeypatch.setattr(key_file_module, "SETTLE_S", 0.3)
+    monkeypatch.setattr(key_file_module, "SETTLE_S", 1.0)  # far more than the writer's pauses
     whole = file.read_text() + entry_text("other", OTHER, {})
     with open(file, "w") as stream:
         reload = asyncio.ensure_future(ring.reload())
         for part in (whole[: len(whole) // 3], whole[len(whole) // 3 :]):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
             assert name_of(ring, KEY) == "team"
             stream.write(part)
             stream.flush()
