@@ -26,7 +26,7 @@ def away(tmp_path):
 @pytest.fixture
 def server(model_dir, adapters_dir, away):
     """On the torch path: the native one answers before anything could happen to it. Ends with no process left."""
-    flags = ("--kernels", "torch", "--adapters-dir", str(adapters_dir))
+    flags = ("--kernels", "torch", "--adapters-dir", str(adapters_dir), "--drain-timeout-s", "600")
     server = ServerProcess(model_dir, *flags, env=broken_env(BROKEN_START=away)).wait_ready()
     yield server
     assert server.process.wait(timeout=60) == 0

@@ -6,6 +6,7 @@ import signal
 import threading
 
 import pytest
+from broken.broken_tokens import broken_env
 from server_fixture import ServerProcess
 from waiting import wait_until
 
@@ -16,7 +17,7 @@ LONG = {"inputs": "The quick", "parameters": {"max_new_tokens": 4000, "ignore_eo
 def server(patient_model_dir):
     """Slow enough for its streams to be cut off."""
     flags = ("--kernels", "torch", "--speculation", "off", "--max-concurrent-requests", "1")
-    server = ServerProcess(patient_model_dir, *flags).wait_ready()
+    server = ServerProcess(patient_model_dir, *flags, env=broken_env()).wait_ready()
     yield server
     server.wait_baseline()
     assert server.stop() == 0

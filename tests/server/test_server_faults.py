@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from broken.broken_tokens import broken_env
 from golden import Golden
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
@@ -21,7 +22,7 @@ from waiting import wait_until
 
 def start_server(model_dir, *flags):
     """A server on the torch path: the native one answers `LONG` before anything could happen to it."""
-    return ServerProcess(model_dir, "--kernels", "torch", *flags)
+    return ServerProcess(model_dir, "--kernels", "torch", *flags, env=broken_env())
 
 
 LONG = {
@@ -40,10 +41,8 @@ def model_dir(patient_model_dir):
 
 @pytest.fixture(scope="module")
 def server(model_dir):
-    server = ServerProcess(
-        model_dir,
-        *("--max-num-seqs", "4", "--max-waiting", "4", "--max-concurrent-requests", "12", "--read-timeout-s", "2"),
-    ).wait_ready()
+    flags = ("--max-num-seqs", "4", "--max-waiting", "4", "--max-concurrent-requests", "12", "--read-timeout-s", "2")
+    server = ServerProcess(model_dir, *flags, env=broken_env()).wait_ready()
     yield server
     assert server.stop() == 0
 
@@ -216,7 +215,7 @@ def test_hung_engine_is_replaced(model_dir):
 
 
 def test_sigterm_drains_running_requests_and_leaves_no_process(model_dir):
-    server = start_server(model_dir).wait_ready()
+    server = start_server(model_dir, "--drain-timeout-s", "600").wait_ready()
     pid = server.engine_pid()
     want = server.complete(max_tokens=400, speculation={"mode": "off"})["text"]
     reply = server.post("/v1/completions", {**LONG, "max_tokens": 400, "stream": True}, stream=True)
