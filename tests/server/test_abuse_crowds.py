@@ -38,15 +38,10 @@ def histories(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_dir(patient_model_dir):
-    return patient_model_dir
-
-
-@pytest.fixture(scope="module")
-def server(model_dir, adapters_dir, histories):
+def server(patient_model_dir, adapters_dir, histories):
     """On the torch path: the native one answers before anything could happen to it."""
     server = ServerProcess(
-        model_dir,
+        patient_model_dir,
         *("--kernels", "torch", "--adapters-dir", str(adapters_dir), "--max-adapters", str(MAX_ADAPTERS)),
         *("--max-num-seqs", "4", "--max-waiting", "16", "--max-concurrent-requests", "64", "--read-timeout-s", "2"),
         *("--write-timeout-s", "2"),

@@ -135,7 +135,7 @@ async def test_a_request_that_comes_after_a_change_does_not_get_what_an_earlier_
 
 
 async def test_a_file_that_is_still_written_is_not_served_before_it_is_complete(store, engine, root, monkeypatch):
-    monkeypatch.setattr(adapter_loader, "SETTLE_S", 0.4)  # far more than a writer's pause, also on a busy machine
+    monkeypatch.setattr(adapter_loader, "SETTLE_S", 1.5)  # far more than a writer's pause, also on a busy machine
     path = make(root / "a", "0" * 64)
 
     async def fill():

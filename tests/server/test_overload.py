@@ -16,7 +16,7 @@ SHORT = {"prompt": "The quick brown", "max_tokens": 1, "temperature": 0}
 @pytest.fixture(scope="module")
 def server(patient_model_dir):
     """On the torch path, which takes its time, with one seat."""
-    flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "20", "--max-waiting-tokens", "64000")
+    flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "20", "--max-waiting-tokens", "8000")
     server = ServerProcess(patient_model_dir, *flags, "--highest-priority=-5", "--speculation", "off").wait_ready()
     yield server
     assert server.stop() == 0
@@ -81,12 +81,12 @@ def test_an_answer_that_is_not_complete_at_its_deadline_ends_with_504(server):
 
 def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(server, occupy):
     occupy()
-    body = {**SHORT, "prompt": [[5] * 500] * 16, "max_tokens": 3590}  # 16 * 4090 tokens
-    error = assert_error(server.post("/v1/completions", body), 429, "--max-waiting-tokens 64000")
+    prompts = [[5] * 500] * 16  # 16 * 501 tokens
+    error = assert_error(server.post("/v1/completions", {**SHORT, "prompt": prompts}), 429, "--max-waiting-tokens 8000")
     assert error["code"] == "overloaded"
     refused = server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 24})
     error = assert_error(refused, 429, "this one has 24 sequences", "--max-waiting 20")
-    occupy(n=8)
+    occupy(n=8, max_tokens=480)
     metrics = server.metrics()
     assert metrics["engine_num_waiting_tokens"] > 0 and metrics["engine_wait_estimate_seconds"] > 0
 
