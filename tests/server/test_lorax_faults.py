@@ -62,7 +62,7 @@ def test_engine_that_dies_ends_streams_with_an_error_event_and_no_answer_is_lost
     replies = []
     whole = threading.Thread(target=lambda: replies.append(server.post("/generate", body)))
     whole.start()
-    wait_until(lambda: not whole.is_alive() or server.metrics().get("engine_num_running"))
+    wait_until(lambda: not whole.is_alive() or server.metrics().get("num_requests_running"))
     os.kill(server.engine_pid(), signal.SIGKILL)
     whole.join()
     assert replies[0].json() == want  # nobody had read any of it: the next engine makes it again

@@ -49,7 +49,7 @@ def test_priorities_decide_who_is_next_and_only_allowed_ones_are_taken(server, o
             pool.submit(server.post, "/v1/completions", {**LONG, "max_tokens": 60, "priority": priority})
             for priority in (5, None, -5)
         ]
-        wait_until(lambda: server.metrics()["engine_num_waiting"] == 3)
+        wait_until(lambda: server.metrics()["num_requests_waiting"] == 3)
         occupant.close()
         last, second, first = (reply.result().json()["id"] for reply in asked)
     server.wait_log(last, since=num_lines)
