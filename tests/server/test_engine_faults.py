@@ -112,7 +112,7 @@ def test_a_step_that_never_ends_is_noticed_within_seconds(server, fault):
     start = time.monotonic()
     lines = server.post(TEXT, {**BODY, "prompt": [*START, fault, LATER], "stream": True}, stream=True).iter_lines()
     assert_cut([line for line in lines if line])
-    assert time.monotonic() - start < 90  # 2 s for a step, 5 s for silence; more where others have the cores
+    assert time.monotonic() - start < 240  # 2 s for a step, 5 s for silence, of time in which it has a core
     wait_until(lambda: server.get("/ready").status_code == 200)
     assert server.engine_pid() != pid
 
