@@ -182,6 +182,9 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         Literal["specserve", "vllm"],
         Meta(description="what names in /metrics begin with; vllm: as vLLM's own, for its dashboards and routers"),
     ] = "specserve"
+    otlp_traces_endpoint: Annotated[
+        Text | None, Meta(description="where OpenTelemetry spans go, such as http://localhost:4318/v1/traces")
+    ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="log verbosity")] = "info"
 
     @property

@@ -45,6 +45,7 @@ from .routes import add_routes
 from .sources.fetcher import AdapterFetcher
 from .stats.routes import StatsRoutes
 from .tls import certificate_of
+from .tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Server:
         self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
         self.engine.on_adapters_left = self.store.adapters_left
         self.engine.on_serving = self.store.engine_started
+        self.tracing = Tracing.of(config.otlp_traces_endpoint, os.environ)
         self.stats = StatsRoutes(self.engine, self.model_name, config.write_timeout_s)
         self._model_dir = model_dir
         self.keys = KeyRing(config)
@@ -80,7 +82,9 @@ class Server:
     def application(self, tokenizer: TextTokenizer) -> web.Application:
         app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
         app.on_response_prepare.append(self.middlewares.add_headers)
-        generator = Generator(self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics)
+        generator = Generator(
+            self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics, self.tracing
+        )
 
         async def close(_: web.Application) -> None:
             responses.close()
@@ -158,6 +162,7 @@ class Server:
             if listener is not None:
                 listener.close()
             self.fetcher.close()
+            await asyncio.to_thread(self.tracing.close)
 
     async def reload(self) -> None:
         """Read keys and certificate again; what is wrong with one is logged, and the old one stays."""

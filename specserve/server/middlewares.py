@@ -24,6 +24,7 @@ from .access.network import host_allowed, is_loopback, origin_allowed
 from .error_bodies import SAFE_HEADERS, error_response
 from .metrics.metrics import Metrics
 from .routes import Access, Handler, access_of
+from .tracing import remember_context
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class Middlewares:
     async def admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "POST":
             return await handler(request)
+        remember_context(request.headers)
         if self.draining:
             raise ShuttingDownError("the server is shutting down")
         if self.num_in_flight >= self._config.max_concurrent_requests:

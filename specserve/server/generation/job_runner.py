@@ -25,6 +25,7 @@ from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses, Resender, other_output
 from ..metrics.metrics import Metrics
+from ..tracing import Tracing
 from .job import Job
 from .prompts import check_same_texts
 from .token_charge import TokenCharge
@@ -43,7 +44,9 @@ class JobRunner:
         base_name: str,
         metrics: Metrics,
         timeout_s: float,
+        tracing: Tracing | None = None,
     ):
+        self._tracing = tracing
         self._engine = engine
         self._resender = Resender(engine)
         self._store = store
@@ -62,8 +65,10 @@ class JobRunner:
         watch = self._metrics.watch(job.adapter or self._base_name, prompt_lens)
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
+        span = self._tracing.begin(job) if self._tracing is not None else None
         if job.adapter is not None:
             self._store.uses.count(job.adapter)
+        failure: str | None = None
         try:
             async with aclosing(self._choices(job)) as deltas:
                 while (item := await _next(deltas, end)) is not None:
@@ -71,15 +76,19 @@ class JobRunner:
                     watch.delta(idx, delta)
                     line.delta(delta)
                     charge.delta(delta)
+                    if span is not None:
+                        span.delta(delta)
                     yield idx, delta
         except UserError as error:
             watch.failed()
-            line.failed(error.code or error.type)
+            failure = error.code or error.type
+            line.failed(failure)
             charge.failed()
             raise
         except TimeoutError:
             watch.failed()
-            line.failed("timeout")
+            failure = "timeout"
+            line.failed(failure)
             if timeout_s < self._timeout_s:
                 raise DeadlineError("deadline_ms passed before the answer was complete", param="deadline_ms") from None
             raise UserError(
@@ -89,12 +98,15 @@ class JobRunner:
             ) from None
         except Exception:
             watch.failed()
-            line.failed("internal_error")
+            failure = "internal_error"
+            line.failed(failure)
             charge.failed()
             raise
         finally:
             watch.done()
             line.ended()
+            if span is not None:
+                span.ended(failure)
             num_used = charge.settle()
             self._metrics.key_tokens.labels(self._metrics.key_label(job.caller.name)).inc(num_used)
 

@@ -1,0 +1,149 @@
+"""OpenTelemetry spans of generations, by the conventions for generative AI; imported only where they are asked for.
+
+Asked for by --otlp-traces-endpoint, or by OpenTelemetry's own variables. A span covers a request from admission to its
+last token, and is a child of the one that the client's `traceparent` names. It holds counts, times and settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..errors import UserError
+from ..messages import Delta, Usage
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
+    from .generation.job import Job
+
+logger = logging.getLogger(__name__)
+
+# That ask for spans, as the exporter itself reads them.
+VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+HEADERS = ("traceparent", "tracestate")
+_carrier: ContextVar[Mapping[str, str] | None] = ContextVar("trace_headers", default=None)
+
+
+def remember_context(headers: Mapping[str, str]) -> None:
+    """Of the request that this task answers, for the spans that are begun in it; a task may answer several in turn."""
+    _carrier.set({name: headers[name] for name in HEADERS if name in headers})
+
+
+class Tracing:
+    """Spans for one server; without a `tracer` there are none, and nothing is done for them."""
+
+    def __init__(self, tracer: Tracer | None = None, provider: Any = None):
+        self._tracer, self._provider = tracer, provider
+
+    @classmethod
+    def of(cls, endpoint: str | None, environ: Mapping[str, str]) -> Tracing:
+        """As the setting or the variables ask for. Raises `UserError` where what it takes is not installed."""
+        if endpoint is None and not any(environ.get(name) for name in VARIABLES):
+            return cls()
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            if endpoint is None:
+                logger.warning("a variable of OpenTelemetry names an endpoint, but there are no spans: %s", error)
+                return cls()
+            raise UserError(
+                f"otlp_traces_endpoint is {endpoint!r}, but OpenTelemetry is not installed ({error}); "
+                "pip install 'specserve[otel]'",
+                param="otlp_traces_endpoint",
+            ) from None
+        provider = TracerProvider(resource=Resource.create({"service.name": "specserve"}))  # OTEL_SERVICE_NAME wins
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        return cls(provider.get_tracer("specserve", __version__), provider)
+
+    def begin(self, job: Job) -> Span | None:
+        """The span of a job, from now on."""
+        return Span(self._tracer, job) if self._tracer is not None else None
+
+    def close(self) -> None:
+        """Send what is left; may take seconds where nobody listens."""
+        if self._provider is not None:
+            self._provider.shutdown()
+
+
+class Span:
+    """Of one job; `ended` must be called."""
+
+    def __init__(self, tracer: Tracer, job: Job):
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        operation = "chat" if job.is_chat else "text_completion"
+        self._span = tracer.start_span(
+            f"{operation} {job.model}",
+            context=TraceContextTextMapPropagator().extract(_carrier.get() or {}),
+            kind=SpanKind.SERVER,
+            attributes=_asked(job, operation),
+        )
+        self._start = time.monotonic()
+        self._first_s: float | None = None
+        self._finishes: list[str] = []
+        self._usages: list[Usage] = []
+        self._num_generated = 0
+        self._num_sequences = len(job.requests)
+        self._num_prompt_tokens = job.num_prompt_tokens
+
+    def delta(self, delta: Delta) -> None:
+        if self._first_s is None:
+            self._first_s = time.monotonic() - self._start
+        self._num_generated += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._finishes.append(delta.finish_reason)
+        if delta.usage is not None:
+            self._usages.append(delta.usage)
+
+    def ended(self, failure: str | None) -> None:
+        """`failure`: why, if it has failed; else it is complete, or its client has left."""
+        from opentelemetry.trace import Status, StatusCode
+
+        if failure is None and len(self._finishes) < self._num_sequences:
+            failure = "client_disconnected"
+        span, usages = self._span, self._usages
+        span.set_attribute("gen_ai.usage.input_tokens", self._num_prompt_tokens)
+        span.set_attribute("gen_ai.usage.output_tokens", self._num_generated)
+        if self._finishes:
+            span.set_attribute("gen_ai.response.finish_reasons", self._finishes)
+        if usages:
+            span.set_attribute("gen_ai.usage.cache_read.input_tokens", sum(usage.cached_tokens for usage in usages))
+            span.set_attribute("specserve.draft_tokens", sum(usage.draft_tokens for usage in usages))
+            span.set_attribute("specserve.accepted_draft_tokens", sum(u.accepted_draft_tokens for u in usages))
+            span.set_attribute("specserve.num_forwards", sum(usage.num_forwards for usage in usages))
+            span.set_attribute("specserve.queue_s", max(usage.queue_s for usage in usages))
+        if self._first_s is not None:
+            span.set_attribute("specserve.time_to_first_token_s", self._first_s)
+        if failure is not None:
+            span.set_attribute("error.type", failure)
+            span.set_status(Status(StatusCode.ERROR, failure))
+        span.end()
+
+
+def _asked(job: Job, operation: str) -> dict[str, Any]:
+    sampling = job.requests[0].sampling
+    asked: dict[str, Any] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "specserve",
+        "gen_ai.request.model": job.model,
+        "gen_ai.response.model": job.model,
+        "gen_ai.response.id": job.id,
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.choice.count": job.n,
+        "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
+        "gen_ai.request.presence_penalty": sampling.presence_penalty,
+    }
+    if sampling.top_k:
+        asked["gen_ai.request.top_k"] = sampling.top_k
+    return asked
