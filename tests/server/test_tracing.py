@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from test_generation import Engine, Store, prepare
+from test_generation import Engine, Store
 
 from specserve.config import ServeConfig
 from specserve.errors import UserError
 from specserve.messages import Delta, Usage
+from specserve.server.access.keys import KeyRing
 from specserve.server.generation.generator import Generator
 from specserve.server.metrics.metrics import Metrics
+from specserve.server.openai.request_types import CompletionRequest
 from specserve.server.tracing import VARIABLES, Tracing, remember_context
 from specserve.text.tokenizer import TextTokenizer
 
@@ -30,6 +32,11 @@ class Failing(Engine):
     async def generate(self, request):
         raise UserError("no", code="engine_unavailable")
         yield
+
+
+async def prepare(generator, **fields):
+    request = CompletionRequest(model="a", prompt=[5, 6, 7, 8, 9], **fields)
+    return await generator.prepare(request, KeyRing(ServeConfig()).anonymous)
 
 
 @pytest.fixture
@@ -57,14 +64,14 @@ async def test_a_span_has_the_conventions_names_and_the_clients_parent(spans, ge
     [_ async for _ in generator.deltas(job)]
     await generator.close()
     (span,) = spans[0].get_finished_spans()
-    assert span.name == "chat a" and span.kind.name == "SERVER" and span.status.is_unset
+    assert span.name == "text_completion a" and span.kind.name == "SERVER" and span.status.is_unset
     assert format(span.context.trace_id, "032x") == TRACE and format(span.parent.span_id, "016x") == PARENT
     found = dict(span.attributes)
     assert found.pop("specserve.time_to_first_token_s") >= 0
     assert (
         found.items()
         >= {
-            "gen_ai.operation.name": "chat",
+            "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "specserve",
             "gen_ai.request.model": "a",
             "gen_ai.response.id": job.id,
@@ -72,7 +79,7 @@ async def test_a_span_has_the_conventions_names_and_the_clients_parent(spans, ge
             "gen_ai.request.temperature": 0.5,
             "gen_ai.request.top_k": 3,
             "gen_ai.request.choice.count": 2,
-            "gen_ai.usage.input_tokens": job.num_prompt_tokens,
+            "gen_ai.usage.input_tokens": 5,
             "gen_ai.usage.output_tokens": 6,
             "gen_ai.usage.cache_read.input_tokens": 4,
             "gen_ai.response.finish_reasons": ("length", "length"),
