@@ -6,7 +6,7 @@ import socket
 import time
 
 import pytest
-from page_driver import Playground, figure_of
+from page_driver import PATIENCE_MS, Playground, figure_of
 from server_fixture import ServerProcess
 
 
@@ -103,7 +103,7 @@ def test_a_stream_that_breaks_off_says_so_and_keeps_its_text(restarted, open_pag
     server = restarted()
     play = Playground(open_page(server.url))
     play.set(max_tokens=3500, model="alpha").send("The quick brown fox")
-    play.page.locator(".run").first.wait_for()
+    play.page.locator(".output .run").first.wait_for()  # given output cannot be made again
     os.kill(server.engine_pid(), signal.SIGKILL)
     play.wait_done()
     (answer,) = play.answers()
@@ -117,6 +117,7 @@ def test_a_stream_that_breaks_off_says_so_and_keeps_its_text(restarted, open_pag
 def test_a_key_is_asked_for_kept_in_the_tab_and_sent(model_dir, adapters_dir, browser, errors):
     server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), "--api-key", "open sesame").wait_ready()
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
     try:
         page = context.new_page()
         page.goto(server.url)
