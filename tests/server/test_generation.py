@@ -37,10 +37,10 @@ class Store:
         self.info = AdapterInfo("weights", 1, 1, [], 1, "one template")
         self.uses = UseCounts()
 
-    async def resolve(self, name):
+    async def resolve(self, name, priority=0):
         return self.info
 
-    async def resolve_with_texts(self, name, known):
+    async def resolve_with_texts(self, name, known, priority=0):
         return self.info, None if self.info.text_hash in known else {"chat_template.jinja": b"Hi"}
 
     def engine_lost(self, name, content_hash):
@@ -265,7 +265,7 @@ async def test_the_deadline_of_inputs_is_from_before_their_adapter_is_loaded(gen
     job, _ = await lorax_job(generator, caller, deadline_ms=60_000)
     assert begun + 60 <= job.deadline == job.requests[0].deadline <= time.monotonic() + 60
 
-    async def load(name, known):
+    async def load(name, known, priority=0):
         await asyncio.Event().wait()
 
     monkeypatch.setattr(generator.store, "resolve_with_texts", load)
@@ -276,7 +276,7 @@ async def test_the_deadline_of_inputs_is_from_before_their_adapter_is_loaded(gen
 async def test_inputs_are_not_run_with_another_tokenizer_than_made_their_tokens(generator, caller, monkeypatch):
     resolve = generator.store.resolve_with_texts
 
-    async def edit(name, known):
+    async def edit(name, known, priority=0):
         resolved = await resolve(name, known)
         generator.store.info = msgspec.structs.replace(generator.store.info, text_hash="another template")
         return resolved
