@@ -71,9 +71,9 @@ class Server:
         self.engine.on_adapters_left = self.store.adapters_left
         self.engine.on_serving = self.store.engine_started
         self.tracing = Tracing.of(config.otlp_traces_endpoint, os.environ)
-        self.stats = StatsRoutes(self.engine, self.model_name, config.write_timeout_s)
         self._model_dir = model_dir
         self.keys = KeyRing(config)
+        self.stats = StatsRoutes(self.engine, self.model_name, self.keys, config.write_timeout_s)
         self.certificate = certificate_of(config)
         self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
         self.page = PageFiles()

@@ -35,6 +35,7 @@ class KeyRing:
         self._allowances: dict[str, Allowance] = {}
         self._callers: list[tuple[bytes, Caller]] = []
         self._reading = asyncio.Lock()
+        self.num_reads = 0  # of the file: callers that were found before the latest are not known to be any more
         needs_key = self._file is not None or config.api_key is not None
         # With a key for admins alone, everybody may generate. Without any, admins are those on this machine.
         scopes = set() if needs_key else set(SCOPES)
@@ -53,6 +54,7 @@ class KeyRing:
             if taken:
                 raise UserError(f"{self._file}: the name {taken[0]!r} is the server's own; choose another")
             self._replace(entries)
+            self.num_reads += 1
         logger.info("%d names have keys in %s", len(entries), self._file)
 
     def authenticate(self, authorization: str) -> Caller | None:

@@ -2,22 +2,28 @@
 
 Owns the listeners. None of them asks the engine anything, keeps others waiting or has a queue: who is slow misses
 events and gets the newest. Where the engine says nothing for `QUIET_S`, in a long step or while it is started again,
-what is known is told all the same.
+what is known is told all the same. Stats that cannot be made are logged and harm nobody: `publish` is called in the
+midst of the engine's messages.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 
 from ...errors import OverloadedError, ShuttingDownError
-from ..access.caller import Caller
+from ..access.caller import ANONYMOUS, Caller
 from .snapshot import visible
 from .types import StatsResponse
 
+logger = logging.getLogger(__name__)
+
 MAX_LISTENERS = 64
+MAX_LISTENERS_OF_ONE = 32  # key, or all without one
 QUIET_S = 2.0
 
 
@@ -44,22 +50,30 @@ class StatsFeed:
         self._newest = newest
         self._event: _Event | None = None  # the newest, while there are listeners
         self._changed = asyncio.Event()  # set, and replaced, with each event
-        self._num_listeners = 0
+        self._listeners: Counter[str] = Counter()  # by name of the key
+        self._is_broken = False  # the latest stats could not be made
         self._quiet: asyncio.TimerHandle | None = None
         self._is_closed = False
 
     @property
     def num_listeners(self) -> int:
-        return self._num_listeners
+        return self._listeners.total()
 
     def publish(self) -> None:
-        """Tell all listeners of the stats of now; nothing is done for none."""
+        """Tell all listeners of the stats of now; nothing is done for none. Raises nothing."""
         self._cancel_timer()
-        if not self._num_listeners or self._is_closed:
+        if not self.num_listeners or self._is_closed:
             return
-        self._event = _Event(self._newest())
         self._quiet = asyncio.get_running_loop().call_later(QUIET_S, self.publish)
-        self._wake()
+        try:
+            self._event = _Event(self._newest())
+        except Exception:
+            if not self._is_broken:  # once for all that follow
+                logger.exception("the stats cannot be made; who listens keeps the last ones")
+            self._is_broken = True
+        else:
+            self._is_broken = False
+            self._wake()
 
     def close(self) -> None:
         """End all streams, and begin none."""
@@ -71,24 +85,37 @@ class StatsFeed:
         """Events as JSON, the first at once, until `close`. Raises `UserError` where there is no place."""
         if self._is_closed:
             raise ShuttingDownError("the server is shutting down")
-        if self._num_listeners >= MAX_LISTENERS:
-            raise OverloadedError(
-                f"{self._num_listeners} clients listen to the stats, which is the limit; ask without stream, or later"
-            )
-        self._num_listeners += 1
+        name = caller.name if caller is not None else ANONYMOUS
+        self._check_room(name)
+        self._listeners[name] += 1
         try:
             if self._event is None:
                 self.publish()
             while not self._is_closed:
                 changed, event = self._changed, self._event
-                assert event is not None
-                yield event.for_caller(caller)
+                if event is not None:
+                    yield event.for_caller(caller)
                 await changed.wait()
         finally:
-            self._num_listeners -= 1
-            if not self._num_listeners:
+            self._listeners[name] -= 1
+            if not self._listeners[name]:
+                del self._listeners[name]
+            if not self._listeners:
                 self._event = None
                 self._cancel_timer()
+
+    def _check_room(self, name: str) -> None:
+        """Raises `OverloadedError` where all places are taken, or all that one may have."""
+        if self.num_listeners >= MAX_LISTENERS:
+            raise OverloadedError(
+                f"{self.num_listeners} clients listen to the stats, which is the limit; ask without stream, or later"
+            )
+        if self._listeners[name] >= MAX_LISTENERS_OF_ONE:
+            who = "without a key" if name == ANONYMOUS else f"with key {name!r}"
+            raise OverloadedError(
+                f"{self._listeners[name]} clients {who} listen to the stats, which is the limit for one; "
+                "ask without stream, or later"
+            )
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

@@ -1,4 +1,8 @@
-"""GET /v1/stats: the engine's state and counters, once or as server-sent events."""
+"""GET /v1/stats: the engine's state and counters, once or as server-sent events.
+
+A stream is of the keys that there were when it began: it ends when they are read again, so that its client shows its
+key anew.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from ..access.caller import found_caller
+from ..access.keys import KeyRing
 from ..engine_client.client import EngineClient
 from ..http_body import convert, json_response
 from ..routes import Handler
@@ -19,10 +24,11 @@ from .types import StatsQuery
 class StatsRoutes:
     """Of one server; a listener who takes nothing for `write_timeout_s` is cut off."""
 
-    def __init__(self, engine: EngineClient, base_name: str, write_timeout_s: float):
+    def __init__(self, engine: EngineClient, base_name: str, keys: KeyRing, write_timeout_s: float):
         self._source = StatsSource(engine, base_name)
         self.feed = StatsFeed(self._source.newest)
         engine.on_snapshot = self.feed.publish
+        self._keys = keys
         self._write_timeout_s = write_timeout_s
 
     def handlers(self) -> dict[str, Handler]:
@@ -34,8 +40,10 @@ class StatsRoutes:
         if query.stream == "false" or request.method == "HEAD":
             whole = await self._source.fresh()
             return json_response(visible(whole, caller.may_use if caller is not None else lambda name: True))
-        stream = EventStream(request, self._write_timeout_s)
+        stream, keys_before = EventStream(request, self._write_timeout_s), self._keys.num_reads
         async with aclosing(self.feed.listen(caller)) as events:
             async for event in events:
+                if self._keys.num_reads != keys_before:
+                    break
                 await stream.send(event)
         return await stream.end()

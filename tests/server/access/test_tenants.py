@@ -6,6 +6,7 @@ import http.client
 import signal
 import socket
 import urllib.parse
+from itertools import islice
 
 import pytest
 import requests
@@ -123,6 +124,15 @@ def test_no_spelling_of_a_path_opens_it(server, path):
             status = connection.getresponse().status
             assert status in (400, 401), (method, target, status)
             connection.close()
+
+
+def test_a_key_that_is_taken_away_ends_its_stream_of_stats(server, reload):
+    with server.get("/v1/stats?stream=true", stream=True, **auth("scraper")) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith(b"data: ")
+        reload(entry_text("red", KEYS["red"], {"scopes": ["metrics"]}))
+        assert_error(server.get("/v1/stats"), 401, "API key")
+        assert sum(bool(line) for line in islice(lines, 20)) <= 2  # one may have been on its way
 
 
 def test_an_adapter_of_others_does_not_exist(server, adapters_dir):

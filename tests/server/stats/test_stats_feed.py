@@ -103,6 +103,43 @@ async def test_there_are_places_for_so_many_and_each_that_leaves_makes_room(feed
             await anext(third)
 
 
+async def test_one_key_may_not_take_all_places(feed, monkeypatch):
+    monkeypatch.setattr(feed_module, "MAX_LISTENERS_OF_ONE", 2)
+    one, other = (dataclasses.replace(caller_for(), name=name) for name in ("one", "other"))
+    async with aclosing(feed.listen(one)) as first, aclosing(feed.listen(one)) as second:
+        await anext(first), await anext(second)
+        with pytest.raises(OverloadedError, match="2 clients with key 'one'"):
+            await anext(feed.listen(one))
+        for caller in (other, None):
+            async with aclosing(feed.listen(caller)) as third:
+                await anext(third)
+        await first.aclose()
+        async with aclosing(feed.listen(one)) as third:
+            await anext(third)
+    assert feed.num_listeners == 0
+
+
+async def test_stats_that_cannot_be_made_are_logged_once_and_come_again(engine, monkeypatch, caplog):
+    monkeypatch.setattr(feed_module, "QUIET_S", 0.01)
+    source, is_broken = StatsSource(engine, "the-base"), True
+
+    def newest():
+        if is_broken:
+            raise ZeroDivisionError("a fault in the stats")
+        return source.newest()
+
+    feed = StatsFeed(newest)
+    async with asyncio.timeout(20), aclosing(feed.listen(None)) as listener:
+        waiting = asyncio.ensure_future(anext(listener))
+        while not caplog.records:
+            await asyncio.sleep(0)
+        feed.publish()
+        assert not waiting.done()
+        is_broken = False
+        assert decoded(await waiting).time_s == 1001.0
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError]
+
+
 async def test_closing_ends_all_streams_and_begins_none(feed):
     async with aclosing(feed.listen(None)) as listener:
         await anext(listener)
@@ -157,12 +194,40 @@ async def test_a_caller_sees_the_adapters_that_are_for_it(feed, engine, monkeypa
     assert [entry.model for entry in told.by_adapter] == ["blue", "red-2"] and told.num_others == 2
 
 
-async def test_a_stream_goes_on_over_a_restart_of_the_engine(tmp_path, monkeypatch):
+@pytest.fixture
+def client(tmp_path, monkeypatch):
     (tmp_path / "plan").write_text("serve")
     monkeypatch.setenv("FAKE_ENGINE_PLAN", str(tmp_path / "plan"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [sys.executable, str(FIXTURES / "fake_engine.py")]
-    client = EngineClient(EngineConfig(model="fake"), command=command)
+    return EngineClient(EngineConfig(model="fake"), command=[sys.executable, str(FIXTURES / "fake_engine.py")])
+
+
+async def test_a_fault_in_the_stats_leaves_the_engine_alone(client):
+    num_tries, is_broken = 0, True
+
+    def newest():
+        nonlocal num_tries
+        num_tries += 1
+        if is_broken:
+            raise ZeroDivisionError
+        return StatsSource(client, "the-base").newest()
+
+    feed = StatsFeed(newest)
+    client.on_snapshot = feed.publish
+    async with asyncio.timeout(60), aclosing(feed.listen(None)) as listener:
+        waiting = asyncio.ensure_future(anext(listener))
+        await asyncio.sleep(0)  # it listens
+        await client.start()
+        try:
+            while client.snapshot[0] is None or num_tries < 3:  # the first, and that of the engine's snapshot
+                await asyncio.sleep(0.01)
+            is_broken = False
+            assert decoded(await waiting).engine.num_restarts == 0 and client.generation == 1
+        finally:
+            await client.stop()
+
+
+async def test_a_stream_goes_on_over_a_restart_of_the_engine(client):
     feed = StatsFeed(StatsSource(client, "the-base").newest)
     client.on_snapshot = feed.publish
     await client.start()
