@@ -183,7 +183,7 @@ class Residency:
             return
         self._is_asking, self._next_ask = True, now + ASK_EVERY_S
         num_served = max(1, int(len(self._held) * ASKED_SHARE))
-        served = [reservation for reservation, _ in zip(self._waiting, range(num_served), strict=False)]
+        served = self._waiting.next(num_served, now)
         bytes_missing, places_missing = self._missing(sum(reservation.num_bytes for reservation in served), len(served))
         can_be_asked = []
         for key, held in self._held.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from collections.abc import Iterator
 
 from .held import Reservation
 
@@ -30,10 +29,6 @@ class RoomQueue:
 
     def __contains__(self, reservation: Reservation) -> bool:
         return reservation in self._waiting
-
-    def __iter__(self) -> Iterator[Reservation]:
-        """In order of their priorities, whoever's turn it is."""
-        return iter(self._waiting)
 
     def put(self, reservation: Reservation) -> None:
         reservation.number = next(self._numbers)
@@ -60,6 +55,12 @@ class RoomQueue:
             if now - oldest.asked_at > PATIENCE_S:
                 return oldest
         return self._waiting[0]
+
+    def next(self, num: int, now: float) -> list[Reservation]:
+        """At most `num` of those that wait: `first`, then the others in order, as if no turn came up meanwhile."""
+        first = self.first(now)
+        others = (reservation for reservation in self._waiting if reservation is not first)
+        return [first, *itertools.islice(others, num - 1)]
 
     def take(self, reservation: Reservation) -> None:
         """It got its room."""

@@ -86,6 +86,28 @@ def test_a_short_wait_is_no_reason_to_go_first(full, clock):
     assert "new" not in order
 
 
+def test_room_is_made_for_whoever_has_waited_longest_when_it_is_its_turn(clock):
+    """It needs more than those before it by priority, for whom there would be enough."""
+    registry = AdapterRegistry(9, clock, max_bytes=100)
+    sizes = {"in use": 40, "in use too": 40, "idle": 20}
+    for name, num_bytes in sizes.items():
+        registry.put(SimpleNamespace(content_hash=name), registry.ask(num_bytes, name))
+        if name != "idle":
+            registry.acquire(name)
+    for idx in range(room_queue.OLDEST_EVERY - 1 - len(sizes)):  # rooms that come before its turn
+        registry.give_back(registry.ask(0, f"{idx}"))
+    large = registry.ask(60, "large", priority=5)
+    clock.now += room_queue.PATIENCE_S + 1
+    assert not registry.ask(20, "urgent").is_granted
+    while not large.is_granted and clock.now < 200:
+        clock.now += residency.ASK_EVERY_S
+        registry.grant()
+        for name in ("in use", "in use too"):
+            if name in registry.held() and not registry.held()[name].is_staying:
+                registry.release(name)  # what it runs has ended
+    assert large.is_granted
+
+
 def test_what_is_refused_or_does_not_wait_leaves_nothing_in_the_queue(full):
     assert not full.ask(1, "a", is_patient=False).is_granted and full.num_waiting == 0
     full.pin("x")
