@@ -1,7 +1,8 @@
 """An event loop on a thread of its own, for callers that have none, or one that is not to be disturbed.
 
 So an engine is watched whatever its caller does meanwhile, notebooks that run a loop themselves need no second way, and
-two engines share nothing. A caller that leaves, by Ctrl-C or an error, cancels what it waited for.
+two engines share nothing. A caller that leaves, by Ctrl-C or an error, cancels what it waited for. Nobody waits for a
+loop that has ended: what still ran is cancelled, and its callers get `EngineDeadError`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
-from concurrent.futures import Future
-from contextlib import aclosing
+from concurrent.futures import CancelledError, Future
+from contextlib import aclosing, contextmanager
 from typing import Any, Generic, TypeVar
+
+from ..errors import EngineDeadError
 
 T = TypeVar("T")
 
@@ -22,6 +25,8 @@ class LoopThread:
 
     def __init__(self, name: str):
         self._loop = asyncio.new_event_loop()
+        self._is_stopped = False
+        self._lock = threading.RLock()  # a collector of garbage may stop what its own thread submits to
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -29,6 +34,11 @@ class LoopThread:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            while tasks := asyncio.all_tasks(self._loop):
+                for task in tasks:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.wait(tasks))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
 
@@ -37,20 +47,32 @@ class LoopThread:
         return threading.current_thread() is self._thread
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begin `work` there."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Begin `work` there. Raises `EngineDeadError` once the loop is to end."""
+        with self._lock:  # what is begun is begun before the loop is told to end
+            if not self._is_stopped:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise EngineDeadError("this LLM is closed")
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do `work` there and wait for it."""
+        """Do `work` there and wait for it. Raises `EngineDeadError` where the loop ends meanwhile, as all below do."""
         future = self.submit(work)
         try:
-            return future.result()
+            with _ended_by_stop():
+                return future.result()
         finally:
             future.cancel()  # nothing, unless the wait was interrupted
 
     async def acall(self, work: Coroutine[Any, Any, T]) -> T:
         """The same, awaited on another loop, whose cancellation is passed on."""
-        return await asyncio.wrap_future(self.submit(work))
+        future = self.submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise _closed_meanwhile() from None
 
     def iterate(self, items: AsyncGenerator[T]) -> Iterator[T]:
         """The items as they come; leaving the iterator closes them. They are taken whether or not anybody reads."""
@@ -60,7 +82,8 @@ class LoopThread:
         try:
             while not isinstance(item := taken.get(), _End):
                 yield item
-            item.future.result()
+            with _ended_by_stop():
+                item.future.result()
         finally:
             future.cancel()
 
@@ -77,15 +100,32 @@ class LoopThread:
         try:
             while not isinstance(item := await taken.get(), _End):
                 yield item
-            item.future.result()
+            with _ended_by_stop():
+                item.future.result()
         finally:
             future.cancel()
 
     def stop(self) -> None:
-        """End the loop; what still runs there is dropped."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """End the loop, once; what still runs there is cancelled."""
+        with self._lock:
+            if not self._is_stopped:
+                self._is_stopped = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
         if not self.is_current:
             self._thread.join()
+
+
+@contextmanager
+def _ended_by_stop() -> Iterator[None]:
+    """Nobody but `stop` cancels what somebody waits for."""
+    try:
+        yield
+    except CancelledError:
+        raise _closed_meanwhile() from None
+
+
+def _closed_meanwhile() -> EngineDeadError:
+    return EngineDeadError("this LLM was closed before the answer had come")
 
 
 class _End(Generic[T]):
