@@ -139,14 +139,23 @@ def cache_dir() -> Path:
 
 def cpu_flags() -> frozenset[str]:
     """What the CPU can do, by Linux's names; empty where nothing says so."""
+    found = _cpu_says(("flags", "Features"), ("machdep.cpu.features", "machdep.cpu.leaf7_features"))
+    return frozenset(found.lower().split())
+
+
+def cpu_name() -> str:
+    """Its maker's name for it; empty where nothing says so."""
+    return _cpu_says(("model name",), ("machdep.cpu.brand_string",)).strip()
+
+
+def _cpu_says(linux: tuple[str, ...], macos: tuple[str, ...]) -> str:
+    """What stands under the first of Linux's names that the CPU has; all of macOS's."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-    else:  # macOS on x86, whose names are Linux's in capitals
-        command = ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
-        try:
-            lines = ["flags:" + subprocess.run(command, capture_output=True, text=True, check=False).stdout.lower()]
-        except OSError:
-            return frozenset()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(flags.replace("\n", " ").partition(":")[2].split())
+        line = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(linux)), "")
+        return line.partition(":")[2]
+    try:
+        found = subprocess.run(["sysctl", "-n", *macos], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.replace("\n", " ")

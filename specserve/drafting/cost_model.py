@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,16 @@ _MAX_SURPRISE = 0.3  # natural log: a step counts as at most 35% slower or faste
 # as that of 2 rows where steps have 1 or 13, would come to look dear or free beside those that are visited.
 _SPREAD = 0.7
 _MAX_CORRECTION = 2.0  # and a cell as at most 7 times what was measured at start
+
+
+MeasuredShape = tuple[int, int, int]  # rows, sequences, keys of each sequence's context
+APART, ONE_AHEAD, ROWS_AHEAD = (8, MEASURED_SEQS, 0), (1, 1, _CONTEXT_LEN), (8, 1, _CONTEXT_LEN)
+MEASURED_SHAPES: tuple[MeasuredShape, ...] = (
+    *((rows, 1, 0) for rows in MEASURED_ROWS),
+    APART,
+    ONE_AHEAD,
+    ROWS_AHEAD,
+)
 
 
 class TimedStep(Protocol):
@@ -95,25 +105,33 @@ class MeasuredCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         The shapes take turns, so that a busy moment of the machine spoils one repeat of each and not all of one: a
         shape that came out too dear would hardly be visited, and so stay so.
         """
-        apart, ahead = (8, MEASURED_SEQS, 0), [(1, 1, _CONTEXT_LEN), (8, 1, _CONTEXT_LEN)]
-        shapes = [*((rows, 1, 0) for rows in MEASURED_ROWS), apart, *ahead]
         timed_step(MEASURED_ROWS[0])
-        turns = [[timed_step(*shape) for shape in shapes] for _ in range(repeats)]
-        fastest = dict(zip(shapes, map(min, zip(*turns, strict=True)), strict=True))
+        fastest = fastest_of(timed_step, MEASURED_SHAPES, repeats)
         by_rows = {rows: fastest[rows, 1, 0] for rows in MEASURED_ROWS}
-        eight_apart, (one_ahead, eight_ahead) = fastest[apart], (fastest[shape] for shape in ahead)
-        key_s = max(0.0, one_ahead - by_rows[1]) / _CONTEXT_LEN
+        key_s = max(0.0, fastest[ONE_AHEAD] - by_rows[1]) / _CONTEXT_LEN
         return cls(
             by_rows,
-            sequence_s=max(0.0, eight_apart - by_rows[8]) / 7,
+            sequence_s=max(0.0, fastest[APART] - by_rows[8]) / 7,
             key_s=key_s,
-            row_key_s=max(0.0, (eight_ahead - by_rows[8]) / _CONTEXT_LEN - key_s) / 7,
+            row_key_s=max(0.0, (fastest[ROWS_AHEAD] - by_rows[8]) / _CONTEXT_LEN - key_s) / 7,
         )
+
+    def seconds(self, shape: MeasuredShape) -> float:
+        """What these say of a step of one of the `MEASURED_SHAPES`."""
+        rows, num_seqs, context_len = shape
+        attention_s = context_len * (self.key_s + (rows - 1) * self.row_key_s)
+        return self.by_rows[rows] + (num_seqs - 1) * self.sequence_s + attention_s
 
     def scaled(self, factor: float) -> MeasuredCosts:
         """On a machine where everything takes `factor` times as long."""
         by_rows = {rows: factor * seconds for rows, seconds in self.by_rows.items()}
         return MeasuredCosts(by_rows, factor * self.sequence_s, factor * self.key_s, factor * self.row_key_s)
+
+
+def fastest_of(timed_step: TimedStep, shapes: Sequence[MeasuredShape], repeats: int) -> dict[MeasuredShape, float]:
+    """Seconds of the fastest repeat of each; they take turns."""
+    turns = [[timed_step(*shape) for shape in shapes] for _ in range(repeats)]
+    return dict(zip(shapes, map(min, zip(*turns, strict=True)), strict=True))
 
 
 class CostModel:

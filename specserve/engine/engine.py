@@ -157,7 +157,8 @@ class Engine:
         self._torch_threads = path.torch_threads
         self._times = StepTimes(path.clock or time.perf_counter, path.is_asynchronous)
         kept = path.costs_key is not None and keeps_costs
-        file = costs_file(path.costs_key, model, num_blocks * config.block_size, max_model_len) if kept else None
+        key = (path.costs_key, model, num_blocks, config.block_size, max_model_len)
+        file = costs_file(*key) if kept else None
         cost_model = measured_costs(functools.partial(path.seconds, self.blocks, max_model_len), file)
         self.proposer = Proposer(
             config,

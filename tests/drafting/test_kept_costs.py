@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from specserve.drafting.cost_model import MEASURED_ROWS
+from specserve.drafting import kept_costs
+from specserve.drafting.cost_model import MEASURED_ROWS, MEASURED_SHAPES, CostModel, MeasuredCosts, StepShape
 from specserve.drafting.kept_costs import costs_file, measured_costs
 
 
@@ -35,7 +36,7 @@ def test_a_later_start_times_few_steps_and_takes_the_rest_at_the_speed_of_now(fi
     slower = Machine(2.0, 0.2)
     second = measured_costs(slower, file)
     assert times(second) == pytest.approx([2 * seconds for seconds in times(first)])
-    assert len(slower.rows) < 10 and max(slower.rows) < MEASURED_ROWS[-1]
+    assert len(slower.rows) <= 10 and max(slower.rows) < MEASURED_ROWS[-1]
 
 
 @pytest.mark.parametrize("changed", [(1.0, 0.5), (0.01, 0.001)], ids=["another shape", "another machine"])
@@ -45,16 +46,30 @@ def test_what_no_longer_holds_is_measured_again_and_kept(file, changed):
     assert times(measured_costs(now, file)) == pytest.approx([now(rows) for rows in MEASURED_ROWS])
     num = len(now.rows)
     measured_costs(now, file)
-    assert len(now.rows) - num < 10, "the new ones are kept"
+    assert len(now.rows) - num <= 10, "the new ones are kept"
+
+
+@pytest.mark.parametrize("shape", [shape for shape in MEASURED_SHAPES if shape not in ((1, 1, 0), (16, 1, 0))], ids=str)
+def test_what_a_busy_machine_measured_is_found_within_a_few_starts(file, shape):
+    """One shape was twice too dear at the first start, all repeats of it."""
+    machine = Machine(1.0, 0.1)
+    busy = measured_costs(lambda *args: machine(*args) * (2 if (*args, 1, 0)[:3] == shape else 1), file)
+    sound = CostModel.of(MeasuredCosts.measure(machine))
+    curve = StepShape(num_seqs=shape[1], num_keys=shape[1] * shape[2])
+    assert busy.seconds(shape[0], curve) > 1.5 * sound.seconds(shape[0], curve)
+    for _ in range(len(MEASURED_SHAPES) - 2):
+        last = measured_costs(machine, file)
+    assert last.seconds(shape[0], curve) == pytest.approx(sound.seconds(shape[0], curve))
 
 
 @pytest.mark.parametrize(
     "content",
     [
         b"",
+        b'{"costs":{"by_rows":{"1":1.0},"sequence_s":0.0,"key_s":0.0,"row_key_s":0.0},"num_starts":1}',
         b'{"by_rows":{"1":1.0},"sequence_s":0.0,"key_s":0.0,"row_key_s":0.0}',
-        b'{"by_rows":{"1":0,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":0.0,"key_s":0.0,"row_key_s":0.0}',
-        b'{"by_rows":{"1":1,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":-1.0,"key_s":0.0,"row_key_s":0.0}',
+        b'{"costs":{"by_rows":{"1":0,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":0,"key_s":0,"row_key_s":0}}',
+        b'{"costs":{"by_rows":{"1":1,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":-1,"key_s":0,"row_key_s":0}}',
     ],
 )
 def test_a_file_of_nonsense_is_replaced(file, content):
@@ -77,3 +92,5 @@ def test_each_way_to_compute_has_a_file_of_its_own(monkeypatch, tmp_path):
     files = {costs_file("native", threads, "bf16") for threads in (1, 2)}
     assert len(files) == 2 and all(file.is_relative_to(tmp_path) for file in files)
     assert costs_file("native", 1, "bf16") in files
+    monkeypatch.setattr(kept_costs, "cpu_name", lambda: "another CPU")
+    assert costs_file("native", 1, "bf16") not in files
