@@ -9,6 +9,10 @@ import pytest
 from page_driver import PATIENCE_MS, Playground, figure_of
 from server_fixture import ServerProcess
 
+from specserve.server.access.key_file import entry_text
+
+KEY = "open sesame"
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -114,39 +118,98 @@ def test_a_stream_that_breaks_off_says_so_and_keeps_its_text(restarted, open_pag
     errors[:] = [line for line in errors if not line.startswith("Failed to load resource")]  # /health was 503
 
 
-def test_a_key_is_asked_for_kept_in_the_tab_and_sent(model_dir, adapters_dir, browser, errors):
-    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), "--api-key", "open sesame").wait_ready()
+@pytest.fixture(scope="module")
+def keyed_server(model_dir, adapters_dir, tmp_path_factory):
+    """A server that wants a key for all, the stats too."""
+    file = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    file.write_text(
+        entry_text("all", KEY, {"scopes": ["generate", "metrics"]})
+        + entry_text("talker", "only words", {"scopes": ["generate"]})
+    )
+    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), "--api-keys-file", str(file)).wait_ready()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def context(browser):
     context = browser.new_context()
     context.set_default_timeout(PATIENCE_MS)
+    yield context
+    context.close()
+
+
+def give_key(page, key: str) -> None:
+    page.locator("#key-input").fill(key)
+    page.get_by_role("button", name="Use it").click()
+
+
+def test_a_board_without_a_key_asks_for_it_once(keyed_server, context):
+    page = context.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if "/v1/stats" in request.url else None)
+    page.clock.install()
+    page.goto(keyed_server.url + "/#board")
+    dialog = page.locator("#key-dialog")
+    dialog.wait_for()
+    wait_for_text(page, "#view-board .error", "API key is needed")
+    page.get_by_role("button", name="Cancel").click()
+    assert len(asked) == 1
+    with page.expect_response("**/health"):
+        page.clock.run_for(20_000)
+    assert len(asked) == 1 and not dialog.is_visible()
+    page.locator("#key-button").click()
+    give_key(page, "only words")
+    wait_for_text(page, "#view-board .error", "has not the scope metrics")
+    with page.expect_response("**/health"):
+        page.clock.run_for(20_000)
+    assert len(asked) == 2 and not dialog.is_visible()
+    page.locator("#key-button").click()
+    page.keyboard.press("Escape")
+    assert page.evaluate("sessionStorage.getItem('specserve-key')") == "only words"
+    page.locator("#key-button").click()
+    give_key(page, KEY)
+    wait_for_text(page, "#board-engine", "running")
+    assert len(asked) == 3
+
+
+def test_a_key_is_asked_for_kept_in_the_tab_and_sent(keyed_server, adapters_dir, context, tmp_path):
+    server = keyed_server
+    page = context.new_page()
+    page.goto(server.url)
+    dialog = page.locator("#key-dialog")
+    dialog.wait_for()
+    give_key(page, "wrong")
+    wait_for_text(page, "#key-reason", "does not take this key")
+    give_key(page, KEY)
+    page.locator("[name=model] option").first.wait_for(state="attached")
+    page.reload()
+    page.locator("[name=model] option").first.wait_for(state="attached")
+    assert not dialog.is_visible()
+    (answer,) = Playground(page).ask("Hello", max_tokens=5)
+    assert figure_of(answer, "tokens") == "5"
+    answer.get_by_role("button", name="curl").click()
+    assert "$SPECSERVE_API_KEY" in page.locator("#code-text").text_content()
+    assert "sesame" not in page.content() and "sesame" not in page.url
+    page.locator("#code-close").click()
+    page.get_by_role("link", name="Adapters").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save training report").click()
+    assert download.value.suggested_filename == "alpha-report.html"
+    saved = context.new_page()
+    download.value.save_as(tmp_path / "saved.html")
+    saved.goto((tmp_path / "saved.html").as_uri())
+    assert saved.locator("h1").text_content() == "Report"
+    assert saved.title() == "How alpha was trained"  # its script was not run
+    report = adapters_dir / "alpha" / "report.html"
+    report.rename(tmp_path / "report.html")
     try:
-        page = context.new_page()
-        page.goto(server.url)
-        dialog = page.locator("#key-dialog")
-        dialog.wait_for()
-        page.locator("#key-input").fill("wrong")
-        page.get_by_role("button", name="Use it").click()
-        wait_for_text(page, "#key-reason", "does not take this key")
-        page.locator("#key-input").fill("open sesame")
-        page.get_by_role("button", name="Use it").click()
-        page.locator("[name=model] option").first.wait_for(state="attached")
-        page.reload()
-        page.locator("[name=model] option").first.wait_for(state="attached")
-        assert not dialog.is_visible()
-        (answer,) = Playground(page).ask("Hello", max_tokens=5)
-        assert figure_of(answer, "tokens") == "5"
-        answer.get_by_role("button", name="curl").click()
-        assert "$SPECSERVE_API_KEY" in page.locator("#code-text").text_content()
-        assert "sesame" not in page.content() and "sesame" not in page.url
-        page.locator("#code-close").click()
-        page.get_by_role("link", name="Adapters").click()
-        with page.expect_download() as download:
-            page.get_by_role("button", name="Save training report").click()
-        assert download.value.suggested_filename == "alpha-report.html"
-        page.get_by_role("link", name="Live board").click()
-        wait_for_text(page, "#board-engine", "running")
-        other = context.new_page()  # another tab asks anew
-        other.goto(server.url)
-        other.locator("#key-dialog").wait_for()
+        page.get_by_role("button", name="Save training report").click()
+        wait_for_text(page, "#view-adapters [role=alert]", "has no report.html")
     finally:
-        context.close()
-        assert server.stop() == 0
+        (tmp_path / "report.html").rename(report)
+    page.get_by_role("link", name="Live board").click()
+    wait_for_text(page, "#board-engine", "running")
+    other = context.new_page()  # another tab asks anew
+    other.goto(server.url)
+    other.locator("#key-dialog").wait_for()

@@ -2,6 +2,8 @@
 import { getBlob, getJson, hasKey } from "./api.js";
 import { bytes, el, percent, replace } from "./dom.js";
 
+// What a report must not do where it is opened from disk; the server's own headers say the same beside a link to it.
+const POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'";
 const TIERS = { device: "on the device", host: "in main memory", disk: "on disk" };
 
 export function create(element, { use }) {
@@ -47,10 +49,18 @@ function card(adapter, use) {
 function report(name) {
   const path = `/v1/adapters/${encodeURIComponent(name)}/report`;
   if (!hasKey()) return el("a", { class: "button", href: path, target: "_blank", rel: "noopener" }, "Training report");
+  const failed = el("span", { class: "error", role: "alert", hidden: true });
   const save = async () => {
-    const url = URL.createObjectURL(await getBlob(path));
-    el("a", { href: url, download: `${name}-report.html` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    failed.hidden = true;
+    try {
+      const head = `<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="${POLICY}">`;
+      const url = URL.createObjectURL(new Blob([head, await getBlob(path)], { type: "text/html" }));
+      el("a", { href: url, download: `${name}-report.html` }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    } catch (error) {
+      failed.textContent = error.message;
+      failed.hidden = false;
+    }
   };
-  return el("button", { type: "button", class: "quiet", on: { click: save } }, "Save training report");
+  return el("span", {}, el("button", { type: "button", class: "quiet", on: { click: save } }, "Save training report"), failed);
 }

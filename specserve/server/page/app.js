@@ -66,6 +66,7 @@ function askForKey(reason) {
   if (keyDialog.open) return;
   byId("key-reason").textContent = `${reason} The key is kept in this tab until it is closed.`;
   byId("key-input").value = "";
+  keyDialog.returnValue = ""; // Escape leaves what the last close has set
   keyDialog.showModal();
 }
 

@@ -38,7 +38,13 @@ export class StatsFeed {
         }
       } catch (error) {
         if (error.name === "AbortError") return;
-        this._onState(error.status === 401 || error.status === 403 ? error.message : `${error.message} Trying again.`);
+        if (error.status === 401 || error.status === 403) {
+          // Another try would ask for a key again; `open` makes it, when one was given.
+          if (!signal.aborted) this._abort = null;
+          this._onState(error.message);
+          return;
+        }
+        this._onState(`${error.message} Trying again.`);
       }
       const pause = PAUSES_S[Math.min(failures, PAUSES_S.length - 1)];
       failures += 1;
