@@ -75,12 +75,13 @@ class Chat:
 
     @property
     def prompt(self) -> str:
-        return f"{self._adapter or self._base}> "
+        return f"{one_line(self._adapter or self._base)}> "
 
     def greet(self) -> None:
         names = self._backend.models()[1:]
         adapters = f"adapters: {one_line(', '.join(names))}" if names else "no adapters"
-        self._tell(f"{self._base} at {self._backend.place}; {adapters}. /help shows the commands, Ctrl-D leaves.")
+        base = one_line(self._base)
+        self._tell(f"{base} at {self._backend.place}; {adapters}. /help shows the commands, Ctrl-D leaves.")
 
     def run(self, reader: LineReader) -> int:
         """Read and answer until the end; 1 when something from a pipe could not be done."""
@@ -140,7 +141,7 @@ class Chat:
             self._tell("\n".join(f"{'*' if item == now else ' '} {one_line(item)}" for item in names))
         else:
             self._choose(name)
-            self._tell(f"the next answers are of {self._adapter or self._base}")
+            self._tell(f"the next answers are of {one_line(self._adapter or self._base)}")
 
     def _choose(self, name: str) -> None:
         names = self._backend.models()

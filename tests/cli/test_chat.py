@@ -299,3 +299,19 @@ def test_without_a_server_an_engine_is_started(capsys, monkeypatch, tmp_path):
     assert (code, out) == (0, "hi\n") and "loading the model" in err and llm.is_over
     assert (model, options["dtype"], options["adapters_dir"]) == ("model", "fp32", tmp_path)
     assert llm.bodies[0]["model"] == "mine"
+
+
+def test_names_of_a_server_do_not_steer_the_terminal():
+    class Hostile(FakeBackend):
+        def models(self):
+            return ["base\x1b[2J", "one\x9b2J"]
+
+    out, err = io.StringIO(), io.StringIO()
+    chat = Chat(Hostile(), ChatOptions(), out, err)
+    chat.greet()
+    prompts = [chat.prompt]
+    chat.take("/adapter one\x9b2J")
+    prompts.append(chat.prompt)
+    chat.take("/adapter")
+    shown = "".join([*prompts, out.getvalue(), err.getvalue()])
+    assert not set(shown) & {"\x1b", "\x9b"} and prompts == ["base\\x1b[2J> ", "one\\x9b2J> "]
