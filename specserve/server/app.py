@@ -43,9 +43,9 @@ from .page_files import PageFiles, wants_page
 from .responses.api import ResponsesRoutes
 from .routes import add_routes
 from .sources.fetcher import AdapterFetcher
+from .spans import Spans
 from .stats.routes import StatsRoutes
 from .tls import certificate_of
-from .tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Server:
         self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
         self.engine.on_adapters_left = self.store.adapters_left
         self.engine.on_serving = self.store.engine_started
-        self.tracing = Tracing.of(config.otlp_traces_endpoint, os.environ)
+        self.spans = Spans.of(config.otlp_traces_endpoint, os.environ)
         self._model_dir = model_dir
         self.keys = KeyRing(config)
         self.stats = StatsRoutes(self.engine, self.model_name, self.keys, config.write_timeout_s)
@@ -83,7 +83,7 @@ class Server:
         app = web.Application(middlewares=self.middlewares.all(), client_max_size=0)
         app.on_response_prepare.append(self.middlewares.add_headers)
         generator = Generator(
-            self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics, self.tracing
+            self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics, self.spans
         )
 
         async def close(_: web.Application) -> None:
@@ -162,7 +162,7 @@ class Server:
             if listener is not None:
                 listener.close()
             self.fetcher.close()
-            await asyncio.to_thread(self.tracing.close)
+            await asyncio.to_thread(self.spans.close)
 
     async def reload(self) -> None:
         """Read keys and certificate again; what is wrong with one is logged, and the old one stays."""

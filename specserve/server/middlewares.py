@@ -24,7 +24,7 @@ from .access.network import host_allowed, is_loopback, origin_allowed
 from .error_bodies import SAFE_HEADERS, error_response
 from .metrics.metrics import Metrics
 from .routes import Access, Handler, access_of
-from .tracing import remember_context
+from .spans import remember_context
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ from ..openai.conversion import (
     speculation_params,
 )
 from ..openai.request_types import ChatRequest, CompletionRequest, GenerationFields
-from ..tracing import Tracing
+from ..spans import Spans
 from .job import Job
 from .job_runner import JobRunner
 from .prompts import Prompts
@@ -62,14 +62,14 @@ class Generator:
         tokenizer: TextTokenizer,
         model_name: str,
         metrics: Metrics,
-        tracing: Tracing | None = None,
+        spans: Spans | None = None,
     ):
         self.config = config
         self.engine = engine
         self.store = store
         self.model_name = model_name
         self.prompts = Prompts(engine, store, tokenizer, config.tool_format)
-        self._runner = JobRunner(engine, store, tokenizer, model_name, metrics, config.request_timeout_s, tracing)
+        self._runner = JobRunner(engine, store, tokenizer, model_name, metrics, config.request_timeout_s, spans)
         chosen = self.prompts.format_of(tokenizer)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
 

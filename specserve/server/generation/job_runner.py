@@ -25,7 +25,7 @@ from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses, Resender, other_output
 from ..metrics.metrics import Metrics
-from ..tracing import Tracing
+from ..spans import Spans
 from .job import Job
 from .prompts import check_same_texts
 from .token_charge import TokenCharge
@@ -44,9 +44,9 @@ class JobRunner:
         base_name: str,
         metrics: Metrics,
         timeout_s: float,
-        tracing: Tracing | None = None,
+        spans: Spans | None = None,
     ):
-        self._tracing = tracing
+        self._spans = spans
         self._engine = engine
         self._resender = Resender(engine)
         self._store = store
@@ -65,7 +65,7 @@ class JobRunner:
         watch = self._metrics.watch(job.adapter or self._base_name, prompt_lens)
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
-        span = self._tracing.begin(job) if self._tracing is not None else None
+        span = self._spans.begin(job) if self._spans is not None else None
         if job.adapter is not None:
             self._store.uses.count(job.adapter)
         failure: str | None = None

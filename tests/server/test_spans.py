@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 from test_generation import Engine, Store
@@ -11,11 +12,12 @@ from test_generation import Engine, Store
 from specserve.config import ServeConfig
 from specserve.errors import UserError
 from specserve.messages import Delta, Usage
+from specserve.server import spans as spans_module
 from specserve.server.access.keys import KeyRing
 from specserve.server.generation.generator import Generator
 from specserve.server.metrics.metrics import Metrics
 from specserve.server.openai.request_types import CompletionRequest
-from specserve.server.tracing import VARIABLES, Tracing, remember_context
+from specserve.server.spans import VARIABLES, Spans, remember_context
 from specserve.text.tokenizer import TextTokenizer
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -46,7 +48,7 @@ def spans():
     memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter").InMemorySpanExporter()
     provider = sdk.TracerProvider()
     provider.add_span_processor(export.SimpleSpanProcessor(memory))
-    return memory, Tracing(provider.get_tracer("test"), provider)
+    return memory, Spans(provider.get_tracer("test"), provider)
 
 
 @pytest.fixture
@@ -104,8 +106,8 @@ async def test_failures_and_clients_that_leave_are_errors(spans, generator_of):
 
 def test_nothing_is_imported_unless_an_endpoint_is_named():
     code = (
-        "import sys; from specserve.server import app; from specserve.server.tracing import Tracing; "
-        "assert Tracing.of(None, {}).begin(None) is None; print([m for m in sys.modules if 'opentelemetry' in m])"
+        "import sys; from specserve.server import app; from specserve.server.spans import Spans; "
+        "assert Spans.of(None, {}).begin(None) is None; print([m for m in sys.modules if 'opentelemetry' in m])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -115,6 +117,24 @@ def test_what_is_missing_is_said_where_it_was_asked_for(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(UserError, match=r"pip install 'specserve\[otel\]'"):
-        Tracing.of("http://localhost:4318/v1/traces", {})
-    assert Tracing.of(None, {VARIABLES[1]: "http://localhost:4318"}).begin(None) is None
+        Spans.of("http://localhost:4318/v1/traces", {})
+    assert Spans.of(None, {VARIABLES[1]: "http://localhost:4318"}).begin(None) is None
     assert "no spans" in caplog.text
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_collector_that_is_away_does_not_hold_up_the_end(monkeypatch, caplog, answers):
+    class Provider:
+        collector, has_sent = threading.Event(), False
+
+        def shutdown(self):
+            self.collector.wait(30)
+            self.has_sent = True
+
+    provider = Provider()
+    monkeypatch.setattr(spans_module, "CLOSE_TIMEOUT_S", 30 if answers else 0.01)
+    if answers:
+        provider.collector.set()
+    Spans(provider=provider).close()
+    assert provider.has_sent is answers and ("dropped" in caplog.text) is not answers
+    provider.collector.set()

@@ -7,6 +7,7 @@ last token, and is a child of the one that the client's `traceparent` names. It 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # That ask for spans, as the exporter itself reads them.
 VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+CLOSE_TIMEOUT_S = 3.0  # the exporter would try again for a minute where no collector answers
 HEADERS = ("traceparent", "tracestate")
 _carrier: ContextVar[Mapping[str, str] | None] = ContextVar("trace_headers", default=None)
 
@@ -34,14 +36,14 @@ def remember_context(headers: Mapping[str, str]) -> None:
     _carrier.set({name: headers[name] for name in HEADERS if name in headers})
 
 
-class Tracing:
+class Spans:
     """Spans for one server; without a `tracer` there are none, and nothing is done for them."""
 
     def __init__(self, tracer: Tracer | None = None, provider: Any = None):
         self._tracer, self._provider = tracer, provider
 
     @classmethod
-    def of(cls, endpoint: str | None, environ: Mapping[str, str]) -> Tracing:
+    def of(cls, endpoint: str | None, environ: Mapping[str, str]) -> Spans:
         """As the setting or the variables ask for. Raises `UserError` where what it takes is not installed."""
         if endpoint is None and not any(environ.get(name) for name in VARIABLES):
             return cls()
@@ -59,7 +61,8 @@ class Tracing:
                 "pip install 'specserve[otel]'",
                 param="otlp_traces_endpoint",
             ) from None
-        provider = TracerProvider(resource=Resource.create({"service.name": "specserve"}))  # OTEL_SERVICE_NAME wins
+        resource = Resource.create({"service.name": "specserve"})  # OTEL_SERVICE_NAME wins
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # `close` does it, and within a time
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         return cls(provider.get_tracer("specserve", __version__), provider)
 
@@ -68,9 +71,14 @@ class Tracing:
         return Span(self._tracer, job) if self._tracer is not None else None
 
     def close(self) -> None:
-        """Send what is left; may take seconds where nobody listens."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        """Send what is left, within `CLOSE_TIMEOUT_S`; the rest is lost where nobody listens."""
+        if self._provider is None:
+            return
+        sending = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        sending.start()
+        sending.join(CLOSE_TIMEOUT_S)
+        if sending.is_alive():
+            logger.warning("the last spans are dropped: no collector took them within %g s", CLOSE_TIMEOUT_S)
 
 
 class Span:
