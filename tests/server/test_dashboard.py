@@ -10,8 +10,13 @@ import pytest
 import yaml
 from places import ROOT
 
+from specserve.cli.main import load_settings, serve
+from specserve.config import ServeConfig
+from specserve.server.access.network import host_allowed
+
 MONITORING = ROOT / "deploy" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "specserve.json").read_text())
+HOSTS = ("host.docker.internal:8000", "localhost:8000", "127.0.0.1:8000")
 # Made by what the tiny model's requests do not do.
 NOT_YET = {"specserve_engine_drafted_by_source", "specserve_spec_decode_num_accepted_tokens_per_pos_total"}
 
@@ -54,6 +59,14 @@ def test_panels_have_titles_and_queries_and_do_not_overlap():
 @pytest.mark.parametrize("path", sorted(MONITORING.rglob("*.yaml")), ids=lambda path: path.name)
 def test_configurations_are_yaml(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("file", ["deploy/monitoring/compose.yaml", "docs/monitoring.md"])
+def test_a_server_as_it_is_told_to_be_started_answers_containers_and_this_host(file):
+    (command,) = re.findall(r"specserve serve (--host .*)", (ROOT / file).read_text())
+    config = load_settings(ServeConfig, serve.make_context("serve", command.split()).params)
+    assert [name for name in HOSTS if not host_allowed(name, config)] == []
+    assert config.api_key is not None  # it is open to the network
 
 
 def test_the_compose_file_mounts_what_there_is():
