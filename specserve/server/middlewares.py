@@ -62,7 +62,7 @@ class Middlewares:
         route = resource.canonical if resource is not None else "unknown"
         status = 499  # the client left before there was an answer
         # Who looks does not count himself: an idle server has none.
-        is_counted = route != "/metrics"
+        is_counted = route not in ("/metrics", "/v1/stats")
         self._metrics.in_flight.inc(is_counted)
         try:
             response = await handler(request)

@@ -106,9 +106,13 @@ def test_adapters_that_run_and_wait_are_listed_for_routers(metrics):
 
 
 def test_nothing_is_said_of_an_engine_that_is_away(metrics):
-    scraped(metrics)
+    before = scraped(metrics)
     families = scraped(metrics, None)
     assert value(families, "vllm:engine_up") == 0 and "vllm:num_requests_running" not in families
+    of_engine = {name for name in before if name.startswith(("vllm:engine_", "vllm:speculation_"))} - {"vllm:engine_up"}
+    assert len(of_engine) > 20
+    assert {name for name in of_engine if name in families and families[name].samples} == set()
+    assert scraped(metrics).keys() == before.keys()  # the next one
     assert value(families, "vllm:generation_tokens", "_total") == 3  # the server's own
 
 

@@ -56,6 +56,7 @@ class Metrics:
         )
         self._of_engine = EngineFamilies(families.prefix, base_name, has_prefix_caching)
         self.registry.register(self._of_engine)  # type: ignore[arg-type]
+        self._up = families.gauge("engine_up", "1 while the engine serves")
         self._engine: dict[str, Gauge] = {}
         self._sources = {
             kind: families.gauge(f"engine_{kind}", help_text, "source")
@@ -92,7 +93,7 @@ class Metrics:
         """The text format of everything; `stats` is None while the engine is down, `loading` are adapters' names."""
         of_engine = self._of_engine
         of_engine.stats, of_engine.info, of_engine.loading = stats, info, loading
-        self._gauge("engine_up", "1 while the engine serves").set(stats is not None)
+        self._up.set(stats is not None)
         if stats is not None:
             for name in stats.__struct_fields__:
                 value = getattr(stats, name)
@@ -100,9 +101,12 @@ class Metrics:
                     self._gauge(f"engine_{name}", f"{name.replace('_', ' ')} of the engine").set(value)
             self._gauge("engine_integrity_ok", "1 while block accounting is consistent").set(not stats.integrity_error)
             for kind, gauge in self._sources.items():
+                gauge.clear()
                 for source, value in getattr(stats, kind).items():
                     gauge.labels(source).set(value)
             self._set_by_model(stats.drafts_by_adapter)
+        else:
+            self._forget_engine()
         return self._typed(generate_latest(self.registry))
 
     def _set_by_model(self, drafts: list[AdapterDrafts]) -> None:
@@ -124,6 +128,14 @@ class Metrics:
             }
             for name, value in values.items():
                 self._by_model[name].labels(label).set(value)
+
+    def _forget_engine(self) -> None:
+        """What the engine said last is no state of one that is gone; nor is it a sum that counters go on from."""
+        for gauge in self._engine.values():
+            self.registry.unregister(gauge)
+        self._engine.clear()
+        for labelled in (*self._sources.values(), *self._by_model.values()):
+            labelled.clear()
 
     def _gauge(self, name: str, help_text: str) -> Gauge:
         if name not in self._engine:

@@ -62,6 +62,7 @@ def test_a_stream_tells_of_itself_about_once_a_second(server):
         assert response.headers["Content-Type"].startswith("text/event-stream")
         told = events(response)
         first = next(told)
+        assert server.num_in_flight() == 0  # who looks is no work
         server.complete(max_tokens=12)
         times, generated = [first["time_s"]], 0
         while len(set(times)) < 4:  # snapshots; a machine that is busy elsewhere has one told twice
