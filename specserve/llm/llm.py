@@ -63,7 +63,7 @@ class _Front:
             raise
         self._thread, self._service = thread, service
         # Also at the end of the program, while threads still run.
-        self._finalizer = weakref.finalize(self, _close, service, thread)
+        self._finalizer = weakref.finalize(self, _close, service, thread, self._pid)
 
     def _end(self) -> None:
         self._closed = True
@@ -308,8 +308,13 @@ async def _started(config: ServeConfig, model_dir: Path) -> Service:
     return service
 
 
-def _close(service: Service, thread: LoopThread) -> None:
-    """Where garbage is collected on the thread itself, the engine is told and not waited for."""
+def _close(service: Service, thread: LoopThread, pid: int) -> None:
+    """Where garbage is collected on the thread itself, the engine is told and not waited for.
+
+    A fork of process `pid` has a copy of all this without the thread, and the engine is not its own to end.
+    """
+    if os.getpid() != pid:
+        return
     if thread.is_current:
         closing = thread.submit(service.close())
         closing.add_done_callback(lambda done: thread.stop())

@@ -63,6 +63,35 @@ def test_a_program_needs_no_guard_is_interrupted_and_leaves_nothing(model_dir, t
         time.sleep(0.02)
 
 
+FORKING = """
+import faulthandler, os, sys
+from specserve import LLM, SamplingParams
+
+few = SamplingParams(max_tokens=3, ignore_eos=True)
+
+def status_of_fork(close):
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.dump_traceback_later(60, exit=True)
+        if close:
+            llm.close()
+        sys.exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+with LLM({model!r}, dtype="fp32", kv_cache_gib=0.02, num_threads=1) as llm:
+    print(status_of_fork(close=False), status_of_fork(close=True))
+    print(len(llm.generate("The", few)[0].outputs[0].token_ids))
+"""
+
+
+def test_a_fork_ends_and_leaves_the_engine_to_its_owner(model_dir, tmp_path):
+    """Also one that closes what it has a copy of."""
+    script = tmp_path / "program.py"
+    script.write_text(FORKING.format(model=str(model_dir)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["7", "7", "3"]), done.stderr
+
+
 def test_importing_the_package_imports_nothing_of_it():
     code = (
         "import sys; before = set(sys.modules); import specserve; dir(specserve); "
