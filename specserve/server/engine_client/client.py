@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -41,6 +40,7 @@ from ...messages import (
     Stats,
     UnloadAdapter,
 )
+from ...own_modules import module_command
 from .link import EngineLink
 from .supervisor import EngineSupervisor, State
 
@@ -51,7 +51,7 @@ STATS_PATIENCE_S = 0.25
 
 def engine_command(log_level: str = "info") -> list[str]:
     """What starts an engine process that logs from `log_level` on."""
-    return [sys.executable, "-m", "specserve.engine.process", "--log-level", log_level]
+    return [*module_command("specserve.engine.process"), "--log-level", log_level]
 
 
 class EngineClient:

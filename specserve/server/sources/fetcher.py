@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
@@ -22,12 +21,13 @@ import msgspec
 
 from ...config import ServeConfig
 from ...errors import OverloadedError, UserError, from_info
+from ...own_modules import module_command
 from .cache import AdapterCache, default_root
 from .locations import Location, allowed_sources, is_address
 from .worker import MAX_MESSAGE_BYTES, Fetched, FetchFailed, FetchJob, cannot_keep
 
 MAX_FETCHES = 8  # at a time; each is a process
-WORKER = [sys.executable, "-m", "specserve.server.sources.worker"]
+WORKER = module_command("specserve.server.sources.worker")
 
 T = TypeVar("T")
 
