@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 
 from ..config import EngineConfig
+from ..terminal import ColourChoice, wants_colour
 from .chat import Chat, ChatOptions
 from .chat_backends import Backend, EngineBackend, ServerBackend
 from .line_reader import LineReader, history_file
-from .shading import ColourChoice, wants_colour
 
 
 class ChatFlags(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ def chat(config: EngineConfig | None, flags: ChatFlags) -> int:
         max_tokens=flags.max_tokens,
         temperature=flags.temperature,
         seed=flags.seed,
-        has_colour=wants_colour(flags.color, sys.stdout, os.environ),
+        has_colour=wants_colour(sys.stdout, choice=flags.color),
         shows_rejected=flags.rejected,
         is_terminal=sys.stdout.isatty(),
     )

@@ -126,14 +126,14 @@ def port(config: ServeConfig) -> Iterator[Finding]:
 def access(config: ServeConfig) -> Iterator[Finding]:
     """The file of keys, the certificate, and whether others than this machine can ask without a key."""
     from ..server.access.key_file import read_keys
+    from ..server.access.network import is_loopback
+    from ..server.banner import needs_key
     from ..server.tls import certificate_of
 
-    has_keys = config.api_key is not None
     if config.api_keys_file is not None:
         entries = read_keys(Path(config.api_keys_file))
-        has_keys = True
         yield Finding("keys", "ok", f"{len(entries)} names in {config.api_keys_file}")
-    is_local = config.host in ("127.0.0.1", "::1", "localhost")
+    is_local, has_keys = is_loopback(config.host), needs_key(config)
     if not has_keys and not is_local:
         fix = "--api-key, or --api-keys-file (specserve keys new NAME --file keys.yaml)"
         yield Finding("keys", "warning", f"{config.host} is open to others and no key is asked for", fix)

@@ -5,7 +5,6 @@ Owns reading the prompt and the closing line of figures. The engine is the one t
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
@@ -18,7 +17,8 @@ from ..config import EngineConfig
 from ..errors import UserError, from_info
 from ..messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
 from ..model.store import is_hub_id, resolve_model
-from .shading import ColourChoice, Shading, wants_colour
+from ..terminal import ColourChoice, wants_colour
+from .shading import Shading
 
 if TYPE_CHECKING:
     from ..text.tokenizer import TextTokenizer
@@ -109,7 +109,7 @@ def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -
         speculation=Speculation(max_draft_tokens=config.max_draft_tokens, trace=options.trace),
     )
     traced = TracedText(tokenizer.detokenizer(token_ids, request.sampling.skip_special_tokens))
-    shading = Shading(wants_colour(options.color, sys.stdout, os.environ), options.rejected)
+    shading = Shading(wants_colour(sys.stdout, choice=options.color), options.rejected)
     start_s = time.perf_counter()
     engine.add_request(request)
     while engine.has_work():

@@ -238,10 +238,10 @@ def doctor(as_json: bool, **params: Any) -> int:
     Exit code 1 if something needed is missing. Downloads nothing.
     """
     config = load_settings(ServeConfig, params)
+    from ..terminal import wants_colour
     from .doctor import doctor as examine
-    from .shading import wants_colour
 
-    return examine(config, sys.stdout, as_json=as_json, has_colour=wants_colour("auto", sys.stdout, os.environ))
+    return examine(config, sys.stdout, as_json=as_json, has_colour=wants_colour(sys.stdout))
 
 
 @cli.command()

@@ -7,19 +7,13 @@ have them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import IO, Literal
+from collections.abc import Iterable
 
+from ..draft_sources import source_name
 from ..messages import TARGET, RejectedDraft, TokenTrace
-
-ColourChoice = Literal["auto", "always", "never"]
 
 # Backgrounds of the 256 colours, under black: to be told apart on light and dark terminals and by the colour-blind.
 _BACKGROUNDS = {"head": 117, "history": 222, "ngram": 151, "prediction": 218, "grammar": 250}
-_NAMES = {
-    TARGET: "model", "head": "lookahead head", "history": "task history", "ngram": "n-gram",
-    "prediction": "prediction", "grammar": "grammar",
-}  # fmt: skip
 _OTHER = 189  # a source that has no colour here
 _REJECTED = "\x1b[9;38;5;167m"  # struck through, red
 _RESET = "\x1b[0m"
@@ -27,16 +21,6 @@ _RESET = "\x1b[0m"
 # As pictures: C0 but for line feed and tab, DEL, and C1, which some terminals obey as well.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
 _VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
-
-
-def wants_colour(choice: ColourChoice, out: IO[str], environ: Mapping[str, str]) -> bool:
-    """Whether to write colours to `out`: where it is a terminal that takes them, unless `choice` says.
-
-    NO_COLOR (no-color.org) is heeded.
-    """
-    if choice != "auto":
-        return choice == "always"
-    return out.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
 def visible(text: str) -> str:
@@ -62,7 +46,7 @@ class Shading:
         """One line: each shade with its source, tokens so far and their mean chance, the likeliest source first."""
         parts = []
         for source, num in sorted(self._nums.items(), key=lambda item: (item[0] == TARGET, -item[1])):
-            name = _NAMES.get(source, source)
+            name = source_name(source)
             sample = self._styled(source, f" {name} ") if self._has_colour else name
             chance = "" if source == TARGET else f" (expected {100 * self._chances[source] / num:.0f}% right)"
             parts.append(f"{sample} {num}{chance}")

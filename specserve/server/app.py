@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from ..config import ServeConfig, engine_part
 from ..errors import UserError
 from ..log_lines import configure_logging
 from ..model.store import DEFAULT_MODEL, resolve_model
+from ..terminal import wants_colour
 from ..text.tokenizer import TextTokenizer
 from .access.keys import KeyRing
 from .activity_log import summarize
 from .adapter_routes import AdapterRoutes
 from .adapter_store import AdapterStore
-from .banner import banner, takes_colour
+from .banner import banner
 from .connections import Connections, raise_handle_limit
 from .console import say, settle
 from .engine_client.client import EngineClient, engine_command
@@ -250,7 +252,8 @@ def serve(config: ServeConfig) -> None:
     server = Server(config, model_dir)
 
     def announce(url: str) -> None:
-        say(banner(url, config, server.model_name, server.engine.info, server.store.names(), takes_colour()))
+        has_colour = wants_colour(sys.stderr)
+        say(banner(url, config, server.model_name, server.engine.info, server.store.names(), has_colour))
 
     async def main() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()

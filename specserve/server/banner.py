@@ -5,14 +5,13 @@ Owns the lines, few enough to stay on the screen. They are for people; programs 
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..config import ServeConfig
 from ..log_lines import one_line
 from ..messages import EngineInfo
+from .access.network import is_loopback
 
 MAX_NAMES = 8
 _ANYWHERE = ("0.0.0.0", "[::]")
@@ -37,7 +36,7 @@ def banner(
     lines["API"] = f"{here}/v1"
     if needs_key(config):
         lines["access"] = "with a key"
-    elif config.host not in ("127.0.0.1", "::1", "localhost"):
+    elif not is_loopback(config.host):
         lines["access"] = f"open to everybody who reaches {config.host}; --api-key asks for a key"
     head = f"specserve {__version__} is ready at {url}"
     if has_colour:
@@ -48,15 +47,6 @@ def banner(
 def needs_key(config: ServeConfig) -> bool:
     """Whether a client must send one to generate."""
     return config.api_key is not None or config.api_keys_file is not None
-
-
-def takes_colour() -> bool:
-    """Whether standard error is a terminal that shows colours."""
-    try:
-        is_terminal = sys.stderr.isatty()
-    except ValueError:  # closed
-        return False
-    return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _line(name: str, text: str, has_colour: bool) -> str:

@@ -191,7 +191,7 @@ def test_keys_and_certificates(tmp_path):
     by_name = found(doctor_serving.access, host="0.0.0.0")
     assert by_name["keys"].status == "warning" and "--api-key" in by_name["keys"].fix
     assert found(doctor_serving.access, host="0.0.0.0", api_key="k")["tls"].status == "warning"
-    assert found(doctor_serving.access) == {}
+    assert found(doctor_serving.access) == found(doctor_serving.access, host="127.0.0.2", api_key="k") == {}
     missing = found(doctor_serving.access, api_keys_file=str(tmp_path / "keys.yaml"))["check"]
     assert missing.status == "missing" and "keys.yaml" in missing.found
     missing = found(doctor_serving.access, tls_certfile=str(tmp_path / "no.pem"))["check"]

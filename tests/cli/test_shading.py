@@ -1,11 +1,10 @@
 """Shaded answers: all of the text is there, no shade outlasts its line, and nothing in it commands a terminal."""
 
-import io
 import re
 
 import pytest
 
-from specserve.cli.shading import Shading, wants_colour
+from specserve.cli.shading import Shading
 from specserve.messages import RejectedDraft, TokenTrace
 
 REJECTED = [RejectedDraft(5, " ran\n", "ngram", 0.4), RejectedDraft(6, ".", "head", 0.8)]
@@ -54,16 +53,3 @@ def test_the_legend_counts_tokens_by_source(has_colour):
         "model 2 · 2 rejected"
     )
     assert has_colour == ("\x1b[" in shading.legend())
-
-
-def test_colours_are_for_terminals_that_take_them():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    assert wants_colour("auto", Terminal(), {"TERM": "xterm"})
-    assert not wants_colour("auto", io.StringIO(), {})
-    assert not wants_colour("auto", Terminal(), {"NO_COLOR": "1"})
-    assert not wants_colour("auto", Terminal(), {"TERM": "dumb"})
-    assert wants_colour("always", io.StringIO(), {"NO_COLOR": "1"})
-    assert not wants_colour("never", Terminal(), {})

@@ -5,7 +5,7 @@ import re
 from specserve import __version__
 from specserve.config import ServeConfig
 from specserve.messages import EngineInfo
-from specserve.server.banner import banner, takes_colour
+from specserve.server.banner import banner
 
 INFO = EngineInfo(
     "/m", "LlamaForCausalLM", 320, 8192, 8, 16, "cpu", "bfloat16", 1, [2], "avx2", 64, 4096, [(1, 26.04), (8, 161.3)]
@@ -45,14 +45,9 @@ def test_it_stays_short_and_is_safe_on_a_terminal():
     assert "none yet in here" in banner(URL, config, "base", INFO, [])
 
 
-def test_colours_are_for_terminals_that_want_them(monkeypatch, capsys):
-    assert not takes_colour()
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert takes_colour()
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert not takes_colour()
+def test_any_loopback_address_is_this_machine():
+    for host in ("127.0.0.2", "::1", "localhost"):
+        assert "open to everybody" not in banner(URL, ServeConfig(host=host), "base", INFO, [])
 
 
 def test_a_server_says_so_and_its_log_names_who_speaks(server):

@@ -12,17 +12,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ...draft_sources import SOURCES, source_name
 from .plots import Plot
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-# By source: its shade's class, its name, and what it is. Names and shades are those of the server's page.
-SOURCES = {
-    "head": ("head", "lookahead head", "the network that was trained with the LoRA"),
-    "history": ("history", "task history", "what answers of the task look like"),
-    "ngram": ("ngram", "n-gram", "the text so far, repeated"),
-    "prediction": ("prediction", "prediction", "what the client expected"),
-    "grammar": ("grammar", "grammar", "what the grammar leaves no choice about"),
-}
 _TASK_TILES = {"field_match": "of the fields are right", "exact_match": "of the answers are right to the letter"}
 _BATCHES = {"batch 1": "one at a time", "batch 8": "eight at a time"}
 
@@ -40,9 +33,8 @@ def html_report(
             report=report,
             tiles=_tiles(report),
             examples=[_example(example) for example in examples],
-            sources=[
-                {"css": css, "label": label, "what": what} for key, (css, label, what) in SOURCES.items() if key in used
-            ],
+            shades=SOURCES,
+            sources=[{"css": key, "source": source} for key, source in SOURCES.items() if key in used],
             plots=[{"svg": plot.svg(), "caption": plot.caption} for plot in plots],
             speeds=[(_BATCHES.get(batch, batch), values) for batch, values in report["speed"].items()],
             metrics=[(key, f"{value:.4f}") for key, value in report["task"].items() if key != "main"],
@@ -78,15 +70,10 @@ def _run(token: Mapping[str, Any]) -> dict[str, str]:
     source, rejected = token["source"], token.get("rejected", [])
     classes, titles = [], []
     if source != "target":
-        css, label, _ = _named(source)
-        classes += ["token", css]
-        titles.append(f"{label}, expected {token['chance']:.0%}")
+        classes += ["token", source if source in SOURCES else "other"]
+        titles.append(f"{source_name(source)}, expected {token['chance']:.0%}")
     if rejected:
         classes.append("missed")
         wrong, first = "".join(draft["text"] for draft in rejected), rejected[0]
-        titles.append(f"{_named(first['source'])[1]} had guessed {wrong!r} ({first['chance']:.0%})")
+        titles.append(f"{source_name(first['source'])} had guessed {wrong!r} ({first['chance']:.0%})")
     return {"text": token["text"], "css": " ".join(classes), "title": "; ".join(titles)}
-
-
-def _named(source: str) -> tuple[str, str, str]:
-    return SOURCES.get(source, ("other", source, "another source"))
