@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..cache_dirs import cache_dir
 from ..kernels.native_build import cpu_name
 from .cost_model import (
     MEASURED_ROWS,
@@ -50,9 +51,8 @@ class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def costs_file(*key: object) -> Path:
     """Where the costs of what `key` says are kept; equal keys compute steps in the same way."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "step_costs"
     text = repr((*key, platform.machine(), cpu_name(), os.cpu_count()))
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+    return cache_dir("step_costs") / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
 def measured_costs(timed_step: TimedStep, file: Path | None = None) -> CostModel:

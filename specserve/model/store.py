@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..cache_dirs import cache_dir
 from ..errors import ModelError
 from ..own_modules import module_command
 from .gguf_import import convert_gguf
@@ -84,8 +85,7 @@ def is_hub_id(model: str) -> bool:
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder of converted models."""
-    base = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "specserve" / "models"
+    return cache_dir("models", environ)
 
 
 def default_model_dir() -> Path:

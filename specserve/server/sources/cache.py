@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from ...cache_dirs import cache_dir
 from ...errors import UserError
 from ...whole_files import replace_file
 from .fetching import FetchedFile, FileState, measured
@@ -129,4 +130,4 @@ class AdapterCache:
 
 
 def default_root(environ: Mapping[str, str] = os.environ) -> Path:
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specserve" / "fetched-adapters"
+    return cache_dir("fetched-adapters", environ)
