@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from .errors import AdapterError, OverloadedError, UserError
 
@@ -36,6 +37,12 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+# Prompts to try it with, for people: no part of what it is.
+EXAMPLES_FILE = "examples.json"
+MAX_EXAMPLES = 8
+MAX_EXAMPLES_BYTES = 64 << 10
+MAX_TITLE_LEN = 200
+ExampleRole = Literal["system", "user", "assistant"]
 ALL_FILES = (CONFIG_FILE, WEIGHTS_FILE, *LOOKAHEAD_FILES, *TEXT_FILES)
 MAX_CONFIG_BYTES = 4 << 20
 MAX_FILE_BYTES = dict.fromkeys((*LOOKAHEAD_FILES, *TEXT_FILES), 256 << 20) | dict.fromkeys(

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from ..adapter_files import read_extra
+from ..adapter_files import EXAMPLES_FILE, MAX_EXAMPLES, MAX_EXAMPLES_BYTES, MAX_TITLE_LEN, read_extra
 from ..errors import AdapterError, OverloadedError, UserError
 from ..strict_json import decode_json
 from .access.caller import caller_of
@@ -24,12 +24,8 @@ from .http_body import json_response
 from .openai.response_types import AdapterExample
 from .routes import Handler
 
-EXAMPLES_FILE = "examples.json"
 REPORT_FILE = "report.html"
-MAX_EXAMPLES = 8
-MAX_EXAMPLES_BYTES = 64 * 1024
 MAX_REPORT_BYTES = 4 << 20
-MAX_TITLE_LEN = 200
 LOOK_TIMEOUT_S = 1.0  # for adapters that lie elsewhere than in the folder of them, whose disks may be away
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from server_fixture import ServerProcess, assert_error
 
-from specserve.adapter_files import content_hash
+from specserve.adapter_files import MAX_EXAMPLES, MAX_EXAMPLES_BYTES, content_hash
 from specserve.server.access.key_file import digest_of
-from specserve.server.adapter_extras import MAX_EXAMPLES, MAX_EXAMPLES_BYTES, MAX_REPORT_BYTES
+from specserve.server.adapter_extras import MAX_REPORT_BYTES
 
 REPORT = "<!doctype html><title>Report</title><script>alert(1)</script>"
 GOOD = {"title": "short", "messages": [{"role": "user", "content": "<b>Hi</b>"}]}

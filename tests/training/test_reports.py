@@ -7,8 +7,11 @@ from html.parser import HTMLParser
 import pytest
 from test_verdict import report as small_report
 
+from specserve.adapter_files import MAX_EXAMPLES, MAX_EXAMPLES_BYTES
+from specserve.draft_sources import SOURCES
+from specserve.server.adapter_extras import examples_of
 from specserve.training.data.rows import parse_row
-from specserve.training.evaluation.examples import MAX_EXAMPLES, MAX_EXAMPLES_BYTES, write_examples
+from specserve.training.evaluation.examples import write_examples
 from specserve.training.evaluation.html_report import html_report
 from specserve.training.evaluation.plots import plots_of
 
@@ -120,3 +123,25 @@ def test_examples_stay_within_their_bytes_and_none_is_no_file(tmp_path):
     assert json.loads((tmp_path / "examples.json").read_text())
     write_examples(tmp_path / "none", rows({"prompt": "x" * 70_000, "completion": "y"}), None)
     assert not (tmp_path / "none").exists()
+
+
+def test_examples_are_those_that_a_server_shows(tmp_path):
+    called = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    tool = [
+        {"role": "user", "content": "t"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "12", "tool_call_id": "1"},
+    ]
+    answer = {"role": "assistant", "content": "b"}
+    given = rows({"messages": [*tool, answer]}, {"messages": [{"role": "user", "content": "asked"}, answer]})
+    write_examples(tmp_path, given, None)
+    body = (tmp_path / "examples.json").read_bytes()
+    assert [example.title for example in examples_of(body)] == ["asked"] and len(json.loads(body)) == 1
+
+
+def test_a_report_has_the_shades_of_all_sources():
+    page = html_report("name", report(), [], [])
+    for css, source in SOURCES.items():
+        assert f"--{css}: {source.light[0]}; --{css}-line: {source.light[1]};" in page
+        assert f"--{css}: {source.dark[0]}; --{css}-line: {source.dark[1]};" in page
+        assert f".{css} {{ background: var(--{css});" in page

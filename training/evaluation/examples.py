@@ -7,28 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
+from ...adapter_files import EXAMPLES_FILE, MAX_EXAMPLES, MAX_EXAMPLES_BYTES, ExampleRole
 from ...engine.engine import Engine
 from ...text.tokenizer import TextTokenizer
 from ..data.dataset import Example
 from ..data.rows import Row
 from .answers import answer
 
-EXAMPLES_FILE = "examples.json"
-MAX_EXAMPLES = 8
-MAX_EXAMPLES_BYTES = 64 << 10
 _TITLE_LEN = 60
 _NUM_SHADED = 4  # answers in report.html
 _MOST_SHADED_TOKENS = 256  # of each
 
 
 def write_examples(directory: Path, rows: Sequence[Row], system: str | None) -> None:
-    """The shortest prompts of `rows`, each with a title; rows with tools are left out, as they ask for more than text.
+    """The shortest prompts of `rows`, each with a title. No file is written where nothing fits.
 
-    No file is written where nothing fits.
+    Rows with tools or other roles than a page shows are left out: they ask for more than text.
     """
     conversations = [row.conversation if system is None else row.conversation.with_system(system) for row in rows]
     prompts = []
@@ -36,7 +34,7 @@ def write_examples(directory: Path, rows: Sequence[Row], system: str | None) -> 
         messages = conversation.messages
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        if messages and not conversation.tools and all(isinstance(m.get("content"), str) for m in messages):
+        if messages and not conversation.tools and all(map(_is_shown, messages)):
             prompts.append([{"role": m["role"], "content": m["content"]} for m in messages])
     prompts.sort(key=lambda messages: sum(len(m["content"]) for m in messages))
     chosen: list[dict[str, Any]] = []
@@ -48,6 +46,10 @@ def write_examples(directory: Path, rows: Sequence[Row], system: str | None) -> 
     if chosen:
         text = msgspec.json.format(msgspec.json.encode(chosen), indent=1)
         (directory / EXAMPLES_FILE).write_bytes(text + b"\n")
+
+
+def _is_shown(message: dict[str, Any]) -> bool:
+    return message["role"] in get_args(ExampleRole) and isinstance(message.get("content"), str)
 
 
 def _title(messages: Sequence[dict[str, str]], taken: set[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from ...adapter_files import ExampleRole
 from ...messages import AdapterInfo, TokenTrace
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
@@ -221,7 +222,7 @@ class AdapterList(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ExampleMessage(msgspec.Struct, omit_defaults=True):
-    role: Literal["system", "user", "assistant"]
+    role: ExampleRole
     content: str
 
 
