@@ -25,6 +25,10 @@ class ChatAnswer:
         """Whether there are tool calls, and the last was not cut off by a stop string."""
         return self._tools is not None and self._tools.is_called
 
+    def finish_reason(self, ended_by: str | None) -> str | None:
+        """What the APIs say of an output that `ended_by`: one that stops with calls stopped for them."""
+        return "tool_calls" if ended_by == "stop" and self.is_called else ended_by
+
     @property
     def phase(self) -> Phase:
         return "answer" if self._thinking is None else self._thinking.phase

@@ -96,8 +96,7 @@ class _Growing:
         finish_reason: str | None = last.finish_reason if last is not None else None
         if answer is not None and finish_reason is not None:
             message = {"role": "assistant", **answer.message()}
-            if answer.is_called and finish_reason == "stop":
-                finish_reason = "tool_calls"
+            finish_reason = answer.finish_reason(finish_reason)
         return CompletionOutput(
             index=self.index,
             text="".join(self.parts),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import UserError
-from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS, refuse_unserved
+from ..openai.conversion import MAX_CHOICES, MAX_LOGPROBS, refuse_trace, refuse_unserved
 from ..openai.request_types import CompletionRequest
 from .types import LoraxParameters
 
@@ -38,12 +38,7 @@ def check_parameters(inputs: str, parameters: LoraxParameters, stream: bool) -> 
     if not inputs:
         raise UserError("inputs is empty; send a text", param="inputs")
     refuse_unserved(parameters, REFUSED)
-    if parameters.speculation is not None and parameters.speculation.trace:
-        raise UserError(
-            "speculation.trace has no place in LoRAX's answers; leave it out, or ask /v1/completions",
-            param="speculation.trace",
-            code="unsupported",
-        )
+    refuse_trace(parameters.speculation, "LoRAX's answers", "/v1/completions")
     if parameters.adapter_source not in (None, "", "local"):
         raise UserError(
             f"adapter_source is {parameters.adapter_source[:64]!r}; adapters come from the server's folder: send local",

@@ -11,7 +11,7 @@ from ...config import ServeConfig
 from ...errors import UserError
 from ...messages import EngineInfo, SamplingParams, Speculation
 from ...text.tokenizer import TextTokenizer
-from .request_types import UNSUPPORTED, ChatRequest, CompletionRequest, GenerationFields
+from .request_types import UNSUPPORTED, ChatRequest, CompletionRequest, GenerationFields, SpeculationOptions
 
 MAX_CHOICES = 64  # n, and n times the number of prompts
 MAX_PROMPTS = 64
@@ -51,6 +51,16 @@ def refuse_unserved(fields: object, neutral: Mapping[str, tuple[Any, ...]]) -> N
         value = getattr(fields, name, None)
         if value is not None and value not in values:
             raise UserError(f"{name!r} is not supported by this server; leave it out", param=name, code="unsupported")
+
+
+def refuse_trace(speculation: SpeculationOptions | None, where: str, instead: str) -> None:
+    """Refuse a trace in answers of `where`, which have no place for one."""
+    if speculation is not None and speculation.trace:
+        raise UserError(
+            f"speculation.trace has no place in {where}; leave it out, or ask {instead}",
+            param="speculation.trace",
+            code="unsupported",
+        )
 
 
 def sampling_params(

@@ -62,8 +62,7 @@ class ResponseBuilder:
         if self._answers:
             answer = self._answers[idx]
             answer.feed(delta.text, final=delta.finish_reason is not None)
-            if answer.is_called and choice.finish_reason == "stop":
-                choice.finish_reason = "tool_calls"
+            choice.finish_reason = answer.finish_reason(choice.finish_reason)
 
     def _usage(self) -> dict[str, object]:
         usages = [choice.usage for choice in self.choices if choice.usage is not None]

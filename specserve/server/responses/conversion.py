@@ -15,7 +15,7 @@ import msgspec
 from ...chat.tools.definitions import ADAPTER_KEY
 from ...chat.types import Message
 from ...errors import UserError, from_info
-from ..openai.conversion import refuse_unserved
+from ..openai.conversion import refuse_trace, refuse_unserved
 from ..openai.request_types import ChatRequest
 from .input_items import Item, converted, messages_of
 from .request_types import (
@@ -83,12 +83,7 @@ def chat_request(request: ResponsesRequest, items: Sequence[Item], num_earlier: 
 def check_served(request: ResponsesRequest) -> None:
     """Refuse, by name, what this server has not."""
     refuse_unserved(request, UNSERVED)
-    if request.speculation is not None and request.speculation.trace:
-        raise UserError(
-            "speculation.trace has no place in responses; leave it out, or ask /v1/chat/completions",
-            param="speculation.trace",
-            code="unsupported",
-        )
+    refuse_trace(request.speculation, "responses", "/v1/chat/completions")
     reasoning = request.reasoning or ReasoningOptions()
     for name, values in UNSERVED_REASONING.items():
         if (value := getattr(reasoning, name)) is not None and value not in values:
