@@ -88,6 +88,10 @@ def test_a_chosen_theme_stays(server, open_page):
     assert page.evaluate(ground) == dark != light
     button.click()
     assert page.evaluate(ground) == light  # the system's
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"dark => {ground} === dark", arg=dark)
+    page.reload()
+    assert page.evaluate(ground) == dark
 
 
 def test_the_page_is_small_and_asks_nobody_else(server, browser):

@@ -1,5 +1,6 @@
 """The live board, the list of adapters, keys, and a server that goes away and comes back under an open page."""
 
+import json
 import os
 import signal
 import socket
@@ -62,6 +63,29 @@ def test_the_board_follows_what_the_server_does(server, open_page):
     page.wait_for_function(
         "num => Number(document.querySelector('[data-tile=done]').textContent.replace(',', '')) >= num", arg=before + 4
     )
+
+
+def test_tokens_per_verification_are_those_of_the_metrics(server, open_page):
+    stats = server.get("/v1/stats").json()
+    model = {
+        "model": "x",
+        "running": 0,
+        "waiting": 0,
+        "row_price": 0.1,
+        "drafted_per_pos": [9],
+        "accepted_per_pos": [5],
+    }
+    # An end of the output within a draft: fewer tokens than verifications and kept drafts.
+    stats["speculation"]["by_adapter"] = [
+        {**model, "verifications": 10, "generated": 30, "drafted": 40, "accepted": 25}
+    ]
+    page = open_page(server.url)
+    event = f"data: {json.dumps(stats)}\n\n"
+    page.route("**/v1/stats?stream=true", lambda route: route.fulfill(body=event, content_type="text/event-stream"))
+    page.get_by_role("link", name="Live board").click()
+    cells = page.locator("tr[data-model=x] td")
+    cells.first.wait_for()
+    assert cells.all_text_contents() == ["30", "3.00", "62.5%", "0.10", "50"]
 
 
 def test_the_list_of_adapters_leads_to_the_playground_and_to_reports(server, open_page):

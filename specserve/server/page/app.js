@@ -37,25 +37,13 @@ function nameTheme(theme) {
   byId("theme-button").setAttribute("aria-label", `Theme: ${theme}`);
 }
 
-function setTheme(theme) {
-  if (theme === "system") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = theme;
-  nameTheme(theme);
-  try {
-    localStorage.setItem("specserve-theme", theme);
-  } catch {
-    // storage may be forbidden; then the choice ends with the page
-  }
-  document.dispatchEvent(new CustomEvent("theme-changed"));
-}
-
-let theme = document.documentElement.dataset.theme ?? "system";
+let theme = document.documentElement.dataset.choice;
 nameTheme(theme);
 byId("theme-button").addEventListener("click", () => {
   theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
-  setTheme(theme);
+  document.dispatchEvent(new CustomEvent("theme-chosen", { detail: theme }));
+  nameTheme(theme);
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.dispatchEvent(new CustomEvent("theme-changed")));
 
 // -- key
 

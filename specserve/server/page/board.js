@@ -43,7 +43,7 @@ class Board {
       this._state,
       el("dl", { class: "tiles" }, ...tiles),
       el("div", { class: "charts" }, this._rate.element, this._requests.element),
-      el("div", { class: "panel" }, el("h2", {}, "Drafts by adapter"), el("p", { class: "hint" }, "At each position of a draft: in how many of the adapter's verifications it was kept, since it was loaded."), this._adapters),
+      el("div", { class: "panel" }, el("h2", {}, "Drafts by adapter"), el("p", { class: "hint" }, "Since each was loaded. At each position: in how many of all verifications a draft was kept there, those that drafted less or nothing included."), this._adapters),
       el("div", { class: "charts" }, this._positions.element, el("div", { class: "panel" }, el("h2", {}, "Drafts by source"), el("p", { class: "hint" }, "Since the engine started."), this._sources)),
       el("div", { class: "charts" }, this._cost.element, this._choices.element),
       el("div", { class: "panel" }, el("h2", {}, "Memory"), this._memory),
@@ -118,7 +118,7 @@ class Board {
       axes: [timeAxis(), axisOf("sequences")],
       series: [timeSeries(), line("running", colour("--accent"), { fill: `${colour("--accent")}1f` }), line("waiting", colour("--prediction-line"), { dash: [2, 4] })],
     }));
-    this._positions = new Chart("Acceptance by draft position", "Of the drafts at each position, those that were kept. A draft counts where all before it were kept.", (colour) => ({
+    this._positions = new Chart("Acceptance by draft position", "Of all drafts at each position, those that were kept: also a draft behind a wrong one counts, as not kept. The table above divides by all verifications instead.", (colour) => ({
       scales: { x: { time: false, range: (_, low, high) => [0.4, (high ?? 1) + 0.6] }, y: { range: () => [0, 100] } },
       axes: [axisOf("position in the draft", { size: 34, incrs: [1, 2, 4] }), axisOf("kept, %")],
       legend: { live: false },

@@ -21,7 +21,7 @@ export function acceptanceTable({ by_adapter: models, num_others: numOthers }) {
       { data: { model: model.model } },
       el("th", { scope: "row" }, model.model),
       el("td", {}, number(model.generated)),
-      el("td", {}, model.verifications ? number((model.accepted + model.verifications) / model.verifications, 2) : "–"),
+      el("td", {}, model.verifications ? number(model.generated / model.verifications, 2) : "–"),
       el("td", {}, model.drafted ? percent(model.accepted / model.drafted) : "–"),
       el("td", { title: "what the budget asks of a draft row: tokens that it must be expected to bring" }, number(model.row_price, 2)),
       ...positions.map((pos) => cell(model.verifications ? (model.accepted_per_pos[pos] ?? 0) / model.verifications : null)),
