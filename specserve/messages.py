@@ -61,6 +61,14 @@ class GrammarSpec(msgspec.Struct, frozen=True):
     text: str
 
 
+class Together(msgspec.Struct, frozen=True):
+    """All sequences of one answer, which are admitted or refused with whichever of them comes first."""
+
+    answer_id: str  # unique among answers
+    num: int  # 2 or more
+    prompt_tokens: int  # of all
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     """One sequence to generate. A client request with n > 1 is n of these, `sample_idx` 0 .. n-1."""
 
@@ -76,9 +84,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     grammar: GrammarSpec | None = None
     priority: int = 0  # lower is sooner
     deadline: float | None = None  # of time.monotonic(), which all processes of a machine share: then nobody wants it
-    # Sequences of one answer are admitted or refused together: with the first of them, which counts all. The others
-    # say 0, and are neither refused nor dropped for want of room or time.
-    num_admitted: int = 1
+    together: Together | None = None  # None: it is all there is of its answer, or the answer has begun
+    is_first: bool = True  # of its answer; of the others none is dropped for want of time once the answer has begun
+
+    @property
+    def num_together(self) -> int:
+        """The sequences that are admitted with it; 0 where its answer has begun."""
+        return self.together.num if self.together is not None else int(self.is_first)
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

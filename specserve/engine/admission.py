@@ -5,10 +5,13 @@ The server checks the same limits earlier, field by field; this is the engine's 
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import TypeVar
+
 import torch
 
 from ..config import EngineConfig
-from ..errors import DeadlineError, OverloadedError, UserError
+from ..errors import DeadlineError, ErrorInfo, OverloadedError, UserError, from_info
 from ..messages import EngineInfo, GenerateRequest
 from ..model.config import ModelConfig
 from ..schedule.scheduler import Scheduler
@@ -18,6 +21,8 @@ from .wait_estimate import WaitEstimate
 _DEADLINE_MARGIN = 1.25
 # One in so many places to wait is for adapters of which none of the caller's waits: it cannot fill all with one.
 _RESERVED = 8
+_MAX_ANSWERS = 1024
+T = TypeVar("T")
 
 
 def check_request(request: GenerateRequest, info: EngineInfo) -> None:
@@ -48,26 +53,68 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
             )
 
 
+class Admission:
+    """Refuses what has no room to wait, or no time: each answer once, whatever of it comes first, and all of it.
+
+    Knows the answers of several sequences of which some are still to come, at most `_MAX_ANSWERS`.
+    """
+
+    def __init__(self, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate):
+        self._config, self._scheduler, self._waits = config, scheduler, waits
+        self._num_to_come: OrderedDict[str, int] = OrderedDict()  # of those that were admitted
+        self._refusals: OrderedDict[str, ErrorInfo] = OrderedDict()
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises as `refuse_overload`, and so for all sequences of an answer of which one was refused."""
+        answer_id = request.together.answer_id if request.together is not None else ""
+        if answer_id in self._num_to_come:
+            return
+        if answer_id in self._refusals:
+            raise from_info(self._refusals[answer_id])
+        try:
+            refuse_overload(request, self._config, self._scheduler, self._waits)
+        except UserError as error:
+            if answer_id:
+                _remember(self._refusals, answer_id, error.info())
+            raise
+
+    def admitted(self, request: GenerateRequest) -> None:
+        """It waits now: the rest of its answer will, too."""
+        if request.together is None:
+            return
+        answer_id = request.together.answer_id
+        num_left = self._num_to_come.pop(answer_id, request.together.num) - 1
+        if num_left:
+            _remember(self._num_to_come, answer_id, num_left)
+
+
+def _remember(answers: OrderedDict[str, T], answer_id: str, value: T) -> None:
+    answers[answer_id] = value
+    if len(answers) > _MAX_ANSWERS:  # clients have left since, or the rest has long been refused
+        answers.popitem(last=False)
+
+
 def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate) -> None:
     """Refuse a request that has no room to wait, or no time, and with it all sequences that are admitted with it.
 
-    Raises `OverloadedError` with when to try again, and `DeadlineError` when its deadline has passed already.
+    Where nothing waits there is room for any: what was refused then could never come. Raises `OverloadedError` with
+    when to try again, and `DeadlineError` when its deadline has passed already.
     """
-    if not request.num_admitted:
+    if not request.num_together:
         return
     num, num_tokens, what = len(scheduler.waiting), scheduler.waiting.num_tokens, ""
-    own_tokens = request.num_admitted * (len(request.prompt_token_ids) + waits.expected_output(request))
-    num_places = config.max_waiting + scheduler.max_num_seqs + 1 - request.num_admitted  # for the first of them
+    prompt_tokens = len(request.prompt_token_ids) if request.together is None else request.together.prompt_tokens
+    own_tokens = prompt_tokens + request.num_together * waits.expected_output(request)
+    num_places = config.max_waiting + scheduler.max_num_seqs + 1 - request.num_together  # for the first of them
     num_own = scheduler.waiting.num_of(request.caller, request.adapter_hash)
-    if num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED):
+    if num and (num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED)):
         own = f"{num_own} of them this key's for this adapter"
         what = f"{num} requests, {own}, are waiting (--max-waiting {config.max_waiting})"
-    elif num_tokens + own_tokens > config.max_waiting_tokens and (num_tokens or request.num_admitted > 1):
-        # One may wait, whatever its size.
+    elif num and num_tokens + own_tokens > config.max_waiting_tokens:
         what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"
     if what:
-        if request.num_admitted > 1:
-            what += f" and this one has {request.num_admitted} sequences"
+        if request.num_together > 1:
+            what += f" and this one has {request.num_together} sequences"
         wait_s = waits.wait_s(request)
         shown_s = max(wait_s, 1.0)  # as Retry-After says it
         raise OverloadedError(f"{what}; they are served in about {shown_s:.0f} s: retry then", retry_after_s=wait_s)

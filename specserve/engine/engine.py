@@ -51,7 +51,7 @@ from ..schedule.sequence import Sequence
 from ..text.detokenizer import Detokenizer, TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .adapter_memory import AdapterMemory, Brought
-from .admission import check_request, refuse_overload, size_kv
+from .admission import Admission, check_request, size_kv
 from .commits import Commits
 from .queued_step import QueuedStep
 from .recent_steps import RecentSteps
@@ -174,6 +174,7 @@ class Engine:
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)
         self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
+        self._admission = Admission(config, self.scheduler, self.waits)
         self.recent_steps = RecentSteps(cost_model)
 
     # -- requests
@@ -188,7 +189,7 @@ class Engine:
             grammar = self.grammars.compile(request.grammar)
         if request.request_id in self._requests:
             raise UserError(f"request id {request.request_id!r} is already running")
-        refuse_overload(request, self.config, self.scheduler, self.waits)
+        self._admission.check(request)
         if request.adapter_hash is not None:
             self.registry.acquire(request.adapter_hash)
         self._num_added += 1
@@ -212,6 +213,7 @@ class Engine:
             seq, detokenizer, drafts, self.eos_token_ids, prompt_logprobs
         )
         self.scheduler.add(seq)
+        self._admission.admitted(request)
 
     def abort(self, request_id: str) -> None:
         """Drop a request; its KV blocks are free at once. Unknown ids are ignored."""

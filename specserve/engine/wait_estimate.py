@@ -51,7 +51,7 @@ class WaitEstimate:
     def wait_s(self, request: GenerateRequest) -> float:
         """Seconds until a request that comes now would begin to run; of several sequences the last."""
         ahead = self._scheduler.waiting.cost_ahead(request.caller, request.adapter_hash, request.priority)
-        num = max(1, request.num_admitted)
+        num = max(1, request.num_together)
         return self._wait_s(ahead, num * self.expected_output(request), num)
 
     def first_token_s(self, request: GenerateRequest) -> float:

@@ -62,7 +62,7 @@ class WaitingQueue:
         self._waiting_priorities.put(seq.priority, seq.priority)
         self._prompt_tokens += seq.prompt_len
         self._by_arrival[seq] = None
-        if seq.deadline is not None and seq.request.num_admitted:
+        if seq.deadline is not None and seq.request.is_first:
             self._by_deadline.put(seq, (seq.deadline, seq.seq_id))
 
     def put_back(self, seq: Sequence, now: float) -> None:

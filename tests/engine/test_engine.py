@@ -15,6 +15,7 @@ from specserve.config import EngineConfig
 from specserve.drafters.protocol import Guess
 from specserve.engine.engine import Engine
 from specserve.errors import DeadlineError, OverloadedError, UserError
+from specserve.messages import Together
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,28 @@ def test_waiting_queue_is_bounded(model_dir):
         small.add_request(request(i, [1]))
     with pytest.raises(OverloadedError):
         small.add_request(request("x", [1]))
+
+
+def test_all_sequences_of_an_answer_are_admitted_or_refused(model_dir):
+    small = make_engine(model_dir, max_waiting=0, max_num_seqs=1)
+    admitted, refused = (
+        [
+            msgspec.structs.replace(request(f"{name}{idx}", [1]), together=Together(name, 3, 3), is_first=idx == 0)
+            for idx in range(3)
+        ]
+        for name in "ab"
+    )
+    small.add_request(admitted[0])
+    with pytest.raises(OverloadedError, match="this one has 3 sequences"):
+        small.add_request(refused[0])
+    for sequence in admitted[1:]:
+        small.add_request(sequence)
+    for sequence in admitted:
+        small.abort(sequence.request_id)
+    assert not small.has_work()
+    with pytest.raises(OverloadedError, match="this one has 3 sequences"):
+        small.add_request(refused[1])
+    check_baseline(small)
 
 
 def test_a_request_that_is_late_before_it_runs_is_answered_and_not_run(model_dir):

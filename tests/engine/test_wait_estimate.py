@@ -4,10 +4,10 @@ import pytest
 
 from specserve.config import EngineConfig
 from specserve.drafting.cost_model import CostModel
-from specserve.engine.admission import refuse_overload
+from specserve.engine.admission import Admission, refuse_overload
 from specserve.engine.wait_estimate import WaitEstimate, decode_step_s
 from specserve.errors import OverloadedError
-from specserve.messages import GenerateRequest, SamplingParams
+from specserve.messages import GenerateRequest, SamplingParams, Together
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.sequence import Sequence
@@ -34,9 +34,17 @@ class Load:
             str(self._num), prompt, SamplingParams(max_tokens=max_tokens), adapter_hash=adapter, **fields
         )
 
+    def answer(self, adapter=None, *, num, prompt_tokens=None, **fields):
+        """All sequences of one, the first first."""
+        self._num += 1
+        together = Together(f"answer {self._num}", num, 4 * num if prompt_tokens is None else prompt_tokens)
+        return [self.request(adapter, together=together, is_first=idx == 0, **fields) for idx in range(num)]
+
     def add(self, *args, **fields):
-        request = self.request(*args, **fields)
-        self.scheduler.add(seq := Sequence(self._num, request))
+        return self.add_request(self.request(*args, **fields))
+
+    def add_request(self, request):
+        self.scheduler.add(seq := Sequence(int(request.request_id), request))
         return seq
 
     def step(self):
@@ -86,32 +94,75 @@ def test_sequences_of_one_answer_are_refused_with_the_first_or_not_at_all():
     load = Load()
     for _ in range(3):
         load.add()
-    assert refusal_of(load, load.request("a", num_admitted=3), config) is None
-    assert "has 4 sequences" in str(refusal_of(load, load.request("a", num_admitted=4), config))
+    assert refusal_of(load, load.answer("a", num=3)[0], config) is None
+    assert "has 4 sequences" in str(refusal_of(load, load.answer("a", num=4)[0], config))
     for _ in range(5):
         load.add()
     assert refusal_of(load, load.request(), config) is not None
-    assert refusal_of(load, load.request(num_admitted=0), config) is None, "its answer was admitted"
-    few = EngineConfig(max_waiting_tokens=60)
-    assert refusal_of(Load(), load.request(num_admitted=2), few) is None
-    assert "max-waiting-tokens 60" in str(refusal_of(Load(), load.request(num_admitted=3), few))  # 24 tokens each
+    assert refusal_of(load, load.request(is_first=False), config) is None, "its answer has begun"
     in_time = load.now + load.waits.first_token_s(load.request("a"))
     roomy = EngineConfig(max_waiting=100)
     assert refusal_of(load, load.request("a", deadline=in_time), roomy) is None
-    refused = refusal_of(load, load.request("a", deadline=in_time, num_admitted=8), roomy)
+    refused = refusal_of(load, load.answer("a", num=8, deadline=in_time)[0], roomy)
     assert refused.code == "deadline_unreachable"
-    assert refusal_of(load, load.request("a", deadline=load.now - 1, num_admitted=0), roomy) is None
+    assert refusal_of(load, load.request("a", deadline=load.now - 1, is_first=False), roomy) is None
+
+
+def test_an_answer_counts_the_tokens_of_all_its_prompts():
+    load, few = Load(), EngineConfig(max_waiting_tokens=84)
+    load.add()  # 24 tokens
+    assert refusal_of(load, load.answer(num=2)[0], few) is None
+    for large in (load.answer(num=3)[0], load.answer(num=2, prompt_tokens=21)[0]):
+        assert "max-waiting-tokens 84" in str(refusal_of(load, large, few))
+
+
+@pytest.mark.parametrize("limits", [{"max_waiting": 0}, {"max_waiting_tokens": 60}], ids=str)
+def test_where_nothing_waits_an_answer_of_any_size_is_admitted(limits):
+    load, config = Load(), EngineConfig(**limits)
+    assert refusal_of(load, load.answer(num=8)[0], config) is None
+    for _ in range(2):
+        load.add()
+    assert refusal_of(load, load.answer(num=8)[0], config) is not None
+    load.step()
+    assert len(load.scheduler.running) == 2
+    assert refusal_of(load, load.answer(num=8)[0], config) is None
+
+
+def test_all_of_an_answer_follow_the_first_that_comes_and_count_once():
+    load = Load()
+    config = EngineConfig(max_waiting=4)  # and two seats
+    admission = Admission(config, load.scheduler, load.waits)
+
+    def enter(request):
+        admission.check(request)
+        load.add_request(request)
+        admission.admitted(request)
+
+    enter(load.request("a"))
+    first, *others = load.answer("a", num=4)
+    admission.check(first)  # its adapter is not there, so it does not wait
+    enter(others[0])
+    enter(others[1])
+    enter(first)  # it comes again
+    refused = load.answer("b", num=3)
+    for request in reversed(refused):
+        with pytest.raises(OverloadedError, match="and this one has 3 sequences") as error:
+            admission.check(request)
+        assert error.value.retry_after_s is not None
+        load.step()  # room for some of them, but their answer is refused already
+    enter(load.request("b"))
+    enter(others[2])
 
 
 def test_where_seats_are_free_for_some_of_an_answers_sequences_the_last_one_waits():
     load = Load()
-    assert load.waits.wait_s(load.request(num_admitted=2)) == 0 < load.waits.wait_s(load.request(num_admitted=3))
+    assert load.waits.wait_s(load.answer(num=2)[0]) == 0 < load.waits.wait_s(load.answer(num=3)[0])
 
 
 def test_a_sequence_whose_answer_has_begun_is_not_dropped_for_its_deadline():
     load = Load()
-    first = load.add(deadline=5.0, num_admitted=3)
-    others = [load.add(deadline=5.0, num_admitted=0) for _ in range(2)]
+    first = load.add(deadline=5.0)
+    others = [load.add(deadline=5.0, is_first=False) for _ in range(2)]
     late = load.add("b", deadline=5.0)
     load.scheduler.max_num_seqs = 1
     load.step()

@@ -24,7 +24,7 @@ from specserve.server.loaded_names import UseCounts
 from specserve.server.lorax.api import LoraxRoutes
 from specserve.server.lorax.types import LoraxParameters, LoraxRequest
 from specserve.server.metrics.metrics import Metrics
-from specserve.server.openai.request_types import ChatRequest
+from specserve.server.openai.request_types import ChatRequest, CompletionRequest
 from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2])
@@ -88,8 +88,19 @@ async def test_the_engine_hears_who_sends_a_request_whether_or_not_caches_are_ap
     anonymous = KeyRing(ServeConfig()).anonymous
     for name, tenant in (("red", "red"), ("red", None)):
         job = await prepare(generator, dataclasses.replace(anonymous, name=name, tenant=tenant), n=2)
-        assert [(request.caller, request.num_admitted) for request in job.requests] == [("red", 2), ("red", 0)]
+        assert [request.caller for request in job.requests] == ["red", "red"]
     assert (await prepare(generator)).requests[0].caller == ""
+
+
+async def test_the_engine_hears_of_all_that_are_admitted_together(generator):
+    body = CompletionRequest(prompt=[[5], [6] * 80], max_tokens=1, n=3)
+    first, *others = (await generator.prepare(body, KeyRing(ServeConfig()).anonymous)).requests
+    assert (first.num_together, first.together.prompt_tokens) == (6, 3 * 81)
+    assert first.is_first and not any(request.is_first for request in others)
+    assert {request.together for request in others} == {first.together}
+    again = (await generator.prepare(body, KeyRing(ServeConfig()).anonymous)).requests[0]
+    assert again.together.answer_id != first.together.answer_id
+    assert (await prepare(generator)).requests[0].num_together == 1
 
 
 async def answer(generator):

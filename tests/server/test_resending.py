@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from specserve.errors import EngineDeadError
-from specserve.messages import TARGET, Delta, TokenTrace
-from specserve.server.engine_client.resending import EngineLosses
+from specserve.errors import EngineDeadError, EngineLostError
+from specserve.messages import TARGET, Delta, GenerateRequest, SamplingParams, Together, TokenTrace
+from specserve.server.engine_client.resending import EngineLosses, Resender
 
 
 def delta(forward: int, *tokens: int) -> Delta:
@@ -48,3 +48,27 @@ def test_an_engine_that_ends_before_it_says_anything_new_moves_no_number():
         losses.num += 1
         losses.begin_again()
         losses.rest_of(delta(0, 1, 7))
+
+
+class MortalEngine:
+    """Ends once with the first sequence in it."""
+
+    generation, state = 1, "ready"
+
+    def __init__(self):
+        self.asked = []
+
+    async def generate(self, request):
+        self.asked.append(request)
+        if len(self.asked) == 1:
+            self.generation += 1
+            raise EngineLostError("the engine process ended")
+        yield Delta(request.request_id, [7], finish_reason="stop")
+
+
+async def test_what_was_admitted_is_not_refused_for_want_of_room_by_the_next_engine():
+    engine = MortalEngine()
+    request = GenerateRequest("a", [1], SamplingParams(max_tokens=1), together=Together("an answer", 8, 8))
+    deltas = [delta async for delta in Resender(engine).generate(request, EngineLosses(is_once=True))]
+    assert [delta.finish_reason for delta in deltas] == ["stop"]
+    assert [request.num_together for request in engine.asked] == [8, 0]

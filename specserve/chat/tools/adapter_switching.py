@@ -59,7 +59,8 @@ async def switching_deltas(
             prompt_token_ids=list(tokens),
             sampling=sampling,
             grammar=plan.arguments_spec(tool),
-            num_admitted=0,  # the answer has begun
+            together=None,
+            is_first=False,  # the answer has begun
         )
         adapter = tool.adapter or own_adapter
 

@@ -1,8 +1,8 @@
 """Sequences outlive the engine process that they were in, as long as nothing of them was given to a client.
 
-One whose engine ended runs again on the next one, as if it had just come: its seed is its own, so its tokens are the
-same. What was made of those already stays; where the next engine says other ones, which a device without the same bits
-may, the sequence ends with the loss.
+One whose engine ended runs again on the next one, as if it had just come, though nobody refuses it for want of room:
+its seed is its own, so its tokens are the same. What was made of those already stays; where the next engine says other
+ones, which a device without the same bits may, the sequence ends with the loss.
 
 A sequence may be what ended the engine. So those that saw an end are sent again one at a time, the next one when the
 last has come further than ever before. What saw no end runs beside them; so one that ends an engine in its turn is
@@ -141,6 +141,8 @@ class Resender:
                     return
                 except EngineLostError:
                     losses.num += 1
+                    # It was admitted once, and comes in its turn.
+                    request = msgspec.structs.replace(request, together=None, is_first=False)
                     if is_alone and not self._has_company:
                         raise _refused(losses.num) from None
                     if losses.is_final:

@@ -25,7 +25,7 @@ from ...chat.tools.plan import ToolPlan, direct_adapter, make_plan, markers
 from ...config import ServeConfig
 from ...errors import DeadlineError, UserError
 from ...grammar.structured_output import asks_for_grammar, grammar_spec
-from ...messages import Delta, GenerateRequest
+from ...messages import Delta, GenerateRequest, Together
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..adapter_store import AdapterStore
@@ -134,6 +134,7 @@ class Generator:
         for _, ids in prompts:
             check_prompt_ids(ids, info)
         num_choices, n = choice_counts(request, len(prompts))
+        num = n * len(prompts)
         sampling = sampling_params(request, info, [len(ids) for _, ids in prompts])
         if n > num_choices and sampling.logprobs is None:
             sampling = msgspec.structs.replace(sampling, logprobs=0)  # what ranks them
@@ -143,9 +144,10 @@ class Generator:
                 sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
         if thinking is not None and tokenizer.is_special(tokenizer.added_tokens({THINK_END})[0].get(THINK_END, -1)):
             sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
-        speculation = speculation_params(request, self.config, n * len(prompts))
+        speculation = speculation_params(request, self.config, num)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         prediction = await self._prediction(request, tokenizer)
+        together = Together(job_id, num, n * sum(len(ids) for _, ids in prompts)) if num > 1 else None
         requests = [
             GenerateRequest(
                 request_id=f"{job_id}-{idx}",
@@ -160,9 +162,10 @@ class Generator:
                 grammar=grammar,
                 priority=priority,
                 deadline=deadline,
-                num_admitted=n * len(prompts) if idx == 0 else 0,
+                together=together,
+                is_first=idx == 0,
             )
-            for idx in range(n * len(prompts))
+            for idx in range(num)
         ]
         name = request.model or adapter or self.model_name
         return Job(
