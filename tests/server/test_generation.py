@@ -249,6 +249,21 @@ async def test_a_job_that_fails_before_the_first_token_costs_nothing(generator, 
     assert left(caller) == 1000
 
 
+async def test_a_job_whose_span_cannot_begin_costs_nothing_and_is_counted_as_failed(generator, caller):
+    class Spans:
+        def begin(self, job):
+            raise RuntimeError("no span")
+
+    generator.engine.num_refusals = 0
+    generator._runner._spans = Spans()
+    job = await prepare(generator, caller)
+    with pytest.raises(RuntimeError, match="no span"):
+        await anext(generator.deltas(job))
+    assert left(caller) == 1000
+    metrics = generator._runner._metrics.render(None).decode()
+    assert 'finished_reason="error"' in metrics
+
+
 async def test_a_key_without_tokens_is_refused_before_its_adapter_is_loaded(generator, caller, monkeypatch):
     caller.allowance.reserve(1).settle(1001)
     monkeypatch.setattr(generator.store, "resolve_with_texts", None)

@@ -25,7 +25,7 @@ from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses, Resender, other_output
 from ..metrics.metrics import Metrics
-from ..spans import Spans
+from ..spans import Span, Spans
 from .job import Job
 from .prompts import check_same_texts
 from .token_charge import TokenCharge
@@ -65,11 +65,13 @@ class JobRunner:
         watch = self._metrics.watch(job.adapter or self._base_name, prompt_lens)
         line = RequestLine(job.id, job.adapter or self._base_name, num, job.caller.key)
         charge = TokenCharge(job)
-        span = self._spans.begin(job) if self._spans is not None else None
-        if job.adapter is not None:
-            self._store.uses.count(job.adapter)
+        span: Span | None = None
         failure: str | None = None
         try:
+            if self._spans is not None:
+                span = self._spans.begin(job)
+            if job.adapter is not None:
+                self._store.uses.count(job.adapter)
             async with aclosing(self._choices(job)) as deltas:
                 while (item := await _next(deltas, end)) is not None:
                     idx, delta = item
