@@ -286,6 +286,26 @@ async def test_inputs_of_a_key_without_tokens_load_no_adapter(generator, caller,
         await lorax_job(generator, caller)
 
 
+async def test_an_adapter_is_loaded_for_inputs_with_their_priority_where_they_may_have_one(
+    generator, caller, monkeypatch
+):
+    resolve, priorities = generator.store.resolve_with_texts, []
+
+    async def load(name, known, priority):
+        priorities.append(priority)
+        return await resolve(name, known, priority)
+
+    monkeypatch.setattr(generator.store, "resolve_with_texts", load)
+    await lorax_job(generator, caller, priority=7)
+    assert set(priorities) == {7}
+    priorities.clear()
+    with pytest.raises(UserError, match="priority is -1; 0 to"):
+        await lorax_job(generator, caller, priority=-1)
+    with pytest.raises(UserError, match="may not set one"):
+        await lorax_job(generator, dataclasses.replace(caller, may_prioritize=False), priority=7)
+    assert not priorities
+
+
 async def test_the_deadline_of_inputs_is_from_before_their_adapter_is_loaded(generator, caller, monkeypatch):
     begun = time.monotonic()
     job, _ = await lorax_job(generator, caller, deadline_ms=60_000)

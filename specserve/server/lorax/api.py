@@ -21,7 +21,7 @@ from ..generation.generator import Generator, before_deadline
 from ..generation.job import Job
 from ..generation.prompts import check_same_texts
 from ..http_body import convert, json_response, read_body
-from ..openai.conversion import MAX_CHOICES, MAX_STOPS, check_prompt_ids
+from ..openai.conversion import MAX_CHOICES, MAX_STOPS, check_prompt_ids, priority_of
 from ..routes import Handler
 from ..sse import EventStream, stream_events
 from .conversion import check_parameters, completion_request
@@ -119,9 +119,11 @@ class LoraxRoutes:
     async def _prepare(self, body: LoraxRequest, caller: Caller, stream: bool) -> tuple[Job, LoraxBuilder]:
         parameters = body.parameters or LoraxParameters()
         check_parameters(body.inputs, parameters, stream)
+        caller.check_priority(parameters.priority)
+        priority = priority_of(parameters, self._generator.config)
         caller.allowance.check_tokens()  # before an adapter is loaded and a text is read
         async with before_deadline(parameters) as deadline:
-            job = await self._job(body.inputs, parameters, caller, stream, deadline)
+            job = await self._job(body.inputs, parameters, caller, stream, priority, deadline)
         job.names_limit = parameters.max_new_tokens is not None
         sampling = job.requests[0].sampling
         seed = sampling.seed if sampling.temperature else None
@@ -130,12 +132,18 @@ class LoraxRoutes:
         return job, LoraxBuilder(job, parameters, prefix, seed, eos)
 
     async def _job(
-        self, inputs: str, parameters: LoraxParameters, caller: Caller, stream: bool, deadline: float | None
+        self,
+        inputs: str,
+        parameters: LoraxParameters,
+        caller: Caller,
+        stream: bool,
+        priority: int,
+        deadline: float | None,
     ) -> Job:
         info, adapter = await self._generator.engine.first_info(), parameters.adapter_id
         adapter = None if adapter == BASE_MODEL else adapter or None
         named = self._generator.adapter_name(caller, None, adapter)
-        tokenizer, prompted = await self._generator.prompts.tokenizer_for(named)
+        tokenizer, prompted = await self._generator.prompts.tokenizer_for(named, priority)
         ids = await self._prompt_ids(inputs, parameters, tokenizer)
         check_prompt_ids(ids, info)
         room = info.max_model_len - len(ids)

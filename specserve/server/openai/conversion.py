@@ -124,7 +124,11 @@ def speculation_params(request: GenerationFields, config: ServeConfig, num_outpu
     return Speculation(options.mode if limit else "off", limit, traces)
 
 
-def priority_of(request: GenerationFields, config: ServeConfig) -> int:
+class HasPriority(Protocol):
+    priority: int | None
+
+
+def priority_of(request: HasPriority, config: ServeConfig) -> int:
     """Lower is sooner; how low, the server's settings say."""
     value, best = request.priority or 0, config.highest_priority
     if not best <= value <= LOWEST_PRIORITY:
