@@ -15,6 +15,7 @@ from ..drafters.acceptance import SharedAcceptance
 from ..drafters.grammar_source import Constraint
 from ..drafters.head_source import HeadSource
 from ..drafters.protocol import DraftSource, SteppedHeads
+from ..messages import AdapterDrafts
 from ..schedule.scheduler import ScheduledSequence
 from .cost_model import CostModel, StepCurve, StepShape
 from .host_cost import HostCost
@@ -77,6 +78,7 @@ class Counts:
     accepted: int = 0
     row_price: float | None = None  # running mean over steps
     lengths: DraftLengths = field(default_factory=DraftLengths)
+    told: AdapterDrafts | None = None  # what was last said of them
 
     def add(self, drafted: int, accepted: int, generated: int) -> None:
         """A verification of one sequence."""

@@ -286,10 +286,19 @@ class Proposer:
         self._switches = {key: switch for key, switch in self._switches.items() if key[0] != content_hash}
 
     def drafts_by_adapter(self) -> list[AdapterDrafts]:
+        """Made anew for those alone that were served since the last call: it is asked for between two steps."""
         adapters = self._adapters
         return [
-            AdapterDrafts(
-                name=None if key is None else adapters[key].name,
+            self._drafts_told(counts, None if key is None else adapters[key].name)
+            for key, counts in self._counts.items()
+            if key is None or key in adapters
+        ]
+
+    def _drafts_told(self, counts: Counts, name: str | None) -> AdapterDrafts:
+        told = counts.told
+        if told is None or told.num_verifications != counts.num_verifications:
+            told = counts.told = AdapterDrafts(
+                name=name,
                 num_verifications=counts.num_verifications,
                 generated_tokens=counts.generated,
                 draft_tokens=counts.drafted,
@@ -298,9 +307,7 @@ class Proposer:
                 drafted_per_pos=counts.lengths.drafted_per_pos(),
                 accepted_per_pos=counts.lengths.accepted_per_pos(),
             )
-            for key, counts in self._counts.items()
-            if key is None or key in adapters
-        ]
+        return told
 
     def drafts_of(self, content_hash: str) -> tuple[int, int]:
         """Drafts verified, and accepted, of an adapter since it was loaded."""

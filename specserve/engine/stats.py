@@ -33,8 +33,9 @@ class Counters:
 def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> EngineStats:
     """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
     registry, host = engine.registry, engine.memory.host
-    graphs, sequences = engine.path.graphs, engine.scheduler.sequences()
-    error = engine.blocks.check_integrity(seq.block_table for seq in sequences) if check_integrity else None
+    graphs, error = engine.path.graphs, None
+    if check_integrity:
+        error = engine.blocks.check_integrity(seq.block_table for seq in engine.scheduler.sequences())
     return EngineStats(
         num_running=len(engine.scheduler.running),
         num_waiting=len(engine.scheduler.waiting),
@@ -92,10 +93,10 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
 
 def _requests_by_adapter(engine: Engine) -> list[AdapterRequests]:
     running = Counter(seq.adapter_hash for seq in engine.scheduler.running)
-    waiting = Counter(seq.adapter_hash for seq in engine.scheduler.waiting)
+    waiting = engine.scheduler.waiting.num_by_adapter  # not counted here: thousands may wait, and steps do meanwhile
     adapters = engine.registry.adapters  # none of a sequence leaves before it
     return [
-        AdapterRequests(None if key is None else adapters[key].name, running[key], waiting[key])
+        AdapterRequests(None if key is None else adapters[key].name, running[key], waiting.get(key, 0))
         for key in running.keys() | waiting.keys()
     ]
 

@@ -15,8 +15,8 @@ Every operation is O(log n); nothing is done per step for those that wait. Owns 
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 
 from .caller_queue import CallerQueue
 from .fair_queue import PROMPT_COST
@@ -37,6 +37,7 @@ class WaitingQueue:
         self._returning: Heap[Sequence] = Heap()  # were preempted
         self._returning_since: OrderedDict[Sequence, float] = OrderedDict()
         self._by_arrival: OrderedDict[Sequence, None] = OrderedDict()
+        self._num_by_adapter: Counter[str | None] = Counter()
         self._by_deadline: Heap[Sequence] = Heap()
         self._num_admitted = 0
         self._prompt_tokens = 0  # of sequences that have not run
@@ -62,6 +63,7 @@ class WaitingQueue:
         self._waiting_priorities.put(seq.priority, seq.priority)
         self._prompt_tokens += seq.prompt_len
         self._by_arrival[seq] = None
+        self._num_by_adapter[seq.adapter_hash] += 1
         if seq.deadline is not None and seq.request.is_first:
             self._by_deadline.put(seq, (seq.deadline, seq.seq_id))
 
@@ -70,6 +72,18 @@ class WaitingQueue:
         self._returning.put(seq, seq.rank)
         self._returning_since[seq] = now
         self._by_arrival[seq] = None
+        self._num_by_adapter[seq.adapter_hash] += 1
+
+    @property
+    def num_by_adapter(self) -> Mapping[str | None, int]:
+        """Sequences by content hash, None for the base; of those adapters alone of which some wait."""
+        return self._num_by_adapter
+
+    def _forget(self, seq: Sequence) -> None:
+        del self._by_arrival[seq]
+        self._num_by_adapter[seq.adapter_hash] -= 1
+        if not self._num_by_adapter[seq.adapter_hash]:
+            del self._num_by_adapter[seq.adapter_hash]
 
     def first(self, now: float) -> Sequence:
         """Who is admitted next; it stays until `admit`."""
@@ -88,7 +102,7 @@ class WaitingQueue:
     def admit(self, seq: Sequence, now: float) -> None:
         """It runs now; `num_cached` of a new one says what it need not compute."""
         self._num_admitted += 1
-        del self._by_arrival[seq]
+        self._forget(seq)
         if seq in self._returning:
             self._leave_returning(seq)
             return
@@ -97,7 +111,7 @@ class WaitingQueue:
 
     def remove(self, seq: Sequence) -> None:
         """One that waits will not run, or not any more."""
-        del self._by_arrival[seq]
+        self._forget(seq)
         if seq in self._returning:
             self._leave_returning(seq)
             self.end(seq)

@@ -88,3 +88,14 @@ def test_requests_are_counted_by_adapter_and_by_how_they_end(model_dir):
     run(engine, [])
     stats = engine.stats()
     assert stats.finished == {"abort": 2, "length": 1} and stats.requests_by_adapter == []
+
+
+def test_what_drafts_brought_is_told_anew_only_of_those_that_were_served(model_dir):
+    engine = make_engine(model_dir)
+    run(engine, [request("one", LOOP)])
+    (first,) = engine.stats().drafts_by_adapter
+    (again,) = engine.stats().drafts_by_adapter
+    assert again is first
+    run(engine, [request("two", LOOP)])
+    (later,) = engine.stats().drafts_by_adapter
+    assert later.generated_tokens == 2 * first.generated_tokens

@@ -1,6 +1,7 @@
 """The order of waiting sequences: fairness between adapters, priorities, deadlines, and that nobody waits for ever."""
 
 import random
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -62,6 +63,8 @@ class Simulation:
             self.served[seq.adapter_hash] = self.served.get(seq.adapter_hash, 0.0) + cost
             self.served_callers[seq.caller] = self.served_callers.get(seq.caller, 0.0) + cost
         self.now += self.step_s
+        waiting = self.scheduler.waiting
+        assert waiting.num_by_adapter == Counter(seq.adapter_hash for seq in waiting)
 
     def run(self):
         while self.scheduler.has_work():
