@@ -214,6 +214,7 @@ def load_library(level_name: str | None = None) -> Library:
     """
     find_compiler()
     reasons: list[str] = []
+    kind = NativeError
     for level in LEVELS:
         if level_name != level.name and (level_name is not None or level.is_foreign):
             continue
@@ -222,9 +223,9 @@ def load_library(level_name: str | None = None) -> Library:
             try:
                 return load_at(level, reasons[-1] if reasons else "")
             except NativeError as error:
-                reason = str(error)
+                kind, reason = type(error), str(error)
         reasons.append(f"{level.name}: {reason}")
-    raise NativeError(reasons[-1])
+    raise kind(reasons[-1])
 
 
 def load_at(level: Level, not_higher: str = "") -> Library:

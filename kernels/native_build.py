@@ -27,6 +27,10 @@ class NativeError(Exception):
     """The library cannot be had here; the message says why."""
 
 
+class CacheError(NativeError):
+    """There is no folder to keep the library in."""
+
+
 class Place(Structure):
     """Where the library has a field of a struct, or with a null field the struct itself."""
 
@@ -48,8 +52,15 @@ class NativeSources:
 
     def build(self, compiler: str, path: Path) -> None:
         """Compile to `path`; another process may do the same at the same time. Raises `NativeError`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._build_in(path.parent, compiler, path)
+        except OSError as error:  # no folder, no right to write there, or a full disk
+            why = error.strerror or error
+            raise CacheError(f"{self.folder} cannot be built into {path.parent}: {why}") from None
+
+    def _build_in(self, folder: Path, compiler: str, path: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
             output = Path(temporary) / path.name
             command = [compiler, *self.flags, str(self.main), "-o", str(output)]
             try:
@@ -70,7 +81,7 @@ class NativeSources:
             raise NativeError(f"native code is not built on {platform.system()}")
         compiler = find_compiler()
         path, build_s = cache_dir() / f"{self.name}-{self._key(compiler)}.so", 0.0
-        if not path.is_file():
+        if not os.path.isfile(path):  # false, and no error, in a folder that nobody may look into
             start = time.perf_counter()
             self.build(compiler, path)
             build_s = time.perf_counter() - start

@@ -7,6 +7,7 @@ with the settings. Nothing is downloaded and no server started; native kernels a
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from typing import IO, Literal
 
@@ -15,6 +16,8 @@ import msgspec
 from ..config import ServeConfig
 from ..errors import UserError
 from ..log_lines import one_line
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["ok", "warning", "missing"]
 _COLOURS = {"ok": 32, "warning": 33, "missing": 31}
@@ -52,11 +55,17 @@ def doctor(config: ServeConfig, out: IO[str], *, as_json: bool, has_colour: bool
 
 
 def examined(name: str, check: Check, config: ServeConfig) -> Iterable[Finding]:
-    """What `check` finds; an error that it raises is what is missing, in its own words."""
+    """What `check` finds; an error that it raises is what is missing, in its own words, and the others go on."""
     try:
         yield from check(config)
     except UserError as error:
         yield Finding(name, "missing", str(error))
+    except OSError as error:
+        yield Finding(name, "missing", f"cannot be looked at: {error}", "see to the file or folder that it names")
+    except Exception as error:  # a machine that nobody thought of
+        logger.error("the check of %s failed", name, exc_info=True)
+        found = f"cannot be looked at: {type(error).__name__}: {error}"
+        yield Finding(name, "missing", found, "please report it, with what the log says")
 
 
 def shown(finding: Finding, has_colour: bool) -> str:

@@ -20,6 +20,8 @@ from .doctor import Check, Finding, Status
 NAMED_PACKAGES = ("torch", "triton", "transformers")  # a line each; the others share one
 ENOUGH_HANDLES = 1024
 ENOUGH_DISK_BYTES = 1 << 30
+_OTHER = "set XDG_CACHE_HOME to another folder"
+_CACHE_FIX = f"the line of cache: native code says more; or {_OTHER}"
 _TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -87,7 +89,7 @@ def native_kernels(config: ServeConfig) -> Iterator[Finding]:
     """The compiler, and the libraries as a server would build and load them."""
     from ..drafters.native import NativeDrafts
     from ..kernels.native import load_library
-    from ..kernels.native_build import NativeError, find_compiler
+    from ..kernels.native_build import CacheError, NativeError, find_compiler
     from ..kernels.native_levels import LEVEL_NAMES
 
     level = config.kernels if config.kernels in LEVEL_NAMES else None
@@ -103,16 +105,16 @@ def native_kernels(config: ServeConfig) -> Iterator[Finding]:
     try:
         library = load_library(level)
     except NativeError as error:
-        yield Finding(
-            "kernels", lacking, f"{error}; torch serves instead, slower", "a newer compiler, or --kernels auto"
-        )
+        fix = _CACHE_FIX if isinstance(error, CacheError) else "a newer compiler, or --kernels auto"
+        yield Finding("kernels", lacking, f"{error}; torch serves instead, slower", fix)
     else:
         how = f"built in {library.build_s:.1f} s" if library.build_s else "built before"
         yield Finding("kernels", "ok", f"{library.level}, {how}")
     try:
         NativeDrafts()
     except NativeError as error:
-        yield Finding("drafts", "warning", f"{error}; drafts grow in Python, slower", install)
+        fix = _CACHE_FIX if isinstance(error, CacheError) else install
+        yield Finding("drafts", "warning", f"{error}; drafts grow in Python, slower", fix)
     else:
         yield Finding("drafts", "ok", "native")
 
@@ -171,9 +173,12 @@ def caches(config: ServeConfig) -> Iterator[Finding]:
     if config.history_dir is not None:
         folders["history"] = Path(config.history_dir)
     for what, folder in folders.items():
-        name, there = f"cache: {what}"[:14], next(path for path in (folder, *folder.parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            fix = f"chown it to this user ({os.getuid()}), or set XDG_CACHE_HOME to another folder"
+        name, there = f"cache: {what}"[:14], next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if not there.is_dir():
+            yield Finding(name, "missing", f"{there} is a file, where a folder is needed", f"move it away; or {_OTHER}")
+            continue
+        if not os.access(there, os.W_OK | os.X_OK):
+            fix = f"chown it to this user ({os.getuid()}), or {_OTHER}"
             yield Finding(name, "missing", f"{folder} cannot be written", fix)
             continue
         free = shutil.disk_usage(there).free

@@ -123,23 +123,29 @@ def port(config: ServeConfig) -> Iterator[Finding]:
         listener.close()
 
 
-def access(config: ServeConfig) -> Iterator[Finding]:
-    """The file of keys, the certificate, and whether others than this machine can ask without a key."""
+def keys(config: ServeConfig) -> Iterator[Finding]:
+    """The file of keys, and whether others than this machine can ask without a key."""
     from ..server.access.key_file import read_keys
     from ..server.access.network import is_loopback
     from ..server.banner import needs_key
-    from ..server.tls import certificate_of
 
     if config.api_keys_file is not None:
         entries = read_keys(Path(config.api_keys_file))
         yield Finding("keys", "ok", f"{len(entries)} names in {config.api_keys_file}")
-    is_local, has_keys = is_loopback(config.host), needs_key(config)
-    if not has_keys and not is_local:
+    if not needs_key(config) and not is_loopback(config.host):
         fix = "--api-key, or --api-keys-file (specserve keys new NAME --file keys.yaml)"
         yield Finding("keys", "warning", f"{config.host} is open to others and no key is asked for", fix)
+
+
+def tls(config: ServeConfig) -> Iterator[Finding]:
+    """The certificate, and whether keys are sent to others without one."""
+    from ..server.access.network import is_loopback
+    from ..server.banner import needs_key
+    from ..server.tls import certificate_of
+
     if certificate_of(config) is not None:
         yield Finding("tls", "ok", f"certificate and key of {config.tls_certfile}")
-    elif has_keys and not is_local:
+    elif needs_key(config) and not is_loopback(config.host):
         found = f"keys are sent unencrypted to {config.host}"
         yield Finding("tls", "warning", found, "--tls-certfile and --tls-keyfile, or a proxy that has them")
 
@@ -148,5 +154,6 @@ SERVING_CHECKS: dict[str, Check] = {
     "model": model,
     "adapters": adapters,
     "port": port,
-    "keys": access,
+    "keys": keys,
+    "tls": tls,
 }

@@ -149,6 +149,31 @@ def test_caches_that_cannot_be_written_or_are_full(monkeypatch, tmp_path):
     assert found(doctor_machine.caches, history_dir=str(tmp_path))["cache: history"].status == "warning"
 
 
+@pytest.mark.parametrize("file", [".", "specserve", "specserve/native"])
+def test_a_file_where_a_cache_is_to_be_is_named_and_all_checks_are_made(monkeypatch, capsys, model_dir, tmp_path, file):
+    path = tmp_path / "cache" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "load_library", native.load_library.__wrapped__)  # which this process may have loaded
+    assert cli.exit_code_of(["doctor", str(model_dir), "--port", "0", "--json"]) == 1
+    by_name = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    for name in ("kernels", "drafts"):
+        assert by_name[name]["status"] == "warning" and "XDG_CACHE_HOME" in by_name[name]["fix"]
+    folder = by_name["cache: native code"[:14]]
+    assert folder["status"] == "missing" and folder["found"].startswith(f"{path} is a file")
+    assert {"gpu", "clock", "model", "memory", "port"} <= set(by_name)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/x"), KeyError("y")])
+def test_a_check_that_fails_is_a_line_with_a_fix(error):
+    def fails(config):
+        raise error
+
+    (finding,) = examined("x", fails, ServeConfig())
+    assert finding.status == "missing" and "cannot be looked at" in finding.found and finding.fix
+
+
 def test_a_model_that_is_elsewhere_is_only_told_of(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     finding = found(doctor_serving.model)["model"]
@@ -188,14 +213,19 @@ def test_a_port_that_is_taken():
 
 
 def test_keys_and_certificates(tmp_path):
-    by_name = found(doctor_serving.access, host="0.0.0.0")
+    by_name = found(doctor_serving.keys, host="0.0.0.0")
     assert by_name["keys"].status == "warning" and "--api-key" in by_name["keys"].fix
-    assert found(doctor_serving.access, host="0.0.0.0", api_key="k")["tls"].status == "warning"
-    assert found(doctor_serving.access) == found(doctor_serving.access, host="127.0.0.2", api_key="k") == {}
-    missing = found(doctor_serving.access, api_keys_file=str(tmp_path / "keys.yaml"))["check"]
-    assert missing.status == "missing" and "keys.yaml" in missing.found
-    missing = found(doctor_serving.access, tls_certfile=str(tmp_path / "no.pem"))["check"]
-    assert missing.status == "missing" and "tls_certfile" in missing.found
+    assert found(doctor_serving.tls, host="0.0.0.0", api_key="k")["tls"].status == "warning"
+    for check in (doctor_serving.keys, doctor_serving.tls):
+        assert found(check) == found(check, host="127.0.0.2", api_key="k") == {}
+
+
+def test_a_bad_certificate_and_a_bad_file_of_keys_are_two_lines(capsys, model_dir, tmp_path):
+    flags = ["--api-keys-file", str(tmp_path / "keys.yaml"), "--tls-certfile", str(tmp_path / "no.pem")]
+    assert cli.exit_code_of(["doctor", str(model_dir), "--port", "0", "--json", *flags]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    missing = {finding["name"]: finding["found"] for finding in findings if finding["status"] == "missing"}
+    assert "keys.yaml" in missing["keys"] and "tls_certfile" in missing["tls"]
 
 
 def test_a_finding_is_one_line_whatever_is_in_it():
