@@ -169,7 +169,7 @@ class Chat:
             data = Path(file).expanduser().read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-        self._schema = decode_json(data)
+        self._schema = decode_json(data, file)
         self._tell(f"answers are JSON of {file}")
 
     def _draft(self, drafts: bool) -> None:

@@ -45,15 +45,16 @@ class ServerBackend:
     """A server at `url`, with or without /v1 at its end. Raises `UserError` for what is no address."""
 
     def __init__(self, url: str, api_key: str | None):
-        parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
-            port = parts.port
-        except ValueError:
-            port = 0
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets without an IPv6 address in them, or a port that is no number
+            is_address = False
+        if not is_address:
             raise UserError(f"--url {url!r} is no address of a server; give one such as http://127.0.0.1:8000")
+        assert parts.hostname is not None
         self.place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        self._is_tls, self._host, self._port = parts.scheme == "https", parts.hostname, port
+        self._is_tls, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
         if api_key:

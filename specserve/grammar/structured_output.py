@@ -76,10 +76,9 @@ def schema_spec(schema: Any, param: str) -> GrammarSpec:
     if isinstance(schema, str):
         _check_size(len(schema.encode()), param)
         try:
-            schema = decode_json(schema.encode())
+            schema = decode_json(schema.encode(), param)
         except UserError as error:
-            message = str(error).replace("the request body", param)
-            raise UserError(message, param=param, code="invalid_grammar") from None
+            raise UserError(str(error), param=param, code="invalid_grammar") from None
     if not isinstance(schema, dict | bool):
         raise UserError(
             f"{param} is {type(schema).__name__}; send a JSON Schema, an object or the JSON text of one", param=param

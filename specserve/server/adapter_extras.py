@@ -48,9 +48,9 @@ class AdapterExtras:
         name = _name_of(request)
         try:
             body = await self._read(name, EXAMPLES_FILE, MAX_EXAMPLES_BYTES)
-            found = [] if body is None else examples_of(body)
+            found = [] if body is None else examples_of(body, f"{EXAMPLES_FILE} of adapter {name!r}")
         except AdapterError as error:
-            logger.warning("the examples of adapter %r are not shown: %s", name, error)
+            logger.warning("no examples are shown: %s", error)  # which names the adapter
             found = []
         return json_response({"object": "list", "data": found})
 
@@ -102,22 +102,25 @@ def _name_of(request: web.Request) -> str:
     return name
 
 
-def examples_of(body: bytes) -> list[AdapterExample]:
-    """The good ones among the first few in `body`; the log has what is wrong with others. Raises `AdapterError`."""
+def examples_of(body: bytes, source: str) -> list[AdapterExample]:
+    """The good ones among the first few in `body`; the log has what is wrong with others. Raises `AdapterError`.
+
+    `source` is what `body` is called there.
+    """
     try:
-        entries = decode_json(body)
-    except UserError as error:  # which speaks of a request's body
-        raise AdapterError(f"{EXAMPLES_FILE}: {error}") from None
+        entries = decode_json(body, source)
+    except UserError as error:  # a request would be at fault
+        raise AdapterError(str(error)) from None
     if not isinstance(entries, list):
-        raise AdapterError(f"{EXAMPLES_FILE} holds no list")
+        raise AdapterError(f"{source} holds no list")
     if len(entries) > MAX_EXAMPLES:
-        logger.warning("%s has %d entries; the first %d are shown", EXAMPLES_FILE, len(entries), MAX_EXAMPLES)
+        logger.warning("%s has %d entries; the first %d are shown", source, len(entries), MAX_EXAMPLES)
     found = []
     for idx, entry in enumerate(entries[:MAX_EXAMPLES]):
         try:
             found.append(_example(entry))
         except (msgspec.ValidationError, UserError) as error:
-            logger.warning("entry %d of %s is not shown: %s", idx, EXAMPLES_FILE, error)
+            logger.warning("entry %d of %s is not shown: %s", idx, source, error)
     return found
 
 
@@ -125,6 +128,8 @@ def _example(entry: Any) -> AdapterExample:
     example = msgspec.convert(entry, AdapterExample)
     if not 1 <= len(example.title) <= MAX_TITLE_LEN:
         raise UserError(f"its title has {len(example.title)} characters; 1 to {MAX_TITLE_LEN} are shown")
-    if (example.prompt is None) == (not example.messages):
-        raise UserError("it has neither messages nor a prompt, or both")
+    if (example.prompt is None) == (example.messages is None):
+        raise UserError("it has neither messages nor a prompt, or both; one of them is shown")
+    if example.messages is not None and not example.messages:
+        raise UserError("its messages are an empty list; one message or more are shown")
     return example

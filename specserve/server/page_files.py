@@ -7,6 +7,7 @@ what the page asks of the API does. Its policy allows no inline script or style,
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from aiohttp import web
 
 PAGE_DIR = Path(__file__).with_name("page")
 INDEX = "index.html"
+_REFUSED = re.compile(r"q\s*=\s*0(\.0*)?")
 TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -73,7 +75,9 @@ class PageFiles:
 
 def wants_page(request: web.Request) -> bool:
     """Whether a browser asks: others, who name no HTML, look whether anyone is there."""
-    return any("text/html" in value.lower() for value in request.headers.getall("Accept", ()))
+    kinds = (kind for value in request.headers.getall("Accept", ()) for kind in value.lower().split(","))
+    parts = ([part.strip() for part in kind.split(";")] for kind in kinds)
+    return any(kind == "text/html" and not any(map(_REFUSED.fullmatch, params)) for kind, *params in parts)
 
 
 def _read(path: Path) -> PageFile:

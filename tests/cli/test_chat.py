@@ -118,6 +118,13 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(line, words):
     assert code == 1 and out == "still here\n" and f"error: {words}" in err
 
 
+def test_a_schema_that_is_no_json_is_said_of_its_file(tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": }')
+    _, _, err = talk(FakeBackend(), f"/schema {schema}")
+    assert f"error: {schema} is not valid JSON" in err
+
+
 def test_what_fails_is_no_part_of_the_conversation():
     full = UserError("the prompt has 9 tokens", code="context_length_exceeded")
     backend = FakeBackend(full, [chunk("ok")])
@@ -191,12 +198,17 @@ def test_a_chat_with_a_server_is_its_answers(capsys, monkeypatch, server):
     assert "tokens a forward" in err and "model (float32, cpu" in err
 
 
+@pytest.mark.parametrize("url", ["ftp://x", "http://[::1", "http://[x]", "http://x:port", "http://x:0", "http://"])
+def test_what_is_no_address_of_a_server_is_said(url):
+    with pytest.raises(UserError, match="is no address of a server; give one such as"):
+        ServerBackend(url, None)
+
+
 def test_what_is_wrong_with_a_server_is_said(capsys, monkeypatch, server):
     code, _, err = run(capsys, monkeypatch, "", "--url", server.url)
     assert code == 2 and "(--api-key, or SPECSERVE_API_KEY)" in err
     code, _, err = run(capsys, monkeypatch, "", "--url", "http://127.0.0.1:9")
     assert code == 2 and "cannot reach http://127.0.0.1:9" in err and "specserve serve" in err
-    assert run(capsys, monkeypatch, "", "--url", "ftp://x")[0] == 2
     code, _, err = run(capsys, monkeypatch, "", "--url", server.url, "--dtype", "fp32")
     assert code == 2 and "leave out --dtype" in err
     code, _, err = run(capsys, monkeypatch, "", "--url", server.url, "--api-key", "k3y", "--adapter", "none")

@@ -274,6 +274,10 @@ def test_a_bad_adapter_is_named(llm, copy_of_beta, tmp_path):
         (lambda llm: llm.chat("hello"), "messages is no list"),
         (lambda llm: llm.chat([{"role": "user"}]), "content"),
         (lambda llm: llm.chat(ASK, colour="red"), "unknown field 'colour'"),
+        (lambda llm: llm.generate("\ud800"), "prompt holds half of a surrogate pair"),
+        (lambda llm: llm.chat([{"role": "user", "content": "\udfff"}]), "messages holds half of a surrogate pair"),
+        (lambda llm: llm.generate("a", SamplingParams(stop=["\ud800"])), "stop holds half of a surrogate pair"),
+        (lambda llm: list(llm.chat_chunks({"messages": [{"role": "user", "content": "\ud800"}]})), "messages holds"),
         (lambda llm: llm.generate_stream(["a", "b"]), "2 prompts cannot be streamed as one"),
     ],
 )

@@ -92,6 +92,33 @@ def test_a_fork_ends_and_leaves_the_engine_to_its_owner(model_dir, tmp_path):
     assert (done.returncode, done.stdout.split()) == (0, ["7", "7", "3"]), done.stderr
 
 
+INTERRUPTED = """
+import glob, os, signal, threading
+from specserve import LLM
+
+def interrupt():
+    while not (pids := [pid for file in glob.glob("/proc/self/task/*/children") for pid in open(file).read().split()]):
+        pass
+    print(*pids, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    LLM({model!r}, dtype="fp32", kv_cache_gib=0.02, num_threads=1)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_start_that_is_interrupted_leaves_no_engine_and_says_nothing_more(model_dir, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(INTERRUPTED.format(model=str(model_dir)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    pid, word = done.stdout.split()
+    assert (done.returncode, word, done.stderr) == (0, "interrupted", "")
+    assert not is_alive(int(pid))
+
+
 def test_importing_the_package_imports_nothing_of_it():
     code = (
         "import sys; before = set(sys.modules); import specserve; dir(specserve); "

@@ -139,6 +139,10 @@ def test_foreign_origin_and_rebound_host(server):
     assert own.status_code == 200 and own.headers["Access-Control-Allow-Origin"] == server.url
     streamed = server.post(TEXT, text(stream=True), headers={"Origin": server.url})
     assert streamed.headers["Access-Control-Allow-Origin"] == server.url
+    evil = {"Origin": "https://evil.example"}
+    assert_error(server.get("/v1/models", headers=evil), 403, "Origin")
+    health = server.get("/health", headers=evil)
+    assert health.status_code == 200 and "Access-Control-Allow-Origin" not in health.headers  # no page may read it
     preflight = requests.options(server.url + TEXT, headers={"Origin": "https://evil.example"}, timeout=60)
     assert preflight.status_code == 403 and "Access-Control-Allow-Origin" not in preflight.headers
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import pytest
 from server_fixture import ServerProcess, assert_error
@@ -37,6 +38,15 @@ def examples(server, name="good"):
     reply = server.get(f"/v1/adapters/{name}/examples")
     assert reply.status_code == 200, reply.text
     return reply.json()["data"]
+
+
+def logged(server, since, words, num):
+    """The `num` lines with `words` that the log has from line `since` on, which another thread reads."""
+    deadline = time.monotonic() + 60
+    while len(lines := [line for line in server.log[since:] if words in line]) < num:
+        assert time.monotonic() < deadline, server.log[since:]
+        time.sleep(0.01)
+    return lines
 
 
 def entry(server, name="good"):
@@ -94,7 +104,8 @@ def test_what_is_no_list_of_examples_is_none_and_the_log_says_so(server, folder,
     (folder / "examples.json").write_text(content)
     num_lines = len(server.log)
     assert examples(server) == []
-    assert any("examples of adapter 'good' are not shown" in line for line in server.log[num_lines:])
+    (line,) = logged(server, num_lines, "examples are shown", 1)
+    assert "examples.json" in line and line.count("adapter 'good'") == 1 and "request" not in line
 
 
 def test_bad_entries_are_left_out_and_good_ones_stay(server, folder):
@@ -102,11 +113,17 @@ def test_bad_entries_are_left_out_and_good_ones_stay(server, folder):
         {"title": "both", "prompt": "a", **{"messages": GOOD["messages"]}},
         {"title": "neither"},
         {"title": "no messages", "messages": []},
+        {"title": "both, one empty", "prompt": "a", "messages": []},
         {"title": "", "prompt": "a"},
         {"title": "x" * 201, "prompt": "a"},
         {"title": "role", "messages": [{"role": "root", "content": "a"}]},
     ]
-    (folder / "examples.json").write_text(json.dumps([*bad, GOOD, {**TEXT, "more": 1}, TEXT]))
+    (folder / "examples.json").write_text(json.dumps(bad))
+    num_lines = len(server.log)
+    assert examples(server) == []
+    lines = logged(server, num_lines, "is not shown", len(bad))
+    assert all("of examples.json of adapter 'good' is" in line for line in lines)
+    (folder / "examples.json").write_text(json.dumps([*bad[:6], GOOD, {**TEXT, "more": 1}, TEXT]))
     assert examples(server) == [GOOD, TEXT]  # of the first eight
     (folder / "examples.json").write_text(json.dumps([7, None, GOOD] + [TEXT] * 1000))
     assert examples(server) == [GOOD] + [TEXT] * (MAX_EXAMPLES - 3)

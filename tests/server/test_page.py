@@ -23,7 +23,7 @@ def locked(model_dir):
 def test_a_browser_gets_the_page_and_everybody_else_the_state(server):
     page = server.get("/", headers=BROWSER)
     assert page.status_code == 200 and page.text.lower().startswith("<!doctype html>")
-    for accept in ("*/*", "application/json", ""):
+    for accept in ("*/*", "application/json", "", "text/html;q=0, */*", "text/html; Q=0.0", "text/htmlx"):
         state = server.get("/", headers={"Accept": accept})
         assert state.json() == {"status": "ok"}
     assert "Accept" in page.headers["Vary"]

@@ -42,7 +42,7 @@ from ...messages import (
 )
 from ...own_modules import module_command
 from .link import EngineLink
-from .supervisor import EngineSupervisor, State
+from .supervisor import STOPPED, EngineSupervisor, State
 
 MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
 RESTART_PATIENCE_S = 60.0  # that a request waits for an engine that is started again
@@ -133,7 +133,7 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the process; running streams end with an error."""
-        self._fail_all(EngineDeadError, "the server is shutting down")
+        self._fail_all(EngineDeadError, STOPPED)
         await self._engine.stop()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]:

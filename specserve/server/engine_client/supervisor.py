@@ -22,6 +22,7 @@ from .link import EngineLink
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "restarting", "stopped"]
+STOPPED = "the engine is shutting down"  # by a server's end, or a program's that has an `LLM`
 MAX_BACKOFF_S = 5.0  # with the start of a small model that makes less than 10 s
 _FIRST_BACKOFF_S = 0.5
 _STABLE_S = 10.0  # a process that served for so long is replaced without a pause
@@ -97,7 +98,7 @@ class EngineSupervisor:
                 while self.state not in ("ready", "stopped"):
                     await self._settled.wait()
         if self.state == "stopped":
-            raise EngineDeadError("the server is shutting down")
+            raise EngineDeadError(STOPPED)
         if self._link is None or self.state != "ready":
             raise EngineDeadError(f"the engine is not running ({self._problem or self.state}); retry shortly")
         return self._link
@@ -115,7 +116,7 @@ class EngineSupervisor:
                 served_s = time.monotonic() - since
             except asyncio.CancelledError:
                 if not started.done():
-                    started.set_exception(EngineDeadError("the server is shutting down"))
+                    started.set_exception(EngineDeadError(STOPPED))
                 raise
             except Exception as error:
                 if not started.done():

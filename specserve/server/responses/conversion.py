@@ -109,9 +109,11 @@ def function_tools(request: ResponsesRequest) -> list[FunctionTool]:
     for idx, fields in enumerate(request.tools or ()):
         where = f"tools[{idx}]"
         given = {name: value for name, value in fields.items() if value is not None}
-        if given.get("type") != "function":
+        if "type" not in given:
+            raise UserError(f"{where} has no type; served is function", param=f"{where}.type")
+        if given["type"] != "function":
             raise UserError(
-                f"{where}.type is {str(given.get('type'))[:64]!r}; served is function", param=f"{where}.type",
+                f"{where}.type is {str(given['type'])[:64]!r}; served is function", param=f"{where}.type",
                 code="unsupported",
             )  # fmt: skip
         if "function" in given:

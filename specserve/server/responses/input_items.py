@@ -170,6 +170,9 @@ class _Conversation:
 def _read(item: Item, where: str) -> Any:
     fields = {name: value for name, value in item.items() if value is not None}
     kind = fields.get("type", "message" if "role" in fields else None)
+    if kind is None:
+        message = f"{where} has no type, and no role as a message has; served types are {', '.join(KINDS)}"
+        raise UserError(message, param=f"{where}.type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(
             f"{where}.type is {str(kind)[:64]!r}; served are {', '.join(KINDS)}",
@@ -196,6 +199,8 @@ def _text(content: str | Sequence[Item], where: str, parts: Mapping[str, tuple[s
     for idx, part in enumerate(content):
         name = f"{where}[{idx}]"
         kind = part.get("type")
+        if kind is None:
+            raise UserError(f"{name} has no type; served are {', '.join(parts)}", param=f"{name}.type")
         if not isinstance(kind, str) or kind not in parts:
             raise UserError(
                 f"{name}.type is {str(kind)[:64]!r}; served are {', '.join(parts)}",

@@ -119,7 +119,7 @@ BAD_INPUT = {
     "no item": ([], "input", "empty"),
     "an unknown type": ([user("a"), {"type": "web_search_call"}], "input[1].type", "'web_search_call'"),
     "a reference": ([{"type": "item_reference", "id": "msg_1"}], "input[0].type", "item_reference"),
-    "no type and no role": ([{"content": "a"}], "input[0].type", "None"),
+    "no type and no role": ([{"content": "a"}], "input[0].type", "has no type"),
     "an unknown role": ([{"role": "tool", "content": "a"}], "input[0].role", "input[0]"),
     "no content": ([{"role": "user"}], "input[0].content", "content"),
     "an unknown field": ([{**user("a"), "name": "x"}], "input[0].name", "name"),
@@ -152,6 +152,19 @@ def test_bad_items_are_refused_by_place(name):
     items, param, word = BAD_INPUT[name]
     error = refusal(input=items)
     assert error.param == param and word in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": [{}]}, "input[0].type"),
+        ({"input": [user([{"text": "a"}])]}, "input[0].content[0].type"),
+        ({"input": "a", "tools": [{"name": "add"}]}, "tools[0].type"),
+    ],
+)
+def test_a_type_that_is_missing_is_said_to_be(fields, param):
+    error = refusal(**fields)
+    assert error.param == param and "has no type" in str(error) and "None" not in str(error)
 
 
 def test_an_item_that_was_kept_is_not_counted_as_the_clients():
