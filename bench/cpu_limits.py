@@ -42,7 +42,9 @@ class CpuLimits:
         functions.multiply_rate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
         self._functions, self._num_threads = functions, num_threads
         self._data = torch.ones(num_bytes // 8, dtype=torch.int64)
-        self._matrices = [torch.ones(size, size, dtype=torch.bfloat16) for size in MATMUL_SIZES]
+        # Without bf16 instructions oneDNN's product in bf16 is a plain loop, a hundredth of what it makes in fp32.
+        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        self._matrices = [torch.ones(size, size, dtype=dtype) for size in MATMUL_SIZES]
         self._kinds = [kind for kind in KINDS if not kind.startswith("amx") or LEVELS[0].missing() is None]
         self.bytes_per_s = 0.0
         self.operations_per_s: dict[str, float] = {}

@@ -1,8 +1,15 @@
-"""One torch thread: the models are tiny, and threads that wait for each other cost more than they compute."""
+"""One torch thread: the models are tiny, and threads that wait for each other cost more than they compute.
+
+And Ctrl-C means what it means: who starts tests in the background may have it ignored, which their processes inherit.
+"""
+
+import signal
 
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
