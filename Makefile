@@ -35,7 +35,7 @@ pull: $(INSTALLED)  ## download and convert the default model (once, about 95 MB
 serve: pull  ## serve the default model and examples/adapters on http://127.0.0.1:8000
 	$(BIN)/specserve serve --adapters-dir examples/adapters $(ARGS)
 
-test: $(TEST_INSTALLED)  ## run the tests, five minutes in two processes (ARGS="-n 0 -k lora": one process, chosen tests)
+test: $(TEST_INSTALLED)  ## run the tests, five to twelve minutes in two processes (ARGS="-n 0 -k lora": one process, chosen tests)
 	$(BIN)/python -m pytest $(TWO_PROCESSES) $(ARGS)
 
 test-all: $(TEST_INSTALLED)  ## run the slow tests too, all but those for a GPU
