@@ -136,7 +136,7 @@ def test_examples_are_those_that_a_server_shows(tmp_path):
     given = rows({"messages": [*tool, answer]}, {"messages": [{"role": "user", "content": "asked"}, answer]})
     write_examples(tmp_path, given, None)
     body = (tmp_path / "examples.json").read_bytes()
-    assert [example.title for example in examples_of(body)] == ["asked"] and len(json.loads(body)) == 1
+    assert [example.title for example in examples_of(body, "the examples")] == ["asked"] and len(json.loads(body)) == 1
 
 
 def test_a_report_has_the_shades_of_all_sources():
