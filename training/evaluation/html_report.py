@@ -13,11 +13,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ...draft_sources import SOURCES, source_name
-from .plots import Plot
+from .plots import BATCH_LABELS, Plot
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _TASK_TILES = {"field_match": "of the fields are right", "exact_match": "of the answers are right to the letter"}
-_BATCHES = {"batch 1": "one at a time", "batch 8": "eight at a time"}
 
 
 def html_report(
@@ -36,7 +35,7 @@ def html_report(
             shades=SOURCES,
             sources=[{"css": key, "source": source} for key, source in SOURCES.items() if key in used],
             plots=[{"svg": plot.svg(), "caption": plot.caption} for plot in plots],
-            speeds=[(_BATCHES.get(batch, batch), values) for batch, values in report["speed"].items()],
+            speeds=[(BATCH_LABELS.get(batch, batch), values) for batch, values in report["speed"].items()],
             metrics=[(key, f"{value:.4f}") for key, value in report["task"].items() if key != "main"],
         )
     )
@@ -48,7 +47,7 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "rouge_l" in task and "field_match" not in task:
         tiles.append(("ROUGE-L against the wanted answers", f"{task['rouge_l']:.2f}"))
     tiles += [
-        (f"times as fast, {_BATCHES.get(batch, batch)}", f"{values['ratio']:.2f}")
+        (f"times as fast, {BATCH_LABELS.get(batch, batch)}", f"{values['ratio']:.2f}")
         for batch, values in report["speed"].items()
     ]
     tiles.append(("tokens a verification, one at a time", f"{report['mean_accepted_length_batch_1']:.2f}"))

@@ -25,7 +25,7 @@ _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
 }
 _MOST_BARS = 32  # of a histogram: what is beyond is in the last
-_LABEL_OF = {"batch 1": "one at a time", "batch 8": "eight at a time"}
+BATCH_LABELS = {"batch 1": "one at a time", "batch 8": "eight at a time"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _speed(speed: Mapping[str, Mapping[str, float]]) -> Callable[[Any], None]:
                 places, [values[key] for values in speed.values()], 0.38, color=SERIES[1 - side], label=label
             )
             axes.bar_label(bars, fmt="{:.0f}", padding=2, color=TEXT)
-        axes.set_xticks(range(len(speed)), [_LABEL_OF.get(name, name) for name in speed])
+        axes.set_xticks(range(len(speed)), [BATCH_LABELS.get(name, name) for name in speed])
         axes.set(ylabel="tokens a second")
         axes.margins(y=0.15)
         axes.grid(axis="x", visible=False)
