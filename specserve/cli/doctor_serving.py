@@ -126,8 +126,8 @@ def port(config: ServeConfig) -> Iterator[Finding]:
 def keys(config: ServeConfig) -> Iterator[Finding]:
     """The file of keys, and whether others than this machine can ask without a key."""
     from ..server.access.key_file import read_keys
+    from ..server.access.keys import needs_key
     from ..server.access.network import is_loopback
-    from ..server.banner import needs_key
 
     if config.api_keys_file is not None:
         entries = read_keys(Path(config.api_keys_file))
@@ -139,8 +139,8 @@ def keys(config: ServeConfig) -> Iterator[Finding]:
 
 def tls(config: ServeConfig) -> Iterator[Finding]:
     """The certificate, and whether keys are sent to others without one."""
+    from ..server.access.keys import needs_key
     from ..server.access.network import is_loopback
-    from ..server.banner import needs_key
     from ..server.tls import certificate_of
 
     if certificate_of(config) is not None:

@@ -11,6 +11,7 @@ from .. import __version__
 from ..config import ServeConfig
 from ..log_lines import one_line
 from ..messages import EngineInfo
+from .access.keys import needs_key
 from .access.network import is_loopback
 
 MAX_NAMES = 8
@@ -42,11 +43,6 @@ def banner(
     if has_colour:
         head = f"\x1b[1m{head}\x1b[0m"
     return "\n".join([head, *(_line(name, text, has_colour) for name, text in lines.items())])
-
-
-def needs_key(config: ServeConfig) -> bool:
-    """Whether a client must send one to generate."""
-    return config.api_key is not None or config.api_keys_file is not None
 
 
 def _line(name: str, text: str, has_colour: bool) -> str:

@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 API_KEY, ADMIN_API_KEY = "api-key", "admin-api-key"  # names of the settings' own keys
 
 
+def needs_key(config: ServeConfig) -> bool:
+    """Whether a client must send one to generate."""
+    return config.api_key is not None or config.api_keys_file is not None
+
+
 class KeyRing:
     """Callers by key. `await reload()` before the first request when there is a file."""
 
@@ -36,9 +41,8 @@ class KeyRing:
         self._callers: list[tuple[bytes, Caller]] = []
         self._reading = asyncio.Lock()
         self.num_reads = 0  # of the file: callers that were found before the latest are not known to be any more
-        needs_key = self._file is not None or config.api_key is not None
         # With a key for admins alone, everybody may generate. Without any, admins are those on this machine.
-        scopes = set() if needs_key else set(SCOPES)
+        scopes = set() if needs_key(config) else set(SCOPES)
         if config.admin_api_key is not None:
             scopes -= {"admin"}
         self.anonymous = self._caller(KeyEntry(ANONYMOUS, (), frozenset(scopes), None, True, Limits()))
