@@ -26,6 +26,7 @@ from specserve.training.data.dataset import Example
 from specserve.training.evaluation.answers import answer, make_engine
 from specserve.training.evaluation.task_metrics import task_metrics
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
+from specserve.training.joint_loss import JointObjective
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import LoraConfig, OptimizerConfig, RunConfig
 from specserve.training.trainer import Trainer
@@ -57,7 +58,8 @@ def train(config: RunConfig, model_dir: Path, examples: list[Example], with_head
         head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
     plan = plan_run([len(e.tokens) for e in examples], config.optimizer.batch_tokens, config.seed, 1.0, None)
     directory.mkdir(parents=True)
-    Trainer(config, model, head, examples, plan, common_prefix_len(examples), directory, {}).train()
+    objective = JointObjective(config, model, head, examples, common_prefix_len(examples), len(plan))
+    Trainer(config, objective, plan, directory, {}).train()
     model.save(directory, model_dir.name)
     return model
 

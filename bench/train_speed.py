@@ -24,6 +24,7 @@ import torch
 from specserve.training.data.batching import plan_run
 from specserve.training.data.dataset import Example
 from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
+from specserve.training.joint_loss import JointObjective
 from specserve.training.lora_model import LINEARS, LoraModel
 from specserve.training.run_config import JointConfig, LoraConfig, OptimizerConfig, RunConfig
 from specserve.training.trainer import Trainer
@@ -102,10 +103,11 @@ def main(data: Path, model: str, rank: int, rounds: int, steps: int, batch_token
     vocab = task_vocab(examples, config.head.vocab_size)
     head = LookaheadHead(lora.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
     plan = plan_run([len(e.tokens) for e in examples], batch_tokens, 0, 1, None)
+    objective = JointObjective(config, lora, head, examples, common_prefix_len(examples), len(plan))
     plain = PlainLoop(base.path, rank, examples, batch_tokens)
     rates: dict[str, list[float]] = {"plain": [], "joint": []}
     with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer(config, lora, head, examples, plan, common_prefix_len(examples), Path(directory), {})
+        trainer = Trainer(config, objective, plan, Path(directory), {})
         plain.step()
         trainer.train_step()
         for _ in range(rounds):

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..whole_files import replace_file
 
 CHECKPOINT_FILE = "checkpoint.pt"
-_FIELDS = ("step", "health", "identity", "lora", "head", "optimizer")
+_FIELDS = ("step", "health", "identity", "lora", "objective", "optimizer")
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from .evaluation.evaluate import SINGLE_ROWS
 from .finish import CALIBRATION_ROWS
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
+from .joint_loss import JointObjective
 from .lora_model import LoraModel, arithmetic
 from .preflight import Prepared
 from .run_config import RunConfig
@@ -83,8 +84,9 @@ def _training_seconds(
 ) -> float:
     config, plan = prepared.config, prepared.plan
     same = [list(range(len(sample)))] * len(plan)
-    trainer = Trainer(config, model, head, sample, same, common_prefix_len(sample), folder, {})
-    joint = (step for step in range(len(plan)) if head is not None and trainer.schedule.head_weight(step))
+    objective = JointObjective(config, model, head, sample, common_prefix_len(sample), len(plan))
+    trainer = Trainer(config, objective, same, folder, {})
+    joint = (step for step in range(len(plan)) if head is not None and objective.schedule.head_weight(step))
     first_joint = next(joint, len(plan))
     trainer.train_step()  # the first one pays for what is made once
     seconds = 0.0

@@ -1,5 +1,5 @@
-"""The two losses of a training step, from one forward of the base model with its LoRA: the answers' cross-entropy, and
-the head's over the steps ahead.
+"""The two losses of a generation run's step, from one forward of the base model with its LoRA: the answers'
+cross-entropy, and the head's over the steps ahead.
 
 The head always learns at full strength. What of its gradient reaches the LoRA, through the hidden states that the head
 starts from, is `reach`.
@@ -19,7 +19,9 @@ from .data.dataset import Example
 from .head_module import LookaheadHead, build_anchors
 from .lora_model import Hidden, LoraModel
 from .losses import head_loss, teacher_log_probs
-from .run_config import HeadConfig
+from .objective import Group, StepLoss
+from .run_config import HeadConfig, RunConfig
+from .schedule import Schedule
 
 MAX_ANCHORS = 160  # of a step's completion tokens, how many the head is trained on; the refit sees all of them
 
@@ -61,6 +63,69 @@ class Forward:
             vocab = torch.tensor(head.vocab, device=self.logits.device)
             teacher = teacher_log_probs(self.logits.detach(), vocab)
         return head_loss(head, last, tapped, anchors, config.step_decay, config.loss, teacher)
+
+
+class JointObjective:
+    """The LoRA alone for a share of `num_steps`, then LoRA and head together; `head` None: the LoRA alone."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: LoraModel,
+        head: LookaheadHead | None,
+        examples: Sequence[Example],
+        copy_start: int,
+        num_steps: int,
+    ):
+        self.config, self.model, self.head = config, model, head
+        self.examples, self.copy_start = examples, copy_start
+        self.schedule = Schedule(num_steps, config.optimizer, config.joint)
+
+    def groups(self) -> list[Group]:
+        opt = self.config.optimizer
+        groups = [Group(self.model.parameters, opt.lr, "optimizer.lr", opt.weight_decay)]
+        if self.head is not None:
+            groups.append(Group(list(self.head.parameters()), self.config.head.lr, "head.lr"))
+        return groups
+
+    def rates(self, step: int) -> list[float]:
+        rates = [self.schedule.rate(step), self.schedule.head_rate(step)]
+        return rates if self.head is not None else rates[:1]
+
+    def begin(self, step: int) -> None:
+        """Nothing to do."""
+
+    def num_targets(self, batch: Sequence[int]) -> int:
+        return sum(sum(self.examples[idx].loss_mask[1:]) for idx in batch)
+
+    def num_tokens(self, batch: Sequence[int]) -> int:
+        return sum(len(self.examples[idx].tokens) for idx in batch)
+
+    def step_loss(
+        self, batch: Sequence[int], step: int, num_targets: float, num_processes: int, rng: random.Random
+    ) -> StepLoss:
+        forward = Forward.of(self.model, [self.examples[idx] for idx in batch])
+        loss_sum = forward.lora_loss_sum()
+        total = loss_sum / num_targets
+        values: dict[str, Any] = {}
+        weight = self.schedule.head_weight(step)
+        if self.head is not None and weight > 0:
+            reach = 0.0 if rng.random() < self.config.joint.detach_prob else weight
+            extra, rate = forward.head_loss(self.head, self.config.head, self.copy_start, reach, rng)
+            total = total + extra / num_processes
+            values["head_loss"] = extra.item()  # sync: one number a step, for the log
+            values["head_hit_rate"] = [round(value, 4) for value in rate.tolist()]
+        return StepLoss(total, loss_sum, values)
+
+    def loss_sum(self, batch: Sequence[int]) -> torch.Tensor:
+        return Forward.of(self.model, [self.examples[idx] for idx in batch]).lora_loss_sum()
+
+    def state(self) -> dict[str, Any]:
+        return {"head": None if self.head is None else self.head.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.head is not None:
+            self.head.load_state_dict(state["head"])
 
 
 class _ScaleGradient(torch.autograd.Function):

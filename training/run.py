@@ -20,6 +20,7 @@ from .checkpoint import CHECKPOINT_FILE, read_checkpoint
 from .evaluation.verdict import steps_warning
 from .finish import finish
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
+from .joint_loss import JointObjective
 from .lora_model import LoraModel, arithmetic
 from .preflight import prepare
 from .processes import first_process, process_group
@@ -106,7 +107,8 @@ def _train_and_finish(config: RunConfig, directory: RunDirectory | None, resume:
         vocab = task_vocab(examples, config.head.vocab_size)
         head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
     if not config.lora.frozen:
-        trainer = Trainer(config, model, head, examples, prepared.plan, copy_start, output, identity)
+        objective = JointObjective(config, model, head, examples, copy_start, len(prepared.plan))
+        trainer = Trainer(config, objective, prepared.plan, output, identity)
         if resume and checkpoint.is_file():
             trainer.resume()
         trainer.train()

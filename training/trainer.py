@@ -1,9 +1,9 @@
-"""The joint fine-tune: the LoRA's cross-entropy and the head's loss (joint_loss.py) in one backward pass.
+"""The loop of every run, whatever it minimises (objective.py): steps, optimizer, progress, checkpoints, interruption.
 
-Owns the optimizer and when a checkpoint is due; health.py judges the losses. A step is a function of the
-weights, the optimizer's state and the step's number, so that a resumed run goes on as if it had never stopped. A
-checkpoint is only made of weights whose own loss was seen and is good: it is written in the step after, between the
-loss and the update.
+Owns the optimizer and when a checkpoint is due; health.py judges the losses. A step is a function of the weights, the
+optimizer's state, the objective's state and the step's number, so that a resumed run goes on as if it had never
+stopped. A checkpoint is only made of weights whose own loss was seen and is good: it is written in the step after,
+between the loss and the update.
 """
 
 from __future__ import annotations
@@ -22,47 +22,38 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint, write_checkpoint
-from .data.dataset import Example
-from .head_module import LookaheadHead
 from .health import Health
-from .joint_loss import Forward
-from .lora_model import LoraModel
 from .metrics_file import MetricsFile
+from .objective import Group, Objective, StepLoss
 from .processes import Processes
 from .run_config import RunConfig
 from .run_identity import check_same_run
-from .schedule import Schedule
 from .signals import Interrupted, stop_on_signal
 
 
 class Trainer:
-    """Runs the steps of `plan`, each a list of indices into `examples`; `identity` goes into the checkpoints."""
+    """Runs the steps of `plan`, each a list of the objective's rows; `identity` goes into the checkpoints."""
 
     def __init__(
         self,
         config: RunConfig,
-        model: LoraModel,
-        head: LookaheadHead | None,
-        examples: Sequence[Example],
+        objective: Objective,
         plan: Sequence[Sequence[int]],
-        copy_start: int,
         directory: Path,
         identity: Mapping[str, Any],
     ):
-        self.config, self.model, self.head = config, model, head
-        self.examples, self.plan, self.copy_start = examples, plan, copy_start
+        self.config, self.objective, self.plan = config, objective, plan
         self.directory, self.identity = directory, identity
         self.step = 0
         self.saved_step: int | None = None  # of the checkpoint in the directory
         self._health = Health()
-        self.schedule = Schedule(len(plan), config.optimizer, config.joint)
         self._checkpoint_due = False
-        groups: list[dict[str, Any]] = [{"params": model.parameters, "lr": config.optimizer.lr}]
-        if head is not None:
-            groups.append({"params": list(head.parameters()), "lr": config.head.lr, "weight_decay": 0.0})
-        self._optimizer = torch.optim.AdamW(groups, weight_decay=config.optimizer.weight_decay, betas=(0.9, 0.98))
-        self._peak = [group["lr"] for group in groups]
-        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._groups = objective.groups()
+        self._optimizer = torch.optim.AdamW(
+            [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in self._groups],
+            betas=(0.9, 0.98),
+        )
+        self._trained = [parameter for group in self._groups for parameter in group.parameters]
         self.processes = Processes()
         self.processes.share_weights(self._trained)
 
@@ -106,45 +97,40 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns what metrics.jsonl gets."""
-        config, step = self.config, self.step
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout: a function of the step
-        rng = random.Random(config.seed * 1_000_003 + step)
-        batch = [self.examples[idx] for idx in self.processes.part_of(self.plan[step])]
-        scale = self.schedule.rate(step)
-        for group, peak in zip(self._optimizer.param_groups, self._peak, strict=True):
-            group["lr"] = peak * scale
-        if len(self._optimizer.param_groups) > 1:
-            self._optimizer.param_groups[1]["lr"] = self._peak[1] * self.schedule.head_rate(step)
-        weight = self.schedule.head_weight(step)
-        num_targets = self.processes.sum(sum(sum(example.loss_mask[1:]) for example in batch))
-        values: dict[str, Any] = {"step": step + 1, "lr": round(config.optimizer.lr * scale, 8)}
-        loss_sum = torch.zeros(())
+        config, step, objective = self.config, self.step, self.objective
+        objective.begin(step)
+        rng = self._seed(step)
+        batch = self.processes.part_of(self.plan[step])
+        rates = objective.rates(step)
+        for group, optimized, rate in zip(self._groups, self._optimizer.param_groups, rates, strict=True):
+            optimized["lr"] = group.lr * rate
+        num_targets = self.processes.sum(objective.num_targets(batch))
         self._optimizer.zero_grad(set_to_none=True)  # also where a small batch left this process without a row
+        found = StepLoss(torch.zeros(()), torch.zeros(()))
         if batch:
-            forward = Forward.of(self.model, batch)
-            loss_sum = forward.lora_loss_sum()
-            total = loss_sum / num_targets
-            if self.head is not None and weight > 0:
-                reach = 0.0 if rng.random() < config.joint.detach_prob else weight
-                extra, rate = forward.head_loss(self.head, config.head, self.copy_start, reach, rng)
-                total = total + extra / self.processes.num
-                values["head_loss"] = extra.item()  # sync: one number a step, for the log
-                values["head_hit_rate"] = [round(value, 4) for value in rate.tolist()]
-            total.backward()
+            found = objective.step_loss(batch, step, num_targets, self.processes.num, rng)
+            found.total.backward()
         self.processes.sum_gradients(self._trained)
         norms = [
-            float(torch.nn.utils.clip_grad_norm_(group["params"], config.optimizer.grad_clip))
-            for group in self._optimizer.param_groups
+            float(torch.nn.utils.clip_grad_norm_(group.parameters, config.optimizer.grad_clip))
+            for group in self._groups
         ]
-        loss = self.processes.sum(loss_sum.item()) / num_targets  # sync: the run must stop on NaN before it steps
+        # sync: the run must stop on NaN before it steps
+        loss = self.processes.sum(found.loss_sum.item()) / num_targets
         self._check(loss, norms)
         if self._checkpoint_due and self._health.is_good(loss):
             self.save_checkpoint()
         self._health.see(loss)
         self._optimizer.step()
         self.step += 1
-        tokens = self.processes.sum(sum(len(example.tokens) for example in batch))
-        return {**values, "loss": loss, "grad_norm": norms[0], "tokens": int(tokens)}
+        values = {"step": step + 1, "lr": round(self._groups[0].lr * rates[0], 8), **found.values}
+        tokens = int(self.processes.sum(objective.num_tokens(batch)))
+        return {**values, "loss": loss, "grad_norm": norms[0], "tokens": tokens}
+
+    def _seed(self, step: int) -> random.Random:
+        """Dropout and what else is drawn in a step is a function of the step."""
+        torch.manual_seed(self.config.seed * 1_000_003 + step)
+        return random.Random(self.config.seed * 1_000_003 + step)
 
     # -- health
 
@@ -152,31 +138,32 @@ class Trainer:
         problem = self._health.problem(self.step, loss, norms[0])
         if problem is not None:
             raise self._gone_wrong(problem)
-        if not all(math.isfinite(norm) for norm in norms):
-            raise self._gone_wrong(f"the gradient of the head has norm {norms[1]}", "head.lr")
+        for group, norm in zip(self._groups, norms, strict=True):
+            if not math.isfinite(norm):
+                raise self._gone_wrong(f"the gradient that {group.setting} scales has norm {norm}", group)
 
     @torch.no_grad()
     def _loss_now(self) -> float:
         """The loss of the weights as they are: over the next step's rows, or the first step's when all are done."""
         step = self.step if self.step < len(self.plan) else 0
-        torch.manual_seed(self.config.seed * 1_000_003 + step)
-        batch = [self.examples[idx] for idx in self.processes.part_of(self.plan[step])]
-        loss, num_targets = 0.0, self.processes.sum(sum(sum(example.loss_mask[1:]) for example in batch))
-        if batch:
-            loss = Forward.of(self.model, batch).lora_loss_sum().item()
+        self._seed(step)
+        batch = self.processes.part_of(self.plan[step])
+        num_targets = self.processes.sum(self.objective.num_targets(batch))
+        loss = self.objective.loss_sum(batch).item() if batch else 0.0
         return self.processes.sum(loss) / num_targets
 
     def _is_good_now(self, loss: float) -> bool:
         at_end = self.step == len(self.plan)
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters)
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self._groups[0].parameters)
         return finite and (self._health.is_good_end(loss) if at_end else self._health.is_good(loss))
 
-    def _gone_wrong(self, problem: str, setting: str = "optimizer.lr") -> UserError:
-        rate = self.config.head.lr if setting == "head.lr" else self.config.optimizer.lr
+    def _gone_wrong(self, problem: str, group: Group | None = None) -> UserError:
+        group = group or self._groups[0]
         step = min(self.step + 1, len(self.plan))
         return UserError(
-            f"step {step}: {problem}; lower {setting} ({rate}) and start again in another --output; {self._kept()}",
-            param=setting,
+            f"step {step}: {problem}; lower {group.setting} ({group.lr}) and start again in another --output; "
+            f"{self._kept()}",
+            param=group.setting,
         )
 
     def _kept(self) -> str:
@@ -205,8 +192,8 @@ class Trainer:
             "step": self.step,
             "identity": dict(self.identity),
             "health": asdict(self._health),
-            "lora": [parameter.detach() for parameter in self.model.parameters],
-            "head": None if self.head is None else self.head.state_dict(),
+            "lora": [parameter.detach() for parameter in self._groups[0].parameters],
+            "objective": self.objective.state(),
             "optimizer": self._optimizer.state_dict(),
         }
         try:
@@ -221,10 +208,9 @@ class Trainer:
         state = read_checkpoint(path)
         check_same_run(state["identity"], self.identity, str(path))
         with torch.no_grad():
-            for parameter, saved in zip(self.model.parameters, state["lora"], strict=True):
+            for parameter, saved in zip(self._groups[0].parameters, state["lora"], strict=True):
                 parameter.copy_(saved)
-        if self.head is not None:
-            self.head.load_state_dict(state["head"])
+        self.objective.load_state(state["objective"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._health = Health(**state["health"])
         self.step = self.saved_step = state["step"]

@@ -133,7 +133,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(model_dir, rows,
     keep = ("step", "loss", "head_loss", "grad_norm")
     a, b = ([{k: v for k, v in m.items() if k in keep} for m in metrics(tmp_path / d)] for d in ("whole", "parts"))
     assert a == b
-    for x, y in zip(whole.model.parameters, second.model.parameters, strict=True):
+    for x, y in zip(whole.objective.model.parameters, second.objective.model.parameters, strict=True):
         assert torch.equal(x, y)
 
 
@@ -160,7 +160,7 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(model_dir, rows, t
     trainer.train(until=2)
     good = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
     with torch.no_grad():
-        trainer.model.parameters[0].fill_(float("nan"))
+        trainer.objective.model.parameters[0].fill_(float("nan"))
     with pytest.raises(UserError, match="loss is nan.*optimizer.lr"):
         trainer.train()
     assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == good
@@ -220,19 +220,19 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(begun, model_dir, key
         config = msgspec.structs.replace(config, **{field: value})
     saved = read_checkpoint(begun.directory / CHECKPOINT_FILE)["identity"]
     with pytest.raises(UserError, match=f"{key} was .* and is .*another --output"):
-        check_same_run(saved, run_identity(config, model_dir, begun.examples, begun.plan), "the checkpoint")
+        check_same_run(saved, run_identity(config, model_dir, begun.objective.examples, begun.plan), "the checkpoint")
 
 
 def test_a_checkpoint_of_other_rows_or_another_model_is_refused_by_name(begun, model_dir, tmp_path):
     saved = read_checkpoint(begun.directory / CHECKPOINT_FILE)["identity"]
-    check_same_run(saved, run_identity(begun.config, model_dir, begun.examples, begun.plan), "the checkpoint")
-    others = [*begun.examples[1:], begun.examples[0]]
+    check_same_run(saved, run_identity(begun.config, model_dir, begun.objective.examples, begun.plan), "the checkpoint")
+    others = [*begun.objective.examples[1:], begun.objective.examples[0]]
     with pytest.raises(UserError, match="the training rows as tokens was"):
         check_same_run(saved, run_identity(begun.config, model_dir, others, begun.plan), "the checkpoint")
     qwen = make_tiny_model(tmp_path / "qwen", "qwen2")
     with pytest.raises(UserError, match="the base model was"):
-        check_same_run(saved, run_identity(begun.config, qwen, begun.examples, begun.plan), "the checkpoint")
-    two = run_identity(begun.config, model_dir, begun.examples, begun.plan, num_processes=2)
+        check_same_run(saved, run_identity(begun.config, qwen, begun.objective.examples, begun.plan), "the checkpoint")
+    two = run_identity(begun.config, model_dir, begun.objective.examples, begun.plan, num_processes=2)
     with pytest.raises(UserError, match="the number of processes was 1 and is 2"):
         check_same_run(saved, two, "the checkpoint")
 
@@ -259,7 +259,9 @@ def test_a_checkpoint_of_every_step_is_never_of_diverged_weights(model_dir, rows
     config = msgspec.structs.replace(config, checkpoint=CheckpointConfig(every_steps=1))
     trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
     rate = lambda step: 1.0 if step < 8 else -1.0  # from there on it climbs  # noqa: E731
-    trainer.schedule = types.SimpleNamespace(rate=rate, head_rate=lambda step: 0.0, head_weight=lambda step: 0.0)
+    trainer.objective.schedule = types.SimpleNamespace(
+        rate=rate, head_rate=lambda step: 0.0, head_weight=lambda step: 0.0
+    )
     with pytest.raises(UserError, match="lower optimizer.lr.*checkpoint.pt holds the last good weights") as error:
         trainer.train()
     losses = [value["loss"] for value in metrics(tmp_path / "run")]
@@ -333,7 +335,7 @@ def test_the_head_does_not_reach_the_lora_when_its_weight_is_zero_or_detached(mo
         trainer = make_trainer(model_dir, rows, tmp_path / "run", config)
         trainer.step = 5
         trainer.train_step()
-        return [p.grad.clone() for p in trainer.model.parameters]
+        return [p.grad.clone() for p in trainer.objective.model.parameters]
 
     alone, detached, reached = grads(head_weight=0.0), grads(detach_prob=1.0), grads(detach_prob=0.0)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, detached, strict=True))
@@ -352,7 +354,7 @@ def test_a_process_without_a_row_of_the_batch_adds_no_gradient(model_dir, rows, 
     assert sum(summed) > 0
     summed.clear()
     trainer.train_step()
-    assert len(summed) == len(trainer.model.parameters) + len(list(trainer.head.parameters())) and sum(summed) == 0
+    assert len(summed) == sum(len(group.parameters) for group in trainer.objective.groups()) and sum(summed) == 0
 
 
 @pytest.mark.long
