@@ -29,6 +29,8 @@ HEAD_CONFIG_FILE = "lookahead_config.json"
 HEAD_WEIGHTS_FILE = "lookahead.safetensors"
 HISTORY_FILE = "lookahead_history.bin"
 LOOKAHEAD_FILES = (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE)
+# What it is for, if not to generate.
+POOLING_FILE = "pooling_config.json"
 # Where the chat template or a tokenizer may stand: they shape a request before the engine sees it.
 TEXT_FILES = (
     "chat_template.jinja",
@@ -43,10 +45,10 @@ MAX_EXAMPLES = 8
 MAX_EXAMPLES_BYTES = 64 << 10
 MAX_TITLE_LEN = 200
 ExampleRole = Literal["system", "user", "assistant"]
-ALL_FILES = (CONFIG_FILE, WEIGHTS_FILE, *LOOKAHEAD_FILES, *TEXT_FILES)
+ALL_FILES = (CONFIG_FILE, WEIGHTS_FILE, POOLING_FILE, *LOOKAHEAD_FILES, *TEXT_FILES)
 MAX_CONFIG_BYTES = 4 << 20
 MAX_FILE_BYTES = dict.fromkeys((*LOOKAHEAD_FILES, *TEXT_FILES), 256 << 20) | dict.fromkeys(
-    (CONFIG_FILE, HEAD_CONFIG_FILE), MAX_CONFIG_BYTES
+    (CONFIG_FILE, POOLING_FILE, HEAD_CONFIG_FILE), MAX_CONFIG_BYTES
 )
 
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # handles or memory are out
@@ -73,8 +75,8 @@ class AdapterFiles:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over configuration, weights and lookahead files as stored; the adapter's name is no part of it."""
-        names = (CONFIG_FILE, WEIGHTS_FILE, *LOOKAHEAD_FILES)
+        """SHA-256 over configurations, weights and lookahead files as stored; the adapter's name is no part of it."""
+        names = (CONFIG_FILE, WEIGHTS_FILE, POOLING_FILE, *LOOKAHEAD_FILES)
         return hashlib.sha256(b"".join(self.digests[name] for name in names if name in self.digests)).hexdigest()
 
     @property

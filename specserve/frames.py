@@ -1,8 +1,8 @@
 """Length-prefixed msgpack frames between the server and the engine process, blocking and asyncio.
 
 A frame is 4 bytes little-endian length, then one msgpack value: a message to the engine, a list of messages from it.
-This file owns the framing only: what the values are is in `messages.py`. A peer that goes away between frames is an end
-(None); inside a frame it is a `FrameError`.
+This file owns the framing, and which messages go which way; what they are is in `messages.py` and
+`pooling_messages.py`. A peer that goes away between frames is an end (None); inside a frame it is a `FrameError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,55 @@ from typing import Any
 
 import msgspec
 
-from .messages import MAX_FRAME_BYTES, FromEngine, ToEngine
+from .messages import (
+    Abort,
+    AdapterLoaded,
+    AdaptersLeft,
+    AdapterStates,
+    CallDone,
+    CallFailed,
+    Delta,
+    EngineInfo,
+    GenerateRequest,
+    GetAdapters,
+    GetStats,
+    HastenLoads,
+    Heartbeat,
+    LoadAdapter,
+    PinAdapter,
+    RequestFailed,
+    Shutdown,
+    Stats,
+    UnloadAdapter,
+)
+from .pooling_messages import Pooled, PoolRequest
+
+ToEngine = (
+    GenerateRequest
+    | PoolRequest
+    | Abort
+    | LoadAdapter
+    | HastenLoads
+    | UnloadAdapter
+    | PinAdapter
+    | GetAdapters
+    | GetStats
+    | Shutdown
+)
+FromEngine = (
+    EngineInfo
+    | Delta
+    | Pooled
+    | RequestFailed
+    | AdapterLoaded
+    | AdaptersLeft
+    | AdapterStates
+    | CallDone
+    | CallFailed
+    | Stats
+    | Heartbeat
+)
+MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 _LENGTH = struct.Struct("<I")
 

@@ -1,6 +1,6 @@
 """What the server and the engine process say to each other.
 
-Frames on a socket (`frames.py`): to the engine a `ToEngine` union member each, from it a list of `FromEngine` members.
+`frames.py` has which of it a frame on the socket may hold, either way; `pooling_messages.py` what is said of pooling.
 Everything here is plain values; neither side shares objects with the other. Validation of user input happens in the
 server; the engine trusts these ranges except where it says that it checks.
 """
@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from .adapter_kinds import AdapterType, PoolingInfo
 from .errors import ErrorInfo
 
 
@@ -185,6 +186,8 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     size_bytes: int
     text_hash: str | None  # of the chat template and tokenizer files that it brings; None when the base's serve
     lookahead: LookaheadInfo | None = None
+    adapter_type: AdapterType = "generate"
+    pooling: PoolingInfo | None = None  # of every other type than generate
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
@@ -420,22 +423,3 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     turn_s: float
     num_rows: int  # of the newest step
     expected_s: float  # that such a step takes at most, by what was measured of others
-
-
-ToEngine = (
-    GenerateRequest | Abort | LoadAdapter | HastenLoads | UnloadAdapter | PinAdapter | GetAdapters | GetStats | Shutdown
-)
-FromEngine = (
-    EngineInfo
-    | Delta
-    | RequestFailed
-    | AdapterLoaded
-    | AdaptersLeft
-    | AdapterStates
-    | CallDone
-    | CallFailed
-    | Stats
-    | Heartbeat
-)
-
-MAX_FRAME_BYTES = 256 * 1024 * 1024

@@ -19,8 +19,8 @@ import msgspec
 
 from ...config import EngineConfig
 from ...errors import EngineDeadError, from_info
-from ...frames import FrameError, encode_frame, from_engine_decoder, read_frame_async
-from ...messages import MAX_FRAME_BYTES, CallFailed, EngineInfo
+from ...frames import MAX_FRAME_BYTES, FrameError, encode_frame, from_engine_decoder, read_frame_async
+from ...messages import CallFailed, EngineInfo
 
 START_TIMEOUT_S = 900.0  # reading and converting a large model from a slow disk
 _REAP_S = 10.0  # a killed process that is not gone by then hangs in the kernel; nothing waits for it
