@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of generations, by the conventions for generative AI; imported only where they are asked for.
+"""OpenTelemetry spans of requests, by the conventions for generative AI; imported only where they are asked for.
 
 Asked for by --otlp-traces-endpoint, or by OpenTelemetry's own variables. A span covers a request from admission to its
 last token, and is a child of the one that the client's `traceparent` names. It holds counts, times and settings.
@@ -9,18 +9,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
 from ..errors import UserError
-from ..messages import Delta, Usage
+from ..messages import Delta, SamplingParams, Usage
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
-
-    from .generation.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +32,23 @@ _carrier: ContextVar[Mapping[str, str] | None] = ContextVar("trace_headers", def
 def remember_context(headers: Mapping[str, str]) -> None:
     """Of the request that this task answers, for the spans that are begun in it; a task may answer several in turn."""
     _carrier.set({name: headers[name] for name in HEADERS if name in headers})
+
+
+class Traced(Protocol):
+    """A request that may have a span."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def model(self) -> str: ...  # as the client named it
+    @property
+    def operation(self) -> str: ...  # of the conventions, where they have one for it
+    @property
+    def span_settings(self) -> Mapping[str, Any]: ...  # attributes that are its own
+    @property
+    def prompt_lens(self) -> Sequence[int]: ...  # of its sequences
+    @property
+    def num_prompt_tokens(self) -> int: ...
 
 
 class Spans:
@@ -66,7 +81,7 @@ class Spans:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         return cls(provider.get_tracer("specserve", __version__), provider)
 
-    def begin(self, job: Job) -> Span | None:
+    def begin(self, job: Traced) -> Span | None:
         """The span of a job, from now on."""
         return Span(self._tracer, job) if self._tracer is not None else None
 
@@ -84,23 +99,30 @@ class Spans:
 class Span:
     """Of one job; `ended` must be called."""
 
-    def __init__(self, tracer: Tracer, job: Job):
+    def __init__(self, tracer: Tracer, job: Traced):
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        operation = "chat" if job.is_chat else "text_completion"
+        attributes: dict[str, Any] = {
+            "gen_ai.operation.name": job.operation,
+            "gen_ai.provider.name": "specserve",
+            "gen_ai.request.model": job.model,
+            "gen_ai.response.model": job.model,
+            "gen_ai.response.id": job.id,
+            **job.span_settings,
+        }
         self._span = tracer.start_span(
-            f"{operation} {job.model}",
+            f"{job.operation} {job.model}",
             context=TraceContextTextMapPropagator().extract(_carrier.get() or {}),
             kind=SpanKind.SERVER,
-            attributes=_asked(job, operation),
+            attributes=attributes,
         )
         self._start = time.monotonic()
         self._first_s: float | None = None
         self._finishes: list[str] = []
         self._usages: list[Usage] = []
         self._num_generated = 0
-        self._num_sequences = len(job.requests)
+        self._num_sequences = len(job.prompt_lens)
         self._num_prompt_tokens = job.num_prompt_tokens
 
     def delta(self, delta: Delta) -> None:
@@ -137,21 +159,16 @@ class Span:
         span.end()
 
 
-def _asked(job: Job, operation: str) -> dict[str, Any]:
-    sampling = job.requests[0].sampling
-    asked: dict[str, Any] = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "specserve",
-        "gen_ai.request.model": job.model,
-        "gen_ai.response.model": job.model,
-        "gen_ai.response.id": job.id,
+def sampling_settings(sampling: SamplingParams, n: int) -> dict[str, Any]:
+    """Attributes of a generation of `n` sequences a prompt."""
+    settings: dict[str, Any] = {
         "gen_ai.request.max_tokens": sampling.max_tokens,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
-        "gen_ai.request.choice.count": job.n,
+        "gen_ai.request.choice.count": n,
         "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
         "gen_ai.request.presence_penalty": sampling.presence_penalty,
     }
     if sampling.top_k:
-        asked["gen_ai.request.top_k"] = sampling.top_k
-    return asked
+        settings["gen_ai.request.top_k"] = sampling.top_k
+    return settings

@@ -18,7 +18,7 @@ from specserve.errors import DeadlineError, UserError
 from specserve.messages import AdapterInfo, Delta, EngineInfo
 from specserve.server.access.keys import KeyRing
 from specserve.server.access.limits import Allowance, Limits
-from specserve.server.generation import token_charge
+from specserve.server.generation import job as job_module
 from specserve.server.generation.generator import Generator
 from specserve.server.loaded_names import UseCounts
 from specserve.server.lorax.api import LoraxRoutes
@@ -202,7 +202,7 @@ def left(caller) -> int:
 
 async def test_a_job_reserves_what_it_may_use_and_is_charged_what_it_used(generator, caller, monkeypatch):
     generator.engine.num_refusals = 0
-    monkeypatch.setattr(token_charge, "GUESSED_TOKENS", 50)  # less than the room of 126
+    monkeypatch.setattr(job_module, "GUESSED_TOKENS", 50)  # less than the room of 126
     for fields, num_reserved in (
         ({}, 50),
         ({"n": 2}, 100),
@@ -255,12 +255,12 @@ async def test_a_job_whose_span_cannot_begin_costs_nothing_and_is_counted_as_fai
             raise RuntimeError("no span")
 
     generator.engine.num_refusals = 0
-    generator._runner._spans = Spans()
+    generator.accounts._spans = Spans()
     job = await prepare(generator, caller)
     with pytest.raises(RuntimeError, match="no span"):
         await anext(generator.deltas(job))
     assert left(caller) == 1000
-    metrics = generator._runner._metrics.render(None).decode()
+    metrics = generator.accounts._metrics.render(None).decode()
     assert 'finished_reason="error"' in metrics
 
 

@@ -44,9 +44,11 @@ from ..openai.conversion import (
 )
 from ..openai.request_types import ChatRequest, CompletionRequest, GenerationFields
 from ..spans import Spans
+from .account import Accounts
 from .job import Job
 from .job_runner import JobRunner
 from .prompts import Prompts
+from .sequences import Sequences
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,9 @@ class Generator:
         self.store = store
         self.model_name = model_name
         self.prompts = Prompts(engine, store, tokenizer, config.tool_format)
-        self._runner = JobRunner(engine, store, tokenizer, model_name, metrics, config.request_timeout_s, spans)
+        self.accounts = Accounts(store, model_name, metrics, config.request_timeout_s, spans)
+        self.sequences = Sequences(engine, store)
+        self._runner = JobRunner(engine, store, tokenizer, self.sequences, self.accounts)
         chosen = self.prompts.format_of(tokenizer)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
 

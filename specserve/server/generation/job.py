@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...chat.reasoning import Thinking
 from ...chat.tools.plan import ToolPlan
@@ -11,6 +12,9 @@ from ...messages import AdapterInfo, GenerateRequest
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..openai.request_types import ChatRequest, CompletionRequest
+from ..spans import sampling_settings
+
+GUESSED_TOKENS = 256  # of a sequence whose client names no limit
 
 
 @dataclass(slots=True)
@@ -38,6 +42,29 @@ class Job:
     def num_prompt_tokens(self) -> int:
         """Each prompt counts once, as in its answer's usage."""
         return sum(len(ids) for _, ids in self.prompts)
+
+    @property
+    def prompt_lens(self) -> list[int]:
+        """Of each sequence."""
+        return [len(request.prompt_token_ids) for request in self.requests]
+
+    @property
+    def num_may_generate(self) -> int:
+        """Tokens of all sequences; where the client leaves that open, which in a chat means all the room that there is,
+        a guess stands for it."""
+        limit = self.requests[0].sampling.max_tokens
+        if not self.names_limit:
+            limit = min(limit, GUESSED_TOKENS)
+        return limit * len(self.requests)
+
+    @property
+    def operation(self) -> str:
+        """Its name in traces."""
+        return "chat" if self.is_chat else "text_completion"
+
+    @property
+    def span_settings(self) -> dict[str, Any]:
+        return sampling_settings(self.requests[0].sampling, self.n)
 
     @property
     def is_chat(self) -> bool:
