@@ -93,6 +93,12 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def eos_token_id(self) -> int | None:
+        """Of the tokenizer's own eos_token; serving may stop at others, too."""
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens in it are recognised, as in a prompt written by hand."""
         return _ids(self._backend, text, add_special_tokens)
