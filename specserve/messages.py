@@ -62,6 +62,9 @@ class GrammarSpec(msgspec.Struct, frozen=True):
     text: str
 
 
+BACKGROUND_PRIORITY = 1 << 20  # of what gives way to all others; no request may ask for it
+
+
 class Together(msgspec.Struct, frozen=True):
     """All sequences of one answer, which are admitted or refused with whichever of them comes first."""
 

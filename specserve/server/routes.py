@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from aiohttp import web
 
+from .access.caller import Caller
 from .lorax.types import (
     LoraxInfo,
     LoraxRequest,
@@ -51,6 +52,7 @@ from .stats.types import StatsQuery, StatsResponse
 
 Access = Literal["open", "info", "metrics", "key", "admin"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Answer = Callable[[Any, Caller], Awaitable[Any]]  # from a body's JSON value to its whole answer's; raises `UserError`
 
 GET = (401, 403, 500)
 POST = (400, *GET, 408, 413, 415, 429, 503)

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from aiohttp import web
 
 from ...errors import UserError
+from ...messages import BACKGROUND_PRIORITY
 from ..adapter_paths import unknown
 from .key_file import Scope
 from .limits import Allowance
@@ -26,6 +27,7 @@ class Caller:
     may_prioritize: bool
     tenant: str | None  # who shares a prefix cache and learned drafts with it; None: everybody whose salt is the same
     allowance: Allowance
+    is_background: bool = False  # nobody waits for its answers: they give way to all others
 
     @property
     def key(self) -> str | None:
@@ -50,6 +52,10 @@ class Caller:
                 status=403,
                 code="priority_not_allowed",
             )
+
+    def priority(self, asked: int) -> int:
+        """Of a request that asks for `asked`."""
+        return BACKGROUND_PRIORITY if self.is_background else asked
 
     def cache_salt(self, sent: str | None) -> str:
         """The salt of the request's caches: one that no other tenant can name, with what the client sent in it."""

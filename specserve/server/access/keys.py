@@ -73,6 +73,12 @@ class KeyRing:
                     found = caller
         return found
 
+    def named(self, name: str) -> Caller | None:
+        """Whoever has that name now; None where nobody has it any more."""
+        if name == ANONYMOUS:
+            return self.anonymous
+        return next((caller for _, caller in self._callers if caller.name == name), None)
+
     def _replace(self, entries: Iterable[KeyEntry]) -> None:
         entries = [*self._fixed, *entries]
         self._callers = [

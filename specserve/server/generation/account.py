@@ -7,6 +7,7 @@ that is over, a fault of ours, or a client that left.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ class Account:
 
 
 class Accounts:
-    """Of the requests of one server, of which none may take longer than `timeout_s`."""
+    """Of the requests of one server, of which none that somebody waits for may take longer than `timeout_s`."""
 
     def __init__(
         self, store: AdapterStore, base_name: str, metrics: Metrics, timeout_s: float, spans: Spans | None = None
@@ -90,7 +91,8 @@ class Accounts:
 
         Raises `RateLimitedError` where its key has not the tokens.
         """
-        timeout_s, model, lens = self._timeout_s, job.adapter or self._base_name, job.prompt_lens
+        limit_s = math.inf if job.caller.is_background else self._timeout_s  # what waits for all others may take long
+        timeout_s, model, lens = limit_s, job.adapter or self._base_name, job.prompt_lens
         if job.deadline is not None:
             timeout_s = min(timeout_s, job.deadline - time.monotonic())
         watch = self._metrics.watch(model, lens)
@@ -111,7 +113,7 @@ class Accounts:
         except TimeoutError:
             failure = "timeout"
             account.failed(failure, is_free=False)
-            if timeout_s < self._timeout_s:
+            if timeout_s < limit_s:
                 raise DeadlineError("deadline_ms passed before the answer was complete", param="deadline_ms") from None
             raise UserError(
                 f"the request took longer than {self._timeout_s:g} s (--request-timeout-s)",

@@ -111,7 +111,7 @@ class Generator:
         check_supported(request)
         caller.check_priority(request.priority)
         caller.allowance.check_tokens()  # before an adapter is loaded and a text is read
-        priority = priority_of(request, self.config)
+        priority = caller.priority(priority_of(request, self.config))
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = await self.engine.first_info()
         use = tool_use(request) if isinstance(request, ChatRequest) else None

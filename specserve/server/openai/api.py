@@ -11,12 +11,12 @@ from aiohttp import web
 
 from ...chat.tools.definitions import all_tools
 from ...errors import UserError
-from ..access.caller import caller_of
+from ..access.caller import Caller, caller_of
 from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_body
 from ..lorax.types import LoraxTokenizeRequest, SimpleToken
-from ..routes import Handler
+from ..routes import Answer, Handler
 from ..sse import EventStream, stream_events
 from .request_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .responses import ResponseBuilder
@@ -38,6 +38,13 @@ class OpenAIRoutes:
             "model": self.model,
             "tokenize": self.tokenize,
             "detokenize": self.detokenize,
+        }
+
+    def answers(self) -> dict[str, Answer]:
+        """Whole answers by path, for requests that come without HTTP. They raise `UserError`."""
+        return {
+            "/v1/completions": lambda value, caller: self._answer(convert(value, CompletionRequest), caller),
+            "/v1/chat/completions": lambda value, caller: self._answer(convert(value, ChatRequest), caller),
         }
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -118,17 +125,20 @@ class OpenAIRoutes:
 
     async def _generate(self, request: web.Request, kind: Any) -> web.StreamResponse:
         body = await self._body(request, kind)
+        if not body.stream:
+            return json_response(await self._answer(body, caller_of(request)))
+        return await self._stream(request, await self._generator.prepare(body, caller_of(request)))
+
+    async def _answer(self, body: CompletionRequest | ChatRequest, caller: Caller) -> Any:
+        """Whole, whatever `stream` says."""
         if body.stream_options is not None and not body.stream:
             raise UserError("stream_options needs stream=true", param="stream_options")
-        job = await self._generator.prepare(body, caller_of(request))
-        return await (self._stream(request, job) if body.stream else self._whole(job))
-
-    async def _whole(self, job: Job) -> web.Response:
+        job = await self._generator.prepare(body, caller)
         builder = ResponseBuilder(job)
         async with aclosing(self._generator.deltas(job)) as deltas:
             async for idx, delta in deltas:
                 builder.add(idx, delta)
-        return json_response(builder.whole())
+        return builder.whole()
 
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
         stream = EventStream(request, self._generator.config.write_timeout_s)

@@ -21,7 +21,7 @@ from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_body
 from ..openai.request_types import ChatRequest
-from ..routes import Handler
+from ..routes import Answer, Handler
 from ..sse import EventStream, stream_events
 from .answer import ResponseBuilder
 from .conversion import chat_request, in_these_words, input_items
@@ -48,9 +48,30 @@ class ResponsesRoutes:
         if self._cleaning is not None:
             self._cleaning.cancel()
 
+    def answers(self) -> dict[str, Answer]:
+        """Whole answers by path, for requests that come without HTTP. They raise `UserError`."""
+        return {"/v1/responses": lambda value, caller: self._answer(convert(value, ResponsesRequest), caller)}
+
     async def create(self, request: web.Request) -> web.StreamResponse:
         body = convert(await read_body(request, self._generator.config), ResponsesRequest)
-        caller = caller_of(request)
+        if not body.stream:
+            return json_response(await self._answer(body, caller_of(request)))
+        deltas, builder = await self._begin(body, caller_of(request))
+        stream = EventStream(request, self._generator.config.write_timeout_s, mark=mark)
+        return await stream_events(stream, deltas, builder)
+
+    async def _answer(self, body: ResponsesRequest, caller: Caller) -> Response:
+        """Whole, whatever `stream` says."""
+        started, builder = await self._begin(body, caller)
+        async with aclosing(started) as deltas:
+            async for _, delta in deltas:
+                builder.add(delta)
+        return builder.whole()
+
+    async def _begin(
+        self, body: ResponsesRequest, caller: Caller
+    ) -> tuple[AsyncGenerator[tuple[int, Delta]], ResponseBuilder]:
+        """The deltas, and what makes a response of them that is kept where it shall be."""
         is_stored = self._is_stored(body)
         kept = self._continued(body, caller)
         chat, items = await asyncio.to_thread(_conversation, body, kept)  # a body may have very many items
@@ -64,15 +85,7 @@ class ResponsesRoutes:
             if is_stored:
                 self._keep(caller, response, items)
 
-        builder = ResponseBuilder(job, body, is_stored, keep)
-        deltas = self._deltas(job)
-        if body.stream:
-            stream = EventStream(request, self._generator.config.write_timeout_s, mark=mark)
-            return await stream_events(stream, deltas, builder)
-        async with aclosing(deltas):
-            async for _, delta in deltas:
-                builder.add(delta)
-        return json_response(builder.whole())
+        return self._deltas(job), ResponseBuilder(job, body, is_stored, keep)
 
     async def read(self, request: web.Request) -> web.Response:
         for name in request.query:
