@@ -1,7 +1,8 @@
 """Reads a PEFT LoRA directory and checks all of it before anything is served with it.
 
 Owns the PEFT directory: safetensors only, everything that PEFT writes for plain LoRA on the linears, the embedding and
-the lm_head; `peft_config.py` has what the configuration may say, `tensors.py` what the tensors may be. What we
+the lm_head; `peft_config.py` has what the configuration may say, `tensors.py` what the tensors may be, `pooling.py`
+what makes one that does not generate. What we
 cannot serve exactly is refused with one sentence. A `LoraAdapter` is immutable; its content hash, over configuration
 and weights, is its identity.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
+from ..adapter_kinds import AdapterType
 from ..errors import AdapterError
 from ..kernels.lora import LoraPair
 from ..messages import AdapterInfo
@@ -23,6 +25,8 @@ from ..model.config import ModelConfig
 from ..model.shapes import module_shapes
 from .lookahead import Lookahead, read_lookahead
 from .peft_config import parse_config
+from .pooling import Pooling, read_pooling
+from .pooling_config import MAX_OUTPUTS, read_pooling_config
 from .served_base import ServedBase
 from .slab import as_in_peft, copied
 from .stored_pairs import LayOut, lay_out_pairs
@@ -45,6 +49,11 @@ class LoraAdapter:
     max_rank: int
     text_hash: str | None  # of the chat template and tokenizer that it brings
     lookahead: Lookahead | None = None  # what drafts for it; None for a plain LoRA
+    pooling: Pooling | None = None  # None for one that generates
+
+    @property
+    def adapter_type(self) -> AdapterType:
+        return self.pooling.adapter_type if self.pooling is not None else "generate"
 
     @property
     def pairs(self) -> list[LoraPair]:
@@ -57,9 +66,9 @@ class LoraAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the LoRA and what drafts for it take."""
+        """Memory that the LoRA and what stands beside it take."""
         lora = sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs)
-        return lora + (self.lookahead.num_bytes if self.lookahead is not None else 0)
+        return lora + sum(part.num_bytes for part in (self.lookahead, self.pooling) if part is not None)
 
     def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> LoraAdapter:
         """The same adapter with the weights of LoRA and head where `copy` puts them; what one learns, both have."""
@@ -83,6 +92,8 @@ class LoraAdapter:
             size_bytes=self.num_bytes,
             text_hash=self.text_hash,
             lookahead=self.lookahead.info() if self.lookahead is not None else None,
+            adapter_type=self.adapter_type,
+            pooling=self.pooling.info if self.pooling is not None else None,
         )
 
 
@@ -117,13 +128,15 @@ def _read_files(
     max_rank: int,
     lay_out: LayOut,
 ) -> LoraAdapter:
-    peft = parse_config(name, files.paths[CONFIG_FILE].read_bytes())
+    pooling_config = read_pooling_config(name, files.paths)
+    peft = parse_config(name, files.paths[CONFIG_FILE].read_bytes(), pooling_config)
     try:
         file = WeightsFile(files.paths[WEIGHTS_FILE])
     except (WeightsFileError, OSError) as error:
         text = f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}"
         raise AdapterError(text) from None
-    pairs = check_tensors(peft, file, base, max_rank)
+    pooling = read_pooling(name, peft.task_type, pooling_config, file, base.config.hidden_size)
+    pairs = check_tensors(peft, file, base, max_rank, pooling.adapter_type if pooling is not None else "generate")
     by_module = lay_out_pairs(name, file, pairs, base.lora_dtype, lay_out)
     embed, lm_head = by_module.pop(EMBED, None), by_module.pop(LM_HEAD, None)
     layers = {_layer_and_module(module): pair for module, pair in by_module.items()}
@@ -132,7 +145,7 @@ def _read_files(
     if base.identity is not None:
         digest = files.digests[WEIGHTS_FILE].hex()
         lookahead = read_lookahead(files.paths, digest, name, base.config, base.identity)
-    return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead)
+    return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead, pooling)
 
 
 def _layer_and_module(name: str) -> tuple[int, str]:
@@ -142,8 +155,8 @@ def _layer_and_module(name: str) -> tuple[int, str]:
 
 
 def _max_weights_bytes(config: ModelConfig, max_rank: int) -> int:
-    """What the largest adapter takes in fp64, with copies of the embeddings and room for the header."""
+    """What the largest adapter takes in fp64, with copies of the embeddings, a score head and room for the header."""
     shapes = module_shapes(config)
     num_values = sum((size_in + size_out) * max_rank for size_in, size_out in shapes.values()) * config.num_layers
-    num_values += 2 * config.vocab_size * config.hidden_size
+    num_values += (2 * config.vocab_size + MAX_OUTPUTS) * config.hidden_size
     return 8 * num_values + 100_000_000

@@ -1,27 +1,27 @@
 """An adapter's adapter_config.json: every field that we read is checked, every other one is known, or harmless.
 
 Owns what a configuration may say. What we cannot serve exactly is refused with one sentence that names field and value:
-DoRA, trained biases, modules_to_save, initialisations that change the base, switches of PEFT versions to come. Which
-modules it selects is matched by PEFT's rules (`peft_matching.py`), in a process of its own where regular expressions
-are involved: one of them can take for ever, and holds the interpreter's lock while it does.
+DoRA, trained biases, fully trained modules but a score head, initialisations that change the base, switches of PEFT
+versions to come. Which modules it selects is matched by PEFT's rules (`peft_matching.py`), in a process of its own
+where regular expressions are involved: one of them can take for ever, and holds the interpreter's lock while it does.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import reprlib
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from ..adapter_files import CONFIG_FILE
 from ..errors import AdapterError
 from . import peft_matching
+from .config_json import decode_object, refuse, shown
+from .pooling_config import SCORED, SEQ_CLS, PoolingConfig
 
 # For all regular expressions of an adapter: of a processor, and of the clock on a machine that is too busy for that.
 MATCHING_CPU_S, MATCHING_TIMEOUT_S = 1.0, 30.0
@@ -29,7 +29,6 @@ MATCHING_CPU_S, MATCHING_TIMEOUT_S = 1.0, 30.0
 _REFUSED_FEATURES = {
     "use_dora": "DoRA",
     "lora_bias": "a bias in lora_B",
-    "modules_to_save": "modules_to_save (fully trained modules)",
     "trainable_token_indices": "trainable token embeddings",
     "layer_replication": "layer replication",
     "target_parameters": "LoRA on bare parameters",
@@ -44,8 +43,10 @@ _REFUSED_FEATURES = {
     "auto_map": "remote code",
 }
 # What says nothing of the arithmetic once the adapter is trained; the first two are of PEFT's first versions.
+# A score head is saved so; PEFT names both of what transformers' classes may call it.
+_SCORE_MODULES = frozenset(("score", "classifier"))
 _IGNORED = {"enable_lora", "merge_weights", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
-            "task_type", "inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size",
+            "inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size",
             "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}  # fmt: skip
 _REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMPTY_INITS = ("gaussian", "eva", "mica")  # A B = 0 before training
@@ -71,6 +72,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and _is_names(value)
+
+
 def _is_indices(value: Any) -> bool:
     return _is_index(value) or (isinstance(value, list) and all(map(_is_index, value)))
 
@@ -85,6 +90,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "layers_to_transform": (_is_indices, "a list of layer numbers, one number or null", None),
     "layers_pattern": (_is_names, "a list of regular expressions, one of them or null", None),
     "init_lora_weights": (lambda value: isinstance(value, bool | str | None), "true, false, a name or null", True),
+    "task_type": (lambda value: isinstance(value, str), "a name of PEFT's or null", None),
+    "modules_to_save": (_is_list_of_names, "a list of module names or null", None),
     "bias": (lambda value: value == "none", "'none' (trained biases are not served)", "none"),
     "r": (_is_rank, RANK, ...),
     "lora_alpha": (_is_number, NUMBER, ...),
@@ -115,6 +122,11 @@ class LoraConfig:
 
     name: str
     raw: dict[str, Any]
+
+    @property
+    def task_type(self) -> str | None:
+        """What PEFT's model was for."""
+        return self.raw["task_type"]
 
     @property
     def is_empty_untrained(self) -> bool:
@@ -148,36 +160,43 @@ class LoraConfig:
         return ModuleLora(said["rank"], said["alpha"], bool(self.raw["use_rslora"]))
 
 
-def parse_config(name: str, data: bytes) -> LoraConfig:
-    """Check the adapter_config.json of adapter `name`. Raises `AdapterError`."""
+def parse_config(name: str, data: bytes, pooling: PoolingConfig | None = None) -> LoraConfig:
+    """Check the adapter_config.json of adapter `name`, which may have a `pooling` file. Raises `AdapterError`."""
     raw = decode_config(name, data)
     if raw.get("peft_type") != "LORA":
         hint = "; it looks like MLX's, which has another layout: convert it" if "lora_parameters" in raw else ""
-        _refuse(name, f"peft_type is {shown(raw.get('peft_type'))}; only 'LORA' is served{hint}")
+        refuse(name, f"peft_type is {shown(raw.get('peft_type'))}; only 'LORA' is served{hint}")
     for key, feature in _REFUSED_FEATURES.items():
         if raw.get(key):
-            _refuse(name, f"{key} is set: {feature} is not supported; retrain without it")
+            refuse(name, f"{key} is set: {feature} is not supported; retrain without it")
     fields = {}
     for key, (check, wanted, default) in _FIELDS.items():
         value = raw.get(key, default)
         if value is ...:
-            _refuse(name, f"{CONFIG_FILE} has no {key}; {wanted} is expected")
+            refuse(name, f"{CONFIG_FILE} has no {key}; {wanted} is expected")
         if not (value is None and default is None) and not check(value):
-            _refuse(name, f"{key} is {shown(value)}; {wanted} is expected")
+            refuse(name, f"{key} is {shown(value)}; {wanted} is expected")
         fields[key] = value
     for key, (check, wanted) in _PATTERNS.items():
         value = fields[key] = raw.get(key)
         if value is not None and not isinstance(value, dict):
-            _refuse(name, f"{key} is {shown(value)}; an object of module patterns or null is expected")
+            refuse(name, f"{key} is {shown(value)}; an object of module patterns or null is expected")
         for pattern, entry in (value or {}).items():
             if not check(entry):
-                _refuse(name, f"{key}[{shown(pattern)}] is {shown(entry)}; {wanted} is expected")
+                refuse(name, f"{key}[{shown(pattern)}] is {shown(entry)}; {wanted} is expected")
     _check_init(name, fields["init_lora_weights"])
     _check_layers(name, fields)
+    has_score = fields["task_type"] == SEQ_CLS if pooling is None else pooling.adapter_type in SCORED
+    if fields["modules_to_save"] and not (has_score and _SCORE_MODULES.issuperset(fields["modules_to_save"])):
+        refuse(
+            name,
+            f"modules_to_save is {shown(fields['modules_to_save'])}: of fully trained modules the score head of a "
+            "SEQ_CLS adapter is served, and no other; retrain without it",
+        )
     for key in raw.keys() - _FIELDS.keys() - _PATTERNS.keys() - _REFUSED_FEATURES.keys() - _IGNORED - {"peft_type"}:
         # PEFT switches what changes the arithmetic on by true, a list or an object; off is false, null or empty.
         if raw[key] is True or (isinstance(raw[key], list | dict) and raw[key]):
-            _refuse(
+            refuse(
                 name,
                 f"{shown(key)} is {shown(raw[key])}, which is not known here and may change what the adapter computes; "
                 f"remove it from {CONFIG_FILE} if it does not",
@@ -187,41 +206,20 @@ def parse_config(name: str, data: bytes) -> LoraConfig:
 
 def decode_config(name: str, data: bytes) -> dict[str, Any]:
     """The object in adapter_config.json, whatever it says."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            _refuse(name, f"{CONFIG_FILE} has the key {shown(twice)} twice; which one holds is not clear")
-        return found
-
-    try:
-        config = json.loads(data, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        _refuse(name, f"{CONFIG_FILE} is not valid JSON: {error}")
-    if not isinstance(config, dict):
-        _refuse(name, f"{CONFIG_FILE} holds {type(config).__name__}, not an object with a peft_type")
-    return config
-
-
-def shown(value: Any) -> str:
-    """A value in a message: on one line, cut to a length, whatever it is."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 80
-    return short.repr(value)
+    return decode_object(name, CONFIG_FILE, data, "an object with a peft_type")
 
 
 def _check_init(name: str, init: Any) -> None:
     if not isinstance(init, str):
         return
     if init.lower().startswith(_REFUSED_INITS):
-        _refuse(
+        refuse(
             name,
             f"init_lora_weights is {shown(init)}, which changes the base weights; convert it to a plain LoRA with "
             "save_pretrained(path_initial_model_for_weight_conversion=...) and init_lora_weights=true",
         )
     if init.lower() not in _INITS:
-        _refuse(name, f"init_lora_weights is {shown(init)}; true, false, {', '.join(_INITS)} are known here")
+        refuse(name, f"init_lora_weights is {shown(init)}; true, false, {', '.join(_INITS)} are known here")
 
 
 def _check_layers(name: str, fields: dict[str, Any]) -> None:
@@ -229,9 +227,9 @@ def _check_layers(name: str, fields: dict[str, Any]) -> None:
     if isinstance(fields["target_modules"], str):
         for key in ("layers_to_transform", "layers_pattern"):
             if fields[key] is not None:
-                _refuse(name, f"{key} is set, but target_modules is a string, which selects layers by itself")
+                refuse(name, f"{key} is set, but target_modules is a string, which selects layers by itself")
     if fields["layers_pattern"] and fields["layers_to_transform"] is None:
-        _refuse(name, "layers_pattern is set, but layers_to_transform is not; give both or none")
+        refuse(name, "layers_pattern is set, but layers_to_transform is not; give both or none")
 
 
 def _resolve_apart(name: str, fields: dict[str, Any], modules: list[str]) -> dict[str, Any]:
@@ -248,7 +246,7 @@ def _resolve_apart(name: str, fields: dict[str, Any], modules: list[str]) -> dic
             status=503,
         ) from None
     except OSError as error:
-        _refuse(name, f"no process could be started to match its regular expressions: {error.strerror}; try again")
+        refuse(name, f"no process could be started to match its regular expressions: {error.strerror}; try again")
     lines = [json.loads(line) for line in out.splitlines() if line.endswith(b"}")]
     last = lines[-1] if lines else {}
     if "result" in last:
@@ -256,12 +254,8 @@ def _resolve_apart(name: str, fields: dict[str, Any], modules: list[str]) -> dic
     at = next((line for line in reversed(lines) if "field" in line), {"field": "a pattern", "pattern": ""})
     where = f"{at['field']} {shown(at['pattern'])}"
     if "error" in last:
-        _refuse(name, f"{where} is not a regular expression: {last['error']}")
+        refuse(name, f"{where} is not a regular expression: {last['error']}")
     if code == -signal.SIGVTALRM:
         limit = f"{MATCHING_CPU_S:g} s"
-        _refuse(name, f"{where}: matching it against the model's modules takes more than {limit}; simplify it")
-    _refuse(name, f"{where}: matching it ended its process (code {code}); simplify it")
-
-
-def _refuse(name: str, reason: str) -> NoReturn:
-    raise AdapterError(f"adapter {name!r}: {reason}")
+        refuse(name, f"{where}: matching it against the model's modules takes more than {limit}; simplify it")
+    refuse(name, f"{where}: matching it ended its process (code {code}); simplify it")

@@ -17,6 +17,7 @@ from typing import Any
 
 MAX_MEMORY_BYTES = 2**30
 ALL_LINEAR, OUTPUT_LAYER, EMBEDDING = "all-linear", "lm_head", "model.embed_tokens"
+NOT_LINEAR = (OUTPUT_LAYER, EMBEDDING, "embed_tokens")  # the last one of a model without anything around its layers
 DEFAULT_TARGETS = ("q_proj", "v_proj")  # peft's, for every architecture that is served
 # No repetition, no choice: as fast in the engine's process as any comparison of text.
 _PLAIN = re.compile(r"\^?(?:\\?\.|[A-Za-z0-9_-])*\$?", re.ASCII)
@@ -38,7 +39,7 @@ def resolve(fields: dict[str, Any], modules: list[str], note: Note = lambda fiel
     excluded = _named("exclude_modules", fields["exclude_modules"], modules, note)
     left = _leave_out(out, "exclude_modules", modules, excluded - {*tied[1:]})
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        found = {module for module in left if module not in (OUTPUT_LAYER, EMBEDDING)}
+        found = {module for module in left if module not in NOT_LINEAR}
     else:
         found = _named("target_modules", targets, left, note)
     left = _leave_out(out, "target_modules", left, {*left} - found - {*tied})

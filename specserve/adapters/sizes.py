@@ -14,6 +14,7 @@ from pathlib import Path
 from ..adapter_files import HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
 from ..drafters.head_files import VOCAB_STEP
 from ..drafters.task_history import expected_bytes as history_bytes
+from .pooling_config import SCORE
 from .weights_file import WeightsFileError, read_header
 
 _RANK_STEP, _IN_STEP, _OUT_STEP = 8, 32, 64  # values that layouts round up to
@@ -21,12 +22,13 @@ _ALIGNMENT = 64  # bytes
 
 
 def expected_bytes(directory: Path, lora_itemsize: int) -> int:
-    """Bytes that LoRA (`lora_itemsize` a value), lookahead head and task history in `directory` take at most."""
+    """Bytes that LoRA (`lora_itemsize` a value), score, lookahead head and history in `directory` take at most."""
     lora, num_bytes = _shapes(directory / WEIGHTS_FILE)
     for key, shape in lora.items():
         if "lora_" in key and len(shape) == 2:
             is_a = key.removesuffix(".weight").endswith("_A")
             num_bytes += layout_bytes(shape if is_a else (0, 0), (0, 0) if is_a else shape, lora_itemsize)
+    num_bytes += 4 * math.prod(lora.get(SCORE, (0,)))  # in fp32
     head, head_bytes = _shapes(directory / HEAD_WEIGHTS_FILE)
     num_bytes += head_bytes + sum(4 * math.prod(shape) for shape in head.values())  # in fp32
     if len(embed := head.get("embed", ())) == 2:  # padded, and a dictionary of its tokens

@@ -12,10 +12,13 @@ import re
 
 import torch
 
+from ..adapter_kinds import AdapterType
 from ..errors import AdapterError
 from ..model.config import ModelConfig
 from ..model.shapes import PARENT, module_shapes
-from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora, shown
+from .config_json import shown
+from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora
+from .pooling_config import SCORE, SCORED
 from .served_base import ServedBase
 from .stored_pairs import StoredPair
 from .weights_file import StoredTensor, WeightsFile
@@ -27,36 +30,57 @@ EMBED, LM_HEAD = "model.embed_tokens", "lm_head"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # fmt: skip
 _PREFIX = "base_model.model."
-_COPY_NAME = re.compile(re.escape(_PREFIX) + r"(?P<module>model\.embed_tokens|lm_head)\.(?:base_layer\.)?weight")
-_LAYER_NAME = re.compile(re.escape(_PREFIX) + r"model\.layers\.(?P<layer>[0-9]{1,9})\..*\.lora_[AB]\.weight")
+# What the model that LoRA was trained on has its layers in: the causal one and the one with a score head, or none.
+_INNER = "model."
+_COPY_NAME = re.compile(re.escape(_PREFIX) + r"(?P<module>(?:model\.)?embed_tokens|lm_head)\.(?:base_layer\.)?weight")
+_LAYER_NAME = re.compile(re.escape(_PREFIX) + r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\..*\.lora_[AB]\.weight")
+_BARE_NAME = re.compile(re.escape(_PREFIX) + r"(?:layers|embed_tokens)\..*")
 
 Sides = dict[str, StoredTensor]  # "A", "B"
 
 
 def module_names(model: ModelConfig) -> list[str]:
-    """Every module that a LoRA may target, as PEFT names it."""
+    """Every module that a LoRA may target, as PEFT names it in a causal model."""
     layers = (f"model.layers.{idx}" for idx in range(model.num_layers))
     return [EMBED, *(f"{layer}.{parent}.{name}" for layer in layers for name, parent in PARENT.items()), LM_HEAD]
 
 
 @functools.cache
-def _places(modules: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+def _places(modules: tuple[str, ...], is_bare: bool) -> dict[str, tuple[str, str]]:
     """PEFT's name of a tensor -> its module, and its side there."""
-    places = {f"{_PREFIX}{module}.lora_{side}.weight": (module, side) for module in modules for side in "AB"}
-    places |= {f"{_PREFIX}{EMBED}.lora_embedding_{side}": (EMBED, side) for side in "AB"}
+    named = {module: _PREFIX + _in_peft(module, is_bare) for module in modules}
+    places = {f"{named[module]}.lora_{side}.weight": (module, side) for module in modules for side in "AB"}
+    places |= {f"{named[EMBED]}.lora_embedding_{side}": (EMBED, side) for side in "AB"}
     for side in "AB":
-        del places[f"{_PREFIX}{EMBED}.lora_{side}.weight"]
+        del places[f"{named[EMBED]}.lora_{side}.weight"]
     return places
 
 
-def check_tensors(config: LoraConfig, file: WeightsFile, base: ServedBase, max_rank: int) -> dict[str, StoredPair]:
-    """module -> its weights, A [rank, in] and B [out, rank]. Raises `AdapterError`."""
+def _in_peft(module: str, is_bare: bool) -> str:
+    """PEFT's name of it in a causal model, or in one without anything around the layers."""
+    return module.removeprefix(_INNER) if is_bare else module
+
+
+def check_tensors(
+    config: LoraConfig, file: WeightsFile, base: ServedBase, max_rank: int, kind: AdapterType = "generate"
+) -> dict[str, StoredPair]:
+    """module -> its weights, A [rank, in] and B [out, rank]; of a causal model, by that one's names.
+
+    An adapter that embeds may be of a model without lm_head, or of a causal one; one with a score head is of a model
+    without lm_head. Raises `AdapterError`.
+    """
     name, model = config.name, base.config
+    is_bare = kind == "embed" and any(map(_BARE_NAME.fullmatch, file.tensors))
     modules = module_names(model)
-    sides = _sort(name, file, base, modules)
+    if is_bare or kind in SCORED:
+        modules.remove(LM_HEAD)
+    sides = _sort(name, file, base, modules, is_bare, kind in SCORED)
     if not sides:
         raise AdapterError(f"adapter {name!r} holds no LoRA tensors")
-    wanted, shapes = config.resolve(modules, model.tie_word_embeddings), module_shapes(model)
+    ties_embedding = model.tie_word_embeddings and LM_HEAD in modules
+    resolved = config.resolve([_in_peft(module, is_bare) for module in modules], ties_embedding)
+    wanted = {module: resolved[_in_peft(module, is_bare)] for module in modules}
+    shapes = module_shapes(model)
     pairs = {}
     for module in modules:
         said = wanted[module]
@@ -70,21 +94,26 @@ def check_tensors(config: LoraConfig, file: WeightsFile, base: ServedBase, max_r
             )
         pairs[module] = _pair(name, module, sides[module], said, shapes, max_rank, base.lora_dtype)
     _check_missing(config, [module for module, said in wanted.items() if isinstance(said, ModuleLora)], pairs)
-    if config.is_tied(model.tie_word_embeddings) and (EMBED in pairs or LM_HEAD in pairs):
+    if config.is_tied(ties_embedding) and (EMBED in pairs or LM_HEAD in pairs):
         _check_tied(name, file, pairs)
     return pairs
 
 
-def _sort(name: str, file: WeightsFile, base: ServedBase, modules: list[str]) -> dict[str, Sides]:
+def _sort(
+    name: str, file: WeightsFile, base: ServedBase, modules: list[str], is_bare: bool, has_score: bool
+) -> dict[str, Sides]:
     """module -> its sides; anything unexpected is an error that names it."""
-    places = _places(tuple(modules))
+    places = _places(tuple(modules), is_bare)
+    copied = {_in_peft(module, is_bare): module for module in (EMBED, LM_HEAD)}
     sides: dict[str, Sides] = {}
     for key, tensor in file.tensors.items():
         if key in places:
             module, side = places[key]
             sides.setdefault(module, {})[side] = tensor
-        elif match := _COPY_NAME.fullmatch(key):
-            base.copies.check(name, key, match["module"], file.tensor(tensor))
+        elif (match := _COPY_NAME.fullmatch(key)) and match["module"] in copied:
+            base.copies.check(name, key, copied[match["module"]], file.tensor(tensor))
+        elif key == SCORE and has_score:
+            continue  # `pooling.py` reads it
         elif (layer := _LAYER_NAME.fullmatch(key)) and int(layer["layer"]) >= base.config.num_layers:
             raise AdapterError(f"adapter {name!r}: {key!r} is beyond the model's {base.config.num_layers} layers")
         else:

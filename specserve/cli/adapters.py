@@ -31,6 +31,7 @@ class AdapterSummary(msgspec.Struct):
     path: Path
     base_model: str = ""
     peft_type: str = ""
+    adapter_type: str = ""
     alpha: float | None = None
     ranks: list[int] = []
     modules: list[str] = []
@@ -55,6 +56,7 @@ def summarise(path: Path) -> AdapterSummary:
 
 def _summarise_files(files: AdapterFiles, summary: AdapterSummary) -> None:
     from ..adapters.peft_config import decode_config, parse_config
+    from ..adapters.pooling_config import SCORE, adapter_type_of, read_pooling_config
 
     name = summary.path.name
     summary.has_lookahead = HEAD_CONFIG_FILE in files.paths
@@ -65,8 +67,11 @@ def _summarise_files(files: AdapterFiles, summary: AdapterSummary) -> None:
     summary.peft_type = _text(config.get("peft_type"))
     alpha = config.get("lora_alpha")
     summary.alpha = float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e300 else None
-    parse_config(name, data)
+    pooling = read_pooling_config(name, files.paths)
+    peft = parse_config(name, data, pooling)
     shapes = _shapes(name, files.paths[WEIGHTS_FILE])
+    score = shapes.get(SCORE)
+    summary.adapter_type = adapter_type_of(name, peft.task_type, pooling, tuple(score) if score is not None else None)
     summary.size_bytes = files.paths[WEIGHTS_FILE].stat().st_size
     summary.content_hash = files.content_hash
     _summarise_shapes(shapes, summary)
@@ -146,6 +151,7 @@ def inspect_directory(directory: Path, model: str | None, dtype: str, max_lora_r
             problems.append(str(error))
     rows = {
         "type": summary.peft_type or "?",
+        "adapter type": summary.adapter_type or "?",
         "base model": summary.base_model or "?",
         "rank": _ranks(summary),
         "alpha": "?" if summary.alpha is None else f"{summary.alpha:g}",
@@ -182,7 +188,7 @@ def _shapes(name: str, file: Path) -> dict[str, list[int]]:
 
 
 def _text(value: Any) -> str:
-    from ..adapters.peft_config import shown
+    from ..adapters.config_json import shown
 
     return value if isinstance(value, str) and value.isprintable() else "" if value is None else shown(value)
 
