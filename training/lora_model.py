@@ -28,6 +28,54 @@ def arithmetic(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
+def load_base(auto_class: Any, model_dir: Path, dtype: torch.dtype, device: torch.device, **settings: Any) -> Any:
+    """The base model of `model_dir` as a class of transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    base = auto_class.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa", **settings)
+    return base.to(device)
+
+
+def with_lora(base: Any, config: LoraConfig, task_type: str) -> Any:
+    """The peft model that trains a LoRA of `base`: a new one, or the one that `config.adapter` holds."""
+    import peft
+
+    with warnings.catch_warnings():
+        # peft asks for an attribute that transformers has renamed; nothing for the user to act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        if config.adapter:
+            return peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+        targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
+        lora = peft.LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            task_type=task_type,
+        )
+        return peft.get_peft_model(base, lora)
+
+
+def trained_parameters(peft_model: Any) -> list[nn.Parameter]:
+    return [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+
+
+def save_lora(peft_model: Any, directory: Path, base_name: str) -> None:
+    """Write what is trained as plain PEFT files, the LoRA's weights in bf16; `base_name` is what they call the base."""
+    from safetensors.torch import load_file, save_file
+
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    # Only the LoRA, also of embeddings; by default peft looks on the hub for whether the vocabulary has grown.
+    peft_model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
+    path = directory / WEIGHTS_FILE
+    tensors = {
+        name: tensor.to(torch.bfloat16) if "lora_" in name else tensor for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 @dataclass(frozen=True, slots=True)
 class Hidden:
     """Hidden states of the rows whose next token carries loss, example by example."""
@@ -43,35 +91,15 @@ class LoraModel:
     def __init__(
         self, model_dir: Path, config: LoraConfig, dtype: torch.dtype, device: torch.device, tap_layer: int | None
     ):
-        import peft
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()
-        base: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
-        base.to(device)
+        base = load_base(AutoModelForCausalLM, model_dir, dtype, device)
         self.device, self.dtype = device, dtype
         self.num_layers: int = base.config.num_hidden_layers
         self.hidden_size: int = base.config.hidden_size
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.tap_layer = self.num_layers // 2 if tap_layer is None else tap_layer
-        with warnings.catch_warnings():
-            # peft asks for an attribute that transformers has renamed; nothing for the user to act on.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            if config.adapter:
-                self.peft: Any = peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
-            else:
-                targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
-                self.peft = peft.get_peft_model(
-                    base,
-                    peft.LoraConfig(
-                        r=config.r,
-                        lora_alpha=config.alpha,
-                        lora_dropout=config.dropout,
-                        target_modules=targets,
-                        task_type="CAUSAL_LM",
-                    ),
-                )
+        self.peft: Any = with_lora(base, config, "CAUSAL_LM")
         causal = self.peft.base_model.model
         self._inner: Any = causal.model
         self._lm_head: nn.Module = causal.lm_head
@@ -80,7 +108,7 @@ class LoraModel:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+        return trained_parameters(self.peft)
 
     def hidden(self, examples: Sequence[Example]) -> Hidden:
         """Forward of a padded batch; rows are those before each token with loss."""
@@ -105,16 +133,8 @@ class LoraModel:
         return logits if not self._softcap else self._softcap * torch.tanh(logits.float() / self._softcap)
 
     def save(self, directory: Path, base_name: str) -> None:
-        """Write the LoRA as plain PEFT files, weights in bf16; `base_name` is what they call the base model."""
-        from safetensors.torch import load_file, save_file
-
-        self.peft.peft_config["default"].base_model_name_or_path = base_name
-        # Only the LoRA, also of embeddings; by default peft looks on the hub for whether the vocabulary has grown.
-        self.peft.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
-        (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
-        path = directory / WEIGHTS_FILE
-        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+        """Write the LoRA as plain PEFT files; `base_name` is what they call the base model."""
+        save_lora(self.peft, directory, base_name)
 
     def _tap(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._tapped = output[0] if isinstance(output, tuple) else output

@@ -1,7 +1,7 @@
-"""One training run from configuration to finished directory: a PEFT LoRA, its lookahead head and its task history.
+"""One training run from configuration to finished directory, whatever its task (task_run.py).
 
-Phases: the LoRA alone, LoRA and head together (trainer.py), then what makes a servable adapter of it (finish.py).
-Nothing is written before everything is checked (preflight.py) and the directory is held (run_directory.py).
+Phases: the checks, the steps (trainer.py), then what makes a servable adapter of the result. Nothing is written before
+everything is checked and the directory is held (run_directory.py).
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from tqdm import tqdm
 
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint
 from .evaluation.verdict import steps_warning
-from .finish import finish
-from .head_module import LookaheadHead, common_prefix_len, task_vocab
-from .joint_loss import JointObjective
-from .lora_model import LoraModel, arithmetic
-from .preflight import prepare
+from .lora_model import arithmetic
 from .processes import first_process, process_group
 from .run_config import RunConfig
 from .run_directory import RunDirectory, disk_errors, held_directory, started_as, state_of
 from .run_identity import check_same_run, check_same_settings, run_identity
+from .task_run import checked_run
 from .trainer import Trainer
 
 
@@ -74,18 +71,17 @@ def _run(config: RunConfig, resume: bool) -> TrainResult | None:
 def _train_and_finish(config: RunConfig, directory: RunDirectory | None, resume: bool, is_first: bool) -> TrainResult:
     """`directory` is the first process's; the others only train."""
     output = Path(config.output)
-    prepared = prepare(config)
-    given, config = config, prepared.config
-    examples, copy_start = prepared.examples, common_prefix_len(prepared.examples)
+    run = checked_run(config)
+    given, config = config, run.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     dtype = arithmetic(config.dtype, device)
     identity = run_identity(
         config,
-        prepared.model_dir,
-        examples,
-        prepared.plan,
+        run.model_dir,
+        run.rows,
+        run.plan,
         uses_bf16=dtype == torch.bfloat16,
         num_processes=dist.get_world_size() if dist.is_initialized() else 1,
     )
@@ -98,25 +94,22 @@ def _train_and_finish(config: RunConfig, directory: RunDirectory | None, resume:
         dist.barrier()  # the others are as content before anything is written
     if directory is not None:
         directory.begin(given)
-        for warning in prepared.warnings:
+        for warning in run.warnings:
             tqdm.write(f"warning: {warning}")
     torch.manual_seed(config.seed)  # before the LoRA's random half is drawn
-    model = LoraModel(prepared.model_dir, config.lora, dtype, device, config.head.tap_layer)
-    head = None
-    if config.head.enabled:
-        vocab = task_vocab(examples, config.head.vocab_size)
-        head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
-    if not config.lora.frozen:
-        objective = JointObjective(config, model, head, examples, copy_start, len(prepared.plan))
-        trainer = Trainer(config, objective, prepared.plan, output, identity)
+    objective = run.objective(dtype, device)
+    if objective is not None:
+        trainer = Trainer(config, objective, run.plan, output, identity)
         if resume and checkpoint.is_file():
             trainer.resume()
         trainer.train()
+        del trainer
+    num_steps = None if objective is None else len(run.plan)
+    del objective
     if dist.is_initialized():
         # Together: a process that leaves while another still talks to it can bring that one down.
         dist.barrier()
-    report = finish(prepared, model, head, copy_start) if is_first else None
+    report = run.finish() if is_first else None
     if report is not None:
         return TrainResult(output, report=report, warnings=tuple(report["warnings"]))
-    num_steps = None if config.lora.frozen else len(prepared.plan)
     return TrainResult(output, warnings=tuple(steps_warning(num_steps, config.optimizer.min_steps)))

@@ -10,14 +10,13 @@ import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from ..adapter_files import content_hash
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
-from .data.dataset import Example
 from .run_config import RunConfig
 from .run_file import absolute, flatten
 
@@ -30,10 +29,17 @@ _HASH_LEN = 12
 Identity = dict[str, Any]
 
 
+class TrainedRow(Protocol):
+    @property
+    def content(self) -> bytes:
+        """All of the row that a loss depends on; no two different rows have the same."""
+        ...
+
+
 def run_identity(
     config: RunConfig,
     model_dir: Path,
-    examples: Sequence[Example],
+    rows: Sequence[TrainedRow],
     plan: Sequence[Sequence[int]],
     *,
     uses_bf16: bool = False,
@@ -52,7 +58,7 @@ def run_identity(
         "the base model": base_fingerprint(model_dir)[:_HASH_LEN],
         "the tokenizer": tokenizer_fingerprint(model_dir)[:_HASH_LEN],
         "the content of lora.adapter": content_hash(adapter)[:_HASH_LEN] if adapter else None,
-        "the training rows as tokens": _hash_of_rows(examples),
+        "the training rows as tokens": _hash_of_rows(rows),
         "the number of steps": len(plan),
         "the rows of the steps": _hash_of_lists(plan),
         "the number of processes": num_processes,
@@ -84,12 +90,11 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in flatten(absolute(config)) if key not in ignored}
 
 
-def _hash_of_rows(examples: Sequence[Example]) -> str:
+def _hash_of_rows(rows: Sequence[TrainedRow]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example.tokens).to_bytes(8, "little"))
-        digest.update(array("q", example.tokens).tobytes())
-        digest.update(bytes(example.loss_mask))
+    for row in rows:
+        digest.update(len(row.content).to_bytes(8, "little"))
+        digest.update(row.content)
     return digest.hexdigest()[:_HASH_LEN]
 
 

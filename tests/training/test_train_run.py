@@ -261,7 +261,7 @@ def test_bad_and_shared_held_out_rows_are_said_before_training(trained, tmp_path
     def not_reached(*args, **kwargs):
         raise UserError("training starts")
 
-    monkeypatch.setattr("specserve.training.run.LoraModel", not_reached)
+    monkeypatch.setattr("specserve.training.generation_run.LoraModel", not_reached)
     assert cli(["train", *common, "--eval-data", str(tmp_path / "same.jsonl")]) == 2
     out, err = capsys.readouterr()
     assert (
@@ -284,7 +284,7 @@ def test_rows_too_long_are_left_out_whole_and_said_and_never_cut_to_nothing(trai
         raise UserError("training starts")
 
     assert "every row is longer than data.max_len (200 tokens)" in train("long.jsonl")
-    monkeypatch.setattr("specserve.training.run.LoraModel", not_reached)
+    monkeypatch.setattr("specserve.training.generation_run.LoraModel", not_reached)
     said = train("some.jsonl")
     assert "1 of " in said and "longer than data.max_len and left out" in said and "training starts" in said
 

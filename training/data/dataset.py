@@ -8,6 +8,7 @@ their thinking) makes several examples of one row, so that each answer stands wh
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class Example:
         while start and self.loss_mask[start - 1]:
             start -= 1
         return start
+
+    @property
+    def content(self) -> bytes:
+        """What makes it another example than others."""
+        return array("q", self.tokens).tobytes() + bytes(self.loss_mask)
 
     @property
     def answers(self) -> list[list[int]]:

@@ -65,7 +65,12 @@ def row_texts(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_row(text: str, line: int, where: str) -> Row:
-    """One line of the file. Raises `UserError` that starts with `where`."""
+    """One line of the file as a conversation. Raises `UserError` that starts with `where`."""
+    return Row(read_conversation(parse_object(text, where), where), line, where)
+
+
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """One line of a file, of any row format. Raises `UserError` that starts with `where`."""
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         if _SURROGATE_ESCAPE.search(text):
@@ -80,7 +85,7 @@ def parse_row(text: str, line: int, where: str) -> Row:
         raise UserError(f"{where} is not JSON: {error}", param="data") from None
     if not isinstance(value, dict):
         raise UserError(f"{where} is {type(value).__name__}, not an object", param="data")
-    return Row(read_conversation(value, where), line, where)
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""What a task makes of a run, as run.py sees it, and which task a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .objective import Objective
+from .run_config import RunConfig
+from .run_identity import TrainedRow
+
+
+class TaskRun(Protocol):
+    """A run that is checked. Nothing is loaded before `objective`, and nothing written before `finish`."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Without open defaults: what follows from model or rows is filled in."""
+        ...
+
+    @property
+    def model_dir(self) -> Path: ...
+
+    @property
+    def rows(self) -> Sequence[TrainedRow]: ...
+
+    @property
+    def plan(self) -> list[list[int]]:
+        """Indices into `rows`, step by step."""
+        ...
+
+    @property
+    def warnings(self) -> list[str]: ...
+
+    def objective(self, dtype: torch.dtype, device: torch.device) -> Objective | None:
+        """The model with what is trained of it; None: no steps are needed."""
+        ...
+
+    def finish(self) -> dict[str, Any] | None:
+        """All that follows the steps: the adapter's files, and the report if there are held-out rows."""
+        ...
+
+
+def checked_run(config: RunConfig) -> TaskRun:
+    """The run of the task that `config` names. Raises `UserError` for all that can be known before."""
+    from .generation_run import GenerationRun
+
+    return GenerationRun.of(config)
