@@ -1,7 +1,7 @@
 """A grammar spec in the matcher's own terms, and the matcher's errors in the terms of whoever wrote the spec.
 
-Owns which dialect of grammars is read (Lark, or GBNF made into it), and what of Lark is not served. Schemas obey the
-same rules alone and within a grammar (json_schema.py).
+Owns which dialect of grammars is read (Lark, or GBNF made into it), what of Lark is not served, and how a spec becomes
+a part of another grammar. Schemas obey the same rules alone and within a grammar (json_schema.py).
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def matcher_source(spec: GrammarSpec) -> str:
     if spec.kind == "json_schema":
         return _json_source(_parse(spec.text))
     if spec.kind == "choice":
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in _parse(spec.text))
-        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}\n")
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {_choices(spec)}\n")
     if spec.kind == "regex":
         check_repeats(spec.text)
         return LLMatcher.grammar_from_regex(spec.text)
@@ -43,6 +42,27 @@ def matcher_source(spec: GrammarSpec) -> str:
         except Exception as error:  # whatever its parser trips over is the grammar's fault
             raise GrammarError(f"the EBNF grammar cannot be read: {error}") from None
     return LLMatcher.grammar_from_lark(_with_prepared_schemas(text))
+
+
+def lark_expression(spec: GrammarSpec) -> str | None:
+    """`spec` as an expression of a Lark rule; None where it can only stand alone."""
+    if spec.kind == "json_object":
+        return '%json {"type": "object"}'
+    if spec.kind == "choice":
+        return _choices(spec)
+    if spec.kind != "json_schema":
+        return None
+    schema = _parse(spec.text)
+    return f"%json {json.dumps(schema)}" if isinstance(schema, dict) else f"%json {json.dumps(_of_boolean(schema))}"
+
+
+def _of_boolean(schema: Any) -> dict[str, Any]:
+    prepare(schema)  # which refuses false
+    return {}
+
+
+def _choices(spec: GrammarSpec) -> str:
+    return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in _parse(spec.text))
 
 
 def _json_source(schema: Any) -> str:

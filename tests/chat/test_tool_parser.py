@@ -16,9 +16,9 @@ HERMES = CALL + "\n</tool_call>"
 ADD = '{"name": "add", "arguments": {}}'
 
 
-def parse(text, format="hermes", *, eager=False, cuts=()):
+def parse(text, format="hermes", *, cuts=(), **modes):
     """(content, [(name, arguments)]) of `text` fed in pieces."""
-    parser = CallParser(FORMATS[format], TOOLS, eager=eager)
+    parser = CallParser(FORMATS[format], TOOLS, **{"eager": False, **modes})
     events, start = [], 0
     for cut in [*cuts, len(text)]:
         events += parser.push(text[start:cut])
@@ -135,6 +135,31 @@ def test_eager_text_that_ends_early_is_content_before_the_name_and_arguments_aft
         assert calls[0][1] == WEATHER[1][: len(calls[0][1])] and len(calls[0][1]) >= min(
             length - HERMES.index('{"city'), len(WEATHER[1])
         )
+
+
+EITHER = {
+    "an object that quotes a call": json.dumps({"a": HERMES}),
+    "a call behind text": "Well: " + HERMES,
+    "the start of a marker": "<tool_c",
+    "a marker alone": "<tool_call>",
+    "a broken call before one": "<tool_call>no" + HERMES,
+    "space": " ",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_a_text_that_begins_as_no_call_holds_none_where_it_is_calls_or_text(name):
+    text = EITHER[name]
+    for cut in range(len(text) + 1):
+        assert parse(text, eager=True, calls_or_text=True, cuts=[cut]) == (text, [])
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if CASES[name][2] == ""])
+def test_calls_or_text_reads_calls_as_without(name):
+    format, text, content, calls = CASES[name]
+    for cut in range(len(text)):
+        assert parse(text, format, eager=True, calls_or_text=True, cuts=[cut]) == (content, calls)
 
 
 def test_held_calls_come_only_when_their_frame_is_complete():

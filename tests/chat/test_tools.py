@@ -21,6 +21,7 @@ from specserve.chat.tools.prompt import for_template
 from specserve.chat.types import Message
 from specserve.errors import UserError
 from specserve.grammar.compiler import GrammarCompiler
+from specserve.grammar.structured_output import schema_spec
 from specserve.messages import GrammarSpec
 from specserve.server.openai.request_types import ChatRequest
 from specserve.text.tokenizer import TextTokenizer
@@ -57,9 +58,9 @@ def request(**fields):
 BOTH = [function("get_weather", description="the weather"), function("add")]
 
 
-def plan_of(format="hermes", marks=None, own_adapter=None, **fields):
+def plan_of(format="hermes", marks=None, own_adapter=None, answer=None, **fields):
     use = tool_use(request(**{"tools": BOTH, **fields}))
-    return make_plan(use, FORMATS[format], marks or Marks(), own_adapter)
+    return make_plan(use, FORMATS[format], marks or Marks(), own_adapter, answer)
 
 
 # -- definitions
@@ -295,6 +296,74 @@ def test_under_auto_text_is_free_until_a_call_and_forced_from_there(compilers, f
     num, total = num_allowed(compiled, fast, good + " more")
     assert num < total
     assert read(plan, good) == (lead, [("add", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(("family", "added"), tokenizers())
+@pytest.mark.parametrize("switching", [False, True], ids=["", "switching"])
+def test_an_answer_in_a_format_is_that_or_calls(compilers, family, added, switching):
+    fast, eos, compiler = compilers(family, added)
+    note = {"type": "object", "properties": {"note": {"type": "string", "maxLength": 9}}, "required": ["note"]}
+    answer = schema_spec({**note, "additionalProperties": False}, "response_format")
+    tools = [{**function("add"), **({"x-adapter": "one"} if switching else {})}, function("get_weather")]
+    plan = plan_of(family, marks_of(fast, family), answer=answer, tools=tools)
+    compiled, rng, seen = compiler.compile(plan.grammar), random.Random(3), set()
+    for _ in range(40):
+        if (ids := generate(compiled, eos, rng)) is None:
+            continue
+        text = fast.decode(ids)
+        while text is not None and (tool := plan.announced(text)) is not None:
+            rest = generate(compiler.compile(plan.arguments_spec(tool)), eos, rng)
+            text = None if rest is None else text + fast.decode(rest)
+        if text is None:
+            continue
+        content, calls = read(plan, text)
+        assert bool(content) != bool(calls)
+        if content:
+            assert set(json.loads(content, strict=False)) == {"note"}
+        for name, arguments in calls:
+            jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+        seen |= {"text"} if content else {name for name, _ in calls}
+    assert seen == {"text", *SCHEMAS}
+    for bad in ("Well: ", ' {"note": ""}', '{"note": ""}' + (OPENINGS[family] or ";")):
+        assert num_allowed(compiled, fast, bad)[0] < num_allowed(compiled, fast, bad)[1], bad
+
+
+def test_a_format_holds_for_answers_that_may_call_nothing_and_gives_way_to_calls_that_must_come():
+    answer = GrammarSpec("json_object", "")
+    assert plan_of(tool_choice="required", answer=answer) == plan_of(tool_choice="required")
+    assert not plan_of(answer=answer).words.free_text
+    large = {"type": "object", "properties": {f"p{idx}": {"enum": ["x" * 900]} for idx in range(60)}}
+    with pytest.raises(UserError, match="bytes"):
+        plan_of(tools=[function(f"f{idx}", large) for idx in range(6)], answer=answer)
+
+
+NAMES = {"type": "object", "properties": {"name": {"type": "string"}, "parameters": {}}}
+UNTOLD = {
+    "properties like a call's": ("llama3", ("json_schema", json.dumps(NAMES)), "'add'"),
+    "any object": ("llama3", ("json_object", ""), "'add'"),
+    "a choice like a call": ("hermes", ("choice", json.dumps(['<tool_call>\n{"name": "add", "arguments":'])), "'add'"),
+    "an expression": ("hermes", ("regex", "[a-z]+"), "expression"),
+    "a grammar": ("hermes", ("lark", 'start: "a"'), "grammar"),
+    "a schema that cannot be enforced": ("hermes", ("json_schema", '{"not": {}}'), "not"),
+    "false": ("hermes", ("json_schema", "false"), "false"),
+    "a schema that is elsewhere": ("hermes", ("json_schema", '{"$ref": "http://localhost/a"}'), "localhost"),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_a_format_that_cannot_stand_beside_calls_is_refused(name):
+    format, spec, word = UNTOLD[name]
+    with pytest.raises(UserError, match=word):
+        plan_of(format, tools=[function("add")], answer=GrammarSpec(*spec))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_that_calls_can_be_told_from_stand_beside_them(format):
+    specs = [("choice", '["<tool_call>", "[TOOL_CALLS]"]'), ("json_schema", json.dumps(CITY))]
+    if format != "llama3":  # whose calls are objects without a marker
+        specs += [("json_object", ""), ("json_schema", "true"), ("json_schema", json.dumps(NAMES))]
+    for spec in specs:
+        assert plan_of(format, answer=GrammarSpec(*spec)).grammar is not None
 
 
 @pytest.mark.parametrize(("family", "added"), tokenizers())

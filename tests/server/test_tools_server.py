@@ -254,10 +254,54 @@ def test_schema_that_cannot_be_enforced_is_refused_by_tool_and_keyword(server):
     assert server.post(CHAT, {**ASK, **fields, "max_tokens": 5}).status_code == 200
 
 
-def test_response_format_and_tools_exclude_each_other(server):
-    fields = {"response_format": {"type": "json_object"}, "max_tokens": 20}
-    assert_error(server.post(CHAT, {**ASK, **fields}), 400, "response_format")
-    assert server.post(CHAT, {**ASK, **fields, "tool_choice": "none"}).status_code == 200
+NOTE = {
+    "type": "object",
+    "properties": {"level": {"enum": ["low", "high"]}, "letters": {"type": "string", "pattern": "^[a-z]{2,5}$"}},
+    "required": ["level", "letters"],
+    "additionalProperties": False,
+}  # fmt: skip
+FORMAT = {"type": "json_schema", "json_schema": {"name": "note", "schema": NOTE, "strict": True}}
+
+
+@pytest.mark.parametrize("family", [None, "hermes", "llama3", "mistral"])
+def test_beside_tools_an_answer_keeps_to_its_format_or_calls(start, family):
+    server, seen = start(family), set()
+    fields = {"response_format": FORMAT, "n": 6, "temperature": 2, "tools": with_adapters(pick="alpha")}
+    for seed in range(4):
+        whole = choices(server, **fields, seed=seed)
+        for choice in whole:
+            assert choice["finish_reason"] != "length", choice
+            if choice["finish_reason"] == "tool_calls":
+                assert_calls(choice)
+                seen.add("calls")
+            else:
+                jsonschema.validate(json.loads(choice["message"]["content"]), NOTE)
+                seen.add("answer")
+        assert joined(server.stream(CHAT, {**ASK, **fields, "seed": seed})) == [as_joined(item) for item in whole]
+    assert seen == {"calls", "answer"}
+
+
+def test_drafts_change_neither_the_answer_in_a_format_nor_the_call(server):
+    for seed in range(3):
+        fields = {"response_format": FORMAT, "seed": seed, "temperature": 2, "n": 4}
+        off = choices(server, **fields, speculation={"mode": "off"})
+        fixed = choices(server, **fields, speculation={"mode": "fixed", "max_draft_tokens": 8})
+        assert without_ids(fixed) == without_ids(off)
+
+
+def test_calls_that_must_come_take_the_place_of_the_format(server):
+    for choice in choices(server, response_format=FORMAT, tool_choice="required", n=3, seed=1):
+        assert_calls(choice)
+    for choice in choices(server, response_format=FORMAT, tool_choice="none", n=2, seed=1):
+        jsonschema.validate(json.loads(choice["message"]["content"]), NOTE)
+
+
+def test_grammars_that_cannot_stand_beside_tools_are_refused(start):
+    fields = {**ASK, "guided_regex": "[a-z]+"}
+    assert_error(start(None).post(CHAT, fields), 400, "tools", "tool_choice none")
+    fields = {**ASK, "response_format": {"type": "json_object"}, "max_tokens": 20}
+    assert start(None).post(CHAT, fields).status_code == 200
+    assert_error(start("llama3").post(CHAT, fields), 400, "begin with")
 
 
 # -- adapters

@@ -2,12 +2,14 @@
 
 Owns the grammar text. `calls_grammar` holds a whole answer; `name_grammar` and `arguments_grammar` hold parts of one
 whose arguments are written by another adapter than its names. Free text goes on until the frame's marker, from there on
-the frame is forced, and after the calls only the end of the answer is left.
+the frame is forced, and after the calls only the end of the answer is left. An answer in a format takes the place of
+calls.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from .definitions import Tool
 from .formats import PYTHON_TAG, ToolFormat
 
+_LEXEMES = re.compile(r'[{}]|"[^"]*"|[:,] ?')  # of a schema's JSON
 _TEXT = r"TEXT: /(.|\n)*/"
 # Llama's frame has no marker: what starts like a call is one.
 _TEXT_BEFORE_NO_CALL = r'TEXT: /(?s:.*)/ & ~/\{"name": "(?s:.*)/'
@@ -31,20 +34,28 @@ class Marks:
     text_ids: tuple[int, ...] = ()
 
 
-def calls_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, *, free_text: bool, parallel: bool) -> str:
-    """The whole answer: calls of `tools`, behind or instead of free text if `free_text`."""
-    call = f'call: "{{\\"name\\": \\"" ({" | ".join(f"tool_{idx}" for idx in range(len(tools)))}) "}}"'
-    rules = [call]
-    for idx, tool in enumerate(tools):
-        rules += [f"tool_{idx}: {_literal(_tail_of_head(format, tool) + ' ')} args_{idx}", _schema(idx, tool)]
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What an answer may say beside calls: with neither, nothing. `expression`: all of it, in place of calls."""
+
+    free_text: bool = False  # before calls or in their place
+    expression: str = ""
+
+
+def calls_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, words: Words, *, parallel: bool) -> str:
+    """The whole answer: calls of `tools`, or what else `words` let it say."""
+    start, tails = _heads(format, tools, words, " ")
+    rules = [f'call: {start} ({" | ".join(f"tool_{idx}" for idx in range(len(tools)))}) "}}"']
+    for idx, (tool, tail) in enumerate(zip(tools, tails, strict=True)):
+        rules += [f"tool_{idx}: {tail} args_{idx}", _schema(idx, tool)]
     rest = f"({_terms(format.between, marks)} call)*" if parallel and format.between else ""
     rules.append(f"calls: call {rest} {_terms(format.closing, marks)}")
-    return "\n".join([*_start(format, marks, "calls", free_text), *rules]) + "\n"
+    return "\n".join([*_start(format, marks, "calls", words), *rules]) + "\n"
 
 
-def name_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, *, free_text: bool) -> str:
-    """An answer up to the colon before its first call's arguments, or free text to its end."""
-    return "\n".join([*_start(format, marks, "name", free_text), _name(format, tools)]) + "\n"
+def name_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, words: Words) -> str:
+    """An answer up to the colon before its first call's arguments, or to its end without a call."""
+    return "\n".join([*_start(format, marks, "name", words), _name(format, tools, words)]) + "\n"
 
 
 def arguments_grammar(format: ToolFormat, tool: Tool, tools: Sequence[Tool], marks: Marks, *, parallel: bool) -> str:
@@ -52,18 +63,20 @@ def arguments_grammar(format: ToolFormat, tool: Tool, tools: Sequence[Tool], mar
     rules = [_schema(0, tool)]
     end = _terms(format.closing, marks)
     if parallel and format.between:
-        rules.append(_name(format, tools))
+        rules.append(_name(format, tools, Words()))
         after = f"({end} | {_terms(format.between, marks)} name)"
     else:
         after = end
     return "\n".join([f'start: " " args_0 "}}" {after}', *rules]) + "\n"
 
 
-def _start(format: ToolFormat, marks: Marks, body: str, free_text: bool) -> list[str]:
-    """The rule `start`: the frame's opening before `body`, which free text may precede or take the place of."""
+def _start(format: ToolFormat, marks: Marks, body: str, words: Words) -> list[str]:
+    """The rule `start`: the frame's opening before `body`, which other words may precede or take the place of."""
     opening = _terms((format.opening,), marks)
     marker = _terms((format.marker,), marks)
-    if not free_text:
+    if words.expression:
+        return [f"start: answer | {marker} {opening} {body}", f"answer: {words.expression}"]
+    if not words.free_text:
         return [f"start: {marker} {opening} {body}"]
     token = f"<[{','.join(map(str, marks.text_ids))}]>"
     if not format.marker:
@@ -77,13 +90,23 @@ def _start(format: ToolFormat, marks: Marks, body: str, free_text: bool) -> list
     return [f"start: {text} | {before} {opening} {body}", f"before[lazy]: TEXT {marker}", _TEXT]
 
 
-def _name(format: ToolFormat, tools: Sequence[Tool]) -> str:
-    names = " | ".join(_literal(_tail_of_head(format, tool)) for tool in tools)
-    return f'name: "{{\\"name\\": \\"" ({names})'
+def _name(format: ToolFormat, tools: Sequence[Tool], words: Words) -> str:
+    start, tails = _heads(format, tools, words, "")
+    return f"name: {start} ({' | '.join(tails)})"
 
 
-def _tail_of_head(format: ToolFormat, tool: Tool) -> str:
-    return format.head(tool.name).removeprefix('{"name": "')
+def _heads(format: ToolFormat, tools: Sequence[Tool], words: Words, end: str) -> tuple[str, list[str]]:
+    """What the heads of calls begin with, and the rest of each with `end` behind it, as terms.
+
+    The matcher divides text greedily: where a call and an answer may begin alike, a call has to be divided as JSON is.
+    """
+    is_alike = words.expression and not format.marker
+    start, terms = ('{"name": ', _lexemes) if is_alike else ('{"name": "', _literal)
+    return terms(start), [terms(format.head(tool.name).removeprefix(start) + end) for tool in tools]
+
+
+def _lexemes(text: str) -> str:
+    return " ".join(_literal(part) for part in _LEXEMES.findall(text))
 
 
 def _schema(idx: int, tool: Tool) -> str:

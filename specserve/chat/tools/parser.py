@@ -3,7 +3,8 @@
 Owns one choice's text. However it is cut into pieces, the joined events are the same, and no text is lost: what is not
 a well-formed call of a known tool is content. With `eager`, for output that a grammar holds to the exact frame, a call
 is announced once its name is certain and its arguments follow as they come; otherwise a call is held back until its
-frame is complete and its JSON is read. White space around frames belongs to them, up to MAX_FRAME_SPACE characters.
+frame is complete and its JSON is read. With `calls_or_text` a text that does not begin as a call holds none. White
+space around frames belongs to them, up to MAX_FRAME_SPACE characters.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class _State(enum.Enum):
 class CallParser:
     """`push` text as it comes, `finish` once; both return events."""
 
-    def __init__(self, format: ToolFormat, tools: Collection[str], *, eager: bool):
+    def __init__(self, format: ToolFormat, tools: Collection[str], *, eager: bool, calls_or_text: bool = False):
         self._format = format
         self._heads = {format.head(name) + " ": name for name in tools}
         self._tools = frozenset(tools)
         self._eager = eager
+        self._calls_or_text = calls_or_text
         self._state = _State.TEXT
         self._buffer = ""
         self._space = ""  # white space that is content unless a frame follows
@@ -102,6 +104,9 @@ class CallParser:
 
     def _text(self, final: bool) -> bool:
         marker, buffer = self._format.marker, self._buffer
+        if self._calls_or_text and not self.num_calls and buffer and not _may_begin(buffer, marker):
+            self._state = _State.REST
+            return True
         if (start := buffer.find(marker)) >= 0:
             self._content(start)
             self._opener, self._state = marker, _State.HEAD
@@ -262,8 +267,13 @@ class CallParser:
         self._buffer = self._space + self._separator + self._buffer
         consumed = len(self._space) + len(self._separator) + len(self._opener)
         self._space = self._separator = ""
-        again = bool(self._format.marker) and self._num_broken < MAX_BROKEN_CALLS
+        again = bool(self._format.marker) and self._num_broken < MAX_BROKEN_CALLS and not self._calls_or_text
         self._state = _State.TEXT if again else _State.REST
         if again:
             self._content(consumed)
         return True
+
+
+def _may_begin(text: str, marker: str) -> bool:
+    """Whether `text`, of which more may come, begins with `marker`."""
+    return text.startswith(marker) or marker.startswith(text)

@@ -25,7 +25,7 @@ from ...chat.tools.plan import ToolPlan, direct_adapter, make_plan, markers
 from ...config import ServeConfig
 from ...errors import DeadlineError, UserError
 from ...grammar.structured_output import asks_for_grammar, grammar_spec
-from ...messages import Delta, GenerateRequest, Together
+from ...messages import Delta, GenerateRequest, GrammarSpec, Together
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..adapter_store import AdapterStore
@@ -115,20 +115,14 @@ class Generator:
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = await self.engine.first_info()
         use = tool_use(request) if isinstance(request, ChatRequest) else None
-        if use is not None and grammar is not None:
-            raise UserError(
-                "an answer that may call tools has the tools' grammar; leave out response_format, structured_outputs "
-                "and guided_*, or send tool_choice none",
-                param="tools",
-            )
         adapter = direct_adapter(use, self.adapter_name(caller, request.model, request.adapter_id))
         await self._load_tool_adapters(use, caller, priority)
         tokenizer, adapter_info = await self.prompts.tokenizer_for(adapter, priority)
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
-            ids, plan = await self._chat(request, use, tokenizer, adapter)
-            if grammar is None and (plan is None or plan.free_text):  # a grammar leaves no room for thoughts
+            ids, plan = await self._chat(request, use, grammar, tokenizer, adapter)
+            if plan.words.free_text if plan is not None else grammar is None:  # a grammar leaves no room for thoughts
                 thinking = thinking_of(tokenizer, ids, plan)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
@@ -178,13 +172,18 @@ class Generator:
         )
 
     async def _chat(
-        self, request: ChatRequest, use: ToolUse | None, tokenizer: TextTokenizer, adapter: str | None
+        self,
+        request: ChatRequest,
+        use: ToolUse | None,
+        grammar: GrammarSpec | None,
+        tokenizer: TextTokenizer,
+        adapter: str | None,
     ) -> tuple[list[int], ToolPlan | None]:
         if use is None:
             return await self.prompts.chat_ids(request, tokenizer, ()), None
         format = self.prompts.format_of(tokenizer).format
         marks = Marks(*tokenizer.added_tokens(markers(format)))
-        plan = await asyncio.to_thread(make_plan, use, format, marks, adapter)
+        plan = await asyncio.to_thread(make_plan, use, format, marks, adapter, grammar)
         return await self.prompts.chat_ids(request, tokenizer, all_tools(request.tools)), plan
 
     async def _load_tool_adapters(self, use: ToolUse | None, caller: Caller, priority: int) -> None:

@@ -64,6 +64,25 @@ async def case_tools(url, key):
     assert (await Runner.run(agent(url, key), turn)).final_output in WORDS
 
 
+async def case_typed_answer_or_tools(url, key):
+    either = agent(
+        url, key, words=False, output_type=Answer, tools=[set_level], tool_use_behavior="stop_on_first_tool",
+        settings={"parallel_tool_calls": False},
+    )  # fmt: skip
+    answers = {
+        None: (await Runner.run(either, "Say hello")).final_output,
+        "none": (await Runner.run(_choosing(either, "none"), "Say hello")).final_output,
+        "required": (await Runner.run(_choosing(either, "required"), "Say hello")).final_output,
+    }
+    check_answer(answers["none"].ok, answers["none"].level)
+    assert answers["required"].startswith("level is ")
+    assert isinstance(answers[None], Answer) or answers[None].startswith("level is ")
+
+
+def _choosing(first, choice):
+    return first.clone(model_settings=first.model_settings.resolve(ModelSettings(tool_choice=choice)))
+
+
 async def case_hand_off(url, key):
     first = agent(
         url, key, words=False, handoffs=[agent(url, key, name="second")],

@@ -179,6 +179,24 @@ def test_tools_round_trip_and_stream(server, client):
     assert events[-2]["item"] == answer["output"][0]
 
 
+def test_beside_tools_a_typed_answer_or_a_call_is_parsed_and_streamed(server, client):
+    typed = {"input": "Hello", "text_format": Answer, "tools": TOOLS, "parallel_tool_calls": False}
+    seen = set()
+    for seed in range(12):
+        fields = {"model": "tiny", "max_output_tokens": 300, "temperature": 2, "extra_body": {"seed": seed}}
+        with client.responses.stream(**typed, **fields) as stream:
+            whole = stream.get_final_response()
+        (item,) = whole.output
+        assert item.type == ("message" if isinstance(whole.output_parsed, Answer) else "function_call")
+        seen.add(item.type)
+    assert seen == {"message", "function_call"}
+    schema = {"type": "json_schema", "name": "answer", "schema": SCHEMA}
+    for seed in range(4):
+        body = {"model": "tiny", "input": "Hello", "temperature": 2, "seed": seed, "tools": TOOLS}
+        body |= {"text": {"format": schema}}
+        assert same(streamed(server, **body)[0])["output"] == same(server.post(PATH, body).json())["output"]
+
+
 def test_choices_of_tools(client):
     for choice in (NAMED, {"type": "allowed_tools", "mode": "required", "tools": [NAMED]}):
         answer = client.responses.create(input="Go", **{**FIELDS, **CALLED, "tool_choice": choice})
@@ -295,7 +313,7 @@ BAD = {
     "a tool's name": ({"tools": [{"type": "function", "name": "a b"}]}, 400, "tools[0].name", "tools[0].name"),
     "a choice of no tool": ({"tools": TOOLS, "tool_choice": {**NAMED, "name": "x"}}, 400, "tool_choice", "'x'"),
     "verbosity": ({"text": {"verbosity": "high"}}, 400, "text.verbosity", "text.verbosity"),
-    "a format with tools": ({"tools": TOOLS, "text": {"format": {"type": "json_object"}}}, 400, "tools", "text.format"),
+    "an expression beside tools": ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, 400, "tools", "tool_choice"),
     "a schema that cannot be held to": (
         {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nothing"}}}}, 400, None, "nothing",
     ),
