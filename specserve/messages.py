@@ -169,6 +169,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     max_num_seqs: int = 0
     max_adapters: int = 0  # in the memory that steps read
     undrafted_rates: list[tuple[int, float]] = []  # (sequences, tokens/s of all) without drafts, by the cost table
+    hidden_size: int = 0  # values of an embedding
 
 
 class LookaheadInfo(msgspec.Struct, frozen=True):

@@ -134,6 +134,7 @@ class Engine:
             kernels=self.decoder.kernels,
             max_num_seqs=config.max_num_seqs,
             max_adapters=config.max_adapters,
+            hidden_size=model.hidden_size,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -41,6 +42,7 @@ from ...messages import (
     UnloadAdapter,
 )
 from ...own_modules import module_command
+from ...pooling_messages import Pooled, PoolRequest
 from .link import EngineLink
 from .supervisor import STOPPED, EngineSupervisor, State
 
@@ -78,7 +80,7 @@ class EngineClient:
             step_timeout_s=step_timeout_s,
             on_serving=lambda: self.on_serving(),
         )
-        self._streams: dict[str, asyncio.Queue[Delta | UserError]] = {}
+        self._streams: dict[str, asyncio.Queue[Delta | Pooled | UserError]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._snapshot: EngineStats | None = None  # the newest of the process that serves
@@ -141,8 +143,19 @@ class EngineClient:
 
         Waits for an engine that is started again, and raises `EngineDeadError` when that takes too long.
         """
+        async with aclosing(self._answers(request)) as answers:
+            async for delta in answers:
+                yield delta
+
+    async def pool(self, request: PoolRequest) -> AsyncGenerator[Pooled]:
+        """The one answer of a text that is pooled; as `generate` in all else."""
+        async with aclosing(self._answers(request)) as answers:
+            async for pooled in answers:
+                yield pooled
+
+    async def _answers(self, request: GenerateRequest | PoolRequest) -> AsyncGenerator[Any]:
         engine = await self._engine.link(RESTART_PATIENCE_S)
-        queue: asyncio.Queue[Delta | UserError] = asyncio.Queue()
+        queue: asyncio.Queue[Delta | Pooled | UserError] = asyncio.Queue()
         self._streams[request.request_id] = queue
         finished = False
         try:
@@ -152,7 +165,7 @@ class EngineClient:
                 if isinstance(item, UserError):
                     finished = True
                     raise item
-                finished = item.finish_reason is not None
+                finished = isinstance(item, Pooled) or item.finish_reason is not None
                 yield item
         finally:
             self._streams.pop(request.request_id, None)
@@ -212,6 +225,9 @@ class EngineClient:
             elif queue.qsize() == MAX_QUEUED_DELTAS:
                 queue.put_nowait(UserError("the client does not read its stream", status=408, code="slow_reader"))
                 self._engine.send(Abort(message.request_id))
+        elif isinstance(message, Pooled):
+            if (queue := self._streams.get(message.request_id)) is not None:
+                queue.put_nowait(message)
         elif isinstance(message, RequestFailed):
             if (queue := self._streams.get(message.request_id)) is not None:
                 queue.put_nowait(from_info(message.error))

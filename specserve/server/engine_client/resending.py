@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
 from ...errors import EngineDeadError, EngineLostError, UserError
 from ...messages import Delta, GenerateRequest, TokenTrace, renumbered
+from ...pooling_messages import Pooled, PoolRequest
 from .client import EngineClient
+
+R = TypeVar("R", GenerateRequest, PoolRequest)
+A = TypeVar("A", Delta, Pooled)
 
 MAX_TOKENS_AGAIN = 256
 MAX_ENGINE_LOSSES = 4  # of a sequence that had come further than before each time
@@ -112,8 +117,22 @@ class Resender:
         self._takes_new = asyncio.Event()
         self._takes_new.set()
 
-    async def generate(self, request: GenerateRequest, losses: EngineLosses) -> AsyncGenerator[Delta]:
+    def generate(self, request: GenerateRequest, losses: EngineLosses) -> AsyncGenerator[Delta]:
         """As `EngineClient.generate`; `losses` is the sequence's own, over several calls where it needs them."""
+        return self._run(request, losses, self._engine.generate, losses.rest_of)
+
+    def pool(self, request: PoolRequest, losses: EngineLosses) -> AsyncGenerator[Pooled]:
+        """As `EngineClient.pool`."""
+        return self._run(request, losses, self._engine.pool, lambda pooled: pooled)
+
+    async def _run(
+        self,
+        request: R,
+        losses: EngineLosses,
+        ask: Callable[[R], AsyncGenerator[A]],
+        rest_of: Callable[[A], A | None],
+    ) -> AsyncGenerator[A]:
+        """What is new of the answers, by `rest_of`, of those that one engine after the other gives."""
         is_alone = False
         async with AsyncExitStack() as turn:
             while True:
@@ -130,9 +149,9 @@ class Resender:
                         turn.callback(self._takes_new.set)
                     self._has_company = self._num_new[self._engine_number] > 0
                 try:
-                    async with aclosing(self._engine.generate(request)) as deltas:
-                        async for delta in deltas:
-                            fresh = losses.rest_of(delta)
+                    async with aclosing(ask(request)) as answers:
+                        async for answer in answers:
+                            fresh = rest_of(answer)
                             if is_alone and losses.is_further:
                                 is_alone = False
                                 await turn.aclose()

@@ -99,7 +99,7 @@ class JobRunner:
     async def _one(
         self, request: GenerateRequest, adapter: str | None, prompted: AdapterInfo | None, losses: EngineLosses
     ) -> AsyncGenerator[Delta]:
-        """One sequence with its texts and its trace's; `prompted` as in `Sequences.run`."""
+        """One sequence with its texts and its trace's; `prompted` as in `Sequences.generate`."""
         sampling = request.sampling
         detokenizer: Detokenizer | None = None
         if not sampling.detokenize:
@@ -108,7 +108,7 @@ class JobRunner:
         if request.speculation.trace:
             reader = self._tokenizer.detokenizer(request.prompt_token_ids, sampling.skip_special_tokens)
             traced = TracedText(reader)
-        async with aclosing(self._sequences.run(request, adapter, prompted, losses)) as deltas:
+        async with aclosing(self._sequences.generate(request, adapter, prompted, losses)) as deltas:
             async for delta in deltas:
                 if detokenizer is not None:
                     delta = _with_text(delta, detokenizer)

@@ -7,16 +7,17 @@ end would not be turns.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
 
 from ...errors import OverloadedError, UserError
 from ...messages import AdapterInfo, Delta, GenerateRequest
+from ...pooling_messages import Pooled, PoolRequest
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
-from ..engine_client.resending import EngineLosses, Resender, other_output
+from ..engine_client.resending import A, EngineLosses, R, Resender, other_output
 from .prompts import check_same_texts
 
 MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
@@ -29,18 +30,54 @@ class Sequences:
         self._resender = Resender(engine)
         self._store = store
 
-    async def run(
+    def generate(
         self, request: GenerateRequest, adapter: str | None, prompted: AdapterInfo | None, losses: EngineLosses
     ) -> AsyncGenerator[Delta]:
-        """What the engine says of it; its adapter is loaded again when it had to make room, or went with its engine.
+        """The deltas of one that generates.
 
         `prompted` is the adapter whose chat template and tokenizer made the prompt, if it did: they must be the same.
         """
+
+        def check(now: AdapterInfo, adapter_hash: str | None) -> None:
+            check_same_texts(adapter, prompted, now)
+            if losses.token_ids and now.content_hash != adapter_hash:
+                raise other_output()
+
+        return self._run(request, adapter, lambda again: self._resender.generate(again, losses), check)
+
+    def pool(self, request: PoolRequest, adapter: str | None) -> AsyncGenerator[Pooled]:
+        """The one answer of a text that is pooled.
+
+        The adapter must stay what it was: the texts of a request are answered by one, and checked for its kind.
+        """
+
+        def check(now: AdapterInfo, adapter_hash: str | None) -> None:
+            if now.content_hash != adapter_hash:
+                raise UserError(
+                    f"adapter {adapter!r} got other files while the request waited for it; send the request again",
+                    status=409,
+                    code="adapter_changed",
+                )
+
+        losses = EngineLosses(is_once=False)
+        return self._run(request, adapter, lambda again: self._resender.pool(again, losses), check)
+
+    async def _run(
+        self,
+        request: R,
+        adapter: str | None,
+        ask: Callable[[R], AsyncGenerator[A]],
+        check: Callable[[AdapterInfo, str | None], None],
+    ) -> AsyncGenerator[A]:
+        """What the engine says of it; its adapter is loaded again when it had to make room, or went with its engine.
+
+        `check` raises where the request must not go on with what the adapter is now; it had the content hash before.
+        """
         for attempt in range(MAX_RELOADS + 1):
             try:
-                async with aclosing(self._resender.generate(request, losses)) as deltas:
-                    async for delta in deltas:
-                        yield delta
+                async with aclosing(ask(request)) as answers:
+                    async for answer in answers:
+                        yield answer
                 return
             except UserError as error:
                 if error.code != "adapter_not_resident" or adapter is None:
@@ -53,7 +90,5 @@ class Sequences:
                     ) from None
             self._store.engine_lost(adapter, request.adapter_hash)
             now = await self._store.resolve(adapter, request.priority)
-            check_same_texts(adapter, prompted, now)
-            if losses.token_ids and now.content_hash != request.adapter_hash:
-                raise other_output()
+            check(now, request.adapter_hash)
             request = msgspec.structs.replace(request, adapter_hash=now.content_hash)
