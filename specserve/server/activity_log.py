@@ -11,21 +11,27 @@ import time
 from collections.abc import Awaitable, Callable
 
 from ..messages import Delta, EngineStats, Usage
+from ..pooling_messages import Pooled
 
 logger = logging.getLogger(__name__)
 SUMMARY_EVERY_S = 10.0
 
 
 class RequestLine:
-    """The line of one request; `failed` with a reason, or `ended` however it has ended."""
+    """The line of one request; `failed` with a reason, or `ended` however it has ended.
 
-    def __init__(self, request_id: str, model: str, num_sequences: int, key: str | None):
+    `generates`: or its sequences are texts that are pooled.
+    """
+
+    def __init__(self, request_id: str, model: str, num_sequences: int, key: str | None, generates: bool = True):
         self._name = f"{request_id}: {model!r}" + (f" for {key!r}" if key is not None else "")
         self._num_sequences = num_sequences
         self._start = time.monotonic()
         self._first_s: float | None = None
+        self._generates = generates
         self._num_generated = 0
         self._usages: list[Usage] = []
+        self._pooled: list[Pooled] = []
         self._finishes: list[str] = []
         self._outcome = "given up by the client"
 
@@ -40,12 +46,25 @@ class RequestLine:
         if len(self._finishes) == self._num_sequences:
             self._outcome = "+".join(sorted(set(self._finishes)))
 
+    def pooled(self, pooled: Pooled) -> None:
+        self._pooled.append(pooled)
+        if len(self._pooled) == self._num_sequences:
+            self._outcome = "pooled"
+
     def failed(self, reason: str) -> None:
         self._outcome = reason
 
     def ended(self) -> None:
-        prompt = sum(usage.prompt_tokens for usage in self._usages)
-        cached = sum(usage.cached_tokens for usage in self._usages)
+        ended = self._usages if self._generates else self._pooled
+        prompt = sum(each.prompt_tokens for each in ended)
+        cached = sum(each.cached_tokens for each in ended)
+        if not self._generates:
+            logger.info(
+                "%s: %s, %d of %d texts, %d tokens (%d cached), all in %.3f s",
+                *(self._name, self._outcome, len(self._pooled), self._num_sequences, prompt, cached),
+                time.monotonic() - self._start,
+            )
+            return
         accepted = sum(usage.accepted_draft_tokens for usage in self._usages)
         first = "none" if self._first_s is None else f"{self._first_s:.3f} s"
         logger.info(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .. import __version__
 from ..errors import UserError
 from ..messages import Delta, SamplingParams, Usage
+from ..pooling_messages import Pooled
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -43,6 +44,8 @@ class Traced(Protocol):
     def model(self) -> str: ...  # as the client named it
     @property
     def operation(self) -> str: ...  # of the conventions, where they have one for it
+    @property
+    def generates(self) -> bool: ...  # or its sequences are texts that are pooled
     @property
     def span_settings(self) -> Mapping[str, Any]: ...  # attributes that are its own
     @property
@@ -121,6 +124,8 @@ class Span:
         self._first_s: float | None = None
         self._finishes: list[str] = []
         self._usages: list[Usage] = []
+        self._generates = job.generates
+        self._pooled: list[Pooled] = []
         self._num_generated = 0
         self._num_sequences = len(job.prompt_lens)
         self._num_prompt_tokens = job.num_prompt_tokens
@@ -134,15 +139,23 @@ class Span:
         if delta.usage is not None:
             self._usages.append(delta.usage)
 
+    def pooled(self, pooled: Pooled) -> None:
+        self._pooled.append(pooled)
+
     def ended(self, failure: str | None) -> None:
         """`failure`: why, if it has failed; else it is complete, or its client has left."""
         from opentelemetry.trace import Status, StatusCode
 
-        if failure is None and len(self._finishes) < self._num_sequences:
+        if failure is None and len(self._finishes) + len(self._pooled) < self._num_sequences:
             failure = "client_disconnected"
         span, usages = self._span, self._usages
         span.set_attribute("gen_ai.usage.input_tokens", self._num_prompt_tokens)
-        span.set_attribute("gen_ai.usage.output_tokens", self._num_generated)
+        if self._generates:
+            span.set_attribute("gen_ai.usage.output_tokens", self._num_generated)
+        if self._pooled:
+            cached = sum(pooled.cached_tokens for pooled in self._pooled)
+            span.set_attribute("gen_ai.usage.cache_read.input_tokens", cached)
+            span.set_attribute("specserve.queue_s", max(pooled.queue_s for pooled in self._pooled))
         if self._finishes:
             span.set_attribute("gen_ai.response.finish_reasons", self._finishes)
         if usages:

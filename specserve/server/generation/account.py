@@ -15,6 +15,7 @@ from typing import Protocol
 
 from ...errors import DeadlineError, UserError
 from ...messages import Delta
+from ...pooling_messages import Pooled
 from ..access.caller import Caller
 from ..activity_log import RequestLine
 from ..adapter_store import AdapterStore
@@ -40,7 +41,7 @@ class Accountable(Traced, Protocol):
 
 
 class Account:
-    """Of one request, which all its deltas pass through."""
+    """Of one request, which all its answers pass through."""
 
     def __init__(self, end: float, watch: Watch, line: RequestLine, charge: TokenCharge):
         self.end = end  # of the event loop's time: it may not take longer
@@ -53,6 +54,12 @@ class Account:
         self._charge.delta(delta)
         if self._span is not None:
             self._span.delta(delta)
+
+    def pooled(self, idx: int, pooled: Pooled) -> None:
+        self._watch.pooled(idx, pooled)
+        self._line.pooled(pooled)
+        if self._span is not None:
+            self._span.pooled(pooled)
 
     def begin(self, span: Span | None) -> None:
         self._span = span
@@ -96,7 +103,7 @@ class Accounts:
         if job.deadline is not None:
             timeout_s = min(timeout_s, job.deadline - time.monotonic())
         watch = self._metrics.watch(model, lens)
-        line = RequestLine(job.id, model, len(lens), job.caller.key)
+        line = RequestLine(job.id, model, len(lens), job.caller.key, job.generates)
         charge = TokenCharge(job.caller.allowance, job.num_prompt_tokens, job.num_may_generate)
         account = Account(asyncio.get_running_loop().time() + timeout_s, watch, line, charge)
         failure: str | None = None

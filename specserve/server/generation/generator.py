@@ -47,7 +47,7 @@ from ..spans import Spans
 from .account import Accounts
 from .job import Job
 from .job_runner import JobRunner
-from .prompts import Prompts
+from .prompts import Prompts, check_generates
 from .sequences import Sequences
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ class Generator:
         adapter = direct_adapter(use, self.adapter_name(caller, request.model, request.adapter_id))
         await self._load_tool_adapters(use, caller, priority)
         tokenizer, adapter_info = await self.prompts.tokenizer_for(adapter, priority)
+        check_generates(adapter, adapter_info)
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
@@ -193,7 +194,7 @@ class Generator:
                 continue
             try:
                 caller.check_adapter(tool.adapter)
-                await self.store.resolve(tool.adapter, priority)
+                check_generates(tool.adapter, await self.store.resolve(tool.adapter, priority))
             except UserError as error:
                 message = f"x-adapter of tool {tool.name!r}: {error}"
                 raise UserError(message, param="tools", code=error.code, status=error.status) from None

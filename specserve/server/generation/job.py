@@ -58,6 +58,10 @@ class Job:
         return limit * len(self.requests)
 
     @property
+    def generates(self) -> bool:
+        return True
+
+    @property
     def operation(self) -> str:
         """Its name in traces."""
         return "chat" if self.is_chat else "text_completion"

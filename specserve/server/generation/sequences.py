@@ -18,7 +18,7 @@ from ...pooling_messages import Pooled, PoolRequest
 from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..engine_client.resending import A, EngineLosses, R, Resender, other_output
-from .prompts import check_same_texts
+from .prompts import check_generates, check_same_texts
 
 MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
 
@@ -40,6 +40,7 @@ class Sequences:
 
         def check(now: AdapterInfo, adapter_hash: str | None) -> None:
             check_same_texts(adapter, prompted, now)
+            check_generates(adapter, now)
             if losses.token_ids and now.content_hash != adapter_hash:
                 raise other_output()
 

@@ -1,7 +1,8 @@
-"""What is measured of requests as their deltas pass: latencies, tokens, and how they end. Names are vLLM's.
+"""What is measured of requests as their answers pass: latencies, tokens, and how they end. Names are vLLM's.
 
-Each sequence counts, as each of vLLM's engine requests does. `model_name` is the base model's name and `engine` 0,
-again as vLLM has them; `model` is the name that was asked for, an adapter's or the base model's.
+Each sequence counts, and each text that is pooled, as each of vLLM's engine requests does. `model_name` is the base
+model's name and `engine` 0, again as vLLM has them; `model` is the name that was asked for, an adapter's or the base
+model's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 from ...messages import Delta, Usage
+from ...pooling_messages import Pooled
 from .families import INTER_TOKEN_BUCKETS, REQUEST_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, Families
 
 LABELS = ("model_name", "engine")
@@ -28,7 +30,10 @@ class RequestFamilies:
             "inter_token_latency_seconds", "mean gap of a delta's tokens", INTER_TOKEN_BUCKETS, *of_model
         )
         self.e2e = families.histogram(
-            "e2e_request_latency_seconds", "from admission to the last token", REQUEST_BUCKETS, *of_model
+            "e2e_request_latency_seconds",
+            "from admission to the last token, or the values of a text",
+            REQUEST_BUCKETS,
+            *of_model,
         )
         self.prompt_tokens = families.counter("prompt_tokens", "prompt tokens, cached ones included", *of_model)
         self.generation_tokens = families.counter("generation_tokens", "tokens generated", *of_model)
@@ -49,7 +54,7 @@ class RequestFamilies:
         )
         self.success = families.counter(
             "request_success",
-            "sequences by how they ended; abort: the client left, error: they failed or were refused",
+            "sequences and texts by how they ended; abort: the client left, error: they failed or were refused",
             *LABELS,
             "finished_reason",
         )
@@ -91,6 +96,12 @@ class Watch:
             if delta.usage is not None:
                 self._ended(now, self._first[idx] or now, delta.usage)
 
+    def pooled(self, idx: int, pooled: Pooled) -> None:
+        self._num_open -= 1
+        self._finished("stop")
+        self._families.prompt_tokens.labels(*self._labels).inc(self._prompt_lens[idx])
+        self._whole(time.monotonic(), pooled.queue_s, pooled.prompt_tokens)
+
     def failed(self) -> None:
         """What has not ended yet ends with an error."""
         self._has_failed = True
@@ -105,9 +116,13 @@ class Watch:
 
     def _ended(self, now: float, first: float, usage: Usage) -> None:
         families, labels = self._families, self._labels[:2]
-        families.e2e.labels(*self._labels).observe(now - self._start)
-        families.queue_time.labels(*labels).observe(usage.queue_s)
-        families.request_prompt_tokens.labels(*labels).observe(usage.prompt_tokens)
+        self._whole(now, usage.queue_s, usage.prompt_tokens)
         families.request_generation_tokens.labels(*labels).observe(usage.completion_tokens)
         if usage.completion_tokens > 1:
             families.time_per_token.labels(*labels).observe((now - first) / (usage.completion_tokens - 1))
+
+    def _whole(self, now: float, queue_s: float, prompt_tokens: int) -> None:
+        families, labels = self._families, self._labels[:2]
+        families.e2e.labels(*self._labels).observe(now - self._start)
+        families.queue_time.labels(*labels).observe(queue_s)
+        families.request_prompt_tokens.labels(*labels).observe(prompt_tokens)
