@@ -114,6 +114,8 @@ def test_examples_are_the_shortest_prompts_with_titles_of_their_own(tmp_path):
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}],
     }
     assert examples[1]["messages"][-1]["content"] == "Task:\nword " and examples[2]["title"] == "word word"
+    write_examples(tmp_path, given[:1], None)
+    assert json.loads((tmp_path / "examples.json").read_text()) == examples  # somebody may have chosen them
 
 
 def test_examples_stay_within_their_bytes_and_none_is_no_file(tmp_path):

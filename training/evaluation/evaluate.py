@@ -73,7 +73,7 @@ def evaluate_directory(
     report: dict[str, Any] = {
         "rows": len(examples),
         "data": str(data),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {engine.info.device}",
+        "hardware": f"{platform.machine()}, {_threads(torch.get_num_threads())}, {engine.info.device}",
         "dtype": engine.info.dtype,
         "task": task_metrics([a.text for a in plain.answers], gold),
         "task_with_drafts": task_metrics([a.text for a in drafted.answers], gold),
@@ -97,6 +97,10 @@ def evaluate_directory(
     write_report(directory, report, shaded_answers(engine, adapter.content_hash, examples, tokenizer, max_tokens))
     write_examples(directory, held_out, system)
     return report
+
+
+def _threads(num: int) -> str:
+    return "1 thread" if num == 1 else f"{num} threads"
 
 
 def _endless(answers: Answers, examples: Sequence[Example], max_tokens: int) -> dict[str, float]:

@@ -26,8 +26,11 @@ _MOST_SHADED_TOKENS = 256  # of each
 def write_examples(directory: Path, rows: Sequence[Row], system: str | None) -> None:
     """The shortest prompts of `rows`, each with a title. No file is written where nothing fits.
 
+    Nor over one that is there: somebody may have chosen its prompts.
     Rows with tools or other roles than a page shows are left out: they ask for more than text.
     """
+    if (directory / EXAMPLES_FILE).exists():
+        return
     conversations = [row.conversation if system is None else row.conversation.with_system(system) for row in rows]
     prompts = []
     for conversation in conversations:
