@@ -1,4 +1,4 @@
-"""Who may have guessed a token, as people see it: names and colours, the same on a terminal, a page and in a report.
+"""Who may have guessed a token, as people see it: names, sentences, colours; the same on a page and in a report.
 
 The server's page has its own copy (server/page/sources.js, base.css), which a test holds to this one. Colours are after
 Okabe and Ito, to be told apart by the colour-blind; each has an underline of its own beside.
@@ -24,23 +24,23 @@ class Source:
 
 SOURCES = {
     "head": Source(
-        "lookahead head", "the network that was trained with the LoRA",
+        "lookahead head", "guessed by the network that was trained with the LoRA",
         ("#d9e6ff", "#1f5fd0"), ("#1d3768", "#84acff"), "solid",
     ),
     "history": Source(
-        "task history", "what answers of the task look like",
+        "task history", "guessed from what the adapter wrote before",
         ("#d0f2e4", "#007a5a"), ("#104438", "#4fd0a5"), "double",
     ),
     "ngram": Source(
-        "n-gram", "the text so far, repeated",
+        "n-gram", "guessed from what stands before in prompt and output",
         ("#fdeac2", "#a66300"), ("#4a3710", "#f0b850"), "dotted",
     ),
     "prediction": Source(
-        "prediction", "what the client expected",
+        "prediction", "taken from the expected output",
         ("#f8dcec", "#ad3379"), ("#4e2241", "#f08cc5"), "wavy",
     ),
     "grammar": Source(
-        "grammar", "what the grammar leaves no choice about",
+        "grammar", "all that the grammar leaves room for",
         ("#e6e6e3", "#565a66"), ("#3a3d47", "#b9bdca"), "dashed",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Names and colours of sources: the page's copies are the table's."""
+"""Names, sentences and colours of sources: the page's copies are the table's."""
 
 import re
 
@@ -12,10 +12,11 @@ from specserve.messages import TARGET
 PAGE = ROOT / "specserve" / "server" / "page"
 
 
-def test_the_page_has_the_same_names_in_the_same_order():
+def test_the_page_has_the_same_names_and_sentences_in_the_same_order():
     script = (PAGE / "sources.js").read_text(encoding="utf-8")
-    named = re.findall(r'^  (\w+): \{ name: "([^"]+)", says', script, re.MULTILINE)
-    assert named == [(source, source_name(source)) for source in (TARGET, *SOURCES)]
+    (model, *found) = re.findall(r'^  (\w+): \{ name: "([^"]+)", says: "([^"]+)"', script, re.MULTILINE)
+    assert found == [(key, source.name, source.what) for key, source in SOURCES.items()]
+    assert model[:2] == (TARGET, source_name(TARGET))
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -3,11 +3,11 @@ import { el } from "./dom.js";
 
 export const SOURCES = {
   target: { name: "model", says: "drawn by the model itself, without a draft" },
-  head: { name: "lookahead head", says: "guessed by the adapter's lookahead head" },
+  head: { name: "lookahead head", says: "guessed by the network that was trained with the LoRA" },
   history: { name: "task history", says: "guessed from what the adapter wrote before" },
   ngram: { name: "n-gram", says: "guessed from what stands before in prompt and output" },
   prediction: { name: "prediction", says: "taken from the expected output" },
-  grammar: { name: "grammar", says: "the only one that the schema allows" },
+  grammar: { name: "grammar", says: "all that the grammar leaves room for" },
 };
 
 /** A source that this page does not know is shown as the model's, under its own name. */
