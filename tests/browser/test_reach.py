@@ -5,6 +5,7 @@ from page_driver import PATIENCE_MS, Playground, figure_of
 
 VIEWS = ("playground", "board", "adapters")
 MAX_BYTES = 300_000
+MAX_PAINT_MS = 1000
 
 
 def violations(page) -> list[str]:
@@ -108,8 +109,19 @@ def test_the_page_is_small_and_asks_nobody_else(server, browser):
     assert all(url.startswith(server.url) for url in bodies)
     files = [response.body() for url, response in list(bodies.items()) if "/ui/" in url or url == server.url + "/"]
     assert len(files) > 10 and sum(map(len, files)) < MAX_BYTES
-    (paint,) = page.evaluate("performance.getEntriesByName('first-contentful-paint').map((entry) => entry.startTime)")
-    assert paint > 0
     page.goto(server.url)
     assert figure_of(Playground(page).ask("Hello", max_tokens=3)[0], "tokens") == "3"
     context.close()
+
+
+def test_the_first_paint_takes_less_than_a_second(server, browser):
+    """The fastest of some loads with nothing cached: another process may hold the cores in any single one."""
+    paints = []
+    while len(paints) < 10 and min(paints, default=MAX_PAINT_MS) >= MAX_PAINT_MS:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(server.url)
+        found = page.wait_for_function("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
+        paints.append(found.json_value())
+        context.close()
+    assert min(paints) < MAX_PAINT_MS, paints
