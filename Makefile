@@ -22,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-com
 TWO_PROCESSES := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test test-all browser churn soak abuse gpu conformance lint audit docs format clean
+.PHONY: help install pull serve test test-all browser pictures churn soak abuse gpu conformance lint audit docs format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ test-all: $(TEST_INSTALLED)  ## run the slow tests too, all but those for a GPU
 
 browser: $(BROWSER_INSTALLED)  ## test the page in Chromium; installs that with apt where there is none, and playwright, for make test too
 	$(BIN)/python -m pytest -n 0 -m 'not gpu' tests/browser $(ARGS)
+
+pictures: $(BROWSER_INSTALLED)  ## take the pictures of docs/images again, some minutes on a quiet machine
+	$(BIN)/specserve pull
+	PYTHONPATH=tests/fixtures:. $(BIN)/python tests/browser/screenshots.py $(ARGS)
 
 conformance: $(TEST_INSTALLED) $(CLIENTS_INSTALLED)  ## run other projects' clients, each in an environment of its own
 	$(BIN)/python -m pytest -m slow tests/conformance $(ARGS)

@@ -1,7 +1,7 @@
-"""Takes the pictures of docs/images from a server of the default model with the demo adapters; the machine be quiet.
+"""Takes the pictures of docs/images: `make pictures`, on a quiet machine.
 
-make serve                                                     # in another terminal
-PYTHONPATH=tests/fixtures:. .venv/bin/python tests/browser/screenshots.py
+A server of the default model with the demo adapters, as `make serve` starts it; each view in both themes. The report is
+that of the adapter whose answers the playground shows.
 """
 
 import json
@@ -12,11 +12,16 @@ import click
 import requests
 from page_driver import PATIENCE_MS, Playground, chromium
 from places import EXAMPLES, ROOT
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
+from server_fixture import ServerProcess
 
-ADAPTERS = ("debtags", "control2json", "summary", "debtags")
-BOARD_S = 60  # of load before the board's picture
+from specserve.model.store import resolve_model
+
+SHOWN = "debtags"
+ADAPTERS = (SHOWN, "control2json", "summary", SHOWN)
 SIZE = {"width": 1280, "height": 940}
+ADAPTERS_SIZE = {"width": 1280, "height": 520}
+REPORT_SIZE = {"width": 1280, "height": 1640}  # down to the first plots
 
 
 def messages_of(adapter: str) -> list[list[dict]]:
@@ -34,46 +39,78 @@ def load(url: str, adapter: str, stop: threading.Event) -> None:
             requests.post(f"{url}/v1/chat/completions", json=body, timeout=600).raise_for_status()
 
 
-def playground(page, path: Path) -> None:
-    play = Playground(page).set(model="debtags", beside=" race")
+def playground(page: Page, path: Path) -> None:
+    play = Playground(page).set(model=SHOWN, beside=" race")
     page.evaluate("document.querySelector('#settings .more').open = false")
-    page.get_by_role("button", name="libsox-fmt-alsa").click()
+    page.locator("#examples button").first.click()
     play.send(page.locator("#prompt").input_value())
     page.locator(".verdict").wait_for()
     page.evaluate("scrollTo(0, 0)")
-    if (struck := page.locator(".output .struck")).count():
-        struck.nth(min(1, struck.count() - 1)).hover()
+    cards = []
+    for idx in range((struck := page.locator(".output .struck")).count()):
+        struck.nth(idx).hover()
         page.locator("#card del").first.wait_for()
+        cards.append((page.locator("#card").bounding_box()["height"], idx))
+    if cards:
+        struck.nth(min(cards)[1]).hover()  # the card that hides least
+        page.wait_for_timeout(500)
     page.screenshot(path=path)
 
 
-def board(page, url: str, path: Path) -> None:
+def board(page: Page, url: str, path: Path, load_s: float) -> None:
     stop = threading.Event()
     threads = [threading.Thread(target=load, args=(url, adapter, stop)) for adapter in ADAPTERS]
     for thread in threads:
         thread.start()
     page.evaluate("location.hash = '#board'")
-    page.wait_for_timeout(1000 * BOARD_S)
+    page.wait_for_timeout(1000 * load_s)
     page.screenshot(path=path, full_page=True)
     stop.set()
     for thread in threads:
         thread.join()
 
 
-@click.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True)
+def adapters(page: Page, path: Path) -> None:
+    page.set_viewport_size(ADAPTERS_SIZE)
+    page.evaluate("location.hash = '#adapters'")
+    page.locator("#view-adapters article").nth(len(set(ADAPTERS)) - 1).wait_for()
+    page.screenshot(path=path)
+
+
+def report(page: Page, url: str, path: Path) -> None:
+    page.set_viewport_size(REPORT_SIZE)
+    response = page.goto(f"{url}/v1/adapters/{SHOWN}/report")
+    if response is None or not response.ok:
+        raise click.ClickException(f"{SHOWN} has no report.html: specserve eval writes it")
+    page.screenshot(path=path)
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--adapters-dir", type=click.Path(exists=True, file_okay=False), default=str(EXAMPLES / "adapters"))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "docs" / "images")
-def main(url: str, out: Path) -> None:
+@click.option("--load-s", type=float, default=60, help="Seconds of load before the board's picture.")
+def main(adapters_dir: str, out: Path, load_s: float) -> None:
     out.mkdir(exist_ok=True)
+    flags = ("--dtype", "auto", "--kv-cache-gib", "0.5", "--num-threads", "2", "--adapters-dir", adapters_dir)
+    server = ServerProcess(resolve_model(""), *flags).wait_ready()
+    try:
+        take(server.url, out, load_s)
+    finally:
+        server.stop()
+
+
+def take(url: str, out: Path, load_s: float) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         for theme, suffix in (("light", ""), ("dark", "-dark")):
             page = browser.new_page(viewport=SIZE, color_scheme=theme)
             page.set_default_timeout(4 * PATIENCE_MS)
             page.goto(url)
-            page.locator("[name=model] option[value=debtags]").wait_for(state="attached")
+            page.locator(f"[name=model] option[value={SHOWN}]").wait_for(state="attached")
             playground(page, out / f"playground{suffix}.png")
-            board(page, url, out / f"board{suffix}.png")
+            board(page, url, out / f"board{suffix}.png", load_s)
+            adapters(page, out / f"adapters{suffix}.png")
+            report(page, url, out / f"report{suffix}.png")
             page.close()
         browser.close()
 
