@@ -178,6 +178,13 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(ge=0, description="memory for responses of /v1/responses, to be read and continued, MiB; 0 keeps none"),
     ] = 0.0
     store_responses_s: Annotated[float, Meta(gt=0, description="seconds that they are kept")] = 3600.0
+    batch_dir: Annotated[
+        Text | None,
+        Meta(description="folder for what /v1/files and /v1/batches keep; default: no batches"),
+    ] = None
+    batch_disk_gib: Annotated[float, Meta(gt=0, description="disk for them, answers included, GiB")] = 10.0
+    batch_max_file_mib: Annotated[float, Meta(gt=0, description="largest file that may be uploaded, MiB")] = 200.0
+    batch_max_rows: Annotated[int, Meta(ge=1, description="rows of one batch")] = 50_000
     metrics_prefix: Annotated[
         Literal["specserve", "vllm"],
         Meta(description="what names in /metrics begin with; vllm: as vLLM's own, for its dashboards and routers"),

@@ -31,6 +31,7 @@ from .activity_log import summarize
 from .adapter_routes import AdapterRoutes
 from .adapter_store import AdapterStore
 from .banner import banner
+from .batches.api import BatchRoutes
 from .connections import Connections, raise_handle_limit
 from .console import say, settle
 from .engine_client.client import EngineClient, engine_command
@@ -78,6 +79,7 @@ class Server:
         self.stats = StatsRoutes(self.engine, self.model_name, self.keys, config.write_timeout_s)
         self.certificate = certificate_of(config)
         self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
+        self.batches = BatchRoutes(config, self.engine, self.keys, lambda: self.middlewares.num_in_flight)
         self.page = PageFiles()
         self._openapi_body = msgspec.json.encode(openapi_document())
 
@@ -88,10 +90,15 @@ class Server:
             self.config, self.engine, self.store, tokenizer, self.model_name, self.metrics, self.spans
         )
 
+        async def start(_: web.Application) -> None:
+            await self.batches.start(openai.answers() | responses.answers())
+
         async def close(_: web.Application) -> None:
+            await self.batches.close()
             responses.close()
             await generator.close()
 
+        app.on_startup.append(start)
         app.on_cleanup.append(close)
         own = {
             "health": self._health,
@@ -103,8 +110,8 @@ class Server:
             "openapi": self._openapi,
         }
         adapters = AdapterRoutes(self.store, self.fetcher, self.engine, self.config.read_timeout_s)
-        responses = ResponsesRoutes(generator)
-        others = (OpenAIRoutes(generator), responses, LoraxRoutes(generator), adapters, self.stats)
+        openai, responses = OpenAIRoutes(generator), ResponsesRoutes(generator)
+        others = (openai, responses, LoraxRoutes(generator), adapters, self.stats, self.batches)
         add_routes(app, own | {name: handler for routes in others for name, handler in routes.handlers().items()})
         return app
 
@@ -182,6 +189,7 @@ class Server:
     async def _drain(self) -> None:
         self.middlewares.draining = True
         self.stats.feed.close()  # its listeners would stay for ever
+        await self.batches.stop()  # what runs of them is done again by the next start
         deadline = asyncio.get_running_loop().time() + self.config.drain_timeout_s
         while self.middlewares.num_in_flight and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)

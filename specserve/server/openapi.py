@@ -20,9 +20,9 @@ DESCRIPTIONS = {
     400: "a field that is missing, unknown, out of range or not served; an adapter that cannot be served",
     401: "no valid key",
     403: "this host, origin or path is not allowed",
-    404: "no such model or adapter",
+    404: "no such model, adapter, file or batch",
     408: "the body came too slowly",
-    409: "the name is taken",
+    409: "the name is taken, the file is in use, or the batch has ended",
     413: "the body is too large",
     415: "the content type or encoding is not accepted",
     422: "a field that is missing, unknown, out of range or not served",
@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     502: "an adapter's source fails",
     503: "the engine is starting, the server shuts down, or a disk is away; retry after a while",
     504: "the request took too long",
+    507: "the disk of files and batches is full",
 }
 _VARIABLE = re.compile(r"\{(\w+):[^}]*\}")
 
@@ -123,7 +124,7 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
     if route.body is not None:
         operation["requestBody"] = {
             "required": True,
-            "content": {"application/json": media(*_alternatives(route.body))},
+            "content": {route.body_media: media(*_alternatives(route.body))},
         }
     return operation
 

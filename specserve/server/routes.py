@@ -13,6 +13,17 @@ from typing import Any, Literal
 from aiohttp import web
 
 from .access.caller import Caller
+from .batches.types import (
+    Batch,
+    BatchList,
+    BatchQuery,
+    BatchRequest,
+    FileDeleted,
+    FileList,
+    FileObject,
+    FileQuery,
+    FileUpload,
+)
 from .lorax.types import (
     LoraxInfo,
     LoraxRequest,
@@ -67,7 +78,7 @@ class Route:
 
     `body`, `answer` and `events` are types: of the request, of the JSON answer (None: text), and of a stream's events;
     several are alternatives. `query`: a type of text fields, the parameters.
-    `media`: what else the answer may be. `statuses` are those of errors, and 304.
+    `media`: what else the answer may be, `body_media` what the body is. `statuses` are those of errors, and 304.
     `access`: open to everyone; with a key that may generate, where something is posted,
     or with any; with one for administration. `info` and `metrics` are open, or with any key and one for metrics, as
     --open-info says.
@@ -84,6 +95,7 @@ class Route:
     events: Any = None
     query: Any = None
     media: tuple[str, ...] = ()
+    body_media: str = "application/json"
     access: Access = "key"
     errors: Literal["openai", "lorax"] = "openai"
     has_done: bool = True  # whether [DONE] ends a stream of OpenAI's
@@ -109,6 +121,31 @@ ROUTES = (
     Route(
         "DELETE", "/v1/responses/{response_id:[^/]+}", "delete_response", "Forget it", (*GET, 404),
         answer=DeletedResponse,
+    ),
+    Route(
+        "POST", "/v1/files", "upload_file", "Keep a file of rows for a batch", (*POST, 404, 507),
+        FileUpload, FileObject, body_media="multipart/form-data",
+    ),
+    Route(
+        "GET", "/v1/files", "files", "The files of the key", (400, *GET, 404), answer=FileList, query=FileQuery
+    ),
+    Route("GET", "/v1/files/{file_id:[^/]+}", "file", "One of them", (*GET, 404), answer=FileObject),
+    Route(
+        "GET", "/v1/files/{file_id:[^/]+}/content", "file_content", "What is in it", (*GET, 404),
+        media=("application/octet-stream",),
+    ),
+    Route("DELETE", "/v1/files/{file_id:[^/]+}", "delete_file", "Delete it", (*GET, 404, 409), answer=FileDeleted),
+    Route(
+        "POST", "/v1/batches", "create_batch", "Answer the rows of a file, behind all other requests",
+        (*POST, 404, 507), BatchRequest, Batch,
+    ),
+    Route(
+        "GET", "/v1/batches", "batches", "The batches of the key", (400, *GET, 404), answer=BatchList, query=BatchQuery
+    ),
+    Route("GET", "/v1/batches/{batch_id:[^/]+}", "batch", "One of them", (*GET, 404), answer=Batch),
+    Route(
+        "POST", "/v1/batches/{batch_id:[^/]+}/cancel", "cancel_batch", "End it before all rows are answered",
+        (*POST, 404, 409, 507), answer=Batch,
     ),
     Route("GET", "/v1/models", "models", "The base model and its adapters", (*GET, 503), answer=ModelList),
     Route("GET", "/v1/models/{model:.+}", "model", "One of them", (400, *GET, 404, 503), answer=Model),

@@ -95,3 +95,17 @@ def test_seed_user_and_metadata_change_nothing_but_are_accepted(server):
     )
     assert first == second
     assert_error(server.post(TEXT, {**SAMPLED, "suffix": "end"}), 400, "suffix", param="suffix")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("get", "/v1/files"),
+        ("get", "/v1/files/file-1/content"),
+        ("get", "/v1/batches/batch_1"),
+        ("post", "/v1/batches/batch_1/cancel"),
+    ],
+)
+def test_a_server_without_a_folder_for_batches_names_the_flag(server, method, path):
+    body = ({},) if method == "post" else ()
+    assert_error(getattr(server, method)(path, *body), 404, "--batch-dir")

@@ -1,0 +1,157 @@
+"""The folder of --batch-dir: who may use it, what lies in it, and how much.
+
+    lock            held by the server that uses it
+    state.sqlite3   files and batches, and answers of batches that run (`store.py`)
+    files/ID        the content of a file
+    incoming/ID     content that is being written
+
+A file's content is whole: it is moved in when it is on the disk, before the database knows of it. What the database
+does not know when the folder is opened was never told to anybody, and goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import sqlite3
+import threading
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ...errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ID = re.compile(r"file-[0-9a-f]{32}")
+
+
+class DiskFullError(UserError):
+    """There is no room, of the disk or of what may be used of it."""
+
+    status = 507
+    type = "server_error"
+    code = "insufficient_storage"
+
+
+class BatchDir:
+    """Raises `UserError` where the folder cannot be used, or another process uses it."""
+
+    def __init__(self, path: Path, max_bytes: int):
+        self.path, self.max_bytes = path, max_bytes
+        self._num_bytes = 0
+        self._counting = threading.Lock()
+        self._files, self._incoming = path / "files", path / "incoming"
+        try:
+            for folder in (path, self._files, self._incoming):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UserError(f"--batch-dir {str(path)!r} cannot be used: {error.strerror}", param="batch_dir") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise UserError(
+                f"--batch-dir {str(path)!r} is used by another process; give each server its own", param="batch_dir"
+            ) from None
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def file(self, file_id: str) -> Path:
+        return self._files / file_id
+
+    def tidy(self, known: Collection[str]) -> None:
+        """Delete files of ours that nobody knows."""
+        for path in (*self._incoming.iterdir(), *self._files.iterdir()):
+            if _ID.fullmatch(path.name) and (path.parent == self._incoming or path.name not in known):
+                path.unlink()
+
+    def delete(self, file_id: str) -> None:
+        self.file(file_id).unlink(missing_ok=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is kept."""
+        return self._num_bytes
+
+    def begin_with(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+
+    def count(self, num_bytes: int) -> None:
+        """So many more are kept, or fewer. Raises `DiskFullError` where there is no room for more."""
+        with self._counting:
+            if num_bytes > 0 and self._num_bytes + num_bytes > self.max_bytes:
+                raise DiskFullError(
+                    f"files and answers take {self._num_bytes} of {self.max_bytes} bytes (--batch-disk-gib), and "
+                    f"{num_bytes} more are needed; delete files that are not needed any more"
+                )
+            self._num_bytes += num_bytes
+
+    def incoming(self) -> Incoming:
+        file_id = f"file-{uuid.uuid4().hex}"
+        return Incoming(self, file_id, self._incoming / file_id)
+
+
+class Incoming:
+    """Content of a new file. What nobody has `kept` when it is closed is deleted."""
+
+    def __init__(self, folder: BatchDir, file_id: str, path: Path):
+        self.id = file_id
+        self.num_bytes = 0
+        self._folder, self._path = folder, path
+        self._file = path.open("xb")
+        self._is_kept = False
+
+    def write(self, data: bytes) -> None:
+        """Raises `DiskFullError`."""
+        self._folder.count(len(data))
+        self.num_bytes += len(data)
+        with no_room_as_error():
+            self._file.write(data)
+
+    def finish(self) -> None:
+        """Put it in its place, whole and on the disk. Raises `DiskFullError`."""
+        with no_room_as_error():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            place = self._folder.file(self.id)
+            os.replace(self._path, place)
+            self._path = place
+            folder = os.open(place.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def kept(self) -> None:
+        """The database knows of it."""
+        self._is_kept = True
+
+    def close(self) -> None:
+        with suppress(DiskFullError), no_room_as_error():  # of what was not written yet
+            self._file.close()
+        if not self._is_kept:
+            self._path.unlink(missing_ok=True)
+            self._folder.count(-self.num_bytes)
+
+
+@contextmanager
+def no_room_as_error() -> Iterator[None]:
+    """Whoever writes to a full disk within gets a `DiskFullError`."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        is_full = error.errno in _FULL if isinstance(error, OSError) else _code(error) == sqlite3.SQLITE_FULL
+        if not is_full:
+            raise
+        raise DiskFullError("the disk of --batch-dir is full; make room on it") from None
+
+
+def _code(error: sqlite3.OperationalError) -> int:
+    """SQLite's primary result code; 0 where the module itself complains."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -1,0 +1,305 @@
+"""Files and batches, and the answers of rows, in SQLite: what outlives the server.
+
+Everything here belongs to an owner, the name of the key that made it, and does not exist for others. One thread calls
+all of it but `write_output`. A row's answer and the batch's counts are one transaction, as are the end of a batch, its
+output files and the removal of its answers; so a row is answered once, whenever the process ends. In WAL mode a
+transaction outlives the process; a loss of power may take the last ones, whose rows then run again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+
+import msgspec
+
+from ...errors import OverloadedError, UserError
+from .disk import BatchDir, Incoming, no_room_as_error
+from .types import Batch, BatchUsage, FileObject, Purpose
+
+MAX_OPEN_BATCHES = 100  # of an owner
+MAX_OWN_FILES = 10_000
+KEEP_S = 30 * 86400  # files, unless they say otherwise, and batches after their end
+
+_SCHEMA = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS files (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, purpose TEXT NOT NULL,
+    expires_at INTEGER NOT NULL, num_bytes INTEGER NOT NULL, file BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS batches (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, is_open INTEGER NOT NULL,
+    input_id TEXT NOT NULL, keep_output_s INTEGER NOT NULL, forgotten_at INTEGER NOT NULL, batch BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS answers (
+    batch INTEGER NOT NULL, line INTEGER NOT NULL, is_failure INTEGER NOT NULL, answer BLOB NOT NULL,
+    PRIMARY KEY (batch, line)
+);
+CREATE INDEX IF NOT EXISTS files_of ON files (owner, number);
+CREATE INDEX IF NOT EXISTS batches_of ON batches (owner, number);
+"""
+
+
+class OpenBatch(msgspec.Struct, frozen=True):
+    """A batch that has not ended, and what its owner does not see of it."""
+
+    number: int
+    owner: str
+    keep_output_s: int
+    batch: Batch
+
+
+class BatchStore:
+    """Of one folder. Raises `UserError` where that cannot be used."""
+
+    def __init__(self, folder: BatchDir, clock: Callable[[], float] = time.time):
+        self.folder, self._clock = folder, clock
+        self._path = folder.path / "state.sqlite3"
+        try:
+            self._db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+            self._db.executescript(_SCHEMA)
+            known = {file_id for (file_id,) in self._db.execute("SELECT id FROM files")}
+            folder.tidy(known)
+            folder.begin_with(
+                sum(
+                    self._db.execute(query).fetchone()[0] or 0
+                    for query in ("SELECT SUM(num_bytes) FROM files", "SELECT SUM(LENGTH(answer)) FROM answers")
+                )
+            )
+        except (OSError, sqlite3.Error) as error:
+            folder.close()
+            raise UserError(f"the state of --batch-dir, {self._path}, cannot be read: {error}") from None
+
+    def close(self) -> None:
+        self._db.close()
+        self.folder.close()
+
+    @property
+    def now(self) -> int:
+        """Seconds since 1970."""
+        return int(self._clock())
+
+    # -- files
+
+    def add_file(self, owner: str, content: Incoming, filename: str, purpose: Purpose, keep_s: int) -> FileObject:
+        """Of content that is in its place. Raises `UserError` where the owner has too many."""
+        (num,) = self._db.execute("SELECT COUNT(*) FROM files WHERE owner = ?", (owner,)).fetchone()
+        if num >= MAX_OWN_FILES and purpose == "batch":
+            raise OverloadedError(f"there are {num} files of this key, which is as many as it may have; delete some")
+        file = FileObject(
+            id=content.id,
+            bytes=content.num_bytes,
+            created_at=self.now,
+            expires_at=self.now + keep_s,
+            filename=filename,
+            purpose=purpose,
+        )
+        with no_room_as_error():
+            self._db.execute(
+                "INSERT INTO files (id, owner, purpose, expires_at, num_bytes, file) VALUES (?, ?, ?, ?, ?, ?)",
+                (content.id, owner, purpose, file.expires_at, content.num_bytes, msgspec.json.encode(file)),
+            )
+        return file
+
+    def file(self, owner: str, file_id: str) -> FileObject | None:
+        query = "SELECT file FROM files WHERE owner = ? AND id = ? AND expires_at > ?"
+        found = self._db.execute(query, (owner, file_id, self.now)).fetchone()
+        return None if found is None else msgspec.json.decode(found[0], type=FileObject)
+
+    def files(
+        self, owner: str, after: str | None, limit: int, is_newest_first: bool, purpose: str | None
+    ) -> list[FileObject] | None:
+        """At most `limit`; None where `after` is no file."""
+        query = "SELECT file FROM files WHERE owner = ? AND expires_at > ?"
+        values: list[str | int] = [owner, self.now]
+        if purpose is not None:
+            query, values = f"{query} AND purpose = ?", [*values, purpose]
+        found = self._page(query, values, "files", owner, after, limit, is_newest_first)
+        return None if found is None else [msgspec.json.decode(blob, type=FileObject) for blob in found]
+
+    def delete_file(self, owner: str, file_id: str) -> bool:
+        """Says whether it was there. Raises `UserError` while a batch reads it."""
+        found = self.file(owner, file_id)
+        if found is None:
+            return False
+        query = "SELECT id FROM batches WHERE input_id = ? AND is_open"
+        if (reader := self._db.execute(query, (file_id,)).fetchone()) is not None:
+            raise UserError(
+                f"file {file_id!r} is read by {reader[0]}; cancel that first, or wait for its end",
+                param="file_id",
+                status=409,
+                code="file_in_use",
+            )
+        self._forget_file(file_id, found.bytes)
+        return True
+
+    def _forget_file(self, file_id: str, num_bytes: int) -> None:
+        self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        self.folder.delete(file_id)
+        self.folder.count(-num_bytes)
+
+    def forget_old(self) -> None:
+        """Delete files whose time is over and that no batch reads, and batches that ended long ago."""
+        query = (
+            "SELECT id, num_bytes FROM files WHERE expires_at <= ? "
+            "AND NOT EXISTS (SELECT 1 FROM batches WHERE input_id = files.id AND is_open)"
+        )
+        for file_id, num_bytes in self._db.execute(query, (self.now,)).fetchall():
+            self._forget_file(file_id, num_bytes)
+        self._db.execute("DELETE FROM batches WHERE NOT is_open AND forgotten_at <= ?", (self.now,))
+
+    # -- batches
+
+    def add_batch(self, owner: str, batch: Batch, keep_output_s: int) -> OpenBatch:
+        """Raises `UserError` where the owner has too many that are open."""
+        query = "SELECT COUNT(*) FROM batches WHERE owner = ? AND is_open"
+        (num,) = self._db.execute(query, (owner,)).fetchone()
+        if num >= MAX_OPEN_BATCHES:
+            raise OverloadedError(f"{num} batches of this key have not ended, as many as may be; wait for one's end")
+        with no_room_as_error():
+            added = self._db.execute(
+                "INSERT INTO batches (id, owner, is_open, input_id, keep_output_s, forgotten_at, batch) "
+                "VALUES (?, ?, 1, ?, ?, 0, ?)",
+                (batch.id, owner, batch.input_file_id, keep_output_s, msgspec.json.encode(batch)),
+            )
+        assert added.lastrowid is not None
+        return OpenBatch(added.lastrowid, owner, keep_output_s, batch)
+
+    def batch(self, owner: str, batch_id: str) -> Batch | None:
+        query = "SELECT batch FROM batches WHERE owner = ? AND id = ?"
+        found = self._db.execute(query, (owner, batch_id)).fetchone()
+        return None if found is None else msgspec.json.decode(found[0], type=Batch)
+
+    def cancel(self, owner: str, batch_id: str) -> Batch | None:
+        """Set it to be cancelled, where that can be; as it is then."""
+        query = "SELECT number FROM batches WHERE owner = ? AND id = ?"
+        found = self._db.execute(query, (owner, batch_id)).fetchone()
+
+        def change(batch: Batch) -> None:
+            if batch.status in ("validating", "in_progress"):
+                batch.status, batch.cancelling_at = "cancelling", self.now
+
+        return None if found is None else self.change(found[0], change)
+
+    def batches(self, owner: str, after: str | None, limit: int) -> list[Batch] | None:
+        """Newest first, at most `limit`; None where `after` is no batch."""
+        query = "SELECT batch FROM batches WHERE owner = ?"
+        found = self._page(query, [owner], "batches", owner, after, limit, is_newest_first=True)
+        return None if found is None else [msgspec.json.decode(blob, type=Batch) for blob in found]
+
+    def open_batches(self) -> list[OpenBatch]:
+        """Oldest first."""
+        query = "SELECT number, owner, keep_output_s, batch FROM batches WHERE is_open ORDER BY number"
+        return [
+            OpenBatch(number, owner, keep_s, msgspec.json.decode(blob, type=Batch))
+            for number, owner, keep_s, blob in self._db.execute(query)
+        ]
+
+    def current(self, number: int) -> Batch:
+        (blob,) = self._db.execute("SELECT batch FROM batches WHERE number = ?", (number,)).fetchone()
+        return msgspec.json.decode(blob, type=Batch)
+
+    def change(self, number: int, change: Callable[[Batch], None]) -> Batch:
+        """Let `change` edit a batch that has not ended."""
+        batch = self.current(number)
+        change(batch)
+        with no_room_as_error():
+            self._db.execute("UPDATE batches SET batch = ? WHERE number = ?", (msgspec.json.encode(batch), number))
+        return batch
+
+    # -- answers
+
+    def answered_lines(self, number: int) -> set[int]:
+        """On any thread."""
+        with closing(self._reader()) as db:
+            return {line for (line,) in db.execute("SELECT line FROM answers WHERE batch = ?", (number,))}
+
+    def add_answer(self, number: int, line: int, answer: bytes, is_failure: bool, usage: BatchUsage) -> None:
+        """A row's line of output. Raises `DiskFullError`, and then nothing has changed."""
+
+        def count(batch: Batch) -> None:
+            batch.request_counts.failed += is_failure
+            batch.request_counts.completed += not is_failure
+            _add_usage(batch.usage, usage)
+
+        with no_room_as_error(), self._transaction():
+            row = (number, line, is_failure, answer)
+            if self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row).rowcount:
+                self.change(number, count)
+                self.folder.count(len(answer))
+
+    def write_output(self, number: int, is_failure: bool | None, incoming: Incoming) -> None:
+        """The answers of a batch in the order of its lines, on any thread; `is_failure` None: all."""
+        which = "" if is_failure is None else "AND is_failure = ?"
+        values = [number] if is_failure is None else [number, is_failure]
+        with closing(self._reader()) as db:
+            query = f"SELECT answer FROM answers WHERE batch = ? {which} ORDER BY line"
+            for (answer,) in db.execute(query, values):
+                incoming.write(answer)
+
+    def end(self, opened: OpenBatch, change: Callable[[Batch], None], outputs: Mapping[str, Incoming]) -> None:
+        """The last change of a batch, with files that are in their places, by the names of the batch's fields."""
+
+        def close(batch: Batch) -> None:
+            change(batch)
+            for name, incoming in outputs.items():
+                setattr(batch, name, incoming.id)
+
+        (size,) = self._db.execute(
+            "SELECT SUM(LENGTH(answer)) FROM answers WHERE batch = ?", (opened.number,)
+        ).fetchone()
+        with no_room_as_error(), self._transaction():
+            for name, incoming in outputs.items():
+                filename = f"{opened.batch.id}_{name.removesuffix('_file_id')}.jsonl"
+                self.add_file(opened.owner, incoming, filename, "batch_output", opened.keep_output_s)
+            self.change(opened.number, close)
+            self._db.execute(
+                "UPDATE batches SET is_open = 0, forgotten_at = ? WHERE number = ?", (self.now + KEEP_S, opened.number)
+            )
+            self._db.execute("DELETE FROM answers WHERE batch = ?", (opened.number,))
+        for incoming in outputs.values():
+            incoming.kept()
+        self.folder.count(-(size or 0))
+        self._db.execute("PRAGMA incremental_vacuum").fetchall()
+
+    # -- SQL
+
+    def _reader(self) -> sqlite3.Connection:
+        """Of what was committed, for another thread."""
+        return sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True)
+
+    def _page(
+        self, query: str, values: list[str | int], table: str, owner: str, after: str | None, limit: int,
+        is_newest_first: bool,
+    ) -> list[bytes] | None:  # fmt: skip
+        if after is not None:
+            place = f"SELECT number FROM {table} WHERE owner = ? AND id = ?"
+            found = self._db.execute(place, (owner, after)).fetchone()
+            if found is None:
+                return None
+            query, values = f"{query} AND number {'<' if is_newest_first else '>'} ?", [*values, found[0]]
+        query = f"{query} ORDER BY number {'DESC' if is_newest_first else 'ASC'} LIMIT ?"
+        return [blob for (blob,) in self._db.execute(query, (*values, limit))]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+
+def _add_usage(total: BatchUsage, more: BatchUsage) -> None:
+    total.input_tokens += more.input_tokens
+    total.input_tokens_details.cached_tokens += more.input_tokens_details.cached_tokens
+    total.output_tokens += more.output_tokens
+    total.output_tokens_details.reasoning_tokens += more.output_tokens_details.reasoning_tokens
+    total.total_tokens += more.total_tokens

@@ -1,0 +1,295 @@
+"""Batches without a server: rows are answered once over ends of all kinds, in turns, within limits of disk and time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import Counter
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+from waiting import until
+
+from specserve.errors import EngineDeadError, OverloadedError, UserError
+from specserve.server.access.caller import Caller
+from specserve.server.access.limits import Allowance, Limits
+from specserve.server.batches.disk import BatchDir, DiskFullError
+from specserve.server.batches.places import Places
+from specserve.server.batches.row_runner import RowRunner
+from specserve.server.batches.store import BatchStore
+from specserve.server.batches.types import Batch
+from specserve.server.batches.worker import BatchWorker
+
+URL = "/v1/completions"
+MIB = 1 << 20
+
+
+def caller(name):
+    return Caller(name, frozenset({"generate"}), None, True, None, Allowance(name, Limits(), lambda: 0.0))
+
+
+class Setup:
+    """A store on `path` and a worker over it, whose rows `answer` answers; `asked` counts how often each was."""
+
+    def __init__(self, path, answer=None, places=4, max_bytes=MIB, callers=caller):
+        self.now = 1_000_000.0
+        self.store = BatchStore(BatchDir(path, max_bytes), lambda: self.now)
+        self.engine = SimpleNamespace(generation=1)
+        self.asked: Counter[str] = Counter()
+        self.running: list[str] = []
+        self.places = Places(lambda: places)
+
+        async def answered(value, caller):
+            assert caller.is_background
+            self.asked[value["prompt"]] += 1
+            self.running.append(caller.name)
+            if answer is not None:
+                await answer(value)
+            return {"text": value["prompt"], "usage": {"prompt_tokens": 2, "completion_tokens": 3}}
+
+        self.worker = BatchWorker(
+            self.store,
+            RowRunner(self.engine, {URL: answered}, callers, self.places),
+            max_rows=1000,
+            max_row_bytes=1000,
+            max_at_once=lambda: places,
+        )
+
+    def add(self, num, owner="me", window_s=3600):
+        """A batch of so many rows, that has not begun."""
+        content = self.store.folder.incoming()
+        for idx in range(num):
+            row = {"custom_id": str(idx), "method": "POST", "url": URL, "body": {"prompt": f"{owner} {idx}"}}
+            content.write(json.dumps(row).encode() + b"\n")
+        content.finish()
+        self.store.add_file(owner, content, "in.jsonl", "batch", 3600)
+        content.kept()
+        content.close()
+        batch = Batch(
+            id=f"batch_{os.urandom(4).hex()}", endpoint=URL, input_file_id=content.id, completion_window="1h",
+            status="validating", created_at=self.store.now, expires_at=self.store.now + window_s,
+        )  # fmt: skip
+        return self.store.add_batch(owner, batch, 3600)
+
+    async def batch(self, opened):
+        return await self.worker.on_disk(self.store.current, opened.number)
+
+    async def run(self, *opened):
+        """To their ends; the batches then."""
+        await asyncio.gather(*[self.worker.begin(one) for one in opened])
+        return [await self.batch(one) for one in opened]
+
+    def lines(self, file_id):
+        return [] if file_id is None else [json.loads(line) for line in self.store.folder.file(file_id).open()]
+
+
+@pytest.fixture
+def setup(tmp_path):
+    @asynccontextmanager
+    async def make(**kwargs):
+        setup = Setup(tmp_path / "batches", **kwargs)
+        try:
+            yield setup
+        finally:
+            await setup.worker.close()
+
+    return make
+
+
+async def test_a_batch_goes_on_where_another_process_left_it_and_each_row_is_answered_once(setup):
+    hang = asyncio.Event()
+
+    async def slow(value):
+        if int(value["prompt"].split()[1]) % 3 == 2:
+            await hang.wait()
+
+    async with setup(answer=slow) as first:
+        opened = first.add(30)
+        first.worker.begin(opened)
+        await until(lambda: first.places.num_held == 4 and first.asked.total() > 10 and len(set(first.asked)) > 10)
+        await until(lambda: all(int(name.split()[1]) % 3 == 2 for name in list(first.asked)[-1:]))
+        counts = (await first.batch(opened)).request_counts
+    hang.set()
+    async with setup() as second:
+        await second.worker.start()
+        await until(lambda: not second.store.open_batches())
+        batch = await second.batch(opened)
+        assert batch.status == "completed" and batch.error_file_id is None
+        assert (batch.request_counts.completed, batch.request_counts.total) == (30, 30)
+        lines = second.lines(batch.output_file_id)
+        assert [line["custom_id"] for line in lines] == [str(idx) for idx in range(30)]
+        assert batch.usage.total_tokens == 30 * 5
+        assert second.asked.total() == 30 - counts.completed  # what was stored is not computed again
+
+
+async def test_an_end_while_the_output_is_written_leaves_one_output(setup, monkeypatch):
+    async with setup() as first:
+        opened = first.add(5)
+        monkeypatch.setattr(first.store, "end", lambda *arguments: 1 / 0)
+        await first.worker.begin(opened)
+        assert (await first.batch(opened)).status == "finalizing"
+        assert opened.batch.id in first.worker.problems
+        leftover = first.store.folder.incoming()
+        leftover.write(b"half of an upload")
+    async with setup() as second:
+        await second.worker.start()
+        await until(lambda: not second.store.open_batches())
+        batch = await second.batch(opened)
+        assert len(second.lines(batch.output_file_id)) == 5 and not second.asked
+        kept = {path.name for path in second.store.folder.file("").iterdir()}
+        assert kept == {batch.input_file_id, batch.output_file_id}
+        assert not list((second.store.folder.path / "incoming").iterdir())
+
+
+async def test_a_full_server_and_a_lost_engine_are_no_answers_but_a_bad_row_is(setup, monkeypatch):
+    tries: Counter[str] = Counter()
+
+    async def moody(value):
+        idx = int(value["prompt"].split()[1])
+        tries[idx] += 1
+        if idx == 1:
+            raise UserError("no", param="prompt")
+        if idx == 2 and tries[idx] < 6:
+            raise OverloadedError("full", retry_after_s=0.5)
+        if idx == 3:
+            made.engine.generation += 1
+            raise EngineDeadError("it ended while the row ran")
+        if idx == 4:
+            raise RuntimeError("a fault of ours")
+        if idx == 5 and tries[idx] < 6:
+            raise EngineDeadError("there is none at the moment")
+
+    async with setup(answer=moody, places=1) as made:
+        monkeypatch.setattr("specserve.server.batches.row_runner.MAX_WAIT_S", 0.0)
+        (batch,) = await made.run(made.add(7))
+        errors = {line["custom_id"]: line["response"] for line in made.lines(batch.error_file_id)}
+        assert {name: response["status_code"] for name, response in errors.items()} == {"1": 400, "3": 503, "4": 500}
+        assert errors["1"]["body"]["error"]["param"] == "prompt"
+        assert [line["custom_id"] for line in made.lines(batch.output_file_id)] == ["0", "2", "5", "6"]
+        assert tries[3] == 3 and tries[2] == 6 and tries[4] == 1
+
+
+async def test_the_window_ends_a_batch_with_what_there_is(setup):
+    async def slow(value):
+        if not value["prompt"].endswith(" 0"):
+            await asyncio.sleep(60)
+
+    async with setup(answer=slow) as made:
+        (batch,) = await made.run(made.add(6, window_s=1))
+        assert batch.status == "expired" and batch.expired_at and batch.completed_at is None
+        assert [line["custom_id"] for line in made.lines(batch.output_file_id)] == ["0"]
+        errors = made.lines(batch.error_file_id)
+        assert {line["error"]["code"] for line in errors} == {"batch_expired"} and len(errors) == 5
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (1, 5)
+        late = made.add(0, window_s=-5)
+        (batch,) = await made.run(late)
+        assert batch.status == "failed"
+
+
+async def test_a_batch_that_is_cancelled_before_its_rows_run_ends_cancelled(setup):
+    async with setup() as made:
+        opened = made.add(3)
+        made.store.cancel("me", opened.batch.id)
+        made.worker.cancel(opened.batch.id)
+        (batch,) = await made.run(opened)
+        assert batch.status == "cancelled" and len(made.lines(batch.error_file_id)) == 3 and not made.asked
+        assert made.store.cancel("me", opened.batch.id).status == "cancelled" and made.store.cancel("you", "x") is None
+
+
+async def test_owners_take_turns_whoever_has_more_rows(setup):
+    gate = asyncio.Semaphore(0)
+
+    async def one(value):
+        await gate.acquire()
+
+    async with setup(answer=one, places=4) as made:
+        leads = [made.worker.begin(made.add(40, "many"))]
+        await until(lambda: made.places.num_held == 4)
+        leads.append(made.worker.begin(made.add(6, "few")))
+        await until(lambda: made.places.num_waiting == 4)
+        gate.release()
+        for _ in range(45):
+            gate.release()
+        await asyncio.gather(*leads)
+        assert made.running[:4] == ["many"] * 4
+        assert made.running[4:16].count("few") == 6
+
+
+async def test_no_row_runs_for_a_key_that_is_gone(setup):
+    async with setup(callers=lambda name: None) as made:
+        (batch,) = await made.run(made.add(2))
+        assert not made.asked
+        assert {line["response"]["status_code"] for line in made.lines(batch.error_file_id)} == {401}
+
+
+async def test_an_answer_waits_for_room_on_the_disk_and_is_not_computed_again(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    async with setup(max_bytes=2000) as made:
+        opened = made.add(12)
+        other = made.store.folder.incoming()
+        other.write(b"x" * (2000 - made.store.folder.num_bytes - 500))
+        lead = made.worker.begin(opened)
+        await until(lambda: opened.batch.id in made.worker.problems)
+        assert "--batch-disk-gib" in made.worker.problems[opened.batch.id]
+        assert (await made.batch(opened)).status == "in_progress"
+        made.store.folder.max_bytes = MIB
+        await lead
+        batch = await made.batch(opened)
+        assert batch.request_counts.completed == 12 and len(made.lines(batch.output_file_id)) == 12
+        assert set(made.asked.values()) == {1} and opened.batch.id not in made.worker.problems
+        other.close()
+
+
+def test_a_full_disk_changes_nothing(tmp_path):
+    store = BatchStore(BatchDir(tmp_path, MIB))
+    made = Setup.__new__(Setup)
+    made.store = store
+    opened = made.add(1)
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+    before, used = store.current(opened.number), store.folder.num_bytes
+    with pytest.raises(DiskFullError, match="disk"):
+        store.add_answer(opened.number, 1, b"x" * 100_000, False, before.usage)
+    assert store.current(opened.number) == before and store.folder.num_bytes == used
+    assert store.answered_lines(opened.number) == set()
+    store._db.execute("PRAGMA max_page_count = 1000000").fetchall()
+    for _ in range(2):  # the second time the row has its answer
+        store.add_answer(opened.number, 1, b"x" * 100_000, False, before.usage)
+    assert store.current(opened.number).request_counts.completed == 1
+    store.close()
+
+
+def test_old_files_and_batches_go_and_their_bytes_with_them(tmp_path):
+    now = [0.0]
+    store = BatchStore(BatchDir(tmp_path, MIB), lambda: now[0])
+    made = Setup.__new__(Setup)
+    made.store = store
+    opened = made.add(2)
+    now[0] = 4000.0
+    store.forget_old()
+    assert store.folder.file(opened.batch.input_file_id).exists()  # a batch reads it
+    store.end(opened, lambda batch: None, {})
+    store.forget_old()
+    assert not store.folder.file(opened.batch.input_file_id).exists() and store.folder.num_bytes == 0
+    assert store.batch("me", opened.batch.id) is not None
+    now[0] += 31 * 86400
+    store.forget_old()
+    assert store.batch("me", opened.batch.id) is None
+    store.close()
+
+
+def test_a_folder_is_of_one_process_and_foreign_files_in_it_stay(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "thesis.txt").write_text("mine")
+    store = BatchStore(BatchDir(tmp_path, MIB))
+    with pytest.raises(UserError, match="another process"):
+        BatchDir(tmp_path, MIB)
+    store.close()
+    assert (tmp_path / "files" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "state.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match=r"state\.sqlite3"):
+        BatchStore(BatchDir(tmp_path, MIB))
+    with pytest.raises(UserError, match="batch-dir"):
+        BatchDir(tmp_path / "state.sqlite3" / "below", MIB)
