@@ -5,7 +5,8 @@ Continuous batching over one ragged batch. Each step, in this order: waiting seq
 quarter for the oldest and the rest by priority and shortest remaining work, so that no prompt starves another and,
 beside decodes, a prefill stays short. When KV blocks run out the latest arrival of the worst priority is preempted: its
 blocks are freed and its tokens, output included, are computed again later. A sequence of the best priority that fits
-the cache alone (checked at admission by the engine) therefore always finishes.
+the cache alone (checked at admission by the engine) therefore always finishes. Background sequences are in a step as
+far as `background` lets them, and give up seat and blocks for any other that is waiting.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
+from .background import Background
 from .block_manager import BlockManager
 from .sequence import Sequence, Status
 from .waiting import WaitingQueue
@@ -50,6 +52,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max(max_batched_tokens, max_num_seqs)
         self.max_prefill_rows = max_prefill_rows  # rows of prefill beside running decodes
+        self.background = Background(max_num_seqs, max_prefill_rows)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # by priority, then in order of arrival
         self.num_preemptions = 0
@@ -83,9 +86,10 @@ class Scheduler:
         Sequences that are `in_flight` stay as they are: a step of theirs runs, and what it gives is not known. Where KV
         for the others would have to be taken from somebody, there is no step until it is.
         """
-        self._admit()
+        self._admit(in_flight)
         size, num_preemptions, running = self.blocks.block_size, self.num_preemptions, Status.RUNNING
         chosen = [seq for seq in self.running if seq not in in_flight] if in_flight else self.running[:]
+        chosen, background_rows = self.background.choose(chosen, self.running, self.clock())
         if half:
             self._turn += 1
             chosen = sorted(chosen, key=lambda seq: seq.turn)[: -(-len(self.running) // 2)]
@@ -97,7 +101,7 @@ class Scheduler:
         if prefilling:
             num_decoding = len(chosen) - len(prefilling)
             budget = self.max_batched_tokens - num_decoding
-            shares = _share(min(budget, self.max_prefill_rows) if num_decoding else budget, prefilling)
+            shares = _share(min(budget, self.max_prefill_rows) if num_decoding else budget, prefilling, background_rows)
         scheduled = []
         for seq in chosen:
             if seq.status is not running:
@@ -130,27 +134,45 @@ class Scheduler:
             num_drafts -= 1
         return num_drafts
 
-    def _admit(self) -> None:
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
+    def _admit(self, in_flight: Collection[Sequence]) -> None:
+        if not self.waiting or (len(self.running) >= self.max_num_seqs and not self.running[-1].is_background):
             return
-        size, now = self.blocks.block_size, self.clock()
-        # Blocks that those who run will ask for. Most have them: of these there is nothing to add up.
-        pending = sum([self._num_missing(s) for s in self.running if len(s.block_table) * size <= len(s.tokens)])
-        while self.waiting and len(self.running) < self.max_num_seqs:
+        now = self.clock()
+        pending = self._num_pending()
+        while self.waiting:
             seq = self.waiting.first(now)
+            if len(self.running) >= self.max_num_seqs:
+                if not self._makes_way(seq, in_flight):
+                    return
+                pending = self._num_pending()
             if seq.num_computed == 0 and not seq.block_table and not seq.wants_prompt_logprobs:
                 seq.block_table, seq.block_keys = self.blocks.match_prefix(seq.root_key, seq.tokens, seq.prompt_keys)
                 seq.num_computed = len(seq.block_table) * self.blocks.block_size
             need = self._num_missing(seq)
-            if need + pending > self.blocks.num_free and self.running:
-                self._release(seq)
-                return
+            while need + pending > self.blocks.num_free and self.running:
+                if not self._makes_way(seq, in_flight):
+                    self._release(seq)
+                    return
+                pending = self._num_pending()
             if seq.output_len == 0:
                 seq.num_cached = seq.num_computed
             self.waiting.admit(seq, now)
             seq.admit(now)
             pending += need
             bisect.insort(self.running, seq, key=_rank)
+
+    def _num_pending(self) -> int:
+        """Blocks that those who run will ask for. Most have them: of these there is nothing to add up."""
+        size = self.blocks.block_size
+        return sum([self._num_missing(s) for s in self.running if len(s.block_table) * size <= len(s.tokens)])
+
+    def _makes_way(self, seq: Sequence, in_flight: Collection[Sequence]) -> bool:
+        """Whether a background sequence that runs has left for `seq`, which waits."""
+        victim = self.running[-1]
+        if seq.is_background or not victim.is_background or victim in in_flight:
+            return False
+        self._preempt(victim)
+        return True
 
     def _num_missing(self, seq: Sequence) -> int:
         """Blocks that a sequence needs for its tokens and the next one, beside those that it has."""
@@ -183,9 +205,16 @@ def _rank(seq: Sequence) -> tuple[int, int]:
     return seq.rank
 
 
-def _share(budget: int, prefilling: list[Sequence]) -> dict[int, int]:
-    """Split `budget` rows: a quarter for the oldest, so that nothing starves, then by priority and remaining work."""
-    rows: dict[int, int] = {}
+def _share(budget: int, prefilling: list[Sequence], background_rows: int | None = None) -> dict[int, int]:
+    """Split `budget` rows: a quarter for the oldest, so that nothing starves, then by priority and remaining work.
+
+    Background sequences get what others leave, and at most `background_rows`, if that is not None.
+    """
+    if background_rows is not None:
+        rows = _share(budget, [seq for seq in prefilling if not seq.is_background])
+        budget = min(budget - sum(rows.values()), background_rows)
+        return rows | _share(budget, [seq for seq in prefilling if seq.is_background])
+    rows = {}
     if not prefilling or budget <= 0:
         return rows
     oldest = min(prefilling, key=lambda seq: seq.seq_id)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
-from ..messages import GenerateRequest, SamplingParams, Usage
+from ..messages import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams, Usage
 from .block_manager import root_key
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ class Sequence:
         self._accepted_by_source: Counter[str] = Counter()
         self._drafted: list[str] = []  # sources of drafts that are not counted yet
         self._accepted: list[str] = []
+
+    @property
+    def is_background(self) -> bool:
+        """Nobody waits for it: it gives way to all that are not."""
+        return self.priority >= BACKGROUND_PRIORITY
 
     @property
     def output_len(self) -> int:

@@ -7,7 +7,8 @@ worse ones.
 
 Nobody waits for ever: the caller's adapter, of whatever priority, of which none was admitted for the longest gets every
 eighth admission if that is more than `PATIENCE_S` ago, and nobody takes the blocks of that sequence again. So a low
-priority keeps an eighth of the admissions, and many adapters starve no other.
+priority keeps an eighth of the admissions, and many adapters starve no other. Background sequences are left out of
+that: they wait for as long as others do.
 
 Every operation is O(log n); nothing is done per step for those that wait. Owns the order, not the blocks.
 """
@@ -18,6 +19,7 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 
+from ..messages import BACKGROUND_PRIORITY
 from .caller_queue import CallerQueue
 from .fair_queue import PROMPT_COST
 from .heap import Heap
@@ -70,7 +72,8 @@ class WaitingQueue:
     def put_back(self, seq: Sequence, now: float) -> None:
         """A sequence that was preempted."""
         self._returning.put(seq, seq.rank)
-        self._returning_since[seq] = now
+        if not seq.is_background:
+            self._returning_since[seq] = now
         self._by_arrival[seq] = None
         self._num_by_adapter[seq.adapter_hash] += 1
 
@@ -88,10 +91,10 @@ class WaitingQueue:
     def first(self, now: float) -> Sequence:
         """Who is admitted next; it stays until `admit`."""
         if self._num_admitted % UNSERVED_EVERY == UNSERVED_EVERY - 1:
-            since, longest = self._longest_unserved()
-            if now - since > PATIENCE_S:
-                longest.rank = (_FIRST, longest.seq_id)
-                return longest
+            longest = self._longest_unserved()
+            if longest is not None and now - longest[0] > PATIENCE_S:
+                longest[1].rank = (_FIRST, longest[1].seq_id)
+                return longest[1]
         if not self._returning:
             return self._by_priority[self._waiting_priorities.first()].first()
         returning = self._returning.first()
@@ -149,17 +152,21 @@ class WaitingQueue:
         queue = self._by_priority.get(priority) or CallerQueue()
         return queue.expected_output(caller, adapter_hash, max_tokens)
 
-    def _longest_unserved(self) -> tuple[float, Sequence]:
-        """Since when, and who."""
-        found = [self._by_priority[priority].longest_unserved() for priority in self._waiting_priorities]
+    def _longest_unserved(self) -> tuple[float, Sequence] | None:
+        """Since when, and who; None where only background sequences wait."""
+        found = [
+            self._by_priority[priority].longest_unserved()
+            for priority in self._waiting_priorities
+            if priority < BACKGROUND_PRIORITY
+        ]
         if self._returning_since:
             seq, since = next(iter(self._returning_since.items()))
             found.append((since, seq))
-        return min(found, key=lambda each: each[0])
+        return min(found, key=lambda each: each[0], default=None)
 
     def _leave_returning(self, seq: Sequence) -> None:
         self._returning.remove(seq)
-        del self._returning_since[seq]
+        self._returning_since.pop(seq, None)
 
     def _left(self, seq: Sequence) -> None:
         self._prompt_tokens -= seq.prompt_len

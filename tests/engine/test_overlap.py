@@ -17,7 +17,7 @@ from traces import check_trace
 
 from bench.stand_in_device import DeviceClock, DeviceTimes
 from specserve.engine.queued_step import QueuedStep
-from specserve.messages import Delta, GrammarSpec, Speculation, TokenTrace, Usage
+from specserve.messages import BACKGROUND_PRIORITY, Delta, GrammarSpec, Speculation, TokenTrace, Usage
 
 NUM_REQUESTS = 40
 
@@ -144,7 +144,8 @@ def test_drafts_are_left_out_where_they_cost_the_host_more_than_they_bring_and_t
 
 @pytest.mark.parametrize(("seed", "in_halves"), [(1, 0.0), (5, 0.0), (2, 0.5), (3, 0.9)])
 def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeypatch, passed, seed, in_halves):
-    """Ends of all kinds, drafts or none, log-probabilities, stop strings, preemptions, and clients that leave."""
+    """Ends of all kinds, drafts or none, log-probabilities, stop strings, preemptions, background sequences, and
+    clients that leave."""
     random.seed(seed)
     turns = random.Random(seed)
     stand_in = make_stand_in(monkeypatch)
@@ -205,6 +206,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
             adapter_hash=random.choice((None, adapter)),
             speculation=Speculation("off" if is_plain else random.choice(("auto", "fixed")), trace=number % 3 == 0),
             grammar=None if is_plain else random.choice((anything, None)),
+            priority=turns.choice((0, 0, BACKGROUND_PRIORITY)) if seed in (3, 5) else 0,
         )  # fmt: skip
         wanted[name] = expected(said, sampling, eos)
 
