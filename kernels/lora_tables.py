@@ -1,11 +1,12 @@
 """Device tables of where each adapter slot's LoRA weights lie, for all fused linears of a model at once.
 
-Owns one int64 tensor [slots, columns, 4], allocated once: a column is a module of a fused linear of a layer, a record
-is (address of A, address of B, rank, scale as fp32 bits), rank 0 where an adapter does not target the module. An
-adapter that joins or leaves writes one slot, one small asynchronous copy; addresses of the tables never change, so
-launches that a CUDA graph holds stay valid. Adapters keep their own tensors and true ranks. Owns also the references
-that keep them alive, and the layout that kernels may assume: A and B start at multiples of 16 bytes, a row of B has
-its rank rounded up to 8 elements. Tensors that lie otherwise (ranks like 3 or 20) are copied when their slot is set.
+Owns one int64 tensor [slots, columns + 1, 4], allocated once: a column is a module of a fused linear of a layer, a
+record is (address of A, address of B, rank, scale as fp32 bits), rank 0 where an adapter does not target the module;
+the last column says how many blocks of ranks the slot's widest module has. An adapter that joins or leaves writes one
+slot, one small asynchronous copy; addresses of the tables never change, so launches that a CUDA graph holds stay valid.
+Adapters keep their own tensors and true ranks. Owns also the references that keep them alive, and the layout that
+kernels may assume: A and B start at multiples of 16 bytes, a row of B has its rank rounded up to 8 elements. Tensors
+that lie otherwise (ranks like 3 or 20) are copied when their slot is set.
 
 Stream order: slots are set on the stream that runs the steps, so a step before it reads the old record and a step
 after it the new one; that stream must also be the one whose allocator the weights came from.
@@ -69,7 +70,8 @@ class LoraTables:
             self._first_column[key] = num_columns
             num_columns += len(shape.out_sizes)
         self._num_columns = num_columns
-        self.records = torch.zeros(capacity, num_columns, RECORD_SIZE, dtype=torch.int64, device=self.device)
+        # One column more: how many blocks of ranks the slot's widest module has.
+        self.records = torch.zeros(capacity, num_columns + 1, RECORD_SIZE, dtype=torch.int64, device=self.device)
         self._kept: list[list[LoraPair]] = [[] for _ in range(capacity)]  # what the records of a slot point into
         self._entries = {key: self._make_entry(key) for key in self.shapes}
 
@@ -77,12 +79,17 @@ class LoraTables:
         """The launches' view of fused linear `key`; valid as long as the tables are."""
         return self._entries[key]
 
+    @property
+    def ranks_column(self) -> int:
+        """Where in a slot's records, in int64s, the number of its blocks of BLOCK_R ranks stands."""
+        return self._num_columns * RECORD_SIZE
+
     def set_slot(self, slot: int, pairs: Mapping[Hashable, Sequence[LoraPair | None]]) -> None:
         """Make `slot` the adapter with `pairs[key][module]`; keys that are absent and modules of None are not targeted.
 
         Weights have the tables' dtype and device, A is [R, in] and B [out, R] with 1 <= R <= max_rank.
         """
-        fields: list[int] = [0] * (self._num_columns * RECORD_SIZE)
+        fields: list[int] = [0] * ((self._num_columns + 1) * RECORD_SIZE)
         kept: list[LoraPair] = []
         for key, modules in pairs.items():
             shape = self.shapes[key]
@@ -98,16 +105,17 @@ class LoraTables:
                 start = (self._first_column[key] + module) * RECORD_SIZE
                 scale_bits = struct.unpack("<I", struct.pack("<f", pair.scale))[0]
                 fields[start : start + RECORD_SIZE] = pair.a.data_ptr(), pair.b.data_ptr(), rank, scale_bits
+                fields[self.ranks_column] = max(fields[self.ranks_column], -(-rank // BLOCK_R))
         self._write(slot, fields)
         self._kept[slot] = kept
 
     def clear_slot(self, slot: int) -> None:
         """Make `slot` an adapter that targets nothing, and let go of its weights."""
-        self._write(slot, [0] * (self._num_columns * RECORD_SIZE))
+        self._write(slot, [0] * ((self._num_columns + 1) * RECORD_SIZE))
         self._kept[slot] = []
 
     def _write(self, slot: int, fields: list[int]) -> None:
-        record = torch.tensor(fields, dtype=torch.int64).view(self._num_columns, RECORD_SIZE)
+        record = torch.tensor(fields, dtype=torch.int64).view(self._num_columns + 1, RECORD_SIZE)
         if self.device.type == "cuda":
             record = record.pin_memory()  # torch's allocator keeps it until the copy that reads it is done
         self.records[slot].copy_(record, non_blocking=True)

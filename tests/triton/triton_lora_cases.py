@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
@@ -11,21 +13,22 @@ import torch
 from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
 
 # isort: split
-from lora_cases import POPULARITY, RANKS, TilesCase, make_runs, make_slots
+from lora_cases import CASES, POPULARITY, RANKS, BlocksCase, TilesCase, make_runs, make_slots
 
 from specserve.adapters.lora import LoraAdapter
 from specserve.compute.cuda.lora import LM_HEAD, DeviceAdapterSlots, DeviceLoraBatch
 from specserve.compute.decoder_weights import GROUPS
 from specserve.errors import UserError
-from specserve.kernels import lora_tiles
+from specserve.kernels import lora_blocks, lora_tiles
 from specserve.kernels.lora import LoraPair
 from specserve.kernels.lora_tables import LoraShape, LoraTables
-from specserve.kernels.lora_tiles import TILE_ROWS, lora_embedding_add_, scratch_size
+from specserve.kernels.lora_tiles import TILE_ROWS
 from specserve.kernels.tiles import build_tiles_, max_tiles
 from specserve.model.config import ModelConfig
 from specserve.model.shapes import module_shapes
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+BOTH = pytest.mark.parametrize("kernels", list(CASES))
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
@@ -37,20 +40,22 @@ def check(case: TilesCase, tolerance: float) -> torch.Tensor:
     return result
 
 
+@BOTH
 @DTYPES
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_kernels_equal_their_reference(dtype, popularity):
+def test_kernels_equal_their_reference(dtype, popularity, kernels):
     row_slots = [slot for slot, rows in make_runs(popularity, len(RANKS), 5, 20) for _ in range(rows)]
-    case = TilesCase(make_slots(RANKS, dtype), len(row_slots) + 2, dtype)
+    case = CASES[kernels](make_slots(RANKS, dtype), len(row_slots) + 2, dtype)
     case.set_rows(row_slots)  # two rows of padding
     check(case, TOLERANCE[dtype])
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_weights_of_16_bits_lose_nothing_of_a_wide_y(dtype):
+def test_weights_of_16_bits_lose_nothing_of_a_wide_y(dtype, kernels):
     """As logits are: what expand multiplies has about fp32's accuracy, also where h is beyond fp16's range."""
     slots = make_slots([(16, 16, 3)], dtype)
-    case = TilesCase(slots, 3, dtype, y_dtype=torch.float32)
+    case = CASES[kernels](slots, 3, dtype, y_dtype=torch.float32)
     case.set_rows([0, 0, 0])
     case.x[1] *= 1000
     case.x[2].fill_(60000)
@@ -59,9 +64,10 @@ def test_weights_of_16_bits_lose_nothing_of_a_wide_y(dtype):
     assert (error < 2e-6).all(), error
 
 
+@BOTH
 @pytest.mark.parametrize("ranks", [(256, 1, 65), (64, None, 3), (None, 16, None), (None, None, None)], ids=str)
-def test_any_rank_and_untargeted_modules(ranks):
-    case = TilesCase(make_slots([ranks], torch.float32), 3, torch.float32, max_rank=256)
+def test_any_rank_and_untargeted_modules(ranks, kernels):
+    case = CASES[kernels](make_slots([ranks], torch.float32), 3, torch.float32, max_rank=256)
     case.set_rows([0, 0, -1])
     result = check(case, 1e-5)
     column = 0
@@ -71,27 +77,31 @@ def test_any_rank_and_untargeted_modules(ranks):
         column += out_size
 
 
+@BOTH
 @pytest.mark.parametrize(
     "in_size, out_sizes", [(1, (1,)), (600, (130,)), (1700, (300, 257)), (48, (1030, 16, 129))], ids=str
 )
-def test_sizes_over_several_splits_and_blocks_of_columns(in_size, out_sizes, monkeypatch):
+def test_sizes_over_several_splits_and_blocks_of_columns(in_size, out_sizes, monkeypatch, kernels):
     ranks = [(3, 20, 16)[: len(out_sizes)], (16, 1, None)[: len(out_sizes)]]
     slots = make_slots(ranks, torch.float32, "cpu", in_size, out_sizes)
-    case = TilesCase(slots, 6, torch.float32, in_size=in_size, out_sizes=out_sizes)
+    case = CASES[kernels](slots, 6, torch.float32, in_size=in_size, out_sizes=out_sizes)
     case.set_rows([1, 0, 0, -1, 1])
     spread = check(case, 1e-5)
-    monkeypatch.setattr(lora_tiles, "SIZES", replace(lora_tiles.SIZES, expand_programs=1))
-    assert torch.equal(case.run(), spread), "how many blocks of columns a program takes must not change bits"
+    few = {"tiles": {"expand_programs": 1}, "blocks": {"expand_programs": 3, "shrink_programs": 2}}[kernels]
+    module = {"tiles": lora_tiles, "blocks": lora_blocks}[kernels]
+    monkeypatch.setattr(module, "SIZES", replace(module.SIZES, **few))
+    assert torch.equal(case.run(), spread), "how much a program takes must not change bits"
 
 
+@BOTH
 @DTYPES
-def test_a_row_has_the_same_bits_wherever_it_stands(dtype):
+def test_a_row_has_the_same_bits_wherever_it_stands(dtype, kernels):
     """A row alone, as decode sees it, and the same row deep in a prefill chunk of several tiles."""
     slots = make_slots([(16, 3, 64), (8, 8, 8)], dtype)
-    chunk_case = TilesCase(slots, 40, dtype)
+    chunk_case = CASES[kernels](slots, 40, dtype)
     chunk_case.set_rows([1, 1] + [0] * 35)
     chunk = chunk_case.run()
-    single = TilesCase(slots, 1, dtype)
+    single = CASES[kernels](slots, 1, dtype)
     single.set_rows([0])
     for row in (2, 9, 17, 18, 36):
         single.x.copy_(chunk_case.x[row])
@@ -99,16 +109,57 @@ def test_a_row_has_the_same_bits_wherever_it_stands(dtype):
         assert torch.equal(single.run()[0], chunk[row])
 
 
-def test_infinities_stay_in_their_own_rows():
-    case = TilesCase(make_slots([(8, 3, 16), (8, 8, 8)], torch.float32), 6, torch.float32)
+@DTYPES
+def test_neither_the_rows_of_a_tile_nor_the_tables_largest_rank_change_bits(dtype, monkeypatch):
+    slots = make_slots([(16, 3, 72), (8, 20, 8)], dtype)
+    case = BlocksCase(slots, 24, dtype, max_rank=72)
+    case.set_rows([1, 1] + [0] * 20)
+    narrow = case.run()
+    monkeypatch.setattr(lora_blocks, "tile_rows_of", lambda num_rows, dtype: 16)
+    wide = BlocksCase(slots, 24, dtype, max_rank=256)
+    wide.x, wide.y = case.x, case.y
+    wide.set_rows([1, 1] + [0] * 20)
+    assert torch.equal(wide.run(), narrow)
+
+
+@pytest.mark.parametrize("tile_rows", [8, 16])
+def test_the_list_of_blocks_equals_its_reference_and_fits_the_bound(tile_rows, monkeypatch):
+    monkeypatch.setattr(lora_blocks, "tile_rows_of", lambda num_rows, dtype: tile_rows)
+    ranks = [16, 1, 72, 0, 32]
+    tables = LoraTables({"o": LoraShape(8, (8,))}, 5, 80, torch.float32, "cpu")
+    for slot, rank in enumerate(ranks):
+        if rank:
+            tables.set_slot(slot, {"o": [LoraPair(torch.zeros(rank, 8), torch.zeros(8, rank), 1.0)]})
+    rng = random.Random(tile_rows)
+    for num_rows, longest in ((0, 1), (1, 1), (17, 40), (64, 1), (100, 30), (600, 90)):
+        rows: list[int] = []
+        while len(rows) < num_rows:
+            rows += [rng.randrange(-1, 5)] * rng.randint(1, longest)
+        rows = rows[:num_rows]
+        segments = sum(slot >= 0 and (row == 0 or rows[row - 1] != slot) for row, slot in enumerate(rows))
+        expected = lora_blocks.list_blocks_reference(rows, ranks, tile_rows)
+        size = lora_blocks.max_blocks(num_rows, segments, tables)
+        assert len(expected) <= size
+        for room in (size, 3):  # entries beyond the table are dropped
+            blocks = lora_blocks.new_blocks(room + 1, "cpu").fill_(77)
+            lora_blocks.list_blocks_(blocks[:-1], torch.tensor(rows, dtype=torch.int32), tables)
+            used = min(len(expected), room)
+            assert blocks[0, 0] == used and (blocks[-1] == 77).all(), "written outside the table"
+            assert [tuple(entry) for entry in blocks[1 : 1 + used].tolist()] == expected[:used]
+
+
+@BOTH
+def test_infinities_stay_in_their_own_rows(kernels):
+    case = CASES[kernels](make_slots([(8, 3, 16), (8, 8, 8)], torch.float32), 6, torch.float32)
     case.set_rows([0, 0, 0, 1, 1, -1])
     case.x[1] = float("inf")
     result = case.run()
     assert not result[1].isfinite().any() and result[[0, 2, 3, 4, 5]].isfinite().all()
 
 
-def test_rows_may_be_strided():
-    case = TilesCase(make_slots(RANKS, torch.float32), 9, torch.float32)
+@BOTH
+def test_rows_may_be_strided(kernels):
+    case = CASES[kernels](make_slots(RANKS, torch.float32), 9, torch.float32)
     case.set_rows([0, 0, 1, 3, 5, 5])
     expected = case.run()
     wide_x, wide_y = torch.randn(9, case.x.shape[1] + 5), torch.randn(9, case.y.shape[1] + 7)
@@ -122,9 +173,10 @@ def test_rows_may_be_strided():
     assert torch.equal(view, expected) and torch.equal(wide_y[:, view.shape[1] :], rest)
 
 
-def test_the_same_launch_serves_an_adapter_that_joins_and_one_that_leaves():
+@BOTH
+def test_the_same_launch_serves_an_adapter_that_joins_and_one_that_leaves(kernels):
     """What a graph's replay rests on: the launch sees equal addresses before and after, only data differs."""
-    case = TilesCase(make_slots([(8, 8, 8), (3, None, 65)], torch.bfloat16), 5, torch.bfloat16)
+    case = CASES[kernels](make_slots([(8, 8, 8), (3, None, 65)], torch.bfloat16), 5, torch.bfloat16)
     case.set_rows([0, 1, 1, -1, 0])
     tensors = (case.entry.records, case.tiles, case.scratch)
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -150,8 +202,9 @@ def test_tables_keep_the_adapters_own_tensors_where_they_are_aligned_and_copies_
     assert tables.records[0, 0, 0] != shifted.data_ptr() and tables.records[0, 0, 0] % 16 == 0
 
 
+@BOTH
 @DTYPES
-def test_embedding_lora_gathers_the_tokens_columns(dtype):
+def test_embedding_lora_gathers_the_tokens_columns(dtype, kernels):
     vocab, hidden = 90, 70
     tables = LoraTables({"embed": LoraShape(vocab, (hidden,))}, 3, 20, dtype, "cpu")
     pairs = [LoraPair(torch.randn(r, vocab).to(dtype), torch.randn(hidden, r).to(dtype), 0.5) for r in (20, 3)]
@@ -165,11 +218,17 @@ def test_embedding_lora_gathers_the_tokens_columns(dtype):
             a, b, scale = pairs[slot]
             expected[row] += scale * (b.float() @ a[:, tokens[row]].float())
     entry = tables.entry("embed")
-    tiles = torch.zeros(max_tiles(6, TILE_ROWS, 6), 3, dtype=torch.int32)
-    build_tiles_(tiles, torch.tensor(row_slots, dtype=torch.int32), TILE_ROWS)
-    scratch = torch.full((scratch_size(entry, 6, is_embedding=True),), float("nan"))
+    ids = torch.tensor(row_slots, dtype=torch.int32)
+    if kernels == "tiles":
+        tiles = torch.zeros(max_tiles(6, TILE_ROWS, 6), 3, dtype=torch.int32)
+        build_tiles_(tiles, ids, TILE_ROWS)
+    else:
+        tiles = lora_blocks.new_blocks(lora_blocks.max_blocks(6, 6, tables), "cpu")
+        lora_blocks.list_blocks_(tiles, ids, tables)
+    module = {"tiles": lora_tiles, "blocks": lora_blocks}[kernels]
+    scratch = torch.full((module.scratch_size(entry, 6, is_embedding=True),), float("nan"))
     result = y.clone()
-    lora_embedding_add_(result, tokens, entry, tiles, scratch)
+    module.lora_embedding_add_(result, tokens, entry, tiles, scratch)
     torch.testing.assert_close(result.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(result[[3, 4]], y[[3, 4]])
 
@@ -194,20 +253,20 @@ def make_adapter(name: str, rank: int, *, extra: bool = False) -> LoraAdapter:
     return LoraAdapter(name, name, layers, embed, lm_head, rank, text_hash=None)
 
 
-def tiles_of(slots: DeviceAdapterSlots, rows: list[str | None]) -> torch.Tensor:
+def batch_of(slots: DeviceAdapterSlots, rows: list[str | None], groups: Iterable[str]) -> DeviceLoraBatch:
     row_slots = torch.tensor([-1 if name is None else slots.slot_of(name) for name in rows], dtype=torch.int32)
-    tiles = torch.zeros(max_tiles(len(rows), TILE_ROWS, len(rows)), 3, dtype=torch.int32)
-    build_tiles_(tiles, row_slots, TILE_ROWS)
-    return tiles
+    return slots.launches(slots.new_tiles(len(rows)), row_slots, len(rows), frozenset(groups))
 
 
-def test_a_device_batch_adds_each_rows_own_adapter_to_every_module():
+@BOTH
+def test_a_device_batch_adds_each_rows_own_adapter_to_every_module(monkeypatch, kernels):
+    monkeypatch.setenv("SPECSERVE_LORA_KERNELS", kernels)
     slots = DeviceAdapterSlots(CONFIG, torch.device("cpu"), capacity=3, max_rows=6, dtype=torch.float32, max_rank=16)
     adapters = {"a": make_adapter("a", 4), "b": make_adapter("b", 16, extra=True)}
     slots.activate(list(adapters.values()))
     assert slots.targeted_groups == {"qkv", "down", "embed_tokens", "lm_head"}
     rows = ["a", "a", None, "b", "b", "a"]
-    batch = DeviceLoraBatch(slots, tiles_of(slots, rows), slots.targeted_groups)
+    batch = batch_of(slots, rows, slots.targeted_groups)
     shapes = module_shapes(CONFIG)
     for layer in range(2):
         for group, modules in GROUPS.items():
@@ -230,10 +289,10 @@ def test_a_device_batch_adds_each_rows_own_adapter_to_every_module():
     expected[3:5] = embed.scale * (embed.a[:, tokens[3:5]].t() @ embed.b.t())
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     x, logits = torch.randn(3, 24), torch.zeros(3, 50)
-    DeviceLoraBatch(slots, tiles_of(slots, ["a", None, "b"]), (LM_HEAD,)).add_lm_head_(x, logits)
+    batch_of(slots, ["a", None, "b"], (LM_HEAD,)).add_lm_head_(x, logits)
     assert not logits[:2].any()
     torch.testing.assert_close(logits[2], lm_head.scale * (lm_head.b @ (lm_head.a @ x[2])), atol=1e-4, rtol=1e-5)
-    DeviceLoraBatch(slots, tiles_of(slots, rows), ("qkv",)).add_(0, "down", torch.randn(6, 40), y)  # is not launched
+    batch_of(slots, rows, ("qkv",)).add_(0, "down", torch.randn(6, 40), y)  # is not launched
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
 
 

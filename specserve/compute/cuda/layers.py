@@ -12,9 +12,8 @@ from collections import Counter
 
 import torch
 
-from ...kernels.lora_tiles import TILE_ROWS as LORA_TILE_ROWS
 from ...kernels.ragged_attention import attention_scratch
-from ...kernels.tiles import build_tiles_, max_tiles
+from ...kernels.tiles import build_tiles_
 from ..kv_cache import KVCache
 from .buckets import Bucket, Buckets
 from .decoder import RowInputs, TritonDecoder
@@ -51,7 +50,7 @@ class LayersPart:
         self._sampled = sampled
         self._slots, self._buckets, self._graphs = slots, buckets, graphs
         self._attention_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
-        self._lora_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
+        self._lora_tiles = slots.new_tiles(max_rows)
         self._residual = torch.zeros(max_rows, config.hidden_size, dtype=torch.float32, device=device)
         self._scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor] | None] = {}
         self._stand_ins: dict[Bucket, Bucket] = {}  # captured, of buckets that are not
@@ -111,9 +110,7 @@ class LayersPart:
         build_tiles_(tiles, fields["row_seats"], bucket.tile_rows)
         lora = None
         if bucket.num_segments:
-            lora_tiles = self._lora_tiles[: max_tiles(num_rows, LORA_TILE_ROWS, bucket.num_segments)]
-            build_tiles_(lora_tiles, fields["row_slots"], LORA_TILE_ROWS)
-            lora = self._slots.launches(lora_tiles, bucket.lora_groups)
+            lora = self._slots.launches(self._lora_tiles, fields["row_slots"], bucket.num_segments, bucket.lora_groups)
         named, tokens = fields["tokens"], self.tokens[:num_rows]
         place = (-1 - named).clamp_(min=0, max=self._sampled.shape[0] - 1)
         torch.where(named < 0, self._sampled[place], named, out=tokens)
