@@ -124,18 +124,27 @@ class HastenLoads(msgspec.Struct, frozen=True, tag="hasten_loads"):
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
-    """Forget an adapter once no running request uses it; answered by `CallDone`."""
+    """Forget an adapter once no running request uses it; answered by `CallDone`.
+
+    Where a load has placed it since `placement`, the newest that the server has heard of, it is only pinned no more as
+    by `PinAdapter`.
+    """
 
     call_id: int
     adapter_hash: str
+    placement: int
 
 
 class PinAdapter(msgspec.Struct, frozen=True, tag="pin_adapter"):
-    """Keep a loaded adapter whatever others need, or do so no more; answered by `CallDone` or `CallFailed`."""
+    """Keep a loaded adapter whatever others need, or do so no more; answered by `CallDone` or `CallFailed`.
+
+    It stays pinned where a load has pinned it since `placement`, the newest that the server has heard of.
+    """
 
     call_id: int
     adapter_hash: str
     is_pinned: bool
+    placement: int
 
 
 class GetAdapters(msgspec.Struct, frozen=True, tag="get_adapters"):
@@ -195,8 +204,14 @@ class AdapterInfo(msgspec.Struct, frozen=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
+    """`placement` numbers the loads that gave an adapter its place or found it there.
+
+    It grows, from one process to the next as well, so that what crosses on the way is known to be old.
+    """
+
     call_id: int
     adapter: AdapterInfo
+    placement: int
 
 
 class AdapterState(msgspec.Struct, frozen=True):
@@ -217,7 +232,7 @@ class AdapterStates(msgspec.Struct, frozen=True, tag="adapter_states"):
 class AdaptersLeft(msgspec.Struct, frozen=True, tag="adapters_left"):
     """These are no longer where steps can use them; the next request with one of them needs a load."""
 
-    adapter_hashes: list[str]
+    placements: dict[str, int]  # content hash -> the newest placement that has ended; a later one holds
 
 
 class CallDone(msgspec.Struct, frozen=True, tag="call_done"):

@@ -37,7 +37,9 @@ class Held:
     awaited_until: float  # a request that it was loaded for is to come
     last_used: float
     num_refs: int = 0  # requests that run with it, or wait to
+    placement: int = 0  # of the newest load that was told that it is here
     is_pinned: bool = False
+    pin_placement: int = 0  # that the newest pin knew of
     is_unloaded: bool = False  # it goes with its last request
     asked_at: float | None = None  # to make room, likewise
 

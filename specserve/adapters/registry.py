@@ -3,11 +3,13 @@
 Owns which are there; who gets room and who leaves is `residency`. Nothing here reads, copies or imports torch. Names
 live in the server; a changed directory is simply another adapter. Any thread may ask and put; what has left goes from
 `adapters` with `take_left`, which is the engine's thread's to call for the memory that steps read, so that nothing goes
-while one is queued, and any thread's for copies beside a device.
+while one is queued, and any thread's for copies beside a device. Each answer to a load has a number, by which what is
+asked for later tells whether it knew of that load.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +35,7 @@ class AdapterRegistry(Residency):
     ):
         super().__init__(max_adapters, clock, max_bytes, bytes_flag)
         self.adapters: dict[str, LoraAdapter] = {}
+        self._placements = itertools.count(time.monotonic_ns())  # all processes of a machine share that clock
 
     def put(self, adapter: LoraAdapter, reservation: Reservation, load_s: float = 0.0) -> bool:
         """Fill `reservation` with an adapter of its size; one that is held already stays instead, and is asked no more.
@@ -57,6 +60,26 @@ class AdapterRegistry(Residency):
             self.counts.num_loads += 1
             return True
 
+    def place(
+        self, adapter: LoraAdapter, reservation: Reservation, load_s: float = 0.0, *, is_pinned: bool = False
+    ) -> int | None:
+        """As `put`, for a load that is answered now, also one that found its adapter here: the number of this answer.
+
+        None, and nothing is done, where `put` does nothing, and where what was found has left since.
+        """
+        with self.lock:
+            if not reservation.is_held and not self.put(adapter, reservation, load_s):
+                return None
+            held = self._held.get(adapter.content_hash)
+            if held is None:
+                return None
+            if held.is_unloaded:  # since it was found
+                held.stay(self._clock())
+            held.placement = next(self._placements)
+            if is_pinned:
+                self.pin(adapter.content_hash, True, held.placement)
+            return held.placement
+
     def add(self, adapter: LoraAdapter, num_bytes: int = 0) -> None:
         """As `ask` and `put`, for those who cannot wait and whose request need not come at once.
 
@@ -73,10 +96,10 @@ class AdapterRegistry(Residency):
         assert is_put
         self._held[adapter.content_hash].awaited_until = 0.0
 
-    def take_left(self) -> list[str]:
-        """The adapters that have left since the last call; from now on `adapters` is without them."""
+    def take_left(self) -> dict[str, int]:
+        """What has left since the last call, with its placement; from now on `adapters` is without it."""
         with self.lock:
-            left, self._left = self._left, []
+            left, self._left = self._left, {}
             for key in left:
                 del self.adapters[key]
             return left
@@ -101,27 +124,39 @@ class AdapterRegistry(Residency):
             if not held.num_refs and not held.is_staying:
                 self._drop(content_hash)
 
-    def unload(self, content_hash: str) -> None:
-        """Let the adapter go once nobody uses it, pinned or not."""
+    def unload(self, content_hash: str, placement: int | None = None) -> bool:
+        """Let the adapter go once nobody uses it, pinned or not.
+
+        Where it was placed after `placement` it stays, and is False; of pins only those from then on stay, too.
+        """
         with self.lock:
             held = self._held.get(content_hash)
             if held is None:
-                return
+                return True
+            if placement is not None and held.placement > placement:
+                self.pin(content_hash, False, placement)
+                return False
             held.is_unloaded, held.is_pinned, held.asked_at = True, False, self._clock()
             if not held.num_refs:
                 self._drop(content_hash)
+            return True
 
-    def pin(self, content_hash: str, is_pinned: bool = True) -> None:
-        """Keep the adapter whatever others need, or do so no more. Raises as `acquire`."""
+    def pin(self, content_hash: str, is_pinned: bool = True, placement: int | None = None) -> None:
+        """Keep the adapter whatever others need, or do so no more where no load pinned it after `placement`.
+
+        Raises as `acquire`.
+        """
         with self.lock:
             held = self._held.get(content_hash)
             if held is None:
                 if is_pinned:
                     raise _not_resident(content_hash)
                 return
-            held.is_pinned = is_pinned
             if is_pinned:
-                held.asked_at = None
+                held.is_pinned, held.asked_at = True, None
+                held.pin_placement = max(held.pin_placement, placement or 0)
+            elif placement is None or placement >= held.pin_placement:
+                held.is_pinned = False
 
     def held(self) -> dict[str, Held]:
         """Copies of what is known of all that are held."""

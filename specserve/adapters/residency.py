@@ -43,7 +43,7 @@ class Residency:
         self.bytes_flag = bytes_flag
         self._held: dict[str, Held] = {}
         self._waiting = RoomQueue()
-        self._left: list[str] = []  # of `_held`, until somebody takes note of it
+        self._left: dict[str, int] = {}  # of `_held`, with their placements, until somebody takes note of it
         self._used_bytes = 0  # held and reserved
         self._num_reserved = 0
         self._is_asking, self._next_ask = False, 0.0
@@ -206,8 +206,9 @@ class Residency:
         return self.scores.value(key, load_s, max(num_bytes / self.max_bytes, 1 / self.max_adapters))
 
     def _drop(self, content_hash: str) -> None:
-        self._used_bytes -= self._held.pop(content_hash).num_bytes
-        self._left.append(content_hash)
+        held = self._held.pop(content_hash)
+        self._used_bytes -= held.num_bytes
+        self._left[content_hash] = held.placement
 
     def is_staying(self, content_hash: str | None) -> bool:
         """Whether requests for it would be taken now."""

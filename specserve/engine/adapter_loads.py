@@ -84,12 +84,15 @@ class AdapterLoads:
                 error = OverloadedError(f"{len(self._loads)} adapters wait to be loaded; retry shortly", status=503)
                 return [CallFailed(message.call_id, error.info())]
             load = _Load(message, self._clock(), message.priority)
-            load.way = self._engine.memory.bring(message, lambda: load.priority)
+            self._begin(load)
             if (key := message.content_hash) is not None:  # those of the same content come first
                 self._hasten((other for other in self._loads if other.message.content_hash == key), load.priority)
             self._loads.append(load)
             self._go_on()
         return []
+
+    def _begin(self, load: _Load) -> None:
+        load.way, load.running = self._engine.memory.bring(load.message, lambda: load.priority), None
 
     def hasten(self, path: str, priority: int) -> None:
         """A request of that priority waits, too, for the loads of the directory `path`."""
@@ -135,9 +138,12 @@ class AdapterLoads:
                 if isinstance(result, Brought):
                     self._last_given = now
                     self._engine.forget_left_adapters()
-                    info = self._engine.place_adapter(result, message.is_pinned)
-                    assert info is not None
-                    return AdapterLoaded(message.call_id, info)
+                    placement = self._engine.place_adapter(result, message.is_pinned)
+                    if placement is not None:
+                        return AdapterLoaded(message.call_id, result.adapter.info(), placement)
+                    if result.reservation.is_held:  # what it had found here has left since
+                        self._begin(load)
+                    return None
                 load.reservation, load.since = result, now
                 self._engine.memory.hasten(result, load.priority)  # it may have been hastened since it asked
                 if message.is_prefetch:
@@ -193,12 +199,12 @@ class AdapterLoads:
             brought: Brought = end.value
         with self._lock:
             is_wanted = load not in self._given_up
-            info = self._engine.place_adapter(brought, load.message.is_pinned) if is_wanted else None
-            if info is not None:
+            placement = self._engine.place_adapter(brought, load.message.is_pinned) if is_wanted else None
+            if placement is not None:
                 load.is_answered = True
                 self._go_on()  # with those of the same content
-        if info is not None:
-            self._answer(AdapterLoaded(load.message.call_id, info))
+        if placement is not None:
+            self._answer(AdapterLoaded(load.message.call_id, brought.adapter.info(), placement))
         self._untrimmed_bytes += brought.adapter.num_bytes
         if self._untrimmed_bytes > TRIM_BYTES:  # 60 adapters of 2 to 150 MB left half a gigabyte in pieces
             self._untrimmed_bytes = 0

@@ -118,10 +118,9 @@ class AdapterMemory:
         adapter = registry.adapters.get(reservation.key) if reservation.is_held and reservation.key else None
         return Brought(adapter, reservation, 0.0) if adapter is not None else None
 
-    def unload(self, content_hash: str) -> None:
-        """Forget an adapter as soon as no running request uses it."""
-        self.registry.unload(content_hash)
-        if self.host is not None:
+    def unload(self, content_hash: str, placement: int | None = None) -> None:
+        """Forget an adapter as soon as no running request uses it, unless a load placed it after `placement`."""
+        if self.registry.unload(content_hash, placement) and self.host is not None:
             self.host.unload(content_hash)
             self.host.take_left()
 

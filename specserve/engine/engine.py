@@ -119,7 +119,7 @@ class Engine:
         self.registry = AdapterRegistry(config.max_adapters, max_bytes=budgets.step_bytes, bytes_flag=budgets.step_flag)
         host = AdapterRegistry(NO_LIMIT, max_bytes=budgets.host_bytes) if budgets.host_bytes is not None else None
         self.memory = AdapterMemory(self.registry, self.read_adapter, self._expected_bytes, host, self._upload)
-        self.left_adapters: list[str] = []  # since somebody last took note of it and emptied it
+        self.left_adapters: dict[str, int] = {}  # with placements, since somebody last took note of it and emptied it
         self.info = EngineInfo(
             model=str(model_dir),
             architecture=model.architecture,
@@ -279,26 +279,21 @@ class Engine:
         self.forget_left_adapters()
         return adapter.info()
 
-    def place_adapter(self, brought: Brought, is_pinned: bool = False) -> AdapterInfo | None:
-        """Hold an adapter in the room that it was brought to; on any thread.
+    def place_adapter(self, brought: Brought, is_pinned: bool = False) -> int | None:
+        """Hold an adapter in the room that it was brought to, as `AdapterRegistry.place`; on any thread.
 
-        None while the engine's thread must forget an earlier copy first (`forget_left_adapters`).
+        None while the engine's thread must forget an earlier copy first (`forget_left_adapters`), or where the one that
+        was found has left.
         """
-        adapter, registry = brought.adapter, self.registry
-        with registry.lock:
-            if not brought.reservation.is_held and not registry.put(adapter, brought.reservation, brought.load_s):
-                return None
-            if is_pinned:
-                registry.pin(adapter.content_hash)
-        return adapter.info()
+        return self.registry.place(brought.adapter, brought.reservation, brought.load_s, is_pinned=is_pinned)
 
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         """Read, check and register the PEFT directory `path`. Raises `AdapterError`."""
         return self.register_adapter(self.read_adapter(name, path))
 
-    def unload_adapter(self, content_hash: str) -> None:
-        """Forget an adapter as soon as no running request uses it."""
-        self.memory.unload(content_hash)
+    def unload_adapter(self, content_hash: str, placement: int | None = None) -> None:
+        """Forget an adapter as soon as no running request uses it, unless a load placed it after `placement`."""
+        self.memory.unload(content_hash, placement)
         self.forget_left_adapters()
 
     def adapter_states(self) -> list[AdapterState]:
@@ -307,10 +302,10 @@ class Engine:
 
     def forget_left_adapters(self) -> None:
         """Free what was built of adapters that have left the registry, whoever made them leave."""
-        for content_hash in self.registry.take_left():
+        for content_hash, placement in self.registry.take_left().items():
             self.runner.slots.free(content_hash)
             self.proposer.adapter_left(content_hash)
-            self.left_adapters.append(content_hash)
+            self.left_adapters[content_hash] = placement
 
     # -- the step
 

@@ -163,7 +163,7 @@ class EngineProcess:
             self._compiling.pop(message.request_id, None)
             engine.abort(message.request_id)
         elif isinstance(message, UnloadAdapter):
-            engine.unload_adapter(message.adapter_hash)
+            engine.unload_adapter(message.adapter_hash, message.placement)
             self._send([CallDone(message.call_id)])
         elif isinstance(message, PinAdapter):
             self._pin(message)
@@ -178,7 +178,7 @@ class EngineProcess:
 
     def _pin(self, message: PinAdapter) -> None:
         try:
-            self._engine.registry.pin(message.adapter_hash, message.is_pinned)
+            self._engine.registry.pin(message.adapter_hash, message.is_pinned, message.placement)
         except UserError as error:
             self._send([CallFailed(message.call_id, error.info())])
         else:
@@ -189,7 +189,7 @@ class EngineProcess:
         answers: list[Any] = list(self._loads.place())
         self._engine.forget_left_adapters()
         if left := self._engine.left_adapters:
-            answers.append(AdaptersLeft(left[:]))
+            answers.append(AdaptersLeft(dict(left)))
             left.clear()
         self._send(answers)
 

@@ -66,7 +66,7 @@ class AdapterLoader:
                 known = self._loaded.known(name) if not reads else None
                 before = known.info if known is not None and known.is_of(directory, stamp) else None
                 is_pinned = name in self._pins.names
-                info = await self._engine.load_adapter(
+                answer = await self._engine.load_adapter(
                     name,
                     str(directory),
                     before,
@@ -81,11 +81,13 @@ class AdapterLoader:
                     logger.info("adapter %r: not loaded: %s", name, error)
                     raise
                 continue
+            info = answer.adapter
             if before is not None and info.content_hash == before.content_hash:
                 info = before  # what is held may have come with another chat template
             if is_pinned:
                 self._pins.told(info.content_hash)
-            loaded = Loaded(directory, stamp, self._engine.generation, info)
+            loaded = Loaded(directory, stamp, self._engine.generation, info, answer.placement)
+            self._loaded.arrived(loaded)
             try:
                 is_same = await self._disk.look(name, stamp_of, directory) == stamp
             except BaseException:
@@ -115,19 +117,23 @@ class AdapterLoader:
         await self.follow_pins(name)  # it may be unpinned while it was loaded
 
     async def release(self, loaded: Loaded) -> None:
-        """Let the engine forget an adapter that no name means any more."""
+        """Let the engine forget an adapter that no name means any more, nor one that is about to be given."""
+        self._loaded.settle(loaded)
         if loaded.generation != self._engine.generation:
             return
         content_hash = loaded.info.content_hash
+        placement = self._loaded.placement(content_hash)
         with contextlib.suppress(EngineDeadError):
             if names := self._loaded.names_of(content_hash):
-                await self._pins.follow(content_hash, names)
-            else:
+                await self._pins.follow(content_hash, names, placement)
+            elif placement and not self._loaded.is_arriving(content_hash):
                 self._pins.unloaded(content_hash)
-                await self._engine.unload_adapter(content_hash)
+                await self._engine.unload_adapter(content_hash, placement)
 
     async def follow_pins(self, name: str) -> None:
         """Let the engine keep what `name` means no longer if no pinned name means it."""
         loaded = self._loaded.held(name)
         if loaded is not None:
-            await self._pins.follow(loaded.info.content_hash, self._loaded.names_of(loaded.info.content_hash))
+            content_hash = loaded.info.content_hash
+            names, placement = self._loaded.names_of(content_hash), self._loaded.placement(content_hash)
+            await self._pins.follow(content_hash, names, placement)

@@ -52,16 +52,16 @@ class AdapterPins:
         """A load said that its name was pinned."""
         self._hashes.add(content_hash)
 
-    async def keep(self, content_hash: str) -> None:
-        """Raises `UserError` where the engine does not hold it."""
+    async def keep(self, content_hash: str, placement: int) -> None:
+        """Raises `UserError` where the engine does not hold it; `placement` is the newest that is known."""
         self._hashes.add(content_hash)
-        await self._engine.pin_adapter(content_hash, True)
+        await self._engine.pin_adapter(content_hash, True, placement)
 
-    async def follow(self, content_hash: str, names: Set[str]) -> None:
-        """Let the engine keep it no longer if none of `names`, which mean it, is pinned."""
+    async def follow(self, content_hash: str, names: Set[str], placement: int) -> None:
+        """Let the engine keep it no longer if none of `names`, which mean it, is pinned; `placement` as in `keep`."""
         if content_hash in self._hashes and not names & self.names:
             self._hashes.discard(content_hash)
-            await self._engine.pin_adapter(content_hash, False)
+            await self._engine.pin_adapter(content_hash, False, placement)
 
     def unloaded(self, content_hash: str) -> None:
         self._hashes.discard(content_hash)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,18 +127,18 @@ class AdapterStore:
             # Then they changed since they were loaded, which `resolve` sees.
         raise changing(name)
 
-    def engine_lost(self, name: str, content_hash: str | None) -> None:
-        """The engine no longer holds `content_hash`, which `name` meant; the next request loads it again."""
-        loaded = self._loaded.held(name)
-        if loaded is not None and loaded.info.content_hash == content_hash:
-            self._loaded.lost(loaded.info.content_hash)
+    def placement(self, content_hash: str) -> int:
+        """By which the engine holds this, as far as is known: what `engine_lost` is told if that turns out wrong."""
+        return self._loaded.placement(content_hash)
 
-    def adapters_left(self, content_hashes: Iterable[str]) -> None:
-        """The engine says that it no longer holds these."""
-        for content_hash in content_hashes:
-            names = self._loaded.names_of(content_hash)
-            self._loaded.lost(content_hash)
-            for pinned in names & self._pins.names:  # it was let go for another name that had the same content
+    def engine_lost(self, content_hash: str, placement: int) -> None:
+        """The engine takes no requests with `content_hash` by `placement`; the next one loads it again."""
+        self._loaded.lost(content_hash, placement)
+
+    def adapters_left(self, placements: Mapping[str, int]) -> None:
+        """The engine says that it no longer holds these contents by these placements."""
+        for content_hash, placement in placements.items():
+            for pinned in self._loaded.lost(content_hash, placement) & self._pins.names:  # unloaded for another name
                 _start(self._bring_back(pinned))
 
     def engine_started(self) -> None:
@@ -181,12 +181,13 @@ class AdapterStore:
     async def _load_and_keep(self, name: str) -> AdapterInfo:
         for _ in range(MAX_LOADS):
             info = await self.resolve(name)
+            placement = self._loaded.placement(info.content_hash)
             try:
-                await self._pins.keep(info.content_hash)
+                await self._pins.keep(info.content_hash, placement)
             except UserError as error:
                 if error.code != "adapter_not_resident":
                     raise
-                self.engine_lost(name, info.content_hash)
+                self.engine_lost(info.content_hash, placement)
             else:
                 return info
         raise changing(name)

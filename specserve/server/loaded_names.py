@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..adapter_files import Stamp
 from ..messages import AdapterInfo
+from .placements import Placements
 
 MAX_KNOWN = 65_536  # names
 
@@ -23,6 +24,7 @@ class Loaded:
     stamp: Stamp
     generation: int  # of the engine process that was asked
     info: AdapterInfo
+    placement: int  # the number of its answer
 
     def is_of(self, directory: Path, stamp: Stamp) -> bool:
         """Whether the same directory with the same files would give the same."""
@@ -37,20 +39,33 @@ class Uses:
     last_used: float = 0.0
 
 
+@dataclass(slots=True)
+class _Process:
+    """What is known of one engine process."""
+
+    generation: int
+    names: dict[str, set[str]] = field(default_factory=dict)  # content hash -> names that mean it
+    placements: Placements = field(default_factory=Placements)
+
+
 class LoadedNames:
     """By name and, for what is held, by content hash; `generation` is that of the engine process that serves."""
 
     def __init__(self, generation: Callable[[], int]) -> None:
         self._known: dict[str, Loaded] = {}
         self._generation = generation
-        self._of_generation = generation()
-        self._of_process: dict[str, set[str]] = {}  # content hash -> names
+        self._newest_process = _Process(generation())
+        self._arriving: dict[int, str] = {}  # placement -> content hash, of loads that have not given their name yet
+
+    @property
+    def _process(self) -> _Process:
+        if self._newest_process.generation != (now := self._generation()):  # what a former one held is held no more
+            self._newest_process = _Process(now)
+        return self._newest_process
 
     @property
     def _held(self) -> dict[str, set[str]]:
-        if self._of_generation != (now := self._generation()):  # what a former process held is held no more
-            self._of_generation, self._of_process = now, {}
-        return self._of_process
+        return self._process.names
 
     def known(self, name: str) -> Loaded | None:
         """What the name was when it was last loaded."""
@@ -65,13 +80,32 @@ class LoadedNames:
         """Names that mean an adapter which the engine holds."""
         return frozenset(self._held.get(content_hash, ()))
 
+    def placement(self, content_hash: str) -> int:
+        """The newest one that is known of what the engine holds; 0: it does not hold it."""
+        return self._process.placements.newest(content_hash)
+
+    def arrived(self, loaded: Loaded) -> None:
+        """A load has ended, which is going to `keep` this under a name or to `settle` it without one."""
+        self._arriving[loaded.placement] = loaded.info.content_hash
+        if loaded.generation == self._generation():
+            self._process.placements.arrived(loaded.info.content_hash, loaded.placement)
+
+    def settle(self, loaded: Loaded) -> None:
+        """The load that has brought it gives it no name, or has done so."""
+        self._arriving.pop(loaded.placement, None)
+
+    def is_arriving(self, content_hash: str) -> bool:
+        """Whether a load that has brought it is about to give it a name."""
+        return content_hash in self._arriving.values()
+
     def keep(self, name: str, loaded: Loaded) -> Loaded | None:
         """Note that `name` means this now; what it meant until now, if the engine holds that."""
+        self.settle(loaded)
         before = self.forget(name)
         if len(self._known) >= MAX_KNOWN:  # names of folders that have long gone: none of them is worth keeping
             self._known = {known: one for known, one in self._known.items() if self.held(known) is not None}
         self._known[name] = loaded
-        if loaded.generation == self._generation():
+        if loaded.generation == self._generation() and self.placement(loaded.info.content_hash):
             self._held.setdefault(loaded.info.content_hash, set()).add(name)
         return before
 
@@ -86,9 +120,11 @@ class LoadedNames:
                 del self._held[held.info.content_hash]
         return held
 
-    def lost(self, content_hash: str) -> None:
-        """The engine no longer holds this."""
-        self._held.pop(content_hash, None)
+    def lost(self, content_hash: str, placement: int) -> frozenset[str]:
+        """The engine no longer holds this by `placement`; the names that meant it, if it holds it by no later one."""
+        if not self._process.placements.left(content_hash, placement):
+            return frozenset()
+        return frozenset(self._held.pop(content_hash, ()))
 
 
 class UseCounts:

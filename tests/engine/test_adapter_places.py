@@ -67,7 +67,10 @@ class Engine:
             raise AdapterError("bad weights")
         if name.startswith("bug"):
             raise ZeroDivisionError
-        return SimpleNamespace(content_hash=name[0], num_bytes=self.size.get(name, SIZE))
+        content_hash = name[0]
+        return SimpleNamespace(
+            content_hash=content_hash, num_bytes=self.size.get(name, SIZE), info=lambda: content_hash
+        )
 
     def upload(self, adapter):
         self.uploads.append(adapter.content_hash)
@@ -77,11 +80,7 @@ class Engine:
         self.registry.take_left()
 
     def place_adapter(self, brought, is_pinned):
-        if not brought.reservation.is_held and not self.registry.put(
-            brought.adapter, brought.reservation, brought.load_s
-        ):
-            return None
-        return brought.adapter.content_hash
+        return self.registry.place(brought.adapter, brought.reservation, brought.load_s, is_pinned=is_pinned)
 
     def load(self, name, **fields):
         assert self.loads.submit(LoadAdapter(name, name, **{"path": "/x", **fields})) == []

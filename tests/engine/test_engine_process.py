@@ -28,6 +28,7 @@ from specserve.grammar.compiler import COMPILE_TIMEOUT_S
 from specserve.messages import (
     Abort,
     AdapterLoaded,
+    AdaptersLeft,
     CallDone,
     CallFailed,
     Delta,
@@ -207,13 +208,20 @@ def test_adapter_loads_and_serves_while_another_request_decodes(peer, model_dir,
     peer.send(request("long", [1, 2, 3], max_tokens=400, ignore_eos=True, mode="off"))
     first = peer.receive(Delta, lambda m: m.request_id == "long")
     peer.send(LoadAdapter(1, "a", str(path)))
-    adapter = peer.answer(1).adapter
+    loaded = peer.answer(1)
+    adapter = loaded.adapter
     assert adapter.max_rank == 4 and "q_proj" in adapter.target_modules
     peer.send(request("short", [1, 2, 3], adapter=adapter.content_hash, max_tokens=3, ignore_eos=True))
     assert len(finish(peer, "short")) == 3
     assert len(first.token_ids) + len(finish(peer, "long")) <= 400
-    peer.send(UnloadAdapter(2, adapter.content_hash))
-    assert isinstance(peer.answer(2), CallDone)
+    peer.send(LoadAdapter(2, "a", str(path), adapter.content_hash, adapter.size_bytes))
+    again = peer.answer(2)
+    assert again.adapter == adapter and again.placement > loaded.placement
+    peer.send(UnloadAdapter(3, adapter.content_hash, loaded.placement))  # it was sent before that answer came
+    assert isinstance(peer.answer(3), CallDone)
+    peer.send(UnloadAdapter(4, adapter.content_hash, again.placement))
+    assert peer.receive(AdaptersLeft).placements == {adapter.content_hash: again.placement}
+    assert isinstance(peer.answer(4), CallDone)
 
 
 def test_an_adapter_that_is_rewritten_and_truncated_while_it_is_read_fails_alone(peer, model_dir, tmp_path):

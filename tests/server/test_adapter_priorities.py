@@ -84,13 +84,10 @@ async def test_a_pinned_name_whose_content_was_let_go_for_another_name_is_loaded
         make(tmp_path / name, "one")
     content_hash = (await store.pin("a")).content_hash
     await store.resolve("b")
-    engine.held.clear()  # an unload that crossed the load
-    engine.pinned.clear()
-    store.adapters_left([content_hash])
+    store.adapters_left(engine.let_go(content_hash))
     await until(lambda: engine.pinned == {content_hash})
     await store.unpin("a")
-    engine.held.clear()
     num_loads = engine.num_loads
-    store.adapters_left([content_hash])
+    store.adapters_left(engine.let_go(content_hash))
     await store.resolve("b")
     assert engine.num_loads == num_loads + 1 and not engine.pinned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from specserve import adapter_files
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, ChangingError, content_hash, open_adapter
 from specserve.errors import NO_IDLE_ROOM, AdapterError, OverloadedError, UserError
-from specserve.messages import AdapterInfo
+from specserve.messages import AdapterInfo, AdapterLoaded
 from specserve.server import adapter_loader, adapter_store
 from specserve.server.adapter_store import AdapterStore
 
@@ -29,20 +30,21 @@ class FakeEngine:
         self.held: set[str] = set()
         self.infos: dict[str, AdapterInfo] = {}
         self.pinned: set[str] = set()
+        self.placements = itertools.count(1)
         self.priorities: list[int] = []  # of loads, and what they were raised to
         self.is_full = False  # of adapters in use
         self.during = None
 
     async def load_adapter(
         self, name, path, before=None, *, is_pinned=False, is_prefetch=False, priority=0
-    ) -> AdapterInfo:
+    ) -> AdapterLoaded:
         self.num_loads += 1
         self.priorities.append(priority)
         self.befores.append(before and before.content_hash)
         if is_prefetch and self.is_full:
             raise OverloadedError("no idle adapter makes room", code=NO_IDLE_ROOM)
         if before is not None and before.content_hash in self.held:
-            return self.infos[before.content_hash]  # whichever directory it came from
+            return self.loaded(self.infos[before.content_hash])  # whichever directory it came from
         with open_adapter(Path(path), name) as files:
             if WEIGHTS_FILE not in files.paths:
                 raise AdapterError(f"adapter {name!r} has no {WEIGHTS_FILE}")
@@ -56,16 +58,25 @@ class FakeEngine:
         self.infos.setdefault(info.content_hash, info)
         if is_pinned:
             self.pinned.add(info.content_hash)
-        return info
+        return self.loaded(info)
+
+    def loaded(self, info) -> AdapterLoaded:
+        return AdapterLoaded(0, info, next(self.placements))
+
+    def let_go(self, *hashes: str) -> dict[str, int]:
+        """What it says of contents that have left, for others or by name."""
+        self.held -= set(hashes)
+        self.pinned -= set(hashes)
+        return dict.fromkeys(hashes, next(self.placements))
 
     def hasten_loads(self, path: str, priority: int) -> None:
         self.priorities.append(priority)
 
-    async def unload_adapter(self, adapter_hash: str) -> None:
+    async def unload_adapter(self, adapter_hash: str, placement: int) -> None:
         self.held.discard(adapter_hash)
         self.pinned.discard(adapter_hash)
 
-    async def pin_adapter(self, adapter_hash: str, is_pinned: bool) -> None:
+    async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None:
         if is_pinned and adapter_hash not in self.held:
             raise UserError("not loaded", code="adapter_not_resident")
         (self.pinned.add if is_pinned else self.pinned.discard)(adapter_hash)
@@ -403,9 +414,10 @@ async def test_texts_that_are_never_those_that_were_loaded_are_refused_in_the_en
 async def test_an_adapter_that_the_engine_let_go_is_loaded_again_unless_that_is_old_news(store, engine, root):
     make(root / "a", "one")
     info = await store.resolve("a")
-    store.engine_lost("a", "of an older content")
+    store.engine_lost("of an older content", 1)
+    store.engine_lost(info.content_hash, 0)  # that a request heard of, which was sent before the load had ended
     assert await store.resolve("a") == info and engine.num_loads == 1
-    store.engine_lost("a", info.content_hash)
+    store.engine_lost(info.content_hash, store.placement(info.content_hash))
     assert await store.resolve("a") == info and engine.num_loads == 2
 
 
@@ -467,11 +479,11 @@ async def test_a_process_that_is_out_of_handles_does_not_blame_the_adapter(store
 async def test_what_the_engine_let_go_of_is_asked_for_by_its_content_unless_files_changed(store, engine, root):
     path = make(root / "a", "one")
     one = await store.resolve("a")
-    store.adapters_left([one.content_hash, "unknown"])
+    store.adapters_left(engine.let_go(one.content_hash, "unknown"))
     assert store.known("a") == one and await store.resolve("a") == one
     assert engine.befores == [None, one.content_hash]
     make(path, "two")
-    store.adapters_left([one.content_hash])
+    store.adapters_left(engine.let_go(one.content_hash))
     assert (await store.resolve("a")).content_hash != one.content_hash and engine.befores[2:] == [None]
 
 
@@ -599,6 +611,6 @@ async def test_equal_weights_with_another_template_keep_their_own_when_the_engin
         (root / name / "chat_template.jinja").write_text(f"I am {name}")
     first = {name: await store.resolve(name) for name in "ab"}
     assert first["a"].content_hash == first["b"].content_hash and first["a"].text_hash != first["b"].text_hash
-    store.adapters_left([first["a"].content_hash])
+    store.adapters_left(engine.let_go(first["a"].content_hash))
     assert {name: await store.resolve(name) for name in "ba"} == first
     assert engine.befores[2:] == [first["a"].content_hash] * 2

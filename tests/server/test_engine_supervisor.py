@@ -72,7 +72,7 @@ def test_a_restart_survives_every_way_in_which_a_start_fails(plan, caplog):
             await until(lambda: "SIGKILL" in caplog.text)
             pid = client.info.pid
             await until(lambda: client.state == "ready" and client.generation == 4 and client.info.pid != pid)
-            await client.unload_adapter("a")
+            await client.unload_adapter("a", 1)
             assert num_handles() == before
         assert client.state == "stopped" and not Path(f"/proc/{client.info.pid}").exists()
 
@@ -94,7 +94,7 @@ def test_a_restart_without_handles_is_tried_until_there_are_some(plan, caplog):
                 os.kill(client.info.pid, signal.SIGKILL)
                 await until(lambda: caplog.text.count("Too many open files") >= 3)
             await until(lambda: client.state == "ready")
-            await client.unload_adapter("a")
+            await client.unload_adapter("a", 1)
             assert num_handles() == before
 
     asyncio.run(run())
@@ -231,7 +231,7 @@ def test_an_engine_that_does_not_come_back_is_waited_for_so_long(plan, monkeypat
         async with started() as client:
             os.kill(client.info.pid, signal.SIGKILL)
             await until(lambda: "no such model" in caplog.text)  # the next start has failed
-            for call in (client.unload_adapter("a"), anext(client.generate(request("a", [1])))):
+            for call in (client.unload_adapter("a", 1), anext(client.generate(request("a", [1])))):
                 with pytest.raises(EngineDeadError, match="no such model"):
                     await call
 

@@ -43,7 +43,10 @@ class Store:
     async def resolve_with_texts(self, name, known, priority=0):
         return self.info, None if self.info.text_hash in known else {"chat_template.jinja": b"Hi"}
 
-    def engine_lost(self, name, content_hash):
+    def placement(self, content_hash):
+        return 1
+
+    def engine_lost(self, content_hash, placement):
         pass
 
 

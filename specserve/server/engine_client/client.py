@@ -68,7 +68,9 @@ class EngineClient:
         command: list[str] | None = None,
     ):
         self.config = config
-        self.on_adapters_left: Callable[[list[str]], object] = lambda hashes: None  # of the process that serves
+        self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: (
+            None
+        )  # of the process that serves
         self.on_serving: Callable[[], object] = lambda: None  # a process has started
         self.on_snapshot: Callable[[], object] = lambda: None  # about once a second, and when the process has gone
         command = command or engine_command()
@@ -181,25 +183,27 @@ class EngineClient:
         is_pinned: bool = False,
         is_prefetch: bool = False,
         priority: int = 0,
-    ) -> AdapterInfo:
+    ) -> AdapterLoaded:
         """Load the PEFT directory `path`; raises `UserError` when it cannot be served.
 
         `before` is what it was loaded as, if its files are still the same; `LoadAdapter` has the rest.
         """
         content_hash, size_bytes = (before.content_hash, before.size_bytes) if before is not None else (None, 0)
         load = LoadAdapter(next(self._call_ids), name, path, content_hash, size_bytes, is_pinned, is_prefetch, priority)
-        return (await self._call(load)).adapter
+        answer: AdapterLoaded = await self._call(load)
+        return answer
 
     def hasten_loads(self, path: str, priority: int) -> None:
         """A request of that priority waits, too, for the loads of the directory `path`."""
         self._engine.send(HastenLoads(path, priority))
 
-    async def unload_adapter(self, adapter_hash: str) -> None:
-        await self._call(UnloadAdapter(next(self._call_ids), adapter_hash))
+    async def unload_adapter(self, adapter_hash: str, placement: int) -> None:
+        """Forget it, unless a load placed it after `placement`."""
+        await self._call(UnloadAdapter(next(self._call_ids), adapter_hash, placement))
 
-    async def pin_adapter(self, adapter_hash: str, is_pinned: bool) -> None:
-        """Raises `UserError` where it is not loaded, and shall be pinned."""
-        await self._call(PinAdapter(next(self._call_ids), adapter_hash, is_pinned))
+    async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None:
+        """Raises `UserError` where it is not loaded, and shall be pinned; a load after `placement` may pin it, too."""
+        await self._call(PinAdapter(next(self._call_ids), adapter_hash, is_pinned, placement))
 
     async def adapters(self) -> list[AdapterState]:
         """What the engine holds. Raises `EngineDeadError` while none serves."""
@@ -237,7 +241,7 @@ class EngineClient:
             if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
                 future.set_exception(from_info(message.error))
         elif isinstance(message, AdaptersLeft):
-            self.on_adapters_left(message.adapter_hashes)
+            self.on_adapters_left(message.placements)
         elif isinstance(message, AdapterLoaded | AdapterStates | CallDone):
             self._answer(message)
 

@@ -75,6 +75,7 @@ class Sequences:
         `check` raises where the request must not go on with what the adapter is now; it had the content hash before.
         """
         for attempt in range(MAX_RELOADS + 1):
+            placement = self._store.placement(request.adapter_hash or "")
             try:
                 async with aclosing(ask(request)) as answers:
                     async for answer in answers:
@@ -89,7 +90,7 @@ class Sequences:
                         "retry later or raise --max-adapters",
                         status=503,
                     ) from None
-            self._store.engine_lost(adapter, request.adapter_hash)
+            self._store.engine_lost(request.adapter_hash or "", placement)
             now = await self._store.resolve(adapter, request.priority)
             check(now, request.adapter_hash)
             request = msgspec.structs.replace(request, adapter_hash=now.content_hash)
