@@ -85,7 +85,7 @@ class Step(Structure):
     _fields_ = [
         ("num_rows", c_int32),
         ("num_seqs", c_int32),
-        ("num_logits", c_int32),
+        ("num_hidden", c_int32),
         ("block_size", c_int32),
         ("table_width", c_int32),
         ("max_rank", c_int32),
@@ -96,7 +96,7 @@ class Step(Structure):
         ("cu_query_lens", c_void_p),
         ("context_lens", c_void_p),
         ("block_tables", c_void_p),
-        ("logits_indices", c_void_p),
+        ("hidden_indices", c_void_p),
         ("cos", c_void_p * 2),
         ("sin", c_void_p * 2),
         ("row_slots", c_void_p),

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from .adapter_kinds import AdapterType, PoolingType
-from .messages import Together
+from .messages import GenerateRequest, SamplingParams, Speculation, Together
 
 PoolingTask = Literal["embed", "score"]
 # Which adapters a task may name; the base model, without any, embeds.
@@ -21,6 +21,8 @@ KINDS_OF_TASK: dict[PoolingTask, tuple[AdapterType, ...]] = {"embed": ("embed",)
 # How the base model embeds where a request does not say: as vLLM embeds with a model for generation.
 BASE_POOLING: PoolingType = "last"
 BASE_NORMALIZE = True
+_NO_SAMPLING = SamplingParams(max_tokens=0, temperature=0.0, detokenize=False)
+_NO_DRAFTS = Speculation(mode="off")
 
 
 class PoolingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +57,16 @@ class PoolRequest(msgspec.Struct, frozen=True, tag="pool"):
         """The texts that are admitted with it; 0 where its answer has begun."""
         return self.together.num if self.together is not None else int(self.is_first)
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """As of a request that generates nothing."""
+        return _NO_SAMPLING
+
+    @property
+    def speculation(self) -> Speculation:
+        """As of a request that generates nothing."""
+        return _NO_DRAFTS
+
 
 class Pooled(msgspec.Struct, frozen=True, tag="pooled"):
     """The answer to a `PoolRequest`, and the end of it."""
@@ -65,3 +77,6 @@ class Pooled(msgspec.Struct, frozen=True, tag="pooled"):
     prompt_tokens: int
     cached_tokens: int = 0  # of them, taken from the prefix cache
     queue_s: float = 0.0  # from arrival in the engine to the first admission to a step
+
+
+AnyRequest = GenerateRequest | PoolRequest

@@ -42,17 +42,17 @@ struct Model {
 };
 
 struct Step {
-  int32_t num_rows, num_seqs, num_logits, block_size, table_width, max_rank, num_taps, unused;
+  int32_t num_rows, num_seqs, num_hidden, block_size, table_width, max_rank, num_taps, unused;
   float* x;  // [T][H] embeddings in, scratch afterwards
   const int64_t* slot_mapping;
   const int32_t *cu_query_lens, *context_lens, *block_tables;
-  const int64_t* logits_indices;
+  const int64_t* hidden_indices;
   const float *cos[2], *sin[2];  // [T][D], the second half of sin is positive
   const int32_t* row_slots;      // [T], -1: no adapter; null: none in the step
   const Lora* lora;              // [slots][layers][NUM_MODULES]
-  float* hidden;                 // [L][H], normed
+  float* hidden;                 // [L + P][H], normed, of the rows hidden_indices
   int32_t tap_layers[8];
-  float* taps[8];   // [L][H] each
+  float* taps[8];   // [L + P][H] each
   double* seconds;  // [NUM_PHASES], added to
 };
 
@@ -180,12 +180,12 @@ class Forward {
       clock.end(DOWN_);
       for (int tap = 0; tap < s.num_taps; tap++)
         if (s.tap_layers[tap] == idx && thread == 0)
-          for (int i = 0; i < s.num_logits; i++)
-            memcpy(s.taps[tap] + (size_t)i * m.hidden_size, s.x + s.logits_indices[i] * m.hidden_size,
+          for (int i = 0; i < s.num_hidden; i++)
+            memcpy(s.taps[tap] + (size_t)i * m.hidden_size, s.x + s.hidden_indices[i] * m.hidden_size,
                    4 * (size_t)m.hidden_size);
     }
-    for (int i; (i = e.team.next(s.num_logits)) >= 0;)
-      norm_row(s.x + s.logits_indices[i] * m.hidden_size, m.norm, s.hidden + (size_t)i * m.hidden_size);
+    for (int i; (i = e.team.next(s.num_hidden)) >= 0;)
+      norm_row(s.x + s.hidden_indices[i] * m.hidden_size, m.norm, s.hidden + (size_t)i * m.hidden_size);
     e.team.barrier();
     clock.end(NORM);
   }
@@ -593,10 +593,10 @@ static const Place LAYOUT[] = {
     STRUCT(Model), FIELD(Model, layers), FIELD(Model, norm), FIELD(Model, num_layers), FIELD(Model, hidden_size),
     FIELD(Model, num_heads), FIELD(Model, num_kv_heads), FIELD(Model, head_dim), FIELD(Model, is_gelu), FIELD(Model, is_bf16),
     FIELD(Model, unused), FIELD(Model, eps), FIELD(Model, attention_scale),
-    STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_logits), FIELD(Step, block_size),
+    STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_hidden), FIELD(Step, block_size),
     FIELD(Step, table_width), FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, unused), FIELD(Step, x),
     FIELD(Step, slot_mapping), FIELD(Step, cu_query_lens), FIELD(Step, context_lens), FIELD(Step, block_tables),
-    FIELD(Step, logits_indices), FIELD(Step, cos), FIELD(Step, sin), FIELD(Step, row_slots), FIELD(Step, lora),
+    FIELD(Step, hidden_indices), FIELD(Step, cos), FIELD(Step, sin), FIELD(Step, row_slots), FIELD(Step, lora),
     FIELD(Step, hidden), FIELD(Step, tap_layers), FIELD(Step, taps), FIELD(Step, seconds),
     STRUCT(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank), FIELD(Lora, scale),
     STRUCT(Head), FIELD(Head, init_weight), FIELD(Head, embed), FIELD(Head, moves), FIELD(Head, next_weight),

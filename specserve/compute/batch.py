@@ -2,6 +2,7 @@
 
 Letters in shape comments, everywhere in the project:
     T rows (tokens) of the step      S sequences in the step        L rows whose logits are needed
+    P rows that are pooled
     H hidden size   V vocabulary     Hq, Hkv query and KV heads     D head size
     N block-table width              R LoRA rank                    K draft length
 
@@ -31,7 +32,7 @@ class Batch:
     block_tables: torch.Tensor  # [S, N] int32, physical blocks in order; padding is 0 and never read
     cu_query_lens: torch.Tensor  # [S + 1] int32, first row of each sequence, then T
     context_lens: torch.Tensor  # [S] int32, tokens visible to the last row: already cached ones plus this step's rows
-    logits_indices: torch.Tensor  # [L] int64, rows whose logits are needed, ascending
+    hidden_indices: torch.Tensor  # [L + P] int64, rows whose hidden states are needed: those for logits, ascending; P
     block_size: int
     query_lens_list: list[int]  # [S]
     context_lens_list: list[int]  # [S]

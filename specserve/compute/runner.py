@@ -16,9 +16,11 @@ import torch
 from ..adapters.lora import LoraAdapter
 from ..model.config import ModelConfig
 from ..schedule.logits_rows import LogitsRows
+from ..schedule.pooled_rows import PooledSpan, pooled_spans
 from ..schedule.scheduler import ScheduledSequence
 from .batch import Batch
 from .kv_cache import KVCache
+from .pooled_sums import add_up, rows_of
 from .row_lists import RowLists
 from .slots import Slots, take_slots
 from .step_output import StepOutput
@@ -45,7 +47,10 @@ class BatchDecoder(Protocol):
     device: torch.device
 
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [L, H] of the rows with logits; each layer in `taps` gets its output there, [L, H]."""
+        """Normed hidden states [L + P, H] of the rows `batch.hidden_indices`; writes all rows' keys and values.
+
+        Each layer in `taps` gets its output there, [L + P, H].
+        """
         ...
 
     def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -65,23 +70,26 @@ class ModelRunner:
     def forward(self, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
         items, _, active = take_slots(self.slots, items, adapters)
-        batch, needed = self._build(items)
+        batch, needed, spans = self._build(items)
         heads = [adapter.lookahead for adapter in active]
         taps = {
             lookahead.head.config.tap_layer: batch.tokens
             for lookahead in heads
             if lookahead is not None and lookahead.head
         }
-        hidden = self.decoder.forward(batch, self.kv, taps)  # [L, H]
-        if batch.logits_indices.shape[0] == 0:  # nothing but unfinished prefill chunks
-            return StepOutput(hidden.new_empty(0, self.decoder.config.vocab_size).float(), [], [], [], hidden, {})
-        logits = self.decoder.logits(hidden, batch)  # [L, V]
-        return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, taps)
+        states = self.decoder.forward(batch, self.kv, taps)  # [L + P, H]
+        hidden = states[: len(needed.rows)]
+        if needed.rows:
+            logits = self.decoder.logits(hidden, batch)  # [L, V]
+        else:  # nothing but unfinished prefill chunks, and texts that are pooled
+            logits, taps = states.new_empty(0, self.decoder.config.vocab_size).float(), {}
+        pooled = add_up(spans, states[len(needed.rows) :]) if spans else None  # at last: it keeps the sums
+        return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, taps, pooled)
 
-    def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows]:
+    def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows, list[PooledSpan]]:
         size = self.kv.block_size
         counts = [item.num_rows + len(item.drafts) for item in items]
-        rows, needed = RowLists.of(items, counts), LogitsRows(items, counts)
+        rows, needed, spans = RowLists.of(items, counts), LogitsRows(items, counts), pooled_spans(items, counts)
         context_lens = [item.seq.num_computed + count for item, count in zip(items, counts, strict=True)]
         cu_query_lens = [0, *itertools.accumulate(counts)]
         runs = [(item.seq.adapter_hash, count) for item, count in zip(items, counts, strict=True)]
@@ -98,11 +106,11 @@ class ModelRunner:
             block_tables=torch.tensor(block_tables, device=device),
             cu_query_lens=torch.tensor(cu_query_lens, dtype=torch.int32, device=device),
             context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
-            logits_indices=torch.tensor(needed.rows, dtype=torch.int64, device=device),
+            hidden_indices=torch.tensor(needed.rows + rows_of(spans), dtype=torch.int64, device=device),
             block_size=size,
             query_lens_list=counts,
             context_lens_list=context_lens,
             block_tables_list=tables,
             lora=self.slots.batch(runs, needed.rows),
         )
-        return batch, needed
+        return batch, needed, spans

@@ -146,7 +146,7 @@ class Sampler:
                     position = len(group.seq.tokens) + idx
                     hot_rows.append(row)
                     hot_logits.append(row_logits)
-                    hot_params.append((params, uniform(params.seed, group.seq.request.sample_idx, position)))
+                    hot_params.append((params, uniform(params.seed, group.seq.sample_idx, position)))
         if hot_rows:
             stacked = torch.stack(hot_logits)  # [M, V]
             if (masks := self._masks.masks(groups)) is not None:

@@ -110,6 +110,11 @@ class GrowingDraft:
     num_admitted: int = 0
 
 
+def no_draft() -> GrowingDraft:
+    """Of a sequence that generates nothing."""
+    return GrowingDraft(chooser=None, max_tokens=0, is_fixed=False, switch=DraftSwitch())
+
+
 class StepPlan:
     """What a step was before its drafts; seconds are expected ones but for `draft_s`.
 

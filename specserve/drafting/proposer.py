@@ -25,10 +25,11 @@ from ..drafters.prediction import PredictionSource
 from ..drafters.protocol import DraftSource, Heads, SteppedHeads
 from ..kernels.native_build import NativeError
 from ..messages import AdapterDrafts, GenerateRequest
+from ..pooling_messages import AnyRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence as EngineSequence
 from .cost_model import CostModel
-from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan
+from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan, no_draft
 from .growth import DraftGrowth
 from .native_growth import NativeGrowth
 from .served_history import ServedHistories
@@ -84,7 +85,7 @@ class Proposer:
             directory = Path(config.history_dir).expanduser() if config.history_dir else None
             self._served = ServedHistories(directory, vocab_size)
 
-    def learn(self, request: GenerateRequest, output: Sequence[int]) -> None:
+    def learn(self, request: AnyRequest, output: Sequence[int]) -> None:
         """Remember a finished output, if the engine is set to."""
         adapter = self._adapters.get(request.adapter_hash or "")
         if self._served is None or adapter is None or len(output) < 2:
@@ -100,6 +101,8 @@ class Proposer:
     def start(self, seq: EngineSequence) -> GrowingDraft:
         """What drafts for a new sequence, until `end`; whatever that holds is freed when nobody holds it any more."""
         request = seq.request
+        if not isinstance(request, GenerateRequest):
+            return no_draft()
         draft = GrowingDraft(
             chooser=None,
             max_tokens=self._max_drafts(request),
@@ -125,6 +128,7 @@ class Proposer:
 
     def _make_chooser(self, draft: GrowingDraft, seq: EngineSequence) -> None:
         request = seq.request
+        assert isinstance(request, GenerateRequest)  # others never draft
         sources = self.drafters_for(request)
         if seq.grammar is not None and request.speculation.mode != "ngram":
             sources.insert(0, GrammarSource(seq.grammar))

@@ -108,8 +108,9 @@ class FairQueue:
         flow = self._flows[seq.adapter_hash]
         flow.num_running -= 1
         flow.served += unforeseen_cost(seq)
-        flow.output_len.observe(seq.output_len)
-        self._output_len.observe(seq.output_len)
+        if seq.pooling is None:
+            flow.output_len.observe(seq.output_len)
+            self._output_len.observe(seq.output_len)
         self._place(flow)
 
     def expected_output(self, adapter_hash: str | None, max_tokens: int) -> float:

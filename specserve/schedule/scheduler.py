@@ -31,7 +31,7 @@ class ScheduledSequence(msgspec.Struct, gc=False, eq=False):
     num_rows: int
     drafts: Seq[int] = ()
     draft_sources: Seq[str] = ()  # one per draft
-    reaches_end: bool = True  # the last non-draft row is the sequence's newest token, so that a token can be sampled
+    reaches_end: bool = True  # the last non-draft row is the newest token, so that one can be sampled: never if pooled
     draft_chances: Seq[float] = ()  # one per draft, of sequences that are traced
 
 
@@ -99,9 +99,10 @@ class Scheduler:
         prefilling = [seq for seq in chosen if len(seq.tokens) - seq.num_computed > 1]
         shares: dict[int, int] = {}
         if prefilling:
-            num_decoding = len(chosen) - len(prefilling)
-            budget = self.max_batched_tokens - num_decoding
-            shares = _share(min(budget, self.max_prefill_rows) if num_decoding else budget, prefilling, background_rows)
+            budget = self.max_batched_tokens - (len(chosen) - len(prefilling))
+            if any(seq.pooling is None and len(seq.tokens) - seq.num_computed == 1 for seq in chosen):  # some decode
+                budget = min(budget, self.max_prefill_rows)
+            shares = _share(budget, prefilling, background_rows)
         scheduled = []
         for seq in chosen:
             if seq.status is not running:
@@ -117,7 +118,8 @@ class Scheduler:
             if not has_room and in_flight and not self._reserve(seq, start + num_rows):
                 return []
             if has_room or in_flight or self._reserve_or_preempt(seq, num_rows):
-                scheduled.append(ScheduledSequence(seq, num_rows, (), (), start + num_rows == num_tokens))
+                reaches_end = start + num_rows == num_tokens and seq.pooling is None
+                scheduled.append(ScheduledSequence(seq, num_rows, (), (), reaches_end))
         if self.num_preemptions > num_preemptions:
             # A later sequence may have been preempted after an earlier one was scheduled, never the other way round.
             scheduled = [item for item in scheduled if item.seq.status is Status.RUNNING]
@@ -145,7 +147,7 @@ class Scheduler:
                 if not self._makes_way(seq, in_flight):
                     return
                 pending = self._num_pending()
-            if seq.num_computed == 0 and not seq.block_table and not seq.wants_prompt_logprobs:
+            if seq.num_computed == 0 and not seq.block_table and not seq.needs_every_row:
                 seq.block_table, seq.block_keys = self.blocks.match_prefix(seq.root_key, seq.tokens, seq.prompt_keys)
                 seq.num_computed = len(seq.block_table) * self.blocks.block_size
             need = self._num_missing(seq)
@@ -175,8 +177,9 @@ class Scheduler:
         return True
 
     def _num_missing(self, seq: Sequence) -> int:
-        """Blocks that a sequence needs for its tokens and the next one, beside those that it has."""
-        return max(0, -(-(len(seq.tokens) + 1) // self.blocks.block_size) - len(seq.block_table))
+        """Blocks that a sequence needs for its tokens and the next one, if any, beside those that it has."""
+        num_tokens = len(seq.tokens) + (seq.pooling is None)
+        return max(0, -(-num_tokens // self.blocks.block_size) - len(seq.block_table))
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
         return self.blocks.reserve(seq.block_table, num_tokens, claim_tokens=seq.max_len, owner=seq.seq_id)

@@ -1,4 +1,4 @@
-"""One sequence that is being generated: its tokens, its place in the KV cache, its drafts and its counts.
+"""One sequence that is generated, or pooled: its tokens, its place in the KV cache, its drafts and its counts.
 
 Invariant: KV holds the first `num_computed` tokens of `tokens`. A sequence decodes when exactly one token is left to
 compute; otherwise it prefills. Pure Python: the scheduler and its tests need no torch.
@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
+from ..adapter_kinds import PoolingType
 from ..messages import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams, Usage
+from ..pooling_messages import AnyRequest
 from .block_manager import root_key
 
 if TYPE_CHECKING:
@@ -27,22 +29,28 @@ class Status(enum.Enum):
 
 
 class Sequence:
-    """State of one `GenerateRequest`; `seq_id` orders arrivals."""
+    """State of one request; `seq_id` orders arrivals.
+
+    One that is pooled ends with its prompt: `pooling` says of which rows the hidden states count.
+    """
 
     __slots__ = (
         "_accepted", "_accepted_by_source", "_drafted", "_drafted_by_source", "_num_counted", "_output_counts",
         "_queue_s", "adapter_hash", "arrived", "block_keys", "block_table", "caller", "cost", "deadline",
         "due", "gets_any_token", "grammar", "has_edits", "is_greedy", "is_traced", "max_len", "num_cached",
-        "num_computed", "num_forwards", "owner", "priority", "prompt_keys", "prompt_len", "rank", "request",
-        "request_id", "root_key", "sampling", "seat", "seq_id", "status", "table_id", "takes_best", "tokens", "turn",
-        "wants_prompt_logprobs",
+        "needs_every_row", "num_computed", "num_forwards", "owner", "pooled_sum", "pooling", "priority", "prompt_keys",
+        "prompt_len", "rank", "request", "request_id", "root_key", "sample_idx", "sampling", "seat", "seq_id", "status",
+        "table_id", "takes_best", "tokens", "turn", "wants_prompt_logprobs",
     )  # fmt: skip
 
-    def __init__(self, seq_id: int, request: GenerateRequest, grammar: Grammar | None = None):
+    def __init__(
+        self, seq_id: int, request: AnyRequest, grammar: Grammar | None = None, pooling: PoolingType | None = None
+    ):
         self.seq_id = seq_id
         self.request = request
         self.request_id = request.request_id
         self.sampling: SamplingParams = request.sampling
+        self.sample_idx = request.sample_idx if isinstance(request, GenerateRequest) else 0
         self.adapter_hash = request.adapter_hash
         self.caller = request.caller
         self.status = Status.WAITING
@@ -70,7 +78,11 @@ class Sequence:
         self.grammar = grammar  # its place in what it must keep to
         self.owner: Any = None  # what whoever runs it has of it
         self.seat: Any = None  # its place in a device's tables, for whom they are
+        self.pooling: PoolingType | None = pooling
+        self.pooled_sum: Any = None  # of the rows that are computed, where a host adds them up
         self.wants_prompt_logprobs = self.sampling.prompt_logprobs is not None
+        # Of its prompt, so that the prefix cache, which has none of what a row gives, cannot help.
+        self.needs_every_row = self.wants_prompt_logprobs or pooling in ("mean", "weighted_mean")
         self.is_greedy = self.sampling.temperature == 0.0
         self.is_traced = request.speculation.trace
         self.has_edits = bool(  # of its logits, before temperature, at every token
@@ -158,5 +170,10 @@ class Sequence:
             accepted_prediction_tokens=accepted["prediction"],
             rejected_prediction_tokens=drafted["prediction"] - accepted["prediction"],
             accepted_by_source=dict(accepted),
-            queue_s=self._queue_s or 0.0,
+            queue_s=self.queue_s,
         )
+
+    @property
+    def queue_s(self) -> float:
+        """From its arrival to its first admission, if that was yet."""
+        return self._queue_s or 0.0

@@ -17,6 +17,7 @@ from .graph_cache import GraphCache
 from .layers import LayersPart
 from .logits import LogitsPart
 from .lora import DeviceAdapterSlots
+from .pooled import PooledPart
 from .rows import StepRows
 from .sampled_tokens import SampledTokens
 from .seats import Seats
@@ -24,7 +25,7 @@ from .seats import Seats
 
 @dataclass(frozen=True, slots=True)
 class DeviceParts:
-    """The parts that a step's two forwards, layers and logits, consist of."""
+    """The parts that a step's two forwards, layers and logits, consist of, and what is pooled beside the logits."""
 
     decoder: TritonDecoder
     max_rows: int  # padded
@@ -36,6 +37,7 @@ class DeviceParts:
     sampled: SampledTokens
     layers: LayersPart
     logits: LogitsPart
+    pooled: PooledPart
 
     @classmethod
     def of(cls, decoder: TritonDecoder, kv: KVCache, limits: StepLimits, graphs: GraphCache) -> DeviceParts:
@@ -61,4 +63,5 @@ class DeviceParts:
         sampled = SampledTokens(most_logits(max_rows, config.vocab_size), device)
         layers = LayersPart(decoder, kv, rows, sampled.tokens, seats, slots, buckets, graphs, max_rows)
         logits = LogitsPart(decoder, layers, slots, graphs, sampled.num_rows)
-        return cls(decoder, max_rows, slots, graphs, seats, buckets, rows, sampled, layers, logits)
+        pooled = PooledPart(layers.hidden, limits.max_seqs)
+        return cls(decoder, max_rows, slots, graphs, seats, buckets, rows, sampled, layers, logits, pooled)

@@ -16,6 +16,7 @@ import torch
 
 from ...adapters.lora import LoraAdapter
 from ...schedule.logits_rows import LogitsRows
+from ...schedule.pooled_rows import pooled_spans
 from ...schedule.scheduler import ScheduledSequence
 from ..row_lists import RowLists
 from ..slots import take_slots
@@ -52,13 +53,14 @@ class DeviceRunner:
         self._parts.layers.queue(bucket)
         self._parts.seats.wrote_new()
         self._on_seated(items, seats, ends)
-        needed = LogitsRows(items, counts)  # while the layers run
-        if not needed.rows:  # nothing but unfinished prefill chunks
+        needed, spans = LogitsRows(items, counts), pooled_spans(items, counts)  # while the layers run
+        if needed.rows:
+            rows = np.array(needed.rows)
+            logits, hidden = self._parts.logits.queue(rows, row_slots[rows])
+        else:  # nothing but unfinished prefill chunks, and texts that are pooled
             logits, hidden = self._parts.logits.nothing
-            return StepOutput(logits, [], [], [], hidden, {})
-        rows = np.array(needed.rows)
-        logits, hidden = self._parts.logits.queue(rows, row_slots[rows])
-        return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, {})
+        pooled = self._parts.pooled.queue(spans) if spans else None  # at last: it keeps the sums
+        return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, {}, pooled)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -70,6 +72,7 @@ class DeviceRunner:
             parts.layers.capture(bucket)
         for num_rows in padded_up_to(parts.sampled.num_rows):
             parts.logits.queue([0] * num_rows, [-1] * num_rows)
+        parts.pooled.warm_up()
         logger.info(
             "captured %d CUDA graphs in %.1f s, %.0f MiB",
             graphs.num_graphs,

@@ -108,7 +108,7 @@ class DeviceSampler(Sampler):
                 continue
             rows = rows or [SamplingRow()] * num_rows
             for idx, row in enumerate(own):
-                drawn = uniform(params.seed, seq.request.sample_idx, len(seq.tokens) + idx)
+                drawn = uniform(params.seed, seq.sample_idx, len(seq.tokens) + idx)
                 top_k = params.top_k if params.top_k < self._vocab_size else 0
                 rows[row] = SamplingRow(params.temperature, top_k, params.top_p, params.min_p, drawn)
         return rows, edited

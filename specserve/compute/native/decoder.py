@@ -106,9 +106,9 @@ class NativeDecoder:
         return NativeSlots(self.config, self.compute_dtype)
 
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [L, H] fp32 of the rows `batch.logits_indices`; writes all rows' KV to `kv`.
+        """Normed hidden states [L + P, H] fp32 of the rows `batch.hidden_indices`; writes all rows' KV to `kv`.
 
-        Each layer index that `taps` holds gets that layer's output for the same rows, [L, H] fp32.
+        Each layer index that `taps` holds gets that layer's output for the same rows, [L + P, H] fp32.
         """
         self._bind(kv)
         lora = batch.lora
@@ -118,13 +118,13 @@ class NativeDecoder:
             lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
         if self.config.embed_scale != 1.0:
             x *= self._embed_scale
-        num_logits = batch.logits_indices.shape[0]
-        hidden = torch.empty(num_logits, self.config.hidden_size)
+        num_hidden = batch.hidden_indices.shape[0]
+        hidden = torch.empty(num_hidden, self.config.hidden_size)
         cos_sin = [self._ropes[kind].cos_sin(batch.positions, torch.float32) for kind in self._kinds]
         step = Step(
             num_rows=batch.num_rows,
             num_seqs=len(batch.query_lens_list),
-            num_logits=num_logits,
+            num_hidden=num_hidden,
             block_size=batch.block_size,
             table_width=batch.block_tables.shape[1],
             x=x.data_ptr(),
@@ -132,7 +132,7 @@ class NativeDecoder:
             cu_query_lens=batch.cu_query_lens.data_ptr(),
             context_lens=batch.context_lens.data_ptr(),
             block_tables=batch.block_tables.data_ptr(),
-            logits_indices=batch.logits_indices.data_ptr(),
+            hidden_indices=batch.hidden_indices.data_ptr(),
             hidden=hidden.data_ptr(),
             seconds=self.phase_seconds,
         )
@@ -145,7 +145,7 @@ class NativeDecoder:
         assert len(wanted) <= MAX_TAPS
         for idx, layer in enumerate(wanted):
             assert taps is not None
-            taps[layer] = torch.empty(num_logits, self.config.hidden_size)
+            taps[layer] = torch.empty(num_hidden, self.config.hidden_size)
             step.tap_layers[idx], step.taps[idx] = layer, taps[layer].data_ptr()
         step.num_taps = len(wanted)
         self.team.forward(self._model, step)

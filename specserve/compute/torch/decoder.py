@@ -29,9 +29,9 @@ class Decoder(DecoderWeights):
         return AdapterSlots(self.config)
 
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [L, H] of the rows `batch.logits_indices`; writes all rows' keys and values to `kv`.
+        """Normed hidden states [L + P, H] of the rows `batch.hidden_indices`; writes all rows' keys and values to `kv`.
 
-        Each layer index that `taps` holds gets that layer's output for the same rows, [L, H].
+        Each layer index that `taps` holds gets that layer's output for the same rows, [L + P, H].
         """
         config, lora = self.config, cast(LoraBatch | None, batch.lora)  # what `slots` makes
         x = self.embed[batch.tokens].to(self.compute_dtype)  # [T, H]
@@ -68,8 +68,8 @@ class Decoder(DecoderWeights):
                 h = self._rms_norm(h, layer.post_mlp_norm)
             x += h
             if taps is not None and idx in taps:
-                taps[idx] = x[batch.logits_indices]
-        return self._rms_norm(x[batch.logits_indices], self.norm)
+                taps[idx] = x[batch.hidden_indices]
+        return self._rms_norm(x[batch.hidden_indices], self.norm)
 
     def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits [L, V] float32 of hidden rows [L, H]."""
