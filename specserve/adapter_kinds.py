@@ -15,6 +15,7 @@ from .errors import UserError
 
 AdapterType = Literal["generate", "embed", "rerank", "classify"]
 PoolingType = Literal["last", "mean", "weighted_mean"]
+GENERATES: tuple[AdapterType, ...] = ("generate",)
 
 # Where the server takes requests for an adapter of a kind; the first is the one that errors name.
 ROUTES: dict[AdapterType, tuple[str, ...]] = {

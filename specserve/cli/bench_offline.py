@@ -17,7 +17,7 @@ import click
 from .. import __version__
 from ..config import EngineConfig
 from ..errors import UserError, from_info
-from ..messages import GenerateRequest, RequestFailed, SamplingParams, Speculation
+from ..messages import Delta, GenerateRequest, RequestFailed, SamplingParams, Speculation
 from ..model.store import resolve_model
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def _rates(
         for event in engine.step():
             if isinstance(event, RequestFailed):
                 raise from_info(event.error)
+            assert isinstance(event, Delta)  # nothing is pooled here
             if start_s is not None:
                 num_tokens += len(event.token_ids)
             elif event.token_ids:

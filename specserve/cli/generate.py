@@ -15,7 +15,7 @@ import msgspec
 
 from ..config import EngineConfig
 from ..errors import UserError, from_info
-from ..messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
+from ..messages import Delta, GenerateRequest, RequestFailed, SamplingParams, Speculation, Usage
 from ..model.store import is_hub_id, resolve_model
 from ..terminal import ColourChoice, wants_colour
 from .shading import Shading
@@ -116,6 +116,7 @@ def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -
         for event in engine.step():
             if isinstance(event, RequestFailed):
                 raise from_info(event.error)
+            assert isinstance(event, Delta)  # nothing is pooled here
             text = shading.text(traced.told(event).trace or ()) if options.trace else event.text
             print(text, end="", flush=True)
             if event.usage is not None:

@@ -14,6 +14,7 @@ from ..config import EngineConfig
 from ..errors import DeadlineError, ErrorInfo, OverloadedError, UserError, from_info
 from ..messages import EngineInfo, GenerateRequest
 from ..model.config import ModelConfig
+from ..pooling_messages import AnyRequest, PoolRequest
 from ..schedule.scheduler import Scheduler
 from .wait_estimate import WaitEstimate
 
@@ -25,15 +26,16 @@ _MAX_ANSWERS = 1024
 T = TypeVar("T")
 
 
-def check_request(request: GenerateRequest, info: EngineInfo) -> None:
+def check_request(request: AnyRequest, info: EngineInfo) -> None:
     """Raise `UserError` for a request that can never run on the engine described by `info`."""
     prompt, sampling = request.prompt_token_ids, request.sampling
+    field, limited = ("prompt", "max_tokens") if isinstance(request, GenerateRequest) else ("input", "input")
     if not prompt:
-        raise UserError("the prompt is empty; send at least one token", param="prompt")
+        raise UserError(f"the {field} is empty; send at least one token", param=field)
     if sampling.stop and not sampling.detokenize:
         raise UserError("stop strings are found in text: they need detokenize", param="stop")
     for name, ids in (
-        ("prompt", prompt),
+        (field, prompt),
         ("logit_bias", list(sampling.logit_bias)),
         ("stop_token_ids", list(sampling.stop_token_ids)),
     ):
@@ -46,11 +48,10 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
         (capacity, f"KV cache of {capacity} tokens; raise --kv-cache-gib"),
     ):
         if len(prompt) + sampling.max_tokens > limit:
-            raise UserError(
-                f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) exceed the {what}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+            tokens = f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens})"
+            if isinstance(request, PoolRequest):
+                tokens = f"the {len(prompt)} tokens of the input"
+            raise UserError(f"{tokens} exceed the {what}", param=limited, code="context_length_exceeded")
 
 
 class Admission:
@@ -64,7 +65,7 @@ class Admission:
         self._num_to_come: OrderedDict[str, int] = OrderedDict()  # of those that were admitted
         self._refusals: OrderedDict[str, ErrorInfo] = OrderedDict()
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, request: AnyRequest) -> None:
         """Raises as `refuse_overload`, and so for all sequences of an answer of which one was refused."""
         answer_id = request.together.answer_id if request.together is not None else ""
         if answer_id in self._num_to_come:
@@ -78,7 +79,7 @@ class Admission:
                 _remember(self._refusals, answer_id, error.info())
             raise
 
-    def admitted(self, request: GenerateRequest) -> None:
+    def admitted(self, request: AnyRequest) -> None:
         """It waits now: the rest of its answer will, too."""
         if request.together is None:
             return
@@ -94,7 +95,7 @@ def _remember(answers: OrderedDict[str, T], answer_id: str, value: T) -> None:
         answers.popitem(last=False)
 
 
-def refuse_overload(request: GenerateRequest, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate) -> None:
+def refuse_overload(request: AnyRequest, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate) -> None:
     """Refuse a request that has no room to wait, or no time, and with it all sequences that are admitted with it.
 
     Where nothing waits there is room for any: what was refused then could never come. Raises `OverloadedError` with

@@ -45,6 +45,7 @@ from ..messages import (
     RequestFailed,
     TokenLogprobs,
 )
+from ..pooling_messages import AnyRequest
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence
@@ -53,12 +54,14 @@ from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .adapter_memory import AdapterMemory, Brought
 from .admission import Admission, check_request, size_kv
 from .commits import Commits
+from .pooling import PooledAnswers
 from .queued_step import QueuedStep
 from .recent_steps import RecentSteps
 from .reports import Event, Reports
 from .running import RunningRequest
 from .stats import Counters, adapter_states, engine_stats
 from .step_times import StepTimes
+from .text_pooling import text_pooling
 from .wait_estimate import WaitEstimate, decode_step_s
 
 logger = logging.getLogger(__name__)
@@ -174,20 +177,24 @@ class Engine:
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)
+        self.pooled_answers = PooledAnswers(self.reports, self._remove)
         self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
         self._admission = Admission(config, self.scheduler, self.waits)
         self.recent_steps = RecentSteps(cost_model)
 
     # -- requests
 
-    def add_request(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
-        """Queue a sequence. Raises `UserError` when it can never run or there is no room to wait.
+    def add_request(self, request: AnyRequest, grammar: CompiledGrammar | None = None) -> None:
+        """Queue a sequence or a text. Raises `UserError` when it can never run or there is no room to wait.
 
         `grammar` is what `request.grammar` was compiled to, where that was done before; else it is done now.
         """
         check_request(request, self.info)
-        if request.grammar is not None and grammar is None:
-            grammar = self.grammars.compile(request.grammar)
+        adapter = self.registry.adapters.get(request.adapter_hash or "")
+        pooling = text_pooling(request, adapter, self.decoder.config.hidden_size)
+        spec = request.grammar if isinstance(request, GenerateRequest) else None
+        if spec is not None and grammar is None:
+            grammar = self.grammars.compile(spec)
         if request.request_id in self._requests:
             raise UserError(f"request id {request.request_id!r} is already running")
         self._admission.check(request)
@@ -195,8 +202,8 @@ class Engine:
             self.registry.acquire(request.adapter_hash)
         self._num_added += 1
         sampling = request.sampling
-        place = grammar.start(sampling.ignore_eos) if request.grammar is not None and grammar is not None else None
-        seq = Sequence(self._num_added, request, place)
+        place = grammar.start(sampling.ignore_eos) if spec is not None and grammar is not None else None
+        seq = Sequence(self._num_added, request, place, pooling.pooling if pooling is not None else None)
         detokenizer = (
             Detokenizer(
                 self._texts,
@@ -211,7 +218,7 @@ class Engine:
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
         drafts = self.proposer.start(seq)
         self._requests[request.request_id] = RunningRequest(
-            seq, detokenizer, drafts, self.eos_token_ids, prompt_logprobs
+            seq, detokenizer, drafts, self.eos_token_ids, prompt_logprobs, pooling
         )
         self.scheduler.add(seq)
         self._admission.admitted(request)
@@ -334,6 +341,8 @@ class Engine:
                 self._times.know()
                 self.commits.score_prompts(step.output)
                 self.commits.commit(step, step.output, kept)
+                if step.output.pooled is not None:
+                    self.pooled_answers.commit(step.output.pooled, step.events)
         self.proposer.observe(step.verified)
         self._ended = (step, self._times.end(step, self.has_work()))
         if not self.is_asynchronous:
@@ -416,6 +425,8 @@ class Engine:
             self.commits.score_prompts(output)
             alone = QueuedStep([item], step.queued_at, item.num_rows, [], step.events, step.verified)
             self.commits.commit(alone, output, kept)
+            if output.pooled is not None:
+                self.pooled_answers.commit(output.pooled, step.events)
             step.num_tokens += alone.num_tokens
 
     # -- bookkeeping

@@ -51,6 +51,7 @@ from ..messages import (
     Stats,
     UnloadAdapter,
 )
+from ..pooling_messages import AnyRequest, PoolRequest
 from .adapter_loads import AdapterLoads
 from .engine import Engine
 from .server_link import NewestStep, ServerLink
@@ -159,6 +160,8 @@ class EngineProcess:
                 self._add(message)
             else:
                 self._compile(message, message.grammar)
+        elif isinstance(message, PoolRequest):
+            self._add(message)
         elif isinstance(message, Abort):
             self._compiling.pop(message.request_id, None)
             engine.abort(message.request_id)
@@ -193,7 +196,7 @@ class EngineProcess:
             left.clear()
         self._send(answers)
 
-    def _add(self, request: GenerateRequest, grammar: CompiledGrammar | None = None) -> None:
+    def _add(self, request: AnyRequest, grammar: CompiledGrammar | None = None) -> None:
         try:
             self._engine.add_request(request, grammar)
         except UserError as error:

@@ -18,6 +18,7 @@ from ..messages import (
     TokenLogprobs,
     TokenTrace,
 )
+from ..pooling_messages import Pooled
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Sequence as TokenSequence
@@ -25,7 +26,7 @@ from ..schedule.sequence import Status
 from .running import Appended, RunningRequest
 from .stats import Counters
 
-Event = Delta | RequestFailed
+Event = Delta | Pooled | RequestFailed
 
 _CHANCE_DIGITS = 4
 
@@ -72,6 +73,10 @@ class Reports:
             self._counters.prompt_tokens += item.num_rows
         self._unpublished.append(item.seq)
 
+    def count_pooled(self, seq: TokenSequence) -> None:
+        """A text was pooled; its rows were counted as they were computed."""
+        self._counters.cached_prompt_tokens += seq.num_cached
+
     def write(self) -> None:
         """Append what is left to tell to its step's events."""
         reports, self._reports = self._reports, []
@@ -86,7 +91,9 @@ class Reports:
                 self.publish(seq)
 
     def publish(self, seq: TokenSequence) -> None:
-        """Full blocks of what is computed are there for others from now on."""
+        """Full blocks of what is computed are there for others from now on, if such as this one read them."""
+        if seq.pooling is not None and seq.needs_every_row:
+            return
         self._blocks.commit(
             seq.block_table, seq.block_keys, seq.root_key, seq.tokens, seq.num_computed, seq.prompt_keys
         )

@@ -11,6 +11,7 @@ from ..drafting.drafts import GrowingDraft
 from ..messages import TokenLogprobs
 from ..schedule.sequence import Sequence as TokenSequence
 from ..text.detokenizer import Detokenizer
+from .text_pooling import TextPooling
 
 FinishReason = Literal["stop", "length", "abort"] | None
 
@@ -28,7 +29,9 @@ class Appended(msgspec.Struct, gc=False, eq=False):
 class RunningRequest:
     """One of the engine's requests."""
 
-    __slots__ = ("_eos", "_max_len", "_walks", "detokenizer", "drafts", "ends", "is_plain", "prompt_logprobs", "seq")
+    __slots__ = (
+        "_eos", "_max_len", "_walks", "detokenizer", "drafts", "ends", "is_plain", "pooling", "prompt_logprobs", "seq",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -37,7 +40,9 @@ class RunningRequest:
         drafts: GrowingDraft,
         eos_token_ids: Collection[int] = (),
         prompt_logprobs: list[TokenLogprobs | None] | None = None,
+        pooling: TextPooling | None = None,
     ):
+        self.pooling = pooling  # None: it generates
         self.seq, self.detokenizer, self.drafts, self.prompt_logprobs = seq, detokenizer, drafts, prompt_logprobs
         seq.owner = self
         sampling = seq.sampling

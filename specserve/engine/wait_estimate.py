@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drafting.cost_model import CostModel, StepShape
-from ..messages import GenerateRequest
+from ..pooling_messages import AnyRequest
 from ..schedule.fair_queue import PROMPT_COST
 from ..schedule.scheduler import Scheduler
 
@@ -48,13 +48,13 @@ class WaitEstimate:
         """Of a request of priority 0 for an adapter of which none waits."""
         return self._wait_s(self._scheduler.waiting.cost_ahead("", "", 0), 0.0)
 
-    def wait_s(self, request: GenerateRequest) -> float:
+    def wait_s(self, request: AnyRequest) -> float:
         """Seconds until a request that comes now would begin to run; of several sequences the last."""
         ahead = self._scheduler.waiting.cost_ahead(request.caller, request.adapter_hash, request.priority)
         num = max(1, request.num_together)
         return self._wait_s(ahead, num * self.expected_output(request), num)
 
-    def first_token_s(self, request: GenerateRequest) -> float:
+    def first_token_s(self, request: AnyRequest) -> float:
         """Seconds until a request that comes now would have its first token.
 
         How long its answer is nobody knows, and what is refused for that is never learned from.
@@ -78,7 +78,7 @@ class WaitEstimate:
         """Until so much is served, and `num` seats are free."""
         return 0.0 if self._has_seats(num) else (cost_ahead + own_cost) / self._rate
 
-    def expected_output(self, request: GenerateRequest) -> float:
+    def expected_output(self, request: AnyRequest) -> float:
         """Tokens, the mean of its adapter's."""
         waiting, max_tokens = self._scheduler.waiting, request.sampling.max_tokens
         return waiting.expected_output(request.caller, request.adapter_hash, request.priority, max_tokens)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ...config import EngineConfig
 from ...engine.engine import Engine
 from ...errors import UserError
-from ...messages import GenerateRequest, RequestFailed, SamplingParams, Speculation, TokenTrace
+from ...messages import Delta, GenerateRequest, RequestFailed, SamplingParams, Speculation, TokenTrace
 from ...model.config import ModelConfig
 from ...text.tokenizer import TextTokenizer
 from ...text.traced_text import TracedText
@@ -150,6 +150,7 @@ def answer_mixed(
         for event in events:
             if isinstance(event, RequestFailed):
                 raise UserError(f"an answer failed: {event.error.message}")
+            assert isinstance(event, Delta)  # nothing is pooled here
             idx = int(event.request_id)
             state = answers[idx]
             if idx in in_prefill:

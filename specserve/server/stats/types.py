@@ -29,10 +29,11 @@ class EngineState(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class FinishedSequences(msgspec.Struct, forbid_unknown_fields=True):
-    """By what ended them; `abort`: the client left, or its deadline passed before they ran."""
+    """By what ended them; `pooled` generated nothing; `abort`: the client left, or its deadline passed before."""
 
     stop: int = 0
     length: int = 0
+    pooled: int = 0
     abort: int = 0
     error: int = 0
 
