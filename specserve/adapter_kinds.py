@@ -73,3 +73,15 @@ def check_kind(name: str, has: AdapterType, wanted: Collection[AdapterType]) -> 
         param="model",
         code="wrong_adapter_type",
     )
+
+
+def check_base(wanted: Collection[AdapterType]) -> None:
+    """The same for a request that names no adapter: the base model generates, and embeds."""
+    if "generate" in wanted or "embed" in wanted:
+        return
+    does = " or ".join(_DOES[kind] for kind in wanted)
+    raise UserError(
+        f"this request needs an adapter that {does}, and it names none: name one as model",
+        param="model",
+        code="wrong_adapter_type",
+    )

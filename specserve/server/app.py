@@ -43,6 +43,9 @@ from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
 from .page_files import PageFiles, wants_page
+from .pooling.api import PoolingRoutes
+from .pooling.pooler import Pooler
+from .pooling.tei_api import TeiRoutes
 from .responses.api import ResponsesRoutes
 from .routes import add_routes
 from .sources.fetcher import AdapterFetcher
@@ -111,7 +114,10 @@ class Server:
         }
         adapters = AdapterRoutes(self.store, self.fetcher, self.engine, self.config.read_timeout_s)
         openai, responses = OpenAIRoutes(generator), ResponsesRoutes(generator)
-        others = (openai, responses, LoraxRoutes(generator), adapters, self.stats, self.batches)
+        pooler = Pooler(generator)
+        tei = TeiRoutes(pooler)
+        pooling = PoolingRoutes(pooler, tei)
+        others = (openai, responses, LoraxRoutes(generator), pooling, tei, adapters, self.stats, self.batches)
         add_routes(app, own | {name: handler for routes in others for name, handler in routes.handlers().items()})
         return app
 

@@ -22,7 +22,7 @@ DESCRIPTIONS = {
     403: "this host, origin or path is not allowed",
     404: "no such model, adapter, file or batch",
     408: "the body came too slowly",
-    409: "the name is taken, the file is in use, or the batch has ended",
+    409: "the name is taken, the adapter was replaced meanwhile, the file is in use, or the batch has ended",
     413: "the body is too large",
     415: "the content type or encoding is not accepted",
     422: "a field that is missing, unknown, out of range or not served",
@@ -47,12 +47,12 @@ def openapi_document(routes: tuple[Route, ...] = ROUTES) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(public_path(route), {})[route.method.lower()] = _operation(route, schema_of)
-    return {
+    document = {
         "openapi": "3.1.0",
         "info": {
             "title": "specserve",
             "version": __version__,
-            "description": "One base model, many LoRAs, exact speculation. OpenAI's API and LoRAX's.",
+            "description": "One base model, many LoRAs, exact speculation. OpenAI's API and others'.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
@@ -61,6 +61,8 @@ def openapi_document(routes: tuple[Route, ...] = ROUTES) -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+    as_json: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(document))  # defaults may be tuples
+    return as_json
 
 
 def public_path(route: Route) -> str:

@@ -57,6 +57,32 @@ from .openai.response_types import (
     TokenizeResponse,
     VersionResponse,
 )
+from .pooling.request_types import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from .pooling.response_types import (
+    ClassifyResponse,
+    EmbeddingResponse,
+    PoolingResponse,
+    RerankResponse,
+    ScoreResponse,
+)
+from .pooling.tei_types import (
+    LoraxBatchRequest,
+    LoraxEmbedding,
+    LoraxEntity,
+    LoraxTextRequest,
+    SimilarityRequest,
+    TeiEmbedRequest,
+    TeiPrediction,
+    TeiPredictRequest,
+    TeiRank,
+    TeiRerankRequest,
+)
 from .responses.request_types import ResponsesRequest
 from .responses.response_types import DeletedResponse, Response, StreamEvent
 from .stats.types import StatsQuery, StatsResponse
@@ -69,6 +95,8 @@ GET = (401, 403, 500)
 POST = (400, *GET, 408, 413, 415, 429, 503)
 GENERATE = (*POST, 404, 504)
 LORAX = (*(status for status in GENERATE if status != 400), 422, 424)
+POOL = (*GENERATE, 409)
+SHARED = (*POOL, 422, 424)
 STATE = (403, 500, 503)
 
 
@@ -163,6 +191,49 @@ ROUTES = (
     Route(
         "POST", "/generate_stream", "lorax_generate_stream", "LoRAX: text continued, a token an event", LORAX,
         LoraxRequest, events=LoraxStreamResponse, errors="lorax",
+    ),
+    Route(
+        "POST", "/v1/embeddings", "embeddings", "Embeddings of texts or token ids", POOL,
+        EmbeddingRequest, EmbeddingResponse,
+    ),
+    Route(
+        "POST", "/v1/rerank", "rerank_v1", "Documents by their relevance to a query", POOL,
+        RerankRequest, RerankResponse,
+    ),
+    Route(
+        "POST", "/v2/rerank", "rerank_v2", "The same as Cohere's second version has it", POOL,
+        RerankRequest, RerankResponse,
+    ),
+    Route(
+        "POST", "/rerank", "rerank", "The same as Jina has it; with texts as text-embeddings-inference has it",
+        SHARED, (RerankRequest, TeiRerankRequest), (RerankResponse, list[TeiRank]),
+    ),
+    Route(
+        "POST", "/score", "score", "Pairs of texts: relevance, or the cosine of their embeddings", POOL,
+        ScoreRequest, ScoreResponse,
+    ),
+    Route(
+        "POST", "/classify", "classify", "All questions of an adapter, answered; with inputs as LoRAX has it", SHARED,
+        (ClassifyRequest, LoraxTextRequest), (ClassifyResponse, list[LoraxEntity]),
+    ),
+    Route(
+        "POST", "/classify_batch", "classify_batch", "LoRAX: labels that hold, of several texts", LORAX,
+        LoraxBatchRequest, list[list[LoraxEntity]], errors="lorax",
+    ),
+    Route(
+        "POST", "/pooling", "pooling", "Whatever the adapter makes of a text", POOL, PoolingRequest, PoolingResponse
+    ),
+    Route(
+        "POST", "/embed", "embed", "Embeddings, as text-embeddings-inference or LoRAX has them", LORAX,
+        (TeiEmbedRequest, LoraxTextRequest), (list[list[float]], LoraxEmbedding), errors="lorax",
+    ),
+    Route(
+        "POST", "/predict", "predict", "text-embeddings-inference: labels with their scores", LORAX,
+        TeiPredictRequest, (list[TeiPrediction], list[list[TeiPrediction]]), errors="lorax",
+    ),
+    Route(
+        "POST", "/similarity", "similarity", "text-embeddings-inference: how alike a sentence and others are", LORAX,
+        SimilarityRequest, list[float], errors="lorax",
     ),
     Route(
         "GET", "/", "root", "The page for those who accept text/html; else as /health", (304, *STATE),

@@ -47,6 +47,11 @@ class TokenBound:
             if shrink <= 1 or set(self._dropped) <= NEVER_IN_UTF8:
                 self._longest = shrink * max(added, *map(len, vocab))
 
+    @property
+    def longest(self) -> int:
+        """Characters that one token may stand for; 0: any number."""
+        return 0 if self._skip_space or self._dropped else self._longest
+
     def min_num_tokens(self, text: str) -> int:
         """No encoding of `text` has fewer tokens."""
         if not self._longest:

@@ -117,6 +117,11 @@ class TextTokenizer:
                 code="context_length_exceeded",
             )
 
+    def beginning(self, text: str, num_tokens: int) -> str:
+        """`text`, without most of what certainly stands behind its first `num_tokens` tokens."""
+        longest = self._bound.longest
+        return text[: 2 * num_tokens * longest] if longest else text  # twice: the last word of it is cut somewhere
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 

@@ -39,11 +39,7 @@ def check_parameters(inputs: str, parameters: LoraxParameters, stream: bool) -> 
         raise UserError("inputs is empty; send a text", param="inputs")
     refuse_unserved(parameters, REFUSED)
     refuse_trace(parameters.speculation, "LoRAX's answers", "/v1/completions")
-    if parameters.adapter_source not in (None, "", "local"):
-        raise UserError(
-            f"adapter_source is {parameters.adapter_source[:64]!r}; adapters come from the server's folder: send local",
-            param="adapter_source",
-        )
+    check_adapter_source(parameters.adapter_source)
     for name, low, high in (
         ("best_of", 1, MAX_CHOICES),
         ("return_k_alternatives", 1, MAX_LOGPROBS),
@@ -64,6 +60,14 @@ def check_parameters(inputs: str, parameters: LoraxParameters, stream: bool) -> 
     if stream and parameters.decoder_input_details:
         raise UserError(
             "decoder_input_details is not part of a stream; POST /generate has it", param="decoder_input_details"
+        )
+
+
+def check_adapter_source(source: str | None) -> None:
+    if source not in (None, "", "local"):
+        raise UserError(
+            f"adapter_source is {source[:64]!r}; adapters come from the server's folder: send local",
+            param="adapter_source",
         )
 
 

@@ -29,11 +29,7 @@ DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
 def check_supported(request: GenerationFields) -> None:
     """Refuse fields that would change the output and are not served."""
-    if request.cache_salt is not None and len(request.cache_salt) > MAX_SALT_LEN:
-        raise UserError(
-            f"cache_salt has {len(request.cache_salt)} characters; at most {MAX_SALT_LEN} are allowed",
-            param="cache_salt",
-        )
+    check_cache_salt(request.cache_salt)
     if isinstance(request, ChatRequest):
         for name in ("add_special_tokens", "echo"):
             if getattr(request, name):
@@ -43,6 +39,13 @@ def check_supported(request: GenerationFields) -> None:
                     code="unsupported",
                 )
     refuse_unserved(request, UNSUPPORTED)
+
+
+def check_cache_salt(salt: str | None) -> None:
+    if salt is not None and len(salt) > MAX_SALT_LEN:
+        raise UserError(
+            f"cache_salt has {len(salt)} characters; at most {MAX_SALT_LEN} are allowed", param="cache_salt"
+        )
 
 
 def refuse_unserved(fields: object, neutral: Mapping[str, tuple[Any, ...]]) -> None:

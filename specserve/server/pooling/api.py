@@ -1,0 +1,185 @@
+"""The routes of OpenAI, Cohere, Jina and vLLM: embeddings, re-ranking, classification, scores, whatever is pooled.
+
+Each reads a body as texts, has them pooled and shapes the answer. `/rerank` and `/classify` are shared with
+text-embeddings-inference and LoRAX, whose bodies have other fields: `texts` and `inputs` are `tei_api`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from aiohttp import web
+
+from ...adapter_kinds import AdapterType
+from ...errors import UserError
+from ..access.caller import Caller, caller_of
+from ..http_body import convert, json_response, read_body
+from ..routes import Answer, Handler
+from .answers import best_first, classification, cosines, everything, scores, vectors
+from .fields import activation, cut_of, is_query, sides
+from .pooler import Pooler, Wanted
+from .request_types import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from .response_types import (
+    ClassifyResponse,
+    CohereMeta,
+    CohereTokens,
+    CohereVersion,
+    Embedding,
+    EmbeddingResponse,
+    PooledText,
+    PoolingResponse,
+    RankedDocument,
+    RankedResult,
+    RerankResponse,
+    Score,
+    ScoreResponse,
+)
+from .tei_api import TeiRoutes
+from .texts import Text, listed, texts_or_ids
+
+RERANK = Wanted("rerank", "rerank", ("rerank",))
+CLASSIFY = Wanted("classify", "classify", ("classify",))
+SCORE = Wanted("score", "score", ("rerank", "embed"))
+TASKS: dict[str | None, tuple[AdapterType, ...]] = {
+    None: ("embed", "rerank", "classify"),
+    "embed": ("embed",),
+    "classify": ("classify",),
+    "score": ("rerank",),
+}
+
+
+class PoolingRoutes:
+    """Handlers over one `Pooler`; `tei` takes the bodies that are its own."""
+
+    def __init__(self, pooler: Pooler, tei: TeiRoutes):
+        self._pooler, self._tei = pooler, tei
+
+    def handlers(self) -> dict[str, Handler]:
+        """Handlers by the names that the route table gives them."""
+        return {
+            "embeddings": self._handler(self.embeddings),
+            "rerank_v1": self._handler(self.rerank),
+            "rerank_v2": self._handler(partial(self.rerank, version="2", returns_documents=False)),
+            "rerank": self._handler(self.rerank, "texts", self._tei.rerank),
+            "score": self._handler(self.score),
+            "classify": self._handler(self.classify, "inputs", self._tei.lorax_classify),
+            "pooling": self._handler(self.pooling),
+        }
+
+    def answers(self) -> dict[str, Answer]:
+        """Whole answers by path, for requests that come without HTTP. They raise `UserError`."""
+        return {
+            "/v1/embeddings": self.embeddings,
+            "/v1/rerank": self.rerank,
+            "/classify": self.classify,
+            "/score": self.score,
+            "/pooling": self.pooling,
+        }
+
+    def _handler(self, answer: Answer, other_field: str = "", other: Answer | None = None) -> Handler:
+        """`other` answers bodies with that field, in LoRAX's shape."""
+
+        async def handle(request: web.Request) -> web.Response:
+            value = await read_body(request, self._pooler.config)
+            if other is not None and isinstance(value, dict) and other_field in value:
+                request["errors"] = "lorax"
+                return await asyncio.to_thread(json_response, await other(value, caller_of(request)))
+            return await asyncio.to_thread(json_response, await answer(value, caller_of(request)))
+
+        return handle
+
+    async def embeddings(self, value: Any, caller: Caller) -> EmbeddingResponse:
+        body = convert(value, EmbeddingRequest)
+        wanted = Wanted("embeddings", "embd", ("embed",), body.pooling, activation(body), body.dimensions)
+        texts = texts_or_ids(body.input, "input", is_query(body.input_type, body.prompt_name))
+        done = await self._pooler.pool(body, caller, texts, wanted, cut_of(body))
+        found = await asyncio.to_thread(vectors, done, body.encoding_format)
+        data = [Embedding(idx, vector) for idx, vector in enumerate(found)]
+        return EmbeddingResponse(data, done.job.model, done.usage())
+
+    async def rerank(
+        self, value: Any, caller: Caller, version: str = "1", returns_documents: bool = True
+    ) -> RerankResponse:
+        """`returns_documents`: where the body does not say."""
+        body = convert(value, RerankRequest)
+        if not body.query:
+            raise UserError("query is empty; send a text", param="query")
+        for name, least in (("top_n", 0), ("max_tokens_per_doc", 1)):
+            number = getattr(body, name)
+            if number is not None and number < least:
+                raise UserError(f"{name} is {number}; at least {least} is allowed", param=name)
+        documents = [each if isinstance(each, str) else each.text for each in body.documents]
+        texts = listed(documents, "documents", query=body.query)
+        cut = cut_of(body, cuts=body.truncation is not False, max_document_tokens=body.max_tokens_per_doc)
+        done = await self._pooler.pool(body, caller, texts, RERANK, cut)
+        values = await asyncio.to_thread(scores, done, body.use_activation is False)
+        order = best_first(values)[: body.top_n or None]
+        shows = body.return_documents if body.return_documents is not None else returns_documents
+        results = [RankedResult(idx, values[idx]) for idx in order]
+        for result in results if shows else ():
+            result.document = RankedDocument(documents[result.index])
+        usage = done.usage()
+        meta = CohereMeta(CohereVersion("2" if version == "2" else "1"), CohereTokens(usage.prompt_tokens))
+        if done.job.cut:
+            shown = ", ".join(map(str, done.job.cut[:16])) + (", ..." if len(done.job.cut) > 16 else "")
+            meta.warnings = [f"{len(done.job.cut)} documents were cut to what fits: {shown}"]
+        return RerankResponse(done.job.id, done.job.model, results, usage, meta)
+
+    async def score(self, value: Any, caller: Caller) -> ScoreResponse:
+        body = convert(value, ScoreRequest)
+        (first_name, first_texts), (second_name, second_texts) = sides(body)
+        first, second = listed(first_texts, first_name, is_query=True), listed(second_texts, second_name)
+        if len(first) not in (1, len(second)):
+            raise UserError(
+                f"{first_name} has {len(first)} texts and {second_name} {len(second)}; send one, or as many as there",
+                param=first_name,
+            )
+
+        def texts(kind: AdapterType) -> list[Text]:
+            if kind == "embed":
+                return [*first, *second]
+            queries = first * len(second) if len(first) == 1 else first
+            return [Text(text.name, text.text, query=one.text) for one, text in zip(queries, second, strict=True)]
+
+        done = await self._pooler.pool(body, caller, texts, SCORE, cut_of(body))
+
+        def values() -> list[float]:
+            if done.job.kind == "rerank":
+                return scores(done, body.use_activation is False)
+            found = done.values()
+            return cosines(found[: len(first)], found[len(first) :])
+
+        data = [Score(idx, score) for idx, score in enumerate(await asyncio.to_thread(values))]
+        return ScoreResponse(done.job.id, done.job.created, done.job.model, data, done.usage())
+
+    async def classify(self, value: Any, caller: Caller) -> ClassifyResponse:
+        body = convert(value, ClassifyRequest)
+        done = await self._pooler.pool(body, caller, texts_or_ids(body.input, "input"), CLASSIFY, cut_of(body))
+        assert done.info is not None
+        questions, is_raw = done.info.questions, body.use_activation is False
+
+        def shape() -> list[Any]:
+            return [classification(idx, questions, outputs, is_raw) for idx, outputs in enumerate(done.values())]
+
+        data = await asyncio.to_thread(shape)
+        return ClassifyResponse(done.job.id, done.job.created, done.job.model, data, done.usage())
+
+    async def pooling(self, value: Any, caller: Caller) -> PoolingResponse:
+        body = convert(value, PoolingRequest)
+        if body.task not in TASKS:
+            names = ", ".join(repr(task) for task in TASKS if task is not None)
+            raise UserError(f"task is {body.task!r}; one of {names} is served, or none", param="task")
+        kinds, is_raw = TASKS[body.task], activation(body) is False
+        wanted = Wanted("pooling", "pool", kinds, normalize=activation(body), dimensions=body.dimensions)
+        done = await self._pooler.pool(body, caller, texts_or_ids(body.input, "input"), wanted, cut_of(body))
+        found = await asyncio.to_thread(everything, done, is_raw, body.encoding_format)
+        data = [PooledText(idx, values) for idx, values in enumerate(found)]
+        return PoolingResponse(done.job.id, done.job.created, done.job.model, data, done.usage())
