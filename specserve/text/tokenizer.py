@@ -107,6 +107,10 @@ class TextTokenizer:
         """Token ids of `text` with special tokens read as plain letters."""
         return _ids(self._literal, text, add_special_tokens=False)
 
+    def min_num_tokens(self, text: str) -> int:
+        """How many tokens `text` has at least, by its bytes alone."""
+        return self._bound.min_num_tokens(text)
+
     def check_len(self, texts: Sequence[str], max_tokens: int, param: str) -> None:
         """Refuse, by their bytes alone, texts that have more than `max_tokens` tokens however they are tokenised."""
         if (least := sum(map(self._bound.min_num_tokens, texts))) > max_tokens:

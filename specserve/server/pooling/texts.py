@@ -169,16 +169,16 @@ class _Reader:
             ids = self._checked(text)
             if len(ids) <= self._limit:
                 return ids, False
-            self._refuse_long(text, len(ids))
+            self._refuse_long(text, str(len(ids)))
             return ids[: self._limit], True
         document, is_cut = self._document(text)
         read = self._read_of(text, document)
-        if not self._cut.cuts:
-            self._tokenizer.check_len([document], self._limit, text.name)
+        if (least := self._tokenizer.min_num_tokens(document)) > self._limit:
+            self._refuse_long(text, f"at least {least}")
         ids = read(self._whole)
         if len(ids) <= self._limit:
             return ids, is_cut
-        self._refuse_long(text, len(ids))
+        self._refuse_long(text, str(len(ids)))
         return read(self._shortened), True
 
     def _read_of(self, text: Text, document: str) -> Callable[[PoolingInfo], list[int]]:
@@ -200,7 +200,8 @@ class _Reader:
                 return document[: tokens[most - 1][3]], True
         return document, False
 
-    def _refuse_long(self, text: Text, num: int) -> None:
+    def _refuse_long(self, text: Text, num: str) -> None:
+        """Unless it may be cut. Raises `UserError`."""
         if self._cut.cuts:
             return
         raise UserError(
