@@ -94,7 +94,7 @@ class Server:
         )
 
         async def start(_: web.Application) -> None:
-            await self.batches.start(openai.answers() | responses.answers())
+            await self.batches.start(openai.answers() | responses.answers() | pooling.answers())
 
         async def close(_: web.Application) -> None:
             await self.batches.close()
