@@ -1,4 +1,4 @@
-"""report.html of a lookahead LoRA: one file without scripts or anything from elsewhere, light and dark.
+"""report.html of an adapter: one file without scripts or anything from elsewhere, light and dark.
 
 Everything in it that came from rows or answers is text, escaped by the template: rows are not trusted. The server shows
 the page of any adapter that has one.
@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...draft_sources import SOURCES, source_name
 from .plots import BATCH_LABELS, Plot
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _TASK_TILES = {"field_match": "of the fields are right", "exact_match": "of the answers are right to the letter"}
 
 
@@ -24,20 +23,44 @@ def html_report(
 ) -> str:
     """The page; `examples` are prompts with the traces of their answers' tokens, as the HTTP API has them."""
     used = {token["source"] for example in examples for token in example["tokens"]}
-    return (
-        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        .from_string(_TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            name=name,
-            report=report,
-            tiles=_tiles(report),
-            examples=[_example(example) for example in examples],
-            shades=SOURCES,
-            sources=[{"css": key, "source": source} for key, source in SOURCES.items() if key in used],
-            plots=[{"svg": plot.svg(), "caption": plot.caption} for plot in plots],
-            speeds=[(BATCH_LABELS.get(batch, batch), values) for batch, values in report["speed"].items()],
-            metrics=[(key, f"{value:.4f}") for key, value in report["task"].items() if key != "main"],
-        )
+    return _render(
+        "report.html.jinja",
+        name,
+        report,
+        _tiles(report),
+        plots,
+        examples=[_example(example) for example in examples],
+        sources=[{"css": key, "source": source} for key, source in SOURCES.items() if key in used],
+        speeds=[(BATCH_LABELS.get(batch, batch), values) for batch, values in report["speed"].items()],
+        metrics=[(key, f"{value:.4f}") for key, value in report["task"].items() if key != "main"],
+    )
+
+
+def pooling_page(
+    name: str,
+    what: str,
+    report: Mapping[str, Any],
+    tiles: Sequence[tuple[str, str]],
+    plots: Sequence[Plot],
+    tables: Sequence[tuple[str, list[str], list[list[str]]]],
+) -> str:
+    """The page of an adapter that pools; `tables` are title, columns and rows."""
+    return _render("pooling_report.html.jinja", name, report, tiles, plots, what=what, tables=tables)
+
+
+def _render(
+    template: str,
+    name: str,
+    report: Mapping[str, Any],
+    tiles: Sequence[tuple[str, str]],
+    plots: Sequence[Plot],
+    **values: Any,
+) -> str:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    drawn = [{"svg": plot.svg(), "caption": plot.caption} for plot in plots]
+    return environment.get_template(template).render(
+        name=name, report=report, tiles=tiles, plots=drawn, shades=SOURCES, **values
     )
 
 

@@ -81,10 +81,16 @@ def plots_of(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) ->
     caption = "Tokens a second with drafts and without, prompts included, on the same prompts."
     plots.append(Plot("speed", "Speed", caption, _speed(report["speed"])))
     if metrics:
-        first, last = metrics[0]["loss"], metrics[-1]["loss"]
-        caption = f"Loss of the LoRA from {first:.2f} to {last:.2f} over {metrics[-1]['step']} steps, and of its head."
-        plots.append(Plot("loss", "Loss", caption, _loss(metrics)))
+        plots.append(loss_plot(metrics))
     return plots
+
+
+def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Plot:
+    """Of the lines of metrics.jsonl, with the head's loss where there is one."""
+    first, last = metrics[0]["loss"], metrics[-1]["loss"]
+    caption = f"Loss of the LoRA from {first:.2f} to {last:.2f} over {metrics[-1]['step']} steps"
+    with_head = ", and of its head" if any("head_loss" in values for values in metrics) else ""
+    return Plot("loss", "Loss", f"{caption}{with_head}.", _loss(metrics))
 
 
 def _positions(reached: Sequence[float]) -> Callable[[Any], None]:

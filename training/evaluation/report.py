@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import msgspec
 
 from ..metrics_file import METRICS_FILE, read_metrics
 from .html_report import html_report
-from .plots import plots_of
+from .plots import Plot, plots_of
 
 
 def write_report(directory: Path, report: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
@@ -18,13 +18,19 @@ def write_report(directory: Path, report: dict[str, Any], examples: Sequence[dic
 
     `examples` are answers with the traces of their tokens, for report.html.
     """
-    (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     plots = plots_of(report, read_metrics(directory / METRICS_FILE))
+    page = html_report(directory.name, report, plots, examples)
+    write_files(directory, report, plots, page, model_card(directory.name, report))
+
+
+def write_files(directory: Path, report: dict[str, Any], plots: Sequence[Plot], page: str, card: str) -> None:
+    """The files of a report, of any task."""
+    (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     (directory / "plots").mkdir(exist_ok=True)
     for plot in plots:
         plot.save(directory / "plots" / f"{plot.name}.png")
-    (directory / "report.html").write_text(html_report(directory.name, report, plots, examples), encoding="utf-8")
-    (directory / "README.md").write_text(model_card(directory.name, report), encoding="utf-8")
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(name: str, report: dict[str, Any]) -> str:
@@ -43,7 +49,7 @@ library_name: peft
 A lookahead LoRA: a plain PEFT LoRA, and beside it a small head and a task history that draft its next tokens. Any
 tool loads the LoRA alone; specserve uses the rest to answer faster with the same tokens.
 
-{_warnings(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
+{warnings_in_card(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
 
 | task metric | |
 |---|---|
@@ -65,7 +71,7 @@ where each of their tokens came from.
 """
 
 
-def _warnings(report: dict[str, Any]) -> str:
+def warnings_in_card(report: Mapping[str, Any]) -> str:
     return "".join(f"> **Warning:** {text}.\n>\n" for text in report["warnings"]) + ("\n" if report["warnings"] else "")
 
 

@@ -13,17 +13,30 @@ _LOW_FIELD_MATCH = 0.5
 _LOW_ROUGE_L = 0.15
 _MOST_ENDLESS = 0.05  # share of answers
 _MOST_REPEATED = 0.2  # share of accepted drafts
+# Parts of a report that hold the same metrics of something else.
+COMPARED = {
+    "base": "base model without it",
+    "as_given": "order of the rows",
+    "uncalibrated": "before calibration",
+}
 
 
 def summary_of(report: dict[str, Any]) -> list[str]:
-    """Task metric and speed, a line each."""
-    task = ", ".join(f"{key} {value:.3f}" for key, value in report["task"].items() if key != "main")
+    """Task metric, what it is to be compared with, and speed, as far as they were measured; a line each."""
+    lines = [f"task, on {report['rows']} held-out rows: {_shown(report['task'])}"]
+    lines += [f"{what}: {_shown(report[name])}" for name, what in COMPARED.items() if name in report]
+    if "speed" not in report:
+        return lines
     speed = [
         f"{batch}: {v['tokens_per_s']:.0f} tokens/s with drafts, {v['tokens_per_s_without_drafts']:.0f} without "
         f"({v['ratio']:.2f}x)"
         for batch, v in report["speed"].items()
     ]
-    return [f"task, on {report['rows']} held-out rows: {task}", f"speed, {'; '.join(speed)}"]
+    return [*lines, f"speed, {'; '.join(speed)}"]
+
+
+def _shown(task: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.3f}" for key, value in task.items() if key != "main")
 
 
 def steps_warning(num_steps: int | None, least: int) -> list[str]:
