@@ -71,9 +71,9 @@ def report_estimate(prepared: Prepared) -> None:
     click.echo("measuring a little of each phase ...")
     phases = [phase for phase in estimate_phases(prepared) if phase.seconds]
     for phase in phases:
-        click.echo(f"  {phase.name}: {_minutes(phase.seconds)}")
+        click.echo(f"  {phase.name}: {minutes(phase.seconds)}")
     click.echo(
-        f"time: about {_minutes(sum(phase.seconds for phase in phases))} for {len(prepared.plan)} steps over "
+        f"time: about {minutes(sum(phase.seconds for phase in phases))} for {len(prepared.plan)} steps over "
         f"{len(prepared.examples)} rows, if answers are as long as those of the rows and drafts make them "
         f"{_DRAFT_RATIO:g} times as fast"
     )
@@ -142,7 +142,7 @@ def _answer_phases(prepared: Prepared, adapter: Path, sample: Sequence[Example])
         yield Phase(
             f"{num_answers} answers to training prompts", num_answers * each(8, config.distill.max_tokens, _DRAFT_RATIO)
         )
-    num_rows, most = min(config.eval.rows, len(prepared.held_out)), config.eval.max_tokens
+    num_rows, most = min(config.eval.rows or 0, len(prepared.held_out)), config.eval.max_tokens
     num_single = min(num_rows, SINGLE_ROWS)
     yield Phase(
         f"{2 * (num_rows + num_single)} answers to held-out rows",
@@ -167,7 +167,8 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """In words."""
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
 
 

@@ -28,6 +28,7 @@ from .run_file import check_ready
 
 _SHOWN = 5
 _MAX_LEN = 1024
+_EVAL_ROWS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def prepare(config: RunConfig) -> Prepared:
     assert max_len is not None
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
-        _check_adapter(Path(config.lora.adapter), model_dir)
+        check_adapter(Path(config.lora.adapter), model_dir)
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train, config.data.max_rows)
@@ -91,6 +92,8 @@ def settled(config: RunConfig, model: ModelConfig) -> RunConfig:
             f"for the middle one ({layers // 2})",
             param="head.tap_layer",
         )
+    if config.eval.rows is None:
+        config = msgspec.structs.replace(config, eval=msgspec.structs.replace(config.eval, rows=_EVAL_ROWS))
     if config.data.max_len is None:
         data = msgspec.structs.replace(config.data, max_len=min(_MAX_LEN, model.max_position_embeddings))
         return msgspec.structs.replace(config, data=data)
@@ -103,7 +106,7 @@ def settled(config: RunConfig, model: ModelConfig) -> RunConfig:
     return config
 
 
-def _check_adapter(path: Path, model_dir: Path) -> None:
+def check_adapter(path: Path, model_dir: Path) -> None:
     """With the eyes of the server: what it would refuse can be continued no more than it can be served."""
     base = ServedBase.of_files(model_dir, choose_device(EngineConfig()))
     base = replace(base, identity=None)  # a head beside it is trained anew

@@ -32,8 +32,8 @@ class DataConfig(_Section, frozen=True):
             int,
             Meta(
                 ge=16,
-                description="tokens of prompt and completion; longer rows are left out; default: 1024, or the base "
-                "model's positions if it has fewer",
+                description="tokens of prompt and completion; longer rows are left out; of other tasks tokens of a "
+                "text, which is cut; default: 1024, of other tasks 512, or the base model's positions if it has fewer",
             ),
         ]
         | None
@@ -130,14 +130,89 @@ class CheckpointConfig(_Section, frozen=True):
 
 
 class EvalConfig(_Section, frozen=True):
-    rows: Annotated[int, Meta(ge=0, description="held-out rows answered after training; 0: none")] = 40
+    rows: (
+        Annotated[
+            int,
+            Meta(ge=0, description="held-out rows measured after training; 0: none; default: 40, of other tasks all"),
+        ]
+        | None
+    ) = None
     max_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 512
+    corpus_rows: Annotated[
+        int, Meta(ge=0, description="embed: documents of so many training rows are searched beside the held-out ones")
+    ] = 1000
+
+
+class PoolingSettings(_Section, frozen=True):
+    """How a text becomes one vector; all of it goes into pooling_config.json. Of embed, rerank and classify."""
+
+    type: (
+        Annotated[
+            Literal["last", "mean", "weighted_mean"],
+            Meta(description="hidden states of the last token, or their mean; default: mean to embed, else last"),
+        ]
+        | None
+    ) = None
+    query_prefix: (
+        Annotated[str, Meta(description="before a text that is searched with; default: none, to rerank 'Query: '")]
+        | None
+    ) = None
+    document_prefix: (
+        Annotated[
+            str, Meta(description="before one that is found; default: none, to rerank a line break and 'Document: '")
+        ]
+        | None
+    ) = None
+    suffix: Annotated[str, Meta(description="behind every text; it is never cut")] = ""
+    append_eos: Annotated[bool, Meta(description="the tokenizer's eos token behind that")] = False
+
+
+class EmbedConfig(_Section, frozen=True):
+    """InfoNCE over the documents of a step."""
+
+    temperature: Annotated[float, Meta(gt=0, le=1, description="cosines are divided by it")] = 0.05
+    symmetric: Annotated[bool, Meta(description="documents find their queries, too, as half of the loss")] = False
+    mined_negatives: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=32,
+            description="hard negatives of a query, found by the model itself before each epoch but the first",
+        ),
+    ] = 0
+    mining_margin: Annotated[
+        float,
+        Meta(gt=0, le=1, description="no hard negative scores more than this share of the query's own document"),
+    ] = 0.95
+    dimensions: Annotated[
+        tuple[int, ...], Meta(description="shorter embeddings that are trained too (Matryoshka), as in [64, 128, 256]")
+    ] = ()
+
+
+class RerankConfig(_Section, frozen=True):
+    loss: Annotated[
+        Literal["listwise", "pairwise"], Meta(description="over all documents of a query (ListNet), or pairs (RankNet)")
+    ] = "listwise"
+
+
+class ClassifyConfig(_Section, frozen=True):
+    class_weights: Annotated[
+        Literal["none", "balanced"], Meta(description="balanced: rare labels count as much as frequent ones")
+    ] = "none"
+    min_label_rows: Annotated[int, Meta(ge=1, description="labels of fewer training rows are left out")] = 5
+    calibration_share: Annotated[
+        float,
+        Meta(ge=0, le=0.5, description="share of the training rows that only calibrate probabilities and thresholds"),
+    ] = 0.1
 
 
 class RunConfig(_Section, frozen=True):
     """A whole run; see examples/*.yaml."""
 
-    output: Annotated[str, Meta(description="directory of the lookahead LoRA")] = ""
+    task: Annotated[Literal["generate", "embed", "rerank", "classify"], Meta(description="what the adapter is for")] = (
+        "generate"
+    )
+    output: Annotated[str, Meta(description="directory of the adapter")] = ""
     model: Annotated[str, Meta(description="base model; empty is the default model")] = ""
     seed: Annotated[int, Meta(ge=0, description="of the first weights, the order of the rows and dropout")] = 0
     dtype: Annotated[Literal["auto", "fp32", "bf16"], Meta(description="arithmetic; auto: bf16 on CUDA")] = "auto"
@@ -150,3 +225,7 @@ class RunConfig(_Section, frozen=True):
     history: HistoryConfig = HistoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    pooling: PoolingSettings = PoolingSettings()
+    embed: EmbedConfig = EmbedConfig()
+    rerank: RerankConfig = RerankConfig()
+    classify: ClassifyConfig = ClassifyConfig()

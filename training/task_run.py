@@ -46,6 +46,10 @@ class TaskRun(Protocol):
 
 def checked_run(config: RunConfig) -> TaskRun:
     """The run of the task that `config` names. Raises `UserError` for all that can be known before."""
+    if config.task != "generate":
+        from .pooling.run import PoolingRun
+
+        return PoolingRun.of(config)
     from .generation_run import GenerationRun
 
     return GenerationRun.of(config)

@@ -9,6 +9,7 @@ _FLAGS = {
     "data": "data.train",
     "eval_data": "data.eval",
     "output": "output",
+    "task": "task",
     "model": "model",
     "max_steps": "optimizer.max_steps",
     "lora_r": "lora.r",
@@ -20,7 +21,8 @@ _FLAGS = {
 @click.argument("run_file", required=False, type=click.Path(path_type=Path))
 @click.option("--data", metavar="FILE", help="JSONL of training rows.")
 @click.option("--eval-data", metavar="FILE", help="JSONL of held-out rows.")
-@click.option("--output", metavar="DIR", help="Where the lookahead LoRA goes.")
+@click.option("--task", type=click.Choice(["generate", "embed", "rerank", "classify"]), help="Default: generate.")
+@click.option("--output", metavar="DIR", help="Where the adapter goes.")
 @click.option("--model", help="Base model: directory or hub id; default: specserve's default model.")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after so many steps.")
 @click.option("--lora-r", type=click.IntRange(1, 256), help="Rank of the LoRA.")
@@ -32,21 +34,19 @@ _FLAGS = {
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **params: Any) -> int:
-    """Train a LoRA and its lookahead head together, from RUN_FILE (YAML) or from flags."""
+    """Train a LoRA from RUN_FILE (YAML) or from flags: for answers, together with its lookahead head, or to embed, to
+    re-rank or to classify."""
     from ..training.run_file import check_ready, load_run
 
     flags = {key: params[name] for name, key in _FLAGS.items()}
     config = load_run(run_file, overrides, {**flags, "lora.frozen": True if head_only else None})
     check_ready(config)
     if params["check_data"] or params["dry_run"]:
-        from ..training.data.check import report_data
+        from ..training.looks import look_at_data, look_at_time
 
-        problems = report_data(config) if params["check_data"] else 0
+        problems = look_at_data(config) if params["check_data"] else 0
         if params["dry_run"]:
-            from ..training.estimate import report_estimate
-            from ..training.preflight import prepare
-
-            report_estimate(prepare(config))
+            look_at_time(config)
         return 1 if problems else 0
     from ..training.evaluation.verdict import summary_of
     from ..training.run import train_run
@@ -79,9 +79,9 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def evaluate(directory: Path, data: Path | None, rows: int | None, max_tokens: int) -> None:
-    """Measure the lookahead LoRA in DIRECTORY: its task metric, and its speed with and without drafts."""
-    from ..training.evaluation.evaluate import evaluate_directory
+    """Measure the adapter in DIRECTORY: its task metric, and of one that answers its speed with and without drafts."""
+    from ..training.looks import evaluate_any
 
-    report = evaluate_directory(directory, data, rows, max_tokens=max_tokens)
+    report = evaluate_any(directory, data, rows, max_tokens)
     click.echo((directory / "README.md").read_text(encoding="utf-8").partition("---\n# ")[2])
     click.echo(f"written to {directory / 'report.json'}; {report['rows']} rows")

@@ -25,7 +25,10 @@ BASE = "http://127.0.0.1:8000"
 ADAPTERS = ("my-adapter", "mine-v2", "random-1", "control2json", "debtags", "summary", "tickets")
 OTHER_PROGRAMS = {"guidellm", "pip"}  # not ours
 # Python that is run elsewhere.
-RUN_BY = {"lorax.Client": "tests/conformance/test_clients.py"}
+RUN_BY = {
+    "lorax.Client": "tests/conformance/test_clients.py",
+    "AutoModelForSequenceClassification": "tests/training/pooling/test_pooling_run.py",
+}
 PAGES_RUN_BY = {"python.md": "tests/llm/test_async_llm.py"}  # one program each
 
 

@@ -12,8 +12,11 @@ _MOST_EPOCHS = 10.0  # by default: more would only learn a handful of rows by he
 _POOL = 24  # batches whose examples are sorted by length together: little padding, still a random order
 
 
-def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int) -> list[list[int]]:
-    """Indices of the examples of each step of one epoch; a batch's rows x longest row is at most `batch_tokens`."""
+def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, least_rows: int = 1) -> list[list[int]]:
+    """Indices of the examples of each step of one epoch; a batch's rows x longest row is at most `batch_tokens`.
+
+    One of fewer than `least_rows` examples joins the batch before it, if there is one, whatever its tokens.
+    """
     rng = random.Random(seed)
     order = list(range(len(lengths)))
     rng.shuffle(order)
@@ -29,22 +32,43 @@ def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int) -> list[lis
                 batch = []
             batch.append(idx)
         batches.append(batch)
+    for idx in range(len(batches) - 1, 0, -1):
+        if len(batches[idx]) < least_rows:
+            batches[idx - 1] += batches.pop(idx)
+    if len(batches) > 1 and len(batches[0]) < least_rows:
+        batches[1] += batches.pop(0)
     rng.shuffle(batches)
     return batches
 
 
 def plan_run(
-    lengths: Sequence[int], batch_tokens: int, seed: int, epochs: float, max_steps: int | None
+    lengths: Sequence[int],
+    batch_tokens: int,
+    seed: int,
+    epochs: float,
+    max_steps: int | None,
+    least_rows: int = 1,
 ) -> list[list[int]]:
     """Every step of a run; a fraction of an epoch is cut from its end."""
     steps: list[list[int]] = []
     epoch = 0
     while epoch < epochs:
-        batches = plan_epoch(lengths, batch_tokens, seed * 1000 + epoch)
+        batches = plan_epoch(lengths, batch_tokens, seed * 1000 + epoch, least_rows)
         share = min(1.0, epochs - epoch)
         steps += batches[: max(1, round(len(batches) * share))]
         epoch += 1
     return steps[:max_steps]
+
+
+def epoch_starts(plan: Sequence[Sequence[int]]) -> list[int]:
+    """The steps with which the epochs of a plan begin: where rows come again."""
+    starts, seen = [], set[int]()
+    for step, batch in enumerate(plan):
+        if not step or not seen.isdisjoint(batch):
+            starts.append(step)
+            seen = set()
+        seen.update(batch)
+    return starts
 
 
 def default_epochs(lengths: Sequence[int], batch_tokens: int, seed: int, min_steps: int, min_rows: int) -> float:

@@ -70,8 +70,8 @@ def format_report(report: DataReport, max_len: int) -> str:
     share = report.num_loss_tokens / max(1, report.num_tokens)
     lines = [
         f"{report.num_rows} rows, {report.num_tokens} tokens, {report.num_loss_tokens} with loss ({share:.0%})",
-        *_histogram("prompt tokens", report.prompt_lens),
-        *_histogram("completion tokens", report.completion_lens),
+        *histogram("prompt tokens", report.prompt_lens),
+        *histogram("completion tokens", report.completion_lens),
     ]
     for what, found in (
         (f"rows longer than data.max_len ({max_len}), left out", [f"line {line}" for line in report.too_long]),
@@ -153,7 +153,8 @@ def shown_as_trained(example: Example, tokenizer: TextTokenizer) -> str:
     return "".join(parts)
 
 
-def _histogram(name: str, lens: Sequence[int]) -> list[str]:
+def histogram(name: str, lens: Sequence[int]) -> list[str]:
+    """Lines: mean and longest, then how many there are of each of some lengths."""
     width = max(1, -(-max(lens) // 8))
     counts = [0] * (max(lens) // width + 1)
     for n in lens:
