@@ -77,8 +77,8 @@ def colour_option(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
-def settings_options(config_type: type[EngineConfig]) -> Callable[[Command], Command]:
-    """The model argument, --config, and a flag for every field of `config_type`."""
+def settings_options(config_type: type[EngineConfig], *, has_argument: bool = True) -> Callable[[Command], Command]:
+    """The model argument, if it has one, --config, and a flag for every field of `config_type`."""
 
     def decorate(command: Command) -> Command:
         for setting in reversed(settings.settings_of(config_type)):
@@ -88,7 +88,8 @@ def settings_options(config_type: type[EngineConfig]) -> Callable[[Command], Com
         config_file = click.option(
             "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of settings."
         )
-        return click.argument("model_argument", metavar="[MODEL]", required=False)(config_file(command))
+        command = config_file(command)
+        return click.argument("model_argument", metavar="[MODEL]", required=False)(command) if has_argument else command
 
     return decorate
 
@@ -134,7 +135,7 @@ def _completion_of(setting: settings.Setting) -> Callable[..., list[Any]]:
 
 def load_settings(config_type: type[Config], params: dict[str, Any]) -> Config:
     """The settings from what `settings_options` put into a command's parameters; other parameters are ignored."""
-    if params["model_argument"] is not None:
+    if params.get("model_argument") is not None:
         if params["model"] is not None:
             raise click.UsageError("give the model once: as MODEL or as --model")
         params = {**params, "model": params["model_argument"]}
@@ -219,13 +220,47 @@ def chat(**params: Any) -> int:
     from .chat_command import ChatFlags
     from .chat_command import chat as run_chat
 
-    url = params["url"]
-    given = [name for name in EngineConfig.__struct_fields__ if params[name] not in (None, ())]
-    if url is not None and (params["model_argument"] or params["adapters_dir"] or given):
-        what = "MODEL" if params["model_argument"] else "--" + (given or ["adapters_dir"])[0].replace("_", "-")
-        raise click.UsageError(f"--url is for a server that runs, which has a model and settings; leave out {what}")
-    config = None if url is not None else load_settings(EngineConfig, params)
+    config = _settings_without_server(params)
     return run_chat(config, ChatFlags(**{name: params[name] for name in ChatFlags.__struct_fields__}))
+
+
+def _settings_without_server(params: dict[str, Any]) -> EngineConfig | None:
+    """Of the engine that a command starts; None where it talks to the server at --url, which has its own."""
+    if params["url"] is None:
+        return load_settings(EngineConfig, params)
+    given = [name for name in EngineConfig.__struct_fields__ if params[name] not in (None, ())]
+    if params.get("model_argument") or params["adapters_dir"] or given:
+        what = "MODEL" if params.get("model_argument") else "--" + (given or ["adapters_dir"])[0].replace("_", "-")
+        raise click.UsageError(f"--url is for a server that runs, which has a model and settings; leave out {what}")
+    return None
+
+
+@cli.command(epilog=SETTINGS_HELP)
+@click.argument("source", metavar="IN.jsonl", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT.jsonl", type=click.Path(path_type=Path))
+@settings_options(EngineConfig, has_argument=False)
+@click.option("--url", metavar="URL", help="Run the rows as batches of the server there, instead of an engine here.")
+@click.option("--api-key", envvar="SPECSERVE_API_KEY", metavar="KEY", help="Key for the server at --url.")
+@click.option(
+    "--window", default="24h", show_default=True, metavar="TIME", help="With --url: how long the server may take."
+)
+@click.option(
+    "--adapters-dir", type=click.Path(path_type=Path), metavar="DIR", help="Every folder in it is an adapter."
+)
+@debug_option
+def batch(source: Path, target: Path, **params: Any) -> int:
+    """Answer every row of IN.jsonl, as OpenAI's batches have them, into OUT.jsonl.
+
+    The model is --model, or the default one, in an engine that this command starts; with --url it is a server's, where
+    the rows run behind all other requests. After a crash or Ctrl-C the same command goes on where it was: what is done
+    is kept in OUT.jsonl.progress until OUT.jsonl is whole. Exit code 1 if a row failed.
+    """
+    from .batch import BatchFlags
+    from .batch import batch as run_batch
+
+    config = _settings_without_server(params)
+    flags = BatchFlags(**{name: params[name] for name in BatchFlags.__struct_fields__})
+    return run_batch(config, flags, source, target)
 
 
 @cli.command(epilog=SETTINGS_HELP)

@@ -76,7 +76,7 @@ class Service:
         self._stats = StatsSource(self.engine, self.model_name)
         self._config = config
         self._model_dir = model_dir
-        self._caller = KeyRing(config).anonymous
+        self.caller = KeyRing(config).anonymous
         self._generator: Generator | None = None
         self._given: dict[str, Path] = {}  # names that requests have brought directories for
         self._giving = asyncio.Lock()
@@ -179,7 +179,7 @@ class Service:
     async def chunks(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """The answer to a body of /v1/chat/completions, as the chunks of its stream. Raises `UserError`."""
         _check_texts(body)
-        job = await self.generator.prepare(convert({**body, "stream": True}, ChatRequest), self._caller)
+        job = await self.generator.prepare(convert({**body, "stream": True}, ChatRequest), self.caller)
         builder = ResponseBuilder(job)
         async with aclosing(self.generator.deltas(job)) as deltas:
             async for idx, delta in deltas:
@@ -193,7 +193,7 @@ class Service:
         _check_texts(body)
         request: ChatRequest | CompletionRequest
         request = convert(body, ChatRequest) if ask.is_chat else convert(body, CompletionRequest)
-        job = await self.generator.prepare(request, self._caller)
+        job = await self.generator.prepare(request, self.caller)
         changes: dict[str, Any] = {}
         if ask.params.prompt_logprobs is not None:
             changes["prompt_logprobs"] = ask.params.prompt_logprobs

@@ -86,7 +86,8 @@ def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
 class FileCheck:
     """Looks at every line of an input file, a slice at a time: `while check.more(): ...`, then `errors`.
 
-    `endpoint`: the one that all rows must be for; None: whatever the first is for.
+    `endpoint`: the one that all rows must be for; None: whatever the first is for. `endpoints`: those that there are,
+    none for any.
     """
 
     path: Path
@@ -124,7 +125,7 @@ class FileCheck:
     def _look(self, row: Row) -> None:
         self.num_rows += 1
         self.endpoint = self.endpoint or row.url
-        if row.url not in self.endpoints:
+        if self.endpoints and row.url not in self.endpoints:
             raise BadRowError(
                 "url_mismatch", f"url is {row.url[:100]!r}; there are {', '.join(self.endpoints)}", row.line, "url"
             )

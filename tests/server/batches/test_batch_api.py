@@ -13,6 +13,7 @@ import requests
 from server_fixture import ServerProcess, assert_error
 from waiting import wait_until
 
+from specserve.cli.main import exit_code_of
 from specserve.server.access.key_file import entry_text, new_key
 
 KEYS = {name: new_key() for name in ("red", "blue")}
@@ -36,7 +37,7 @@ def start(patient_model_dir, alpha_dir, tmp_path_factory):
     """Starts servers over one folder of batches, one after the other."""
     root = tmp_path_factory.mktemp("batches")
     keys = root / "keys.yaml"
-    fields = {"red": {"scopes": ["generate", "metrics"]}, "blue": {"adapters": ["alpha"]}}
+    fields = {"red": {"scopes": ["generate", "metrics"]}, "blue": {}}
     keys.write_text("".join(entry_text(name, KEYS[name], fields[name]) for name in KEYS))
     flags = ("--adapters-dir", str(alpha_dir.parent), "--api-keys-file", str(keys), "--batch-dir", str(root / "state"))
     flags += ("--batch-max-file-mib", "1", "--batch-max-rows", "300", "--max-num-seqs", "8")
@@ -243,7 +244,8 @@ def test_batches_that_cannot_be_are_refused(server):
 
 def test_a_cancelled_batch_keeps_what_was_answered_and_names_the_rest(server):
     client = server.client()
-    rows = [row("quick", max_tokens=1), *(row(f"long {i}", max_tokens=3000, ignore_eos=True) for i in range(20))]
+    rows = [row(f"quick {i}", max_tokens=1) for i in range(6)]
+    rows += [row(f"long {i}", max_tokens=3000, ignore_eos=True) for i in range(20)]
     batch = begin(client, rows)
     wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed)
     with pytest.raises(openai.ConflictError, match=batch.id):
@@ -252,12 +254,44 @@ def test_a_cancelled_batch_keeps_what_was_answered_and_names_the_rest(server):
     batch = finished(client, batch)
     assert batch.status == "cancelled" and batch.cancelling_at and batch.cancelled_at
     answers, errors = lines_of(client, batch.output_file_id), lines_of(client, batch.error_file_id)
-    assert "quick" in {line["custom_id"] for line in answers} and len(answers) + len(errors) == len(rows)
+    assert len(answers) + len(errors) == len(rows) and answers
+    assert {line["custom_id"] for line in answers} <= {sent["custom_id"] for sent in rows}
     assert {line["error"]["code"] for line in errors} == {"batch_cancelled"}
     counts = batch.request_counts
     assert (counts.completed, counts.failed, counts.total) == (len(answers), len(errors), len(rows))
     assert client.files.delete(batch.input_file_id).deleted
     server.wait_baseline()
+
+
+def test_the_command_runs_a_file_on_the_server_and_finds_its_batches_again(server, tmp_path, capsys, monkeypatch):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [row(f"row {idx}", **({"model": "nobody"} if idx == 3 else {})) for idx in range(7)]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("specserve.cli.batch_remote.MAX_ROWS", 3)  # three batches
+    monkeypatch.setattr("specserve.cli.batch_remote.POLL_S", 0.05)
+    command = ["batch", str(source), str(target), "--url", server.url, "--api-key", KEYS["blue"]]
+    before = len(list(server.client("blue").batches.list()))
+    forget, state = [], tmp_path / "out.jsonl.progress" / "run.json"
+
+    async def stop(*_):
+        run = json.loads(state.read_text())
+        forget.append(run["parts"][1].pop("batch_id"))
+        state.write_text(json.dumps(run))  # as if the command had ended before it was noted
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specserve.cli.batch_remote._wait", stop)
+        assert exit_code_of(command) == 130
+    assert "goes on" in capsys.readouterr().err and forget
+    assert exit_code_of(command) == 1
+    assert "7 rows, 1 of them failed" in capsys.readouterr().err
+    lines = [json.loads(line) for line in target.open()]
+    assert [line["custom_id"] for line in lines] == [sent["custom_id"] for sent in rows]
+    assert [line["response"]["status_code"] for line in lines] == [200] * 3 + [404] + [200] * 3
+    assert not state.parent.exists() and len(list(server.client("blue").batches.list())) == before + 3
+    source.write_text("\n".join(json.dumps(row(str(idx), "/v1/none")) for idx in range(2)))
+    target.unlink()
+    assert exit_code_of(command) == 2 and "/v1/none" in capsys.readouterr().err
 
 
 @pytest.mark.slow
