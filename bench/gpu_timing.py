@@ -46,3 +46,9 @@ def copy_bandwidth(device: torch.device, num_bytes: int = 1 << 30) -> float:
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / seconds_per_call([lambda: target.copy_(source)], device)
+
+
+def read_bandwidth(device: torch.device, num_bytes: int = 1 << 30) -> float:
+    """Bytes a second that a sum over the device's memory reads."""
+    source = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
+    return num_bytes / seconds_per_call([lambda: source.sum()], device)

@@ -1,8 +1,9 @@
-"""The GPU part of bench.lora_kernels: one fused linear at a time, floor, ours, a torch loop and a torch bmm.
+"""The GPU part of bench.lora_kernels: one fused linear at a time, floor, both of ours, a torch loop and a torch bmm.
 
 Owns the cases. Each call is a node of a CUDA graph and has adapters, x and y of its own, as layers have, as far as that
 is needed to miss the cache; where few adapters are so small that even MAX_COPIES of them fit it, `cached` says so. The
-floor is each adapter's weights once, x once and y twice, over the measured bandwidth of a copy.
+floor is each adapter's weights once, x once and y twice, over the best measured bandwidth. Tables are for ranks up to
+MAX_RANK, as an engine's are by default.
 """
 
 from __future__ import annotations
@@ -15,29 +16,37 @@ from typing import Any
 
 import torch
 
+from specserve.kernels import lora_blocks, lora_tiles
 from specserve.kernels.lora import LoraPair
 from specserve.kernels.lora_tables import LoraShape, LoraTables
-from specserve.kernels.lora_tiles import TILE_ROWS, lora_add_, scratch_size
 from specserve.kernels.tiles import build_tiles_, max_tiles
 
 from .gpu_timing import seconds_per_call
-from .shapes import LLAMA8B
+from .shapes import LLAMA8B, SMOLLM2, ModelShape
 
 CACHE_BYTES = 192 << 20  # weights that are cycled through: several times the last-level cache
 MAX_COPIES = 32
+MAX_RANK = 256
+# vLLM 0.32's Triton kernels on an H100, from docs/performance.md: (rows, rank, mix) -> microseconds.
+VLLM_US = {
+    (1, 16, "distinct"): 7.9, (1, 64, "distinct"): 9.9, (8, 16, "distinct"): 11.2, (8, 64, "distinct"): 17.9,
+    (64, 16, "distinct"): 40.3, (64, 16, "uniform"): 11.4, (64, 16, "zipf"): 17.8, (64, 16, "identical"): 9.2,
+    (64, 64, "distinct"): 96.5, (64, 64, "uniform"): 17.9, (64, 64, "zipf"): 36.3, (64, 64, "identical"): 11.7,
+    (128, 64, "distinct"): 116.0, (128, 64, "uniform"): 22.1, (128, 64, "identical"): 19.0,
+}  # fmt: skip
 External = Callable[..., Callable[[], object]]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`wanted_us` is the target on one GPU, None where there is none."""
+    """A fused linear of a model, and the rows that meet it."""
 
     name: str
     shape: LoraShape
     mix: str
     rank: int
     rows: int
-    wanted_us: float | None
+    model: str = ""
 
 
 def row_slots_of(mix: str, num_rows: int) -> list[int]:
@@ -57,35 +66,40 @@ def row_slots_of(mix: str, num_rows: int) -> list[int]:
 
 
 def cases(dry_run: bool) -> Iterator[Case]:
-    """Those with targets first, then the other sizes, then the fused linears of an 8 B model's layer."""
+    """Those with targets first, then what a step is the sum of, then the other sizes."""
     if dry_run:
         for mix in ("distinct", "uniform", "zipf", "identical"):
-            yield Case("linear", LoraShape(48, (40,)), mix, 4, 5, 1.0)
-        yield Case("qkv", LoraShape(48, (40, 16, 16)), "distinct", 4, 3, None)
+            yield Case("linear", LoraShape(48, (40,)), mix, 4, 5)
+        yield Case("qkv", LoraShape(48, (40, 16, 16)), "distinct", 4, 3)
         return
-    layer = {name: LoraShape(*sizes) for name, sizes in LLAMA8B.fused_linears().items()}
-    for rows in (64, 1, 8, 32, 128):
-        for rank in (16, 64):
-            for mix in ("distinct", "uniform", "zipf", "identical"):
-                wanted = None if rows != 64 else 20.0 if rank == 64 else 12.0 if mix == "distinct" else 8.0
-                if mix == "distinct" and rank == 64:
-                    wanted = None  # the bytes alone take 28 us on an H100
-                yield Case("linear", layer["o"], mix, rank, rows, wanted)
-    for rows in (8, 64):
-        for name in ("qkv", "gate_up", "down"):
-            yield Case(name, layer[name], "distinct", 16, rows, None)
+    linear = LoraShape(4096, (4096,))
+    for rows, rank in ((64, 16), (64, 64), (1, 16), (1, 64), (128, 64)):
+        for mix in ("distinct", "uniform", "zipf", "identical") if rows > 1 else ("distinct",):
+            yield Case("linear", linear, mix, rank, rows)
+    yield from of_layer(LLAMA8B, 16, 32)
+    yield from of_layer(SMOLLM2, 16, 1)
+    yield from of_layer(LLAMA8B, 16, 64)
+    for rows, rank in ((8, 16), (8, 64), (32, 16), (32, 64), (512, 16), (512, 64)):
+        for mix in ("distinct", "uniform", "identical") if rows < 512 else ("uniform", "identical"):
+            yield Case("linear", linear, mix, rank, rows)
+
+
+def of_layer(model: ModelShape, rank: int, rows: int) -> Iterator[Case]:
+    for name, sizes in model.fused_linears().items():
+        yield Case(name, LoraShape(*sizes), "distinct", rank, rows, model.name)
 
 
 class Workload:
     """One case on one device, `copies` times over."""
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, case: Case, device: torch.device, max_copies: int = MAX_COPIES):
         self.case, self.device, dtype = case, device, torch.bfloat16
         self.row_slots = row_slots_of(case.mix, case.rows)
         self.num_slots = max(self.row_slots) + 1
         in_size, out_sizes, rank = case.shape.in_size, case.shape.out_sizes, case.rank
         self.weight_bytes = self.num_slots * rank * (len(out_sizes) * in_size + sum(out_sizes)) * dtype.itemsize
-        self.copies = min(MAX_COPIES, -(-CACHE_BYTES // self.weight_bytes)) if device.type == "cuda" else 2
+        copies = min(MAX_COPIES, -(-CACHE_BYTES // self.weight_bytes)) if device.type == "cuda" else 2
+        self.copies = min(copies, max_copies)
         self.cached = self.copies * self.weight_bytes < CACHE_BYTES
 
         def normal(*size: int) -> torch.Tensor:
@@ -96,7 +110,8 @@ class Workload:
         self.b = [[normal(self.num_slots, out_size, rank) for out_size in out_sizes] for _ in range(self.copies)]
         self.x = [normal(case.rows, in_size) for _ in range(self.copies)]
         self.y = [normal(case.rows, sum(out_sizes)) for _ in range(self.copies)]
-        self.tables = LoraTables(dict.fromkeys(range(self.copies), case.shape), self.num_slots, rank, dtype, device)
+        shapes = dict.fromkeys(range(copies), case.shape)
+        self.tables = LoraTables(shapes, self.num_slots, MAX_RANK, dtype, device)
         for slot in range(self.num_slots):
             pairs = {
                 copy: [LoraPair(a[slot], b[slot], 1.0) for a, b in zip(self.a[copy], self.b[copy], strict=True)]
@@ -104,18 +119,40 @@ class Workload:
             }
             self.tables.set_slot(slot, pairs)
         self.row_ids = torch.tensor(self.row_slots, dtype=torch.int32, device=device)
-        num_tiles = max_tiles(case.rows, TILE_ROWS, case.rows)
+        num_tiles = max_tiles(case.rows, lora_tiles.TILE_ROWS, case.rows)
         self.tiles = torch.empty(num_tiles, 3, dtype=torch.int32, device=device)
-        build_tiles_(self.tiles, self.row_ids, TILE_ROWS)
-        size = scratch_size(self.tables.entry(0), case.rows)
+        self.blocks = lora_blocks.new_blocks(lora_blocks.max_blocks(case.rows, case.rows, self.tables), device)
+        self.make_tiles()
+        self.make_blocks()
+        size = max(kernels.scratch_size(self.tables.entry(0), case.rows) for kernels in (lora_tiles, lora_blocks))
         self.scratch = torch.empty(size, dtype=torch.float32, device=device)
 
     @property
     def bytes(self) -> int:
         return self.weight_bytes + self.x[0].nbytes + 2 * self.y[0].nbytes
 
-    def ours(self, copy: int) -> None:
-        lora_add_(self.y[copy], self.x[copy], self.tables.entry(copy), self.tiles, self.scratch)
+    def make_tiles(self) -> None:
+        build_tiles_(self.tiles, self.row_ids, lora_tiles.TILE_ROWS)
+
+    def make_blocks(self) -> None:
+        lora_blocks.list_blocks_(self.blocks, self.row_ids, self.tables)
+
+    def by_tiles(self, copy: int) -> None:
+        lora_tiles.lora_add_(self.y[copy], self.x[copy], self.tables.entry(copy), self.tiles, self.scratch)
+
+    def by_blocks(self, copy: int) -> None:
+        lora_blocks.lora_add_(self.y[copy], self.x[copy], self.tables.entry(copy), self.blocks, self.scratch)
+
+    def difference(self) -> float:
+        """The largest one of the two ways' y, over its largest value."""
+        results = []
+        before = self.y[0].clone()
+        for way in (self.by_tiles, self.by_blocks):
+            self.y[0].zero_()
+            way(0)
+            results.append(self.y[0].float())
+        self.y[0].copy_(before)
+        return ((results[0] - results[1]).abs().max() / results[0].abs().max()).item()
 
     def loop(self, copy: int) -> None:
         """A product for each adapter and module over its rows, which are adjacent."""
@@ -143,8 +180,13 @@ class Workload:
         calls = [lambda copy=copy: way(copy) for copy in range(self.copies)]
         return seconds_per_call(calls, self.device) * 1e6
 
-    def tiles_microseconds(self) -> float:
-        return seconds_per_call([lambda: build_tiles_(self.tiles, self.row_ids, TILE_ROWS)], self.device) * 1e6
+
+def compile_case(case: Case, device: torch.device) -> None:
+    """Launch a case's kernels once, with tables of as many copies as are timed, whose strides kernels may know."""
+    work = Workload(case, device, max_copies=1)
+    work.by_tiles(0)
+    work.by_blocks(0)
+    torch.cuda.synchronize()
 
 
 def load_external(name: str) -> External:
@@ -157,26 +199,55 @@ def load_external(name: str) -> External:
     return getattr(importlib.import_module(module), function)
 
 
-def measure(case: Case, bandwidth: float, device: torch.device, external: External | None) -> dict[str, Any]:
+def measure(
+    case: Case, bandwidth: float, device: torch.device, external: External | None, *, has_torch: bool
+) -> dict[str, Any]:
     work = Workload(case, device)
-    times = {"ours_us": work.microseconds(work.ours), "loop_us": work.microseconds(work.loop)}
-    times["bmm_us"] = work.microseconds(work.bmm)
+    result: dict[str, Any] = {
+        "linear": case.name, "model": case.model, "mix": case.mix, "rank": case.rank, "rows": case.rows,
+        "adapters": work.num_slots, "cached": work.cached, "floor_us": work.bytes / bandwidth * 1e6,
+        "difference": work.difference(), "tiles_us": work.microseconds(work.by_tiles),
+        "blocks_us": work.microseconds(work.by_blocks),
+        "list_us": seconds_per_call([work.make_blocks], device) * 1e6,
+    }  # fmt: skip
+    if not case.model and (case.rows, case.rank, case.mix) in VLLM_US:
+        result["vllm_h100_us"] = VLLM_US[case.rows, case.rank, case.mix]
+    if has_torch:
+        result |= {"loop_us": work.microseconds(work.loop), "bmm_us": work.microseconds(work.bmm)}
     if external is not None and len(case.shape.out_sizes) == 1:
         prepared = [
             external(work.y[copy], work.x[copy], work.a[copy][0], work.b[copy][0], work.row_ids)
             for copy in range(work.copies)
         ]
-        times["external_us"] = seconds_per_call(prepared, device) * 1e6
-    return {
-        "linear": case.name, "mix": case.mix, "rank": case.rank, "rows": case.rows, "adapters": work.num_slots,
-        "cached": work.cached, "floor_us": round(work.bytes / bandwidth * 1e6, 2), "wanted_us": case.wanted_us,
-        "tiles_us": round(work.tiles_microseconds(), 2), **{name: round(value, 2) for name, value in times.items()},
-    }  # fmt: skip
+        result["external_us"] = seconds_per_call(prepared, device) * 1e6
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+
+
+_COLUMNS = ("floor_us", "tiles_us", "blocks_us", "vllm_h100_us", "loop_us", "bmm_us", "external_us")
+HEADER = (
+    f"{'':16} {'mix':9} rank rows     floor     tiles    blocks  vLLM H100     loop       bmm  external"
+    "   blocks/floor  differ"
+)
 
 
 def row_text(result: dict[str, Any]) -> str:
-    wanted = "" if result["wanted_us"] is None else f"{result['wanted_us']:.0f}"
-    cells = [f"{result[key]:9.2f}" if key in result else "" for key in ("floor_us", "ours_us")]
-    cells += [f"{wanted:>7}"]
-    cells += [f"{result[key]:9.2f}" for key in ("loop_us", "bmm_us", "external_us") if key in result]
-    return f"{result['linear']:8} {result['mix']:9} {result['rank']:4} {result['rows']:4} " + " ".join(cells)
+    """A line of the table, microseconds of shrink and expand together; * where the weights fit the cache."""
+    name = f"{result['model']} {result['linear']}".strip() + "*" * result["cached"]
+    cells = [f"{result[key]:9.2f}" if key in result else f"{'':9}" for key in _COLUMNS]
+    ratio = result["blocks_us"] / result["floor_us"]
+    return (
+        f"{name:16} {result['mix']:9} {result['rank']:4} {result['rows']:4} {' '.join(cells)} {ratio:14.2f}"
+        f" {result['difference']:7.0e}"
+    )
+
+
+def summary(results: list[dict[str, Any]]) -> Iterator[str]:
+    """What LoRA on all linears adds to a step, by the cases of whole layers."""
+    for model, rows in ((LLAMA8B, 32), (SMOLLM2, 1)):
+        layer = [result for result in results if (result["model"], result["rows"]) == (model.name, rows)]
+        if len(layer) == len(model.fused_linears()):
+            sums = [sum(result[key] for result in layer) * model.num_layers / 1e3 for key in _COLUMNS[:3]]
+            yield (
+                f"{model.name}, {rows} rows, {model.num_layers} layers: floor {sums[0]:.3f} ms, tiles {sums[1]:.3f}, "
+                f"blocks {sums[2]:.3f}"
+            )

@@ -20,7 +20,7 @@ WIDTH: tl.constexpr = tl.constexpr(5)  # int32s of an entry of the list
 _PIECE: tl.constexpr = tl.constexpr(256)  # columns of y for which one block of an adapter answers
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+@triton.jit(do_not_specialize=["slot_stride", "ranks_column", "num_rows", "num_blocks", "tile_rows"])
 def list_blocks(
     blocks, row_slots, records, slot_stride, ranks_column, num_rows, num_blocks, tile_rows,
     BLOCK_T: tl.constexpr,
@@ -56,7 +56,7 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_stride"])
 def lora_shrink(
     h, x, records, blocks, slot_stride, in_size, x_stride, h_ranks,
     NUM_MODULES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
@@ -97,7 +97,7 @@ def lora_shrink(
         gdc_wait()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_stride"])
 def lora_gather(
     h, tokens, records, blocks, slot_stride, vocab_size, h_ranks,
     DTYPE: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -126,7 +126,7 @@ def lora_gather(
             tl.store(target, values.to(tl.float32), mask=(rows < end)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_stride"])
 def lora_expand(
     y, h, records, blocks, slot_stride, y_stride, h_ranks, out_0, out_1, out_2,
     NUM_MODULES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, DTYPE: tl.constexpr,
