@@ -21,6 +21,9 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-com
 # A process that has nothing left takes over tests of the other.
 TWO_PROCESSES := -n 2 --dist worksteal
 
+# Bytecode is kept even where the environment forbids it, as images do: each process would compile torch's modules anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .DEFAULT_GOAL := help
 .PHONY: help install pull serve test test-all browser pictures churn soak abuse gpu conformance lint audit docs format clean
 
@@ -99,7 +102,7 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) .
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import torch, aiohttp, gguf; from transformers import AutoTokenizer'
+	@$(BIN)/python -c 'import torch, aiohttp, gguf; from transformers import AutoTokenizer'
 	@touch $@
 
 $(TEST_INSTALLED): pyproject.toml | $(INSTALLED)
