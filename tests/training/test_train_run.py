@@ -22,7 +22,7 @@ from specserve.training.trainer import Trainer
 SETTINGS = """
 model: {model}
 output: out/task
-data: {{train: train.jsonl, eval: dev.jsonl, max_len: 200}}
+data: {{train: train.jsonl, eval: dev.jsonl, max_len: 300}}
 lora: {{r: 4, alpha: 8}}
 head: {{hidden_size: 16, vocab_size: 64, draft_len: 5, train_steps_ahead: 4, copy_window: 4}}
 optimizer: {{lr: 0.005, batch_tokens: 400, epochs: 2}}
@@ -30,12 +30,34 @@ distill: {{rows: 12, epochs: 2, max_tokens: 24}}
 eval: {{rows: 6, max_tokens: 24}}
 """
 
+# The command, which must leave no thread of its group: one that lives on can abort the process at its end.
+WORKER = """
+import sys
+from pathlib import Path
+from specserve.cli.main import exit_code_of
+from specserve.training.processes import Processes
+
+def num_threads_of_gloo():
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+def share_weights(*args, share=Processes.share_weights):
+    share(*args)
+    during.append(num_threads_of_gloo())
+
+during, Processes.share_weights = [], share_weights
+code = exit_code_of(["train", *sys.argv[1:]])
+assert during[0] and not num_threads_of_gloo()
+sys.exit(code)
+"""
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     model_dir = make_tiny_model(root / "model")
-    write_rows(root / "train.jsonl", 40)
+    train = write_rows(root / "train.jsonl", 40)
+    with open(train, "a") as file:  # alone in its batch: one of two processes has no row of it
+        file.write(json.dumps({"prompt": "fox " * 220, "completion": "fox"}) + "\n")
     write_rows(root / "dev.jsonl", 8, seed=1)
     (root / "run.yaml").write_text(SETTINGS.format(model=model_dir))
     assert cli(["train", str(root / "run.yaml"), "--set", "optimizer.warmup=0.1"]) == 0
@@ -71,12 +93,14 @@ def test_the_directory_is_complete(trained):
 
 
 @pytest.mark.long
-def test_two_processes_finish_one_directory(trained, tmp_path):
+def test_two_processes_finish_one_directory_and_have_the_losses_of_one(trained, tmp_path):
     root, model_dir = trained
     (tmp_path / "run.yaml").write_text(SETTINGS.format(model=model_dir))
     for name in ("train.jsonl", "dev.jsonl"):
         (tmp_path / name).write_bytes((root / name).read_bytes())
-    out = torchrun(2, "-m", "specserve.cli", "train", str(tmp_path / "run.yaml"), "--set", "optimizer.warmup=0.1")
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    out = torchrun(2, str(script), str(tmp_path / "run.yaml"), "--set", "optimizer.warmup=0.1")
     assert out.count("is written") == 1 and "task, on 6 held-out rows" in out and "nothing was measured" not in out
     names = {path.name for path in (tmp_path / "out" / "task").iterdir()}
     assert names == {path.name for path in (root / "out" / "task").iterdir()}
@@ -277,13 +301,13 @@ def test_rows_too_long_are_left_out_whole_and_said_and_never_cut_to_nothing(trai
 
     def train(rows):
         common = ["--model", str(model_dir), "--data", str(tmp_path / rows), "--output", str(tmp_path / "new")]
-        assert cli(["train", *common, "--set", "data.max_len=200"]) == 2
+        assert cli(["train", *common, "--set", "data.max_len=300"]) == 2
         return "".join(capsys.readouterr())
 
     def not_reached(*args, **kwargs):
         raise UserError("training starts")
 
-    assert "every row is longer than data.max_len (200 tokens)" in train("long.jsonl")
+    assert "every row is longer than data.max_len (300 tokens)" in train("long.jsonl")
     monkeypatch.setattr("specserve.training.generation_run.LoraModel", not_reached)
     said = train("some.jsonl")
     assert "1 of " in said and "longer than data.max_len and left out" in said and "training starts" in said
@@ -329,7 +353,7 @@ def test_a_dry_run_names_the_time_of_each_phase_and_writes_nothing(trained, tmp_
     assert cli(arguments) == 0
     out = capsys.readouterr().out
     steps = len((root / "out/task/metrics.jsonl").read_text().splitlines())
-    assert "GiB" in out and "time: about" in out and f"for {steps} steps over 40 rows" in out
+    assert "GiB" in out and "time: about" in out and f"for {steps} steps over 41 rows" in out
     for phase in ("training", "hidden states", "fit of the head", "28 answers to training", "24 answers to held-out"):
         assert f"  {phase}" in out
     assert not (tmp_path / "o").exists()
