@@ -201,7 +201,7 @@ def compilers():
 
     def get(family, added):
         if (family, added) not in made:
-            fast = make_tool_tokenizer(family, 320, added=added)
+            fast = make_tool_tokenizer(family, vocab_size=320, added=added)
             eos = fast.convert_tokens_to_ids("<|im_end|>")
             made[family, added] = fast, eos, GrammarCompiler(fast.backend_tokenizer, 320, [eos])
         return made[family, added]
@@ -369,7 +369,7 @@ def test_formats_that_calls_can_be_told_from_stand_beside_them(format):
 @pytest.mark.parametrize(("family", "added"), tokenizers())
 def test_free_text_may_hold_added_tokens_that_are_text(family, added):
     """A thinking model writes <think> as one token, which no regular expression of a grammar matches."""
-    fast = make_tool_tokenizer(family, 318, added=added)
+    fast = make_tool_tokenizer(family, vocab_size=318, added=added)
     fast.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
     eos = fast.convert_tokens_to_ids("<|im_end|>")
     compiler = GrammarCompiler(fast.backend_tokenizer, 320, [eos])
@@ -460,7 +460,7 @@ def save(tokenizer, path):
 @pytest.fixture(scope="module", params=[*TEMPLATES, "plain"])
 def rendered(request, tmp_path_factory):
     """(family, format, the ids that end a turn, text) of a conversation with tools."""
-    fast = make_tokenizer(317) if request.param == "plain" else make_tool_tokenizer(request.param, 320)
+    fast = make_tokenizer(317) if request.param == "plain" else make_tool_tokenizer(request.param, vocab_size=320)
     tokenizer = save(fast, tmp_path_factory.mktemp(request.param))
     chosen = choose_format(tokenizer.template.text)
     tools = tool_use(globals()["request"](tools=BOTH)).tools
@@ -495,7 +495,7 @@ def test_special_tokens_in_arguments_and_results_are_letters(rendered):
 
 
 def test_special_tokens_in_definitions_are_letters(tmp_path):
-    tokenizer = save(make_tool_tokenizer("hermes", 320), tmp_path)
+    tokenizer = save(make_tool_tokenizer("hermes", vocab_size=320), tmp_path)
     tools = [
         {
             "type": "function",

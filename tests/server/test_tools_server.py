@@ -1,6 +1,7 @@
 """Tool calls over HTTP with a tiny random model: whatever it calls is valid, streams join, adapters write arguments."""
 
 import json
+import shutil
 
 import jsonschema
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
 from tiny_models import make_tiny_model
-from tool_templates import make_tool_tokenizer
+from tool_templates import TEMPLATES, make_tool_tokenizer
 
 from specserve.server.openai import response_types
 
@@ -36,6 +37,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "pick", "parameters": PICK, "strict": True}},
 ]
 NAMED = {"type": "function", "function": {"name": "pick"}}
+FIRST_FAMILY, *OTHER_FAMILIES = TEMPLATES
 ASK = {"messages": [{"role": "user", "content": "What is the weather?"}], "tools": TOOLS, "max_tokens": 900}
 
 
@@ -46,10 +48,11 @@ def with_adapters(**adapters):
     ]
 
 
-def make_model(path, family):
+def make_model(path, *families):
+    """With the markers of these families and the template of the first; one that knows no tools where there is none."""
     make_tiny_model(path, max_position_embeddings=4096)
-    if family is not None:
-        tokenizer = make_tool_tokenizer(family, 320)
+    if families:
+        tokenizer = make_tool_tokenizer(*families, vocab_size=320)
         tokenizer.save_pretrained(path)
         eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
@@ -58,7 +61,7 @@ def make_model(path, family):
 
 @pytest.fixture(scope="module")
 def adapters_dir(tmp_path_factory):
-    model_dir = make_model(tmp_path_factory.mktemp("base") / "tiny", None)
+    model_dir = make_model(tmp_path_factory.mktemp("base") / "tiny")
     root = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("alpha", "beta")):
         make_peft_adapter(model_dir, root / name, r=4, seed=seed, std=0.3)
@@ -66,24 +69,41 @@ def adapters_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(adapters_dir, tmp_path_factory):
-    servers = {}
+def server(adapters_dir, tmp_path_factory):
+    """Its template knows no tools."""
+    yield from served(make_model(tmp_path_factory.mktemp("models") / "tiny"), adapters_dir)
 
-    def get(family):
-        if family not in servers:
-            model_dir = make_model(tmp_path_factory.mktemp("models") / "tiny", family)
-            servers[family] = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir)).wait_ready()
-        return servers[family]
 
-    yield get
-    for server in servers.values():
-        server.wait_baseline()
-        assert server.stop() == 0
+@pytest.fixture(scope="module")
+def families_server(adapters_dir, tmp_path_factory):
+    """A model of the first family, and for each other one an adapter that brings its template."""
+    root = tmp_path_factory.mktemp("families")
+    for family in OTHER_FAMILIES:
+        shutil.copytree(adapters_dir / "alpha", root / family)
+        (root / family / "chat_template.jinja").write_text(TEMPLATES[family])
+    families = (FIRST_FAMILY, *OTHER_FAMILIES)
+    yield from served(make_model(tmp_path_factory.mktemp("models") / FIRST_FAMILY, *families), root)
+
+
+def served(model_dir, adapters_dir):
+    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir)).wait_ready()
+    yield server
+    server.wait_baseline()
+    assert server.stop() == 0
 
 
 @pytest.fixture
-def server(start):
-    return start(None)  # a template without tools
+def of_family(request):
+    """The server and the model of a family, and without one the base of the plain server."""
+
+    def get(family):
+        return (
+            (request.getfixturevalue("families_server"), family)
+            if family
+            else (request.getfixturevalue("server"), "tiny")
+        )
+
+    return get
 
 
 def choices(server, **fields):
@@ -136,28 +156,29 @@ def as_joined(choice):
 
 
 @pytest.mark.parametrize("family", [None, "hermes", "llama3", "mistral"])
-def test_random_weights_call_tools_validly_where_they_must(start, family):
-    server = start(family)
+def test_random_weights_call_tools_validly_where_they_must(of_family, family):
+    server, model = of_family(family)
     seen = set()
     for seed in range(3):
-        for choice in choices(server, tool_choice="required", n=4, seed=seed, temperature=1):
+        for choice in choices(server, model=model, tool_choice="required", n=4, seed=seed, temperature=1):
             if choice["finish_reason"] != "length":
                 assert_calls(choice)
                 seen |= {call["function"]["name"] for call in choice["message"]["tool_calls"]}
     assert seen == set(SCHEMAS)
-    for choice in choices(server, tool_choice=NAMED, n=4, seed=1, temperature=1):
+    for choice in choices(server, model=model, tool_choice=NAMED, n=4, seed=1, temperature=1):
         assert_calls(choice, ["pick"])
         assert len(choice["message"]["tool_calls"]) == 1
-    for choice in choices(server, tool_choice="required", parallel_tool_calls=False, n=4, seed=2, temperature=1):
+    one = {"tool_choice": "required", "parallel_tool_calls": False}
+    for choice in choices(server, model=model, **one, n=4, seed=2, temperature=1):
         assert_calls(choice)
         assert len(choice["message"]["tool_calls"]) == 1
 
 
 @pytest.mark.parametrize("family", [None, "mistral"])
 @pytest.mark.parametrize("fields", [{"tool_choice": "required"}, {"tool_choice": NAMED}, {"max_tokens": 60}], ids=str)
-def test_stream_joins_to_the_whole_answer(start, family, fields):
-    server = start(family)
-    fields = {**fields, "n": 3, "seed": 5, "temperature": 1, "logprobs": True}
+def test_stream_joins_to_the_whole_answer(of_family, family, fields):
+    server, model = of_family(family)
+    fields = {**fields, "model": model, "n": 3, "seed": 5, "temperature": 1, "logprobs": True}
     whole = choices(server, **fields)
     events = server.stream(CHAT, {**ASK, **fields, "stream_options": {"include_usage": True}})
     assert joined(events) == [as_joined(choice) for choice in whole]
@@ -185,9 +206,9 @@ def test_under_auto_free_text_is_content_and_calls_are_none(server):
         assert isinstance(choice["message"]["content"], str) and "tool_calls" not in choice["message"]
 
 
-def test_under_auto_a_begun_call_is_held_to_its_tool(start):
+def test_under_auto_a_begun_call_is_held_to_its_tool(families_server):
     """The marker is made likely, so that a random model begins a call by itself."""
-    server = start("hermes")
+    server = families_server
     marker = server.post("/tokenize", {"prompt": "<tool_call>", "add_special_tokens": False}).json()["tokens"]
     assert len(marker) == 1
     for choice in choices(server, logit_bias={str(marker[0]): 100}, n=4, seed=1, parallel_tool_calls=False):
