@@ -160,33 +160,25 @@ def quiet_port() -> int:
     raise AssertionError("no port is free")
 
 
-def test_server_whose_log_nobody_takes_serves_and_ends_at_a_signal(model_dir):
-    read_end, closed_pipe = os.pipe()
+def closed_pipe() -> int:
+    read_end, write_end = os.pipe()
     os.close(read_end)
-    full_disk = os.open("/dev/full", os.O_WRONLY)
-    servers = []
-    for stderr in (closed_pipe, full_disk):
-        port = quiet_port()
-        command = [
-            sys.executable,
-            "-m",
-            "specserve.cli",
-            "serve",
-            str(model_dir),
-            "--port",
-            str(port),
-            "--dtype",
-            "fp32",
-        ]
-        command += ["--kv-cache-gib", "0.02", "--num-threads", "1"]
-        servers.append((subprocess.Popen(command, stderr=stderr), f"http://127.0.0.1:{port}"))
-        os.close(stderr)
-    for process, url in servers:
-        wait_until(lambda process=process, url=url: is_ready(process, url), timeout_s=300)
-        assert (
-            requests.post(url + "/v1/completions", json={"prompt": "Hi", "max_tokens": 2}, timeout=60).status_code
-            == 200
-        )
-        process.send_signal(signal.SIGTERM)
-    for process, _ in servers:
-        assert process.wait(60) == 0
+    return write_end
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("log", [closed_pipe, pytest.param(full_disk, marks=pytest.mark.slow)])
+def test_server_whose_log_nobody_takes_serves_and_ends_at_a_signal(model_dir, log):
+    port, stderr = quiet_port(), log()
+    command = [sys.executable, "-m", "specserve.cli", "serve", str(model_dir), "--port", str(port)]
+    command += ["--dtype", "fp32", "--kv-cache-gib", "0.02", "--num-threads", "1"]
+    process, url = subprocess.Popen(command, stderr=stderr), f"http://127.0.0.1:{port}"
+    os.close(stderr)
+    wait_until(lambda: is_ready(process, url), timeout_s=300)
+    reply = requests.post(url + "/v1/completions", json={"prompt": "Hi", "max_tokens": 2}, timeout=60)
+    assert reply.status_code == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0

@@ -80,12 +80,13 @@ def test_an_answer_that_is_not_complete_at_its_deadline_ends_with_504(server):
 
 
 def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(server, occupy):
-    occupy(n=2)  # one of which waits
+    occupant = occupy(n=2)  # one of which waits
     prompts = ["a", *[[5] * 500] * 16]  # 16 * 501 tokens
     error = assert_error(server.post("/v1/completions", {**SHORT, "prompt": prompts}), 429, "--max-waiting-tokens 8000")
     assert error["code"] == "overloaded"
     refused = server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 24})
     error = assert_error(refused, 429, "this one has 24 sequences", "--max-waiting 20")
+    occupant.close()
     occupy(n=8, max_tokens=480)
     metrics = server.metrics()
     assert metrics["engine_num_waiting_tokens"] > 0 and metrics["engine_wait_estimate_seconds"] > 0

@@ -35,14 +35,9 @@ LONG = {
 
 
 @pytest.fixture(scope="module")
-def model_dir(patient_model_dir):
-    return patient_model_dir
-
-
-@pytest.fixture(scope="module")
-def server(model_dir):
+def server(patient_model_dir):
     flags = ("--max-num-seqs", "4", "--max-waiting", "4", "--max-concurrent-requests", "12", "--read-timeout-s", "2")
-    server = ServerProcess(model_dir, *flags, env=broken_env()).wait_ready()
+    server = ServerProcess(patient_model_dir, *flags, env=broken_env()).wait_ready()
     yield server
     assert server.stop() == 0
 
@@ -176,9 +171,9 @@ def test_engine_killed_while_handles_are_out_comes_back(server, golden):
 
 
 def test_requests_that_wait_when_the_engine_is_killed_and_those_that_come_before_the_next_are_served(
-    server, golden, model_dir, tmp_path
+    server, golden, patient_model_dir, tmp_path
 ):
-    path = make_peft_adapter(model_dir, tmp_path / "waits", r=4, std=0.3)
+    path = make_peft_adapter(patient_model_dir, tmp_path / "waits", r=4, std=0.3)
     server.post("/v1/load_lora_adapter", {"lora_name": "waits", "lora_path": str(path)}).raise_for_status()
     want = server.complete(model="waits")["text"]
     assert want != golden
@@ -203,19 +198,17 @@ def test_requests_that_wait_when_the_engine_is_killed_and_those_that_come_before
     server.post("/v1/unload_lora_adapter", {"lora_name": "waits"}).raise_for_status()
 
 
-def test_hung_engine_is_replaced(model_dir):
-    server = start_server(model_dir, "--engine-timeout-s", "3").wait_ready()
-    want = server.complete()["text"]
-    pid = server.engine_pid()
+def test_hung_engine_is_replaced(broken_server):
+    want = broken_server.complete()["text"]
+    pid = broken_server.engine_pid()
     os.kill(pid, signal.SIGSTOP)
-    assert server.complete()["text"] == want
-    wait_for_another(server, pid)
-    assert server.complete()["text"] == want
-    assert server.stop() == 0
+    assert broken_server.complete()["text"] == want
+    wait_for_another(broken_server, pid)
+    assert broken_server.complete()["text"] == want
 
 
-def test_sigterm_drains_running_requests_and_leaves_no_process(model_dir):
-    server = start_server(model_dir, "--drain-timeout-s", "600").wait_ready()
+def test_sigterm_drains_running_requests_and_leaves_no_process(patient_model_dir):
+    server = start_server(patient_model_dir, "--drain-timeout-s", "600").wait_ready()
     pid = server.engine_pid()
     want = server.complete(max_tokens=400, speculation={"mode": "off"})["text"]
     reply = server.post("/v1/completions", {**LONG, "max_tokens": 400, "stream": True}, stream=True)
@@ -234,8 +227,8 @@ def test_sigterm_drains_running_requests_and_leaves_no_process(model_dir):
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_drain_ends_in_time_and_the_stream_with_an_error_event(model_dir):
-    server = start_server(model_dir, "--drain-timeout-s", "0.2").wait_ready()
+def test_drain_ends_in_time_and_the_stream_with_an_error_event(patient_model_dir):
+    server = start_server(patient_model_dir, "--drain-timeout-s", "0.2").wait_ready()
     lines = server.post(
         "/v1/completions", {**LONG, "n": 32, "temperature": 1, "stream": True}, stream=True
     ).iter_lines()
@@ -246,27 +239,35 @@ def test_drain_ends_in_time_and_the_stream_with_an_error_event(model_dir):
     assert server.process.wait(timeout=60) == 0
 
 
-def test_second_signal_stops_at_once_and_a_killed_server_leaves_no_engine(model_dir):
-    for numbers in ([signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]):
-        server = start_server(model_dir).wait_ready()
-        pid = server.engine_pid()
-        lines = server.post("/v1/completions", {**LONG, "n": 8, "stream": True}, stream=True).iter_lines()
-        next(lines)
-        for number in numbers:
-            server.process.send_signal(number)
-            if number == signal.SIGTERM:
-                server.wait_log("shutting down")
-        assert server.process.wait(timeout=60) != 0
-        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+def cut_short(server, *numbers: int) -> None:
+    """Send these signals while a stream runs; the server ends, and its engine with it."""
+    pid = server.engine_pid()
+    lines = server.post("/v1/completions", {**LONG, "n": 8, "stream": True}, stream=True).iter_lines()
+    next(lines)
+    for number in numbers:
+        server.process.send_signal(number)
+        if number == signal.SIGTERM:
+            server.wait_log("shutting down")
+    assert server.process.wait(timeout=60) != 0
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_request_timeout_is_504_or_an_error_event(model_dir):
-    server = start_server(model_dir, "--request-timeout-s", "2").wait_ready()
-    assert_error(server.post("/v1/completions", {**LONG, "n": 8, "temperature": 1}), 504, "request-timeout-s")
-    events = server.stream("/v1/completions", {**LONG, "n": 8, "temperature": 1})
-    assert events[-1]["error"]["code"] == "timeout"
+def test_second_signal_stops_at_once(patient_model_dir):
+    cut_short(start_server(patient_model_dir).wait_ready(), signal.SIGTERM, signal.SIGTERM)
+
+
+def test_request_timeout_is_504_or_an_error_event_and_a_killed_server_leaves_no_engine(patient_model_dir):
+    server = start_server(patient_model_dir, "--request-timeout-s", "2").wait_ready()
+    body = {**LONG, "n": 8, "temperature": 1}
+    with server.paused():
+        assert_error(server.post("/v1/completions", body), 504, "request-timeout-s")
+    lines = server.post("/v1/completions", {**body, "stream": True}, stream=True).iter_lines()
+    next(lines)
+    with server.paused():
+        events = [line for line in lines if line]
+    assert events[-1] == b"data: [DONE]" and json.loads(events[-2][6:])["error"]["code"] == "timeout"
     server.wait_baseline()
-    assert server.stop() == 0
+    cut_short(server, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -277,16 +278,16 @@ def test_request_timeout_is_504_or_an_error_event(model_dir):
     ],
     ids=str,
 )
-def test_bad_start_is_one_line_and_no_process_stays(model_dir, flags, word):
-    command = [sys.executable, "-m", "specserve.cli", "serve", str(model_dir), "--port", "0", *flags]
+def test_bad_start_is_one_line_and_no_process_stays(patient_model_dir, flags, word):
+    command = [sys.executable, "-m", "specserve.cli", "serve", str(patient_model_dir), "--port", "0", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and word in last and "Traceback" not in result.stderr
 
 
-def test_port_in_use_is_one_line(model_dir, server):
+def test_port_in_use_is_one_line(patient_model_dir, server):
     port = server.url.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "specserve.cli", "serve", str(model_dir), "--port", port]
+    command = [sys.executable, "-m", "specserve.cli", "serve", str(patient_model_dir), "--port", port]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and port in result.stderr and "Traceback" not in result.stderr
