@@ -7,7 +7,9 @@ depends on. Nothing is ever compiled while serving: who loads a library does so 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -15,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from ctypes import POINTER, Structure, c_char_p, c_int32
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,7 @@ class NativeSources:
         return f"{self.main.parent.parent.name}/{self.main.parent.name}"
 
     def build(self, compiler: str, path: Path) -> None:
-        """Compile to `path`; another process may do the same at the same time. Raises `NativeError`."""
+        """Compile to `path`; who needs it at the same time waits for it. Raises `NativeError`."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._build_in(path.parent, compiler, path)
@@ -60,7 +62,9 @@ class NativeSources:
             raise CacheError(f"{self.folder} cannot be built into {path.parent}: {why}") from None
 
     def _build_in(self, folder: Path, compiler: str, path: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+            if path.is_file():
+                return
             output = Path(temporary) / path.name
             command = [compiler, *self.flags, str(self.main), "-o", str(output)]
             try:
@@ -137,6 +141,18 @@ def find_compiler() -> str:
         if found:
             return found
     raise NativeError("no C++ compiler was found (g++ or clang++; or name one in CXX)")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within: the only process that builds there. Where the file system knows no locks, all that need it build it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _shown(place: tuple[int, int] | None) -> str:

@@ -19,6 +19,12 @@ def is_rare(level: Level) -> bool:
     return level.name in SIBLINGS and BY_NAME[SIBLINGS[level.name]].missing() is None
 
 
+@pytest.fixture(scope="session")
+def usual_levels():
+    """Those that are built anyway."""
+    return [level for level in LEVELS if not is_rare(level)]
+
+
 @pytest.fixture(scope="session", params=[pytest.param(level, id=level.name, marks=[pytest.mark.slow] * is_rare(level))
                                         for level in LEVELS])  # fmt: skip
 def library(request):
