@@ -1,7 +1,8 @@
-"""What the server's tests share: a tiny model, an adapter of it, and a plain server for tests that change nothing.
+"""What the server's tests share: a tiny model, an adapter of it, and servers.
 
-A module whose server has flags, is broken on purpose or gets other adapters has a `server` of its own. Each process of
-a run makes these once.
+These are a plain one for tests that change nothing, one whose adapters come and go, one that asks for a key, and one
+that breaks where it is told to. A start takes longer than most modules: one has a `server` of its own only where none
+of these can be it. Each process of a run makes these once.
 """
 
 import shutil
@@ -44,6 +45,37 @@ def server(model_dir, alpha_dir):
     server = ServerProcess(model_dir, "--adapters-dir", str(alpha_dir.parent)).wait_ready()
     yield server
     server.wait_baseline()
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def open_dir(alpha_dir, tmp_path_factory):
+    """A folder with the adapter `good`, to which tests add others that they take away again."""
+    root = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(alpha_dir, root / "good")
+    return root
+
+
+@pytest.fixture(scope="session")
+def open_server(model_dir, open_dir):
+    """With the adapters of `open_dir`, and bodies of up to 4 MiB."""
+    server = ServerProcess(model_dir, "--adapters-dir", str(open_dir), "--max-body-mib", "4").wait_ready()
+    yield server
+    server.wait_baseline()
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def api_key():
+    return "sk-test-key"
+
+
+@pytest.fixture(scope="session")
+def locked_server(model_dir, alpha_dir, api_key):
+    """With the adapter `alpha`, for those who have the key."""
+    flags = ("--adapters-dir", str(alpha_dir.parent), "--max-num-seqs", "8")
+    server = ServerProcess(model_dir, *flags, env={"SPECSERVE_API_KEY": api_key}).wait_ready()
+    yield server
     assert server.stop() == 0
 
 

@@ -11,7 +11,7 @@ import requests
 from golden import Golden
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
-from server_fixture import ServerProcess, assert_error
+from server_fixture import assert_error
 from tiny_models import make_tiny_model
 
 from specserve.server.routes import ERRORS, ROUTES
@@ -21,10 +21,13 @@ VOCAB_SIZE = 320
 
 
 @pytest.fixture(scope="module")
-def server(model_dir, adapters_dir):
-    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), "--max-body-mib", "4").wait_ready()
-    yield server
-    assert server.stop() == 0
+def adapters_dir(open_dir):
+    return open_dir
+
+
+@pytest.fixture(scope="module")
+def server(open_server):
+    return open_server
 
 
 def lorax_tokens(server):

@@ -6,10 +6,9 @@ import shutil
 import time
 
 import pytest
-from server_fixture import ServerProcess, assert_error
+from server_fixture import assert_error
 
 from specserve.adapter_files import MAX_EXAMPLES, MAX_EXAMPLES_BYTES, content_hash
-from specserve.server.access.key_file import digest_of
 from specserve.server.adapter_extras import MAX_REPORT_BYTES
 
 REPORT = "<!doctype html><title>Report</title><script>alert(1)</script>"
@@ -18,10 +17,13 @@ TEXT = {"title": "text", "prompt": "Package: a\n"}
 
 
 @pytest.fixture(scope="module")
-def server(model_dir, adapters_dir):
-    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir)).wait_ready()
-    yield server
-    assert server.stop() == 0
+def adapters_dir(open_dir):
+    return open_dir
+
+
+@pytest.fixture(scope="module")
+def server(open_server):
+    return open_server
 
 
 @pytest.fixture
@@ -158,19 +160,3 @@ def test_a_name_that_is_no_adapter_is_an_error_without_a_file(server, name):
         reply = server.get(f"/v1/adapters/{name}/{what}")
         assert reply.status_code in (400, 404), reply.text
         assert "<b>" not in reply.headers["Content-Type"] and reply.json()["error"]["message"]
-
-
-def test_only_a_key_that_may_use_an_adapter_sees_what_it_brings(model_dir, adapters_dir, folder, tmp_path):
-    (folder / "report.html").write_text(REPORT)
-    keys = tmp_path / "keys.yaml"
-    digests = {name: digest_of(name.encode()).hex() for name in ("good", "bad")}
-    keys.write_text("".join(f"{name}: {{sha256: {digests[name]}, adapters: [{name}]}}\n" for name in digests))
-    server = ServerProcess(model_dir, "--adapters-dir", str(adapters_dir), "--api-keys-file", str(keys)).wait_ready()
-    try:
-        for what in ("report", "examples"):
-            path = f"/v1/adapters/good/{what}"
-            assert server.get(path, headers={"Authorization": "Bearer good"}).status_code == 200
-            assert_error(server.get(path, headers={"Authorization": "Bearer bad"}), 404, "good")
-            assert_error(server.get(path), 401)
-    finally:
-        assert server.stop() == 0

@@ -12,7 +12,7 @@ from waiting import until, wait_until
 
 from specserve.errors import OverloadedError
 from specserve.server import disk
-from specserve.server.disk import Disk
+from specserve.server.disk import NUM_THREADS, Disk
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -27,8 +27,8 @@ def test_an_adapter_whose_disk_is_away_is_503_and_everybody_else_is_served(broke
     server = broken_server
     golden = Golden(server, ("tiny", "good", AWAY))
     hangs.touch()
-    with ThreadPoolExecutor(40) as pool:
-        lost = [pool.submit(server.post, TEXT, {"model": AWAY, "prompt": "The"}) for _ in range(40)]
+    with ThreadPoolExecutor(NUM_THREADS + 4) as pool:  # more than there are threads for all looks
+        lost = [pool.submit(server.post, TEXT, {"model": AWAY, "prompt": "The"}) for _ in range(NUM_THREADS + 4)]
         for name, tokens in zip(("tiny", "good"), golden.tokens, strict=False):
             assert server.complete(model=name, logprobs=0)["logprobs"]["tokens"] == tokens
         chat = {"messages": [{"role": "user", "content": "The quick " * 50}], "max_tokens": 1, "model": "good"}

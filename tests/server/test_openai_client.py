@@ -4,25 +4,18 @@ import asyncio
 
 import openai
 import pytest
-from server_fixture import ServerProcess
 
-KEY = "sk-test-key"
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 
 
 @pytest.fixture(scope="module")
-def server(model_dir, alpha_dir):
-    server = ServerProcess(
-        model_dir, "--adapters-dir", str(alpha_dir.parent), "--max-num-seqs", "8", env={"SPECSERVE_API_KEY": KEY}
-    ).wait_ready()
-    yield server
-    server.wait_baseline()
-    assert server.stop() == 0
+def server(locked_server):
+    return locked_server
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+def client(server, api_key):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=api_key, max_retries=0)
 
 
 def test_chat_and_its_stream_agree(client):
@@ -74,8 +67,8 @@ def test_errors_become_the_clients_exceptions(server, client):
         wrong.models.list()
 
 
-async def test_async_client_mixes_adapters_and_streams(server):
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+async def test_async_client_mixes_adapters_and_streams(server, api_key):
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=api_key, max_retries=0) as client:
 
         async def ask(model, stream):
             fields = {"model": model, "messages": MESSAGES, "max_tokens": 25, "temperature": 0}
@@ -90,8 +83,8 @@ async def test_async_client_mixes_adapters_and_streams(server):
     assert all(text == texts[i % 2] for i, text in enumerate(texts))
 
 
-async def test_client_that_stops_reading_a_stream_frees_its_sequence(server):
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+async def test_client_that_stops_reading_a_stream_frees_its_sequence(server, api_key):
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=api_key, max_retries=0) as client:
         stream = await client.completions.create(
             model="tiny", prompt="The", max_tokens=480, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )

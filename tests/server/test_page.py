@@ -4,20 +4,13 @@ import re
 
 import pytest
 import requests
-from server_fixture import ServerProcess, assert_error
+from server_fixture import assert_error
 
 from specserve.server.page_files import PAGE_DIR, TYPES, PageFiles
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 MAX_PAGE_BYTES = 300_000
 FILES = sorted(PageFiles().files)
-
-
-@pytest.fixture(scope="module")
-def locked(model_dir):
-    server = ServerProcess(model_dir, "--api-key", "secret").wait_ready()
-    yield server
-    assert server.stop() == 0
 
 
 def test_a_browser_gets_the_page_and_everybody_else_the_state(server):
@@ -63,15 +56,15 @@ def test_what_is_no_file_of_the_page_is_not_there(server, path):
         assert_error(session.send(prepared), 404, "the page has no such file")
 
 
-def test_no_key_is_needed_for_the_page_and_for_nothing_else_under_its_name(locked):
-    assert locked.get("/", headers=BROWSER).status_code == 200
-    assert locked.get(f"/ui/{FILES[0]}").status_code == 200
-    assert_error(locked.get("/ui/none"), 404)
+def test_no_key_is_needed_for_the_page_and_for_nothing_else_under_its_name(locked_server):
+    assert locked_server.get("/", headers=BROWSER).status_code == 200
+    assert locked_server.get(f"/ui/{FILES[0]}").status_code == 200
+    assert_error(locked_server.get("/ui/none"), 404)
     for method, path in (("GET", "/ui"), ("POST", "/ui/index.html"), ("GET", "/uix"), ("GET", "/v1/models")):
-        reply = requests.request(method, locked.url + path, headers=BROWSER)
+        reply = requests.request(method, locked_server.url + path, headers=BROWSER)
         assert reply.status_code == 401, (method, path)
-    prepared = requests.Request("GET", locked.url).prepare()
-    prepared.url = f"{locked.url}/ui/../v1/models"
+    prepared = requests.Request("GET", locked_server.url).prepare()
+    prepared.url = f"{locked_server.url}/ui/../v1/models"
     with requests.Session() as session:
         assert session.send(prepared).status_code in (401, 404)
 

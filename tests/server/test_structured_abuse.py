@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import requests
 from golden import Golden, resident_mib
-from server_fixture import ServerProcess, assert_error
+from server_fixture import assert_error
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {
@@ -23,10 +23,8 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def server(model_dir):
-    server = ServerProcess(model_dir, "--max-body-mib", "1").wait_ready()
-    yield server
-    assert server.stop() == 0
+def server(open_server):
+    return open_server
 
 
 @pytest.fixture(scope="module")

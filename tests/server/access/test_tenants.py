@@ -160,6 +160,21 @@ def test_an_adapter_of_others_does_not_exist(server, adapters_dir):
         (adapters_dir / "blue").unlink()
 
 
+def test_only_a_key_that_may_use_an_adapter_sees_what_it_brings(server, adapters_dir):
+    report = adapters_dir / "red" / "report.html"
+    report.write_text("<!doctype html><title>Report</title>")
+    (adapters_dir / "blue").symlink_to("red")
+    try:
+        for what in ("report", "examples"):
+            assert server.get(f"/v1/adapters/red/{what}", **auth("red")).status_code == 200
+            assert server.get(f"/v1/adapters/blue/{what}", **auth("blue")).status_code == 200
+            assert_error(server.get(f"/v1/adapters/blue/{what}", **auth("red")), 404, "blue")
+            assert_error(server.get(f"/v1/adapters/red/{what}", headers={}), 401)
+    finally:
+        (adapters_dir / "blue").unlink()
+        report.unlink()
+
+
 def test_priority_is_for_keys_that_may_set_it(server):
     assert_error(ask(server, "red", priority=3), 403, "priority", param="priority")
     assert ask(server, "blue", priority=3).status_code == 200
