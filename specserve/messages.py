@@ -114,6 +114,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
     is_pinned: bool = False
     is_prefetch: bool = False  # nobody waits for it: it takes no room of adapters in use, and waits for none
     priority: int = 0  # the best of the requests that wait for it; lower is sooner
+    mount: int = 0  # the device number of the file system that it lies on
 
 
 class HastenLoads(msgspec.Struct, frozen=True, tag="hasten_loads"):
@@ -412,6 +413,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_adapter_waits: int = 0  # loads that found no room at once
     adapter_wait_seconds: float = 0.0  # of these
     num_adapter_loads_waiting: int = 0
+    num_adapter_reads_stuck: int = 0  # threads that wait for a disk which may be away
     drafted_per_pos: list[int] = []  # drafts with a token at each position, the first one first
     accepted_per_pos: list[int] = []  # those whose token there was kept; as many positions
     finished: dict[str, int] = {}  # sequences by what ended them: stop, length, abort, error

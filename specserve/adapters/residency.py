@@ -110,8 +110,13 @@ class Residency:
             return reservation in self._waiting
 
     def resize(self, reservation: Reservation, num_bytes: int) -> None:
-        """What was read has another size than expected. Raises `OverloadedError` where more is not free at once."""
+        """What was read has another size than expected.
+
+        Raises `OverloadedError` where more is not free at once, or it was given back meanwhile.
+        """
         with self.lock:
+            if not reservation.is_granted:
+                raise OverloadedError("its room was given to others while it was read; retry", status=503)
             self._check_size(num_bytes)
             if not self._evict(num_bytes - reservation.num_bytes, 0):
                 raise OverloadedError(f"no room for {num_bytes - reservation.num_bytes} bytes more; retry", status=503)

@@ -7,11 +7,12 @@ refused; while others get room no wait is too long.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..adapters.registry import Reservation
@@ -20,9 +21,9 @@ from ..memory import give_memory_back
 from ..messages import AdapterLoaded, CallFailed, LoadAdapter
 from .adapter_memory import Brought
 from .engine import Engine
+from .readers import STUCK_S, Readers
 
 MAX_LOADS = 1024  # that wait or are read
-NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
 WAIT_S = 60.0  # for room, while nobody else gets any
 READ_S = 600.0  # a disk that has not given an adapter by then is away; a wait for a thread has the same limit
 TRIM_BYTES = 64 << 20  # of adapters that were read, after which memory goes back to the system
@@ -70,7 +71,7 @@ class AdapterLoads:
         self._last_given = clock()  # when a load ended with room
         self._untrimmed_bytes = 0
         self._lock = threading.Lock()  # of the lists, and of who sends a load on its way or gives it up
-        self._readers = ThreadPoolExecutor(max_workers=NUM_READERS, thread_name_prefix="adapter")
+        self._readers = Readers(clock)
 
     @property
     def is_waiting(self) -> bool:
@@ -110,6 +111,8 @@ class AdapterLoads:
         if not self._loads and not self._given_up:
             return []
         answers, now = [], self._clock()
+        self._readers.look()
+        self._engine.memory.num_stuck_reads = self._readers.num_stuck()
         for load in list(self._loads):
             with self._lock:
                 answer = self._look_at(load, now)
@@ -155,6 +158,18 @@ class AdapterLoads:
                     error = self._engine.memory.no_room(load.reservation, WAIT_S)
                     load.way.close()
                     raise error
+            elif (
+                load.running is not None
+                and now - load.since > WAIT_S
+                and self._readers.is_held_back(message.mount)
+                and load.running.cancel()
+            ):
+                load.way.close()
+                text = (
+                    f"adapter {message.name!r} is not read: {self._readers.num_stuck(message.mount)} reads from its "
+                    f"disk have not ended in {STUCK_S:g} s; is it away? Retry when it answers"
+                )
+                raise OverloadedError(text, status=503)
             elif load.running is not None and now - load.since > READ_S:
                 if load.running.cancel():
                     load.way.close()
@@ -163,6 +178,7 @@ class AdapterLoads:
                     )
                     raise OverloadedError(text, status=503)
                 self._given_up.append(load)
+                self._engine.memory.give_up(message)
                 raise OverloadedError(
                     f"adapter {message.name!r} was not read in {READ_S:g} s; is its disk slow or away?", status=503
                 )
@@ -187,7 +203,7 @@ class AdapterLoads:
                 load.running is None or (load.reservation is not None and load.reservation.is_granted)
             ):
                 load.reservation, load.since = None, self._clock()
-                load.running = self._readers.submit(self._advance, load)
+                load.running = self._readers.submit(functools.partial(self._advance, load), load.message.mount)
                 load.running.add_done_callback(lambda _: self._wake())
 
     def _advance(self, load: _Load) -> Reservation | Brought:

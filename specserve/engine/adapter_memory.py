@@ -40,6 +40,8 @@ class AdapterMemory:
     ):
         self.registry, self.host = registry, host
         self.num_reads = 0  # from disk, that succeeded
+        self.num_stuck_reads = 0  # whose disk may be away
+        self._reading: dict[int, tuple[AdapterRegistry, Reservation]] = {}  # by call id
         self._read, self._expected_bytes, self._upload = read, expected_bytes, upload
 
     def bring(self, load: LoadAdapter, priority: Callable[[], int]) -> Generator[Reservation, None, Brought]:
@@ -107,7 +109,11 @@ class AdapterMemory:
         start = time.monotonic()
         if copy is not None:
             return Brought(self._upload(copy), reservation, time.monotonic() - start)
-        adapter = self._read(load.name, Path(load.path))
+        self._reading[load.call_id] = registry, reservation
+        try:
+            adapter = self._read(load.name, Path(load.path))
+        finally:
+            del self._reading[load.call_id]
         with registry.lock:  # there are several readers
             self.num_reads += 1
         registry.resize(reservation, adapter.num_bytes)
@@ -117,6 +123,12 @@ class AdapterMemory:
         """What is there already, if it is."""
         adapter = registry.adapters.get(reservation.key) if reservation.is_held and reservation.key else None
         return Brought(adapter, reservation, 0.0) if adapter is not None else None
+
+    def give_up(self, load: LoadAdapter) -> None:
+        """Others may have the room of a load whose read hangs; should it end, it fails."""
+        if (reading := self._reading.get(load.call_id)) is not None:
+            registry, reservation = reading
+            registry.give_back(reservation)
 
     def unload(self, content_hash: str, placement: int | None = None) -> None:
         """Forget an adapter as soon as no running request uses it, unless a load placed it after `placement`."""

@@ -80,6 +80,7 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         num_adapter_waits=registry.counts.num_waits,
         adapter_wait_seconds=registry.counts.wait_s,
         num_adapter_loads_waiting=registry.num_waiting,
+        num_adapter_reads_stuck=engine.memory.num_stuck_reads,
         drafted_per_pos=counters.lengths.drafted_per_pos(),
         accepted_per_pos=counters.lengths.accepted_per_pos(),
         finished=dict(counters.finished),

@@ -73,6 +73,7 @@ class AdapterLoader:
                     is_pinned=is_pinned,
                     is_prefetch=is_prefetch,
                     priority=priority(),
+                    mount=stamp[0][1] if stamp else 0,
                 )
             except UserError as error:
                 if error.code == "adapter_places_pinned" and await self._let_go_of_old_files(name, directory, stamp):

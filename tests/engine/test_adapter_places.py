@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+from waiting import wait_until
 
 from specserve.adapters import residency
 from specserve.adapters.registry import AdapterRegistry
-from specserve.engine import adapter_loads
+from specserve.engine import adapter_loads, readers
 from specserve.engine.adapter_loads import AdapterLoads
 from specserve.engine.adapter_memory import AdapterMemory
 from specserve.errors import NO_IDLE_ROOM, AdapterError
@@ -32,15 +34,24 @@ class Threads:
     def __init__(self):
         self.work = []
 
-    def submit(self, work, load):
-        self.work.append((Future(), work, load))
+    def submit(self, work, mount):
+        self.work.append((Future(), work))
         return self.work[-1][0]
 
+    def look(self):
+        pass
+
+    def num_stuck(self, mount=None):
+        return 0
+
+    def is_held_back(self, mount):
+        return False
+
     def run(self, num=1):
-        for future, work, load in [self.work.pop(0) for _ in range(min(num, len(self.work)))]:
+        for future, work in [self.work.pop(0) for _ in range(min(num, len(self.work)))]:
             assert future.set_running_or_notify_cancel()
             try:
-                future.set_result(work(load))
+                future.set_result(work())
             except Exception as error:
                 future.set_exception(error)
 
@@ -87,8 +98,8 @@ class Engine:
 
     def place(self):
         """Call ids of loads that have ended well, and the errors of others."""
-        answers = [*self.answers, *self.loads.place()]
-        self.answers.clear()
+        placed = self.loads.place()
+        answers = [self.answers.pop(0) for _ in self.answers[:]] + placed  # threads may go on saying something
         self.forget_left_adapters()
         failed = {answer.call_id: answer.error for answer in answers if isinstance(answer, CallFailed)}
         return [answer.call_id for answer in answers if isinstance(answer, AdapterLoaded)], failed
@@ -168,20 +179,68 @@ def test_a_load_that_fails_gives_back_what_it_reserved(engine):
     assert "takes 40 bytes" in engine.place()[1]["big"].message and engine.registry.size_bytes == SIZE
 
 
-def test_a_read_without_end_is_refused_and_its_room_comes_back_when_it_ends(engine):
+def test_a_read_without_end_is_refused_and_its_room_is_for_others_though_it_may_end(engine):
+    read = engine.read
+
+    def hangs(name, path):
+        engine.memory._read = read
+        engine.bring("b")  # it is not held up
+        engine.clock.now += adapter_loads.READ_S + 1
+        assert engine.registry.size_bytes == 2 * SIZE
+        assert "not read in 600 s" in engine.place()[1]["a"].message
+        assert engine.registry.size_bytes == SIZE
+        return read(name, path)
+
+    engine.memory._read = hangs
     engine.load("a")
-    future, work, load = engine.threads.work.pop()
-    future.set_running_or_notify_cancel()
-    engine.load("b")
     engine.threads.run()
-    assert engine.place() == (["b"], {})  # it is not held up
-    engine.clock.now += adapter_loads.READ_S + 1
-    assert "not read in 600 s" in engine.place()[1]["a"].message
-    result = work(load)
-    assert engine.registry.size_bytes == 2 * SIZE
-    future.set_result(result)
-    engine.place()
-    assert engine.registry.size_bytes == SIZE and not engine.loads._given_up
+    assert engine.place() == ([], {}) and engine.reads == ["b", "a"]
+    assert engine.registry.size_bytes == SIZE and not engine.loads._given_up and not engine.memory._reading
+
+
+def test_reads_of_a_disk_that_is_away_stop_no_loads_from_others(engine):
+    """Twice as many as there are threads, on threads that are real."""
+    away, read, (dead, alive) = threading.Event(), engine.read, (1, 2)
+    engine.registry.max_adapters, engine.registry.max_bytes = 99, 99 * SIZE
+    engine.loads._readers = engine_readers = readers.Readers(engine.clock)
+
+    def hangs(name, path):
+        if name.startswith("dead"):
+            away.wait()
+        return read(name, path)
+
+    def answers(name):
+        """What came of that load, and of others."""
+        while not any(answers := engine.place()):
+            time.sleep(0.01)
+        done, failed = answers
+        assert name in [*done, *failed]
+        return failed.get(name)
+
+    engine.memory._read = hangs
+    try:
+        for num in range(2 * readers.NUM_READERS):
+            engine.load(f"dead {num}", mount=dead)
+        engine.load("x", mount=alive)
+        wait_until(lambda: len(engine_readers._running) == readers.NUM_READERS)
+        engine.clock.now += readers.STUCK_S + 1
+        assert answers("x") is None
+        assert engine_readers.num_stuck(dead) == engine.memory.num_stuck_reads == readers.NUM_READERS
+        assert engine_readers.is_held_back(dead) and not engine_readers.is_held_back(alive)
+        engine.clock.now += adapter_loads.WAIT_S
+        _, failed = engine.place()
+        assert len(failed) == readers.NUM_READERS and all("8 reads from its disk" in e.message for e in failed.values())
+        engine.load("y", mount=alive)
+        assert answers("y") is None
+        engine.clock.now += adapter_loads.READ_S
+        _, failed = engine.place()
+        assert len(failed) == readers.NUM_READERS and engine.registry.size_bytes == 2 * SIZE
+    finally:
+        away.set()
+    wait_until(lambda: engine.place() == ([], {}) and not engine.loads._given_up)
+    assert engine.memory.num_stuck_reads == 0 and engine.registry.size_bytes == 2 * SIZE
+    engine.load("dead again", mount=dead)
+    assert answers("dead again") is None
 
 
 def test_waiting_for_a_thread_is_no_reading_and_has_an_end_as_well(engine):

@@ -44,7 +44,7 @@ class Engine:
 
     # what the store asks for
 
-    async def load_adapter(self, name, path, before=None, *, is_pinned=False, is_prefetch=False, priority=0):
+    async def load_adapter(self, name, path, before=None, *, is_pinned=False, is_prefetch=False, priority=0, mount=0):
         self.num_loads += 1
         message = Message(path=path, before=before, is_pinned=is_pinned, future=asyncio.Future())
         message.room, message.num_waits = None, 0

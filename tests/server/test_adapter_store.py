@@ -36,7 +36,7 @@ class FakeEngine:
         self.during = None
 
     async def load_adapter(
-        self, name, path, before=None, *, is_pinned=False, is_prefetch=False, priority=0
+        self, name, path, before=None, *, is_pinned=False, is_prefetch=False, priority=0, mount=0
     ) -> AdapterLoaded:
         self.num_loads += 1
         self.priorities.append(priority)

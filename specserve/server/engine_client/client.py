@@ -183,13 +183,16 @@ class EngineClient:
         is_pinned: bool = False,
         is_prefetch: bool = False,
         priority: int = 0,
+        mount: int = 0,
     ) -> AdapterLoaded:
         """Load the PEFT directory `path`; raises `UserError` when it cannot be served.
 
         `before` is what it was loaded as, if its files are still the same; `LoadAdapter` has the rest.
         """
         content_hash, size_bytes = (before.content_hash, before.size_bytes) if before is not None else (None, 0)
-        load = LoadAdapter(next(self._call_ids), name, path, content_hash, size_bytes, is_pinned, is_prefetch, priority)
+        load = LoadAdapter(
+            next(self._call_ids), name, path, content_hash, size_bytes, is_pinned, is_prefetch, priority, mount
+        )
         answer: AdapterLoaded = await self._call(load)
         return answer
 

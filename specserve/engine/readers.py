@@ -1,0 +1,104 @@
+"""Threads that read adapters from disks which may hang: what hangs is left alone, and others read in its stead.
+
+A file system of a network may never answer, and no thread that asks it comes back. Here a read that takes longer than
+`STUCK_S` has a thread of its own from then on, up to `MAX_STUCK`; the `NUM_READERS` others go on. A file system with
+`MAX_STUCK_A_MOUNT` such reads gets no more of them until one ends, so that one that is away leaves others their turn.
+Threads end when there is nothing to read, and the process waits for none.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
+STUCK_S = 30.0
+MAX_STUCK = 32
+MAX_STUCK_A_MOUNT = 4
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    future: Future[Any]
+    work: Callable[[], Any]
+    mount: int
+    began: float = 0.0
+    is_stuck: bool = False
+
+
+class Readers:
+    """`mount` is whatever tells file systems apart."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._pending: list[_Task] = []  # in order
+        self._running: list[_Task] = []
+        self._lock = threading.Lock()
+
+    def submit(self, work: Callable[[], T], mount: int) -> Future[T]:
+        """`work()` on a thread, in turn. It may be cancelled until it begins."""
+        task = _Task(Future(), work, mount)
+        with self._lock:
+            self._pending.append(task)
+        self.look()
+        return task.future
+
+    def look(self) -> None:
+        """See which reads hang by now, and let others begin in their stead; to be called while there are any."""
+        with self._lock:
+            now = self._clock()
+            for task in self._running:
+                task.is_stuck = now - task.began > STUCK_S
+            while (begun := self._begin_next()) is not None:
+                try:
+                    threading.Thread(target=self._work, args=(begun,), name="adapter", daemon=True).start()
+                except RuntimeError as error:  # no thread to be had
+                    self._running.remove(begun)
+                    begun.future.set_exception(error)
+
+    def num_stuck(self, mount: int | None = None) -> int:
+        """Reads that hang, of all file systems or of one."""
+        with self._lock:
+            return sum(task.is_stuck and mount in (None, task.mount) for task in self._running)
+
+    def is_held_back(self, mount: int) -> bool:
+        """Whether no read of that file system begins before one that hangs has ended."""
+        return self.num_stuck(mount) >= MAX_STUCK_A_MOUNT
+
+    def _begin_next(self) -> _Task | None:
+        """Under the lock."""
+        stuck = Counter(task.mount for task in self._running if task.is_stuck)
+        if len(self._running) - min(stuck.total(), MAX_STUCK) >= NUM_READERS:
+            return None
+        for task in self._pending[:]:
+            if stuck[task.mount] < MAX_STUCK_A_MOUNT or task.future.cancelled():
+                self._pending.remove(task)
+                if task.future.set_running_or_notify_cancel():
+                    task.began = self._clock()
+                    self._running.append(task)
+                    return task
+        return None
+
+    def _work(self, task: _Task) -> None:
+        following: _Task | None = task
+        while following is not None:
+            task = following
+            result, error = None, None
+            try:
+                result = task.work()
+            except BaseException as raised:
+                error = raised
+            with self._lock:
+                self._running.remove(task)
+                following = self._begin_next()
+            if error is not None:
+                task.future.set_exception(error)
+            else:
+                task.future.set_result(result)

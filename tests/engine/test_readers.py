@@ -1,0 +1,89 @@
+"""Threads that read: few, in order, replaced when they hang, and not for one file system alone."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from waiting import wait_until
+
+from specserve.engine import readers
+from specserve.engine.readers import Readers
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(readers, "NUM_READERS", 2)
+    monkeypatch.setattr(readers, "MAX_STUCK", 4)
+    monkeypatch.setattr(readers, "MAX_STUCK_A_MOUNT", 2)
+    return Clock()
+
+
+def test_work_is_done_in_order_by_few_threads_which_end(clock):
+    pool, go_on, done = Readers(clock), threading.Event(), []
+
+    def work(num):
+        go_on.wait()
+        done.append(num)
+        if num == 3:
+            raise ZeroDivisionError
+        return num
+
+    futures = [pool.submit(lambda num=num: work(num), 0) for num in range(6)]
+    assert futures[4].cancel() and not futures[0].cancel() and len(pool._running) == 2
+    go_on.set()
+    assert [future.result(60) for future in futures[:3]] == [0, 1, 2]
+    assert isinstance(futures[3].exception(60), ZeroDivisionError) and futures[5].result(60) == 5
+    assert sorted(done) == [0, 1, 2, 3, 5] and 4 not in done
+    wait_until(lambda: not any(thread.name == "adapter" for thread in threading.enumerate()))
+    assert not pool._running and not pool._pending
+
+
+def test_what_hangs_is_replaced_up_to_a_number_and_a_file_system_has_few_of_it(clock):
+    pool, away = Readers(clock), threading.Event()
+
+    def hang(mount, num):
+        for _ in range(num):
+            pool.submit(away.wait, mount)
+
+    def later():
+        clock.now += readers.STUCK_S + 1
+        pool.look()
+
+    try:
+        hang(1, 5)
+        later()
+        assert pool.num_stuck(1) == 2 and len(pool._running) == 2 and pool.is_held_back(1)
+        assert pool.submit(lambda: "other", 2).result(60) == "other"
+        hang(2, 3)
+        later()
+        assert pool.num_stuck(2) == 2 and pool.num_stuck() == 4 and not pool.is_held_back(3)
+        hang(3, 3)  # two more are replaced no more
+        later()
+        assert pool.num_stuck() == 6 and len(pool._running) == 6
+        waits = pool.submit(lambda: "waits", 4)
+        assert not waits.running()
+    finally:
+        away.set()
+    assert waits.result(60) == "waits"
+    wait_until(lambda: not pool._running and not pool._pending)
+    assert pool.num_stuck() == 0
+
+
+def test_a_thread_that_cannot_be_started_fails_its_read_and_no_other(clock, monkeypatch):
+    pool = Readers(clock)
+    with monkeypatch.context() as patch:
+
+        def refused(thread):
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", refused)
+        assert "can't start" in str(pool.submit(lambda: 1, 0).exception(0))
+    assert pool.submit(lambda: 1, 0).result(60) == 1
