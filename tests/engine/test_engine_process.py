@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from engine_fixture import request
+from engine_fixture import request, text
 from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
+from pooling_adapters import make_pooling_adapter
 from tiny_models import make_tiny_model
 from waiting import wait_until
 
@@ -42,6 +43,7 @@ from specserve.messages import (
     Stats,
     UnloadAdapter,
 )
+from specserve.pooling_messages import Pooled
 
 
 def receive(sock):
@@ -232,10 +234,10 @@ def test_an_adapter_that_is_rewritten_and_truncated_while_it_is_read_fails_alone
 
     def rewrite():
         while not stop.is_set():
-            for name, text in texts.items():
+            for name, data in texts.items():
                 with open(path / name, "r+b") as file:
-                    file.truncate(len(text) // 3)
-                    file.write(text)
+                    file.truncate(len(data) // 3)
+                    file.write(data)
 
     thread = threading.Thread(target=rewrite)
     thread.start()
@@ -260,6 +262,25 @@ def test_bad_adapter_and_bad_request_are_answered_and_the_engine_goes_on(peer, t
     assert peer.receive(RequestFailed, lambda m: m.request_id == "bad").error.param == "prompt"
     peer.send(request("good", [1], max_tokens=2, ignore_eos=True))
     assert len(finish(peer, "good")) == 2
+
+
+def test_texts_are_pooled_beside_a_request_that_decodes(peer, model_dir, tmp_path):
+    peer.send(LoadAdapter(5, "classifier", str(make_pooling_adapter(model_dir, tmp_path, "SEQ_CLS", num_labels=3))))
+    adapter = peer.answer(5).adapter
+    assert adapter.adapter_type == "classify" and adapter.pooling.num_outputs == 3
+    peer.send(request("long", [1, 2, 3], max_tokens=400, ignore_eos=True, mode="off"))
+    peer.receive(Delta, lambda m: m.request_id == "long")
+    peer.send(text("base", [4, 5, 6]))
+    peer.send(text("scores", [4, 5, 6], "score", adapter=adapter.content_hash))
+    peer.send(text("wrong", [4, 5, 6], adapter=adapter.content_hash))
+    answers = {}
+    while len(answers) < 3:
+        answer = peer.receive((Pooled, RequestFailed))
+        answers[answer.request_id] = answer
+    assert (answers["base"].num_values, answers["scores"].num_values) == (64, 3)
+    assert len(answers["scores"].values) == 12 and answers["scores"].prompt_tokens == 3
+    assert answers["wrong"].error.code == "wrong_adapter_type"
+    peer.send(Abort("long"))
 
 
 def test_abort_frees_everything_within_a_step(peer):

@@ -15,13 +15,15 @@ from functools import partial
 import msgspec
 import pytest
 import torch
-from engine_fixture import make_engine, request, run, tokens_of
+from engine_fixture import make_engine, request, run, text, tokens_of
 from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
+from pooling_adapters import make_pooling_adapter
 from tiny_models import make_tiny_model
 from traces import check_trace, drafts_of
 from triton_interpreter import IS_INTERPRETED  # before anything imports triton
 
+from specserve.adapters.pooling_config import PoolingConfig
 from specserve.compute.cuda import buckets, drafts
 from specserve.compute.cuda.build import make_path
 from specserve.compute.cuda.decoder import TritonDecoder
@@ -145,6 +147,30 @@ def test_preempted_sequences_and_reused_seats_read_their_own_blocks(model_dir):
     triton, plain = (tokens_of(run(engine, requests, stagger=3)) for engine in pair)
     assert triton == plain
     assert pair[0].stats().num_preemptions > 0
+
+
+def test_pooled_texts_equal_the_torch_path_beside_decodes_and_in_chunks(model_dir, tmp_path):
+    shapes = [("FEATURE_EXTRACTION", PoolingConfig("embed", pooling="mean")), ("SEQ_CLS", None)]
+    paths = [
+        make_pooling_adapter(model_dir, tmp_path / str(idx), task, config=config, seed=idx)
+        for idx, (task, config) in enumerate(shapes)
+    ]
+    results = []
+    for engine in make_pair(model_dir, max_batched_tokens=16, max_prefill_rows=7):
+        mean, scored = (engine.load_adapter(str(idx), path).content_hash for idx, path in enumerate(paths))
+        requests = [
+            request("decode", [7, 8, 9], max_tokens=7, mode="fixed"),
+            text("mean", range(20, 36), adapter=mean),
+            text("scores", range(50, 61), "score", adapter=scored),
+            text("again", range(20, 36), adapter=mean, pooling="weighted_mean"),
+            text("base", range(90, 99), normalize=False),
+            text("one", [5], adapter=mean),
+        ]
+        results.append(run(engine, requests, stagger=1))
+    triton, plain = results
+    assert tokens_of({"decode": triton["decode"]}) == tokens_of({"decode": plain["decode"]})
+    for name in ("mean", "scores", "again", "base", "one"):
+        assert triton[name].values.tolist() == pytest.approx(plain[name].values.tolist(), abs=1e-5, rel=1e-5), name
 
 
 def test_blocks_of_a_step_whose_layers_could_not_be_queued_are_read_by_the_next(pair, monkeypatch):

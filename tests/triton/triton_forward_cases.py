@@ -47,6 +47,12 @@ def test_gated_activation(dtype, kind):
         elementwise_cases.check_activation(dtype, kind, size, "cpu")
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("hidden", (8, 200))
+def test_pooled_rows(dtype, hidden):
+    elementwise_cases.check_pooled_rows(dtype, hidden, "cpu")
+
+
 @sweep(
     {"case": CASES, "window": (None, 1, 100)},
     ("mixed", 100),

@@ -21,9 +21,11 @@ from triton.compiler import ASTSource
 from specserve.kernels import (
     add_norm_triton,
     gated_activation_triton,
+    pooled_rows_triton,
     ragged_attention_triton,
     rope_kv_triton,
 )
+from specserve.kernels.pooled_rows import MAX_BLOCK, UNROLL
 from specserve.kernels.ragged_attention import block_parameters
 
 
@@ -115,6 +117,12 @@ def compile_elementwise(dtype: str) -> None:
         assert figures["load_bytes"] == 16
 
 
+def compile_pooling(dtype: str) -> None:
+    pointers = {"out": "*fp32", "sums": "*fp64", "hidden": f"*{dtype}", "spans": "*i32", "totals": "*fp64"}
+    sizes = {"BLOCK": MAX_BLOCK, "UNROLL": UNROLL}
+    report(f"pool_rows {dtype}", compile_kernel(pooled_rows_triton.pool_rows, pointers, sizes, num_warps=4))
+
+
 def compile_attention(dtype: str) -> None:
     pointer, itemsize = f"*{dtype}", 2 if dtype == "bf16" else 4
     pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), pointer)
@@ -143,4 +151,5 @@ def compile_attention(dtype: str) -> None:
 if __name__ == "__main__":
     for element in ("bf16", "fp32") if IS_ALL else ("bf16",):
         compile_elementwise(element)
+        compile_pooling(element)
         compile_attention(element)
