@@ -7,6 +7,8 @@ min-p, and the first token in vocabulary order up to which more than u of the ma
 The same as `specserve.compute.sampler`, whose penalties and bias are applied before; a row with NaN, or without any
 token that is possible, is flagged bad (1 and 2) and gets token 0.
 
+Where the scratch has lists, rows that cut gather what the cuts can leave, with two passes over the logits, and are cut
+and drawn from that (sampling_list_triton.py); rows whose list has no room go on as rows without lists do:
 kth value and v are found by bisection on the bits of fp32, 4 bits a pass, which is exact and needs no sort. A row is
 split over programs of `BLOCK` tokens, so that few rows use the whole device too. Launches depend on shapes alone, so a
 CUDA graph can hold them; which stages are launched is for the host to say, and a row skips what it does not ask for.
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 BLOCK = 4096  # tokens a program
+LIST_PLACES = 8192  # tokens of a row's list; a row that may keep more is done without one
 _NUM_WAYS = 16  # bounds a pass of the bisection tests
 _STEPS = tuple(1 << shift for shift in range(28, -1, -4))  # between the bounds of each pass
 
@@ -80,6 +83,32 @@ class SamplingTensors:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingLists:
+    """Rows' tokens that top-k or top-p can leave, for up to R rows: B blocks a row, LIST_PLACES tokens at most."""
+
+    counts: torch.Tensor  # [R, B, 64] int32
+    masses: torch.Tensor  # [R, B] float64
+    x: torch.Tensor  # [R, LIST_PLACES] float32
+    token: torch.Tensor  # [R, LIST_PLACES] int32
+    size: torch.Tensor  # [R] int32
+    row_mass: torch.Tensor  # [R] float64
+
+    @classmethod
+    def allocate(cls, num_rows: int, num_blocks: int, device: torch.device | str) -> SamplingLists:
+        def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return cls(
+            counts=make(num_rows, num_blocks, 64, dtype=torch.int32),
+            masses=make(num_rows, num_blocks, dtype=torch.float64),
+            x=make(num_rows, LIST_PLACES, dtype=torch.float32),
+            token=make(num_rows, LIST_PLACES, dtype=torch.int32),
+            size=make(num_rows, dtype=torch.int32),
+            row_mass=make(num_rows, dtype=torch.float64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingScratch:
     """What launches hand on, for up to R rows: B blocks a row."""
 
@@ -92,9 +121,13 @@ class SamplingScratch:
     thresholds: torch.Tensor  # [R] int32
     goals: torch.Tensor  # [R] float64
     row_top: torch.Tensor  # [R] float32
+    is_done: torch.Tensor  # [R] int32: drawn from a list
+    lists: SamplingLists | None  # None: rows are not drawn from lists
 
     @classmethod
-    def allocate(cls, num_rows: int, vocab_size: int, device: torch.device | str) -> SamplingScratch:
+    def allocate(
+        cls, num_rows: int, vocab_size: int, device: torch.device | str, *, has_lists: bool = False
+    ) -> SamplingScratch:
         def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
@@ -109,6 +142,8 @@ class SamplingScratch:
             thresholds=make(num_rows, dtype=torch.int32),
             goals=make(num_rows, dtype=torch.float64),
             row_top=make(num_rows, dtype=torch.float32),
+            is_done=make(num_rows, dtype=torch.int32).zero_(),
+            lists=SamplingLists.allocate(num_rows, blocks, device) if has_lists else None,
         )
 
 
@@ -161,7 +196,8 @@ def sample_logits_(
     """Write a token [L] int64 and a flag [L] int32 for each row of logits [L, V] float32; parameters have rows enough.
 
     2 launches; 2 more when rows `draws` (some temperature is not 0), 9 more each when some row of those has a top-k or
-    a top-p. A row that asks for a stage that is not launched goes without it, so the host must say what it has.
+    a top-p, and 3 for both where there are lists. A row that asks for a stage that is not launched goes without it, so
+    the host must say what it has.
     CPU tensors work under Triton's interpreter, for tests.
     """
     num_rows, vocab_size = logits.shape
@@ -187,24 +223,69 @@ def sample_logits_(
     )  # fmt: skip
     if not draws:
         return
+    if s.lists is not None and (cuts_top_k or cuts_top_p):
+        _draw_from_lists(tokens, bad, logits, params, scratch, s.lists)
     part = 128 if logits.is_cuda else BLOCK  # the interpreter is slow by the operation, not by the element
     for counts in [True] * cuts_top_k + [False] * cuts_top_p:
         for idx, step in enumerate(_STEPS):
             new, old = idx % 2, 1 - idx % 2
             kernels.narrow[grid](
                 s.partials[new], s.partials[old], s.bounds[new], s.bounds[old], s.goals, s.thresholds, s.row_top,
-                logits, p.masks, p.temperature, p.top_k, p.top_p, p.mask_row, *shape, idx, step,
+                logits, p.masks, p.temperature, p.top_k, p.top_p, p.mask_row, s.is_done, *shape, idx, step,
                 COUNTS=counts, BLOCK=BLOCK, PART=part, BLOCKS=blocks,
             )  # fmt: skip
         last = (len(_STEPS) - 1) % 2
         kernels.settle[(num_rows,)](
             s.thresholds, s.goals, s.partials[last], s.bounds[last], s.row_top, p.temperature, p.top_k, p.top_p,
-            vocab_size, num_blocks, COUNTS=counts, BLOCKS=blocks,
+            s.is_done, vocab_size, num_blocks, COUNTS=counts, BLOCKS=blocks,
         )  # fmt: skip
     kernels.weigh_blocks[grid](
-        s.block_mass, s.thresholds, s.row_top, logits, p.masks, p.temperature, p.min_p, p.mask_row, *shape, BLOCK=BLOCK
+        s.block_mass,
+        s.thresholds,
+        s.row_top,
+        logits,
+        p.masks,
+        p.temperature,
+        p.min_p,
+        p.mask_row,
+        s.is_done,
+        *shape,
+        BLOCK=BLOCK,
     )
     kernels.draw[(num_rows,)](
         tokens, bad, s.block_mass, s.thresholds, s.row_top, logits, p.masks, p.temperature, p.min_p, p.uniform,
-        p.mask_row, vocab_size, num_blocks, *shape[1:], BLOCK=BLOCK, BLOCKS=blocks,
+        p.mask_row, s.is_done, vocab_size, num_blocks, *shape[1:], BLOCK=BLOCK, BLOCKS=blocks,
+    )  # fmt: skip
+
+
+def _draw_from_lists(
+    tokens: torch.Tensor,
+    bad: torch.Tensor,
+    logits: torch.Tensor,
+    params: SamplingTensors,
+    scratch: SamplingScratch,
+    lists: SamplingLists,
+) -> None:
+    """Three launches, which draw for rows with top-k or top-p whose list has room and mark all others as not done."""
+    import triton
+
+    from . import sampling_list_triton as kernels
+
+    num_rows, vocab_size = logits.shape
+    num_blocks = -(-vocab_size // BLOCK)
+    grid, shape = (num_rows, num_blocks), (vocab_size, logits.stride(0), params.masks.stride(0))
+    s, p, rows = scratch, params, lists
+    cuts = (p.temperature, p.top_k, p.top_p)
+    part = 1024 if logits.is_cuda else BLOCK
+    kernels.tally[grid](
+        rows.counts, rows.masses, logits, p.masks, s.row_top, bad, *cuts, p.mask_row, *shape, BLOCK=BLOCK, PART=part
+    )
+    kernels.gather[grid](
+        rows.x, rows.token, rows.size, rows.row_mass, rows.counts, rows.masses, logits, p.masks, s.row_top, bad, *cuts,
+        p.mask_row, *shape, num_blocks, LIST_PLACES, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
+        num_warps=8,
+    )  # fmt: skip
+    kernels.choose[(num_rows,)](
+        tokens, s.is_done, rows.x, rows.token, rows.size, rows.row_mass, s.row_top, bad, *cuts, p.min_p, p.uniform,
+        vocab_size, PLACES=LIST_PLACES, num_warps=16,
     )  # fmt: skip

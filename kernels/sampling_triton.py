@@ -2,6 +2,7 @@
 
 The only file of the two that imports triton; sampling.py launches these and states what they compute. No program waits
 for another: one launch leaves partial results of its blocks, the next combines them, each program for itself.
+Rows that are done (sampling_list_triton.py) leave at once.
 Invariant: a row's token depends on its own logits and parameters alone, and every sum has a fixed order.
 """
 
@@ -113,7 +114,7 @@ def _cuts(temperature, top_k, top_p, vocab_size, COUNTS: tl.constexpr):
 @triton.jit
 def narrow(
     partials, old_partials, bounds, old_bounds, goals, thresholds, row_top, logits, masks,
-    temperatures, top_ks, top_ps, mask_rows, vocab_size, row_stride, mask_stride, pass_idx, step,
+    temperatures, top_ks, top_ps, mask_rows, is_done, vocab_size, row_stride, mask_stride, pass_idx, step,
     COUNTS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks): one pass of the bisection of top-k (COUNTS) or top-p.
@@ -124,7 +125,7 @@ def narrow(
     row, block = tl.program_id(0), tl.program_id(1)
     num_blocks = tl.num_programs(1)
     temperature, top_k, top_p = tl.load(temperatures + row), tl.load(top_ks + row), tl.load(top_ps + row)
-    if _cuts(temperature, top_k, top_p, vocab_size, COUNTS):
+    if _cuts(temperature, top_k, top_p, vocab_size, COUNTS) & (tl.load(is_done + row) == 0):
         bound = tl.full((), _LEAST, tl.int32)
         if pass_idx > 0:
             found = old_partials + row * num_blocks * WAYS
@@ -165,13 +166,13 @@ def narrow(
 
 @triton.jit
 def settle(
-    thresholds, goals, partials, bounds, row_top, temperatures, top_ks, top_ps, vocab_size, num_blocks,
+    thresholds, goals, partials, bounds, row_top, temperatures, top_ks, top_ps, is_done, vocab_size, num_blocks,
     COUNTS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows): the threshold that the last pass found, on top of the one there is."""
     row = tl.program_id(0)
     top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row)
-    if _cuts(tl.load(temperatures + row), top_k, top_p, vocab_size, COUNTS):
+    if _cuts(tl.load(temperatures + row), top_k, top_p, vocab_size, COUNTS) & (tl.load(is_done + row) == 0):
         if COUNTS:
             goal = top_k.to(tl.float64)
         else:
@@ -189,13 +190,13 @@ def _kept_weights(x, valid, top, threshold, min_p):
 
 @triton.jit
 def weigh_blocks(
-    block_mass, thresholds, row_top, logits, masks, temperatures, min_ps, mask_rows,
+    block_mass, thresholds, row_top, logits, masks, temperatures, min_ps, mask_rows, is_done,
     vocab_size, row_stride, mask_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks): mass of the block's tokens that are left, in units of the most likely token's."""
     row, block = tl.program_id(0), tl.program_id(1)
     temperature = tl.load(temperatures + row)
-    if temperature > 0.0:
+    if (temperature > 0.0) & (tl.load(is_done + row) == 0):
         tokens = block * BLOCK + tl.arange(0, BLOCK)
         valid = tokens < vocab_size
         line = logits + row.to(tl.int64) * row_stride
@@ -206,13 +207,13 @@ def weigh_blocks(
 
 @triton.jit
 def draw(
-    sampled, bad, block_mass, thresholds, row_top, logits, masks, temperatures, min_ps, uniforms, mask_rows,
+    sampled, bad, block_mass, thresholds, row_top, logits, masks, temperatures, min_ps, uniforms, mask_rows, is_done,
     vocab_size, num_blocks, row_stride, mask_stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows): the first token, in vocabulary order, up to which more than `uniform` of the mass lies."""
     row = tl.program_id(0)
     temperature = tl.load(temperatures + row)
-    if (temperature > 0.0) & (tl.load(bad + row) == 0):
+    if (temperature > 0.0) & (tl.load(bad + row) == 0) & (tl.load(is_done + row) == 0):
         blocks = tl.arange(0, BLOCKS)
         masses = tl.load(block_mass + row * num_blocks + blocks, mask=blocks < num_blocks, other=0.0)
         sums = tl.cumsum(masses, axis=0)

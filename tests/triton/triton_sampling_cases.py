@@ -9,6 +9,7 @@ from sampling_cases import PARAMS, SHAPES, make_rows, make_tensors, run_kernels,
 from triton_process import sweep
 from verify_cases import make_verification, run_verify, verified_one_by_one
 
+from specserve.kernels import sampling
 from specserve.kernels.sampling import SamplingRow, sample_logits_reference
 
 
@@ -28,6 +29,14 @@ def test_kernels_draw_what_reference_and_host_draw(shape, sizes):
     assert tokens == sample_logits_reference(logits, params)[0].tolist()
     assert tokens == sample_on_the_host(logits, rows)
     assert not any(bad)
+
+
+@pytest.mark.parametrize("places", [16, 256])
+@pytest.mark.parametrize("shape", ["normal", "ties"])
+def test_rows_that_keep_more_than_a_list_has_room_for_are_drawn_without(shape, places, monkeypatch):
+    monkeypatch.setattr(sampling, "LIST_PLACES", places)
+    logits, rows = make_rows(shape, 4097, 2)
+    assert run_kernels(logits, make_tensors(rows, 4097, "cpu"))[0] == sample_on_the_host(logits, rows)
 
 
 @pytest.mark.slow

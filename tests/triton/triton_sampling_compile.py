@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from triton_forward_compile import IS_ALL, compile_kernel, report
 
-from specserve.kernels import sampling_triton, verify_triton
-from specserve.kernels.sampling import BLOCK
+from specserve.kernels import sampling_list_triton, sampling_triton, verify_triton
+from specserve.kernels.sampling import BLOCK, LIST_PLACES
 
 POINTERS = (
-    dict.fromkeys(("block_best", "row_top", "logits", "temperatures"), "*fp32")
+    dict.fromkeys(("block_best", "row_top", "logits", "temperatures", "list_x"), "*fp32")
     | dict.fromkeys(
-        ("block_mass", "partials", "old_partials", "goals", "top_ps", "min_ps", "uniforms"), "*fp64"
+        ("block_mass", "partials", "old_partials", "goals", "top_ps", "min_ps", "uniforms", "masses", "row_mass"),
+        "*fp64",
     )
     | dict.fromkeys(
         ("block_token", "block_nan", "masks", "mask_rows", "bad", "thresholds", "bounds", "old_bounds", "top_ks")
-        + ("num_accepted", "last_row", "first_rows", "num_drafts"),
+        + ("is_done", "counts", "list_token", "list_size", "num_accepted", "last_row", "first_rows", "num_drafts"),
         "*i32",
     )
     | dict.fromkeys(("sampled", "tokens"), "*i64")
 )  # fmt: skip
+WARPS = {"gather": 8, "choose": 16}
 
 
 if __name__ == "__main__":
-    k = sampling_triton
+    k, lists = sampling_triton, sampling_list_triton
     for blocks in (1, 64) if IS_ALL else (64,):
         for kernel, constants in (
             (k.best_of_blocks, {"BLOCK": BLOCK}),
@@ -37,7 +39,13 @@ if __name__ == "__main__":
             (k.settle, {"COUNTS": False, "BLOCKS": blocks}),
             (k.weigh_blocks, {"BLOCK": BLOCK}),
             (k.draw, {"BLOCK": BLOCK, "BLOCKS": blocks}),
+            (lists.tally, {"BLOCK": BLOCK, "PART": 1024}),
+            (lists.gather, {"BLOCK": BLOCK, "BLOCKS": blocks}),
+            (lists.choose, {"PLACES": LIST_PLACES}),
             (verify_triton.verify_drafts, {"MAX_DRAFTS": 64}),
         ):
             pointers = {name: pointer for name, pointer in POINTERS.items() if name in kernel.arg_names}
-            report(f"{kernel.__name__} {blocks} blocks", compile_kernel(kernel, pointers, constants))
+            report(
+                f"{kernel.__name__} {blocks} blocks",
+                compile_kernel(kernel, pointers, constants, num_warps=WARPS.get(kernel.__name__, 4)),
+            )

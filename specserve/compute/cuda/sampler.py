@@ -2,10 +2,12 @@
 
 The same function of logits, parameters, masks and random numbers as `Sampler`, which it asks for penalties and bias of
 the rows that have them. Launches are CUDA graphs by padded rows and by which stages some row needs.
+SPECSERVE_SAMPLING=lists in the environment has kernels draw from lists, until that was measured.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -124,7 +126,8 @@ class _Buffers:
             (SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu", pin=is_cuda), Fence(device)) for _ in range(2)
         ]
         self._params = SamplingTensors.allocate(num_rows, vocab_size, num_rows, device)
-        self._scratch = SamplingScratch.allocate(num_rows, vocab_size, device)
+        has_lists = os.environ.get("SPECSERVE_SAMPLING") == "lists"
+        self._scratch = SamplingScratch.allocate(num_rows, vocab_size, device, has_lists=has_lists)
         self._is_plain = False  # what was uploaded last: no row that is drawn or has a mask
 
     def upload(self, rows: list[SamplingRow], masked: list[int] | None = None) -> None:
