@@ -24,7 +24,7 @@ NOT_YET = {"specserve_engine_drafted_by_source", "specserve_spec_decode_num_acce
 def queries() -> Iterator[str]:
     for panel in DASHBOARD["panels"]:
         yield from (target["expr"] for target in panel.get("targets", ()))
-    yield from (variable["definition"] for variable in DASHBOARD["templating"]["list"] if "definition" in variable)
+    yield from (item["query"]["query"] for item in DASHBOARD["templating"]["list"] if item["type"] == "query")
 
 
 def test_every_metric_of_the_dashboard_is_served(server):
