@@ -210,6 +210,11 @@ class AdapterStore:
         loaded = self._loaded.known(name)
         return loaded.info if loaded is not None else None
 
+    def names_alike(self, name: str) -> frozenset[str]:
+        """All names that mean what `name` means, while the engine holds that."""
+        loaded = self._loaded.held(name)
+        return frozenset() if loaded is None else self._loaded.names_of(loaded.info.content_hash)
+
     def check_name(self, name: str) -> None:
         """Raises `UserError` for a name that no adapter may have."""
         self._names.check_name(name)

@@ -79,7 +79,9 @@ class Server:
         self.spans = Spans.of(config.otlp_traces_endpoint, os.environ)
         self._model_dir = model_dir
         self.keys = KeyRing(config)
-        self.stats = StatsRoutes(self.engine, self.model_name, self.keys, config.write_timeout_s)
+        self.stats = StatsRoutes(
+            self.engine, self.model_name, self.store.names_alike, self.keys, config.write_timeout_s
+        )
         self.certificate = certificate_of(config)
         self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
         self.batches = BatchRoutes(config, self.engine, self.keys, lambda: self.middlewares.num_in_flight)

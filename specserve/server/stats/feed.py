@@ -17,7 +17,7 @@ import msgspec
 
 from ...errors import OverloadedError, ShuttingDownError
 from ..access.caller import ANONYMOUS, Caller
-from .snapshot import visible
+from .snapshot import NamesAlike, visible
 from .types import StatsResponse
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,9 @@ QUIET_S = 2.0
 class _Event:
     """The stats of a moment, written once for all callers who may see the same."""
 
-    def __init__(self, whole: StatsResponse):
+    def __init__(self, whole: StatsResponse, names_alike: NamesAlike):
         self._whole = whole
+        self._names_alike = names_alike
         self._written: dict[tuple[str, ...] | None, msgspec.Raw] = {}
 
     def for_caller(self, caller: Caller | None) -> msgspec.Raw:
@@ -39,15 +40,16 @@ class _Event:
         adapters = caller.adapters if caller is not None else None
         if adapters not in self._written:
             may_see = caller.may_use if caller is not None else lambda name: True
-            self._written[adapters] = msgspec.Raw(msgspec.json.encode(visible(self._whole, may_see)))
+            self._written[adapters] = msgspec.Raw(msgspec.json.encode(visible(self._whole, may_see, self._names_alike)))
         return self._written[adapters]
 
 
 class StatsFeed:
     """`newest` makes the stats of a moment; call `publish` when there is a new one. Of one event loop."""
 
-    def __init__(self, newest: Callable[[], StatsResponse]):
+    def __init__(self, newest: Callable[[], StatsResponse], names_alike: NamesAlike = lambda name: ()):
         self._newest = newest
+        self._names_alike = names_alike
         self._event: _Event | None = None  # the newest, while there are listeners
         self._changed = asyncio.Event()  # set, and replaced, with each event
         self._listeners: Counter[str] = Counter()  # by name of the key
@@ -66,7 +68,7 @@ class StatsFeed:
             return
         self._quiet = asyncio.get_running_loop().call_later(QUIET_S, self.publish)
         try:
-            self._event = _Event(self._newest())
+            self._event = _Event(self._newest(), self._names_alike)
         except Exception:
             if not self._is_broken:  # once for all that follow
                 logger.exception("the stats cannot be made; who listens keeps the last ones")

@@ -17,16 +17,19 @@ from ..http_body import convert, json_response
 from ..routes import Handler
 from ..sse import EventStream
 from .feed import StatsFeed
-from .snapshot import StatsSource, visible
+from .snapshot import NamesAlike, StatsSource, visible
 from .types import StatsQuery
 
 
 class StatsRoutes:
     """Of one server; a listener who takes nothing for `write_timeout_s` is cut off."""
 
-    def __init__(self, engine: EngineClient, base_name: str, keys: KeyRing, write_timeout_s: float):
+    def __init__(
+        self, engine: EngineClient, base_name: str, names_alike: NamesAlike, keys: KeyRing, write_timeout_s: float
+    ):
         self._source = StatsSource(engine, base_name)
-        self.feed = StatsFeed(self._source.newest)
+        self._names_alike = names_alike
+        self.feed = StatsFeed(self._source.newest, names_alike)
         engine.on_snapshot = self.feed.publish
         self._keys = keys
         self._write_timeout_s = write_timeout_s
@@ -39,7 +42,8 @@ class StatsRoutes:
         query, caller = convert(dict(request.query), StatsQuery), found_caller(request)
         if query.stream == "false" or request.method == "HEAD":
             whole = await self._source.fresh()
-            return json_response(visible(whole, caller.may_use if caller is not None else lambda name: True))
+            may_see = caller.may_use if caller is not None else lambda name: True
+            return json_response(visible(whole, may_see, self._names_alike))
         stream, keys_before = EventStream(request, self._write_timeout_s), self._keys.num_reads
         async with aclosing(self.feed.listen(caller)) as events:
             async for event in events:

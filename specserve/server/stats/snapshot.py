@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import zip_longest
 
 import msgspec
@@ -26,6 +26,7 @@ from .types import (
     TokenStats,
 )
 
+NamesAlike = Callable[[str], Collection[str]]  # names of adapters -> all names of the same content
 MAX_MODELS = 100  # whose speculation is told of
 _NOTHING = EngineStats(*(0,) * 14)
 _UNKNOWN = EngineInfo("", "", 0, 0, 0, 0, "", "", 0, [])  # of an engine that has not started yet
@@ -99,9 +100,22 @@ class StatsSource:
         )
 
 
-def visible(whole: StatsResponse, may_see: Callable[[str], bool]) -> StatsResponse:
-    """What somebody may see who may see these adapters; the base model is everybody's."""
-    models = [entry for entry in whole.speculation.by_adapter if entry.model == whole.model or may_see(entry.model)]
+def visible(
+    whole: StatsResponse, may_see: Callable[[str], bool], names_alike: NamesAlike = lambda name: ()
+) -> StatsResponse:
+    """What somebody may see who may see these adapters; the base model is everybody's.
+
+    The engine knows a content by the name that brought it; who may not see that one is shown another name of it.
+    """
+    found: dict[str, ModelSpeculation] = {}
+    for entry in whole.speculation.by_adapter:
+        name: str | None = entry.model
+        if entry.model != whole.model and not may_see(entry.model):
+            name = next(filter(may_see, sorted(names_alike(entry.model))), None)
+        if name is not None:
+            entry = msgspec.structs.replace(entry, model=name)
+            found[name] = _together(found[name], entry) if name in found else entry
+    models = _most_output_first(found)
     cut = msgspec.structs.replace(
         whole.speculation, by_adapter=models[:MAX_MODELS], num_others=max(0, len(models) - MAX_MODELS)
     )
@@ -132,23 +146,45 @@ def _by_adapter(stats: EngineStats, base_name: str) -> list[ModelSpeculation]:
     found: dict[str, ModelSpeculation] = {}
     for drafts in stats.drafts_by_adapter:
         name = drafts.name or base_name
-        entry = found.setdefault(name, ModelSpeculation(name))
-        num = entry.verifications + drafts.num_verifications
-        if num:
-            priced = entry.row_price * entry.verifications + drafts.row_price * drafts.num_verifications
-            entry.row_price = priced / num
-        entry.verifications = num
-        entry.generated += drafts.generated_tokens
-        entry.drafted += drafts.draft_tokens
-        entry.accepted += drafts.accepted_draft_tokens
-        entry.drafted_per_pos = _sums(entry.drafted_per_pos, drafts.drafted_per_pos)
-        entry.accepted_per_pos = _sums(entry.accepted_per_pos, drafts.accepted_per_pos)
+        entry = ModelSpeculation(
+            model=name,
+            verifications=drafts.num_verifications,
+            generated=drafts.generated_tokens,
+            drafted=drafts.draft_tokens,
+            accepted=drafts.accepted_draft_tokens,
+            row_price=drafts.row_price,
+            drafted_per_pos=drafts.drafted_per_pos,
+            accepted_per_pos=drafts.accepted_per_pos,
+        )
+        found[name] = _together(found[name], entry) if name in found else entry
     for requests in stats.requests_by_adapter:
         name = requests.name or base_name
         entry = found.setdefault(name, ModelSpeculation(name))
         entry.running += requests.num_running
         entry.waiting += requests.num_waiting
+    return _most_output_first(found)
+
+
+def _most_output_first(found: dict[str, ModelSpeculation]) -> list[ModelSpeculation]:
     return sorted(found.values(), key=lambda entry: -entry.generated)
+
+
+def _together(one: ModelSpeculation, other: ModelSpeculation) -> ModelSpeculation:
+    """Both, under the name of `one`."""
+    num = one.verifications + other.verifications
+    priced = one.row_price * one.verifications + other.row_price * other.verifications
+    return ModelSpeculation(
+        model=one.model,
+        running=one.running + other.running,
+        waiting=one.waiting + other.waiting,
+        verifications=num,
+        generated=one.generated + other.generated,
+        drafted=one.drafted + other.drafted,
+        accepted=one.accepted + other.accepted,
+        row_price=priced / num if num else 0.0,
+        drafted_per_pos=_sums(one.drafted_per_pos, other.drafted_per_pos),
+        accepted_per_pos=_sums(one.accepted_per_pos, other.accepted_per_pos),
+    )
 
 
 def _sums(one: list[int], other: list[int]) -> list[int]:

@@ -175,6 +175,21 @@ def test_only_a_key_that_may_use_an_adapter_sees_what_it_brings(server, adapters
         report.unlink()
 
 
+def test_stats_name_equal_files_as_the_key_that_asks_may(server, adapters_dir, reload):
+    (adapters_dir / "pink").symlink_to("red")
+    try:
+        assert ask(server, "red", model="red").status_code == 200  # the first name of the content
+        fields = {"adapters": ["pink"], "scopes": ["generate", "metrics"]}
+        reload(file_text(red=fields))
+        assert ask(server, "red", model="pink").status_code == 200
+        told = server.get("/v1/stats", **auth("red")).json()["speculation"]["by_adapter"]
+        assert {entry["model"] for entry in told} - {"tiny"} == {"pink"}
+        everything = server.get("/v1/stats").json()["speculation"]["by_adapter"]
+        assert "pink" not in {entry["model"] for entry in everything}  # it is known by its first name
+    finally:
+        (adapters_dir / "pink").unlink()
+
+
 def test_priority_is_for_keys_that_may_set_it(server):
     assert_error(ask(server, "red", priority=3), 403, "priority", param="priority")
     assert ask(server, "blue", priority=3).status_code == 200

@@ -194,6 +194,23 @@ async def test_a_caller_sees_the_adapters_that_are_for_it(feed, engine, monkeypa
     assert [entry.model for entry in told.by_adapter] == ["blue", "red-2"] and told.num_others == 2
 
 
+async def test_equal_files_of_two_tenants_are_shown_to_each_under_a_name_of_its_own(engine):
+    alike = {"red-1": {"red-1", "blue", "blue-2"}, "red-2": {"red-2", "blue-3"}}
+    feed = StatsFeed(StatsSource(engine, "the-base").newest, lambda name: alike.get(name, ()))
+    seen = {}
+    for adapters in (("red-*",), ("blue*",), ("blue-3",), ("green",), ()):
+        async with aclosing(feed.listen(caller_for(*adapters))) as listener:
+            told = decoded(await anext(listener)).speculation.by_adapter
+            seen[adapters] = {entry.model: entry.generated for entry in told if entry.model != "the-base"}
+    assert seen == {
+        ("red-*",): {"red-2": 20, "red-1": 10},
+        ("blue*",): {"blue": 30 + 10, "blue-3": 20},
+        ("blue-3",): {"blue-3": 20},
+        ("green",): {},
+        (): {"blue": 30, "red-2": 20, "red-1": 10},
+    }
+
+
 @pytest.fixture
 def client(tmp_path, monkeypatch):
     (tmp_path / "plan").write_text("serve")
