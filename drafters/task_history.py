@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CONTEXT = 24  # tokens of context that are sorted and compared; more says little about the continuation
 MAX_CANDIDATES = 64  # newest occurrences that vote
-MAX_FILE_TOKENS = 1 << 24  # separators included; a header that claims more is damaged
+MAX_TRAINED_TOKENS = 1_000_000  # of completions that a training run keeps; its default is less than half
+MAX_FILE_TOKENS = 2 * MAX_TRAINED_TOKENS  # with their separators, of which short completions have as many as tokens
 MAX_TOKEN_ID = 2**31 - 1
 SEPARATOR = 0  # local id that ends every completion; local id k > 0 is the k-th smallest token id of the text
 
@@ -83,7 +84,12 @@ class _Packed(NamedTuple):
         _, version, num_ids, text_len, body_len, checksum = _HEADER.unpack(header)
         if version != _VERSION:
             raise HistoryError(f"task history version {version}, this build reads version {_VERSION}")
-        if text_len > MAX_FILE_TOKENS or num_ids > text_len:
+        if text_len > MAX_FILE_TOKENS:
+            raise HistoryError(
+                f"the header claims {text_len} tokens and ends of completions, of which at most {MAX_FILE_TOKENS} are "
+                f"read; train it with history.max_tokens of {MAX_TRAINED_TOKENS} or less"
+            )
+        if num_ids > text_len:
             raise HistoryError(f"the header claims {text_len} tokens of {num_ids} kinds")
         if len(body) != body_len:
             raise HistoryError(f"{len(data)} bytes, the header says {_HEADER.size + body_len}")
@@ -417,7 +423,8 @@ class LearningHistory:
 
 
 def expected_bytes(path: Path) -> int:
-    """`num_bytes` of the history in a file, by what its header says; the file's size where that says nothing."""
+    """Memory that reading the history in a file takes at most, by what its header says, which is more than it holds
+    then; the file's size where that says nothing."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             header, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
@@ -427,8 +434,13 @@ def expected_bytes(path: Path) -> int:
         return size
     _, _, num_ids, text_len, _, _ = _HEADER.unpack(header)
     return (
-        _held_bytes(text_len, num_ids, np.dtype(_text_dtype(num_ids)).itemsize) if text_len <= MAX_FILE_TOKENS else size
+        _peak_bytes(text_len, num_ids, np.dtype(_text_dtype(num_ids)).itemsize) if text_len <= MAX_FILE_TOKENS else size
     )
+
+
+def _peak_bytes(text_len: int, num_ids: int, token_bytes: int) -> int:
+    """While a table is made: every position's context beside the others, to be sorted."""
+    return text_len * (MAX_CONTEXT * token_bytes + 20) + num_ids * 200
 
 
 def _held_bytes(text_len: int, num_ids: int, token_bytes: int) -> int:

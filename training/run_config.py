@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from ..drafters.task_history import MAX_TRAINED_TOKENS
+
 ALL_LINEAR = "all-linear"
 TARGETS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -120,7 +122,9 @@ class DistillConfig(_Section, frozen=True):
 
 
 class HistoryConfig(_Section, frozen=True):
-    max_tokens: Annotated[int, Meta(ge=0, description="completion tokens kept as task history; 0: none")] = 400_000
+    max_tokens: Annotated[
+        int, Meta(ge=0, le=MAX_TRAINED_TOKENS, description="completion tokens kept as task history; 0: none")
+    ] = 400_000
 
 
 class CheckpointConfig(_Section, frozen=True):

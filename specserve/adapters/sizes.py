@@ -1,7 +1,8 @@
 """How many bytes an adapter will take in memory, from the headers of its files, before any of it is read.
 
-An upper bound for every layout that a path may hold it in, so that what is reserved suffices. Says nothing of whether
-the adapter can be served: what cannot be understood counts as its files' size, and is refused when it is read.
+An upper bound for every layout that a path may hold it in, and for what its history takes while it is read, so that
+what is reserved suffices. Says nothing of whether the adapter can be served: what cannot be understood counts as its
+files' size, and is refused when it is read.
 """
 
 from __future__ import annotations

@@ -85,8 +85,12 @@ class AdapterMemory:
     ) -> Generator[Reservation, None, Brought]:
         """Into one memory, from the `copy` of another one or from disk."""
         key = copy.content_hash if copy is not None else load.content_hash
-        num_bytes = copy.num_bytes if copy is not None else load.size_bytes
-        num_bytes = num_bytes or self._expected_bytes(Path(load.path))
+        if copy is not None:
+            num_bytes = copy.num_bytes
+        elif load.size_bytes and registry.is_staying(key):
+            num_bytes = load.size_bytes
+        else:  # reading may take more than what is read
+            num_bytes = max(load.size_bytes, self._expected_bytes(Path(load.path)))
         while True:
             reservation = registry.ask(num_bytes, key, is_patient=not load.is_prefetch, priority=priority())
             try:

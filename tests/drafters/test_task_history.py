@@ -22,10 +22,13 @@ from specserve.drafters import task_history
 from specserve.drafters.task_history import (
     MAX_CANDIDATES,
     MAX_CONTEXT,
+    MAX_FILE_TOKENS,
+    MAX_TRAINED_TOKENS,
     HistoryCursor,
     HistoryError,
     LearningHistory,
     TaskHistory,
+    expected_bytes,
 )
 
 
@@ -214,6 +217,29 @@ def file_bytes(ids: list[int], text: list[int], *, magic: bytes = b"SPECHIST", v
 GOOD = file_bytes([3, 8], [1, 2, 0, 2, 0])
 
 
+def test_a_small_file_that_inflates_counts_as_what_it_takes_and_has_a_limit(tmp_path) -> None:
+    path, text = tmp_path / "history.bin", np.tile(np.array([1, 0], "<u2"), MAX_FILE_TOKENS // 2)
+    path.write_bytes(file_bytes([3], text))
+    assert path.stat().st_size < 31_000 and expected_bytes(path) > 60 * MAX_FILE_TOKENS
+    path.write_bytes(file_bytes([3], np.append(text, np.array([1, 0], "<u2"))))
+    with pytest.raises(HistoryError, match="2000002 tokens .* of which at most 2000000"):
+        TaskHistory.load(path, 10)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_kinds", "length"), [(200_000, 1000, 40), (150_000, 70_000, 50)])
+def test_what_reading_a_file_takes_is_known_from_its_header(num_tokens, num_kinds, length, tmp_path) -> None:
+    path, rng = tmp_path / "history.bin", np.random.default_rng(0)
+    completions = [*rng.integers(0, num_kinds, (num_tokens // length, length)), np.arange(num_kinds)]
+    TaskHistory.build(completions, MAX_TRAINED_TOKENS).save(path)
+    tracemalloc.start()
+    try:
+        history = TaskHistory.load(path, num_kinds)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert history.num_bytes < peak <= expected_bytes(path) <= 1.6 * peak
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -224,7 +250,8 @@ GOOD = file_bytes([3, 8], [1, 2, 0, 2, 0])
         (GOOD[:20], "not a task history"),
         (GOOD + b"x", "the header says"),
         (GOOD[:-6] + bytes([GOOD[-6] ^ 1]) + GOOD[-5:], "checksum"),
-        (struct.pack("<8sIIIII", b"SPECHIST", 1, 1, 2**31, 0, 0), "claims"),
+        (struct.pack("<8sIIIII", b"SPECHIST", 1, 1, 2**31, 0, 0), "of which at most 2000000 are read; train it with"),
+        (struct.pack("<8sIIIII", b"SPECHIST", 1, 3, 2, 0, 0), "2 tokens of 3 kinds"),
         (struct.pack("<8sIIIII", b"SPECHIST", 1, 1, 2, 3, zlib.crc32(b"abc")) + b"abc", "decompressed"),
         (GOOD[:16] + struct.pack("<I", 4) + GOOD[20:], "promises"),
         (GOOD[:16] + struct.pack("<I", 6) + GOOD[20:], "promises"),
