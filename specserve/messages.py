@@ -5,12 +5,15 @@ Everything here is plain values; neither side shares objects with the other. Val
 server; the engine trusts these ranges except where it says that it checks.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
 import msgspec
 
 from .adapter_kinds import AdapterType, PoolingInfo
 from .errors import ErrorInfo
+
+T = TypeVar("T")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -316,6 +319,25 @@ class Delta(msgspec.Struct, frozen=True, tag="delta", omit_defaults=True):
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
     usage: Usage | None = None
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Deltas of one sequence that follow one another, as one. None but the last has silent tokens."""
+    last = deltas[-1]
+    if len(deltas) == 1:
+        return last
+    return msgspec.structs.replace(
+        last,
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        text="".join([delta.text for delta in deltas]),
+        logprobs=_in_turn([delta.logprobs for delta in deltas]),
+        trace=_in_turn([delta.trace for delta in deltas]),
+        prompt_logprobs=deltas[0].prompt_logprobs,
+    )
+
+
+def _in_turn(parts: Sequence[list[T] | None]) -> list[T] | None:
+    return [item for part in parts for item in part or ()] if any(part is not None for part in parts) else None
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):

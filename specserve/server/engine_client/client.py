@@ -40,6 +40,7 @@ from ...messages import (
     RequestFailed,
     Stats,
     UnloadAdapter,
+    joined,
 )
 from ...own_modules import module_command
 from ...pooling_messages import Pooled, PoolRequest
@@ -164,11 +165,20 @@ class EngineClient:
             engine.send(request)
             while not finished:
                 item = await queue.get()
+                if isinstance(item, Delta):
+                    deltas = [item]  # all that have come: where readers fall behind, each takes more at a time
+                    while deltas[-1].finish_reason is None and not queue.empty():
+                        if not isinstance(item := queue.get_nowait(), Delta):
+                            break
+                        deltas.append(item)
+                    finished = deltas[-1].finish_reason is not None
+                    yield joined(deltas)
                 if isinstance(item, UserError):
                     finished = True
                     raise item
-                finished = isinstance(item, Pooled) or item.finish_reason is not None
-                yield item
+                if isinstance(item, Pooled):
+                    finished = True
+                    yield item
         finally:
             self._streams.pop(request.request_id, None)
             if not finished:
