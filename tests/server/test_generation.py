@@ -139,7 +139,8 @@ async def test_long_texts_are_read_one_at_a_time_also_when_clients_leave(generat
         go_on.wait(60)
         num_reading -= 1
 
-    readers = [asyncio.create_task(generator.prompts.off_loop(LONG_TEXT + 1, read)) for _ in range(3)]
+    prompts = generator.prompts
+    readers = [asyncio.create_task(prompts.read(prompts.tokenizer, LONG_TEXT + 1, read)) for _ in range(3)]
     await until(lambda: most)
     for reader in readers[:2]:
         reader.cancel()

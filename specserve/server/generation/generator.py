@@ -129,7 +129,9 @@ class Generator:
         else:
             size = text_len(request.prompt)
             special = request.add_special_tokens is not False
-            prompts = await self.prompts.off_loop(size, completion_prompts, request.prompt, tokenizer, info, special)
+            prompts = await self.prompts.read(
+                tokenizer, size, completion_prompts, request.prompt, tokenizer, info, special
+            )
         for _, ids in prompts:
             check_prompt_ids(ids, info)
         num_choices, n = choice_counts(request, len(prompts))
@@ -204,7 +206,7 @@ class Generator:
             return []
         text, limit = joined(request.prediction.content), self.engine.info.max_model_len
         tokenizer.check_len([text], limit, "prediction")
-        return (await self.prompts.off_loop(len(text), tokenizer.encode_literal, text))[:limit]
+        return (await self.prompts.read(tokenizer, len(text), tokenizer.encode_literal, text))[:limit]
 
     def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """(sequence index, delta) of all sequences. Raises `UserError`; leaving the iterator aborts what still runs."""
@@ -242,5 +244,9 @@ def names_limit(request: CompletionRequest | ChatRequest) -> bool:
 
 
 def text_len(prompt: str | list[Any]) -> int:
-    """The characters of all texts in a prompt."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(item) for item in prompt if isinstance(item, str))
+    """The characters of all texts in a prompt, or its token ids."""
+    return (
+        len(prompt)
+        if isinstance(prompt, str)
+        else sum(len(item) if isinstance(item, str | list) else 1 for item in prompt)
+    )

@@ -167,9 +167,9 @@ class LoraxRoutes:
         if parameters.apply_chat_template:
             message = {"role": "user", "content": inputs}
             hidden = partial(tokenizer.template.hidden_chat, [message])
-            ids = await generator.prompts.rendered_ids(tokenizer, hidden, limit)
+            ids = await generator.prompts.rendered_ids(tokenizer, hidden, limit, len(inputs))
         else:
             if limit is not None:
                 tokenizer.check_len([inputs], limit, "inputs")
-            ids = await generator.prompts.off_loop(len(inputs), tokenizer.encode, inputs)
+            ids = await generator.prompts.read(tokenizer, len(inputs), tokenizer.encode, inputs)
         return ids if length is None else ids[-length:]

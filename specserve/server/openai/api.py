@@ -81,7 +81,7 @@ class OpenAIRoutes:
                 raise UserError("continue_final_message goes with messages", param="continue_final_message")
             text = body.prompt or ""
             tokenizer.check_len([text], generator.engine.info.max_model_len, "prompt")
-            ids = await generator.prompts.off_loop(len(text), tokenizer.encode, text, body.add_special_tokens)
+            ids = await generator.prompts.read(tokenizer, len(text), tokenizer.encode, text, body.add_special_tokens)
         result: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": generator.engine.info.max_model_len,
@@ -95,7 +95,7 @@ class OpenAIRoutes:
         prompts, text = self._generator.prompts, body.inputs
         prompts.tokenizer.check_len([text], self._generator.engine.info.max_model_len, "inputs")
         special = body.add_special_tokens is not False
-        tokens = await prompts.off_loop(len(text), prompts.tokenizer.encode_with_offsets, text, special)
+        tokens = await prompts.read(prompts.tokenizer, len(text), prompts.tokenizer.encode_with_offsets, text, special)
         return json_response([SimpleToken(*token) for token in tokens])
 
     async def detokenize(self, request: web.Request) -> web.Response:
