@@ -21,6 +21,7 @@ from ..adapter_store import AdapterStore
 from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses
 from .account import Accounts
+from .end_time import EndTime
 from .job import Job
 from .sequences import Sequences
 
@@ -44,9 +45,11 @@ class JobRunner:
 
     async def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """Deltas of all choices as they come. Raises `UserError`; leaving the iterator aborts what still runs."""
-        with self._accounts.of(job) as account:
+        with self._accounts.of(job) as account, EndTime(account.end) as end:
             async with aclosing(self._choices(job)) as deltas:
-                while (item := await _next(deltas, account.end)) is not None:
+                while (item := await end.next_of(deltas)) is not None:
+                    if end.has_come and item[1].finish_reason is None:
+                        raise TimeoutError
                     account.delta(*item)
                     yield item
 
@@ -118,15 +121,3 @@ class JobRunner:
 def _with_text(delta: Delta, detokenizer: Detokenizer) -> Delta:
     text = detokenizer.write(delta.token_ids, delta.num_silent, is_last=delta.finish_reason is not None)
     return msgspec.structs.replace(delta, text=text)
-
-
-async def _next(deltas: AsyncGenerator[tuple[int, Delta]], end: float) -> tuple[int, Delta] | None:
-    """The next one, if there is one. Raises `TimeoutError` after `end`, of the event loop's time, while more follow.
-
-    The timeout is not open while a delta is written, which it would cut in the middle.
-    """
-    async with asyncio.timeout_at(end):
-        item = await anext(deltas, None)
-    if item is not None and item[1].finish_reason is None and asyncio.get_running_loop().time() > end:
-        raise TimeoutError
-    return item
