@@ -11,6 +11,7 @@ import pytest
 from specserve.messages import AdapterDrafts, EngineStats
 from specserve.server.activity_log import summarize, summary
 from specserve.server.metrics import metrics as metrics_module
+from specserve.server.metrics.families import Families, observe_each
 from specserve.server.metrics.metrics import Metrics
 
 
@@ -88,3 +89,15 @@ def test_summary_says_what_was_done_between_two_snapshots(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         asyncio.run(watch())
     assert [record.message.split(";")[0] for record in caplog.records] == ["2 running, 0 waiting"]
+
+
+def test_values_that_are_observed_together_count_as_one_by_one() -> None:
+    families = Families("specserve")
+    each, together = (families.histogram(name, "seconds", (0.1, 0.2, 0.4)) for name in ("each", "together"))
+    for value, num in ((0.05, 3), (0.1, 2), (0.3, 1), (0.3, 4), (9.0, 2)):
+        for _ in range(num):
+            each.observe(value)
+        observe_each(together, value, num)
+    found = [[(sample.name.rpartition("_")[2], sample.labels, round(sample.value, 9)) for sample in family.samples
+              if not sample.name.endswith("created")] for family in families.registry.collect()]  # fmt: skip
+    assert found[0] == found[1] and ("count", {}, 12.0) in found[0]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ...messages import Delta, Usage
 from ...pooling_messages import Pooled
-from .families import INTER_TOKEN_BUCKETS, REQUEST_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, Families
+from .families import INTER_TOKEN_BUCKETS, REQUEST_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS, Families, observe_each
 
 LABELS = ("model_name", "engine")
 
@@ -86,8 +86,7 @@ class Watch:
             self._families.prompt_tokens.labels(*self._labels).inc(self._prompt_lens[idx])
         elif num:
             # Tokens of one verification arrive together; each is charged its share of the gap.
-            for _ in range(num):
-                self._inter_token.observe((now - self._last[idx]) / num)
+            observe_each(self._inter_token, (now - self._last[idx]) / num, num)
         self._last[idx] = now
         self._generation_tokens.inc(num)
         if delta.finish_reason is not None:
