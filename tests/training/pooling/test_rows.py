@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from places import EXAMPLES
 
 from specserve.errors import UserError
+from specserve.training.pooling.prepare import check_sections
 from specserve.training.pooling.questions import questions_of, targets_of
 from specserve.training.pooling.rows import parse_pooling_row, read_pooling_rows
+from specserve.training.run_file import check_ready, load_run
 
 
 def parse(task, **row):
@@ -88,3 +91,16 @@ def test_answers_that_do_not_agree_are_named(tmp_path):
     (other,) = classify_rows(tmp_path / "other.jsonl", {"b": "x"})
     with pytest.raises(UserError, match="there is no question 'b' in the training rows; known are 'a'"):
         targets_of(other, questions, "other.jsonl")
+
+
+@pytest.mark.parametrize("name", ["search", "rerank", "tags"])
+def test_the_example_runs_have_their_rows(name):
+    config = load_run(EXAMPLES / f"{name}.yaml", [], {})
+    check_ready(config)
+    check_sections(config)
+    for file, num in ((config.data.train, 100), (config.data.eval, 60)):
+        rows = read_pooling_rows(file, config.task)
+        assert len(rows) >= num and not any(row.unread for row in rows)
+    if config.task == "classify":
+        found = questions_of(read_pooling_rows(config.data.train, "classify"), config.classify.min_label_rows, "rows")
+        assert len(found) == 7
