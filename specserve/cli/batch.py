@@ -206,10 +206,15 @@ async def _run_rows(service: Service, store: BatchStore, opened: OpenBatch) -> t
     from ..server.batches.row_runner import RowRunner
     from ..server.batches.worker import BatchWorker
     from ..server.openai.api import OpenAIRoutes
+    from ..server.pooling.api import PoolingRoutes
+    from ..server.pooling.pooler import Pooler
+    from ..server.pooling.tei_api import TeiRoutes
     from ..server.responses.api import ResponsesRoutes
 
     generator = service.generator
-    answers = OpenAIRoutes(generator).answers() | ResponsesRoutes(generator).answers()
+    pooler = Pooler(generator)
+    pooling = PoolingRoutes(pooler, TeiRoutes(pooler))
+    answers = OpenAIRoutes(generator).answers() | ResponsesRoutes(generator).answers() | pooling.answers()
     if opened.batch.endpoint not in answers:
         raise UserError(f"the rows have the url {opened.batch.endpoint!r}; there are {', '.join(answers)}")
     num_places: Callable[[], int] = lambda: 2 * service.engine.info.max_num_seqs  # noqa: E731, a queue behind the seats

@@ -29,7 +29,8 @@ def server(tmp_path_factory):
     model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=8192)
     root = tmp_path_factory.mktemp("adapters")
     make_peft_adapter(model_dir, root / "alpha", r=4, std=0.3)
-    server = KeyedServer(model_dir, "--adapters-dir", str(root), env={"SPECSERVE_API_KEY": KEY}).wait_ready()
+    flags = ("--adapters-dir", str(root), "--batch-dir", str(tmp_path_factory.mktemp("batches")))
+    server = KeyedServer(model_dir, *flags, env={"SPECSERVE_API_KEY": KEY}).wait_ready()
     yield server
     server.wait_baseline()
     assert server.stop() == 0

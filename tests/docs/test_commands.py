@@ -39,7 +39,8 @@ def server(tmp_path_factory):
     first = make_peft_adapter(model, root / "adapters" / ADAPTERS[0])
     for name in ADAPTERS[1:]:
         shutil.copytree(first, root / "adapters" / name)
-    server = ServerProcess(model, "--adapters-dir", str(root / "adapters")).wait_ready()
+    flags = ("--adapters-dir", str(root / "adapters"), "--batch-dir", str(root / "batches"))
+    server = ServerProcess(model, *flags).wait_ready()
     yield server
     assert server.stop() == 0
 

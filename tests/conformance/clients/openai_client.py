@@ -1,6 +1,7 @@
 """The openai package: sync, async, streams, structured output with pydantic models, tools; chat and responses."""
 
 import json
+import time
 from typing import Literal
 
 import openai
@@ -118,6 +119,39 @@ def case_responses_and_their_stream(url, key):
     fields["max_output_tokens"] = 100
     parsed = client(url, key).responses.parse(**fields, text_format=Answer).output_parsed
     check_answer(parsed.ok, parsed.level)
+
+
+def case_files_and_batches(url, key):
+    files, batches = client(url, key).files, client(url, key).batches
+    rows = [
+        {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {**FIELDS, "model": name}}
+        for name in ("tiny", "alpha", "nobody")
+    ]
+    file = files.create(
+        file=("rows.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="batch",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )  # fmt: skip
+    assert files.wait_for_processing(file.id).bytes == file.bytes and file.expires_at - file.created_at == 3600
+    batch = batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"a": "b"}
+    )
+    while batch.status not in ("completed", "failed"):
+        time.sleep(0.1)
+        batch = batches.retrieve(batch.id)
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (3, 2, 1) and batch.metadata == {"a": "b"}
+    assert batch.id in {found.id for found in batches.list(limit=1)}
+    lines = {line["custom_id"]: line for line in map(json.loads, files.content(batch.output_file_id).iter_lines())}
+    whole = client(url, key).chat.completions.create(**FIELDS)
+    assert lines["tiny"]["response"]["body"]["choices"][0]["message"]["content"] == whole.choices[0].message.content
+    assert json.loads(files.content(batch.error_file_id).text)["response"]["status_code"] == 404
+    assert {batch.output_file_id, file.id} <= {found.id for found in files.list()}
+    assert files.delete(file.id).deleted
+    try:
+        batches.cancel(batch.id)
+        raise AssertionError("a batch was cancelled behind its end")
+    except openai.ConflictError:
+        pass
 
 
 def case_responses_tools(url, key):
