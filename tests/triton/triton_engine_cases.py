@@ -79,6 +79,17 @@ def pair(model_dir):
 
 
 @pytest.fixture(scope="module")
+def shallow_dir(tmp_path_factory):
+    """One layer, where others would only do the same: the interpreter takes most of a step for each."""
+    return make_tiny_model(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def shallow_pair(shallow_dir):
+    return make_pair(shallow_dir)
+
+
+@pytest.fixture(scope="module")
 def adapter_dirs(model_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     shapes = [{"r": 4}, {"r": 1, "target_modules": ["q_proj", "down_proj"]}, {"r": 24, "lora_alpha": 64}]
@@ -93,7 +104,7 @@ def mixed_requests(hashes, **sampling):
     ]
 
 
-@pytest.mark.parametrize("mode", ["off", "fixed"])
+@pytest.mark.parametrize("mode", ["fixed", pytest.param("off", marks=pytest.mark.slow)])
 def test_mixed_adapters_equal_the_torch_path(pair, adapter_dirs, mode):
     results = []
     for engine in pair:
@@ -104,7 +115,9 @@ def test_mixed_adapters_equal_the_torch_path(pair, adapter_dirs, mode):
         assert sum(result.usage.draft_tokens for result in results[0].values()) > 0
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "mistral"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "mistral"))]
+)
 def test_other_architectures_equal_the_torch_path(architecture, tmp_path):
     pair = make_pair(make_tiny_model(tmp_path, architecture))
     requests = [request("a", range(40, 64), max_tokens=6), request("b", [9, 8, 9, 8, 9, 8], max_tokens=6, mode="fixed")]
@@ -112,13 +125,13 @@ def test_other_architectures_equal_the_torch_path(architecture, tmp_path):
     assert triton == plain
 
 
-def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(pair):
+def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(shallow_pair):
     sampling = {"temperature": 0.9, "top_p": 0.8, "top_k": 30, "presence_penalty": 0.5, "logprobs": 2}
     requests = [
         request("hot", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=10, mode="fixed", seed=5, **sampling),
         request("scored", range(20, 34), max_tokens=4, prompt_logprobs=1),
     ]
-    triton, plain = (run(engine, requests) for engine in pair)
+    triton, plain = (run(engine, requests) for engine in shallow_pair)
     assert tokens_of(triton) == tokens_of(plain)
     for a, b in zip(triton["hot"].logprobs, plain["hot"].logprobs, strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and [t for t, _ in a.top] == [t for t, _ in b.top]
@@ -126,23 +139,23 @@ def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(pai
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_steps_with_more_logits_than_have_a_buffer_equal_the_torch_path(model_dir, monkeypatch):
+def test_steps_with_more_logits_than_have_a_buffer_equal_the_torch_path(shallow_dir, monkeypatch):
     monkeypatch.setattr(buckets, "_LOGITS_BYTES", 8 * 320 * 4)
     requests = [
         request("scored", range(20, 50), max_tokens=3, prompt_logprobs=1),
         request("beside", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=8, mode="fixed", frequency_penalty=0.5),
         request("hot", range(60, 80), max_tokens=3, temperature=1.0, seed=2),
     ]
-    triton, plain = (run(engine, requests) for engine in make_pair(model_dir))
+    triton, plain = (run(engine, requests) for engine in make_pair(shallow_dir))
     assert tokens_of(triton) == tokens_of(plain)
     scores = [[s.logprob for s in r["scored"].prompt_logprobs[1:]] for r in (triton, plain)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_preempted_sequences_and_reused_seats_read_their_own_blocks(model_dir):
-    token_bytes = 2 * 2 * 2 * 16 * 4
+def test_preempted_sequences_and_reused_seats_read_their_own_blocks(shallow_dir):
+    token_bytes = 2 * 2 * 16 * 4
     tight = {"kv_cache_gib": 5 * 16 * token_bytes / 2**30, "max_model_len": 64, "max_num_seqs": 3}
-    pair = make_pair(model_dir, **tight)
+    pair = make_pair(shallow_dir, **tight)
     requests = [request(i, [40 + i] * (9 + i), max_tokens=20, ignore_eos=True) for i in range(4)]
     triton, plain = (tokens_of(run(engine, requests, stagger=3)) for engine in pair)
     assert triton == plain
@@ -173,8 +186,8 @@ def test_pooled_texts_equal_the_torch_path_beside_decodes_and_in_chunks(model_di
         assert triton[name].values.tolist() == pytest.approx(plain[name].values.tolist(), abs=1e-5, rel=1e-5), name
 
 
-def test_blocks_of_a_step_whose_layers_could_not_be_queued_are_read_by_the_next(pair, monkeypatch):
-    engine, plain = pair
+def test_blocks_of_a_step_whose_layers_could_not_be_queued_are_read_by_the_next(shallow_pair, monkeypatch):
+    engine, plain = shallow_pair
     layers, num_steps = engine.runner._parts.layers, 0
     queue = layers.queue
 
@@ -267,9 +280,11 @@ def test_heads_that_fail_on_the_device_change_nothing(model_dir, tmp_path, caplo
     assert engine.stats().drafted_by_source.get("head", 0) == 0
 
 
-def test_a_sequence_whose_logits_are_nan_fails_alone_while_its_head_drafts(pair, model_dir, tmp_path, monkeypatch):
-    engine, plain = pair
-    path = make_lookahead_adapter(model_dir, tmp_path / "a", tap_layer=1, history=False)
+def test_a_sequence_whose_logits_are_nan_fails_alone_while_its_head_drafts(
+    shallow_pair, shallow_dir, tmp_path, monkeypatch
+):
+    engine, plain = shallow_pair
+    path = make_lookahead_adapter(shallow_dir, tmp_path / "a", tap_layer=0, history=False)
     forward, num_steps = engine.runner.forward, 0
 
     def poisoned(items, adapters):
@@ -290,7 +305,7 @@ def test_a_sequence_whose_logits_are_nan_fails_alone_while_its_head_drafts(pair,
     assert results[0]["good"].tokens == results[1]["good"].tokens and results[0]["good"].error is None
 
 
-def test_constrained_requests_equal_the_torch_path(pair):
+def test_constrained_requests_equal_the_torch_path(shallow_pair):
     schema = (
         '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}'
     )
@@ -300,7 +315,7 @@ def test_constrained_requests_equal_the_torch_path(pair):
         *(constrained(f"dead-{t}", DEAD_END, "lark", mode="fixed", temperature=t) for t in (0.0, 1.0)),
         request("free", [5, 6, 5, 6, 5, 6], mode="fixed", max_tokens=6),
     ]
-    triton, plain = (run(engine, requests) for engine in pair)
+    triton, plain = (run(engine, requests) for engine in shallow_pair)
     for name in ("dead-0.0", "dead-1.0"):
         dead, want = triton.pop(name), plain.pop(name)
         assert dead.tokens == want.tokens and dead.error.error == want.error.error
