@@ -318,8 +318,8 @@ def test_shutdown_leaves_with_zero(config):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model": "/nonexistent"}, "config.json"),
-        ({"kv_cache_gib": 1e-9}, "kv_cache_gib"),
+        pytest.param({"model": "/nonexistent"}, "config.json", marks=pytest.mark.slow),
+        pytest.param({"kv_cache_gib": 1e-9}, "kv_cache_gib", marks=pytest.mark.slow),
         ({"max_model_len": 10**6}, "max_model_len"),
     ],
     ids=str,

@@ -14,7 +14,7 @@ from specserve.errors import EngineDeadError, ModelError
 from specserve.llm.options import config_of
 
 PROGRAM = """
-import os, signal, sys, threading
+import faulthandler, os, signal, sys, threading
 from specserve import LLM, SamplingParams
 
 llm = LLM({model!r}, dtype="fp32", kv_cache_gib=0.02, num_threads=1)
@@ -40,6 +40,17 @@ try:
     llm.generate(["The"] * 50, long)
 except KeyboardInterrupt:
     print("interrupted")
+
+def status_of_fork(close):
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.dump_traceback_later(60, exit=True)
+        if close:  # what it has a copy of
+            llm.close()
+        sys.exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+print(status_of_fork(close=False), status_of_fork(close=True))
 print(len(llm.generate("The", SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids))
 """
 
@@ -49,47 +60,18 @@ def is_alive(pid: int) -> bool:
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_program_needs_no_guard_is_interrupted_and_leaves_nothing(model_dir, tmp_path):
-    """The last statement has no `close`, and there is no `if __name__`."""
+def test_a_program_needs_no_guard_is_interrupted_and_leaves_nothing_and_forks_leave_it_its_engine(model_dir, tmp_path):
+    """The last statement has no `close`, and there is no `if __name__`. Forks end."""
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(model=str(model_dir)))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
     pid, imported, *rest = done.stdout.split()
-    assert (done.returncode, imported, rest) == (0, "False", ["interrupted", "interrupted", "3"]), done.stderr
+    assert (done.returncode, imported, rest) == (0, "False", ["interrupted", "interrupted", "7", "7", "3"]), done.stderr
     assert done.stderr == ""
     deadline = time.monotonic() + 30
     while is_alive(int(pid)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-FORKING = """
-import faulthandler, os, sys
-from specserve import LLM, SamplingParams
-
-few = SamplingParams(max_tokens=3, ignore_eos=True)
-
-def status_of_fork(close):
-    pid = os.fork()
-    if pid == 0:
-        faulthandler.dump_traceback_later(60, exit=True)
-        if close:
-            llm.close()
-        sys.exit(7)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-with LLM({model!r}, dtype="fp32", kv_cache_gib=0.02, num_threads=1) as llm:
-    print(status_of_fork(close=False), status_of_fork(close=True))
-    print(len(llm.generate("The", few)[0].outputs[0].token_ids))
-"""
-
-
-def test_a_fork_ends_and_leaves_the_engine_to_its_owner(model_dir, tmp_path):
-    """Also one that closes what it has a copy of."""
-    script = tmp_path / "program.py"
-    script.write_text(FORKING.format(model=str(model_dir)))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout.split()) == (0, ["7", "7", "3"]), done.stderr
 
 
 INTERRUPTED = """
