@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from adapter_edits import complete
 from golden import Golden, resident_mib
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
@@ -509,6 +510,7 @@ def test_adapter_that_cannot_be_served_is_refused_at_load(server, adapters_dir, 
     path = shutil.copytree(adapters_dir / "good", adapters_dir / "spoiled")
     try:
         spoil(path)
+        complete(path)
         assert_error(server.post(TEXT, text(model="spoiled")), 400, word)
         assert_error(load(server, "spoiled2", path), 400, word)
         assert_error(server.post(TEXT, text(model="spoiled2")), 404)

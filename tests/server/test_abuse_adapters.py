@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from adapter_edits import garbage, overlap
+from adapter_edits import complete, garbage, overlap
 from golden import Golden
 from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
@@ -76,7 +76,9 @@ def stream_of(server, **fields):
 
 @pytest.mark.parametrize("spoil", [overlap, garbage(2**60), garbage(40)], ids=["overlap", "huge header", "header"])
 def test_a_broken_safetensors_header_is_refused(server, put, weights, spoil):
-    spoil(put(weights[0], "broken"))
+    path = put(weights[0], "broken")
+    spoil(path)
+    complete(path)
     assert_error(server.post(TEXT, {**LONG, "model": "broken"}), 400, "safetensors")
 
 
@@ -106,8 +108,10 @@ def test_a_head_that_does_not_fit_changes_no_token(server, root, model_dir, put,
         "nan": (nan, "not finite"),
     }
     for name, (spoil, reason) in cases.items():
-        spoil(put(good, f"head-{name}"))
-        reply = load(server, f"head-{name}", root / f"head-{name}")
+        path = put(good, f"head-{name}")
+        spoil(path)
+        complete(path)
+        reply = load(server, f"head-{name}", path)
         assert reply.status_code == 200, reply.text
         error = reply.json()["adapter"]["lookahead"]["error"]
         assert error is None if reason is None else reason in error

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import requests
+from adapter_edits import complete
 from golden import Golden
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file, save_file
@@ -167,6 +168,7 @@ def test_adapter_that_does_not_fit_is_refused_with_shape_found_and_shape_wanted(
     path = shutil.copytree(adapters_dir / "good", adapters_dir / "unfit")
     try:
         spoil(path)
+        complete(path)
         assert_error(server.post(TEXT, text(model="unfit")), 400, *words)
         for route in (GENERATE, "/generate_stream", "/"):
             assert_lorax_error(server.post(route, generate(adapter_id="unfit")), 424, "generation", *words)
@@ -176,7 +178,7 @@ def test_adapter_that_does_not_fit_is_refused_with_shape_found_and_shape_wanted(
 
 def test_adapter_of_a_larger_base_is_refused_by_its_shapes(server, adapters_dir, tmp_path):
     other = make_tiny_model(tmp_path / "other", hidden_size=128, intermediate_size=96)
-    make_peft_adapter(other, adapters_dir / "foreign", r=4)
+    complete(make_peft_adapter(other, adapters_dir / "foreign", r=4))
     try:
         assert_error(server.post(TEXT, text(model="foreign")), 400, "128", "64")
         assert_lorax_error(server.post(GENERATE, generate(adapter_id="foreign")), 424, "generation", "128", "64")
