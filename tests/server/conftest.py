@@ -57,9 +57,17 @@ def open_dir(alpha_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def open_server(model_dir, open_dir):
-    """With the adapters of `open_dir`, and bodies of up to 4 MiB."""
-    server = ServerProcess(model_dir, "--adapters-dir", str(open_dir), "--max-body-mib", "4").wait_ready()
+def open_server(model_dir, open_dir, tmp_path_factory):
+    """With the adapters of `open_dir`, bodies of up to 4 MiB, and batches."""
+    flags = (
+        "--adapters-dir",
+        str(open_dir),
+        "--max-body-mib",
+        "4",
+        "--batch-dir",
+        str(tmp_path_factory.mktemp("batches")),
+    )
+    server = ServerProcess(model_dir, *flags).wait_ready()
     yield server
     server.wait_baseline()
     assert server.stop() == 0

@@ -211,7 +211,7 @@ BROKEN = {
     "nested without end": b"[" * 100_000,
     "quotes nested without end": b"[" * 65 + b'"' + b'\\"' * 64_000,
 }
-BODY_ROUTES = [route.path for route in ROUTES if route.body is not None]
+BODY_ROUTES = [route.path for route in ROUTES if route.body is not None and route.path != "/v1/files"]  # a form
 
 
 @pytest.mark.parametrize("path", BODY_ROUTES)
