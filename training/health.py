@@ -30,6 +30,8 @@ class Health:
         """Why the run must stop before it takes the gradient of `loss`, the loss after `step` steps; None: go on."""
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"the loss is {loss} and the gradient's norm {norm}"
+        if norm == 0.0 and loss == 0.0:  # rows that leave nothing to learn, as a query without other documents
+            return None
         if norm == 0.0 and step == 0:
             return "the LoRA has no gradient: no token with loss reaches its target_modules"
         if norm == 0.0:

@@ -264,6 +264,7 @@ def test_the_first_step_without_a_gradient_is_told_from_weights_that_ran_away():
     health.see(2.0)
     assert "3 steps have driven" in health.problem(3, 11.0, 0.0)
     assert health.problem(3, 2.1, 1.0) is None
+    assert health.problem(3, 0.0, 0.0) is None  # a step of rows that say nothing
 
 
 def test_good_weights_are_near_the_best_and_a_growing_loss_does_not_move_the_measure():

@@ -55,6 +55,8 @@ class PoolingModel:
             self._inner = self.peft.base_model.model.model
             self._score = self.peft.base_model.model.score
 
+        self.peft.train()  # whether it has been measured before or not
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         return trained_parameters(self.peft)

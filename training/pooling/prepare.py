@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import torch.distributed as dist
 
 from ...adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from ...adapter_kinds import Question
-from ...adapters.pooling_config import PoolingConfig
-from ...errors import UserError
+from ...adapters.pooling_config import MAX_OUTPUTS, PoolingConfig, parse_pooling_config
+from ...errors import AdapterError, UserError
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...text.tokenizer import TextTokenizer
@@ -25,7 +26,7 @@ from ..data.batching import default_epochs, plan_run
 from ..preflight import check_adapter
 from ..run_config import RunConfig
 from ..run_file import check_ready
-from .examples import EmbedExample, ExampleEncoder, PoolingExample
+from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample
 from .model import FEATURE_EXTRACTION, SEQ_CLS
 from .questions import left_out, questions_of
 from .rows import PoolingRow, PoolingTask, read_pooling_rows
@@ -58,6 +59,12 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
     """Check all there is to check. Raises `UserError` naming the setting, its value, the limit and the fix."""
     check_ready(config)
     check_sections(config)
+    if config.task == "embed" and dist.is_initialized():
+        raise UserError(
+            "task 'embed' trains in one process, as the documents of a step are each other's negatives; start it "
+            "without torchrun",
+            param="task",
+        )
     task = cast(PoolingTask, config.task)
     model_dir = resolve_model(config.model)
     config = settled_pooling(config, ModelConfig.from_dir(model_dir))
@@ -66,11 +73,23 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     rows = read_pooling_rows(config.data.train, task, config.data.max_rows)
     questions = questions_for(config, rows)
-    shape = shape_of(config, questions)
+    shape = checked_shape(config, questions)
     if config.lora.adapter:
         check_adapter(Path(config.lora.adapter), model_dir)
         _check_kind(Path(config.lora.adapter), task, sum(len(question.labels) for question in questions))
     encoder = ExampleEncoder(tokenizer, shape)
+    examples, held_out, warnings = _encoded(config, encoder, rows, questions)
+    examples, calibration = _split(config, examples)
+    config, plan, few = _planned(config, examples)
+    return PreparedPooling(
+        config, task, model_dir, shape, encoder, examples, calibration, held_out, plan, warnings + few
+    )
+
+
+def _encoded(
+    config: RunConfig, encoder: ExampleEncoder, rows: Sequence[PoolingRow], questions: Sequence[Question]
+) -> tuple[list[PoolingExample], list[PoolingExample], list[str]]:
+    """Rows to learn from, held-out ones, and what is to be said of them."""
     examples = encoder.examples(rows, config.data.train, questions)
     warnings = [
         f"question {name!r}: {num} labels of fewer than {config.classify.min_label_rows} rows are left out"
@@ -78,14 +97,23 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
     ]
     held_out = []
     if config.data.eval and config.eval.rows != 0:
-        held_rows = read_pooling_rows(config.data.eval, task, config.eval.rows)
+        held_rows = read_pooling_rows(config.data.eval, cast(PoolingTask, config.task), config.eval.rows)
         held_out = encoder.examples(held_rows, config.data.eval, questions)
         warnings += overlap_warning(examples, held_out)
-    examples, calibration = _split(config, examples)
-    lengths = [_length(example, config) for example in examples]
-    least = _LEAST_ROWS.get(task, 1)
+    learned = [e for e in examples if not is_open(e)]
+    if num_open := len(examples) - len(learned):
+        warnings.append(f"{num_open} training rows answer no question with a label that is learned, and are left out")
+    return learned, held_out, warnings
+
+
+def _planned(config: RunConfig, examples: Sequence[PoolingExample]) -> tuple[RunConfig, list[list[int]], list[str]]:
+    """`config` with its epochs, the rows of each step, and what is to be said of these."""
+    lengths, least = [_length(example, config) for example in examples], _LEAST_ROWS.get(config.task, 1)
     if len(examples) < least:
-        raise UserError(f"data.train has {len(examples)} rows; {least} are the least to {task}", param="data.train")
+        raise UserError(
+            f"data.train has {len(examples)} rows to learn from; {least} are the least to {config.task}",
+            param="data.train",
+        )
     opt = config.optimizer
     if opt.epochs is None:
         epochs = default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps, opt.min_rows)
@@ -94,14 +122,16 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
     assert opt.epochs is not None
     plan = plan_run(lengths, opt.batch_tokens, config.seed, opt.epochs, opt.max_steps, least)
     mean_rows = sum(map(len, plan)) / len(plan)
-    if task == "embed" and mean_rows < _FEW_ROWS:
-        warnings.append(
+    if config.task != "embed" or mean_rows >= _FEW_ROWS:
+        return config, plan, []
+    return (
+        config,
+        plan,
+        [
             f"a step has {mean_rows:.1f} rows in the mean, so each query few other documents to be told from; raise "
             f"optimizer.batch_tokens ({opt.batch_tokens}) or lower data.max_len ({config.data.max_len})"
-        )
-    return PreparedPooling(
-        config, task, model_dir, shape, encoder, examples, calibration, held_out, plan, warnings
-    )  # fmt: skip
+        ],
+    )
 
 
 def check_sections(config: RunConfig) -> None:
@@ -185,6 +215,27 @@ def shape_of(config: RunConfig, questions: Sequence[Question]) -> PoolingConfig:
         append_eos=pooling.append_eos,
         max_tokens=config.data.max_len,
     )
+
+
+def checked_shape(config: RunConfig, questions: Sequence[Question]) -> PoolingConfig:
+    """`shape_of`, with the eyes of the server. Raises `UserError` for what it would refuse."""
+    shape = shape_of(config, questions)
+    num_outputs = sum(len(question.labels) for question in questions)
+    if num_outputs > MAX_OUTPUTS:
+        raise UserError(
+            f"the questions have {num_outputs} labels, and {MAX_OUTPUTS} are the most that are served; raise "
+            f"classify.min_label_rows ({config.classify.min_label_rows})",
+            param="classify.min_label_rows",
+        )
+    try:
+        return parse_pooling_config("of this run", msgspec.json.encode(shape))
+    except AdapterError as error:
+        raise UserError(f"what would be served cannot be: {error}", param="pooling") from None
+
+
+def is_open(example: PoolingExample) -> bool:
+    """Whether nothing of a row to classify is known."""
+    return isinstance(example, ClassifyExample) and all(target is None for target in example.targets)
 
 
 def overlap_warning(examples: Sequence[PoolingExample], held_out: Sequence[PoolingExample]) -> list[str]:

@@ -14,7 +14,6 @@ import msgspec
 import torch
 
 from ...adapter_files import POOLING_FILE, TEXT_FILES
-from ...errors import UserError
 from ...model.store import DEFAULT_MODEL
 from ...whole_files import replace_file
 from ..checkpoint import CHECKPOINT_FILE
@@ -62,12 +61,6 @@ class PoolingRun:
         return self._prepared.warnings
 
     def objective(self, dtype: torch.dtype, device: torch.device) -> Objective:
-        if torch.distributed.is_initialized() and self.config.task == "embed":
-            raise UserError(
-                "task 'embed' trains in one process: the documents of a step are each other's negatives; start it "
-                "without torchrun",
-                param="task",
-            )
         prepared = self._prepared
         model = self._model = PoolingModel(
             self.model_dir, self.config.lora, prepared.shape.pooling, num_outputs_of(prepared), dtype, device

@@ -207,6 +207,7 @@ def test_an_adapter_is_trained_on_only_as_its_own_kind(trained, tmp_path, capsys
         ("rerank", "data.system=x", "data.system"),
         ("classify", "pooling.query_prefix=x", "pooling.query_prefix"),
         ("classify", "classify.min_label_rows=60", "classify.min_label_rows"),
+        ("classify", f"pooling.suffix={'x' * 20_001}", "what would be served cannot be: adapter 'of this run'"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused_by_name(trained, tmp_path, capsys, task, setting, named):
