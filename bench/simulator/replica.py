@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from specserve.adapters.registry import AdapterRegistry, Reservation
 from specserve.config import EngineConfig
+from specserve.engine.adapter_loads import NUM_READERS
 from specserve.engine.admission import refuse_overload
-from specserve.engine.readers import NUM_READERS
 from specserve.engine.wait_estimate import WaitEstimate
 from specserve.errors import UserError
 from specserve.messages import GenerateRequest, SamplingParams

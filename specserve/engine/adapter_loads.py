@@ -19,11 +19,14 @@ from ..adapters.registry import Reservation
 from ..errors import NO_IDLE_ROOM, ErrorInfo, OverloadedError, UserError
 from ..memory import give_memory_back
 from ..messages import AdapterLoaded, CallFailed, LoadAdapter
+from ..readers import Readers
 from .adapter_memory import Brought
 from .engine import Engine
-from .readers import STUCK_S, Readers
 
 MAX_LOADS = 1024  # that wait or are read
+NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
+STUCK_S = 30.0  # a read that takes longer is none of these any more
+MAX_STUCK, MAX_STUCK_A_MOUNT = 32, 4
 WAIT_S = 60.0  # for room, while nobody else gets any
 READ_S = 600.0  # a disk that has not given an adapter by then is away; a wait for a thread has the same limit
 TRIM_BYTES = 64 << 20  # of adapters that were read, after which memory goes back to the system
@@ -71,7 +74,9 @@ class AdapterLoads:
         self._last_given = clock()  # when a load ended with room
         self._untrimmed_bytes = 0
         self._lock = threading.Lock()  # of the lists, and of who sends a load on its way or gives it up
-        self._readers = Readers(clock)
+        self._readers = Readers(
+            NUM_READERS, STUCK_S, max_stuck=MAX_STUCK, max_stuck_a_mount=MAX_STUCK_A_MOUNT, clock=clock
+        )
 
     @property
     def is_waiting(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Container, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ class AdapterStore:
     ):
         self._engine = engine
         self._names = AdapterNames(adapters_dir, base_name, roots)
-        self._disk = Disk()
+        self._disk = Disk(self._mount_of)
         self._pins = AdapterPins(engine)
         self._loaded = LoadedNames(lambda: engine.generation)
         self.uses = UseCounts()
@@ -200,6 +200,11 @@ class AdapterStore:
 
     def is_pinned(self, name: str) -> bool:
         return name in self._pins.names
+
+    def _mount_of(self, name: str) -> Hashable:
+        """The file system that a name was last loaded from, as far as is known."""
+        known = self._loaded.known(name)
+        return known.stamp[0][1] if known is not None and known.stamp else name
 
     def loading_names(self) -> set[str]:
         """Names whose adapter is on its way now."""

@@ -1,23 +1,23 @@
 """Looks at a disk that may be away: on threads of their own, bounded in number and time, so that nothing else waits.
 
 A file system of a network may hang, and whatever thread asks it hangs along. Here that costs one of a few threads, and
-whoever asked is told after `PATIENCE_S`. Looks for one name have few of the threads: a single directory that hangs
-leaves the others theirs. The threads end with the process, which does not wait for them.
+whoever asked is told after `PATIENCE_S`. Looks for one name have few of the threads, and a file system of which some
+hang gets no more (`../readers.py`): a directory or a disk that is away leaves the others theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
+import functools
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 from ..errors import OverloadedError
+from ..readers import Readers
 
 NUM_THREADS = 16
+MAX_STUCK, MAX_STUCK_A_MOUNT = 64, 8  # that hang nearly as long as `PATIENCE_S`
 THREADS_A_NAME = 4
 MAX_LOOKS = 1024  # that wait or hang
 PATIENCE_S = 15.0
@@ -26,11 +26,11 @@ T = TypeVar("T")
 
 
 class Disk:
-    """Threads are started when they are needed first."""
+    """`mount_of` tells the file systems apart that names lie on."""
 
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
-        self._num_threads = 0
+    def __init__(self, mount_of: Callable[[str], Hashable] = lambda name: name) -> None:
+        self._mount_of = mount_of
+        self._readers = Readers(NUM_THREADS, 0.8 * PATIENCE_S, max_stuck=MAX_STUCK, max_stuck_a_mount=MAX_STUCK_A_MOUNT)
         self._names: dict[str, asyncio.Semaphore] = {}
         self._looks: Counter[str] = Counter()  # by name, those that nobody waits for any more included
 
@@ -40,33 +40,24 @@ class Disk:
             raise OverloadedError(f"{num} requests wait for the disk of the adapters; retry shortly", status=503)
         places = self._names.setdefault(name, asyncio.Semaphore(THREADS_A_NAME))
         self._looks[name] += 1
-        is_begun = False
+        work = None
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await places.acquire()
-                try:
-                    future = self._begin(function, args)
-                except BaseException:
-                    places.release()
-                    raise
+                work = self._readers.submit(functools.partial(function, *args), self._mount_of(name))
+                future = asyncio.wrap_future(work)
                 future.add_done_callback(lambda done: self._end(name, places, done))
-                is_begun = True
                 return await asyncio.shield(future)
         except TimeoutError:
+            if work is not None:
+                work.cancel()  # unless it has begun
+            self._readers.look()
             what = f"adapter {name[:128]!r}" if name else "the adapters folder"
             message = f"{what}: its disk has not answered for {PATIENCE_S:g} s; retry when it does"
             raise OverloadedError(message, status=503) from None
         finally:
-            if not is_begun:
+            if work is None:
                 self._forget(name)
-
-    def _begin(self, function: Callable[..., T], args: tuple[Any, ...]) -> asyncio.Future[T]:
-        if self._num_threads < min(NUM_THREADS, self._looks.total()):
-            threading.Thread(target=self._work, name="disk", daemon=True).start()
-            self._num_threads += 1  # none that could not be started
-        done: Future[T] = Future()
-        self._tasks.put((done, function, args))
-        return asyncio.wrap_future(done)
 
     def _end(self, name: str, places: asyncio.Semaphore, done: asyncio.Future[Any]) -> None:
         if not done.cancelled():
@@ -78,13 +69,3 @@ class Disk:
         self._looks[name] -= 1
         if not self._looks[name]:
             del self._looks[name], self._names[name]
-
-    def _work(self) -> None:
-        while True:
-            done, function, args = self._tasks.get()
-            try:
-                result = function(*args)
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(result)

@@ -12,7 +12,7 @@ from waiting import wait_until
 
 from specserve.adapters import residency
 from specserve.adapters.registry import AdapterRegistry
-from specserve.engine import adapter_loads, readers
+from specserve.engine import adapter_loads
 from specserve.engine.adapter_loads import AdapterLoads
 from specserve.engine.adapter_memory import AdapterMemory
 from specserve.errors import NO_IDLE_ROOM, AdapterError
@@ -67,6 +67,7 @@ class Engine:
         self.memory = AdapterMemory(self.registry, self.read, lambda path: SIZE, host, self.upload)
         self.answers = []
         self.loads = AdapterLoads(self, lambda: None, self.answers.append, self.clock)
+        self.readers = self.loads._readers
         self.threads = self.loads._readers = Threads()
         self.size = {}
 
@@ -202,7 +203,7 @@ def test_reads_of_a_disk_that_is_away_stop_no_loads_from_others(engine):
     """Twice as many as there are threads, on threads that are real."""
     away, read, (dead, alive) = threading.Event(), engine.read, (1, 2)
     engine.registry.max_adapters, engine.registry.max_bytes = 99, 99 * SIZE
-    engine.loads._readers = engine_readers = readers.Readers(engine.clock)
+    pool = engine.loads._readers = engine.readers
 
     def hangs(name, path):
         if name.startswith("dead"):
@@ -219,22 +220,24 @@ def test_reads_of_a_disk_that_is_away_stop_no_loads_from_others(engine):
 
     engine.memory._read = hangs
     try:
-        for num in range(2 * readers.NUM_READERS):
+        for num in range(2 * adapter_loads.NUM_READERS):
             engine.load(f"dead {num}", mount=dead)
         engine.load("x", mount=alive)
-        wait_until(lambda: len(engine_readers._running) == readers.NUM_READERS)
-        engine.clock.now += readers.STUCK_S + 1
+        wait_until(lambda: len(pool._running) == adapter_loads.NUM_READERS)
+        engine.clock.now += adapter_loads.STUCK_S + 1
         assert answers("x") is None
-        assert engine_readers.num_stuck(dead) == engine.memory.num_stuck_reads == readers.NUM_READERS
-        assert engine_readers.is_held_back(dead) and not engine_readers.is_held_back(alive)
+        assert pool.num_stuck(dead) == engine.memory.num_stuck_reads == adapter_loads.NUM_READERS
+        assert pool.is_held_back(dead) and not pool.is_held_back(alive)
         engine.clock.now += adapter_loads.WAIT_S
         _, failed = engine.place()
-        assert len(failed) == readers.NUM_READERS and all("8 reads from its disk" in e.message for e in failed.values())
+        assert len(failed) == adapter_loads.NUM_READERS and all(
+            "8 reads from its disk" in e.message for e in failed.values()
+        )
         engine.load("y", mount=alive)
         assert answers("y") is None
         engine.clock.now += adapter_loads.READ_S
         _, failed = engine.place()
-        assert len(failed) == readers.NUM_READERS and engine.registry.size_bytes == 2 * SIZE
+        assert len(failed) == adapter_loads.NUM_READERS and engine.registry.size_bytes == 2 * SIZE
     finally:
         away.set()
     wait_until(lambda: engine.place() == ([], {}) and not engine.loads._given_up)

@@ -83,12 +83,35 @@ async def test_looks_that_hang_are_few_for_a_name_and_bounded_in_all(monkeypatch
     assert not looks._looks and not looks._names
 
 
+async def test_a_disk_that_is_away_under_many_names_leaves_others_theirs(monkeypatch):
+    """Known names lie on the file system that they were loaded from; these are more than there may be threads."""
+    monkeypatch.setattr(disk, "PATIENCE_S", 0.2)
+    away, looks = threading.Event(), Disk(lambda name: name.partition("/")[0])
+    try:
+        num = disk.NUM_THREADS + disk.MAX_STUCK + 40
+        lost = [asyncio.create_task(looks.look(f"dead/{n}", away.wait)) for n in range(num)]
+        await asyncio.wait(lost)
+        assert {type(task.exception()) for task in lost} == {OverloadedError}
+        await asyncio.sleep(0)
+        assert disk.MAX_STUCK_A_MOUNT <= looks._looks.total() <= disk.NUM_THREADS + disk.MAX_STUCK_A_MOUNT
+        monkeypatch.setattr(disk, "PATIENCE_S", 60.0)
+        assert await looks.look("alive/0", lambda: 3) == 3
+    finally:
+        away.set()
+    await until(lambda: not looks._looks)
+    assert await looks.look("dead/0", lambda: 5) == 5
+
+
 async def test_a_thread_that_cannot_be_started_costs_no_place(monkeypatch):
     looks = Disk()
+
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
     with monkeypatch.context() as patch:
-        patch.setattr(disk.threading.Thread, "start", lambda thread: 1 / 0)
+        patch.setattr(threading.Thread, "start", refused)
         for _ in range(disk.NUM_THREADS + 1):
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(OverloadedError, match="can't start"):
                 await looks.look("a", lambda: 3)
     assert await looks.look("a", lambda: 3) == 3
     await asyncio.sleep(0)

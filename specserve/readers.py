@@ -1,8 +1,8 @@
-"""Threads that read adapters from disks which may hang: what hangs is left alone, and others read in its stead.
+"""Threads that ask disks which may hang: what hangs is left alone, and others go on in its stead.
 
 A file system of a network may never answer, and no thread that asks it comes back. Here a read that takes longer than
-`STUCK_S` has a thread of its own from then on, up to `MAX_STUCK`; the `NUM_READERS` others go on. A file system with
-`MAX_STUCK_A_MOUNT` such reads gets no more of them until one ends, so that one that is away leaves others their turn.
+`stuck_s` has a thread of its own from then on, up to `max_stuck`; `num` others go on. A file system with
+`max_stuck_a_mount` such reads gets no more of them until one ends, so that one that is away leaves others their turn.
 Threads end when there is nothing to read, and the process waits for none.
 """
 
@@ -11,15 +11,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
-STUCK_S = 30.0
-MAX_STUCK = 32
-MAX_STUCK_A_MOUNT = 4
+from .errors import OverloadedError
 
 T = TypeVar("T")
 
@@ -28,7 +25,7 @@ T = TypeVar("T")
 class _Task:
     future: Future[Any]
     work: Callable[[], Any]
-    mount: int
+    mount: Hashable
     began: float = 0.0
     is_stuck: bool = False
 
@@ -36,13 +33,23 @@ class _Task:
 class Readers:
     """`mount` is whatever tells file systems apart."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        num: int,
+        stuck_s: float,
+        *,
+        max_stuck: int,
+        max_stuck_a_mount: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._num, self._stuck_s = num, stuck_s
+        self._max_stuck, self._max_stuck_a_mount = max_stuck, max_stuck_a_mount
         self._clock = clock
         self._pending: list[_Task] = []  # in order
         self._running: list[_Task] = []
         self._lock = threading.Lock()
 
-    def submit(self, work: Callable[[], T], mount: int) -> Future[T]:
+    def submit(self, work: Callable[[], T], mount: Hashable) -> Future[T]:
         """`work()` on a thread, in turn. It may be cancelled until it begins."""
         task = _Task(Future(), work, mount)
         with self._lock:
@@ -55,30 +62,31 @@ class Readers:
         with self._lock:
             now = self._clock()
             for task in self._running:
-                task.is_stuck = now - task.began > STUCK_S
+                task.is_stuck = now - task.began > self._stuck_s
             while (begun := self._begin_next()) is not None:
                 try:
                     threading.Thread(target=self._work, args=(begun,), name="adapter", daemon=True).start()
-                except RuntimeError as error:  # no thread to be had
+                except RuntimeError as error:
                     self._running.remove(begun)
-                    begun.future.set_exception(error)
+                    text = f"no thread is to be had for the adapters' disk ({error}); retry shortly"
+                    begun.future.set_exception(OverloadedError(text, status=503))
 
-    def num_stuck(self, mount: int | None = None) -> int:
+    def num_stuck(self, mount: Hashable = None) -> int:
         """Reads that hang, of all file systems or of one."""
         with self._lock:
             return sum(task.is_stuck and mount in (None, task.mount) for task in self._running)
 
-    def is_held_back(self, mount: int) -> bool:
+    def is_held_back(self, mount: Hashable) -> bool:
         """Whether no read of that file system begins before one that hangs has ended."""
-        return self.num_stuck(mount) >= MAX_STUCK_A_MOUNT
+        return self.num_stuck(mount) >= self._max_stuck_a_mount
 
     def _begin_next(self) -> _Task | None:
         """Under the lock."""
         stuck = Counter(task.mount for task in self._running if task.is_stuck)
-        if len(self._running) - min(stuck.total(), MAX_STUCK) >= NUM_READERS:
+        if len(self._running) - min(stuck.total(), self._max_stuck) >= self._num:
             return None
         for task in self._pending[:]:
-            if stuck[task.mount] < MAX_STUCK_A_MOUNT or task.future.cancelled():
+            if stuck[task.mount] < self._max_stuck_a_mount or task.future.cancelled():
                 self._pending.remove(task)
                 if task.future.set_running_or_notify_cancel():
                     task.began = self._clock()

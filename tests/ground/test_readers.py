@@ -7,8 +7,10 @@ import threading
 import pytest
 from waiting import wait_until
 
-from specserve.engine import readers
-from specserve.engine.readers import Readers
+from specserve.errors import OverloadedError
+from specserve.readers import Readers
+
+STUCK_S = 30.0
 
 
 class Clock:
@@ -19,15 +21,17 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(readers, "NUM_READERS", 2)
-    monkeypatch.setattr(readers, "MAX_STUCK", 4)
-    monkeypatch.setattr(readers, "MAX_STUCK_A_MOUNT", 2)
+def clock():
     return Clock()
 
 
-def test_work_is_done_in_order_by_few_threads_which_end(clock):
-    pool, go_on, done = Readers(clock), threading.Event(), []
+@pytest.fixture
+def pool(clock):
+    return Readers(2, STUCK_S, max_stuck=4, max_stuck_a_mount=2, clock=clock)
+
+
+def test_work_is_done_in_order_by_few_threads_which_end(pool):
+    go_on, done = threading.Event(), []
 
     def work(num):
         go_on.wait()
@@ -46,15 +50,15 @@ def test_work_is_done_in_order_by_few_threads_which_end(clock):
     assert not pool._running and not pool._pending
 
 
-def test_what_hangs_is_replaced_up_to_a_number_and_a_file_system_has_few_of_it(clock):
-    pool, away = Readers(clock), threading.Event()
+def test_what_hangs_is_replaced_up_to_a_number_and_a_file_system_has_few_of_it(pool, clock):
+    away = threading.Event()
 
     def hang(mount, num):
         for _ in range(num):
             pool.submit(away.wait, mount)
 
     def later():
-        clock.now += readers.STUCK_S + 1
+        clock.now += STUCK_S + 1
         pool.look()
 
     try:
@@ -77,13 +81,13 @@ def test_what_hangs_is_replaced_up_to_a_number_and_a_file_system_has_few_of_it(c
     assert pool.num_stuck() == 0
 
 
-def test_a_thread_that_cannot_be_started_fails_its_read_and_no_other(clock, monkeypatch):
-    pool = Readers(clock)
+def test_a_thread_that_cannot_be_started_fails_its_read_and_no_other(pool, monkeypatch):
     with monkeypatch.context() as patch:
 
         def refused(thread):
             raise RuntimeError("can't start new thread")
 
         patch.setattr(threading.Thread, "start", refused)
-        assert "can't start" in str(pool.submit(lambda: 1, 0).exception(0))
+        error = pool.submit(lambda: 1, 0).exception(0)
+        assert isinstance(error, OverloadedError) and "can't start" in str(error)
     assert pool.submit(lambda: 1, 0).result(60) == 1
