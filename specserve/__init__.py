@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "llm.llm",
-    "AsyncLLM": "llm.llm",
+    "AsyncLLM": "llm.async_llm",
     "SamplingParams": "llm.params",
     "StructuredOutputsParams": "llm.params",
     "LoRARequest": "llm.params",
@@ -33,7 +33,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .errors import UserError
-    from .llm.llm import LLM, AsyncLLM
+    from .llm.async_llm import AsyncLLM
+    from .llm.llm import LLM
     from .llm.outputs import CompletionOutput, Logprob, RequestOutput
     from .llm.params import LoRARequest, SamplingParams, StructuredOutputsParams
 

@@ -1,4 +1,4 @@
-"""`specserve.LLM` and `specserve.AsyncLLM`: generation from Python, without a server, as with vLLM's classes.
+"""`specserve.LLM`: generation from Python, without a server, as with vLLM's class.
 
 The model runs in an engine process of its own, the one that serves; here is a thread that talks to it (`service` on a
 `loop_thread`). So a notebook stays responsive, nothing of the program is run twice and needs a `__main__` guard, and no
@@ -7,100 +7,21 @@ torch is imported. Several in one program share nothing but the machine.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
-import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from ..config import ServeConfig
-from ..errors import EngineDeadError, UserError
-from ..messages import AdapterInfo, EngineInfo
-from ..model.store import resolve_model
+from ..messages import AdapterInfo
 from ..server.stats.types import StatsResponse
-from ..text.tokenizer import TextTokenizer
 from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks
-from .loop_thread import LoopThread
-from .options import config_of
+from .front import Adapters, Front, Params, single
 from .outputs import RequestOutput
 from .params import SamplingParams
-from .service import Adapter, Ask, Service
-
-T = TypeVar("T")
-Params = SamplingParams | Sequence[SamplingParams] | None
-Adapters = Adapter | Sequence[Adapter | None] | None
+from .service import Adapter, Ask
 
 
-class _Front:
-    """What both classes are: an engine that is started once and closed once."""
-
-    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any):
-        self._config = config_of(model, options)
-        self._thread: LoopThread | None = None
-        self._service: Service | None = None
-        self._pid = os.getpid()
-        self._closed = False
-
-    def _start(self) -> None:
-        """Load the model, which takes seconds. Raises `UserError` that says why it cannot be served."""
-        if self._service is not None or self._closed:
-            return
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's
-        if self._config.adapters_dir is not None and not Path(self._config.adapters_dir).is_dir():
-            raise UserError(
-                f"adapters_dir {self._config.adapters_dir!r} is not a directory; create it or leave it out",
-                param="adapters_dir",
-            )
-        model_dir = resolve_model(self._config.model, self._config.revision, progress=sys.stderr.isatty())
-        thread = LoopThread(f"specserve {model_dir.name}")
-        try:
-            service = thread.call(_started(self._config, model_dir))
-        except BaseException:
-            thread.stop()
-            raise
-        self._thread, self._service = thread, service
-        # Also at the end of the program, while threads still run.
-        self._finalizer = weakref.finalize(self, _close, service, thread, self._pid)
-
-    def _end(self) -> None:
-        self._closed = True
-        if self._service is not None:
-            self._finalizer()
-
-    def _running(self) -> tuple[Service, LoopThread]:
-        if self._pid != os.getpid():
-            raise EngineDeadError("this LLM belongs to the process that made it; make another one here")
-        if self._closed or self._service is None or self._thread is None:
-            raise EngineDeadError("this LLM is closed" if self._closed else "this LLM has not been started")
-        return self._service, self._thread
-
-    def _call(self, work: Callable[[Service], Coroutine[Any, Any, T]]) -> T:
-        service, thread = self._running()
-        return thread.call(work(service))
-
-    async def _acall(self, work: Callable[[Service], Coroutine[Any, Any, T]]) -> T:
-        service, thread = self._running()
-        return await thread.acall(work(service))
-
-    @property
-    def model_name(self) -> str:
-        """The base model's name."""
-        return self._running()[0].model_name
-
-    @property
-    def engine_info(self) -> EngineInfo:
-        """What the engine serves: model, device, dtype, context, KV blocks."""
-        return self._running()[0].engine.info
-
-    def get_tokenizer(self) -> TextTokenizer:
-        """The base model's, as prompts are read with it: `encode(text)`, `decode(ids)`."""
-        return self._running()[0].generator.prompts.tokenizer
-
-
-class LLM(_Front):
+class LLM(Front):
     """A base model with its adapters, for this program.
 
     `model` is a Hugging Face directory, a .gguf file or a hub id, None the default model; every folder in
@@ -155,7 +76,7 @@ class LLM(_Front):
         lora_request: Adapter | None = None,
     ) -> Iterator[RequestOutput]:
         """What there is of one prompt's outputs, each time that more came; leaving the iterator ends the request."""
-        return self._stream(_single(completion_asks(prompt, sampling_params, adapter_of(adapter, lora_request))))
+        return self._stream(single(completion_asks(prompt, sampling_params, adapter_of(adapter, lora_request))))
 
     def chat_stream(
         self,
@@ -167,7 +88,7 @@ class LLM(_Front):
         **fields: Any,
     ) -> Iterator[RequestOutput]:
         """The same of one conversation's answer."""
-        return self._stream(_single(chat_asks(messages, sampling_params, adapter_of(adapter, lora_request), fields)))
+        return self._stream(single(chat_asks(messages, sampling_params, adapter_of(adapter, lora_request), fields)))
 
     def chat_chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The answer to a body of POST /v1/chat/completions, as the chunks of its stream; `model` names the adapter."""
@@ -213,121 +134,3 @@ class LLM(_Front):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class AsyncLLM(_Front):
-    """`LLM` for programs with an event loop: the same options and calls, awaited, on any loop and on several.
-
-    Nothing is loaded before `await start()` or `async with`. Cancelling what waits for an answer ends its requests.
-    """
-
-    async def start(self) -> AsyncLLM:
-        """Load the model. Raises `UserError` that says why it cannot be served."""
-        await asyncio.to_thread(self._start)
-        return self
-
-    async def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: Params = None,
-        *,
-        adapter: Adapters = None,
-        lora_request: Adapters = None,
-    ) -> list[RequestOutput]:
-        """As `LLM.generate`."""
-        asks = completion_asks(prompts, sampling_params, adapter_of(adapter, lora_request))
-        return await self._acall(lambda service: service.run(asks, lambda: None))
-
-    async def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: Params = None,
-        *,
-        adapter: Adapters = None,
-        lora_request: Adapters = None,
-        **fields: Any,
-    ) -> list[RequestOutput]:
-        """As `LLM.chat`."""
-        asks = chat_asks(messages, sampling_params, adapter_of(adapter, lora_request), fields)
-        return await self._acall(lambda service: service.run(asks, lambda: None))
-
-    def generate_stream(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        adapter: Adapter | None = None,
-        lora_request: Adapter | None = None,
-    ) -> AsyncIterator[RequestOutput]:
-        """As `LLM.generate_stream`, for `async for`."""
-        return self._stream(_single(completion_asks(prompt, sampling_params, adapter_of(adapter, lora_request))))
-
-    def chat_stream(
-        self,
-        messages: Sequence[Message],
-        sampling_params: SamplingParams | None = None,
-        *,
-        adapter: Adapter | None = None,
-        lora_request: Adapter | None = None,
-        **fields: Any,
-    ) -> AsyncIterator[RequestOutput]:
-        """As `LLM.chat_stream`, for `async for`."""
-        return self._stream(_single(chat_asks(messages, sampling_params, adapter_of(adapter, lora_request), fields)))
-
-    def _stream(self, ask: Ask) -> AsyncIterator[RequestOutput]:
-        service, thread = self._running()
-        return thread.aiterate(service.stream(ask))
-
-    async def adapter_names(self) -> list[str]:
-        return await self._acall(lambda service: service.adapter_names())
-
-    async def load_adapter(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> AdapterInfo:
-        """As `LLM.load_adapter`."""
-        return await self._acall(lambda service: service.load_adapter(name, os.fspath(path), replace))
-
-    async def unload_adapter(self, name: str) -> None:
-        await self._acall(lambda service: service.unload_adapter(name))
-
-    async def stats(self) -> StatsResponse:
-        return await self._acall(lambda service: service.stats())
-
-    async def close(self) -> None:
-        """As `LLM.close`."""
-        await asyncio.to_thread(self._end)
-
-    async def __aenter__(self) -> AsyncLLM:
-        return await self.start()
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()
-
-
-async def _started(config: ServeConfig, model_dir: Path) -> Service:
-    service = Service(config, model_dir)
-    await service.start()
-    return service
-
-
-def _close(service: Service, thread: LoopThread, pid: int) -> None:
-    """Where garbage is collected on the thread itself, the engine is told and not waited for.
-
-    A fork of process `pid` has a copy of all this without the thread, and the engine is not its own to end.
-    """
-    if os.getpid() != pid:
-        return
-    if thread.is_current:
-        closing = thread.submit(service.close())
-        closing.add_done_callback(lambda done: thread.stop())
-        return
-    with suppress(Exception):
-        thread.call(service.close())
-    thread.stop()
-
-
-def _single(asks: list[Ask]) -> Ask:
-    if len(asks) != 1:
-        raise UserError(
-            f"{len(asks)} prompts cannot be streamed as one; stream each on its own (AsyncLLM runs them side by side)",
-            param="prompt",
-        )
-    return asks[0]

@@ -105,7 +105,7 @@ def test_the_programs_in_the_docs_run(llm, other, beta_dir, adapters_dir, monkey
     text = (ROOT / "docs/python.md").read_text()
     program = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     monkeypatch.setattr("specserve.llm.llm.LLM", lambda **options: llm)
-    monkeypatch.setattr("specserve.llm.llm.AsyncLLM", lambda **options: nullcontext(other))
+    monkeypatch.setattr("specserve.llm.async_llm.AsyncLLM", lambda **options: nullcontext(other))
     shutil.copytree(beta_dir, adapters_dir / "debtags")
     program = program.replace("examples/adapters/debtags", str(adapters_dir / "debtags"))
     try:
