@@ -1,7 +1,7 @@
 """Settings of the engine and of the server.
 
 One struct names every setting once: command-line flags, `SPECSERVE_*` environment variables and the YAML file are all
-derived from its fields (`specserve.cli.main`). Precedence: flag, environment, file, default.
+derived from its fields (`specserve.cli.options`). Precedence: flag, environment, file, default.
 """
 
 from typing import Annotated, Literal

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from places import ROOT
 
-from specserve.cli.main import load_settings, serve
+from specserve.cli.main import serve
+from specserve.cli.options import load_settings
 from specserve.config import ServeConfig
 from specserve.server.access.network import host_allowed
 
