@@ -32,17 +32,16 @@ class SpeculationOptions(msgspec.Struct, forbid_unknown_fields=True):
     trace: bool = False  # answers say where each token came from
 
 
-class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What /v1/chat/completions and /v1/completions share."""
+class CommonFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What every route that generates shares, /v1/responses too."""
 
     model: str | None = None
     adapter_id: str | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    min_tokens: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -53,18 +52,24 @@ class GenerationFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     seed: int | None = None
-    n: int | None = None
-    best_of: int | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     prediction: Prediction | None = None
     speculation: SpeculationOptions | None = None
     return_speculation_stats: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None  # vLLM's: lower is sooner
     deadline_ms: float | None = None  # after so long from its arrival nobody wants the answer
-    response_format: Any = None  # these six: `grammar.structured_output`
     structured_outputs: Any = None
+
+
+class GenerationFields(CommonFields, kw_only=True):
+    """What /v1/chat/completions and /v1/completions share."""
+
+    max_tokens: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    stream_options: StreamOptions | None = None
+    response_format: Any = None  # with `structured_outputs` and these four: `grammar.structured_output`
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None

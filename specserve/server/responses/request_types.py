@@ -1,7 +1,7 @@
 """The body of POST /v1/responses: every field that is understood, and no other.
 
-OpenAI's fields first, then this server's own, which mean what they mean on /v1/chat/completions. Items of `input` and
-tools have several forms; `input_items` and `conversion` read them.
+Those that all routes share mean what they mean on /v1/chat/completions. Items of `input` and tools have several forms;
+`input_items` and `conversion` read them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..openai.request_types import Prediction, SpeculationOptions
+from ..openai.request_types import CommonFields
 
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
@@ -54,17 +54,14 @@ class FunctionTool(msgspec.Struct, forbid_unknown_fields=True, rename={"adapter"
     output_schema: dict[str, Any] | None = None
 
 
-class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class ResponsesRequest(CommonFields, kw_only=True):
     """Body of /v1/responses."""
 
-    model: str | None = None
     input: str | list[dict[str, Any]] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     tools: list[dict[str, Any]] | None = None
@@ -72,7 +69,6 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     parallel_tool_calls: bool | None = None
     include: list[str] | None = None
     top_logprobs: int | None = None
-    stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     metadata: dict[str, str] | None = None
     # Accepted, without effect on the output.
@@ -94,38 +90,13 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     image: Any = None
     access_programs: Any = None
     # This server's own, as in a chat request.
-    adapter_id: str | None = None
-    seed: int | None = None
-    min_tokens: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    prediction: Prediction | None = None
-    speculation: SpeculationOptions | None = None
-    return_speculation_stats: bool | None = None
-    cache_salt: str | None = None
-    priority: int | None = None
-    deadline_ms: float | None = None
-    structured_outputs: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool | None = None
 
 
 # Fields that a chat request has under the same name and with the same meaning.
 AS_IN_CHAT = (
-    "model", "adapter_id", "temperature", "top_p", "parallel_tool_calls", "stream", "seed", "min_tokens", "top_k",
-    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop", "stop_token_ids",
-    "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "prediction", "speculation",
-    "return_speculation_stats", "cache_salt", "priority", "deadline_ms", "structured_outputs", "chat_template_kwargs",
-    "include_reasoning",
+    *CommonFields.__struct_fields__, "parallel_tool_calls", "chat_template_kwargs", "include_reasoning",
 )  # fmt: skip
 
 # Field -> values that ask for nothing; anything else is refused as not supported.
