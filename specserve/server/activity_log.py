@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from ..messages import Delta, EngineStats, Usage
 from ..pooling_messages import Pooled
@@ -20,12 +20,14 @@ SUMMARY_EVERY_S = 10.0
 class RequestLine:
     """The line of one request; `failed` with a reason, or `ended` however it has ended.
 
-    `generates`: or its sequences are texts that are pooled.
+    `prompt_lens` has the prompt of each sequence. `generates`: or its sequences are texts that are pooled.
     """
 
-    def __init__(self, request_id: str, model: str, num_sequences: int, key: str | None, generates: bool = True):
+    def __init__(
+        self, request_id: str, model: str, prompt_lens: Sequence[int], key: str | None, generates: bool = True
+    ):
         self._name = f"{request_id}: {model!r}" + (f" for {key!r}" if key is not None else "")
-        self._num_sequences = num_sequences
+        self._num_sequences, self._num_prompt_tokens = len(prompt_lens), sum(prompt_lens)
         self._start = time.monotonic()
         self._first_s: float | None = None
         self._generates = generates
@@ -56,12 +58,11 @@ class RequestLine:
 
     def ended(self) -> None:
         ended = self._usages if self._generates else self._pooled
-        prompt = sum(each.prompt_tokens for each in ended)
         cached = sum(each.cached_tokens for each in ended)
         if not self._generates:
             logger.info(
                 "%s: %s, %d of %d texts, %d tokens (%d cached), all in %.3f s",
-                *(self._name, self._outcome, len(self._pooled), self._num_sequences, prompt, cached),
+                *(self._name, self._outcome, len(self._pooled), self._num_sequences, self._num_prompt_tokens, cached),
                 time.monotonic() - self._start,
             )
             return
@@ -69,7 +70,7 @@ class RequestLine:
         first = "none" if self._first_s is None else f"{self._first_s:.3f} s"
         logger.info(
             "%s: %s, %d prompt tokens (%d cached), %d generated (%d from drafts), first after %s, all in %.3f s",
-            *(self._name, self._outcome, prompt, cached, self._num_generated, accepted),
+            *(self._name, self._outcome, self._num_prompt_tokens, cached, self._num_generated, accepted),
             *(first, time.monotonic() - self._start),
         )
 

@@ -103,7 +103,7 @@ class Accounts:
         if job.deadline is not None:
             timeout_s = min(timeout_s, job.deadline - time.monotonic())
         watch = self._metrics.watch(model, lens)
-        line = RequestLine(job.id, model, len(lens), job.caller.key, job.generates)
+        line = RequestLine(job.id, model, lens, job.caller.key, job.generates)
         charge = TokenCharge(job.caller.allowance, job.num_prompt_tokens, job.num_may_generate)
         account = Account(asyncio.get_running_loop().time() + timeout_s, watch, line, charge)
         failure: str | None = None
