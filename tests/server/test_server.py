@@ -340,10 +340,8 @@ def test_each_request_is_a_line_of_log_without_its_text(server):
     prompt = "something very private"
     body = {"prompt": [prompt, "x"], "max_tokens": 3, "temperature": 0, "ignore_eos": True}
     answer = server.post("/v1/completions", body).json()
-    deadline = time.monotonic() + 10
-    while not (lines := [line for line in server.log if answer["id"] in line]):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    server.wait_log(answer["id"])
+    lines = [line for line in server.log if answer["id"] in line]
     assert len(lines) == 1
     assert f"'tiny': length, {answer['usage']['prompt_tokens']} prompt tokens" in lines[0] and "6 generated" in lines[0]
     assert prompt not in "".join(server.log)

@@ -129,7 +129,7 @@ async def test_stats_that_cannot_be_made_are_logged_once_and_come_again(engine, 
         return source.newest()
 
     feed = StatsFeed(newest)
-    async with asyncio.timeout(20), aclosing(feed.listen(None)) as listener:
+    async with asyncio.timeout(60), aclosing(feed.listen(None)) as listener:
         waiting = asyncio.ensure_future(anext(listener))
         while not caplog.records:
             await asyncio.sleep(0)
@@ -157,7 +157,7 @@ async def test_something_is_told_while_the_engine_says_nothing(feed, engine, mon
     async with aclosing(feed.listen(None)) as listener:
         await anext(listener)
         engine.stats, engine.state = None, "restarting"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (event := decoded(await anext(listener))).engine.status == "running":
                 pass
     assert event.engine.status == "restarting"
