@@ -17,14 +17,14 @@ from specserve.kernels.sampling import SamplingRow
 @needs_triton
 @quick_and_all
 def test_the_engine_serves_on_triton_kernels_under_the_interpreter(all_of_them):
-    run_cases("triton_engine_cases.py", all_of_them)
+    run_cases("triton_engine_cases.py", all_of_them=all_of_them)
 
 
 @pytest.mark.gpu
 @needs_triton
 def test_the_engine_serves_on_cuda_with_graphs():
     assert torch.cuda.is_available()
-    run_cases("triton_engine_cases.py", True, interpret="0")
+    run_cases("triton_engine_cases.py", all_of_them=True, interpret="0")
 
 
 def test_triton_without_cuda_or_interpreter_is_refused_with_the_reason(tmp_path, monkeypatch):

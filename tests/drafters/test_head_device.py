@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from head_cases import VOCAB_SIZE, Sequences, host_chain, mixed_heads, random_head, reference_chain, trained_heads
-from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
+from triton_process import needs_triton
 
 from specserve.drafters.chains import NOBODY, ChainTable
 from specserve.drafters.chooser import DraftChooser
@@ -151,18 +151,6 @@ def test_a_sequence_that_comes_back_stands_behind_its_output():
         [came_back], lambda writes: written.extend((idx.tolist(), new.tolist()) for _, idx, new in writes)
     )
     assert written == [([2], [5])]  # its place in the prompt, and no more
-
-
-@pytest.mark.long
-@needs_triton
-@quick_and_all
-def test_kernels_under_the_interpreter(all_of_them):
-    run_cases("triton_head_cases.py", all_of_them)
-
-
-@needs_triton
-def test_kernels_compile_for_hopper(tmp_path):
-    compile_for_hopper("triton_head_compile.py", False, tmp_path)
 
 
 @pytest.mark.gpu

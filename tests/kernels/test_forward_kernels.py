@@ -9,7 +9,7 @@ import torch
 from attention_cases import CASES
 from bench_process import bench_record
 from elementwise_cases import HEADS, TOLERANCE
-from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
+from triton_process import needs_triton
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
 from specserve.kernels.ragged_attention import block_parameters, choose_splits, split_len_for
@@ -108,19 +108,6 @@ def test_tiles_that_are_too_large_are_refused():
         block_parameters(64, 4, 128, 2)
     with pytest.raises(ValueError, match="heads of a multiple of 8 up to 256"):
         block_parameters(8, 4, 264, 2)
-
-
-@pytest.mark.long
-@needs_triton
-@quick_and_all
-def test_triton_kernels_under_the_interpreter(all_of_them):
-    run_cases("triton_forward_cases.py", all_of_them)
-
-
-@needs_triton
-@quick_and_all
-def test_triton_kernels_compile_for_hopper(all_of_them, tmp_path):
-    compile_for_hopper("triton_forward_compile.py", all_of_them, tmp_path)
 
 
 @needs_triton

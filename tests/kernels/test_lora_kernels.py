@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_process import bench_record
 from lora_cases import CASES, IN_SIZE, OUT_SIZES, POPULARITY, RANKS, make_runs, make_slots
-from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
+from triton_process import needs_triton
 
 from specserve.kernels import lora_blocks, lora_tiles
 from specserve.kernels.lora import lora_add_pair_, lora_reference
@@ -25,19 +25,6 @@ def test_a_module_in_torch_equals_the_definition_and_writes_its_own_columns(rank
     expected = lora_reference(before[:, 4:37], x, [[pair]], (33,), [0] * 5)
     torch.testing.assert_close(wide[:, 4:37].float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 37:], before[:, 37:])
-
-
-@pytest.mark.long
-@needs_triton
-@quick_and_all
-def test_triton_kernels_under_the_interpreter(all_of_them):
-    run_cases("triton_lora_cases.py", all_of_them)
-
-
-@needs_triton
-@quick_and_all
-def test_triton_kernels_compile_for_hopper(all_of_them, tmp_path):
-    compile_for_hopper("triton_lora_compile.py", all_of_them, tmp_path)
 
 
 @needs_triton

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sampling_cases import SHAPES, make_rows, make_tensors, run_kernels, sample_on_the_host
-from triton_process import compile_for_hopper, needs_triton, quick_and_all, run_cases
+from triton_process import needs_triton
 from verify_cases import make_verification, run_verify, verified_one_by_one
 
 from specserve.kernels.sampling import SamplingScratch, sample_logits_, sample_logits_reference
@@ -25,19 +25,6 @@ def test_the_verification_reference_accepts_what_the_verifier_accepts(seed):
     case = make_verification(seed)
     result = verify_reference(case.sampled, case.tokens, case.first_rows.tolist(), case.num_drafts.tolist())
     assert result == verified_one_by_one(case)
-
-
-@pytest.mark.long
-@needs_triton
-@quick_and_all
-def test_kernels_under_the_interpreter(all_of_them):
-    run_cases("triton_sampling_cases.py", all_of_them)
-
-
-@needs_triton
-@quick_and_all
-def test_kernels_compile_for_hopper(all_of_them, tmp_path):
-    compile_for_hopper("triton_sampling_compile.py", all_of_them, tmp_path)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_process import needs_triton, quick_and_all, run_cases
+from triton_process import needs_triton
 
 from specserve.kernels.tiles import build_tiles_, build_tiles_reference, max_tiles
 
@@ -12,12 +12,6 @@ from specserve.kernels.tiles import build_tiles_, build_tiles_reference, max_til
 def test_the_reference_cuts_segments_from_their_first_row():
     assert build_tiles_reference([5, 5, 5, -1, 5, 2, 2], 2) == [(0, 2, 5), (2, 3, 5), (4, 5, 5), (5, 7, 2)]
     assert build_tiles_reference([], 2) == []
-
-
-@needs_triton
-@quick_and_all
-def test_the_kernel_under_the_interpreter(all_of_them):
-    run_cases("triton_tiles_cases.py", all_of_them)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The forward pass's kernels under Triton's interpreter; test_forward_kernels.py runs this file as a process.
+"""The forward pass's kernels under Triton's interpreter; test_under_triton.py runs this file as a process.
 
 Of the products of cases, windows, heads and dtypes each value is met once; the rest of them is slow.
 """

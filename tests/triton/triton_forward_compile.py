@@ -2,7 +2,7 @@
 
 The interpreter accepts programs that the compiler refuses. Each line says registers, spilled bytes, shared memory and
 the widest global loads; a kernel that spills, or a fast case that lost its 16-byte loads or its matrix instructions,
-fails. Run by test_forward_kernels.py as a process of its own, without TRITON_INTERPRET: each kernel as a large model in
+fails. Run by test_under_triton.py as a process of its own, without TRITON_INTERPRET: each kernel as a large model in
 bf16 launches it, with --all in the variants of other models and dtypes too.
 """
 

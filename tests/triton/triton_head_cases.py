@@ -1,4 +1,4 @@
-"""The heads' device loop under Triton's interpreter against HeadSource; test_head_device.py runs it as a process."""
+"""The heads' device loop under Triton's interpreter against HeadSource; test_under_triton.py runs it as a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles the heads' loop for Hopper (sm_90), which needs no GPU; run by test_head_device.py as a process.
+"""Compiles the heads' loop for Hopper (sm_90), which needs no GPU; run by test_under_triton.py as a process.
 
 A kernel that the compiler refuses, or that spills registers, fails.
 """

@@ -1,4 +1,4 @@
-"""The LoRA kernels under Triton's interpreter against their reference; test_lora_kernels.py runs it as a process."""
+"""The LoRA kernels under Triton's interpreter against their reference; test_under_triton.py runs it as a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels of LoRA and tiles for Hopper (sm_90), which needs no GPU; test_lora_kernels.py runs it.
+"""Compiles the kernels of LoRA and tiles for Hopper (sm_90), which needs no GPU; test_under_triton.py runs it.
 
 The interpreter accepts programs that the compiler refuses. Beyond that it checks what speed rests on and a binary
 shows: weights come in pieces of 16 bytes, tensor cores at 16 bits, no spilled registers. A process of its own, without

@@ -1,4 +1,4 @@
-"""The sampling and verification kernels under Triton's interpreter; test_sampling_kernels.py runs it as a process."""
+"""The sampling and verification kernels under Triton's interpreter; test_under_triton.py runs it as a process."""
 
 from __future__ import annotations
 

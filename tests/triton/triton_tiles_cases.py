@@ -1,4 +1,4 @@
-"""build_tiles_ under Triton's interpreter against its reference; test_tiles.py runs it as a process."""
+"""build_tiles_ under Triton's interpreter against its reference; test_under_triton.py runs it as a process."""
 
 from __future__ import annotations
 
