@@ -76,7 +76,9 @@ class Pooler:
         kind, pooling = _kind_of(adapter, adapter_info, wanted.kinds)
         texts = texts_of(kind) if callable(texts_of) else texts_of
         params = _params(wanted, kind, adapter, adapter_info, info.hidden_size)
-        read = await generator.prompts.off_loop(num_chars(texts), tokenized, texts, tokenizer, kind, pooling, info, cut)
+        read = await generator.prompts.read(
+            tokenizer, num_chars(texts), tokenized, texts, tokenizer, kind, pooling, info, cut
+        )
         job_id, num = f"{wanted.id_prefix}-{uuid.uuid4().hex}", len(texts)
         together = Together(job_id, num, sum(map(len, read.ids))) if num > 1 else None
         requests = [
