@@ -21,9 +21,10 @@ from specserve.kernels.add_norm import add_rms_norm_
 from specserve.kernels.gated_activation import gated_activation
 from specserve.kernels.ragged_attention import (
     attention_scratch,
-    choose_splits,
+    choose_programs,
+    choose_split_len,
     ragged_attention_,
-    split_len_for,
+    scratch_row_bytes,
 )
 from specserve.kernels.rope_kv import rope_store_
 
@@ -32,6 +33,7 @@ from .gpu_timing import seconds_per_call
 from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
 BLOCK_SIZE = 16
+MAX_MODEL_LEN = 8192  # of an engine, unless a context is longer
 CACHE_BYTES = 256 << 20  # KV that is cycled through: several times the last-level cache
 MAX_COPIES = 16
 COMPARED_BYTES = 4 << 30  # beyond, SDPA's own KV would not fit beside ours
@@ -64,19 +66,21 @@ class Attention:
         self.q = self.normal(batch * rows, shape.num_heads, shape.head_dim)
         self.out = torch.empty(batch * rows, shape.num_heads * shape.head_dim, dtype=self.dtype, device=device)
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        self.num_splits = choose_splits(len(tiles), shape.num_kv_heads, num_sms)
-        length = split_len_for(context, self.num_splits)
-        self.split_len = torch.tensor([length], dtype=torch.int32, device=device)
-        self.scratch = attention_scratch(self.num_splits, len(self.q), shape.num_heads, shape.head_dim, device)
+        self.split_len = choose_split_len(max(MAX_MODEL_LEN, context))
+        row_bytes = scratch_row_bytes(shape.num_heads, shape.head_dim)
+        self.num_programs = choose_programs(len(tiles), shape.num_kv_heads, num_sms, row_bytes, len(self.q))
+        self.scratch = None
+        if self.num_programs > 1:
+            self.scratch = attention_scratch(len(self.q), shape.num_heads, shape.head_dim, device)
 
     def normal(self, *size: int) -> torch.Tensor:
         return torch.empty(size, dtype=self.dtype, device=self.device).normal_()
 
     def attend(self, copy: int) -> None:
         ragged_attention_(
-            self.out, self.q, *self.kv[copy], self.tiles, self.positions, self.block_tables, self.split_len,
-            self.scratch, block_size=BLOCK_SIZE, scale=self.shape.head_dim**-0.5, window=None,
-            num_splits=self.num_splits, tile_rows=self.tile_rows,
+            self.out, self.q, *self.kv[copy], self.tiles, self.positions, self.block_tables, self.scratch,
+            block_size=BLOCK_SIZE, scale=self.shape.head_dim**-0.5, window=None, split_len=self.split_len,
+            num_programs=self.num_programs, tile_rows=self.tile_rows,
         )  # fmt: skip
 
     def seconds(self) -> float:
@@ -102,7 +106,7 @@ def decode(shape: ModelShape, batch: int, context: int, limit: float, device: to
     work = Attention(shape, batch, context, 1, 1, device)
     seconds = work.seconds()
     result = {
-        "kind": "decode", "shape": shape.name, "batch": batch, "context": context, "splits": work.num_splits,
+        "kind": "decode", "shape": shape.name, "batch": batch, "context": context, "programs": work.num_programs,
         "us": round(seconds * 1e6, 2), "gb_s": round(work.kv_bytes / seconds / 1e9, 1),
         "of_limit": round(work.kv_bytes / seconds / limit, 3),
     }  # fmt: skip

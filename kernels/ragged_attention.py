@@ -2,10 +2,11 @@
 
 Semantics, for row r of a tile (first, end, sequence) and its position p = positions[r], with window w:
     out[r] = softmax(scale * q[r] K^T) V over the sequence's cached positions max(0, p - w + 1) .. p
-Rows of a tile are consecutive and in order of position. Long contexts are cut along their keys into splits, which
-`merge_splits_kernel` joins: split s of a tile has keys [lo + s * split_len, lo + (s + 1) * split_len), the last one all
-that are left; lo is 0, or the first row's window start aligned down. split_len is read on the device, so a captured
-graph follows growing contexts. Rows in no tile (padding) are not read, and their rows of out are left as they were.
+Rows of a tile are consecutive and in order of position. Keys are cut into splits of `split_len`, split s from key
+s * split_len on. Each has a softmax of its own, and a row's splits are joined in ascending order: by the one program
+that has them all, or by `join_splits_kernel` where several programs share a tile's. So a row has the same bits in
+whichever tile it stands, whoever is beside it and however many programs there are; `split_len` is the engine's, not the
+step's. Rows in no tile (padding) are not read, and their rows of out are left as they were.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from .attention import attention_reference
 
 MAX_BLOCK_M = 128  # rows of a tile times heads of a group, padded
 MAX_HEAD_DIM = 256
-MAX_SPLITS = 32
-SPLIT_UNIT = 64
+MAX_SPLITS = 32  # of the longest context
 MIN_SPLIT_LEN = 256  # below, a split's start and its partial result cost more than its keys
+_SCRATCH_BYTES = 1 << 26  # a layer's partial results; steps of more rows have programs enough without
 
 # Keys a block, by bytes of a padded head row: a block of K and V is 32 KiB from 128 bytes on. 4.8 TB/s at about 1 us of
 # latency want 36 KiB under way on each of 132 SMs. Loads hang on loads here (block table, then K), for which the
@@ -31,7 +32,7 @@ BLOCK_N = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64, 512: 32, 1024: 16}
 
 
 def block_parameters(tile_rows: int, group: int, head_dim: int, itemsize: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_D, ALIGN, num_warps and num_stages of a launch."""
+    """BLOCK_M, BLOCK_N, BLOCK_D, num_warps and num_stages of a launch."""
     block_m = max(16, _power_of_two(tile_rows * group))
     block_d = max(16, _power_of_two(head_dim))
     if block_m > MAX_BLOCK_M or head_dim > MAX_HEAD_DIM or head_dim % 8:
@@ -45,40 +46,43 @@ def block_parameters(tile_rows: int, group: int, head_dim: int, itemsize: int) -
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        # Blocks start at multiples of their own size, so that a row meets the same blocks in whichever tile it stands.
-        "ALIGN": max(SPLIT_UNIT, block_n),
         # 4 warps are the one warp group that a matrix instruction of 64 rows needs; 128 rows are two of them.
         "num_warps": 8 if block_m == 128 or (block_m == 64 and not is_half) else 4,
         "num_stages": 2 if not is_half else 5 if block_m < 64 else 3,
     }
 
 
-def choose_splits(num_tiles_capacity: int, num_kv_heads: int, num_sms: int) -> int:
-    """Splits (a power of two, 1 to 32) that give each of `num_sms` two programs when the tiles alone do not.
+def choose_split_len(max_model_len: int) -> int:
+    """Keys a split, a power of two: `MAX_SPLITS` of them hold the longest context."""
+    return max(MIN_SPLIT_LEN, _power_of_two(-(-max_model_len // MAX_SPLITS)))
 
-    Two keep the memory busy (BLOCK_N); more would only add partial results. For one context much longer than the
-    others, take more.
+
+def choose_programs(num_tiles: int, num_kv_heads: int, num_sms: int, row_bytes: int, num_rows: int) -> int:
+    """Programs (a power of two, 1 to 32) that share a tile's splits: two on each of `num_sms` in all.
+
+    Two keep the memory busy (BLOCK_N). One where partial results of `num_rows` rows, each of `row_bytes` with all
+    splits, would take too much memory.
     """
-    wanted = 2 * num_sms / max(1, num_tiles_capacity * num_kv_heads)
+    if num_rows * row_bytes > _SCRATCH_BYTES:
+        return 1
+    wanted = 2 * num_sms / max(1, num_tiles * num_kv_heads)
     return min(MAX_SPLITS, _power_of_two(math.ceil(wanted)))
 
 
-def split_len_for(max_keys: int, num_splits: int) -> int:
-    """Keys a split, a multiple of 64 and at least 256, so that `num_splits` of them hold `max_keys`."""
-    return max(MIN_SPLIT_LEN, -(-max_keys // (num_splits * SPLIT_UNIT)) * SPLIT_UNIT)
+def scratch_row_bytes(num_heads: int, head_dim: int) -> int:
+    """Partial results of a row's heads in all splits, as `choose_programs` asks."""
+    return MAX_SPLITS * num_heads * (head_dim + 2) * 4
 
 
 def attention_scratch(
-    num_splits: int, num_rows: int, num_heads: int, head_dim: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Partial outputs [num_splits, T, Hq, D] and (max, sum) [num_splits, T, Hq, 2], float32; None for one split.
+    num_rows: int, num_heads: int, head_dim: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial outputs [MAX_SPLITS, T, Hq, D] and (max, sum) [MAX_SPLITS, T, Hq, 2], float32.
 
-    `num_rows` is the largest T: a launch with fewer rows or splits uses the front of both.
+    `num_rows` is the largest T: a launch with fewer rows uses the front of each split.
     """
-    if num_splits == 1:
-        return None
-    partial = torch.empty(num_splits, num_rows, num_heads, head_dim, dtype=torch.float32, device=device)
-    return partial, torch.empty(num_splits, num_rows, num_heads, 2, dtype=torch.float32, device=device)
+    partial = torch.empty(MAX_SPLITS, num_rows, num_heads, head_dim, dtype=torch.float32, device=device)
+    return partial, torch.empty(MAX_SPLITS, num_rows, num_heads, 2, dtype=torch.float32, device=device)
 
 
 def ragged_attention_(
@@ -89,28 +93,26 @@ def ragged_attention_(
     tiles: torch.Tensor,
     positions: torch.Tensor,
     block_tables: torch.Tensor,
-    split_len: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     block_size: int,
     scale: float,
     window: int | None,
-    num_splits: int,
+    split_len: int,
+    num_programs: int,
     tile_rows: int,
 ) -> None:
     """Write attention's output of all rows that stand in a tile to out [T, Hq * D], contiguous.
 
     q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [KV positions, Hkv, D] in q's
     dtype; tiles [max_tiles, 3] int32 (first row, end row, sequence), sequence -1 unused; positions [T] int64;
-    block_tables [S, N] int32; split_len [1] int32 on the device, a multiple of 64, with num_splits * split_len at least
-    the longest range (`split_len_for`; a smaller one is correct but slow), and not read with one split, which reads
-    every key itself; scratch of `attention_scratch`. `num_splits` is a power of two up to 32.
+    block_tables [S, N] int32; scratch of `attention_scratch`, not needed by one program a tile. `split_len` as
+    `choose_split_len` has it, and no context of more than MAX_SPLITS of it where `num_programs` is above 1.
     """
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     group = num_heads // num_kv_heads
     assert group * num_kv_heads == num_heads and k_cache.shape[2] == head_dim, (q.shape, k_cache.shape)
-    assert num_splits in (1, 2, 4, 8, 16, 32), num_splits
-    from .ragged_attention_triton import merge_splits_kernel, ragged_attention_kernel
+    from .ragged_attention_triton import join_splits_kernel, ragged_attention_kernel
 
     assert q.dtype == k_cache.dtype == v_cache.dtype, (q.dtype, k_cache.dtype, v_cache.dtype)
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and out.numel() == q.numel(), (q.stride(), out.shape)
@@ -118,16 +120,17 @@ def ragged_attention_(
     assert tiles.is_contiguous() and positions.is_contiguous() and block_tables.stride(1) == 1
     if tiles.shape[0] == 0:
         return
-    partial, stats = out, out  # not touched by one split
-    if num_splits > 1:
+    partial, stats = out, out  # not touched by one program
+    if num_programs > 1:
         assert scratch is not None
         partial, stats = scratch
-        assert partial.shape[0] >= num_splits and partial.shape[1] >= q.shape[0], (partial.shape, num_splits, q.shape)
+        assert partial.shape[1] >= q.shape[0], (partial.shape, q.shape)
         assert partial.shape[2:] == q.shape[1:] and partial.is_contiguous() and stats.is_contiguous()
         assert stats.shape == (*partial.shape[:3], 2)
     blocks = block_parameters(tile_rows, group, head_dim, q.element_size())
-    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0}
-    ragged_attention_kernel[(tiles.shape[0], num_kv_heads, num_splits)](
+    assert split_len % blocks["BLOCK_N"] == 0, (split_len, blocks["BLOCK_N"])
+    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0, "SPLIT_LEN": split_len}
+    ragged_attention_kernel[(tiles.shape[0], num_kv_heads, num_programs)](
         out,
         partial,
         stats,
@@ -137,7 +140,6 @@ def ragged_attention_(
         tiles,
         positions,
         block_tables,
-        split_len,
         scale * math.log2(math.e),
         q.stride(0),
         k_cache.stride(0),
@@ -148,23 +150,20 @@ def ragged_attention_(
         GROUP=group,
         BLOCK_SIZE=block_size,
         IEEE=q.dtype == torch.float32,
-        IS_SPLIT=num_splits > 1,  # not their number: one binary serves every number of splits
+        IS_SHARED=num_programs > 1,  # not their number: one binary serves any
         **shape,
         **blocks,
     )
-    if num_splits > 1:
-        merge_splits_kernel[(tiles.shape[0] * tile_rows, num_heads)](
+    if num_programs > 1:
+        join_splits_kernel[(tiles.shape[0] * tile_rows, num_heads)](
             out,
             partial,
             stats,
             tiles,
             positions,
-            split_len,
             partial.stride(0),
             stats.stride(0),
             tile_rows,
-            NUM_SPLITS=num_splits,
-            ALIGN=blocks["ALIGN"],
             BLOCK_D=blocks["BLOCK_D"],
             num_warps=4,
             **shape,

@@ -1,9 +1,13 @@
-"""Triton kernels of ragged paged attention: one over (tile, KV head, split), and one that merges the splits.
+"""Triton kernels of ragged paged attention: one over (tile, KV head, program), and one that joins their splits.
 
 Semantics, tables and launch: ragged_attention.py. A program folds its tile's rows and the G query heads of its KV head
 into one M dimension, m = row * G + head, so K and V are read once. Online softmax (Milakov & Gimelshein 2018) in fp32
-and base 2; splits along keys as Flash-Decoding (Dao et al. 2023). Invariant: a key that no row of the tile sees is not
-read, and a block of keys that a row does not see leaves that row's bits as they were.
+and base 2 within a split; splits along keys as Flash-Decoding (Dao et al. 2023), but of fixed ranges of keys.
+
+Invariants: a key that no row of the tile sees is not read, and a block or split of keys that a row does not see leaves
+that row's bits as they were. Every sum of a row has one order, whatever the tile's size: products are sums over k in
+the matrix unit, also that of the weights (with a column of ones: a reduction's order would follow the layout), and
+splits are joined by explicit multiply-adds, the same in both kernels.
 """
 
 from __future__ import annotations
@@ -11,16 +15,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_JOINED_AT_ONCE = tl.constexpr(8)  # splits that are read together, so that one does not wait for the other
+
+
+@triton.jit
+def _shifted(top):
+    """What to subtract before exp2: the maximum so far, 0 where no key was seen yet."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _dot(a, b, acc, IEEE: tl.constexpr):
+    if IEEE:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
 
 @triton.jit
 def ragged_attention_kernel(
-    out, partial, stats, q, k_cache, v_cache, tiles, positions, block_tables, split_len, scale_log2,
+    out, partial, stats, q, k_cache, v_cache, tiles, positions, block_tables, scale_log2,
     q_stride, k_stride, v_stride, table_stride, partial_stride, stats_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, IS_SPLIT: tl.constexpr, IEEE: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, SPLIT_LEN: tl.constexpr, IS_SHARED: tl.constexpr, IEEE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, KV heads, splits). WINDOW 0: no window."""
+    """Grid (tiles, KV heads, programs): program i has the tile's splits i, i + programs, ... WINDOW 0: no window."""
     tile = tiles + tl.program_id(0) * 3
     first = tl.load(tile)
     end = tl.load(tile + 1)
@@ -28,19 +49,24 @@ def ragged_attention_kernel(
     if sequence < 0:
         return
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
     begin = 0  # the first key that any row of the tile sees
     if WINDOW > 0:
         begin = tl.maximum(tl.load(positions + first).to(tl.int32) - WINDOW + 1, 0)
     stop = tl.load(positions + end - 1).to(tl.int32) + 1
-    lo = begin // ALIGN * ALIGN
-    if IS_SPLIT:
-        length = tl.load(split_len)
-        lo += split * length
-        # The last split takes whatever is left, so a split_len that is too small costs time, not correctness.
-        stop = tl.where(split < tl.num_programs(2) - 1, tl.minimum(stop, lo + length), stop)
-    if lo >= stop:
+    first_split = begin // SPLIT_LEN
+    last_split = (stop - 1) // SPLIT_LEN
+    split = first_split
+    step = 1
+    if IS_SHARED:
+        split += tl.program_id(2)
+        step = tl.num_programs(2)
+    if split > last_split:
         return
+    BLOCKS: tl.constexpr = SPLIT_LEN // BLOCK_N  # of a split
+    num_splits = (last_split - split) // step + 1  # of this program
+    newest = split + (num_splits - 1) * step
+    of_newest = tl.minimum(BLOCKS, (stop - newest * SPLIT_LEN + BLOCK_N - 1) // BLOCK_N)
+    num_blocks = (num_splits - 1) * BLOCKS + of_newest
 
     m = tl.arange(0, BLOCK_M)
     rows = first + m // GROUP
@@ -53,14 +79,21 @@ def ragged_attention_kernel(
     if BLOCK_D != HEAD_DIM:
         q_mask = q_mask & (d < HEAD_DIM)[None, :]
     q_tile = tl.load(q + rows[:, None] * q_stride + (heads * HEAD_DIM)[:, None] + d[None, :], mask=q_mask, other=0.0)
+    entry = rows * NUM_HEADS + heads
 
     table = block_tables + sequence.to(tl.int64) * table_stride
     k_base = k_cache + kv_head * HEAD_DIM
     v_base = v_cache + kv_head * HEAD_DIM
+    ones = tl.full((BLOCK_N, 16), 1.0, dtype=v_cache.dtype.element_ty)
+    is_first_column = tl.arange(0, 16)[None, :] == 0
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    totals = tl.zeros((BLOCK_M, 16), dtype=tl.float32)  # each column the same
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for start in range(lo, stop, BLOCK_N):
+    joined_top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    joined_total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    joined = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for block_idx in range(0, num_blocks):
+        start = (split + block_idx // BLOCKS * step) * SPLIT_LEN + block_idx % BLOCKS * BLOCK_N
         n = start + tl.arange(0, BLOCK_N)
         is_key = n < stop
         if WINDOW > 0:
@@ -72,46 +105,50 @@ def ragged_attention_kernel(
             kv_mask = kv_mask & (d < HEAD_DIM)[None, :]
         k = tl.load(k_base + kv_positions[:, None] * k_stride + d[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_base + kv_positions[:, None] * v_stride + d[None, :], mask=kv_mask, other=0.0)
-        if IEEE:
-            scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
-        else:
-            scores = tl.dot(q_tile, tl.trans(k))
+        scores = _dot(q_tile, tl.trans(k), None, IEEE)
         visible = is_key[None, :] & (n[None, :] <= last_key[:, None])
         if WINDOW > 0:
             visible = visible & (n[None, :] > (last_key - WINDOW)[:, None])
         scores = tl.where(visible, scores * scale_log2, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
-        weights = tl.exp2(scores - shift[:, None])
+        shift = _shifted(new_top)
+        weights = tl.exp2(scores - shift[:, None]).to(v.dtype)
         decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(weights, axis=1)
-        acc = acc * decay[:, None]
-        if IEEE:
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(weights.to(v.dtype), v, acc)
+        totals = _dot(weights, ones, totals * decay[:, None], IEEE)
+        acc = _dot(weights, v, acc * decay[:, None], IEEE)
         top = new_top
+        if (block_idx % BLOCKS == BLOCKS - 1) | (block_idx == num_blocks - 1):  # a split is done
+            total = tl.sum(tl.where(is_first_column, totals, 0.0), axis=1)
+            if IS_SHARED:
+                at = (start // SPLIT_LEN - first_split).to(tl.int64)
+                target = partial + at * partial_stride + entry[:, None] * HEAD_DIM + d[None, :]
+                tl.store(target, acc, mask=q_mask)
+                stat = stats + at * stats_stride + entry * 2
+                tl.store(stat, top, mask=row_mask)
+                tl.store(stat + 1, total, mask=row_mask)
+            else:
+                new_top = tl.maximum(joined_top, top)
+                shift = _shifted(new_top)
+                before, now = tl.exp2(joined_top - shift), tl.exp2(top - shift)
+                joined = tl.fma(joined, tl.broadcast_to(before[:, None], joined.shape), acc * now[:, None])
+                joined_total = tl.fma(joined_total, before, total * now)
+                joined_top = new_top
+            top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+            totals = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+            acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
 
-    entry = rows * NUM_HEADS + heads
-    if IS_SPLIT:
-        target = partial + split.to(tl.int64) * partial_stride + entry[:, None] * HEAD_DIM + d[None, :]
-        tl.store(target, acc, mask=q_mask)
-        stat = stats + split.to(tl.int64) * stats_stride + entry * 2
-        tl.store(stat, top, mask=row_mask)
-        tl.store(stat + 1, total, mask=row_mask)
-    else:
-        acc = acc / total[:, None]
+    if not IS_SHARED:
         target = out + entry[:, None] * HEAD_DIM + d[None, :]
-        tl.store(target, acc.to(out.dtype.element_ty), mask=q_mask)
+        tl.store(target, (joined / joined_total[:, None]).to(out.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit(do_not_specialize=["tile_rows"])
-def merge_splits_kernel(
-    out, partial, stats, tiles, positions, split_len, partial_stride, stats_stride, tile_rows,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_D: tl.constexpr,
+def join_splits_kernel(
+    out, partial, stats, tiles, positions, partial_stride, stats_stride, tile_rows,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SPLIT_LEN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles * tile_rows, query heads): all splits of a row's head at once, summed in one fixed order."""
+    """Grid (tiles * tile_rows, query heads): the splits of a row's head in ascending order."""
     tile = tiles + tl.program_id(0) // tile_rows * 3
     first = tl.load(tile)
     end = tl.load(tile + 1)
@@ -121,17 +158,31 @@ def merge_splits_kernel(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(tl.load(positions + first).to(tl.int32) - WINDOW + 1, 0)
-    num_keys = tl.load(positions + end - 1).to(tl.int32) + 1 - begin // ALIGN * ALIGN
-    splits = tl.arange(0, NUM_SPLITS)
-    is_used = splits * tl.load(split_len) < num_keys  # the others left nothing in scratch
+    num_splits = tl.load(positions + end - 1).to(tl.int32) // SPLIT_LEN - begin // SPLIT_LEN + 1
     entry = row.to(tl.int64) * NUM_HEADS + tl.program_id(1)
-    stat = stats + splits.to(tl.int64) * stats_stride + entry * 2
-    tops = tl.load(stat, mask=is_used, other=float("-inf"))
-    totals = tl.load(stat + 1, mask=is_used, other=0.0)
-    weights = tl.exp2(tops - tl.max(tops, axis=0))  # 0 for a split in which the row sees no key
     d = tl.arange(0, BLOCK_D)
-    mask = is_used[:, None] & (d < HEAD_DIM)[None, :]
-    source = partial + splits.to(tl.int64)[:, None] * partial_stride + entry * HEAD_DIM + d[None, :]
-    merged = tl.sum(tl.load(source, mask=mask, other=0.0) * weights[:, None], axis=0)
-    merged = merged / tl.sum(totals * weights, axis=0)
-    tl.store(out + entry * HEAD_DIM + d, merged.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+    top = tl.full((1,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((1,), dtype=tl.float32)
+    joined = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    places = tl.arange(0, _JOINED_AT_ONCE)
+    for start in range(0, num_splits, _JOINED_AT_ONCE):
+        splits = start + places
+        is_used = splits < num_splits  # the others left nothing in scratch
+        stat = stats + splits.to(tl.int64) * stats_stride + entry * 2
+        tops = tl.load(stat, mask=is_used, other=float("-inf"))
+        totals = tl.load(stat + 1, mask=is_used, other=0.0)
+        mask = is_used[:, None] & (d < HEAD_DIM)[None, :]
+        source = partial + splits.to(tl.int64)[:, None] * partial_stride + entry * HEAD_DIM + d[None, :]
+        parts = tl.load(source, mask=mask, other=0.0)
+        for place in tl.static_range(_JOINED_AT_ONCE):
+            is_it = places == place
+            its_top = tl.max(tl.where(is_it, tops, float("-inf")), axis=0)
+            its_total = tl.sum(tl.where(is_it, totals, 0.0), axis=0)
+            part = tl.sum(tl.where(is_it[:, None], parts, 0.0), axis=0)
+            new_top = tl.maximum(top, its_top)
+            shift = _shifted(new_top)
+            before, now = tl.exp2(top - shift), tl.exp2(its_top - shift)
+            joined = tl.fma(joined, tl.broadcast_to(before, joined.shape), part * now)
+            total = tl.fma(total, before, its_total * now)
+            top = new_top
+    tl.store(out + entry * HEAD_DIM + d, (joined / total).to(out.dtype.element_ty), mask=d < HEAD_DIM)

@@ -12,7 +12,7 @@ from elementwise_cases import HEADS, TOLERANCE
 from triton_process import needs_triton
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
-from specserve.kernels.ragged_attention import block_parameters, choose_splits, split_len_for
+from specserve.kernels.ragged_attention import MAX_SPLITS, block_parameters, choose_programs, choose_split_len
 
 ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256))
 
@@ -51,9 +51,9 @@ def test_an_unknown_activation_is_refused():
 @needs_triton
 @pytest.mark.parametrize("window", [None, 1, 100])
 @pytest.mark.parametrize("case", CASES)
-def test_cuda_attention_of_ragged_rows_in_any_number_of_splits(case, window):
+def test_cuda_attention_of_ragged_rows_by_any_number_of_programs(case, window):
     scene = attention_cases.make_scene(CASES[case], (6, 2, 16), torch.float32, "cuda")
-    attention_cases.check(scene, window, (1, 2, 4, 32), split_len=64 if case == "mixed" else None)
+    attention_cases.check(scene, window, (1, 2, 4, 32), split_len=64 if case == "mixed" else 256)
 
 
 @pytest.mark.gpu
@@ -77,30 +77,31 @@ def test_cuda_attention_of_tile_sizes(tile_rows):
 @needs_triton
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(window):
-    attention_cases.check_same_row_alone(torch.bfloat16, (32, 8, 128), window, "cuda")
+    attention_cases.check_same_row_alone(torch.bfloat16, (32, 8, 128), window, "cuda", (1, 4, 8, 16, 32))
 
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_cuda_attention_replays_in_a_graph_with_other_tables(num_splits):
-    attention_cases.check_other_tables(num_splits, "cuda")
+@pytest.mark.parametrize("num_programs", [1, 4])
+def test_cuda_attention_replays_in_a_graph_with_other_tables(num_programs):
+    attention_cases.check_other_tables(num_programs, "cuda")
 
 
-def test_splits_fill_the_device_and_no_more():
-    assert choose_splits(1, 8, 132) == 32 and choose_splits(8, 8, 132) == 8
-    assert choose_splits(64, 8, 132) == 1 and choose_splits(0, 8, 132) == 32
+def test_programs_fill_the_device_and_no_more():
+    small = {"row_bytes": 1 << 17, "num_rows": 8}
+    assert choose_programs(1, 8, 132, **small) == 32 and choose_programs(8, 8, 132, **small) == 8
+    assert choose_programs(64, 8, 132, **small) == 1 and choose_programs(0, 8, 132, **small) == 32
     for tiles in range(1, 300, 7):
-        num_splits = choose_splits(tiles, 3, 132)
-        assert num_splits == 32 or 2 * 132 <= tiles * 3 * num_splits < 4 * 132 or num_splits == 1
+        num = choose_programs(tiles, 3, 132, **small)
+        assert num == 32 or 2 * 132 <= tiles * 3 * num < 4 * 132 or num == 1
+    assert choose_programs(8, 8, 132, row_bytes=1 << 17, num_rows=1024) == 1  # more partial results than there is room
 
 
-def test_split_lengths_hold_the_longest_range():
-    for num_splits in (1, 2, 32):
-        for max_keys in (1, 64, 256, 257, 4096, 32769):
-            length = split_len_for(max_keys, num_splits)
-            assert length % 64 == 0 and length >= 256 and length * num_splits >= max_keys
-    assert split_len_for(32768, 32) == 1024
+def test_splits_hold_the_longest_context():
+    for max_model_len in (1, 64, 256, 257, 8192, 8193, 40_960, 131_072):
+        length = choose_split_len(max_model_len)
+        assert length & (length - 1) == 0 and 256 <= length and max_model_len <= length * MAX_SPLITS
+    assert choose_split_len(8192) == 256 and choose_split_len(131_072) == 4096
 
 
 def test_tiles_that_are_too_large_are_refused():

@@ -127,25 +127,25 @@ def compile_attention(dtype: str) -> None:
     pointer, itemsize = f"*{dtype}", 2 if dtype == "bf16" else 4
     pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), pointer)
     pointers |= dict.fromkeys(("partial", "stats"), "*fp32") | dict.fromkeys(("tiles", "block_tables"), "*i32")
-    pointers |= {"positions": "*i64", "split_len": "*i32"}
+    pointers |= {"positions": "*i64"}
     cases = (ATTENTION if itemsize == 2 else ATTENTION[:3:2]) if IS_ALL else ATTENTION[3:4]
     for num_heads, num_kv_heads, head_dim, tile_rows in cases:
         blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        for window, num_splits in ((0, 1), (512, 8)):
-            shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window}
+        for window, num_programs in ((0, 1), (512, 8)):
+            shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "SPLIT_LEN": 256}
             constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
-            constants |= {"IEEE": itemsize == 4, "IS_SPLIT": num_splits > 1}
+            constants |= {"IEEE": itemsize == 4, "IS_SHARED": num_programs > 1}
             kernel = ragged_attention_triton.ragged_attention_kernel
             figures = compile_kernel(kernel, pointers, constants, ("scale_log2",), **options)
-            name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} splits {num_splits}"
+            name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} programs {num_programs}"
             report(name, figures, may_spill=itemsize == 4)  # without matrix instructions, and only for checks
             if itemsize == 2:
                 assert figures["mma"] or figures["wgmma"], "no matrix instructions"
                 assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
-        constants = shape | {name: blocks[name] for name in ("ALIGN", "BLOCK_D")} | {"NUM_SPLITS": 8}
-        figures = compile_kernel(ragged_attention_triton.merge_splits_kernel, pointers, constants, num_warps=4)
-        report(f"merge_splits {dtype} {head_dim}", figures)
+        constants = shape | {"BLOCK_D": blocks["BLOCK_D"]}
+        figures = compile_kernel(ragged_attention_triton.join_splits_kernel, pointers, constants, num_warps=4)
+        report(f"join_splits {dtype} {head_dim}", figures)
 
 
 if __name__ == "__main__":

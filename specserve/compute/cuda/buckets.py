@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.ragged_attention import choose_splits
+from ...kernels.ragged_attention import choose_programs, scratch_row_bytes
 from ...kernels.tiles import max_tiles
 from ...model.config import ModelConfig
 from ..decoder_weights import GROUPS
@@ -75,6 +75,7 @@ class Buckets:
 
     def __init__(self, config: ModelConfig, device: torch.device, slots: DeviceAdapterSlots, max_seqs: int):
         self._slots, self._max_seqs, self._num_kv_heads = slots, max_seqs, config.num_kv_heads
+        self._scratch_row_bytes = scratch_row_bytes(config.num_heads, config.head_dim)
         largest = max(_FEW_ROWS[-1], _MOST_FOLDED // (config.num_heads // config.num_kv_heads))
         self._tile_rows = (*_FEW_ROWS, largest) if largest > _FEW_ROWS[-1] else _FEW_ROWS
         is_cuda = device.type == "cuda"
@@ -100,9 +101,17 @@ class Buckets:
         """Places for tiles of attention."""
         return min(bucket.num_rows, max_tiles(bucket.num_rows, bucket.tile_rows, self._max_seqs))
 
-    def num_splits(self, bucket: Bucket) -> int:
-        """Splits of attention's keys."""
-        return choose_splits(self.num_tiles(bucket), self._num_kv_heads, self._num_sms)
+    def num_programs(self, bucket: Bucket) -> int:
+        """Programs that share the splits of a tile of attention."""
+        return choose_programs(
+            self.num_tiles(bucket), self._num_kv_heads, self._num_sms, self._scratch_row_bytes, bucket.num_rows
+        )
+
+    def most_shared(self, max_rows: int) -> int:
+        """Rows of the largest step whose tiles of attention several programs share."""
+        buckets = (self._bucket(num_rows, self._tile_rows[0], 0) for num_rows in ROW_BUCKETS if num_rows <= max_rows)
+        wide = (self._bucket(num_rows, self._tile_rows[-1], 0) for num_rows in ROW_BUCKETS if num_rows <= max_rows)
+        return max((b.num_rows for b in (*buckets, *wide) if self.num_programs(b) > 1), default=1)
 
     def _bucket(self, num_rows: int, tile_rows: int, num_segments: int) -> Bucket:
         return Bucket(num_rows, tile_rows, num_segments, self._groups() if num_segments else frozenset())

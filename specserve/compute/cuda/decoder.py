@@ -36,9 +36,9 @@ class RowInputs:
     tile_rows: int
     block_tables: torch.Tensor  # [seats, N] int32
     block_size: int
-    split_len: torch.Tensor  # [1] int32, keys in a split of attention
-    num_splits: int
-    scratch: tuple[torch.Tensor, torch.Tensor] | None  # of attention
+    split_len: int  # keys in a split of attention
+    num_programs: int  # that share a tile's splits
+    scratch: tuple[torch.Tensor, torch.Tensor]  # of these programs
     lora: DeviceLoraBatch | None  # None: no row has an adapter
 
 
@@ -127,12 +127,12 @@ class TritonDecoder(DecoderWeights):
             rows.tiles,
             rows.positions,
             rows.block_tables,
-            rows.split_len,
             rows.scratch,
             block_size=rows.block_size,
             scale=config.attention_scale,
             window=config.windows[idx],
-            num_splits=rows.num_splits,
+            split_len=rows.split_len,
+            num_programs=rows.num_programs,
             tile_rows=rows.tile_rows,
         )
         return out

@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 
-from ...kernels.ragged_attention import attention_scratch
+from ...kernels.ragged_attention import attention_scratch, choose_split_len
 from ...kernels.tiles import build_tiles_
 from ..kv_cache import KVCache
 from .buckets import Bucket, Buckets
@@ -27,7 +27,7 @@ _MOST_CAPTURING = 0.1  # of the time
 
 
 class LayersPart:
-    """The layers of `decoder` over up to `max_rows` rows.
+    """The layers of `decoder` over up to `max_rows` rows of sequences of up to `max_model_len` tokens.
 
     `sampled` [L] int64 are the tokens of the step before, which a row may name by its place there: token -1 - i is
     sampled[i]. `seats` has the sequences' blocks; those that are new with the rows are put there first.
@@ -44,6 +44,7 @@ class LayersPart:
         buckets: Buckets,
         graphs: GraphCache,
         max_rows: int,
+        max_model_len: int,
     ):
         config, device, dtype = decoder.config, decoder.device, decoder.compute_dtype
         self._decoder, self._kv, self._rows, self._seats = decoder, kv, rows, seats
@@ -52,7 +53,8 @@ class LayersPart:
         self._attention_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
         self._lora_tiles = slots.new_tiles(max_rows)
         self._residual = torch.zeros(max_rows, config.hidden_size, dtype=torch.float32, device=device)
-        self._scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor] | None] = {}
+        self._split_len = choose_split_len(max_model_len)
+        self._scratch = attention_scratch(buckets.most_shared(max_rows), config.num_heads, config.head_dim, device)
         self._stand_ins: dict[Bucket, Bucket] = {}  # captured, of buckets that are not
         self._missed: Counter[Bucket] = Counter()
         self._rest_until = 0.0  # time.perf_counter(), before the next capture
@@ -103,7 +105,7 @@ class LayersPart:
             self._rest_until = now + (now - start) / _MOST_CAPTURING
 
     def _launch(self, bucket: Bucket) -> None:
-        num_rows, num_splits = bucket.num_rows, self._buckets.num_splits(bucket)
+        num_rows, num_programs = bucket.num_rows, self._buckets.num_programs(bucket)
         fields = self._rows.device(num_rows)
         self._seats.flat.index_copy_(0, fields["new_places"], fields["new_blocks"])
         tiles = self._attention_tiles[: self._buckets.num_tiles(bucket)]
@@ -122,19 +124,10 @@ class LayersPart:
             tile_rows=bucket.tile_rows,
             block_tables=self._seats.tables,
             block_size=self._rows.block_size,
-            split_len=fields["split_len"],
-            num_splits=num_splits,
-            scratch=self._attention_scratch(num_splits, num_rows),
+            split_len=self._split_len,
+            num_programs=num_programs,
+            scratch=self._scratch,
             lora=lora,
         )
         taps = dict(zip(self.tap_layers, self.taps[:, :num_rows].unbind(0), strict=True))
         self._decoder.forward_rows(rows, self._kv, self._residual[:num_rows], self.hidden[:num_rows], taps)
-
-    def _attention_scratch(self, num_splits: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        key = num_splits, num_rows
-        if key not in self._scratch:
-            config = self._decoder.config
-            self._scratch[key] = attention_scratch(
-                num_splits, num_rows, config.num_heads, config.head_dim, self._decoder.device
-            )
-        return self._scratch[key]

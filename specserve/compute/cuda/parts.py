@@ -61,7 +61,9 @@ class DeviceParts:
         buckets = Buckets(config, device, slots, limits.max_seqs)
         rows = StepRows(max_rows, kv.block_size, seats.nowhere, device)
         sampled = SampledTokens(most_logits(max_rows, config.vocab_size), device)
-        layers = LayersPart(decoder, kv, rows, sampled.tokens, seats, slots, buckets, graphs, max_rows)
+        layers = LayersPart(
+            decoder, kv, rows, sampled.tokens, seats, slots, buckets, graphs, max_rows, limits.max_model_len
+        )
         logits = LogitsPart(decoder, layers, slots, graphs, sampled.num_rows)
         pooled = PooledPart(layers.hidden, limits.max_seqs)
         return cls(decoder, max_rows, slots, graphs, seats, buckets, rows, sampled, layers, logits, pooled)

@@ -12,7 +12,6 @@ import functools
 import numpy as np
 import torch
 
-from ...kernels.ragged_attention import split_len_for
 from ..row_lists import RowLists
 from .buffers import Layout, Page
 from .seats import Seats
@@ -46,7 +45,6 @@ class StepRows:
         seats: Seats,
         row_seats: np.ndarray,
         row_slots: np.ndarray,
-        num_splits: int,
     ) -> None:
         """The rows of a step, with the seats of their sequences and the slots of their adapters, and padding."""
         num_rows = len(rows.tokens)
@@ -56,13 +54,11 @@ class StepRows:
         places, blocks = seats.take_new(len(host["new_places"]))
         host["new_places"][: len(places)], host["new_blocks"][: len(blocks)] = places, blocks
         self._pad(host, num_rows, len(places))
-        host["split_len"][0] = split_len_for(int(rows.positions.max()) + 1, num_splits)
 
     def upload_padding(self, num_rows: int) -> None:
         """Inputs of a step of nothing but padding."""
         host = self.host(num_rows)
         self._pad(host, 0, 0)
-        host["split_len"][0] = split_len_for(1, 1)
         self.upload(num_rows)
 
     def _pad(self, host: dict[str, np.ndarray], start: int, num_new: int) -> None:
@@ -83,6 +79,5 @@ def _layout(num_rows: int) -> Layout:
             "row_slots": (num_rows, torch.int32),
             "new_places": (num_rows, torch.int64),
             "new_blocks": (num_rows, torch.int32),
-            "split_len": (1, torch.int32),
         }
     )

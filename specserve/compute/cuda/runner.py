@@ -91,6 +91,6 @@ class DeviceRunner:
         host = parts.rows.host(bucket.num_rows)
         seats, rows = parts.seats.seat([item.seq for item in items]), RowLists.of(items, counts)
         row_slots = np.array(slots)[rows.items]
-        parts.rows.fill(host, rows, parts.seats, seats[rows.items], row_slots, parts.buckets.num_splits(bucket))
+        parts.rows.fill(host, rows, parts.seats, seats[rows.items], row_slots)
         parts.rows.upload(bucket.num_rows)
         return seats, row_slots, rows.ends
