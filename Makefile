@@ -78,7 +78,7 @@ lint: $(LINT_INSTALLED)  ## check style and types
 audit: $(INSTALLED)  ## look what is installed up among known vulnerabilities (docs/security.md#dependencies)
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.9'
-	.venv-audit/bin/pip-audit --path $(VENV)/lib/python*/site-packages --skip-editable --progress-spinner off $(ARGS)
+	.venv-audit/bin/python tests/audit/audit_installed.py $(BIN)/python
 
 docs:  ## build the documentation as a site in build/site; a warning is an error
 	$(PYTHON) -m venv .venv-docs
