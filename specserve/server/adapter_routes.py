@@ -67,6 +67,7 @@ class AdapterRoutes:
             size_bytes=known.size_bytes if known is not None else None,
             content_hash=known.content_hash if known is not None else None,
             max_rank=known.max_rank if known is not None else None,
+            adapter_type=known.adapter_type if known is not None else None,
             running=state.num_requests if state is not None else 0,
             uses=uses.num_uses,
             last_used=int(uses.last_used) if uses.num_uses else None,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from ...adapter_files import ExampleRole
+from ...adapter_kinds import AdapterType
 from ...messages import AdapterInfo, TokenTrace
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
@@ -208,6 +209,7 @@ class AdapterEntry(msgspec.Struct, forbid_unknown_fields=True):
     size_bytes: int | None  # in memory, head and history included
     content_hash: str | None
     max_rank: int | None
+    adapter_type: AdapterType | None  # what it is for
     running: int  # requests with this content that run, or wait to
     uses: int  # requests since the server started
     last_used: int | None  # seconds since 1970

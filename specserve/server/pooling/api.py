@@ -6,19 +6,17 @@ text-embeddings-inference and LoRAX, whose bodies have other fields: `texts` and
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Any
 
-from aiohttp import web
-
 from ...adapter_kinds import AdapterType
 from ...errors import UserError
-from ..access.caller import Caller, caller_of
-from ..http_body import convert, json_response, read_body
+from ..access.caller import Caller
+from ..http_body import convert
 from ..routes import Answer, Handler
 from .answers import best_first, classification, cosines, everything, scores, vectors
 from .fields import activation, cut_of, is_query, sides
+from .handlers import handler_of
 from .pooler import Pooler, Wanted
 from .request_types import (
     ClassifyRequest,
@@ -64,14 +62,16 @@ class PoolingRoutes:
 
     def handlers(self) -> dict[str, Handler]:
         """Handlers by the names that the route table gives them."""
+        config, tei = self._pooler.config, self._tei
+        rerank_v2 = partial(self.rerank, version="2", returns_documents=False)
         return {
-            "embeddings": self._handler(self.embeddings),
-            "rerank_v1": self._handler(self.rerank),
-            "rerank_v2": self._handler(partial(self.rerank, version="2", returns_documents=False)),
-            "rerank": self._handler(self.rerank, "texts", self._tei.rerank),
-            "score": self._handler(self.score),
-            "classify": self._handler(self.classify, "inputs", self._tei.lorax_classify),
-            "pooling": self._handler(self.pooling),
+            "embeddings": handler_of(config, self.embeddings),
+            "rerank_v1": handler_of(config, self.rerank),
+            "rerank_v2": handler_of(config, rerank_v2),
+            "rerank": handler_of(config, self.rerank, "texts", tei.rerank),
+            "score": handler_of(config, self.score),
+            "classify": handler_of(config, self.classify, "inputs", tei.lorax_classify),
+            "pooling": handler_of(config, self.pooling),
         }
 
     def answers(self) -> dict[str, Answer]:
@@ -84,24 +84,12 @@ class PoolingRoutes:
             "/pooling": self.pooling,
         }
 
-    def _handler(self, answer: Answer, other_field: str = "", other: Answer | None = None) -> Handler:
-        """`other` answers bodies with that field, in LoRAX's shape."""
-
-        async def handle(request: web.Request) -> web.Response:
-            value = await read_body(request, self._pooler.config)
-            if other is not None and isinstance(value, dict) and other_field in value:
-                request["errors"] = "lorax"
-                return await asyncio.to_thread(json_response, await other(value, caller_of(request)))
-            return await asyncio.to_thread(json_response, await answer(value, caller_of(request)))
-
-        return handle
-
     async def embeddings(self, value: Any, caller: Caller) -> EmbeddingResponse:
         body = convert(value, EmbeddingRequest)
         wanted = Wanted("embeddings", "embd", ("embed",), body.pooling, activation(body), body.dimensions)
         texts = texts_or_ids(body.input, "input", is_query(body.input_type, body.prompt_name))
         done = await self._pooler.pool(body, caller, texts, wanted, cut_of(body))
-        found = await asyncio.to_thread(vectors, done, body.encoding_format)
+        found = await done.shaped(vectors, done, body.encoding_format)
         data = [Embedding(idx, vector) for idx, vector in enumerate(found)]
         return EmbeddingResponse(data, done.job.model, done.usage())
 
@@ -120,7 +108,7 @@ class PoolingRoutes:
         texts = listed(documents, "documents", query=body.query)
         cut = cut_of(body, cuts=body.truncation is not False, max_document_tokens=body.max_tokens_per_doc)
         done = await self._pooler.pool(body, caller, texts, RERANK, cut)
-        values = await asyncio.to_thread(scores, done, body.use_activation is False)
+        values = await done.shaped(scores, done, body.use_activation is False)
         order = best_first(values)[: body.top_n or None]
         shows = body.return_documents if body.return_documents is not None else returns_documents
         results = [RankedResult(idx, values[idx]) for idx in order]
@@ -157,7 +145,7 @@ class PoolingRoutes:
             found = done.values()
             return cosines(found[: len(first)], found[len(first) :])
 
-        data = [Score(idx, score) for idx, score in enumerate(await asyncio.to_thread(values))]
+        data = [Score(idx, score) for idx, score in enumerate(await done.shaped(values))]
         return ScoreResponse(done.job.id, done.job.created, done.job.model, data, done.usage())
 
     async def classify(self, value: Any, caller: Caller) -> ClassifyResponse:
@@ -169,7 +157,7 @@ class PoolingRoutes:
         def shape() -> list[Any]:
             return [classification(idx, questions, outputs, is_raw) for idx, outputs in enumerate(done.values())]
 
-        data = await asyncio.to_thread(shape)
+        data = await done.shaped(shape)
         return ClassifyResponse(done.job.id, done.job.created, done.job.model, data, done.usage())
 
     async def pooling(self, value: Any, caller: Caller) -> PoolingResponse:
@@ -180,6 +168,6 @@ class PoolingRoutes:
         kinds, is_raw = TASKS[body.task], activation(body) is False
         wanted = Wanted("pooling", "pool", kinds, normalize=activation(body), dimensions=body.dimensions)
         done = await self._pooler.pool(body, caller, texts_or_ids(body.input, "input"), wanted, cut_of(body))
-        found = await asyncio.to_thread(everything, done, is_raw, body.encoding_format)
+        found = await done.shaped(everything, done, is_raw, body.encoding_format)
         data = [PooledText(idx, values) for idx, values in enumerate(found)]
         return PoolingResponse(done.job.id, done.job.created, done.job.model, data, done.usage())

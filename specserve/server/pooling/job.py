@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ...adapter_kinds import AdapterType, PoolingInfo
 from ...messages import AdapterInfo
@@ -13,6 +14,9 @@ from ...pooled_values import floats
 from ...pooling_messages import Pooled, PoolRequest
 from ..access.caller import Caller
 from .response_types import PoolingUsage
+
+SHORT_ANSWER = 4  # texts
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -29,6 +33,7 @@ class PoolingJob:
     requests: list[PoolRequest]
     cut: list[int]  # which texts were cut
     deadline: float | None = None  # of time.monotonic()
+    names: list[str] = field(default_factory=list)  # of the texts, as errors call them
     span_settings: Mapping[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -64,6 +69,10 @@ class PooledTexts:
 
     def values(self) -> list[list[float]]:
         return [floats(each.values).tolist() for each in self.pooled]
+
+    async def shaped(self, shape: Callable[..., T], *args: object) -> T:
+        """`shape(*args)` on a thread, or here where the answer is short and that is sooner done."""
+        return shape(*args) if len(self.pooled) <= SHORT_ANSWER else await asyncio.to_thread(shape, *args)
 
     def usage(self) -> PoolingUsage:
         num = self.job.num_prompt_tokens

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import msgspec
+
 from ...adapter_kinds import AdapterType, PoolingInfo, PoolingType, check_base, check_kind
-from ...errors import UserError
+from ...errors import UserError, from_info
 from ...messages import AdapterInfo, Together
 from ...pooling_messages import BASE_POOLING, Pooled, PoolingParams, PoolRequest
 from ..access.caller import Caller
@@ -21,7 +23,7 @@ from ..generation.generator import Generator, before_deadline
 from ..openai.conversion import check_cache_salt, priority_of, refuse_unserved
 from .job import PooledTexts, PoolingJob
 from .request_types import UNSUPPORTED, PoolingFields
-from .texts import Cut, Text, num_chars, tokenized
+from .texts import Cut, Text, reading_size, tokenized
 
 _BASE = PoolingInfo(pooling=BASE_POOLING, num_outputs=0)  # how the base model wants a text: as it is
 
@@ -76,9 +78,8 @@ class Pooler:
         kind, pooling = _kind_of(adapter, adapter_info, wanted.kinds)
         texts = texts_of(kind) if callable(texts_of) else texts_of
         params = _params(wanted, kind, adapter, adapter_info, info.hidden_size)
-        read = await generator.prompts.read(
-            tokenizer, num_chars(texts), tokenized, texts, tokenizer, kind, pooling, info, cut
-        )
+        args = (texts, tokenizer, kind, pooling, info, cut)
+        read = await generator.prompts.read(tokenizer, reading_size(texts), tokenized, *args)
         job_id, num = f"{wanted.id_prefix}-{uuid.uuid4().hex}", len(texts)
         together = Together(job_id, num, sum(map(len, read.ids))) if num > 1 else None
         requests = [
@@ -100,6 +101,7 @@ class Pooler:
         settings = {} if wanted.dimensions is None else {"gen_ai.embeddings.dimension.count": wanted.dimensions}
         return PoolingJob(
             *(job_id, name, wanted.operation, kind, adapter, adapter_info, caller, requests, read.cut, deadline),
+            names=[text.name for text in texts],
             span_settings=settings,
         )
 
@@ -108,7 +110,12 @@ class Pooler:
 
             async def one(idx: int, request: PoolRequest) -> Pooled:
                 async with aclosing(self._generator.sequences.pool(request, job.adapter)) as answers:
-                    pooled = await anext(answers)
+                    try:
+                        pooled = await anext(answers)
+                    except UserError as error:
+                        if error.code == "model_failure":
+                            raise _failed(job, idx, error) from None
+                        raise
                 account.pooled(idx, pooled)
                 return pooled
 
@@ -120,6 +127,13 @@ class Pooler:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failed(job: PoolingJob, idx: int, error: UserError) -> UserError:
+    """The error of one text, which says which one."""
+    who = "the base model" if job.adapter is None else f"adapter {job.adapter!r}"
+    info = error.info()
+    return from_info(msgspec.structs.replace(info, message=f"{job.names[idx]}, {who}: {info.message}"))
 
 
 def _kind_of(

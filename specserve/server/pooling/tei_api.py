@@ -6,21 +6,19 @@ client sends both with every request; any other is text-embeddings-inference's. 
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, TypeVar
-
-from aiohttp import web
 
 from ...errors import UserError
 from ...pooled_values import probabilities
-from ..access.caller import Caller, caller_of
-from ..http_body import convert, json_response, read_body
+from ..access.caller import Caller
+from ..http_body import convert
 from ..lorax.api import BASE_MODEL
 from ..lorax.conversion import check_adapter_source
 from ..openai.conversion import refuse_unserved
-from ..routes import Answer, Handler
+from ..routes import Handler
 from .answers import as_function, best_first, chances, cosines, held, output_names, questions_of, scores
 from .fields import is_query
+from .handlers import handler_of
 from .job import PooledTexts
 from .pooler import Pooler, Wanted
 from .tei_types import (
@@ -54,19 +52,13 @@ class TeiRoutes:
 
     def handlers(self) -> dict[str, Handler]:
         """Handlers by the names that the route table gives them."""
+        config = self._pooler.config
         return {
-            "embed": self._handler(self.embed),
-            "predict": self._handler(self.predict),
-            "similarity": self._handler(self.similarity),
-            "classify_batch": self._handler(self.lorax_classify_batch),
+            "embed": handler_of(config, self.embed),
+            "predict": handler_of(config, self.predict),
+            "similarity": handler_of(config, self.similarity),
+            "classify_batch": handler_of(config, self.lorax_classify_batch),
         }
-
-    def _handler(self, answer: Answer) -> Handler:
-        async def handle(request: web.Request) -> web.Response:
-            value = await read_body(request, self._pooler.config)
-            return await asyncio.to_thread(json_response, await answer(value, caller_of(request)))
-
-        return handle
 
     async def embed(self, value: Any, caller: Caller) -> list[list[float]] | LoraxEmbedding:
         if isinstance(value, dict) and not value.keys().isdisjoint(("parameters", "stream")):
@@ -77,7 +69,7 @@ class TeiRoutes:
         texts = texts_or_ids(body.inputs, "inputs", is_query(None, body.prompt_name))
         wanted = Wanted("embeddings", "embd", ("embed",), normalize=body.normalize, dimensions=body.dimensions)
         done = await self._pooler.pool(body, caller, texts, wanted, _cut(body))
-        return await asyncio.to_thread(done.values)
+        return await done.shaped(done.values)
 
     async def rerank(self, value: Any, caller: Caller) -> list[TeiRank]:
         body = convert(value, TeiRerankRequest)
@@ -85,7 +77,7 @@ class TeiRoutes:
             raise UserError("query is empty; send a text", param="query")
         texts = listed(body.texts, "texts", query=body.query)
         done = await self._pooler.pool(body, caller, texts, RERANK, _cut(body))
-        values = await asyncio.to_thread(scores, done, body.raw_scores)
+        values = await done.shaped(scores, done, body.raw_scores)
         return [TeiRank(idx, values[idx], body.texts[idx] if body.return_text else None) for idx in best_first(values)]
 
     async def similarity(self, value: Any, caller: Caller) -> list[float]:
@@ -95,15 +87,15 @@ class TeiRoutes:
         source = listed(body.inputs.source_sentence, "inputs.source_sentence", is_query=as_query)
         texts = [*source, *listed(body.inputs.sentences, "inputs.sentences", is_query=as_query)]
         done = await self._pooler.pool(body, caller, texts, EMBED, _cut(parameters))
-        found = await asyncio.to_thread(done.values)
-        return await asyncio.to_thread(cosines, found[:1], found[1:])
+        found = await done.shaped(done.values)
+        return await done.shaped(cosines, found[:1], found[1:])
 
     async def predict(self, value: Any, caller: Caller) -> Predictions:
         body = convert(value, TeiPredictRequest)
         texts, is_batch = _predicted(body.inputs)
         wanted = Wanted("classify", "classify", ("rerank",) if texts[0].query is not None else ("classify",))
         done = await self._pooler.pool(body, caller, texts, wanted, _cut(body))
-        found = await asyncio.to_thread(_predictions, done, body)
+        found = await done.shaped(_predictions, done, body)
         return found if is_batch or body.parameters is not None else found[0]
 
     async def lorax_classify(self, value: Any, caller: Caller) -> list[LoraxEntity]:
@@ -114,7 +106,7 @@ class TeiRoutes:
     async def lorax_classify_batch(self, value: Any, caller: Caller) -> list[list[LoraxEntity]]:
         body = _of_lorax(convert(value, LoraxBatchRequest))
         done = await self._pooler.pool(body, caller, listed(body.inputs, "inputs"), CLASSIFY, Cut())
-        return await asyncio.to_thread(_entities, done, body.inputs)
+        return await done.shaped(_entities, done, body.inputs)
 
 
 L = TypeVar("L", LoraxTextRequest, LoraxBatchRequest)

@@ -95,9 +95,9 @@ def texts_or_ids(value: Any, name: str, is_query: bool = False) -> list[Text]:
     return found
 
 
-def num_chars(texts: Sequence[Text]) -> int:
-    """Of all that is read."""
-    return sum(len(text.text) + len(text.query or "") for text in texts)
+def reading_size(texts: Sequence[Text]) -> int:
+    """The characters of all that is read; each text costs something by itself."""
+    return sum(64 + len(text.text) + len(text.query or "") + len(text.token_ids or ()) for text in texts)
 
 
 def tokenized(

@@ -194,10 +194,11 @@ async def test_an_error_of_one_text_ends_the_request_and_aborts_the_others(clien
 
 
 async def test_a_score_head_that_gives_no_numbers_fails_its_request_alone(client):
-    error = UserError("adapter 'mood' gave a value that is not finite", status=500, code="model_failure")
+    error = UserError("values that are not finite", status=500, code="model_failure")
     error.type = "server_error"
     client.engine.refusals = [error]
-    await client.refused("/classify", {"model": "mood", "input": "A"}, 500, "not finite", code="model_failure")
+    sent = {"model": "mood", "input": ["A"]}
+    await client.refused("/classify", sent, 500, "input[0]", "'mood'", "not finite", code="model_failure")
     client.engine.refusals = [error]
     body = {"model": "mood", "inputs": "A"}
     await client.refused_as_lorax("/predict", body, "not finite", status=424, error_type="generation")
