@@ -29,7 +29,7 @@ from . import common, options
 from .gpu_timing import copy_bandwidth
 from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn
 
-WANTED = {1: 3.0, 8: 2.5, 32: 1.8, 128: 1.5, 256: 1.4}
+WANTED = {1: 4.5, 8: 3.0, 32: 2.0, 128: 1.5, 256: 1.3}
 WANTED_PEFT = 20.0
 
 
