@@ -16,6 +16,7 @@ _HOMES = {
     "RequestOutput": "llm.outputs",
     "CompletionOutput": "llm.outputs",
     "Logprob": "llm.outputs",
+    "PoolingOutput": "llm.pooled",
     "UserError": "errors",
 }
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "CompletionOutput",
     "LoRARequest",
     "Logprob",
+    "PoolingOutput",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from .llm.llm import LLM
     from .llm.outputs import CompletionOutput, Logprob, RequestOutput
     from .llm.params import LoRARequest, SamplingParams, StructuredOutputsParams
+    from .llm.pooled import PoolingOutput
 
 
 def __getattr__(name: str) -> Any:

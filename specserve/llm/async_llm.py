@@ -13,6 +13,7 @@ from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks
 from .front import Adapters, Front, Params, single
 from .outputs import RequestOutput
 from .params import SamplingParams
+from .pooled import ClassificationOutput, EmbeddingOutput, PoolingOutput, ScoringOutput
 from .service import Adapter, Ask
 
 
@@ -51,6 +52,43 @@ class AsyncLLM(Front):
         """As `LLM.chat`."""
         asks = chat_asks(messages, sampling_params, adapter_of(adapter, lora_request), fields)
         return await self._acall(lambda service: service.run(asks, lambda: None))
+
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        adapter: Adapter | None = None,
+        lora_request: Adapter | None = None,
+        **fields: Any,
+    ) -> list[PoolingOutput[EmbeddingOutput]]:
+        """As `LLM.embed`."""
+        given = adapter_of(adapter, lora_request)
+        return await self._acall(lambda service: service.pool("embed", (prompts,), given, fields))
+
+    async def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        adapter: Adapter | None = None,
+        lora_request: Adapter | None = None,
+        **fields: Any,
+    ) -> list[PoolingOutput[ClassificationOutput]]:
+        """As `LLM.classify`."""
+        given = adapter_of(adapter, lora_request)
+        return await self._acall(lambda service: service.pool("classify", (prompts,), given, fields))
+
+    async def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        adapter: Adapter | None = None,
+        lora_request: Adapter | None = None,
+        **fields: Any,
+    ) -> list[PoolingOutput[ScoringOutput]]:
+        """As `LLM.score`."""
+        given = adapter_of(adapter, lora_request)
+        return await self._acall(lambda service: service.pool("score", (data_1, data_2), given, fields))
 
     def generate_stream(
         self,

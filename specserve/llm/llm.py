@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from ..messages import AdapterInfo
 from ..server.stats.types import StatsResponse
@@ -18,6 +18,7 @@ from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks
 from .front import Adapters, Front, Params, single
 from .outputs import RequestOutput
 from .params import SamplingParams
+from .pooled import ClassificationOutput, EmbeddingOutput, PoolingOutput, ScoringOutput
 from .service import Adapter, Ask
 
 
@@ -67,6 +68,53 @@ class LLM(Front):
         """
         return self._run(chat_asks(messages, sampling_params, adapter_of(adapter, lora_request), fields), use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        adapter: Adapter | None = None,
+        lora_request: Adapter | None = None,
+        use_tqdm: bool | None = None,
+        **fields: Any,
+    ) -> list[PoolingOutput[EmbeddingOutput]]:
+        """A vector of each text, by an adapter that embeds or by the base model; texts are given as prompts are.
+
+        `fields` are others of the body of POST /v1/embeddings: dimensions, input_type, normalize, pooling,
+        truncate_prompt_tokens, priority, cache_salt. Raises `UserError` for the first text that cannot be done.
+        """
+        return self._pool("embed", (prompts,), adapter_of(adapter, lora_request), fields, use_tqdm)
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        adapter: Adapter | None = None,
+        lora_request: Adapter | None = None,
+        use_tqdm: bool | None = None,
+        **fields: Any,
+    ) -> list[PoolingOutput[ClassificationOutput]]:
+        """What an adapter that classifies says of each text: all its questions, from one pass.
+
+        `fields` are others of the body of POST /classify.
+        """
+        return self._pool("classify", (prompts,), adapter_of(adapter, lora_request), fields, use_tqdm)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        adapter: Adapter | None = None,
+        lora_request: Adapter | None = None,
+        use_tqdm: bool | None = None,
+        **fields: Any,
+    ) -> list[PoolingOutput[ScoringOutput]]:
+        """How well each pair goes together, by an adapter that re-ranks or embeds; one `data_1` goes with all `data_2`.
+
+        `fields` are others of the body of POST /score.
+        """
+        return self._pool("score", (data_1, data_2), adapter_of(adapter, lora_request), fields, use_tqdm)
+
     def generate_stream(
         self,
         prompt: Prompt,
@@ -104,6 +152,22 @@ class LLM(Front):
 
         with tqdm(total=len(asks), desc="prompts", unit="", dynamic_ncols=True) as bar:
             return self._call(lambda service: service.run(asks, bar.update))
+
+    def _pool(
+        self,
+        task: Literal["embed", "classify", "score"],
+        sides: Sequence[Any],
+        adapter: Adapter | None,
+        fields: Mapping[str, Any],
+        use_tqdm: bool | None,
+    ) -> list[Any]:
+        if not (sys.stderr.isatty() if use_tqdm is None else use_tqdm):
+            return self._call(lambda service: service.pool(task, sides, adapter, fields))
+        from tqdm import tqdm
+
+        total = None if isinstance(sides[-1], str | Mapping) else len(sides[-1])
+        with tqdm(total=total, desc="texts", unit="", dynamic_ncols=True) as bar:
+            return self._call(lambda service: service.pool(task, sides, adapter, fields, bar.update))
 
     def _stream(self, ask: Ask) -> Iterator[RequestOutput]:
         service, thread = self._running()

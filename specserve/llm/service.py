@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -33,8 +33,10 @@ from ..server.openai.responses import ResponseBuilder
 from ..server.stats.snapshot import StatsSource
 from ..server.stats.types import StatsResponse
 from ..text.tokenizer import TextTokenizer
+from .all_or_none import all_or_none
 from .outputs import OutputBuilder, RequestOutput
 from .params import LoRARequest, SamplingParams
+from .pooled import PooledCalls
 
 # Of one call: enough for the largest step and a queue behind it, and no more token ids in memory than that.
 MAX_AT_ONCE = 512
@@ -100,6 +102,18 @@ class Service:
         assert self._generator is not None, "not started"
         return self._generator
 
+    async def pool(
+        self,
+        task: Literal["embed", "classify", "score"],
+        sides: Sequence[Any],
+        adapter: Adapter | None,
+        fields: Mapping[str, Any],
+        on_done: Callable[[int], object] = lambda num: None,
+    ) -> list[Any]:
+        """`PoolingOutput` of each text or pair; `sides` are one or two arguments of it. Raises `UserError`."""
+        calls, name = PooledCalls(self.generator, self.caller), await self.name_of(adapter)
+        return await getattr(calls, task)(*sides, name, fields, on_done)
+
     async def stats(self) -> StatsResponse:
         return await self._stats.fresh()
 
@@ -122,7 +136,7 @@ class Service:
             self._given.pop(name, None)
             await self.store.unregister(name)
 
-    async def _name_of(self, adapter: Adapter | None) -> str | None:
+    async def name_of(self, adapter: Adapter | None) -> str | None:
         """The name that serves `adapter`, which is given to its directory first where it brings one."""
         if isinstance(adapter, str) and (os.sep in adapter or adapter in (os.curdir, os.pardir)):
             adapter = Path(adapter)
@@ -157,7 +171,7 @@ class Service:
                     raise
                 on_done()
 
-        await _all_or_none(work() for _ in range(min(len(asks), max(MAX_AT_ONCE, 2 * self.engine.info.max_num_seqs))))
+        await all_or_none(work() for _ in range(min(len(asks), max(MAX_AT_ONCE, 2 * self.engine.info.max_num_seqs))))
         return [result for result in results if result is not None]
 
     async def _whole(self, ask: Ask) -> RequestOutput:
@@ -189,7 +203,7 @@ class Service:
             yield chunk
 
     async def _job(self, ask: Ask) -> Job:
-        body = {"model": await self._name_of(ask.adapter), **ask.body, **ask.params.body(ask.is_chat)}
+        body = {"model": await self.name_of(ask.adapter), **ask.body, **ask.params.body(ask.is_chat)}
         _check_texts(body)
         request: ChatRequest | CompletionRequest
         request = convert(body, ChatRequest) if ask.is_chat else convert(body, CompletionRequest)
@@ -220,14 +234,3 @@ def _check_texts(body: dict[str, Any]) -> None:
             raise UserError(f"{field} holds half of a surrogate pair; give whole characters", param=field) from None
         except (TypeError, ValueError):  # no JSON at all: the field's own check says so
             continue
-
-
-async def _all_or_none(works: Iterable[Any]) -> None:
-    """Run all; when one fails or this is cancelled, the others are over before the error is raised."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

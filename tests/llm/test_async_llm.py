@@ -37,6 +37,13 @@ async def wait_idle(llm):
             await asyncio.sleep(0.02)
 
 
+async def test_texts_are_pooled_as_without_a_loop(llm, other):
+    prompts = ["The quick", "Pack my box"]
+    assert await other.embed(prompts, pooling="mean") == await asyncio.to_thread(llm.embed, prompts, pooling="mean")
+    with pytest.raises(UserError, match="classifies"):
+        await other.classify(prompts)
+
+
 async def test_two_engines_give_the_same_side_by_side(llm, other):
     assert (llm.model_name, other.model_name) == ("tiny", "other")
     assert llm.engine_info.pid != other.engine_info.pid
