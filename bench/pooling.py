@@ -1,13 +1,13 @@
 """Do adapters that pool keep up, and are they any good?
 
 Speed: vectors of texts of one length under several LoRAs in one batch, against transformers + peft with the same
-adapters, in turns, with the largest difference between the two. The wanted ratio is 2. `--quality` instead: the search
-adapter against the base model without it and BM25 on held-out rows, all searching the same documents (recall, MRR); and
-debtags as one classification pass against the adapter that writes them as JSON with drafts (F1 over the same labels,
-texts a second, in turns; the wanted ratio is 20). BM25 needs rank-bm25.
+adapters, in turns, with the largest difference between the two. The wanted ratio is 2. `--quality search` instead: the
+search adapter against the base model without it and BM25 on held-out rows, all searching the same documents (recall,
+MRR; needs rank-bm25). `--quality tags`: debtags as one classification pass against the adapter that writes them as JSON
+with drafts (F1 over the same labels, texts a second, in turns; the wanted ratio is 20).
 
     python -m bench.pooling [--batch 32] [--tokens 128] [--rounds 5] [--dtype bf16|fp32]
-    python -m bench.pooling --quality [--rows 300] [--corpus-rows 300] [--search DIR] [--tags DIR] [--data DIR]
+    python -m bench.pooling --quality search|tags [--adapter DIR] [--data DIR] [--rows 300] [--corpus-rows 300]
 """
 
 from __future__ import annotations
@@ -29,29 +29,16 @@ from specserve.adapter_files import POOLING_FILE
 from specserve.adapters.pooling_config import PoolingConfig
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
-from specserve.pooling_messages import Pooled, PoolingParams, PoolRequest
+from specserve.pooling_messages import PoolingParams
+from specserve.training.pooling.served import pooled_values
 
 from . import common, options
 from .peers.random_adapters import NUM_ADAPTERS, adapter_folders
-from .pooling_quality import DEMO_SEARCH, DEMO_TAGS, measure_search, measure_tags
-from .tasks import BaseModel
+from .pooling_quality import measure_search, measure_tags
+from .tasks import EXAMPLES, BaseModel, demo_adapter
 
 WANTED = 2.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def pool(engine: Engine, texts: Sequence[tuple[str | None, Sequence[int]]], params: PoolingParams) -> np.ndarray:
-    """Values [N, ...] of (adapter's content hash, token ids), all at once and without each other's prefixes cached."""
-    salt = str(time.perf_counter_ns())
-    for idx, (content_hash, ids) in enumerate(texts):
-        engine.add_request(PoolRequest(str(idx), list(ids), params, adapter_hash=content_hash, cache_salt=salt))
-    found: dict[int, np.ndarray] = {}
-    while len(found) < len(texts):
-        for event in engine.step():
-            if not isinstance(event, Pooled):
-                raise click.ClickException(f"a text failed: {event}")
-            found[int(event.request_id)] = np.frombuffer(event.values, "<f4")
-    return np.stack([found[idx] for idx in range(len(texts))])
 
 
 class Peft:
@@ -104,7 +91,7 @@ def measure_speed(base: BaseModel, batch: int, tokens: int, rounds: int, dtype: 
             start = time.perf_counter()
             if name == "specserve":
                 named = [(hashes[adapter], ids) for adapter, ids in texts]
-                vectors[name] = pool(engine, named, PoolingParams("embed"))
+                vectors[name] = pooled_values(engine, named, PoolingParams("embed"))
             else:
                 vectors[name] = peft.pool(texts)
             if number >= 0:
@@ -126,34 +113,32 @@ def measure_speed(base: BaseModel, batch: int, tokens: int, rounds: int, dtype: 
 
 @click.command(help=__doc__.partition("\n")[0])
 @options.model
-@click.option("--quality", is_flag=True, help="What adapters are worth, instead of speed.")
+@click.option("--quality", type=click.Choice(["search", "tags"]), help="What an adapter is worth, instead of speed.")
 @options.at_least(1, "--batch", 32, "Texts at a time.")
 @options.at_least(1, "--tokens", 128, "Of each text.")
 @options.rounds(5)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @options.at_least(1, "--rows", 300, "Held-out rows, at most.")
-@click.option("--search", type=options.ADAPTER, help="Adapter that embeds; default: the demo's.")
-@click.option("--tags", type=options.ADAPTER, help="Adapter that classifies; default: the demo's.")
+@click.option("--adapter", type=options.ADAPTER, help="Of --quality; default: the demo of that name.")
 @click.option("--data", type=options.ADAPTER, help="Folder of rows; default: examples/data.")
 @options.at_least(0, "--corpus-rows", 300, "Training rows whose documents are searched, too.")
 @options.save("pooling")
 def main(
-    model: str, quality: bool, batch: int, tokens: int, rounds: int, dtype: str, rows: int, search: Path | None,
-    tags: Path | None, data: Path | None, corpus_rows: int, save: bool,
+    model: str, quality: str | None, batch: int, tokens: int, rounds: int, dtype: str, rows: int, adapter: Path | None,
+    data: Path | None, corpus_rows: int, save: bool,
 ) -> None:  # fmt: skip
     run = common.start("pooling", "torch", "transformers", "peft")
     base = BaseModel.load(model)
     common.print_floor(base.path)
-    if not quality:
+    data = data or EXAMPLES / "data"
+    if quality is None:
         figures = measure_speed(base, batch, tokens, rounds, dtype)
         click.echo(f"ratio {figures['ratio']}, largest difference {figures['largest_difference']:.1e}")
-        run.finish({"model": base.name, **figures}, save)
-        return
-    found = {
-        "search": measure_search(base, search or DEMO_SEARCH, data, rows, corpus_rows, pool),
-        "tags": measure_tags(base, tags or DEMO_TAGS, data, rows, rounds, pool),
-    }
-    run.finish({"model": base.name, **found}, save)
+    elif quality == "search":
+        figures = measure_search(base, adapter or demo_adapter("search"), data, rows, corpus_rows)
+    else:
+        figures = measure_tags(base, adapter or demo_adapter("tags"), data, rows, rounds)
+    run.finish({"asked": quality or "speed", "model": base.name, **figures}, save)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 
 from specserve.adapter_files import POOLING_FILE
 from specserve.adapters.pooling_config import PoolingConfig, parse_pooling_config
-from specserve.engine.engine import Engine
 from specserve.pooled_values import labels_of, probabilities
 from specserve.pooling_messages import PoolingParams
 from specserve.text.pooled_text import classified_ids
@@ -28,23 +27,19 @@ from specserve.training.evaluation.answers import answer, make_engine
 from specserve.training.pooling.examples import ExampleEncoder
 from specserve.training.pooling.metrics import ranks_of, retrieval_metrics
 from specserve.training.pooling.rows import ClassifyRow, EmbedRow, read_pooling_rows
+from specserve.training.pooling.served import pooled_values
 
 from . import common
-from .tasks import EXAMPLES, BaseModel, demo_adapter
+from .tasks import BaseModel, demo_adapter
 
-DEMO_SEARCH, DEMO_TAGS = EXAMPLES / "adapters" / "search", EXAMPLES / "adapters" / "tags"
 WANTED = 20.0
 BATCH = 32
-Pool = Callable[[Engine, Sequence[tuple[str | None, Sequence[int]]], PoolingParams], np.ndarray]
 Labels = dict[str, set[str]]  # of each question
 
 
-def measure_search(
-    base: BaseModel, adapter: Path, data: Path | None, num_rows: int, corpus_rows: int, pool: Pool
-) -> dict[str, Any]:
+def measure_search(base: BaseModel, adapter: Path, data: Path, num_rows: int, corpus_rows: int) -> dict[str, Any]:
     from rank_bm25 import BM25Okapi
 
-    data = data or EXAMPLES / "data"
     shape = _shape(adapter)
     encoder = ExampleEncoder(base.tokenizer, shape)
     held = _embed_rows(data / "search.dev.jsonl", num_rows)
@@ -66,7 +61,7 @@ def measure_search(
     found = {}
     for name, content_hash in (("adapter", ours), ("base", None)):
         params = PoolingParams("embed", pooling=shape.pooling, normalize=True)
-        vectors = pool(engine, [(content_hash, text) for text in texts], params)
+        vectors = pooled_values(engine, [(content_hash, text) for text in texts], params)
         found[name] = ranked(vectors[: len(queries)] @ vectors[len(queries) :].T)
         click.echo(f"{name}: {found[name]}")
     index = BM25Okapi([_words(text) for text in documents])
@@ -75,12 +70,10 @@ def measure_search(
     return {"queries": len(queries), "documents": len(documents), **found}
 
 
-def measure_tags(
-    base: BaseModel, adapter: Path, data: Path | None, num_rows: int, rounds: int, pool: Pool
-) -> dict[str, Any]:
+def measure_tags(base: BaseModel, adapter: Path, data: Path, num_rows: int, rounds: int) -> dict[str, Any]:
     """In each round both answer the next rows, the one first that was second before."""
     shape = _shape(adapter)
-    rows = read_pooling_rows((data or EXAMPLES / "data") / "tags.dev.jsonl", "classify", num_rows)
+    rows = read_pooling_rows(data / "tags.dev.jsonl", "classify", num_rows)
     wanted = [_wanted(row) for row in rows if isinstance(row, ClassifyRow)]
     texts = [row.text for row in rows if isinstance(row, ClassifyRow)]
     names = [question.name for question in shape.questions]
@@ -97,7 +90,7 @@ def measure_tags(
             begin = time.perf_counter()
             if name == "one_pass":
                 ids = [classified_ids(base.tokenizer, shape, text) for text in texts[part]]
-                outputs = pool(engine, [(classifier, text) for text in ids], PoolingParams("score"))
+                outputs = pooled_values(engine, [(classifier, text) for text in ids], PoolingParams("score"))
                 said[name] += [_labels(shape, row.tolist()) for row in outputs]
             else:
                 answers = answer(engine, writer, prompts[part], 450, batch=BATCH).answers

@@ -16,16 +16,15 @@ from ...errors import UserError
 from ...model.store import resolve_model
 from ...text.tokenizer import TextTokenizer
 from ..evaluation.verdict import steps_warning
-from ..lora_model import arithmetic
 from ..metrics_file import METRICS_FILE, read_metrics
-from ..run_config import LoraConfig, RunConfig
+from ..run_config import RunConfig
 from ..run_directory import RUN_FILE
 from ..run_file import load_run
 from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample, RerankExample, Tokens
 from .measure import measure_classes, measure_embeddings, measure_reranking
-from .model import PoolingModel
 from .report import write_pooling_report
 from .rows import PoolingTask, read_pooling_rows
+from .served import ServedTexts
 
 
 def evaluate_pooling_directory(directory: Path, data: Path | None, rows: int | None) -> dict[str, Any]:
@@ -46,18 +45,12 @@ def evaluate_pooling_directory(directory: Path, data: Path | None, rows: int | N
     if task == "embed" and config.eval.corpus_rows and Path(config.data.train).is_file():
         train = read_pooling_rows(config.data.train, task, config.eval.corpus_rows)
         corpus = [e.positive for e in encoder.examples(train, config.data.train)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    num_outputs = {"embed": None, "rerank": 1}.get(task, sum(len(q.labels) for q in shape.questions))
-    lora = LoraConfig(adapter=str(directory))
-    model = PoolingModel(
-        model_dir, lora, shape.pooling, num_outputs, arithmetic(config.dtype, device), device
-    )  # fmt: skip
-    return evaluate_pooling(directory, model, shape, config, held_out, corpus, None, str(data))
+    return evaluate_pooling(directory, model_dir, shape, config, held_out, corpus, None, str(data))
 
 
 def evaluate_pooling(
     directory: Path,
-    model: PoolingModel,
+    model_dir: Path,
     shape: PoolingConfig,
     config: RunConfig,
     held_out: Sequence[PoolingExample],
@@ -65,29 +58,29 @@ def evaluate_pooling(
     uncalibrated: Sequence[Question] | None,
     data: str,
 ) -> dict[str, Any]:
-    """Measure `model`, the adapter in `directory`, and write what is to be said of it; returns the report."""
-    batch_tokens = config.optimizer.batch_tokens
-    dtype = str(next(model.peft.parameters()).dtype).removeprefix("torch.")
+    """Measure the adapter in `directory` and write what is to be said of it; returns the report."""
+    longest = max(len(text) for texts in ([text for e in held_out for text in e.texts], corpus) for text in texts)
+    served = ServedTexts(model_dir, directory, longest)
     report: dict[str, Any] = {
         "adapter_type": shape.adapter_type,
         "rows": len(held_out),
         "data": data,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {model.device}",
-        "dtype": dtype,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {served.engine.info.device}",
+        "dtype": served.engine.info.dtype,
         "pooling": shape.pooling,
         "weights_bytes": (directory / WEIGHTS_FILE).stat().st_size,
     }
     if shape.adapter_type == "embed":
         rows = cast(Sequence[EmbedExample], held_out)
-        report |= measure_embeddings(model, rows, corpus, batch_tokens, shape.dimensions)
+        report |= measure_embeddings(served, rows, corpus, shape.pooling, shape.dimensions)
     elif shape.adapter_type == "rerank":
-        report |= {"num_outputs": 1}
-        report |= measure_reranking(model, cast(Sequence[RerankExample], held_out), batch_tokens)
+        report |= {"num_outputs": 1, **measure_reranking(served, cast(Sequence[RerankExample], held_out))}
     else:
         classified = cast(Sequence[ClassifyExample], held_out)
-        report |= measure_classes(model, classified, shape.questions, batch_tokens)
+        outputs = served.outputs([e.tokens for e in classified]).tolist()
+        report |= measure_classes(outputs, classified, shape.questions)
         if uncalibrated is not None and list(uncalibrated) != list(shape.questions):
-            report["uncalibrated"] = measure_classes(model, classified, uncalibrated, batch_tokens)["task"]
+            report["uncalibrated"] = measure_classes(outputs, classified, uncalibrated)["task"]
         report["num_outputs"] = sum(len(question.labels) for question in shape.questions)
         report["open_answers"] = sum(target is None for e in classified for target in e.targets)
     report["steps"] = max((values["step"] for values in read_metrics(directory / METRICS_FILE)), default=None)

@@ -1,7 +1,6 @@
-"""What an adapter that pools is worth on held-out rows: its vectors and scores, by the model that trained them.
+"""What an adapter that pools is worth on held-out rows, by what the engine makes of their texts.
 
-The forward is transformers' and peft's with the weights as they are saved, so figures are of the adapter and not of an
-engine. Embeddings are measured beside the base model's own, without the LoRA and by the same pooling.
+Embeddings are measured beside the base model's own, without the LoRA and by the same pooling.
 """
 
 from __future__ import annotations
@@ -11,18 +10,19 @@ from typing import Any
 
 import torch
 
-from ...adapter_kinds import Question
+from ...adapter_kinds import PoolingType, Question
+from ...pooling_messages import PoolingParams
 from .contrastive import cosines
 from .examples import ClassifyExample, EmbedExample, RerankExample, Tokens
 from .metrics import classification_metrics, ranked, ranks_of, reranking_metrics, retrieval_metrics
-from .model import PoolingModel
+from .served import ServedTexts
 
 
 def measure_embeddings(
-    model: PoolingModel,
+    served: ServedTexts,
     held_out: Sequence[EmbedExample],
     corpus: Sequence[Tokens],
-    batch_tokens: int,
+    pooling: PoolingType,
     sizes: Sequence[int],
 ) -> dict[str, Any]:
     """Each held-out query searches all held-out documents and `corpus`; `sizes` are shorter embeddings to measure."""
@@ -34,25 +34,22 @@ def measure_embeddings(
     for e in held_out:
         fits[e.query].add(place[e.positive])
 
-    def metrics(vectors: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
-        scores = cosines(vectors, found)
+    def metrics(vectors: torch.Tensor) -> dict[str, float]:
+        scores = cosines(vectors[: len(queries)], vectors[len(queries) :])
         return retrieval_metrics([ranks_of(row, sorted(fits[q])) for q, row in zip(queries, scores, strict=True)])
 
-    both = [model.for_all(texts, batch_tokens, scored=False) for texts in (queries, documents)]
-    result: dict[str, Any] = {
-        "task": metrics(*both),
+    vectors = served.vectors([*queries, *documents])
+    return {
+        "task": metrics(vectors),
+        "base": metrics(served.base_vectors([*queries, *documents], PoolingParams("embed", pooling=pooling))),
         "searched_documents": len(documents),
-        "by_dimensions": {str(size): metrics(*(vectors[:, :size] for vectors in both)) for size in sizes},
+        "by_dimensions": {str(size): metrics(vectors[:, :size]) for size in sizes},
     }
-    with model.as_base():
-        both = [model.for_all(texts, batch_tokens, scored=False) for texts in (queries, documents)]
-    result["base"] = metrics(*both)
-    return result
 
 
-def measure_reranking(model: PoolingModel, held_out: Sequence[RerankExample], batch_tokens: int) -> dict[str, Any]:
+def measure_reranking(served: ServedTexts, held_out: Sequence[RerankExample]) -> dict[str, Any]:
     """Each held-out query's documents in the order of their scores; `as_given` is the order of the rows."""
-    outputs = model.for_all([pair for e in held_out for pair in e.pairs], batch_tokens, scored=True)[:, 0].tolist()
+    outputs = served.outputs([pair for e in held_out for pair in e.pairs])[:, 0].tolist()
     rankings, start = [], 0
     for e in held_out:
         rankings.append(ranked(outputs[start : start + len(e.pairs)], e.scores))
@@ -61,8 +58,7 @@ def measure_reranking(model: PoolingModel, held_out: Sequence[RerankExample], ba
 
 
 def measure_classes(
-    model: PoolingModel, held_out: Sequence[ClassifyExample], questions: Sequence[Question], batch_tokens: int
+    outputs: Sequence[Sequence[float]], held_out: Sequence[ClassifyExample], questions: Sequence[Question]
 ) -> dict[str, Any]:
-    """Labels by their thresholds, chances by their temperatures."""
-    outputs = model.for_all([e.tokens for e in held_out], batch_tokens, scored=True).tolist()
+    """Labels by their thresholds, chances by their temperatures; outputs as the score matrix gives them."""
     return classification_metrics(questions, outputs, [e.targets for e in held_out])

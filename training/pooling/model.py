@@ -105,12 +105,6 @@ class PoolingModel:
         finally:
             self.peft.train(was_training)
 
-    @contextmanager
-    def as_base(self) -> Iterator[None]:
-        """Within: the base model, as if there were no LoRA."""
-        with self.peft.disable_adapter():
-            yield
-
     @torch.no_grad()
     def round_as_saved(self) -> None:
         """Weights as the files will hold them, so that what is measured is what is served."""

@@ -84,10 +84,18 @@ class PoolingRun:
         check_finite(output, config.optimizer.lr)
         content = msgspec.json.format(msgspec.json.encode(shape), indent=1) + b"\n"
         replace_file(output / POOLING_FILE, lambda path: path.write_bytes(content))
-        report = None
+        del model
+        self._model, report = None, None  # the engine has its own
         if prepared.held_out:
             report = evaluate_pooling(
-                output, model, shape, config, prepared.held_out, _corpus(prepared), uncalibrated, config.data.eval or ""
+                output,
+                self.model_dir,
+                shape,
+                config,
+                prepared.held_out,
+                _corpus(prepared),
+                uncalibrated,
+                config.data.eval or "",
             )
         (output / CHECKPOINT_FILE).unlink(missing_ok=True)
         return report
