@@ -8,6 +8,8 @@ long step under way. Without others they are sequences like any. Owns no sequenc
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from .sequence import Sequence
 
 SHARE = 0.05  # of the time
@@ -25,6 +27,12 @@ class Background:
         self._at = 0.0  # when the latest step was scheduled
         self._were_others = self._was_along = False  # in that step
         self._others_at = -AWAY_S
+
+    def admits(self, running: list[Sequence], now: float) -> bool:
+        """Whether one more may run; more than get anything beside others would only hold seats and blocks."""
+        if now - self._others_at > AWAY_S and (not running or running[0].is_background):
+            return True
+        return len(running) - bisect_left(running, True, key=_is_background) < self._most_seqs
 
     def choose(
         self, sequences: list[Sequence], running: list[Sequence], now: float
@@ -47,3 +55,7 @@ class Background:
             return sequences[:num_others], 0
         self._was_along = self._were_others
         return sequences[: num_others + self._most_seqs], self._most_rows
+
+
+def _is_background(seq: Sequence) -> bool:
+    return seq.is_background

@@ -143,6 +143,8 @@ class Scheduler:
         pending = self._num_pending()
         while self.waiting:
             seq = self.waiting.first(now)
+            if seq.is_background and not self.background.admits(self.running, now):
+                return
             if len(self.running) >= self.max_num_seqs:
                 if not self._makes_way(seq, in_flight):
                     return
