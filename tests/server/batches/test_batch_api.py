@@ -118,13 +118,19 @@ def test_rows_are_answered_as_requests_are_by_the_model_that_each_names(server):
     assert text_of(answers["base"]) != text_of(answers["lora"])
 
 
-def test_completions_and_responses_have_batches_too(server):
+def test_completions_responses_and_embeddings_have_batches_too(server):
     client = server.client()
     _, answers, _ = run(client, [row("a", TEXT, prompt="The", max_tokens=4)], TEXT)
     want = server.complete("The", max_tokens=4, ignore_eos=False, model="tiny")
     assert answers["a"]["response"]["body"]["choices"][0]["text"] == want["text"]
     batch, answers, _ = run(client, [row("a", ANSWERS, input="Hello", max_output_tokens=16)], ANSWERS)
     assert answers["a"]["response"]["body"]["object"] == "response" and batch.usage.output_tokens > 0
+    sent = row("a", "/v1/embeddings", input=["one", "two"], encoding_format="float")
+    del sent["body"]["temperature"]
+    batch, answers, _ = run(client, [sent], "/v1/embeddings")
+    want = server.post("/v1/embeddings", sent["body"]).json()
+    assert answers["a"]["response"]["body"]["data"] == want["data"] and len(want["data"]) == 2
+    assert batch.usage.input_tokens == want["usage"]["prompt_tokens"] and batch.usage.output_tokens == 0
 
 
 def test_rows_that_cannot_be_served_are_lines_of_the_error_file_and_the_others_go_on(server):
