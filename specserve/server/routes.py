@@ -60,6 +60,7 @@ from .openai.response_types import (
 from .pooling.request_types import (
     ClassifyRequest,
     EmbeddingRequest,
+    ModelQuery,
     PoolingRequest,
     RerankRequest,
     ScoreRequest,
@@ -194,46 +195,47 @@ ROUTES = (
     ),
     Route(
         "POST", "/v1/embeddings", "embeddings", "Embeddings of texts or token ids", POOL,
-        EmbeddingRequest, EmbeddingResponse,
+        EmbeddingRequest, EmbeddingResponse, query=ModelQuery,
     ),
     Route(
         "POST", "/v1/rerank", "rerank_v1", "Documents by their relevance to a query", POOL,
-        RerankRequest, RerankResponse,
+        RerankRequest, RerankResponse, query=ModelQuery,
     ),
     Route(
         "POST", "/v2/rerank", "rerank_v2", "The same as Cohere's second version has it", POOL,
-        RerankRequest, RerankResponse,
+        RerankRequest, RerankResponse, query=ModelQuery,
     ),
     Route(
         "POST", "/rerank", "rerank", "The same as Jina has it; with texts as text-embeddings-inference has it",
-        SHARED, (RerankRequest, TeiRerankRequest), (RerankResponse, list[TeiRank]),
+        SHARED, (RerankRequest, TeiRerankRequest), (RerankResponse, list[TeiRank]), query=ModelQuery,
     ),
     Route(
         "POST", "/score", "score", "Pairs of texts: relevance, or the cosine of their embeddings", POOL,
-        ScoreRequest, ScoreResponse,
+        ScoreRequest, ScoreResponse, query=ModelQuery,
     ),
     Route(
         "POST", "/classify", "classify", "All questions of an adapter, answered; with inputs as LoRAX has it", SHARED,
-        (ClassifyRequest, LoraxTextRequest), (ClassifyResponse, list[LoraxEntity]),
+        (ClassifyRequest, LoraxTextRequest), (ClassifyResponse, list[LoraxEntity]), query=ModelQuery,
     ),
     Route(
         "POST", "/classify_batch", "classify_batch", "LoRAX: labels that hold, of several texts", LORAX,
-        LoraxBatchRequest, list[list[LoraxEntity]], errors="lorax",
+        LoraxBatchRequest, list[list[LoraxEntity]], query=ModelQuery, errors="lorax",
     ),
     Route(
-        "POST", "/pooling", "pooling", "Whatever the adapter makes of a text", POOL, PoolingRequest, PoolingResponse
+        "POST", "/pooling", "pooling", "Whatever the adapter makes of a text", POOL, PoolingRequest, PoolingResponse,
+        query=ModelQuery,
     ),
     Route(
         "POST", "/embed", "embed", "Embeddings, as text-embeddings-inference or LoRAX has them", LORAX,
-        (TeiEmbedRequest, LoraxTextRequest), (list[list[float]], LoraxEmbedding), errors="lorax",
+        (TeiEmbedRequest, LoraxTextRequest), (list[list[float]], LoraxEmbedding), query=ModelQuery, errors="lorax",
     ),
     Route(
         "POST", "/predict", "predict", "text-embeddings-inference: labels with their scores", LORAX,
-        TeiPredictRequest, (list[TeiPrediction], list[list[TeiPrediction]]), errors="lorax",
+        TeiPredictRequest, (list[TeiPrediction], list[list[TeiPrediction]]), query=ModelQuery, errors="lorax",
     ),
     Route(
         "POST", "/similarity", "similarity", "text-embeddings-inference: how alike a sentence and others are", LORAX,
-        SimilarityRequest, list[float], errors="lorax",
+        SimilarityRequest, list[float], query=ModelQuery, errors="lorax",
     ),
     Route(
         "GET", "/", "root", "The page for those who accept text/html; else as /health", (304, *STATE),

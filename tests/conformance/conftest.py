@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from peft_adapters import make_peft_adapter
+from served_poolers import make_poolers
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
@@ -28,7 +28,7 @@ class KeyedServer(ServerProcess):
 def server(tmp_path_factory):
     model_dir = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=8192)
     root = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(model_dir, root / "alpha", r=4, std=0.3)
+    make_poolers(model_dir, root)
     flags = ("--adapters-dir", str(root), "--batch-dir", str(tmp_path_factory.mktemp("batches")))
     server = KeyedServer(model_dir, *flags, env={"SPECSERVE_API_KEY": KEY}).wait_ready()
     yield server

@@ -16,6 +16,12 @@ InputType = Literal["query", "search_query", "document", "passage", "search_docu
 EncodingFormat = Literal["float", "base64"]
 
 
+class ModelQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """The parameters of all of these routes."""
+
+    model: str | None = None  # in place of the body's
+
+
 class PoolingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What all of them share."""
 

@@ -12,6 +12,7 @@ import sys
 import traceback
 
 MESSAGES = [{"role": "user", "content": "Say hello"}]
+DOCUMENTS = ["The quick brown fox jumps.", "A lazy dog sleeps.", "Five dozen liquor jugs."]
 SCHEMA = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}, "level": {"enum": ["low", "high"]}},

@@ -1,8 +1,9 @@
-"""huggingface_hub's InferenceClient: text_generation plain, streamed and with details; chat_completion."""
+"""huggingface_hub's InferenceClient: text_generation plain, streamed and with details; chat_completion; embeddings,
+classes and similarities by the routes of text-embeddings-inference."""
 
 import json
 
-from cases import MESSAGES, SCHEMA, check_answer, run
+from cases import DOCUMENTS, MESSAGES, SCHEMA, check_answer, run
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 
 FIELDS = {"max_new_tokens": 12}
@@ -33,6 +34,28 @@ def case_chat_completion(url, key):
     whole = client.chat_completion(**fields).choices[0].message.content
     chunks = client.chat_completion(**fields, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
+
+
+def case_feature_extraction(url, key):
+    vectors = InferenceClient(f"{url}/embed", token=key).feature_extraction(DOCUMENTS, truncate=True, normalize=True)
+    assert vectors.shape == (3, 64) and abs(float((vectors[0] ** 2).sum()) - 1) < 1e-5
+    one = InferenceClient(f"{url}/embed?model=embedder", token=key).feature_extraction(DOCUMENTS[0])
+    assert one.shape == (1, 64) and not (one[0] == vectors[0]).all()
+
+
+def case_sentence_similarity(url, key):
+    same, other, _ = InferenceClient(f"{url}/similarity", token=key).sentence_similarity(
+        DOCUMENTS[0], other_sentences=DOCUMENTS
+    )
+    assert abs(same - 1) < 1e-5 and other < 1
+
+
+def case_text_classification(url, key):
+    client = InferenceClient(f"{url}/predict?model=mood", token=key)
+    classes = client.text_classification(DOCUMENTS[0])
+    assert {each.label for each in classes} == {"LABEL_0", "LABEL_1"} and classes[0].score >= classes[1].score
+    assert abs(sum(each.score for each in classes) - 1) < 1e-5
+    assert len(client.text_classification(DOCUMENTS[0], top_k=1, function_to_apply="sigmoid")) == 1
 
 
 async def case_async(url, key):

@@ -1,10 +1,12 @@
-"""langchain-openai: chat, streams, completions, structured output, tools; over chat and over responses."""
+"""langchain-openai: chat, streams, completions, structured output, tools, embeddings; langchain-cohere: compressing."""
 
 from typing import Literal
 
-from cases import check_answer, run
+from cases import DOCUMENTS, check_answer, run
+from langchain_cohere import CohereRerank
+from langchain_core.documents import Document
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, ConfigDict
 
 
@@ -62,6 +64,28 @@ def case_tools(url, key):
     check_answer(**call["args"])
     answer = chat(url, key, max_completion_tokens=200).with_structured_output(Answer, method="function_calling")
     check_answer(**answer.invoke("Say hello").model_dump())
+
+
+async def case_embeddings(url, key):
+    """Without the check of lengths, for which it would send ids of another model's tokenizer."""
+    fields = {"base_url": f"{url}/v1", "api_key": key, "check_embedding_ctx_length": False}
+    model = OpenAIEmbeddings(model="embedder", **fields)
+    vectors = model.embed_documents(DOCUMENTS)
+    assert len(vectors) == 3 and vectors[0] == model.embed_query(DOCUMENTS[0])
+    assert await model.aembed_documents(DOCUMENTS) == vectors
+    query = OpenAIEmbeddings(model="embedder", model_kwargs={"extra_body": {"input_type": "query"}}, **fields)
+    assert query.embed_query(DOCUMENTS[0]) != vectors[0]
+
+
+async def case_compressor(url, key):
+    compressor = CohereRerank(model="ranker", cohere_api_key=key, base_url=url, top_n=2)
+    documents = [Document(text, metadata={"id": idx}) for idx, text in enumerate(DOCUMENTS)]
+    found = compressor.compress_documents(documents, "Who jumps?")
+    scores = [document.metadata["relevance_score"] for document in found]
+    assert len(found) == 2 and scores == sorted(scores, reverse=True)
+    assert all(document.page_content == DOCUMENTS[document.metadata["id"]] for document in found)
+    again = await compressor.acompress_documents(documents, "Who jumps?")
+    assert [document.page_content for document in again] == [document.page_content for document in found]
 
 
 def case_responses_api(url, key):

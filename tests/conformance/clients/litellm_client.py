@@ -3,7 +3,7 @@
 import json
 
 import litellm
-from cases import MESSAGES, SCHEMA, TOOL, check_answer, run
+from cases import DOCUMENTS, MESSAGES, SCHEMA, TOOL, check_answer, run
 
 
 def ask(url, key, **fields):
@@ -27,6 +27,19 @@ def case_text_completion(url, key):
 async def case_async(url, key):
     fields = {"model": "openai/tiny", "messages": MESSAGES, "max_tokens": 12, "api_base": f"{url}/v1", "api_key": key}
     assert (await litellm.acompletion(**fields)).usage.completion_tokens > 0
+
+
+def case_embedding_and_rerank(url, key):
+    fields = {"api_base": f"{url}/v1", "api_key": key}
+    answer = litellm.embedding(model="openai/embedder", input=DOCUMENTS, **fields)
+    assert [item["index"] for item in answer.data] == [0, 1, 2] and answer.usage.prompt_tokens > 0
+    for provider in ("cohere", "hosted_vllm", "jina_ai"):
+        base = url if provider == "hosted_vllm" else f"{url}/v1/rerank"
+        ranked = litellm.rerank(
+            model=f"{provider}/ranker", query="Who?", documents=DOCUMENTS, api_base=base, api_key=key, top_n=2
+        )
+        assert len(ranked.results) == 2, provider
+        assert ranked.results[0]["relevance_score"] >= ranked.results[1]["relevance_score"], provider
 
 
 def case_errors(url, key):

@@ -54,6 +54,22 @@ def case_errors(url, key):
                 raise AssertionError(f"{fields} was served")
 
 
+def case_embed(url, key):
+    embedding = client(url, key).embed("The quick").embeddings
+    assert len(embedding) == 64 and abs(sum(value * value for value in embedding) - 1) < 1e-5
+
+
+def case_classify_needs_an_adapter(url, key):
+    """The client cannot name one with these, and is told so."""
+    for ask, inputs in ((client(url, key).classify, "The"), (client(url, key).classify_batch, ["The", "A"])):
+        try:
+            ask(inputs)
+        except ValidationError as error:
+            assert "adapter" in str(error)
+        else:
+            raise AssertionError("the base model classified")
+
+
 async def case_async(url, key):
     session = AsyncClient(url, headers={"Authorization": f"Bearer {key}"})
     whole = await session.generate("The quick", **FIELDS)

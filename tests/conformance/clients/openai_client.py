@@ -5,7 +5,7 @@ import time
 from typing import Literal
 
 import openai
-from cases import MESSAGES, TOOL, check_answer, run
+from cases import DOCUMENTS, MESSAGES, TOOL, check_answer, run
 from pydantic import BaseModel
 
 FIELDS = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_completion_tokens": 24, "seed": 1}
@@ -21,7 +21,8 @@ def client(url, key):
 
 
 def case_models(url, key):
-    assert {model.id for model in client(url, key).models.list()} == {"tiny", "alpha"}
+    models = {model.id for model in client(url, key).models.list()}
+    assert models == {"tiny", "alpha", "embedder", "ranker", "tagger", "mood"}
     assert client(url, key).models.retrieve("alpha").id == "alpha"
 
 
@@ -59,6 +60,29 @@ def case_errors(url, key):
         raise AssertionError("a wrong key was accepted")
     except openai.AuthenticationError:
         pass
+
+
+def case_embeddings(url, key):
+    """The package asks for base64 and decodes it, unless it is told to ask for numbers."""
+    session = client(url, key)
+    for model in ("tiny", "embedder"):
+        encoded = session.embeddings.create(model=model, input=DOCUMENTS)
+        numbers = session.embeddings.create(model=model, input=DOCUMENTS, encoding_format="float")
+        assert [item.embedding for item in encoded.data] == [item.embedding for item in numbers.data]
+        assert [item.index for item in encoded.data] == [0, 1, 2] and encoded.usage.total_tokens > 3
+        assert abs(sum(value * value for value in encoded.data[0].embedding) - 1) < 1e-5
+    short = session.embeddings.create(model="embedder", input=DOCUMENTS[0], dimensions=16)
+    assert len(short.data[0].embedding) == 16
+    ids = session.embeddings.create(model="tiny", input=[[5, 6, 7], [8]])
+    assert len(ids.data) == 2 and ids.usage.prompt_tokens == 4
+    query = session.embeddings.create(model="embedder", input=DOCUMENTS[0], extra_body={"input_type": "query"})
+    assert query.data[0].embedding != encoded.data[0].embedding
+    for fields in ({"model": "tagger"}, {"model": "tiny", "input": []}, {"model": "tiny", "dimensions": 3}):
+        try:
+            session.embeddings.create(**{"input": "A", **fields})
+        except openai.BadRequestError:
+            continue
+        raise AssertionError(f"{fields} was served")
 
 
 async def case_async_stream(url, key):

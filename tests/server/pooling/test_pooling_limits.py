@@ -181,6 +181,15 @@ async def test_unknown_models_broken_json_and_other_methods(client):
     assert response.status == 422 and (await response.json())["error_type"] == "validation"
 
 
+async def test_the_address_may_name_the_model(client):
+    await client.post("/predict?model=mood", {"inputs": "A dog"})
+    await client.post(f"{EMBEDDINGS}?model=embedder", {"input": "A dog", "model": "embedder"})
+    assert [request.adapter_hash for request in client.engine.asked] == ["mood-1", "embedder-1"]
+    await client.refused(f"{EMBEDDINGS}?model=embedder", {"input": "A", "model": "short"}, 400, param="model")
+    await client.refused(f"{EMBEDDINGS}?made_up=1", {"input": "A"}, 400, param="made_up")
+    await client.refused_as_lorax("/embed?model=nobody", {"inputs": "A"}, "nobody", status=404, error_type="generation")
+
+
 # -- the engine
 
 
