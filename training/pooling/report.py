@@ -40,7 +40,7 @@ library_name: peft
 
 {_WHAT[kind]}. Any tool loads it as a plain PEFT
 adapter, on `{_CLASS.get(kind, _CLASS["rerank"])}.from_pretrained(BASE{labels})`; pooling ({report["pooling"]}) and
-prefixes are in `pooling_config.json`, which specserve reads.
+prefixes are in `pooling_config.json`, which specserve reads.{_otherwise(report)}
 
 {warnings_in_card(report)}Measured on {report["rows"]} held-out rows, {report["dtype"]} on {report["hardware"]}.
 
@@ -48,6 +48,12 @@ prefixes are in `pooling_config.json`, which specserve reads.
 {"".join(f"![{plot.title}](plots/{plot.name}.png){chr(10)}" for plot in _plots(report, ()))}
 `specserve eval DIR` measures this again; `run.yaml` is the run that made it, `report.html` the same with more plots.
 """
+
+
+def _otherwise(report: Mapping[str, Any]) -> str:
+    if report["adapter_type"] == "embed" or report["pooling"] == "last":
+        return ""
+    return " The class of transformers pools by the last token, so its outputs are others."
 
 
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows

@@ -16,9 +16,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from specserve.adapters.pooling_config import parse_pooling_config
 from specserve.cli.main import exit_code_of as cli
+from specserve.pooling_messages import PoolingParams
 from specserve.text.pooled_text import classified_ids, embedded_ids, pair_ids
 from specserve.text.tokenizer import TextTokenizer
 from specserve.training.pooling.model import PoolingModel
+from specserve.training.pooling.served import pooled_values
 from specserve.training.run_config import LoraConfig
 from specserve.training.trainer import Trainer
 
@@ -127,6 +129,32 @@ def test_peft_and_transformers_have_the_same_logits(trained, task):
     assert torch.allclose(ours.for_all([ids, ids[:3]], 100, scored=True)[0], want, atol=1e-5)
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
         assert [key for key in file.keys() if "score" in key] == ["base_model.model.score.weight"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_served_is_what_was_trained(trained, task):
+    """In fp32; of texts of all lengths at once, the longest one cut."""
+    root, model_dir = trained
+    directory, tokenizer = root / "out" / task, TextTokenizer(model_dir)
+    shape, num = shape_of(directory), {"embed": None, "rerank": 1, "classify": 14}[task]
+    texts = [classified_ids(tokenizer, shape, text) for text in ("a", "quick fox brown 7", "lazy dogs " * 80)]
+    model = PoolingModel(model_dir, LoraConfig(adapter=str(directory)), shape.pooling, num)
+    engine = make_engine(model_dir)
+    content_hash = engine.load_adapter(task, directory).content_hash
+    params = PoolingParams("embed", normalize=False) if task == "embed" else PoolingParams("score")
+    got = torch.tensor(pooled_values(engine, [(content_hash, ids) for ids in texts], params))
+    want = model.for_all(texts, 100, scored=task != "embed")
+    assert len(texts[-1]) == 64 and torch.allclose(got, want, atol=1e-5 * want.abs().max().item())
+
+
+def test_rows_without_a_label_that_is_learned_are_left_out_and_said(trained, tmp_path, capsys):
+    root, _ = trained
+    rows = (root / "classify.train.jsonl").read_text() + json.dumps({"text": "x", "answers": {"what": "rare"}}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(rows)
+    options = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--max-steps", "1"]
+    assert cli(["train", str(root / "classify.yaml"), *options, "--set", "eval.rows=0"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "1 training rows answer no question" in said and "question 'what': 1 labels of fewer than 5 rows" in said
 
 
 def test_a_classifier_says_its_questions_in_order_with_calibration(trained):
