@@ -1,10 +1,11 @@
 """Do adapters that pool keep up, and are they any good?
 
 Speed: vectors of texts of one length under several LoRAs in one batch, against transformers + peft with the same
-adapters, in turns, with the largest difference between the two, and of each from fp32. The wanted ratio is 2. `--quality search` instead: the
-search adapter against the base model without it and BM25 on held-out rows, all searching the same documents (recall,
-MRR; needs rank-bm25). `--quality tags`: debtags as one classification pass against the adapter that writes them as JSON
-with drafts (F1 over the same labels, texts a second, in turns; the wanted ratio is 20).
+adapters, in turns, with the largest difference between the two, and of each from fp32. The wanted ratio is 2.
+`--quality search` instead: the search adapter against the base model without it and BM25 on held-out rows, all
+searching the same documents (recall, MRR; needs rank-bm25). `--quality tags`: debtags as one classification pass
+against the adapter that writes them as JSON with drafts (F1 over the same labels, texts a second, in turns; the wanted
+ratio is 20).
 
     python -m bench.pooling [--batch 32] [--tokens 128] [--rounds 5] [--dtype bf16|fp32]
     python -m bench.pooling --quality search|tags [--adapter DIR] [--data DIR] [--rows 300] [--corpus-rows 300]
