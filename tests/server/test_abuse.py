@@ -397,7 +397,6 @@ BAD_TOOLS = {
     "parallel_tool_calls is text": {"tools": [tool()], "parallel_tool_calls": "no"},
     "adapter path": {"tools": [{**tool(), "x-adapter": "../good"}]},
     "adapter list": {"tools": [{**tool(), "x-adapter": ["good"]}]},
-    "response_format too": {"tools": [tool()], "response_format": {"type": "json_object"}},
 }
 
 
