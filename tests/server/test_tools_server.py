@@ -76,10 +76,11 @@ def server(adapters_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def families_server(adapters_dir, tmp_path_factory):
-    """A model of the first family, and for each other one an adapter that brings its template."""
+    """A model of the first family, the adapter `alpha`, and for each other family one that brings its template."""
     root = tmp_path_factory.mktemp("families")
+    shutil.copytree(adapters_dir / "alpha", root / "alpha")
     for family in OTHER_FAMILIES:
-        shutil.copytree(adapters_dir / "alpha", root / family)
+        shutil.copytree(root / "alpha", root / family)
         (root / family / "chat_template.jinja").write_text(TEMPLATES[family])
     families = (FIRST_FAMILY, *OTHER_FAMILIES)
     yield from served(make_model(tmp_path_factory.mktemp("models") / FIRST_FAMILY, *families), root)
@@ -285,9 +286,10 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "note", "schema": NOTE,
 
 
 @pytest.mark.parametrize("family", [None, "hermes", "llama3", "mistral"])
-def test_beside_tools_an_answer_keeps_to_its_format_or_calls(start, family):
-    server, seen = start(family), set()
-    fields = {"response_format": FORMAT, "n": 6, "temperature": 2, "tools": with_adapters(pick="alpha")}
+def test_beside_tools_an_answer_keeps_to_its_format_or_calls(of_family, family):
+    (server, model), seen = of_family(family), set()
+    tools = with_adapters(pick="alpha")
+    fields = {"model": model, "response_format": FORMAT, "n": 6, "temperature": 2, "tools": tools}
     for seed in range(4):
         whole = choices(server, **fields, seed=seed)
         for choice in whole:
@@ -317,12 +319,12 @@ def test_calls_that_must_come_take_the_place_of_the_format(server):
         jsonschema.validate(json.loads(choice["message"]["content"]), NOTE)
 
 
-def test_grammars_that_cannot_stand_beside_tools_are_refused(start):
+def test_grammars_that_cannot_stand_beside_tools_are_refused(server, families_server):
     fields = {**ASK, "guided_regex": "[a-z]+"}
-    assert_error(start(None).post(CHAT, fields), 400, "tools", "tool_choice none")
+    assert_error(server.post(CHAT, fields), 400, "tools", "tool_choice none")
     fields = {**ASK, "response_format": {"type": "json_object"}, "max_tokens": 20}
-    assert start(None).post(CHAT, fields).status_code == 200
-    assert_error(start("llama3").post(CHAT, fields), 400, "begin with")
+    assert server.post(CHAT, fields).status_code == 200
+    assert_error(families_server.post(CHAT, {**fields, "model": "llama3"}), 400, "begin with")
 
 
 # -- adapters
