@@ -40,21 +40,33 @@ def load(url: str, adapter: str, stop: threading.Event) -> None:
 
 
 def playground(page: Page, path: Path) -> None:
+    """A race on the first example in which the card of a rejected draft does not hide who has won."""
     play = Playground(page).set(model=SHOWN, beside=" race")
     page.evaluate("document.querySelector('#settings .more').open = false")
-    page.locator("#examples button").first.click()
-    play.send(page.locator("#prompt").input_value())
-    page.locator(".verdict").wait_for()
-    page.evaluate("scrollTo(0, 0)")
-    cards = []
-    for idx in range((struck := page.locator(".output .struck")).count()):
-        struck.nth(idx).hover()
-        page.locator("#card del").first.wait_for()
-        cards.append((page.locator("#card").bounding_box()["height"], idx))
-    if cards:
-        struck.nth(min(cards)[1]).hover()  # the card that hides least
-        page.wait_for_timeout(500)
+    examples = page.locator("#examples button")
+    for idx in range(examples.count()):
+        page.get_by_role("button", name="New conversation").click()
+        examples.nth(idx).click()
+        play.send(page.locator("#prompt").input_value())
+        page.locator(".verdict").wait_for()
+        page.evaluate("scrollTo(0, 0)")
+        if shows_card(page, page.locator(".verdict").bounding_box()["y"]):
+            break
+        page.mouse.move(0, 0)
+    page.wait_for_timeout(500)
     page.screenshot(path=path)
+
+
+def shows_card(page: Page, bottom: float) -> bool:
+    """Point at a rejected draft whose card ends above `bottom`."""
+    struck, card = page.locator(".output .struck"), page.locator("#card")
+    for idx in range(struck.count()):
+        struck.nth(idx).hover()
+        card.locator("del").first.wait_for()
+        box = card.bounding_box()
+        if box["y"] + box["height"] < bottom:
+            return True
+    return False
 
 
 def board(page: Page, url: str, path: Path, load_s: float) -> None:
