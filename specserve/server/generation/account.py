@@ -102,7 +102,7 @@ class Accounts:
         timeout_s, model, lens = limit_s, job.adapter or self._base_name, job.prompt_lens
         if job.deadline is not None:
             timeout_s = min(timeout_s, job.deadline - time.monotonic())
-        watch = self._metrics.watch(model, lens)
+        watch = self._metrics.watch(model, lens, is_timed=not job.caller.is_background)
         line = RequestLine(job.id, model, lens, job.caller.key, job.generates)
         charge = TokenCharge(job.caller.allowance, job.num_prompt_tokens, job.num_may_generate)
         account = Account(asyncio.get_running_loop().time() + timeout_s, watch, line, charge)

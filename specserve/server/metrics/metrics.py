@@ -85,9 +85,9 @@ class Metrics:
     def key_label(self, name: str) -> str:
         return self._keys.label(name)
 
-    def watch(self, model: str, prompt_lens: Sequence[int]) -> Watch:
+    def watch(self, model: str, prompt_lens: Sequence[int], is_timed: bool = True) -> Watch:
         """Of a request for `model`, whose sequences have prompts of these lengths."""
-        return Watch(self._requests, self.model_label(model), prompt_lens)
+        return Watch(self._requests, self.model_label(model), prompt_lens, is_timed)
 
     def render(self, stats: EngineStats | None, info: EngineInfo | None = None, loading: Collection[str] = ()) -> bytes:
         """The text format of everything; `stats` is None while the engine is down, `loading` are adapters' names."""

@@ -63,10 +63,11 @@ class RequestFamilies:
 
 
 class Watch:
-    """One request, whose sequences have prompts of these lengths."""
+    """One request, whose sequences have prompts of these lengths; unless it `is_timed` no histogram has its times."""
 
-    def __init__(self, families: RequestFamilies, model: str, prompt_lens: Sequence[int]):
+    def __init__(self, families: RequestFamilies, model: str, prompt_lens: Sequence[int], is_timed: bool = True):
         self._families = families
+        self._is_timed = is_timed
         self._prompt_lens = prompt_lens
         self._start = time.monotonic()
         num = len(prompt_lens)
@@ -82,9 +83,10 @@ class Watch:
         now, num = time.monotonic(), len(delta.token_ids)
         if self._first[idx] is None:
             self._first[idx] = now
-            self._families.ttft.labels(*self._labels).observe(now - self._start)
+            if self._is_timed:
+                self._families.ttft.labels(*self._labels).observe(now - self._start)
             self._families.prompt_tokens.labels(*self._labels).inc(self._prompt_lens[idx])
-        elif num:
+        elif num and self._is_timed:
             # Tokens of one verification arrive together; each is charged its share of the gap.
             observe_each(self._inter_token, (now - self._last[idx]) / num, num)
         self._last[idx] = now
@@ -117,11 +119,12 @@ class Watch:
         families, labels = self._families, self._labels[:2]
         self._whole(now, usage.queue_s, usage.prompt_tokens)
         families.request_generation_tokens.labels(*labels).observe(usage.completion_tokens)
-        if usage.completion_tokens > 1:
+        if usage.completion_tokens > 1 and self._is_timed:
             families.time_per_token.labels(*labels).observe((now - first) / (usage.completion_tokens - 1))
 
     def _whole(self, now: float, queue_s: float, prompt_tokens: int) -> None:
         families, labels = self._families, self._labels[:2]
-        families.e2e.labels(*self._labels).observe(now - self._start)
-        families.queue_time.labels(*labels).observe(queue_s)
+        if self._is_timed:
+            families.e2e.labels(*self._labels).observe(now - self._start)
+            families.queue_time.labels(*labels).observe(queue_s)
         families.request_prompt_tokens.labels(*labels).observe(prompt_tokens)

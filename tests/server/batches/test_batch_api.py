@@ -104,7 +104,9 @@ def test_rows_are_answered_as_requests_are_by_the_model_that_each_names(server):
         {},
     )
     assert list(answers) == ["base", "lora", "two"]
-    total = 0
+    metrics, total = server.metrics(), 0
+    assert metrics.get('e2e_request_latency_seconds_count{model="alpha"}', 0) == 0  # nobody waited for it
+    assert metrics['generation_tokens_total{model="alpha"}'] == 6
     for sent in rows:
         direct = server.post(CHAT, sent["body"]).json()
         line = answers[sent["custom_id"]]
