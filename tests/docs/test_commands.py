@@ -16,6 +16,7 @@ import pytest
 from doc_blocks import PAGES, blocks, commands
 from peft_adapters import make_peft_adapter
 from places import ROOT
+from served_poolers import make_poolers
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
@@ -27,6 +28,8 @@ OTHER_PROGRAMS = {"guidellm", "pip"}  # not ours
 # Python that is run elsewhere.
 RUN_BY = {
     "lorax.Client": "tests/conformance/test_clients.py",
+    "cohere.": "tests/conformance/test_clients.py",
+    "langchain_": "tests/conformance/test_clients.py",
     "AutoModelForSequenceClassification": "tests/training/pooling/test_pooling_run.py",
 }
 PAGES_RUN_BY = {"python.md": "tests/llm/test_async_llm.py"}  # one program each
@@ -39,6 +42,7 @@ def server(tmp_path_factory):
     first = make_peft_adapter(model, root / "adapters" / ADAPTERS[0])
     for name in ADAPTERS[1:]:
         shutil.copytree(first, root / "adapters" / name)
+    make_poolers(model, root / "adapters")
     flags = ("--adapters-dir", str(root / "adapters"), "--batch-dir", str(root / "batches"))
     server = ServerProcess(model, *flags).wait_ready()
     yield server
