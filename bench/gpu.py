@@ -43,6 +43,7 @@ PARTS = (
     Part("steps", ("bench.gpu_steps", "--shape", "llama8b"), 90),
     Part("serving", ("bench.gpu_serving",), 180),
     Part("lora", ("bench.lora_kernels",), 60),
+    Part("linears", ("bench.linear_rows",), 35),
     Part("attention", ("bench.attention_kernels",), 60),
     Part("sampling", ("bench.sampling_kernels",), 30),
     Part("heads", ("bench.head_loop",), 30),

@@ -9,7 +9,8 @@ normal range survives that unchanged, smaller ones lose less than 2^-25; a tenso
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 logger = logging.getLogger(__name__)
 
 FP16_MAX = 65504.0
+
+Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # as F.linear
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -36,10 +39,11 @@ def has_native_bf16() -> bool:
 class Linear:
     """y = x @ weight^T + bias for x [T, in] in `compute_dtype`; `weight` is [out, in] in the model's dtype."""
 
-    __slots__ = ("_bias", "_packed", "_weight")
+    __slots__ = ("_bias", "_packed", "_product", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         self._packed: Any = None
+        self._product: Product = F.linear
         self._weight: torch.Tensor | None = weight
         self._bias = bias
         if packs_weights(weight.dtype, weight.device):
@@ -53,8 +57,13 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._weight is not None:
-            return F.linear(x, self._weight, self._bias)
+            return self._product(x, self._weight, self._bias)
         return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+
+    def multiply_by(self, product: Product) -> None:
+        """Have `product` take the place of F.linear; for weights that are not packed."""
+        assert self._weight is not None
+        self._product = product
 
     def unpacked(self) -> torch.Tensor:
         """The weight [out, in] as multiplied, for checks and tests."""

@@ -4,12 +4,15 @@ One struct names every setting once: command-line flags, `SPECSERVE_*` environme
 derived from its fields (`specserve.cli.options`). Precedence: flag, environment, file, default.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 Text = Annotated[str, Meta(min_length=1)]  # an empty one is mostly a variable that nobody set
+
+
+Exact: TypeAlias = Literal["auto", "on", "off"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +46,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: Annotated[
         Literal["none", "int8", "int4"], Meta(description="hold the base model's weights in fewer bits (CPU)")
     ] = "none"
+    exact: Annotated[
+        Exact,
+        Meta(
+            description="a row's bits do not follow the step's size, so that drafts change none; auto: always on the "
+            "native CPU path, on CUDA from compute capability 9.0 on with weights of 16 bits; on: that or no start; "
+            "off: on CUDA matrix products as cuBLAS chooses them"
+        ),
+    ] = "auto"
     cuda_graphs: Annotated[bool, Meta(description="capture a step's launches on CUDA and replay them")] = True
     max_model_len: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="tokens of prompt plus output; default: the model's")

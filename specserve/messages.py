@@ -183,6 +183,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     max_adapters: int = 0  # in the memory that steps read
     undrafted_rates: list[tuple[int, float]] = []  # (sequences, tokens/s of all) without drafts, by the cost table
     hidden_size: int = 0  # values of an embedding
+    is_exact: bool = False  # whether a row's bits are the same in every step
 
 
 class LookaheadInfo(msgspec.Struct, frozen=True):

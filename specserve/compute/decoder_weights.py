@@ -62,6 +62,7 @@ class DecoderWeights:
 
     kernels = "torch"  # what multiplies them
     num_builds = 0  # nothing is compiled while serving
+    is_exact = False  # whether a row's bits are the same in every step
 
     def __init__(
         self,

@@ -57,7 +57,13 @@ class PathChoice(Protocol):
 def choose_paths(config: EngineConfig, device: torch.device) -> list[PathChoice]:
     """The paths that `config` wants on `device`, best first, before torch. Raises `ModelError` for what cannot be."""
     chosen: tuple[PathChoice | None, ...] = choose_native(config, device), choose_triton(config, device)
-    return [choice for choice in chosen if choice is not None]
+    choices = [choice for choice in chosen if choice is not None]
+    if config.exact == "on" and not choices:
+        raise ModelError(
+            f"exact=on needs the native path or Triton's, and torch would serve (kernels={config.kernels}, on "
+            f"{device.type}); set exact to auto or off, or kernels to native to see what is missing"
+        )
+    return choices
 
 
 def load_model(

@@ -138,6 +138,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_adapters=config.max_adapters,
             hidden_size=model.hidden_size,
+            is_exact=self.decoder.is_exact,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts

@@ -25,7 +25,7 @@ def banner(
     dtype = info.dtype.removeprefix("torch.")
     lines = {"model": f"{model}, {_quantized(config, dtype)} on {info.device}, {info.max_model_len} tokens of context"}
     if info.kernels:
-        lines["kernels"] = info.kernels
+        lines["kernels"] = f"{info.kernels}, exact" if info.is_exact else info.kernels
     rates = ", ".join(f"{rate:.3g} with {_counted(num)}" for num, rate in info.undrafted_rates)
     if rates:
         lines["speed"] = f"tokens/s without drafts: {rates}"

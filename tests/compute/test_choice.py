@@ -8,13 +8,15 @@ import pytest
 import torch
 from tiny_models import make_tiny_model
 
+from specserve.compute.cuda import one_order
 from specserve.compute.cuda.choice import TritonChoice, choose_triton
 from specserve.compute.device_choice import choose_device
-from specserve.compute.loader import load_model
+from specserve.compute.loader import choose_paths, load_model
 from specserve.compute.native.choice import choose_native
 from specserve.compute.torch.decoder import Decoder
 from specserve.config import EngineConfig
 from specserve.errors import ModelError, UserError
+from specserve.kernels.linear import Linear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -38,6 +40,33 @@ def with_triton(monkeypatch):
 )
 def test_triton_serves_on_cuda_unless_torch_was_asked_for(kernels, device, choice, with_triton):
     assert choose_triton(EngineConfig(kernels=kernels), device) == choice
+
+
+def test_exact_on_is_for_paths_that_keep_a_rows_bits(with_triton):
+    assert choose_triton(EngineConfig(exact="on"), CUDA) == TritonChoice(is_required=True, exact="on")
+    for device in (CPU, CUDA):
+        assert choose_paths(EngineConfig(kernels="torch"), device) == []
+        with pytest.raises(ModelError, match="exact=on needs the native path or Triton's, and torch would serve"):
+            choose_paths(EngineConfig(kernels="torch", exact="on"), device)
+
+
+@pytest.mark.parametrize("exact", ["auto", "off"])
+def test_matrix_products_are_torchs_where_exact_is_off_or_the_device_has_no_say(tmp_path, exact):
+    decoder = load_model(make_tiny_model(tmp_path), CPU, "bf16", [TritonChoice(exact=exact)])
+    assert not decoder.is_exact
+
+
+def test_a_device_that_sums_differently_is_found_out(monkeypatch):
+    released: list[bool] = []
+    monkeypatch.setattr(one_order, "release_order", lambda: released.append(True))
+    monkeypatch.setattr(one_order, "rows_that_differ", lambda weight: [64] if weight.shape[0] == 128 else [])
+    weights = [torch.zeros(n, 64, dtype=torch.bfloat16) for n in (64, 128)]
+    assert one_order.sums_differ(weights[:1]) is None and not released
+    assert one_order.sums_differ(weights) == "cuBLASLt and our kernel sum a [128, 64] matrix differently at [64] rows"
+    assert released
+    assert "not a multiple of 8" in one_order.cannot_be([torch.zeros(8, 12, dtype=torch.float16)])
+    with pytest.raises(ModelError, match="exact=on cannot be kept: weights are float32"):
+        one_order.keep_one_order("on", [], Linear(torch.zeros(8, 8)))
 
 
 def test_torch_is_neither_native_nor_triton_on_any_device():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 
+from ...config import Exact
 from ...kernels.linear import Linear, compute_dtype
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights, fused_layers
@@ -16,6 +17,7 @@ from ..path import ComputePath, PathInputs, Phase
 from .decoder import TritonDecoder
 from .drafts import DeviceDrafts
 from .graph_cache import GraphCache
+from .one_order import keep_one_order
 from .parts import DeviceParts
 from .runner import DeviceRunner
 from .sampler import DeviceSampler
@@ -25,14 +27,16 @@ logger = logging.getLogger(__name__)
 _UNSEEN = "what layers, lm_head, sampling and heads take on the device: all are queued there and waited for once"
 
 
-def build(config: ModelConfig, weights: Weights) -> TritonDecoder:
-    """The decoder of the Triton kernels; norms stay fp32."""
+def build(config: ModelConfig, weights: Weights, exact: Exact) -> TritonDecoder:
+    """The decoder of the Triton kernels; norms stay fp32. Raises `ModelError` where `exact` is on and cannot be."""
     activations = compute_dtype(weights.dtype, weights.device)
     embed = weights.embed()
     lm_head = Linear(weights.lm_head(embed))
     layers = fused_layers(config, weights)
     logger.info("Triton kernels on %s: weights and arithmetic are %s", weights.device, weights.dtype)
-    return TritonDecoder(config, embed, layers, weights.norm("model.norm"), lm_head, activations, weights.dtype)
+    decoder = TritonDecoder(config, embed, layers, weights.norm("model.norm"), lm_head, activations, weights.dtype)
+    decoder.is_exact = keep_one_order(exact, layers, lm_head)
+    return decoder
 
 
 def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...config import EngineConfig
+from ...config import EngineConfig, Exact
 from ...errors import ModelError
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
@@ -33,6 +33,7 @@ class TritonChoice:
     """That the Triton kernels shall serve. `is_required`: rather fail than fall back to torch."""
 
     is_required: bool = False
+    exact: Exact = "auto"
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ class TritonChoice:
     def build(self, config: ModelConfig, weights: Weights) -> TritonDecoder:
         from .build import build  # late: 0.4 s of a start, where another path serves
 
-        return build(config, weights)
+        return build(config, weights, self.exact)
 
 
 def choose_triton(config: EngineConfig, device: torch.device) -> TritonChoice | None:
@@ -63,4 +64,4 @@ def choose_triton(config: EngineConfig, device: torch.device) -> TritonChoice | 
             raise ModelError(f"kernels={config.kernels} needs triton, which is not installed")
         logger.warning("triton is not installed: torch serves instead, slower")
         return None
-    return TritonChoice(is_required)
+    return TritonChoice(is_required or config.exact == "on", config.exact)

@@ -81,6 +81,7 @@ def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | 
     why = f"; not {library.not_higher}" if library.not_higher else "; kernels asks for it" if level else ""
     logger.info("native CPU path: instructions are %s%s", library.level, why)
     num_threads = config.num_threads or torch.get_num_threads()
+    is_required = is_required or config.exact == "on"
     return NativeChoice(library, num_threads, config.block_size, config.quantization, is_required)
 
 

@@ -52,6 +52,8 @@ class NativeLayer:
 class NativeDecoder:
     """A loaded model. `compute_dtype` is the dtype of KV and of what the matrices multiply."""
 
+    is_exact = True  # a row's bits are the same in every step
+
     def __init__(
         self,
         library: Library,

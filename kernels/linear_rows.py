@@ -1,0 +1,129 @@
+"""A linear layer whose rows have the same bits at every number of rows, where libraries choose a sum's order by it.
+
+Semantics, for x [T, K] and weight [N, K] in one 16-bit dtype, bias [N] or none:
+    y[t, n] = round(sum over k of x[t, k] * weight[n, k]),   with a bias round(y[t, n] + bias[n])
+Each sum is one fp32 accumulator that takes k in ascending order, 16 at a time, by tensor cores: no split of K, nothing
+that depends on T or on the row's place. Up to MOST_TILED_ROWS rows are multiplied by our kernel, more by cuBLASLt,
+which sums in that order too once it may not split K (`hold_one_order`). A bias is added to the rounded product by
+both, since how a library joins it with the product is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+MOST_TILED_ROWS = 64  # beyond, weights are no longer all of the time, and cuBLASLt is as fast or faster
+COLUMNS_OF_K = 8  # K is a multiple of it: TMA wants rows of whole 16 bytes
+BLOCK_K = 128
+FIRST_CAPABILITY = (9, 0)  # of cards with TMA
+SHARED_BYTES = 227 << 10  # that a program of such a card may have; the tiles take up to 192 KiB
+_LEAST_WIDE = 16384  # outputs that fill the device with tiles of 128
+_CHECKED_ROWS = (1, 16, 17, 32, 33, 64, 65, 96, 128, 256, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A program's part of y, and how far ahead it reads; none of it changes a bit."""
+
+    rows: int
+    columns: int
+    num_stages: int
+    num_warps: int = 4
+
+
+def choose_tile(num_rows: int, out_size: int) -> Tile:
+    """By the sizes alone. Few programs read far ahead; where there are many, several share a multiprocessor."""
+    rows = next(rows for rows in (16, 32, 64) if num_rows <= rows)
+    if out_size >= _LEAST_WIDE:
+        return Tile(rows, 128, 4)
+    return Tile(rows, 64, 9 if rows <= 32 else 6)
+
+
+def hold_one_order() -> str | None:
+    """Have this process's products of 16-bit matrices on CUDA by cuBLASLt, without splits of K; why not, if it cannot.
+
+    A setting of torch, which all products of the process follow until `release_order`.
+    """
+    if torch.version.cuda is None:
+        return "torch was not built for CUDA"
+    try:
+        _set_library("cublaslt", False)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        release_order()
+        return f"torch {torch.__version__} cannot keep cuBLASLt from splitting sums ({error})"
+    return None
+
+
+def release_order() -> None:
+    """What `hold_one_order` set as torch has it by itself."""
+    try:
+        _set_library("default", True)
+    except (AttributeError, RuntimeError, TypeError):  # of a torch that could not be held either
+        return
+
+
+def _set_library(library: str, may_split: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = (may_split, may_split)
+    matmul.allow_fp16_reduced_precision_reduction = (may_split, may_split)
+    torch.backends.cuda.preferred_blas_library(library)
+
+
+def rows_that_differ(weight: torch.Tensor, num_rows: Sequence[int] = _CHECKED_ROWS) -> list[int]:
+    """Of `num_rows`, those at which a row times `weight` [N, K] has other bits than alone: a check of the device."""
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(max(num_rows), weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    differing = []
+    for num in num_rows:
+        last = linear_rows(x[:num], weight)[num - 1]
+        alone = linear_rows(x[num - 1 : num], weight)[0]
+        if not torch.equal(last, alone):  # sync: at start
+            differing.append(num)
+    return differing
+
+
+def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y [T, N] in x's dtype. x [T, K] and weight [N, K] have contiguous rows, K a multiple of COLUMNS_OF_K."""
+    (num_rows, in_size), out_size = x.shape, weight.shape[0]
+    assert x.dtype == weight.dtype and x.dtype.itemsize == 2, (x.dtype, weight.dtype)
+    assert in_size == weight.shape[1] and in_size % COLUMNS_OF_K == 0, (x.shape, weight.shape)
+    if not 0 < num_rows <= MOST_TILED_ROWS:
+        y = F.linear(x, weight)
+        return y if bias is None else y.add_(bias)
+    from triton import cdiv
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from .linear_rows_triton import linear_rows_kernel
+
+    tile = choose_tile(num_rows, out_size)
+    y = x.new_empty(num_rows, out_size)
+    # A launch carries descriptors by value, so a graph keeps those that it was captured with.
+    linear_rows_kernel[(cdiv(out_size, tile.columns),)](
+        y,
+        TensorDescriptor(x, [num_rows, in_size], [x.stride(0), 1], [tile.rows, BLOCK_K]),
+        TensorDescriptor(weight, [out_size, in_size], [weight.stride(0), 1], [tile.columns, BLOCK_K]),
+        y if bias is None else bias,
+        num_rows,
+        out_size,
+        in_size,
+        HAS_BIAS=bias is not None,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        BLOCK_K=BLOCK_K,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return y
+
+
+def linear_rows_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The definition, one product after the other in float32; y [T, N] in x's dtype."""
+    sums = torch.zeros(x.shape[0], weight.shape[0])
+    for k in range(x.shape[1]):
+        sums += x[:, k, None].float() * weight[None, :, k].float()
+    y = sums.to(x.dtype)
+    return y if bias is None else (y.float() + bias.float()).to(x.dtype)

@@ -1,0 +1,30 @@
+"""The Triton kernel of linear layers with one order of sums: one program a tile of outputs. Semantics: linear_rows.py.
+
+Weights are the left operand, so that their 64 or 128 rows fill a tensor core's instruction however few rows x has.
+Both come by TMA, which gives zeros beyond the edges; a sum takes them without a change.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_rows_kernel(
+    y, x, weight, bias, num_rows, out_size, in_size,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of COLUMNS outputs,). x and weight are descriptors of blocks [ROWS, BLOCK_K], [COLUMNS, BLOCK_K]."""
+    first = tl.program_id(0) * COLUMNS
+    sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    for k in range(0, in_size, BLOCK_K):
+        w = weight.load([first, k])
+        sums = tl.dot(w, x.load([0, k]).T, sums)
+    rows, columns = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
+    value = tl.trans(sums).to(y.dtype.element_ty)
+    if HAS_BIAS:
+        offset = tl.load(bias + columns, mask=columns < out_size, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + offset[None, :]).to(y.dtype.element_ty)
+    place = rows[:, None].to(tl.int64) * out_size + columns[None, :]
+    tl.store(y + place, value, mask=(rows < num_rows)[:, None] & (columns < out_size)[None, :])

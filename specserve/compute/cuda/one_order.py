@@ -1,0 +1,85 @@
+"""Whether a model's products keep one order of sums on the device, so that a row's bits do not follow the step's size.
+
+Decided once, at start, by `--exact`: `auto` keeps it where device and weights allow it and logs why not, `on` takes no
+other answer, `off` leaves the products to cuBLAS as it is. That our kernel and cuBLASLt sum alike is nobody's promise:
+it is checked on the model's own matrices before it is relied on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Seq
+
+import torch
+
+from ...config import Exact
+from ...errors import ModelError
+from ...kernels.linear import Linear
+from ...kernels.linear_rows import (
+    COLUMNS_OF_K,
+    FIRST_CAPABILITY,
+    SHARED_BYTES,
+    hold_one_order,
+    linear_rows,
+    release_order,
+    rows_that_differ,
+)
+from ..decoder_weights import GROUPS, Layer
+
+logger = logging.getLogger(__name__)
+
+
+def keep_one_order(exact: Exact, layers: Seq[Layer], lm_head: Linear) -> bool:
+    """Have all linears multiply in one order if `exact` and the device say so. Raises `ModelError` for on, if not."""
+    linears = [lm_head, *(getattr(layer, group) for layer in layers for group in GROUPS)]
+    device = lm_head.unpacked().device
+    if exact == "off" or (exact == "auto" and device.type != "cuda"):  # of CPUs it is for Triton's interpreter
+        return False
+    some = [linear.unpacked() for linear in linears[: 1 + len(GROUPS)]]  # all shapes are in the first layer
+    reason = cannot_be(some)
+    if reason is None:
+        for linear in linears:
+            linear.multiply_by(linear_rows)
+        logger.info("exact: a row's bits do not follow the step's size")
+        return True
+    if exact == "on":
+        raise ModelError(f"exact=on cannot be kept: {reason}; set exact to auto or off")
+    logger.warning("exact is off, so drafts may change bits of logits: %s", reason)
+    return False
+
+
+def cannot_be(weights: Seq[torch.Tensor]) -> str | None:
+    """Why products with `weights` cannot keep one order, or None, and then cuBLASLt is set to it."""
+    dtype = weights[0].dtype
+    if dtype.itemsize != 2:
+        return f"weights are {str(dtype).removeprefix('torch.')}, not of 16 bits (--dtype bf16 or fp16)"
+    for weight in weights:
+        if weight.shape[1] % COLUMNS_OF_K:
+            return f"a matrix has {weight.shape[1]} inputs, not a multiple of {COLUMNS_OF_K}"
+    if not weights[0].is_cuda:
+        return None
+    reason = _device_lacks(weights[0].device) or hold_one_order()
+    if reason is not None:
+        return reason
+    return sums_differ(weights)
+
+
+def _device_lacks(device: torch.device) -> str | None:
+    capability, properties = torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)  # torch's types do not know it
+    if capability < FIRST_CAPABILITY:
+        have, first = (".".join(map(str, version)) for version in (capability, FIRST_CAPABILITY))
+        return f"the device has compute capability {have}, before {first}"
+    if shared < SHARED_BYTES:
+        return f"the device has {shared >> 10} KiB of shared memory for a program"
+    return None
+
+
+def sums_differ(weights: Seq[torch.Tensor]) -> str | None:
+    """How the device's sums turn out to differ; then cuBLAS is as it was."""
+    for weight in weights:
+        differing = rows_that_differ(weight)
+        if differing:
+            release_order()
+            return f"cuBLASLt and our kernel sum a {list(weight.shape)} matrix differently at {differing} rows"
+    return None

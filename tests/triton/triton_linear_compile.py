@@ -1,0 +1,59 @@
+"""Compiles linear layers with one order of sums for Hopper (sm_90), which needs no GPU; test_under_triton.py runs it.
+
+Beyond that the compiler takes the kernel, a binary shows what its speed rests on: weights and rows by TMA, wgmma, no
+spilled register. A process of its own, without TRITON_INTERPRET: bf16 and one tile of each width, with --all the other
+dtype, tiles and a bias too.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from specserve.kernels.linear_rows import BLOCK_K, Tile, choose_tile
+from specserve.kernels.linear_rows_triton import linear_rows_kernel
+
+MOST_SHARED = 227 << 10  # bytes of a program
+SPILL = re.compile(r"\b(STL|LDL)\b")
+
+
+def compile_tile(dtype: str, tile: Tile, has_bias: bool) -> Any:
+    constants = {"HAS_BIAS": has_bias, "ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_K": BLOCK_K}
+    names = linear_rows_kernel.arg_names
+    types = dict.fromkeys(constants, "constexpr") | {"y": f"*{dtype}", "bias": f"*{dtype}"}
+    types["x"] = f"tensordesc<{dtype}[{tile.rows}, {BLOCK_K}]>"
+    types["weight"] = f"tensordesc<{dtype}[{tile.columns}, {BLOCK_K}]>"
+    signature = {name: types.get(name, "i32") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = [names.index(name) for name in ("y", "bias", "out_size", "in_size")]
+    attrs = {(idx,): [["tt.divisibility", 16]] for idx in aligned}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    source = ASTSource(linear_rows_kernel, signature, values, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def main(is_all: bool) -> None:
+    for dtype in ("bf16", "fp16") if is_all else ("bf16",):
+        for num_rows, out_size in [(rows, size) for rows in (16, 32, 64) for size in (576, 49152)]:
+            if not is_all and num_rows != (16 if out_size == 576 else 64):
+                continue
+            for has_bias in (False, True) if is_all else (False,):
+                tile = choose_tile(num_rows, out_size)
+                compiled = compile_tile(dtype, tile, has_bias)
+                ptx, sass, shared = compiled.asm["ptx"], compiled.asm["sass"], compiled.metadata.shared
+                num_copies, num_wgmma = ptx.count("cp.async.bulk.tensor"), ptx.count("wgmma.mma_async")
+                num_spills = len(SPILL.findall(sass))
+                print(
+                    f"linear_rows {dtype} {tile} bias {has_bias}: {shared} bytes shared, {num_copies} TMA, "
+                    f"{num_wgmma} wgmma, {num_spills} spills"
+                )
+                assert shared <= MOST_SHARED and num_copies and num_wgmma and not num_spills, tile
+
+
+if __name__ == "__main__":
+    main("--all" in sys.argv)
