@@ -1,9 +1,10 @@
 """The decoder on CUDA: the layers of one ragged batch as a fixed sequence of kernel launches, ready for a CUDA graph.
 
-Takes the place of `Decoder` where Triton runs. Matrices are cuBLAS's, or the kernel's and cuBLASLt's that keep one order (`one_order.py`); norms, RoPE with the KV write, attention, gated
-activations and LoRA are our kernels (kernels/). Nothing here looks at the step's contents: everything that differs
-between steps is read from device buffers (`RowInputs`), the launches depend on the bucket alone. The residual stream is
-fp32, everything that matrices read is in `compute_dtype`. Under Triton's interpreter the same code runs on a CPU.
+Takes the place of `Decoder` where Triton runs. Matrices are cuBLAS's or, where a row's bits shall not follow the step's
+size, those of `one_order.py`; norms, RoPE with the KV write, attention, gated activations and LoRA are our kernels
+(kernels/). Nothing here looks at the step's contents: everything that differs between steps is read from device buffers
+(`RowInputs`), the launches depend on the bucket alone. The residual stream is fp32, everything that matrices read is in
+`compute_dtype`. Under Triton's interpreter the same code runs on a CPU.
 """
 
 from __future__ import annotations
