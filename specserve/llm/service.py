@@ -17,19 +17,18 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..config import ServeConfig, engine_part
+from ..config import ServeConfig
 from ..errors import UserError
 from ..messages import AdapterInfo
-from ..model.store import DEFAULT_MODEL
 from ..server.access.keys import KeyRing
 from ..server.adapter_store import AdapterStore
-from ..server.engine_client.client import EngineClient, engine_command
 from ..server.generation.generator import Generator
 from ..server.generation.job import Job
 from ..server.http_body import convert
 from ..server.metrics.metrics import Metrics
 from ..server.openai.request_types import ChatRequest, CompletionRequest
 from ..server.openai.responses import ResponseBuilder
+from ..server.served_engine import engine_of, model_name_of
 from ..server.stats.snapshot import StatsSource
 from ..server.stats.types import StatsResponse
 from ..text.tokenizer import TextTokenizer
@@ -64,13 +63,8 @@ class Service:
         roots = [Path(folder).resolve() for folder in config.adapter_roots]
         if roots and config.adapters_dir is not None:
             roots.append(Path(config.adapters_dir).resolve())
-        self.engine = EngineClient(
-            msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots))),
-            silence_timeout_s=config.engine_timeout_s,
-            step_timeout_s=config.engine_step_timeout_s,
-            command=engine_command(config.log_level),
-        )
-        self.model_name = config.served_model_name or (model_dir.name if config.model else DEFAULT_MODEL.name)
+        self.engine = engine_of(config, model_dir, roots)
+        self.model_name = model_name_of(config, model_dir)
         self.store = AdapterStore(
             self.engine, config.adapters_dir, self.model_name, roots=roots or [Path(model_dir.anchor)]
         )

@@ -20,10 +20,10 @@ import msgspec
 from aiohttp import web
 
 from .. import __version__
-from ..config import ServeConfig, engine_part
+from ..config import ServeConfig
 from ..errors import UserError
 from ..log_lines import configure_logging
-from ..model.store import DEFAULT_MODEL, resolve_model
+from ..model.store import resolve_model
 from ..terminal import wants_colour
 from ..text.tokenizer import TextTokenizer
 from .access.keys import KeyRing
@@ -34,7 +34,6 @@ from .banner import banner
 from .batches.api import BatchRoutes
 from .connections import Connections, raise_handle_limit
 from .console import say, settle
-from .engine_client.client import EngineClient, engine_command
 from .generation.generator import Generator
 from .http_body import json_response
 from .lorax.api import LoraxRoutes
@@ -48,6 +47,7 @@ from .pooling.pooler import Pooler
 from .pooling.tei_api import TeiRoutes
 from .responses.api import ResponsesRoutes
 from .routes import add_routes
+from .served_engine import engine_of, model_name_of
 from .sources.fetcher import AdapterFetcher
 from .spans import Spans
 from .stats.routes import StatsRoutes
@@ -63,14 +63,8 @@ class Server:
         self.config = config
         self.fetcher = AdapterFetcher(config)
         roots = adapter_roots(config, self.fetcher.root)
-        self.engine = EngineClient(
-            msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots))),
-            silence_timeout_s=config.engine_timeout_s,
-            step_timeout_s=config.engine_step_timeout_s,
-            command=command or engine_command(config.log_level),
-        )
-        default_name = model_dir.name if config.model else DEFAULT_MODEL.name
-        self.model_name = config.served_model_name or default_name
+        self.engine = engine_of(config, model_dir, roots, command)
+        self.model_name = model_name_of(config, model_dir)
         self.metrics = Metrics(self.model_name, config.metrics_prefix, config.prefix_caching)
         observe_load_s = self.metrics.adapter_load.observe
         self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
