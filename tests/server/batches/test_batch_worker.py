@@ -177,7 +177,7 @@ async def test_the_window_ends_a_batch_with_what_there_is(setup):
             await asyncio.sleep(60)
 
     async with setup(answer=slow) as made:
-        (batch,) = await made.run(made.add(6, window_s=1))
+        (batch,) = await made.run(made.add(6, window_s=2))
         assert batch.status == "expired" and batch.expired_at and batch.completed_at is None
         assert [line["custom_id"] for line in made.lines(batch.output_file_id)] == ["0"]
         errors = made.lines(batch.error_file_id)
