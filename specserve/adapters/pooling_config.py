@@ -18,6 +18,7 @@ import msgspec
 
 from ..adapter_files import POOLING_FILE
 from ..adapter_kinds import AdapterType, PoolingInfo, PoolingType, Question
+from ..errors import shortened
 from .config_json import decode_object, refuse, shown
 
 FORMAT_VERSION = 1
@@ -26,6 +27,7 @@ SCORE = "base_model.model.score.weight"  # PEFT's name of it
 SEQ_CLS, FEATURE_EXTRACTION = "SEQ_CLS", "FEATURE_EXTRACTION"  # PEFT's task types
 MAX_OUTPUTS = 16_384  # rows of a score matrix
 MAX_TEXT = 20_000  # characters of a prefix, a suffix, a name or a label
+MAX_TOKENS = 1 << 30
 # What transformers calls the labels that nobody named.
 _LABEL, _QUESTION = "LABEL_{}", "label"
 _PAIR_DIVIDER = "\n"  # between query and document, where no file says anything
@@ -79,6 +81,8 @@ def parse_pooling_config(name: str, data: bytes) -> PoolingConfig:
         config = msgspec.convert(raw, PoolingConfig)
     except msgspec.ValidationError as error:
         refuse(name, f"{POOLING_FILE}: {_with_choices(str(error))}")
+    except UnicodeEncodeError:
+        refuse(name, f"{POOLING_FILE}: the name of a field holds half of a surrogate pair")
     for reason in _problems(config):
         refuse(name, f"{POOLING_FILE}: {reason}")
     return config
@@ -86,6 +90,7 @@ def parse_pooling_config(name: str, data: bytes) -> PoolingConfig:
 
 def _with_choices(message: str) -> str:
     match = _ENUM_ERROR.fullmatch(message)
+    message = shortened(message).encode("utf-8", "backslashreplace").decode()  # it may quote half a character
     if match is None:
         return message
     hints: dict[str, Any] = {**get_type_hints(Question), **get_type_hints(PoolingConfig)}
@@ -102,8 +107,8 @@ def _problems(config: PoolingConfig) -> Iterator[str]:
     for field in ("query_prefix", "document_prefix", "suffix"):
         if not _is_text(text := getattr(config, field), 0):
             yield f"{field} is {shown(text)}; at most {MAX_TEXT} whole characters are expected"
-    if config.max_tokens is not None and config.max_tokens < 1:
-        yield f"max_tokens is {shown(config.max_tokens)}; a whole number above 0 or null is expected"
+    if config.max_tokens is not None and not 1 <= config.max_tokens <= MAX_TOKENS:
+        yield f"max_tokens is {shown(config.max_tokens)}; a whole number of 1 to {MAX_TOKENS} or null is expected"
     if any(dim < 1 for dim in config.dimensions) or sorted(set(config.dimensions)) != [*config.dimensions]:
         yield f"dimensions is {shown(config.dimensions)}; different whole numbers above 0, ascending, are expected"
     names = [question.name for question in config.questions]

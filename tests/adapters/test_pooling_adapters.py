@@ -10,9 +10,9 @@ from adapter_edits import base_of, config_of, edit_tensors, tensors_of
 from pooling_adapters import make_pooling_adapter
 
 from specserve.adapter_files import POOLING_FILE, content_hash
-from specserve.adapter_kinds import Question, check_kind
+from specserve.adapter_kinds import PoolingInfo, Question, check_kind
 from specserve.adapters.lora import read_adapter
-from specserve.adapters.pooling_config import SCORE, PoolingConfig, parse_pooling_config
+from specserve.adapters.pooling_config import SCORE, PoolingConfig, parse_pooling_config, pooling_info
 from specserve.adapters.sizes import expected_bytes
 from specserve.errors import AdapterError, UserError
 
@@ -213,3 +213,36 @@ def test_a_request_of_another_kind_is_told_where_to_go():
     with pytest.raises(UserError, match=r"gives embeddings.*/v1/embeddings") as caught:
         check_kind("mine", "embed", ("generate",))
     assert caught.value.code == "wrong_adapter_type" and caught.value.status == 400
+
+
+def test_whatever_the_file_holds_is_served_or_refused_with_one_sentence_that_can_be_sent():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    texts = st.text(max_size=8) | st.sampled_from(["\ud800", "x" * 30_000, "a\nb", "classify", "mean", "multi_label"])
+    scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | texts
+    values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(texts, scalars, max_size=2)
+    fields = st.sampled_from([*PoolingConfig.__struct_fields__, "k" * 3000, "\ud800"])
+    inner = st.sampled_from([*Question.__struct_fields__, "other"])
+    outcomes = {"served": 0, "refused": 0}
+
+    @hypothesis.settings(
+        max_examples=150, deadline=None, database=None, derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate],
+    )  # fmt: skip
+    @hypothesis.given(st.dictionaries(fields, values, max_size=1), st.dictionaries(inner, values, max_size=1))
+    def whatever_it_holds(changes, of_question):
+        first, *others = FILE["questions"]
+        file = {**FILE, "questions": [{**first, **of_question}, *others], **changes}
+        try:
+            config = parse_pooling_config("mine", json.dumps(file).encode())
+            info = pooling_info("mine", config.adapter_type, config, 3, 64)
+        except AdapterError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
+            msgspec.msgpack.encode(error.info())
+            outcomes["refused"] += 1
+        else:
+            assert msgspec.msgpack.decode(msgspec.msgpack.encode(info), type=PoolingInfo) == info
+            outcomes["served"] += 1
+
+    whatever_it_holds()
+    assert min(outcomes.values()) > 2, outcomes

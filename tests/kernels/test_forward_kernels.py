@@ -18,6 +18,13 @@ ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24),
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("hidden", (200, 4096))
+def test_pooled_rows_on_a_gpu(dtype, hidden):
+    elementwise_cases.check_pooled_rows(dtype, hidden, "cuda")
+
+
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("hidden", [576, 20000])  # few, as each is compiled
 def test_addition_and_norm_on_cuda(hidden):
