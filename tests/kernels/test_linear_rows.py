@@ -5,7 +5,7 @@ from __future__ import annotations
 import linear_row_cases
 import pytest
 import torch
-from triton_process import needs_triton
+from triton_process import needs_triton, run_cases
 
 from specserve.kernels.linear_rows import (
     MOST_TILED_ROWS,
@@ -72,3 +72,9 @@ def test_the_check_at_start_finds_what_cublas_does_by_itself(dtype):
 @needs_triton
 def test_a_graph_keeps_the_descriptors_that_it_was_captured_with():
     linear_row_cases.check_in_a_graph(576, 960, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_an_engine_on_cuda_answers_with_the_same_bits_in_any_company():
+    run_cases("triton_linear_cases.py", all_of_them=True, interpret="0")

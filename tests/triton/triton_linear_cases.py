@@ -1,42 +1,89 @@
-"""Linear layers with one order of sums under Triton's interpreter; test_under_triton.py runs this file as a process."""
+"""Linear layers with one order of sums, and an engine that has them, under Triton's interpreter or on CUDA.
+
+test_under_triton.py and test_linear_rows.py run this file as a process.
+"""
 
 from __future__ import annotations
 
 import linear_row_cases
 import pytest
 import torch
-from engine_fixture import make_engine
+from engine_fixture import Result, make_engine, request, run, tokens_of
 from linear_row_cases import BIASES
+from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
-from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
+from triton_interpreter import IS_INTERPRETED, row_uniform_dot  # noqa: F401  (before anything imports triton)
 
 from specserve.compute.cuda.decoder import TritonDecoder
 from specserve.drafting.cost_model import CostModel
 from specserve.errors import ModelError
 from specserve.kernels.linear_rows import linear_rows
 
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+
 
 @pytest.mark.parametrize("has_bias", BIASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [(8, 8), (200, 72), (264, 100)], ids=str)
 def test_rows_equal_the_definition(sizes, dtype, has_bias):
-    linear_row_cases.check_definition(*sizes, dtype, has_bias, "cpu", (1, 3, 16, 17, 32, 33, 64, 65, 130))
+    linear_row_cases.check_definition(*sizes, dtype, has_bias, DEVICE, (1, 3, 16, 17, 32, 33, 64, 65, 130))
 
 
 def test_tiles_of_many_outputs_equal_the_definition():
-    linear_row_cases.check_definition(24, 16392, torch.bfloat16, True, "cpu", (3, 17))
+    linear_row_cases.check_definition(24, 16392, torch.bfloat16, True, DEVICE, (3, 17))
 
 
 def test_a_row_has_the_same_bits_at_every_number_of_rows_and_place():
-    linear_row_cases.check_bits(264, 100, torch.bfloat16, "cpu", (1, 5, 16, 17, 33, 64))
+    linear_row_cases.check_bits(264, 100, torch.bfloat16, DEVICE, (1, 5, 16, 17, 33, 64))
 
 
-def test_the_engine_multiplies_by_it_where_exact_is_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("specserve.engine.engine.measured_costs", lambda *_: CostModel({1: 0.01, 64: 0.02}))
-    model_dir = make_tiny_model(tmp_path)
-    engine = make_engine(model_dir, kernels="triton", exact="on", dtype="bf16")
+@pytest.fixture(scope="module")
+def exact_engine(tmp_path_factory):
+    """One layer in bf16, with a LoRA on all linears; steps of up to 48 rows, on CUDA of many more."""
+    root = tmp_path_factory.mktemp("exact")
+    model_dir = make_tiny_model(root / "model", num_hidden_layers=1)
+    adapter = make_peft_adapter(model_dir, root / "adapter", r=4, std=0.3)
+    sizes = {"max_num_seqs": 8, "max_batched_tokens": 48} if IS_INTERPRETED else {"max_num_seqs": 64}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specserve.engine.engine.measured_costs", lambda *_: CostModel({1: 0.01, 64: 0.02}))
+        settings = {"max_batched_tokens": 512, "kernels": "triton", "exact": "on", "dtype": "bf16", "device": DEVICE}
+        engine = make_engine(model_dir, **settings | sizes)
+    return engine, engine.load_adapter("lora", adapter).content_hash
+
+
+def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
+    engine, _ = exact_engine
     assert isinstance(engine.decoder, TritonDecoder) and engine.info.is_exact
     assert engine.decoder.lm_head._product is linear_rows
     assert engine.decoder.layers[-1].down._product is linear_rows
     with pytest.raises(ModelError, match="exact=on cannot be kept: weights are float32"):
-        make_engine(model_dir, kernels="triton", exact="on", dtype="fp32")
+        make_engine(make_tiny_model(tmp_path, num_hidden_layers=1), kernels="triton", exact="on", device=DEVICE)
+
+
+def test_a_request_has_the_same_bits_alone_in_company_with_drafts_and_from_the_cache(exact_engine):
+    engine, adapter = exact_engine
+    num, length = (4, 3) if IS_INTERPRETED else (60, 24)
+
+    def requests(mode, salt, drafts=None):
+        for idx in range(num):
+            prompt = [7, 8, 9] * 3 if idx % 3 == 0 else range(20 + idx, 38 + 2 * idx)
+            prediction = drafts[str(idx)].tokens[: idx % length] + [3] if drafts else ()
+            yield request(
+                idx, prompt, adapter=adapter if idx % 2 else None, mode=mode, salt=salt, prediction=prediction,
+                max_tokens=length, ignore_eos=True, logprobs=2, temperature=0.8 * (idx % 4 == 3), seed=idx,
+            )  # fmt: skip
+
+    alone: dict[str, Result] = {}
+    for each in requests("off", "alone"):
+        alone |= run(engine, [each])
+    tokens_of(alone)
+    ways = {
+        "in company": run(engine, requests("off", "company"), stagger=2),
+        "with drafts": run(engine, requests("fixed", "drafts", alone)),
+        "from the cache": run(engine, requests("fixed", "drafts", alone)),
+    }
+    assert sum(result.usage.accepted_draft_tokens for result in ways["with drafts"].values()) > 0
+    assert sum(result.usage.cached_tokens for result in ways["from the cache"].values()) > 0
+    for way, results in ways.items():
+        for name, result in results.items():
+            assert (result.tokens, result.logprobs) == (alone[name].tokens, alone[name].logprobs), (way, name)
