@@ -6,17 +6,23 @@ import subprocess
 import sys
 import threading
 
+import msgspec
 import pytest
 from test_generation import Engine, Store
 
 from specserve.config import ServeConfig
 from specserve.errors import UserError
 from specserve.messages import Delta, Usage
+from specserve.pooling_messages import Pooled
 from specserve.server import spans as spans_module
 from specserve.server.access.keys import KeyRing
 from specserve.server.generation.generator import Generator
 from specserve.server.metrics.metrics import Metrics
 from specserve.server.openai.request_types import CompletionRequest
+from specserve.server.pooling.api import PoolingRoutes
+from specserve.server.pooling.pooler import Pooler
+from specserve.server.pooling.request_types import EmbeddingRequest
+from specserve.server.pooling.tei_api import TeiRoutes
 from specserve.server.spans import VARIABLES, Spans, remember_context
 from specserve.text.tokenizer import TextTokenizer
 
@@ -138,3 +144,23 @@ def test_a_collector_that_is_away_does_not_hold_up_the_end(monkeypatch, caplog, 
     Spans(provider=provider).close()
     assert provider.has_sent is answers and ("dropped" in caplog.text) is not answers
     provider.collector.set()
+
+
+async def test_a_span_of_texts_that_are_pooled_has_no_output_tokens(spans, generator_of):
+    class Pooling(Engine):
+        async def pool(self, request):
+            yield Pooled(request.request_id, b"\0\0\x80?", 1, len(request.prompt_token_ids), 2, 0.25)
+
+    generator = generator_of(Pooling())
+    body = EmbeddingRequest(input=[[5, 6, 7], [8]], dimensions=1)
+    generator.engine.info = msgspec.structs.replace(generator.engine.info, hidden_size=1)
+    await PoolingRoutes(Pooler(generator), TeiRoutes(Pooler(generator))).embeddings(
+        msgspec.to_builtins(body), KeyRing(ServeConfig()).anonymous
+    )
+    await generator.close()
+    (span,) = spans[0].get_finished_spans()
+    assert span.name == "embeddings base" and span.status.is_unset
+    found = dict(span.attributes)
+    assert found["gen_ai.operation.name"] == "embeddings" and found["gen_ai.embeddings.dimension.count"] == 1
+    assert found["gen_ai.usage.input_tokens"] == 4 and found["gen_ai.usage.cache_read.input_tokens"] == 4
+    assert "gen_ai.usage.output_tokens" not in found and found["specserve.queue_s"] == 0.25
