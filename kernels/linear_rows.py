@@ -20,7 +20,8 @@ MOST_TILED_ROWS = 64  # beyond, weights are no longer all of the time, and cuBLA
 COLUMNS_OF_K = 8  # K is a multiple of it: TMA wants rows of whole 16 bytes
 BLOCK_K = 128
 FIRST_CAPABILITY = (9, 0)  # of cards with TMA
-SHARED_BYTES = 227 << 10  # that a program of such a card may have; the tiles take up to 192 KiB
+SHARED_BYTES = 227 << 10  # that a program of such a card may have; the tiles take up to 217 KiB
+_MOST_DEEP = 8192  # outputs whose tiles of 64 have a multiprocessor each
 _LEAST_WIDE = 16384  # outputs that fill the device with tiles of 128
 _CHECKED_ROWS = (1, 16, 17, 32, 33, 64, 65, 96, 128, 256, 512)
 
@@ -36,10 +37,15 @@ class Tile:
 
 
 def choose_tile(num_rows: int, out_size: int) -> Tile:
-    """By the sizes alone. Few programs read far ahead; where there are many, several share a multiprocessor."""
+    """By the sizes alone. Programs that have a multiprocessor each read far ahead; where there are more, two share one.
+
+    Of more outputs than that, tiles of 128 read weights in larger pieces.
+    """
     rows = next(rows for rows in (16, 32, 64) if num_rows <= rows)
     if out_size >= _LEAST_WIDE:
         return Tile(rows, 128, 4)
+    if out_size > _MOST_DEEP:
+        return Tile(rows, 64, 4 if rows <= 32 else 3)
     return Tile(rows, 64, 9 if rows <= 32 else 6)
 
 

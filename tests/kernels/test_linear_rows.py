@@ -31,9 +31,9 @@ def one_order():
 
 def test_a_tile_follows_from_the_sizes_and_fits_into_shared_memory():
     assert choose_tile(1, 576) == choose_tile(16, 6144) == Tile(16, 64, 9)
-    assert choose_tile(17, 49152) == Tile(32, 128, 4)
+    assert choose_tile(17, 49152) == Tile(32, 128, 4) and choose_tile(64, 9728) == Tile(64, 64, 3)
     for num_rows in range(1, MOST_TILED_ROWS + 1):
-        for out_size in (8, 4096, 128256):
+        for out_size in (8, 4096, 9728, 128256):
             tile = choose_tile(num_rows, out_size)
             assert tile.rows >= num_rows
             assert 2 * 128 * (tile.rows + tile.columns) * tile.num_stages < SHARED_BYTES
@@ -42,7 +42,7 @@ def test_a_tile_follows_from_the_sizes_and_fits_into_shared_memory():
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sizes", [(576, 960), (200, 72), (136, 16392)], ids=str)
+@pytest.mark.parametrize("sizes", [(576, 960), (200, 72), (136, 9728), (136, 16392)], ids=str)
 def test_cuda_rows_equal_the_definition(sizes, dtype, one_order):
     for has_bias in linear_row_cases.BIASES:
         linear_row_cases.check_definition(*sizes, dtype, has_bias, "cuda", (1, 16, 17, 33, 64, 65, 130))

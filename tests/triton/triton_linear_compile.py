@@ -39,8 +39,8 @@ def compile_tile(dtype: str, tile: Tile, has_bias: bool) -> Any:
 
 def main(is_all: bool) -> None:
     for dtype in ("bf16", "fp16") if is_all else ("bf16",):
-        for num_rows, out_size in [(rows, size) for rows in (16, 32, 64) for size in (576, 49152)]:
-            if not is_all and num_rows != (16 if out_size == 576 else 64):
+        for num_rows, out_size in [(rows, size) for rows in (16, 32, 64) for size in (576, 9728, 49152)]:
+            if not is_all and (num_rows, out_size) not in ((16, 576), (64, 49152)):
                 continue
             for has_bias in (False, True) if is_all else (False,):
                 tile = choose_tile(num_rows, out_size)
