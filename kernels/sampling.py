@@ -287,5 +287,5 @@ def _draw_from_lists(
     )  # fmt: skip
     kernels.choose[(num_rows,)](
         tokens, s.is_done, rows.x, rows.token, rows.size, rows.row_mass, s.row_top, bad, *cuts, p.min_p, p.uniform,
-        vocab_size, PLACES=LIST_PLACES, num_warps=16,
+        vocab_size, PLACES=LIST_PLACES, num_warps=8,
     )  # fmt: skip

@@ -24,7 +24,7 @@ POINTERS = (
     )
     | dict.fromkeys(("sampled", "tokens"), "*i64")
 )  # fmt: skip
-WARPS = {"gather": 8, "choose": 16}
+WARPS = {"gather": 8, "choose": 8}
 
 
 if __name__ == "__main__":
