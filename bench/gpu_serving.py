@@ -94,7 +94,9 @@ def main(
     start = time.perf_counter()
     engine = Engine(config, base.path)
     start_s = time.perf_counter() - start
-    click.echo(f"the engine started in {start_s:.1f} s on {engine.info.device}, {engine.info.dtype}")
+    click.echo(
+        f"the engine started in {start_s:.1f} s on {engine.info.device}, {engine.info.dtype}, exact {engine.info.is_exact}"
+    )
     gc.collect()
     gc.freeze()  # as the engine's process
     hashes = [engine.load_adapter(task, demo_adapter(task)).content_hash for task in DEMO_TASKS]

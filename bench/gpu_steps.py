@@ -5,14 +5,14 @@ own runner and graphs: one sequence's step against weight bytes over the measure
 (a verification) against 1; 32 sequences with 32 distinct rank-16 adapters on all linears against none. The ways take
 turns. --shape tiny with --device cpu (TRITON_INTERPRET=1) only shows that the bench runs.
 
-    python -m bench.gpu_steps [--shape llama8b|smollm2|tiny] [--rounds 20] [--context 512]
+    python -m bench.gpu_steps [--shape llama8b|smollm2|tiny] [--rounds 20] [--context 512] [--exact off]
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -24,6 +24,7 @@ from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.compute.kv_cache import KVCache
 from specserve.compute.path import StepLimits
+from specserve.config import Exact
 from specserve.schedule.block_manager import BlockManager
 
 from . import common, options
@@ -40,10 +41,12 @@ WANTED = {"floor_ratio": 1.25, "verify_ratio": 1.1}  # none for LoRA's share: 32
 class Steps:
     """Steps of one shape over sequences that stay where they are, so that each repeat does the same work."""
 
-    def __init__(self, shape: ModelShape, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int):
+    def __init__(
+        self, shape: ModelShape, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int, exact: Exact
+    ):
         config = shape.config()
         weights = RandomWeights(config, device, dtype)
-        self.decoder = build(config, weights)
+        self.decoder = build(config, weights, exact)
         self.device = device
         self.queued = QUEUED if device.type == "cuda" else 1
         num_blocks = num_seqs * (-(-(context + 64) // BLOCK_SIZE))
@@ -95,15 +98,17 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
 @options.rounds(20)
 @options.at_least(1, "--context", 512)
 @click.option("--seqs", "num_seqs", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--exact", type=click.Choice(get_args(Exact)), default="auto", show_default=True)
 @click.option("--device", default="cuda", show_default=True)
 @options.save("gpu_steps", default=False)
 @torch.inference_mode()
-def main(shape: str, rounds: int, context: int, num_seqs: int, device: str, save: bool) -> None:
+def main(shape: str, rounds: int, context: int, num_seqs: int, exact: Exact, device: str, save: bool) -> None:
     run = common.start("gpu_steps", "torch", "triton", device=device)
     place = torch.device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     bandwidth = copy_bandwidth(place, 1 << (31 if place.type == "cuda" else 26))
-    steps = Steps(SHAPES[shape], place, dtype, num_seqs, context)
+    steps = Steps(SHAPES[shape], place, dtype, num_seqs, context, exact)
+    click.echo(f"a row's bits are the same in every step: {steps.decoder.is_exact} (--exact {exact})")
     floor_ms = 1e3 * steps.weight_bytes / bandwidth
     click.echo(
         f"floor: {steps.weight_bytes / 1e9:.2f} GB of weights at {bandwidth / 1e9:.0f} GB/s take {floor_ms:.3f} ms"
@@ -135,6 +140,7 @@ def main(shape: str, rounds: int, context: int, num_seqs: int, device: str, save
     graphs = steps.runner.graphs
     fields = {
         "shape": shape,
+        "is_exact": steps.decoder.is_exact,
         "context": context,
         "rounds": rounds,
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
