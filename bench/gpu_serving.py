@@ -95,7 +95,8 @@ def main(
     engine = Engine(config, base.path)
     start_s = time.perf_counter() - start
     click.echo(
-        f"the engine started in {start_s:.1f} s on {engine.info.device}, {engine.info.dtype}, exact {engine.info.is_exact}"
+        f"the engine started in {start_s:.1f} s on {engine.info.device}, {engine.info.dtype}, "
+        f"exact {engine.info.is_exact}"
     )
     gc.collect()
     gc.freeze()  # as the engine's process
