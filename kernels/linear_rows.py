@@ -23,7 +23,8 @@ FIRST_CAPABILITY = (9, 0)  # of cards with TMA
 SHARED_BYTES = 227 << 10  # that a program of such a card may have; the tiles take up to 217 KiB
 _MOST_DEEP = 8192  # outputs whose tiles of 64 have a multiprocessor each
 _LEAST_WIDE = 16384  # outputs that fill the device with tiles of 128
-_CHECKED_ROWS = (1, 16, 17, 32, 33, 64, 65, 96, 128, 256, 512)
+_CHECKED_ROWS = (1, 16, 17, 32, 33, 64, 65, 96, 128, 192, 256, 512, 1024, 2048)
+_CHECKED_BYTES = 1 << 28  # of outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +80,16 @@ def _set_library(library: str, may_split: bool) -> None:
     torch.backends.cuda.preferred_blas_library(library)
 
 
-def rows_that_differ(weight: torch.Tensor, num_rows: Sequence[int] = _CHECKED_ROWS) -> list[int]:
-    """Of `num_rows`, those at which a row times `weight` [N, K] has other bits than alone: a check of the device."""
+def rows_that_differ(weight: torch.Tensor, counts: Sequence[int] = _CHECKED_ROWS) -> list[int]:
+    """Of `counts`, those at which rows times `weight` [N, K] have other bits than in the smallest tiles.
+
+    A check of the device. What is rounded to 16 bits hides most differences, so all of a row's outputs are compared.
+    """
+    counts = [num for num in counts if num * weight.shape[0] * weight.itemsize <= _CHECKED_BYTES] or [1]
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(max(num_rows), weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
-    differing = []
-    for num in num_rows:
-        last = linear_rows(x[:num], weight)[num - 1]
-        alone = linear_rows(x[num - 1 : num], weight)[0]
-        if not torch.equal(last, alone):  # sync: at start
-            differing.append(num)
-    return differing
+    x = torch.randn(max(counts), weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    smallest = torch.cat([linear_rows(rows, weight) for rows in x.split(16)])
+    return [num for num in counts if not torch.equal(linear_rows(x[:num], weight), smallest[:num])]  # sync: at start
 
 
 def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
