@@ -104,6 +104,15 @@ class AdapterRegistry(Residency):
                 del self.adapters[key]
             return left
 
+    def of(self, content_hash: str | None) -> LoraAdapter | None:
+        """The adapter of a request, None for the bare base; raises as `acquire` where its weights are not here."""
+        if content_hash is None:
+            return None
+        adapter = self.adapters.get(content_hash)
+        if adapter is None:
+            raise _not_resident(content_hash)
+        return adapter
+
     def acquire(self, content_hash: str) -> None:
         """Count one more running request; an unknown hash tells the server to load the adapter again."""
         with self.lock:

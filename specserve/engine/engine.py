@@ -191,7 +191,7 @@ class Engine:
         `grammar` is what `request.grammar` was compiled to, where that was done before; else it is done now.
         """
         check_request(request, self.info)
-        adapter = self.registry.adapters.get(request.adapter_hash or "")
+        adapter = self.registry.of(request.adapter_hash)  # where it has left meanwhile, the server loads it again
         pooling = text_pooling(request, adapter, self.decoder.config.hidden_size)
         spec = request.grammar if isinstance(request, GenerateRequest) else None
         if spec is not None and grammar is None:

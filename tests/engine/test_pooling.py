@@ -202,6 +202,13 @@ def test_what_an_adapter_does_not_give_is_refused_with_a_hint(case, native):
     check_baseline(engine)
 
 
+@pytest.mark.parametrize("wanted", [{"task": "score"}, {"task": "embed", "dimensions": 16}])
+def test_a_text_whose_adapter_has_left_is_sent_again_with_it_and_not_taken_for_one_of_the_base(wanted, native):
+    with pytest.raises(UserError) as error:
+        native[0].add_request(text("gone", [5], adapter="0" * 64, **wanted))
+    assert error.value.code == "adapter_not_resident"
+
+
 def test_generation_with_an_adapter_that_pools_is_refused(native):
     engine, hashes = native
     with pytest.raises(UserError, match="/v1/embeddings"):
