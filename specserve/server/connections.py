@@ -111,7 +111,10 @@ class _Connection(RequestHandler):
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """A request that could not be read; what handlers raise is answered before it comes here."""
+        """A request that could not be read; what handlers raise is answered before it comes here, but for a
+        `ConnectionError`: its client has left, so there is nobody to answer and nothing to warn of."""
+        if isinstance(exc, ConnectionError):
+            raise exc
         reason = (message or HTTPStatus(status).phrase).splitlines()[0][:200]
         fault = f" ({type(exc).__name__}: {exc})" if exc is not None and status >= 500 else ""
         self._seldom.warn(f"a request from {request.remote} cannot be read: {reason!r}{fault}")

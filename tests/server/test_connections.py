@@ -19,7 +19,7 @@ from aiohttp import web
 from server_fixture import ServerProcess
 from waiting import until, wait_until
 
-from specserve.server.connections import ACCEPTED_AT_ONCE, Connections, _Refusal
+from specserve.server.connections import ACCEPTED_AT_ONCE, Connections, _Connection, _Refusal
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,13 @@ def test_malformed_http_is_answered_in_json_and_a_line_of_log(server):
         assert answer.startswith(b"HTTP/1.0 400 ") and b'{"error":{"message":"' in answer, answer
         assert len(answer) < 600
     assert len(server.log) - before < 5, server.log[before : before + 20]
+
+
+def test_a_client_that_leaves_while_its_stream_is_written_is_no_warning():
+    left, connection = ConnectionResetError("Cannot write to closing transport"), Mock()
+    with pytest.raises(ConnectionResetError):
+        _Connection.handle_error(connection, Mock(), 500, left)
+    connection._seldom.warn.assert_not_called()
 
 
 def is_ready(process, url) -> bool:
