@@ -1,8 +1,10 @@
 """What clients see when there is more to do than seats: priorities, deadlines, and when to come again."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from peft_adapters import make_peft_adapter
 from server_fixture import ServerProcess, assert_error
 from waiting import wait_until
 
@@ -11,12 +13,22 @@ from specserve.server.middlewares import retry_headers
 
 LONG = {"prompt": "The quick brown", "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The quick brown", "max_tokens": 1, "temperature": 0}
+NAMES = [f"a{idx}" for idx in range(7)]
 
 
 @pytest.fixture(scope="module")
-def server(patient_model_dir):
-    """On the torch path, which takes its time, with one seat."""
+def root(patient_model_dir, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(NAMES):
+        make_peft_adapter(patient_model_dir, root / name, r=4, std=0.3, seed=seed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(patient_model_dir, root):
+    """On the torch path, which takes its time, with one seat and room for three adapters."""
     flags = ("--kernels", "torch", "--max-num-seqs", "1", "--max-waiting", "20", "--max-waiting-tokens", "8000")
+    flags = (*flags, "--adapters-dir", str(root), "--max-adapters", "3")
     server = ServerProcess(patient_model_dir, *flags, "--highest-priority=-5", "--speculation", "off").wait_ready()
     yield server
     assert server.stop() == 0
@@ -57,6 +69,30 @@ def test_priorities_decide_who_is_next_and_only_allowed_ones_are_taken(server, o
     assert all(name in line for name, line in zip((first, second, last), lines, strict=True)), lines
     refused = server.post("/v1/completions", {**SHORT, "priority": -6})
     assert_error(refused, 400, "priority is -6", "--highest-priority", param="priority")
+
+
+def test_priorities_decide_whose_adapter_gets_the_next_place(server, occupy):
+    """Two places are pinned, the third is the occupant's; places are given one after the other, as requests end."""
+    *pinned, busy, first, second, third, urgent = NAMES
+    for name in pinned:
+        assert server.post("/v1/pin_lora_adapter", {"lora_name": name}).status_code == 200
+    occupant = occupy(model=busy)
+    num_lines, before = len(server.log), server.metrics()["engine_num_adapter_loads"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = []
+        for name, priority in ((first, 5), (second, 5), (third, 5), (urgent, 0)):
+            asked.append(pool.submit(server.complete, model=name, priority=priority))
+            wait_until(lambda: server.metrics()["engine_num_adapter_loads_waiting"] == len(asked))
+        assert server.metrics()["engine_num_adapter_loads"] == before
+        occupant.close()
+        for reply in asked:
+            reply.result()
+    order = [urgent, first, second, third]
+    server.wait_log(f"adapter {third!r}: loaded", since=num_lines)
+    lines = [match[1] for line in server.log[num_lines:] if (match := re.search(r"adapter '(\w+)': loaded", line))]
+    assert list(dict.fromkeys(lines)) == order  # an adapter whose request comes late is loaded again
+    for name in pinned:
+        assert server.post("/v1/unpin_lora_adapter", {"lora_name": name}).status_code == 200
 
 
 def test_a_deadline_that_passes_is_504_and_one_that_cannot_be_met_429_at_once(server, occupy):
