@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from ...chat.tools.plan import ToolPlan, direct_adapter, make_plan, markers
 from ...config import ServeConfig
 from ...errors import DeadlineError, UserError
 from ...grammar.structured_output import asks_for_grammar, grammar_spec
-from ...messages import Delta, GenerateRequest, GrammarSpec, Together
+from ...messages import AdapterInfo, Delta, GenerateRequest, GrammarSpec, Together
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..adapter_store import AdapterStore
@@ -43,6 +44,8 @@ from ..openai.conversion import (
     speculation_params,
 )
 from ..openai.request_types import ChatRequest, CompletionRequest, GenerationFields
+from ..routing.router import Router, said
+from ..routing.types import Routing
 from ..spans import Spans
 from .account import Accounts
 from .job import Job
@@ -73,6 +76,8 @@ class Generator:
         self.prompts = Prompts(engine, store, tokenizer, config.tool_format)
         self.accounts = Accounts(store, model_name, metrics, config.request_timeout_s, spans)
         self.sequences = Sequences(engine, store)
+        self._router = Router(store, model_name)
+        self._metrics = metrics
         self._runner = JobRunner(engine, store, tokenizer, self.sequences, self.accounts)
         chosen = self.prompts.format_of(tokenizer)
         logger.info("tool calls: %s format (%s)", chosen.format.name, chosen.reason)
@@ -115,10 +120,17 @@ class Generator:
         grammar = await asyncio.to_thread(grammar_spec, request) if asks_for_grammar(request) else None
         info = await self.engine.first_info()
         use = tool_use(request) if isinstance(request, ChatRequest) else None
-        adapter = direct_adapter(use, self.adapter_name(caller, request.model, request.adapter_id))
+        is_auto = await self._router.is_asked(caller, request.model, request.adapter_id)
+        named = None if is_auto else self.adapter_name(caller, request.model, request.adapter_id)
+        adapter = direct_adapter(use, named)
         await self._load_tool_adapters(use, caller, priority)
-        tokenizer, adapter_info = await self.prompts.tokenizer_for(adapter, priority)
-        check_generates(adapter, adapter_info)
+        routing: Routing | None = None
+        load = partial(self._load, priority=priority)
+        if is_auto and adapter is None:
+            routing, (tokenizer, adapter_info) = await self._router.route(request, caller, load)
+            adapter = routing.adapter
+        else:
+            tokenizer, adapter_info = await load(adapter)
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
@@ -168,11 +180,20 @@ class Generator:
             )
             for idx in range(num)
         ]
-        name = request.model or adapter or self.model_name
+        name = request.model if request.model and not is_auto else adapter or self.model_name
+        if routing is not None:
+            logger.info("%s: %s", job_id, said(routing))
+            self._metrics.routed_requests.labels(self._metrics.model_label(name)).inc()
         return Job(
             *(job_id, name, adapter, adapter_info, caller, request, tokenizer, prompts),
             *(n, num_choices, requests, names_limit(request), deadline, plan, thinking),
+            routing=routing,
         )
+
+    async def _load(self, adapter: str | None, priority: int) -> tuple[TextTokenizer, AdapterInfo | None]:
+        tokenizer, info = await self.prompts.tokenizer_for(adapter, priority)
+        check_generates(adapter, info)
+        return tokenizer, info
 
     async def _chat(
         self,

@@ -12,8 +12,10 @@ from ...messages import AdapterInfo, GenerateRequest
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..openai.request_types import ChatRequest, CompletionRequest
+from ..routing.types import Routing
 from ..spans import sampling_settings
 
+ADAPTER_HEADER = "x-specserve-adapter"  # who answers a request that left it open
 GUESSED_TOKENS = 256  # of a sequence whose client names no limit
 
 
@@ -36,7 +38,13 @@ class Job:
     deadline: float | None = None  # of time.monotonic()
     tools: ToolPlan | None = None
     thinking: Thinking | None = None
+    routing: Routing | None = None  # where the request left its adapter open
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of its answer."""
+        return {} if self.routing is None else {ADAPTER_HEADER: self.model}
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -50,6 +50,9 @@ class Metrics:
         self.key_tokens = families.counter(
             "key_tokens", "tokens by name of the key, as its limits count them: of prompts and generated", "key"
         )
+        self.routed_requests = families.counter(
+            "routed_requests", "requests with model auto by the adapter or base model that they got", "model"
+        )
         self._requests = RequestFamilies(families, base_name)
         self.adapter_load = families.histogram(
             "adapter_load_seconds", "from a load's begin to its end, its wait for room included", LOAD_BUCKETS

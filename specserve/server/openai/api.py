@@ -126,14 +126,20 @@ class OpenAIRoutes:
     async def _generate(self, request: web.Request, kind: Any) -> web.StreamResponse:
         body = await self._body(request, kind)
         if not body.stream:
-            return json_response(await self._answer(body, caller_of(request)))
+            job = await self._prepare(body, caller_of(request))
+            return json_response(await self._whole(job), headers=job.headers)
         return await self._stream(request, await self._generator.prepare(body, caller_of(request)))
 
     async def _answer(self, body: CompletionRequest | ChatRequest, caller: Caller) -> Any:
         """Whole, whatever `stream` says."""
+        return await self._whole(await self._prepare(body, caller))
+
+    async def _prepare(self, body: CompletionRequest | ChatRequest, caller: Caller) -> Job:
         if body.stream_options is not None and not body.stream:
             raise UserError("stream_options needs stream=true", param="stream_options")
-        job = await self._generator.prepare(body, caller)
+        return await self._generator.prepare(body, caller)
+
+    async def _whole(self, job: Job) -> Any:
         builder = ResponseBuilder(job)
         async with aclosing(self._generator.deltas(job)) as deltas:
             async for idx, delta in deltas:
@@ -141,5 +147,5 @@ class OpenAIRoutes:
         return builder.whole()
 
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
-        stream = EventStream(request, self._generator.config.write_timeout_s)
+        stream = EventStream(request, self._generator.config.write_timeout_s, job.headers)
         return await stream_events(stream, self._generator.deltas(job), ResponseBuilder(job), b"data: [DONE]\n\n")

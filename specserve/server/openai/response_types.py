@@ -13,6 +13,7 @@ import msgspec
 from ...adapter_files import ExampleRole
 from ...adapter_kinds import AdapterType
 from ...messages import AdapterInfo, TokenTrace
+from ..routing.types import Routing
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
@@ -99,6 +100,7 @@ class CompletionResponse(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     choices: list[CompletionChoice]
     usage: UsageResponse | None = None
+    routing: Routing | None = None  # with model "auto"; in a stream of the first chunk
 
 
 class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
@@ -138,6 +140,7 @@ class ChatResponse(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     choices: list[ChatChoice]
     usage: UsageResponse
+    routing: Routing | None = None  # with model "auto"
 
 
 class ChatDelta(msgspec.Struct, forbid_unknown_fields=True):
@@ -165,6 +168,7 @@ class ChatChunk(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: UsageResponse | None = None
+    routing: Routing | None = None  # of the first chunk, with model "auto"
 
 
 class Model(msgspec.Struct, forbid_unknown_fields=True):

@@ -50,6 +50,7 @@ class ResponseBuilder:
         self._job = job
         self.choices = [Choice() for _ in job.requests]
         self._is_open = False  # whether a stream has begun
+        self._has_said_routing = False  # which the first chunk does
         self._traces = job.requests[0].speculation.trace
         self._answers: list[ChatAnswer] = []
         if isinstance(job.request, ChatRequest):
@@ -97,7 +98,8 @@ class ResponseBuilder:
             if self._traces:
                 body["trace"] = choice.trace
             choices.append(body)
-        return {**self._head("chat.completion", "text_completion"), "choices": choices, "usage": self._usage()}
+        head = self._head("chat.completion", "text_completion") | self._routing()
+        return {**head, "choices": choices, "usage": self._usage()}
 
     def events(self, idx: int, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of one delta, in a stream; none while it says nothing yet."""
@@ -105,7 +107,11 @@ class ResponseBuilder:
         self._is_open = True
         self.add(idx, delta)
         chunk = self._delta_chunk(idx, delta)
-        return opening if chunk is None else [*opening, chunk]
+        chunks = opening if chunk is None else [*opening, chunk]
+        if chunks and not self._has_said_routing:
+            chunks[0] |= self._routing()
+            self._has_said_routing = True
+        return chunks
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunk of the usage, where it was asked for."""
@@ -150,6 +156,9 @@ class ResponseBuilder:
         job = self._job
         kind = chat_object if job.is_chat else completion_object
         return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+
+    def _routing(self) -> dict[str, Any]:
+        return {} if self._job.routing is None else {"routing": self._job.routing}
 
     def _chunk(self, idx: int, payload: Any, logprobs: Any, delta: Delta | None) -> dict[str, Any]:
         choice: dict[str, Any] = {

@@ -140,6 +140,7 @@ def _begun(job: Job, request: ResponsesRequest, is_stored: bool) -> Response:
         top_logprobs=(request.top_logprobs or 0) if LOGPROBS in (request.include or ()) else 0,
         top_p=sampling.top_p,
         user=request.user,
+        routing=msgspec.UNSET if job.routing is None else job.routing,
     )
 
 

@@ -54,24 +54,24 @@ class ResponsesRoutes:
 
     async def create(self, request: web.Request) -> web.StreamResponse:
         body = convert(await read_body(request, self._generator.config), ResponsesRequest)
+        job, builder = await self._begin(body, caller_of(request))
         if not body.stream:
-            return json_response(await self._answer(body, caller_of(request)))
-        deltas, builder = await self._begin(body, caller_of(request))
-        stream = EventStream(request, self._generator.config.write_timeout_s, mark=mark)
-        return await stream_events(stream, deltas, builder)
+            return json_response(await self._whole(job, builder), headers=job.headers)
+        stream = EventStream(request, self._generator.config.write_timeout_s, job.headers, mark=mark)
+        return await stream_events(stream, self._deltas(job), builder)
 
     async def _answer(self, body: ResponsesRequest, caller: Caller) -> Response:
         """Whole, whatever `stream` says."""
-        started, builder = await self._begin(body, caller)
-        async with aclosing(started) as deltas:
+        return await self._whole(*await self._begin(body, caller))
+
+    async def _whole(self, job: Job, builder: ResponseBuilder) -> Response:
+        async with aclosing(self._deltas(job)) as deltas:
             async for _, delta in deltas:
                 builder.add(delta)
         return builder.whole()
 
-    async def _begin(
-        self, body: ResponsesRequest, caller: Caller
-    ) -> tuple[AsyncGenerator[tuple[int, Delta]], ResponseBuilder]:
-        """The deltas, and what makes a response of them that is kept where it shall be."""
+    async def _begin(self, body: ResponsesRequest, caller: Caller) -> tuple[Job, ResponseBuilder]:
+        """The request's job, and what makes a response of it that is kept where it shall be."""
         is_stored = self._is_stored(body)
         kept = self._continued(body, caller)
         chat, items = await asyncio.to_thread(_conversation, body, kept)  # a body may have very many items
@@ -85,7 +85,7 @@ class ResponsesRoutes:
             if is_stored:
                 self._keep(caller, response, items)
 
-        return self._deltas(job), ResponseBuilder(job, body, is_stored, keep)
+        return job, ResponseBuilder(job, body, is_stored, keep)
 
     async def read(self, request: web.Request) -> web.Response:
         for name in request.query:

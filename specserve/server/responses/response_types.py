@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..openai.response_types import SpeculationStats, TokenLogprob
+from ..routing.types import Routing
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -133,6 +134,7 @@ class Response(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
     user: str | None
+    routing: Routing | msgspec.UnsetType = msgspec.UNSET  # with model "auto"
 
 
 class DeletedResponse(msgspec.Struct, forbid_unknown_fields=True):
