@@ -27,6 +27,7 @@ from ..drafters.task_history import TaskHistory
 from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from ..model.store import DEFAULT_MODEL
+from ..routing_profile import write_profile
 from ..whole_files import replace_file
 from .checkpoint import CHECKPOINT_FILE
 from .data.dataset import Example
@@ -64,6 +65,8 @@ def finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, cop
         del model
         record = _calibrate(config, model_dir, output, examples)
         _rewrite_acceptance(output, record)
+    if prepared.profile.prompts:
+        write_profile(output, prepared.profile)
     report = None
     if config.data.eval and config.eval.rows:
         report = evaluate_directory(output, Path(config.data.eval), config.eval.rows, max_tokens=config.eval.max_tokens)

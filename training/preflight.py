@@ -19,10 +19,12 @@ from ..config import EngineConfig
 from ..errors import AdapterError, UserError
 from ..model.config import ModelConfig
 from ..model.store import resolve_model
+from ..routing_profile import RoutingProfile, profile_of
 from ..text.special_tokens import eos_token_ids
 from ..text.tokenizer import TextTokenizer
 from .data.batching import default_epochs, plan_run
 from .data.dataset import Example, read_rows, shared_prompts, tokenize
+from .data.rows import routed_texts
 from .run_config import RunConfig
 from .run_file import check_ready
 
@@ -42,6 +44,7 @@ class Prepared:
     held_out: list[Example]
     plan: list[list[int]]  # indices into `examples`, step by step
     warnings: list[str]
+    profile: RoutingProfile  # of the rows that are in `examples`
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -80,7 +83,10 @@ def prepare(config: RunConfig) -> Prepared:
         config = msgspec.structs.replace(config, optimizer=opt)
     assert opt.epochs is not None
     plan = plan_run(lengths, opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
-    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings)
+    kept = {e.line for e in examples}
+    texts = routed_texts([row for row in rows if row.line in kept], config.data.system)
+    profile = profile_of(texts, config.routing.prompts)
+    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile)
 
 
 def settled(config: RunConfig, model: ModelConfig) -> RunConfig:

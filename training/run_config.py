@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from ..drafters.task_history import MAX_TRAINED_TOKENS
+from ..routing_profile import DEFAULT_PROMPTS, MAX_PROMPTS
 
 ALL_LINEAR = "all-linear"
 TARGETS = (
@@ -147,6 +148,17 @@ class EvalConfig(_Section, frozen=True):
     ] = 1000
 
 
+class RoutingConfig(_Section, frozen=True):
+    prompts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=MAX_PROMPTS,
+            description="training prompts in routing.json, by which model auto finds the adapter; 0: no file",
+        ),
+    ] = DEFAULT_PROMPTS
+
+
 class PoolingSettings(_Section, frozen=True):
     """How a text becomes one vector; all of it goes into pooling_config.json. Of embed, rerank and classify."""
 
@@ -229,6 +241,7 @@ class RunConfig(_Section, frozen=True):
     history: HistoryConfig = HistoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    routing: RoutingConfig = RoutingConfig()
     pooling: PoolingSettings = PoolingSettings()
     embed: EmbedConfig = EmbedConfig()
     rerank: RerankConfig = RerankConfig()

@@ -78,6 +78,7 @@ def test_the_directory_is_complete(trained):
         "report.json",
         "report.html",
         "examples.json",
+        "routing.json",
         "README.md",
         "plots",
     }

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ...errors import UserError
+from ...routing_profile import routed_text
 from .row_messages import Conversation, read_conversation
 
 MAX_ROW_BYTES = 16 << 20  # some millions of tokens: more than any context holds, and a minute to tokenize
@@ -45,6 +46,15 @@ def read_rows(path: str | Path, max_rows: int | None = None) -> list[Row]:
     if not rows:
         raise UserError(f"{path} holds no rows", param="data")
     return rows
+
+
+def routed_texts(rows: Sequence[Row], system: str | None = None) -> list[str]:
+    """What routing compares of each row, with `system` as its system message unless it has one."""
+    conversations = [row.conversation if system is None else row.conversation.with_system(system) for row in rows]
+    return [
+        routed_text((m["role"], m["content"]) for m in conversation.messages if isinstance(m.get("content"), str))
+        for conversation in conversations
+    ]
 
 
 def row_texts(path: str | Path) -> Iterator[tuple[int, str]]:
