@@ -57,13 +57,17 @@ def features_of(text: str) -> Vector:
 
 
 def likeness_of(profile: RoutingProfile) -> Likeness:
-    vectors = np.stack([features_of(prompt) for prompt in profile.prompts])  # [P, NUM_FEATURES]
+    return likeness_of_vectors(np.stack([features_of(prompt) for prompt in profile.prompts]))
+
+
+def likeness_of_vectors(vectors: Vector, least_slack: float = LEAST_SLACK) -> Likeness:
+    """Of prompts as [P, D] float32, each of length 1."""
     total = vectors.sum(0)
     if len(vectors) < FEW_PROMPTS:
         return Likeness(_unit(total), FEW_THRESHOLD)
     within = np.array([vector @ _unit(total - vector) for vector in vectors])
     mean = float(within.mean())
-    return Likeness(_unit(total), mean - max(SPREADS * float(within.std()), LEAST_SLACK * mean))
+    return Likeness(_unit(total), mean - max(SPREADS * float(within.std()), least_slack * mean))
 
 
 def cosines(text: str, directions: Sequence[Vector] | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
