@@ -62,7 +62,7 @@ class GrammarError(UserError):
     code = "invalid_grammar"
 
 
-NO_IDLE_ROOM = "no_idle_room"  # code: a prefetch, for which no adapter in use makes room
+NO_IDLE_ROOM = "no_idle_room"  # code: a load that nobody waits for, for which no adapter in use makes room
 
 
 class OverloadedError(UserError):

@@ -24,6 +24,7 @@ from .messages import (
     CallFailed,
     Delta,
     EngineInfo,
+    ForsakeLoads,
     GenerateRequest,
     GetAdapters,
     GetStats,
@@ -44,6 +45,7 @@ ToEngine = (
     | Abort
     | LoadAdapter
     | HastenLoads
+    | ForsakeLoads
     | UnloadAdapter
     | PinAdapter
     | GetAdapters

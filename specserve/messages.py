@@ -127,6 +127,12 @@ class HastenLoads(msgspec.Struct, frozen=True, tag="hasten_loads"):
     priority: int
 
 
+class ForsakeLoads(msgspec.Struct, frozen=True, tag="forsake_loads"):
+    """Nobody waits any more for the loads of the PEFT directory `path` that are under way: each is a prefetch now."""
+
+    path: str
+
+
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
     """Forget an adapter once no running request uses it; answered by `CallDone`.
 

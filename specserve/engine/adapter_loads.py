@@ -41,6 +41,7 @@ class _Load:
     message: LoadAdapter
     since: float  # it waits for a thread, is read, or waits for room
     priority: int  # the best of the requests that wait for it
+    is_awaited: bool  # by a request; else it does not wait for room
     way: Generator[Reservation, None, Brought] = field(init=False)
     running: Future[Reservation | Brought] | None = None
     reservation: Reservation | None = None  # that it waits for
@@ -89,7 +90,7 @@ class AdapterLoads:
             if len(self._loads) >= MAX_LOADS:
                 error = OverloadedError(f"{len(self._loads)} adapters wait to be loaded; retry shortly", status=503)
                 return [CallFailed(message.call_id, error.info())]
-            load = _Load(message, self._clock(), message.priority)
+            load = _Load(message, self._clock(), message.priority, not message.is_prefetch)
             self._begin(load)
             if (key := message.content_hash) is not None:  # those of the same content come first
                 self._hasten((other for other in self._loads if other.message.content_hash == key), load.priority)
@@ -104,6 +105,14 @@ class AdapterLoads:
         """A request of that priority waits, too, for the loads of the directory `path`."""
         with self._lock:
             self._hasten((load for load in self._loads if load.message.path == path), priority)
+
+    def forsake(self, path: str) -> None:
+        """Nobody waits any more for the loads of the directory `path`."""
+        with self._lock:
+            for load in self._loads:
+                if load.message.path == path:
+                    load.is_awaited = False
+        self._wake()
 
     def _hasten(self, loads: Iterable[_Load], priority: int) -> None:
         for load in loads:
@@ -154,11 +163,11 @@ class AdapterLoads:
                     return None
                 load.reservation, load.since = result, now
                 self._engine.memory.hasten(result, load.priority)  # it may have been hastened since it asked
-                if message.is_prefetch:
-                    load.way.close()
-                    text = f"no idle adapter makes room for {message.name!r}, and a prefetch does not wait"
-                    raise OverloadedError(text, status=503, code=NO_IDLE_ROOM)
             if load.reservation is not None:
+                if not load.reservation.is_granted and not load.is_awaited:
+                    load.way.close()
+                    text = f"no idle adapter makes room for {message.name!r}, and no request waits for it"
+                    raise OverloadedError(text, status=503, code=NO_IDLE_ROOM)
                 if not load.reservation.is_granted and now - max(load.since, self._last_given) > WAIT_S:
                     error = self._engine.memory.no_room(load.reservation, WAIT_S)
                     load.way.close()

@@ -39,6 +39,7 @@ from ..messages import (
     AdapterStates,
     CallDone,
     CallFailed,
+    ForsakeLoads,
     GenerateRequest,
     GetAdapters,
     GetStats,
@@ -134,6 +135,8 @@ class EngineProcess:
             self._link.send_beside(self._loads.submit(message))
         elif isinstance(message, HastenLoads):
             self._loads.hasten(message.path, message.priority)
+        elif isinstance(message, ForsakeLoads):
+            self._loads.forsake(message.path)
         else:
             return False
         return True

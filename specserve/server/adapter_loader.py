@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..adapter_files import Stamp, age_s, changing, stamp_of
-from ..errors import EngineDeadError, UserError
+from ..errors import NO_IDLE_ROOM, EngineDeadError, UserError
 from .adapter_pins import AdapterPins
 from .disk import Disk
 from .engine_client.client import EngineClient
@@ -47,12 +47,12 @@ class AdapterLoader:
         directory: Path,
         *,
         reads: bool = False,
-        is_prefetch: bool = False,
+        is_awaited: Callable[[], bool] = lambda: True,
         priority: Callable[[], int] = lambda: 0,
     ) -> Loaded:
         """Load what is in `directory` once it holds still; where it `reads`, also what seems to be what it was.
 
-        `priority` is the best of the requests that wait for it by then.
+        `priority` is the best of the requests that wait for it by then; where none does, it waits for no room.
         """
         start = time.monotonic()
         for _ in range(MAX_CHANGES):
@@ -71,14 +71,16 @@ class AdapterLoader:
                     str(directory),
                     before,
                     is_pinned=is_pinned,
-                    is_prefetch=is_prefetch,
+                    is_prefetch=not is_awaited(),
                     priority=priority(),
                     mount=stamp[0][1] if stamp else 0,
                 )
             except UserError as error:
                 if error.code == "adapter_places_pinned" and await self._let_go_of_old_files(name, directory, stamp):
                     continue
-                if await self._disk.look(name, stamp_of, directory) == stamp:
+                is_same = await self._disk.look(name, stamp_of, directory) == stamp
+                has_come_late = error.code == NO_IDLE_ROOM and is_awaited()  # whoever waits for room
+                if is_same and not has_come_late:
                     logger.info("adapter %r: not loaded: %s", name, error)
                     raise
                 continue

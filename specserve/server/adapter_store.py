@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Container, Coroutine, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapter_files import ChangingError, changing, read_texts
-from ..errors import NO_IDLE_ROOM, UserError
+from ..errors import UserError
 from ..messages import AdapterInfo
 from .adapter_loader import AdapterLoader
 from .adapter_names import AdapterNames
@@ -42,6 +42,7 @@ class _Loading:
     """A load that is under way."""
 
     priority: int  # the best of the requests that wait for it
+    num_waiting: int = 0
     task: asyncio.Task[None] = field(init=False)
 
 
@@ -107,8 +108,7 @@ class AdapterStore:
                 if num_loads > MAX_LOADS:
                     raise changing(name)
             # What was loaded may be of a moment before this request: look again.
-            with _unless_nobody_would_have_waited():
-                await asyncio.shield(self._begin_load(name, directory, priority))
+            await self._wait_for_load(name, directory, priority)
 
     async def resolve_with_texts(
         self, name: str, known: Container[str], priority: int = 0
@@ -160,7 +160,7 @@ class AdapterStore:
         loaded = self._loaded.held(name)
         if loaded is not None and loaded.is_of(directory, stamp):
             return True
-        self._begin_load(name, directory, AFTER_ALL, is_prefetch=True)
+        self._begin_load(name, directory, AFTER_ALL)
         return False
 
     async def pin(self, name: str) -> AdapterInfo:
@@ -278,21 +278,35 @@ class AdapterStore:
             await self._loader.release(loaded)
         logger.info("adapter %r: unloaded", name)
 
-    def _begin_load(self, name: str, directory: Path, priority: int, is_prefetch: bool = False) -> asyncio.Task[None]:
+    async def _wait_for_load(self, name: str, directory: Path, priority: int) -> None:
+        """A load goes on when those who wait for it leave, but waits no more for room that others could have."""
+        loading = self._begin_load(name, directory, priority)
+        loading.num_waiting += 1
+        try:
+            await asyncio.shield(loading.task)
+        finally:
+            loading.num_waiting -= 1
+            if not loading.num_waiting and not loading.task.done():
+                self._engine.forsake_loads(str(directory))
+
+    def _begin_load(self, name: str, directory: Path, priority: int) -> _Loading:
         """The load of a name that is under way, or one that begins now."""
         loading = self._loading.get((name, directory))
         if loading is None:
             loading = self._loading[name, directory] = _Loading(priority)
-            loading.task = _start(self._load_named(name, directory, loading, is_prefetch))
+            loading.task = _start(self._load_named(name, directory, loading))
         elif priority < loading.priority:
             loading.priority = priority
             self._engine.hasten_loads(str(directory), priority)
-        return loading.task
+        return loading
 
-    async def _load_named(self, name: str, directory: Path, loading: _Loading, is_prefetch: bool) -> None:
+    async def _load_named(self, name: str, directory: Path, loading: _Loading) -> None:
         try:
             loaded = await self._loader.load(
-                name, directory, is_prefetch=is_prefetch, priority=lambda: loading.priority
+                name,
+                directory,
+                is_awaited=lambda: loading.num_waiting > 0,
+                priority=lambda: loading.priority,
             )
             try:
                 folder = await self._disk.look(name, self._names.folder, name)
@@ -305,16 +319,6 @@ class AdapterStore:
                 await self._loader.release(loaded)
         finally:
             del self._loading[name, directory]
-
-
-@contextlib.contextmanager
-def _unless_nobody_would_have_waited() -> Iterator[None]:
-    """A request that joined a prefetch which found no room waits for room by itself."""
-    try:
-        yield
-    except UserError as error:
-        if error.code != NO_IDLE_ROOM:
-            raise
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -319,6 +319,22 @@ def test_a_prefetch_takes_no_room_of_adapters_in_use_and_does_not_wait(engine):
     assert set(engine.registry.adapters) == {"b", "c"}
 
 
+def test_a_load_that_nobody_waits_for_any_more_leaves_the_queue_but_keeps_room_that_it_has(engine):
+    engine.fill()
+    for name in "cd":
+        engine.load(name, path=f"/{name}")
+        engine.threads.run()
+    assert engine.place() == ([], {}) and engine.registry.num_waiting == 2
+    engine.loads.forsake("/c")
+    assert engine.place()[1]["c"].code == NO_IDLE_ROOM and engine.registry.num_waiting == 1
+    engine.registry.release("a")
+    engine.place()  # which gives the room
+    engine.loads.forsake("/d")
+    engine.threads.run()
+    engine.place()
+    assert set(engine.registry.adapters) == {"b", "d"} and not engine.loads.is_waiting
+
+
 def test_too_many_loads_are_refused(engine, monkeypatch):
     monkeypatch.setattr(adapter_loads, "MAX_LOADS", 2)
     engine.load("a")

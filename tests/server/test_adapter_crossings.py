@@ -60,6 +60,9 @@ class Engine:
     def hasten_loads(self, path, priority):
         pass
 
+    def forsake_loads(self, path):
+        pass
+
     async def to_loop(self, work):
         message = Message(work=work, future=asyncio.Future())
         self.inbox.append(message)

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from test_adapter_store import FakeEngine, make
 
+from specserve.errors import NO_IDLE_ROOM, OverloadedError
 from specserve.server import adapter_loader, adapter_store
 from specserve.server.adapter_store import AFTER_ALL, AdapterStore
 
@@ -52,6 +53,33 @@ async def test_a_load_has_the_priority_of_its_request_and_is_hastened_by_better_
     go_on.set()
     assert len({info.content_hash for info in await asyncio.gather(*requests)}) == 1
     assert engine.priorities == [7, 3, 0] and engine.num_loads == 1
+
+
+async def test_a_load_is_forsaken_when_the_last_request_that_waits_for_it_leaves_and_one_that_comes_then_waits(
+    store, engine, tmp_path
+):
+    folder = make(tmp_path / "a", "one")
+    answers = [asyncio.Event() for _ in range(2)]
+
+    async def wait(name, directory):
+        await answers[engine.num_loads - 1].wait()
+        if engine.num_loads == 1:
+            raise OverloadedError("no idle adapter makes room", code=NO_IDLE_ROOM)
+
+    engine.during = wait
+    requests = [asyncio.create_task(store.resolve("a")) for _ in range(2)]
+    await until(lambda: engine.num_loads == 1 and store._loading["a", folder].num_waiting == 2)
+    for request in requests:
+        assert not engine.forsaken
+        request.cancel()
+        await asyncio.wait([request])
+    assert engine.forsaken == [str(folder)]
+    late = asyncio.create_task(store.resolve("a"))
+    await until(lambda: store._loading["a", folder].num_waiting == 1)
+    answers[0].set()
+    await until(lambda: engine.num_loads == 2)
+    answers[1].set()
+    assert (await late).content_hash in engine.held and engine.forsaken == [str(folder)]
 
 
 async def test_pinned_adapters_are_back_before_anybody_asks_a_new_engine_and_behind_all_who_do(

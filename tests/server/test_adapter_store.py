@@ -32,6 +32,7 @@ class FakeEngine:
         self.pinned: set[str] = set()
         self.placements = itertools.count(1)
         self.priorities: list[int] = []  # of loads, and what they were raised to
+        self.forsaken: list[str] = []
         self.is_full = False  # of adapters in use
         self.during = None
 
@@ -71,6 +72,9 @@ class FakeEngine:
 
     def hasten_loads(self, path: str, priority: int) -> None:
         self.priorities.append(priority)
+
+    def forsake_loads(self, path: str) -> None:
+        self.forsaken.append(path)
 
     async def unload_adapter(self, adapter_hash: str, placement: int) -> None:
         self.held.discard(adapter_hash)
@@ -598,8 +602,8 @@ async def test_a_prefetch_begins_a_load_that_requests_join_and_a_full_engine_kee
     make(root / "b", "two")
     engine.is_full = True
     assert await store.prefetch("b") is False
-    await store.resolve("b")  # joins it, and then waits by itself
-    assert engine.num_loads == 3 and not store.loading_names()
+    await store.resolve("b")  # joins it, which is no prefetch any more
+    assert engine.num_loads == 2 and not store.loading_names()
     with pytest.raises(UserError) as unknown:
         await store.prefetch("c")
     assert unknown.value.status == 404

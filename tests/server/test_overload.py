@@ -1,7 +1,9 @@
 """What clients see when there is more to do than seats: priorities, deadlines, and when to come again."""
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 
 import pytest
 from peft_adapters import make_peft_adapter
@@ -13,7 +15,7 @@ from specserve.server.middlewares import retry_headers
 
 LONG = {"prompt": "The quick brown", "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "The quick brown", "max_tokens": 1, "temperature": 0}
-NAMES = [f"a{idx}" for idx in range(7)]
+NAMES = [f"a{idx}" for idx in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +74,19 @@ def test_priorities_decide_who_is_next_and_only_allowed_ones_are_taken(server, o
 
 
 def test_priorities_decide_whose_adapter_gets_the_next_place(server, occupy):
-    """Two places are pinned, the third is the occupant's; places are given one after the other, as requests end."""
-    *pinned, busy, first, second, third, urgent = NAMES
+    """Two places are pinned, the third is the occupant's and then the others' in turn, but nobody's who has left."""
+    *pinned, busy, first, second, third, urgent, left = NAMES
     for name in pinned:
         assert server.post("/v1/pin_lora_adapter", {"lora_name": name}).status_code == 200
     occupant = occupy(model=busy)
     num_lines, before = len(server.log), server.metrics()["engine_num_adapter_loads"]
+    leaver = HTTPConnection(server.url.removeprefix("http://"))
+    leaver.request(
+        "POST", "/v1/completions", json.dumps({**SHORT, "model": left}), {"Content-Type": "application/json"}
+    )
+    wait_until(lambda: server.metrics()["engine_num_adapter_loads_waiting"] == 1)
+    leaver.close()
+    wait_until(lambda: server.metrics()["engine_num_adapter_loads_waiting"] == 0)
     with ThreadPoolExecutor(4) as pool:
         asked = []
         for name, priority in ((first, 5), (second, 5), (third, 5), (urgent, 0)):

@@ -31,6 +31,7 @@ from ...messages import (
     Delta,
     EngineInfo,
     EngineStats,
+    ForsakeLoads,
     GenerateRequest,
     GetAdapters,
     GetStats,
@@ -209,6 +210,10 @@ class EngineClient:
     def hasten_loads(self, path: str, priority: int) -> None:
         """A request of that priority waits, too, for the loads of the directory `path`."""
         self._engine.send(HastenLoads(path, priority))
+
+    def forsake_loads(self, path: str) -> None:
+        """Nobody waits any more for the loads of the directory `path`: such as wait for room fail, as prefetches do."""
+        self._engine.send(ForsakeLoads(path))
 
     async def unload_adapter(self, adapter_hash: str, placement: int) -> None:
         """Forget it, unless a load placed it after `placement`."""
