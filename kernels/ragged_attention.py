@@ -165,7 +165,7 @@ def ragged_attention_(
             stats.stride(0),
             tile_rows,
             BLOCK_D=blocks["BLOCK_D"],
-            num_warps=4,
+            num_warps=1,
             **shape,
         )
 

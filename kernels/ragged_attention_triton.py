@@ -5,9 +5,9 @@ into one M dimension, m = row * G + head, so K and V are read once. Online softm
 and base 2 within a split; splits along keys as Flash-Decoding (Dao et al. 2023), but of fixed ranges of keys.
 
 Invariants: a key that no row of the tile sees is not read, and a block or split of keys that a row does not see leaves
-that row's bits as they were. Every sum of a row has one order, whatever the tile's size: products are sums over k in
-the matrix unit, also that of the weights (with a column of ones: a reduction's order would follow the layout), and
-splits are joined by explicit multiply-adds, the same in both kernels.
+that row's bits as they were. No sum of a row follows the tile's size: products are sums over k in the matrix unit, a
+block's weights are added as whole numbers (a reduction's order follows the layout), and splits are joined by explicit
+multiply-adds, the same in both kernels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_JOINED_AT_ONCE = tl.constexpr(8)  # splits that are read together, so that one does not wait for the other
+_READ_AHEAD = tl.constexpr(8)  # splits that are read together, so that one does not wait for the other
+_ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 
 
 @triton.jit
 def _shifted(top):
     """What to subtract before exp2: the maximum so far, 0 where no key was seen yet."""
     return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _sum_of_weights(weights):
+    """Of weights from 0 to 1, each to 2^-23, in any order: behind a leading 1 their bits are whole numbers.
+
+    Up to 128 of them fit 31 bits.
+    """
+    units = (weights + 1.0).to(tl.int32, bitcast=True) - _ONE
+    return tl.sum(units, axis=1).to(tl.float32) * 2.0**-23
 
 
 @triton.jit
@@ -84,10 +95,8 @@ def ragged_attention_kernel(
     table = block_tables + sequence.to(tl.int64) * table_stride
     k_base = k_cache + kv_head * HEAD_DIM
     v_base = v_cache + kv_head * HEAD_DIM
-    ones = tl.full((BLOCK_N, 16), 1.0, dtype=v_cache.dtype.element_ty)
-    is_first_column = tl.arange(0, 16)[None, :] == 0
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    totals = tl.zeros((BLOCK_M, 16), dtype=tl.float32)  # each column the same
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     joined_top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     joined_total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -112,13 +121,12 @@ def ragged_attention_kernel(
         scores = tl.where(visible, scores * scale_log2, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         shift = _shifted(new_top)
-        weights = tl.exp2(scores - shift[:, None]).to(v.dtype)
+        weights = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(top - shift)
-        totals = _dot(weights, ones, totals * decay[:, None], IEEE)
-        acc = _dot(weights, v, acc * decay[:, None], IEEE)
+        total = tl.fma(total, decay, _sum_of_weights(weights))
+        acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], IEEE)
         top = new_top
         if (block_idx % BLOCKS == BLOCKS - 1) | (block_idx == num_blocks - 1):  # a split is done
-            total = tl.sum(tl.where(is_first_column, totals, 0.0), axis=1)
             if IS_SHARED:
                 at = (start // SPLIT_LEN - first_split).to(tl.int64)
                 target = partial + at * partial_stride + entry[:, None] * HEAD_DIM + d[None, :]
@@ -134,7 +142,7 @@ def ragged_attention_kernel(
                 joined_total = tl.fma(joined_total, before, total * now)
                 joined_top = new_top
             top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-            totals = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+            total = tl.zeros((BLOCK_M,), dtype=tl.float32)
             acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
 
     if not IS_SHARED:
@@ -161,28 +169,24 @@ def join_splits_kernel(
     num_splits = tl.load(positions + end - 1).to(tl.int32) // SPLIT_LEN - begin // SPLIT_LEN + 1
     entry = row.to(tl.int64) * NUM_HEADS + tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
+    mask = d < HEAD_DIM
+    first_only = tl.arange(0, 1)
     top = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     joined = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    places = tl.arange(0, _JOINED_AT_ONCE)
-    for start in range(0, num_splits, _JOINED_AT_ONCE):
-        splits = start + places
-        is_used = splits < num_splits  # the others left nothing in scratch
-        stat = stats + splits.to(tl.int64) * stats_stride + entry * 2
-        tops = tl.load(stat, mask=is_used, other=float("-inf"))
-        totals = tl.load(stat + 1, mask=is_used, other=0.0)
-        mask = is_used[:, None] & (d < HEAD_DIM)[None, :]
-        source = partial + splits.to(tl.int64)[:, None] * partial_stride + entry * HEAD_DIM + d[None, :]
-        parts = tl.load(source, mask=mask, other=0.0)
-        for place in tl.static_range(_JOINED_AT_ONCE):
-            is_it = places == place
-            its_top = tl.max(tl.where(is_it, tops, float("-inf")), axis=0)
-            its_total = tl.sum(tl.where(is_it, totals, 0.0), axis=0)
-            part = tl.sum(tl.where(is_it[:, None], parts, 0.0), axis=0)
+    for start in range(0, num_splits, _READ_AHEAD):
+        for ahead in tl.static_range(_READ_AHEAD):
+            split = (start + ahead + first_only).to(tl.int64)
+            is_used = split < num_splits  # the others left nothing in scratch
+            stat = stats + split * stats_stride + entry * 2
+            its_top = tl.load(stat, mask=is_used, other=float("-inf"))
+            its_total = tl.load(stat + 1, mask=is_used, other=0.0)
+            source = partial + split * partial_stride + entry * HEAD_DIM + d
+            part = tl.load(source, mask=mask & is_used, other=0.0)
             new_top = tl.maximum(top, its_top)
             shift = _shifted(new_top)
             before, now = tl.exp2(top - shift), tl.exp2(its_top - shift)
             joined = tl.fma(joined, tl.broadcast_to(before, joined.shape), part * now)
             total = tl.fma(total, before, its_total * now)
             top = new_top
-    tl.store(out + entry * HEAD_DIM + d, (joined / total).to(out.dtype.element_ty), mask=d < HEAD_DIM)
+    tl.store(out + entry * HEAD_DIM + d, (joined / total).to(out.dtype.element_ty), mask=mask)

@@ -144,7 +144,7 @@ def compile_attention(dtype: str) -> None:
                 assert figures["mma"] or figures["wgmma"], "no matrix instructions"
                 assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
         constants = shape | {"BLOCK_D": blocks["BLOCK_D"]}
-        figures = compile_kernel(ragged_attention_triton.join_splits_kernel, pointers, constants, num_warps=4)
+        figures = compile_kernel(ragged_attention_triton.join_splits_kernel, pointers, constants, num_warps=1)
         report(f"join_splits {dtype} {head_dim}", figures)
 
 
