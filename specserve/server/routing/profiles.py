@@ -2,13 +2,14 @@
 
 Owns what is known of them; files are looked at on the store's threads, at most every `LOOK_EVERY_S` and at once when a
 name is given or taken at run time. A profile that cannot be read is logged once and left out: its adapter is never
-chosen, and can be named as before. Where the disk does not answer, what was known stays.
+chosen, and can be named as before. Where the disk does not answer in time, what was known stays.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from ..adapter_store import AdapterStore
 from .likeness import Likeness, likeness_of
 
 LOOK_EVERY_S = 1.0
-LOOK_TIMEOUT_S = 2.0
+LOOK_TIMEOUT_S = 2.0  # that a request waits for one
+MOST_TIME = 0.05  # share of it that looks may take
 MAX_PROFILES = 1024  # 32 KiB each
 
 logger = logging.getLogger(__name__)
@@ -43,30 +45,39 @@ class Profiles:
     def __init__(self, store: AdapterStore):
         self._store = store
         self._known: dict[str, Known] = {}
-        self._looking = asyncio.Lock()
-        self._looked = -float("inf")  # time.monotonic()
+        self._look: asyncio.Task[None] | None = None  # the one that runs
+        self._looked = -math.inf  # when the last one began, of time.monotonic()
+        self._took_s = 0.0
         self._names_then: set[str] = set()
 
-    async def now(self) -> dict[str, Known]:
-        """By name, those that there are; no other request changes what was returned."""
-        async with self._looking:
-            names = self._store.given_names()
-            if names != self._names_then or time.monotonic() - self._looked >= LOOK_EVERY_S:
-                try:
-                    async with asyncio.timeout(LOOK_TIMEOUT_S):
-                        self._known = await self._store.look(self._read_all, "", self._known)
-                except (TimeoutError, OverloadedError):
-                    logger.warning("routing: the adapters' disk does not answer; their profiles stay as they were")
-                self._looked, self._names_then = time.monotonic(), names
+    async def now(self, max_age_s: float = LOOK_EVERY_S) -> dict[str, Known]:
+        """By name, those that there are; none of it was read longer ago than `max_age_s`, where the disk answers.
+
+        Longer where there are so many that a look takes a good part of that time. Nobody changes what was returned.
+        """
+        oldest = time.monotonic() - (max(max_age_s, self._took_s / MOST_TIME) if max_age_s else 0.0)
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                while self._looked < oldest or self._names_then != self._store.given_names():
+                    self._look = self._look or asyncio.create_task(self._look_again())
+                    await asyncio.shield(self._look)
+        except TimeoutError:
+            logger.warning("routing: profiles are being read for more than %g s; the old ones count", LOOK_TIMEOUT_S)
         return self._known
+
+    async def _look_again(self) -> None:
+        names, began = self._store.given_names(), time.monotonic()
+        try:
+            self._known = await self._store.look(self._read_all, "", self._known)
+        except OverloadedError as error:
+            logger.warning("routing: the profiles stay as they were: %s", error)
+        finally:
+            self._looked, self._names_then, self._look = began, names, None
+            self._took_s = time.monotonic() - began
 
     async def is_still(self, name: str, known: Known) -> bool:
         """Whether the adapter's profile is the one that is `known`; looks at the disk."""
         return await self._store.look(self._version, name) == known.version
-
-    def forget_look(self) -> None:
-        """The next request looks again, however short ago the last one did."""
-        self._looked = -float("inf")
 
     def _read_all(self, _: str, before: dict[str, Known]) -> dict[str, Known]:
         found: dict[str, Known] = {}

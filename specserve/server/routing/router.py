@@ -18,7 +18,7 @@ from ..access.caller import Caller
 from ..adapter_store import AdapterStore
 from ..openai.request_types import ChatRequest, CompletionRequest
 from .likeness import Likeness, cosines
-from .profiles import Known, Profiles
+from .profiles import LOOK_EVERY_S, Known, Profiles
 from .text import request_text
 from .types import RouteCandidate, Routing
 
@@ -61,8 +61,9 @@ class Router:
         """The choice, and what `load` made of its adapter, by name; None is the base model. Raises `UserError`."""
         text = request_text(request)
         gone: set[str] = set()
+        max_age_s = LOOK_EVERY_S
         for _ in range(MAX_CHOICES):
-            known = await self._profiles.now()
+            known = await self._profiles.now(max_age_s)
             routing = await self.choose(text, known, caller, gone)
             name = routing.adapter
             try:
@@ -71,11 +72,10 @@ class Router:
                 if name is None or error.code not in MOVED:
                     raise
                 gone.add(name)
-                self._profiles.forget_look()
-                continue
-            if name is None or await self._profiles.is_still(name, known[name]):
-                return routing, loaded
-            self._profiles.forget_look()
+            else:
+                if name is None or await self._profiles.is_still(name, known[name]):
+                    return routing, loaded
+            max_age_s = 0.0
         raise changing(name or AUTO)
 
     async def choose(self, text: str, known: dict[str, Known], caller: Caller, gone: Collection[str] = ()) -> Routing:

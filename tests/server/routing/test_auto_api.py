@@ -105,6 +105,16 @@ def test_a_bad_profile_is_logged_once_and_its_adapter_can_be_named(server, open_
         time.sleep(LOOK_EVERY_S)
 
 
+def test_a_tool_that_must_be_called_brings_its_adapter(server):
+    function = {"name": "count", "parameters": {"type": "object"}, "x-adapter": NAME}
+    fields = {"tools": [{"type": "function", "function": function}], "max_tokens": 24}
+    choice = {"type": "function", "function": {"name": "count"}}
+    body = server.post("/v1/chat/completions", chat("Hello", tool_choice=choice, **fields)).json()
+    assert body["model"] == NAME and "routing" not in body
+    body = server.post("/v1/chat/completions", chat("Hello", tool_choice="none", **fields)).json()
+    assert body["routing"]["adapter"] is None
+
+
 def test_what_cannot_be_routed_is_refused_with_the_field(server):
     body = {"model": "auto", "prompt": [1, 2, 3], "max_tokens": 4}
     assert_error(server.post("/v1/completions", body), 400, "one text", param="prompt")

@@ -13,6 +13,7 @@ from specserve.routing_profile import PROFILE_FILE, RoutingProfile, write_profil
 from specserve.server.adapter_names import AdapterNames
 from specserve.server.openai.request_types import ChatRequest, CompletionRequest
 from specserve.server.routing import profiles
+from specserve.server.routing import router as router_module
 from specserve.server.routing.router import Router
 
 FOXES = "Count the foxes in this sentence: "
@@ -142,7 +143,7 @@ def test_one_that_cannot_be_loaded_is_an_error(store):
 
 
 def test_adapters_that_come_change_and_go_are_seen(store, root, monkeypatch):
-    monkeypatch.setattr(profiles, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(router_module, "LOOK_EVERY_S", 0.0)
 
     async def run():
         router = Router(store, "base")
@@ -159,6 +160,32 @@ def test_adapters_that_come_change_and_go_are_seen(store, root, monkeypatch):
         assert await now(FOXES + "number 99") is None
         store.is_away = True
         assert await router._profiles.now()  # what was known stays
+
+    asyncio.run(run())
+
+
+def test_a_look_that_takes_longer_than_a_request_waits_is_not_begun_again(store, monkeypatch):
+    monkeypatch.setattr(profiles, "LOOK_TIMEOUT_S", 0.01)
+    num_looks, may_end = 0, asyncio.Event()
+
+    async def slow(function, *args):
+        nonlocal num_looks
+        if function.__name__ == "_read_all":
+            num_looks += 1
+            await may_end.wait()
+        return function(*args)
+
+    async def run():
+        store.look = slow
+        router = Router(store, "base")
+
+        async def now():
+            return (await router.route(asked(FOXES + "number 99"), caller(), found))[1]
+
+        assert await asyncio.gather(now(), now(), now()) == [None] * 3 and await now() is None
+        may_end.set()
+        await asyncio.sleep(0.05)
+        assert await now() == "foxes" and num_looks == 1
 
     asyncio.run(run())
 
