@@ -41,6 +41,7 @@ def gpu_tests() -> tuple[str, ...]:
 PARTS = (
     Part("tests", ("pytest", "-m", "gpu", "-q"), 150),  # and `gpu_tests`
     Part("steps", ("bench.gpu_steps", "--shape", "llama8b"), 90),
+    Part("exact", ("bench.gpu_exact",), 60),
     Part("serving", ("bench.gpu_serving",), 180),
     Part("lora", ("bench.lora_kernels",), 60),
     Part("linears", ("bench.linear_rows",), 35),
