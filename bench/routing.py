@@ -36,8 +36,10 @@ from specserve.server.routing.likeness import (
     Vector,
     cosines,
     features_of,
+    likeness_of,
     likeness_of_vectors,
 )
+from specserve.server.routing.router import choice_of
 from specserve.training.data.rows import read_rows, routed_texts
 
 from . import common, options
@@ -45,6 +47,7 @@ from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows
 
 CHAT_PROMPTS = common.ROOT / "bench" / "data" / "chat_prompts.jsonl"
 BASE = "base"
+CUTS = (50, 100, 200, 400)  # characters of requests that are shorter than what adapters were trained on
 ADAPTERS = (3, 100, 1000)  # whose profiles one text is compared to, in what a choice costs
 
 Vectors = Callable[[str], Vector]
@@ -104,7 +107,20 @@ def by_characters(profiles: dict[str, RoutingProfile], texts: dict[str, list[str
     for num in ADAPTERS:
         directions = rng.random((num, NUM_FEATURES), dtype=np.float32)
         costs[str(num)] = round(statistics.median(_timed(partial(cosines, directions=directions), some)), 1)
-    return fields | {"us_a_choice_by_adapters": costs}
+    cut = {str(num): _right_when_cut(num, profiles, texts) for num in CUTS}
+    return fields | {"us_a_choice_by_adapters": costs, "right_by_first_characters": cut}
+
+
+def _right_when_cut(
+    num_chars: int, profiles: dict[str, RoutingProfile], texts: dict[str, list[str]]
+) -> dict[str, float]:
+    """Of requests that end after so many characters, while the profiles stay whole."""
+    likely = {name: likeness_of(profile) for name, profile in profiles.items()}
+    return {
+        wanted: round(statistics.mean(choice_of(text[:num_chars], likely).adapter == wanted for text in members), 4)
+        for wanted, members in texts.items()
+        if wanted != BASE
+    }
 
 
 def by_embeddings(model: Path, profiles: dict[str, RoutingProfile], texts: dict[str, list[str]]) -> dict[str, Any]:
