@@ -30,6 +30,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     method: Literal["POST"] = "POST"
 
 
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _DECODER = msgspec.json.Decoder(_Line)
 
 
@@ -55,12 +56,16 @@ def parse_row(raw: bytes, line: int, max_bytes: int) -> Row:
         raise BadRowError(
             "line_too_large", f"the line has {len(raw)} bytes; at most {max_bytes} are allowed (--max-body-mib)", line
         )
+    if raw.startswith(_BYTE_ORDER_MARKS):
+        raise BadRowError("invalid_json_line", "the line starts with a byte order mark; write plain UTF-8", line)
     try:
         found = _DECODER.decode(raw)
     except msgspec.ValidationError as error:
         raise BadRowError("invalid_request", shortened(error), line) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRowError("invalid_json_line", f"the line is not valid JSON: {shortened(error)}", line) from None
+    except RecursionError:
+        raise BadRowError("invalid_json_line", "the line is nested too deeply", line) from None
     body = bytes(found.body)
     if not body.startswith(b"{"):
         raise BadRowError("invalid_request", "body is no JSON object; send the request's fields", line, "body")

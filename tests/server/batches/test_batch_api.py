@@ -157,6 +157,8 @@ def test_rows_that_cannot_be_served_are_lines_of_the_error_file_and_the_others_g
 
 BAD_FILES = {
     "json": ([row("a"), "{", row("b")], "invalid_json_line", 2),
+    "nested": ([row("a"), '{"custom_id": "b", "body": ' + "[" * 5000 + "]" * 5000 + "}"], "invalid_json_line", 2),
+    "order mark": (["\ufeff" + json.dumps(row("a"))], "invalid_json_line", 1),
     "no object": (["[]"], "invalid_request", 1),
     "field": (['{"custom_id": "a", "url": "/v1/completions"}'], "invalid_request", 1),
     "unknown": ([row("a") | {"extra": 1}], "invalid_request", 1),
