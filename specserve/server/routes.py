@@ -161,7 +161,7 @@ ROUTES = (
     Route("GET", "/v1/files/{file_id:[^/]+}", "file", "One of them", (*GET, 404), answer=FileObject),
     Route(
         "GET", "/v1/files/{file_id:[^/]+}/content", "file_content", "What is in it", (*GET, 404),
-        media=("application/octet-stream",),
+        media=("application/jsonl",),
     ),
     Route("DELETE", "/v1/files/{file_id:[^/]+}", "delete_file", "Delete it", (*GET, 404, 409), answer=FileDeleted),
     Route(

@@ -155,7 +155,7 @@ class BatchRoutes:
     async def content(self, request: web.Request) -> web.StreamResponse:
         store, _ = self._open()
         found = await self._file(request)
-        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/octet-stream"})
+        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/jsonl; charset=utf-8"})
         response.content_length = found.bytes
         with await asyncio.to_thread(store.folder.file(found.id).open, "rb") as file:
             await response.prepare(request)
