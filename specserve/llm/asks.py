@@ -52,6 +52,14 @@ def adapter_of(adapter: Any, lora_request: Any) -> Any:
     return adapter if adapter is not None else lora_request
 
 
+def one_adapter_of(adapter: Any, lora_request: Any) -> Adapter | None:
+    """The same of a call whose texts all have one adapter. Raises `UserError`."""
+    given = adapter_of(adapter, lora_request)
+    if isinstance(given, list | tuple):
+        raise UserError("adapter is a list; all texts of a call have one adapter: make one call each", param="adapter")
+    return _checked(_for_each(given, 1, str | Path | LoRARequest | None, "adapter")[0])
+
+
 def _asks(bodies: list[dict[str, Any]], params: Any, adapter: Any, default: SamplingParams) -> list[Ask]:
     num = len(bodies)
     all_params = _for_each(params if params is not None else default, num, SamplingParams, "sampling_params")

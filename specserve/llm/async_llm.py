@@ -9,7 +9,7 @@ from typing import Any
 
 from ..messages import AdapterInfo
 from ..server.stats.types import StatsResponse
-from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks
+from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks, one_adapter_of
 from .front import Adapters, Front, Params, single
 from .outputs import RequestOutput
 from .params import SamplingParams
@@ -62,7 +62,7 @@ class AsyncLLM(Front):
         **fields: Any,
     ) -> list[PoolingOutput[EmbeddingOutput]]:
         """As `LLM.embed`."""
-        given = adapter_of(adapter, lora_request)
+        given = one_adapter_of(adapter, lora_request)
         return await self._acall(lambda service: service.pool("embed", (prompts,), given, fields))
 
     async def classify(
@@ -74,7 +74,7 @@ class AsyncLLM(Front):
         **fields: Any,
     ) -> list[PoolingOutput[ClassificationOutput]]:
         """As `LLM.classify`."""
-        given = adapter_of(adapter, lora_request)
+        given = one_adapter_of(adapter, lora_request)
         return await self._acall(lambda service: service.pool("classify", (prompts,), given, fields))
 
     async def score(
@@ -87,7 +87,7 @@ class AsyncLLM(Front):
         **fields: Any,
     ) -> list[PoolingOutput[ScoringOutput]]:
         """As `LLM.score`."""
-        given = adapter_of(adapter, lora_request)
+        given = one_adapter_of(adapter, lora_request)
         return await self._acall(lambda service: service.pool("score", (data_1, data_2), given, fields))
 
     def generate_stream(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..messages import AdapterInfo
 from ..server.stats.types import StatsResponse
-from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks
+from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks, one_adapter_of
 from .front import Adapters, Front, Params, single
 from .outputs import RequestOutput
 from .params import SamplingParams
@@ -82,7 +82,7 @@ class LLM(Front):
         `fields` are others of the body of POST /v1/embeddings: dimensions, input_type, normalize, pooling,
         truncate_prompt_tokens, priority, cache_salt. Raises `UserError` for the first text that cannot be done.
         """
-        return self._pool("embed", (prompts,), adapter_of(adapter, lora_request), fields, use_tqdm)
+        return self._pool("embed", (prompts,), one_adapter_of(adapter, lora_request), fields, use_tqdm)
 
     def classify(
         self,
@@ -97,7 +97,7 @@ class LLM(Front):
 
         `fields` are others of the body of POST /classify.
         """
-        return self._pool("classify", (prompts,), adapter_of(adapter, lora_request), fields, use_tqdm)
+        return self._pool("classify", (prompts,), one_adapter_of(adapter, lora_request), fields, use_tqdm)
 
     def score(
         self,
@@ -113,7 +113,7 @@ class LLM(Front):
 
         `fields` are others of the body of POST /score.
         """
-        return self._pool("score", (data_1, data_2), adapter_of(adapter, lora_request), fields, use_tqdm)
+        return self._pool("score", (data_1, data_2), one_adapter_of(adapter, lora_request), fields, use_tqdm)
 
     def generate_stream(
         self,
@@ -165,7 +165,7 @@ class LLM(Front):
             return self._call(lambda service: service.pool(task, sides, adapter, fields))
         from tqdm import tqdm
 
-        total = None if isinstance(sides[-1], str | Mapping) else len(sides[-1])
+        total = len(sides[-1]) if isinstance(sides[-1], list | tuple) else None
         with tqdm(total=total, desc="texts", unit="", dynamic_ncols=True) as bar:
             return self._call(lambda service: service.pool(task, sides, adapter, fields, bar.update))
 

@@ -111,6 +111,17 @@ class LoRARequest(msgspec.Struct, frozen=True):
     load_inplace: bool = False
 
 
+def check_texts(body: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a text that cannot be written as UTF-8, which JSON would not have let through."""
+    for field, value in body.items():
+        try:
+            msgspec.json.encode(value, enc_hook=lambda other: None)
+        except UnicodeEncodeError:
+            raise UserError(f"{field} holds half of a surrogate pair; give whole characters", param=field) from None
+        except (TypeError, ValueError):  # no JSON at all: the field's own check says so
+            continue
+
+
 def _structured(wanted: StructuredOutputsParams | Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(wanted) if isinstance(wanted, Mapping) else msgspec.structs.asdict(wanted)
     body = {name: value for name, value in fields.items() if value is not None}

@@ -6,7 +6,7 @@ some. Owns how a call is cut into bodies. What a text may be and what an adapter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from ..server.pooling.pooler import Pooler
 from ..server.pooling.response_types import AnsweredQuestion, Classification, Embedding, Score
 from ..server.pooling.tei_api import TeiRoutes
 from .all_or_none import all_or_none
+from .params import check_texts
 
 MAX_TEXTS = 256  # of a body; with two of them more than a step of the largest batch takes
 _AT_ONCE = 2
@@ -91,7 +92,7 @@ class PooledCalls:
         self, first: Any, second: Any, adapter: str | None, fields: Mapping[str, Any], on_done: OnDone
     ) -> list[PoolingOutput[ScoringOutput]]:
         """Of pairs; one `first` goes with each of `second`."""
-        ones, others = ([side] if isinstance(side, str) else list(side) for side in (first, second))
+        ones, others = _texts(first), _texts(second)
         if len(ones) not in (1, len(others)):
             raise UserError(
                 f"the first side has {len(ones)} texts and the second {len(others)}; give one, or as many as there",
@@ -111,12 +112,15 @@ class PooledCalls:
         on_done: OnDone,
     ) -> list[Any]:
         """The entries of all answers, in their order. The first that fails ends all others."""
+        if fields.keys() & {"model", "adapter_id"}:
+            raise UserError("a call names its adapter as adapter=..., not as model or adapter_id", param="model")
         answers: list[list[Any]] = [[] for _ in bodies]
         todo = iter(enumerate(bodies))
 
         async def work() -> None:
             for idx, body in todo:
                 try:
+                    check_texts(body)
                     answers[idx] = (await answer({**fields, **body, "model": adapter}, self._caller)).data
                 except UserError as error:
                     if idx:
@@ -130,8 +134,15 @@ class PooledCalls:
 
 def _texts(prompts: Any) -> list[Any]:
     """A text, token ids or a mapping of either, or several, as texts and lists of ids. Raises `UserError`."""
-    is_one = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [_text(prompt) for prompt in ([prompts] if is_one else prompts)]
+    if isinstance(prompts, str | Mapping):
+        return [_text(prompts)]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise UserError(
+            f"what is given is {type(prompts).__name__}; give a text, token ids, or a list of these", param="prompt"
+        )
+    given = list(prompts)
+    is_one = bool(given) and isinstance(given[0], int)
+    return [_text(prompt) for prompt in ([given] if is_one else given)]
 
 
 def _text(prompt: Any) -> Any:
@@ -140,7 +151,7 @@ def _text(prompt: Any) -> Any:
         if unknown is not None:
             raise UserError(f"a text has no key {unknown!r}; it has prompt or prompt_token_ids", param="prompt")
         prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
-    return prompt if isinstance(prompt, str) or prompt is None else list(prompt)
+    return list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) else prompt
 
 
 def _parts(texts: Sequence[Any]) -> list[list[Any]]:

@@ -34,7 +34,7 @@ from ..server.stats.types import StatsResponse
 from ..text.tokenizer import TextTokenizer
 from .all_or_none import all_or_none
 from .outputs import OutputBuilder, RequestOutput
-from .params import LoRARequest, SamplingParams
+from .params import LoRARequest, SamplingParams, check_texts
 from .pooled import PooledCalls
 
 # Of one call: enough for the largest step and a queue behind it, and no more token ids in memory than that.
@@ -186,7 +186,7 @@ class Service:
 
     async def chunks(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """The answer to a body of /v1/chat/completions, as the chunks of its stream. Raises `UserError`."""
-        _check_texts(body)
+        check_texts(body)
         job = await self.generator.prepare(convert({**body, "stream": True}, ChatRequest), self.caller)
         builder = ResponseBuilder(job)
         async with aclosing(self.generator.deltas(job)) as deltas:
@@ -198,7 +198,7 @@ class Service:
 
     async def _job(self, ask: Ask) -> Job:
         body = {"model": await self.name_of(ask.adapter), **ask.body, **ask.params.body(ask.is_chat)}
-        _check_texts(body)
+        check_texts(body)
         request: ChatRequest | CompletionRequest
         request = convert(body, ChatRequest) if ask.is_chat else convert(body, CompletionRequest)
         job = await self.generator.prepare(request, self.caller)
@@ -217,14 +217,3 @@ class Service:
         if not 0 <= min_tokens <= room:
             raise UserError(f"min_tokens is {min_tokens}; 0 to {room} is allowed", param="min_tokens")
         return {"max_tokens": room, "min_tokens": min_tokens}
-
-
-def _check_texts(body: dict[str, Any]) -> None:
-    """Raise `UserError` for a text that cannot be written as UTF-8, which JSON would not have let through."""
-    for field, value in body.items():
-        try:
-            msgspec.json.encode(value, enc_hook=lambda other: None)
-        except UnicodeEncodeError:
-            raise UserError(f"{field} holds half of a surrogate pair; give whole characters", param=field) from None
-        except (TypeError, ValueError):  # no JSON at all: the field's own check says so
-            continue

@@ -66,8 +66,17 @@ def test_what_cannot_be_done_is_said_by_field(llm, adapters, monkeypatch):
         llm.embed(TEXTS, nope=1)
     with pytest.raises(UserError, match="2 texts and the second 3"):
         llm.score(TEXTS[:2], TEXTS[:3], adapter=adapters["ranker"])
+    for wrong in (None, 5, b"text", [None], [5.0], [b"text"], "\ud800", [{"text": "x"}]):
+        with pytest.raises(UserError):
+            llm.embed(wrong)
+        with pytest.raises(UserError):
+            llm.score(TEXTS[0], wrong)
+    with pytest.raises(UserError, match="adapter="):
+        llm.embed(TEXTS, model="embedder")
+    with pytest.raises(UserError, match="one adapter"):
+        llm.embed(TEXTS, adapter=["embedder"] * len(TEXTS))
     monkeypatch.setattr(pooled, "MAX_TEXTS", 2)
     with pytest.raises(UserError, match=r"input\[1\]") as caught:
         llm.embed([*TEXTS[:3], ""])
     assert caught.value.__notes__ == ["texts are counted from text 2 of the call"]
-    assert llm.embed(TEXTS[:1])
+    assert llm.embed(iter(TEXTS[:1])) == llm.embed(TEXTS[:1])
