@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from aiohttp import web
 
 from ..config import ServeConfig
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..strict_json import decode_json
 
 T = TypeVar("T")
@@ -18,6 +18,7 @@ T = TypeVar("T")
 OFF_LOOP_BYTES = 64 * 1024  # larger bodies are parsed on a thread
 
 _PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_INDEX = re.compile(r"\[[^\]]*\]")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
 _MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
 
@@ -66,7 +67,26 @@ def convert(value: Any, kind: type[T]) -> T:
             if match := pattern.search(text):
                 name = ".".join(part for part in (path, match["name"]) if part)[:200]
                 raise UserError(say.format(repr(name)), param=name) from None
+        text = shortened(text)
+        if text.startswith("Invalid enum value") and (choices := _choices(kind, path)):
+            text = f"{text}; one of {', '.join(map(repr, choices))} is expected"
         raise UserError(f"{path or 'the request body'}: {text}", param=path or None) from None
+
+
+def _choices(kind: Any, path: str) -> list[Any]:
+    """The values that the field of this path may have, where there are only a few."""
+    leaves = [kind]
+    for name in _INDEX.sub("", path).split("."):
+        structs = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, msgspec.Struct)]
+        leaves = [leaf for struct in structs for leaf in _leaves(get_type_hints(struct).get(name))]
+    return [value for leaf in leaves if get_origin(leaf) is Literal for value in get_args(leaf)]
+
+
+def _leaves(hint: Any) -> list[Any]:
+    """The types that a union, list or mapping is made of."""
+    if get_origin(hint) is Literal or not get_args(hint):
+        return [hint]
+    return [leaf for part in get_args(hint) for leaf in _leaves(part)]
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

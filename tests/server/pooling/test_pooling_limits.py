@@ -160,6 +160,14 @@ async def test_fields_out_of_range_are_refused_by_name(client, fields, param):
     assert not client.engine.asked
 
 
+async def test_a_value_that_is_none_of_a_few_is_answered_with_these_and_not_repeated_at_length(client):
+    body = {"input": "A dog", "encoding_format": "x" * 10_000}
+    error = await client.refused(EMBEDDINGS, body, 400, "'float'", "'base64'", param="encoding_format")
+    assert len(str(error)) < 800
+    body = {"model": "tiny", "prompt": "A", "speculation": {"mode": "fast"}}
+    await client.refused("/v1/completions", body, 400, "'fast'", "'ngram'", param="speculation.mode")
+
+
 async def test_shorter_embeddings_are_for_adapters_that_were_trained_for_them(client):
     body = {"input": "A dog", "dimensions": 4}
     await client.refused(EMBEDDINGS, body, 400, "the base model gives 16", param="dimensions")
