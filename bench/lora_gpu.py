@@ -1,4 +1,4 @@
-"""The GPU part of bench.lora_kernels: one fused linear at a time, floor, both of ours, a torch loop and a torch bmm.
+"""The GPU part of bench.lora_kernels: one fused linear at a time, floor, ours, a torch loop and a torch bmm.
 
 Owns the cases. Each call is a node of a CUDA graph and has adapters, x and y of its own, as layers have, as far as that
 is needed to miss the cache; where few adapters are so small that even MAX_COPIES of them fit it, `cached` says so. The
@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from specserve.kernels import lora_blocks, lora_tiles
 from specserve.kernels.lora import LoraPair
+from specserve.kernels.lora_blocks import list_blocks_, lora_add_, max_blocks, new_blocks, scratch_size
 from specserve.kernels.lora_tables import LoraShape, LoraTables
-from specserve.kernels.tiles import build_tiles_, max_tiles
 
 from .gpu_timing import seconds_per_call
 from .shapes import LLAMA8B, SMOLLM2, ModelShape
@@ -119,35 +118,26 @@ class Workload:
             }
             self.tables.set_slot(slot, pairs)
         self.row_ids = torch.tensor(self.row_slots, dtype=torch.int32, device=device)
-        num_tiles = max_tiles(case.rows, lora_tiles.TILE_ROWS, case.rows)
-        self.tiles = torch.empty(num_tiles, 3, dtype=torch.int32, device=device)
-        self.blocks = lora_blocks.new_blocks(lora_blocks.max_blocks(case.rows, case.rows, self.tables), device)
-        self.make_tiles()
-        self.make_blocks()
-        size = max(kernels.scratch_size(self.tables.entry(0), case.rows) for kernels in (lora_tiles, lora_blocks))
+        self.blocks = new_blocks(max_blocks(case.rows, case.rows, self.tables), device)
+        self.list_blocks()
+        size = scratch_size(self.tables.entry(0), case.rows)
         self.scratch = torch.empty(size, dtype=torch.float32, device=device)
 
     @property
     def bytes(self) -> int:
         return self.weight_bytes + self.x[0].nbytes + 2 * self.y[0].nbytes
 
-    def make_tiles(self) -> None:
-        build_tiles_(self.tiles, self.row_ids, lora_tiles.TILE_ROWS)
+    def list_blocks(self) -> None:
+        list_blocks_(self.blocks, self.row_ids, self.tables)
 
-    def make_blocks(self) -> None:
-        lora_blocks.list_blocks_(self.blocks, self.row_ids, self.tables)
-
-    def by_tiles(self, copy: int) -> None:
-        lora_tiles.lora_add_(self.y[copy], self.x[copy], self.tables.entry(copy), self.tiles, self.scratch)
-
-    def by_blocks(self, copy: int) -> None:
-        lora_blocks.lora_add_(self.y[copy], self.x[copy], self.tables.entry(copy), self.blocks, self.scratch)
+    def ours(self, copy: int) -> None:
+        lora_add_(self.y[copy], self.x[copy], self.tables.entry(copy), self.blocks, self.scratch)
 
     def difference(self) -> float:
-        """The largest one of the two ways' y, over its largest value."""
+        """The largest one between the kernels' y and the loop's in torch, over its largest value."""
         results = []
         before = self.y[0].clone()
-        for way in (self.by_tiles, self.by_blocks):
+        for way in (self.loop, self.ours):
             self.y[0].zero_()
             way(0)
             results.append(self.y[0].float())
@@ -184,8 +174,7 @@ class Workload:
 def compile_case(case: Case, device: torch.device) -> None:
     """Launch a case's kernels once, with tables of as many copies as are timed, whose strides kernels may know."""
     work = Workload(case, device, max_copies=1)
-    work.by_tiles(0)
-    work.by_blocks(0)
+    work.ours(0)
     torch.cuda.synchronize()
 
 
@@ -206,9 +195,8 @@ def measure(
     result: dict[str, Any] = {
         "linear": case.name, "model": case.model, "mix": case.mix, "rank": case.rank, "rows": case.rows,
         "adapters": work.num_slots, "cached": work.cached, "floor_us": work.bytes / bandwidth * 1e6,
-        "difference": work.difference(), "tiles_us": work.microseconds(work.by_tiles),
-        "blocks_us": work.microseconds(work.by_blocks),
-        "list_us": seconds_per_call([work.make_blocks], device) * 1e6,
+        "difference": work.difference(), "us": work.microseconds(work.ours),
+        "list_us": seconds_per_call([work.list_blocks], device) * 1e6,
     }  # fmt: skip
     if not case.model and (case.rows, case.rank, case.mix) in VLLM_US:
         result["vllm_h100_us"] = VLLM_US[case.rows, case.rank, case.mix]
@@ -223,10 +211,9 @@ def measure(
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
 
 
-_COLUMNS = ("floor_us", "tiles_us", "blocks_us", "vllm_h100_us", "loop_us", "bmm_us", "external_us")
+_COLUMNS = ("floor_us", "us", "vllm_h100_us", "loop_us", "bmm_us", "external_us")
 HEADER = (
-    f"{'':16} {'mix':9} rank rows     floor     tiles    blocks  vLLM H100     loop       bmm  external"
-    "   blocks/floor  differ"
+    f"{'':16} {'mix':9} rank rows     floor      ours  vLLM H100     loop       bmm  external     ours/floor  differ"
 )
 
 
@@ -234,7 +221,7 @@ def row_text(result: dict[str, Any]) -> str:
     """A line of the table, microseconds of shrink and expand together; * where the weights fit the cache."""
     name = f"{result['model']} {result['linear']}".strip() + "*" * result["cached"]
     cells = [f"{result[key]:9.2f}" if key in result else f"{'':9}" for key in _COLUMNS]
-    ratio = result["blocks_us"] / result["floor_us"]
+    ratio = result["us"] / result["floor_us"]
     return (
         f"{name:16} {result['mix']:9} {result['rank']:4} {result['rows']:4} {' '.join(cells)} {ratio:14.2f}"
         f" {result['difference']:7.0e}"
@@ -246,8 +233,5 @@ def summary(results: list[dict[str, Any]]) -> Iterator[str]:
     for model, rows in ((LLAMA8B, 32), (SMOLLM2, 1)):
         layer = [result for result in results if (result["model"], result["rows"]) == (model.name, rows)]
         if len(layer) == len(model.fused_linears()):
-            sums = [sum(result[key] for result in layer) * model.num_layers / 1e3 for key in _COLUMNS[:3]]
-            yield (
-                f"{model.name}, {rows} rows, {model.num_layers} layers: floor {sums[0]:.3f} ms, tiles {sums[1]:.3f}, "
-                f"blocks {sums[2]:.3f}"
-            )
+            sums = [sum(result[key] for result in layer) * model.num_layers / 1e3 for key in _COLUMNS[:2]]
+            yield f"{model.name}, {rows} rows, {model.num_layers} layers: floor {sums[0]:.3f} ms, ours {sums[1]:.3f}"

@@ -1,10 +1,9 @@
 """What does LoRA add to a step on a GPU, and how far is that from reading the adapters' weights once?
 
-One fused linear at a time, in CUDA graphs, over mixes of adapters, ranks and rows: the floor, the kernels by tiles and
-by blocks, vLLM's where docs/performance.md has them (an H100), and what both add up to in a step of an 8 B model's and
-of SmolLM2's shape (bench/lora_gpu.py). `--torch` adds a loop and a bmm in torch; another implementation's kernels can
-be timed in the same cases. Processes compile side by side first. Cases are left out once --budget seconds are over,
-and said to be.
+One fused linear at a time, in CUDA graphs, over mixes of adapters, ranks and rows: the floor, our kernels, vLLM's where
+docs/performance.md has them (an H100), and what ours add up to in a step of an 8 B model's and of SmolLM2's shape
+(bench/lora_gpu.py). `--torch` adds a loop and a bmm in torch; another implementation's kernels can be timed in the same
+cases. Processes compile side by side first. Cases are left out once --budget seconds are over, and said to be.
 
     python -m bench.lora_kernels [--budget 50] [--torch] [--external module:function] [--dry-run]
 """

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): one module of one adapter, its product in torch on any device, and the definition by rows.
 
 Semantics: y += scale * (x A^T) B^T. Sums are fp32 whatever the dtypes, with one rounding to y's. What serves a ragged
-batch of many adapters is the native path's (cpu/lora.h) and, on a GPU, lora_tiles.py.
+batch of many adapters is the native path's (cpu/lora.h) and, on a GPU, lora_blocks.py.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_process import bench_record
-from lora_cases import CASES, IN_SIZE, OUT_SIZES, POPULARITY, RANKS, make_runs, make_slots
+from lora_cases import IN_SIZE, OUT_SIZES, POPULARITY, RANKS, LoraCase, make_runs, make_slots
 from triton_process import needs_triton
 
-from specserve.kernels import lora_blocks, lora_tiles
 from specserve.kernels.lora import lora_add_pair_, lora_reference
+from specserve.kernels.lora_blocks import split_k
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 CUDA_TOLERANCE = TOLERANCE | {torch.float32: 1e-4}  # thousands of inputs, summed in another order
@@ -34,15 +34,13 @@ def test_the_bench_for_gpus_runs_end_to_end():
     assert {case["mix"] for case in record["results"]} == {"distinct", "uniform", "zipf", "identical"}
 
 
-@pytest.mark.parametrize("kernels", [lora_tiles, lora_blocks], ids=list(CASES))
 @pytest.mark.parametrize("in_size", [1, 70, 512, 576, 4096, 11008, 14336, 53248])
-def test_splits_cover_k_once_and_depend_on_nothing_else(in_size, kernels):
-    num_splits, chunk = kernels.split_k(in_size)
+def test_splits_cover_k_once_and_depend_on_nothing_else(in_size):
+    num_splits, chunk = split_k(in_size)
     assert (num_splits - 1) * chunk < in_size <= num_splits * chunk and num_splits <= 32
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernels", list(CASES))
 @needs_triton
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("popularity", POPULARITY)
@@ -50,11 +48,11 @@ def test_splits_cover_k_once_and_depend_on_nothing_else(in_size, kernels):
 @pytest.mark.parametrize(
     "in_size, out_sizes", [(IN_SIZE, OUT_SIZES), (4096, (4096, 1024, 1024)), (14336, (4096,))], ids=str
 )
-def test_cuda_kernels_equal_the_reference(dtype, popularity, max_segment, in_size, out_sizes, kernels):
+def test_cuda_kernels_equal_the_reference(dtype, popularity, max_segment, in_size, out_sizes):
     ranks = [modules[: len(out_sizes)] for modules in RANKS]
     slots = make_slots(ranks, dtype, "cuda", in_size, out_sizes)
     row_slots = [slot for slot, rows in make_runs(popularity, len(RANKS), 12, max_segment) for _ in range(rows)]
-    case = CASES[kernels](slots, len(row_slots) + 3, dtype, in_size=in_size, out_sizes=out_sizes, device="cuda")
+    case = LoraCase(slots, len(row_slots) + 3, dtype, in_size=in_size, out_sizes=out_sizes, device="cuda")
     case.set_rows(row_slots)
     result = case.run()
     tolerance = CUDA_TOLERANCE[dtype]
@@ -63,34 +61,32 @@ def test_cuda_kernels_equal_the_reference(dtype, popularity, max_segment, in_siz
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernels", list(CASES))
 @needs_triton
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_a_row_has_the_same_bits_on_cuda_wherever_it_stands(dtype, kernels):
+def test_a_row_has_the_same_bits_on_cuda_wherever_it_stands(dtype):
     slots = make_slots([(16, 3, 64)], dtype, "cuda", 4096, (4096, 1024, 1024))
-    case = CASES[kernels](slots, 35, dtype, in_size=4096, out_sizes=(4096, 1024, 1024), device="cuda")
+    case = LoraCase(slots, 35, dtype, in_size=4096, out_sizes=(4096, 1024, 1024), device="cuda")
     case.set_rows([0] * 35)
     chunk = case.run()
     for row in (0, 7, 15, 16, 34):
         case.set_rows([-1] * row + [0])
         assert torch.equal(case.run()[row], chunk[row])
-    single = CASES[kernels](slots, 1, dtype, in_size=4096, out_sizes=(4096, 1024, 1024), device="cuda")
+    single = LoraCase(slots, 1, dtype, in_size=4096, out_sizes=(4096, 1024, 1024), device="cuda")
     single.set_rows([0])
     single.x.copy_(case.x[34:])
     single.y.copy_(case.y[34:])
     assert torch.equal(single.run()[0], chunk[34])
-    many = CASES[kernels](slots, 300, dtype, in_size=4096, out_sizes=(4096, 1024, 1024), max_rank=256, device="cuda")
+    many = LoraCase(slots, 300, dtype, in_size=4096, out_sizes=(4096, 1024, 1024), max_rank=256, device="cuda")
     many.x[200:235], many.y[200:235] = case.x, case.y
     many.set_rows([-1] * 200 + [0] * 35)
     assert torch.equal(many.run()[200:235], chunk), "tiles of more rows and wider tables must not change bits"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernels", list(CASES))
 @needs_triton
-def test_a_graph_replays_with_other_slots_and_with_another_adapter_in_a_slot(kernels):
+def test_a_graph_replays_with_other_slots_and_with_another_adapter_in_a_slot():
     slots = make_slots(RANKS, torch.bfloat16, "cuda")
-    case = CASES[kernels](slots, 20, torch.bfloat16, device="cuda")
+    case = LoraCase(slots, 20, torch.bfloat16, device="cuda")
     case.set_rows([0] * 18)
     y = case.y.clone()
     case.launch(y)  # compiles outside the capture

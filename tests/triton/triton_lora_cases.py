@@ -13,26 +13,23 @@ import torch
 from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
 
 # isort: split
-from lora_cases import CASES, POPULARITY, RANKS, BlocksCase, TilesCase, make_runs, make_slots
+from lora_cases import POPULARITY, RANKS, LoraCase, make_runs, make_slots
 
 from specserve.adapters.lora import LoraAdapter
 from specserve.compute.cuda.lora import LM_HEAD, DeviceAdapterSlots, DeviceLoraBatch
 from specserve.compute.decoder_weights import GROUPS
 from specserve.errors import UserError
-from specserve.kernels import lora_blocks, lora_tiles
+from specserve.kernels import lora_blocks
 from specserve.kernels.lora import LoraPair
 from specserve.kernels.lora_tables import LoraShape, LoraTables
-from specserve.kernels.lora_tiles import TILE_ROWS
-from specserve.kernels.tiles import build_tiles_, max_tiles
 from specserve.model.config import ModelConfig
 from specserve.model.shapes import module_shapes
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-BOTH = pytest.mark.parametrize("kernels", list(CASES))
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
-def check(case: TilesCase, tolerance: float) -> torch.Tensor:
+def check(case: LoraCase, tolerance: float) -> torch.Tensor:
     result = case.run()
     torch.testing.assert_close(result.float(), case.reference(), atol=tolerance, rtol=tolerance)
     untouched = case.row_slots == -1
@@ -40,22 +37,20 @@ def check(case: TilesCase, tolerance: float) -> torch.Tensor:
     return result
 
 
-@BOTH
 @DTYPES
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_kernels_equal_their_reference(dtype, popularity, kernels):
+def test_kernels_equal_their_reference(dtype, popularity):
     row_slots = [slot for slot, rows in make_runs(popularity, len(RANKS), 5, 20) for _ in range(rows)]
-    case = CASES[kernels](make_slots(RANKS, dtype), len(row_slots) + 2, dtype)
+    case = LoraCase(make_slots(RANKS, dtype), len(row_slots) + 2, dtype)
     case.set_rows(row_slots)  # two rows of padding
     check(case, TOLERANCE[dtype])
 
 
-@BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_weights_of_16_bits_lose_nothing_of_a_wide_y(dtype, kernels):
+def test_weights_of_16_bits_lose_nothing_of_a_wide_y(dtype):
     """As logits are: what expand multiplies has about fp32's accuracy, also where h is beyond fp16's range."""
     slots = make_slots([(16, 16, 3)], dtype)
-    case = CASES[kernels](slots, 3, dtype, y_dtype=torch.float32)
+    case = LoraCase(slots, 3, dtype, y_dtype=torch.float32)
     case.set_rows([0, 0, 0])
     case.x[1] *= 1000
     case.x[2].fill_(60000)
@@ -64,10 +59,9 @@ def test_weights_of_16_bits_lose_nothing_of_a_wide_y(dtype, kernels):
     assert (error < 2e-6).all(), error
 
 
-@BOTH
 @pytest.mark.parametrize("ranks", [(256, 1, 65), (64, None, 3), (None, 16, None), (None, None, None)], ids=str)
-def test_any_rank_and_untargeted_modules(ranks, kernels):
-    case = CASES[kernels](make_slots([ranks], torch.float32), 3, torch.float32, max_rank=256)
+def test_any_rank_and_untargeted_modules(ranks):
+    case = LoraCase(make_slots([ranks], torch.float32), 3, torch.float32, max_rank=256)
     case.set_rows([0, 0, -1])
     result = check(case, 1e-5)
     column = 0
@@ -77,31 +71,28 @@ def test_any_rank_and_untargeted_modules(ranks, kernels):
         column += out_size
 
 
-@BOTH
 @pytest.mark.parametrize(
     "in_size, out_sizes", [(1, (1,)), (600, (130,)), (1700, (300, 257)), (48, (1030, 16, 129))], ids=str
 )
-def test_sizes_over_several_splits_and_blocks_of_columns(in_size, out_sizes, monkeypatch, kernels):
+def test_sizes_over_several_splits_and_blocks_of_columns(in_size, out_sizes, monkeypatch):
     ranks = [(3, 20, 16)[: len(out_sizes)], (16, 1, None)[: len(out_sizes)]]
     slots = make_slots(ranks, torch.float32, "cpu", in_size, out_sizes)
-    case = CASES[kernels](slots, 6, torch.float32, in_size=in_size, out_sizes=out_sizes)
+    case = LoraCase(slots, 6, torch.float32, in_size=in_size, out_sizes=out_sizes)
     case.set_rows([1, 0, 0, -1, 1])
     spread = check(case, 1e-5)
-    few = {"tiles": {"expand_programs": 1}, "blocks": {"expand_programs": 3, "shrink_programs": 2}}[kernels]
-    module = {"tiles": lora_tiles, "blocks": lora_blocks}[kernels]
-    monkeypatch.setattr(module, "SIZES", replace(module.SIZES, **few))
+    few = replace(lora_blocks.SIZES, expand_programs=3, shrink_programs=2)
+    monkeypatch.setattr(lora_blocks, "SIZES", few)
     assert torch.equal(case.run(), spread), "how much a program takes must not change bits"
 
 
-@BOTH
 @DTYPES
-def test_a_row_has_the_same_bits_wherever_it_stands(dtype, kernels):
+def test_a_row_has_the_same_bits_wherever_it_stands(dtype):
     """A row alone, as decode sees it, and the same row deep in a prefill chunk of several tiles."""
     slots = make_slots([(16, 3, 64), (8, 8, 8)], dtype)
-    chunk_case = CASES[kernels](slots, 40, dtype)
+    chunk_case = LoraCase(slots, 40, dtype)
     chunk_case.set_rows([1, 1] + [0] * 35)
     chunk = chunk_case.run()
-    single = CASES[kernels](slots, 1, dtype)
+    single = LoraCase(slots, 1, dtype)
     single.set_rows([0])
     for row in (2, 9, 17, 18, 36):
         single.x.copy_(chunk_case.x[row])
@@ -112,11 +103,11 @@ def test_a_row_has_the_same_bits_wherever_it_stands(dtype, kernels):
 @DTYPES
 def test_neither_the_rows_of_a_tile_nor_the_tables_largest_rank_change_bits(dtype, monkeypatch):
     slots = make_slots([(16, 3, 72), (8, 20, 8)], dtype)
-    case = BlocksCase(slots, 24, dtype, max_rank=72)
+    case = LoraCase(slots, 24, dtype, max_rank=72)
     case.set_rows([1, 1] + [0] * 20)
     narrow = case.run()
     monkeypatch.setattr(lora_blocks, "tile_rows_of", lambda num_rows, dtype: 16)
-    wide = BlocksCase(slots, 24, dtype, max_rank=256)
+    wide = LoraCase(slots, 24, dtype, max_rank=256)
     wide.x, wide.y = case.x, case.y
     wide.set_rows([1, 1] + [0] * 20)
     assert torch.equal(wide.run(), narrow)
@@ -148,18 +139,16 @@ def test_the_list_of_blocks_equals_its_reference_and_fits_the_bound(tile_rows, m
             assert [tuple(entry) for entry in blocks[1 : 1 + used].tolist()] == expected[:used]
 
 
-@BOTH
-def test_infinities_stay_in_their_own_rows(kernels):
-    case = CASES[kernels](make_slots([(8, 3, 16), (8, 8, 8)], torch.float32), 6, torch.float32)
+def test_infinities_stay_in_their_own_rows():
+    case = LoraCase(make_slots([(8, 3, 16), (8, 8, 8)], torch.float32), 6, torch.float32)
     case.set_rows([0, 0, 0, 1, 1, -1])
     case.x[1] = float("inf")
     result = case.run()
     assert not result[1].isfinite().any() and result[[0, 2, 3, 4, 5]].isfinite().all()
 
 
-@BOTH
-def test_rows_may_be_strided(kernels):
-    case = CASES[kernels](make_slots(RANKS, torch.float32), 9, torch.float32)
+def test_rows_may_be_strided():
+    case = LoraCase(make_slots(RANKS, torch.float32), 9, torch.float32)
     case.set_rows([0, 0, 1, 3, 5, 5])
     expected = case.run()
     wide_x, wide_y = torch.randn(9, case.x.shape[1] + 5), torch.randn(9, case.y.shape[1] + 7)
@@ -173,12 +162,11 @@ def test_rows_may_be_strided(kernels):
     assert torch.equal(view, expected) and torch.equal(wide_y[:, view.shape[1] :], rest)
 
 
-@BOTH
-def test_the_same_launch_serves_an_adapter_that_joins_and_one_that_leaves(kernels):
+def test_the_same_launch_serves_an_adapter_that_joins_and_one_that_leaves():
     """What a graph's replay rests on: the launch sees equal addresses before and after, only data differs."""
-    case = CASES[kernels](make_slots([(8, 8, 8), (3, None, 65)], torch.bfloat16), 5, torch.bfloat16)
+    case = LoraCase(make_slots([(8, 8, 8), (3, None, 65)], torch.bfloat16), 5, torch.bfloat16)
     case.set_rows([0, 1, 1, -1, 0])
-    tensors = (case.entry.records, case.tiles, case.scratch)
+    tensors = (case.entry.records, case.blocks, case.scratch)
     addresses = [tensor.data_ptr() for tensor in tensors]
     before = check(case, 2e-2)
     case.slots[1] = make_slots([(None, 64, 1)], torch.bfloat16)[0]
@@ -202,9 +190,8 @@ def test_tables_keep_the_adapters_own_tensors_where_they_are_aligned_and_copies_
     assert tables.records[0, 0, 0] != shifted.data_ptr() and tables.records[0, 0, 0] % 16 == 0
 
 
-@BOTH
 @DTYPES
-def test_embedding_lora_gathers_the_tokens_columns(dtype, kernels):
+def test_embedding_lora_gathers_the_tokens_columns(dtype):
     vocab, hidden = 90, 70
     tables = LoraTables({"embed": LoraShape(vocab, (hidden,))}, 3, 20, dtype, "cpu")
     pairs = [LoraPair(torch.randn(r, vocab).to(dtype), torch.randn(hidden, r).to(dtype), 0.5) for r in (20, 3)]
@@ -219,16 +206,11 @@ def test_embedding_lora_gathers_the_tokens_columns(dtype, kernels):
             expected[row] += scale * (b.float() @ a[:, tokens[row]].float())
     entry = tables.entry("embed")
     ids = torch.tensor(row_slots, dtype=torch.int32)
-    if kernels == "tiles":
-        tiles = torch.zeros(max_tiles(6, TILE_ROWS, 6), 3, dtype=torch.int32)
-        build_tiles_(tiles, ids, TILE_ROWS)
-    else:
-        tiles = lora_blocks.new_blocks(lora_blocks.max_blocks(6, 6, tables), "cpu")
-        lora_blocks.list_blocks_(tiles, ids, tables)
-    module = {"tiles": lora_tiles, "blocks": lora_blocks}[kernels]
-    scratch = torch.full((module.scratch_size(entry, 6, is_embedding=True),), float("nan"))
+    blocks = lora_blocks.new_blocks(lora_blocks.max_blocks(6, 6, tables), "cpu")
+    lora_blocks.list_blocks_(blocks, ids, tables)
+    scratch = torch.full((lora_blocks.scratch_size(entry, 6, is_embedding=True),), float("nan"))
     result = y.clone()
-    module.lora_embedding_add_(result, tokens, entry, tiles, scratch)
+    lora_blocks.lora_embedding_add_(result, tokens, entry, blocks, scratch)
     torch.testing.assert_close(result.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(result[[3, 4]], y[[3, 4]])
 
@@ -255,12 +237,10 @@ def make_adapter(name: str, rank: int, *, extra: bool = False) -> LoraAdapter:
 
 def batch_of(slots: DeviceAdapterSlots, rows: list[str | None], groups: Iterable[str]) -> DeviceLoraBatch:
     row_slots = torch.tensor([-1 if name is None else slots.slot_of(name) for name in rows], dtype=torch.int32)
-    return slots.launches(slots.new_tiles(len(rows)), row_slots, len(rows), frozenset(groups))
+    return slots.launches(slots.new_blocks(len(rows)), row_slots, len(rows), frozenset(groups))
 
 
-@BOTH
-def test_a_device_batch_adds_each_rows_own_adapter_to_every_module(monkeypatch, kernels):
-    monkeypatch.setenv("SPECSERVE_LORA_KERNELS", kernels)
+def test_a_device_batch_adds_each_rows_own_adapter_to_every_module():
     slots = DeviceAdapterSlots(CONFIG, torch.device("cpu"), capacity=3, max_rows=6, dtype=torch.float32, max_rank=16)
     adapters = {"a": make_adapter("a", 4), "b": make_adapter("b", 16, extra=True)}
     slots.activate(list(adapters.values()))

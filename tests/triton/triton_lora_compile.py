@@ -17,17 +17,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specserve.kernels import lora_blocks, lora_blocks_triton, lora_tiles_triton, tiles_triton
+from specserve.kernels import lora_blocks, lora_blocks_triton, tiles_triton
 from specserve.kernels.lora_tables import BLOCK_R
-from specserve.kernels.lora_tiles import SIZES, split_k
 from specserve.kernels.tiles import BLOCKS_T
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-SPLITS, CHUNK = split_k(4096)
 MULTIPLES_OF_16 = ("in_size", "x_stride", "y_stride", "slot_stride", "out_0", "out_1", "out_2", "h_ranks")  # H 4096
 COPY_16_BYTES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10|ld\.global\S*\.v4\.b32")
 MOST_SHARED = 227 << 10  # bytes of a program
-MOST_SPILLS = 48  # instructions of an expand by blocks: registers are limited, for more programs an SM
+MOST_SPILLS = 48  # instructions of an expand: registers are limited, for more programs an SM
 SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
@@ -35,11 +33,7 @@ def compile_kernel(
     kernel: Any, dtype: str, num_warps: int, num_stages: int = 3, maxnreg: int | None = None, **constants: Any
 ) -> Any:
     """The kernel for q/k/v of a model with H 4096, specialised as Triton's launcher does."""
-    constants = {
-        "NUM_MODULES": 3, "SPLITS": SPLITS, "BLOCK_SPLITS": triton.next_power_of_2(SPLITS), "CHUNK": CHUNK,
-        "TILE_ROWS": 16, "BLOCK_R": BLOCK_R, "BLOCK_K": SIZES.shrink_block_k, "BLOCK_N": SIZES.expand_block_n,
-        "COLUMN_BLOCKS": SIZES.expand_max_blocks, "DTYPE": DTYPES[dtype],
-    } | constants  # fmt: skip
+    constants = {"NUM_MODULES": 3, "BLOCK_R": BLOCK_R, "DTYPE": DTYPES[dtype]} | constants
     names = kernel.arg_names
     types = {"h": "*fp32", "records": "*i64", "tokens": "*i64"}
     types |= dict.fromkeys(("tiles", "row_ids", "blocks", "row_slots"), "*i32")
@@ -54,13 +48,13 @@ def compile_kernel(
     )
 
 
-def compile_blocks(dtype: str, tile_rows: int, in_size: int) -> dict[str, Any]:
+def compile_lora(dtype: str, tile_rows: int, in_size: int) -> dict[str, Any]:
     """Shrink and expand of lora_blocks.py for tiles of so many rows."""
     splits, chunk = lora_blocks.split_k(in_size)
     sizes = {"SPLITS": splits, "BLOCK_SPLITS": triton.next_power_of_2(splits), "TILE_ROWS": tile_rows}
     sizes |= {"CHUNK": chunk, "WIDE_R": lora_blocks.WIDE_R, "PARTS": lora_blocks.parts_of(chunk), "IS_DEPENDENT": True}
     registers = lora_blocks.SIZES.expand_registers if tile_rows == 8 else None
-    name, kernels = f"blocks-{dtype}-{tile_rows}-{in_size}", lora_blocks_triton
+    name, kernels = f"{dtype}-{tile_rows}-{in_size}", lora_blocks_triton
     return {
         f"shrink-{name}": compile_kernel(kernels.lora_shrink, dtype, sizes["PARTS"], **sizes),
         f"expand-{name}": compile_kernel(kernels.lora_expand, dtype, 2, 1, registers, **sizes),
@@ -71,16 +65,9 @@ def compile_blocks(dtype: str, tile_rows: int, in_size: int) -> dict[str, Any]:
 def main(folder: Path | None, is_all: bool) -> None:
     binaries = {}
     for dtype in DTYPES if is_all else ("bf16",):
-        binaries[f"shrink-{dtype}"] = compile_kernel(
-            lora_tiles_triton.lora_shrink, dtype, SIZES.shrink_warps, SIZES.shrink_stages
-        )
-        binaries[f"expand-{dtype}"] = compile_kernel(
-            lora_tiles_triton.lora_expand, dtype, SIZES.expand_warps, SIZES.expand_stages
-        )
-        binaries[f"gather-{dtype}"] = compile_kernel(lora_tiles_triton.lora_gather, dtype, 2, NUM_MODULES=1, SPLITS=1)
         for rows in (8, 16) if is_all and dtype != "fp32" else (8,):
             for in_size in (4096, 14336) if is_all else (4096,):
-                binaries |= compile_blocks(dtype, rows, in_size)
+                binaries |= compile_lora(dtype, rows, in_size)
     for block in BLOCKS_T if is_all else (512,):
         binaries[f"build_tiles-{block}"] = compile_kernel(
             tiles_triton.build_tiles, "fp32", 4 if block <= 1024 else 16, BLOCK_T=block, BLOCK_TILES=min(block, 1024)
@@ -97,7 +84,7 @@ def main(folder: Path | None, is_all: bool) -> None:
         if folder is not None:
             (folder / f"{name}.ptx").write_text(ptx)
             (folder / f"{name}.sass").write_text(sass)
-        most = MOST_SPILLS if name.startswith("expand-blocks") else 0
+        most = MOST_SPILLS if name.startswith("expand") else 0
         assert "fp32" in name or "list_blocks" in name or num_spills <= most, f"{name} spills registers"
         if name.startswith(("shrink", "expand")):
             assert num_copies, f"{name} reads weights in small pieces"

@@ -51,7 +51,7 @@ class LayersPart:
         self._sampled = sampled
         self._slots, self._buckets, self._graphs = slots, buckets, graphs
         self._attention_tiles = torch.empty(max_rows, 3, dtype=torch.int32, device=device)
-        self._lora_tiles = slots.new_tiles(max_rows)
+        self._lora_blocks = slots.new_blocks(max_rows)
         self._residual = torch.zeros(max_rows, config.hidden_size, dtype=torch.float32, device=device)
         self._split_len = choose_split_len(max_model_len)
         self._scratch = attention_scratch(buckets.most_shared(max_rows), config.num_heads, config.head_dim, device)
@@ -112,7 +112,7 @@ class LayersPart:
         build_tiles_(tiles, fields["row_seats"], bucket.tile_rows)
         lora = None
         if bucket.num_segments:
-            lora = self._slots.launches(self._lora_tiles, fields["row_slots"], bucket.num_segments, bucket.lora_groups)
+            lora = self._slots.launches(self._lora_blocks, fields["row_slots"], bucket.num_segments, bucket.lora_groups)
         named, tokens = fields["tokens"], self.tokens[:num_rows]
         place = (-1 - named).clamp_(min=0, max=self._sampled.shape[0] - 1)
         torch.where(named < 0, self._sampled[place], named, out=tokens)

@@ -38,7 +38,7 @@ class LogitsPart:
         device, num_taps, (max_rows, hidden) = decoder.device, len(layers.tap_layers), layers.hidden.shape
         self._decoder, self._layers, self._slots, self._graphs = decoder, layers, slots, graphs
         self._page = Page(_layout(max_rows).num_bytes, device)
-        self._tiles = slots.new_tiles(max_rows)
+        self._lora_blocks = slots.new_blocks(max_rows)
         self._logits = torch.zeros(num_logits, decoder.config.vocab_size, dtype=torch.float32, device=device)
         self.padded = self._logits[:0]  # of the latest step, with its bucket's padding
         self.eager_reason: str | None = None  # why that step's logits are in no graph's buffers
@@ -83,7 +83,7 @@ class LogitsPart:
                 torch.index_select(layers.taps[idx], 0, fields["rows"], out=self.picked_taps[idx, :size])
         lora = None
         if with_lora:
-            lora = self._slots.launches(self._tiles, fields["slots"], size, frozenset((LM_HEAD,)))
+            lora = self._slots.launches(self._lora_blocks, fields["slots"], size, frozenset((LM_HEAD,)))
         self._decoder.logits_into(picked, logits, lora)
 
 

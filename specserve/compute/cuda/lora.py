@@ -4,23 +4,20 @@ The counterpart of `compute/torch/lora.py`. `DeviceAdapterSlots` owns the tables
 and which adapter has which slot; `DeviceLoraBatch` holds what one step's launches read and does nothing but launch.
 Invariant: tensors that a captured CUDA graph holds keep their addresses; an adapter that joins or leaves changes data
 in them, ordered by the stream. So a graph is right for any adapters, as long as it launches the groups that they
-target. Which kernels, an environment variable says until both were measured: SPECSERVE_LORA_KERNELS=blocks for
-lora_blocks.py, else lora_tiles.py.
+target.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Hashable, Sequence
 
 import torch
 
 from ...adapters.lora import LoraAdapter
 from ...errors import UserError
-from ...kernels import lora_blocks, lora_tiles
 from ...kernels.lora import LoraPair
+from ...kernels.lora_blocks import list_blocks_, lora_add_, lora_embedding_add_, max_blocks, new_blocks, scratch_size
 from ...kernels.lora_tables import BLOCK_R, LoraShape, LoraTables
-from ...kernels.tiles import build_tiles_, max_tiles
 from ...model.config import ModelConfig
 from ...model.shapes import module_shapes
 from ..decoder_weights import GROUPS
@@ -31,29 +28,29 @@ EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"  # keys of the tables beside (lay
 class DeviceLoraBatch:
     """Adds each row's own adapter to the outputs of the base model's modules, in place, by launches alone.
 
-    `tiles` cover the rows of x and y (`DeviceAdapterSlots.launches` makes them); they are rebuilt in each replay. Only
-    what `groups` names, of GROUPS, EMBEDDING and LM_HEAD, is launched: what any adapter targets, and goes by these
+    `blocks` cover the rows of x and y (`DeviceAdapterSlots.launches` lists them); they are listed anew in each replay.
+    Only what `groups` names, of GROUPS, EMBEDDING and LM_HEAD, is launched: what any adapter targets, and goes by these
     rows.
     """
 
-    def __init__(self, slots: DeviceAdapterSlots, tiles: torch.Tensor, groups: Collection[str]):
-        self._tables, self._scratch, self._kernels = slots.tables, slots.scratch, slots.kernels
-        self._tiles, self._groups = tiles, frozenset(groups)
+    def __init__(self, slots: DeviceAdapterSlots, blocks: torch.Tensor, groups: Collection[str]):
+        self._tables, self._scratch = slots.tables, slots.scratch
+        self._blocks, self._groups = blocks, frozenset(groups)
 
     def add_(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """y [T, out] += LoRA(x [T, in]) for the fused linear `group` of `layer`."""
         if group in self._groups:
-            self._kernels.lora_add_(y, x, self._tables.entry((layer, group)), self._tiles, self._scratch)
+            lora_add_(y, x, self._tables.entry((layer, group)), self._blocks, self._scratch)
 
     def add_embedding_(self, tokens: torch.Tensor, y: torch.Tensor) -> None:
         """y [T, H] += LoRA of the embedding for tokens [T]."""
         if EMBEDDING in self._groups:
-            self._kernels.lora_embedding_add_(y, tokens, self._tables.entry(EMBEDDING), self._tiles, self._scratch)
+            lora_embedding_add_(y, tokens, self._tables.entry(EMBEDDING), self._blocks, self._scratch)
 
     def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
         """logits [L, V] += LoRA of the lm_head for hidden rows x [L, H]."""
         if LM_HEAD in self._groups:
-            self._kernels.lora_add_(logits, x, self._tables.entry(LM_HEAD), self._tiles, self._scratch)
+            lora_add_(logits, x, self._tables.entry(LM_HEAD), self._blocks, self._scratch)
 
 
 class DeviceAdapterSlots:
@@ -81,7 +78,6 @@ class DeviceAdapterSlots:
         }
         shapes |= {key: LoraShape(sizes[key][0], (sizes[key][1],)) for key in (EMBEDDING, LM_HEAD)}
         self.capacity, self.max_rank = capacity, max_rank
-        self.kernels = lora_blocks if os.environ.get("SPECSERVE_LORA_KERNELS") == "blocks" else lora_tiles
         self.tables = LoraTables(shapes, capacity, max_rank, dtype, device)
         self.targeted_groups: frozenset[str] = frozenset()
         self._keys = [*((0, group) for group in GROUPS), EMBEDDING, LM_HEAD]  # all layers have one shape
@@ -91,30 +87,22 @@ class DeviceAdapterSlots:
 
     def scratch_size(self, num_rows: int) -> int:
         """fp32 elements of scratch that the launches of a step of `num_rows` rows need, one after the other."""
-        size = self.kernels.scratch_size
-        return max(size(self.tables.entry(key), num_rows, is_embedding=key == EMBEDDING) for key in self._keys)
+        return max(scratch_size(self.tables.entry(key), num_rows, is_embedding=key == EMBEDDING) for key in self._keys)
 
-    def new_tiles(self, max_rows: int) -> torch.Tensor:
-        """Room for what `launches` makes of up to `max_rows` rows."""
-        if self.kernels is lora_blocks:
-            return lora_blocks.new_blocks(max_rows * -(-self.max_rank // BLOCK_R), self.tables.device)
-        return torch.empty(max_rows, 3, dtype=torch.int32, device=self.tables.device)
+    def new_blocks(self, max_rows: int) -> torch.Tensor:
+        """Room for what `launches` lists of up to `max_rows` rows."""
+        return new_blocks(max_rows * -(-self.max_rank // BLOCK_R), self.tables.device)
 
     def launches(
-        self, tiles: torch.Tensor, row_slots: torch.Tensor, max_segments: int, groups: frozenset[str]
+        self, blocks: torch.Tensor, row_slots: torch.Tensor, max_segments: int, groups: frozenset[str]
     ) -> DeviceLoraBatch:
         """The LoRA of rows, or of rows with logits, of slots `row_slots` [T]; each asks for its part of `groups` only.
 
-        Launches what cuts the rows into `tiles` (`new_tiles`); they are in at most `max_segments` runs of one slot.
+        Launches what lists the rows' `blocks` (of `new_blocks`); they are in at most `max_segments` runs of one slot.
         """
-        num_rows = row_slots.shape[0]
-        if self.kernels is lora_blocks:
-            tiles = tiles[: 1 + lora_blocks.max_blocks(num_rows, max_segments, self.tables)]
-            lora_blocks.list_blocks_(tiles, row_slots, self.tables)
-        else:
-            tiles = tiles[: max_tiles(num_rows, lora_tiles.TILE_ROWS, max_segments)]
-            build_tiles_(tiles, row_slots, lora_tiles.TILE_ROWS)
-        return DeviceLoraBatch(self, tiles, groups)
+        blocks = blocks[: 1 + max_blocks(row_slots.shape[0], max_segments, self.tables)]
+        list_blocks_(blocks, row_slots, self.tables)
+        return DeviceLoraBatch(self, blocks, groups)
 
     def slot_of(self, content_hash: str) -> int:
         return self._slot_of[content_hash]
