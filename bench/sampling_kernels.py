@@ -1,7 +1,6 @@
 """What does the end of a step cost on a GPU: sampling with each kind of parameters, and the verification of drafts?
 
-The limit is one reading of the logits at the measured copy bandwidth. Each kind runs without lists and with them
-(kernels/sampling.py); `same` says whether both drew the same tokens. Greedy rows are compared with torch.argmax, rows
+The limit is one reading of the logits at the measured copy bandwidth. Greedy rows are compared with torch.argmax, rows
 with top-k and top-p with a sort of the vocabulary in torch, which knows neither ties nor fp64 masses. Times are of
 captured launches. Cases are left out once --budget seconds are over, and said to be.
 
@@ -55,13 +54,9 @@ def sample(mode: str, num_rows: int, vocab_size: int, limit: float, device: torc
     bad = torch.empty(num_rows, dtype=torch.int32, device=device)
     result: dict[str, Any] = {"kind": mode, "rows": num_rows, "vocab": vocab_size}
     result["limit_us"] = round(logits.nbytes / limit * 1e6, 2)
-    drawn = []
-    for has_lists in (False, True):
-        scratch = SamplingScratch.allocate(num_rows, vocab_size, device, has_lists=has_lists)
-        call = functools.partial(sample_logits_, tokens, bad, logits, params, scratch, **stages)
-        result["lists_us" if has_lists else "us"] = round(seconds_per_call([call], device) * 1e6, 2)
-        drawn.append(tokens.clone())
-    result["same"] = torch.equal(*drawn)
+    scratch = SamplingScratch.allocate(num_rows, vocab_size, device)
+    call = functools.partial(sample_logits_, tokens, bad, logits, params, scratch, **stages)
+    result["us"] = round(seconds_per_call([call], device) * 1e6, 2)
     if mode in ("greedy", "top_p", "top_k top_p"):
         torch_way = (lambda: by_sorting(logits, row)) if row.temperature else (lambda: logits.argmax(dim=-1))
         result["torch_us"] = round(seconds_per_call([torch_way], device) * 1e6, 2)

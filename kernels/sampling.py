@@ -7,11 +7,11 @@ min-p, and the first token in vocabulary order up to which more than u of the ma
 The same as `specserve.compute.sampler`, whose penalties and bias are applied before; a row with NaN, or without any
 token that is possible, is flagged bad (1 and 2) and gets token 0.
 
-Where the scratch has lists, rows that cut gather what the cuts can leave, with two passes over the logits, and are cut
-and drawn from that (sampling_list_triton.py); rows whose list has no room go on as rows without lists do:
-kth value and v are found by bisection on the bits of fp32, 4 bits a pass, which is exact and needs no sort. A row is
-split over programs of `BLOCK` tokens, so that few rows use the whole device too. Launches depend on shapes alone, so a
-CUDA graph can hold them; which stages are launched is for the host to say, and a row skips what it does not ask for.
+Rows that cut gather what the cuts can leave in a list, with two passes over the logits, and are cut and drawn from it
+(sampling_list_triton.py). Of a row that may keep more than LIST_PLACES tokens, kth value and v are found by bisection
+on the bits of fp32 over the whole vocabulary, 4 bits a pass. Both are exact and need no sort. A row is split over
+programs of `BLOCK` tokens, so that few rows use the whole device too. Launches depend on shapes alone, so a CUDA graph
+can hold them; which stages are launched is for the host to say, and a row skips what it does not ask for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 BLOCK = 4096  # tokens a program
-LIST_PLACES = 8192  # tokens of a row's list; a row that may keep more is done without one
+LIST_PLACES = 8192  # tokens of a row's list
 _NUM_WAYS = 16  # bounds a pass of the bisection tests
 _STEPS = tuple(1 << shift for shift in range(28, -1, -4))  # between the bounds of each pass
 
@@ -121,13 +121,11 @@ class SamplingScratch:
     thresholds: torch.Tensor  # [R] int32
     goals: torch.Tensor  # [R] float64
     row_top: torch.Tensor  # [R] float32
-    is_done: torch.Tensor  # [R] int32: drawn from a list
-    lists: SamplingLists | None  # None: rows are not drawn from lists
+    is_done: torch.Tensor  # [R] int32: drawn from its list
+    lists: SamplingLists
 
     @classmethod
-    def allocate(
-        cls, num_rows: int, vocab_size: int, device: torch.device | str, *, has_lists: bool = False
-    ) -> SamplingScratch:
+    def allocate(cls, num_rows: int, vocab_size: int, device: torch.device | str) -> SamplingScratch:
         def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
@@ -142,8 +140,8 @@ class SamplingScratch:
             thresholds=make(num_rows, dtype=torch.int32),
             goals=make(num_rows, dtype=torch.float64),
             row_top=make(num_rows, dtype=torch.float32),
-            is_done=make(num_rows, dtype=torch.int32).zero_(),
-            lists=SamplingLists.allocate(num_rows, blocks, device) if has_lists else None,
+            is_done=make(num_rows, dtype=torch.int32),
+            lists=SamplingLists.allocate(num_rows, blocks, device),
         )
 
 
@@ -195,10 +193,9 @@ def sample_logits_(
 ) -> None:
     """Write a token [L] int64 and a flag [L] int32 for each row of logits [L, V] float32; parameters have rows enough.
 
-    2 launches; 2 more when rows `draws` (some temperature is not 0), 9 more each when some row of those has a top-k or
-    a top-p, and 3 for both where there are lists. A row that asks for a stage that is not launched goes without it, so
-    the host must say what it has.
-    CPU tensors work under Triton's interpreter, for tests.
+    2 launches; 2 more when rows `draws` (some temperature is not 0), 3 when some row of those has a top-k or a top-p,
+    and 9 for each of the two, which are empty but for rows without a list. A row that asks for a stage that is not
+    launched goes without it, so the host must say what it has. CPU tensors work under Triton's interpreter, for tests.
     """
     num_rows, vocab_size = logits.shape
     num_blocks = -(-vocab_size // BLOCK)
@@ -218,13 +215,13 @@ def sample_logits_(
         s.block_best, s.block_token, s.block_nan, logits, p.masks, p.mask_row, *shape, BLOCK=BLOCK
     )
     kernels.best_of_rows[(num_rows,)](
-        tokens, bad, s.row_top, s.thresholds, s.block_best, s.block_token, s.block_nan, p.temperature, num_blocks,
-        BLOCKS=blocks,
+        tokens, bad, s.row_top, s.thresholds, s.is_done, s.block_best, s.block_token, s.block_nan, p.temperature,
+        num_blocks, BLOCKS=blocks,
     )  # fmt: skip
     if not draws:
         return
-    if s.lists is not None and (cuts_top_k or cuts_top_p):
-        _draw_from_lists(tokens, bad, logits, params, scratch, s.lists)
+    if cuts_top_k or cuts_top_p:
+        _draw_from_lists(tokens, bad, logits, params, scratch)
     part = 128 if logits.is_cuda else BLOCK  # the interpreter is slow by the operation, not by the element
     for counts in [True] * cuts_top_k + [False] * cuts_top_p:
         for idx, step in enumerate(_STEPS):
@@ -240,18 +237,9 @@ def sample_logits_(
             s.is_done, vocab_size, num_blocks, COUNTS=counts, BLOCKS=blocks,
         )  # fmt: skip
     kernels.weigh_blocks[grid](
-        s.block_mass,
-        s.thresholds,
-        s.row_top,
-        logits,
-        p.masks,
-        p.temperature,
-        p.min_p,
-        p.mask_row,
-        s.is_done,
-        *shape,
+        s.block_mass, s.thresholds, s.row_top, logits, p.masks, p.temperature, p.min_p, p.mask_row, s.is_done, *shape,
         BLOCK=BLOCK,
-    )
+    )  # fmt: skip
     kernels.draw[(num_rows,)](
         tokens, bad, s.block_mass, s.thresholds, s.row_top, logits, p.masks, p.temperature, p.min_p, p.uniform,
         p.mask_row, s.is_done, vocab_size, num_blocks, *shape[1:], BLOCK=BLOCK, BLOCKS=blocks,
@@ -264,9 +252,8 @@ def _draw_from_lists(
     logits: torch.Tensor,
     params: SamplingTensors,
     scratch: SamplingScratch,
-    lists: SamplingLists,
 ) -> None:
-    """Three launches, which draw for rows with top-k or top-p whose list has room and mark all others as not done."""
+    """Three launches, which draw for rows with top-k or top-p whose list has room and mark these as done."""
     import triton
 
     from . import sampling_list_triton as kernels
@@ -274,7 +261,7 @@ def _draw_from_lists(
     num_rows, vocab_size = logits.shape
     num_blocks = -(-vocab_size // BLOCK)
     grid, shape = (num_rows, num_blocks), (vocab_size, logits.stride(0), params.masks.stride(0))
-    s, p, rows = scratch, params, lists
+    s, p, rows = scratch, params, scratch.lists
     cuts = (p.temperature, p.top_k, p.top_p)
     part = 1024 if logits.is_cuda else BLOCK
     kernels.tally[grid](

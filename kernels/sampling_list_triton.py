@@ -108,14 +108,12 @@ def choose(
     sampled, is_done, list_x, list_token, list_size, row_mass, row_top, bad, temperatures, top_ks, top_ps, min_ps,
     uniforms, vocab_size, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows): exact cuts by bisection on the bits, then the draw; says whether the row is done."""
+    """Grid (rows): exact cuts by bisection on the bits, then the draw; marks the row as done."""
     row = tl.program_id(0)
     temperature, top_k, top_p = tl.load(temperatures + row), tl.load(top_ks + row), tl.load(top_ps + row)
-    done = 0
     if _cuts_anything(temperature, top_k, top_p, vocab_size, tl.load(bad + row)):
         size = tl.load(list_size + row)
         if size <= PLACES:
-            done = 1
             top = tl.load(row_top + row)
             index = tl.arange(0, PLACES)
             valid = index < size
@@ -148,7 +146,7 @@ def choose(
             last = tl.max(tl.where(mass > 0.0, index, 0), axis=0)
             picked = tl.min(tl.where((mass > 0.0) & (sums > target), index, last), axis=0)
             tl.store(sampled + row, tl.load(list_token + row.to(tl.int64) * PLACES + picked).to(tl.int64))
-    tl.store(is_done + row, done)
+            tl.store(is_done + row, 1)
 
 
 @triton.jit

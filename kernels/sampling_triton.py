@@ -1,8 +1,8 @@
 """Triton kernels of sampling: every row of logits is split over programs, and what they found is combined by the next.
 
-The only file of the two that imports triton; sampling.py launches these and states what they compute. No program waits
+sampling.py launches these and states what they compute. No program waits
 for another: one launch leaves partial results of its blocks, the next combines them, each program for itself.
-Rows that are done (sampling_list_triton.py) leave at once.
+Rows that were drawn from their lists (sampling_list_triton.py) are done and leave at once.
 Invariant: a row's token depends on its own logits and parameters alone, and every sum has a fixed order.
 """
 
@@ -65,7 +65,7 @@ def best_of_blocks(
 
 @triton.jit
 def best_of_rows(
-    sampled, bad, row_top, thresholds, block_best, block_token, block_nan, temperatures, num_blocks,
+    sampled, bad, row_top, thresholds, is_done, block_best, block_token, block_nan, temperatures, num_blocks,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows): the greedy token, the flag, and what drawing starts from."""
@@ -83,6 +83,7 @@ def best_of_rows(
     temperature = tl.load(temperatures + row)
     tl.store(row_top + row, tl.div_rn(best, tl.where(temperature > 0.0, temperature, 1.0)))
     tl.store(thresholds + row, tl.full((), _LEAST, tl.int32))
+    tl.store(is_done + row, 0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from triton_process import sweep
 from verify_cases import make_verification, run_verify, verified_one_by_one
 
 from specserve.kernels import sampling
-from specserve.kernels.sampling import SamplingRow, sample_logits_reference
+from specserve.kernels.sampling import SamplingRow, SamplingScratch, sample_logits_reference
 
 
 @sweep(
@@ -37,6 +37,16 @@ def test_rows_that_keep_more_than_a_list_has_room_for_are_drawn_without(shape, p
     monkeypatch.setattr(sampling, "LIST_PLACES", places)
     logits, rows = make_rows(shape, 4097, 2)
     assert run_kernels(logits, make_tensors(rows, 4097, "cpu"))[0] == sample_on_the_host(logits, rows)
+
+
+def test_what_was_drawn_from_a_list_is_drawn_anew_by_the_next_call_with_the_same_scratch():
+    logits, _ = make_rows("normal", 1000)
+    scratch = SamplingScratch.allocate(len(logits), 1000, "cpu")
+    rows = [SamplingRow(0.8, top_p=0.9, uniform=0.7)] * len(logits)
+    run_kernels(logits, make_tensors(rows, 1000, "cpu"), scratch)
+    rows = [SamplingRow(1.5, uniform=0.9)] * len(logits)
+    tokens, _ = run_kernels(logits, make_tensors(rows, 1000, "cpu"), scratch, cuts_top_k=False, cuts_top_p=False)
+    assert tokens == sample_on_the_host(logits, rows)
 
 
 @pytest.mark.slow

@@ -1,13 +1,12 @@
 """The sampler on CUDA: kernels draw a token from every row, and one small copy brings all of them to the host.
 
 The same function of logits, parameters, masks and random numbers as `Sampler`, which it asks for penalties and bias of
-the rows that have them. Launches are CUDA graphs by padded rows and by which stages some row needs.
-SPECSERVE_SAMPLING=lists in the environment has kernels draw from lists, until that was measured.
+the rows that have them. Launches are CUDA graphs by padded rows and by which stages some row needs; all have one
+scratch, as they run one after the other.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -41,6 +40,7 @@ class DeviceSampler(Sampler):
         self._logits, self._graphs, self._sampled = parts.logits, parts.graphs, parts.sampled
         self._device = parts.decoder.device
         self._vocab_size = parts.decoder.config.vocab_size
+        self._scratch = SamplingScratch.allocate(parts.sampled.num_rows, self._vocab_size, self._device)
         self._buffers: dict[int, _Buffers] = {}  # by padded rows
         self._host_masks = [_HostMasks(self._vocab_size, self._device) for _ in range(2)]
 
@@ -53,12 +53,13 @@ class DeviceSampler(Sampler):
     def _queue(self, logits: torch.Tensor, groups: Seq[RowGroup]) -> Callable[[], Drawn]:
         num_rows, padded = logits.shape[0], self._logits.padded
         size = padded.shape[0]
-        buffers, results = self._buffers.get(size), self._sampled
+        buffers, results, scratch = self._buffers.get(size), self._sampled, self._scratch
         if buffers is None:
             buffers = self._buffers[size] = _Buffers(size, self._vocab_size, self._device)
         reason = self._logits.eager_reason
         if reason is not None:
             results = SampledTokens(size, self._device)
+            scratch = SamplingScratch.allocate(size, self._vocab_size, self._device)
         special = [group for group in groups if not group.seq.takes_best]
         rows, edited = self._rows(num_rows, special)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
@@ -78,7 +79,7 @@ class DeviceSampler(Sampler):
         cuts_top_k, cuts_top_p = any(row.top_k for row in rows), any(row.top_p < 1 for row in rows)
         stages = {"draws": draws, "cuts_top_k": draws and cuts_top_k, "cuts_top_p": draws and cuts_top_p}
         self._graphs.launch(
-            ("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, **stages), reason
+            ("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, scratch, **stages), reason
         )
         if reason is None:
             self.drafts.launch(groups)
@@ -117,7 +118,7 @@ class DeviceSampler(Sampler):
 
 
 class _Buffers:
-    """Parameters and scratch of one number of padded rows."""
+    """Parameters of one number of padded rows."""
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device):
         is_cuda = device.type == "cuda"
@@ -126,8 +127,6 @@ class _Buffers:
             (SamplingTensors.allocate(num_rows, vocab_size, 0, "cpu", pin=is_cuda), Fence(device)) for _ in range(2)
         ]
         self._params = SamplingTensors.allocate(num_rows, vocab_size, num_rows, device)
-        has_lists = os.environ.get("SPECSERVE_SAMPLING") == "lists"
-        self._scratch = SamplingScratch.allocate(num_rows, vocab_size, device, has_lists=has_lists)
         self._is_plain = False  # what was uploaded last: no row that is drawn or has a mask
 
     def upload(self, rows: list[SamplingRow], masked: list[int] | None = None) -> None:
@@ -151,11 +150,11 @@ class _Buffers:
     def masks(self) -> torch.Tensor:
         return self._params.masks
 
-    def sample_(self, results: SampledTokens, logits: torch.Tensor, **stages: bool) -> None:
+    def sample_(self, results: SampledTokens, logits: torch.Tensor, scratch: SamplingScratch, **stages: bool) -> None:
         """The launches, for a graph."""
         num_rows = logits.shape[0]
         tokens, flags = results.tokens[:num_rows], results.flags[:num_rows]
-        sample_logits_(tokens, flags, logits, self._params, self._scratch, **stages)
+        sample_logits_(tokens, flags, logits, self._params, scratch, **stages)
 
 
 class _HostMasks:
