@@ -8,6 +8,7 @@ Threads end when there is nothing to read, and the process waits for none.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -54,8 +55,14 @@ class Readers:
         task = _Task(Future(), work, mount)
         with self._lock:
             self._pending.append(task)
+        task.future.add_done_callback(lambda future: self._drop(task) if future.cancelled() else None)
         self.look()
         return task.future
+
+    def _drop(self, task: _Task) -> None:
+        """One that was cancelled: where all threads hang nobody else would take it out."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._pending.remove(task)
 
     def look(self) -> None:
         """See which reads hang by now, and let others begin in their stead; to be called while there are any."""
@@ -86,7 +93,7 @@ class Readers:
         if len(self._running) - min(stuck.total(), self._max_stuck) >= self._num:
             return None
         for task in self._pending[:]:
-            if stuck[task.mount] < self._max_stuck_a_mount or task.future.cancelled():
+            if stuck[task.mount] < self._max_stuck_a_mount:
                 self._pending.remove(task)
                 if task.future.set_running_or_notify_cancel():
                     task.began = self._clock()

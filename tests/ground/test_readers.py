@@ -81,6 +81,16 @@ def test_what_hangs_is_replaced_up_to_a_number_and_a_file_system_has_few_of_it(p
     assert pool.num_stuck() == 0
 
 
+def test_what_is_cancelled_while_all_threads_hang_is_forgotten(pool):
+    away = threading.Event()
+    try:
+        for mount in range(2):
+            pool.submit(away.wait, mount)
+        assert all(pool.submit(lambda: "late", mount).cancel() for mount in range(2, 50)) and not pool._pending
+    finally:
+        away.set()
+
+
 def test_a_thread_that_cannot_be_started_fails_its_read_and_no_other(pool, monkeypatch):
     with monkeypatch.context() as patch:
 
