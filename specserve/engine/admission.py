@@ -98,16 +98,17 @@ def _remember(answers: OrderedDict[str, T], answer_id: str, value: T) -> None:
 def refuse_overload(request: AnyRequest, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate) -> None:
     """Refuse a request that has no room to wait, or no time, and with it all sequences that are admitted with it.
 
-    Where nothing waits there is room for any: what was refused then could never come. Raises `OverloadedError` with
+    Where nothing waits there is room for any: what was refused then could never come. Background sequences take nothing
+    from others, neither room nor time. Raises `OverloadedError` with
     when to try again, and `DeadlineError` when its deadline has passed already.
     """
     if not request.num_together:
         return
-    num, num_tokens, what = len(scheduler.waiting), scheduler.waiting.num_tokens, ""
+    (num, num_tokens), what = scheduler.waiting.minded_by(request.priority), ""
     prompt_tokens = len(request.prompt_token_ids) if request.together is None else request.together.prompt_tokens
     own_tokens = prompt_tokens + request.num_together * waits.expected_output(request)
     num_places = config.max_waiting + scheduler.max_num_seqs + 1 - request.num_together  # for the first of them
-    num_own = scheduler.waiting.num_of(request.caller, request.adapter_hash)
+    num_own = scheduler.waiting.num_of(request.caller, request.adapter_hash, request.priority)
     if num and (num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED)):
         own = f"{num_own} of them this key's for this adapter"
         what = f"{num} requests, {own}, are waiting (--max-waiting {config.max_waiting})"

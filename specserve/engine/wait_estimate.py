@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..drafting.cost_model import CostModel, StepShape
+from ..messages import BACKGROUND_PRIORITY
 from ..pooling_messages import AnyRequest
+from ..schedule.background import num_others
 from ..schedule.fair_queue import PROMPT_COST
 from ..schedule.scheduler import Scheduler
 
@@ -46,13 +48,13 @@ class WaitEstimate:
     @property
     def typical_wait_s(self) -> float:
         """Of a request of priority 0 for an adapter of which none waits."""
-        return self._wait_s(self._scheduler.waiting.cost_ahead("", "", 0), 0.0)
+        return self._wait_s(0, self._scheduler.waiting.cost_ahead("", "", 0), 0.0)
 
     def wait_s(self, request: AnyRequest) -> float:
         """Seconds until a request that comes now would begin to run; of several sequences the last."""
         ahead = self._scheduler.waiting.cost_ahead(request.caller, request.adapter_hash, request.priority)
         num = max(1, request.num_together)
-        return self._wait_s(ahead, num * self.expected_output(request), num)
+        return self._wait_s(request.priority, ahead, num * self.expected_output(request), num)
 
     def first_token_s(self, request: AnyRequest) -> float:
         """Seconds until a request that comes now would have its first token.
@@ -64,19 +66,23 @@ class WaitEstimate:
 
     @property
     def _is_full(self) -> bool:
-        return not self._has_seats(1)
+        return not self._has_seats(1, BACKGROUND_PRIORITY)
 
-    def _has_seats(self, num: int) -> bool:
-        return not self._scheduler.waiting and len(self._scheduler.running) + num <= self._scheduler.max_num_seqs
+    def _has_seats(self, num: int, priority: int) -> bool:
+        """Whether `num` of that priority need not wait; those of background sequences are free for others."""
+        scheduler = self._scheduler
+        running = scheduler.running
+        num_running = len(running) if priority >= BACKGROUND_PRIORITY else num_others(running)
+        return not scheduler.waiting.minded_by(priority)[0] and num_running + num <= scheduler.max_num_seqs
 
     @property
     def _rate(self) -> float:
         num = self._scheduler.max_num_seqs
         return self._served_per_s or num / self._step_seconds(num)
 
-    def _wait_s(self, cost_ahead: float, own_cost: float, num: int = 1) -> float:
-        """Until so much is served, and `num` seats are free."""
-        return 0.0 if self._has_seats(num) else (cost_ahead + own_cost) / self._rate
+    def _wait_s(self, priority: int, cost_ahead: float, own_cost: float, num: int = 1) -> float:
+        """Until so much is served, and `num` seats are free for that priority."""
+        return 0.0 if self._has_seats(num, priority) else (cost_ahead + own_cost) / self._rate
 
     def expected_output(self, request: AnyRequest) -> float:
         """Tokens, the mean of its adapter's."""

@@ -32,7 +32,7 @@ class Background:
         """Whether one more may run; more than get anything beside others would only hold seats and blocks."""
         if now - self._others_at > AWAY_S and (not running or running[0].is_background):
             return True
-        return len(running) - bisect_left(running, True, key=_is_background) < self._most_seqs
+        return len(running) - num_others(running) < self._most_seqs
 
     def choose(
         self, sequences: list[Sequence], running: list[Sequence], now: float
@@ -55,6 +55,11 @@ class Background:
             return sequences[:num_others], 0
         self._was_along = self._were_others
         return sequences[: num_others + self._most_seqs], self._most_rows
+
+
+def num_others(running: list[Sequence]) -> int:
+    """How many of `running`, which are by priority, are no background sequences."""
+    return bisect_left(running, True, key=_is_background)
 
 
 def _is_background(seq: Sequence) -> bool:

@@ -42,7 +42,7 @@ class WaitingQueue:
         self._num_by_adapter: Counter[str | None] = Counter()
         self._by_deadline: Heap[Sequence] = Heap()
         self._num_admitted = 0
-        self._prompt_tokens = 0  # of sequences that have not run
+        self._prompt_tokens: Counter[int] = Counter()  # by priority, of sequences that have not run
 
     def __len__(self) -> int:
         return len(self._by_arrival)
@@ -53,8 +53,15 @@ class WaitingQueue:
     @property
     def num_tokens(self) -> int:
         """Tokens that wait: prompts, and outputs as long as they are expected to be."""
-        cost = sum([queue.cost_waiting for queue in self._by_priority.values()])
-        return round(cost + (1.0 - PROMPT_COST) * self._prompt_tokens)
+        return self.minded_by(BACKGROUND_PRIORITY)[1]
+
+    def minded_by(self, priority: int) -> tuple[int, int]:
+        """Sequences, and `num_tokens`, that count for a new one of that priority: background ones do for such alone."""
+        queues = self._counting_for(priority)
+        num_returning = len(self._returning if priority >= BACKGROUND_PRIORITY else self._returning_since)
+        num = num_returning + sum([queue.num_waiting for _, queue in queues])
+        cost = sum([queue.cost_waiting for _, queue in queues])
+        return num, round(cost + (1.0 - PROMPT_COST) * sum([self._prompt_tokens[own] for own, _ in queues]))
 
     def add(self, seq: Sequence, now: float) -> None:
         """A new sequence."""
@@ -63,7 +70,7 @@ class WaitingQueue:
         queue = self._by_priority.setdefault(seq.priority, CallerQueue())
         queue.add(seq, now)
         self._waiting_priorities.put(seq.priority, seq.priority)
-        self._prompt_tokens += seq.prompt_len
+        self._prompt_tokens[seq.priority] += seq.prompt_len
         self._by_arrival[seq] = None
         self._num_by_adapter[seq.adapter_hash] += 1
         if seq.deadline is not None and seq.request.is_first:
@@ -137,9 +144,16 @@ class WaitingQueue:
             late.append(seq)
         return late
 
-    def num_of(self, caller: str, adapter_hash: str | None) -> int:
-        """How many of that caller and adapter have not run."""
-        return sum([queue.num_of(caller, adapter_hash) for queue in self._by_priority.values()])
+    def num_of(self, caller: str, adapter_hash: str | None, priority: int) -> int:
+        """How many of that caller and adapter have not run, of those that count for one of that priority."""
+        return sum([queue.num_of(caller, adapter_hash) for _, queue in self._counting_for(priority)])
+
+    def _counting_for(self, priority: int) -> list[tuple[int, CallerQueue]]:
+        return [
+            (own, queue)
+            for own, queue in self._by_priority.items()
+            if own < BACKGROUND_PRIORITY or priority >= BACKGROUND_PRIORITY
+        ]
 
     def cost_ahead(self, caller: str, adapter_hash: str | None, priority: int) -> float:
         """What is served, at most, before a new sequence of that caller, adapter and priority is admitted."""
@@ -169,7 +183,7 @@ class WaitingQueue:
         self._returning_since.pop(seq, None)
 
     def _left(self, seq: Sequence) -> None:
-        self._prompt_tokens -= seq.prompt_len
+        self._prompt_tokens[seq.priority] -= seq.prompt_len
         self._by_deadline.remove(seq)
         if not self._by_priority[seq.priority].num_waiting:
             self._waiting_priorities.remove(seq.priority)

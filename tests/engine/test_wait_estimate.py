@@ -7,7 +7,7 @@ from specserve.drafting.cost_model import CostModel
 from specserve.engine.admission import Admission, refuse_overload
 from specserve.engine.wait_estimate import WaitEstimate, decode_step_s
 from specserve.errors import OverloadedError
-from specserve.messages import GenerateRequest, SamplingParams, Together
+from specserve.messages import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams, Together
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.sequence import Sequence
@@ -187,6 +187,29 @@ def test_nobody_waits_while_there_is_a_seat():
     load.step()
     assert load.waits.wait_s(load.request()) == 0
     assert STEP_S / 2 <= load.waits.first_token_s(load.request()) <= STEP_S
+
+
+@pytest.mark.parametrize("num_before", [0, 2, 9])
+def test_background_sequences_take_neither_places_nor_time_from_others(num_before):
+    load, few, small = Load(), EngineConfig(max_waiting=2), EngineConfig(max_waiting_tokens=30)
+    for idx in range(num_before):
+        load.add(priority=BACKGROUND_PRIORITY)
+        if idx < 2:
+            load.step()
+    for config in (few, small):
+        assert refusal_of(load, load.request(deadline=load.now + STEP_S * 1.5), config) is None
+    load.add()
+    load.step()
+    assert load.waits.typical_wait_s == load.waits.wait_s(load.request()) == 0.0
+    load.add()
+    load.step()
+    assert load.waits.wait_s(load.request()) > 0.0
+    for _ in range(4):
+        load.add()
+    assert "4 requests, 4 of them" in str(refusal_of(load, load.request(), few))
+    assert "96 tokens" in str(refusal_of(load, load.request(), small))
+    in_batch = load.request(priority=BACKGROUND_PRIORITY)
+    assert f"{num_before + 4} requests" in str(refusal_of(load, in_batch, few))
 
 
 def test_the_estimate_comes_from_the_table_first_and_then_from_what_is_measured():
