@@ -89,10 +89,11 @@ class Scheduler:
         self._admit(in_flight)
         size, num_preemptions, running = self.blocks.block_size, self.num_preemptions, Status.RUNNING
         chosen = [seq for seq in self.running if seq not in in_flight] if in_flight else self.running[:]
+        num_in_flight = len(self.running) - len(chosen)
         chosen, background_rows = self.background.choose(chosen, self.running, self.clock())
         if half:
             self._turn += 1
-            chosen = sorted(chosen, key=lambda seq: seq.turn)[: -(-len(self.running) // 2)]
+            chosen = sorted(chosen, key=lambda seq: seq.turn)[: -(-(num_in_flight + len(chosen)) // 2)]
             chosen.sort(key=_rank)
             for seq in chosen:
                 seq.turn = self._turn

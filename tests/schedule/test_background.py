@@ -93,6 +93,21 @@ def test_for_a_while_after_others_their_steps_stay_small():
     assert run.step()[True] >= 6
 
 
+def test_halves_are_of_those_that_take_part():
+    """Background sequences that are left out would make the first half the larger, and the second the less."""
+    run = Run()
+    for _ in range(2):
+        run.add(background=True, max_tokens=1000)
+    run.step()
+    for _ in range(4):
+        run.add(max_tokens=1000)
+    for _ in range(4):
+        run.step()
+    first = [item.seq for item in run.scheduler.schedule(half=True)]
+    second = [item.seq for item in run.scheduler.schedule(first, half=True)]
+    assert [len(first), len(second)] == [2, 2] and not {*first} & {*second}
+
+
 @pytest.mark.parametrize("limit", [{"max_num_seqs": 2}, {"num_blocks": 24}])
 def test_they_give_up_seats_and_blocks_for_whoever_waits(limit):
     run = Run(**limit)
