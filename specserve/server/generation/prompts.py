@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from ...adapter_kinds import AdapterType, check_kind
+from ...adapter_kinds import GENERATES, check_kind
 from ...chat.messages import chat_ending, chat_messages, template_variables
 from ...chat.tools.definitions import Tool
 from ...chat.tools.formats import ChosenFormat, choose_format
@@ -138,6 +138,5 @@ def check_same_texts(name: str | None, prompted: AdapterInfo | None, now: Adapte
 
 def check_generates(name: str | None, info: AdapterInfo | None) -> None:
     """Raises `UserError` for an adapter that is for something else, with where that is to be had."""
-    wanted: tuple[AdapterType] = ("generate",)
     if name is not None and info is not None:
-        check_kind(name, info.adapter_type, wanted)
+        check_kind(name, info.adapter_type, GENERATES)
