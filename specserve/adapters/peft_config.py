@@ -42,9 +42,9 @@ _REFUSED_FEATURES = {
     "velora_config": "VeLoRA",
     "auto_map": "remote code",
 }
-# What says nothing of the arithmetic once the adapter is trained; the first two are of PEFT's first versions.
 # A score head is saved so; PEFT names both of what transformers' classes may call it.
 _SCORE_MODULES = frozenset(("score", "classifier"))
+# What says nothing of the arithmetic once the adapter is trained; the first two are of PEFT's first versions.
 _IGNORED = {"enable_lora", "merge_weights", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
             "inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size",
             "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}  # fmt: skip
