@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -111,9 +112,9 @@ def _problems(config: PoolingConfig) -> Iterator[str]:
         yield f"max_tokens is {shown(config.max_tokens)}; a whole number of 1 to {MAX_TOKENS} or null is expected"
     if any(dim < 1 for dim in config.dimensions) or sorted(set(config.dimensions)) != [*config.dimensions]:
         yield f"dimensions is {shown(config.dimensions)}; different whole numbers above 0, ascending, are expected"
-    names = [question.name for question in config.questions]
-    if len(set(names)) < len(names):
-        yield f"questions: {shown(max(names, key=names.count))} is the name of two of them"
+    for name, count in Counter(question.name for question in config.questions).most_common(1):
+        if count > 1:
+            yield f"questions: {shown(name)} is the name of two of them"
     end = 0
     for question in config.questions:
         yield from (f"question {shown(question.name)}: {reason}" for reason in _question_problems(question, end))
