@@ -29,5 +29,5 @@ class StepOutput:
     items: list[ScheduledSequence]
     prompt_rows: list[tuple[ScheduledSequence, int, int]]  # (item, first row, number of rows)
     hidden: torch.Tensor  # [L, H], normed
-    taps: dict[int, torch.Tensor]  # layer -> its output [L, H], for the layers that heads read
+    taps: dict[int, torch.Tensor]  # layer -> its output [L, H], for the layers that heads read; rows behind L: pooled
     pooled: PooledOutput | None = None
