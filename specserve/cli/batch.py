@@ -8,14 +8,15 @@ same command goes on after whatever ended it. An engine of its own runs the serv
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import os
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,18 @@ class BatchFiles:
             f"{self.source} is not the file that {self.progress} was begun for; remove that folder to begin anew, or "
             "give another file for the output"
         )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep OUT.progress, which exists, from other processes. Raises `UserError` where one has it."""
+        with (self.progress / "lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"{self.progress} is used by another process; wait for it, or give another file for the output"
+                ) from None
+            yield
 
     def put(self, output: Path) -> None:
         """Let `output`, a whole file within the folder, be OUT."""

@@ -57,17 +57,18 @@ async def run_remote(flags: BatchFlags, files: BatchFiles) -> int:
     assert flags.url is not None
     url = flags.url.rstrip("/").removesuffix("/v1")
     run = _kept(files, url if "://" in url else f"http://{url}")
-    headers = {"Authorization": f"Bearer {flags.api_key}"} if flags.api_key else {}
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        server = _Server(session, run.url)
-        await _begin(server, run, files, flags.window)
-        batches, progress = await _wait(server, run)
-        output = files.progress / "output.jsonl"
-        with output.open("wb") as target:
-            for part, batch in zip(run.parts, batches, strict=True):
-                await _collect(server, files, part, batch, target)
-    files.put(output)
+    with files.held():
+        headers = {"Authorization": f"Bearer {flags.api_key}"} if flags.api_key else {}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
+        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+            server = _Server(session, run.url)
+            await _begin(server, run, files, flags.window)
+            batches, progress = await _wait(server, run)
+            output = files.progress / "output.jsonl"
+            with output.open("wb") as target:
+                for part, batch in zip(run.parts, batches, strict=True):
+                    await _collect(server, files, part, batch, target)
+        files.put(output)
     return progress.result(files.target)
 
 

@@ -7,6 +7,7 @@ import pytest
 from tiny_models import make_tiny_model
 
 from specserve.cli.batch import OWNER, BatchFiles, _copied
+from specserve.cli.batch_remote import _kept
 from specserve.cli.main import exit_code_of
 from specserve.server.batches.disk import BatchDir
 from specserve.server.batches.store import BatchStore
@@ -105,3 +106,12 @@ def test_files_that_would_be_lost_are_refused(source, tmp_path, capsys):
     assert code == 2 and "folder" in err
     code, err = run(capsys, source, tmp_path / "o.jsonl", "--url", "http://127.0.0.1:1", "--model", "x")
     assert code == 2 and "--model" in err
+
+
+def test_two_commands_at_once_have_not_the_same_output(source, tmp_path, capsys):
+    target, url = tmp_path / "out.jsonl", "http://127.0.0.1:1"
+    files = BatchFiles(source, target)
+    _kept(files, url)
+    with files.held():
+        code, err = run(capsys, source, target, "--url", url)
+    assert code == 2 and "out.jsonl.progress is used by another process" in err
