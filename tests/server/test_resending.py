@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from specserve.errors import EngineDeadError, EngineLostError
-from specserve.messages import TARGET, Delta, GenerateRequest, SamplingParams, Together, TokenTrace
+from specserve.messages import BACKGROUND_PRIORITY, TARGET, Delta, GenerateRequest, SamplingParams, Together, TokenTrace
 from specserve.server.engine_client.resending import EngineLosses, Resender
 
 
@@ -72,3 +74,37 @@ async def test_what_was_admitted_is_not_refused_for_want_of_room_by_the_next_eng
     deltas = [delta async for delta in Resender(engine).generate(request, EngineLosses(is_once=True))]
     assert [delta.finish_reason for delta in deltas] == ["stop"]
     assert [request.num_together for request in engine.asked] == [8, 0]
+
+
+class EngineForAll(MortalEngine):
+    """Ends once it has so many sequences."""
+
+    def __init__(self, num):
+        super().__init__()
+        self._num, self._ends = num, asyncio.Event()
+
+    async def generate(self, request):
+        self.asked.append(request)
+        if len(self.asked) <= self._num:
+            if len(self.asked) == self._num:
+                self.generation += 1
+                self._ends.set()
+            await self._ends.wait()
+            raise EngineLostError("the engine process ended")
+        await asyncio.sleep(0.01)  # until the others have seen it, too
+        yield Delta(request.request_id, [7], finish_reason="stop")
+
+
+async def test_background_sequences_let_others_have_their_turns_first():
+    engine = EngineForAll(6)
+    resender = Resender(engine)
+
+    async def run(name, priority):
+        request = GenerateRequest(name, [1], SamplingParams(max_tokens=1), priority=priority)
+        return [delta async for delta in resender.generate(request, EngineLosses(is_once=False))]
+
+    background = [run(f"background {idx}", BACKGROUND_PRIORITY) for idx in range(4)]
+    answers = await asyncio.gather(*background, run("one", 0), run("two", 0))
+    assert all(deltas[-1].finish_reason == "stop" for deltas in answers)
+    again = [request.request_id for request in engine.asked[6:]]
+    assert sorted(again[:3]) == ["background 0", "one", "two"] and len(again) == 6

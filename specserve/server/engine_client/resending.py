@@ -22,7 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from ...errors import EngineDeadError, EngineLostError, UserError
-from ...messages import Delta, GenerateRequest, TokenTrace, renumbered
+from ...messages import BACKGROUND_PRIORITY, Delta, GenerateRequest, TokenTrace, renumbered
 from ...pooling_messages import Pooled, PoolRequest
 from .client import EngineClient
 
@@ -112,6 +112,7 @@ class Resender:
     def __init__(self, engine: EngineClient):
         self._engine = engine
         self._alone = asyncio.Lock()  # of the sequence among those with losses whose turn it is
+        self._background = asyncio.Lock()  # of a background one, so that no more than one is ever before others
         self._num_new: Counter[int] = Counter()  # sequences without losses that run, by number of the engine
         self._has_company = False  # one of them ran in this turn
         self._takes_new = asyncio.Event()
@@ -142,6 +143,8 @@ class Resender:
                     self._begin_new(turn)
                 else:
                     if not is_alone:
+                        if request.priority >= BACKGROUND_PRIORITY:
+                            await turn.enter_async_context(self._background)
                         await turn.enter_async_context(self._alone)
                         is_alone = True
                     if losses.was_alone:
