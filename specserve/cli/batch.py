@@ -177,8 +177,7 @@ def _copied(store: BatchStore, files: BatchFiles, check: FileCheck) -> Batch:
         while data := file.read(1 << 20):
             content.write(data)
         content.finish()
-        store.add_file(OWNER, content, files.source.name, "batch", YEAR_S)
-        content.kept()
+        store.add_file(OWNER, content, files.source.name, YEAR_S)
     batch = Batch(
         id=f"batch_{uuid.uuid4().hex}",
         endpoint=check.endpoint or "",

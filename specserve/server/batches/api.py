@@ -129,8 +129,7 @@ class BatchRoutes:
         with ExitStack() as stack:
             upload = await UploadReader(request, store.folder, max_bytes, self._config.read_timeout_s, stack).read()
             keep_s = upload.expires_after.seconds if upload.expires_after is not None else KEEP_S
-            file = await worker.on_disk(store.add_file, owner, upload.content, upload.filename, "batch", keep_s)
-            upload.content.kept()
+            file = await worker.on_disk(store.add_file, owner, upload.content, upload.filename, keep_s)
         return json_response(file)
 
     async def files(self, request: web.Request) -> web.Response:

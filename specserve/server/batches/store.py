@@ -85,11 +85,17 @@ class BatchStore:
 
     # -- files
 
-    def add_file(self, owner: str, content: Incoming, filename: str, purpose: Purpose, keep_s: int) -> FileObject:
-        """Of content that is in its place. Raises `UserError` where the owner has too many."""
+    def add_file(self, owner: str, content: Incoming, filename: str, keep_s: int) -> FileObject:
+        """Of content in its place, which is kept from then on. Raises `UserError` where the owner has too many."""
         (num,) = self._db.execute("SELECT COUNT(*) FROM files WHERE owner = ?", (owner,)).fetchone()
-        if num >= MAX_OWN_FILES and purpose == "batch":
+        if num >= MAX_OWN_FILES:
             raise OverloadedError(f"there are {num} files of this key, which is as many as it may have; delete some")
+        with no_room_as_error():
+            file = self._insert_file(owner, content, filename, "batch", keep_s)
+        content.kept()
+        return file
+
+    def _insert_file(self, owner: str, content: Incoming, filename: str, purpose: Purpose, keep_s: int) -> FileObject:
         file = FileObject(
             id=content.id,
             bytes=content.num_bytes,
@@ -98,11 +104,10 @@ class BatchStore:
             filename=filename,
             purpose=purpose,
         )
-        with no_room_as_error():
-            self._db.execute(
-                "INSERT INTO files (id, owner, purpose, expires_at, num_bytes, file) VALUES (?, ?, ?, ?, ?, ?)",
-                (content.id, owner, purpose, file.expires_at, content.num_bytes, msgspec.json.encode(file)),
-            )
+        self._db.execute(
+            "INSERT INTO files (id, owner, purpose, expires_at, num_bytes, file) VALUES (?, ?, ?, ?, ?, ?)",
+            (content.id, owner, purpose, file.expires_at, content.num_bytes, msgspec.json.encode(file)),
+        )
         return file
 
     def file(self, owner: str, file_id: str) -> FileObject | None:
@@ -255,7 +260,7 @@ class BatchStore:
         with no_room_as_error(), self._transaction():
             for name, incoming in outputs.items():
                 filename = f"{opened.batch.id}_{name.removesuffix('_file_id')}.jsonl"
-                self.add_file(opened.owner, incoming, filename, "batch_output", opened.keep_output_s)
+                self._insert_file(opened.owner, incoming, filename, "batch_output", opened.keep_output_s)
             self.change(opened.number, close)
             self._db.execute(
                 "UPDATE batches SET is_open = 0, forgotten_at = ? WHERE number = ?", (self.now + KEEP_S, opened.number)

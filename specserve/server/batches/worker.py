@@ -70,8 +70,14 @@ class BatchWorker:
         return tuple(self._runner.answers)
 
     async def on_disk(self, work: Callable[..., T], *arguments: object) -> T:
-        """Call the store, after those who asked earlier."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        """Call the store, after those who asked earlier. Who is cancelled waits for the end of what has begun: no file
+        may be taken away while the store learns of it."""
+        doing = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        try:
+            return await asyncio.shield(doing)
+        except asyncio.CancelledError:
+            await asyncio.wait([doing])
+            raise
 
     async def start(self) -> None:
         """Go on with all batches that have not ended."""

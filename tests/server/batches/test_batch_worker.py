@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections import Counter
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -64,8 +65,7 @@ class Setup:
             row = {"custom_id": str(idx), "method": "POST", "url": URL, "body": {"prompt": f"{owner} {idx}"}}
             content.write(json.dumps(row).encode() + b"\n")
         content.finish()
-        self.store.add_file(owner, content, "in.jsonl", "batch", 3600)
-        content.kept()
+        self.store.add_file(owner, content, "in.jsonl", 3600)
         content.close()
         batch = Batch(
             id=f"batch_{os.urandom(4).hex()}", endpoint=URL, input_file_id=content.id, completion_window="1h",
@@ -141,6 +141,50 @@ async def test_an_end_while_the_output_is_written_leaves_one_output(setup, monke
         kept = {path.name for path in second.store.folder.file("").iterdir()}
         assert kept == {batch.input_file_id, batch.output_file_id}
         assert not list((second.store.folder.path / "incoming").iterdir())
+
+
+def held_back(work):
+    """`work` that waits, when it has begun, to go on; both events, and what it is then."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments):
+        begun.set()
+        go_on.wait()
+        return work(*arguments)
+
+    return begun, go_on, held
+
+
+async def test_a_stop_while_the_store_learns_of_the_output_takes_no_file_away(setup, monkeypatch):
+    async with setup() as made:
+        opened = made.add(3)
+        begun, go_on, end = held_back(made.store.end)
+        monkeypatch.setattr(made.store, "end", end)
+        made.worker.begin(opened)
+        await until(begun.is_set)
+        stopping = asyncio.ensure_future(made.worker.stop())
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await stopping
+        batch = await made.batch(opened)
+        assert batch.status == "completed" and len(made.lines(batch.output_file_id)) == 3
+
+
+async def test_a_client_that_leaves_while_the_store_learns_of_its_file_takes_none_away(setup):
+    async with setup() as made:
+        content = made.store.folder.incoming()
+        content.write(b"{}")
+        content.finish()
+        begun, go_on, add = held_back(made.store.add_file)
+        adding = asyncio.ensure_future(made.worker.on_disk(add, "me", content, "in.jsonl", 3600))
+        adding.add_done_callback(lambda _: content.close())
+        await until(begun.is_set)
+        adding.cancel()
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await asyncio.wait([adding])
+        (file,) = await made.worker.on_disk(made.store.files, "me", None, 9, True, None)
+        assert adding.cancelled() and made.store.folder.file(file.id).read_bytes() == b"{}"
 
 
 async def test_a_full_server_and_a_lost_engine_are_no_answers_but_a_bad_row_is(setup, monkeypatch):
