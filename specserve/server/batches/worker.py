@@ -203,14 +203,23 @@ class BatchWorker:
     async def _run(self, opened: OpenBatch, answered: set[int]) -> None:
         path = self._store.folder.file(opened.batch.input_file_id)
         rows = (row for row in read_rows(path, self._max_row_bytes) if row.line not in answered)
-        room = asyncio.Semaphore(min(max(1, self._max_at_once()), MAX_AT_ONCE))
+        running: set[asyncio.Task[None]] = set()
+        ended = asyncio.Event()
+
+        def end(task: asyncio.Task[None]) -> None:
+            running.remove(task)
+            ended.set()
+
         try:
             async with asyncio.TaskGroup() as group:
                 while slice := await asyncio.to_thread(lambda: list(islice(rows, READ_ROWS))):
                     for row in slice:
-                        await room.acquire()
-                        task = group.create_task(self._row(opened, row))
-                        task.add_done_callback(lambda _: room.release())
+                        # Asked each time: while the first engine starts, nobody knows how many there may be.
+                        while len(running) >= min(max(1, self._max_at_once()), MAX_AT_ONCE):
+                            ended.clear()
+                            await ended.wait()
+                        running.add(task := group.create_task(self._row(opened, row)))
+                        task.add_done_callback(end)
         finally:
             with suppress(ValueError):  # a thread is still reading: it ends by itself
                 rows.close()

@@ -34,13 +34,13 @@ def caller(name):
 class Setup:
     """A store on `path` and a worker over it, whose rows `answer` answers; `asked` counts how often each was."""
 
-    def __init__(self, path, answer=None, places=4, max_bytes=MIB, callers=caller):
+    def __init__(self, path, answer=None, places=lambda: 4, max_bytes=MIB, callers=caller):
         self.now = 1_000_000.0
         self.store = BatchStore(BatchDir(path, max_bytes), lambda: self.now)
         self.engine = SimpleNamespace(generation=1)
         self.asked: Counter[str] = Counter()
         self.running: list[str] = []
-        self.places = Places(lambda: places)
+        self.places = Places(places)
 
         async def answered(value, caller):
             assert caller.is_background
@@ -55,7 +55,7 @@ class Setup:
             RowRunner(self.engine, {URL: answered}, callers, self.places),
             max_rows=1000,
             max_row_bytes=1000,
-            max_at_once=lambda: places,
+            max_at_once=places,
         )
 
     def add(self, num, owner="me", window_s=3600):
@@ -205,7 +205,7 @@ async def test_a_full_server_and_a_lost_engine_are_no_answers_but_a_bad_row_is(s
         if idx == 5 and tries[idx] < 6:
             raise EngineDeadError("there is none at the moment")
 
-    async with setup(answer=moody, places=1) as made:
+    async with setup(answer=moody, places=lambda: 1) as made:
         monkeypatch.setattr("specserve.server.batches.row_runner.MAX_WAIT_S", 0.0)
         (batch,) = await made.run(made.add(7))
         errors = {line["custom_id"]: line["response"] for line in made.lines(batch.error_file_id)}
@@ -248,7 +248,7 @@ async def test_owners_take_turns_whoever_has_more_rows(setup):
     async def one(value):
         await gate.acquire()
 
-    async with setup(answer=one, places=4) as made:
+    async with setup(answer=one, places=lambda: 4) as made:
         leads = [made.worker.begin(made.add(40, "many"))]
         await until(lambda: made.places.num_held == 4)
         leads.append(made.worker.begin(made.add(6, "few")))
@@ -259,6 +259,24 @@ async def test_owners_take_turns_whoever_has_more_rows(setup):
         await asyncio.gather(*leads)
         assert made.running[:4] == ["many"] * 4
         assert made.running[4:16].count("few") == 6
+
+
+async def test_a_batch_that_began_before_the_engine_gets_all_its_seats(setup):
+    seats = [1]
+    gate = asyncio.Semaphore(0)
+
+    async def one(value):
+        await gate.acquire()
+
+    async with setup(answer=one, places=lambda: seats[0]) as made:
+        lead = made.worker.begin(made.add(12))
+        await until(lambda: made.places.num_held == 1)
+        seats[0] = 5
+        gate.release()
+        await until(lambda: made.places.num_held == 5)
+        for _ in range(11):
+            gate.release()
+        await lead
 
 
 async def test_no_row_runs_for_a_key_that_is_gone(setup):
