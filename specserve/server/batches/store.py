@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import msgspec
 
@@ -143,7 +143,8 @@ class BatchStore:
         return True
 
     def _forget_file(self, file_id: str, num_bytes: int) -> None:
-        self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        with no_room_as_error():
+            self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
         self.folder.delete(file_id)
         self.folder.count(-num_bytes)
 
@@ -155,7 +156,8 @@ class BatchStore:
         )
         for file_id, num_bytes in self._db.execute(query, (self.now,)).fetchall():
             self._forget_file(file_id, num_bytes)
-        self._db.execute("DELETE FROM batches WHERE NOT is_open AND forgotten_at <= ?", (self.now,))
+        with no_room_as_error():
+            self._db.execute("DELETE FROM batches WHERE NOT is_open AND forgotten_at <= ?", (self.now,))
 
     # -- batches
 
@@ -231,11 +233,17 @@ class BatchStore:
             batch.request_counts.completed += not is_failure
             _add_usage(batch.usage, usage)
 
-        with no_room_as_error(), self._transaction():
-            row = (number, line, is_failure, answer)
-            if self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row).rowcount:
-                self.change(number, count)
-                self.folder.count(len(answer))
+        self.folder.count(len(answer))
+        is_new = False
+        try:
+            with no_room_as_error(), self._transaction():
+                row = (number, line, is_failure, answer)
+                if changed := self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row).rowcount:
+                    self.change(number, count)
+            is_new = bool(changed)
+        finally:
+            if not is_new:
+                self.folder.count(-len(answer))
 
     def write_output(self, number: int, is_failure: bool | None, incoming: Incoming) -> None:
         """The answers of a batch in the order of its lines, on any thread; `is_failure` None: all."""
@@ -269,7 +277,8 @@ class BatchStore:
         for incoming in outputs.values():
             incoming.kept()
         self.folder.count(-(size or 0))
-        self._db.execute("PRAGMA incremental_vacuum").fetchall()
+        with suppress(sqlite3.Error):  # the batch has ended; a later end gives the pages back
+            self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
     # -- SQL
 

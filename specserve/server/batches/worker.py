@@ -110,8 +110,10 @@ class BatchWorker:
 
     async def _tidy(self) -> None:
         while True:
-            with suppress(DiskFullError):
+            try:
                 await self.on_disk(self._store.forget_old)
+            except (DiskFullError, OSError, sqlite3.Error) as error:
+                logger.error("old files and batches stay for now: %s", error)
             await asyncio.sleep(TIDY_EVERY_S)
 
     # -- one batch

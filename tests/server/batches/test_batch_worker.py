@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import threading
 from collections import Counter
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from specserve.server.batches.disk import BatchDir, DiskFullError
 from specserve.server.batches.places import Places
 from specserve.server.batches.row_runner import RowRunner
 from specserve.server.batches.store import BatchStore
-from specserve.server.batches.types import Batch
+from specserve.server.batches.types import Batch, BatchUsage
 from specserve.server.batches.worker import BatchWorker
 
 URL = "/v1/completions"
@@ -321,6 +322,52 @@ def test_a_full_disk_changes_nothing(tmp_path):
         store.add_answer(opened.number, 1, b"x" * 100_000, False, before.usage)
     assert store.current(opened.number).request_counts.completed == 1
     store.close()
+
+
+class Cursed:
+    """A connection that fails, as on a full disk, at statements that begin with `word`."""
+
+    def __init__(self, db, word):
+        self._db, self.word = db, word
+
+    def __getattr__(self, name):
+        return getattr(self._db, name)
+
+    def execute(self, query, *values):
+        if query.startswith(self.word):
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return self._db.execute(query, *values)
+
+
+async def test_a_disk_that_is_full_at_the_last_moment_changes_nothing_and_ends_nothing(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    monkeypatch.setattr("specserve.server.batches.worker.TIDY_EVERY_S", 0.01)
+    async with setup() as made:
+        opened = made.add(2)
+        used = made.store.folder.num_bytes
+        made.store._db = db = Cursed(made.store._db, "COMMIT")
+        for _ in range(3):
+            with pytest.raises(DiskFullError):
+                made.store.add_answer(opened.number, 1, b"x" * 1000, False, BatchUsage())
+        assert made.store.folder.num_bytes == used
+        db.word = "DELETE"
+        unused = made.store.folder.incoming()
+        unused.finish()
+        made.store.add_file("me", unused, "old.jsonl", 3600)
+        with pytest.raises(DiskFullError):
+            made.store.delete_file("me", unused.id)
+        made.now += 3000
+        opened = made.add(2)
+        made.now += 1000
+        await made.worker.start()
+        await asyncio.sleep(0.05)
+        db.word = "PRAGMA incremental_vacuum"
+        await until(lambda: not made.store.folder.file(unused.id).exists())  # tidied when there was room again
+        await until(lambda: not made.store.open_batches())
+        batch = await made.batch(opened)
+        assert batch.status == "completed" and len(made.lines(batch.output_file_id)) == 2 and not made.worker.problems
 
 
 def test_old_files_and_batches_go_and_their_bytes_with_them(tmp_path):
