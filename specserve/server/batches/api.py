@@ -156,7 +156,11 @@ class BatchRoutes:
         found = await self._file(request)
         response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/jsonl; charset=utf-8"})
         response.content_length = found.bytes
-        with await asyncio.to_thread(store.folder.file(found.id).open, "rb") as file:
+        try:
+            opened = await asyncio.to_thread(store.folder.file(found.id).open, "rb")
+        except FileNotFoundError:  # it was deleted meanwhile
+            raise _unknown("file", found.id) from None
+        with opened as file:
             await response.prepare(request)
             while request.method != "HEAD" and (data := await asyncio.to_thread(file.read, CHUNK_BYTES)):
                 try:
@@ -203,7 +207,10 @@ class BatchRoutes:
             metadata=body.metadata,
         )
         keep_s = body.output_expires_after.seconds if body.output_expires_after is not None else KEEP_S
-        worker.begin(await worker.on_disk(store.add_batch, owner, batch, keep_s))
+        opened = await worker.on_disk(store.add_batch, owner, batch, keep_s)
+        if opened is None:
+            raise _unknown("file", file.id, "input_file_id")
+        worker.begin(opened)
         return json_response(batch)
 
     async def batches(self, request: web.Request) -> web.Response:

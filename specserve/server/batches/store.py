@@ -161,8 +161,10 @@ class BatchStore:
 
     # -- batches
 
-    def add_batch(self, owner: str, batch: Batch, keep_output_s: int) -> OpenBatch:
-        """Raises `UserError` where the owner has too many that are open."""
+    def add_batch(self, owner: str, batch: Batch, keep_output_s: int) -> OpenBatch | None:
+        """None where its input is not there any more. Raises `UserError` where the owner has too many that are open."""
+        if self.file(owner, batch.input_file_id) is None:
+            return None
         query = "SELECT COUNT(*) FROM batches WHERE owner = ? AND is_open"
         (num,) = self._db.execute(query, (owner,)).fetchone()
         if num >= MAX_OPEN_BATCHES:

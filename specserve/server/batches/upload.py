@@ -49,15 +49,13 @@ class UploadReader:
         filename = ""
         try:
             async for part in await request.multipart():
-                name = getattr(part, "name", None)
+                name = _printable(getattr(part, "name", None), 64)
                 if not isinstance(part, BodyPartReader) or name not in _FIELDS:
-                    raise UserError(
-                        f"the part {str(name)[:64]!r} is unknown; there are {', '.join(_FIELDS)}", param=name
-                    )
+                    raise UserError(f"the part {name!r} is unknown; there are {', '.join(_FIELDS)}", param=name)
                 if name in fields or (name == "file" and content is not None):
                     raise UserError(f"the part {name!r} is there twice", param=name)
                 if name == "file":
-                    filename, content = (part.filename or "")[:MAX_NAME_LEN], await self._file(part)
+                    filename, content = _printable(part.filename, MAX_NAME_LEN), await self._file(part)
                 else:
                     fields[name] = await self._text(part, name)
         except (ValueError, AssertionError, UnicodeDecodeError) as error:
@@ -106,6 +104,11 @@ class UploadReader:
             status=413,
             code="file_too_large",
         )
+
+
+def _printable(name: str | None, most: int) -> str:
+    """A name in a part's headers, at most so many characters; bytes that are no UTF-8 become replacement characters."""
+    return (name or "")[:most].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _expires_after(fields: dict[str, str]) -> ExpiresAfter | None:

@@ -233,9 +233,24 @@ def test_uploads_that_are_none_are_refused_and_leave_nothing(server):
     big = {"purpose": (None, "batch"), "file": ("rows.jsonl", b"x" * (1 << 20) + b"y")}
     assert_error(send(big), 413, "--batch-max-file-mib")
     assert_error(server.post("/v1/files", {}), 415, "multipart/form-data")
+    for name in (b'name="mo\xffre"', b'name="' + b"x" * 5000 + b'"'):
+        body = b"--x\r\nContent-Disposition: form-data; " + name + b"\r\n\r\n1\r\n--x--\r\n"
+        headers = {"Authorization": f"Bearer {KEYS['red']}", "Content-Type": "multipart/form-data; boundary=x"}
+        refused = requests.post(f"{server.url}/v1/files", data=body, headers=headers, timeout=60)
+        assert_error(refused, 400, "is unknown")
+        assert len(refused.content) < 1000
     broken = {"Authorization": f"Bearer {KEYS['red']}", "Content-Type": "multipart/form-data; boundary=x"}
     assert requests.post(f"{server.url}/v1/files", data=b"--y\r\n", headers=broken, timeout=60).status_code == 400
     assert len(list(server.client().files.list())) == files
+
+
+def test_the_name_of_a_file_may_be_any_bytes(server):
+    body = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    body += b'--x\r\nContent-Disposition: form-data; name="file"; filename="r\xe9sum\xe9.jsonl"\r\n\r\n{}\r\n--x--\r\n'
+    headers = {"Authorization": f"Bearer {KEYS['red']}", "Content-Type": "multipart/form-data; boundary=x"}
+    answer = requests.post(f"{server.url}/v1/files", data=body, headers=headers, timeout=60)
+    assert answer.status_code == 200 and answer.json()["filename"].endswith(".jsonl"), answer.text
+    assert server.client().files.delete(answer.json()["id"]).deleted
 
 
 def test_batches_that_cannot_be_are_refused(server):

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 from waiting import until
 
 from specserve.errors import EngineDeadError, OverloadedError, UserError
@@ -368,6 +369,17 @@ async def test_a_disk_that_is_full_at_the_last_moment_changes_nothing_and_ends_n
         await until(lambda: not made.store.open_batches())
         batch = await made.batch(opened)
         assert batch.status == "completed" and len(made.lines(batch.output_file_id)) == 2 and not made.worker.problems
+
+
+def test_a_batch_whose_input_was_just_deleted_is_none(tmp_path):
+    made = Setup.__new__(Setup)
+    made.store = BatchStore(BatchDir(tmp_path, MIB))
+    batch = made.add(1).batch
+    made.store.end(made.store.open_batches()[0], lambda batch: None, {})
+    assert made.store.delete_file("me", batch.input_file_id)
+    assert made.store.add_batch("me", replace(batch, id="batch_late"), 3600) is None
+    assert not made.store.open_batches()
+    made.store.close()
 
 
 def test_old_files_and_batches_go_and_their_bytes_with_them(tmp_path):
