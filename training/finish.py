@@ -35,7 +35,7 @@ from .evaluation.answers import answer, make_engine
 from .evaluation.evaluate import evaluate_directory
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead
-from .lora_files import LORA_FILES, check_finite, copy_files
+from .lora_files import LORA_FILES, check_finite, copy_files, share_files
 from .lora_model import LoraModel
 from .preflight import Prepared
 from .run_config import RunConfig
@@ -67,6 +67,7 @@ def finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, cop
         _rewrite_acceptance(output, record)
     if prepared.profile.prompts:
         write_profile(output, prepared.profile)
+    share_files(output)
     report = None
     if config.data.eval and config.eval.rows:
         report = evaluate_directory(output, Path(config.data.eval), config.eval.rows, max_tokens=config.eval.max_tokens)

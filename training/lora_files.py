@@ -1,4 +1,4 @@
-"""A LoRA's files as they lie in a directory: copied byte for byte, and checked once they are written."""
+"""A LoRA's files as they lie in a directory: copied byte for byte, and checked and shared once they are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from ..adapter_files import CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
 from ..errors import UserError
 
 LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -20,6 +20,16 @@ def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+
+
+def share_files(directory: Path) -> None:
+    """Let whoever may read the LoRA's configuration read what belongs to it: a server may run as another user.
+
+    safetensors, and whatever writes histories, make files for their own user alone.
+    """
+    for name in (WEIGHTS_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE):
+        if (directory / name).exists():
+            shutil.copymode(directory / CONFIG_FILE, directory / name)
 
 
 def check_finite(directory: Path, rate: float) -> None:

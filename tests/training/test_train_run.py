@@ -83,6 +83,7 @@ def test_the_directory_is_complete(trained):
         "plots",
     }
     assert "checkpoint.pt" not in names
+    assert len({path.stat().st_mode for path in (root / "out/task").iterdir() if path.is_file()}) == 1
     assert {path.name for path in (root / "out/task/plots").iterdir()} == {
         "loss.png",
         "speed.png",

@@ -18,7 +18,7 @@ from ...model.store import DEFAULT_MODEL
 from ...whole_files import replace_file
 from ..checkpoint import CHECKPOINT_FILE
 from ..data.batching import epoch_starts
-from ..lora_files import check_finite, copy_files
+from ..lora_files import check_finite, copy_files, share_files
 from ..objective import Objective
 from ..run_config import RunConfig
 from .calibration import calibrated
@@ -84,6 +84,7 @@ class PoolingRun:
         check_finite(output, config.optimizer.lr)
         content = msgspec.json.format(msgspec.json.encode(shape), indent=1) + b"\n"
         replace_file(output / POOLING_FILE, lambda path: path.write_bytes(content))
+        share_files(output)
         del model
         self._model, report = None, None  # the engine has its own
         if prepared.held_out:

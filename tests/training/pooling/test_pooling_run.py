@@ -74,6 +74,7 @@ def test_the_directory_is_complete_and_the_engine_takes_it_for_what_it_is(traine
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "pooling_config.json", "metrics.jsonl"}
     assert names >= {"run.yaml", "report.json", "report.html", "README.md", "plots"}
     assert not names & {"checkpoint.pt", "run.lock", "lookahead_config.json"}
+    assert len({path.stat().st_mode for path in directory.iterdir() if path.is_file()}) == 1
     config = json.loads((directory / "adapter_config.json").read_text())
     assert config["task_type"] == ("FEATURE_EXTRACTION" if task == "embed" else "SEQ_CLS")
     assert ("score" in (config["modules_to_save"] or [])) == (task != "embed")
