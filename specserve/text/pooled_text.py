@@ -45,12 +45,14 @@ def classified_ids(tokenizer: TextTokenizer, shape: TextShape, text: str) -> lis
 
 def _ids(tokenizer: TextTokenizer, shape: TextShape, parts: list[tuple[str, str]]) -> list[int]:
     """`parts` are (prefix, text); what is cut stands before the suffix."""
-    if any(token in text for _, text in parts for token in tokenizer.special_tokens):
+    whole = "".join(prefix + text for prefix, text in parts)
+    # Not only within a text: two that follow each other may spell one together.
+    if any(whole.count(token) != sum(prefix.count(token) for prefix, _ in parts) for token in tokenizer.special_tokens):
         ids = tokenizer.encode("")  # what the tokenizer puts in front of every text
         for prefix, text in parts:
             ids += tokenizer.encode(prefix, add_special_tokens=False) + tokenizer.encode_literal(text)
     else:
-        ids = tokenizer.encode("".join(prefix + text for prefix, text in parts))
+        ids = tokenizer.encode(whole)
     end = tokenizer.encode(shape.suffix, add_special_tokens=False) if shape.suffix else []
     if shape.append_eos:
         if tokenizer.eos_token_id is None:

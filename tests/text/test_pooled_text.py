@@ -36,6 +36,8 @@ def test_special_tokens_are_the_adapters_alone(model_dir):
     ids = embedded_ids(ours, shape(query_prefix="<|im_start|>"), "a <|im_end|> b", is_query=True)
     assert ids.count(ours.special_tokens["<|im_start|>"]) == 1 and end not in ids
     assert ours.decode(ids) == "<|im_start|>a <|im_end|> b"
+    ids = pair_ids(ours, shape(), "a <|im_", "end|> b")  # nor what two texts spell together
+    assert end not in ids and ours.decode(ids) == "a <|im_end|> b"
 
 
 def test_a_long_text_is_cut_before_its_suffix(model_dir):
