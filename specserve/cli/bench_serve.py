@@ -17,6 +17,7 @@ import msgspec
 from .. import __version__
 from ..errors import UserError
 from ..loadgen.plan import POPULARITIES
+from .options import debug_option
 
 if TYPE_CHECKING:
     from ..loadgen.client import Target
@@ -102,7 +103,7 @@ class BenchResult(msgspec.Struct, frozen=True):
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JSON.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write PNG plots.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def serve(url: str, output: Path | None, plot: Path | None, **params: Any) -> int:
     """Put load on an OpenAI-compatible server and measure its latency and throughput.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ..routing_profile import DEFAULT_PROMPTS, MAX_PROMPTS
+from .options import debug_option
 
 
 @click.group()
@@ -19,7 +20,7 @@ def route() -> None:
 )
 @click.option("--prompts", type=click.IntRange(1, MAX_PROMPTS), default=DEFAULT_PROMPTS, show_default=True)
 @click.option("--system", metavar="TEXT", help="System message put before each row's, as data.system in training.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def profile_command(adapter: Path, data: Path, prompts: int, system: str | None) -> int:
     """Write routing.json for the LoRA in ADAPTER, as `specserve train` does: some of its training prompts."""
     from .route_work import write
@@ -33,7 +34,7 @@ def profile_command(adapter: Path, data: Path, prompts: int, system: str | None)
     "--data", "files", multiple=True, required=True, metavar="[NAME=]FILE",
     help="Held-out rows of adapter NAME, or of 'base'; without it, the file's name says so (NAME.dev.jsonl). Repeat.",
 )  # fmt: skip
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def test_command(adapters_dir: Path, files: tuple[str, ...]) -> int:
     """Choose an adapter for every prompt of the files: a table of who got whose, and the time that a choice takes."""
     from .route_work import try_out

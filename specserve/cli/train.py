@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from .options import debug_option
+
 _FLAGS = {
     "data": "data.train",
     "eval_data": "data.eval",
@@ -32,7 +34,7 @@ _FLAGS = {
 @click.option("--check-data", is_flag=True, help="Only look at the data. Exit code 1 if it has problems.")
 @click.option("--dry-run", is_flag=True, help="Only estimate memory and time.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **params: Any) -> int:
     """Train a LoRA from RUN_FILE (YAML) or from flags: for answers, together with its lookahead head, or to embed, to
     re-rank or to classify."""
@@ -77,7 +79,7 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="Held-out rows; default: the run's.")
 @click.option("--rows", type=click.IntRange(1), help="Only the first so many.")
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+@debug_option
 def evaluate(directory: Path, data: Path | None, rows: int | None, max_tokens: int) -> None:
     """Measure the adapter in DIRECTORY: its task metric, and of one that answers its speed with and without drafts."""
     from ..training.looks import evaluate_any
