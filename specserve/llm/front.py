@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -37,27 +38,31 @@ class Front:
         self._service: Service | None = None
         self._pid = os.getpid()
         self._closed = False
+        self._starting = threading.RLock()  # a handler of signals may call what is interrupted
 
     def _start(self) -> None:
         """Load the model, which takes seconds. Raises `UserError` that says why it cannot be served."""
-        if self._service is not None or self._closed:
-            return
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's
-        if self._config.adapters_dir is not None and not Path(self._config.adapters_dir).is_dir():
-            raise UserError(
-                f"adapters_dir {self._config.adapters_dir!r} is not a directory; create it or leave it out",
-                param="adapters_dir",
-            )
-        model_dir = resolve_model(self._config.model, self._config.revision, progress=sys.stderr.isatty())
-        thread = LoopThread(f"specserve {model_dir.name}")
-        try:
-            service = thread.call(_started(self._config, model_dir))
-        except BaseException:
-            thread.stop()
-            raise
-        self._thread, self._service = thread, service
-        # Also at the end of the program, while threads still run.
-        self._finalizer = weakref.finalize(self, _close, service, thread, self._pid)
+        with self._starting:
+            if self._service is not None or self._closed:
+                return
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's
+            if self._config.adapters_dir is not None and not Path(self._config.adapters_dir).is_dir():
+                raise UserError(
+                    f"adapters_dir {self._config.adapters_dir!r} is not a directory; create it or leave it out",
+                    param="adapters_dir",
+                )
+            model_dir = resolve_model(self._config.model, self._config.revision, progress=sys.stderr.isatty())
+            thread = LoopThread(f"specserve {model_dir.name}")
+            try:
+                service = thread.call(_started(self._config, model_dir))
+            except BaseException:
+                thread.stop()
+                raise
+            # Also at the end of the program, while threads still run.
+            self._finalizer = weakref.finalize(self, _close, service, thread, self._pid)
+            self._thread, self._service = thread, service
+            if self._closed:  # meanwhile
+                self._finalizer()
 
     def _end(self) -> None:
         self._closed = True

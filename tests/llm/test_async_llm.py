@@ -13,6 +13,7 @@ from places import ROOT
 
 from specserve import AsyncLLM, SamplingParams, UserError
 from specserve.errors import EngineDeadError
+from specserve.llm import front
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
@@ -122,3 +123,34 @@ def test_the_programs_in_the_docs_run(llm, other, beta_dir, adapters_dir, monkey
             llm.unload_adapter(name)
         shutil.rmtree(adapters_dir / "debtags")
     assert "tokens a forward" in capsys.readouterr().out
+
+
+class FakeService:
+    is_closed = False
+
+    async def close(self):
+        self.is_closed = True
+
+
+async def test_started_twice_at_once_it_has_one_engine_and_closed_meanwhile_none(monkeypatch, tmp_path):
+    services = []
+
+    async def started(config, model_dir):
+        services.append(service := FakeService())
+        await asyncio.sleep(0.2)
+        return service
+
+    monkeypatch.setattr(front, "_started", started)
+    monkeypatch.setattr(front, "resolve_model", lambda *args, **options: tmp_path)
+    twice, meanwhile = AsyncLLM("x"), AsyncLLM("x")
+    await asyncio.gather(twice.start(), twice.start())
+    assert len(services) == 1
+    await twice.close()
+    starting = asyncio.create_task(meanwhile.start())
+    while len(services) < 2:
+        await asyncio.sleep(0.01)
+    await meanwhile.close()
+    await starting
+    assert [service.is_closed for service in services] == [True, True]
+    with pytest.raises(EngineDeadError, match="is closed"):
+        await meanwhile.generate("x")
