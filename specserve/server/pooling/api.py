@@ -17,7 +17,7 @@ from ..routes import Answer, Handler
 from .answers import best_first, classification, cosines, everything, scores, vectors
 from .fields import activation, cut_of, is_query, sides
 from .handlers import handler_of
-from .pooler import Pooler, Wanted
+from .pooler import CLASSIFY, RERANK, Pooler, Wanted
 from .request_types import (
     ClassifyRequest,
     EmbeddingRequest,
@@ -43,8 +43,6 @@ from .response_types import (
 from .tei_api import TeiRoutes
 from .texts import Text, listed, texts_or_ids
 
-RERANK = Wanted("rerank", "rerank", ("rerank",))
-CLASSIFY = Wanted("classify", "classify", ("classify",))
 SCORE = Wanted("score", "score", ("rerank", "embed"))
 TASKS: dict[str | None, tuple[AdapterType, ...]] = {
     None: ("embed", "rerank", "classify"),

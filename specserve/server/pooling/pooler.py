@@ -40,6 +40,8 @@ class Wanted:
     dimensions: int | None = None
 
 
+CLASSIFY = Wanted("classify", "classify", ("classify",))
+RERANK = Wanted("rerank", "rerank", ("rerank",))
 # The texts, or what they are for an adapter of a kind.
 Texts = Sequence[Text] | Callable[[AdapterType], Sequence[Text]]
 

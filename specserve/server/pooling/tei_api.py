@@ -20,7 +20,7 @@ from .answers import as_function, best_first, chances, cosines, held, output_nam
 from .fields import is_query
 from .handlers import handler_of
 from .job import PooledTexts
-from .pooler import Pooler, Wanted
+from .pooler import CLASSIFY, RERANK, Pooler, Wanted
 from .tei_types import (
     LoraxBatchRequest,
     LoraxEmbedding,
@@ -38,9 +38,7 @@ from .tei_types import (
 )
 from .texts import Cut, Text, check_count, listed, texts_or_ids
 
-CLASSIFY = Wanted("classify", "classify", ("classify",))
 EMBED = Wanted("embeddings", "embd", ("embed",))
-RERANK = Wanted("rerank", "rerank", ("rerank",))
 Predictions = list[TeiPrediction] | list[list[TeiPrediction]]
 
 
@@ -93,7 +91,7 @@ class TeiRoutes:
     async def predict(self, value: Any, caller: Caller) -> Predictions:
         body = convert(value, TeiPredictRequest)
         texts, is_batch = _predicted(body.inputs)
-        wanted = Wanted("classify", "classify", ("rerank",) if texts[0].query is not None else ("classify",))
+        wanted = Wanted("classify", "classify", ("rerank",)) if texts[0].query is not None else CLASSIFY
         done = await self._pooler.pool(body, caller, texts, wanted, _cut(body))
         found = await done.shaped(_predictions, done, body)
         return found if is_batch or body.parameters is not None else found[0]
