@@ -145,7 +145,8 @@ class BatchWorker:
             except (DiskFullError, OSError, sqlite3.Error) as error:
                 if batch_id not in self.problems:
                     logger.error("%s waits: %s", batch_id, error)
-                self.problems[batch_id] = f"waits for its disk: {error}"
+                reason = error.strerror if isinstance(error, OSError) else error  # no path: its owner reads it
+                self.problems[batch_id] = f"waits for its disk: {reason}"
                 await asyncio.sleep(RETRY_S)
             else:
                 self.problems.pop(batch_id, None)

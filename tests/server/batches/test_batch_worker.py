@@ -306,6 +306,19 @@ async def test_an_answer_waits_for_room_on_the_disk_and_is_not_computed_again(se
         other.close()
 
 
+async def test_what_keeps_a_batch_from_going_on_names_no_path(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    async with setup() as made:
+        opened, place = made.add(1), made.store.folder.path / "incoming"
+        place.rename(place.with_name("elsewhere"))
+        lead = made.worker.begin(opened)
+        await until(lambda: opened.batch.id in made.worker.problems)
+        assert made.worker.problems[opened.batch.id] == "waits for its disk: No such file or directory"
+        place.with_name("elsewhere").rename(place)
+        await lead
+        assert (await made.batch(opened)).status == "completed"
+
+
 def test_a_full_disk_changes_nothing(tmp_path):
     store = BatchStore(BatchDir(tmp_path, MIB))
     made = Setup.__new__(Setup)
