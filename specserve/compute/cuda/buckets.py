@@ -109,9 +109,8 @@ class Buckets:
 
     def most_shared(self, max_rows: int) -> int:
         """Rows of the largest step whose tiles of attention several programs share."""
-        buckets = (self._bucket(num_rows, self._tile_rows[0], 0) for num_rows in ROW_BUCKETS if num_rows <= max_rows)
-        wide = (self._bucket(num_rows, self._tile_rows[-1], 0) for num_rows in ROW_BUCKETS if num_rows <= max_rows)
-        return max((b.num_rows for b in (*buckets, *wide) if self.num_programs(b) > 1), default=1)
+        widest = (self._bucket(num_rows, self._tile_rows[-1], 0) for num_rows in padded_up_to(max_rows))
+        return next((bucket.num_rows for bucket in widest if self.num_programs(bucket) > 1), 1)  # fewest tiles
 
     def _bucket(self, num_rows: int, tile_rows: int, num_segments: int) -> Bucket:
         return Bucket(num_rows, tile_rows, num_segments, self._groups() if num_segments else frozenset())
