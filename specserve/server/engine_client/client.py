@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -70,9 +69,8 @@ class EngineClient:
         command: list[str] | None = None,
     ):
         self.config = config
-        self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: (
-            None
-        )  # of the process that serves
+        # Of the process that serves.
+        self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: None
         self.on_serving: Callable[[], object] = lambda: None  # a process has started
         self.on_snapshot: Callable[[], object] = lambda: None  # about once a second, and when the process has gone
         command = command or engine_command()
@@ -142,20 +140,16 @@ class EngineClient:
         self._fail_all(EngineDeadError, STOPPED)
         await self._engine.stop()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]:
         """Deltas of one sequence; raises `UserError` when it fails. Close the iterator to abort.
 
         Waits for an engine that is started again, and raises `EngineDeadError` when that takes too long.
         """
-        async with aclosing(self._answers(request)) as answers:
-            async for delta in answers:
-                yield delta
+        return self._answers(request)
 
-    async def pool(self, request: PoolRequest) -> AsyncGenerator[Pooled]:
+    def pool(self, request: PoolRequest) -> AsyncGenerator[Pooled]:
         """The one answer of a text that is pooled; as `generate` in all else."""
-        async with aclosing(self._answers(request)) as answers:
-            async for pooled in answers:
-                yield pooled
+        return self._answers(request)
 
     async def _answers(self, request: GenerateRequest | PoolRequest) -> AsyncGenerator[Any]:
         engine = await self._engine.link(RESTART_PATIENCE_S)
