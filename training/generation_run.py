@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .data.dataset import Example
 from .finish import finish
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
@@ -16,13 +13,14 @@ from .lora_model import LoraModel
 from .objective import Objective
 from .preflight import Prepared, prepare
 from .run_config import RunConfig
+from .task_run import PreparedRun
 
 
-class GenerationRun:
+class GenerationRun(PreparedRun[Prepared]):
     """Phases: the LoRA alone, LoRA and head together, then what makes a servable adapter of it (finish.py)."""
 
     def __init__(self, prepared: Prepared):
-        self._prepared = prepared
+        super().__init__(prepared)
         self._copy_start = common_prefix_len(prepared.examples)
         self._model: LoraModel | None = None
         self._head: LookaheadHead | None = None
@@ -30,26 +28,6 @@ class GenerationRun:
     @classmethod
     def of(cls, config: RunConfig) -> GenerationRun:
         return cls(prepare(config))
-
-    @property
-    def config(self) -> RunConfig:
-        return self._prepared.config
-
-    @property
-    def model_dir(self) -> Path:
-        return self._prepared.model_dir
-
-    @property
-    def rows(self) -> Sequence[Example]:
-        return self._prepared.examples
-
-    @property
-    def plan(self) -> list[list[int]]:
-        return self._prepared.plan
-
-    @property
-    def warnings(self) -> list[str]:
-        return self._prepared.warnings
 
     def objective(self, dtype: torch.dtype, device: torch.device) -> Objective | None:
         config, examples = self.config, self._prepared.examples

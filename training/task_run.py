@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -42,6 +42,51 @@ class TaskRun(Protocol):
     def finish(self) -> dict[str, Any] | None:
         """All that follows the steps: the adapter's files, and the report if there are held-out rows."""
         ...
+
+
+class Checked(Protocol):
+    """What checking a run has found of it, as `TaskRun` has it; `examples` are its rows."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def model_dir(self) -> Path: ...
+    @property
+    def examples(self) -> Sequence[TrainedRow]: ...
+    @property
+    def plan(self) -> list[list[int]]: ...
+    @property
+    def warnings(self) -> list[str]: ...
+
+
+P = TypeVar("P", bound=Checked)
+
+
+class PreparedRun(Generic[P]):
+    """What a `TaskRun` says of itself, from what was prepared for it."""
+
+    def __init__(self, prepared: P):
+        self._prepared = prepared
+
+    @property
+    def config(self) -> RunConfig:
+        return self._prepared.config
+
+    @property
+    def model_dir(self) -> Path:
+        return self._prepared.model_dir
+
+    @property
+    def rows(self) -> Sequence[TrainedRow]:
+        return self._prepared.examples
+
+    @property
+    def plan(self) -> list[list[int]]:
+        return self._prepared.plan
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._prepared.warnings
 
 
 def checked_run(config: RunConfig) -> TaskRun:

@@ -21,6 +21,7 @@ from ..data.batching import epoch_starts
 from ..lora_files import check_finite, copy_files, share_files
 from ..objective import Objective
 from ..run_config import RunConfig
+from ..task_run import PreparedRun
 from .calibration import calibrated
 from .classes import ClassifyObjective
 from .contrastive import ContrastiveObjective
@@ -31,34 +32,14 @@ from .prepare import PreparedPooling, prepare_pooling
 from .ranking import RankingObjective
 
 
-class PoolingRun:
+class PoolingRun(PreparedRun[PreparedPooling]):
     def __init__(self, prepared: PreparedPooling):
-        self._prepared = prepared
+        super().__init__(prepared)
         self._model: PoolingModel | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> PoolingRun:
         return cls(prepare_pooling(config))
-
-    @property
-    def config(self) -> RunConfig:
-        return self._prepared.config
-
-    @property
-    def model_dir(self) -> Path:
-        return self._prepared.model_dir
-
-    @property
-    def rows(self) -> Sequence[PoolingExample]:
-        return self._prepared.examples
-
-    @property
-    def plan(self) -> list[list[int]]:
-        return self._prepared.plan
-
-    @property
-    def warnings(self) -> list[str]:
-        return self._prepared.warnings
 
     def objective(self, dtype: torch.dtype, device: torch.device) -> Objective:
         prepared = self._prepared
