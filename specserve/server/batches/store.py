@@ -2,46 +2,27 @@
 
 Everything here belongs to an owner, the name of the key that made it, and does not exist for others. One thread calls
 all of it but `write_output`. A row's answer and the batch's counts are one transaction, as are the end of a batch, its
-output files and the removal of its answers; so a row is answered once, whenever the process ends. In WAL mode a
-transaction outlives the process; a loss of power may take the last ones, whose rows then run again.
+output files and the removal of its answers; so a row is answered once, whenever the process ends. What a
+loss of power takes of the last ones runs again.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 
 import msgspec
 
 from ...errors import OverloadedError, UserError
+from .database import Database
 from .disk import BatchDir, Incoming, no_room_as_error
 from .types import Batch, BatchUsage, FileObject, Purpose
 
 MAX_OPEN_BATCHES = 100  # of an owner
 MAX_OWN_FILES = 10_000
 KEEP_S = 30 * 86400  # files, unless they say otherwise, and batches after their end
-
-_SCHEMA = """
-PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = NORMAL;
-CREATE TABLE IF NOT EXISTS files (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, purpose TEXT NOT NULL,
-    expires_at INTEGER NOT NULL, num_bytes INTEGER NOT NULL, file BLOB NOT NULL
-);
-CREATE TABLE IF NOT EXISTS batches (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, is_open INTEGER NOT NULL,
-    input_id TEXT NOT NULL, keep_output_s INTEGER NOT NULL, forgotten_at INTEGER NOT NULL, batch BLOB NOT NULL
-);
-CREATE TABLE IF NOT EXISTS answers (
-    batch INTEGER NOT NULL, line INTEGER NOT NULL, is_failure INTEGER NOT NULL, answer BLOB NOT NULL,
-    PRIMARY KEY (batch, line)
-);
-CREATE INDEX IF NOT EXISTS files_of ON files (owner, number);
-CREATE INDEX IF NOT EXISTS batches_of ON batches (owner, number);
-"""
 
 
 class OpenBatch(msgspec.Struct, frozen=True):
@@ -58,10 +39,9 @@ class BatchStore:
 
     def __init__(self, folder: BatchDir, clock: Callable[[], float] = time.time):
         self.folder, self._clock = folder, clock
-        self._path = folder.path / "state.sqlite3"
+        path = folder.path / "state.sqlite3"
         try:
-            self._db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-            self._db.executescript(_SCHEMA)
+            self._db = Database(path)
             known = {file_id for (file_id,) in self._db.execute("SELECT id FROM files")}
             folder.tidy(known)
             folder.begin_with(
@@ -72,7 +52,7 @@ class BatchStore:
             )
         except (OSError, sqlite3.Error) as error:
             folder.close()
-            raise UserError(f"the state of --batch-dir, {self._path}, cannot be read: {error}") from None
+            raise UserError(f"the state of --batch-dir, {path}, cannot be read: {error}") from None
 
     def close(self) -> None:
         self._db.close()
@@ -123,7 +103,7 @@ class BatchStore:
         values: list[str | int] = [owner, self.now]
         if purpose is not None:
             query, values = f"{query} AND purpose = ?", [*values, purpose]
-        found = self._page(query, values, "files", owner, after, limit, is_newest_first)
+        found = self._db.page(query, values, "files", owner, after, limit, is_newest_first)
         return None if found is None else [msgspec.json.decode(blob, type=FileObject) for blob in found]
 
     def delete_file(self, owner: str, file_id: str) -> bool:
@@ -197,7 +177,7 @@ class BatchStore:
     def batches(self, owner: str, after: str | None, limit: int) -> list[Batch] | None:
         """Newest first, at most `limit`; None where `after` is no batch."""
         query = "SELECT batch FROM batches WHERE owner = ?"
-        found = self._page(query, [owner], "batches", owner, after, limit, is_newest_first=True)
+        found = self._db.page(query, [owner], "batches", owner, after, limit, is_newest_first=True)
         return None if found is None else [msgspec.json.decode(blob, type=Batch) for blob in found]
 
     def open_batches(self) -> list[OpenBatch]:
@@ -224,7 +204,7 @@ class BatchStore:
 
     def answered_lines(self, number: int) -> set[int]:
         """On any thread."""
-        with closing(self._reader()) as db:
+        with closing(self._db.reader()) as db:
             return {line for (line,) in db.execute("SELECT line FROM answers WHERE batch = ?", (number,))}
 
     def add_answer(self, number: int, line: int, answer: bytes, is_failure: bool, usage: BatchUsage) -> None:
@@ -238,7 +218,7 @@ class BatchStore:
         self.folder.count(len(answer))
         is_new = False
         try:
-            with no_room_as_error(), self._transaction():
+            with no_room_as_error(), self._db.transaction():
                 row = (number, line, is_failure, answer)
                 if changed := self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row).rowcount:
                     self.change(number, count)
@@ -251,7 +231,7 @@ class BatchStore:
         """The answers of a batch in the order of its lines, on any thread; `is_failure` None: all."""
         which = "" if is_failure is None else "AND is_failure = ?"
         values = [number] if is_failure is None else [number, is_failure]
-        with closing(self._reader()) as db:
+        with closing(self._db.reader()) as db:
             query = f"SELECT answer FROM answers WHERE batch = ? {which} ORDER BY line"
             for (answer,) in db.execute(query, values):
                 incoming.write(answer)
@@ -267,7 +247,7 @@ class BatchStore:
         (size,) = self._db.execute(
             "SELECT SUM(LENGTH(answer)) FROM answers WHERE batch = ?", (opened.number,)
         ).fetchone()
-        with no_room_as_error(), self._transaction():
+        with no_room_as_error(), self._db.transaction():
             for name, incoming in outputs.items():
                 filename = f"{opened.batch.id}_{name.removesuffix('_file_id')}.jsonl"
                 self._insert_file(opened.owner, incoming, filename, "batch_output", opened.keep_output_s)
@@ -281,36 +261,6 @@ class BatchStore:
         self.folder.count(-(size or 0))
         with suppress(sqlite3.Error):  # the batch has ended; a later end gives the pages back
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
-
-    # -- SQL
-
-    def _reader(self) -> sqlite3.Connection:
-        """Of what was committed, for another thread."""
-        return sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True)
-
-    def _page(
-        self, query: str, values: list[str | int], table: str, owner: str, after: str | None, limit: int,
-        is_newest_first: bool,
-    ) -> list[bytes] | None:  # fmt: skip
-        if after is not None:
-            place = f"SELECT number FROM {table} WHERE owner = ? AND id = ?"
-            found = self._db.execute(place, (owner, after)).fetchone()
-            if found is None:
-                return None
-            query, values = f"{query} AND number {'<' if is_newest_first else '>'} ?", [*values, found[0]]
-        query = f"{query} ORDER BY number {'DESC' if is_newest_first else 'ASC'} LIMIT ?"
-        return [blob for (blob,) in self._db.execute(query, (*values, limit))]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
 
 def _add_usage(total: BatchUsage, more: BatchUsage) -> None:

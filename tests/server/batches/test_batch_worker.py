@@ -361,7 +361,7 @@ async def test_a_disk_that_is_full_at_the_last_moment_changes_nothing_and_ends_n
     async with setup() as made:
         opened = made.add(2)
         used = made.store.folder.num_bytes
-        made.store._db = db = Cursed(made.store._db, "COMMIT")
+        made.store._db.connection = db = Cursed(made.store._db.connection, "COMMIT")
         for _ in range(3):
             with pytest.raises(DiskFullError):
                 made.store.add_answer(opened.number, 1, b"x" * 1000, False, BatchUsage())
