@@ -27,11 +27,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"ground", "model", "text", "grammar", "chat"},
     "llm": {"ground", "model", "text", "chat", "server"},
     "loadgen": {"ground"},
+    "curation": {"ground", "text", "chat", "grammar", "model", "llm", "training"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # compute/ knows the three paths; they do not know each other.
 PATHS = ("compute.torch", "compute.native", "compute.cuda")
-WITHOUT_TORCH = ("ground", "text", "chat", "grammar", "schedule", "server", "llm", "loadgen")
+# What makes rows needs their formats and how good answers are, not how a run goes.
+OF_TRAINING = {"curation": ("data.", "evaluation.task_metrics", "pooling.rows")}
+WITHOUT_TORCH = ("ground", "text", "chat", "grammar", "schedule", "server", "llm", "loadgen", "curation")
 
 
 def room_of(module: str) -> str:
@@ -105,6 +108,18 @@ def test_nobody_outside_compute_knows_a_path(graph):
         if room_of(module) != "compute"
         for line, target in imports
         if target.startswith(tuple(f"specserve.{path}" for path in PATHS))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_who_needs_rows_knows_nothing_of_runs(graph):
+    wrong = [
+        f"{module}:{line} imports {target}"
+        for module, imports in graph.items()
+        for line, target in imports
+        if (parts := OF_TRAINING.get(room_of(module))) is not None
+        and room_of(target) == "training"
+        and not target.startswith(tuple(f"specserve.training.{part}" for part in parts))
     ]
     assert not wrong, "\n".join(wrong)
 
