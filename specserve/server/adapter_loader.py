@@ -17,7 +17,7 @@ from ..adapter_files import Stamp, age_s, changing, stamp_of
 from ..errors import NO_IDLE_ROOM, EngineDeadError, UserError
 from .adapter_pins import AdapterPins
 from .disk import Disk
-from .engine_client.client import EngineClient
+from .engine_client.serving_engine import ServingEngine
 from .loaded_names import Loaded, LoadedNames
 
 SETTLE_S = 1.0  # files that changed later than this ago may be half of something
@@ -32,7 +32,7 @@ class AdapterLoader:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: ServingEngine,
         disk: Disk,
         pins: AdapterPins,
         loaded: LoadedNames,

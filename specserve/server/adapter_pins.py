@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
-from .engine_client.client import EngineClient
+from .engine_client.serving_engine import ServingEngine
 
 
 class AdapterPins:
     """The pins of one engine, over its processes."""
 
-    def __init__(self, engine: EngineClient):
+    def __init__(self, engine: ServingEngine):
         self.names: set[str] = set()
         self._attempts: dict[str, set[object]] = {}  # that have not ended, of names that none has pinned for good
         self._engine = engine

@@ -11,7 +11,7 @@ from ..messages import AdapterState
 from .access.caller import caller_of
 from .adapter_extras import AdapterExtras, Extras
 from .adapter_store import AdapterStore
-from .engine_client.client import EngineClient
+from .engine_client.serving_engine import ServingEngine
 from .http_body import convert, json_response, read_json
 from .openai.request_types import AdapterNameRequest, LoadAdapterRequest, UnloadAdapterRequest
 from .openai.response_types import AdapterEntry
@@ -24,7 +24,7 @@ MAX_BODY_BYTES = 2**20
 class AdapterRoutes:
     """Handlers over one store and its engine."""
 
-    def __init__(self, store: AdapterStore, fetcher: AdapterFetcher, engine: EngineClient, read_timeout_s: float):
+    def __init__(self, store: AdapterStore, fetcher: AdapterFetcher, engine: ServingEngine, read_timeout_s: float):
         self._store = store
         self._extras = AdapterExtras(store)
         self._fetcher = fetcher

@@ -24,7 +24,7 @@ from .adapter_names import AdapterNames
 from .adapter_paths import is_one_directory
 from .adapter_pins import AdapterPins
 from .disk import Disk
-from .engine_client.client import EngineClient
+from .engine_client.serving_engine import ServingEngine
 from .loaded_names import LoadedNames, UseCounts
 from .name_claims import Claim
 
@@ -51,7 +51,7 @@ class AdapterStore:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: ServingEngine,
         adapters_dir: str | None,
         base_name: str,
         observe_load_s: Callable[[float], object] = lambda seconds: None,

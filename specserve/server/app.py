@@ -34,6 +34,7 @@ from .banner import banner
 from .batches.api import BatchRoutes
 from .connections import Connections, raise_handle_limit
 from .console import say, settle
+from .engine_client.serving_engine import ServingEngine
 from .generation.generator import Generator
 from .http_body import json_response
 from .lorax.api import LoraxRoutes
@@ -59,11 +60,18 @@ logger = logging.getLogger(__name__)
 class Server:
     """One engine behind one aiohttp application."""
 
-    def __init__(self, config: ServeConfig, model_dir: Path, command: list[str] | None = None):
+    def __init__(
+        self,
+        config: ServeConfig,
+        model_dir: Path,
+        command: list[str] | None = None,
+        engine: ServingEngine | None = None,
+    ):
+        """`engine` serves instead of a process of this server's own, which `command` would start."""
         self.config = config
         self.fetcher = AdapterFetcher(config)
         roots = adapter_roots(config, self.fetcher.root)
-        self.engine = engine_of(config, model_dir, roots, command)
+        self.engine = engine or engine_of(config, model_dir, roots, command)
         self.model_name = model_name_of(config, model_dir)
         self.metrics = Metrics(self.model_name, config.metrics_prefix, config.prefix_caching)
         observe_load_s = self.metrics.adapter_load.observe

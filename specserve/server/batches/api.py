@@ -20,7 +20,7 @@ from ...config import ServeConfig
 from ...errors import UserError
 from ..access.caller import caller_of
 from ..access.keys import KeyRing
-from ..engine_client.client import EngineClient
+from ..engine_client.serving_engine import ServingEngine
 from ..http_body import convert, json_response, read_body
 from ..routes import Answer, Handler
 from .disk import BatchDir
@@ -56,7 +56,7 @@ class BatchRoutes:
     `num_others` says how many requests that somebody waits for are in the server.
     """
 
-    def __init__(self, config: ServeConfig, engine: EngineClient, keys: KeyRing, num_others: Callable[[], int]):
+    def __init__(self, config: ServeConfig, engine: ServingEngine, keys: KeyRing, num_others: Callable[[], int]):
         self._config, self._engine, self._keys, self._num_others = config, engine, keys, num_others
         self._store: BatchStore | None = None
         self._worker: BatchWorker | None = None

@@ -17,7 +17,7 @@ import msgspec
 from ...errors import EngineDeadError, ErrorInfo, UserError
 from ...strict_json import decode_json
 from ..access.caller import Caller
-from ..engine_client.client import EngineClient
+from ..engine_client.serving_engine import ServingEngine
 from ..routes import Answer
 from .places import Places
 from .rows import Row, answered_line, failed_line
@@ -44,7 +44,7 @@ class RowRunner:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: ServingEngine,
         answers: Mapping[str, Answer],
         caller_named: Callable[[str], Caller | None],
         places: Places,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -44,7 +44,7 @@ from ...messages import (
 )
 from ...own_modules import module_command
 from ...pooling_messages import Pooled, PoolRequest
-from .link import EngineLink
+from .link import EngineLink, Link
 from .supervisor import STOPPED, EngineSupervisor, State
 
 MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
@@ -67,7 +67,9 @@ class EngineClient:
         silence_timeout_s: float = 20.0,
         step_timeout_s: float = 10.0,
         command: list[str] | None = None,
+        launch: Callable[[], Awaitable[Link]] | None = None,
     ):
+        """`launch` gives the process its link where that is not one of this machine's started by `command`."""
         self.config = config
         # Of the process that serves.
         self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: None
@@ -75,7 +77,7 @@ class EngineClient:
         self.on_snapshot: Callable[[], object] = lambda: None  # about once a second, and when the process has gone
         command = command or engine_command()
         self._engine = EngineSupervisor(
-            lambda: EngineLink.launch(command, config),
+            launch or (lambda: EngineLink.launch(command, config)),
             self._dispatch,
             self._lost,
             silence_timeout_s=silence_timeout_s,

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -27,6 +27,19 @@ _REAP_S = 10.0  # a killed process that is not gone by then hangs in the kernel;
 _POLL_S = 0.01
 
 logger = logging.getLogger(__name__)
+
+
+class Link(Protocol):
+    """A process that has loaded its model, as its supervisor sees it; `EngineLink` documents each method."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def messages(self) -> AsyncGenerator[list[Any]]: ...
+
+    def send(self, message: Any) -> None: ...
+
+    async def end(self, grace_s: float) -> str: ...
 
 
 class EngineLink:

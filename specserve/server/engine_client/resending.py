@@ -24,7 +24,7 @@ import msgspec
 from ...errors import EngineDeadError, EngineLostError, UserError
 from ...messages import BACKGROUND_PRIORITY, Delta, GenerateRequest, TokenTrace, renumbered
 from ...pooling_messages import Pooled, PoolRequest
-from .client import EngineClient
+from .serving_engine import ServingEngine
 
 R = TypeVar("R", GenerateRequest, PoolRequest)
 A = TypeVar("A", Delta, Pooled)
@@ -109,7 +109,7 @@ class EngineLosses:
 class Resender:
     """Runs sequences on an engine that may end under them."""
 
-    def __init__(self, engine: EngineClient):
+    def __init__(self, engine: ServingEngine):
         self._engine = engine
         self._alone = asyncio.Lock()  # of the sequence among those with losses whose turn it is
         self._background = asyncio.Lock()  # of a background one, so that no more than one is ever before others

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ...awake_clock import AwakeClock
 from ...errors import EngineDeadError
 from ...messages import EngineInfo, Heartbeat, Shutdown
-from .link import EngineLink
+from .link import Link
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class EngineSupervisor:
 
     def __init__(
         self,
-        launch: Callable[[], Awaitable[EngineLink]],
+        launch: Callable[[], Awaitable[Link]],
         on_message: Callable[[Any], None],
         on_lost: Callable[[], None],
         *,
@@ -59,7 +59,7 @@ class EngineSupervisor:
         self._on_serving = on_serving
         self._silence_timeout_s = silence_timeout_s
         self._step_timeout_s = step_timeout_s
-        self._link: EngineLink | None = None
+        self._link: Link | None = None
         self._problem = ""
         self._settled = asyncio.Event()  # the state is "ready" or "stopped"
         self._task: asyncio.Task[None] | None = None
@@ -91,7 +91,7 @@ class EngineSupervisor:
         if self._link is not None:
             self._link.send(message)
 
-    async def link(self, patience_s: float = 0.0) -> EngineLink:
+    async def link(self, patience_s: float = 0.0) -> Link:
         """The process that serves; a restart is waited for, up to `patience_s`. Raises `EngineDeadError`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
@@ -130,7 +130,7 @@ class EngineSupervisor:
             logger.error("%s; starting it again in %.1f s (failure %d in a row)", problem, pause_s, num_failures)
             await asyncio.sleep(pause_s)
 
-    async def _serve(self, link: EngineLink) -> str:
+    async def _serve(self, link: Link) -> str:
         """Dispatch what the process says until it ends or has to be ended; says why. The process is gone then."""
         self.info, self.state, self._heartbeat = link.info, "ready", None
         self.serving_since = time.monotonic()
@@ -157,7 +157,7 @@ class EngineSupervisor:
             status = await link.end(_EXIT_S if not problem else 0.0)
         return problem or f"the engine process ended ({status})"
 
-    async def _read(self, link: EngineLink) -> str:
+    async def _read(self, link: Link) -> str:
         async for messages in link.messages():
             self._heard = True
             for message in messages:

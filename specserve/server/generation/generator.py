@@ -30,7 +30,7 @@ from ...messages import AdapterInfo, Delta, GenerateRequest, GrammarSpec, Togeth
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..adapter_store import AdapterStore
-from ..engine_client.client import EngineClient
+from ..engine_client.serving_engine import ServingEngine
 from ..metrics.metrics import Metrics
 from ..openai.conversion import (
     HasDeadline,
@@ -62,7 +62,7 @@ class Generator:
     def __init__(
         self,
         config: ServeConfig,
-        engine: EngineClient,
+        engine: ServingEngine,
         store: AdapterStore,
         tokenizer: TextTokenizer,
         model_name: str,

@@ -18,8 +18,8 @@ from ...text.detokenizer import Detokenizer
 from ...text.tokenizer import TextTokenizer
 from ...text.traced_text import TracedText
 from ..adapter_store import AdapterStore
-from ..engine_client.client import EngineClient
 from ..engine_client.resending import EngineLosses
+from ..engine_client.serving_engine import ServingEngine
 from .account import Accounts
 from .end_time import EndTime
 from .job import Job
@@ -31,7 +31,7 @@ class JobRunner:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: ServingEngine,
         store: AdapterStore,
         tokenizer: TextTokenizer,
         sequences: Sequences,

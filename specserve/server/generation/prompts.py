@@ -24,7 +24,7 @@ from ...messages import AdapterInfo
 from ...text.template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
 from ...text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
 from ..adapter_store import AdapterStore
-from ..engine_client.client import EngineClient
+from ..engine_client.serving_engine import ServingEngine
 from ..openai.request_types import ChatRequest, TokenizeRequest
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ MAX_TOKENIZERS = 64  # of adapters; others are read again
 class Prompts:
     """Tokenises for one server, whose base model has `tokenizer`; `tool_format` is --tool-format."""
 
-    def __init__(self, engine: EngineClient, store: AdapterStore, tokenizer: TextTokenizer, tool_format: str):
+    def __init__(self, engine: ServingEngine, store: AdapterStore, tokenizer: TextTokenizer, tool_format: str):
         self.tokenizer = tokenizer
         self._engine = engine
         self._store = store

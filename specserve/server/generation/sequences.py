@@ -16,8 +16,8 @@ from ...errors import OverloadedError, UserError
 from ...messages import AdapterInfo, Delta, GenerateRequest
 from ...pooling_messages import Pooled, PoolRequest
 from ..adapter_store import AdapterStore
-from ..engine_client.client import EngineClient
 from ..engine_client.resending import A, EngineLosses, R, Resender, other_output
+from ..engine_client.serving_engine import ServingEngine
 from .prompts import check_generates, check_same_texts
 
 MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
@@ -26,7 +26,7 @@ MAX_RELOADS = 16  # of one sequence's adapter, where many wait for few places
 class Sequences:
     """Runs the sequences of one server on its engine."""
 
-    def __init__(self, engine: EngineClient, store: AdapterStore):
+    def __init__(self, engine: ServingEngine, store: AdapterStore):
         self._resender = Resender(engine)
         self._store = store
 

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from ..access.caller import found_caller
 from ..access.keys import KeyRing
-from ..engine_client.client import EngineClient
+from ..engine_client.serving_engine import ServingEngine
 from ..http_body import convert, json_response
 from ..routes import Handler
 from ..sse import EventStream
@@ -25,7 +25,7 @@ class StatsRoutes:
     """Of one server; a listener who takes nothing for `write_timeout_s` is cut off."""
 
     def __init__(
-        self, engine: EngineClient, base_name: str, names_alike: NamesAlike, keys: KeyRing, write_timeout_s: float
+        self, engine: ServingEngine, base_name: str, names_alike: NamesAlike, keys: KeyRing, write_timeout_s: float
     ):
         self._source = StatsSource(engine, base_name)
         self._names_alike = names_alike

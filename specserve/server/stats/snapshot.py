@@ -10,7 +10,7 @@ import msgspec
 
 from ... import __version__
 from ...messages import EngineInfo, EngineStats
-from ..engine_client.client import EngineClient
+from ..engine_client.serving_engine import ServingEngine
 from .types import (
     AdapterStats,
     EngineState,
@@ -35,7 +35,7 @@ _UNKNOWN = EngineInfo("", "", 0, 0, 0, 0, "", "", 0, [])  # of an engine that ha
 class StatsSource:
     """Of one server, whose base model has this name."""
 
-    def __init__(self, engine: EngineClient, base_name: str):
+    def __init__(self, engine: ServingEngine, base_name: str):
         self._engine, self._base_name = engine, base_name
         self._since = time.monotonic()
 

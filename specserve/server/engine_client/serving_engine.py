@@ -1,0 +1,75 @@
+"""What the server needs of what generates for it: one engine process (`client.EngineClient`), or several as if they
+were one (`specserve.ray`). Says what each must keep; owns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
+
+from ...messages import AdapterInfo, AdapterLoaded, AdapterState, Delta, EngineInfo, EngineStats, GenerateRequest
+from ...pooling_messages import Pooled, PoolRequest
+from .supervisor import State
+
+
+class ServingEngine(Protocol):
+    """`EngineClient` documents each method; numbers of placements grow, whatever process gives them."""
+
+    on_adapters_left: Callable[[dict[str, int]], object]
+    on_serving: Callable[[], object]
+    on_snapshot: Callable[[], object]
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def known_info(self) -> EngineInfo | None: ...
+
+    async def first_info(self) -> EngineInfo: ...
+
+    @property
+    def serving_s(self) -> float: ...
+
+    @property
+    def snapshot(self) -> tuple[EngineStats | None, float]: ...
+
+    @property
+    def wait_estimate_s(self) -> float: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]: ...
+
+    def pool(self, request: PoolRequest) -> AsyncGenerator[Pooled]: ...
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str,
+        before: AdapterInfo | None = None,
+        *,
+        is_pinned: bool = False,
+        is_prefetch: bool = False,
+        priority: int = 0,
+        mount: int = 0,
+    ) -> AdapterLoaded: ...
+
+    def hasten_loads(self, path: str, priority: int) -> None: ...
+
+    def forsake_loads(self, path: str) -> None: ...
+
+    async def unload_adapter(self, adapter_hash: str, placement: int) -> None: ...
+
+    async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None: ...
+
+    async def adapters(self) -> list[AdapterState]: ...
+
+    async def stats(self) -> EngineStats | None: ...
