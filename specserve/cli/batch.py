@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from ..config import EngineConfig
 from ..errors import UserError, shortened
-from ..server.batches.disk import BatchDir
+from ..server.access.caller import ANONYMOUS
+from ..server.batches.disk import BatchDir, Incoming
 from ..server.batches.rows import FileCheck
 from ..server.batches.store import BatchStore, OpenBatch
 from ..server.batches.types import Batch, RequestCounts
@@ -33,7 +34,6 @@ from ..server.batches.types import Batch, RequestCounts
 if TYPE_CHECKING:
     from ..llm.service import Service
 
-OWNER = "anonymous"
 MAX_ROW_BYTES = 8 << 20
 NO_LIMIT = 1 << 60
 YEAR_S = 365 * 86400
@@ -157,12 +157,15 @@ def _run_here(config: EngineConfig, flags: BatchFlags, files: BatchFiles) -> int
     is_new = not (files.progress / "state.sqlite3").exists()
     check = files.check() if is_new else None  # before the model is loaded, which takes long
     with closing(BatchStore(BatchDir(files.progress, NO_LIMIT))) as store:
-        found = store.batches(OWNER, None, 1)
+        found = store.batches(ANONYMOUS, None, 1)
         if found and (found[0].metadata or {}).get("sha256") != files.digest():
             raise files.changed()
         if not found:
             found = [_copied(store, files, check or files.check())]
+        if found[0].status == "failed":
+            raise _failed(files, found[0])
         if found[0].status == "in_progress" or found[0].status == "finalizing":
+            _restore(store, files, found[0])
             print("loading the model ...", file=sys.stderr)
             return asyncio.run(_run_engine(config, flags, files, store))
         progress = Progress(found[0].request_counts)
@@ -173,11 +176,8 @@ def _run_here(config: EngineConfig, flags: BatchFlags, files: BatchFiles) -> int
 
 def _copied(store: BatchStore, files: BatchFiles, check: FileCheck) -> Batch:
     """The batch of IN's rows, of which the folder keeps a copy: what runs cannot change under it."""
-    with closing(store.folder.incoming()) as content, files.source.open("rb") as file:
-        while data := file.read(1 << 20):
-            content.write(data)
-        content.finish()
-        store.add_file(OWNER, content, files.source.name, YEAR_S)
+    with _copy(store, files) as content:
+        store.add_file(ANONYMOUS, content, files.source.name, YEAR_S)
     batch = Batch(
         id=f"batch_{uuid.uuid4().hex}",
         endpoint=check.endpoint or "",
@@ -190,8 +190,32 @@ def _copied(store: BatchStore, files: BatchFiles, check: FileCheck) -> Batch:
         request_counts=RequestCounts(total=check.num_rows),
         metadata={"sha256": files.digest()},
     )
-    store.add_batch(OWNER, batch, YEAR_S)
+    store.add_batch(ANONYMOUS, batch, YEAR_S)
     return batch
+
+
+@contextmanager
+def _copy(store: BatchStore, files: BatchFiles) -> Iterator[Incoming]:
+    """IN's content in the folder, which goes again unless the store learns of it."""
+    with closing(store.folder.incoming()) as content, files.source.open("rb") as file:
+        while data := file.read(1 << 20):
+            content.write(data)
+        content.finish()
+        yield content
+
+
+def _restore(store: BatchStore, files: BatchFiles, batch: Batch) -> None:
+    """Copy IN, which is the same file, again where its copy was removed."""
+    copy = store.folder.file(batch.input_file_id)
+    if not copy.exists():
+        with _copy(store, files) as content:
+            os.link(store.folder.file(content.id), copy)
+
+
+def _failed(files: BatchFiles, batch: Batch) -> UserError:
+    """Of a run whose folder was changed by hand."""
+    told = batch.errors.data[0].message if batch.errors else "its rows could not be read"
+    return UserError(f"the run in {files.progress} failed: {told}; remove that folder and run the command anew")
 
 
 async def _run_engine(config: EngineConfig, flags: BatchFlags, files: BatchFiles, store: BatchStore) -> int:
@@ -209,6 +233,8 @@ async def _run_engine(config: EngineConfig, flags: BatchFlags, files: BatchFiles
         done, progress = await _run_rows(service, store, opened)
     finally:
         await service.close()
+    if done.status == "failed":
+        raise _failed(files, done)
     files.put(store.folder.file(done.output_file_id or ""))
     return progress.result(files.target)
 
@@ -250,7 +276,7 @@ async def _run_rows(service: Service, store: BatchStore, opened: OpenBatch) -> t
             if (problem := worker.problems.get(batch.id, "")) != told and problem:
                 tqdm.write(f"waiting: {problem}", file=sys.stderr)
             told = problem
-        if batch.status != "completed":
+        if batch.status not in ("completed", "failed"):
             raise RuntimeError(worker.problems.get(batch.id, batch.status))
         return batch, progress
     finally:

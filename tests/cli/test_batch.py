@@ -6,9 +6,10 @@ import shutil
 import pytest
 from tiny_models import make_tiny_model
 
-from specserve.cli.batch import OWNER, BatchFiles, _copied
+from specserve.cli.batch import BatchFiles, _copied
 from specserve.cli.batch_remote import _kept
 from specserve.cli.main import exit_code_of
+from specserve.server.access.caller import ANONYMOUS
 from specserve.server.batches.disk import BatchDir
 from specserve.server.batches.store import BatchStore
 from specserve.server.batches.types import BatchUsage
@@ -41,6 +42,7 @@ def test_the_rows_that_an_earlier_run_left_are_answered_and_no_others(source, tm
     (opened,) = store.open_batches()
     for line in (1, 4, NUM_ROWS):
         store.add_answer(opened.number, line, b'{"custom_id": "r%d"}\n' % (line - 1), False, BatchUsage())
+    store.folder.file(opened.batch.input_file_id).unlink()  # the copy comes back from the file itself
     store.close()
     flags = ("--model", model, "--dtype", "fp32", "--kv-cache-gib", "0.02", "--num-threads", "1")
     changed = source.read_text()
@@ -68,7 +70,7 @@ def test_an_end_behind_the_last_row_leaves_only_the_output_to_be_put(source, tmp
     output.write(b"all of it\n")
     output.finish()
     store.end(opened, lambda batch: setattr(batch, "status", "completed"), {"output_file_id": output})
-    assert store.batches(OWNER, None, 1)[0].output_file_id == output.id
+    assert store.batches(ANONYMOUS, None, 1)[0].output_file_id == output.id
     store.close()
     code, err = run(capsys, source, target)
     assert code == 0 and target.read_text() == "all of it\n" and not files.progress.exists()
@@ -76,6 +78,19 @@ def test_an_end_behind_the_last_row_leaves_only_the_output_to_be_put(source, tmp
     files.progress.mkdir()  # the folder goes last
     code, err = run(capsys, source, target)
     assert (code, err) == (0, f"{target} is complete\n") and not files.progress.exists()
+
+
+def test_a_run_whose_folder_was_changed_says_so_and_its_part_of_an_output_is_not_taken_for_all(
+    source, tmp_path, capsys
+):
+    target = tmp_path / "out.jsonl"
+    files = BatchFiles(source, target)
+    store = BatchStore(BatchDir(files.progress, 1 << 30))
+    _copied(store, files, files.check())
+    store.end(store.open_batches()[0], lambda batch: setattr(batch, "status", "failed"), {})
+    store.close()
+    code, err = run(capsys, source, target)
+    assert code == 2 and "out.jsonl.progress" in err and "anew" in err and not target.exists()
 
 
 @pytest.mark.parametrize(

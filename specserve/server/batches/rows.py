@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
@@ -50,6 +50,14 @@ class BadRowError(Exception):
         self.error = BatchError(code, message, line, param)
 
 
+class InputLostError(Exception):
+    """The file of a batch is not there any more, or is another one: somebody changed the folder by hand."""
+
+    def __init__(self, code: str, message: str, line: int | None = None):
+        super().__init__(message)
+        self.error = BatchError(code, message, line)
+
+
 def parse_row(raw: bytes, line: int, max_bytes: int) -> Row:
     """The request of a line. Raises `BadRowError`."""
     if len(raw) > max_bytes:
@@ -80,11 +88,25 @@ def parse_row(raw: bytes, line: int, max_bytes: int) -> Row:
 
 
 def read_rows(path: Path, max_bytes: int) -> Iterator[Row]:
-    """The rows of a file that was checked."""
-    with path.open("rb") as file:
+    """The rows of a file that was checked. Raises `InputLostError`."""
+    with _opened(path) as file:
         for line, raw in enumerate(file, 1):
             if raw := raw.strip():
-                yield parse_row(raw, line, max_bytes)
+                try:
+                    yield parse_row(raw, line, max_bytes)
+                except BadRowError as bad:
+                    text = f"the input file was changed while the batch ran: {bad}"
+                    raise InputLostError("input_file_changed", text, line) from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Raises `InputLostError` where it is gone, though the folder that it lay in is there."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        if not path.parent.is_dir():  # a disk that is away comes back
+            raise
+        raise InputLostError("input_file_missing", "the input file was removed from the server's folder") from None
 
 
 @dataclass(slots=True)
@@ -107,8 +129,8 @@ class FileCheck:
     _offset: int = 0
 
     def more(self) -> bool:
-        """Look at the next slice; False: that was all."""
-        with self.path.open("rb") as file:
+        """Look at the next slice; False: that was all. Raises `InputLostError`."""
+        with _opened(self.path) as file:
             file.seek(self._offset)
             for _ in range(SLICE_LINES):
                 raw = file.readline()

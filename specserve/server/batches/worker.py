@@ -14,13 +14,14 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from .disk import DiskFullError, Incoming
+from .disk import DiskFullError
+from .outputs import End, Outputs
 from .row_runner import Outcome, RowRunner
-from .rows import FileCheck, Row, read_rows, unanswered_line
+from .rows import FileCheck, InputLostError, Row, read_rows
 from .store import BatchStore, OpenBatch
-from .types import Batch, BatchErrors, RowError
+from .types import Batch, BatchErrors
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,6 @@ READ_ROWS = 64  # at a time
 RETRY_S = 5.0  # where the disk is full
 TIDY_EVERY_S = 300.0
 T = TypeVar("T")
-End = Literal["completed", "expired", "cancelled"]
-_UNANSWERED = {
-    "expired": RowError("batch_expired", "the completion window ended before the row was answered"),
-    "cancelled": RowError("batch_cancelled", "the batch was cancelled before the row was answered"),
-}
 
 
 class BatchWorker:
@@ -55,7 +51,7 @@ class BatchWorker:
     ):
         self._store, self._runner = store, runner
         self._max_rows, self._max_row_bytes, self._max_at_once = max_rows, max_row_bytes, max_at_once
-        self._has_errors_apart = has_errors_apart
+        self._outputs = Outputs(store, max_row_bytes, has_errors_apart)
         self._thread = ThreadPoolExecutor(1, "batches")  # the store's
         self._checking = asyncio.Semaphore(1)
         self._leads: dict[str, asyncio.Task[None]] = {}
@@ -127,8 +123,12 @@ class BatchWorker:
             is_checked = opened.batch.in_progress_at is not None
             if not is_checked and not await self._with_room(batch_id, self._validate, opened):
                 return
-            end = await self._rows(opened)
-            await self._with_room(batch_id, self._end, opened, end)
+            lost: InputLostError | None = None
+            try:
+                end = await self._rows(opened)
+            except InputLostError as error:
+                end, lost = "failed", error
+            await self._with_room(batch_id, self._end, opened, end, lost)
         except asyncio.CancelledError:
             raise
         except Exception:
@@ -160,8 +160,11 @@ class BatchWorker:
             self._max_row_bytes,
         )  # fmt: skip
         async with self._checking:
-            while await asyncio.to_thread(check.more):
-                pass
+            try:
+                while await asyncio.to_thread(check.more):
+                    pass
+            except InputLostError as lost:
+                check.errors.append(lost.error)
 
         def fail(batch: Batch) -> None:
             batch.status, batch.failed_at, batch.errors = "failed", now, BatchErrors(check.errors)
@@ -178,7 +181,7 @@ class BatchWorker:
         return True
 
     async def _rows(self, opened: OpenBatch) -> End:
-        """Run the rows that have no answer; why there are no more of them."""
+        """Run the rows that have no answer; why there are no more of them. Raises `InputLostError`."""
         batch_id = opened.batch.id
         if batch_id in self._cancelled:
             return "cancelled"
@@ -208,6 +211,15 @@ class BatchWorker:
         rows = (row for row in read_rows(path, self._max_row_bytes) if row.line not in answered)
         running: set[asyncio.Task[None]] = set()
         ended = asyncio.Event()
+        lost: InputLostError | None = None
+
+        def some() -> list[Row]:
+            nonlocal lost
+            try:
+                return list(islice(rows, READ_ROWS))
+            except InputLostError as error:  # told when the rows that run have their answers
+                lost = error
+                return []
 
         def end(task: asyncio.Task[None]) -> None:
             running.remove(task)
@@ -215,7 +227,7 @@ class BatchWorker:
 
         try:
             async with asyncio.TaskGroup() as group:
-                while slice := await asyncio.to_thread(lambda: list(islice(rows, READ_ROWS))):
+                while slice := await asyncio.to_thread(some):
                     for row in slice:
                         # Asked each time: while the first engine starts, nobody knows how many there may be.
                         while len(running) >= min(max(1, self._max_at_once()), MAX_AT_ONCE):
@@ -226,6 +238,8 @@ class BatchWorker:
         finally:
             with suppress(ValueError):  # a thread is still reading: it ends by itself
                 rows.close()
+        if lost is not None:
+            raise lost
 
     async def _row(self, opened: OpenBatch, row: Row) -> None:
         outcome = await self._runner.outcome(opened.owner, row)
@@ -236,7 +250,7 @@ class BatchWorker:
 
     # -- its end
 
-    async def _end(self, opened: OpenBatch, end: End) -> None:
+    async def _end(self, opened: OpenBatch, end: End, lost: InputLostError | None) -> None:
         now = self._store.now
 
         def finalize(batch: Batch) -> None:
@@ -247,29 +261,11 @@ class BatchWorker:
             batch.status = end
             setattr(batch, f"{end}_at", self._store.now)
             batch.request_counts.failed = batch.request_counts.total - batch.request_counts.completed
+            if lost is not None:
+                batch.errors = BatchErrors([lost.error])
 
         await self.on_disk(self._store.change, opened.number, finalize)
         with ExitStack() as stack:
-            outputs = await asyncio.to_thread(self._outputs, opened, end, stack)
+            outputs, lost_later = await asyncio.to_thread(self._outputs.write, opened, end, stack)
+            lost = lost or lost_later
             await self.on_disk(self._store.end, opened, close, outputs)
-
-    def _outputs(self, opened: OpenBatch, end: End, stack: ExitStack) -> dict[str, Incoming]:
-        """Files of all rows, in their places until `stack` is closed; none of them empty."""
-        kinds = {"output_file_id": False, "error_file_id": True} if self._has_errors_apart else {"output_file_id": None}
-        outputs = {}
-        for name, is_failure in kinds.items():
-            incoming = self._store.folder.incoming()
-            stack.callback(incoming.close)
-            self._store.write_output(opened.number, is_failure, incoming)
-            if is_failure and (error := _UNANSWERED.get(end)) is not None:
-                self._write_unanswered(opened, error, incoming)
-            if incoming.num_bytes:
-                incoming.finish()
-                outputs[name] = incoming
-        return outputs
-
-    def _write_unanswered(self, opened: OpenBatch, error: RowError, incoming: Incoming) -> None:
-        answered = self._store.answered_lines(opened.number)
-        for row in read_rows(self._store.folder.file(opened.batch.input_file_id), self._max_row_bytes):
-            if row.line not in answered:
-                incoming.write(unanswered_line(row.custom_id, error))

@@ -319,6 +319,58 @@ async def test_what_keeps_a_batch_from_going_on_names_no_path(setup, monkeypatch
         assert (await made.batch(opened)).status == "completed"
 
 
+@pytest.mark.parametrize("when", ["before it is read", "while its rows run", "before it goes on", "changed"])
+async def test_an_input_that_was_removed_by_hand_ends_its_batch_with_the_reason(setup, monkeypatch, when):
+    monkeypatch.setattr("specserve.server.batches.worker.READ_ROWS", 2)
+    gate = asyncio.Semaphore(2)
+
+    async def slow(value):
+        await gate.acquire()
+
+    async with setup(answer=slow, places=lambda: 2) as made:
+        opened = made.add(6)
+        path = made.store.folder.file(opened.batch.input_file_id)
+        if when == "before it is read":
+            path.unlink()
+        lead = made.worker.begin(opened)
+        if when != "before it is read":
+            await until(lambda: made.asked.total() == 4)
+            await made.worker.stop()
+            if when == "changed":
+                path.write_text('{"custom_id": "0"}\n' * 6)
+            elif when == "before it goes on":
+                path.unlink()
+            (opened,) = made.store.open_batches()
+            lead = made.worker.begin(opened)
+            if when == "while its rows run":
+                await until(lambda: made.places.num_held == 2)
+                made.worker.cancel(opened.batch.id)
+                made.store.cancel("me", opened.batch.id)
+                path.unlink()
+            for _ in range(6):
+                gate.release()
+        await lead
+        batch = await made.batch(opened)
+        code = "input_file_changed" if when == "changed" else "input_file_missing"
+        assert [error.code for error in batch.errors.data] == [code] and str(path) not in batch.errors.data[0].message
+        assert batch.status == ("cancelled" if when == "while its rows run" else "failed")
+        assert not made.worker.problems and not made.store.open_batches()
+        assert len(made.lines(batch.output_file_id)) == batch.request_counts.completed
+        assert when == "before it is read" or batch.request_counts.completed >= 2
+
+
+async def test_an_input_on_a_disk_that_is_away_is_waited_for(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    async with setup() as made:
+        opened, place = made.add(1), made.store.folder.path / "files"
+        place.rename(place.with_name("elsewhere"))
+        lead = made.worker.begin(opened)
+        await until(lambda: opened.batch.id in made.worker.problems)
+        place.with_name("elsewhere").rename(place)
+        await lead
+        assert (await made.batch(opened)).status == "completed"
+
+
 def test_a_full_disk_changes_nothing(tmp_path):
     store = BatchStore(BatchDir(tmp_path, MIB))
     made = Setup.__new__(Setup)
