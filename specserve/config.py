@@ -194,6 +194,18 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(description="folder for what /v1/files and /v1/batches keep; default: no batches"),
     ] = None
     batch_disk_gib: Annotated[float, Meta(gt=0, description="disk for them, answers included, GiB")] = 10.0
+    batch_key_gib: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="of it, what one key may take, GiB; default: half with --api-keys-file, else all"),
+    ] = None
+    batch_key_files: Annotated[int, Meta(ge=3, description="files of one key, and batches of it that ended")] = 10_000
+    batch_keep_gib: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="above so much, GiB, the batches that ended first go with their files; default: all stay for "
+            "their time"
+        ),
+    ] = None
     batch_max_file_mib: Annotated[float, Meta(gt=0, description="largest file that may be uploaded, MiB")] = 200.0
     batch_max_rows: Annotated[int, Meta(ge=1, description="rows of one batch")] = 50_000
     metrics_prefix: Annotated[

@@ -41,7 +41,7 @@ def test_the_rows_that_an_earlier_run_left_are_answered_and_no_others(source, tm
     _copied(store, files, files.check())
     (opened,) = store.open_batches()
     for line in (1, 4, NUM_ROWS):
-        store.add_answer(opened.number, line, b'{"custom_id": "r%d"}\n' % (line - 1), False, BatchUsage())
+        store.add_answer(opened, line, b'{"custom_id": "r%d"}\n' % (line - 1), False, BatchUsage())
     store.folder.file(opened.batch.input_file_id).unlink()  # the copy comes back from the file itself
     store.close()
     flags = ("--model", model, "--dtype", "fp32", "--kv-cache-gib", "0.02", "--num-threads", "1")

@@ -6,6 +6,7 @@ Owns what belongs to whom: whoever asks sees files and batches of his own key's 
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from ..http_body import convert, json_response, read_body
 from ..routes import Answer, Handler
 from .disk import BatchDir
 from .places import Places
+from .retention import KeepLimits
 from .row_runner import RowRunner
 from .store import KEEP_S, BatchStore
 from .types import (
@@ -61,8 +63,14 @@ class BatchRoutes:
         self._store: BatchStore | None = None
         self._worker: BatchWorker | None = None
         if config.batch_dir is not None:
-            folder = BatchDir(Path(config.batch_dir).expanduser(), int(config.batch_disk_gib * 2**30))
-            self._store = BatchStore(folder)
+            disk_bytes = int(config.batch_disk_gib * 2**30)
+            if config.batch_key_gib is not None:
+                key_bytes = int(config.batch_key_gib * 2**30)
+            else:
+                key_bytes = disk_bytes // (2 if config.api_keys_file is not None else 1)
+            kept_bytes = int(config.batch_keep_gib * 2**30) if config.batch_keep_gib is not None else None
+            folder = BatchDir(Path(config.batch_dir).expanduser(), disk_bytes, key_bytes)
+            self._store = BatchStore(folder, limits=KeepLimits(config.batch_key_files, kept_bytes))
 
     async def start(self, answers: Mapping[str, Answer]) -> None:
         """Go on with what has not ended; rows are answered by `answers`, by URL."""
@@ -127,7 +135,9 @@ class BatchRoutes:
         owner = caller_of(request).name
         max_bytes = int(self._config.batch_max_file_mib * 2**20)
         with ExitStack() as stack:
-            upload = await UploadReader(request, store.folder, max_bytes, self._config.read_timeout_s, stack).read()
+            incoming = functools.partial(store.folder.incoming, owner)
+            reader = UploadReader(request, incoming, max_bytes, self._config.read_timeout_s, stack)
+            upload = await reader.read()
             keep_s = upload.expires_after.seconds if upload.expires_after is not None else KEEP_S
             file = await worker.on_disk(store.add_file, owner, upload.content, upload.filename, keep_s)
         return json_response(file)

@@ -16,33 +16,23 @@ import fcntl
 import os
 import re
 import sqlite3
-import threading
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...errors import UserError
+from .room import DiskFullError, Room
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ID = re.compile(r"file-[0-9a-f]{32}")
 
 
-class DiskFullError(UserError):
-    """There is no room, of the disk or of what may be used of it."""
-
-    status = 507
-    type = "server_error"
-    code = "insufficient_storage"
-
-
 class BatchDir:
     """Raises `UserError` where the folder cannot be used, or another process uses it."""
 
-    def __init__(self, path: Path, max_bytes: int):
-        self.path, self.max_bytes = path, max_bytes
-        self._num_bytes = 0
-        self._counting = threading.Lock()
+    def __init__(self, path: Path, max_bytes: int, max_owner_bytes: int | None = None):
+        self.path, self.room = path, Room(max_bytes, max_owner_bytes)
         self._files, self._incoming = path / "files", path / "incoming"
         try:
             for folder in (path, self._files, self._incoming):
@@ -73,34 +63,17 @@ class BatchDir:
     def delete(self, file_id: str) -> None:
         self.file(file_id).unlink(missing_ok=True)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all that is kept."""
-        return self._num_bytes
-
-    def begin_with(self, num_bytes: int) -> None:
-        self._num_bytes = num_bytes
-
-    def count(self, num_bytes: int) -> None:
-        """So many more are kept, or fewer. Raises `DiskFullError` where there is no room for more."""
-        with self._counting:
-            if num_bytes > 0 and self._num_bytes + num_bytes > self.max_bytes:
-                raise DiskFullError(
-                    f"files and answers take {self._num_bytes} of {self.max_bytes} bytes (--batch-disk-gib), and "
-                    f"{num_bytes} more are needed; delete files that are not needed any more"
-                )
-            self._num_bytes += num_bytes
-
-    def incoming(self) -> Incoming:
+    def incoming(self, owner: str | None = None) -> Incoming:
+        """`owner` is charged for it; None: nobody is, until it is kept."""
         file_id = f"file-{uuid.uuid4().hex}"
-        return Incoming(self, file_id, self._incoming / file_id)
+        return Incoming(self, file_id, self._incoming / file_id, owner)
 
 
 class Incoming:
     """Content of a new file. What nobody has `kept` when it is closed is deleted."""
 
-    def __init__(self, folder: BatchDir, file_id: str, path: Path):
-        self.id = file_id
+    def __init__(self, folder: BatchDir, file_id: str, path: Path, owner: str | None):
+        self.id, self.owner = file_id, owner
         self.num_bytes = 0
         self._folder, self._path = folder, path
         self._file = path.open("xb")
@@ -108,7 +81,7 @@ class Incoming:
 
     def write(self, data: bytes) -> None:
         """Raises `DiskFullError`."""
-        self._folder.count(len(data))
+        self._folder.room.count(len(data), self.owner)
         self.num_bytes += len(data)
         with no_room_as_error():
             self._file.write(data)
@@ -137,7 +110,7 @@ class Incoming:
             self._file.close()
         if not self._is_kept:
             self._path.unlink(missing_ok=True)
-            self._folder.count(-self.num_bytes)
+            self._folder.room.count(-self.num_bytes, self.owner)
 
 
 @contextmanager

@@ -18,11 +18,17 @@ import msgspec
 from ...errors import OverloadedError, UserError
 from .database import Database
 from .disk import BatchDir, Incoming, no_room_as_error
+from .retention import KeepLimits, Retention
+from .room import DiskFullError, QuotaError
 from .types import Batch, BatchUsage, FileObject, Purpose
 
 MAX_OPEN_BATCHES = 100  # of an owner
-MAX_OWN_FILES = 10_000
+MAX_OUTPUTS = 2  # files that a batch leaves
 KEEP_S = 30 * 86400  # files, unless they say otherwise, and batches after their end
+_KEPT = (
+    "SELECT owner, SUM(num_bytes) FROM files GROUP BY owner UNION ALL SELECT owner, SUM(LENGTH(answer)) "
+    "FROM answers JOIN batches ON batches.number = answers.batch GROUP BY owner"
+)
 
 
 class OpenBatch(msgspec.Struct, frozen=True):
@@ -37,22 +43,19 @@ class OpenBatch(msgspec.Struct, frozen=True):
 class BatchStore:
     """Of one folder. Raises `UserError` where that cannot be used."""
 
-    def __init__(self, folder: BatchDir, clock: Callable[[], float] = time.time):
+    def __init__(self, folder: BatchDir, clock: Callable[[], float] = time.time, limits: KeepLimits | None = None):
         self.folder, self._clock = folder, clock
         path = folder.path / "state.sqlite3"
         try:
             self._db = Database(path)
             known = {file_id for (file_id,) in self._db.execute("SELECT id FROM files")}
             folder.tidy(known)
-            folder.begin_with(
-                sum(
-                    self._db.execute(query).fetchone()[0] or 0
-                    for query in ("SELECT SUM(num_bytes) FROM files", "SELECT SUM(LENGTH(answer)) FROM answers")
-                )
-            )
+            for owner, num_bytes in self._db.execute(_KEPT):
+                folder.room.begin_with(owner, num_bytes)
         except (OSError, sqlite3.Error) as error:
             folder.close()
             raise UserError(f"the state of --batch-dir, {path}, cannot be read: {error}") from None
+        self._retention = Retention(self._db, folder, limits or KeepLimits())
 
     def close(self) -> None:
         self._db.close()
@@ -66,14 +69,31 @@ class BatchStore:
     # -- files
 
     def add_file(self, owner: str, content: Incoming, filename: str, keep_s: int) -> FileObject:
-        """Of content in its place, which is kept from then on. Raises `UserError` where the owner has too many."""
-        (num,) = self._db.execute("SELECT COUNT(*) FROM files WHERE owner = ?", (owner,)).fetchone()
-        if num >= MAX_OWN_FILES:
-            raise OverloadedError(f"there are {num} files of this key, which is as many as it may have; delete some")
+        """Of content in its place, which is kept from then on. Raises `QuotaError` where the owner has too many."""
+        self._check_num_files(owner, 1)
         with no_room_as_error():
             file = self._insert_file(owner, content, filename, "batch", keep_s)
-        content.kept()
+        self._kept(owner, content)
+        self._retention.make_room()
         return file
+
+    def _kept(self, owner: str, content: Incoming) -> None:
+        content.kept()
+        if content.owner is None:
+            self.folder.room.charge(owner, content.num_bytes)
+
+    def _check_num_files(self, owner: str, num_more: int) -> None:
+        (num,) = self._db.execute("SELECT COUNT(*) FROM files WHERE owner = ?", (owner,)).fetchone()
+        num_open, most = self._num_open(owner), self._retention.limits.max_own_files
+        if num + MAX_OUTPUTS * num_open + num_more > most:
+            raise QuotaError(
+                f"this key has {num} files and {num_open} batches that will leave up to {MAX_OUTPUTS} each, and may "
+                f"have {most} files (--batch-key-files); DELETE /v1/files/ID makes room, as does the expiry of files"
+            )
+
+    def _num_open(self, owner: str) -> int:
+        (num,) = self._db.execute("SELECT COUNT(*) FROM batches WHERE owner = ? AND is_open", (owner,)).fetchone()
+        return int(num)
 
     def _insert_file(self, owner: str, content: Incoming, filename: str, purpose: Purpose, keep_s: int) -> FileObject:
         file = FileObject(
@@ -119,36 +139,24 @@ class BatchStore:
                 status=409,
                 code="file_in_use",
             )
-        self._forget_file(file_id, found.bytes)
+        self._retention.forget_file(file_id, owner, found.bytes)
         return True
 
-    def _forget_file(self, file_id: str, num_bytes: int) -> None:
-        with no_room_as_error():
-            self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        self.folder.delete(file_id)
-        self.folder.count(-num_bytes)
-
     def forget_old(self) -> None:
-        """Delete files whose time is over and that no batch reads, and batches that ended long ago."""
-        query = (
-            "SELECT id, num_bytes FROM files WHERE expires_at <= ? "
-            "AND NOT EXISTS (SELECT 1 FROM batches WHERE input_id = files.id AND is_open)"
-        )
-        for file_id, num_bytes in self._db.execute(query, (self.now,)).fetchall():
-            self._forget_file(file_id, num_bytes)
-        with no_room_as_error():
-            self._db.execute("DELETE FROM batches WHERE NOT is_open AND forgotten_at <= ?", (self.now,))
+        """What nobody needs any more goes. Raises `DiskFullError`."""
+        self._retention.forget_old(self.now)
+        self._retention.make_room()
 
     # -- batches
 
     def add_batch(self, owner: str, batch: Batch, keep_output_s: int) -> OpenBatch | None:
-        """None where its input is not there any more. Raises `UserError` where the owner has too many that are open."""
+        """None where its input is not there any more. Raises `UserError` where the owner has too many that are open,
+        or too many files for what it will leave."""
         if self.file(owner, batch.input_file_id) is None:
             return None
-        query = "SELECT COUNT(*) FROM batches WHERE owner = ? AND is_open"
-        (num,) = self._db.execute(query, (owner,)).fetchone()
-        if num >= MAX_OPEN_BATCHES:
+        if (num := self._num_open(owner)) >= MAX_OPEN_BATCHES:
             raise OverloadedError(f"{num} batches of this key have not ended, as many as may be; wait for one's end")
+        self._check_num_files(owner, MAX_OUTPUTS)
         with no_room_as_error():
             added = self._db.execute(
                 "INSERT INTO batches (id, owner, is_open, input_id, keep_output_s, forgotten_at, batch) "
@@ -207,7 +215,7 @@ class BatchStore:
         with closing(self._db.reader()) as db:
             return {line for (line,) in db.execute("SELECT line FROM answers WHERE batch = ?", (number,))}
 
-    def add_answer(self, number: int, line: int, answer: bytes, is_failure: bool, usage: BatchUsage) -> None:
+    def add_answer(self, opened: OpenBatch, line: int, answer: bytes, is_failure: bool, usage: BatchUsage) -> None:
         """A row's line of output. Raises `DiskFullError`, and then nothing has changed."""
 
         def count(batch: Batch) -> None:
@@ -215,7 +223,9 @@ class BatchStore:
             batch.request_counts.completed += not is_failure
             _add_usage(batch.usage, usage)
 
-        self.folder.count(len(answer))
+        number, owner, room = opened.number, opened.owner, self.folder.room
+        self._retention.make_room()
+        room.count(len(answer), owner)
         is_new = False
         try:
             with no_room_as_error(), self._db.transaction():
@@ -225,7 +235,7 @@ class BatchStore:
             is_new = bool(changed)
         finally:
             if not is_new:
-                self.folder.count(-len(answer))
+                room.count(-len(answer), owner)
 
     def write_output(self, number: int, is_failure: bool | None, incoming: Incoming) -> None:
         """The answers of a batch in the order of its lines, on any thread; `is_failure` None: all."""
@@ -257,9 +267,11 @@ class BatchStore:
             )
             self._db.execute("DELETE FROM answers WHERE batch = ?", (opened.number,))
         for incoming in outputs.values():
-            incoming.kept()
-        self.folder.count(-(size or 0))
-        with suppress(sqlite3.Error):  # the batch has ended; a later end gives the pages back
+            self._kept(opened.owner, incoming)
+        self.folder.room.count(-(size or 0), opened.owner)
+        with suppress(sqlite3.Error, DiskFullError):  # the batch has ended; a later end does what is left
+            self._retention.after_end_of(opened.owner)
+            self._retention.make_room()
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
 

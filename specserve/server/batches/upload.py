@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from aiohttp import BodyPartReader, web
 
 from ...errors import UserError
 from ..http_body import convert
-from .disk import BatchDir, Incoming
+from .disk import Incoming
 from .types import ExpiresAfter
 
 CHUNK_BYTES = 256 * 1024
@@ -27,14 +28,22 @@ class Upload:
 
 
 class UploadReader:
-    """`stack` closes what an upload leaves that is not kept. Each MiB has to come within `timeout_s`."""
+    """Into what `incoming` makes. `stack` closes what an upload leaves that is not kept. Each MiB has to come within
+    `timeout_s`."""
 
-    def __init__(self, request: web.Request, folder: BatchDir, max_bytes: int, timeout_s: float, stack: ExitStack):
-        self._request, self._folder, self._stack = request, folder, stack
+    def __init__(
+        self,
+        request: web.Request,
+        incoming: Callable[[], Incoming],
+        max_bytes: int,
+        timeout_s: float,
+        stack: ExitStack,
+    ):
+        self._request, self._incoming, self._stack = request, incoming, stack
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
 
     async def read(self) -> Upload:
-        """Raises `UserError` with status 400, 408, 413, 415 or 507."""
+        """Raises `UserError` with status 400, 403, 408, 413, 415 or 507."""
         request = self._request
         if request.content_type != "multipart/form-data":
             raise UserError(
@@ -68,7 +77,7 @@ class UploadReader:
         return Upload(content, filename or "upload.jsonl", _expires_after(fields))
 
     async def _file(self, part: BodyPartReader) -> Incoming:
-        content = await asyncio.to_thread(self._folder.incoming)
+        content = await asyncio.to_thread(self._incoming)
         self._stack.callback(content.close)
         while data := await self._some(part):
             if content.num_bytes + len(data) > self._max_bytes:

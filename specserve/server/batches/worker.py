@@ -16,8 +16,8 @@ from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import TypeVar
 
-from .disk import DiskFullError
 from .outputs import End, Outputs
+from .room import DiskFullError
 from .row_runner import Outcome, RowRunner
 from .rows import FileCheck, InputLostError, Row, read_rows
 from .store import BatchStore, OpenBatch
@@ -243,10 +243,10 @@ class BatchWorker:
 
     async def _row(self, opened: OpenBatch, row: Row) -> None:
         outcome = await self._runner.outcome(opened.owner, row)
-        await self._with_room(opened.batch.id, self._keep, opened.number, row.line, outcome)
+        await self._with_room(opened.batch.id, self._keep, opened, row.line, outcome)
 
-    async def _keep(self, number: int, line: int, outcome: Outcome) -> None:
-        await self.on_disk(self._store.add_answer, number, line, outcome.line, outcome.is_failure, outcome.usage)
+    async def _keep(self, opened: OpenBatch, line: int, outcome: Outcome) -> None:
+        await self.on_disk(self._store.add_answer, opened, line, outcome.line, outcome.is_failure, outcome.usage)
 
     # -- its end
 

@@ -41,6 +41,7 @@ def start(patient_model_dir, alpha_dir, tmp_path_factory):
     keys.write_text("".join(entry_text(name, KEYS[name], fields[name]) for name in KEYS))
     flags = ("--adapters-dir", str(alpha_dir.parent), "--api-keys-file", str(keys), "--batch-dir", str(root / "state"))
     flags += ("--batch-max-file-mib", "1", "--batch-max-rows", "300", "--max-num-seqs", "8")
+    flags += ("--batch-key-gib", "0.002")
     servers = []
 
     def start():
@@ -242,6 +243,22 @@ def test_uploads_that_are_none_are_refused_and_leave_nothing(server):
     broken = {"Authorization": f"Bearer {KEYS['red']}", "Content-Type": "multipart/form-data; boundary=x"}
     assert requests.post(f"{server.url}/v1/files", data=b"--y\r\n", headers=broken, timeout=60).status_code == 400
     assert len(list(server.client().files.list())) == files
+
+
+def test_a_key_that_has_its_share_of_the_disk_is_told_how_to_make_room_and_others_have_theirs(server):
+    red, blue = server.client("red"), server.client("blue")
+    with pytest.raises(openai.PermissionDeniedError, match="--batch-key-gib.*DELETE /v1/files/ID") as refused:
+        for _ in range(3):
+            upload(red, ["x" * 900_000])
+    assert refused.value.code == "storage_quota_exceeded"
+    sent = [file for file in red.files.list() if file.bytes == 900_000]
+    assert len(sent) == 2
+    with pytest.raises(openai.PermissionDeniedError):
+        upload(red, ["x" * 900_000])
+    assert blue.files.delete(upload(blue, ["x" * 900_000]).id).deleted
+    for file in sent:
+        red.files.delete(file.id)
+    assert red.files.delete(upload(red, ["x" * 900_000]).id).deleted
 
 
 def test_the_name_of_a_file_may_be_any_bytes(server):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from specserve.server.batches.disk import BatchDir
+from specserve.server.batches.retention import KeepLimits
 from specserve.server.batches.store import BatchStore
 from specserve.server.batches.types import Batch, BatchUsage
 
 
 def test_no_query_of_a_request_or_a_row_reads_a_whole_table(tmp_path):
-    store = BatchStore(BatchDir(tmp_path, 1 << 20), lambda: 0.0)
+    store = BatchStore(BatchDir(tmp_path, 1 << 20), lambda: 0.0, KeepLimits(max_kept_bytes=0))
     asked: list[str] = []
     store._db.connection.set_trace_callback(asked.append)
 
@@ -24,7 +25,7 @@ def test_no_query_of_a_request_or_a_row_reads_a_whole_table(tmp_path):
         created_at=0, expires_at=3600,
     )  # fmt: skip
     opened = store.add_batch("me", batch, 3600)
-    store.add_answer(opened.number, 1, b"{}", False, BatchUsage())
+    store.add_answer(opened, 1, b"{}", False, BatchUsage())
     for after in (None, file.id):
         for purpose in (None, "batch"):
             for newest_first in (True, False):
@@ -41,6 +42,11 @@ def test_no_query_of_a_request_or_a_row_reads_a_whole_table(tmp_path):
         if query.startswith(("SELECT", "DELETE", "UPDATE"))
     }
     assert len(plans) > 15
-    slow = {query: plan for query, plan in plans.items() if any(step.startswith("SCAN") for step in plan)}
+    slow = {
+        query: plan
+        for query, plan in plans.items()
+        if any(step.startswith(("SCAN", "USE TEMP B-TREE")) for step in plan)
+        and not (query.endswith(" LIMIT 1") and plan == ["SCAN batches USING INDEX ended_batches"])  # its first entry
+    }
     assert not slow, slow
     store.close()

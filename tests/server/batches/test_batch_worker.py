@@ -18,8 +18,9 @@ from waiting import until
 from specserve.errors import EngineDeadError, OverloadedError, UserError
 from specserve.server.access.caller import Caller
 from specserve.server.access.limits import Allowance, Limits
-from specserve.server.batches.disk import BatchDir, DiskFullError
+from specserve.server.batches.disk import BatchDir
 from specserve.server.batches.places import Places
+from specserve.server.batches.room import DiskFullError
 from specserve.server.batches.row_runner import RowRunner
 from specserve.server.batches.store import BatchStore
 from specserve.server.batches.types import Batch, BatchUsage
@@ -293,12 +294,12 @@ async def test_an_answer_waits_for_room_on_the_disk_and_is_not_computed_again(se
     async with setup(max_bytes=2000) as made:
         opened = made.add(12)
         other = made.store.folder.incoming()
-        other.write(b"x" * (2000 - made.store.folder.num_bytes - 500))
+        other.write(b"x" * (2000 - made.store.folder.room.num_bytes - 500))
         lead = made.worker.begin(opened)
         await until(lambda: opened.batch.id in made.worker.problems)
         assert "--batch-disk-gib" in made.worker.problems[opened.batch.id]
         assert (await made.batch(opened)).status == "in_progress"
-        made.store.folder.max_bytes = MIB
+        made.store.folder.room.max_bytes = MIB
         await lead
         batch = await made.batch(opened)
         assert batch.request_counts.completed == 12 and len(made.lines(batch.output_file_id)) == 12
@@ -378,14 +379,14 @@ def test_a_full_disk_changes_nothing(tmp_path):
     opened = made.add(1)
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count = {pages}").fetchall()
-    before, used = store.current(opened.number), store.folder.num_bytes
+    before, used = store.current(opened.number), store.folder.room.num_bytes
     with pytest.raises(DiskFullError, match="disk"):
-        store.add_answer(opened.number, 1, b"x" * 100_000, False, before.usage)
-    assert store.current(opened.number) == before and store.folder.num_bytes == used
+        store.add_answer(opened, 1, b"x" * 100_000, False, before.usage)
+    assert store.current(opened.number) == before and store.folder.room.num_bytes == used
     assert store.answered_lines(opened.number) == set()
     store._db.execute("PRAGMA max_page_count = 1000000").fetchall()
     for _ in range(2):  # the second time the row has its answer
-        store.add_answer(opened.number, 1, b"x" * 100_000, False, before.usage)
+        store.add_answer(opened, 1, b"x" * 100_000, False, before.usage)
     assert store.current(opened.number).request_counts.completed == 1
     store.close()
 
@@ -412,12 +413,12 @@ async def test_a_disk_that_is_full_at_the_last_moment_changes_nothing_and_ends_n
     monkeypatch.setattr("specserve.server.batches.worker.TIDY_EVERY_S", 0.01)
     async with setup() as made:
         opened = made.add(2)
-        used = made.store.folder.num_bytes
+        used = made.store.folder.room.num_bytes
         made.store._db.connection = db = Cursed(made.store._db.connection, "COMMIT")
         for _ in range(3):
             with pytest.raises(DiskFullError):
-                made.store.add_answer(opened.number, 1, b"x" * 1000, False, BatchUsage())
-        assert made.store.folder.num_bytes == used
+                made.store.add_answer(opened, 1, b"x" * 1000, False, BatchUsage())
+        assert made.store.folder.room.num_bytes == used
         db.word = "DELETE"
         unused = made.store.folder.incoming()
         unused.finish()
@@ -458,7 +459,7 @@ def test_old_files_and_batches_go_and_their_bytes_with_them(tmp_path):
     assert store.folder.file(opened.batch.input_file_id).exists()  # a batch reads it
     store.end(opened, lambda batch: None, {})
     store.forget_old()
-    assert not store.folder.file(opened.batch.input_file_id).exists() and store.folder.num_bytes == 0
+    assert not store.folder.file(opened.batch.input_file_id).exists() and store.folder.room.num_bytes == 0
     assert store.batch("me", opened.batch.id) is not None
     now[0] += 31 * 86400
     store.forget_old()
