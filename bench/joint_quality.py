@@ -39,13 +39,13 @@ MAX_LOSS = 0.01
 
 @torch.no_grad()
 def held_out_loss(model: LoraModel, examples: list[Example], batch_tokens: int) -> float:
-    model.peft.eval()
+    model.train(False)
     total, num_tokens = 0.0, 0
     for batch in plan_epoch([len(e.tokens) for e in examples], batch_tokens, 0):
         hidden = model.hidden([examples[idx] for idx in batch])
         total += float(F.cross_entropy(model.logits(hidden.last).float(), hidden.targets, reduction="sum"))
         num_tokens += len(hidden.targets)
-    model.peft.train()
+    model.train()
     return total / num_tokens
 
 

@@ -28,6 +28,7 @@ from .joint_loss import JointObjective
 from .lora_model import LoraModel, arithmetic
 from .preflight import Prepared
 from .run_config import RunConfig
+from .teacher_model import is_own_model, open_teacher
 from .trainer import Trainer
 
 _SAMPLE_TOKENS = 1024  # of what is trained on for the measurement
@@ -84,7 +85,8 @@ def _training_seconds(
 ) -> float:
     config, plan = prepared.config, prepared.plan
     same = [list(range(len(sample)))] * len(plan)
-    objective = JointObjective(config, model, head, sample, common_prefix_len(sample), len(plan))
+    teacher = open_teacher(Path(config.teacher), model, prepared.model_dir) if config.teacher else None
+    objective = JointObjective(config, model, head, sample, common_prefix_len(sample), len(plan), teacher)
     trainer = Trainer(config, objective, same, folder, {})
     joint = (step for step in range(len(plan)) if head is not None and objective.schedule.head_weight(step))
     first_joint = next(joint, len(plan))
@@ -177,11 +179,17 @@ def _memory(prepared: Prepared) -> tuple[float, float]:
     config = prepared.config
     model = ModelConfig.from_dir(prepared.model_dir)
     bytes_each = arithmetic(config.dtype, _device()).itemsize
-    per_layer = model.hidden_size * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    per_layer += 3 * model.hidden_size * model.intermediate_size
-    linears, head = per_layer * model.num_layers, model.hidden_size * model.vocab_size
+    weights = _num_weights(model)
+    if config.teacher and is_own_model(Path(config.teacher), prepared.model_dir):
+        weights += _num_weights(ModelConfig.from_dir(Path(config.teacher)))
     width = 2 * model.hidden_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     width += 2 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
     lora = config.lora.r * width * model.num_layers
     activations = config.optimizer.batch_tokens * model.num_layers * 2 * width * bytes_each
-    return (linears + head) * bytes_each + lora * 16 + activations, lora
+    return weights * bytes_each + lora * 16 + activations, lora
+
+
+def _num_weights(model: ModelConfig) -> int:
+    per_layer = model.hidden_size * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_layer += 3 * model.hidden_size * model.intermediate_size
+    return per_layer * model.num_layers + model.hidden_size * model.vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .objective import Objective
 from .preflight import Prepared, prepare
 from .run_config import RunConfig
 from .task_run import PreparedRun
+from .teacher_model import open_teacher
 
 
 class GenerationRun(PreparedRun[Prepared]):
@@ -38,7 +40,8 @@ class GenerationRun(PreparedRun[Prepared]):
             self._head = head.to(device)
         if config.lora.frozen:
             return None
-        return JointObjective(config, model, self._head, examples, self._copy_start, len(self.plan))
+        teacher = open_teacher(Path(config.teacher), model, self.model_dir) if config.teacher else None
+        return JointObjective(config, model, self._head, examples, self._copy_start, len(self.plan), teacher)
 
     def finish(self) -> dict[str, Any] | None:
         assert self._model is not None

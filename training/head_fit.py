@@ -28,7 +28,7 @@ def collect_states(
     model: LoraModel, examples: Sequence[Example], batch_tokens: int, *, progress: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Last and tapped hidden states [N, H] of all rows with loss, and each example's row of its last prompt token."""
-    model.peft.eval()
+    model.train(False)
     starts = [0] * len(examples)
     last, tapped, num_rows = [], [], 0
     plan = plan_epoch([len(example.tokens) for example in examples], batch_tokens, 0)
@@ -40,20 +40,20 @@ def collect_states(
             num_rows += num_loss
         last.append(hidden.last.half().cpu())
         tapped.append(hidden.tapped.half().cpu())
-    model.peft.train()
+    model.train()
     return torch.cat(last), torch.cat(tapped), starts
 
 
 @torch.no_grad()
 def collect_teacher(model: LoraModel, head: LookaheadHead, last: torch.Tensor) -> torch.Tensor:
     """The target's log-probabilities [N, U] over the head's vocabulary for stored states [N, H], in fp16."""
-    model.peft.eval()
+    model.train(False)
     vocab = torch.tensor(head.vocab, device=model.device)
     parts = [
         teacher_log_probs(model.logits(part.to(model.device, model.dtype)), vocab).half().cpu()
         for part in last.split(_TEACHER_ROWS)
     ]
-    model.peft.train()
+    model.train()
     return torch.cat(parts)
 
 

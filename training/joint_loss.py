@@ -1,5 +1,5 @@
 """The two losses of a generation run's step, from one forward of the base model with its LoRA: the answers'
-cross-entropy, and the head's over the steps ahead.
+(answer_loss.py), and the head's over the steps ahead.
 
 The head always learns at full strength. What of its gradient reaches the LoRA, through the hidden states that the head
 starts from, is `reach`.
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from .answer_loss import known_tops, token_losses, top_kl, whole_kl
 from .data.dataset import Example
 from .head_module import LookaheadHead, build_anchors
 from .lora_model import Hidden, LoraModel
@@ -22,6 +22,7 @@ from .losses import head_loss, teacher_log_probs
 from .objective import Group, StepLoss
 from .run_config import HeadConfig, RunConfig
 from .schedule import Schedule
+from .teacher_model import Teacher
 
 MAX_ANCHORS = 160  # of a step's completion tokens, how many the head is trained on; the refit sees all of them
 
@@ -39,9 +40,14 @@ class Forward:
         hidden = model.hidden(batch)
         return cls(batch, hidden, model.logits(hidden.last).float())
 
-    def lora_loss_sum(self) -> torch.Tensor:
-        """Cross-entropy, summed over the tokens with loss."""
-        return F.cross_entropy(self.logits, self.hidden.targets, reduction="sum")
+    def lora_loss_sum(self, config: RunConfig, teacher: Teacher | None) -> torch.Tensor:
+        """Of `config.loss`, summed over the tokens with loss; without a `teacher` from what the rows know of one."""
+        kl = None
+        if config.loss != "ce" and teacher is not None:
+            kl = whole_kl(self.logits, teacher.logits(self.batch), config.kl.temperature)
+        elif config.loss != "ce":
+            kl = top_kl(self.logits, *known_tops(self.batch, self.logits.device), config.kl.temperature)
+        return token_losses(config.loss, self.logits, self.hidden.targets, kl, config.kl.weight).sum()
 
     def head_loss(
         self, head: LookaheadHead, config: HeadConfig, copy_start: int, reach: float, rng: random.Random
@@ -76,8 +82,9 @@ class JointObjective:
         examples: Sequence[Example],
         copy_start: int,
         num_steps: int,
+        teacher: Teacher | None = None,
     ):
-        self.config, self.model, self.head = config, model, head
+        self.config, self.model, self.head, self.teacher = config, model, head, teacher
         self.examples, self.copy_start = examples, copy_start
         self.schedule = Schedule(num_steps, config.optimizer, config.joint)
 
@@ -105,7 +112,7 @@ class JointObjective:
         self, batch: Sequence[int], step: int, num_targets: float, num_processes: int, rng: random.Random
     ) -> StepLoss:
         forward = Forward.of(self.model, [self.examples[idx] for idx in batch])
-        loss_sum = forward.lora_loss_sum()
+        loss_sum = forward.lora_loss_sum(self.config, self.teacher)
         total = loss_sum / num_targets
         values: dict[str, Any] = {}
         weight = self.schedule.head_weight(step)
@@ -118,7 +125,8 @@ class JointObjective:
         return StepLoss(total, loss_sum, values)
 
     def loss_sum(self, batch: Sequence[int]) -> torch.Tensor:
-        return Forward.of(self.model, [self.examples[idx] for idx in batch]).lora_loss_sum()
+        forward = Forward.of(self.model, [self.examples[idx] for idx in batch])
+        return forward.lora_loss_sum(self.config, self.teacher)
 
     def state(self) -> dict[str, Any]:
         return {"head": None if self.head is None else self.head.state_dict()}

@@ -1,4 +1,4 @@
-"""The base model with a trainable LoRA: transformers and peft, and a forward that computes what the losses need.
+"""A causal model, bare or with a trainable LoRA: transformers and peft, and a forward that computes what losses need.
 
 Logits are made only for rows with loss. Rows are padded on the right without a mask: under causal attention no real
 token sees the padding, and its outputs are never read.
@@ -7,7 +7,8 @@ token sees the padding, and its outputs are never read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,7 @@ def with_lora(base: Any, config: LoraConfig, task_type: str) -> Any:
     """The peft model that trains a LoRA of `base`: a new one, or the one that `config.adapter` holds."""
     import peft
 
-    with warnings.catch_warnings():
-        # peft asks for an attribute that transformers has renamed; nothing for the user to act on.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with quiet_peft():
         if config.adapter:
             return peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
         targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
@@ -57,6 +56,14 @@ def with_lora(base: Any, config: LoraConfig, task_type: str) -> Any:
         return peft.get_peft_model(base, lora)
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Within, peft may ask for an attribute that transformers has renamed; nothing for the user to act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
 def trained_parameters(peft_model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
 
@@ -67,7 +74,9 @@ def save_lora(peft_model: Any, directory: Path, base_name: str) -> None:
 
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     # Only the LoRA, also of embeddings; by default peft looks on the hub for whether the vocabulary has grown.
-    peft_model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+    peft_model.save_pretrained(
+        directory, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
+    )
     (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
     path = directory / WEIGHTS_FILE
     tensors = {
@@ -85,30 +94,36 @@ class Hidden:
     targets: torch.Tensor  # [L] int64, the next token
 
 
-class LoraModel:
-    """A peft model; `tap_layer` is the layer whose output the head reads."""
+class CausalModel:
+    """A model that answers, frozen; `tap_layer` is the layer whose output the head reads, None: the middle one."""
 
-    def __init__(
-        self, model_dir: Path, config: LoraConfig, dtype: torch.dtype, device: torch.device, tap_layer: int | None
-    ):
+    def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device, tap_layer: int | None = None):
         from transformers import AutoModelForCausalLM
 
-        base = load_base(AutoModelForCausalLM, model_dir, dtype, device)
+        causal = load_base(AutoModelForCausalLM, model_dir, dtype, device).requires_grad_(False)
         self.device, self.dtype = device, dtype
-        self.num_layers: int = base.config.num_hidden_layers
-        self.hidden_size: int = base.config.hidden_size
-        self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
+        self.num_layers: int = causal.config.num_hidden_layers
+        self.hidden_size: int = causal.config.hidden_size
+        self._softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
         self.tap_layer = self.num_layers // 2 if tap_layer is None else tap_layer
-        self.peft: Any = with_lora(base, config, "CAUSAL_LM")
-        causal = self.peft.base_model.model
-        self._inner: Any = causal.model
-        self._lm_head: nn.Module = causal.lm_head
+        self._causal: Any = causal
         self._tapped: torch.Tensor | None = None
-        self._inner.layers[self.tap_layer].register_forward_hook(self._tap)
+        causal.model.layers[self.tap_layer].register_forward_hook(self._tap)
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return trained_parameters(self.peft)
+    def train(self, mode: bool = True) -> None:
+        """As of a module: whether dropout is on."""
+        self._causal.train(mode)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Within, the model is in evaluation mode."""
+        training = [module for module in self._causal.modules() if module.training]
+        self.train(False)
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def hidden(self, examples: Sequence[Example]) -> Hidden:
         """Forward of a padded batch; rows are those before each token with loss."""
@@ -119,7 +134,7 @@ class LoraModel:
             positions = [p for p in range(1, len(example.tokens)) if example.loss_mask[p]]
             rows += [idx * width + p - 1 for p in positions]
             targets += [example.tokens[p] for p in positions]
-        last = self._inner(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        last = self._causal.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         assert self._tapped is not None
         index = torch.tensor(rows, device=self.device)
         size = last.shape[-1]
@@ -129,12 +144,27 @@ class LoraModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [L, V] of final hidden states [L, H], capped as the model caps them (Gemma)."""
-        logits: torch.Tensor = self._lm_head(hidden)
+        logits: torch.Tensor = self._causal.lm_head(hidden)
         return logits if not self._softcap else self._softcap * torch.tanh(logits.float() / self._softcap)
+
+    def _tap(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._tapped = output[0] if isinstance(output, tuple) else output
+
+
+class LoraModel(CausalModel):
+    """The same with a LoRA that is trained."""
+
+    def __init__(
+        self, model_dir: Path, config: LoraConfig, dtype: torch.dtype, device: torch.device, tap_layer: int | None
+    ):
+        super().__init__(model_dir, dtype, device, tap_layer)
+        self.peft: Any = with_lora(self._causal, config, "CAUSAL_LM")
+        self._causal = self.peft.base_model.model  # an embedding or lm_head with a LoRA is another module
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return trained_parameters(self.peft)
 
     def save(self, directory: Path, base_name: str) -> None:
         """Write the LoRA as plain PEFT files; `base_name` is what they call the base model."""
         save_lora(self.peft, directory, base_name)
-
-    def _tap(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._tapped = output[0] if isinstance(output, tuple) else output

@@ -6,18 +6,21 @@ no model is checked with the configuration (run_file.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
+from ..adapter_files import CONFIG_FILE
 from ..adapters.lora import read_adapter
 from ..adapters.served_base import ServedBase
 from ..compute.device_choice import choose_device
 from ..config import EngineConfig
 from ..errors import AdapterError, UserError
 from ..model.config import ModelConfig
+from ..model.fingerprint import tokenizer_fingerprint
 from ..model.store import resolve_model
 from ..routing_profile import RoutingProfile, profile_of
 from ..text.special_tokens import eos_token_ids
@@ -25,8 +28,10 @@ from ..text.tokenizer import TextTokenizer
 from .data.batching import default_epochs, plan_run
 from .data.dataset import Example, read_rows, shared_prompts, tokenize
 from .data.rows import routed_texts
+from .data.teacher_logits import TopLogits, logits_file, read_teacher_logits
 from .run_config import RunConfig
 from .run_file import check_ready
+from .teacher_model import check_teacher
 
 _SHOWN = 5
 _MAX_LEN = 1024
@@ -61,11 +66,14 @@ def prepare(config: RunConfig) -> Prepared:
     assert max_len is not None
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
-        check_adapter(Path(config.lora.adapter), model_dir)
+        check_adapter(Path(config.lora.adapter), model_dir, "lora.adapter")
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train, config.data.max_rows)
-    examples = [e for e in tokenize(rows, tokenizer, eos, config.data.system) if len(e.tokens) <= max_len]
+    examples = tokenize(rows, tokenizer, eos, config.data.system)
+    if config.loss != "ce":
+        examples = _with_teacher(config, examples, [row.line for row in rows], model_dir, model)
+    examples = [e for e in examples if len(e.tokens) <= max_len]
     if not examples:
         raise UserError(f"every row is longer than data.max_len ({max_len} tokens)", param="data.max_len")
     warnings = []
@@ -112,14 +120,61 @@ def settled(config: RunConfig, model: ModelConfig) -> RunConfig:
     return config
 
 
-def check_adapter(path: Path, model_dir: Path) -> None:
-    """With the eyes of the server: what it would refuse can be continued no more than it can be served."""
+def _with_teacher(
+    config: RunConfig, examples: list[Example], lines: Sequence[int], model_dir: Path, model: ModelConfig
+) -> list[Example]:
+    """The examples of all rows with what the file beside them knows of a teacher, unless a directory is one."""
+    own = Path(config.lora.adapter or "")
+    tokenizer_dir = own if config.lora.adapter and (own / "tokenizer.json").is_file() else model_dir
+    if config.teacher:
+        assert config.data.max_len is not None
+        check_teacher(Path(config.teacher), tokenizer_dir, config.data.max_len)
+        if (Path(config.teacher) / CONFIG_FILE).is_file():
+            check_adapter(Path(config.teacher), model_dir, "teacher")
+        return examples
+    file = Path(config.data.train)
+    tops = read_teacher_logits(file, tokenizer_fingerprint(tokenizer_dir), model.vocab_size)
+    if len(tops) < len(lines) or (len(tops) > len(lines) and config.data.max_rows is None):
+        raise UserError(
+            f"{logits_file(file)} is of {len(tops)} rows, {file} has {len(lines)}; make the logits again",
+            param="data.train",
+        )
+    found = list(_matched(examples, dict(zip(lines, tops, strict=False)), file))
+    num_without = sum(example.teacher is None for example in found)
+    if config.loss == "kl" and num_without:
+        raise UserError(
+            f"loss is kl, but {num_without} of {len(found)} answers have no teacher's logits in {logits_file(file)}: "
+            "give loss mixed, which learns these from their text, or leave the rows out",
+            param="loss",
+        )
+    return found
+
+
+def _matched(examples: Sequence[Example], tops: Mapping[int, TopLogits], file: Path) -> Iterator[Example]:
+    """The examples, whose rows may have several, with their part of their row's logits."""
+    for line, group in itertools.groupby(examples, key=lambda example: example.line):
+        row, top, start = list(group), tops[line], 0
+        lengths = [sum(example.loss_mask[1:]) for example in row]
+        if len(top) and len(top) != sum(lengths):
+            raise UserError(
+                f"{file} line {line}: its answers have {sum(lengths)} tokens with the model's chat template, its "
+                f"teacher's logits {len(top)}; make the logits again with this model's template",
+                param="data.train",
+            )
+        for example, length in zip(row, lengths, strict=True):
+            part = TopLogits(top.ids[start : start + length], top.logprobs[start : start + length])
+            yield replace(example, teacher=part) if len(top) else example
+            start += length
+
+
+def check_adapter(path: Path, model_dir: Path, setting: str) -> None:
+    """With the eyes of the server: what it would refuse can be learned from no more than it can be served."""
     base = ServedBase.of_files(model_dir, choose_device(EngineConfig()))
     base = replace(base, identity=None)  # a head beside it is trained anew
     try:
         read_adapter(path, base)
     except AdapterError as error:
-        raise UserError(f"lora.adapter: {error}", param="lora.adapter", code=error.code) from None
+        raise UserError(f"{setting}: {error}", param=setting, code=error.code) from None
 
 
 def check_held_out(held_out: Sequence[Example], file: str, model: ModelConfig) -> None:

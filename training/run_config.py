@@ -76,6 +76,15 @@ class HeadConfig(_Section, frozen=True):
     lr: Annotated[float, Meta(gt=0, le=1, description="learning rate of the head")] = 3e-3
 
 
+class KlConfig(_Section, frozen=True):
+    """How the LoRA learns from a teacher's probabilities; of loss kl and mixed."""
+
+    weight: Annotated[float, Meta(gt=0, lt=1, description="mixed: share of KL, the rest is cross-entropy")] = 0.5
+    temperature: Annotated[
+        float, Meta(ge=0.1, le=20, description="both distributions are softened by it, the loss times its square")
+    ] = 1.0
+
+
 class JointConfig(_Section, frozen=True):
     """How far the head's loss may reach into the LoRA."""
 
@@ -231,10 +240,22 @@ class RunConfig(_Section, frozen=True):
     output: Annotated[str, Meta(description="directory of the adapter")] = ""
     model: Annotated[str, Meta(description="base model; empty is the default model")] = ""
     seed: Annotated[int, Meta(ge=0, description="of the first weights, the order of the rows and dropout")] = 0
+    loss: Annotated[
+        Literal["ce", "kl", "mixed"],
+        Meta(description="of answers: cross-entropy, KL to a teacher's probabilities, or both"),
+    ] = "ce"
+    teacher: Annotated[
+        str | None,
+        Meta(
+            description="local directory of a model or adapter whose probabilities are computed in the run; default: "
+            "those beside data.train, in a .logits.safetensors"
+        ),
+    ] = None
     dtype: Annotated[Literal["auto", "fp32", "bf16"], Meta(description="arithmetic; auto: bf16 on CUDA")] = "auto"
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     head: HeadConfig = HeadConfig()
+    kl: KlConfig = KlConfig()
     joint: JointConfig = JointConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     distill: DistillConfig = DistillConfig()

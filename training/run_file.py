@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..strict_yaml import read_yaml, strict_loader
 from .run_config import ALL_LINEAR, TARGETS, RunConfig
 
-_PATHS = ("data.train", "data.eval", "lora.adapter", "output")
+_PATHS = ("data.train", "data.eval", "lora.adapter", "output", "teacher")
 
 
 def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> RunConfig:
@@ -56,6 +56,16 @@ def check_ready(config: RunConfig) -> None:
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if file and not Path(file).is_file():
             raise UserError(f"{key}: there is no file {file}", param=key)
+    if config.loss != "ce" and (config.task != "generate" or config.lora.frozen):
+        what = "--head-only trains no LoRA" if config.lora.frozen else f"task is {config.task}"
+        raise UserError(
+            f"loss is {config.loss}, which is of a LoRA that answers, but {what}; leave loss out", param="loss"
+        )
+    if config.teacher and config.loss == "ce":
+        raise UserError(
+            f"teacher is {config.teacher}, but loss ce reads no teacher: give loss kl or mixed (--set loss=mixed)",
+            param="loss",
+        )
     if config.lora.adapter and not (Path(config.lora.adapter) / CONFIG_FILE).is_file():
         raise UserError(f"lora.adapter: {config.lora.adapter} is not a PEFT directory", param="lora.adapter")
 

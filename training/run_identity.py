@@ -19,9 +19,10 @@ from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from .run_config import RunConfig
 from .run_file import absolute, flatten
+from .teacher_model import teacher_identity
 
 # Where things lie, and what is done before and after the steps. Files are in the identity by their content.
-_UNREAD = ("output", "model", "data.train", "data.eval", "lora.adapter", "head.draft_len")
+_UNREAD = ("output", "model", "data.train", "data.eval", "lora.adapter", "teacher", "head.draft_len")
 _UNREAD_SECTIONS = ("distill", "history", "checkpoint", "eval")
 _SHOWN = 5
 _HASH_LEN = 12
@@ -58,6 +59,7 @@ def run_identity(
         "the base model": base_fingerprint(model_dir)[:_HASH_LEN],
         "the tokenizer": tokenizer_fingerprint(model_dir)[:_HASH_LEN],
         "the content of lora.adapter": content_hash(adapter)[:_HASH_LEN] if adapter else None,
+        "the teacher": teacher_identity(Path(config.teacher))[:_HASH_LEN] if config.teacher else None,
         "the training rows as tokens": _hash_of_rows(rows),
         "the number of steps": len(plan),
         "the rows of the steps": _hash_of_lists(plan),

@@ -68,7 +68,7 @@ def test_states_of_a_row_with_several_answers_start_at_its_last_prompt(tmp_path)
     last, _, starts = collect_states(model, examples, 100)
     for example, start in zip(examples, starts, strict=True):
         with torch.no_grad():
-            whole = model._inner(input_ids=torch.tensor([example.tokens])).last_hidden_state[0]
+            whole = model._causal.model(input_ids=torch.tensor([example.tokens])).last_hidden_state[0]
         wanted = whole[example.prompt_len - 1 : len(example.tokens) - 1]
         torch.testing.assert_close(last[start : start + len(wanted)].float(), wanted, rtol=2e-3, atol=2e-3)
     assert examples[0].answers == [tokens[0][5:9], tokens[0][15:]] and examples[0].completion == tokens[0][15:]

@@ -16,6 +16,7 @@ from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
 from .chat_turns import Answer, TurnEncoder
 from .rows import Row, read_rows
+from .teacher_logits import TopLogits
 
 __all__ = ["Example", "Row", "RowEncoder", "read_rows", "shared_prompts", "tokenize"]
 
@@ -27,6 +28,7 @@ class Example:
     tokens: list[int]
     loss_mask: list[bool]
     line: int  # 1-based line of the file
+    teacher: TopLogits | None = None  # of the tokens with loss, in order
 
     @property
     def prompt_len(self) -> int:
@@ -39,7 +41,8 @@ class Example:
     @property
     def content(self) -> bytes:
         """What makes it another example than others."""
-        return array("q", self.tokens).tobytes() + bytes(self.loss_mask)
+        known = b"" if self.teacher is None else self.teacher.ids.tobytes() + self.teacher.logprobs.tobytes()
+        return array("q", self.tokens).tobytes() + bytes(self.loss_mask) + known
 
     @property
     def answers(self) -> list[list[int]]:

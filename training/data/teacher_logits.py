@@ -52,7 +52,7 @@ def write_teacher_logits(rows_file: Path, tokenizer_hash: str, rows: Sequence[To
         raise UserError(f"the rows have {sorted(widths)} tokens a position; one number is wanted", param="logits")
     (num_top,) = widths
     lengths = [len(row) for row in rows]
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         "ids": np.concatenate([np.zeros((0, num_top)), *(row.ids for row in rows if len(row))]).astype(np.int32),
         "logprobs": np.concatenate([np.zeros((0, num_top)), *(row.logprobs for row in rows if len(row))]).astype("f2"),

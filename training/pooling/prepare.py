@@ -75,7 +75,7 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
     questions = questions_for(config, rows)
     shape = checked_shape(config, questions)
     if config.lora.adapter:
-        check_adapter(Path(config.lora.adapter), model_dir)
+        check_adapter(Path(config.lora.adapter), model_dir, "lora.adapter")
         _check_kind(Path(config.lora.adapter), task, sum(len(question.labels) for question in questions))
     encoder = ExampleEncoder(tokenizer, shape)
     examples, held_out, warnings = _encoded(config, encoder, rows, questions)
