@@ -15,9 +15,10 @@ from pathlib import Path
 
 from ...config import ServeConfig
 from ...errors import UserError
+from ...token_bucket import Clock
 from .caller import ANONYMOUS, Caller
 from .key_file import SCOPES, KeyEntry, digest_of, read_settled_keys
-from .limits import Allowance, Clock, Limits
+from .limits import Allowance, Limits
 
 logger = logging.getLogger(__name__)
 
