@@ -27,20 +27,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"ground", "model", "text", "grammar", "chat"},
     "llm": {"ground", "model", "text", "chat", "server"},
     "loadgen": {"ground"},
-    "curation": {"ground", "text", "chat", "grammar", "model", "llm", "training"},
+    "teachers": {"ground", "model", "text", "chat", "llm"},
+    "curation": {"ground", "text", "chat", "grammar", "model", "llm", "teachers", "training"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # compute/ knows the three paths; they do not know each other.
 PATHS = ("compute.torch", "compute.native", "compute.cuda")
 # What makes rows needs their formats and how good answers are, not how a run goes.
 OF_TRAINING = {"curation": ("data.", "evaluation.task_metrics", "pooling.rows")}
-WITHOUT_TORCH = ("ground", "text", "chat", "grammar", "schedule", "server", "llm", "loadgen", "curation")
+WITHOUT_TORCH = ("ground", "text", "chat", "grammar", "schedule", "server", "llm", "loadgen", "teachers", "curation")
 
 
 def room_of(module: str) -> str:
-    """`specserve.compute.cuda.lora` -> compute."""
+    """`specserve.compute.cuda.lora` -> compute, and so is `specserve.compute` itself."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 2 else "ground"
+    return parts[1] if len(parts) > 2 or parts[-1] in MAY_IMPORT else "ground"
 
 
 def sources() -> Iterator[tuple[str, Path]]:

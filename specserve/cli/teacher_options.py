@@ -1,0 +1,183 @@
+"""Flags that name a teacher, for every command that makes data with one, and the teachers that they mean.
+
+Owns the wording of what is wrong with such a flag, and the question about a provider's terms on a terminal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+
+from .. import settings
+from ..cache_dirs import cache_dir
+from ..config import ServeConfig
+from ..errors import UserError
+from ..strict_json import decode_json
+from ..teachers import Budget, Price, TeacherSpec, parse_spec
+from ..teachers.answer_cache import AnswerCache
+from ..teachers.terms import is_agreed, note_on
+from .options import Command
+
+TEACHER_HELP = (
+    "SPEC of a teacher: MODEL@https://HOST/v1 for an endpoint with OpenAI's API; MODEL or MODEL+ADAPTER_DIR for a "
+    "directory or hub id that runs here, with 'default' as the default model."
+)
+_Option = Callable[[Command], Command]
+
+
+def teacher_options(*, many: bool = False, required: bool = True) -> Callable[[Command], Command]:
+    """--teacher, once or `many` times, and what goes with it; `teachers_of` and `budget_of` read the parameters."""
+    first = click.option(
+        "--teacher", "teachers", multiple=True, metavar="SPEC", callback=None if many else _single, required=required,
+        help="Who answers (below)." + (" Repeat for several." if many else ""),
+    )  # fmt: skip
+
+    def decorate(command: Command) -> Command:
+        for option in reversed((first, *_options())):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _single(context: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(value) > 1:
+        raise click.BadParameter("one teacher is expected here")
+    return value
+
+
+def _options() -> tuple[_Option[Any], ...]:
+    count = click.IntRange(1)
+    return (
+        click.option("--teacher-key-env", "teacher_key_env", multiple=True, metavar="NAME|HOST=NAME",
+                     help="Environment variable with the key of endpoints, or of the one at HOST; may be repeated."),
+        click.option("--teacher-price", multiple=True, metavar="IN,OUT|MODEL=IN,OUT",
+                     help="Price of a million prompt and answer tokens, of all endpoints or of one model."),
+        click.option("--max-cost", type=click.FloatRange(0, min_open=True), metavar="X",
+                     help="Stop before more than X would be spent, in the currency of the prices."),
+        click.option("--teacher-requests-per-minute", type=count, metavar="N", help="Limit of each endpoint."),
+        click.option("--teacher-tokens-per-minute", type=count, metavar="N", help="Limit of each endpoint."),
+        click.option("--teacher-concurrency", type=count, metavar="N",
+                     help="Requests at a time.  [default: 16 of an endpoint, 128 here]"),
+        click.option("--teacher-timeout-s", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True,
+                     metavar="X", help="Longest wait for one answer."),
+        click.option("--teacher-retries", type=click.IntRange(0, 100), default=6, show_default=True, metavar="N",
+                     help="Further attempts at a request that met 429, 5xx, a timeout or a cut connection."),
+        click.option("--teacher-option", multiple=True, metavar="KEY=VALUE",
+                     help="A setting of the engine of a teacher that runs here, as in dtype=bf16; may be repeated."),
+        click.option("--teacher-field", multiple=True, metavar="KEY=JSON",
+                     help="A field of an endpoint's bodies, as in reasoning_effort='\"low\"'; null leaves one out."),
+        click.option("--teacher-any-model", is_flag=True, help="Answers may come from a model of another name."),
+        click.option("--teacher-cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                     help="Where answers are kept.  [default: ~/.cache/specserve/teachers]"),
+        click.option("--accept-teacher-terms", is_flag=True,
+                     help="You have read what the provider says of training on answers, and agree."),
+    )  # fmt: skip
+
+
+def budget_of(params: Mapping[str, Any]) -> Budget:
+    """What --max-cost allows, for all teachers of a command. Raises `UserError` where no price tells the cost."""
+    if params["max_cost"] is not None and not params["teacher_price"]:
+        raise UserError("--max-cost needs --teacher-price IN,OUT: without it no cost is known", param="max_cost")
+    return Budget(params["max_cost"])
+
+
+def teachers_of(params: Mapping[str, Any], specs: Sequence[str] | None = None) -> list[TeacherSpec]:
+    """The teachers of --teacher, or those of `specs`, such as a judge's, under the same flags.
+
+    Asks on a terminal for what must be agreed to. Raises `UserError`.
+    """
+    found = [_teacher(params, text) for text in (params["teachers"] if specs is None else specs)]
+    return [_agreed(spec) for spec in found]
+
+
+def _teacher(params: Mapping[str, Any], text: str) -> TeacherSpec:
+    spec = parse_spec(text)
+    common = {
+        "concurrency": params["teacher_concurrency"],
+        "timeout_s": params["teacher_timeout_s"],
+        "max_retries": params["teacher_retries"],
+        "accept_terms": params["accept_teacher_terms"],
+        "any_model": params["teacher_any_model"],
+        "cache_dir": params["teacher_cache"] or cache_dir("teachers"),
+    }
+    if spec.url is None:
+        return dataclasses.replace(spec, **common, options=_engine_options(params["teacher_option"]))
+    return dataclasses.replace(
+        spec,
+        **common,
+        key_env=_for(params["teacher_key_env"], urlsplit(spec.url).netloc, urlsplit(spec.url).hostname or ""),
+        price=_price(_for(params["teacher_price"], spec.model)),
+        fields=_fields(params["teacher_field"]),
+        requests_per_minute=params["teacher_requests_per_minute"],
+        tokens_per_minute=params["teacher_tokens_per_minute"],
+    )
+
+
+def _for(values: Sequence[str], *names: str) -> str | None:
+    """The value that one of `names` has, else the one without a name."""
+    named = dict(value.rsplit("=", 1) for value in values if "=" in value)
+    general = [value for value in values if "=" not in value]
+    return next((named[name] for name in names if name in named), general[-1] if general else None)
+
+
+def _price(text: str | None) -> Price | None:
+    if text is None:
+        return None
+    try:
+        prompt, completion = (float(part) for part in text.split(","))
+        if prompt < 0 or completion < 0 or prompt + completion == float("inf") or prompt != prompt:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"--teacher-price {text!r} is not IN,OUT: two numbers, the prices of a million prompt and answer tokens",
+            param="teacher_price",
+        ) from None
+    return Price(prompt, completion)
+
+
+def _pairs(flag: str, values: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for value in values:
+        key, sign, rest = value.partition("=")
+        if not sign or not key:
+            raise UserError(f"{flag} {value!r} is not KEY=VALUE", param=flag)
+        pairs.append((key, rest))
+    return pairs
+
+
+def _engine_options(values: Sequence[str]) -> dict[str, Any]:
+    known = {setting.name: setting for setting in settings.settings_of(ServeConfig)}
+    options = {}
+    for key, text in _pairs("--teacher-option", values):
+        if key not in known:
+            raise UserError(f"--teacher-option {key}: no such setting; `specserve serve --help` lists them", param=key)
+        options[key] = settings.parse(known[key], text, "--teacher-option")
+    return options
+
+
+def _fields(values: Sequence[str]) -> dict[str, Any]:
+    return {
+        key: decode_json(text.encode(), f"--teacher-field {key}") for key, text in _pairs("--teacher-field", values)
+    }
+
+
+def _agreed(spec: TeacherSpec) -> TeacherSpec:
+    """`spec`, with the user's agreement if it is needed and can be asked for."""
+    if spec.url is None or spec.accept_terms or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return spec
+    assert spec.cache_dir is not None
+    cache = AnswerCache(spec.cache_dir)
+    try:
+        if is_agreed(spec, cache):
+            return spec
+    finally:
+        cache.close()
+    click.echo(note_on(spec), err=True)
+    return dataclasses.replace(spec, accept_terms=click.confirm("Go on?", err=True))

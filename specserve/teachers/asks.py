@@ -1,0 +1,68 @@
+"""What a teacher is asked, and what it answers: values, and the hash under which an answer is kept.
+
+Invariant: two asks have one hash exactly if the same teacher was asked the same thing in the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+_FORMAT = "1"  # of what is kept; another one is asked again
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A conversation to be answered `n` times; `messages` are in the API's shape, `schema` is a JSON Schema to keep to.
+
+    Equal asks share their answers, sampled ones too: other samples need another `seed`.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    schema: Mapping[str, Any] | None = None
+    top_logprobs: int = 0  # of each token of the answer
+
+    def digest(self, identity: str) -> str:
+        """SHA-256 of this ask and of who is asked."""
+        whole = {"format": _FORMAT, "teacher": identity, "ask": asdict(self)}
+        return hashlib.sha256(msgspec.json.encode(whole, order="deterministic")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token by its bytes, which may be a part of a character, its log-probability, and the most likely ones there."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`finish_reason` is stop or length (cut off); `completion_tokens` None: they are known of all samples together."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int | None
+    reasoning: str | None = None  # what the teacher thought before, where it says so
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """All answers to one ask, and what was charged for them: a prompt with several samples is often charged once."""
+
+    answers: tuple[Answer, ...]
+    prompt_tokens: int
+    completion_tokens: int

@@ -1,0 +1,22 @@
+"""What a teacher's two kinds have in common: one attempt at one ask."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .asks import Ask, Reply
+
+
+class Backend(Protocol):
+    """`identity` tells everything that answers depend on; `concurrency` is how many asks it takes at a time."""
+
+    identity: str
+    concurrency: int
+
+    async def start(self) -> None:
+        """Before the first ask that no cache answers. Raises `TeacherError` when there is nobody to ask."""
+
+    async def ask(self, ask: Ask) -> Reply:
+        """Raises `TeacherError`."""
+
+    async def close(self) -> None: ...

@@ -1,0 +1,124 @@
+"""A model and an adapter in process: `specserve.AsyncLLM`, which batches what is asked and drafts.
+
+Started at the first ask that no cache answers. Its identity is what its answers depend on: weights, tokenizer, chat
+template, the adapter's content, and how weights are held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+from pathlib import Path
+
+from ..adapter_files import content_hash, read_texts
+from ..errors import EngineDeadError, UserError
+from ..llm.async_llm import AsyncLLM
+from ..llm.outputs import CompletionOutput, RequestOutput
+from ..llm.params import LoRARequest, SamplingParams
+from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
+from ..model.store import resolve_model
+from .asks import Answer, Ask, Reply, TokenLogprob
+from .errors import TeacherError
+from .spec import TeacherSpec
+
+CONCURRENCY = 128  # asks that wait in the engine cost little, and its steps are never short of them
+MAX_TOP_LOGPROBS = 20
+_SHAPING = ("dtype", "quantization", "kernels")  # options that change answers
+
+
+class LocalBackend:
+    """Of a spec without `url`. Raises `UserError` for a model or an adapter that is not there."""
+
+    def __init__(self, spec: TeacherSpec):
+        self._spec = spec
+        self.concurrency = spec.concurrency or CONCURRENCY
+        self.model_dir = resolve_model(spec.model, None, progress=sys.stderr.isatty())
+        self._adapter = None if spec.adapter is None else LoRARequest(spec.adapter.resolve().name, 0, str(spec.adapter))
+        self.identity = self._identity()
+        self._llm: AsyncLLM | None = None
+
+    async def start(self) -> None:
+        try:
+            llm = AsyncLLM(self.model_dir, **self._spec.options)
+            await llm.start()
+        except UserError as error:
+            raise TeacherError(f"{self._spec.name}: {error}", ends_run=True, status=error.status) from None
+        self._llm = llm
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            await self._llm.close()
+
+    async def ask(self, ask: Ask) -> Reply:
+        output = await self._output(ask)
+        answers = tuple(self._answer(output, one, ask) for one in output.outputs)
+        return Reply(answers, len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs))
+
+    async def prompt_logprobs(self, token_ids: list[int], num_top: int) -> RequestOutput:
+        """The output that reads `token_ids`; its `prompt_logprobs` has of each the `num_top` most likely ones there."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=num_top)
+        assert self._llm is not None
+        try:
+            (output,) = await self._llm.generate(token_ids, params, adapter=self._adapter)
+        except UserError as error:
+            raise self._failed(error) from None
+        return output
+
+    async def _output(self, ask: Ask) -> RequestOutput:
+        assert self._llm is not None
+        if ask.top_logprobs > MAX_TOP_LOGPROBS:
+            raise TeacherError(f"top_logprobs is {ask.top_logprobs}; a local teacher has up to {MAX_TOP_LOGPROBS}")
+        params = SamplingParams(
+            n=ask.n,
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            seed=ask.seed,
+            max_tokens=ask.max_tokens,
+            stop=list(ask.stop) or None,
+            logprobs=ask.top_logprobs or None,
+            structured_outputs=None if ask.schema is None else {"json": dict(ask.schema)},
+        )
+        try:
+            (output,) = await self._llm.chat(list(ask.messages), params, adapter=self._adapter)
+        except UserError as error:
+            raise self._failed(error) from None
+        return output
+
+    def _answer(self, output: RequestOutput, one: CompletionOutput, ask: Ask) -> Answer:
+        message = one.message or {}
+        return Answer(
+            text=message.get("content") or "",
+            finish_reason=one.finish_reason or "",
+            prompt_tokens=len(output.prompt_token_ids),
+            completion_tokens=len(one.token_ids),
+            reasoning=message.get("reasoning_content"),
+            logprobs=self._logprobs(one) if ask.top_logprobs else None,
+        )
+
+    def _logprobs(self, one: CompletionOutput) -> tuple[TokenLogprob, ...]:
+        assert self._llm is not None
+        text_of = self._llm.get_tokenizer().token_bytes
+        found = []
+        for token, scored in zip(one.token_ids, one.logprobs or (), strict=True):
+            top = tuple((bytes(text_of(other)), each.logprob) for other, each in scored.items())
+            found.append(TokenLogprob(bytes(text_of(token)), scored[token].logprob, top))
+        return tuple(found)
+
+    def _failed(self, error: UserError) -> TeacherError:
+        is_retryable = isinstance(error, EngineDeadError)
+        return TeacherError(f"{self._spec.name}: {error}", retryable=is_retryable, status=error.status)
+
+    def _identity(self) -> str:
+        parts = [base_fingerprint(self.model_dir), tokenizer_fingerprint(self.model_dir)]
+        parts.append(str(read_texts(self.model_dir, self.model_dir.name)[0]))
+        if self._spec.adapter is not None:
+            directory = Path(self._spec.adapter)
+            parts += [content_hash(directory), str(read_texts(directory, directory.name)[0])]
+        parts += [f"{name}={self._spec.options[name]}" for name in _SHAPING if name in self._spec.options]
+        return "local\n" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+async def local_backend(spec: TeacherSpec) -> LocalBackend:
+    """Made on a thread: the model's and the adapter's files are read for their fingerprints."""
+    return await asyncio.to_thread(LocalBackend, spec)

@@ -1,0 +1,208 @@
+"""Many asks to one teacher: cached, paced, retried, counted, and as many at a time as it takes.
+
+Invariant: a reply is in the cache before anybody sees it. An ask that fails is a result like others; a teacher that
+nobody can ask any more ends the run, after what was in flight has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from ..cache_dirs import cache_dir
+from .answer_cache import AnswerCache
+from .asks import Answer, Ask, Reply
+from .backend import Backend
+from .errors import TeacherError
+from .pacing import Pacing
+from .spec import TeacherSpec, parse_spec
+from .terms import check_terms
+from .usage import Budget, Usage, most_prompt_tokens
+
+MAX_WAIT_S = 60.0  # between attempts, unless the endpoint asks for more
+MAX_RETRY_AFTER_S = 600.0  # an endpoint that asks for more is not waited for
+MAX_FAILED_IN_A_ROW = 5  # asks whose every attempt failed: nobody is there
+MAX_REFUSED_FIRST = 20  # asks that were refused before one was answered: it is not the asks
+
+Result = list[Answer] | TeacherError
+
+
+@asynccontextmanager
+async def open_teacher(spec: TeacherSpec | str, budget: Budget | None = None) -> AsyncIterator[Teacher]:
+    """The teacher of `spec`; `budget` is shared by all that get it. Raises `UserError`.
+
+    Nothing is loaded or reached before the first ask that the cache does not answer.
+    """
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    cache = AnswerCache(spec.cache_dir or cache_dir("teachers"))
+    try:
+        check_terms(spec, cache)
+        teacher = Teacher(spec, await _backend(spec), cache, budget or Budget())
+        try:
+            yield teacher
+        finally:
+            await teacher.close()
+    finally:
+        cache.close()
+
+
+async def _backend(spec: TeacherSpec) -> Backend:
+    if spec.url is not None:
+        from .hosted import HostedBackend
+
+        return HostedBackend(spec)
+    from .local import local_backend
+
+    return await local_backend(spec)
+
+
+class Teacher:
+    """Made by `open_teacher`, and used on one event loop. `usage` counts what was asked of it."""
+
+    def __init__(self, spec: TeacherSpec, backend: Backend, cache: AnswerCache, budget: Budget):
+        self.spec, self.backend, self.usage = spec, backend, Usage()
+        self._cache, self._budget = cache, budget
+        self._pacing = Pacing(spec)
+        self._starting = asyncio.Lock()
+        self._is_started = False
+        self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._failed_in_a_row = self._num_refused = 0
+        self._fatal: TeacherError | None = None
+
+    async def answers(self, asks: Iterable[Ask]) -> AsyncGenerator[tuple[int, Result]]:
+        """(index of an ask, its `n` answers or the error) as they come, in no order.
+
+        Asks are taken from the iterable as places get free. Raises `TeacherError` where no other ask can be answered,
+        after all results that were in flight. Close it (`contextlib.aclosing`) when you leave it early.
+        """
+        todo = iter(enumerate(asks))
+        running: dict[asyncio.Task[Result], int] = {}
+        fatal: TeacherError | None = None
+        try:
+            while True:
+                while fatal is None and len(running) < self.backend.concurrency:
+                    if (following := next(todo, None)) is None:
+                        break
+                    running[asyncio.create_task(self.answer(following[1]))] = following[0]
+                if not running:
+                    break
+                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in finished:
+                    index = running.pop(task)
+                    try:
+                        result = task.result()
+                    except TeacherError as error:
+                        fatal = fatal or error
+                        continue
+                    yield index, result
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        if fatal is not None:
+            raise fatal
+
+    async def answer(self, ask: Ask) -> Result:
+        """Of one ask. Raises `TeacherError` where no other can be answered either."""
+        digest = ask.digest(self.backend.identity)
+        async with self._asking.setdefault(digest, asyncio.Lock()):
+            reply = self._cache.get(digest)
+            if reply is not None:
+                self.usage.add_cached(reply, self.spec.price)
+            else:
+                try:
+                    reply = await self._asked(ask, digest)
+                except TeacherError as error:
+                    if error.ends_run:
+                        raise
+                    self.usage.failed += 1
+                    return error
+        if not any(answer.text.strip() for answer in reply.answers):
+            reasons = ", ".join(sorted({answer.finish_reason for answer in reply.answers}))
+            return TeacherError(f"{self.spec.name} gave an empty answer (finish_reason {reasons})")
+        return list(reply.answers)
+
+    async def close(self) -> None:
+        self._pacing.end()
+        await self.backend.close()
+
+    async def _asked(self, ask: Ask, digest: str) -> Reply:
+        async with self._budget.room_for(ask, self.spec.price):
+            try:
+                await self._started()
+                reply = await self._attempts(ask)
+            except TeacherError as error:
+                self._note(error)
+                raise self._fatal or error from None
+            self._failed_in_a_row = 0
+            self._cache.put(digest, self.spec.name, reply)
+            self.usage.requests += 1
+            self._budget.spend(self.usage.add(reply, self.spec.price))
+            return reply
+
+    async def _started(self) -> None:
+        async with self._starting:
+            if self._fatal is not None:
+                raise self._fatal
+            if not self._is_started:
+                await self.backend.start()
+                self._is_started = True
+
+    async def _attempts(self, ask: Ask) -> Reply:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(self._may_retry),
+            stop=stop_after_attempt(self.spec.max_retries + 1),
+            wait=self._wait_s,
+            sleep=self._pacing.sleep,
+            reraise=True,
+        )
+        return await retrying(self._attempt, ask)
+
+    async def _attempt(self, ask: Ask) -> Reply:
+        reserved = most_prompt_tokens(ask) // 4 + ask.max_tokens * ask.n
+        await self._pacing.turn(reserved)
+        if self._fatal is not None:
+            raise self._fatal
+        used = 0
+        try:
+            reply = await self.backend.ask(ask)
+            used = reply.prompt_tokens + reply.completion_tokens
+            return reply
+        finally:
+            self._pacing.settle(reserved, used)
+
+    def _may_retry(self, error: BaseException) -> bool:
+        if not isinstance(error, TeacherError) or not error.retryable or self._pacing.has_ended:
+            return False
+        return error.retry_after_s is None or error.retry_after_s <= MAX_RETRY_AFTER_S
+
+    def _wait_s(self, state: RetryCallState) -> float:
+        self.usage.retries += 1
+        backoff = wait_random_exponential(multiplier=self.spec.retry_wait_s, max=MAX_WAIT_S)(state)
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, TeacherError) and error.retry_after_s is not None:
+            self._pacing.pause(error.retry_after_s)
+            return error.retry_after_s
+        return backoff
+
+    def _note(self, error: TeacherError) -> None:
+        """Remember an error that ends the run, or that so many asks met that nobody can be there."""
+        self._failed_in_a_row += error.retryable
+        self._num_refused += not error.retryable
+        kept = "What was answered is kept; the same command goes on from there"
+        if error.ends_run:
+            self._end(error)
+        elif self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+            told = f"{self._failed_in_a_row} requests in a row had no answer after {self.spec.max_retries} retries"
+            self._end(TeacherError(f"{error}; {told}. {kept}", ends_run=True, status=error.status))
+        elif self._num_refused >= MAX_REFUSED_FIRST and not self.usage.requests:
+            told = f"the first {self._num_refused} requests were all refused"
+            self._end(TeacherError(f"{error}; {told}. {kept}", ends_run=True, status=error.status))
+
+    def _end(self, error: TeacherError) -> None:
+        self._fatal = self._fatal or error
+        self._pacing.end()

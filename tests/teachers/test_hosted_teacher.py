@@ -1,0 +1,347 @@
+"""A teacher at an endpoint: what it is sent, what its answers become, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from email.utils import formatdate
+
+import pytest
+from fake_teacher import MODEL, FakeTeacher, completion, echo
+
+from specserve.teachers import Answer, Ask, Budget, Price, TeacherError, TeacherSpec, open_teacher
+from specserve.teachers.hosted import retry_after
+from specserve.teachers.hosted_body import same_model
+
+
+def ask(text: str, **fields) -> Ask:
+    return Ask(({"role": "user", "content": text},), **{"max_tokens": 20, **fields})
+
+
+ASKS = [ask(f"question {idx}") for idx in range(12)]
+
+
+class Endpoint:
+    """A fake endpoint and a teacher of it, opened anew for each call: what is kept between is the cache."""
+
+    def __init__(self, tmp_path):
+        self.fake = FakeTeacher()
+        self.spec = TeacherSpec(
+            model=MODEL, url="", accept_terms=True, cache_dir=tmp_path, retry_wait_s=0.002, timeout_s=10
+        )
+
+    async def results(self, asks, *, budget=None, **changes):
+        """(results in the order of `asks`, usage)."""
+        spec = dataclasses.replace(self.spec, **{"url": self.fake.url, **changes})
+        found: dict[int, object] = {}
+        self.usage = None
+        async with open_teacher(spec, budget) as teacher:
+            self.usage = teacher.usage
+            async with contextlib.aclosing(teacher.answers(asks)) as answers:
+                async for index, result in answers:
+                    assert index not in found
+                    found[index] = result
+        return [found[index] for index in sorted(found)], teacher.usage
+
+
+@pytest.fixture
+async def endpoint(tmp_path):
+    endpoint = Endpoint(tmp_path)
+    async with endpoint.fake.serving():
+        yield endpoint
+
+
+def texts(results):
+    return [[answer.text for answer in result] for result in results]
+
+
+async def test_what_is_asked_once_is_not_asked_again(endpoint):
+    results, usage = await endpoint.results(ASKS, price=Price(1.0, 10.0))
+    assert texts(results) == [[f"answer to question {idx}"] for idx in range(12)]
+    assert results[0] == [Answer("answer to question 0", "stop", 2, 4)]
+    assert (usage.requests, usage.cached, usage.prompt_tokens, usage.completion_tokens) == (12, 0, 24, 48)
+    assert usage.cost == pytest.approx(24e-6 + 480e-6)
+    again, usage = await endpoint.results([*ASKS, ASKS[0], ask("new")], price=Price(1.0, 10.0))
+    assert again[:12] == results and (usage.requests, usage.cached) == (1, 13)
+    assert usage.cached_cost == pytest.approx(13 / 12 * 504e-6)
+    assert len(endpoint.fake.bodies) == 13
+
+
+async def test_equal_asks_of_one_run_share_an_answer(endpoint):
+    results, usage = await endpoint.results([ASKS[0]] * 5)
+    assert len(endpoint.fake.bodies) == 1 and texts(results) == [["answer to question 0"]] * 5
+    assert (usage.requests, usage.cached) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": "wise-1-mini"}, {"fields": {"reasoning_effort": "low"}}, {"url": "other"}], ids=str
+)
+async def test_another_teacher_has_other_answers(endpoint, changes):
+    await endpoint.results(ASKS[:1])
+    if "url" in changes:
+        changes = {"url": endpoint.fake.url.replace("127.0.0.1", "localhost")}
+    _, usage = await endpoint.results(ASKS[:1], any_model=True, **changes)
+    assert usage.requests == 1
+
+
+async def test_bodies_say_what_is_asked(endpoint):
+    schema = {"type": "object"}
+    whole = ask("q", temperature=0.7, top_p=0.9, n=2, seed=5, stop=("\n",), schema=schema, top_logprobs=3, max_tokens=9)
+    await endpoint.results([whole], fields={"reasoning_effort": "low", "top_p": None})
+    assert endpoint.fake.bodies == [
+        {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "q"}],
+            "max_tokens": 9,
+            "temperature": 0.7,
+            "n": 2,
+            "seed": 5,
+            "stop": ["\n"],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": schema, "strict": True},
+            },
+            "logprobs": True,
+            "top_logprobs": 3,
+            "reasoning_effort": "low",
+        }
+    ]
+
+
+async def test_samples_that_an_endpoint_does_not_give_at_once_are_asked_for_one_by_one(endpoint):
+    endpoint.fake.respond = lambda body, number: [f"sample {number}"]
+    results, usage = await endpoint.results([ask("q", n=3, seed=7, temperature=1.0)])
+    assert texts(results) == [["sample 0", "sample 1", "sample 2"]]
+    assert [body["seed"] for body in endpoint.fake.bodies] == [7, 8, 9] and usage.prompt_tokens == 3
+
+
+async def test_log_probabilities_are_of_bytes(endpoint):
+    token = {"token": "\\xc3", "logprob": -0.5, "bytes": [195], "top_logprobs": [{"token": "é", "logprob": -1.0}]}
+    endpoint.fake.respond = lambda body, number: completion("é", body, logprobs={"content": [token]})
+    ((answer,),), _ = await endpoint.results([ask("q", top_logprobs=1)])
+    assert answer.logprobs[0].token == b"\xc3" and answer.logprobs[0].top == (("é".encode(), -1.0),)
+
+
+def failing(*bad, then=echo):
+    """The first requests get `bad`, all others an answer."""
+    return lambda body, number: bad[number] if number < len(bad) else then(body)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"}),
+        (500, b"oh no", {}),
+        (503, b"", {}),
+        None,
+        b"{ not json",
+        b"<html>a proxy's page</html>",
+        b'{"choices": []}',
+        {"choices": [{"message": {"content": 5}}]},
+        {"choices": [{"message": {"content": "cut o"}, "finish_reason": None}]},
+    ],
+    ids=lambda bad: str(bad)[:40],
+)
+async def test_what_may_pass_is_tried_again(endpoint, bad):
+    endpoint.fake.respond = failing(bad, bad)
+    results, usage = await endpoint.results(ASKS)
+    assert texts(results) == [[f"answer to question {idx}"] for idx in range(12)]
+    assert usage.retries == 2 and usage.failed == 0
+
+
+async def test_a_slow_answer_is_given_up_and_asked_for_again(endpoint):
+    async def slow(body, number):
+        await asyncio.sleep(5 if number == 0 else 0)
+        return echo(body)
+
+    endpoint.fake.respond = slow
+    results, usage = await endpoint.results(ASKS[:1], timeout_s=0.1)
+    assert texts(results) == [["answer to question 0"]] and usage.retries == 1
+
+
+async def test_a_pause_that_is_asked_for_holds_for_all(endpoint):
+    arrivals: list[float] = []
+
+    def limited(body, number):
+        arrivals.append(time.monotonic())
+        return echo(body) if number else (429, {"error": {"message": "slow down"}}, {"retry-after-ms": "300"})
+
+    endpoint.fake.respond = limited
+    _, usage = await endpoint.results(ASKS, concurrency=1)
+    assert usage.retries == 1 and arrivals[1] - arrivals[0] > 0.29
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ((400, {"error": {"message": "context too long"}}, {}), "status 400: context too long"),
+        ((403, {"error": "flagged"}, {}), "status 403: flagged"),
+        ((422, {"detail": [{"msg": "field n"}]}, {}), "field n"),
+        ((429, {"error": {"message": "come tomorrow"}}, {"Retry-After": "86400"}), "come tomorrow"),
+        ({"choices": [{"message": {"refusal": "I will not"}, "finish_reason": "stop"}]}, "refuses to answer: I will"),
+        ({"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}, "content filter"),
+        ({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}, "empty answer"),
+        ({"choices": [{"message": {"content": ""}, "finish_reason": "tool_calls"}]}, "finish_reason is 'tool_calls'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_what_will_not_pass_is_that_ask_s_result_alone(endpoint, bad, told):
+    endpoint.fake.respond = lambda body, number: bad if body["messages"][0]["content"] == "bad" else echo(body)
+    results, usage = await endpoint.results([*ASKS[:3], ask("bad"), *ASKS[3:]])
+    assert isinstance(results[3], TeacherError) and told in str(results[3]) and MODEL in str(results[3])
+    assert len(endpoint.fake.bodies) == 13 and usage.retries == 0
+    assert texts(results[:3] + results[4:]) == [[f"answer to question {idx}"] for idx in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ((401, {"error": {"message": "bad key"}}, {}), "the key is refused"),
+        ((404, b"page not found", {}), "no such address or model: status 404: page not found"),
+        ((429, {"error": {"message": "pay", "code": "insufficient_quota"}}, {}), "the quota is used up"),
+        ((307, b"", {"Location": "https://elsewhere/v1"}), "redirects to 'https://elsewhere/v1'"),
+        ({**completion("x", {"messages": []}), "model": "llama"}, "answered as 'llama', and 'wise-1' was asked"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_what_no_other_ask_would_pass_ends_the_run(endpoint, bad, told):
+    endpoint.fake.respond = lambda body, number: echo(body) if number < 3 else bad
+    with pytest.raises(TeacherError, match=told):
+        await endpoint.results(ASKS, concurrency=2)
+    assert len(endpoint.fake.bodies) <= 5
+    endpoint.fake.respond = failing()
+    _, usage = await endpoint.results(ASKS)
+    assert usage.cached == 3
+
+
+async def test_an_endpoint_that_dies_ends_the_run_and_keeps_what_it_gave(endpoint):
+    endpoint.fake.respond = lambda body, number: echo(body) if number < 4 else (502, b"bad gateway", {})
+    asks = [ask(f"q{idx}") for idx in range(40)]
+    with pytest.raises(TeacherError, match="5 requests in a row had no answer after 1 retries. What was answered is"):
+        await endpoint.results(asks, max_retries=1, concurrency=4)
+    assert len(endpoint.fake.bodies) < 25
+    endpoint.fake.respond = failing()
+    results, usage = await endpoint.results(asks)
+    assert len(results) == 40 and usage.cached == 4
+
+
+async def test_one_ask_that_always_fails_is_a_result(endpoint):
+    endpoint.fake.respond = lambda body, number: None if body["messages"][0]["content"] == "poison" else echo(body)
+    results, usage = await endpoint.results([ask("poison"), *ASKS], max_retries=2)
+    assert isinstance(results[0], TeacherError) and results[0].retryable and "cannot reach" in str(results[0])
+    assert len(results) == 13 and usage.failed == 1
+
+
+async def test_requests_that_are_all_refused_end_the_run(endpoint):
+    endpoint.fake.respond = lambda body, number: (400, {"error": {"message": "no such field: top_p"}}, {})
+    with pytest.raises(TeacherError, match="no such field: top_p; the first 20 requests were all refused"):
+        await endpoint.results([ask(f"q{idx}") for idx in range(100)], concurrency=3)
+    assert len(endpoint.fake.bodies) < 25
+
+
+async def test_nobody_there_is_one_line(endpoint):
+    with pytest.raises(TeacherError, match=r"cannot reach wise-1@http://127.0.0.1:1/v1: .*; is it running") as raised:
+        await endpoint.results(ASKS, url="http://127.0.0.1:1/v1")
+    assert raised.value.ends_run and "\n" not in str(raised.value)
+
+
+async def test_a_key_comes_from_its_variable_and_is_never_shown(endpoint, monkeypatch):
+    endpoint.fake.key = "sk-secret-1"
+    with pytest.raises(TeacherError, match="the environment variable TEACHER_KEY is not set"):
+        await endpoint.results(ASKS, key_env="TEACHER_KEY")
+    monkeypatch.setenv("TEACHER_KEY", "sk-wrong-2")
+    with pytest.raises(TeacherError, match=r"the key is refused \(from \$TEACHER_KEY\)") as raised:
+        await endpoint.results(ASKS, key_env="TEACHER_KEY")
+    assert "sk-wrong-2" not in str(raised.value) and "***" in str(raised.value)
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret-1")
+    results, _ = await endpoint.results(ASKS, key_env="TEACHER_KEY")
+    assert len(results) == 12
+    kept = b"".join(path.read_bytes() for path in endpoint.spec.cache_dir.iterdir())
+    assert b"sk-secret-1" not in kept and b"answer to question 3" in kept
+
+
+async def test_no_more_requests_than_wanted_at_a_time(endpoint):
+    async def slow(body, number):
+        await asyncio.sleep(0.01)
+        return echo(body)
+
+    endpoint.fake.respond = slow
+    await endpoint.results(ASKS, concurrency=3)
+    assert endpoint.fake.most_running == 3
+
+
+async def test_leaving_early_leaves_nothing_running(endpoint):
+    async def slow(body, number):
+        await asyncio.sleep(0.01 if number < 2 else 30)
+        return echo(body)
+
+    endpoint.fake.respond = slow
+    async with open_teacher(dataclasses.replace(endpoint.spec, url=endpoint.fake.url)) as teacher:
+        async with contextlib.aclosing(teacher.answers(ASKS)) as answers:
+            await anext(answers)
+    assert not [task for task in asyncio.all_tasks() if "answer" in repr(task.get_coro())]
+    endpoint.fake.respond = failing()
+    _, usage = await endpoint.results(ASKS)
+    assert usage.cached >= 1
+
+
+async def test_the_limit_of_cost_is_never_passed(endpoint):
+    price, budget = Price(0.0, 1e6), Budget(50.0)  # an answer of 3 tokens costs 3, and may cost 20
+    with pytest.raises(TeacherError, match="the limit of cost is reached: 33.0000 of 50.0000 is spent"):
+        await endpoint.results([ask(f"q{idx}") for idx in range(40)], price=price, budget=budget)
+    assert budget.spent == 33.0 and len(endpoint.fake.bodies) == 11
+    results, usage = await endpoint.results([ask(f"q{idx}") for idx in range(14)], price=price, budget=Budget(50.0))
+    assert len(results) == 14 and usage.cost + usage.cached_cost == 42.0 and usage.cached <= 11
+
+
+async def test_a_price_needs_token_counts(endpoint):
+    endpoint.fake.respond = lambda body, number: {**completion("x", body), "usage": None}
+    with pytest.raises(TeacherError, match="does not say how many tokens an answer took"):
+        await endpoint.results(ASKS, price=Price(1, 1))
+    results, usage = await endpoint.results(ASKS)
+    assert len(results) == 12 and usage.completion_tokens == 0
+
+
+async def test_terms_are_agreed_to_once_for_each_model(endpoint):
+    with pytest.raises(TeacherError, match="may forbid training other models.*--accept-teacher-terms"):
+        await endpoint.results(ASKS[:1], accept_terms=False)
+    assert not endpoint.fake.bodies
+    await endpoint.results(ASKS[:1])
+    results, _ = await endpoint.results(ASKS[:2], accept_terms=False)
+    assert len(results) == 2
+    with pytest.raises(TeacherError, match="may forbid"):
+        await endpoint.results(ASKS[:1], accept_terms=False, model="wise-2")
+
+
+async def test_the_newer_name_of_max_tokens_is_found(endpoint):
+    def newer(body, number):
+        if "max_tokens" in body:
+            return 400, {"error": {"message": "max_tokens is not supported; use max_completion_tokens"}}, {}
+        return echo(body)
+
+    endpoint.fake.respond = newer
+    results, _ = await endpoint.results(ASKS, concurrency=1)
+    assert len(results) == 12 and [("max_tokens" in body) for body in endpoint.fake.bodies].count(True) == 1
+
+
+def test_what_endpoints_ask_to_wait():
+    assert retry_after({"Retry-After": "7"}) == 7 and retry_after({"retry-after-ms": "250"}) == 0.25
+    assert 50 < retry_after({"Retry-After": formatdate(time.time() + 60, usegmt=True)}) <= 61
+    assert retry_after({"Retry-After": formatdate(time.time() - 60, usegmt=True)}) == 0
+    assert retry_after({}) is None and retry_after({"Retry-After": "soon"}) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "same"),
+    [
+        ("gpt-4o", "gpt-4o-2024-08-06", True),
+        ("meta-llama/Llama-3-8B", "llama-3-8b", True),
+        ("sonnet-latest", "sonnet-2025", True),
+        ("gpt-4", "gpt-4o", False),
+        ("wise-1", "llama", False),
+    ],
+)
+def test_versions_of_a_model_are_that_model(asked, answered, same):
+    assert same_model(asked, answered) is same
