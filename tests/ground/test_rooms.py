@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"ground", "model", "text", "grammar", "chat"},
     "llm": {"ground", "model", "text", "chat", "server"},
     "loadgen": {"ground"},
+    "ray": {"ground", "model", "server"},
     "teachers": {"ground", "model", "text", "chat", "llm"},
     "curation": {"ground", "text", "chat", "grammar", "model", "llm", "teachers", "training"},
 }
@@ -35,7 +36,19 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 PATHS = ("compute.torch", "compute.native", "compute.cuda")
 # What makes rows needs their formats and how good answers are, not how a run goes.
 OF_TRAINING = {"curation": ("data.", "evaluation.task_metrics", "pooling.rows")}
-WITHOUT_TORCH = ("ground", "text", "chat", "grammar", "schedule", "server", "llm", "loadgen", "teachers", "curation")
+WITHOUT_TORCH = (
+    "ground",
+    "text",
+    "chat",
+    "grammar",
+    "schedule",
+    "server",
+    "llm",
+    "ray",
+    "loadgen",
+    "teachers",
+    "curation",
+)
 
 
 def room_of(module: str) -> str:

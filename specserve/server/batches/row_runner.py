@@ -56,14 +56,14 @@ class RowRunner:
         """However long that takes. Holds a place while the row runs."""
         num_tries = num_losses = 0
         while True:
-            generation = self._engine.generation
+            num_restarts = self._engine.num_restarts
             try:
                 async with self._places.one(owner):
-                    generation = self._engine.generation
+                    num_restarts = self._engine.num_restarts
                     answer = await self._answer(owner, row)
                 return Outcome(answered_line(row.custom_id, 200, answer), False, usage_of(answer))
             except UserError as error:
-                num_losses += isinstance(error, EngineDeadError) and self._engine.generation != generation
+                num_losses += isinstance(error, EngineDeadError) and self._engine.num_restarts != num_restarts
                 if error.status not in (429, 503) or num_losses >= MAX_LOSSES:
                     return Outcome(failed_line(row.custom_id, error.info()), True, BatchUsage())
                 wait_s = max(error.retry_after_s or 0.0, float(2**num_tries))

@@ -100,6 +100,11 @@ class EngineClient:
         return self._engine.generation
 
     @property
+    def num_restarts(self) -> int:
+        """Processes that have served beside the first one."""
+        return max(0, self.generation - 1)
+
+    @property
     def info(self) -> EngineInfo:
         """Of the process that serves or served last."""
         if self._engine.info is None:

@@ -26,6 +26,9 @@ class ServingEngine(Protocol):
     def generation(self) -> int: ...
 
     @property
+    def num_restarts(self) -> int: ...
+
+    @property
     def info(self) -> EngineInfo: ...
 
     @property

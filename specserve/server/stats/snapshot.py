@@ -59,7 +59,7 @@ class StatsSource:
                 device=info.device,
                 dtype=info.dtype,
                 kernels=info.kernels,
-                num_restarts=max(0, engine.generation - 1),
+                num_restarts=engine.num_restarts,
                 uptime_s=engine.serving_s,
             ),
             requests=RequestStats(

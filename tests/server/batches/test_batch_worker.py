@@ -40,7 +40,7 @@ class Setup:
     def __init__(self, path, answer=None, places=lambda: 4, max_bytes=MIB, callers=caller):
         self.now = 1_000_000.0
         self.store = BatchStore(BatchDir(path, max_bytes), lambda: self.now)
-        self.engine = SimpleNamespace(generation=1)
+        self.engine = SimpleNamespace(num_restarts=0)
         self.asked: Counter[str] = Counter()
         self.running: list[str] = []
         self.places = Places(places)
@@ -201,7 +201,7 @@ async def test_a_full_server_and_a_lost_engine_are_no_answers_but_a_bad_row_is(s
         if idx == 2 and tries[idx] < 6:
             raise OverloadedError("full", retry_after_s=0.5)
         if idx == 3:
-            made.engine.generation += 1
+            made.engine.num_restarts += 1
             raise EngineDeadError("it ended while the row ran")
         if idx == 4:
             raise RuntimeError("a fault of ours")

@@ -35,7 +35,7 @@ DRAFTS = [
 class Engine:
     """What a source asks of an engine's client."""
 
-    state, generation, known_info, serving_s = "ready", 1, INFO, 5.0
+    state, num_restarts, known_info, serving_s = "ready", 0, INFO, 5.0
 
     def __init__(self) -> None:
         self.num_asked = 0
@@ -165,7 +165,7 @@ async def test_something_is_told_while_the_engine_says_nothing(feed, engine, mon
 
 
 def test_an_engine_that_has_not_started_has_stats_of_nothing(engine):
-    engine.stats, engine.state, engine.generation, engine.known_info = None, "starting", 0, None
+    engine.stats, engine.state, engine.known_info = None, "starting", None
     told = StatsSource(engine, "the-base").newest()
     assert told.engine.status == "starting" and told.engine.num_restarts == told.kv.blocks == told.kv.used_ratio == 0
 

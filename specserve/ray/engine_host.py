@@ -1,0 +1,146 @@
+"""A replica: one engine process, run as the HTTP server runs its own, and the front that it serves.
+
+One front at a time: the last that attached. What it says goes to the engine in order, what the engine says goes back,
+all that has come together as one frame. A front that leaves, or is replaced, leaves nothing behind: its sequences are
+aborted, so that their KV blocks return. An engine that ends ends the frames; it is started again by its supervisor, and
+the front attaches anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ..config import ServeConfig
+from ..errors import EngineDeadError
+from ..messages import Abort, Delta, EngineStats, GenerateRequest, RequestFailed, Stats
+from ..pooling_messages import Pooled, PoolRequest
+from ..server.engine_client.client import RESTART_PATIENCE_S
+from ..server.engine_client.link import EngineLink
+from ..server.engine_client.supervisor import EngineSupervisor
+from .wire import Greeting, encode, to_replica_decoder
+
+MAX_AWAY_S = 120.0  # that an engine may need to be started again before the replica counts as broken
+
+logger = logging.getLogger(__name__)
+
+
+class EngineHost:
+    """`command` starts the engine of `config`, whose `model` is a local directory."""
+
+    def __init__(self, config: ServeConfig, engine_config: Any, command: list[str]):
+        self._front: _Attached | None = None
+        self._engine = EngineSupervisor(
+            lambda: EngineLink.launch(command, engine_config),
+            self._relay,
+            self._lost,
+            silence_timeout_s=config.engine_timeout_s,
+            step_timeout_s=config.engine_step_timeout_s,
+        )
+        self._away_since: float | None = None
+        self._stats: EngineStats | None = None
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """The engine's last word of itself; None while none serves."""
+        return self._stats
+
+    @property
+    def pid(self) -> int:
+        """Of the engine process that serves or served last; 0 before the first."""
+        return self._engine.info.pid if self._engine.info is not None else 0
+
+    async def start(self) -> None:
+        """Start the engine and wait for its model; raises the `UserError` that says why it cannot be served."""
+        await self._engine.start()
+
+    async def stop(self) -> None:
+        self._lost()
+        await self._engine.stop()
+
+    def check(self) -> None:
+        """Raises `EngineDeadError` where the engine has been away for too long."""
+        if self._engine.state == "ready":
+            self._away_since = None
+            return
+        now = time.monotonic()
+        self._away_since = self._away_since or now
+        if now - self._away_since > MAX_AWAY_S:
+            raise EngineDeadError(f"the engine has not been back for {MAX_AWAY_S:.0f} s ({self._engine.state})")
+
+    async def attach(self, front: str) -> AsyncGenerator[bytes]:
+        """As `wire.Channel.attach`."""
+        engine = await self._engine.link(RESTART_PATIENCE_S)
+        self._lost()
+        attached = self._front = _Attached(front)
+        logger.info("a front attached")
+        try:
+            yield encode(Greeting(engine.info, time.monotonic()))
+            async for messages in attached.messages():
+                yield encode(messages)
+        finally:
+            if self._front is attached:
+                self._front = None
+            for request_id in attached.running:
+                self._engine.send(Abort(request_id))
+
+    async def tell(self, front: str, frame: bytes) -> None:
+        """As `wire.Channel.tell`."""
+        attached = self._front
+        if attached is None or attached.front != front:
+            return
+        for message in to_replica_decoder.decode(frame):
+            if isinstance(message, GenerateRequest | PoolRequest):
+                attached.running.add(message.request_id)
+            self._engine.send(message)
+
+    def _relay(self, message: Any) -> None:
+        if isinstance(message, Stats):
+            self._stats = message.stats
+        if (attached := self._front) is None:
+            return
+        if (isinstance(message, Delta) and message.finish_reason is not None) or isinstance(
+            message, Pooled | RequestFailed
+        ):
+            attached.running.discard(message.request_id)
+        attached.put(message)
+
+    def _lost(self) -> None:
+        """The engine has gone, or the front: whoever is attached hears nothing more."""
+        self._stats = None
+        if self._front is not None:
+            self._front.end()
+            self._front = None
+
+
+class _Attached:
+    """A front, what it is to hear, and which of its sequences run."""
+
+    def __init__(self, front: str):
+        self.front = front
+        self.running: set[str] = set()
+        self._messages: list[Any] = []
+        self._changed = asyncio.Event()
+        self._is_ended = False
+
+    def put(self, message: Any) -> None:
+        self._messages.append(message)
+        self._changed.set()
+
+    def end(self) -> None:
+        self._is_ended = True
+        self._changed.set()
+
+    async def messages(self) -> AsyncGenerator[list[Any]]:
+        """All that has come, each time there is something."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            messages, self._messages = self._messages, []
+            if messages:
+                yield messages
+            if self._is_ended:
+                return

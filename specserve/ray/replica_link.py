@@ -1,0 +1,91 @@
+"""A front's end of the way to one replica, as `server.engine_client.supervisor` sees an engine process.
+
+What is sent goes in the order in which it was sent, as much together as there is while the last is under way. Times
+that the engine reads are the replica's: deadlines are moved by the difference of the two clocks, which the greeting
+tells to within the time that it took. Ending it leaves the replica's engine alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+
+from ..errors import EngineDeadError, UserError
+from ..messages import GenerateRequest, Shutdown
+from ..pooling_messages import PoolRequest
+from .wire import Channel, encode, from_replica_decoder, greeting_decoder
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaLink:
+    """Made by `launch`."""
+
+    def __init__(self, channel: Channel, front: str, frames: AsyncGenerator[bytes], first: bytes):
+        greeting = greeting_decoder.decode(first)
+        self.info = greeting.info
+        self._clock_difference_s = greeting.clock_s - time.monotonic()
+        self._channel, self._front, self._frames = channel, front, frames
+        self._unsent: list[Any] = []
+        self._has_unsent = asyncio.Event()
+        self._sender = asyncio.create_task(self._send())
+
+    @classmethod
+    async def launch(cls, channel: Channel) -> ReplicaLink:
+        """Attach to the replica. Raises `UserError` where it has gone."""
+        front = uuid4().hex  # a new one each time: what an earlier link still sends is not for this one's engine
+        frames = channel.attach(front)
+        try:
+            first = await anext(frames)
+        except UserError:
+            raise
+        except (Exception, StopAsyncIteration) as error:
+            raise EngineDeadError(f"the replica is away ({type(error).__name__})") from error
+        return cls(channel, front, frames, first)
+
+    async def messages(self) -> AsyncGenerator[list[Any]]:
+        """What the engine says at a time, until it or its replica ends."""
+        async with aclosing(self._frames) as frames:
+            try:
+                async for frame in frames:
+                    yield from_replica_decoder.decode(frame)
+            except (asyncio.CancelledError, GeneratorExit, msgspec.MsgspecError):
+                raise
+            except Exception as error:
+                logger.warning("a replica has gone: %s", type(error).__name__)
+
+    def send(self, message: Any) -> None:
+        """Queue `message` for the engine; nothing comes of it when the replica is gone."""
+        if isinstance(message, Shutdown):
+            return  # the engine is the replica's
+        if isinstance(message, GenerateRequest | PoolRequest) and message.deadline is not None:
+            message = msgspec.structs.replace(message, deadline=message.deadline + self._clock_difference_s)
+        self._unsent.append(message)
+        self._has_unsent.set()
+
+    async def end(self, grace_s: float) -> str:
+        """Leave the replica, which aborts what was asked of it."""
+        self._sender.cancel()
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            await self._sender
+        with contextlib.suppress(Exception):
+            await self._frames.aclose()
+        return "its replica was left"
+
+    async def _send(self) -> None:
+        while True:
+            await self._has_unsent.wait()
+            self._has_unsent.clear()
+            unsent, self._unsent = self._unsent, []
+            try:
+                await self._channel.tell(self._front, encode(unsent))
+            except Exception as error:  # the frames end as well, and say so
+                logger.debug("a replica was not told", exc_info=error)

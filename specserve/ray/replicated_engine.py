@@ -1,0 +1,358 @@
+"""Several replicas as one engine: what the server needs of an engine process, kept over many (`ServingEngine`).
+
+Owns who serves, and sends each request where `policy` says; which contents are where is in `holders`. A replica that
+goes takes its own sequences with it and nothing else: they end as they end with an engine process, and whoever asks
+again is sent elsewhere. One that leaves in order finishes what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from ..config import ServeConfig
+from ..errors import EngineDeadError, EngineLostError, OverloadedError, UserError
+from ..messages import AdapterInfo, AdapterLoaded, AdapterState, Delta, EngineInfo, EngineStats, GenerateRequest
+from ..pooling_messages import Pooled, PoolRequest
+from ..server.engine_client.client import RESTART_PATIENCE_S
+from ..server.engine_client.supervisor import STOPPED, State
+from .copies import Copies
+from .expected_cost import ExpectedCost
+from .holders import Holders
+from .member import Member
+from .merged import merged_adapters, merged_info, merged_stats
+from .policy import AffinityPolicy
+from .prefixes import prefix_keys
+from .wire import Channel
+
+MAX_ANSWERS = 4096  # whose replica is remembered while their sequences come
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """Of one that serves; `owed_tokens` are those of requests that were sent there and have not ended."""
+
+    stats: EngineStats | None
+    owed_tokens: int
+    num_adapters: int
+
+
+class ReplicatedEngine:
+    """`channel_to` gives the way to a replica; `set_replicas` says which there are. Of one event loop."""
+
+    def __init__(self, config: ServeConfig, channel_to: Callable[[str], Channel]):
+        self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: None
+        self.on_serving: Callable[[], object] = lambda: None
+        self.on_snapshot: Callable[[], object] = lambda: None
+        self._config, self._channel_to = config, channel_to
+        self._members: dict[str, Member] = {}
+        self._policy, self._holders = AffinityPolicy(), Holders()
+        self._copies = Copies(self._holders, self._ready)
+        self._cost = ExpectedCost()
+        self._answers_at: dict[str, str] = {}  # answer -> replica, of those with several sequences; newest last
+        self._has_ready = asyncio.Event()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._num_losses = 0
+        self._has_served = self._is_stopped = False
+        self._info: EngineInfo | None = None
+
+    # -- which replicas there are
+
+    def set_replicas(self, names: Iterable[str]) -> None:
+        """These run now; what another one has begun it finishes."""
+        if self._is_stopped:
+            return
+        wanted = set(names)
+        for name in sorted(wanted - self._members.keys()):
+            member = self._members[name] = Member(name, self._config, self._channel_to(name))
+            member.client.on_adapters_left = partial(self._left, member)
+            member.client.on_serving = self._changed
+            member.client.on_snapshot = partial(self._heard, member)
+            member.start()
+        for name in self._members.keys() - wanted:
+            self._num_losses += self._members[name].num_losses
+            self._leaving.add(task := asyncio.create_task(self._members.pop(name).leave(self._config.drain_timeout_s)))
+            task.add_done_callback(self._leaving.discard)
+        self._changed()
+
+    def replicas(self) -> dict[str, ReplicaState]:
+        """Those that serve, by name."""
+        return {
+            name: ReplicaState(member.client.snapshot[0], self._policy.loads[name], self._holders.num_of(name))
+            for name, member in self._ready().items()
+        }
+
+    def _ready(self) -> dict[str, Member]:
+        return {name: member for name, member in self._members.items() if member.client.state == "ready"}
+
+    def _changed(self) -> None:
+        """Some replica serves now, or no more."""
+        ready, served_before = self._ready(), self._has_ready.is_set()
+        for lost in self._policy.loads.keys() - ready.keys():
+            logger.warning("replica %s serves no more; %d do", lost, len(ready))
+            if gone := self._holders.replica_lost(lost):
+                self.on_adapters_left(gone)
+        self._policy.set_replicas(ready)
+        if not ready:
+            self._has_ready.clear()
+            return
+        self._info = merged_info([member.client.info for member in ready.values()])
+        self._has_ready.set()
+        self._has_served = True
+        if not served_before:
+            self.on_serving()
+
+    def _heard(self, member: Member) -> None:
+        if (member.client.state == "ready") != (member.name in self._policy.loads):
+            self._changed()
+        self.on_snapshot()
+
+    def _left(self, member: Member, numbers: dict[str, int]) -> None:
+        gone = {}
+        for content_hash, number in numbers.items():
+            self._policy.left(member.name, content_hash)
+            if (placement := self._holders.left(content_hash, member.name, number)) is not None:
+                gone[content_hash] = placement
+        if gone:
+            self.on_adapters_left(gone)
+
+    # -- what the server sees of the engine
+
+    @property
+    def state(self) -> State:
+        if self._is_stopped:
+            return "stopped"
+        return "ready" if self._has_ready.is_set() else "restarting" if self._has_served else "starting"
+
+    @property
+    def generation(self) -> int:
+        """What replicas held and hold no more is told one by one, so that no process's end voids what others hold."""
+        return 1 if self._has_served else 0
+
+    @property
+    def num_restarts(self) -> int:
+        """Engine processes and replicas that have gone."""
+        return self._num_losses + sum(member.num_losses for member in self._members.values())
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineDeadError("no replica has started yet; retry shortly")
+        return self._info
+
+    @property
+    def known_info(self) -> EngineInfo | None:
+        return self._info
+
+    async def first_info(self) -> EngineInfo:
+        if self._info is None:
+            await self._any_ready()
+        return self.info
+
+    @property
+    def serving_s(self) -> float:
+        return max((member.client.serving_s for member in self._ready().values()), default=0.0)
+
+    @property
+    def snapshot(self) -> tuple[EngineStats | None, float]:
+        found = [member.client.snapshot for member in self._ready().values()]
+        stats = [part for part, _ in found if part is not None]
+        return (merged_stats(stats), max(at for _, at in found)) if stats else (None, time.time())
+
+    @property
+    def wait_estimate_s(self) -> float:
+        return min((member.client.wait_estimate_s for member in self._ready().values()), default=0.0)
+
+    async def start(self) -> None:
+        """Wait for the first replica, however long that takes."""
+        await self._has_ready.wait()
+
+    async def stop(self) -> None:
+        """Leave all replicas; what runs ends with an error."""
+        self._is_stopped = True
+        members, self._members = list(self._members.values()), {}
+        self._policy.set_replicas(())
+        self._has_ready.set()  # whoever waits hears that it is stopped
+        await asyncio.gather(*(member.leave(0.0) for member in members), *self._leaving, return_exceptions=True)
+        await self._copies.stop()
+
+    async def _any_ready(self) -> dict[str, Member]:
+        """Those that serve; a first one is waited for. Raises `EngineDeadError`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RESTART_PATIENCE_S):
+                await self._has_ready.wait()
+        if self._is_stopped:
+            raise EngineDeadError(STOPPED)
+        if not (ready := self._ready()):
+            raise EngineDeadError("no replica serves now; retry shortly")
+        return ready
+
+    # -- requests
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]:
+        """As `EngineClient.generate`, on whichever replica."""
+        return self._answers(request, lambda member: member.client.generate(request))
+
+    def pool(self, request: PoolRequest) -> AsyncGenerator[Pooled]:
+        """As `EngineClient.pool`."""
+        return self._answers(request, lambda member: member.client.pool(request))
+
+    async def _answers(
+        self, request: GenerateRequest | PoolRequest, ask: Callable[[Member], AsyncGenerator[Any]]
+    ) -> AsyncGenerator[Any]:
+        cost, refusals = self._cost.of(request), dict[str, UserError]()
+        while True:
+            member = await self._member_for(request, cost, refusals)
+            number = self._number(request.adapter_hash, member)
+            self._policy.began(member.name, cost)
+            has_begun = False
+            try:
+                async with member.running(), aclosing(ask(member)) as answers:
+                    async for answer in answers:
+                        has_begun = True
+                        self._cost.learn(request, answer)
+                        yield answer
+                return
+            except UserError as error:
+                if has_begun or error.code not in ("adapter_not_resident", OverloadedError.code):
+                    raise
+                if error.code == OverloadedError.code:
+                    refusals[member.name] = error
+                elif request.adapter_hash is not None:
+                    self._left(member, {request.adapter_hash: number})
+            finally:
+                self._policy.ended(member.name, cost)
+
+    async def _member_for(
+        self, request: GenerateRequest | PoolRequest, cost: int, refusals: dict[str, UserError]
+    ) -> Member:
+        """Raises `UserError` where nobody can serve the request."""
+        ready = await self._any_ready()
+        adapter, answer = request.adapter_hash, request.together
+        holders = self._holders.of(adapter)
+        if answer is not None and (name := self._answers_at.get(answer.answer_id)) in ready and name not in refusals:
+            if adapter is None or name in holders:
+                return ready[name]
+        keys = prefix_keys(request.prompt_token_ids, adapter, request.cache_salt)
+        route = self._policy.route(adapter, cost, keys, holders, refusals)
+        if route is None:
+            if refusals:
+                raise next(reversed(refusals.values()))
+            raise UserError(f"no replica holds adapter {adapter} now", status=503, code="adapter_not_resident")
+        if route.spread_to is not None and adapter is not None:
+            self._copies.begin(adapter, route.spread_to)
+        if answer is not None:
+            self._answers_at[answer.answer_id] = route.replica
+            if len(self._answers_at) > MAX_ANSWERS:
+                del self._answers_at[next(iter(self._answers_at))]
+        return ready[route.replica]
+
+    def _number(self, adapter: str | None, member: Member) -> int:
+        held = self._holders.get(adapter or "")
+        return held.by_replica.get(member.name, 0) if held is not None else 0
+
+    # -- adapters
+
+    async def load_adapter(
+        self,
+        name: str,
+        path: str,
+        before: AdapterInfo | None = None,
+        *,
+        is_pinned: bool = False,
+        is_prefetch: bool = False,
+        priority: int = 0,
+        mount: int = 0,
+    ) -> AdapterLoaded:
+        """As `EngineClient.load_adapter`, on who has it or on its home."""
+        lost: set[str] = set()
+        while True:
+            member = await self._home(path, before, lost)
+            try:
+                answer = await member.client.load_adapter(
+                    name,
+                    path,
+                    before,
+                    is_pinned=is_pinned,
+                    is_prefetch=is_prefetch,
+                    priority=priority,
+                    mount=mount,
+                )
+            except EngineLostError:
+                if lost:
+                    raise
+                lost.add(member.name)
+                continue
+            placement = self._holders.loaded(name, path, mount, answer.adapter, member.name, answer.placement)
+            if is_pinned and (held := self._holders.get(answer.adapter.content_hash)) is not None:
+                held.is_pinned = True
+            return msgspec.structs.replace(answer, placement=placement)
+
+    async def _home(self, path: str, before: AdapterInfo | None, lost: Collection[str]) -> Member:
+        ready = await self._any_ready()
+        key = before.content_hash if before is not None else path
+        having = [replica for replica in self._holders.of(key) if replica in ready and replica not in lost]
+        home = min(having, key=self._policy.loads.__getitem__) if having else self._policy.home(key, lost)
+        if home is None:
+            raise EngineDeadError("no replica serves now; retry shortly")
+        return ready[home]
+
+    def hasten_loads(self, path: str, priority: int) -> None:
+        for member in self._members.values():
+            member.client.hasten_loads(path, priority)
+
+    def forsake_loads(self, path: str) -> None:
+        for member in self._members.values():
+            member.client.forsake_loads(path)
+
+    async def unload_adapter(self, adapter_hash: str, placement: int) -> None:
+        """Forget it on all replicas, unless a load placed it after `placement`; then it is only pinned no more."""
+        held = self._holders.get(adapter_hash)
+        if held is None:
+            return
+        if held.placement > placement:
+            await self.pin_adapter(adapter_hash, False, placement)
+            return
+        await self._copies.forget(adapter_hash, self._holders.forget(adapter_hash))
+
+    async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None:
+        """On all replicas that have it: raises `UserError` where none has, and it shall be pinned."""
+        held, ready = self._holders.get(adapter_hash), self._ready()
+        failure: UserError | None = UserError(
+            f"no replica holds adapter {adapter_hash} now", status=503, code="adapter_not_resident"
+        )
+        for replica, number in list(held.by_replica.items()) if held is not None else ():
+            if replica not in ready:
+                continue
+            try:
+                await ready[replica].client.pin_adapter(adapter_hash, is_pinned, number)
+                failure = None
+            except UserError as error:
+                failure = failure and error
+        if held is not None and (failure is None or not is_pinned):
+            held.is_pinned = is_pinned
+        if failure is not None and is_pinned:
+            raise failure
+
+    async def adapters(self) -> list[AdapterState]:
+        ready = self._ready()
+        if not ready:
+            raise EngineDeadError("no replica serves now; retry shortly")
+        return merged_adapters(await asyncio.gather(*(member.client.adapters() for member in ready.values())))
+
+    async def stats(self) -> EngineStats | None:
+        """Of all that serve, added up; None while none does."""
+        found = await asyncio.gather(*(member.client.stats() for member in self._ready().values()))
+        parts = [part for part in found if part is not None]
+        return merged_stats(parts) if parts else None

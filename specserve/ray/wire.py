@@ -1,0 +1,43 @@
+"""What a front and a replica say to each other: the engine's own messages, in msgpack, and a greeting before them.
+
+A replica's frames are a greeting and then lists of what its engine says; a front's are lists of what the engine is
+told. The framing, and who is at the other end, is the transport's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+import msgspec
+
+from ..frames import FromEngine, ToEngine
+from ..messages import EngineInfo
+
+
+class Greeting(msgspec.Struct, frozen=True):
+    """A replica's first frame. `clock_s` is its time.monotonic(), which deadlines are in."""
+
+    info: EngineInfo
+    clock_s: float
+
+
+class Channel(Protocol):
+    """The way to one replica."""
+
+    def attach(self, front: str) -> AsyncGenerator[bytes]:
+        """Its frames, until its engine ends or another front attaches; closing it ends what it was asked for.
+
+        Waits for an engine that is started. Raises anything where the replica has gone.
+        """
+        ...
+
+    async def tell(self, front: str, frame: bytes) -> None:
+        """Tell the engine; nothing comes of it where `front` is not attached."""
+        ...
+
+
+encode = msgspec.msgpack.Encoder().encode
+greeting_decoder = msgspec.msgpack.Decoder(Greeting)
+from_replica_decoder: msgspec.msgpack.Decoder[list[Any]] = msgspec.msgpack.Decoder(list[FromEngine])
+to_replica_decoder: msgspec.msgpack.Decoder[list[Any]] = msgspec.msgpack.Decoder(list[ToEngine])
