@@ -1,0 +1,103 @@
+"""One specserve server over HTTP, with the standard library alone, and its start where none runs.
+
+Whatever goes wrong is a `UserError` with one line for people. Owns the server that it starts, and ends it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from specserve.errors import UserError
+
+START_S = 300.0
+TIMEOUT_S = 600.0  # of one request
+
+
+class Server:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self._send(path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._send(path, json.dumps(body).encode())
+
+    def content_hash(self, adapter: str) -> str:
+        """Of the files that `adapter` means now; None comes only before its first use.
+
+        Raises:
+            UserError: the server has no such adapter.
+        """
+        for found in self.get("/v1/adapters")["data"]:
+            if found["id"] == adapter:
+                return str(found["content_hash"])
+        raise UserError(
+            f"{self.url} has no adapter {adapter!r}; start the server with --adapters-dir examples/adapters, "
+            "or train one: docs/rag.md"
+        )
+
+    def is_there(self) -> bool:
+        try:
+            self.get("/health")
+        except UserError:
+            return False
+        return True
+
+    def _send(self, path: str, data: bytes | None) -> dict[str, Any]:
+        try:
+            request = urllib.request.Request(self.url + path, data, self._headers)
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            raise UserError(f"{self.url}{path}: {_said(error)}") from None
+        except (OSError, HTTPException, ValueError) as error:
+            raise UserError(f"{self.url} cannot be asked: {getattr(error, 'reason', error)}") from None
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"{error.code} {text[:200]}"
+
+
+@contextmanager
+def running(server: Server, *flags: str) -> Iterator[bool]:
+    """`specserve serve FLAGS` at the server's address while the context lasts, unless something answers there.
+
+    Gives whether it was started.
+    """
+    if server.is_there():
+        yield False
+        return
+    parts = urlsplit(server.url)
+    if parts.hostname not in ("127.0.0.1", "localhost") or parts.port is None:
+        raise UserError(f"nothing answers at {server.url}; give the --url of a server that runs")
+    command = [sys.executable, "-m", "specserve.cli", "serve", "--port", str(parts.port), *flags]
+    process = subprocess.Popen(command, env={"SPECSERVE_LOG_LEVEL": "warning", **os.environ}, stdin=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + START_S
+        while not server.is_there():
+            if process.poll() is not None:
+                raise UserError(f"the server ended with status {process.returncode} while it started")
+            if time.monotonic() > end:
+                raise UserError(f"the server did not start within {START_S:.0f} s")
+            time.sleep(0.2)
+        yield True
+    finally:
+        process.terminate()
+        process.wait()
