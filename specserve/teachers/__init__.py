@@ -3,7 +3,7 @@
 Nothing that is heavy is imported before a teacher is opened.
 """
 
-from .asks import Answer, Ask, TokenLogprob
+from .asks import Answer, Ask, Reading, TokenLogprob, TopTokens
 from .errors import TeacherError
 from .spec import Price, TeacherSpec, parse_spec
 from .teacher import Teacher, open_teacher
@@ -14,10 +14,12 @@ __all__ = [
     "Ask",
     "Budget",
     "Price",
+    "Reading",
     "Teacher",
     "TeacherError",
     "TeacherSpec",
     "TokenLogprob",
+    "TopTokens",
     "Usage",
     "open_teacher",
     "parse_spec",

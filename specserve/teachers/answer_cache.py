@@ -10,12 +10,13 @@ import contextlib
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
 from ..errors import UserError
-from .asks import Reply
 
+Kept = TypeVar("Kept")
 FILE = "answers.sqlite3"
 BUSY_S = 30.0
 
@@ -36,7 +37,7 @@ class AnswerCache:
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
 
-    def get(self, digest: str) -> Reply | None:
+    def get(self, digest: str, kind: type[Kept]) -> Kept | None:
         """None for what is not there, and for an entry that cannot be read any more, which will be replaced."""
         try:
             row = self._db.execute("SELECT reply FROM replies WHERE hash = ?", (digest,)).fetchone()
@@ -45,10 +46,10 @@ class AnswerCache:
         if row is None:
             return None
         with contextlib.suppress(msgspec.DecodeError):
-            return msgspec.json.decode(row[0], type=Reply)
+            return msgspec.json.decode(row[0], type=kind)
         return None
 
-    def put(self, digest: str, teacher: str, reply: Reply) -> None:
+    def put(self, digest: str, teacher: str, reply: Any) -> None:
         try:
             self._db.execute(
                 "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (digest, teacher, msgspec.json.encode(reply))

@@ -1,4 +1,4 @@
-"""What a teacher is asked, and what it answers: values, and the hash under which an answer is kept.
+"""What a teacher is asked, and what it answers: values, and the hash under which what came is kept.
 
 Invariant: two asks have one hash exactly if the same teacher was asked the same thing in the same way.
 """
@@ -34,8 +34,27 @@ class Ask:
 
     def digest(self, identity: str) -> str:
         """SHA-256 of this ask and of who is asked."""
-        whole = {"format": _FORMAT, "teacher": identity, "ask": asdict(self)}
-        return hashlib.sha256(msgspec.json.encode(whole, order="deterministic")).hexdigest()
+        return _digest(identity, "ask", asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A text as token ids, to be read and not answered: what is likely at each of its tokens from `start` on."""
+
+    token_ids: tuple[int, ...]
+    start: int
+    num_top: int
+
+    def digest(self, identity: str) -> str:
+        return _digest(identity, "reading", asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """Of each token that was read, the most likely tokens in its place, best first, and their log-probabilities."""
+
+    ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +85,8 @@ class Reply:
     answers: tuple[Answer, ...]
     prompt_tokens: int
     completion_tokens: int
+
+
+def _digest(identity: str, kind: str, value: dict[str, Any]) -> str:
+    whole = {"format": _FORMAT, "teacher": identity, kind: value}
+    return hashlib.sha256(msgspec.json.encode(whole, order="deterministic")).hexdigest()

@@ -1,10 +1,10 @@
-"""What a teacher's two kinds have in common: one attempt at one ask."""
+"""What a teacher's two kinds have in common: one attempt at one ask, or at one text to be read."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from .asks import Ask, Reply
+from .asks import Ask, Reading, Reply, TopTokens
 
 
 class Backend(Protocol):
@@ -17,6 +17,9 @@ class Backend(Protocol):
         """Before the first ask that no cache answers. Raises `TeacherError` when there is nobody to ask."""
 
     async def ask(self, ask: Ask) -> Reply:
+        """Raises `TeacherError`."""
+
+    async def read(self, reading: Reading) -> TopTokens:
         """Raises `TeacherError`."""
 
     async def close(self) -> None: ...

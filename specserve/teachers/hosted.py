@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import aiohttp
 import msgspec
 
-from .asks import Answer, Ask, Reply
+from .asks import Answer, Ask, Reading, Reply, TopTokens
 from .errors import TeacherError
 from .hosted_body import answers_of, body_of, error_code, error_text, read_completion
 from .spec import TeacherSpec
@@ -89,6 +89,13 @@ class HostedBackend:
                 prompt_tokens += completion.usage.prompt_tokens
                 completion_tokens += completion.usage.completion_tokens
         return Reply(tuple(answers), prompt_tokens, completion_tokens)
+
+    async def read(self, reading: Reading) -> TopTokens:
+        """An endpoint tells the probabilities of its own answers alone."""
+        raise TeacherError(
+            f"{self._spec.name} is an endpoint, which reads no texts of others; ask for top_logprobs with its answers",
+            ends_run=True,
+        )
 
     async def _post(self, ask: Ask, n: int, seed: int | None) -> bytes:
         assert self._session is not None

@@ -15,15 +15,16 @@ from ..adapter_files import content_hash, read_texts
 from ..errors import EngineDeadError, UserError
 from ..llm.async_llm import AsyncLLM
 from ..llm.outputs import CompletionOutput, RequestOutput
-from ..llm.params import LoRARequest, SamplingParams
+from ..llm.params import MAX_PROMPT_LOGPROBS, LoRARequest, SamplingParams
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from ..model.store import resolve_model
-from .asks import Answer, Ask, Reply, TokenLogprob
+from ..text.tokenizer import TextTokenizer
+from .asks import Answer, Ask, Reading, Reply, TokenLogprob, TopTokens
 from .errors import TeacherError
 from .spec import TeacherSpec
 
 CONCURRENCY = 128  # asks that wait in the engine cost little, and its steps are never short of them
-MAX_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = MAX_PROMPT_LOGPROBS
 _SHAPING = ("dtype", "quantization", "kernels")  # options that change answers
 
 
@@ -55,15 +56,30 @@ class LocalBackend:
         answers = tuple(self._answer(output, one, ask) for one in output.outputs)
         return Reply(answers, len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs))
 
-    async def prompt_logprobs(self, token_ids: list[int], num_top: int) -> RequestOutput:
-        """The output that reads `token_ids`; its `prompt_logprobs` has of each the `num_top` most likely ones there."""
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=num_top)
+    async def read(self, reading: Reading) -> TopTokens:
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=reading.num_top)
         assert self._llm is not None
         try:
-            (output,) = await self._llm.generate(token_ids, params, adapter=self._adapter)
+            (output,) = await self._llm.generate(list(reading.token_ids), params, adapter=self._adapter)
         except UserError as error:
             raise self._failed(error) from None
-        return output
+        ids, logprobs = [], []
+        for scored in (output.prompt_logprobs or [])[reading.start :]:
+            best = sorted((scored or {}).items(), key=lambda item: item[1].rank)[: reading.num_top]
+            ids.append(tuple(token for token, _ in best))
+            logprobs.append(tuple(one.logprob for _, one in best))
+        return TopTokens(tuple(ids), tuple(logprobs))
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Where the tokenizer that it reads with lies: an adapter may bring its own."""
+        adapter = self._spec.adapter
+        return adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else self.model_dir
+
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer and chat template of what it is asked."""
+        tokenizer = TextTokenizer(self.model_dir)
+        return tokenizer if self._spec.adapter is None else tokenizer.for_adapter_in(self._spec.adapter)
 
     async def _output(self, ask: Ask) -> RequestOutput:
         assert self._llm is not None

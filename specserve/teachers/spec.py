@@ -34,7 +34,7 @@ class TeacherSpec:
 
     `options` are of `specserve.AsyncLLM`; `fields` go into each body that an endpoint gets, those that are None leave
     it. `accept_terms`: the user has agreed to what the provider says of training on answers. `any_model`: answers may
-    come from a model of another name.
+    come from a model of another name. `cached_only`: nobody is asked anything that was not asked before.
     """
 
     model: str
@@ -52,6 +52,7 @@ class TeacherSpec:
     retry_wait_s: float = 1.0
     accept_terms: bool = False
     any_model: bool = False
+    cached_only: bool = False
     cache_dir: Path | None = None
 
     @property

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+from typing import TypeVar
 
 from ..cache_dirs import cache_dir
 from .answer_cache import AnswerCache
-from .asks import Answer, Ask, Reply
+from .asks import Answer, Ask, Reading, Reply, TopTokens
+from .attempts import Attempts
 from .backend import Backend
 from .errors import TeacherError
 from .pacing import Pacing
@@ -23,11 +23,11 @@ from .spec import TeacherSpec, parse_spec
 from .terms import check_terms
 from .usage import Budget, Usage, most_prompt_tokens
 
-MAX_WAIT_S = 60.0  # between attempts, unless the endpoint asks for more
-MAX_RETRY_AFTER_S = 600.0  # an endpoint that asks for more is not waited for
 MAX_FAILED_IN_A_ROW = 5  # asks whose every attempt failed: nobody is there
 MAX_REFUSED_FIRST = 20  # asks that were refused before one was answered: it is not the asks
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Result = list[Answer] | TeacherError
 
 
@@ -67,27 +67,79 @@ class Teacher:
         self.spec, self.backend, self.usage = spec, backend, Usage()
         self._cache, self._budget = cache, budget
         self._pacing = Pacing(spec)
+        self._attempts = Attempts(spec, self._pacing, self.usage)
         self._starting = asyncio.Lock()
         self._is_started = False
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._failed_in_a_row = self._num_refused = 0
         self._fatal: TeacherError | None = None
 
-    async def answers(self, asks: Iterable[Ask]) -> AsyncGenerator[tuple[int, Result]]:
+    def answers(self, asks: Iterable[Ask]) -> AsyncGenerator[tuple[int, Result]]:
         """(index of an ask, its `n` answers or the error) as they come, in no order.
 
         Asks are taken from the iterable as places get free. Raises `TeacherError` where no other ask can be answered,
         after all results that were in flight. Close it (`contextlib.aclosing`) when you leave it early.
         """
-        todo = iter(enumerate(asks))
-        running: dict[asyncio.Task[Result], int] = {}
+        return self._results(asks, self.answer)
+
+    def readings(self, readings: Iterable[Reading]) -> AsyncGenerator[tuple[int, TopTokens | TeacherError]]:
+        """The same of texts that are read: a local teacher's."""
+        return self._results(readings, self.reading)
+
+    async def answer(self, ask: Ask) -> Result:
+        """Of one ask. Raises `TeacherError` where no other can be answered either."""
+        digest = ask.digest(self.backend.identity)
+        async with self._lock_of(digest):
+            reply = self._cache.get(digest, Reply)
+            if reply is not None:
+                self.usage.add_cached(reply, self.spec.price)
+            elif self.spec.cached_only:
+                return TeacherError(f"{self.spec.name} was not asked this before")
+            else:
+                try:
+                    async with self._budget.room_for(ask, self.spec.price):
+                        reserved = most_prompt_tokens(ask) // 4 + ask.max_tokens * ask.n
+                        reply = await self._tried(lambda: self._paced(ask, reserved))
+                        self._cache.put(digest, self.spec.name, reply)
+                        self._budget.spend(self.usage.add(reply, self.spec.price))
+                except TeacherError as error:
+                    return self._counted(error)
+        if not any(answer.text.strip() for answer in reply.answers):
+            reasons = ", ".join(sorted({answer.finish_reason for answer in reply.answers}))
+            return TeacherError(f"{self.spec.name} gave an empty answer (finish_reason {reasons})")
+        return list(reply.answers)
+
+    async def reading(self, reading: Reading) -> TopTokens | TeacherError:
+        """Of one text. Raises as `answer` does."""
+        digest = reading.digest(self.backend.identity)
+        async with self._lock_of(digest):
+            found = self._cache.get(digest, TopTokens)
+            if found is None and self.spec.cached_only:
+                return TeacherError(f"{self.spec.name} did not read this before")
+            if found is None:
+                try:
+                    found = await self._tried(lambda: self.backend.read(reading))
+                except TeacherError as error:
+                    return self._counted(error)
+                self._cache.put(digest, self.spec.name, found)
+            return found
+
+    async def close(self) -> None:
+        self._pacing.end()
+        await self.backend.close()
+
+    async def _results(
+        self, items: Iterable[Item], work: Callable[[Item], Awaitable[Found]]
+    ) -> AsyncGenerator[tuple[int, Found]]:
+        todo = iter(enumerate(items))
+        running: dict[asyncio.Future[Found], int] = {}
         fatal: TeacherError | None = None
         try:
             while True:
                 while fatal is None and len(running) < self.backend.concurrency:
                     if (following := next(todo, None)) is None:
                         break
-                    running[asyncio.create_task(self.answer(following[1]))] = following[0]
+                    running[asyncio.ensure_future(work(following[1]))] = following[0]
                 if not running:
                     break
                 finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -106,64 +158,11 @@ class Teacher:
         if fatal is not None:
             raise fatal
 
-    async def answer(self, ask: Ask) -> Result:
-        """Of one ask. Raises `TeacherError` where no other can be answered either."""
-        digest = ask.digest(self.backend.identity)
-        async with self._asking.setdefault(digest, asyncio.Lock()):
-            reply = self._cache.get(digest)
-            if reply is not None:
-                self.usage.add_cached(reply, self.spec.price)
-            else:
-                try:
-                    reply = await self._asked(ask, digest)
-                except TeacherError as error:
-                    if error.ends_run:
-                        raise
-                    self.usage.failed += 1
-                    return error
-        if not any(answer.text.strip() for answer in reply.answers):
-            reasons = ", ".join(sorted({answer.finish_reason for answer in reply.answers}))
-            return TeacherError(f"{self.spec.name} gave an empty answer (finish_reason {reasons})")
-        return list(reply.answers)
+    def _lock_of(self, digest: str) -> asyncio.Lock:
+        """Who asks what is being asked waits for that answer."""
+        return self._asking.setdefault(digest, asyncio.Lock())
 
-    async def close(self) -> None:
-        self._pacing.end()
-        await self.backend.close()
-
-    async def _asked(self, ask: Ask, digest: str) -> Reply:
-        async with self._budget.room_for(ask, self.spec.price):
-            try:
-                await self._started()
-                reply = await self._attempts(ask)
-            except TeacherError as error:
-                self._note(error)
-                raise self._fatal or error from None
-            self._failed_in_a_row = 0
-            self._cache.put(digest, self.spec.name, reply)
-            self.usage.requests += 1
-            self._budget.spend(self.usage.add(reply, self.spec.price))
-            return reply
-
-    async def _started(self) -> None:
-        async with self._starting:
-            if self._fatal is not None:
-                raise self._fatal
-            if not self._is_started:
-                await self.backend.start()
-                self._is_started = True
-
-    async def _attempts(self, ask: Ask) -> Reply:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(self._may_retry),
-            stop=stop_after_attempt(self.spec.max_retries + 1),
-            wait=self._wait_s,
-            sleep=self._pacing.sleep,
-            reraise=True,
-        )
-        return await retrying(self._attempt, ask)
-
-    async def _attempt(self, ask: Ask) -> Reply:
-        reserved = most_prompt_tokens(ask) // 4 + ask.max_tokens * ask.n
+    async def _paced(self, ask: Ask, reserved: int) -> Reply:
         await self._pacing.turn(reserved)
         if self._fatal is not None:
             raise self._fatal
@@ -175,19 +174,27 @@ class Teacher:
         finally:
             self._pacing.settle(reserved, used)
 
-    def _may_retry(self, error: BaseException) -> bool:
-        if not isinstance(error, TeacherError) or not error.retryable or self._pacing.has_ended:
-            return False
-        return error.retry_after_s is None or error.retry_after_s <= MAX_RETRY_AFTER_S
+    async def _tried(self, attempt: Callable[[], Awaitable[Found]]) -> Found:
+        try:
+            async with self._starting:
+                if self._fatal is not None:
+                    raise self._fatal
+                if not self._is_started:
+                    await self.backend.start()
+                    self._is_started = True
+            found = await self._attempts(attempt)
+        except TeacherError as error:
+            self._note(error)
+            raise self._fatal or error from None
+        self._failed_in_a_row = 0
+        self.usage.requests += 1
+        return found
 
-    def _wait_s(self, state: RetryCallState) -> float:
-        self.usage.retries += 1
-        backoff = wait_random_exponential(multiplier=self.spec.retry_wait_s, max=MAX_WAIT_S)(state)
-        error = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(error, TeacherError) and error.retry_after_s is not None:
-            self._pacing.pause(error.retry_after_s)
-            return error.retry_after_s
-        return backoff
+    def _counted(self, error: TeacherError) -> TeacherError:
+        if error.ends_run:
+            raise error
+        self.usage.failed += 1
+        return error
 
     def _note(self, error: TeacherError) -> None:
         """Remember an error that ends the run, or that so many asks met that nobody can be there."""

@@ -1,0 +1,17 @@
+"""A tiny model with an adapter, for teachers that run here."""
+
+import pytest
+from peft_adapters import make_peft_adapter
+from tiny_models import make_tiny_model
+
+OPTIONS = {"dtype": "fp32", "kv_cache_gib": 0.02, "num_threads": 1, "max_model_len": 512}
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(model_dir, tmp_path_factory):
+    return make_peft_adapter(model_dir, tmp_path_factory.mktemp("adapters") / "alpha", r=4, std=0.3)

@@ -1,0 +1,140 @@
+"""A teacher that runs here: its answers, its probabilities of texts, and what tells one from another."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import OPTIONS
+from transformers import AutoModelForCausalLM
+
+from specserve.errors import UserError
+from specserve.teachers import Ask, Reading, TeacherError, TeacherSpec, open_teacher, parse_spec
+from specserve.teachers.local import LocalBackend
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
+
+
+def ask(text, **fields):
+    return Ask(({"role": "user", "content": text},), **{"max_tokens": 12, **fields})
+
+
+async def in_order(results):
+    async with contextlib.aclosing(results):
+        found = {index: result async for index, result in results}
+    return [found[index] for index in sorted(found)]
+
+
+async def test_one_engine_answers_reads_and_is_not_asked_twice(model_dir, adapter_dir, tmp_path):
+    spec = TeacherSpec(model=str(model_dir), adapter=adapter_dir, options=OPTIONS, cache_dir=tmp_path)
+    asks = [
+        *(ask(f"The quick brown fox {idx}") for idx in range(6)),
+        ask("Pack my box", n=3, temperature=1.0, seed=4),
+        ask("Pack my box", schema=SCHEMA, max_tokens=40),
+        ask("A server", top_logprobs=2),
+        ask("much too long " * 400),
+    ]
+    text = tuple(range(40, 60))
+    async with open_teacher(spec) as teacher:
+        results = await in_order(teacher.answers(asks))
+        (top,) = await in_order(teacher.readings([Reading(text, 5, 3)]))
+        usage = teacher.usage
+    assert usage.requests == 10 and usage.failed == 1 and usage.completion_tokens >= 12
+    assert isinstance(results[9], TeacherError) and "tokens" in str(results[9]) and not results[9].ends_run
+    assert all(len(result) == 1 and result[0].finish_reason in ("stop", "length") for result in results[:6])
+    assert len(results[6]) == 3 and len({answer.text for answer in results[6]}) > 1
+    assert set(json.loads(results[7][0].text)) == {"a"}
+    (scored,) = results[8]
+    assert len(scored.logprobs) == scored.completion_tokens and len(scored.logprobs[0].top) == 2
+    assert scored.logprobs[0].logprob == max(logprob for _, logprob in scored.logprobs[0].top)
+    check_reading(model_dir, adapter_dir, text, top)
+
+    async with open_teacher(dataclasses.replace(spec, options={"dtype": "fp32"})) as teacher:
+        again = await in_order(teacher.answers(asks[:9]))
+        assert [top] == await in_order(teacher.readings([Reading(text, 5, 3)]))
+        assert teacher.usage.cached == 9 and again == results[:9]
+        assert teacher.backend._llm is None, "nothing was to be asked, so nothing need be loaded"
+
+
+def check_reading(model_dir, adapter_dir, text, top):
+    """Against transformers and peft."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter_dir)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([text])).logits[0].log_softmax(-1)[4:-1]
+    best = logprobs.topk(3)
+    assert torch.equal(torch.tensor(top.ids), best.indices)
+    torch.testing.assert_close(torch.tensor(top.logprobs), best.values, atol=1e-4, rtol=1e-4)
+
+
+async def test_what_is_not_cached_may_be_left_unasked(model_dir, tmp_path):
+    spec = TeacherSpec(model=str(model_dir), options=OPTIONS, cache_dir=tmp_path, cached_only=True)
+    async with open_teacher(spec) as teacher:
+        (result,) = await in_order(teacher.answers([ask("hello")]))
+    assert "was not asked this before" in str(result) and teacher.backend._llm is None
+
+
+def test_identity_is_what_answers_depend_on(model_dir, adapter_dir, tmp_path):
+    copied_model = shutil.copytree(model_dir, tmp_path / "another-name")
+    copied = shutil.copytree(adapter_dir, tmp_path / "beta")
+
+    def identity(model=model_dir, adapter=None, **options):
+        return LocalBackend(TeacherSpec(model=str(model), adapter=adapter, options=options)).identity
+
+    plain, adapted = identity(), identity(adapter=adapter_dir)
+    assert identity(copied_model) == plain and identity(adapter=copied) == adapted != plain
+    assert identity(num_threads=1) == plain != identity(quantization="int8")
+    (copied / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with_template = identity(adapter=copied)
+    (copied_model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert with_template != adapted and identity(copied_model) != plain
+
+
+async def test_an_engine_that_does_not_start_is_one_line(model_dir, tmp_path):
+    options = {**OPTIONS, "adapters_dir": str(tmp_path / "nowhere")}
+    async with open_teacher(TeacherSpec(model=str(model_dir), options=options, cache_dir=tmp_path)) as teacher:
+        with pytest.raises(TeacherError, match="is not a directory") as raised:
+            await in_order(teacher.answers([ask("hello")] * 3))
+    assert raised.value.ends_run
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("gpt-5@https://api.example.com/v1/", {"model": "gpt-5", "url": "https://api.example.com/v1"}),
+        ("@cf/m@http://h:1/v1/chat/completions", {"model": "@cf/m", "url": "http://h:1/v1"}),
+        ("default", {"model": "", "url": None, "adapter": None}),
+        ("org/model", {"model": "org/model", "adapter": None}),
+    ],
+)
+def test_specs(text, fields):
+    spec = parse_spec(text)
+    assert {name: getattr(spec, name) for name in fields} == fields
+
+
+def test_a_spec_of_an_adapter(model_dir, adapter_dir):
+    spec = parse_spec(f"{model_dir}+{adapter_dir}")
+    assert (spec.model, spec.adapter) == (str(model_dir), adapter_dir) and parse_spec(spec.name) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "empty"),
+        ("https://api.example.com/v1", "names no model; give MODEL@https"),
+        ("m@https://user:secret@host/v1", "belongs into an environment variable"),
+        ("m@https://", "names no host"),
+        ("m@https://host/v1?key=1", "has a query"),
+        ("default+nowhere", "'nowhere' is not the directory of an adapter"),
+    ],
+)
+def test_specs_that_mean_nothing(text, told):
+    with pytest.raises(UserError, match=told) as raised:
+        parse_spec(text)
+    assert "secret" not in str(raised.value)
