@@ -28,10 +28,10 @@ from .messages import (
     GenerateRequest,
     GetAdapters,
     GetStats,
-    HastenLoads,
     Heartbeat,
     LoadAdapter,
     PinAdapter,
+    PrioritizeLoads,
     RequestFailed,
     Shutdown,
     Stats,
@@ -44,7 +44,7 @@ ToEngine = (
     | PoolRequest
     | Abort
     | LoadAdapter
-    | HastenLoads
+    | PrioritizeLoads
     | ForsakeLoads
     | UnloadAdapter
     | PinAdapter

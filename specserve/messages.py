@@ -120,8 +120,8 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
     mount: int = 0  # the device number of the file system that it lies on
 
 
-class HastenLoads(msgspec.Struct, frozen=True, tag="hasten_loads"):
-    """A request of this priority waits, too, for the loads of the PEFT directory `path` that are under way."""
+class PrioritizeLoads(msgspec.Struct, frozen=True, tag="prioritize_loads"):
+    """The best priority of the requests that wait for the loads of the PEFT directory `path` is another one now."""
 
     path: str
     priority: int

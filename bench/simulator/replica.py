@@ -135,8 +135,9 @@ class Replica:
             return
         if key not in self._loads:
             self._loads[key] = _Load(self.registry.ask(1, key, priority=request.priority))
-        self.registry.hasten(self._loads[key].room, request.priority)
-        self._loads[key].waiting.append((outcome, request))
+        load = self._loads[key]
+        self.registry.prioritize(load.room, min(load.room.priority, request.priority))
+        load.waiting.append((outcome, request))
 
     def _add(self, outcome: Outcome, request: GenerateRequest) -> None:
         try:

@@ -75,10 +75,10 @@ class Residency:
                 self._waiting.remove(reservation)
             return reservation
 
-    def hasten(self, reservation: Reservation, priority: int) -> None:
-        """A request of that priority waits for it, too."""
+    def prioritize(self, reservation: Reservation, priority: int) -> None:
+        """That is the best of the requests that wait for it now."""
         with self.lock:
-            self._waiting.hasten(reservation, priority)
+            self._waiting.prioritize(reservation, priority)
 
     def grant(self) -> None:
         """Give room to those that wait, in order, and ask adapters in use to make more; call it now and then."""

@@ -38,9 +38,9 @@ class RoomQueue:
         """One that waits no more; it got no room."""
         self._waiting.remove(reservation)
 
-    def hasten(self, reservation: Reservation, priority: int) -> None:
-        """A request of that priority waits for it, too."""
-        if priority < reservation.priority:
+    def prioritize(self, reservation: Reservation, priority: int) -> None:
+        """That is the best of the requests that wait for it now."""
+        if priority != reservation.priority:
             is_waiting = reservation in self._waiting
             if is_waiting:
                 self._waiting.remove(reservation)

@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -40,7 +40,8 @@ Answer = AdapterLoaded | CallFailed
 class _Load:
     message: LoadAdapter
     since: float  # it waits for a thread, is read, or waits for room
-    priority: int  # the best of the requests that wait for it
+    own_priority: int  # the best of the requests that wait for it
+    priority: int  # the best of the requests that wait for it, or for another load of the same content
     is_awaited: bool  # by a request; else it does not wait for room
     way: Generator[Reservation, None, Brought] = field(init=False)
     running: Future[Reservation | Brought] | None = None
@@ -90,21 +91,23 @@ class AdapterLoads:
             if len(self._loads) >= MAX_LOADS:
                 error = OverloadedError(f"{len(self._loads)} adapters wait to be loaded; retry shortly", status=503)
                 return [CallFailed(message.call_id, error.info())]
-            load = _Load(message, self._clock(), message.priority, not message.is_prefetch)
+            load = _Load(message, self._clock(), message.priority, message.priority, not message.is_prefetch)
             self._begin(load)
-            if (key := message.content_hash) is not None:  # those of the same content come first
-                self._hasten((other for other in self._loads if other.message.content_hash == key), load.priority)
             self._loads.append(load)
+            self._share_priorities()
             self._go_on()
         return []
 
     def _begin(self, load: _Load) -> None:
         load.way, load.running = self._engine.memory.bring(load.message, lambda: load.priority), None
 
-    def hasten(self, path: str, priority: int) -> None:
-        """A request of that priority waits, too, for the loads of the directory `path`."""
+    def prioritize(self, path: str, priority: int) -> None:
+        """That is the best of the requests that wait for the loads of the directory `path` now."""
         with self._lock:
-            self._hasten((load for load in self._loads if load.message.path == path), priority)
+            for load in self._loads:
+                if load.message.path == path:
+                    load.own_priority = priority
+            self._share_priorities()
 
     def forsake(self, path: str) -> None:
         """Nobody waits any more for the loads of the directory `path`."""
@@ -114,11 +117,17 @@ class AdapterLoads:
                     load.is_awaited = False
         self._wake()
 
-    def _hasten(self, loads: Iterable[_Load], priority: int) -> None:
-        for load in loads:
-            load.priority = min(load.priority, priority)
+    def _share_priorities(self) -> None:
+        """Loads of the same content wait for each other, so all have the best priority of them. Under the lock."""
+        best: dict[str | None, int] = {}
+        for load in self._loads:
+            key = load.message.content_hash
+            best[key] = min(best.get(key, load.own_priority), load.own_priority)
+        for load in self._loads:
+            key = load.message.content_hash
+            load.priority = best[key] if key is not None else load.own_priority
             if load.reservation is not None:
-                self._engine.memory.hasten(load.reservation, load.priority)
+                self._engine.memory.prioritize(load.reservation, load.priority)
 
     def place(self) -> list[Answer]:
         """The answers to loads that have ended, one way or the other; those that wait go on when there is room."""
@@ -162,7 +171,7 @@ class AdapterLoads:
                         self._begin(load)
                     return None
                 load.reservation, load.since = result, now
-                self._engine.memory.hasten(result, load.priority)  # it may have been hastened since it asked
+                self._engine.memory.prioritize(result, load.priority)  # it may be another since it asked
             if load.reservation is not None:
                 if not load.reservation.is_granted and not load.is_awaited:
                     load.way.close()

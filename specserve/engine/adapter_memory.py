@@ -146,11 +146,11 @@ class AdapterMemory:
             if registry is not None:
                 registry.grant()
 
-    def hasten(self, reservation: Reservation, priority: int) -> None:
-        """A request of that priority waits for it, too."""
+    def prioritize(self, reservation: Reservation, priority: int) -> None:
+        """That is the best of the requests that wait for it now."""
         for registry in (self.registry, self.host):
             if registry is not None and registry.is_waiting(reservation):
-                registry.hasten(reservation, priority)
+                registry.prioritize(reservation, priority)
 
     def no_room(self, reservation: Reservation, seconds: float) -> OverloadedError:
         """Why a load that waited for `reservation` for so long is refused."""

@@ -44,9 +44,9 @@ from ..messages import (
     GetAdapters,
     GetStats,
     GrammarSpec,
-    HastenLoads,
     LoadAdapter,
     PinAdapter,
+    PrioritizeLoads,
     RequestFailed,
     Shutdown,
     Stats,
@@ -133,8 +133,8 @@ class EngineProcess:
         """On the thread that reads frames: a load waits for no step."""
         if isinstance(message, LoadAdapter):
             self._link.send_beside(self._loads.submit(message))
-        elif isinstance(message, HastenLoads):
-            self._loads.hasten(message.path, message.priority)
+        elif isinstance(message, PrioritizeLoads):
+            self._loads.prioritize(message.path, message.priority)
         elif isinstance(message, ForsakeLoads):
             self._loads.forsake(message.path)
         else:

@@ -41,8 +41,7 @@ T = TypeVar("T")
 class _Loading:
     """A load that is under way."""
 
-    priority: int  # the best of the requests that wait for it
-    num_waiting: int = 0
+    waiting: list[int] = field(default_factory=list)  # priorities of the requests that wait for it
     task: asyncio.Task[None] = field(init=False)
 
 
@@ -65,6 +64,7 @@ class AdapterStore:
         self.uses = UseCounts()
         self._loader = AdapterLoader(engine, self._disk, self._pins, self._loaded, observe_load_s)
         self._loading: dict[tuple[str, Path], _Loading] = {}
+        self._told: dict[Path, int] = {}  # the best priority of those who wait for the loads of a directory
         self._pin_places = asyncio.Semaphore(PINS_AT_ONCE)
 
     def names(self) -> list[str]:
@@ -281,32 +281,43 @@ class AdapterStore:
     async def _wait_for_load(self, name: str, directory: Path, priority: int) -> None:
         """A load goes on when those who wait for it leave, but waits no more for room that others could have."""
         loading = self._begin_load(name, directory, priority)
-        loading.num_waiting += 1
+        loading.waiting.append(priority)
+        self._waiters_changed(directory)
         try:
             await asyncio.shield(loading.task)
         finally:
-            loading.num_waiting -= 1
-            if not loading.num_waiting and not loading.task.done():
-                self._engine.forsake_loads(str(directory))
+            loading.waiting.remove(priority)
+            if not loading.task.done():
+                self._waiters_changed(directory)
 
     def _begin_load(self, name: str, directory: Path, priority: int) -> _Loading:
         """The load of a name that is under way, or one that begins now."""
         loading = self._loading.get((name, directory))
         if loading is None:
-            loading = self._loading[name, directory] = _Loading(priority)
+            self._told.setdefault(directory, priority)
+            loading = self._loading[name, directory] = _Loading()
             loading.task = _start(self._load_named(name, directory, loading))
-        elif priority < loading.priority:
-            loading.priority = priority
-            self._engine.hasten_loads(str(directory), priority)
         return loading
+
+    def _waiters_changed(self, directory: Path) -> None:
+        """Tell the engine who waits for its loads of a directory, under whichever name, where that is news."""
+        waiting = [priority for loading in self._loads_of(directory) for priority in loading.waiting]
+        if not waiting:
+            self._engine.forsake_loads(str(directory))
+        elif (best := min(waiting)) != self._told.get(directory):
+            self._told[directory] = best
+            self._engine.prioritize_loads(str(directory), best)
+
+    def _loads_of(self, directory: Path) -> list[_Loading]:
+        return [loading for (_, loaded), loading in self._loading.items() if loaded == directory]
 
     async def _load_named(self, name: str, directory: Path, loading: _Loading) -> None:
         try:
             loaded = await self._loader.load(
                 name,
                 directory,
-                is_awaited=lambda: loading.num_waiting > 0,
-                priority=lambda: loading.priority,
+                is_awaited=lambda: bool(loading.waiting),
+                priority=lambda: min(loading.waiting, default=AFTER_ALL),
             )
             try:
                 folder = await self._disk.look(name, self._names.folder, name)
@@ -319,6 +330,8 @@ class AdapterStore:
                 await self._loader.release(loaded)
         finally:
             del self._loading[name, directory]
+            if not self._loads_of(directory):
+                self._told.pop(directory, None)
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

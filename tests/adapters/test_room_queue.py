@@ -53,10 +53,11 @@ def test_room_goes_to_the_best_priority_and_then_in_the_order_of_asking(full):
     assert order[1:] == ["b", "d", "a", "c"] and full.num_waiting == 0
 
 
-def test_a_better_request_that_comes_later_hastens_what_waits(full):
+def test_a_better_request_that_comes_later_hastens_what_waits_as_long_as_it_waits(full):
     rooms = {name: full.ask(1, name, priority=5) for name in "abc"}
-    full.hasten(rooms["c"], 0)
-    full.hasten(rooms["b"], 9)  # a worse one changes nothing
+    full.prioritize(rooms["c"], 0)
+    full.prioritize(rooms["b"], 0)
+    full.prioritize(rooms["b"], 9)  # the better one has left again
     order = ["x"]
     while rooms:
         order.append(next_room(full, rooms, order[-1]))

@@ -419,14 +419,15 @@ def test_a_load_that_is_hastened_while_it_waits_or_is_on_its_way_gets_room_first
     engine.fill()
     for name in "cde":
         engine.load(name, priority=5)
-    engine.loads.hasten("/x", 6)  # worse: nothing changes
+    engine.loads.prioritize("/x", 0)
+    engine.loads.prioritize("/x", 6)  # who waited for it urgently has left
     engine.load("far", path="/far", priority=5)
-    engine.loads.hasten("/far", 1)  # no thread has begun it
+    engine.loads.prioritize("/far", 1)  # no thread has begun it
     engine.threads.run(4)
     engine.place()
     engine.load("other", path="/other", priority=5)
     engine.threads.run()  # it has asked for room, which the engine's loop has not heard
-    engine.loads.hasten("/other", 0)
+    engine.loads.prioritize("/other", 0)
     engine.place()
     for name, held in (("o", "a"), ("f", "b"), ("c", "o")):
         engine.registry.release(held)
@@ -448,3 +449,17 @@ def test_a_better_load_of_the_same_content_hastens_the_one_that_it_waits_for(eng
     engine.place()
     engine.threads.run()
     assert engine.place()[0][0] == "d"
+
+
+def test_a_load_gives_way_when_the_better_one_of_its_content_is_wanted_by_worse_requests_alone(engine):
+    engine.fill()
+    for name, priority in (("c", 5), ("d", 6)):
+        engine.load(name, content_hash=name, size_bytes=SIZE, priority=priority)
+    engine.threads.run(2)
+    engine.place()
+    engine.load("d again", content_hash="d", size_bytes=SIZE, priority=0, path="/again")
+    engine.loads.prioritize("/again", 9)
+    engine.registry.release("a")
+    engine.place()
+    engine.threads.run()
+    assert engine.place()[0][0] == "c"

@@ -57,7 +57,7 @@ class Engine:
     async def pin_adapter(self, adapter_hash, is_pinned, placement):
         await self.to_loop(lambda: self.registry.pin(adapter_hash, is_pinned, placement))
 
-    def hasten_loads(self, path, priority):
+    def prioritize_loads(self, path, priority):
         pass
 
     def forsake_loads(self, path):

@@ -70,7 +70,7 @@ class FakeEngine:
         self.pinned -= set(hashes)
         return dict.fromkeys(hashes, next(self.placements))
 
-    def hasten_loads(self, path: str, priority: int) -> None:
+    def prioritize_loads(self, path: str, priority: int) -> None:
         self.priorities.append(priority)
 
     def forsake_loads(self, path: str) -> None:

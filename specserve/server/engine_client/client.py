@@ -34,9 +34,9 @@ from ...messages import (
     GenerateRequest,
     GetAdapters,
     GetStats,
-    HastenLoads,
     LoadAdapter,
     PinAdapter,
+    PrioritizeLoads,
     RequestFailed,
     Stats,
     UnloadAdapter,
@@ -208,9 +208,9 @@ class EngineClient:
         answer: AdapterLoaded = await self._call(load)
         return answer
 
-    def hasten_loads(self, path: str, priority: int) -> None:
-        """A request of that priority waits, too, for the loads of the directory `path`."""
-        self._engine.send(HastenLoads(path, priority))
+    def prioritize_loads(self, path: str, priority: int) -> None:
+        """That is the best of the requests that wait for the loads of the directory `path`."""
+        self._engine.send(PrioritizeLoads(path, priority))
 
     def forsake_loads(self, path: str) -> None:
         """Nobody waits any more for the loads of the directory `path`: such as wait for room fail, as prefetches do."""
