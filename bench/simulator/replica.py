@@ -19,7 +19,7 @@ from specserve.engine.adapter_loads import NUM_READERS
 from specserve.engine.admission import refuse_overload
 from specserve.engine.wait_estimate import WaitEstimate
 from specserve.errors import UserError
-from specserve.messages import GenerateRequest, SamplingParams
+from specserve.messages import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.sequence import Sequence
@@ -143,7 +143,7 @@ class Replica:
         try:
             outcome.added_s, outcome.expected_wait_s = self.now, self.waits.wait_s(request)
             refuse_overload(request, self._config, self.scheduler, self.waits)
-            self.registry.acquire(request.adapter_hash or "")
+            self.registry.acquire(request.adapter_hash or "", request.priority >= BACKGROUND_PRIORITY)
         except UserError as error:
             if error.code == "adapter_not_resident":  # it was asked to make room
                 self._bring(outcome, request)
@@ -202,7 +202,7 @@ class Replica:
 
     def _remove(self, seq: Sequence) -> None:
         self.scheduler.remove(seq)
-        self.registry.release(seq.adapter_hash or "")
+        self.registry.release(seq.adapter_hash or "", seq.is_background)
 
     def _go_on_with_loads(self) -> None:
         if not self._loads:

@@ -10,6 +10,7 @@ asked for later tells whether it knew of that load.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,7 +47,7 @@ class AdapterRegistry(Residency):
             held = self._held.get(adapter.content_hash)
             if held is not None:
                 self.give_back(reservation)
-                held.stay(self._clock())
+                held.stay(self._clock(), reservation.is_background)
                 return True
             assert reservation.is_granted
             if adapter.content_hash in self.adapters:
@@ -54,8 +55,9 @@ class AdapterRegistry(Residency):
             self._num_reserved -= 1
             reservation.is_granted = False
             key, now = adapter.content_hash, self._clock()
-            value = self._value(key, load_s, reservation.num_bytes)
-            self._held[key] = Held(reservation.num_bytes, load_s, value, now, now + ARRIVAL_S, now)
+            values = self._values(key, load_s, reservation.num_bytes)
+            wanted_at = -math.inf if reservation.is_background else now
+            self._held[key] = Held(reservation.num_bytes, load_s, *values, now, now + ARRIVAL_S, now, wanted_at)
             self.adapters[key] = adapter
             self.counts.num_loads += 1
             return True
@@ -74,7 +76,7 @@ class AdapterRegistry(Residency):
             if held is None:
                 return None
             if held.is_unloaded:  # since it was found
-                held.stay(self._clock())
+                held.stay(self._clock(), reservation.is_background)
             held.placement = next(self._placements)
             if is_pinned:
                 self.pin(adapter.content_hash, True, held.placement)
@@ -113,23 +115,32 @@ class AdapterRegistry(Residency):
             raise _not_resident(content_hash)
         return adapter
 
-    def acquire(self, content_hash: str) -> None:
-        """Count one more running request; an unknown hash tells the server to load the adapter again."""
+    def acquire(self, content_hash: str, is_background: bool = False) -> None:
+        """Count one more running request; an unknown hash tells the server to load the adapter again.
+
+        Rows of batches, which are `is_background`, add nothing to what it is worth to others.
+        """
         with self.lock:
             held = self._held.get(content_hash)
             if held is None or not held.is_staying:
                 raise _not_resident(content_hash)
             held.num_refs += 1
+            held.num_background += is_background
             held.last_used, held.awaited_until = self._clock(), 0.0
-            self.scores.use(content_hash)
-            held.value = self._value(content_hash, held.load_s, held.num_bytes)
+            if not is_background:
+                held.wanted_at = held.last_used
+            (self.background_scores if is_background else self.scores).use(content_hash)
+            held.value, held.background_value = self._values(content_hash, held.load_s, held.num_bytes)
 
-    def release(self, content_hash: str) -> None:
+    def release(self, content_hash: str, is_background: bool = False) -> None:
         """Count one less; one that was waiting to leave goes with the last."""
         with self.lock:
             held = self._held[content_hash]
             held.num_refs -= 1
+            held.num_background -= is_background
             held.last_used = self._clock()
+            if not is_background:
+                held.wanted_at = held.last_used
             if not held.num_refs and not held.is_staying:
                 self._drop(content_hash)
 

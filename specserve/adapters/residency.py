@@ -1,7 +1,8 @@
 """Who gets room in a memory, and who leaves for it: the half of the registry that decides.
 
 Knows sizes, counts and values of adapters, never the adapters. Any thread may ask. Invariants: held and reserved bytes
-and places are within the limits; what is in use or pinned stays; room is given in the order of `room_queue`.
+and places are within the limits; what is in use or pinned stays; room is given in the order of `room_queue`; loads for
+rows of batches take no room from what requests that somebody waits for use, or used lately.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import OverloadedError, UserError
-from .held import Counts, Held, Reservation
+from .held import AWAY_S, Counts, Held, Reservation
 from .reuse import ReuseScores
 from .room_queue import RoomQueue
 
@@ -38,7 +39,7 @@ class Residency:
     ):
         self.max_adapters, self.max_bytes = max_adapters, max_bytes
         self.counts = Counts()
-        self.scores = ReuseScores()
+        self.scores, self.background_scores = ReuseScores(), ReuseScores()
         self._clock = clock
         self.bytes_flag = bytes_flag
         self._held: dict[str, Held] = {}
@@ -92,7 +93,7 @@ class Residency:
             elif self._is_asking:  # whoever waited has given up, or found room elsewhere
                 self._is_asking, self._next_ask = False, 0.0
                 for held in self._held.values():
-                    held.asked_at = None
+                    held.asked_at, held.is_displaced = None, False
 
     def give_back(self, reservation: Reservation) -> None:
         """What was not filled; a room that is not granted yet waits no more."""
@@ -118,7 +119,7 @@ class Residency:
             if not reservation.is_granted:
                 raise OverloadedError("its room was given to others while it was read; retry", status=503)
             self._check_size(num_bytes)
-            if not self._evict(num_bytes - reservation.num_bytes, 0):
+            if not self._evict(num_bytes - reservation.num_bytes, 0, reservation.is_background):
                 raise OverloadedError(f"no room for {num_bytes - reservation.num_bytes} bytes more; retry", status=503)
             self._used_bytes += num_bytes - reservation.num_bytes
             reservation.num_bytes = num_bytes
@@ -146,10 +147,10 @@ class Residency:
         """Reserve `reservation`, evicting idle adapters for it; False, and nobody leaves, when that is not enough."""
         held = self._held.get(reservation.key) if reservation.key is not None else None
         if held is not None and not held.is_unloaded:
-            held.stay(self._clock())
+            held.stay(self._clock(), reservation.is_background)
             reservation.is_granted = reservation.is_held = True
             return True
-        if not self._evict(reservation.num_bytes, 1):
+        if not self._evict(reservation.num_bytes, 1, reservation.is_background):
             return False
         self._used_bytes += reservation.num_bytes
         self._num_reserved += 1
@@ -161,13 +162,15 @@ class Residency:
         num_used = len(self._held) + self._num_reserved
         return self._used_bytes + num_bytes - self.max_bytes, num_used + num_places - self.max_adapters
 
-    def _evict(self, num_bytes: int, num_places: int) -> bool:
+    def _evict(self, num_bytes: int, num_places: int, for_background: bool) -> bool:
         bytes_missing, places_missing = self._missing(num_bytes, num_places)
         if bytes_missing <= 0 and places_missing <= 0:
             return True
         now, victims = self._clock(), []
         for *_, key in sorted(
-            (held.value, held.last_used, key) for key, held in self._held.items() if held.may_go(now)
+            (held.background_value if for_background else held.value, held.last_used, key)
+            for key, held in self._held.items()
+            if held.may_go(now, for_background)
         ):
             if bytes_missing <= 0 and places_missing <= 0:
                 break
@@ -181,34 +184,55 @@ class Residency:
             self.counts.num_evictions += 1
         return True
 
+    def displaced(self) -> set[str]:
+        """Adapters that rows of batches alone use, and that requests need the room of: the rows have to go."""
+        if not self._is_asking:
+            return set()
+        with self.lock:
+            return {key for key, held in self._held.items() if held.is_displaced and held.is_background}
+
     def _ask_held(self) -> None:
-        """Ask adapters in use to make room for those that are next, the least valuable first."""
+        """Ask adapters in use to make room for those that are next: first those that rows of batches alone use, then
+        the least valuable. For rows of batches others of these are asked, and only where no request waits."""
         now = self._clock()
         if now < self._next_ask:
             return
         self._is_asking, self._next_ask = True, now + ASK_EVERY_S
         num_served = max(1, int(len(self._held) * ASKED_SHARE))
         served = self._waiting.next(num_served, now)
+        if not (for_background := served[0].is_background):
+            served = [reservation for reservation in served if not reservation.is_background]
         bytes_missing, places_missing = self._missing(sum(reservation.num_bytes for reservation in served), len(served))
         can_be_asked = []
         for key, held in self._held.items():
             is_leaving = held.asked_at is not None and now - held.asked_at < PATIENCE_S
-            if is_leaving or held.may_go(now):
+            is_leaving &= for_background or held.is_displaced or not held.is_background
+            if is_leaving or held.may_go(now, for_background):
                 bytes_missing -= held.num_bytes
                 places_missing -= 1
-            elif held.num_refs and held.is_staying and not held.is_pinned and now - held.since >= STAY_S:
-                can_be_asked.append((held.value, held.last_used, key))
+            elif held.num_refs and not held.is_pinned and self._may_ask(held, now, for_background):
+                value = held.background_value if for_background else held.value
+                can_be_asked.append((not held.is_background, value, held.last_used, key))
         for *_, key in sorted(can_be_asked):
             if bytes_missing <= 0 and places_missing <= 0:
                 return
             held = self._held[key]
-            held.asked_at = now
+            held.asked_at, held.is_displaced = now, not for_background and held.is_background
             bytes_missing -= held.num_bytes
             places_missing -= 1
             self.counts.num_asked += 1
 
-    def _value(self, key: str, load_s: float, num_bytes: int) -> float:
-        return self.scores.value(key, load_s, max(num_bytes / self.max_bytes, 1 / self.max_adapters))
+    def _may_ask(self, held: Held, now: float, for_background: bool) -> bool:
+        if not for_background and held.is_background:
+            return not held.is_displaced
+        if for_background and not (held.is_background and now - held.wanted_at >= AWAY_S):
+            return False
+        return held.is_staying and now - held.since >= STAY_S
+
+    def _values(self, key: str, load_s: float, num_bytes: int) -> tuple[float, float]:
+        """To requests, and to rows of batches."""
+        share = max(num_bytes / self.max_bytes, 1 / self.max_adapters)
+        return self.scores.value(key, load_s, share), self.background_scores.value(key, load_s, share)
 
     def _drop(self, content_hash: str) -> None:
         held = self._held.pop(content_hash)

@@ -1,8 +1,8 @@
 """Who waits for room, and who gets it next: as requests wait (`schedule/waiting.py`), for adapters instead of seats.
 
 By the best priority of the requests that wait for the adapter, lower is sooner, then in the order of asking. Nobody
-waits for ever: every eighth room is that of whoever has waited longest, if that is more than `PATIENCE_S`. Plain
-bookkeeping, under the lock of its owner.
+waits for ever: every eighth room is that of whoever has waited longest, if that is more than `PATIENCE_S`; loads for
+rows of batches, which nobody waits for, come behind all others. Plain bookkeeping, under the lock of its owner.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class RoomQueue:
     def first(self, now: float) -> Reservation:
         """Who gets the next room; it stays until `take`."""
         if self._num_left % OLDEST_EVERY == OLDEST_EVERY - 1:
-            oldest = min(self._waiting, key=lambda reservation: reservation.number)
+            first_is_background = self._waiting[0].is_background
+            others = (item for item in self._waiting if first_is_background or not item.is_background)
+            oldest = min(others, key=lambda reservation: reservation.number)
             if now - oldest.asked_at > PATIENCE_S:
                 return oldest
         return self._waiting[0]

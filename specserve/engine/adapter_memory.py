@@ -15,7 +15,7 @@ from pathlib import Path
 from ..adapters.lora import LoraAdapter
 from ..adapters.registry import AdapterRegistry, Reservation
 from ..errors import OverloadedError
-from ..messages import LoadAdapter
+from ..messages import BACKGROUND_PRIORITY, LoadAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,17 @@ class AdapterMemory:
             if (brought := self._held_by(self.registry, reservation)) is not None:
                 return brought
             self.registry.give_back(reservation)
-        content_hash = yield from self._on_host(host, load, priority)
+        content_hash, is_background = yield from self._on_host(host, load, priority)
         try:
             return (yield from self._into(self.registry, load, priority, host.adapters[content_hash]))
         finally:
-            host.release(content_hash)
+            host.release(content_hash, is_background)
             host.take_left()  # it may have been unloaded meanwhile
 
     def _on_host(
         self, host: AdapterRegistry, load: LoadAdapter, priority: Callable[[], int]
-    ) -> Generator[Reservation, None, str]:
-        """Content hash of the adapter, whose copy in host memory is acquired."""
+    ) -> Generator[Reservation, None, tuple[str, bool]]:
+        """Content hash of the adapter, whose copy in host memory is acquired; whether for rows of batches alone."""
         while True:
             brought = yield from self._into(host, load, priority, None)
             content_hash = brought.adapter.content_hash
@@ -77,8 +77,9 @@ class AdapterMemory:
                 if not brought.reservation.is_held:
                     host.put(brought.adapter, brought.reservation, brought.load_s)
                 if host.is_staying(content_hash):  # else it was unloaded since it was found
-                    host.acquire(content_hash)
-                    return content_hash
+                    is_background = priority() >= BACKGROUND_PRIORITY
+                    host.acquire(content_hash, is_background)
+                    return content_hash, is_background
 
     def _into(
         self, registry: AdapterRegistry, load: LoadAdapter, priority: Callable[[], int], copy: LoraAdapter | None

@@ -33,10 +33,11 @@ from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS
 from ..drafting.kept_costs import costs_file, measured_costs
 from ..drafting.proposer import Proposer
 from ..drafting.step_costs import StepSeconds
-from ..errors import DeadlineError, UserError
+from ..errors import DeadlineError, OverloadedError, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
 from ..messages import (
+    BACKGROUND_PRIORITY,
     AdapterInfo,
     AdapterState,
     EngineInfo,
@@ -200,7 +201,7 @@ class Engine:
             raise UserError(f"request id {request.request_id!r} is already running")
         self._admission.check(request)
         if request.adapter_hash is not None:
-            self.registry.acquire(request.adapter_hash)
+            self.registry.acquire(request.adapter_hash, request.priority >= BACKGROUND_PRIORITY)
         self._num_added += 1
         sampling = request.sampling
         place = grammar.start(sampling.ignore_eos) if spec is not None and grammar is not None else None
@@ -248,6 +249,17 @@ class Engine:
             )
             for seq in late
         ]
+
+    def drop_displaced(self) -> list[RequestFailed]:
+        """Take out the rows of batches whose adapters have to make room for others' requests; they run again."""
+        if not (displaced := self.registry.displaced()):
+            return []
+        dropped = [state for state in self._requests.values() if state.seq.adapter_hash in displaced]
+        for state in dropped:
+            self._remove(state)
+            self.reports.count_end("abort")
+        error = OverloadedError("the adapter makes room for requests; the row runs again", status=503).info()
+        return [RequestFailed(state.seq.request_id, error) for state in dropped]
 
     def close(self) -> None:
         """Save what was learned; call it once, when no step will follow."""
@@ -439,7 +451,7 @@ class Engine:
         del self._requests[seq.request_id]
         seq.owner = None  # each held the other
         if seq.adapter_hash is not None:
-            self.registry.release(seq.adapter_hash)
+            self.registry.release(seq.adapter_hash, seq.is_background)
             self.forget_left_adapters()
 
     def measure_load(self) -> None:

@@ -192,7 +192,7 @@ class EngineProcess:
 
     def _place_adapters(self) -> None:
         """Answer loads that have ended, and tell of the adapters that left for them, or with their last request."""
-        answers: list[Any] = list(self._loads.place())
+        answers: list[Any] = [*self._loads.place(), *self._engine.drop_displaced()]
         self._engine.forget_left_adapters()
         if left := self._engine.left_adapters:
             answers.append(AdaptersLeft(dict(left)))

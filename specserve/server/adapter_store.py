@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ..adapter_files import ChangingError, changing, read_texts
 from ..errors import UserError
-from ..messages import AdapterInfo
+from ..messages import BACKGROUND_PRIORITY, AdapterInfo
 from .adapter_loader import AdapterLoader
 from .adapter_names import AdapterNames
 from .adapter_paths import is_one_directory
@@ -30,7 +30,7 @@ from .name_claims import Claim
 
 MAX_LOADS = 4  # that a request sees overtaken by changes
 PINS_AT_ONCE = 4  # that are loaded again; requests have the other threads of the engine that read
-AFTER_ALL = 1 << 30  # a priority behind every request's
+AFTER_ALL = BACKGROUND_PRIORITY - 1  # a priority behind every request's, before rows of batches
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from specserve.config import EngineConfig
 from specserve.drafters.protocol import Guess
 from specserve.engine.engine import Engine
 from specserve.errors import DeadlineError, OverloadedError, UserError
-from specserve.messages import Together
+from specserve.messages import BACKGROUND_PRIORITY, Together
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +285,30 @@ def test_idle_adapters_make_room_and_busy_ones_do_not(model_dir, tmp_path):
         small.load_adapter("x", tmp_path / "0")
     while small.has_work():
         small.step()
+    check_baseline(small)
+
+
+def test_rows_of_a_batch_leave_with_their_adapter_where_a_request_needs_its_place(model_dir, tmp_path):
+    small = make_engine(model_dir, max_adapters=2)
+    paths = [make_peft_adapter(model_dir, tmp_path / f"{idx}", r=2, seed=idx) for idx in range(3)]
+    row, busy = (small.load_adapter(path.name, path).content_hash for path in paths[:2])
+    for idx in range(2):
+        sent = request(f"row {idx}", [1, 2, idx], adapter=row, ignore_eos=True)
+        small.add_request(msgspec.structs.replace(sent, priority=BACKGROUND_PRIORITY))
+    small.add_request(request("busy", [1, 2], adapter=busy, ignore_eos=True))
+    results = {}
+    collect(results, small.step())
+    assert small.drop_displaced() == []
+    room = small.registry.ask(1)
+    small.registry.grant()
+    failed = small.drop_displaced()
+    assert {(one.request_id, one.error.status) for one in failed} == {("row 0", 503), ("row 1", 503)}
+    small.registry.grant()
+    assert room.is_granted and list(small.registry.adapters) == [busy]
+    small.registry.give_back(room)
+    while small.has_work():
+        collect(results, small.step())
+    assert len(results["busy"].tokens) == 16
     check_baseline(small)
 
 
