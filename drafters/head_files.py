@@ -25,6 +25,7 @@ from ..whole_files import replace_file
 from .head import WEIGHT_NAMES, HeadWeights, head_shapes
 
 FORMAT_VERSION = 1
+BARE_BASE = ""  # in the place of a LoRA's hash: the head is of the base model itself
 VOCAB_STEP = 1024  # a head's vocabulary is padded to a multiple in memory
 
 Count = Annotated[int, Meta(ge=0, le=1 << 20)]
@@ -44,7 +45,7 @@ class LookaheadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     format_version: int
     base_hash: str  # of the base model: `specserve.model.fingerprint`
     tokenizer_hash: str
-    lora_hash: str  # SHA-256 of adapter_model.safetensors
+    lora_hash: str  # SHA-256 of adapter_model.safetensors; BARE_BASE without a LoRA
     hidden_size: Positive
     state_size: Positive
     tap_layer: Count  # the head reads the output of this layer and the last normed hidden state
@@ -120,7 +121,7 @@ def read_head(
     for name, found, want, whose in (
         ("base_hash", config.base_hash, base_hash, "another base model"),
         ("tokenizer_hash", config.tokenizer_hash, tokenizer_hash, "another tokenizer"),
-        ("lora_hash", config.lora_hash, lora_hash, "another LoRA than the one beside it"),
+        ("lora_hash", config.lora_hash, lora_hash, _other_lora(config.lora_hash, lora_hash)),
     ):
         if found != want:
             raise HeadError(f"it was trained with {whose} ({name} {found[:12]!r}, here {want[:12]!r})")
@@ -149,6 +150,12 @@ def read_head(
     except (safetensors.SafetensorError, OSError) as error:
         raise HeadError(f"{HEAD_WEIGHTS_FILE} is not readable as safetensors: {error}") from None
     return LookaheadHeadFile(config, HeadWeights(**pad_vocab(tensors)))
+
+
+def _other_lora(found: str, want: str) -> str:
+    if found == BARE_BASE:
+        return "the bare base model, not this LoRA"
+    return "a LoRA, not the bare base model" if want == BARE_BASE else "another LoRA than the one beside it"
 
 
 def pad_vocab(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

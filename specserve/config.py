@@ -93,6 +93,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="draft from what an adapter served before, per adapter and cache_salt")
     ] = False
     history_dir: Annotated[Text | None, Meta(description="where that is kept over restarts; default: nowhere")] = None
+    base_head: Annotated[
+        Text | None,
+        Meta(description="lookahead head of the bare base, for requests without adapter and for adapters without head"),
+    ] = None
     max_lora_rank: Annotated[int, Meta(ge=1, le=1024, description="largest LoRA rank that is loaded")] = 256
     adapter_roots: Annotated[
         tuple[str, ...],

@@ -171,6 +171,14 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish nothing more; leave the process."""
 
 
+class LookaheadInfo(msgspec.Struct, frozen=True):
+    """What drafts for an adapter, or for the base. `error` says why a head that is there is not used."""
+
+    draft_len: int | None  # None without a usable head
+    history_tokens: int
+    error: str | None
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     """First frame from the engine: the model is loaded and requests may come."""
 
@@ -190,14 +198,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     undrafted_rates: list[tuple[int, float]] = []  # (sequences, tokens/s of all) without drafts, by the cost table
     hidden_size: int = 0  # values of an embedding
     is_exact: bool = False  # whether a row's bits are the same in every step
-
-
-class LookaheadInfo(msgspec.Struct, frozen=True):
-    """What drafts for an adapter. `error` says why a head that is there is not used."""
-
-    draft_len: int | None  # None without a usable head
-    history_tokens: int
-    error: str | None
+    base_head: LookaheadInfo | None = None  # what --base-head names
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, LOOKAHEAD_FILES
+from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, LOOKAHEAD_FILES, open_adapter
 from ..drafters.acceptance import SharedAcceptance
-from ..drafters.head_files import HeadError, LookaheadHeadFile, read_head
+from ..drafters.head_files import BARE_BASE, HeadError, LookaheadHeadFile, read_head
 from ..drafters.task_history import HistoryError, TaskHistory
+from ..errors import UserError
 from ..messages import LookaheadInfo
 from ..model.config import ModelConfig
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
@@ -63,6 +64,20 @@ class Lookahead:
         )
 
 
+def read_base_lookahead(directory: Path, config: ModelConfig, base: BaseIdentity) -> Lookahead:
+    """What drafts for the base model itself, from a directory without a LoRA; nothing that is wrong in it is raised."""
+    try:
+        with open_adapter(directory, directory.name, names=LOOKAHEAD_FILES) as files:
+            found = read_lookahead(files.paths, BARE_BASE, directory.name, config, base)
+        error = f"{directory} holds no lookahead head"
+    except UserError as problem:
+        found, error = None, str(problem)
+    if found is None:
+        logger.warning("the base model is served without a head: %s", error)
+        return Lookahead(None, None, SharedAcceptance(), error)
+    return found
+
+
 def read_lookahead(
     paths: Mapping[str, Path],
     lora_hash: str,
@@ -96,6 +111,7 @@ def read_lookahead(
     except (HistoryError, OSError) as error:
         errors.append(f"its task history is not used: {error}")
     for message in errors:
-        logger.warning("adapter %r is served without drafts of its own: %s", name, message)
+        what = "the base model's head in" if lora_hash == BARE_BASE else "adapter"
+        logger.warning("%s %r is served without drafts of its own: %s", what, name, message)
     acceptance = SharedAcceptance(head.config.acceptance if head is not None else None)
     return Lookahead(head, history, acceptance, "; ".join(errors) or None)

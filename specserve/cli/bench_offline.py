@@ -43,10 +43,11 @@ def offline(
     """
     from ..engine.engine import Engine
     from ..engine.step_profile import StepProfile
+    from ..server.served_engine import with_base_head
     from ..text.special_tokens import load_backend_tokenizer
 
     model_dir = resolve_model(config.model, config.revision)
-    engine = Engine(config, model_dir)
+    engine = Engine(with_base_head(config), model_dir)
     prompt = load_backend_tokenizer(model_dir).encode(PASSAGE * 2 + PASSAGE[:20]).ids
     room = engine.info.max_model_len - max_tokens
     if room < 1:

@@ -78,6 +78,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, stdin: IO[str]) ->
 def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -> None:
     """Print the completion of `prompt` on stdout and the figures on stderr; raises `UserError`."""
     from ..engine.engine import Engine
+    from ..server.served_engine import with_base_head
     from ..text.tokenizer import TextTokenizer
     from ..text.traced_text import TracedText
 
@@ -86,7 +87,7 @@ def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -
     model_dir = resolve_model(config.model, config.revision)
     tokenizer = TextTokenizer(model_dir)
     token_ids = encode_prompt(tokenizer, prompt, options)
-    engine = Engine(config, model_dir)
+    engine = Engine(with_base_head(config), model_dir)
     adapter = engine.load_adapter(options.adapter.name, str(options.adapter)) if options.adapter else None
     room = engine.info.max_model_len - len(token_ids)
     if room < 1:

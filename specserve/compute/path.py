@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from ..adapters.lora import LoraAdapter
+from ..drafters.head_files import LookaheadHeadFile
 from ..drafters.protocol import Heads, SteppedHeads
 from ..messages import GenerateRequest, SamplingParams
 from ..schedule.block_manager import BlockManager
@@ -53,6 +54,7 @@ class PathInputs:
     eos_token_ids: list[int]
     adapters: Mapping[str, LoraAdapter]  # those that are loaded, by content hash; they come and go
     cuda_graphs: bool
+    base_head: LookaheadHeadFile | None = None  # drafts for sequences without an adapter, or whose adapter has no head
 
 
 class StepRunner(Protocol):

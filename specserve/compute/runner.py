@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..adapters.lora import LoraAdapter
+from ..drafters.head_files import LookaheadHeadFile
 from ..model.config import ModelConfig
 from ..schedule.logits_rows import LogitsRows
 from ..schedule.pooled_rows import PooledSpan, pooled_spans
@@ -61,22 +62,21 @@ class BatchDecoder(Protocol):
 class ModelRunner:
     """Runs one forward over whatever was scheduled."""
 
-    def __init__(self, decoder: BatchDecoder, kv: KVCache, slots: BatchSlots):
+    def __init__(
+        self, decoder: BatchDecoder, kv: KVCache, slots: BatchSlots, base_head: LookaheadHeadFile | None = None
+    ):
         self.decoder = decoder
         self.kv = kv
         self.slots = slots
+        self._base_head = base_head
 
     @torch.inference_mode()
     def forward(self, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
         items, _, active = take_slots(self.slots, items, adapters)
         batch, needed, spans = self._build(items)
-        heads = [adapter.lookahead for adapter in active]
-        taps = {
-            lookahead.head.config.tap_layer: batch.tokens
-            for lookahead in heads
-            if lookahead is not None and lookahead.head
-        }
+        heads = [adapter.lookahead.head for adapter in active if adapter.lookahead is not None]
+        taps = {head.config.tap_layer: batch.tokens for head in (*heads, self._base_head) if head is not None}
         states = self.decoder.forward(batch, self.kv, taps)  # [L + P, H]
         hidden = states[: len(needed.rows)]
         if needed.rows:

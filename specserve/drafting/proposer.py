@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..adapters.lookahead import Lookahead
 from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
-from ..drafters.acceptance import SharedAcceptance
 from ..drafters.grammar_source import GrammarSource
 from ..drafters.head_source import HeadSource
 from ..drafters.history_source import HistorySource
@@ -28,6 +28,7 @@ from ..messages import AdapterDrafts, GenerateRequest
 from ..pooling_messages import AnyRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence as EngineSequence
+from .base_head import BaseHead
 from .cost_model import CostModel
 from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan, no_draft
 from .growth import DraftGrowth
@@ -67,11 +68,12 @@ class Proposer:
         clock: Clock | None = None,
         is_asynchronous: bool = False,
         max_logits: int | None = None,
+        base_lookahead: Lookahead | None = None,
     ):
         self._config = config
         self._vocab_size = vocab_size
         self._adapters = adapters
-        self._base_acceptance = SharedAcceptance()
+        self._base = BaseHead(base_lookahead)
         self._heads = heads
         self.cost_model, self._costs = cost_model, StepCosts(cost_model, is_asynchronous, max_logits)
         self.growth = make_growth(stepped_heads, clock)
@@ -132,9 +134,7 @@ class Proposer:
         sources = self.drafters_for(request)
         if seq.grammar is not None and request.speculation.mode != "ngram":
             sources.insert(0, GrammarSource(seq.grammar))
-        adapter = self._adapters.get(request.adapter_hash or "")
-        lookahead = adapter.lookahead if adapter is not None else None
-        shared = lookahead.acceptance if lookahead is not None else self._base_acceptance
+        shared = self._base.acceptance_of(self._adapters.get(request.adapter_hash or ""))
         draft.chooser = self.growth.chooser(sources, shared, seq.grammar, seq.is_traced)
         draft.head = next((source for source in sources if isinstance(source, HeadSource)), None)
 
@@ -145,14 +145,15 @@ class Proposer:
         if request.prediction_token_ids:
             sources.insert(0, PredictionSource(request.prediction_token_ids, len(request.prompt_token_ids)))
         adapter = self._adapters.get(request.adapter_hash or "")
-        lookahead = adapter.lookahead if adapter is not None else None
-        history = lookahead.history if lookahead is not None else None
+        history = self._base.history
+        if adapter is not None:
+            history = adapter.lookahead.history if adapter.lookahead is not None else None
         if self._served is not None and adapter is not None:
             history = self._served.current(adapter.content_hash, request.cache_salt, history)
         if history is not None:
             sources.append(HistorySource(history, len(request.prompt_token_ids)))
-        if lookahead is not None and lookahead.head is not None:
-            sources.append(self._heads.source(request.request_id, lookahead.head, request.prompt_token_ids))
+        if (head := self._base.head_of(adapter)) is not None:
+            sources.append(self._heads.source(request.request_id, head, request.prompt_token_ids))
         return sources
 
     def propose(
@@ -287,6 +288,7 @@ class Proposer:
         """Let go of an adapter that has left."""
         self._heads.release_weights()
         self._counts.pop(content_hash, None)
+        self._base.adapter_left(content_hash)
         self._switches = {key: switch for key, switch in self._switches.items() if key[0] != content_hash}
 
     def drafts_by_adapter(self) -> list[AdapterDrafts]:

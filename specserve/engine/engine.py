@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapters.lookahead import Lookahead, read_base_lookahead
 from ..adapters.lora import LoraAdapter, read_adapter
 from ..adapters.registry import AdapterRegistry
 from ..adapters.residency import NO_LIMIT
@@ -92,9 +93,10 @@ class Engine:
         assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows and config.max_adapters
         self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
         self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
+        self._uploads = Uploads(device)
+        self._base_lookahead = self._read_base_lookahead()
         self.tokenizer = load_backend_tokenizer(model_dir)
         self._texts = TokenTexts(self.tokenizer)
-        self._uploads = Uploads(device)
         self._reading = threading.Semaphore(MAX_READING)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
@@ -140,6 +142,7 @@ class Engine:
             max_adapters=config.max_adapters,
             hidden_size=model.hidden_size,
             is_exact=self.decoder.is_exact,
+            base_head=self._base_lookahead.info() if self._base_lookahead is not None else None,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
@@ -157,7 +160,15 @@ class Engine:
         )
         path = self.path = make_path(
             self.decoder,
-            PathInputs(kv, limits, self.masks, sorted(self.eos_token_ids), self.registry.adapters, config.cuda_graphs),
+            PathInputs(
+                kv,
+                limits,
+                self.masks,
+                sorted(self.eos_token_ids),
+                self.registry.adapters,
+                config.cuda_graphs,
+                self._base_lookahead.head if self._base_lookahead is not None else None,
+            ),
         )
         self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
         self._torch_threads = path.torch_threads
@@ -176,6 +187,7 @@ class Engine:
             clock=path.clock,
             is_asynchronous=path.is_asynchronous,
             max_logits=path.max_rows_ahead or None,
+            base_lookahead=self._base_lookahead,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)
@@ -183,6 +195,13 @@ class Engine:
         self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
         self._admission = Admission(config, self.scheduler, self.waits)
         self.recent_steps = RecentSteps(cost_model)
+
+    def _read_base_lookahead(self) -> Lookahead | None:
+        if self.config.base_head is None:
+            return None
+        assert self._base.identity is not None
+        found = read_base_lookahead(Path(self.config.base_head), self._base.config, self._base.identity)
+        return found.copied(self._uploads.copy) if self.decoder.device.type != "cpu" else found
 
     # -- requests
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..config import ServeConfig, engine_part
+from ..adapter_files import HEAD_CONFIG_FILE
+from ..config import EngineConfig, ServeConfig, engine_part
+from ..errors import UserError
 from ..model.store import DEFAULT_MODEL
 from .engine_client.client import EngineClient, engine_command
 
@@ -16,12 +18,30 @@ def engine_of(
     config: ServeConfig, model_dir: Path, roots: Sequence[Path], command: list[str] | None = None
 ) -> EngineClient:
     """An engine that is not started yet; it reads adapters below `roots`, anywhere where there are none."""
+    settings = msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots)))
     return EngineClient(
-        msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots))),
+        with_base_head(settings),
         silence_timeout_s=config.engine_timeout_s,
         step_timeout_s=config.engine_step_timeout_s,
         command=command or engine_command(config.log_level),
     )
+
+
+def with_base_head(config: EngineConfig) -> EngineConfig:
+    """`config` with the absolute path of its base head. Raises `UserError` where there is none in that directory.
+
+    What else may be wrong with it costs the drafts and not the start.
+    """
+    if config.base_head is None:
+        return config
+    directory = Path(config.base_head).expanduser().absolute()
+    if not (directory / HEAD_CONFIG_FILE).is_file():
+        raise UserError(
+            f"base_head is {config.base_head}, which has no {HEAD_CONFIG_FILE}; name a directory that `specserve train "
+            "--head-only --base` has written",
+            param="base_head",
+        )
+    return msgspec.structs.replace(config, base_head=str(directory))
 
 
 def model_name_of(config: ServeConfig, model_dir: Path) -> str:

@@ -12,6 +12,7 @@ from specserve.config import ServeConfig
 from specserve.errors import UserError
 from specserve.server.app import Server
 from specserve.server.engine_client import client as engine_client
+from specserve.server.served_engine import engine_of
 
 BODY = {"prompt": "The quick", "max_tokens": 4}
 LIMIT_S = 60.0
@@ -121,3 +122,8 @@ async def test_a_stop_during_the_start_drains_those_who_wait(start):
         assert (await waiting)[0] == 200
         await it.task
         assert not it.ready
+
+
+def test_a_base_head_that_is_not_there_is_refused_before_an_engine_starts(tmp_path):
+    with pytest.raises(UserError, match=r"base_head is .*nowhere, which has no lookahead_config.json"):
+        engine_of(ServeConfig(base_head=str(tmp_path / "nowhere")), tmp_path, ())

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import torch
 from engine_fixture import make_engine, request, run, text, tokens_of
-from lookahead_adapters import make_lookahead_adapter
+from lookahead_adapters import make_base_head, make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 from pooling_adapters import make_pooling_adapter
 from tiny_models import make_tiny_model
@@ -222,10 +222,11 @@ def test_heads_draft_on_the_device_what_they_draft_on_the_host(model_dir, tmp_pa
         make_lookahead_adapter(model_dir, tmp_path / str(i), seed=i, tap_layer=1, history=False, **shape)
         for i, shape in enumerate(shapes)
     ]
-    prompts = [[i * 7 % 320 for i in range(3, 12 + n)] for n in range(3)]
+    prompts = [[i * 7 % 320 for i in range(3, 12 + n)] for n in range(4)]
     drafted, tokens = [], []
-    for engine in make_pair(model_dir, max_draft_tokens=4):
-        hashes = [engine.load_adapter(str(i), path).content_hash for i, path in enumerate(paths)]
+    base_head = make_base_head(model_dir, tmp_path / "base", seed=5, tap_layer=1, history=False)
+    for engine in make_pair(model_dir, max_draft_tokens=4, base_head=str(base_head)):
+        hashes = [engine.load_adapter(str(i), path).content_hash for i, path in enumerate(paths)] + [None]
         first: dict[str, list[int]] = {}
         propose = engine.proposer.propose
 
@@ -262,7 +263,7 @@ def test_heads_draft_on_the_device_what_they_draft_on_the_host(model_dir, tmp_pa
         alone = run(engine, [request("x", prompts[0], adapter=key, mode="fixed", max_draft_tokens=2, max_tokens=3)])
         tokens.append(tokens_of(alone))
     assert tokens[0] == tokens[2] and tokens[1] == tokens[3]
-    assert len(drafted[0]) == 3 and drafted[0] == drafted[1]
+    assert len(drafted[0]) == 4 and drafted[0] == drafted[1]
 
 
 def test_heads_that_fail_on_the_device_change_nothing(model_dir, tmp_path, caplog):

@@ -42,7 +42,7 @@ def build(config: ModelConfig, weights: Weights, exact: Exact) -> TritonDecoder:
 def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
     limits = inputs.limits
     parts = DeviceParts.of(decoder, inputs.kv, limits, GraphCache(decoder.device, inputs.cuda_graphs))
-    drafts = DeviceDrafts(parts, parts.sampled.tokens, inputs.adapters, limits)
+    drafts = DeviceDrafts(parts, parts.sampled.tokens, inputs.adapters, limits, inputs.base_head)
     runner = DeviceRunner(parts, on_seated=drafts.prepare)
     sampler = DeviceSampler(inputs.eos_token_ids, inputs.masks, parts, drafts)
     runner.capture()

@@ -65,9 +65,11 @@ class DeviceDrafts:
         sampled: torch.Tensor,
         adapters: Mapping[str, LoraAdapter],
         limits: StepLimits,
+        base_head: LookaheadHeadFile | None = None,
     ):
         config, device = parts.decoder.config, parts.decoder.device
         self._parts, self._sampled, self._adapters = parts, sampled, adapters
+        self._base_head = base_head
         longest = min(limits.max_draft_tokens, _CHAIN_LENS[-1])
         self._chain_lens = (*(n for n in _CHAIN_LENS if n < longest), longest)
         num_seats = padded(parts.seats.tables.shape[0])
@@ -75,7 +77,7 @@ class DeviceDrafts:
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             tap_layers=parts.layers.tap_layers,
-            max_heads=limits.max_adapters,
+            max_heads=limits.max_adapters + 1,  # the base may have one
             max_num_seqs=num_seats,
             max_prompt_len=min(limits.max_model_len, _MAX_PROMPT_LEN),
             max_draft_len=longest,
@@ -100,7 +102,9 @@ class DeviceDrafts:
 
     def release_weights(self) -> None:
         """Let go of heads whose adapters have left; nothing that runs names them."""
-        self._seats.keep_only(self._adapters)
+        lookaheads = [adapter.lookahead for adapter in self._adapters.values()]
+        heads = [lookahead.head for lookahead in lookaheads if lookahead is not None]
+        self._seats.keep_only([head for head in (*heads, self._base_head) if head is not None])
 
     # -- the step
 

@@ -7,12 +7,11 @@ followed. One that is not up to date is taken anew, by the sequence as it is the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
-from ...adapters.lora import LoraAdapter
 from ...drafters.head_device import DeviceHeads, SeatedSequence
 from ...drafters.head_files import HeadError, LookaheadHeadFile
 from ...schedule.sequence import Sequence
@@ -65,10 +64,9 @@ class HeadSeats:
     def clear(self) -> None:
         self._owners[:] = -1
 
-    def keep_only(self, adapters: Mapping[str, LoraAdapter]) -> None:
-        """Let go of heads that belong to none of `adapters`; nothing that runs names them."""
-        lookaheads = [adapter.lookahead for adapter in adapters.values()]
-        live = {id(lookahead.head) for lookahead in lookaheads if lookahead is not None}
+    def keep_only(self, heads: Iterable[LookaheadHeadFile]) -> None:
+        """Let go of all but these; nothing that runs names others."""
+        live = {id(head) for head in heads}
         for key, head in list(self._known.items()):
             if key not in live:
                 self._heads.remove_head(head)

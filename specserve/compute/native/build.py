@@ -43,7 +43,7 @@ def build(
 
 
 def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
-    runner = ModelRunner(decoder, inputs.kv, decoder.slots())
+    runner = ModelRunner(decoder, inputs.kv, decoder.slots(), inputs.base_head)
     sampler, heads = Sampler(inputs.eos_token_ids, inputs.masks), NativeHeadRunner(decoder.team)
     return ComputePath(
         runner=runner,

@@ -39,7 +39,7 @@ def build(config: ModelConfig, weights: Weights) -> Decoder:
 
 
 def make_path(decoder: Decoder, inputs: PathInputs) -> ComputePath:
-    runner = ModelRunner(decoder, inputs.kv, decoder.slots())
+    runner = ModelRunner(decoder, inputs.kv, decoder.slots(), inputs.base_head)
     sampler, heads = Sampler(inputs.eos_token_ids, inputs.masks), HeadRunner()
     is_cuda = decoder.device.type == "cuda"
     return ComputePath(

@@ -13,6 +13,7 @@ from ...messages import EngineInfo, EngineStats
 from ..engine_client.serving_engine import ServingEngine
 from .types import (
     AdapterStats,
+    BaseHeadState,
     EngineState,
     FinishedSequences,
     KvStats,
@@ -49,6 +50,7 @@ class StatsSource:
         engine = self._engine
         stats, taken_at = engine.snapshot
         stats, info = stats or _NOTHING, engine.known_info or _UNKNOWN
+        head = info.base_head
         return StatsResponse(
             time_s=taken_at,
             uptime_s=time.monotonic() - self._since,
@@ -88,6 +90,7 @@ class StatsSource:
                 },
                 drafted_per_pos=stats.drafted_per_pos,
                 accepted_per_pos=stats.accepted_per_pos,
+                base_head=BaseHeadState(head.draft_len, head.history_tokens, head.error) if head is not None else None,
             ),
             steps=StepStats(
                 num=stats.num_steps,

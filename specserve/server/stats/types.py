@@ -103,10 +103,18 @@ class SourceSpeculation(msgspec.Struct, forbid_unknown_fields=True):
     accepted: int
 
 
+class BaseHeadState(msgspec.Struct, forbid_unknown_fields=True):
+    """What --base-head names; `error`: why it is not used."""
+
+    draft_len: int | None
+    history_tokens: int
+    error: str | None
+
+
 class SpeculationOverall(msgspec.Struct, forbid_unknown_fields=True):
     """`by_adapter` has those that the caller may see, the ones with most output first; `num_others` are left out.
 
-    `_per_pos` are by position in the draft, the first one first.
+    `_per_pos` are by position in the draft, the first one first. `base_head`: None where none was named.
     """
 
     by_adapter: list[ModelSpeculation]
@@ -114,6 +122,7 @@ class SpeculationOverall(msgspec.Struct, forbid_unknown_fields=True):
     by_source: dict[str, SourceSpeculation]
     drafted_per_pos: list[int] = []
     accepted_per_pos: list[int] = []
+    base_head: BaseHeadState | None = None
 
 
 class StepStats(msgspec.Struct, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ from places import FIXTURES, ROOT
 
 from specserve.config import EngineConfig, ServeConfig
 from specserve.errors import OverloadedError, ShuttingDownError
-from specserve.messages import AdapterDrafts, AdapterRequests, EngineInfo, EngineStats
+from specserve.messages import AdapterDrafts, AdapterRequests, EngineInfo, EngineStats, LookaheadInfo
 from specserve.server.access.caller import Caller
 from specserve.server.access.keys import KeyRing
 from specserve.server.engine_client.client import EngineClient
@@ -168,6 +168,13 @@ def test_an_engine_that_has_not_started_has_stats_of_nothing(engine):
     engine.stats, engine.state, engine.known_info = None, "starting", None
     told = StatsSource(engine, "the-base").newest()
     assert told.engine.status == "starting" and told.engine.num_restarts == told.kv.blocks == told.kv.used_ratio == 0
+
+
+def test_a_base_head_is_told_of_with_what_is_wrong_with_it(engine):
+    head = LookaheadInfo(None, 0, "it was trained with another base model")
+    engine.known_info = msgspec.structs.replace(engine.known_info, base_head=head)
+    told = StatsSource(engine, "the-base").newest().speculation.base_head
+    assert (told.draft_len, told.error) == (None, head.error)
 
 
 async def test_a_caller_sees_the_adapters_that_are_for_it(feed, engine, monkeypatch):
