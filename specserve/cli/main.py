@@ -19,6 +19,7 @@ from ..errors import UserError
 from .bench_serve import serve as bench_serve
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
 from .route import route
+from .synthesize import synthesize
 from .train import evaluate, train
 
 DEBUG_ENV = "SPECSERVE_DEBUG"
@@ -285,6 +286,7 @@ def completion(shell: str) -> None:
 cli.add_command(train)
 cli.add_command(evaluate)
 cli.add_command(route)
+cli.add_command(synthesize)
 
 
 @cli.group()

@@ -60,10 +60,10 @@ class NearDuplicates:
         self._shingles[key] = found = self._compared(text)
         self._index.insert(key, self._signature(found))
 
-    def nearest(self, text: str) -> Near | None:
-        """The nearest text, the one that came first where two are as near; None if none reaches the threshold."""
+    def nearest(self, text: str, but: str | None = None) -> Near | None:
+        """The nearest text whose key is not `but`, the first where two are as near; None below the threshold."""
         found = self._compared(text)
-        keys = set(self._index.query(self._signature(found)))
+        keys = set(self._index.query(self._signature(found))) - {but}
         best: Near | None = None
         for key in (key for key in self._shingles if key in keys) if keys else ():
             value = similarity(found, self._shingles[key])
