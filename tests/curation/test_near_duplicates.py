@@ -10,7 +10,6 @@ from specserve.curation.near_duplicates import Near, NearDuplicates
 from specserve.curation.text_identity import common_shingles, shingles, similarity
 from specserve.errors import UserError
 
-pytest.importorskip("datasketch")
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 
 
