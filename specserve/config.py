@@ -227,6 +227,23 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
         return self.api_keys_file is not None or self.tls_certfile is not None
 
 
+class RayConfig(ServeConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`ServeConfig` and what several replicas on a Ray cluster need."""
+
+    num_replicas: Annotated[int, Meta(ge=1, description="engines, each a replica; with max_replicas, at least")] = 1
+    max_replicas: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="as many where the load asks for it; default: num_replicas")
+    ] = None
+    replica_waiting_tokens: Annotated[
+        int, Meta(ge=1, description="tokens of waiting requests that ask for one more replica")
+    ] = 4096
+    replica_cpus: Annotated[float, Meta(gt=0, description="CPU cores that Ray keeps for a replica")] = 1.0
+    replica_gpus: Annotated[float, Meta(ge=0, description="GPUs that Ray keeps for a replica")] = 0.0
+    ray_address: Annotated[
+        Text | None, Meta(description="Ray cluster to run on; default: RAY_ADDRESS, else one of this machine alone")
+    ] = None
+
+
 def engine_part(config: ServeConfig) -> EngineConfig:
     """The engine's share of the settings."""
     return EngineConfig(**{name: getattr(config, name) for name in EngineConfig.__struct_fields__})

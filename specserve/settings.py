@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import inspect
 
-from .config import EngineConfig, ServeConfig
+from .config import EngineConfig, RayConfig
 from .errors import UserError
 from .renamed_settings import Given, old_setting, translated
 from .strict_yaml import read_yaml
@@ -81,7 +81,7 @@ def load(
 
     `flags` maps field names to the text after the flag (a bool for switches, a sequence of texts for lists); None and
     empty sequences are flags that were not given. An empty environment variable counts as unset. The file may hold any
-    key of `ServeConfig`, so that one file serves every command; keys that `config_type` lacks are checked and unused.
+    key of `RayConfig`, so that one file serves every command; keys that `config_type` lacks are checked and unused.
     """
     if config_file is None:
         config_file = environ.get(CONFIG_ENV) or None
@@ -109,7 +109,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """The checked values of a YAML file; raises `UserError`."""
     path = Path(path).expanduser()
     content = read_yaml(path, "the configuration file")
-    settings = {setting.name: setting for setting in settings_of(ServeConfig)}
+    settings = {setting.name: setting for setting in settings_of(RayConfig)}
     old = {setting.name: setting for setting in map(old_setting, settings.values()) if setting is not None}
     values = {}
     for key, value in content.items():

@@ -18,6 +18,7 @@ from ..config import EngineConfig, ServeConfig
 from ..errors import UserError
 from .bench_serve import serve as bench_serve
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
+from .ray import ray
 from .route import route
 from .synthesize import synthesize
 from .train import evaluate, train
@@ -287,6 +288,7 @@ cli.add_command(train)
 cli.add_command(evaluate)
 cli.add_command(route)
 cli.add_command(synthesize)
+cli.add_command(ray)
 
 
 @cli.group()

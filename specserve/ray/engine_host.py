@@ -11,14 +11,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..config import ServeConfig
+import msgspec
+
+from ..config import ServeConfig, engine_part
 from ..errors import EngineDeadError
 from ..messages import Abort, Delta, EngineStats, GenerateRequest, RequestFailed, Stats
 from ..pooling_messages import Pooled, PoolRequest
-from ..server.engine_client.client import RESTART_PATIENCE_S
+from ..server.engine_client.client import RESTART_PATIENCE_S, engine_command
 from ..server.engine_client.link import EngineLink
 from ..server.engine_client.supervisor import EngineSupervisor
 from .wire import Greeting, encode, to_replica_decoder
@@ -29,12 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 class EngineHost:
-    """`command` starts the engine of `config`, whose `model` is a local directory."""
+    """Not started yet; its engine reads adapters below `roots`, anywhere where there are none."""
 
-    def __init__(self, config: ServeConfig, engine_config: Any, command: list[str]):
+    def __init__(self, config: ServeConfig, model_dir: Path, roots: Sequence[Path] = ()):
         self._front: _Attached | None = None
+        command = engine_command(config.log_level)
+        settings = msgspec.structs.replace(
+            engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots))
+        )
         self._engine = EngineSupervisor(
-            lambda: EngineLink.launch(command, engine_config),
+            lambda: EngineLink.launch(command, settings),
             self._relay,
             self._lost,
             silence_timeout_s=config.engine_timeout_s,
@@ -43,10 +50,15 @@ class EngineHost:
         self._away_since: float | None = None
         self._stats: EngineStats | None = None
 
-    @property
-    def stats(self) -> EngineStats | None:
-        """The engine's last word of itself; None while none serves."""
-        return self._stats
+    def load(self) -> dict[str, float]:
+        """Tokens of requests that wait, and the share of seats whose sequences run; no load while no engine serves."""
+        stats, info = self._stats, self._engine.info
+        if stats is None or info is None:
+            return {"waiting_tokens": 0.0, "used_seats": 0.0}
+        return {
+            "waiting_tokens": float(stats.num_waiting_tokens),
+            "used_seats": stats.num_running / max(1, info.max_num_seqs),
+        }
 
     @property
     def pid(self) -> int:

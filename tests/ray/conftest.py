@@ -16,7 +16,6 @@ from tiny_models import make_tiny_model
 from specserve.config import ServeConfig
 from specserve.messages import GenerateRequest, SamplingParams
 from specserve.ray.engine_host import EngineHost
-from specserve.ray.replica import engine_host
 from specserve.ray.replicated_engine import ReplicatedEngine
 
 PATIENCE_S = 60.0
@@ -81,7 +80,7 @@ class Replicas:
     """The engine of two replicas, `east` and `west`, and what is behind it."""
 
     def __init__(self, config: ServeConfig, model_dir):
-        self.hosts = {name: engine_host(config, model_dir) for name in ("east", "west")}
+        self.hosts = {name: EngineHost(config, model_dir) for name in ("east", "west")}
         self.channels: dict[str, LocalChannel] = {}
         self.engine = ReplicatedEngine(config, self.channels.__getitem__)
         self.left: list[dict[str, int]] = []

@@ -1,0 +1,69 @@
+"""The Ray Serve application: one front, and replicas on the CPU cores or GPUs that the settings ask for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from .. import settings
+from ..config import RayConfig
+from .front import Front
+from .replica import EngineReplica
+
+NAME = "specserve"
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # calls are frames: the front logs requests
+MAX_CALLS = 100_000  # at once to a replica or the front: the engine's own queue is what refuses
+LEAVE_S = 10.0  # beside the drain, until Ray kills who has not left
+
+
+def app(arguments: dict[str, str]) -> Application:
+    """For `serve run specserve.ray:app KEY=VALUE ..`: keys are settings, `config` a file of them."""
+    given = {key: value for key, value in arguments.items() if key != "config"}
+    return application(settings.load(RayConfig, given, os.environ, arguments.get("config")))
+
+
+def application(config: RayConfig) -> Application:
+    """Of these settings."""
+    if config.num_threads is None and config.device != "cuda":
+        config = msgspec.structs.replace(config, num_threads=max(1, int(config.replica_cpus)))
+    options: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.max_replicas is not None and config.max_replicas > config.num_replicas:
+        policy = AutoscalingPolicy(
+            policy_function="specserve.ray.autoscaling:QueuedTokensPolicy",
+            policy_kwargs={"tokens_a_replica": config.replica_waiting_tokens},
+        )
+        options = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=config.num_replicas, max_replicas=config.max_replicas, policy=policy
+            )
+        }
+    replicas = serve.deployment(
+        EngineReplica,
+        name="EngineReplica",
+        max_ongoing_requests=MAX_CALLS,
+        ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
+        request_router_config=RequestRouterConfig(request_router_class="specserve.ray.named_router:NamedRouter"),
+        graceful_shutdown_timeout_s=config.drain_timeout_s + LEAVE_S,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=2.0,
+        logging_config=QUIET,
+        **options,
+    )
+    front = serve.deployment(
+        Front,
+        name="Front",
+        num_replicas=1,
+        max_ongoing_requests=MAX_CALLS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.drain_timeout_s + LEAVE_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2.0,
+        logging_config=QUIET,
+    )
+    return front.bind(config, replicas.bind(config))

@@ -1,0 +1,74 @@
+"""The front as a Ray Serve deployment: the HTTP server, whose engine is all replicas.
+
+It listens itself: Ray's proxies speak ASGI, which aiohttp does not, and a hop more for every event would cost what it
+saves. There is one front, so that limits of keys, names of adapters and batches are one; Ray starts it again where it
+fails, and replicas that are there serve it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+
+from ray.serve.handle import DeploymentHandle
+
+from ..config import RayConfig
+from ..errors import UserError
+from ..log_lines import configure_logging
+from ..model.store import resolve_model
+from ..server.app import Server, bind
+from .replicated_engine import ReplicatedEngine
+from .serve_channel import ServeChannel
+
+logger = logging.getLogger(__name__)
+
+
+class Front:
+    """What Ray Serve calls."""
+
+    async def __init__(self, config: RayConfig, replicas: DeploymentHandle):  # type: ignore[misc]  # Ray Serve awaits it
+        configure_logging(getattr(logging, config.log_level.upper()))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engines'; a text is one thread's work
+        bind(config.host, config.port).close()  # a port that is taken is told at once
+        self._loop = asyncio.get_running_loop()
+        self._replicas = replicas
+        model_dir = await asyncio.to_thread(resolve_model, config.model, revision=config.revision)
+        self._engine = ReplicatedEngine(config, lambda name: ServeChannel(replicas, name))
+        self._server = Server(config, model_dir, engine=self._engine)
+        self._stop, self._url = asyncio.Event(), self._loop.create_future()
+        self._serving = asyncio.create_task(self._server.serve_until(self._stop, self._url.set_result))
+        self._greeting = asyncio.create_task(self._greet())
+
+    async def _greet(self) -> None:
+        """Make a call, which makes the handle's router: that tells of all replicas, now and later."""
+        while not self._engine.replicas():
+            try:
+                async with asyncio.timeout(5.0):
+                    await self._replicas.greet.remote(to="")
+            except Exception as error:
+                logger.warning("no replica yet: %s", type(error).__name__)
+            await asyncio.sleep(0.5)
+
+    def replicas_changed(self, names: Sequence[str]) -> None:
+        """Called by `NamedRouter`, on a thread of its own."""
+        self._loop.call_soon_threadsafe(self._engine.set_replicas, list(names))
+
+    async def url(self) -> str:
+        """Where it listens, once a replica serves. Raises the `UserError` that says why it cannot."""
+        await asyncio.wait((self._url, self._serving), return_when=asyncio.FIRST_COMPLETED)
+        if self._serving.done():
+            self._serving.result()
+        return self._url.result()
+
+    async def check_health(self) -> None:
+        """Raises where Ray should start it again."""
+        if self._serving.done():
+            self._serving.result()
+            raise UserError("the server has ended", status=503)
+
+    async def __del__(self) -> None:
+        self._stop.set()
+        self._greeting.cancel()
+        await asyncio.wait((self._serving,))

@@ -1,0 +1,55 @@
+"""`specserve ray`: a Ray cluster, or one of this machine, the application on it, and their end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import ray
+from ray import serve
+
+from ..config import RayConfig
+from ..errors import UserError
+from ..server.console import say, settle
+from .application import NAME, QUIET, application
+
+STORE_BYTES = 128 * 2**20  # of shared memory, of which frames take none
+
+
+def serve_on_ray(config: RayConfig) -> None:
+    """Serve until SIGINT or SIGTERM. Raises `UserError` where that cannot begin."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # its 30 s are few where cores are busy
+    stop = threading.Event()
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = (config.max_replicas or config.num_replicas) * config.replica_cpus
+        ray.init(
+            num_cpus=max(cores, int(wanted) + 1),
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="warning",
+            object_store_memory=STORE_BYTES,
+        )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
+        try:
+            front = serve.run(application(config), name=NAME, route_prefix=None)
+            url = front.url.remote().result()
+        except RuntimeError as error:
+            raise UserError(f"the application does not start: {error}") from error
+        say(f"specserve with {config.num_replicas} replicas is ready at {url}")
+        stop.wait()
+        say("shutting down; running requests may finish")
+        serve.delete(NAME)
+    finally:
+        if not address:
+            serve.shutdown()
+        ray.shutdown()
+        settle()
