@@ -35,6 +35,7 @@ from .evaluation.answers import answer, make_engine
 from .evaluation.evaluate import evaluate_directory
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead
+from .health import RunCollapsed
 from .lora_files import LORA_FILES, check_finite, copy_files, share_files
 from .lora_model import LoraModel
 from .preflight import Prepared
@@ -120,7 +121,7 @@ def _write_head(
     """With an empty record of acceptance: it is made with the head in use."""
     tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise UserError(f"the head diverged; lower head.lr ({config.head.lr}); the LoRA in {output} is complete")
+        raise RunCollapsed(f"the head diverged; lower head.lr ({config.head.lr}); the LoRA in {output} is complete")
     lookahead = LookaheadConfig(
         format_version=FORMAT_VERSION,
         base_hash=base_fingerprint(model_dir),

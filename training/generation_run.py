@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
+from ..text.special_tokens import eos_token_ids
+from .data.dataset import Example, tokenize
+from .data.rows import Row
 from .finish import finish
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
 from .lora_model import LoraModel
-from .objective import Objective
+from .objective import Objective, mean_loss
 from .preflight import Prepared, prepare
 from .run_config import RunConfig
 from .task_run import PreparedRun
@@ -42,6 +47,27 @@ class GenerationRun(PreparedRun[Prepared]):
             return None
         teacher = open_teacher(Path(config.teacher), model, self.model_dir) if config.teacher else None
         return JointObjective(config, model, self._head, examples, self._copy_start, len(self.plan), teacher)
+
+    def held_out_loss(self) -> float | None:
+        rows = self._prepared.held_out[: self.config.eval.rows]
+        return self._loss_of(rows) if rows else None
+
+    def losses_on(self, rows: Sequence[Row]) -> tuple[float, float]:
+        """Loss of a token of the answers of any `rows`, with the LoRA as it is, and of the base model without it."""
+        eos = eos_token_ids(self.model_dir)
+        examples = tokenize(rows, self._prepared.tokenizer, eos)
+        assert self._model is not None
+        with_lora = self._loss_of(examples)
+        with self._model.without_lora():
+            return with_lora, self._loss_of(examples)
+
+    def _loss_of(self, examples: Sequence[Example]) -> float:
+        """Cross-entropy of a token with loss, whatever the run learns from."""
+        assert self._model is not None
+        config = msgspec.structs.replace(self.config, loss="ce")
+        objective = JointObjective(config, self._model, None, examples, self._copy_start, num_steps=1)
+        with self._model.without_dropout():
+            return mean_loss(objective, len(examples), config.optimizer.batch_tokens)
 
     def finish(self) -> dict[str, Any] | None:
         assert self._model is not None

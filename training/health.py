@@ -9,12 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..errors import UserError
+
 _STOP_RATIO = 4.0  # times the first loss
 _STOP_AFTER = 10  # steps: the first ones may jump
 _STOP_STREAK = 20  # steps in a row with a loss above that before training
 _GOOD_RATIO, _GOOD_MARGIN = 1.5, 0.3  # over the best running loss
 _END_RATIO, _END_MARGIN = 1.25, 0.1  # over the first loss
 _DECAY = 0.7  # of the running loss
+
+
+class RunCollapsed(UserError):
+    """The weights of a run, or of its head, are worth nothing: they diverged, or hold what is no number."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..adapter_files import CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
-from ..errors import UserError
+from .health import RunCollapsed
 
 LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
@@ -33,12 +33,12 @@ def share_files(directory: Path) -> None:
 
 
 def check_finite(directory: Path, rate: float) -> None:
-    """Raises `UserError` if the LoRA as stored holds a value that no server takes, and removes its weights then."""
+    """Raises `RunCollapsed` if the LoRA as stored holds a value that no server takes, and removes its weights then."""
     path = directory / WEIGHTS_FILE
     bad = [name for name, value in load_file(path).items() if not bool(torch.isfinite(value).all())]
     if bad:
         path.unlink()
-        raise UserError(
+        raise RunCollapsed(
             f"the trained LoRA holds NaN or infinite values ({bad[0]} and {len(bad) - 1} more): it diverged; lower "
             f"optimizer.lr ({rate}) and start again in another --output",
             param="optimizer.lr",

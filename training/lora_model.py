@@ -165,6 +165,12 @@ class LoraModel(CausalModel):
     def parameters(self) -> list[nn.Parameter]:
         return trained_parameters(self.peft)
 
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """Within, the model is the base model alone."""
+        with self.peft.disable_adapter():
+            yield
+
     def save(self, directory: Path, base_name: str) -> None:
         """Write the LoRA as plain PEFT files; `base_name` is what they call the base model."""
         save_lora(self.peft, directory, base_name)

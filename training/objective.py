@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .data.batching import plan_epoch
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -70,3 +72,11 @@ class Objective(Protocol):
         ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@torch.no_grad()
+def mean_loss(objective: Objective, num_rows: int, batch_tokens: int) -> float:
+    """The loss of the weights as they are over the objective's first `num_rows` rows, in batches of `batch_tokens`."""
+    batches = plan_epoch([objective.num_tokens([idx]) for idx in range(num_rows)], batch_tokens, seed=0)
+    total = sum(objective.loss_sum(batch).item() for batch in batches)
+    return total / max(1, sum(objective.num_targets(batch) for batch in batches))

@@ -6,7 +6,9 @@ everything is checked and the directory is held (run_directory.py).
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,12 @@ from tqdm import tqdm
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint
 from .evaluation.verdict import steps_warning
 from .lora_model import arithmetic
+from .objective import Objective
 from .processes import first_process, process_group
 from .run_config import RunConfig
 from .run_directory import RunDirectory, disk_errors, held_directory, started_as, state_of
 from .run_identity import check_same_run, check_same_settings, run_identity
-from .task_run import checked_run
+from .task_run import TaskRun, checked_run
 from .trainer import Trainer
 
 
@@ -33,20 +36,33 @@ class TrainResult:
 
     output: Path
     was_finished: bool = False  # before; nothing was done
+    is_part: bool = False  # it stopped where it was told to, and can go on
     report: dict[str, Any] | None = None  # None without held-out rows
     warnings: tuple[str, ...] = ()
 
 
-def train_run(config: RunConfig, *, resume: bool = False) -> TrainResult | None:
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Where a run ends or pauses: behind this share of its steps, where `look` sees it before its model goes."""
+
+    share: float
+    look: Callable[[TaskRun, Objective | None, int], None]  # gets the steps that were taken, too
+
+    def step_of(self, num_steps: int) -> int:
+        return math.ceil(self.share * num_steps)
+
+
+def train_run(config: RunConfig, *, resume: bool = False, stop: Stop | None = None) -> TrainResult | None:
     """Run all phases, or none if a resumed run is finished already. The first process returns what became of it.
 
+    With `stop` at less than all steps nothing follows them: the run is left with its checkpoint, to be resumed.
     Raises `UserError` for what the user can fix, before anything is written where it can be known before.
     """
     with process_group():
-        return _run(config, resume)
+        return _run(config, resume, stop)
 
 
-def _run(config: RunConfig, resume: bool) -> TrainResult | None:
+def _run(config: RunConfig, resume: bool, stop: Stop | None) -> TrainResult | None:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     output = Path(config.output)
     directory: RunDirectory | None = None
@@ -64,11 +80,13 @@ def _run(config: RunConfig, resume: bool) -> TrainResult | None:
             result = TrainResult(output, was_finished=True)
         else:
             stack.enter_context(disk_errors(output))
-            result = _train_and_finish(config, directory, resume, is_first)
+            result = _train_and_finish(config, directory, resume, is_first, stop)
     return result if is_first else None
 
 
-def _train_and_finish(config: RunConfig, directory: RunDirectory | None, resume: bool, is_first: bool) -> TrainResult:
+def _train_and_finish(
+    config: RunConfig, directory: RunDirectory | None, resume: bool, is_first: bool, stop: Stop | None
+) -> TrainResult:
     """`directory` is the first process's; the others only train."""
     output = Path(config.output)
     run = checked_run(config)
@@ -102,9 +120,14 @@ def _train_and_finish(config: RunConfig, directory: RunDirectory | None, resume:
         trainer = Trainer(config, objective, run.plan, output, identity)
         if resume and checkpoint.is_file():
             trainer.resume()
-        trainer.train()
+        trainer.train(until=None if stop is None else stop.step_of(len(run.plan)))
         del trainer
     num_steps = None if objective is None else len(run.plan)
+    if stop is not None:
+        num_taken = num_steps and stop.step_of(num_steps)
+        stop.look(run, objective, num_taken or 0)
+        if num_taken != num_steps:
+            return TrainResult(output, is_part=True)
     del objective
     if dist.is_initialized():
         # Together: a process that leaves while another still talks to it can bring that one down.

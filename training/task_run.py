@@ -39,6 +39,10 @@ class TaskRun(Protocol):
         """The model with what is trained of it; None: no steps are needed."""
         ...
 
+    def held_out_loss(self) -> float | None:
+        """The objective's loss over held-out rows, of the weights as they are; None without such rows."""
+        ...
+
     def finish(self) -> dict[str, Any] | None:
         """All that follows the steps: the adapter's files, and the report if there are held-out rows."""
         ...

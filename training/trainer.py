@@ -20,9 +20,8 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from ..errors import UserError
 from .checkpoint import CHECKPOINT_FILE, read_checkpoint, write_checkpoint
-from .health import Health
+from .health import Health, RunCollapsed
 from .metrics_file import MetricsFile
 from .objective import Group, Objective, StepLoss
 from .processes import Processes
@@ -60,7 +59,10 @@ class Trainer:
     # -- the loop
 
     def train(self, until: int | None = None) -> None:
-        """Train to the end of the plan (or to step `until`). Raises `UserError` for a run that went wrong."""
+        """Train to the end of the plan, or to step `until`. Raises `RunCollapsed` for a run that went wrong.
+
+        On the way a batch may be hard: where its loss is too high for a checkpoint, the last one stays.
+        """
         end = len(self.plan) if until is None else min(until, len(self.plan))
         progress = tqdm(
             total=len(self.plan),
@@ -89,11 +91,14 @@ class Trainer:
                     self._stop()
         progress.close()
         loss = self._loss_now()
-        if not self._is_good_now(loss):
+        if self._is_good_now(loss):
+            self.save_checkpoint()
+        elif end == len(self.plan):
             raise self._gone_wrong(
                 f"the loss of the first step's rows was {self._health.first} and is {loss} at the end"
             )
-        self.save_checkpoint()
+        elif not math.isfinite(loss):
+            raise self._gone_wrong(f"the loss is {loss}")
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns what metrics.jsonl gets."""
@@ -157,10 +162,10 @@ class Trainer:
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self._groups[0].parameters)
         return finite and (self._health.is_good_end(loss) if at_end else self._health.is_good(loss))
 
-    def _gone_wrong(self, problem: str, group: Group | None = None) -> UserError:
+    def _gone_wrong(self, problem: str, group: Group | None = None) -> RunCollapsed:
         group = group or self._groups[0]
         step = min(self.step + 1, len(self.plan))
-        return UserError(
+        return RunCollapsed(
             f"step {step}: {problem}; lower {group.setting} ({group.lr}) and start again in another --output; "
             f"{self._kept()}",
             param=group.setting,

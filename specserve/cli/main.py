@@ -20,6 +20,7 @@ from .bench_serve import serve as bench_serve
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
 from .ray import ray
 from .route import route
+from .sweep import sweep
 from .synthesize import synthesize
 from .train import evaluate, train
 
@@ -286,6 +287,7 @@ def completion(shell: str) -> None:
 
 cli.add_command(train)
 cli.add_command(evaluate)
+cli.add_command(sweep)
 cli.add_command(route)
 cli.add_command(synthesize)
 cli.add_command(ray)

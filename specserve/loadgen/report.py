@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..text_tables import text_table
 from .client import Record
 
 GOODPUT_KEYS = ("ttft", "tpot", "e2el")  # vLLM's names
@@ -221,8 +222,7 @@ def table(levels: Sequence[LevelFigures]) -> str:
         ):
             row += ["-" if figures is None else f"{getattr(figures, name):.0f}" for name in names]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return text_table(rows)
 
 
 def adapter_table(level: LevelFigures) -> str:

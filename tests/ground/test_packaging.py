@@ -43,7 +43,7 @@ def test_the_linked_folders_are_in_the_wheel_as_files(wheel_names, folder):
     expected = {
         f"specserve/{folder}/{path.relative_to(ROOT / folder).as_posix()}"
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".h", ".cpp", ".jinja")
+        if path.suffix in (".py", ".h", ".cpp", ".jinja", ".jsonl")
     }
     assert {name for name in wheel_names if name.startswith(f"specserve/{folder}/")} == expected
 

@@ -9,7 +9,7 @@ import pytest
 from engine_fixture import make_engine, request, run, tokens_of
 from peft_adapters import make_peft_adapter
 from tiny_models import CHAT_TEMPLATE, make_tiny_model
-from training_fixture import torchrun, write_rows
+from training_fixture import SETTINGS, torchrun, write_rows
 from transformers import AutoModelForCausalLM
 
 from specserve.cli.main import exit_code_of as cli
@@ -18,17 +18,6 @@ from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.answers import make_engine as make_answering_engine
 from specserve.training.run_directory import held_directory
 from specserve.training.trainer import Trainer
-
-SETTINGS = """
-model: {model}
-output: out/task
-data: {{train: train.jsonl, eval: dev.jsonl, max_len: 300}}
-lora: {{r: 4, alpha: 8}}
-head: {{hidden_size: 16, vocab_size: 64, draft_len: 5, train_steps_ahead: 4, copy_window: 4}}
-optimizer: {{lr: 0.005, batch_tokens: 400, epochs: 2}}
-distill: {{rows: 12, epochs: 2, max_tokens: 24}}
-eval: {{rows: 6, max_tokens: 24}}
-"""
 
 # The command, which must leave no thread of its group: one that lives on can abort the process at its end.
 WORKER = """

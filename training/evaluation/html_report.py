@@ -48,6 +48,22 @@ def pooling_page(
     return _render("pooling_report.html.jinja", name, report, tiles, plots, what=what, tables=tables)
 
 
+def tables_page(
+    name: str,
+    kind: str,
+    what: str,
+    tiles: Sequence[tuple[str, str]],
+    plots: Sequence[Plot],
+    tables: Sequence[tuple[str, list[str], list[list[str]]]],
+    *,
+    warnings: Sequence[str] = (),
+    footer: str = "",
+) -> str:
+    """A page of tiles, plots and `tables` in the same form, of what is no adapter."""
+    report = {"warnings": warnings}
+    return _render("tables.html.jinja", name, report, tiles, plots, kind=kind, what=what, tables=tables, footer=footer)
+
+
 def _render(
     template: str,
     name: str,

@@ -19,7 +19,7 @@ from ...whole_files import replace_file
 from ..checkpoint import CHECKPOINT_FILE
 from ..data.batching import epoch_starts
 from ..lora_files import check_finite, copy_files, share_files
-from ..objective import Objective
+from ..objective import Objective, mean_loss
 from ..run_config import RunConfig
 from ..task_run import PreparedRun
 from .calibration import calibrated
@@ -47,6 +47,15 @@ class PoolingRun(PreparedRun[PreparedPooling]):
             self.model_dir, self.config.lora, prepared.shape.pooling, num_outputs_of(prepared), dtype, device
         )
         return objective_of(prepared, model, prepared.examples, prepared.plan)
+
+    def held_out_loss(self) -> float | None:
+        assert self._model is not None
+        prepared = self._prepared
+        if not prepared.held_out:
+            return None
+        objective = objective_of(prepared, self._model, prepared.held_out, prepared.plan)
+        with self._model.evaluating():
+            return mean_loss(objective, len(prepared.held_out), self.config.optimizer.batch_tokens)
 
     def finish(self) -> dict[str, Any] | None:
         assert self._model is not None
