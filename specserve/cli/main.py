@@ -17,6 +17,7 @@ from .. import __version__
 from ..config import EngineConfig, ServeConfig
 from ..errors import UserError
 from .bench_serve import serve as bench_serve
+from .label import label
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
 from .ray import ray
 from .route import route
@@ -291,6 +292,7 @@ cli.add_command(sweep)
 cli.add_command(route)
 cli.add_command(synthesize)
 cli.add_command(ray)
+cli.add_command(label)
 
 
 @cli.group()

@@ -35,7 +35,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # compute/ knows the three paths; they do not know each other.
 PATHS = ("compute.torch", "compute.native", "compute.cuda")
 # What makes rows needs their formats and how good answers are, not how a run goes.
-OF_TRAINING = {"curation": ("data.", "evaluation.task_metrics", "pooling.rows")}
+OF_TRAINING = {"curation": ("data.", "evaluation.task_metrics", "pooling.metrics", "pooling.questions", "pooling.rows")}
 WITHOUT_TORCH = (
     "ground",
     "text",

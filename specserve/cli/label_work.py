@@ -1,0 +1,56 @@
+"""The work of `specserve label`: the run with bars, and its report as tables."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..curation.labelling.label_file import read_label_file
+from ..curation.labelling.run import REPORT_SUFFIX, label
+from ..teachers import Budget, TeacherSpec
+
+
+def label_texts(
+    label_file: Path, model: str | None, teacher: TeacherSpec | None, budget: Budget, num_texts: int | None
+) -> int:
+    """Raises `UserError`. Exit code 1: there is no row to learn from."""
+    spec = read_label_file(label_file)
+    progress = _bar if sys.stderr.isatty() else None
+    done = asyncio.run(label(spec, model=model, teacher=teacher, budget=budget, num_texts=num_texts, progress=progress))
+    for name, question in done.report["questions"].items():
+        click.echo(_table(name, question))
+    for warning in done.report["warnings"]:
+        click.echo(f"warning: {warning}")
+    click.echo(f"{done.rows} rows of {done.texts} texts in {spec.output}, the report in {spec.output}{REPORT_SUFFIX}")
+    return 0 if done.rows else 1
+
+
+def _bar(name: str, missing: int, total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc=name, total=total, initial=total - missing, unit="", dynamic_ncols=True)
+
+
+def _table(name: str, question: dict[str, Any]) -> str:
+    rows = question["functions"]
+    width = max(len("function"), *(len(row["function"]) for row in rows))
+    columns = ["coverage", "overlaps", "conflicts", "agreement", "accuracy"]
+    lines = [f"\n{name} ({question['model']}, {question['answered']:.0%} of the texts answered)",
+             "  ".join(["function".ljust(width), *(column.rjust(9) for column in columns)])]  # fmt: skip
+    lines += ["  ".join([row["function"].ljust(width), *(_share(row[column]) for column in columns)]) for row in rows]
+    for model in ("dawid_skene", "mace", "majority"):
+        if model in question and question[model]["rows"]:
+            figures = question[model]
+            lines.append(
+                f"{model}: accuracy {figures['accuracy']:.3f}, micro F1 {figures['micro_f1']:.3f}, calibration error "
+                f"{figures['calibration_error']:.3f} on {figures['rows']} known answers"
+            )
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return ("-" if value is None else f"{value:.3f}").rjust(9)

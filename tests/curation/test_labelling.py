@@ -1,0 +1,255 @@
+"""`specserve label`: votes of every kind of function, what a model makes of them, what is left of a run cut short."""
+
+import json
+import os
+import random
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+from fake_teacher import MODEL, FakeTeacher
+from served_poolers import make_poolers
+from tiny_models import make_tiny_model
+
+from specserve.cli.main import exit_code_of
+from specserve.curation.labelling.label_file import FunctionSpec, QuestionSpec, read_label_file
+from specserve.curation.labelling.label_model import combined, too_few
+from specserve.curation.labelling.run import label
+from specserve.errors import UserError
+from specserve.teachers import TeacherSpec
+from specserve.training.pooling.rows import read_pooling_rows
+
+TEXTS = ["a red fox", "the lazy dog", "fox and dog", "a jug of wine", "nothing here"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS)
+    (tmp_path / "texts.jsonl").write_text(rows)
+    (tmp_path / "functions.py").write_text(
+        textwrap.dedent("""
+        from pathlib import Path
+
+        def first(text):
+            with open(Path(__file__).with_name("calls"), "a") as file:
+                file.write(text + "\\n")
+            if "wine" in text and Path(__file__).with_name("broken").exists():
+                raise ValueError("no wine today")
+            return next((word for word in ("fox", "dog", "jug") if word in text), None)
+
+        def wrong(text):
+            return "cat"
+
+        def long(text):
+            return ["long"] if len(text) > 11 else []
+        """)
+    )
+    return tmp_path
+
+
+def written(folder: Path, questions: str, **keys: str) -> Path:
+    path = folder / "label.yaml"
+    settings = {"data": "texts.jsonl", "output": "out.jsonl", **keys}
+    lines = [f"{key}: {value}" for key, value in settings.items()]
+    path.write_text("\n".join([*lines, "questions:", textwrap.indent(textwrap.dedent(questions), "  ")]))
+    return path
+
+
+BEAST = """
+beast:
+  labels: [fox, dog, jug]
+  functions:
+    - {name: fox, pattern: '\\bfox\\b', label: fox}
+    - {name: dog, pattern: '\\bdog\\b', label: dog}
+    - {name: first, python: 'functions.py:first'}
+    - {name: never, pattern: unicorn, label: fox}
+traits:
+  several: true
+  labels: [long, odd]
+  functions:
+    - {name: long, python: 'functions.py:long'}
+    - {name: odd, pattern: '^a ', label: odd}
+    - {name: lazy, pattern: lazy, label: odd, otherwise: abstain}
+"""
+
+
+async def test_patterns_and_functions_become_rows_that_classify_reads(folder):
+    gold = [{"text": "a red fox", "answers": {"beast": "fox", "traits": ["odd"]}}, {"text": "x", "label": "fox"}]
+    (folder / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold[:1]))
+    done = await label(read_label_file(written(folder, BEAST, gold="gold.jsonl", soft="false", label_model="majority")))
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["answers"].get("beast") for row in rows] == ["fox", "dog", "fox", "jug", None]
+    assert [row["answers"]["traits"] for row in rows] == [["odd"], ["long"], [], ["long", "odd"], ["long"]]
+    assert [row.text for row in read_pooling_rows(folder / "out.jsonl", "classify")] == TEXTS
+    table = {row["function"]: row for row in done.report["questions"]["beast"]["functions"]}
+    assert table["dog"]["coverage"] == 0.4 and table["dog"]["conflicts"] == 0.2
+    assert table["fox"]["accuracy"] == 1.0 and table["never"]["agreement"] is None
+    assert done.report["questions"]["beast"]["majority"]["accuracy"] == 1.0
+    warnings = "\n".join(done.report["warnings"])
+    assert "beast: 'never' never votes" in warnings and "fewer than 3 functions vote on long, from" in warnings
+
+
+async def test_votes_are_kept_and_only_what_changed_is_asked_again(folder):
+    spec = read_label_file(written(folder, BEAST))
+    (folder / "broken").touch()
+    with pytest.raises(UserError, match=r"'first'\].*no wine today.*'a jug of wine'"):
+        await label(spec)
+    assert (folder / "calls").read_text().splitlines() == TEXTS[:4]
+    votes = next((folder / "out.jsonl.votes").glob("beast_first-*.jsonl"))
+    with open(votes, "ab") as file:
+        file.write(b'[3, "ju')  # a process that was killed
+    (folder / "broken").unlink()
+    await label(spec)
+    assert (folder / "calls").read_text().splitlines() == TEXTS[:4] + TEXTS[3:]
+    first = (folder / "out.jsonl").read_bytes()
+    more = BEAST.replace("{name: never,", "{name: article, pattern: '^a ', label: jug}\n    - {name: never,")
+    await label(read_label_file(written(folder, more)))
+    assert len((folder / "calls").read_text().splitlines()) == 6  # not once more
+    assert (folder / "out.jsonl").read_bytes() != first
+    os.utime(folder / "functions.py")
+    (folder / "functions.py").write_text((folder / "functions.py").read_text() + "\n# another\n")
+    await label(spec)
+    assert len((folder / "calls").read_text().splitlines()) == 11  # the file changed, and its old votes are gone
+    assert len(list((folder / "out.jsonl.votes").glob("beast_first-*"))) == 1
+
+
+async def test_prompts_ask_a_teacher_within_the_labels(folder, tmp_path):
+    questions = """
+    beast:
+      labels: [fox, dog]
+      functions:
+        - {name: asked, prompt: 'Which of {labels}? {text}'}
+    traits:
+      several: true
+      labels: [long, odd]
+      functions:
+        - {name: asked, prompt: 'What? {text}'}
+    """
+    given = {"a red fox": '{"label": "fox"}', "the lazy dog": '{"label": null}', "fox and dog": "I think fox"}
+
+    def respond(body, number):
+        text = body["messages"][0]["content"]
+        if text.startswith("What?"):
+            return '{"labels": ["odd"]}'
+        assert text.startswith("Which of fox, dog? ")
+        enum = body["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"]
+        assert enum == ["fox", "dog", None]
+        if "nothing" in text:
+            return (400, {"error": {"message": "too dull"}}, {})
+        return given.get(text.removeprefix("Which of fox, dog? "), '{"label": "dog"}')
+
+    async with FakeTeacher(respond).serving() as fake:
+        teacher = TeacherSpec(model=MODEL, url=fake.url, cache_dir=tmp_path / "cache", accept_terms=True)
+        done = await label(read_label_file(written(folder, questions)), teacher=teacher)
+        num_asked = len(fake.bodies)
+        again = await label(read_label_file(written(folder, questions)), teacher=teacher)
+        assert len(fake.bodies) == num_asked + 1  # what failed is tried again, and nothing else
+    rows = {row["text"]: row["answers"] for row in map(json.loads, (folder / "out.jsonl").read_text().splitlines())}
+    assert rows["a red fox"] == {"beast": {"fox": 1.0, "dog": 0.0}, "traits": {"long": 0.0, "odd": 1.0}}
+    assert "beast" not in rows["the lazy dog"] and "beast" not in rows["fox and dog"] and "beast" not in rows[TEXTS[4]]
+    warnings = "\n".join(done.report["warnings"])
+    assert "'asked' has 1 answers that are none of the labels" in warnings
+    assert "no answer to 1 texts" in warnings and "too dull" in warnings
+    assert "too dull" in "\n".join(again.report["warnings"])
+
+
+async def test_a_classifier_votes_where_it_is_sure(folder, tmp_path):
+    model = make_tiny_model(tmp_path / "tiny", max_position_embeddings=256)
+    tagger = make_poolers(model, tmp_path / "poolers") / "tagger"
+    questions = f"""
+    topic:
+      labels: [fox, dog, jug]
+      functions:
+        - {{name: tagger, classifier: {tagger}, threshold: 0.0}}
+        - {{name: sure, classifier: {tagger}, question: topic, threshold: 0.99}}
+    odd:
+      several: true
+      labels: [odd]
+      functions:
+        - {{name: tagger, classifier: {tagger}, question: traits}}
+    """
+    done = await label(read_label_file(written(folder, questions)), model=str(model))
+    table = done.report["questions"]["topic"]["functions"]
+    assert [row["coverage"] for row in table] == [1.0, 0.0]
+    assert done.report["questions"]["odd"]["functions"][0]["coverage"] == 1.0
+    assert done.rows == len(TEXTS)
+    with pytest.raises(UserError, match=r"answers no question 'mood'; it answers topic, traits"):
+        await label(
+            read_label_file(written(folder, questions.replace("question: traits", "question: mood"))), model=str(model)
+        )
+
+
+@pytest.mark.parametrize("model", ["majority", "dawid_skene", "mace"])
+def test_models_weigh_functions_by_how_often_they_err(model):
+    rng = random.Random(0)
+    truth = [rng.choice("abc") for _ in range(100)]
+
+    def votes(accuracy, coverage):
+        return [(right if rng.random() < accuracy else rng.choice("abc")) if rng.random() < coverage else None
+                for right in truth]  # fmt: skip
+
+    given = {"good": votes(0.95, 1), "fair": votes(0.7, 0.6), "poor": votes(0.1, 1), "poorer": votes(0.0, 1)}
+    functions = tuple(FunctionSpec(name=name, pattern="x", label="a") for name in given)
+    answers = combined(given, QuestionSpec(labels=("a", "b", "c"), functions=functions), model)
+    right = sum(max(answer, key=answer.get) == wanted for answer, wanted in zip(answers, truth, strict=True))
+    assert right >= (80 if model != "majority" else 60), right
+    assert all(sum(answer.values()) == pytest.approx(1) for answer in answers)
+    several = QuestionSpec(labels=("a", "b"), functions=functions, several=True)
+    holds = {name: [vote and {"a": vote == "a"} for vote in each] for name, each in given.items()}
+    found = combined(holds, several, model)
+    assert all(set(answer) == {"a"} for answer in found)
+    assert too_few(holds, several) == [] and too_few({"good": given["good"]}, several) == []
+    assert too_few({"good": holds["good"]}, several) == ["a"]
+
+
+def test_texts_on_which_nobody_votes_have_no_answer():
+    question = QuestionSpec(labels=("a", "b"), functions=(FunctionSpec(name="x", pattern="x", label="a"),))
+    assert combined({"x": ["a", None], "y": ["a", None]}, question, "mace") == [{"a": 1.0, "b": 0.0}, None]
+    assert combined({"x": [None, None]}, question, "dawid_skene") == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("pattern: unicorn, label: fox", "pattern: '(', label: fox"), r"'never'\]\.pattern.*no regular expression"),
+        (("pattern: unicorn, label: fox", "pattern: x, label: cat"), r"'cat' is none of the labels fox, dog, jug"),
+        (("pattern: unicorn, label: fox", "label: fox"), "it has none of pattern, python, prompt, classifier"),
+        (("pattern: unicorn, label: fox", "pattern: x"), "pattern and label belong together"),
+        (("label: fox}\n    - {name: dog", "label: fox, otherwise: absent}\n    - {name: dog"), "only where 'beast'"),
+        (("pattern: unicorn, label: fox", "prompt: who"), "holds no {text}"),
+        (("pattern: unicorn, label: fox", "prompt: '{text}'"), "name who answers them with --teacher"),
+        (("pattern: unicorn, label: fox", "python: 'functions.py'"), "is not FILE.py:FUNCTION"),
+        (("pattern: unicorn, label: fox", "python: 'functions.py:none'"), "has no function 'none'"),
+        (("pattern: unicorn, label: fox", "python: 'missing.py:none'"), "cannot read .*missing.py"),
+        (("pattern: unicorn, label: fox", "python: 'functions.py:wrong'"), "'cat' is none of the labels"),
+        (("pattern: unicorn, label: fox", "classifier: none"), "is not an adapter's directory"),
+        (("name: never", "name: dog"), "two functions of this question have this name"),
+        (("labels: [fox, dog, jug]", "labels: [fox, fox, dog]"), "a label stands there twice"),
+        (("labels: [fox, dog, jug]", "label: [fox]"), "unknown field `label`"),
+        (("functions:", "functions: []\n  x:"), "questions"),
+    ],
+)
+def test_what_is_wrong_with_a_label_file(folder, change, message, capsys):
+    assert change[0] in BEAST
+    assert exit_code_of(["label", str(written(folder, BEAST.replace(*change, 1)))]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows", "message"),
+    [
+        ({"text_field": "body"}, None, "line 1: body is missing; text is expected (text_field names the field)"),
+        ({"gold": "gold.jsonl"}, None, "knows none of the texts"),
+        ({}, "", "holds no rows"),
+        ({"label_model": "snorkel"}, None, "label_model"),
+        ({"data": "nowhere.jsonl"}, None, "cannot read"),
+    ],
+)
+def test_what_is_wrong_with_its_data(folder, keys, rows, message, capsys):
+    (folder / "gold.jsonl").write_text('{"text": "other", "label": "fox"}\n')
+    if rows is not None:
+        (folder / "texts.jsonl").write_text(rows)
+    assert exit_code_of(["label", str(written(folder, BEAST, **keys))]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "out.jsonl").exists()
