@@ -17,6 +17,7 @@ from .. import __version__
 from ..config import EngineConfig, ServeConfig
 from ..errors import UserError
 from .bench_serve import serve as bench_serve
+from .distill import distill
 from .label import label
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
 from .ray import ray
@@ -289,6 +290,7 @@ def completion(shell: str) -> None:
 cli.add_command(train)
 cli.add_command(evaluate)
 cli.add_command(sweep)
+cli.add_command(distill)
 cli.add_command(route)
 cli.add_command(synthesize)
 cli.add_command(ray)

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
@@ -19,10 +19,11 @@ from ..cache_dirs import cache_dir
 from ..config import ServeConfig
 from ..errors import UserError
 from ..strict_json import decode_json
-from ..teachers import Budget, Price, TeacherSpec, parse_spec
-from ..teachers.answer_cache import AnswerCache
-from ..teachers.terms import is_agreed, note_on
+from ..teachers.spec import Price, TeacherSpec, parse_spec
 from .options import Command
+
+if TYPE_CHECKING:
+    from ..teachers.usage import Budget
 
 TEACHER_HELP = (
     "SPEC of a teacher: MODEL@https://HOST/v1 for an endpoint with OpenAI's API; MODEL or MODEL+ADAPTER_DIR for a "
@@ -83,6 +84,8 @@ def _options() -> tuple[_Option[Any], ...]:
 
 def budget_of(params: Mapping[str, Any]) -> Budget:
     """What --max-cost allows, for all teachers of a command. Raises `UserError` where no price tells the cost."""
+    from ..teachers.usage import Budget
+
     if params["max_cost"] is not None and not params["teacher_price"]:
         raise UserError("--max-cost needs --teacher-price IN,OUT: without it no cost is known", param="max_cost")
     return Budget(params["max_cost"])
@@ -172,6 +175,9 @@ def _agreed(spec: TeacherSpec) -> TeacherSpec:
     """`spec`, with the user's agreement if it is needed and can be asked for."""
     if spec.url is None or spec.accept_terms or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return spec
+    from ..teachers.answer_cache import AnswerCache
+    from ..teachers.terms import is_agreed, note_on
+
     assert spec.cache_dir is not None
     cache = AnswerCache(spec.cache_dir)
     try:

@@ -1,18 +1,31 @@
 """Who answers prompts for making data: an endpoint of others, or a model and an adapter in process.
 
-Nothing that is heavy is imported before a teacher is opened.
+Names are found on first use, and nothing heavy is imported before a teacher is opened.
 """
 
-from .asks import Answer, Ask, Reading, TokenLogprob, TopTokens
-from .errors import TeacherError
-from .spec import Price, TeacherSpec, parse_spec
-from .teacher import Teacher, open_teacher
-from .usage import Budget, Usage
+from typing import TYPE_CHECKING, Any
 
+_HOMES = {
+    "Answer": "asks",
+    "Ask": "asks",
+    "Budget": "usage",
+    "NotAskedError": "errors",
+    "Price": "spec",
+    "Reading": "asks",
+    "Teacher": "teacher",
+    "TeacherError": "errors",
+    "TeacherSpec": "spec",
+    "TokenLogprob": "asks",
+    "TopTokens": "asks",
+    "Usage": "usage",
+    "open_teacher": "teacher",
+    "parse_spec": "spec",
+}
 __all__ = [
     "Answer",
     "Ask",
     "Budget",
+    "NotAskedError",
     "Price",
     "Reading",
     "Teacher",
@@ -24,3 +37,22 @@ __all__ = [
     "open_teacher",
     "parse_spec",
 ]
+
+if TYPE_CHECKING:
+    from .asks import Answer, Ask, Reading, TokenLogprob, TopTokens
+    from .errors import NotAskedError, TeacherError
+    from .spec import Price, TeacherSpec, parse_spec
+    from .teacher import Teacher, open_teacher
+    from .usage import Budget, Usage
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

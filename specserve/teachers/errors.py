@@ -22,3 +22,7 @@ class TeacherError(UserError):
         super().__init__(message, status=status, retry_after_s=retry_after_s)
         self.retryable = retryable
         self.ends_run = ends_run
+
+
+class NotAskedError(TeacherError):
+    """Nobody was asked, as only what was asked before was wanted."""

@@ -51,6 +51,7 @@ class HostedBackend:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+            self._session = None
 
     async def _find(self) -> None:
         """Raise `TeacherError` when nobody is there, or the key is refused: a run need not begin to find that out."""

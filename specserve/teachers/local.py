@@ -50,6 +50,7 @@ class LocalBackend:
     async def close(self) -> None:
         if self._llm is not None:
             await self._llm.close()
+            self._llm = None
 
     async def ask(self, ask: Ask) -> Reply:
         output = await self._output(ask)

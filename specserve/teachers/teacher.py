@@ -17,7 +17,7 @@ from .answer_cache import AnswerCache
 from .asks import Answer, Ask, Reading, Reply, TopTokens
 from .attempts import Attempts
 from .backend import Backend
-from .errors import TeacherError
+from .errors import NotAskedError, TeacherError
 from .pacing import Pacing
 from .spec import TeacherSpec, parse_spec
 from .terms import check_terms
@@ -94,7 +94,7 @@ class Teacher:
             if reply is not None:
                 self.usage.add_cached(reply, self.spec.price)
             elif self.spec.cached_only:
-                return TeacherError(f"{self.spec.name} was not asked this before")
+                return NotAskedError(f"{self.spec.name} was not asked this before")
             else:
                 try:
                     async with self._budget.room_for(ask, self.spec.price):
@@ -115,7 +115,7 @@ class Teacher:
         async with self._lock_of(digest):
             found = self._cache.get(digest, TopTokens)
             if found is None and self.spec.cached_only:
-                return TeacherError(f"{self.spec.name} did not read this before")
+                return NotAskedError(f"{self.spec.name} did not read this before")
             if found is None:
                 try:
                     found = await self._tried(lambda: self.backend.read(reading))
@@ -123,6 +123,12 @@ class Teacher:
                     return self._counted(error)
                 self._cache.put(digest, self.spec.name, found)
             return found
+
+    async def unload(self) -> None:
+        """Give back the memory of a teacher that runs here; the next ask loads it again."""
+        async with self._starting:
+            await self.backend.close()
+            self._is_started = False
 
     async def close(self) -> None:
         self._pacing.end()

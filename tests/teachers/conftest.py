@@ -4,8 +4,6 @@ import pytest
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
-OPTIONS = {"dtype": "fp32", "kv_cache_gib": 0.02, "num_threads": 1, "max_model_len": 512}
-
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):

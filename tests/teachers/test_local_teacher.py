@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import OPTIONS
+from fake_teacher import OPTIONS
 from transformers import AutoModelForCausalLM
 
 from specserve.errors import UserError

@@ -1,0 +1,124 @@
+"""What a distillation came to: rows, what was dropped and why, and what each teacher was asked and cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ... import __version__
+from ...teachers import Usage
+from .choosing import Chosen
+from .plan import DistillPlan
+from .top_logits import LogitsCounts
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    """A row of the prompts' file that became none: its line, the kind of reason, and what it is."""
+
+    line: int
+    reason: str
+    what: str
+
+
+class TeacherSummary(msgspec.Struct, frozen=True):
+    """`chosen` are answers that became rows; costs are in the price's currency, `cached_cost` was paid before."""
+
+    teacher: str
+    chosen: int
+    requests: int
+    cached: int
+    retries: int
+    failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    cached_cost: float
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """The file beside the rows."""
+
+    version: str
+    settings: dict[str, Any]
+    best_by: str
+    prompts: int
+    rows: int
+    dropped: dict[str, int]
+    asks_failed: int
+    mean_score: float | None
+    teachers: list[TeacherSummary]
+    logits: dict[str, int] | None
+    seconds: float
+    dropped_rows: list[Dropped]
+
+    @property
+    def cost(self) -> float:
+        return sum(teacher.cost for teacher in self.teachers)
+
+    def lines(self) -> Iterator[str]:
+        """What the command says of it."""
+        yield f"{self.rows} rows of {self.prompts} prompts, best by {self.best_by}" + (
+            f", mean score {self.mean_score:.3f}" if self.mean_score is not None else ""
+        )
+        if self.dropped:
+            yield "dropped: " + ", ".join(f"{num} {reason}" for reason, num in self.dropped.items())
+        for teacher in self.teachers:
+            tokens = f"{teacher.prompt_tokens} + {teacher.completion_tokens} tokens"
+            cost = f", cost {teacher.cost:.4f}" if teacher.cost or teacher.cached_cost else ""
+            yield (
+                f"{teacher.teacher}: {teacher.chosen} chosen; {teacher.requests} requests, {teacher.cached} cached, "
+                f"{tokens}{cost}"
+            )
+        if self.logits is not None:
+            yield "logits: " + ", ".join(f"{num} {name.replace('_', ' ')}" for name, num in self.logits.items())
+
+
+def summary_of(
+    plan: DistillPlan,
+    best_by: str,
+    chosen: Sequence[Chosen],
+    usages: Mapping[str, Usage],
+    counts: LogitsCounts | None,
+    seconds: float,
+) -> Summary:
+    dropped = [Dropped(one.prompt.line, one.dropped[0], one.dropped[1]) for one in chosen if one.dropped is not None]
+    taken = Counter(one.candidate.teacher for one in chosen if one.candidate is not None)
+    scores = [one.score for one in chosen if one.candidate is not None and one.score is not None]
+    return Summary(
+        version=__version__,
+        settings=dict(plan.settings),
+        best_by=best_by,
+        prompts=len(chosen),
+        rows=len(chosen) - len(dropped),
+        dropped=dict(Counter(one.reason for one in dropped).most_common()),
+        asks_failed=sum(usage.failed for usage in usages.values()),
+        mean_score=sum(scores) / len(scores) if scores else None,
+        teachers=[
+            TeacherSummary(
+                name,
+                taken[name],
+                usage.requests,
+                usage.cached,
+                usage.retries,
+                usage.failed,
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cost,
+                usage.cached_cost,
+            )  # fmt: skip
+            for name, usage in usages.items()
+        ],
+        logits=None
+        if counts is None
+        else {
+            "rows": counts.rows,
+            "tokens": counts.tokens,
+            "rows_without": counts.rows_without,
+            "likely_tokens_unmapped": counts.unmapped,
+        },
+        seconds=seconds,
+        dropped_rows=dropped,
+    )
