@@ -105,6 +105,7 @@ class Step(Structure):
         ("tap_layers", c_int32 * MAX_TAPS),
         ("taps", c_void_p * MAX_TAPS),
         ("seconds", POINTER(c_double)),
+        ("stop", c_void_p),
     ]
 
 
@@ -180,8 +181,9 @@ class Team:
         """How many threads take part in the next call: fewer where other processes take the cores."""
         return self._functions.specserve_num_active(self._handle)
 
-    def forward(self, model: Model, step: Step) -> None:
-        self._functions.specserve_forward(self._handle, ctypes.byref(model), ctypes.byref(step))
+    def forward(self, model: Model, step: Step) -> bool:
+        """Run a step; False where it was stopped, and gave nothing."""
+        return not self._functions.specserve_forward(self._handle, ctypes.byref(model), ctypes.byref(step))
 
     def linear(self, matrix: Matrix, is_bf16: bool, x: int, num_rows: int, y: int) -> None:
         """y [rows, panels * 64] = x [rows, k] @ matrix; x and y are addresses of fp32."""

@@ -54,6 +54,7 @@ struct Step {
   int32_t tap_layers[8];
   float* taps[8];   // [L + P][H] each
   double* seconds;  // [NUM_PHASES], added to
+  const int32_t* stop;  // not 0: end before the next layer, which another thread may ask for; null: nobody may
 };
 
 // Scratch memory, in large pages where it is large and there are such: a prompt's products were a seventh slower without.
@@ -145,13 +146,17 @@ class Forward {
     plan_attention();
   }
 
+  int is_stopped = 0;
+
   void operator()(int thread) {
     Tiles tiles;
     Clock clock(thread == 0 ? s.seconds : nullptr);
     for (int idx = 0; idx < m.num_layers; idx++) {
       const Layer& layer = m.layers[idx];
+      if (thread == 0 && s.stop) is_stopped = __atomic_load_n(s.stop, __ATOMIC_RELAXED);
       norm_rows(layer.input_norm, layer.modules[Q].kp, thread);
       clock.end(NORM);
+      if (is_stopped) return;  // behind a barrier, so that all threads see the same
       shrink_rows(idx, act, {Q, K, V});
       clock.end(SHRINK);
       multiply_qkv(idx, layer, thread);
@@ -598,6 +603,7 @@ static const Place LAYOUT[] = {
     FIELD(Step, slot_mapping), FIELD(Step, cu_query_lens), FIELD(Step, context_lens), FIELD(Step, block_tables),
     FIELD(Step, hidden_indices), FIELD(Step, cos), FIELD(Step, sin), FIELD(Step, row_slots), FIELD(Step, lora),
     FIELD(Step, hidden), FIELD(Step, tap_layers), FIELD(Step, taps), FIELD(Step, seconds),
+    FIELD(Step, stop),
     STRUCT(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank), FIELD(Lora, scale),
     STRUCT(Head), FIELD(Head, init_weight), FIELD(Head, embed), FIELD(Head, moves), FIELD(Head, next_weight),
     FIELD(Head, gates_x), FIELD(Head, gates_s), FIELD(Head, out_weight), FIELD(Head, copy_weight), FIELD(Head, slot_weight),
@@ -623,16 +629,21 @@ void* specserve_create(int num_threads) { return new Engine(num_threads); }
 void specserve_destroy(void* engine) { delete (Engine*)engine; }
 
 int specserve_num_active(void* engine) { return ((Engine*)engine)->team.active(); }
+}
 
-void specserve_forward(void* engine, const Model* model, const Step* step) {
+template <class A>
+static int32_t run_forward(Engine& engine, const Model& model, const Step& step) {
+  Forward<A> forward(engine, model, step);
+  engine.team.run(forward);
+  return forward.is_stopped;
+}
+
+extern "C" {
+
+// Not 0: it was stopped, and gave nothing.
+int32_t specserve_forward(void* engine, const Model* model, const Step* step) {
   Engine& e = *(Engine*)engine;
-  if (model->is_bf16) {
-    Forward<bf16> forward(e, *model, *step);
-    e.team.run(forward);
-  } else {
-    Forward<float> forward(e, *model, *step);
-    e.team.run(forward);
-  }
+  return model->is_bf16 ? run_forward<bf16>(e, *model, *step) : run_forward<float>(e, *model, *step);
 }
 
 void specserve_linear(void* engine, const Matrix* matrix, int is_bf16, const float* x, int rows, float* y) {

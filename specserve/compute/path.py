@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Sequence
 from .grammar_masks import MaskMaker
+from .interrupt import StepInterrupt
 from .kv_cache import KVCache
 from .sampler import Sampler
 from .slots import Slots
@@ -64,7 +65,10 @@ class StepRunner(Protocol):
     def slots(self) -> Slots: ...
 
     def forward(self, items: Seq[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
-        """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
+        """One forward over `items`; `adapters` holds every adapter that they name, by content hash.
+
+        Raises `StepInterruptedError` where that was asked for, and it heeds it.
+        """
         ...
 
 
@@ -106,6 +110,7 @@ class ComputePath:
     # What its steps' times follow from, beside the model and the machine; None: to be measured at each start, which
     # also warms up.
     costs_key: str | None = None
+    interrupt: StepInterrupt = field(default_factory=StepInterrupt)  # heeded on the native path alone
 
     def seconds(
         self, blocks: BlockManager, max_model_len: int, num_rows: int, num_seqs: int = 1, context_len: int = 0

@@ -25,6 +25,7 @@ from ..adapters.served_base import ServedBase
 from ..adapters.sizes import expected_bytes
 from ..compute.device_choice import adapter_budgets, choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
+from ..compute.interrupt import StepInterruptedError
 from ..compute.kv_cache import KVCache
 from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
@@ -398,7 +399,7 @@ class Engine:
         self.reports.write()
 
     def _queue_step(self, is_ahead: bool = False, beside: QueuedStep | None = None) -> QueuedStep | None:
-        """Schedule, draft and queue a step; None if there is nothing to do.
+        """Schedule, draft and queue a step; None if there is nothing to do, or it was ended for a request.
 
         If its forward raises, each sequence runs alone, so that only the guilty one fails; not `is_ahead` of tokens
         that are still unknown, but when they are known. A step `beside` another is of other sequences.
@@ -417,8 +418,11 @@ class Engine:
         drafts = (item.seq.owner.drafts for item in items)
         is_blind = is_ahead and beside is None
         step.proposed = self.proposer.propose(items, drafts, scheduler, is_blind, is_half)
+        self.path.interrupt.is_heeded = all([item.seq.is_background for item in items])
         try:
             step.output = self.runner.forward(items, adapters)
+        except StepInterruptedError:
+            return None
         except Exception:
             if is_ahead:
                 logger.exception("a step of %d sequences failed before the last one's tokens were known", len(items))
@@ -445,6 +449,7 @@ class Engine:
         return None
 
     def _run_alone(self, item: ScheduledSequence, step: QueuedStep) -> None:
+        self.path.interrupt.is_heeded = False
         try:
             output = self.runner.forward([item], self.registry.adapters)
         except Exception as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -33,6 +34,7 @@ from ..grammar.compiler import COMPILE_TIMEOUT_S
 from ..grammar.grammar import CompiledGrammar
 from ..log_lines import configure_logging
 from ..messages import (
+    BACKGROUND_PRIORITY,
     SNAPSHOT,
     Abort,
     AdaptersLeft,
@@ -86,7 +88,7 @@ class EngineProcess:
         self._loads = AdapterLoads(
             engine, lambda: self._inbox.put(_AdapterRead()), lambda loaded: link.send_beside([loaded])
         )
-        link.at_once = self._begin_load
+        link.at_once, link.has_come = self._begin_load, self._end_step_for
         self._next_snapshot = 0.0
         self._is_over = False  # a `Shutdown` came
         self._held: list[Any] | None = None  # events of the latest step, to be sent beside the next
@@ -141,8 +143,14 @@ class EngineProcess:
             return False
         return True
 
+    def _end_step_for(self, message: Any) -> None:
+        """On the thread that puts it into the inbox: a request waits for no step of rows of batches alone."""
+        if isinstance(message, GenerateRequest | PoolRequest) and message.priority < BACKGROUND_PRIORITY:
+            self._engine.path.interrupt.ask()
+
     def _drain_inbox(self, wait_s: float) -> None:
         """Handle what has arrived, waiting at most `wait_s` for a first message; nothing after `Shutdown`."""
+        self._engine.path.interrupt.clear()
         try:
             message = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
             while not self._is_over:
@@ -215,7 +223,11 @@ class EngineProcess:
         if future.done():
             self._compiled(_Compiled(request.request_id, future))
         else:
-            future.add_done_callback(lambda done: self._inbox.put(_Compiled(request.request_id, done)))
+            future.add_done_callback(functools.partial(self._put_compiled, request))
+
+    def _put_compiled(self, request: GenerateRequest, done: Future[CompiledGrammar]) -> None:
+        self._inbox.put(_Compiled(request.request_id, done))
+        self._end_step_for(request)
 
     def _compiled(self, message: _Compiled) -> None:
         request, _ = self._compiling.pop(message.request_id, (None, 0.0))

@@ -42,6 +42,7 @@ class ServerLink:
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # messages, and what else is to be handled by the loop
         # On the thread that reads: whether a message was handled there, and is none of the loop's.
         self.at_once: Callable[[Any], bool] = lambda message: False
+        self.has_come: Callable[[Any], object] = lambda message: None  # the same thread, of one that lies in the inbox
         self._sock = sock
         self._leave = leave  # the process, at once, with this status
         self._sending = threading.Lock()
@@ -81,6 +82,7 @@ class ServerLink:
                 message = to_engine_decoder.decode(payload)
                 if not self.at_once(message):
                     self.inbox.put(message)
+                    self.has_come(message)
         except ConnectionError:
             pass
         except Exception:

@@ -1,12 +1,13 @@
 """The engine on a tiny model: batching, caching, preemption, cancellation, stops, and isolation of faults."""
 
 import random
+import threading
 import time
 
 import msgspec
 import pytest
 import torch
-from engine_fixture import check_baseline, collect, make_engine, request, run, tokens_of
+from engine_fixture import check_baseline, collect, make_engine, request, run, text, tokens_of
 from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
@@ -310,6 +311,50 @@ def test_rows_of_a_batch_leave_with_their_adapter_where_a_request_needs_its_plac
         collect(results, small.step())
     assert len(results["busy"].tokens) == 16
     check_baseline(small)
+
+
+def rows(num):
+    sent = [request(f"row {idx}", [1, 2, 3 + idx] * 9, ignore_eos=True) for idx in range(num)]
+    sent += [text(f"text {idx}", [5 + idx] * 40) for idx in range(num)]
+    return [msgspec.structs.replace(one, priority=BACKGROUND_PRIORITY) for one in sent]
+
+
+def outputs(results):
+    return {name: one.tokens if one.pooled is None else one.pooled.values for name, one in results.items()}
+
+
+def test_a_step_of_rows_of_batches_ends_when_a_request_has_come_and_is_done_again_later(model_dir):
+    engine = make_engine(model_dir, kernels="native")
+    want = outputs(run(engine, rows(3)))
+    interrupt, results, was_asked, ended = engine.path.interrupt, {}, 0, False
+
+    def ask():  # at any moment of a step
+        while not ended:
+            time.sleep(random.random() * 0.003)
+            interrupt.ask()
+
+    for one in rows(3):
+        engine.add_request(one)
+    interrupt.ask()
+    assert engine.step() == [] and engine.step() == []
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while engine.has_work():
+        interrupt.clear()
+        events = engine.step()
+        was_asked += not events
+        collect(results, events)
+    ended = True
+    asking.join()
+    assert outputs(results) == want and was_asked
+    check_baseline(engine)
+    interrupt.ask()
+    engine.add_request(request("somebody waits", [1, 2], ignore_eos=True))
+    engine.add_request(rows(1)[0])
+    assert engine.step()  # it is in it
+    interrupt.clear()
+    while engine.has_work():
+        engine.step()
 
 
 def test_fp16_and_bf16_generate(model_dir):

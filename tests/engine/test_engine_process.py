@@ -1,6 +1,7 @@
 """The engine process over its socket: start, errors, loading beside decoding, heartbeats, leaving with the server."""
 
 import contextlib
+import ctypes
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from waiting import wait_until
 
 from specserve import frames
 from specserve.adapter_files import content_hash
+from specserve.compute.interrupt import StepInterrupt
 from specserve.config import EngineConfig
 from specserve.engine import server_link
 from specserve.engine.process import EngineProcess
@@ -27,6 +29,7 @@ from specserve.engine.server_link import ServerLink
 from specserve.frames import encode_frame, from_engine_decoder, read_frame
 from specserve.grammar.compiler import COMPILE_TIMEOUT_S
 from specserve.messages import (
+    BACKGROUND_PRIORITY,
     Abort,
     AdapterLoaded,
     AdaptersLeft,
@@ -72,6 +75,7 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
         grammars=SimpleNamespace(submit=lambda spec: never, began=None),
         add_request=lambda *args: added.append(args),
         abort=lambda request_id: None,
+        path=SimpleNamespace(interrupt=StepInterrupt()),
     )
     process = EngineProcess(engine, ServerLink(theirs))
     slow = msgspec.structs.replace(request("slow", [1]), grammar=GrammarSpec("regex", "a"))
@@ -91,7 +95,16 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
     (failed,) = receive(ours)
     assert isinstance(failed, RequestFailed) and failed.request_id == "slow" and failed.error.status == 400
     assert f"{COMPILE_TIMEOUT_S:g} s" in failed.error.message
+    engine.path.interrupt.is_heeded = True
+    asked = ctypes.c_int32.from_address(engine.path.interrupt.address)
+    for priority in (BACKGROUND_PRIORITY, 0):  # a request that comes ends a step of rows of batches, and no row does
+        assert not asked.value
+        process._link.has_come(msgspec.structs.replace(slow, priority=priority))
+    assert asked.value
+    process._drain_inbox(0)
+    assert not asked.value
     never.set_result(object())  # too late for both
+    assert asked.value
     process._drain_inbox(0)
     assert not added
     ours.close()

@@ -61,6 +61,7 @@ def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
             Phase(heads, "step", "lookahead heads"),
         ),
         costs_key=decoder.costs_key,
+        interrupt=decoder.interrupt,
     )
 
 

@@ -21,6 +21,7 @@ from ...kernels.packed import PackedMatrix
 from ...model.config import ModelConfig
 from ...model.rope import Rope
 from ..batch import Batch
+from ..interrupt import StepInterrupt, StepInterruptedError
 from ..kv_cache import KVCache
 from ..softcap import softcap_
 from .lora import NativeLoraBatch, NativeSlots, to_native
@@ -100,6 +101,7 @@ class NativeDecoder:
         )
         self._lm_head_struct = lm_head.struct()
         self._kv: KVCache | None = None
+        self.interrupt = StepInterrupt()
 
     lay_out_lora = staticmethod(to_native)
 
@@ -110,7 +112,8 @@ class NativeDecoder:
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
         """Normed hidden states [L + P, H] fp32 of the rows `batch.hidden_indices`; writes all rows' KV to `kv`.
 
-        Each layer index that `taps` holds gets that layer's output for the same rows, [L + P, H] fp32.
+        Each layer index that `taps` holds gets that layer's output for the same rows, [L + P, H] fp32. Raises
+        `StepInterruptedError`.
         """
         self._bind(kv)
         lora = batch.lora
@@ -137,6 +140,7 @@ class NativeDecoder:
             hidden_indices=batch.hidden_indices.data_ptr(),
             hidden=hidden.data_ptr(),
             seconds=self.phase_seconds,
+            stop=self.interrupt.address,
         )
         for idx, (cos, sin) in enumerate(cos_sin):
             step.cos[idx], step.sin[idx] = cos.data_ptr(), sin.data_ptr()
@@ -150,7 +154,8 @@ class NativeDecoder:
             taps[layer] = torch.empty(num_hidden, self.config.hidden_size)
             step.tap_layers[idx], step.taps[idx] = layer, taps[layer].data_ptr()
         step.num_taps = len(wanted)
-        self.team.forward(self._model, step)
+        if not self.team.forward(self._model, step):
+            raise StepInterruptedError
         return hidden
 
     def clocks(self) -> dict[str, float]:
