@@ -308,9 +308,9 @@ class ReplicatedEngine:
             raise EngineDeadError("no replica serves now; retry shortly")
         return ready[home]
 
-    def hasten_loads(self, path: str, priority: int) -> None:
+    def prioritize_loads(self, path: str, priority: int) -> None:
         for member in self._members.values():
-            member.client.hasten_loads(path, priority)
+            member.client.prioritize_loads(path, priority)
 
     def forsake_loads(self, path: str) -> None:
         for member in self._members.values():
