@@ -25,7 +25,7 @@ TWO_PROCESSES := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test test-all browser pictures churn soak abuse gpu conformance lint audit docs format clean
+.PHONY: help install pull serve test test-all browser pictures churn soak abuse gpu conformance ray lint audit docs format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -69,6 +69,10 @@ soak: $(TEST_INSTALLED)  ## the same for half an hour at saturation: a quarter l
 
 abuse: $(TEST_INSTALLED)  ## all bad inputs and faults that the server survives (docs/reliability.md), the slow ones too
 	$(BIN)/python -m pytest $(TWO_PROCESSES) -m 'not gpu' $$(grep -ohE 'tests/[a-z_/]+\.py' docs/reliability.md | grep -v conformance | sort -u) $(ARGS)
+
+ray: $(TEST_INSTALLED)  ## two replicas on this machine under load: mixed adapters, one is killed, the front is killed
+	$(PIP_INSTALL) '.[ray]'
+	$(BIN)/python -m pytest -n 0 -m 'slow or not slow' tests/ray $(ARGS)
 
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

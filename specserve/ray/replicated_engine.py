@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..errors import EngineDeadError, EngineLostError, OverloadedError, UserErro
 from ..messages import AdapterInfo, AdapterLoaded, AdapterState, Delta, EngineInfo, EngineStats, GenerateRequest
 from ..pooling_messages import Pooled, PoolRequest
 from ..server.engine_client.client import RESTART_PATIENCE_S
+from ..server.engine_client.serving_engine import ReplicaState
 from ..server.engine_client.supervisor import STOPPED, State
 from .copies import Copies
 from .expected_cost import ExpectedCost
@@ -37,15 +37,6 @@ from .wire import Channel
 MAX_ANSWERS = 4096  # whose replica is remembered while their sequences come
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaState:
-    """Of one that serves; `owed_tokens` are those of requests that were sent there and have not ended."""
-
-    stats: EngineStats | None
-    owed_tokens: int
-    num_adapters: int
 
 
 class ReplicatedEngine:
@@ -89,7 +80,12 @@ class ReplicatedEngine:
     def replicas(self) -> dict[str, ReplicaState]:
         """Those that serve, by name."""
         return {
-            name: ReplicaState(member.client.snapshot[0], self._policy.loads[name], self._holders.num_of(name))
+            name: ReplicaState(
+                member.client.snapshot[0],
+                self._policy.loads[name],
+                self._holders.num_of(name),
+                member.client.serving_s,
+            )
             for name, member in self._ready().items()
         }
 

@@ -5,6 +5,8 @@ import asyncio
 import pytest
 
 from specserve.errors import EngineLostError, UserError
+from specserve.server.metrics.metrics import Metrics
+from specserve.server.stats.snapshot import StatsSource
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -115,3 +117,17 @@ async def test_an_unload_that_a_load_has_overtaken_takes_nothing(replicas, adapt
     await replicas.engine.pin_adapter(content_hash, True, second)
     await replicas.engine.unload_adapter(content_hash, second)
     assert not await replicas.engine.adapters()
+
+
+async def test_metrics_and_stats_tell_of_each_replica(replicas):
+    await replicas.tokens(replicas.request(max_tokens=5))
+    stats = await replicas.engine.stats()
+    text = Metrics("tiny").render(stats, replicas.engine.info, (), replicas.engine.replicas()).decode()
+    assert {f'specserve_replica_owed_tokens{{replica="{name}"}} 0.0' for name in ("east", "west")} <= set(
+        text.split("\n")
+    )
+    assert text.count("specserve_replica_generated_tokens_total{") == 2
+    whole = StatsSource(replicas.engine, "tiny").newest()
+    assert [replica.name for replica in whole.replicas] == ["east", "west"]
+    assert sum(replica.generated for replica in whole.replicas) == whole.tokens.generated == stats.generated_tokens
+    assert whole.requests.max_running == 32 and whole.kv.blocks == whole.kv.free_blocks

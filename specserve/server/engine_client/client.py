@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -45,6 +45,7 @@ from ...messages import (
 from ...own_modules import module_command
 from ...pooling_messages import Pooled, PoolRequest
 from .link import EngineLink, Link
+from .serving_engine import ReplicaState
 from .supervisor import STOPPED, EngineSupervisor, State
 
 MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
@@ -223,6 +224,10 @@ class EngineClient:
     async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None:
         """Raises `UserError` where it is not loaded, and shall be pinned; a load after `placement` may pin it, too."""
         await self._call(PinAdapter(next(self._call_ids), adapter_hash, is_pinned, placement))
+
+    def replicas(self) -> Mapping[str, ReplicaState]:
+        """None: there is one engine."""
+        return {}
 
     async def adapters(self) -> list[AdapterState]:
         """What the engine holds. Raises `EngineDeadError` while none serves."""

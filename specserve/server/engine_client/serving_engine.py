@@ -4,12 +4,26 @@ were one (`specserve.ray`). Says what each must keep; owns nothing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from ...messages import AdapterInfo, AdapterLoaded, AdapterState, Delta, EngineInfo, EngineStats, GenerateRequest
 from ...pooling_messages import Pooled, PoolRequest
 from .supervisor import State
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """One of several engines that serve; `owed_tokens` are those of requests that were sent there and have not ended.
+
+    `stats` is its last word of itself, None before the first.
+    """
+
+    stats: EngineStats | None
+    owed_tokens: int
+    num_adapters: int  # that requests find there
+    serving_s: float
 
 
 class ServingEngine(Protocol):
@@ -72,6 +86,10 @@ class ServingEngine(Protocol):
     async def unload_adapter(self, adapter_hash: str, placement: int) -> None: ...
 
     async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None: ...
+
+    def replicas(self) -> Mapping[str, ReplicaState]:
+        """Those that serve, by name; none where there is one engine and no other."""
+        ...
 
     async def adapters(self) -> list[AdapterState]: ...
 

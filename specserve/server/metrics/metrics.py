@@ -6,13 +6,16 @@ are capped: after the first `MAX_MODEL_LABELS` and `MAX_KEY_LABELS` names the re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from prometheus_client import Gauge, generate_latest
 
 from ...messages import AdapterDrafts, EngineInfo, EngineStats
+from ..engine_client.serving_engine import ReplicaState
 from .engine_families import EngineFamilies
 from .families import LOAD_BUCKETS, CappedNames, Families
+from .replica_families import ReplicaFamilies
 from .request_watch import RequestFamilies, Watch
 
 MAX_MODEL_LABELS = 200
@@ -58,7 +61,9 @@ class Metrics:
             "adapter_load_seconds", "from a load's begin to its end, its wait for room included", LOAD_BUCKETS
         )
         self._of_engine = EngineFamilies(families.prefix, base_name, has_prefix_caching)
-        self.registry.register(self._of_engine)  # type: ignore[arg-type]
+        self._of_replicas = ReplicaFamilies(families.prefix)
+        for collector in (self._of_engine, self._of_replicas):
+            self.registry.register(collector)  # type: ignore[arg-type]
         self._up = families.gauge("engine_up", "1 while the engine serves")
         self._engine: dict[str, Gauge] = {}
         self._sources = {
@@ -92,8 +97,15 @@ class Metrics:
         """Of a request for `model`, whose sequences have prompts of these lengths."""
         return Watch(self._requests, self.model_label(model), prompt_lens, is_timed)
 
-    def render(self, stats: EngineStats | None, info: EngineInfo | None = None, loading: Collection[str] = ()) -> bytes:
+    def render(
+        self,
+        stats: EngineStats | None,
+        info: EngineInfo | None = None,
+        loading: Collection[str] = (),
+        replicas: Mapping[str, ReplicaState] = MappingProxyType({}),
+    ) -> bytes:
         """The text format of everything; `stats` is None while the engine is down, `loading` are adapters' names."""
+        self._of_replicas.replicas = replicas
         of_engine = self._of_engine
         of_engine.stats, of_engine.info, of_engine.loading = stats, info, loading
         self._up.set(stats is not None)

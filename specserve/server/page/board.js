@@ -1,6 +1,6 @@
 // The live board: what the engine does now, what drafts bring, and what the budget chose. Numbers come from stats_feed.
 import { Chart, axisOf, bars, decades, fromZero, line, timeAxis, timeSeries } from "./charts.js";
-import { acceptanceTable, sourceTable } from "./board_tables.js";
+import { acceptanceTable, replicaTable, sourceTable } from "./board_tables.js";
 import { bytes, duration, el, number, percent, replace } from "./dom.js";
 import { StatsFeed, lately } from "./stats_feed.js";
 
@@ -35,6 +35,8 @@ class Board {
     this._memory = el("div", { class: "meters" });
     this._adapters = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Drafts by adapter" });
     this._sources = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Drafts by source" });
+    this._replicas = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Replicas" });
+    this._replicaPanel = el("div", { class: "panel", hidden: true }, el("h2", {}, "Replicas"), el("p", { class: "hint" }, "All other figures are of all replicas together."), this._replicas);
     this._makeCharts();
     replace(
       element,
@@ -42,6 +44,7 @@ class Board {
       this._engine,
       this._state,
       el("dl", { class: "tiles" }, ...tiles),
+      this._replicaPanel,
       el("div", { class: "charts" }, this._rate.element, this._requests.element),
       el("div", { class: "panel" }, el("h2", {}, "Drafts by adapter"), el("p", { class: "hint" }, "Since each was loaded. At each position: in how many of all verifications a draft was kept there, those that drafted less or nothing included."), this._adapters),
       el("div", { class: "charts" }, this._positions.element, el("div", { class: "panel" }, el("h2", {}, "Drafts by source"), el("p", { class: "hint" }, "Since the engine started."), this._sources)),
@@ -70,6 +73,8 @@ class Board {
     this._rate.show([times, rates("generated"), rates("undrafted")], recent ? `${number(recent.generated)} tokens a second, ${number(recent.undrafted)} estimated without drafts` : NO_DATA);
     const of = (name) => samples.map((sample) => sample.snapshot.requests[name]);
     this._requests.show([times, of("running"), of("waiting")], `${requests.running} running, ${requests.waiting} waiting`);
+    this._replicaPanel.hidden = !snapshot.replicas.length;
+    replace(this._replicas, replicaTable(snapshot.replicas));
     replace(this._adapters, acceptanceTable(snapshot.speculation));
     replace(this._sources, sourceTable(snapshot.speculation.by_source));
     this._showPositions(snapshot.speculation);

@@ -1,5 +1,5 @@
-// Tables of the board: drafts by adapter and position, and by source.
-import { el, number, percent } from "./dom.js";
+// Tables of the board: replicas, drafts by adapter and position, and by source.
+import { duration, el, number, percent } from "./dom.js";
 import { classOf, nameOf } from "./sources.js";
 
 const MAX_POSITIONS = 12;
@@ -49,4 +49,20 @@ export function sourceTable(bySource) {
   });
   const head = ["Source", "Drafted", "Kept", "Share", ""].map((name) => (name ? el("th", { scope: "col" }, name) : el("td", {})));
   return el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows));
+}
+
+/** A row for each of several engines. */
+export function replicaTable(replicas) {
+  const head = ["Replica", "Running", "Waiting", "Tokens owed", "Tokens", "Adapters", "KV cache", "For"];
+  const rows = replicas.map((replica) =>
+    el(
+      "tr",
+      { data: { replica: replica.name } },
+      el("th", { scope: "row" }, replica.name),
+      ...[replica.running, replica.waiting, replica.owed_tokens, replica.generated, replica.adapters].map((value) => el("td", {}, number(value))),
+      el("td", {}, percent(replica.kv_used_ratio)),
+      el("td", {}, duration(replica.uptime_s)),
+    ),
+  );
+  return el("table", {}, el("thead", {}, el("tr", {}, ...head.map((name) => el("th", { scope: "col" }, name)))), el("tbody", {}, ...rows));
 }

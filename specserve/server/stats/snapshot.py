@@ -10,7 +10,7 @@ import msgspec
 
 from ... import __version__
 from ...messages import EngineInfo, EngineStats
-from ..engine_client.serving_engine import ServingEngine
+from ..engine_client.serving_engine import ReplicaState, ServingEngine
 from .types import (
     AdapterStats,
     BaseHeadState,
@@ -18,6 +18,7 @@ from .types import (
     FinishedSequences,
     KvStats,
     ModelSpeculation,
+    ReplicaStats,
     RequestStats,
     SourceSpeculation,
     SpeculationOverall,
@@ -100,6 +101,7 @@ class StatsSource:
                 recent=stats.recent_steps,
             ),
             cost_table=stats.cost_table,
+            replicas=[_replica(name, state) for name, state in sorted(engine.replicas().items())],
         )
 
 
@@ -123,6 +125,21 @@ def visible(
         whole.speculation, by_adapter=models[:MAX_MODELS], num_others=max(0, len(models) - MAX_MODELS)
     )
     return msgspec.structs.replace(whole, speculation=cut)
+
+
+def _replica(name: str, state: ReplicaState) -> ReplicaStats:
+    stats = state.stats or _NOTHING
+    num_blocks = stats.num_kv_blocks
+    return ReplicaStats(
+        name=name,
+        uptime_s=state.serving_s,
+        running=stats.num_running,
+        waiting=stats.num_waiting,
+        owed_tokens=state.owed_tokens,
+        generated=stats.generated_tokens,
+        adapters=state.num_adapters,
+        kv_used_ratio=1 - stats.num_free_kv_blocks / num_blocks if num_blocks else 0.0,
+    )
 
 
 def _kv(stats: EngineStats, info: EngineInfo) -> KvStats:

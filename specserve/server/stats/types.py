@@ -136,6 +136,19 @@ class StepStats(msgspec.Struct, forbid_unknown_fields=True):
     recent: list[RecentStep]
 
 
+class ReplicaStats(msgspec.Struct, forbid_unknown_fields=True):
+    """Of one of several engines that serve; `owed_tokens` are of requests that were sent there and have not ended."""
+
+    name: str
+    uptime_s: float
+    running: int
+    waiting: int
+    owed_tokens: int
+    generated: int
+    adapters: int
+    kv_used_ratio: float
+
+
 class StatsResponse(msgspec.Struct, forbid_unknown_fields=True):
     time_s: float  # since 1970, when the counters were read
     uptime_s: float  # of the server
@@ -149,3 +162,4 @@ class StatsResponse(msgspec.Struct, forbid_unknown_fields=True):
     speculation: SpeculationOverall
     steps: StepStats
     cost_table: CostTable
+    replicas: list[ReplicaStats] = []  # none where there is one engine and no other

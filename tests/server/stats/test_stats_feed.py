@@ -41,6 +41,9 @@ class Engine:
         self.num_asked = 0
         self.stats: EngineStats | None = EngineStats(*range(14), drafts_by_adapter=DRAFTS)
 
+    def replicas(self):
+        return {}
+
     @property
     def snapshot(self):
         self.num_asked += 1
