@@ -19,6 +19,7 @@ from ..errors import UserError
 from .bench_serve import serve as bench_serve
 from .distill import distill
 from .label import label
+from .leaderboard import leaderboard
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
 from .ray import ray
 from .route import route
@@ -291,6 +292,7 @@ cli.add_command(train)
 cli.add_command(evaluate)
 cli.add_command(sweep)
 cli.add_command(distill)
+cli.add_command(leaderboard)
 cli.add_command(route)
 cli.add_command(synthesize)
 cli.add_command(ray)

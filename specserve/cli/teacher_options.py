@@ -47,6 +47,13 @@ def teacher_options(*, many: bool = False, required: bool = True) -> Callable[[C
     return decorate
 
 
+def endpoint_options(command: Command) -> Command:
+    """The same without --teacher: for a command that names a teacher by a flag of its own."""
+    for option in reversed(_options()):
+        command = option(command)
+    return command
+
+
 def _single(context: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     if len(value) > 1:
         raise click.BadParameter("one teacher is expected here")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def make_engine(model_dir: Path, *, batch: int, max_len: int) -> Engine:
     return Engine(config, model_dir)
 
 
+def hardware_of(engine: Engine) -> str:
+    """Machine, threads and device."""
+    num = torch.get_num_threads()
+    return f"{platform.machine()}, {'1 thread' if num == 1 else f'{num} threads'}, {engine.info.device}"
+
+
 def answer(
     engine: Engine,
     adapter_hash: str | None,
@@ -107,10 +114,12 @@ def answer_mixed(
     max_draft_tokens: int = 16,
     desc: str | None = None,
     traced_by: TextTokenizer | None = None,
+    on_answer: Callable[[int, Answer, float], None] | None = None,
 ) -> Answers:
     """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails.
 
-    With `traced_by`, the engine's tokenizer, answers say where their tokens came from.
+    With `traced_by`, the engine's tokenizer, answers say where their tokens came from. `on_answer` gets each one when
+    it is whole, its index first, and the engine's seconds since the one before.
 
     Prompts share cached prefixes within one call, as they do in the server, but not with other calls, so that a call
     repeated does the same work.
@@ -121,7 +130,7 @@ def answer_mixed(
     running = 0
     in_prefill: set[int] = set()
     traced: dict[int, TracedText] = {}
-    seconds = decode_seconds = 0.0
+    seconds = decode_seconds = told_seconds = 0.0
     decode_tokens = 0
     progress = tqdm(total=len(requests), unit="answer", desc=desc, disable=desc is None, dynamic_ncols=True)
     while waiting or running:
@@ -171,5 +180,8 @@ def answer_mixed(
                 progress.update()
                 state.drafted = event.usage.draft_tokens
                 state.accepted_by_source = event.usage.accepted_by_source
+                if on_answer is not None:
+                    on_answer(idx, state, seconds - told_seconds)
+                    told_seconds = seconds
     progress.close()
     return Answers(answers, seconds, decode_seconds, decode_tokens)

@@ -6,14 +6,12 @@ examples.json and the model card; `specserve eval DIR` does it again for a finis
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from ...errors import UserError
 from ...model.config import ModelConfig
@@ -26,7 +24,7 @@ from ..preflight import check_held_out
 from ..run_config import RunConfig
 from ..run_directory import RUN_FILE
 from ..run_file import load_run
-from .answers import Answers, answer, make_engine
+from .answers import Answers, answer, hardware_of, make_engine
 from .examples import shaded_answers, write_examples
 from .report import write_report
 from .task_metrics import task_metrics
@@ -73,7 +71,7 @@ def evaluate_directory(
     report: dict[str, Any] = {
         "rows": len(examples),
         "data": str(data),
-        "hardware": f"{platform.machine()}, {_threads(torch.get_num_threads())}, {engine.info.device}",
+        "hardware": hardware_of(engine),
         "dtype": engine.info.dtype,
         "task": task_metrics([a.text for a in plain.answers], gold),
         "task_with_drafts": task_metrics([a.text for a in drafted.answers], gold),
@@ -97,10 +95,6 @@ def evaluate_directory(
     write_report(directory, report, shaded_answers(engine, adapter.content_hash, examples, tokenizer, max_tokens))
     write_examples(directory, held_out, system)
     return report
-
-
-def _threads(num: int) -> str:
-    return "1 thread" if num == 1 else f"{num} threads"
 
 
 def _endless(answers: Answers, examples: Sequence[Example], max_tokens: int) -> dict[str, float]:

@@ -64,6 +64,12 @@ def tables_page(
     return _render("tables.html.jinja", name, report, tiles, plots, kind=kind, what=what, tables=tables, footer=footer)
 
 
+def page_environment(*folders: Path) -> Environment:
+    """Of templates in `folders`, which may extend those here; all that they show is escaped."""
+    loader = FileSystemLoader([*folders, Path(__file__).parent])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
 def _render(
     template: str,
     name: str,
@@ -72,11 +78,11 @@ def _render(
     plots: Sequence[Plot],
     **values: Any,
 ) -> str:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     drawn = [{"svg": plot.svg(), "caption": plot.caption} for plot in plots]
-    return environment.get_template(template).render(
-        name=name, report=report, tiles=tiles, plots=drawn, shades=SOURCES, **values
+    return (
+        page_environment()
+        .get_template(template)
+        .render(name=name, report=report, tiles=tiles, plots=drawn, shades=SOURCES, **values)
     )
 
 

@@ -1,0 +1,122 @@
+"""The leaderboard as HTML: a page of all, and pages of answers side by side; the same files for a server and an export.
+
+Without scripts, and with nothing from elsewhere. What came from rows and models is text, escaped by the templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..draft_sources import SOURCES
+from ..training.evaluation.html_report import page_environment
+from .charts import charts_of
+from .pairs import AnsweredRow
+from .scores import row_score
+from .standings import answered_of, standings
+from .store import LeaderboardStore, StoredTask
+
+INDEX, BOARD_JSON = "index.html", "board.json"
+ROWS_PER_PAGE = 25
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+class Pages:
+    """Of the store as it is while this is used."""
+
+    def __init__(self, store: LeaderboardStore):
+        self._store, self._board = store, standings(store)
+        self._tasks = {task.name: task for task in store.tasks() if task.task.kind == "generate"}
+        self._environment = page_environment(_TEMPLATES)
+        self._environment.filters["number"] = lambda value, digits: (
+            "missing" if value is None else f"{value:.{digits}f}"
+        )
+
+    def names(self) -> Iterator[str]:
+        """Of all files."""
+        yield from (INDEX, BOARD_JSON)
+        for task in self._tasks.values():
+            yield from (address for _, address in self._addresses(task))
+
+    def file(self, name: str) -> bytes | None:
+        """None where there is no such file."""
+        if name == INDEX:
+            return self._index().encode()
+        if name == BOARD_JSON:
+            return msgspec.json.format(msgspec.json.encode(_public(self._board)), indent=1) + b"\n"
+        for task in self._tasks.values():
+            for number, address in self._addresses(task):
+                if address == name:
+                    return self._task(task, number).encode()
+        return None
+
+    def _addresses(self, task: StoredTask) -> list[tuple[int, str]]:
+        num = max(1, -(-len(self._store.rows(task)) // ROWS_PER_PAGE))
+        return [(number, f"{task.name}.answers-{number}.html") for number in range(1, num + 1)]
+
+    def _index(self) -> str:
+        board = _public(self._board)
+        cells = [cell for model in board["models"] for cell in model["cells"].values() if cell is not None]
+        num = len(board["models"]) * len(board["tasks"])
+        return self._render(
+            "board.html.jinja",
+            "Leaderboard",
+            kind="specserve",
+            what=f"{len(board['models'])} models, {len(board['tasks'])} tasks; {len(cells)} of {num} cells are there.",
+            board=board,
+            links={task.name: self._addresses(task)[0][1] for task in self._tasks.values()},
+            hardware=sorted({f"Measured on {cell['hardware']}." for cell in cells}),
+            plots=[{"svg": chart.svg(), "caption": chart.caption} for chart in charts_of(board)],
+        )
+
+    def _task(self, task: StoredTask, page: int) -> str:
+        answered = answered_of(self._store, task)
+        start = (page - 1) * ROWS_PER_PAGE
+        shown = answered[start : start + ROWS_PER_PAGE]
+        return self._render(
+            "task.html.jinja",
+            task.name,
+            home=INDEX,
+            first=min(start + 1, len(answered)),
+            last=start + len(shown),
+            num_rows=len(answered),
+            metric=task.task.metric,
+            page=page,
+            pages=self._addresses(task),
+            rows=[_row(task, number, one) for number, one in enumerate(shown, start + 1)],
+            plots=[],
+        )
+
+    def _render(self, template: str, name: str, **values: Any) -> str:
+        shared = {"name": name, "report": {"warnings": []}, "tiles": [], "shades": SOURCES}
+        return self._environment.get_template(template).render(**shared, **values)
+
+
+def _row(task: StoredTask, number: int, one: AnsweredRow) -> dict[str, Any]:
+    answers = [
+        {
+            "name": name,
+            "text": answer.text,
+            "score": row_score(task.task, answer.text, one.row.gold),
+            "is_cut": answer.finish_reason == "length",
+        }
+        for name, answer in one.answers.items()
+    ]
+    return {"number": number, "prompt": one.row.prompt, "gold": one.row.gold, "answers": answers}
+
+
+def _public(board: dict[str, Any]) -> dict[str, Any]:
+    """Without paths of this machine: only the last part of them."""
+    models = [
+        {
+            **{key: value for key, value in model.items() if key != "adapter"},
+            "base": Path(model["base"]).name if model["base"].startswith("/") else model["base"],
+            "adapter_name": Path(model["adapter"]).name if model["adapter"] is not None else None,
+        }
+        for model in board["models"]
+    ]
+    tasks = [{**task, "data": Path(task["data"]).name} for task in board["tasks"]]
+    return {**board, "models": models, "tasks": tasks}

@@ -1,0 +1,80 @@
+"""The leaderboard as it stands: every cell, averages, ratings; plain values that the table, the page and JSON show.
+
+A cell that is missing is None everywhere and counts for nothing; a model without all of its cells has no average.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from .pairs import AnsweredRow, answered_rows, judged_wins, metric_wins
+from .ratings import Rating, ratings_of
+from .scores import average
+from .store import LeaderboardStore, StoredCell, StoredModel, StoredTask
+
+BY_METRIC = "the tasks' metrics"
+
+Cells = dict[tuple[str, str], StoredCell]
+
+
+def standings(store: LeaderboardStore) -> dict[str, Any]:
+    """`models` are in order: by average, then those that lack cells; `ratings` by who judged."""
+    tasks, models = store.tasks(), store.models()
+    cells = {key: cell for key, cell in store.cells().items() if cell.is_current}
+    lines = [_line(model, tasks, cells) for model in models]
+    lines.sort(key=lambda line: (-(line["average"] if line["average"] is not None else -1.0), line["name"]))
+    return {
+        "tasks": [{"name": task.name, **msgspec.to_builtins(task.task)} for task in tasks],
+        "models": lines,
+        "ratings": _ratings(store, tasks, [model.name for model in models]),
+    }
+
+
+def answered_of(store: LeaderboardStore, task: StoredTask) -> list[AnsweredRow]:
+    """The rows of `task` with the answers of all models whose cell is there."""
+    cells = store.cells()
+    by_model = {
+        model.name: store.answers(cells[task.name, model.name].config_hash)
+        for model in store.models()
+        if (task.name, model.name) in cells and cells[task.name, model.name].is_current
+    }
+    return answered_rows(store.rows(task), by_model)
+
+
+def _line(model: StoredModel, tasks: list[StoredTask], cells: Cells) -> dict[str, Any]:
+    own = {task.name: task.task for task in tasks if task.task.kind == model.model.adapter_kind}
+    found = {name: cells[name, model.name].cell for name in own if (name, model.name) in cells}
+    return {
+        "name": model.name,
+        **msgspec.to_builtins(model.model),
+        "average": average(own, found),
+        "num_tasks": len(own),
+        "cells": {task.name: msgspec.to_builtins(found[task.name]) if task.name in found else None for task in tasks},
+    }
+
+
+def _ratings(store: LeaderboardStore, tasks: list[StoredTask], names: list[str]) -> list[dict[str, Any]]:
+    answered = [(task, answered_of(store, task)) for task in tasks if task.task.kind == "generate"]
+    rows = [wins for task, one in answered for wins in metric_wins(task.task, one, names)]
+    found = [_rated(BY_METRIC, names, ratings_of(rows))]
+    for judge in store.judges():
+        verdicts = store.judgments(judge)
+        judged = [judged_wins(one, names, verdicts) for _, one in answered]
+        rows = [wins for wins_of_task, _, _ in judged for wins in wins_of_task if wins.any()]
+        pairs = sum(num_pairs for _, num_pairs, _ in judged)
+        alike = sum(num_alike for _, _, num_alike in judged)
+        rated = _rated(judge, names, ratings_of(rows))
+        if rated["models"]:
+            found.append({**rated, "num_pairs": pairs, "judged_alike_swapped": alike / pairs if pairs else None})
+    return [one for one in found if one["models"]]
+
+
+def _rated(judge: str, names: list[str], ratings: list[Rating | None]) -> dict[str, Any]:
+    rated = [
+        {"name": name, **{field: getattr(rating, field) for field in ("rating", "low", "high", "rank", "num_rows")}}
+        for name, rating in zip(names, ratings, strict=False)
+        if rating is not None
+    ]
+    return {"by": judge, "models": sorted(rated, key=lambda one: -one["rating"])}

@@ -1,0 +1,221 @@
+"""Tasks, models and cells: what is run, what is kept, what is run again, and what a mistake is told."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from engine_fixture import make_engine, request, run
+from lookahead_adapters import make_lookahead_adapter
+from places import ROOT
+from pooling_adapters import make_pooling_adapter
+from pooling_rows import write_pooling_rows
+from served_poolers import EMBEDDER, RANKER
+from training_fixture import write_rows
+
+from specserve.leaderboard.candidates import candidate
+from specserve.leaderboard.runner import prompts_of
+from specserve.leaderboard.store import LeaderboardStore, ModelLocks
+from specserve.training.evaluation.task_metrics import task_metrics
+
+
+def answers_made(board, capsys, *words, code=0):
+    capsys.readouterr()
+    assert board.cli("run", *words) == code
+    err = capsys.readouterr().err
+    (line,) = [line for line in err.splitlines() if "answers were missing" in line]
+    return int(line.split()[0]), err
+
+
+def test_scores_are_those_of_the_answers_and_missing_cells_are_shown(ran, capsys):
+    found = ran.shown(capsys)
+    by_name = {model["name"]: model for model in found["models"]}
+    assert by_name["second"]["cells"]["text"] is None and by_name["second"]["average"] is None
+    assert [model["name"] for model in found["models"]][-1] == "second"
+    store = LeaderboardStore(ran.path)
+    rows = store.rows(store.tasks()[0])
+    kept = store.answers(store.cells()["json", "first"].config_hash)
+    metrics = task_metrics([kept[row.prompt_hash].text for row in rows], [row.gold for row in rows])
+    cell = by_name["first"]["cells"]["json"]
+    assert cell["score"] == metrics["main"] and cell["num_rows"] == 30 == len(rows)
+    assert cell["tokens_per_s"] > 0 and cell["tokens_per_verification"] >= 1.0 and "thread" in cell["hardware"]
+    assert [task["metric"] for task in found["tasks"]] == ["field_match", "rouge_l"]  # the main ones, by their names
+    score, text = by_name["base"]["cells"]["json"]["score"], by_name["base"]["cells"]["text"]["score"]
+    assert by_name["base"]["average"] == pytest.approx((score + max(0, (text - 0.2) / 0.8)) / 2)
+    assert ran.cli("show") == 0
+    assert any(line.split() == ["second", "-", "0.000", "-"] for line in capsys.readouterr().out.splitlines())
+    store.close()
+
+
+def test_only_what_changed_is_run_again(begun, model_dir, adapters, tmp_path, capsys):
+    assert answers_made(begun, capsys)[0] == 6
+    assert answers_made(begun, capsys)[0] == 0
+    changing = tmp_path / "adapter"
+    shutil.copytree(adapters / "first", changing)
+    assert begun.cli("add-model", "mine", "--base", model_dir, "--adapter", changing) == 0
+    assert answers_made(begun, capsys)[0] == 6  # the new one's alone
+    for file in (adapters / "second").iterdir():
+        shutil.copy(file, changing)
+    assert answers_made(begun, capsys)[0] == 6  # another adapter under the same name
+    lines = (tmp_path / "dev.jsonl").read_text().splitlines()
+    changed = json.loads(lines[0]) | {"completion": '{"name": "cat", "n": 1}'}
+    new = {"prompt": "name: emu\nnumber: 7", "completion": '{"name": "emu", "n": 7}'}
+    (tmp_path / "dev.jsonl").write_text("\n".join([json.dumps(changed), *lines[1:5], json.dumps(new)]))
+    num, err = answers_made(begun, capsys)
+    assert num == 2 and "the rows have changed" in err  # the new row, by both; another wanted answer needs none
+    assert begun.cli("add", "json", "--data", tmp_path / "dev.jsonl", "--max-tokens", 4) == 0
+    capsys.readouterr()
+    assert begun.shown(capsys)["models"][0]["cells"]["json"] is not None  # until it is run again
+    assert answers_made(begun, capsys)[0] == 12
+    assert begun.cli("add", "json", "--data", tmp_path / "dev.jsonl", "--max-tokens", 4, "--metric", "valid_json") == 0
+    assert begun.shown(capsys)["models"][0]["cells"]["json"] is None  # the old score was of another metric
+    assert answers_made(begun, capsys)[0] == 0
+
+
+def test_a_run_that_ends_in_the_middle_keeps_every_answer(begun, monkeypatch, capsys):
+    put, num = LeaderboardStore.put_answer, 0
+
+    def ends(store, *values):
+        nonlocal num
+        num += 1
+        if num > 2:
+            raise KeyboardInterrupt
+        put(store, *values)
+
+    monkeypatch.setattr(LeaderboardStore, "put_answer", ends)
+    assert begun.cli("run", "--batch", 1) == 130
+    assert begun.shown(capsys)["models"][0]["cells"]["json"] is None
+    monkeypatch.setattr(LeaderboardStore, "put_answer", put)
+    assert answers_made(begun, capsys)[0] == 4
+    assert begun.shown(capsys)["models"][0]["cells"]["json"]["num_rows"] == 6
+
+
+def test_answers_are_the_engines_with_the_adapters_template(ran, model_dir, adapters):
+    store = LeaderboardStore(ran.path)
+    task, cells = store.tasks()[1], store.cells()
+    row = store.rows(task)[0]
+    one = candidate(next(model for model in store.models() if model.name == "first"))
+    prompt = prompts_of(one, task, [row.prompt_hash])[row.prompt_hash]
+    engine = make_engine(model_dir)
+    content_hash = engine.load_adapter("first", adapters / "first").content_hash
+    result = run(engine, [request("r", prompt, max_tokens=6, adapter=content_hash)])["r"]
+    kept = store.answers(cells["text", "first"].config_hash)[row.prompt_hash]
+    assert (kept.num_tokens, kept.finish_reason) == (len(result.tokens), result.finish_reason)
+    store.close()
+
+
+def test_a_model_that_fails_costs_the_others_nothing(begun, model_dir, adapters, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(adapters / "first", broken)
+    assert begun.cli("add-model", "broken", "--base", model_dir, "--adapter", broken) == 0
+    (broken / "adapter_model.safetensors").write_bytes(b"no weights")
+    _, err = answers_made(begun, capsys, code=1)
+    assert "failed: json by broken" in err
+    cells = {model["name"]: model["cells"]["json"] for model in begun.shown(capsys)["models"]}
+    assert cells["base"] is not None and cells["broken"] is None
+
+
+def test_a_lookahead_adapter_answers_in_fewer_verifications_and_says_so(begun, model_dir, tmp_path, capsys):
+    make_lookahead_adapter(model_dir, tmp_path / "drafting")
+    assert begun.cli("add-model", "drafting", "--base", model_dir, "--adapter", tmp_path / "drafting") == 0
+    answers_made(begun, capsys)
+    cells = {model["name"]: model["cells"]["json"] for model in begun.shown(capsys)["models"]}
+    assert cells["drafting"]["tokens_per_verification"] >= 1.0
+
+
+@pytest.mark.parametrize("kind, metric, task_type", [("rerank", "mrr", "SEQ_CLS"), ("embed", "ndcg@10", None)])
+def test_an_adapter_that_pools_has_its_own_tasks(begun, model_dir, tmp_path, capsys, kind, metric, task_type):
+    rows = write_pooling_rows(tmp_path / "rows.jsonl", kind, 8)
+    config = {"rerank": RANKER, "embed": EMBEDDER}[kind]
+    more = (task_type,) if task_type else ()
+    make_pooling_adapter(model_dir, tmp_path / "adapter", *more, num_labels=1, config=config)
+    assert begun.cli("add", kind, "--kind", kind, "--data", rows, "--metric", metric) == 0
+    assert begun.cli("add-model", "pools", "--base", model_dir, "--adapter", tmp_path / "adapter") == 0
+    assert begun.cli("run") == 0
+    models = {model["name"]: model for model in begun.shown(capsys)["models"]}
+    cell = models["pools"]["cells"][kind]
+    assert 0 < cell["metrics"][metric] == cell["score"] == models["pools"]["average"] and cell["num_rows"] == 8
+    assert models["pools"]["cells"]["json"] is None and models["base"]["cells"][kind] is None
+    assert begun.cli("show") == 0 and "tokens/s" in capsys.readouterr().out
+
+
+def test_an_adapter_without_its_description_is_refused(begun, model_dir, tmp_path, capsys):
+    make_pooling_adapter(model_dir, tmp_path / "mood", "SEQ_CLS", num_labels=2)
+    assert begun.cli("add-model", "mood", "--base", model_dir, "--adapter", tmp_path / "mood") == 2
+    assert "has no pooling_config.json" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_run_the_same_model(begun, model_dir, capsys):
+    store = LeaderboardStore(begun.path)
+    (model,) = store.models()
+    holder = "import sys; from pathlib import Path; from specserve.leaderboard.store import ModelLocks\n"
+    holder += f"locks = ModelLocks(Path({str(begun.path)!r})); assert locks.take({model.number})\n"
+    holder += "print('held', flush=True); sys.stdin.read()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        num, err = answers_made(begun, capsys)
+        assert num == 0 and "base is left to another process" in err
+        assert begun.cli("add-model", "again", "--base", model_dir) == 0  # which may be changed meanwhile
+        other.kill()
+    assert answers_made(begun, capsys, "--model", "base")[0] == 6
+    locks = ModelLocks(begun.path)
+    assert locks.take(model.number)
+    locks.close()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["add", "a/b", "--data", "dev.jsonl"], "TASK 'a/b': give a name"),
+        (["add", "t", "--data", "none.jsonl"], "there is no file none.jsonl"),
+        (["add", "t", "--data", "dev.jsonl", "--metric", "bleu"], "'bleu' is none of this task's: give one of exact"),
+        (["add", "t", "--data", "calls.jsonl"], "calls.jsonl line 1 does not end with an answer in text"),
+        (["add-model", "m", "--adapter", "."], "is not a PEFT directory"),
+        (["add-model", ".m"], "NAME '.m': give a name"),
+        (["run", "--task", "none"], "there is no task 'none'; known are json"),
+        (["run", "--model", "none"], "there is no model 'none'; known are base"),
+        (["run", "--judge", "http://127.0.0.1:1"], "names no model"),
+        (["remove", "none"], "has no task or model 'none'"),
+        (["export", "."], "holds other things"),
+    ],
+)
+def test_mistakes(begun, words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": turns, "tools": tools}))
+    if "--judge" in words:
+        assert begun.cli("run") == 0
+    assert begun.cli(*words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_files_that_are_no_board(tmp_path, capsys):
+    from conftest import Board  # of this folder
+
+    board = Board(tmp_path)
+    assert board.cli("run") == 2 and "there is no leaderboard" in capsys.readouterr().err
+    board.path.write_text("text, not a database, and long enough to be looked at as one" * 20)
+    assert board.cli("show") == 2 and "cannot be used" in capsys.readouterr().err
+    board.path.unlink()
+    with sqlite3.connect(board.path) as db:
+        db.execute("PRAGMA user_version = 99")
+    assert board.cli("show") == 2 and "of a newer specserve (version 99, this one reads 1)" in capsys.readouterr().err
+
+
+def test_what_is_removed_keeps_its_answers(begun, model_dir, capsys):
+    write_rows(begun.root / "more.jsonl", 3, seed=9)
+    assert answers_made(begun, capsys)[0] == 6
+    assert begun.cli("remove", "base") == 0
+    assert begun.shown(capsys)["models"] == []
+    assert begun.cli("add-model", "base", "--base", model_dir) == 0
+    assert answers_made(begun, capsys)[0] == 0
+    assert begun.shown(capsys)["models"][0]["cells"]["json"]["num_rows"] == 6

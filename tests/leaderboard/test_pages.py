@@ -1,0 +1,92 @@
+"""The pages: nothing of theirs is executed, all of the board is on them, and a server follows the file."""
+
+import asyncio
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from training_fixture import write_rows
+
+from specserve.leaderboard.pages import ROWS_PER_PAGE, Pages
+from specserve.leaderboard.site import application
+from specserve.leaderboard.store import LeaderboardStore
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def exported(ran, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export")
+    assert ran.cli("export", directory) == 0
+    return directory
+
+
+def test_an_export_holds_the_board_and_all_answers(exported, ran, capsys):
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "index.html",
+        "board.json",
+        *(f"{name}.html" for name in ("json.answers-1", "json.answers-2", "text.answers-1")),
+    }
+    index = Page((exported / "index.html").read_text())
+    addresses = {attrs["href"] for tag, attrs in index.tags if tag == "a"}
+    assert addresses == {"json.answers-1.html", "text.answers-1.html", "board.json"}
+    for name in ("base", "first", "second", "missing", "field_match", "Ratings by the tasks' metrics", "5 of 6 cells"):
+        assert name in index.text
+    assert sum(tag == "svg" for tag, _ in index.tags) == 2
+    board = json.loads((exported / "board.json").read_text())
+    assert len(board["models"]) == 3 and str(ran.root) not in (exported / "board.json").read_text()
+    second = Page((exported / "json.answers-2.html").read_text())
+    assert f"Row {ROWS_PER_PAGE + 1}" in second.text and "Row 30" in second.text and "Row 1\n" not in second.text
+    assert second.text.count("first: ") == 30 - ROWS_PER_PAGE
+    assert ran.cli("export", exported) == 0  # over an earlier one
+
+
+def test_what_rows_and_models_say_is_text(exported):
+    for path in exported.glob("*.html"):
+        page, source = Page(path.read_text()), path.read_text()
+        assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "link", "img")]
+        assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
+        assert "http" not in re.sub(r"http://www\.w3\.org\S*", "", source)
+    assert "<script>alert(1)</script>" in Page((exported / "text.answers-1.html").read_text()).text
+
+
+def test_a_server_follows_the_file_and_knows_its_pages_alone(begun, tmp_path):
+    async def look():
+        async with TestClient(TestServer(application(begun.path))) as client:
+            first = await client.get("/", allow_redirects=True)
+            assert str(first.url).endswith("/leaderboard/") and first.status == 200
+            assert "default-src 'none'" in first.headers["Content-Security-Policy"]
+            text, etag = await first.text(), first.headers["ETag"]
+            assert "0 of 1 cells" in text
+            same = await client.get("/leaderboard/", headers={"If-None-Match": etag})
+            assert same.status == 304
+            write_rows(tmp_path / "more.jsonl", 2)
+            assert await asyncio.to_thread(begun.cli, "add", "more", "--data", tmp_path / "more.jsonl") == 0
+            assert "0 of 2 cells" in await (await client.get("/leaderboard")).text()
+            assert (await client.get("/leaderboard/board.json")).content_type == "application/json"
+            for name in ("nothing.html", "../board.sqlite3", "%2e%2e/board.sqlite3", "json.answers-2.html", "<script>"):
+                missing = await client.get(f"/leaderboard/{name}")
+                assert missing.status == 404 and missing.content_type == "text/plain", name
+
+    asyncio.run(look())
+
+
+def test_an_empty_board_has_a_page(tmp_path):
+    store = LeaderboardStore(tmp_path / "empty.sqlite3", create=True)
+    assert b"0 models, 0 tasks" in Pages(store).file("index.html")
+    assert list(Pages(store).names()) == ["index.html", "board.json"]
+    store.close()

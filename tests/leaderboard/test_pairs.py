@@ -1,0 +1,119 @@
+"""Who won: outcomes by metric and by a judge who is asked both ways round, and ratings of them."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from specserve.cli import teacher_options
+from specserve.leaderboard import judging
+from specserve.leaderboard.pairs import AnsweredRow, asked_hash, asks_of, judged_wins, metric_wins, verdict_of
+from specserve.leaderboard.ratings import ratings_of
+from specserve.leaderboard.store import KeptAnswer, LeaderboardStore, Task, TaskRow
+from specserve.teachers import TeacherError
+from specserve.teachers.asks import Answer
+
+TASK = Task(kind="generate", data="x", metric="exact_match")
+
+
+def kept(text):
+    return KeptAnswer(text, "stop", 1, 1, 1, 0.1, "here")
+
+
+def row(gold="right", **answers):
+    return AnsweredRow(TaskRow(gold, "prompt", gold), {name: kept(text) for name, text in answers.items()})
+
+
+def test_outcomes_by_metric_leave_out_who_has_no_answer():
+    wins = metric_wins(TASK, [row(a="right", b="wrong"), row(a="right", b="right"), row(b="right")], ["a", "b"])
+    assert [w.tolist() for w in wins] == [[[0, 1], [0, 0]], [[0, 0.5], [0.5, 0]], [[0, 0], [0, 0]]]
+
+
+def test_a_judge_must_say_the_same_both_ways_round():
+    one = row(a="x", b="y", c="x")
+    first, second = (asked_hash(ask) for ask in asks_of(one.row, "x", "y"))
+    back, forth = (asked_hash(ask) for ask in asks_of(one.row, "y", "x"))
+    assert (first, second) == (forth, back)  # one ask, whichever model is named first
+    names = ["a", "b", "c"]
+    wins, pairs, alike = judged_wins([one], names, {first: "A", second: "B"})
+    assert wins[0][0, 1] == 1 and wins[0][2, 1] == 1 and (pairs, alike) == (2, 2)
+    assert wins[0][0, 2] == wins[0][2, 0] == 0.5  # equal answers
+    wins, pairs, alike = judged_wins([one], names, {first: "A", second: "A"})  # whoever stands first
+    assert wins[0][0, 1] == wins[0][1, 0] == 0.5 and (pairs, alike) == (2, 0)
+    wins, pairs, _ = judged_wins([one], names, {first: "A"})
+    assert wins[0][0, 1] == wins[0][1, 0] == 0 and pairs == 0
+
+
+def test_verdicts():
+    assert [verdict_of(text) for text in ('{"winner": "A"}', '{"winner": "tie"}', '{"winner": "C"}', "A", "[1]")] == [
+        "A", "tie", None, None, None,
+    ]  # fmt: skip
+
+
+def games(*chances, num=60, seed=0):
+    """Rows at which model i beats j with odds of their strengths."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(num):
+        wins = np.zeros((len(chances), len(chances)))
+        for a in range(len(chances)):
+            for b in range(a + 1, len(chances)):
+                winner, loser = (a, b) if rng.random() < chances[a] / (chances[a] + chances[b]) else (b, a)
+                wins[winner, loser] = 1
+        rows.append(wins)
+    return rows
+
+
+def test_ratings_are_odds_with_intervals_that_hold_them():
+    ratings = ratings_of(games(8.0, 2.0, 1.0, num=400))
+    gap = ratings[0].rating - ratings[1].rating
+    assert gap == pytest.approx(400 * np.log10(4), abs=60)
+    assert sum(r.rating for r in ratings) / 3 == pytest.approx(1000)
+    assert all(r.low < r.rating < r.high and r.num_rows == 400 for r in ratings)
+    assert [r.rank for r in ratings] == [1, 2, 3]
+    few = ratings_of(games(1.1, 1.0, num=10))
+    assert [r.rank for r in few] == [1, 1]  # nobody is certainly better
+    assert few[0].high - few[0].low > ratings[0].high - ratings[0].low
+    assert ratings_of(games(8.0, 2.0, 1.0, num=400)) == ratings
+
+
+def test_a_model_that_always_wins_and_one_that_met_nobody():
+    rows = []
+    for wins in games(1e9, 1.0, num=20):
+        rows.append(np.pad(wins, (0, 1)))
+    first, second, nobody = ratings_of(rows)
+    assert nobody is None and 0 < first.rating - second.rating < 1000 and (first.rank, second.rank) == (1, 2)
+    assert ratings_of([]) == [] == ratings_of([np.zeros((0, 0))])
+
+
+def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(ran, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    class Judge:
+        async def answers(self, asks):
+            for idx, ask in enumerate(asks):
+                asked.append(ask)
+                said = "A" if len(asked) % 2 else "B"
+                text = json.dumps({"winner": said}) if idx != 3 else "I cannot say"
+                error = TeacherError("a bad moment", retryable=False) if idx == 4 else None
+                yield idx, error or [Answer(text, "stop", 1, 1)]
+
+    @contextlib.asynccontextmanager
+    async def open_judge(spec, budget):
+        yield Judge()
+
+    monkeypatch.setattr(judging, "open_teacher", open_judge)
+    monkeypatch.setattr(teacher_options, "cache_dir", lambda name: tmp_path)
+    command = ("run", "--task", "json", "--judge", "judge@http://127.0.0.1:1/v1", "--judge-rows", 2)
+    assert ran.cli(*command) == 0
+    assert "verdicts, 2 asks without one" in capsys.readouterr().err
+    num = len(asked)
+    assert num and num % 2 == 0 and all(ask.schema and ask.temperature == 0 for ask in asked)
+    assert ran.cli(*command) == 0
+    assert len(asked) == num + 2  # the two that had no verdict
+    ratings = ran.shown(capsys)["ratings"]
+    assert [one["by"] for one in ratings] == ["the tasks' metrics", "judge@http://127.0.0.1:1/v1"]
+    assert ratings[1]["num_pairs"] * 2 >= num
+    store = LeaderboardStore(ran.path)
+    assert store.judges() == ["judge@http://127.0.0.1:1/v1"]
+    store.close()
