@@ -46,16 +46,21 @@ def _rating_chart(ratings: dict[str, Any], number: int) -> Plot:
 def _speed_chart(points: list[tuple[str, str, dict[str, Any]]]) -> Plot:
     def draw(axes: Any) -> None:
         axes.scatter([c["tokens_per_s"] for *_, c in points], [c["score"] for *_, c in points], color=SERIES[0], s=28)
-        for model, task, cell in points[: 2 * _MOST]:
+        best: dict[str, tuple[str, str, dict[str, Any]]] = {}
+        for point in sorted(points, key=lambda one: one[2]["score"]):
+            best[point[1]] = point
+        for model, task, cell in list(best.values())[:_MOST]:
             axes.annotate(
                 f"{model}, {task}",
                 (cell["tokens_per_s"], cell["score"]),
                 xytext=(5, 4),
                 textcoords="offset points",
-                fontsize=7,
+                fontsize=8,
                 color=TEXT,
             )
         axes.set(xlabel="tokens a second", ylabel="score")
         axes.margins(x=0.2, y=0.15)
 
-    return Plot("speed", "Score and speed", "Each point is a model at a task: its score, and tokens a second.", draw)
+    return Plot(
+        "speed", "Score and speed", "Each point is a model at a task; the best one of each task has its name.", draw
+    )

@@ -34,11 +34,12 @@ def ratings_of(rows: Sequence[np.ndarray], seed: int = 0) -> list[Rating | None]
     """Of wins by row: `rows[i][a, b]` is how often model a won over b at row i, [M, M]. None for who met nobody."""
     wins = np.stack(rows) if rows else np.zeros((0, 0, 0))  # [R, M, M]
     if not wins.size:
-        return []
+        return [None] * wins.shape[1]
     present = np.flatnonzero((wins + wins.transpose(0, 2, 1)).any(axis=(0, 2)))
     found: list[Rating | None] = [None] * wins.shape[1]
-    for place, rating in zip(present, _ratings(wins[:, present][:, :, present], seed), strict=True):
-        found[place] = rating
+    if present.size:
+        for place, rating in zip(present, _ratings(wins[:, present][:, :, present], seed), strict=True):
+            found[place] = rating
     return found
 
 
