@@ -178,9 +178,13 @@ def _fields(values: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _can_ask() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def _agreed(spec: TeacherSpec) -> TeacherSpec:
     """`spec`, with the user's agreement if it is needed and can be asked for."""
-    if spec.url is None or spec.accept_terms or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if spec.url is None or spec.accept_terms or not _can_ask():
         return spec
     from ..teachers.answer_cache import AnswerCache
     from ..teachers.terms import is_agreed, note_on

@@ -138,6 +138,8 @@ async def test_the_best_by_a_metric_is_nearest_to_the_row_s_answer(bench):
     rows = [{"prompt": "q", "completion": "the large green fish"}, {"prompt": "r", "completion": "something else"}]
     made, summary = await bench.run(rows, samples=3)
     assert answers(made) == ["the large green fish swims", "x"] and summary.best_by == "metric"
+    _, summary = await bench.run(rows, samples=3, best_by="agreement")
+    assert summary.mean_metric == 0.0, "none agree, so the first are taken, and the rows' answers are others"
     made, summary = await bench.run(rows, samples=3, min_score=0.5)
     assert answers(made) == ["the large green fish swims"] and summary.dropped == {"score too low": 1}
     assert summary.dropped_rows[0].line == 2 and summary.mean_score == pytest.approx(8 / 9)
@@ -152,7 +154,7 @@ async def test_teachers_vote(bench):
     rows, summary = await bench.run(PROMPTS[:3], teachers=specs, samples=2)
     assert answers(rows) == ["cat"] * 3 and summary.best_by == "agreement"
     assert summary.mean_score == pytest.approx(2 / 5)
-    assert [teacher.chosen for teacher in summary.teachers] == [3, 0, 0]
+    assert [teacher.chosen for teacher in summary.teachers] == [3, 0, 0] and summary.mean_metric is None
 
 
 def test_agreement_is_the_mean_likeness_to_all_that_were_asked():

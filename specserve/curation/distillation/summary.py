@@ -12,6 +12,7 @@ from ... import __version__
 from ...teachers import Usage
 from .choosing import Chosen
 from .plan import DistillPlan
+from .scores import metric_score
 from .top_logits import LogitsCounts
 
 
@@ -39,7 +40,9 @@ class TeacherSummary(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """The file beside the rows."""
+    """The file beside the rows. `mean_score` is of what found the best; `mean_metric` compares them to the rows' own
+    answers, where every row has one.
+    """
 
     version: str
     settings: dict[str, Any]
@@ -49,6 +52,7 @@ class Summary(msgspec.Struct, frozen=True):
     dropped: dict[str, int]
     asks_failed: int
     mean_score: float | None
+    mean_metric: float | None
     teachers: list[TeacherSummary]
     logits: dict[str, int] | None
     seconds: float
@@ -60,9 +64,9 @@ class Summary(msgspec.Struct, frozen=True):
 
     def lines(self) -> Iterator[str]:
         """What the command says of it."""
-        yield f"{self.rows} rows of {self.prompts} prompts, best by {self.best_by}" + (
-            f", mean score {self.mean_score:.3f}" if self.mean_score is not None else ""
-        )
+        means = (("score", self.mean_score), ("metric against the rows' answers", self.mean_metric))
+        told = "".join(f", mean {name} {value:.3f}" for name, value in means if value is not None)
+        yield f"{self.rows} rows of {self.prompts} prompts, best by {self.best_by}{told}"
         if self.dropped:
             yield "dropped: " + ", ".join(f"{num} {reason}" for reason, num in self.dropped.items())
         for teacher in self.teachers:
@@ -87,6 +91,11 @@ def summary_of(
     dropped = [Dropped(one.prompt.line, one.dropped[0], one.dropped[1]) for one in chosen if one.dropped is not None]
     taken = Counter(one.candidate.teacher for one in chosen if one.candidate is not None)
     scores = [one.score for one in chosen if one.candidate is not None and one.score is not None]
+    metrics = [
+        metric_score(one.candidate.text, one.prompt.reference)
+        for one in chosen
+        if one.candidate is not None and one.prompt.reference is not None
+    ]
     return Summary(
         version=__version__,
         settings=dict(plan.settings),
@@ -96,6 +105,7 @@ def summary_of(
         dropped=dict(Counter(one.reason for one in dropped).most_common()),
         asks_failed=sum(usage.failed for usage in usages.values()),
         mean_score=sum(scores) / len(scores) if scores else None,
+        mean_metric=sum(metrics) / len(metrics) if metrics and len(metrics) == len(chosen) - len(dropped) else None,
         teachers=[
             TeacherSummary(
                 name,
