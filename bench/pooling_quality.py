@@ -1,16 +1,15 @@
-"""What `bench.pooling --quality` measures: searches by vectors and words, labels from one pass and from JSON answers.
+"""What `bench.pooling --quality search|rerank` measures: who finds the description that belongs to a line.
 
-Everything of ours goes through the engine. Search: the adapter, the base model by the same pooling, and BM25 rank the
-same documents. Tags: said and wanted labels are compared as sets, so that a label which one of the two cannot name
-counts against it.
+All rank the same documents: the adapter and the base model by the same pooling, BM25, and all-MiniLM-L6-v2 where its
+package is. A re-ranker orders the first of a list anew; the others stay behind them. Everything of ours goes through
+the engine.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,137 +19,132 @@ import torch
 
 from specserve.adapter_files import POOLING_FILE
 from specserve.adapters.pooling_config import PoolingConfig, parse_pooling_config
-from specserve.pooled_values import labels_of, probabilities
+from specserve.engine.engine import Engine
 from specserve.pooling_messages import PoolingParams
-from specserve.text.pooled_text import classified_ids
-from specserve.training.evaluation.answers import answer, make_engine
+from specserve.text.pooled_text import pair_ids
+from specserve.training.evaluation.answers import make_engine
 from specserve.training.pooling.examples import ExampleEncoder
 from specserve.training.pooling.metrics import ranks_of, retrieval_metrics
-from specserve.training.pooling.rows import ClassifyRow, EmbedRow, read_pooling_rows
+from specserve.training.pooling.rows import EmbedRow, read_pooling_rows
 from specserve.training.pooling.served import pooled_values
 
-from . import common
-from .tasks import BaseModel, demo_adapter
+from .peers import minilm
+from .tasks import BaseModel
 
-WANTED = 20.0
 BATCH = 32
-Labels = dict[str, set[str]]  # of each question
+DEPTH = 20  # of the lists that are ranked anew
+MAX_LEN = 512
 
 
-def measure_search(base: BaseModel, adapter: Path, data: Path, num_rows: int, corpus_rows: int) -> dict[str, Any]:
-    from rank_bm25 import BM25Okapi
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Queries over documents, and the places of those that fit each."""
 
-    shape = _shape(adapter)
+    queries: Sequence[str]
+    documents: Sequence[str]
+    fits: Sequence[Sequence[int]]
+
+    @classmethod
+    def read(cls, data: Path, num_rows: int, corpus_rows: int) -> Search:
+        """Held-out rows; documents of training rows are searched, too."""
+        held = _embed_rows(data / "search.dev.jsonl", num_rows)
+        corpus = _embed_rows(data / "search.train.jsonl", corpus_rows) if corpus_rows else []
+        documents = list(dict.fromkeys(row.positive for row in [*held, *corpus]))
+        fits: dict[str, set[int]] = {}
+        for row in held:
+            fits.setdefault(row.query, set()).add(documents.index(row.positive))
+        return cls(list(fits), documents, [sorted(places) for places in fits.values()])
+
+    def metrics(self, scores: np.ndarray) -> dict[str, float]:
+        """Of scores [queries, documents]."""
+        rows = torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32))
+        found = retrieval_metrics([ranks_of(row, fits) for row, fits in zip(rows, self.fits, strict=True)])
+        return {name: round(value, 4) for name, value in found.items()}
+
+    def report(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        found = {name: self.metrics(values) for name, values in scores.items()}
+        for name, metrics in found.items():
+            click.echo(f"{name}: {metrics}")
+        return {"queries": len(self.queries), "documents": len(self.documents), **found}
+
+    def by_words(self) -> np.ndarray:
+        """BM25's scores."""
+        from rank_bm25 import BM25Okapi
+
+        index = BM25Okapi([_words(text) for text in self.documents])
+        return np.stack([index.get_scores(_words(query)) for query in self.queries])
+
+    def by_vectors(self, engine: Engine, encoder: ExampleEncoder, content_hash: str | None, pooling: Any) -> np.ndarray:
+        """Cosines of what the adapter makes of them; None: the base model."""
+        texts = [*map(encoder.query, self.queries), *map(encoder.document, self.documents)]
+        params = PoolingParams("embed", pooling=pooling, normalize=True)
+        return self._cosines(pooled_values(engine, [(content_hash, text) for text in texts], params))
+
+    def by_minilm(self) -> dict[str, np.ndarray]:
+        """Nothing where its package is not installed."""
+        if not minilm.is_installed():
+            click.echo(f"without all-MiniLM-L6-v2: {minilm.HOW}")
+            return {}
+        return {"minilm": self._cosines(minilm.vectors([*self.queries, *self.documents]))}
+
+    def reranked(self, base: BaseModel, engine: Engine, adapter: Path, scores: np.ndarray) -> np.ndarray:
+        """`scores` with the first DEPTH of each query in the order of the re-ranker's."""
+        shape = shape_of(adapter)
+        content_hash = engine.load_adapter(adapter.name, adapter).content_hash
+        first = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
+        pairs = [
+            (content_hash, pair_ids(base.tokenizer, shape, query, self.documents[idx]))
+            for query, places in zip(self.queries, first, strict=True)
+            for idx in places
+        ]
+        outputs = pooled_values(engine, pairs, PoolingParams("score")).reshape(first.shape)
+        places = np.argsort(np.argsort(-outputs, axis=1, kind="stable"), axis=1)  # 0: the best
+        moved = scores - scores.max() - 1.0  # below 0
+        np.put_along_axis(moved, first, (DEPTH - places).astype(moved.dtype), axis=1)
+        return moved
+
+    def _cosines(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors of length 1, those of the queries before those of the documents."""
+        return vectors[: len(self.queries)] @ vectors[len(self.queries) :].T
+
+
+def measure_search(
+    base: BaseModel, adapter: Path, reranker: Path | None, data: Path, num_rows: int, corpus_rows: int
+) -> dict[str, Any]:
+    search, shape = Search.read(data, num_rows, corpus_rows), shape_of(adapter)
     encoder = ExampleEncoder(base.tokenizer, shape)
-    held = _embed_rows(data / "search.dev.jsonl", num_rows)
-    corpus = _embed_rows(data / "search.train.jsonl", corpus_rows) if corpus_rows else []
-    documents = list(dict.fromkeys(row.positive for row in [*held, *corpus]))
-    fits: dict[str, set[int]] = {}
-    for row in held:
-        fits.setdefault(row.query, set()).add(documents.index(row.positive))
-    queries = list(fits)
-    texts = [*map(encoder.query, queries), *map(encoder.document, documents)]
-    engine = make_engine(base.path, batch=BATCH, max_len=1 + max(map(len, texts)))
+    engine = make_engine(base.path, batch=BATCH, max_len=MAX_LEN)
     ours = engine.load_adapter(adapter.name, adapter).content_hash
-
-    def ranked(scores: np.ndarray) -> dict[str, float]:
-        pairs = zip(queries, torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32)), strict=True)
-        return {name: round(value, 4) for name, value in
-                retrieval_metrics([ranks_of(row, sorted(fits[query])) for query, row in pairs]).items()}  # fmt: skip
-
-    found = {}
-    for name, content_hash in (("adapter", ours), ("base", None)):
-        params = PoolingParams("embed", pooling=shape.pooling, normalize=True)
-        vectors = pooled_values(engine, [(content_hash, text) for text in texts], params)
-        found[name] = ranked(vectors[: len(queries)] @ vectors[len(queries) :].T)
-        click.echo(f"{name}: {found[name]}")
-    index = BM25Okapi([_words(text) for text in documents])
-    found["bm25"] = ranked(np.stack([index.get_scores(_words(query)) for query in queries]))
-    click.echo(f"bm25: {found['bm25']}")
-    return {"queries": len(queries), "documents": len(documents), **found}
-
-
-def measure_tags(base: BaseModel, adapter: Path, data: Path, num_rows: int, rounds: int) -> dict[str, Any]:
-    """In each round both answer the next rows, the one first that was second before."""
-    shape = _shape(adapter)
-    rows = read_pooling_rows(data / "tags.dev.jsonl", "classify", num_rows)
-    wanted = [_wanted(row) for row in rows if isinstance(row, ClassifyRow)]
-    texts = [row.text for row in rows if isinstance(row, ClassifyRow)]
-    names = [question.name for question in shape.questions]
-    prompts = [base.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
-    engine = make_engine(base.path, batch=BATCH, max_len=max(map(len, prompts)) + 512)
-    classifier = engine.load_adapter("tags", adapter).content_hash
-    writer = engine.load_adapter("debtags", demo_adapter("debtags")).content_hash
-    said: dict[str, list[Labels]] = {"one_pass": [], "written": []}
-    rates: dict[str, list[float]] = {"one_pass": [], "written": []}
-    size = -(-len(texts) // rounds)
-    for number, start in enumerate(range(0, len(texts), size)):
-        part = slice(start, start + size)
-        for name in list(said)[:: 1 if number % 2 else -1]:
-            begin = time.perf_counter()
-            if name == "one_pass":
-                ids = [classified_ids(base.tokenizer, shape, text) for text in texts[part]]
-                outputs = pooled_values(engine, [(classifier, text) for text in ids], PoolingParams("score"))
-                said[name] += [_labels(shape, row.tolist()) for row in outputs]
-            else:
-                answers = answer(engine, writer, prompts[part], 450, batch=BATCH).answers
-                said[name] += [_written(found.text, names) for found in answers]
-            rates[name].append(len(texts[part]) / (time.perf_counter() - begin))
-    ratios = [one / other for one, other in zip(rates["one_pass"], rates["written"], strict=True)]
-    result = {
-        "rows": len(texts),
-        "questions": len(names),
-        "labels": sum(len(question.labels) for question in shape.questions),
-        "f1": {name: label_f1(found, wanted, names) for name, found in said.items()},
-        "texts_per_s": {name: common.spread(values) for name, values in rates.items()},
-        "ratio": common.spread(ratios),
-        "wanted": WANTED,
+    scores = {
+        "adapter": search.by_vectors(engine, encoder, ours, shape.pooling),
+        "base": search.by_vectors(engine, encoder, None, shape.pooling),
+        "bm25": search.by_words(),
+        **search.by_minilm(),
     }
-    click.echo(f"tags: F1 {result['f1']}, ratio {result['ratio']}")
-    return result
+    if reranker is not None:
+        scores["adapter_reranked"] = search.reranked(base, engine, reranker, scores["adapter"])
+    return search.report(scores)
 
 
-def label_f1(said: Sequence[Labels], wanted: Sequence[Labels], names: Sequence[str]) -> dict[str, float]:
-    """Micro F1 over all questions, and of each."""
-    counts = {name: [0, 0, 0] for name in names}
-    for one, other in zip(said, wanted, strict=True):
-        for name in names:
-            if name in other:
-                found, truth = one.get(name, set()), other[name]
-                for idx, num in enumerate((len(found & truth), len(found), len(truth))):
-                    counts[name][idx] += num
-    totals = [sum(values) for values in zip(*counts.values(), strict=True)]
-    return {name: round(2 * a / max(1, b + c), 4) for name, (a, b, c) in [("all", totals), *counts.items()]}
+def measure_rerank(base: BaseModel, reranker: Path, data: Path, num_rows: int, corpus_rows: int) -> dict[str, Any]:
+    """BM25's lists as they are, and their first by the re-ranker and by the base model's vectors."""
+    search = Search.read(data, num_rows, corpus_rows)
+    engine = make_engine(base.path, batch=BATCH, max_len=MAX_LEN)
+    words = search.by_words()
+    vectors = search.by_vectors(engine, ExampleEncoder(base.tokenizer, PoolingConfig("embed")), None, "mean")
+    first = np.argsort(-words, axis=1, kind="stable")[:, :DEPTH]
+    by_base = words - words.max() - 2.0  # below any cosine
+    np.put_along_axis(by_base, first, np.take_along_axis(vectors, first, axis=1), axis=1)
+    scores = {"bm25": words, "reranked": search.reranked(base, engine, reranker, words), "base": by_base}
+    return {"depth": DEPTH, **search.report(scores)}
 
 
-def _shape(adapter: Path) -> PoolingConfig:
+def shape_of(adapter: Path) -> PoolingConfig:
     return parse_pooling_config(adapter.name, (adapter / POOLING_FILE).read_bytes())
 
 
 def _embed_rows(path: Path, num: int) -> list[EmbedRow]:
     return [row for row in read_pooling_rows(path, "embed", num) if isinstance(row, EmbedRow)]
-
-
-def _labels(shape: PoolingConfig, outputs: Sequence[float]) -> Labels:
-    return {q.name: set(labels_of(q, probabilities(q, outputs))) for q in shape.questions}
-
-
-def _wanted(row: ClassifyRow) -> Labels:
-    return {name: set(found) if isinstance(found, tuple) else {str(found)} for name, found in row.answers.items()}
-
-
-def _written(text: str, names: Sequence[str]) -> Labels:
-    """Of an answer that is no JSON nothing."""
-    try:
-        answers = json.loads(text)
-    except ValueError:
-        answers = {}
-    found = {name: answers.get(name) for name in names} if isinstance(answers, dict) else {}
-    return {
-        name: {str(item) for item in value} if isinstance(value, list) else {str(value)}
-        for name, value in found.items()
-        if value is not None
-    }
 
 
 def _words(text: str) -> list[str]:
