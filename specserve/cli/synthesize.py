@@ -40,7 +40,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--min-tokens", type=click.IntRange(1), help="Of a row's input and answer, by the tokenizer of --model.")
 @click.option("--max-tokens", type=click.IntRange(1))
 @click.option(
-    "--max-answer-tokens", type=click.IntRange(1), help="Longest answer.  [default: twice the seeds' longest]"
+    "--max-answer-tokens", type=click.IntRange(1), help="Longest answer.  [default: half as long again as the seeds']"
 )
 @click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, help="Of proposals.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Other rows for another.")

@@ -14,7 +14,7 @@ from .review import Settings
 from .row_shapes import Input, Pair, input_text
 from .seeds import Seeds
 
-_CHARS_A_TOKEN = 3  # at least, in most languages and tokenizers
+_BYTES_A_TOKEN = 3  # at least, in most languages and tokenizers
 _TOP_P = 0.95
 _CRITIQUE_TOKENS = 512
 _CRITIQUE_EXAMPLES = 2
@@ -25,9 +25,9 @@ class Asks:
 
     def __init__(self, settings: Settings, seeds: Seeds, prompts: Prompts):
         self._settings, self._seeds, self._prompts = settings, seeds, prompts
-        self._longest_input = max(len(pair.text) for pair in seeds.pairs) // _CHARS_A_TOKEN
-        longest_answer = max(len(pair.answer) for pair in seeds.pairs) // _CHARS_A_TOKEN
-        self.max_answer_tokens = settings.max_answer_tokens or 128 + 2 * longest_answer
+        self._max_input_tokens = 96 + max(_room_for(pair.text) for pair in seeds.pairs)
+        longest_answer = max(_room_for(pair.answer) for pair in seeds.pairs)
+        self.max_answer_tokens = settings.max_answer_tokens or 96 + longest_answer
 
     def examples(self, number: int) -> list[Pair]:
         """The seeds that proposal `number` shows."""
@@ -40,7 +40,7 @@ class Asks:
         messages, schema = self._prompts.propose(self.examples(number), settings.per_ask, direction)
         return Ask(
             messages=tuple(messages),
-            max_tokens=64 + settings.per_ask * (2 * self._longest_input + 32),
+            max_tokens=settings.per_ask * self._max_input_tokens,
             temperature=settings.temperature,
             top_p=_TOP_P if settings.temperature else 1.0,
             seed=settings.seed * 1_000_003 + number,
@@ -58,7 +58,7 @@ class Asks:
 
     def refinement(self, input: Input, answer: str | None, critique: str) -> Ask:
         messages, schema = self._prompts.refine(input, answer, critique, self._few(input))
-        num = self.max_answer_tokens + 64 + 2 * len(input_text(input)) // _CHARS_A_TOKEN
+        num = self.max_answer_tokens + self._max_input_tokens + _room_for(input_text(input))
         return Ask(messages=tuple(messages), max_tokens=num, schema=schema)
 
     def _few(self, input: Input) -> list[Pair]:
@@ -66,3 +66,8 @@ class Asks:
 
     def _sample(self, what: str) -> list[Pair]:
         return self._seeds.sample(self._settings.examples, random.Random(f"{self._settings.seed} {what}"))
+
+
+def _room_for(text: str) -> int:
+    """Tokens of which half as many again as a text like this has are no more."""
+    return 3 * len(text.encode()) // (2 * _BYTES_A_TOKEN)
