@@ -37,7 +37,7 @@ class PoolingModel:
         from transformers import AutoModel, AutoModelForSequenceClassification
         from transformers.utils import logging as transformers_logging
 
-        self.device, self._pooling = device or torch.device("cpu"), pooling
+        self.device, self._pooling, self._is_bf16 = device or torch.device("cpu"), pooling, dtype == torch.bfloat16
         if num_outputs is None:
             base = load_base(AutoModel, model_dir, dtype, self.device)
             self.peft: Any = with_lora(base, lora, FEATURE_EXTRACTION)
@@ -65,7 +65,9 @@ class PoolingModel:
         """Vectors [N, H] of `texts`, in fp32 and of any length, from one padded forward."""
         width = max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=self.device)
-        hidden = self._inner(input_ids=ids, use_cache=False).last_hidden_state.float()  # [N, W, H]
+        # peft holds the LoRA in fp32 and would cast each linear's input up to it: a step took 1.4 times as long (CPU).
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._is_bf16):
+            hidden = self._inner(input_ids=ids, use_cache=False).last_hidden_state.float()  # [N, W, H]
         lens = torch.tensor([len(text) for text in texts], device=self.device)
         if self._pooling == "last":
             return hidden[torch.arange(len(texts), device=self.device), lens - 1]

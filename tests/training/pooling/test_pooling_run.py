@@ -113,6 +113,22 @@ def test_peft_and_transformers_have_the_same_vectors(trained):
     assert torch.allclose(ours.for_all([ids, ids[:3]], 100, scored=False)[0], want, atol=1e-5)
 
 
+def test_in_bf16_the_lora_multiplies_in_bf16_and_is_held_in_fp32(trained):
+    root, model_dir = trained
+    lora = LoraConfig(adapter=str(root / "out" / "embed"))
+    model = PoolingModel(model_dir, lora, "mean", None, torch.bfloat16)
+    seen = set()
+    for name, module in model.peft.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    vectors = model.pooled([[5, 6, 7, 8], [9, 10]])
+    vectors.square().sum().backward()
+    assert seen == {torch.bfloat16} and vectors.dtype == torch.float32
+    assert {(p.dtype, p.grad.dtype) for p in model.parameters if p.grad is not None} == {(torch.float32,) * 2}
+    exact = PoolingModel(model_dir, lora, "mean", None).pooled([[5, 6, 7, 8], [9, 10]])
+    assert torch.nn.functional.cosine_similarity(vectors, exact).min() > 0.999
+
+
 @pytest.mark.parametrize("task", ["rerank", "classify"])
 def test_peft_and_transformers_have_the_same_logits(trained, task):
     root, model_dir = trained
