@@ -32,6 +32,9 @@ def lines_of(board: dict[str, Any]) -> Iterator[str]:
             interval = f"{one['low']:.0f} to {one['high']:.0f}"
             rows.append([str(one["rank"]), one["name"], f"{one['rating']:.0f}", interval])
         yield f"\n{text_table(rows, num_left=2)}"
+        if ratings.get("num_pairs"):
+            alike = ratings["judged_alike_swapped"]
+            yield f"{ratings['num_pairs']} pairs; {alike:.0%} were judged alike with the answers swapped, others tie"
 
 
 def _speed(cell: dict[str, Any] | None) -> str:

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ray": {"ground", "model", "server"},
     "teachers": {"ground", "model", "text", "chat", "llm"},
     "curation": {"ground", "text", "chat", "grammar", "model", "llm", "teachers", "training"},
-    "leaderboard": {"ground", "model", "text", "adapters", "teachers", "curation", "training", "llm", "loadgen"},
+    "leaderboard": {"ground", "model", "text", "adapters", "teachers", "training"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # compute/ knows the three paths; they do not know each other.
