@@ -21,11 +21,11 @@ from .data.batching import plan_epoch
 from .data.dataset import Example
 from .evaluation.answers import answer, make_engine
 from .evaluation.evaluate import SINGLE_ROWS
-from .finish import CALIBRATION_ROWS
+from .finish import CALIBRATION_ROWS, num_answered
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
-from .lora_model import LoraModel, arithmetic
+from .lora_model import CausalModel, LoraModel, arithmetic
 from .preflight import Prepared
 from .run_config import RunConfig
 from .teacher_model import is_own_model, open_teacher
@@ -48,7 +48,11 @@ def estimate_phases(prepared: Prepared) -> list[Phase]:
     config, examples = prepared.config, prepared.examples
     device = _device()
     dtype = arithmetic(config.dtype, device)
-    model = LoraModel(prepared.model_dir, config.lora, dtype, device, config.head.tap_layer)
+    model = (
+        LoraModel(prepared.model_dir, config.lora, dtype, device, config.head.tap_layer)
+        if config.lora.enabled
+        else CausalModel(prepared.model_dir, dtype, device, config.head.tap_layer)
+    )
     sample = _sample(examples)
     phases, after = [], []
     head = None
@@ -56,13 +60,17 @@ def estimate_phases(prepared: Prepared) -> list[Phase]:
         vocab = task_vocab(examples, config.head.vocab_size)
         head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        model.save(Path(folder), "")
-        if not config.lora.frozen:
+        adapter = None
+        if isinstance(model, LoraModel):
+            adapter = Path(folder)
+            model.save(adapter, "")
+        if isinstance(model, LoraModel) and not config.lora.frozen:
             phases.append(Phase("training", _training_seconds(prepared, model, head, sample, Path(folder))))
         if head is not None:
-            after = list(_head_phases(config, model, head, examples[: config.distill.rows] or examples, sample))
+            fitted = examples[: num_answered(config, len(examples))] or examples
+            after = list(_head_phases(config, model, head, fitted, sample))
         del model
-        return [*phases, *after, *_answer_phases(prepared, Path(folder), sample)]
+        return [*phases, *after, *_answer_phases(prepared, adapter, sample)]
 
 
 def report_estimate(prepared: Prepared) -> None:
@@ -103,7 +111,7 @@ def _training_seconds(
 
 
 def _head_phases(
-    config: RunConfig, model: LoraModel, head: LookaheadHead, fitted: Sequence[Example], sample: Sequence[Example]
+    config: RunConfig, model: CausalModel, head: LookaheadHead, fitted: Sequence[Example], sample: Sequence[Example]
 ) -> Iterator[Phase]:
     """Hidden states of the rows that the head is fitted to, and the fit."""
     begin = time.perf_counter()
@@ -121,13 +129,13 @@ def _head_phases(
     yield Phase("fit of the head", seconds * config.distill.epochs * num_anchors)
 
 
-def _answer_phases(prepared: Prepared, adapter: Path, sample: Sequence[Example]) -> Iterator[Phase]:
+def _answer_phases(prepared: Prepared, adapter: Path | None, sample: Sequence[Example]) -> Iterator[Phase]:
     """Answers to training prompts, for the head's record, and to held-out rows with drafts and without."""
     config = prepared.config
     answer_len = sum(len(e.completion) for e in prepared.examples) / len(prepared.examples)
     longest = max(len(e.prompt) for e in sample) + _ANSWER_TOKENS + 1
     engine = make_engine(prepared.model_dir, batch=8, max_len=longest)
-    content_hash = engine.load_adapter(adapter.name, adapter).content_hash
+    content_hash = engine.load_adapter(adapter.name, adapter).content_hash if adapter is not None else None
     seconds = {}
     for batch in (1, 8):
         prompts = [e.prompt for e in (list(sample) * batch)[:batch]]
@@ -140,7 +148,8 @@ def _answer_phases(prepared: Prepared, adapter: Path, sample: Sequence[Example])
         return prefill + min(answer_len, most) * token / ratio
 
     if config.head.enabled:
-        num_answers = min(config.distill.rows, len(prepared.examples)) + min(CALIBRATION_ROWS, len(prepared.examples))
+        num_rows = len(prepared.examples)
+        num_answers = min(num_answered(config, num_rows), num_rows) + min(CALIBRATION_ROWS, num_rows)
         yield Phase(
             f"{num_answers} answers to training prompts", num_answers * each(8, config.distill.max_tokens, _DRAFT_RATIO)
         )
@@ -184,7 +193,7 @@ def _memory(prepared: Prepared) -> tuple[float, float]:
         weights += _num_weights(ModelConfig.from_dir(Path(config.teacher)))
     width = 2 * model.hidden_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     width += 2 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
-    lora = config.lora.r * width * model.num_layers
+    lora = config.lora.r * width * model.num_layers if config.lora.enabled else 0
     activations = config.optimizer.batch_tokens * model.num_layers * 2 * width * bytes_each
     return weights * bytes_each + lora * 16 + activations, lora
 

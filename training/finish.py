@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..adapter_files import HEAD_CONFIG_FILE, HISTORY_FILE, TEXT_FILES, WEIGHTS_FILE
 from ..drafters.head_files import (
+    BARE_BASE,
     FORMAT_VERSION,
     LookaheadConfig,
     file_hash,
@@ -31,42 +32,51 @@ from ..routing_profile import write_profile
 from ..whole_files import replace_file
 from .checkpoint import CHECKPOINT_FILE
 from .data.dataset import Example
-from .evaluation.answers import answer, make_engine
+from .evaluation.answers import Served, answer
 from .evaluation.evaluate import evaluate_directory
 from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
-from .head_module import LookaheadHead
+from .head_module import LookaheadHead, task_vocab
 from .health import RunCollapsed
 from .lora_files import LORA_FILES, check_finite, copy_files, share_files
-from .lora_model import LoraModel
+from .lora_model import CausalModel, LoraModel
 from .preflight import Prepared
 from .run_config import RunConfig
 
 CALIBRATION_ROWS = 16
+_ANSWERED_ROWS = 150
 
 
-def finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, copy_start: int) -> dict[str, Any] | None:
-    """Everything behind the steps: the LoRA's files, its head and history, and what they are worth."""
+def finish(
+    prepared: Prepared, model: CausalModel, head: LookaheadHead | None, copy_start: int
+) -> dict[str, Any] | None:
+    """Everything behind the steps: the LoRA's files, its head and history, and what they are worth.
+
+    A `model` without a LoRA gets its head here: its words are those of its own answers.
+    """
     config, model_dir, examples = prepared.config, prepared.model_dir, prepared.examples
     output = Path(config.output)
     source = Path(config.lora.adapter) if config.lora.adapter else None
     if source is not None:
         copy_files(source, output, TEXT_FILES)
-    if config.lora.frozen:
-        assert source is not None
+    if source is not None and config.lora.frozen:
         copy_files(source, output, LORA_FILES)
-    else:
+    elif isinstance(model, LoraModel):
         # Without a path of this machine in it: peft loads the adapter by that name elsewhere.
         model.save(output, config.model or f"HuggingFaceTB/{DEFAULT_MODEL.name}")
         check_finite(output, config.optimizer.lr)
-    if head is not None:
+    if head is not None or not config.lora.enabled:
         answered = _self_answers(config, model_dir, output, examples)
+        if head is None:
+            vocab = task_vocab(answered or examples, config.head.vocab_size)
+            head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
+            head = head.to(model.device)
         _fit_to_answers(config, model, head, answered or examples, copy_start)
         _write_head(config, model_dir, output, model, head, copy_start)
         _write_history(config, output, _calibration_rows(config, examples)[1], answered)
         del model
         record = _calibrate(config, model_dir, output, examples)
         _rewrite_acceptance(output, record)
-    if prepared.profile.prompts:
+    if prepared.profile.prompts and config.lora.enabled:
         write_profile(output, prepared.profile)
     share_files(output)
     report = None
@@ -78,21 +88,27 @@ def finish(prepared: Prepared, model: LoraModel, head: LookaheadHead | None, cop
 
 def _self_answers(config: RunConfig, model_dir: Path, output: Path, examples: Sequence[Example]) -> list[Example]:
     """Training prompts with what the finished adapter answers, drafted from the training completions."""
-    chosen = examples[: config.distill.rows]
+    chosen = examples[: num_answered(config, len(examples))]
     if not chosen:
         return []
     TaskHistory.build([answer for e in examples for answer in e.answers], config.history.max_tokens or 100_000).save(
         output / HISTORY_FILE
     )
-    engine = make_engine(model_dir, batch=16, max_len=_max_len(config))
-    adapter = engine.load_adapter(output.name, output)
+    served = Served.of(model_dir, output, batch=16, max_len=_max_len(config))
     prompts = [e.prompt for e in chosen]
     desc = "answers to training prompts"
-    results = answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=16, desc=desc)
+    results = answer(served.engine, served.adapter_hash, prompts, config.distill.max_tokens, batch=16, desc=desc)
     (output / HISTORY_FILE).unlink()
     rate = results.num_tokens / results.seconds
     tqdm.write(f"{results.num_tokens} tokens at {rate:.0f} tokens/s, {results.mean_accepted_length:.2f} a verification")
     return results.answered(chosen)
+
+
+def num_answered(config: RunConfig, num_rows: int) -> int:
+    """How many training prompts are answered; a head of the bare base learns of nothing else, so all but a few."""
+    if config.distill.rows is not None:
+        return config.distill.rows
+    return _ANSWERED_ROWS if config.lora.enabled else max(num_rows - 2 * CALIBRATION_ROWS, _ANSWERED_ROWS)
 
 
 def _max_len(config: RunConfig) -> int:
@@ -102,7 +118,7 @@ def _max_len(config: RunConfig) -> int:
 
 
 def _fit_to_answers(
-    config: RunConfig, model: LoraModel, head: LookaheadHead, examples: Sequence[Example], copy_start: int
+    config: RunConfig, model: CausalModel, head: LookaheadHead, examples: Sequence[Example], copy_start: int
 ) -> None:
     last, tapped, starts = collect_states(model, examples, config.optimizer.batch_tokens)
     anchors = anchors_of(head, config.head, examples, starts, copy_start)
@@ -114,19 +130,19 @@ def _write_head(
     config: RunConfig,
     model_dir: Path,
     output: Path,
-    model: LoraModel,
+    model: CausalModel,
     head: LookaheadHead,
     copy_start: int,
 ) -> None:
     """With an empty record of acceptance: it is made with the head in use."""
     tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise RunCollapsed(f"the head diverged; lower head.lr ({config.head.lr}); the LoRA in {output} is complete")
+        raise RunCollapsed(f"the head diverged; lower head.lr ({config.head.lr})")
     lookahead = LookaheadConfig(
         format_version=FORMAT_VERSION,
         base_hash=base_fingerprint(model_dir),
         tokenizer_hash=tokenizer_fingerprint(model_dir),
-        lora_hash=file_hash(output / WEIGHTS_FILE),
+        lora_hash=file_hash(output / WEIGHTS_FILE) if config.lora.enabled else BARE_BASE,
         hidden_size=model.hidden_size,
         state_size=config.head.hidden_size,
         tap_layer=model.tap_layer,
@@ -151,7 +167,7 @@ def _write_history(config: RunConfig, output: Path, examples: Sequence[Example],
 
 def _calibration_rows(config: RunConfig, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """Rows that neither the head's last fit nor the history sees, and the others; too few rows are used for both."""
-    num_spare = len(examples) - config.distill.rows
+    num_spare = len(examples) - num_answered(config, len(examples))
     if num_spare < 2 * CALIBRATION_ROWS:
         return list(examples[-CALIBRATION_ROWS:]), list(examples)
     return list(examples[-CALIBRATION_ROWS:]), list(examples[:-CALIBRATION_ROWS])
@@ -162,10 +178,10 @@ def _calibrate(
 ) -> dict[str, list[tuple[float, float]]]:
     """How often each source is right, seen on rows held back from them; they are all training rows of the LoRA."""
     prompts = [e.prompt for e in _calibration_rows(config, examples)[0]]
-    engine = make_engine(model_dir, batch=8, max_len=_max_len(config))
-    adapter = engine.load_adapter(output.name, output)
-    answer(engine, adapter.content_hash, prompts, config.distill.max_tokens, batch=8, desc="answers for the record")
-    lookahead = engine.registry.adapters[adapter.content_hash].lookahead
+    served = Served.of(model_dir, output, batch=8, max_len=_max_len(config))
+    max_tokens, desc = config.distill.max_tokens, "answers for the record"
+    answer(served.engine, served.adapter_hash, prompts, max_tokens, batch=8, desc=desc)
+    lookahead = served.lookahead
     if lookahead is None or lookahead.error:
         raise UserError(f"the finished head is refused: {lookahead.error if lookahead else 'no files'}")
     return lookahead.acceptance.dump()

@@ -1,4 +1,4 @@
-"""A run that trains a LoRA for answers, and the head that drafts them: the task `generate`."""
+"""A run that trains a LoRA for answers, and the head that drafts them, or the head alone: the task `generate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .data.rows import Row
 from .finish import finish
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
-from .lora_model import LoraModel
+from .lora_model import CausalModel, LoraModel
 from .objective import Objective, mean_loss
 from .preflight import Prepared, prepare
 from .run_config import RunConfig
@@ -29,7 +29,7 @@ class GenerationRun(PreparedRun[Prepared]):
     def __init__(self, prepared: Prepared):
         super().__init__(prepared)
         self._copy_start = common_prefix_len(prepared.examples)
-        self._model: LoraModel | None = None
+        self._model: CausalModel | None = None
         self._head: LookaheadHead | None = None
 
     @classmethod
@@ -38,6 +38,9 @@ class GenerationRun(PreparedRun[Prepared]):
 
     def objective(self, dtype: torch.dtype, device: torch.device) -> Objective | None:
         config, examples = self.config, self._prepared.examples
+        if not config.lora.enabled:
+            self._model = CausalModel(self.model_dir, dtype, device, config.head.tap_layer)
+            return None
         model = self._model = LoraModel(self.model_dir, config.lora, dtype, device, config.head.tap_layer)
         if config.head.enabled:
             vocab = task_vocab(examples, config.head.vocab_size)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .data.batching import plan_epoch
 from .data.dataset import Example
 from .head_module import Anchors, LookaheadHead, build_anchors
-from .lora_model import LoraModel
+from .lora_model import CausalModel
 from .losses import head_loss, teacher_log_probs
 from .run_config import HeadConfig
 
@@ -25,7 +25,7 @@ _TEACHER_ROWS = 256  # logits over the whole vocabulary at a time
 
 @torch.no_grad()
 def collect_states(
-    model: LoraModel, examples: Sequence[Example], batch_tokens: int, *, progress: bool = True
+    model: CausalModel, examples: Sequence[Example], batch_tokens: int, *, progress: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Last and tapped hidden states [N, H] of all rows with loss, and each example's row of its last prompt token."""
     model.train(False)
@@ -45,7 +45,7 @@ def collect_states(
 
 
 @torch.no_grad()
-def collect_teacher(model: LoraModel, head: LookaheadHead, last: torch.Tensor) -> torch.Tensor:
+def collect_teacher(model: CausalModel, head: LookaheadHead, last: torch.Tensor) -> torch.Tensor:
     """The target's log-probabilities [N, U] over the head's vocabulary for stored states [N, H], in fp16."""
     model.train(False)
     vocab = torch.tensor(head.vocab, device=model.device)

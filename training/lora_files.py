@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..adapter_files import CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
+from ..adapter_files import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
 from .health import RunCollapsed
 
 LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -23,13 +23,14 @@ def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:
 
 
 def share_files(directory: Path) -> None:
-    """Let whoever may read the LoRA's configuration read what belongs to it: a server may run as another user.
+    """Let whoever may read the LoRA's configuration, or a base head's, read what belongs to it.
 
-    safetensors, and whatever writes histories, make files for their own user alone.
+    A server may run as another user; safetensors, and whatever writes histories, make files for their own user alone.
     """
+    config = next(directory / name for name in (CONFIG_FILE, HEAD_CONFIG_FILE) if (directory / name).exists())
     for name in (WEIGHTS_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE):
         if (directory / name).exists():
-            shutil.copymode(directory / CONFIG_FILE, directory / name)
+            shutil.copymode(config, directory / name)
 
 
 def check_finite(directory: Path, rate: float) -> None:

@@ -55,10 +55,6 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Check all there is to check. Raises `UserError` naming the setting, its value, the limit and the fix."""
     check_ready(config)
-    if config.lora.frozen and not config.lora.adapter:
-        raise UserError("--head-only needs --adapter DIR, the LoRA that gets a head", param="lora.adapter")
-    if config.lora.frozen and not config.head.enabled:
-        raise UserError("--head-only with head.enabled=false trains nothing; leave one of them out", param="head")
     model_dir = resolve_model(config.model)
     model = ModelConfig.from_dir(model_dir)
     config = settled(config, model)

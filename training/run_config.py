@@ -47,6 +47,9 @@ class DataConfig(_Section, frozen=True):
 
 
 class LoraConfig(_Section, frozen=True):
+    enabled: Annotated[
+        bool, Meta(description="false: no LoRA, but a head of the bare base model (--head-only --base)")
+    ] = True
     r: Annotated[int, Meta(ge=1, le=256, description="rank")] = 16
     alpha: Annotated[int, Meta(ge=1, description="scale times rank")] = 32
     dropout: Annotated[float, Meta(ge=0, lt=1, description="dropout of the LoRA's input")] = 0.0
@@ -126,7 +129,16 @@ class OptimizerConfig(_Section, frozen=True):
 class DistillConfig(_Section, frozen=True):
     """The head is fitted again to what the finished adapter itself writes."""
 
-    rows: Annotated[int, Meta(ge=0, description="training prompts that are answered; 0: none")] = 150
+    rows: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                description="training prompts that are answered; 0: none; default: 150, for the base's head nearly all",
+            ),
+        ]
+        | None
+    ) = None
     epochs: Annotated[int, Meta(ge=1, description="how often the head sees each answer")] = 8
     max_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 512
 

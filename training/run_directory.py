@@ -19,7 +19,7 @@ from typing import Literal
 
 import safetensors
 
-from ..adapter_files import WEIGHTS_FILE
+from ..adapter_files import HEAD_CONFIG_FILE, WEIGHTS_FILE
 from ..errors import UserError
 from ..whole_files import replace_file
 from .checkpoint import CHECKPOINT_FILE
@@ -66,7 +66,7 @@ def state_of(path: Path) -> State:
             "empty it",
             param="output",
         )
-    has_result = WEIGHTS_FILE in names and not names & {LOCK_FILE, CHECKPOINT_FILE}
+    has_result = names & {WEIGHTS_FILE, HEAD_CONFIG_FILE} and not names & {LOCK_FILE, CHECKPOINT_FILE}
     return "finished" if has_result else "interrupted"
 
 

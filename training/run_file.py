@@ -56,8 +56,10 @@ def check_ready(config: RunConfig) -> None:
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if file and not Path(file).is_file():
             raise UserError(f"{key}: there is no file {file}", param=key)
-    if config.loss != "ce" and (config.task != "generate" or config.lora.frozen):
-        what = "--head-only trains no LoRA" if config.lora.frozen else f"task is {config.task}"
+    _check_parts(config)
+    trains_lora = config.lora.enabled and not config.lora.frozen
+    if config.loss != "ce" and (config.task != "generate" or not trains_lora):
+        what = f"task is {config.task}" if trains_lora else "--head-only trains no LoRA"
         raise UserError(
             f"loss is {config.loss}, which is of a LoRA that answers, but {what}; leave loss out", param="loss"
         )
@@ -68,6 +70,24 @@ def check_ready(config: RunConfig) -> None:
         )
     if config.lora.adapter and not (Path(config.lora.adapter) / CONFIG_FILE).is_file():
         raise UserError(f"lora.adapter: {config.lora.adapter} is not a PEFT directory", param="lora.adapter")
+
+
+def _check_parts(config: RunConfig) -> None:
+    """LoRA and head: that something is left to train."""
+    lora = config.lora
+    if config.task != "generate" and lora.enabled:
+        return
+    if not lora.enabled and lora.adapter:
+        raise UserError("--base trains a head of the bare base model: leave --adapter out", param="lora.adapter")
+    if not lora.enabled and config.task != "generate":
+        raise UserError(f"--base trains a head that drafts answers, but task is {config.task}", param="task")
+    if lora.enabled and lora.frozen and not lora.adapter:
+        raise UserError(
+            "--head-only needs --adapter DIR, the LoRA that gets a head, or --base, for one of the bare base model",
+            param="lora.adapter",
+        )
+    if (lora.frozen or not lora.enabled) and not config.head.enabled:
+        raise UserError("--head-only with head.enabled=false trains nothing; leave one of them out", param="head")
 
 
 def save_resolved(config: RunConfig, path: Path) -> None:

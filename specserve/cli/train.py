@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ..errors import UserError
 from .options import debug_option
 
 _FLAGS = {
@@ -30,18 +31,22 @@ _FLAGS = {
 @click.option("--lora-r", type=click.IntRange(1, 256), help="Rank of the LoRA.")
 @click.option("--adapter", metavar="DIR", help="Start from this PEFT LoRA.")
 @click.option("--head-only", is_flag=True, help="With --adapter: leave the LoRA as it is and train a head for it.")
+@click.option("--base", is_flag=True, help="With --head-only: no LoRA, but a head of the bare base model.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any setting, as in --set lora.r=32.")
 @click.option("--check-data", is_flag=True, help="Only look at the data. Exit code 1 if it has problems.")
 @click.option("--dry-run", is_flag=True, help="Only estimate memory and time.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
 @debug_option
-def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **params: Any) -> int:
+def train(run_file: Path | None, head_only: bool, base: bool, overrides: tuple[str, ...], **params: Any) -> int:
     """Train a LoRA from RUN_FILE (YAML) or from flags: for answers, together with its lookahead head, or to embed, to
-    re-rank or to classify."""
+    re-rank or to classify. With --head-only it is a head alone, of an adapter or of the bare base."""
     from ..training.run_file import check_ready, load_run
 
+    if base and not head_only:
+        raise UserError("--base goes with --head-only: the base model itself is not trained", param="base")
     flags = {key: params[name] for name, key in _FLAGS.items()}
-    config = load_run(run_file, overrides, {**flags, "lora.frozen": True if head_only else None})
+    flags |= {"lora.frozen": True if head_only else None, "lora.enabled": False if base else None}
+    config = load_run(run_file, overrides, flags)
     check_ready(config)
     if params["check_data"] or params["dry_run"]:
         from ..training.looks import look_at_data, look_at_time
@@ -65,7 +70,8 @@ def train(run_file: Path | None, head_only: bool, overrides: tuple[str, ...], **
         click.echo("nothing was measured: there are no held-out rows (--eval-data FILE)")
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
-    serve = f"serve it with `specserve serve --adapters-dir {result.output.parent}`"
+    served = f"--adapters-dir {result.output.parent}" if config.lora.enabled else f"--base-head {result.output}"
+    serve = f"serve it with `specserve serve {served}`"
     click.echo(
         f"{result.output} is written; see the warnings, then {serve}"
         if result.warnings

@@ -95,7 +95,7 @@ class Engine:
         self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
         self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
         self._uploads = Uploads(device)
-        self._base_lookahead = self._read_base_lookahead()
+        self.base_lookahead = self._read_base_lookahead()
         self.tokenizer = load_backend_tokenizer(model_dir)
         self._texts = TokenTexts(self.tokenizer)
         self._reading = threading.Semaphore(MAX_READING)
@@ -143,7 +143,7 @@ class Engine:
             max_adapters=config.max_adapters,
             hidden_size=model.hidden_size,
             is_exact=self.decoder.is_exact,
-            base_head=self._base_lookahead.info() if self._base_lookahead is not None else None,
+            base_head=self.base_lookahead.info() if self.base_lookahead is not None else None,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
@@ -168,7 +168,7 @@ class Engine:
                 sorted(self.eos_token_ids),
                 self.registry.adapters,
                 config.cuda_graphs,
-                self._base_lookahead.head if self._base_lookahead is not None else None,
+                self.base_lookahead.head if self.base_lookahead is not None else None,
             ),
         )
         self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
@@ -188,7 +188,7 @@ class Engine:
             clock=path.clock,
             is_asynchronous=path.is_asynchronous,
             max_logits=path.max_rows_ahead or None,
-            base_lookahead=self._base_lookahead,
+            base_lookahead=self.base_lookahead,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)

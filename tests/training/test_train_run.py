@@ -16,7 +16,9 @@ from specserve.cli.main import exit_code_of as cli
 from specserve.errors import UserError
 from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.answers import make_engine as make_answering_engine
+from specserve.training.preflight import prepare
 from specserve.training.run_directory import held_directory
+from specserve.training.run_file import load_run
 from specserve.training.trainer import Trainer
 
 # The command, which must leave no thread of its group: one that lives on can abort the process at its end.
@@ -355,8 +357,40 @@ def test_the_longest_prompt_has_room_for_one_token(trained):
     assert len(answer(engine, None, [[7, 8, 9, 10, 11]], 24).answers[0].tokens) == 1
 
 
-def test_head_only_needs_an_adapter(trained, tmp_path, capsys):
+def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trained, tmp_path, capsys):
+    root, model_dir = trained
+    arguments = ["train", str(root / "run.yaml"), "--head-only", "--base", "--output", str(tmp_path / "base")]
+    small = ["--set", "distill.rows=12", "--set", "distill.epochs=4", "--set", "history.max_tokens=0"]
+    assert cli([*arguments, *small]) == 0
+    assert f"specserve serve --base-head {tmp_path / 'base'}" in capsys.readouterr().out
+    found = {path.name for path in (tmp_path / "base").iterdir()}
+    assert {"lookahead_config.json", "lookahead.safetensors", "report.json", "README.md", "run.yaml"} <= found
+    assert not {"adapter_config.json", "adapter_model.safetensors", "routing.json", "run.lock"} & found
+    report = json.loads((tmp_path / "base" / "report.json").read_text())
+    assert report["is_base_head"] and report["lookahead"]["error"] is None
+    assert report["answers_equal_with_and_without_drafts"] == 1.0
+    assert "of the base model itself" in (tmp_path / "base" / "README.md").read_text()
+    prompts = [example.prompt for example in prepare(load_run(root / "run.yaml", [], {})).examples[:4]]
+    engine, bare = make_engine(model_dir, base_head=str(tmp_path / "base")), make_engine(model_dir)
+    asked = [request(i, prompt, mode="fixed", max_tokens=24) for i, prompt in enumerate(prompts)]
+    assert tokens_of(run(engine, asked)) == tokens_of(run(bare, asked))
+    stats = engine.stats()
+    assert stats.accepted_by_source["head"] > 0
+    assert cli([*arguments, *small, "--resume"]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_head_only_needs_an_adapter_or_the_base(trained, tmp_path, capsys):
     root, model_dir = trained
     data = ["--data", str(root / "train.jsonl"), "--model", str(model_dir), "--output", str(tmp_path / "x")]
-    assert cli(["train", *data, "--head-only"]) == 2
-    assert "--adapter" in capsys.readouterr().err
+
+    def error(*arguments):
+        assert cli(["train", *data, *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "needs --adapter DIR" in error("--head-only")
+    assert "--base goes with --head-only" in error("--base")
+    assert "leave --adapter out" in error("--head-only", "--base", "--adapter", str(root / "out" / "task"))
+    assert "trains nothing" in error("--head-only", "--base", "--set", "head.enabled=false")
+    assert "task is embed" in error("--head-only", "--base", "--task", "embed")
+    assert "--head-only trains no LoRA" in error("--head-only", "--base", "--set", "loss=kl")

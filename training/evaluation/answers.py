@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ...adapter_files import CONFIG_FILE
+from ...adapters.lookahead import Lookahead
 from ...config import EngineConfig
 from ...engine.engine import Engine
 from ...errors import UserError
-from ...messages import Delta, GenerateRequest, RequestFailed, SamplingParams, Speculation, TokenTrace
+from ...messages import Delta, GenerateRequest, LookaheadInfo, RequestFailed, SamplingParams, Speculation, TokenTrace
 from ...model.config import ModelConfig
 from ...text.tokenizer import TextTokenizer
 from ...text.traced_text import TracedText
@@ -69,7 +71,7 @@ class Answers:
         return total
 
 
-def make_engine(model_dir: Path, *, batch: int, max_len: int) -> Engine:
+def make_engine(model_dir: Path, *, batch: int, max_len: int, base_head: Path | None = None) -> Engine:
     """An engine for `batch` sequences at a time, of at most `max_len` tokens or what the model allows."""
     config = EngineConfig(
         model=str(model_dir),
@@ -78,6 +80,7 @@ def make_engine(model_dir: Path, *, batch: int, max_len: int) -> Engine:
         max_waiting=100_000,
         num_threads=torch.get_num_threads(),
         max_draft_tokens=32,
+        base_head=str(base_head) if base_head is not None else None,
     )
     return Engine(config, model_dir)
 
@@ -86,6 +89,32 @@ def hardware_of(engine: Engine) -> str:
     """Machine, threads and device."""
     num = torch.get_num_threads()
     return f"{platform.machine()}, {'1 thread' if num == 1 else f'{num} threads'}, {engine.info.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An engine that has what a directory holds: an adapter, or a head of the bare base."""
+
+    engine: Engine
+    adapter_hash: str | None  # None is the base
+    info: LookaheadInfo | None
+
+    @classmethod
+    def of(cls, model_dir: Path, directory: Path, *, batch: int, max_len: int) -> Served:
+        """With the settings of `make_engine`."""
+        if not (directory / CONFIG_FILE).is_file():
+            engine = make_engine(model_dir, batch=batch, max_len=max_len, base_head=directory)
+            return cls(engine, None, engine.info.base_head)
+        engine = make_engine(model_dir, batch=batch, max_len=max_len)
+        adapter = engine.load_adapter(directory.name, directory)
+        return cls(engine, adapter.content_hash, adapter.lookahead)
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """What drafts, and what was learned of it."""
+        if self.adapter_hash is None:
+            return self.engine.base_lookahead
+        return self.engine.registry.adapters[self.adapter_hash].lookahead
 
 
 def answer(

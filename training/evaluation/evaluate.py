@@ -24,7 +24,7 @@ from ..preflight import check_held_out
 from ..run_config import RunConfig
 from ..run_directory import RUN_FILE
 from ..run_file import load_run
-from .answers import Answers, answer, hardware_of, make_engine
+from .answers import Answers, Served, answer, hardware_of
 from .examples import shaded_answers, write_examples
 from .report import write_report
 from .task_metrics import task_metrics
@@ -36,7 +36,10 @@ SINGLE_ROWS = 12  # prompts that are also answered one at a time
 def evaluate_directory(
     directory: str | Path, data: Path | None = None, rows: int | None = None, *, max_tokens: int = 512
 ) -> dict[str, Any]:
-    """Evaluate the lookahead LoRA in `directory` on `data` (default: its run's held-out rows); returns the report."""
+    """Evaluate the lookahead LoRA, or the base's head, in `directory` on `data`; returns the report.
+
+    data: default: the held-out rows of its run.
+    """
     directory = Path(directory)
     run_file = directory / RUN_FILE
     if not run_file.is_file() and data is None:
@@ -53,8 +56,8 @@ def evaluate_directory(
     examples = tokenize(held_out, tokenizer, eos_token_ids(model_dir), system)
     check_held_out(examples, str(data), ModelConfig.from_dir(model_dir))
     longest = max(len(example.prompt) for example in examples)
-    engine = make_engine(model_dir, batch=8, max_len=longest + max_tokens + 1)
-    adapter = engine.load_adapter(directory.name, directory)
+    served = Served.of(model_dir, directory, batch=8, max_len=longest + max_tokens + 1)
+    engine = served.engine
     prompts = [example.prompt for example in examples]
     gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in examples]
 
@@ -64,7 +67,7 @@ def evaluate_directory(
         for mode in ("off", "auto"):
             desc = f"{'answers one at a time' if batch == 1 else 'answers, 8 at a time'}, drafts {mode}"
             runs[name][mode] = answer(
-                engine, adapter.content_hash, chosen, max_tokens, mode=mode, batch=batch, desc=desc
+                engine, served.adapter_hash, chosen, max_tokens, mode=mode, batch=batch, desc=desc
             )
     drafted, plain = runs["batch 8"]["auto"], runs["batch 8"]["off"]
     same = [a.tokens == b.tokens for a, b in zip(drafted.answers, plain.answers, strict=True)]
@@ -86,13 +89,14 @@ def evaluate_directory(
         "reached_by_position": _reached(drafted),
         "accepted_length_histogram": dict(sorted(Counter(n for a in drafted.answers for n in a.step_lens).items())),
         "speed": {name: _speed(modes["off"], modes["auto"]) for name, modes in runs.items()},
-        "lookahead": msgspec.to_builtins(adapter.lookahead),
+        "lookahead": msgspec.to_builtins(served.info),
+        "is_base_head": served.adapter_hash is None,
     }
     steps = [values["step"] for values in read_metrics(directory / METRICS_FILE)]
     optimizer = (config or RunConfig()).optimizer
     report["steps"] = max(steps, default=None)
     report["warnings"] = [*steps_warning(report["steps"], optimizer.min_steps), *warnings_of(report)]
-    write_report(directory, report, shaded_answers(engine, adapter.content_hash, examples, tokenizer, max_tokens))
+    write_report(directory, report, shaded_answers(engine, served.adapter_hash, examples, tokenizer, max_tokens))
     write_examples(directory, held_out, system)
     return report
 

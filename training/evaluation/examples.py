@@ -64,7 +64,7 @@ def _title(messages: Sequence[dict[str, str]], taken: set[str]) -> str:
 
 
 def shaded_answers(
-    engine: Engine, adapter_hash: str, examples: Sequence[Example], tokenizer: TextTokenizer, max_tokens: int
+    engine: Engine, adapter_hash: str | None, examples: Sequence[Example], tokenizer: TextTokenizer, max_tokens: int
 ) -> list[dict[str, Any]]:
     """The first few answers, each with its prompt and the trace of its tokens, as the HTTP API has it."""
     chosen = examples[:_NUM_SHADED]

@@ -33,6 +33,13 @@ def write_files(directory: Path, report: dict[str, Any], plots: Sequence[Plot], 
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
+_LORA = """A lookahead LoRA: a plain PEFT LoRA, and beside it a small head and a task history that draft its next
+tokens. Any tool loads the LoRA alone; specserve uses the rest to answer faster with the same tokens."""
+_BASE_HEAD = """A lookahead head of the base model itself, without a LoRA: it drafts the next tokens of requests without
+adapter, which are answered faster with the same tokens (`specserve serve --base-head DIR`). The task metric is the base
+model's."""
+
+
 def model_card(name: str, report: dict[str, Any]) -> str:
     """The card in Markdown; every number is of report.json."""
     task = "\n".join(f"| {key} | {value:.4f} |" for key, value in report["task"].items() if key != "main")
@@ -42,12 +49,11 @@ def model_card(name: str, report: dict[str, Any]) -> str:
     )
     sources = ", ".join(f"{key} {value}" for key, value in sorted(report["accepted_by_source"].items())) or "none"
     return f"""---
-library_name: peft
+library_name: {"specserve" if report.get("is_base_head") else "peft"}
 ---
 # {name}
 
-A lookahead LoRA: a plain PEFT LoRA, and beside it a small head and a task history that draft its next tokens. Any
-tool loads the LoRA alone; specserve uses the rest to answer faster with the same tokens.
+{_BASE_HEAD if report.get("is_base_head") else _LORA}
 
 {warnings_in_card(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
 

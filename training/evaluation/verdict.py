@@ -51,14 +51,7 @@ def steps_warning(num_steps: int | None, least: int) -> list[str]:
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
     """What is wrong with the answers that were measured."""
-    found = []
-    task = report["task"]
-    if task.get("valid_json", 1.0) < _LOW_VALID_JSON:
-        found.append(f"only {task['valid_json']:.0%} of the answers are valid JSON, as all of the wanted ones are")
-    elif task.get("field_match", 1.0) < _LOW_FIELD_MATCH:
-        found.append(f"only {task['field_match']:.0%} of the fields are right")
-    if task.get("rouge_l", 1.0) < _LOW_ROUGE_L:
-        found.append(f"the answers have little in common with the wanted ones (ROUGE-L {task['rouge_l']:.2f})")
+    found = [] if report.get("is_base_head") else _task_warnings(report["task"])  # the rows' answers were not learned
     if report["answers_without_end"] > _MOST_ENDLESS:
         found.append(
             f"{report['answers_without_end']:.0%} of the answers do not end where the wanted ones do, but at the limit "
@@ -71,6 +64,17 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             f"{'most' if share > 0.5 else 'part'} of the speed is that of repetition: {share:.0%} of the accepted "
             f"drafts are in answers that do not end, {copied:.0%} copy the answer's own text (n-gram)"
         )
-    if found:
+    if found and not report.get("is_base_head"):
         found.append("train on more rows or for more steps (optimizer.epochs), and look at --check-data")
+    return found
+
+
+def _task_warnings(task: dict[str, float]) -> list[str]:
+    found = []
+    if task.get("valid_json", 1.0) < _LOW_VALID_JSON:
+        found.append(f"only {task['valid_json']:.0%} of the answers are valid JSON, as all of the wanted ones are")
+    elif task.get("field_match", 1.0) < _LOW_FIELD_MATCH:
+        found.append(f"only {task['field_match']:.0%} of the fields are right")
+    if task.get("rouge_l", 1.0) < _LOW_ROUGE_L:
+        found.append(f"the answers have little in common with the wanted ones (ROUGE-L {task['rouge_l']:.2f})")
     return found
