@@ -53,20 +53,20 @@ class GenerationRun(PreparedRun[Prepared]):
 
     def held_out_loss(self) -> float | None:
         rows = self._prepared.held_out[: self.config.eval.rows]
-        return self._loss_of(rows) if rows else None
+        return self._loss_of(rows) if rows and isinstance(self._model, LoraModel) else None
 
     def losses_on(self, rows: Sequence[Row]) -> tuple[float, float]:
         """Loss of a token of the answers of any `rows`, with the LoRA as it is, and of the base model without it."""
         eos = eos_token_ids(self.model_dir)
         examples = tokenize(rows, self._prepared.tokenizer, eos)
-        assert self._model is not None
+        assert isinstance(self._model, LoraModel)
         with_lora = self._loss_of(examples)
         with self._model.without_lora():
             return with_lora, self._loss_of(examples)
 
     def _loss_of(self, examples: Sequence[Example]) -> float:
         """Cross-entropy of a token with loss, whatever the run learns from."""
-        assert self._model is not None
+        assert isinstance(self._model, LoraModel)
         config = msgspec.structs.replace(self.config, loss="ce")
         objective = JointObjective(config, self._model, None, examples, self._copy_start, num_steps=1)
         with self._model.without_dropout():
