@@ -15,6 +15,7 @@ from pooling_adapters import make_pooling_adapter
 from pooling_rows import write_pooling_rows
 from served_poolers import EMBEDDER, RANKER
 from training_fixture import write_rows
+from waiting import wait_until
 
 from specserve.leaderboard.candidates import candidate
 from specserve.leaderboard.runner import prompts_of
@@ -219,3 +220,22 @@ def test_what_is_removed_keeps_its_answers(begun, model_dir, capsys):
     assert begun.cli("add-model", "base", "--base", model_dir) == 0
     assert answers_made(begun, capsys)[0] == 0
     assert begun.shown(capsys)["models"][0]["cells"]["json"]["num_rows"] == 6
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on(begun, tmp_path, capsys):
+    write_rows(tmp_path / "many.jsonl", 400, seed=3)
+    assert begun.cli("add", "many", "--data", tmp_path / "many.jsonl", "--max-tokens", 64) == 0
+    command = [sys.executable, "-m", "specserve.cli", "leaderboard", "run", "--board", str(begun.path), "--batch", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with sqlite3.connect(begun.path) as db, subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: db.execute("SELECT COUNT(*) FROM answers").fetchone()[0] > 20 or process.poll() is not None)
+        process.kill()
+        process.wait()
+        (kept,) = db.execute("SELECT COUNT(*) FROM answers").fetchone()
+        (wanted,) = db.execute("SELECT COUNT(DISTINCT task || prompt_hash) FROM task_rows").fetchone()
+    db.close()
+    num, _ = answers_made(begun, capsys)
+    assert 20 < kept < wanted and num == wanted - kept
+    cells = begun.shown(capsys)["models"][0]["cells"]
+    assert cells["many"]["num_rows"] == 400 and cells["json"]["num_rows"] == 6
