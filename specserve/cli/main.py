@@ -75,8 +75,14 @@ def cli() -> None:
 
 @cli.command(epilog=SETTINGS_HELP)
 @settings_options(ServeConfig)
+@click.option(
+    "--leaderboard",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Show the board of `specserve leaderboard` at /leaderboard/.",
+)
 @debug_option
-def serve(**params: Any) -> None:
+def serve(leaderboard: Path | None, **params: Any) -> None:
     """Serve MODEL over HTTP with the OpenAI API.
 
     MODEL is a Hugging Face directory, a .gguf file or a hub id; without it, SmolLM2-135M-Instruct is used.
@@ -87,7 +93,12 @@ def serve(**params: Any) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from ..server.app import serve as run_server
 
-    run_server(config)
+    if leaderboard is None:
+        run_server(config)
+        return
+    from ..leaderboard.site import LeaderboardSite
+
+    run_server(config, LeaderboardSite(leaderboard).page)
 
 
 @cli.command(epilog=SETTINGS_HELP)

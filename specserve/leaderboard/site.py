@@ -43,17 +43,21 @@ class LeaderboardSite:
         self._lock = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.get(ROOT, self._to_root), web.get(ROOT + "/{name:.*}", self._file)]
+        return [web.get(ROOT, self._to_root), web.get(ROOT + "/{name:.*}", self.page)]
 
     async def _to_root(self, request: web.Request) -> web.Response:
         raise web.HTTPMovedPermanently(ROOT + "/")
 
-    async def _file(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"] or INDEX
-        async with self._lock:  # one is made at a time: they are alike
-            body = await asyncio.to_thread(self._body, name)
+    async def page(self, request: web.Request) -> web.Response:
+        """The page that the route's `name` means, the board itself without one; 404 for what is none."""
+        name = request.match_info.get("name") or INDEX
+        try:
+            async with self._lock:  # one is made at a time: they are alike
+                body = await asyncio.to_thread(self._body, name)
+        except UserError as error:  # the file has gone, or another one lies there
+            raise web.HTTPServiceUnavailable(reason=" ".join(str(error).split())) from None
         if body is None:
-            raise web.HTTPNotFound(text=f"the leaderboard has no page {name!r}\n", headers=HEADERS)
+            raise web.HTTPNotFound(reason="the leaderboard has no such page")
         etag = hashlib.sha256(body).hexdigest()[:32]
         headers = {**HEADERS, "ETag": f'"{etag}"'}
         if any(tag.value in (etag, "*") for tag in request.if_none_match or ()):

@@ -42,12 +42,12 @@ from .metrics.metrics import Metrics
 from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
-from .page_files import PageFiles, wants_page
+from .page_files import PageFiles, no_leaderboard, wants_page
 from .pooling.api import PoolingRoutes
 from .pooling.pooler import Pooler
 from .pooling.tei_api import TeiRoutes
 from .responses.api import ResponsesRoutes
-from .routes import add_routes
+from .routes import Handler, add_routes
 from .served_engine import engine_of, model_name_of
 from .sources.fetcher import AdapterFetcher
 from .spans import Spans
@@ -66,8 +66,12 @@ class Server:
         model_dir: Path,
         command: list[str] | None = None,
         engine: ServingEngine | None = None,
+        leaderboard: Handler | None = None,
     ):
-        """`engine` serves instead of a process of this server's own, which `command` would start."""
+        """`engine` serves instead of a process of this server's own, which `command` would start.
+
+        `leaderboard` answers for the pages of one, where there is one.
+        """
         self.config = config
         self.fetcher = AdapterFetcher(config)
         roots = adapter_roots(config, self.fetcher.root)
@@ -88,6 +92,7 @@ class Server:
         self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
         self.batches = BatchRoutes(config, self.engine, self.keys, lambda: self.middlewares.num_in_flight)
         self.page = PageFiles()
+        self._leaderboard = leaderboard or no_leaderboard
         self._openapi_body = msgspec.json.encode(openapi_document())
 
     def application(self, tokenizer: TextTokenizer) -> web.Application:
@@ -111,6 +116,8 @@ class Server:
             "health": self._health,
             "root": self._root,
             "page_file": self.page.file,
+            "leaderboard": self._leaderboard,
+            "leaderboard_page": self._leaderboard,
             "ready": self._ready,
             "version": self._version,
             "metrics": self._metrics,
@@ -258,7 +265,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(config: ServeConfig) -> None:
+def serve(config: ServeConfig, leaderboard: Handler | None = None) -> None:
     """Run the server until SIGINT or SIGTERM. Raises `UserError` when it cannot start."""
     configure_logging(getattr(logging, config.log_level.upper()))
     if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
@@ -267,7 +274,7 @@ def serve(config: ServeConfig) -> None:
     bind(config.host, config.port).close()  # a port that is taken should not cost the wait for the model
     model_dir = resolve_model(config.model, revision=config.revision)
     say(f"loading {model_dir.name} ...")
-    server = Server(config, model_dir)
+    server = Server(config, model_dir, leaderboard=leaderboard)
 
     def announce(url: str) -> None:
         has_colour = wants_colour(sys.stderr)

@@ -73,6 +73,11 @@ class PageFiles:
         return web.Response(body=file.body, content_type=file.content_type, charset="utf-8", headers=headers)
 
 
+async def no_leaderboard(request: web.Request) -> web.Response:
+    """Where the server was started without one."""
+    raise web.HTTPNotFound(reason="this server has no leaderboard; start it with --leaderboard FILE")
+
+
 def wants_page(request: web.Request) -> bool:
     """Whether a browser asks: others, who name no HTML, look whether anyone is there."""
     kinds = (kind for value in request.headers.getall("Accept", ()) for kind in value.lower().split(","))

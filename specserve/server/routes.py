@@ -246,6 +246,14 @@ ROUTES = (
         media=("text/css", "text/javascript", "image/svg+xml", "text/html", "text/plain"), access="open",
     ),
     Route(
+        "GET", "/leaderboard/", "leaderboard", "The leaderboard of --leaderboard", (304, *GET, 404, 503),
+        media=("text/html",),
+    ),
+    Route(
+        "GET", "/leaderboard/{name:.+}", "leaderboard_page", "One of its pages, or board.json",
+        (304, *GET, 404, 503), media=("text/html", "application/json"),
+    ),
+    Route(
         "POST", "/", "lorax_compat", "LoRAX: one of both, by `stream`", LORAX, LoraxRequest, list[LoraxResponse],
         LoraxStreamResponse, errors="lorax",
     ),

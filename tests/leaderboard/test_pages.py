@@ -3,15 +3,19 @@
 import asyncio
 import json
 import re
+import sqlite3
 from html.parser import HTMLParser
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from training_fixture import write_rows
 
+from specserve.config import ServeConfig
 from specserve.leaderboard.pages import ROWS_PER_PAGE, Pages
-from specserve.leaderboard.site import application
+from specserve.leaderboard.site import LeaderboardSite, application
 from specserve.leaderboard.store import LeaderboardStore
+from specserve.server.app import Server
+from specserve.text.tokenizer import TextTokenizer
 
 
 class Page(HTMLParser):
@@ -81,6 +85,31 @@ def test_a_server_follows_the_file_and_knows_its_pages_alone(begun, tmp_path):
             for name in ("nothing.html", "../board.sqlite3", "%2e%2e/board.sqlite3", "json.answers-2.html", "<script>"):
                 missing = await client.get(f"/leaderboard/{name}")
                 assert missing.status == 404 and missing.content_type == "text/plain", name
+
+    asyncio.run(look())
+
+
+def test_a_server_of_models_shows_it_too(ran, model_dir, tmp_path):
+    """Where keys are asked for, to those who have one: rows and answers stand in it."""
+    board = tmp_path / "board.sqlite3"
+    with sqlite3.connect(ran.path) as source, sqlite3.connect(board) as copy:
+        source.backup(copy)
+
+    async def look():
+        config = ServeConfig(model=str(model_dir), api_key="secret")
+        server = Server(config, model_dir, leaderboard=LeaderboardSite(board).page)
+        async with TestClient(TestServer(server.application(TextTokenizer(model_dir)))) as client:
+            key = {"Authorization": "Bearer secret"}
+            assert (await client.get("/leaderboard/")).status == 401
+            for name in ("", "index.html", "board.json", "json.answers-2.html"):
+                assert (await client.get(f"/leaderboard/{name}", headers=key)).status == 200
+            page = await client.get("/leaderboard/", headers=key)
+            assert "Ratings by" in await page.text() and "default-src 'none'" in page.headers["Content-Security-Policy"]
+            missing = await client.get("/leaderboard/none", headers=key)
+            assert missing.status == 404 and "no such page" in await missing.text()
+            board.write_bytes(b"no board")
+            broken = await client.get("/leaderboard/", headers=key)
+            assert broken.status == 503 and "cannot be used" in await broken.text()
 
     asyncio.run(look())
 

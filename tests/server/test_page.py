@@ -56,6 +56,11 @@ def test_what_is_no_file_of_the_page_is_not_there(server, path):
         assert_error(session.send(prepared), 404, "the page has no such file")
 
 
+def test_a_server_without_a_leaderboard_says_so(server, locked_server):
+    assert_error(server.get("/leaderboard/"), 404, "--leaderboard FILE")
+    assert locked_server.get("/leaderboard/", headers=BROWSER).status_code == 401
+
+
 def test_no_key_is_needed_for_the_page_and_for_nothing_else_under_its_name(locked_server):
     assert locked_server.get("/", headers=BROWSER).status_code == 200
     assert locked_server.get(f"/ui/{FILES[0]}").status_code == 200
