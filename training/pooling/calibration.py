@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from ...adapter_kinds import Question
-from .classes import question_losses
+from .classes import known_chances, question_losses
 from .questions import Target
 
 _LEAST_ROWS = 20  # that answer a question, for its temperature
@@ -39,7 +39,10 @@ def _calibrated(question: Question, outputs: torch.Tensor, targets: Sequence[Tar
     thresholds: tuple[float, ...] = ()
     if question.kind == "multi_label":
         chances = torch.sigmoid(logits / temperature)
-        thresholds = tuple(map(best_threshold, chances.T, torch.tensor(known).T))
+        thresholds = tuple(
+            best_threshold(own[~held.isnan()], (held[~held.isnan()] >= 0.5).float())
+            for own, held in zip(chances.T, known_chances(question, known).T, strict=True)
+        )
     return msgspec.structs.replace(question, temperature=temperature, thresholds=thresholds)
 
 

@@ -1,8 +1,9 @@
 """The loss of classify: cross-entropy of each question's outputs, over all questions from one forward.
 
-multi_class questions have softmax, multi_label ones a mean of sigmoids. What a row does not answer adds nothing. With
-class_weights "balanced", labels count by the inverse of how often they hold: that moves probabilities away from
-frequencies, which temperatures cannot undo, so it is for finding rare labels and not for calibrated chances.
+multi_class questions have softmax, multi_label ones a mean of sigmoids; either may be told probabilities in place of
+answers. What a row does not answer adds nothing. With class_weights "balanced", labels count by the inverse of how
+often they hold: that moves probabilities away from frequencies, which temperatures cannot undo, so it is for finding
+rare labels and not for calibrated chances.
 """
 
 from __future__ import annotations
@@ -64,18 +65,33 @@ def question_losses(
     question: Question, logits: torch.Tensor, targets: Sequence[Target], weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Of rows that all answer `question`, [N]; logits: [N, labels], weights: [labels]."""
-    wanted = torch.tensor(targets, device=logits.device)
+    if question.kind == "multi_class" and not any(isinstance(target, tuple) for target in targets):
+        wanted = torch.tensor(targets, device=logits.device)
+        return F.cross_entropy(logits, wanted, weight=weights, reduction="none")
+    wanted = known_chances(question, targets).to(logits.device)
     if question.kind == "multi_class":
         return F.cross_entropy(logits, wanted, weight=weights, reduction="none")
-    losses = F.binary_cross_entropy_with_logits(logits, wanted.float(), pos_weight=weights, reduction="none")
-    return losses.mean(dim=1)
+    is_known = ~wanted.isnan()
+    losses = F.binary_cross_entropy_with_logits(
+        logits, wanted.nan_to_num(), pos_weight=weights, reduction="none"
+    )
+    return (losses * is_known).sum(dim=1) / is_known.sum(dim=1)
+
+
+def known_chances(question: Question, targets: Sequence[Target]) -> torch.Tensor:
+    """Of rows that all answer `question`: how likely each label is, [N, labels]; NaN where that is not known."""
+    num = len(question.labels)
+    rows = [
+        target if isinstance(target, tuple) else tuple(float(idx == target) for idx in range(num)) for target in targets
+    ]
+    return torch.tensor(rows)
 
 
 def balanced_weights(question: Question, targets: Sequence[Target]) -> torch.Tensor:
     """Of each label: those of multi_class have equal sums over the rows then, of multi_label yes and no have."""
-    known = [target for target in targets if target is not None]
+    known = known_chances(question, [target for target in targets if target is not None])
+    counts = known.nansum(dim=0)
     if question.kind == "multi_class":
-        counts = torch.bincount(torch.tensor(known), minlength=len(question.labels)).float()
         return (len(known) / (len(question.labels) * counts.clamp(min=1))).clamp(max=_MOST_WEIGHT)
-    counts = torch.tensor(known).sum(dim=0)
-    return ((len(known) - counts) / counts.clamp(min=1)).clamp(1 / _MOST_WEIGHT, _MOST_WEIGHT)
+    num_known = (~known.isnan()).sum(dim=0)
+    return ((num_known - counts) / counts.clamp(min=1)).clamp(1 / _MOST_WEIGHT, _MOST_WEIGHT)

@@ -1,6 +1,7 @@
 """How good rankings and classifications are: recall, MRR and nDCG; F1, accuracy and calibration error.
 
-Everything is in [0, 1]; "main" is what runs are compared by. Ties count against the adapter: of equal scores, those
+Everything is in [0, 1]; "main" is what runs are compared by. Of probabilities in place of answers the likelier side is
+taken for true, and labels without one for absent. Ties count against the adapter: of equal scores, those
 that fit stand last. Knows nothing of models.
 """
 
@@ -112,12 +113,14 @@ def _of_question(
     for outputs, target in pairs:
         chances = probabilities(question, outputs)
         answer = set(labels_of(question, chances))
-        if isinstance(target, tuple):
-            wanted = {label for label, holds in zip(question.labels, target, strict=True) if holds}
-            chances_and_truth += [(chance, holds == 1.0) for chance, holds in zip(chances, target, strict=True)]
+        assert target is not None
+        if question.kind == "multi_label":
+            assert isinstance(target, tuple)
+            wanted = {label for label, holds in zip(question.labels, target, strict=True) if holds >= 0.5}
+            chances_and_truth += [(chance, holds >= 0.5) for chance, holds in zip(chances, target, strict=True)]
         else:
-            assert target is not None
-            wanted = {question.labels[target]}
+            place = target.index(max(target)) if isinstance(target, tuple) else target
+            wanted = {question.labels[place]}
             chances_and_truth.append((max(chances), answer == wanted))
         exact += answer == wanted
         for label in question.labels:

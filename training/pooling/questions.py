@@ -2,28 +2,37 @@
 
 Owns the layout of the score matrix: questions by name, each with consecutive outputs, one for each label. Texts make a
 question of one label out of several (multi_class), lists one of labels that hold or not (multi_label), true and false
-one of the labels no and yes.
+one of the labels no and yes. Probabilities go with each of these; where a question has nothing else, they are of one
+label if they add up to 1 in every row.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 from ...adapter_kinds import Question
 from ...errors import UserError
-from .rows import Answer, ClassifyRow
+from .rows import ClassifyRow, Probabilities
 
 NO, YES = "no", "yes"
-Target = int | tuple[float, ...] | None  # index of the label; each label's 0 or 1; None: nothing is known
+Target = int | tuple[float, ...] | None
+"""Index of the label; each label's 0 or 1, or its probability, NaN where it is not known; None: nothing is known."""
+_ROUNDING = 0.01  # by which probabilities of one label may miss 1
 
 
 def questions_of(rows: Sequence[ClassifyRow], min_label_rows: int, file: str) -> tuple[Question, ...]:
     """The questions of `rows`, with the labels that are frequent enough. Raises `UserError`."""
     kinds: dict[str, tuple[type, int]] = {}
     counts: dict[str, Counter[str]] = {}
+    one_label: dict[str, bool] = {}  # of questions with probabilities: whether these add up to 1
     for row in rows:
         for name, answer in row.answers.items():
+            if isinstance(answer, dict):
+                one_label[name] = one_label.get(name, True) and _is_one_label(answer)
+                counts.setdefault(name, Counter()).update(answer)  # type: ignore[arg-type]  # expected numbers
+                continue
             kind, line = kinds.setdefault(name, (type(answer), row.line))
             if kind is not type(answer):
                 raise UserError(
@@ -34,11 +43,11 @@ def questions_of(rows: Sequence[ClassifyRow], min_label_rows: int, file: str) ->
             counts.setdefault(name, Counter()).update(_labels(answer))
     questions, first = [], 0
     for name in sorted(counts):
-        is_multi = kinds[name][0] is tuple
+        is_multi = kinds[name][0] is tuple if name in kinds else not one_label[name]
         labels = tuple(sorted(label for label, count in counts[name].items() if count >= min_label_rows))
         least = 1 if is_multi else 2
         if len(labels) < least:
-            found = ", ".join(f"{label!r} {count}" for label, count in counts[name].most_common(5)) or "none"
+            found = ", ".join(f"{label!r} {count:g}" for label, count in counts[name].most_common(5)) or "none"
             raise UserError(
                 f"{file}: question {name!r} has {len(labels)} labels of at least {min_label_rows} rows "
                 f"(classify.min_label_rows), and {least} are needed; there are {found}",
@@ -55,7 +64,7 @@ def left_out(rows: Sequence[ClassifyRow], questions: Sequence[Question]) -> dict
     seen: dict[str, set[str]] = {}
     for row in rows:
         for name, answer in row.answers.items():
-            seen.setdefault(name, set()).update(_labels(answer))
+            seen.setdefault(name, set()).update(answer if isinstance(answer, dict) else _labels(answer))
     return {name: len(labels - known[name]) for name, labels in seen.items() if labels - known.get(name, set())}
 
 
@@ -79,6 +88,8 @@ def _target(row: ClassifyRow, question: Question, file: str) -> Target:
     answer = row.answers.get(question.name)
     if answer is None:
         return None
+    if isinstance(answer, dict):
+        return _soft_target(answer, question, f"{file} line {row.line}")
     if isinstance(answer, tuple) != (question.kind == "multi_label"):
         wanted = "a list of labels" if question.kind == "multi_label" else "one label"
         raise UserError(
@@ -91,7 +102,26 @@ def _target(row: ClassifyRow, question: Question, file: str) -> Target:
     return question.labels.index(labels[0]) if labels[0] in question.labels else None
 
 
-def _labels(answer: Answer) -> tuple[str, ...]:
+def _soft_target(answer: Probabilities, question: Question, where: str) -> Target:
+    """Labels that are none of the question's are left out; one without a probability is open, or 0 of one label."""
+    if question.kind == "multi_label":
+        found = tuple(answer.get(label, math.nan) for label in question.labels)
+        return None if all(map(math.isnan, found)) else found
+    if not _is_one_label(answer):
+        raise UserError(
+            f"{where}: the probabilities of {question.name!r} add up to {sum(answer.values()):.3g}; of a question with "
+            "one label they add up to 1",
+            param="data",
+        )
+    known = [answer.get(label, 0.0) for label in question.labels]
+    return tuple(chance / sum(known) for chance in known) if sum(known) else None
+
+
+def _is_one_label(answer: Probabilities) -> bool:
+    return abs(sum(answer.values()) - 1) <= _ROUNDING
+
+
+def _labels(answer: str | tuple[str, ...] | bool) -> tuple[str, ...]:
     if isinstance(answer, bool):
         return (YES if answer else NO,)
     return answer if isinstance(answer, tuple) else (answer,)

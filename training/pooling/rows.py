@@ -17,7 +17,8 @@ from ...errors import UserError
 from ..data.rows import parse_object, row_texts
 
 PoolingTask = Literal["embed", "rerank", "classify"]
-Answer = str | tuple[str, ...] | bool
+Probabilities = dict[str, float]  # by label
+Answer = str | tuple[str, ...] | bool | Probabilities
 
 LABEL, LABELS = "label", "labels"  # names of the question that rows without `answers` answer
 _FIELDS: dict[PoolingTask, tuple[str, ...]] = {
@@ -55,7 +56,10 @@ class RerankRow:
 
 @dataclass(frozen=True, slots=True)
 class ClassifyRow:
-    """Answers by question: one label, a tuple of those that hold, or yes and no. A question that is missing is open."""
+    """Answers by question: one label, a tuple of those that hold, yes and no, or how likely each label is.
+
+    A question that is missing is open.
+    """
 
     text: str
     answers: dict[str, Answer]
@@ -173,16 +177,29 @@ class _Reader:
                     raise self._wrong(f"{at}: a question needs a name")
                 if isinstance(item, list):
                     answers[name] = self._labels(item, at)
+                elif isinstance(item, dict):
+                    answers[name] = self._probabilities(item, at)
                 elif isinstance(item, str | bool) and item != "":
                     answers[name] = item
                 elif item is not None:
-                    raise self._wrong(f"{at} is {item!r}; a label, a list of labels, true, false or null are expected")
+                    raise self._wrong(
+                        f"{at} is {item!r}; a label, a list of labels, an object of labels' probabilities, true, false "
+                        "or null are expected"
+                    )
         return ClassifyRow(text, answers, self._line, self._unread)
 
     def _labels(self, value: Any, at: str) -> tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             raise self._wrong(f"{at} is {value!r}; a list of labels is expected, empty if none holds")
         return tuple(dict.fromkeys(value))
+
+    def _probabilities(self, value: dict[str, Any], at: str) -> Probabilities:
+        if not value or "" in value:
+            raise self._wrong(f"{at} is {value!r}; the probability of at least one label is expected")
+        for label, chance in value.items():
+            if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
+                raise self._wrong(f"{at}[{label!r}] is {chance!r}; a probability from 0 to 1 is expected")
+        return {label: float(chance) for label, chance in value.items()}
 
     # -- fields
 

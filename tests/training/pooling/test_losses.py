@@ -184,3 +184,36 @@ def test_calibration_error_by_hand():
     got = classification_metrics([TAGS], outputs, targets)["questions"]["tags"]
     assert got["calibration_error"] == pytest.approx(0.4) and got["reliability"] == [(0.5, 0.9, 20)]
     assert labels_of(TAGS, probabilities(TAGS, outputs[0])) == ["x", "y"]
+
+
+def test_probabilities_are_learned_as_they_are_beside_answers():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 3, dtype=torch.float64)
+    found = question_losses(KINDS, logits.float(), [(0.2, 0.5, 0.3), 1, (0.0, 1.0, 0.0)])
+    logs = logits.log_softmax(-1)
+    want = torch.stack([-(torch.tensor([0.2, 0.5, 0.3]) * logs[0]).sum(), -logs[1, 1], -logs[2, 1]])
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
+    weights = balanced_weights(KINDS, [(0.2, 0.5, 0.3), 1, None])
+    torch.testing.assert_close(weights, torch.tensor([2 / 3, 2 / (3 * 1.5), 2 / 3]))
+
+
+def test_a_label_without_a_probability_adds_nothing():
+    logits = torch.tensor([[0.3, -2.0], [1.0, 0.5]], requires_grad=True)
+    losses = question_losses(TAGS, logits, [(0.25, math.nan), (1.0, 0.75)])
+    first = F.binary_cross_entropy_with_logits(logits[0, 0], torch.tensor(0.25))
+    both = F.binary_cross_entropy_with_logits(logits[1], torch.tensor([1.0, 0.75]))
+    torch.testing.assert_close(losses, torch.stack([first, both]))
+    losses.sum().backward()
+    assert logits.grad[0, 1] == 0 and bool(logits.grad.isfinite().all())
+    weights = balanced_weights(TAGS, [(0.25, math.nan), (1.0, 0.75)])
+    torch.testing.assert_close(weights, torch.tensor([0.75 / 1.25, 0.25]))
+
+
+def test_probabilities_calibrate_and_are_measured_by_their_likelier_side():
+    outputs = torch.tensor([[0.0, 0, 0, 2.0, -2.0]] * 15 + [[0.0, 0, 0, -2.0, 1.0]] * 15)
+    targets = [[None, (0.9, math.nan)]] * 15 + [[None, (0.2, 0.6)]] * 15
+    found = calibrated((KINDS, TAGS), outputs, targets)[1]
+    assert found.temperature > 0 and 0 < found.thresholds[0] < 1
+    assert classification_metrics((KINDS, TAGS), outputs.tolist(), targets)["task"]["micro_f1"] == 1.0
+    soft = classification_metrics((KINDS,), [[2.0, 0, 0], [0, 2.0, 0]], [[(0.6, 0.3, 0.1)], [(0.6, 0.3, 0.1)]])
+    assert soft["task"]["accuracy"] == 0.5

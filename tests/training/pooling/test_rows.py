@@ -1,6 +1,7 @@
 """Rows of tasks that pool: what is read, and how a bad one is named."""
 
 import json
+import math
 
 import pytest
 from places import EXAMPLES
@@ -52,6 +53,9 @@ def test_every_shape_is_read():
         ("classify", {"text": "t", "labels": ["x", ""]}, "labels is ['x', '']; a list of labels"),
         ("classify", {"text": "t", "answers": {}}, "answers: an object with an answer"),
         ("classify", {"text": "t", "answers": {"a": 1.5}}, "answers['a'] is 1.5; a label, a list"),
+        ("classify", {"text": "t", "answers": {"a": {}}}, "answers['a'] is {}; the probability of at least one label"),
+        ("classify", {"text": "t", "answers": {"a": {"x": 1.5}}}, "answers['a']['x'] is 1.5; a probability"),
+        ("classify", {"text": "t", "answers": {"a": {"x": True}}}, "answers['a']['x'] is True; a probability"),
     ],
 )
 def test_a_bad_row_is_named_with_its_field(task, row, named):
@@ -104,3 +108,27 @@ def test_the_example_runs_have_their_rows(name):
     if config.task == "classify":
         found = questions_of(read_pooling_rows(config.data.train, "classify"), config.classify.min_label_rows, "rows")
         assert len(found) == 7
+
+
+def test_probabilities_are_of_one_label_where_they_add_up_and_go_with_answers_of_either_kind(tmp_path):
+    rows = classify_rows(
+        tmp_path / "rows.jsonl",
+        {"one": {"x": 0.75, "y": 0.25}, "each": {"x": 0.75, "y": 0.25}, "told": {"p": 0.5}, "is": {"yes": 0.9, "no": 0.1}},
+        {"one": {"x": 0.25, "z": 0.75}, "each": {"x": 0.75}, "told": ["p", "q"], "is": True},
+        {"one": "y", "each": {"y": 1.0, "x": 0.5}, "told": {"q": 1.0}, "is": False},
+    )
+    questions = questions_of(rows, 1, "rows.jsonl")
+    assert [(q.name, q.kind, q.labels) for q in questions] == [
+        ("each", "multi_label", ("x", "y")),
+        ("is", "multi_class", ("no", "yes")),
+        ("one", "multi_class", ("x", "y")),  # of z less than a row is expected
+        ("told", "multi_label", ("p", "q")),
+    ]
+    targets = [dict(zip("eiot", targets_of(row, questions, "rows.jsonl"), strict=True)) for row in rows]
+    assert targets[0]["o"] == (0.75, 0.25) and targets[1]["o"] == (1.0, 0.0) and targets[2]["o"] == 1
+    assert targets[0]["e"] == (0.75, 0.25) and targets[1]["e"][0] == 0.75 and math.isnan(targets[1]["e"][1])
+    assert targets[0]["t"][0] == 0.5 and math.isnan(targets[0]["t"][1]) and targets[1]["t"] == (1.0, 1.0)
+    assert targets[0]["i"] == (0.1, 0.9) and targets[1]["i"] == 1
+    odd = classify_rows(tmp_path / "odd.jsonl", {"one": {"x": 0.75, "y": 0.75}})
+    with pytest.raises(UserError, match=r"odd.jsonl line 1: the probabilities of 'one' add up to 1.5"):
+        targets_of(odd[0], questions, "odd.jsonl")
