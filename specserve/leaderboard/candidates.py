@@ -29,6 +29,7 @@ class Candidate:
     model: Model
     model_dir: Path
     identity: str
+    content_hash: str | None  # of the adapter
 
     @property
     def adapter(self) -> Path | None:
@@ -44,9 +45,11 @@ def candidate(stored: StoredModel) -> Candidate:
     """Raises `UserError` where base or adapter cannot be read."""
     model_dir = resolve_model(stored.model.base)
     parts = [base_fingerprint(model_dir), tokenizer_fingerprint(model_dir)]
+    content_hash = None
     if stored.model.adapter is not None:
-        parts.append(_adapter_hash(Path(stored.model.adapter)))
-    return Candidate(stored.number, stored.name, stored.model, model_dir, " ".join(parts))
+        content_hash, text_hash = _adapter_hashes(Path(stored.model.adapter))
+        parts += [content_hash, str(text_hash)]
+    return Candidate(stored.number, stored.name, stored.model, model_dir, " ".join(parts), content_hash)
 
 
 def checked_model(base: str, adapter: Path | None) -> Model:
@@ -70,14 +73,15 @@ def checked_model(base: str, adapter: Path | None) -> Model:
             "`specserve train` writes one",
             param="adapter",
         )
-    _adapter_hash(adapter)
+    _adapter_hashes(adapter)
     return Model(base=base, adapter=str(adapter.resolve()), adapter_kind=kind)
 
 
-def _adapter_hash(directory: Path) -> str:
+def _adapter_hashes(directory: Path) -> tuple[str, str | None]:
+    """Of its weights and of its template and tokenizer. Raises `UserError` for one that is not whole."""
     with open_adapter(directory, directory.name) as files:
         check_complete(files, directory, directory.name)
-        return f"{files.content_hash} {files.text_hash}"
+        return files.content_hash, files.text_hash
 
 
 def _task_type(path: Path) -> Any:

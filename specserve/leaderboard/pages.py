@@ -15,7 +15,6 @@ from ..draft_sources import SOURCES
 from ..training.evaluation.html_report import page_environment
 from .charts import charts_of
 from .pairs import AnsweredRow
-from .scores import row_score
 from .standings import answered_of, standings
 from .store import LeaderboardStore, StoredTask
 
@@ -86,7 +85,7 @@ class Pages:
             metric=task.task.metric,
             page=page,
             pages=self._addresses(task),
-            rows=[_row(task, number, one) for number, one in enumerate(shown, start + 1)],
+            rows=[_row(number, one) for number, one in enumerate(shown, start + 1)],
             plots=[],
         )
 
@@ -95,12 +94,12 @@ class Pages:
         return self._environment.get_template(template).render(**shared, **values)
 
 
-def _row(task: StoredTask, number: int, one: AnsweredRow) -> dict[str, Any]:
+def _row(number: int, one: AnsweredRow) -> dict[str, Any]:
     answers = [
         {
             "name": name,
             "text": answer.text,
-            "score": row_score(task.task, answer.text, one.row.gold),
+            "score": one.scores[name],
             "is_cut": answer.finish_reason == "length",
         }
         for name, answer in one.answers.items()

@@ -16,8 +16,7 @@ import numpy as np
 from ..errors import UserError
 from ..strict_json import decode_json
 from ..teachers import Ask
-from .scores import row_score
-from .store import KeptAnswer, Task, TaskRow
+from .store import KeptAnswer, TaskRow
 
 Verdict = Literal["A", "B", "tie"]
 _SCHEMA = {
@@ -31,25 +30,18 @@ _MOST_CHARACTERS = 8000  # of a text that a judge reads
 
 @dataclass(frozen=True, slots=True)
 class AnsweredRow:
-    """A row and the answers to it, by the names of models; those that have none are not there."""
+    """A row, and the answers to it and their scores by the names of models; those that have none are not there."""
 
     row: TaskRow
     answers: Mapping[str, KeptAnswer]
+    scores: Mapping[str, float]
 
 
-def answered_rows(rows: Sequence[TaskRow], by_model: Mapping[str, Mapping[str, KeptAnswer]]) -> list[AnsweredRow]:
-    """`by_model` are answers by the hashes of prompts."""
-    return [
-        AnsweredRow(row, {name: known[row.prompt_hash] for name, known in by_model.items() if row.prompt_hash in known})
-        for row in rows
-    ]
-
-
-def metric_wins(task: Task, answered: Sequence[AnsweredRow], models: Sequence[str]) -> list[np.ndarray]:
+def metric_wins(answered: Sequence[AnsweredRow], models: Sequence[str]) -> list[np.ndarray]:
     """For each row, how often model a won over b, [M, M]: 1, or a half where the task's metric is the same."""
     found = []
     for one in answered:
-        scores = {name: row_score(task, answer.text, one.row.gold) for name, answer in one.answers.items()}
+        scores = one.scores
         wins = np.zeros((len(models), len(models)))
         for a, b in itertools.combinations([idx for idx, name in enumerate(models) if name in scores], 2):
             difference = scores[models[a]] - scores[models[b]]

@@ -78,13 +78,11 @@ class LeaderboardRunner:
                         jobs.append(self._job(model, task))
                     else:
                         self._pooled(model, task)
-        todo = [job for job in jobs if job.prompts]
-        answerer = _Answerer(model_dir, todo, self._batch) if todo else None
+        answerer = _Answerer(model_dir, jobs, self._batch)
         for job in jobs:
             name = f"{job.task.name} by {job.model.name}"
             with self._failures(name):
                 if job.prompts:
-                    assert answerer is not None
                     answerer.answer(job, name, self._store)
                 self._score(job)
 
@@ -108,8 +106,7 @@ class LeaderboardRunner:
             self._put(model, task, config_hash, pooled_cell(model, task.task))
 
     def _put(self, model: Candidate, task: StoredTask, config_hash: str, cell: Any) -> None:
-        stored = next(one for one in self._store.models() if one.name == model.name)
-        self._store.put_cell(task, stored, config_hash, cell)
+        self._store.put_cell(task, model.number, config_hash, cell)
         speed = f", {cell.tokens_per_s:.0f} tokens/s" if cell.tokens_per_s is not None else ""
         self._say(f"{task.name} by {model.name}: {task.task.metric} {cell.score:.3f} over {cell.num_rows} rows{speed}")
 
@@ -167,25 +164,38 @@ def prompts_of(model: Candidate, task: StoredTask, missing: Iterable[str]) -> di
             if example.prompt_len > limit:
                 raise UserError(f"{row.where}: {example.prompt_len} tokens, and the model takes {limit}; shorten it")
             prompts[prompt_hash] = example.prompt
+    if wanted - prompts.keys():
+        raise UserError(f"{task.task.data} was changed while it was read; run again", param="data")
     return prompts
 
 
 class _Answerer:
-    """The engine of one base, made for the longest of `jobs`."""
+    """The engine of one base, made when it is needed, for the longest of `jobs`."""
 
     def __init__(self, model_dir: Path, jobs: Sequence[_Job], batch: int):
-        from ..training.evaluation.answers import hardware_of, make_engine
-
-        longest = max(max(map(len, job.prompts.values())) + job.task.task.max_tokens + 1 for job in jobs if job.prompts)
-        self._engine, self._batch = make_engine(model_dir, batch=batch, max_len=longest), batch
-        self._hardware = f"{hardware_of(self._engine)}, {self._engine.info.dtype}, {batch} at a time"
+        self._model_dir, self._batch = model_dir, batch
+        self._engine: Any = None  # of evaluation/answers.py
+        lens = (len(prompt) + job.task.task.max_tokens + 1 for job in jobs for prompt in job.prompts.values())
+        self._max_len = max(lens, default=0)
 
     def answer(self, job: _Job, name: str, store: LeaderboardStore) -> None:
-        from ..training.evaluation.answers import Answer, answer_mixed
+        """Each answer is kept as it comes. Raises `UserError`; the requests that were running end with their engine."""
+        from ..training.evaluation.answers import make_engine
 
-        adapter, content_hash = job.model.adapter, None
-        if adapter is not None:
-            content_hash = self._engine.load_adapter(job.model.name, adapter).content_hash
+        engine = self._engine or make_engine(self._model_dir, batch=self._batch, max_len=self._max_len)
+        self._engine = None
+        self._answer(engine, job, name, store)
+        self._engine = engine
+
+    def _answer(self, engine: Any, job: _Job, name: str, store: LeaderboardStore) -> None:
+        from ..training.evaluation.answers import Answer, answer_mixed, hardware_of
+
+        content_hash = None
+        if job.model.adapter is not None:
+            content_hash = engine.load_adapter(job.model.name, job.model.adapter).content_hash
+            if content_hash != job.model.content_hash:
+                raise UserError(f"{job.model.adapter} was changed while it was read; run again", param="adapter")
+        hardware = f"{hardware_of(engine)}, {engine.info.dtype}, {self._batch} at a time"
         hashes = list(job.prompts)
 
         def keep(idx: int, answer: Answer, seconds: float) -> None:
@@ -196,12 +206,12 @@ class _Answerer:
                 len(answer.step_lens),
                 sum(answer.step_lens),
                 seconds,
-                self._hardware,
+                hardware,
             )
             store.put_answer(job.config_hash, hashes[idx], kept)
 
         requests = [(content_hash, prompt) for prompt in job.prompts.values()]
-        answer_mixed(self._engine, requests, job.task.task.max_tokens, batch=self._batch, desc=name, on_answer=keep)
+        answer_mixed(engine, requests, job.task.task.max_tokens, batch=self._batch, desc=name, on_answer=keep)
 
 
 def _named(stored: Sequence[Any], names: Sequence[str], what: str) -> list[Any]:

@@ -21,6 +21,7 @@ def cell_of(task: Task, rows: Sequence[TaskRow], answers: Mapping[str, KeptAnswe
     verified, num = sum(a.num_verified for a in once), sum(a.num_verifications for a in once)
     return Cell(
         score=metrics.get(task.metric, metrics["main"]),
+        row_scores=tuple(row_score(task, a.text, row.gold) for a, row in zip(kept, rows, strict=True)),
         metrics={name: value for name, value in metrics.items() if name != "main"},
         num_rows=len(rows),
         tokens_per_s=round(sum(answer.num_tokens for answer in once) / seconds, 1) if seconds else None,

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from .pairs import AnsweredRow, answered_rows, judged_wins, metric_wins
+from .pairs import AnsweredRow, judged_wins, metric_wins
 from .ratings import Rating, ratings_of
 from .scores import average
-from .store import LeaderboardStore, StoredCell, StoredModel, StoredTask
+from .store import Cell, LeaderboardStore, StoredCell, StoredModel, StoredTask
 
 BY_METRIC = "the tasks' metrics"
 
@@ -34,13 +34,19 @@ def standings(store: LeaderboardStore) -> dict[str, Any]:
 
 def answered_of(store: LeaderboardStore, task: StoredTask) -> list[AnsweredRow]:
     """The rows of `task` with the answers of all models whose cell is there."""
-    cells = store.cells()
-    by_model = {
-        model.name: store.answers(cells[task.name, model.name].config_hash)
-        for model in store.models()
-        if (task.name, model.name) in cells and cells[task.name, model.name].is_current
+    known = {
+        model: (store.answers(cell.config_hash), cell.cell.row_scores)
+        for (name, model), cell in store.cells().items()
+        if name == task.name and cell.is_current
     }
-    return answered_rows(store.rows(task), by_model)
+    return [
+        AnsweredRow(
+            row,
+            {model: answers[row.prompt_hash] for model, (answers, _) in known.items()},
+            {model: scores[idx] for model, (_, scores) in known.items()},
+        )
+        for idx, row in enumerate(store.rows(task))
+    ]
 
 
 def _line(model: StoredModel, tasks: list[StoredTask], cells: Cells) -> dict[str, Any]:
@@ -51,13 +57,17 @@ def _line(model: StoredModel, tasks: list[StoredTask], cells: Cells) -> dict[str
         **msgspec.to_builtins(model.model),
         "average": average(own, found),
         "num_tasks": len(own),
-        "cells": {task.name: msgspec.to_builtins(found[task.name]) if task.name in found else None for task in tasks},
+        "cells": {task.name: _shown(found[task.name]) if task.name in found else None for task in tasks},
     }
+
+
+def _shown(cell: Cell) -> dict[str, Any]:
+    return {key: value for key, value in msgspec.to_builtins(cell).items() if key != "row_scores"}
 
 
 def _ratings(store: LeaderboardStore, tasks: list[StoredTask], names: list[str]) -> list[dict[str, Any]]:
     answered = [(task, answered_of(store, task)) for task in tasks if task.task.kind == "generate"]
-    rows = [wins for task, one in answered for wins in metric_wins(task.task, one, names)]
+    rows = [wins for _, one in answered for wins in metric_wins(one, names)]
     found = [_rated(BY_METRIC, names, ratings_of(rows))]
     for judge in store.judges():
         verdicts = store.judgments(judge)

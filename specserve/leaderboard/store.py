@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 _BUSY_S = 30.0
 _SCHEMA = """
 CREATE TABLE tasks (
-    number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, data_hash TEXT NOT NULL, task BLOB NOT NULL
+    number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, data_hash TEXT NOT NULL, task BLOB NOT NULL
 );
 CREATE TABLE task_rows (
     task INTEGER NOT NULL, idx INTEGER NOT NULL, prompt_hash TEXT NOT NULL, prompt TEXT NOT NULL, gold TEXT NOT NULL,
@@ -88,9 +88,10 @@ class KeptAnswer(msgspec.Struct, frozen=True):
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """What one model is worth at one task."""
+    """What one model is worth at one task; `row_scores` are of its rows in order, where they have any."""
 
     score: float
+    row_scores: tuple[float, ...] = ()
     metrics: dict[str, float]
     num_rows: int
     tokens_per_s: float | None = None
@@ -173,12 +174,6 @@ class LeaderboardStore:
                 self._db.execute("ROLLBACK")
             raise
 
-    @property
-    def change(self) -> tuple[int, float]:
-        """Another one whenever somebody has changed the file."""
-        (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        return version, self._db.total_changes
-
     # -- tasks and models
 
     def put_task(self, name: str, task: Task, data_hash: str, rows: Iterable[TaskRow]) -> None:
@@ -240,8 +235,8 @@ class LeaderboardStore:
         values = (config_hash, prompt_hash, *msgspec.structs.astuple(answer))
         self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
-    def put_cell(self, task: StoredTask, model: StoredModel, config_hash: str, cell: Cell) -> None:
-        values = (task.number, model.number, task.data_hash, config_hash, time.time(), msgspec.json.encode(cell))
+    def put_cell(self, task: StoredTask, model_number: int, config_hash: str, cell: Cell) -> None:
+        values = (task.number, model_number, task.data_hash, config_hash, time.time(), msgspec.json.encode(cell))
         self._db.execute("INSERT OR REPLACE INTO cells VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def cells(self) -> dict[tuple[str, str], StoredCell]:

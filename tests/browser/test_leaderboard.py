@@ -23,8 +23,16 @@ def board(tmp_path_factory):
         for row in rows:
             text = "wanted" if name == "tuned" else "something else"
             store.put_answer(name, row.prompt_hash, KeptAnswer(text, "stop", 5, 2, 4, 0.1, "here"))
-        cell = Cell(score=0.5, metrics={}, num_rows=26, tokens_per_s=9.0, tokens_per_verification=2.0, hardware="here")
-        store.put_cell(task, model, name, cell)
+        cell = Cell(
+            score=0.5,
+            row_scores=(1.0 if name == "tuned" else 0.0,) * 26,
+            metrics={},
+            num_rows=26,
+            tokens_per_s=9.0,
+            tokens_per_verification=2.0,
+            hardware="here",
+        )
+        store.put_cell(task, model.number, name, cell)
     store.put_model("missing", Model(base=""))
     store.close()
     export(root / "board.sqlite3", root / "pages")

@@ -17,9 +17,11 @@ from served_poolers import EMBEDDER, RANKER
 from training_fixture import write_rows
 from waiting import wait_until
 
+from specserve.errors import UserError
 from specserve.leaderboard.candidates import candidate
 from specserve.leaderboard.runner import prompts_of
 from specserve.leaderboard.store import LeaderboardStore, ModelLocks
+from specserve.training.evaluation import answers as answers_module
 from specserve.training.evaluation.task_metrics import task_metrics
 
 
@@ -117,6 +119,28 @@ def test_a_model_that_fails_costs_the_others_nothing(begun, model_dir, adapters,
     assert "failed: json by broken" in err
     cells = {model["name"]: model["cells"]["json"] for model in begun.shown(capsys)["models"]}
     assert cells["base"] is not None and cells["broken"] is None
+
+
+def test_what_an_engine_was_at_when_a_row_failed_is_nobodys_answer(begun, model_dir, adapters, monkeypatch, capsys):
+    """Its other requests would answer for the next model's."""
+    assert begun.cli("add-model", "first", "--base", model_dir, "--adapter", adapters / "first") == 0
+    real, engines = answers_module.answer_mixed, []
+
+    def fails_once(engine, requests, *args, **more):
+        engines.append(engine)
+        if len(engines) == 1:
+            real(engine, requests[:3], *args, **more)
+            engine.add_request(request("3", requests[3][1], max_tokens=6))
+            raise UserError("an answer failed: it is not a number")
+        return real(engine, requests, *args, **more)
+
+    monkeypatch.setattr(answers_module, "answer_mixed", fails_once)
+    num, err = answers_made(begun, capsys, code=1)
+    assert num == 12 and "failed: json by base: an answer failed" in err and engines[0] is not engines[1]
+    monkeypatch.setattr(answers_module, "answer_mixed", real)
+    assert answers_made(begun, capsys)[0] == 3
+    scores = [model["cells"]["json"] for model in begun.shown(capsys)["models"]]
+    assert all(cell["num_rows"] == 6 for cell in scores)
 
 
 def test_a_lookahead_adapter_answers_in_fewer_verifications_and_says_so(begun, model_dir, tmp_path, capsys):

@@ -10,6 +10,7 @@ from specserve.cli import teacher_options
 from specserve.leaderboard import judging
 from specserve.leaderboard.pairs import AnsweredRow, asked_hash, asks_of, judged_wins, metric_wins, verdict_of
 from specserve.leaderboard.ratings import ratings_of
+from specserve.leaderboard.scores import row_score
 from specserve.leaderboard.store import KeptAnswer, LeaderboardStore, Task, TaskRow
 from specserve.teachers import TeacherError
 from specserve.teachers.asks import Answer
@@ -22,11 +23,12 @@ def kept(text):
 
 
 def row(gold="right", **answers):
-    return AnsweredRow(TaskRow(gold, "prompt", gold), {name: kept(text) for name, text in answers.items()})
+    scores = {name: row_score(TASK, text, gold) for name, text in answers.items()}
+    return AnsweredRow(TaskRow(gold, "prompt", gold), {name: kept(text) for name, text in answers.items()}, scores)
 
 
 def test_outcomes_by_metric_leave_out_who_has_no_answer():
-    wins = metric_wins(TASK, [row(a="right", b="wrong"), row(a="right", b="right"), row(b="right")], ["a", "b"])
+    wins = metric_wins([row(a="right", b="wrong"), row(a="right", b="right"), row(b="right")], ["a", "b"])
     assert [w.tolist() for w in wins] == [[[0, 1], [0, 0]], [[0, 0.5], [0.5, 0]], [[0, 0], [0, 0]]]
 
 
