@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ..adapter_files import content_hash, read_texts
-from ..errors import EngineDeadError, UserError
+from ..errors import UserError
 from ..llm.async_llm import AsyncLLM
 from ..llm.outputs import CompletionOutput, RequestOutput
 from ..llm.params import MAX_PROMPT_LOGPROBS, LoRARequest, SamplingParams
@@ -25,6 +25,8 @@ from .spec import TeacherSpec
 
 CONCURRENCY = 128  # asks that wait in the engine cost little, and its steps are never short of them
 MAX_TOP_LOGPROBS = MAX_PROMPT_LOGPROBS
+# Statuses of what may be gone later: an adapter that changes, an engine or a disk that is away or has too much to do.
+PASSING = frozenset({409, 429, 503, 504})
 _SHAPING = ("dtype", "quantization", "kernels")  # options that change answers
 
 
@@ -123,7 +125,7 @@ class LocalBackend:
         return tuple(found)
 
     def _failed(self, error: UserError) -> TeacherError:
-        is_retryable = isinstance(error, EngineDeadError)
+        is_retryable = error.status in PASSING
         return TeacherError(f"{self._spec.name}: {error}", retryable=is_retryable, status=error.status)
 
     def _identity(self) -> str:

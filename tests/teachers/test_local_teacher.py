@@ -138,3 +138,34 @@ def test_specs_that_mean_nothing(text, told):
     with pytest.raises(UserError, match=told) as raised:
         parse_spec(text)
     assert "secret" not in str(raised.value)
+
+
+async def test_a_disk_that_hangs_for_a_while_costs_no_answer(model_dir, tmp_path, monkeypatch):
+    """As an engine says it when it has no process, or an adapter's disk does not answer."""
+    from specserve.errors import OverloadedError
+    from specserve.llm.outputs import CompletionOutput, RequestOutput
+
+    class Slow:
+        num_asked = 0
+
+        def __init__(self, *args, **options):
+            pass
+
+        async def start(self):
+            pass
+
+        async def close(self):
+            pass
+
+        async def chat(self, messages, params, adapter):
+            Slow.num_asked += 1
+            if Slow.num_asked < 3:
+                raise OverloadedError("its disk has not answered for 15 s", status=503)
+            output = CompletionOutput(0, "x", (5,), finish_reason="stop", message={"content": "here"})
+            return [RequestOutput("id", None, [1, 2], [output], True)]
+
+    monkeypatch.setattr("specserve.teachers.local.AsyncLLM", Slow)
+    spec = TeacherSpec(model=str(model_dir), cache_dir=tmp_path, retry_wait_s=0.001)
+    async with open_teacher(spec) as teacher:
+        ((answer,),) = await in_order(teacher.answers([ask("hello")]))
+        assert (answer.text, teacher.usage.retries) == ("here", 2)
