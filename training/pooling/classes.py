@@ -72,9 +72,7 @@ def question_losses(
     if question.kind == "multi_class":
         return F.cross_entropy(logits, wanted, weight=weights, reduction="none")
     is_known = ~wanted.isnan()
-    losses = F.binary_cross_entropy_with_logits(
-        logits, wanted.nan_to_num(), pos_weight=weights, reduction="none"
-    )
+    losses = F.binary_cross_entropy_with_logits(logits, wanted.nan_to_num(), pos_weight=weights, reduction="none")
     return (losses * is_known).sum(dim=1) / is_known.sum(dim=1)
 
 

@@ -111,9 +111,10 @@ def test_the_example_runs_have_their_rows(name):
 
 
 def test_probabilities_are_of_one_label_where_they_add_up_and_go_with_answers_of_either_kind(tmp_path):
+    both = {"x": 0.75, "y": 0.25}
     rows = classify_rows(
         tmp_path / "rows.jsonl",
-        {"one": {"x": 0.75, "y": 0.25}, "each": {"x": 0.75, "y": 0.25}, "told": {"p": 0.5}, "is": {"yes": 0.9, "no": 0.1}},
+        {"one": both, "each": both, "told": {"p": 0.5}, "is": {"yes": 0.9, "no": 0.1}},
         {"one": {"x": 0.25, "z": 0.75}, "each": {"x": 0.75}, "told": ["p", "q"], "is": True},
         {"one": "y", "each": {"y": 1.0, "x": 0.5}, "told": {"q": 1.0}, "is": False},
     )
