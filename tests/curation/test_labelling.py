@@ -241,6 +241,7 @@ def test_what_is_wrong_with_a_label_file(folder, change, message, capsys):
     [
         ({"text_field": "body"}, None, "line 1: body is missing; text is expected (text_field names the field)"),
         ({"gold": "gold.jsonl"}, None, "knows none of the texts"),
+        ({"gold": "soft.jsonl"}, None, "soft.jsonl line 1 answers 'beast' with probabilities"),
         ({}, "", "holds no rows"),
         ({"label_model": "snorkel"}, None, "label_model"),
         ({"data": "nowhere.jsonl"}, None, "cannot read"),
@@ -248,6 +249,7 @@ def test_what_is_wrong_with_a_label_file(folder, change, message, capsys):
 )
 def test_what_is_wrong_with_its_data(folder, keys, rows, message, capsys):
     (folder / "gold.jsonl").write_text('{"text": "other", "label": "fox"}\n')
+    (folder / "soft.jsonl").write_text('{"text": "a red fox", "answers": {"beast": {"fox": 1.0}}}\n')
     if rows is not None:
         (folder / "texts.jsonl").write_text(rows)
     assert exit_code_of(["label", str(written(folder, BEAST, **keys))]) == 2

@@ -152,11 +152,12 @@ def _known(spec: LabelFile, texts: Sequence[str]) -> dict[str, list[Known]]:
             answer: Any = row.answers.get(name) if row is not None else None
             if isinstance(answer, bool):
                 answer = "yes" if answer else "no"
-            if answer is not None and (not isinstance(answer, str)) != question.several:
+            if answer is not None and not isinstance(answer, tuple if question.several else str):
+                kind = {str: "one label", tuple: "a list"}.get(type(answer), "probabilities")
                 raise UserError(
-                    f"gold: {spec.gold} line {row.line if row else 0} answers {name!r} with "
-                    f"{'one label' if isinstance(answer, str) else 'a list'}, and the label file has several: "
-                    f"{str(question.several).lower()}",
+                    f"gold: {spec.gold} line {row.line if row else 0} answers {name!r} with {kind}, and the label file "
+                    f"has several: {str(question.several).lower()}, for which "
+                    f"{'a list' if question.several else 'one label'} is expected",
                     param="gold",
                 )
             found[name].append(answer)
