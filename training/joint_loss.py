@@ -41,13 +41,21 @@ class Forward:
         return cls(batch, hidden, model.logits(hidden.last).float())
 
     def lora_loss_sum(self, config: RunConfig, teacher: Teacher | None) -> torch.Tensor:
-        """Of `config.loss`, summed over the tokens with loss; without a `teacher` from what the rows know of one."""
+        """Of `config.loss`, by the rows' weights, summed over the tokens with loss.
+
+        Without a `teacher` from what the rows know of one.
+        """
         kl = None
         if config.loss != "ce" and teacher is not None:
             kl = whole_kl(self.logits, teacher.logits(self.batch), config.kl.temperature)
         elif config.loss != "ce":
             kl = top_kl(self.logits, *known_tops(self.batch, self.logits.device), config.kl.temperature)
-        return token_losses(config.loss, self.logits, self.hidden.targets, kl, config.kl.weight).sum()
+        losses = token_losses(config.loss, self.logits, self.hidden.targets, kl, config.kl.weight)
+        if all(example.weight == 1.0 for example in self.batch):
+            return losses.sum()
+        nums = [sum(example.loss_mask[1:]) for example in self.batch]
+        weights = losses.new_tensor([example.weight for example in self.batch])
+        return (losses * weights.repeat_interleave(torch.tensor(nums, device=weights.device))).sum()
 
     def head_loss(
         self, head: LookaheadHead, config: HeadConfig, copy_start: int, reach: float, rng: random.Random

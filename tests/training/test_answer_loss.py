@@ -1,5 +1,6 @@
 """KL to a teacher: its gradient is the definition's, it is zero where both agree, and runs with it resume as others."""
 
+import dataclasses
 import json
 
 import msgspec
@@ -260,3 +261,21 @@ def test_what_cannot_be_learned_from_is_refused_by_name(model_dir, other_dir, tm
     write_teacher_logits(rows, fingerprint, [tops[0], TopLogits(tops[1].ids[:0], tops[1].logprobs[:0]), tops[2]])
     assert "1 of 3 answers have no teacher's logits" in problem(config)
     assert sum(e.teacher is None for e in prepare(replace(config, loss="mixed")).examples) == 1
+
+
+def test_weights_of_rows_scale_their_loss_and_two_weighted_answers_are_a_distribution(model_dir, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 1)
+    several = [{"completion": "yes", "weight": 0.75}, {"completion": "no", "weight": 0.25}]
+    rows.write_text(json.dumps({"prompt": "a or b", "completions": several}) + "\n" + rows.read_text())
+    trainer = trainer_of(config_of(model_dir, rows, tmp_path / "out"), tmp_path / "run")
+    objective = trainer.objective
+
+    def losses():
+        return [objective.loss_sum([idx]).item() for idx in range(3)]
+
+    weighted = losses()
+    plain = objective.examples
+    objective.examples = [dataclasses.replace(example, weight=1.0) for example in plain]
+    assert weighted == pytest.approx([0.75 * losses()[0], 0.25 * losses()[1], losses()[2]], rel=1e-6)
+    objective.examples = plain
+    assert objective.loss_sum([0, 1, 2]).item() == pytest.approx(sum(weighted), rel=1e-5)

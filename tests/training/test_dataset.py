@@ -178,3 +178,32 @@ def test_a_file_without_rows_or_without_existence(tmp_path):
         read_rows(write(tmp_path, ""))
     with pytest.raises(UserError, match="cannot read"):
         read_rows(tmp_path / "none.jsonl")
+
+
+def test_a_row_may_weigh_and_have_several_answers_that_weigh(tokenizer, tmp_path):
+    several = {"prompt": "Hi there", "system": "Be brief", "weight": 0.5}
+    several["completions"] = [{"completion": "Yes", "weight": 0.8}, {"completion": "No"}]
+    path = write(tmp_path, {**SAME[0], "weight": 3}, several, SAME[1])
+    examples = tokenize(read_rows(path), tokenizer, [EOS])
+    assert [(e.line, e.weight) for e in examples] == [(1, 3.0), (2, 0.4), (2, 0.5), (3, 1.0)]
+    assert examples[0].tokens == examples[3].tokens and examples[0].content != examples[3].content
+    assert examples[1].prompt == examples[2].prompt and examples[1].completion != examples[2].completion
+    assert "Be brief" in tokenizer.decode(examples[2].prompt, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "a", "completion": "b", "weight": 0}, "weight is 0; a number above 0"),
+        ({"prompt": "a", "completion": "b", "weight": True}, "weight is True"),
+        ({"prompt": "a", "completions": []}, "completions is []; a list with answers"),
+        ({"prompt": "a", "completions": [{"text": "b"}]}, "completions[0] is {'text': 'b'}"),
+        ({"prompt": "a", "completions": [{"completion": ""}]}, "completions[0]: completion is empty"),
+        ({"prompt": "a", "completions": [{"completion": "b", "weight": "1"}]}, "completions[0].weight is '1'"),
+        ({"prompt": "a", "completion": "b", "completions": [{"completion": "b"}]}, "keep one"),
+    ],
+)
+def test_bad_weights_and_answers_are_named(tmp_path, row, named):
+    with pytest.raises(UserError) as error:
+        read_rows(write(tmp_path, row))
+    assert named in str(error.value)

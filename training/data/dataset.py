@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
 from .chat_turns import Answer, TurnEncoder
+from .row_messages import Conversation
 from .rows import Row, read_rows
 from .teacher_logits import TopLogits
 
@@ -29,6 +30,7 @@ class Example:
     loss_mask: list[bool]
     line: int  # 1-based line of the file
     teacher: TopLogits | None = None  # of the tokens with loss, in order
+    weight: float = 1.0  # of its loss
 
     @property
     def prompt_len(self) -> int:
@@ -42,7 +44,8 @@ class Example:
     def content(self) -> bytes:
         """What makes it another example than others."""
         known = b"" if self.teacher is None else self.teacher.ids.tobytes() + self.teacher.logprobs.tobytes()
-        return array("q", self.tokens).tobytes() + bytes(self.loss_mask) + known
+        weight = b"" if self.weight == 1.0 else array("d", [self.weight]).tobytes()
+        return array("q", self.tokens).tobytes() + bytes(self.loss_mask) + known + weight
 
     @property
     def answers(self) -> list[list[int]]:
@@ -67,8 +70,15 @@ class RowEncoder:
         self._system = system
 
     def examples(self, row: Row) -> Iterator[Example]:
-        """One example, or several where the template rewrites earlier turns. Raises `UserError` that names the row."""
+        """One example, or several where the template rewrites earlier turns or there are several answers.
+
+        Raises `UserError` that names the row.
+        """
         conversation = row.conversation if self._system is None else row.conversation.with_system(self._system)
+        for one in (conversation, *conversation.others):
+            yield from self._examples(one, row)
+
+    def _examples(self, conversation: Conversation, row: Row) -> Iterator[Example]:
         messages = conversation.for_template()
         tokens: list[int] = []
         mask: list[bool] = []
@@ -81,11 +91,11 @@ class RowEncoder:
             except UserError as error:
                 raise UserError(f"{row.where}: messages[{idx}]: {error}", param=error.param) from None
             if tokens and turn.prompt[: len(tokens)] != tokens:
-                yield Example(tokens, mask, row.line)
+                yield Example(tokens, mask, row.line, weight=conversation.weight)
                 tokens, mask = [], []
             mask = mask + [False] * (len(turn.prompt) - len(tokens)) + [True] * len(turn.answer)
             tokens = turn.prompt + turn.answer
-        yield Example(tokens, mask, row.line)
+        yield Example(tokens, mask, row.line, weight=conversation.weight)
 
 
 def shared_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[int, int]]:

@@ -21,7 +21,8 @@ from .chat_turns import REASONING_FIELDS
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {
     role: role for role in ("user", "assistant", "system", "developer", "tool")
 }
-_COMMON = {"system", "tools"}
+_COMMON = {"system", "tools", "weight"}
+_MOST_WEIGHT = 100.0
 _HARMLESS = {"parallel_tool_calls", "tool_choice"}  # of requests: they change no prompt
 _REFUSED = (
     *("functions", "function_call", "documents", "history", "chat_template_kwargs", "chat_template"),
@@ -39,6 +40,8 @@ class Conversation:
     reasoning: dict[int, str] = dataclasses.field(default_factory=dict)
     no_loss: frozenset[int] = frozenset()
     unread: tuple[str, ...] = ()
+    weight: float = 1.0  # of its loss
+    others: tuple[Conversation, ...] = ()  # further answers to the same prompt, each with its weight
 
     def with_system(self, text: str) -> Conversation:
         """With `text` as its system message, unless it has one."""
@@ -49,6 +52,7 @@ class Conversation:
             messages=[{"role": "system", "content": text}, *self.messages],
             reasoning={idx + 1: text for idx, text in self.reasoning.items()},
             no_loss=frozenset(idx + 1 for idx in self.no_loss),
+            others=tuple(other.with_system(text) for other in self.others),
         )
 
     def for_template(self) -> list[dict[str, Any]]:
@@ -70,9 +74,16 @@ def read_conversation(value: dict[str, Any], where: str) -> Conversation:
     elif "conversations" in value:
         read = {"conversations"}
         conversation = _Reader(where, "conversations", "from", "value").read(value["conversations"])
+    elif "completions" in value:
+        read = {"prompt", "completions"}
+        conversation = _answers(value, where)
     else:
         pair, read = _pair(value, where)
         conversation = Conversation(pair)
+    if "weight" in value:
+        weight = _weight(value["weight"], f"{where}: weight")
+        others = tuple(dataclasses.replace(other, weight=weight * other.weight) for other in conversation.others)
+        conversation = dataclasses.replace(conversation, weight=weight * conversation.weight, others=others)
     messages = conversation.messages
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
@@ -84,7 +95,36 @@ def read_conversation(value: dict[str, Any], where: str) -> Conversation:
             raise UserError(f"{where} has a system message and the field system; keep one", param="data")
         conversation = conversation.with_system(text)
     unread = tuple(name for name in value if name not in read | _COMMON | _HARMLESS)
-    return dataclasses.replace(conversation, tools=_tools(value.get("tools"), where), unread=unread)
+    tools = _tools(value.get("tools"), where)
+    others = tuple(dataclasses.replace(other, tools=tools) for other in conversation.others)
+    return dataclasses.replace(conversation, tools=tools, unread=unread, others=others)
+
+
+def _answers(value: dict[str, Any], where: str) -> Conversation:
+    """A prompt with several answers."""
+    if "completion" in value:
+        raise UserError(f"{where} has completion and completions; keep one", param="data")
+    given = value["completions"]
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{where}: completions is {given!r:.100}; a list with answers is expected", param="data")
+    question = {"role": "user", "content": _text(value, "prompt", where)}
+    found = []
+    for idx, item in enumerate(given):
+        at = f"{where}: completions[{idx}]"
+        if not isinstance(item, dict) or not item.keys() <= {"completion", "weight"}:
+            raise UserError(f"{at} is {item!r:.100}; 'completion' and 'weight' are expected", param="data")
+        answer = {"role": "assistant", "content": _text(item, "completion", at)}
+        found.append(Conversation([question, answer], weight=_weight(item.get("weight", 1.0), f"{at}.weight")))
+    return dataclasses.replace(found[0], others=tuple(found[1:]))
+
+
+def _weight(value: Any, at: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_WEIGHT:
+        raise UserError(
+            f"{at} is {value!r}; a number above 0 and up to {_MOST_WEIGHT:g} is expected (0: leave it out)",
+            param="data",
+        )
+    return float(value)
 
 
 def _pair(value: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], set[str]]:
