@@ -20,7 +20,6 @@ from .halving import healthy
 from .results import RungResult, SweepDirectory, SweepPlan
 
 _POLL_S = 0.1
-_GRACE_S = 30.0
 Say = Callable[[str], None]
 
 
@@ -91,6 +90,8 @@ class Sweep:
                         outcome.results[name, rung] = self._ended(name, rung, process.returncode)
                 time.sleep(_POLL_S)
         finally:
+            if running:
+                self._say(f"{', '.join(running)}: ends with its step, and goes on from there next time")
             _end(list(running.values()))
 
     def _start(self, name: str, rung: int, lock: int) -> subprocess.Popen[bytes]:
@@ -140,13 +141,9 @@ def _reason(code: int, log: Path) -> str:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let them finish their step and write a checkpoint; then end them."""
+    """Let them write a checkpoint behind the step that they are in; a step of a large model takes its time."""
     for process in processes:
         assert process.stdin is not None
         process.stdin.close()
     for process in processes:
-        try:
-            process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.wait()
