@@ -25,7 +25,7 @@ TWO_PROCESSES := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve test test-all browser pictures churn soak abuse gpu conformance ray lint audit docs format clean
+.PHONY: help install pull serve rag test test-all browser pictures churn soak abuse gpu conformance ray lint audit docs format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ pull: $(INSTALLED)  ## download and convert the default model (once, about 95 MB
 
 serve: pull  ## serve the default model and examples/adapters on http://127.0.0.1:8000
 	$(BIN)/specserve serve --adapters-dir examples/adapters $(ARGS)
+
+rag: pull  ## answer questions about packages with quotations, on a server of its own if none runs (ARGS='"Which package ...?"')
+	$(BIN)/python examples/rag/ask.py --examples 5 $(ARGS)
 
 test: $(TEST_INSTALLED)  ## run the tests, five to twelve minutes in two processes (ARGS="-n 0 -k lora": one process, chosen tests)
 	$(BIN)/python -m pytest $(TWO_PROCESSES) $(ARGS)

@@ -6,7 +6,7 @@ one, useful (the sentence that shares most with the question) or missing. The sa
 turns: with and without drafts, under a grammar of the passages' sentences or free and then checked. No way finds
 another's prefix in the cache. The limit is printed first: no step takes less time than reading the weights.
 
-    python -m bench.rag [--adapters-dir DIR] [--questions 140]
+    python -m bench.rag [--adapters-dir DIR] [--questions 140] [--no-rerank]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tasks import EXAMPLES, BaseModel
 RAG = EXAMPLES / "rag"
 sys.path.append(str(RAG))  # its programs are no package
 
-from answering import NUM_CANDIDATES, NUM_PASSAGES, Answerer, Found  # noqa: E402
+from answering import NUM_CANDIDATES, NUM_PASSAGES, Adapters, Answerer, Found  # noqa: E402
 from client import Server  # noqa: E402
 from corpus import Document, read_documents  # noqa: E402
 
@@ -132,8 +132,9 @@ def _share(values) -> float | None:
 @options.model
 @click.option("--adapters-dir", type=options.ADAPTER, default=EXAMPLES / "adapters", help="With search, rerank, quote.")
 @options.at_least(1, "--questions", 140, "Of examples/rag/questions.jsonl, at most.")
+@click.option("--rerank/--no-rerank", default=True, help="Without: the search's order.")
 @options.save("rag")
-def main(model: str, adapters_dir: Path, questions: int, save: bool) -> None:
+def main(model: str, adapters_dir: Path, questions: int, rerank: bool, save: bool) -> None:
     run = common.start("rag", "torch")
     base = BaseModel.load(model)
     common.print_floor(base.path)
@@ -142,12 +143,13 @@ def main(model: str, adapters_dir: Path, questions: int, save: bool) -> None:
         rows = [json.loads(line) for line in islice(file, questions)]
     with serving(str(base.path), "--adapters-dir", str(adapters_dir)) as server, tempfile.TemporaryDirectory() as cache:
         begin = time.perf_counter()
-        answerer = Answerer(Server(server.url), documents, Path(cache))
+        adapters = Adapters() if rerank else Adapters(rerank=None)
+        answerer = Answerer(Server(server.url), documents, Path(cache), adapters)
         index_s = round(time.perf_counter() - begin, 2)
         figures = measure(answerer, documents, rows)
     for way, each in figures["quotes"].items():
         click.echo(f"{way}: {each}")
-    run.finish({"model": base.name, "index_s": index_s, **figures}, save)
+    run.finish({"model": base.name, "reranked": rerank, "index_s": index_s, **figures}, save)
 
 
 if __name__ == "__main__":

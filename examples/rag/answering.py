@@ -28,7 +28,7 @@ class Adapters:
     """Names that the server has them under."""
 
     search: str = "search"
-    rerank: str = "rerank"
+    rerank: str | None = "rerank"  # None: the search's order is kept
     quote: str = "quote"
 
 
@@ -60,7 +60,8 @@ class Answerer:
         self._server, self._documents, self._cache, self._told = server, documents, cache, told
         self._adapters = adapters
         for name in (adapters.search, adapters.rerank, adapters.quote):
-            server.content_hash(name)  # all that is missing is said before anything is embedded
+            if name is not None:
+                server.content_hash(name)  # all that is missing is said before anything is embedded
         self._index = self._made_index()
 
     def answer(self, question: str, constrained: bool = True, drafts: bool = True) -> Found:
@@ -87,6 +88,8 @@ class Answerer:
 
     def ranked(self, question: str, candidates: Sequence[int]) -> list[int]:
         """`candidates`, the best first."""
+        if self._adapters.rerank is None:
+            return list(candidates)
         texts = [self._documents[idx].text for idx in candidates]
         body = {"model": self._adapters.rerank, "query": question, "documents": texts, "return_documents": False}
         return [candidates[result["index"]] for result in self._server.post("/v1/rerank", body)["results"]]
@@ -123,7 +126,7 @@ class Answerer:
             found.problem = str(error)
         else:
             if source is not None:
-                found.source, found.quote = shown[source[0] - 1], source[1]
+                found.source, found.quote = shown[source[0]], source[1]
         return found
 
     def _made_index(self) -> Index:

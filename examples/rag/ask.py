@@ -66,9 +66,10 @@ def asked(questions: Sequence[str]) -> Sequence[str]:
               help='JSONL of {"name", "text"}; default: 1,000 packages of Debian 12.')  # fmt: skip
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Where vectors are kept.")
 @click.option("--examples", type=click.IntRange(0), default=0, help="Ask so many of the questions beside the corpus.")
+@click.option("--rerank/--no-rerank", default=True, help="Whether a re-ranker orders what the search finds.")
 @click.option("--free", is_flag=True, help="Without the grammar: what is written is only checked.")
 @click.option("--drafts/--no-drafts", default=True, help="Whether tokens are drafted.")
-def main(questions, url, api_key, adapters_dir, corpus, cache, examples, free, drafts) -> None:
+def main(questions, url, api_key, adapters_dir, corpus, cache, examples, rerank, free, drafts) -> None:
     try:
         documents = read_documents(corpus)
         if examples:
@@ -76,7 +77,8 @@ def main(questions, url, api_key, adapters_dir, corpus, cache, examples, free, d
                 questions = [*questions, *(json.loads(line)["question"] for line in islice(file, examples))]
         server = Server(url, api_key)
         with running(server, "--adapters-dir", str(adapters_dir)):
-            answerer = Answerer(server, documents, cache or cache_dir("rag"), Adapters(), told)
+            adapters = Adapters() if rerank else Adapters(rerank=None)
+            answerer = Answerer(server, documents, cache or cache_dir("rag"), adapters, told)
             for question in asked(questions):
                 print(visible(question))
                 show(answerer.answer(question, not free, drafts), documents)

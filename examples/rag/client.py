@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from typing import Any
@@ -49,22 +49,28 @@ class Server:
             "or train one: docs/rag.md"
         )
 
-    def is_there(self) -> bool:
+    def is_ready(self) -> bool | None:
+        """False where a server answers that is not ready yet, None where nothing answers."""
         try:
-            self.get("/health")
-        except UserError:
+            self._open("/health", None)
+        except urllib.error.HTTPError:
             return False
+        except (OSError, HTTPException, ValueError):
+            return None
         return True
 
     def _send(self, path: str, data: bytes | None) -> dict[str, Any]:
         try:
-            request = urllib.request.Request(self.url + path, data, self._headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                return json.loads(response.read())
+            return self._open(path, data)
         except urllib.error.HTTPError as error:
             raise UserError(f"{self.url}{path}: {_said(error)}") from None
         except (OSError, HTTPException, ValueError) as error:
             raise UserError(f"{self.url} cannot be asked: {getattr(error, 'reason', error)}") from None
+
+    def _open(self, path: str, data: bytes | None) -> dict[str, Any]:
+        request = urllib.request.Request(self.url + path, data, self._headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            return json.loads(response.read())
 
 
 def _said(error: urllib.error.HTTPError) -> str:
@@ -76,28 +82,27 @@ def _said(error: urllib.error.HTTPError) -> str:
 
 
 @contextmanager
-def running(server: Server, *flags: str) -> Iterator[bool]:
-    """`specserve serve FLAGS` at the server's address while the context lasts, unless something answers there.
-
-    Gives whether it was started.
-    """
-    if server.is_there():
-        yield False
-        return
-    parts = urlsplit(server.url)
-    if parts.hostname not in ("127.0.0.1", "localhost") or parts.port is None:
-        raise UserError(f"nothing answers at {server.url}; give the --url of a server that runs")
-    command = [sys.executable, "-m", "specserve.cli", "serve", "--port", str(parts.port), *flags]
-    process = subprocess.Popen(command, env={"SPECSERVE_LOG_LEVEL": "warning", **os.environ}, stdin=subprocess.DEVNULL)
+def running(server: Server, *flags: str) -> Iterator[None]:
+    """A server that is ready: the one that answers there, or `specserve serve FLAGS` while the context lasts."""
+    process = None if server.is_ready() is not None else _start(server.url, flags)
     try:
         end = time.monotonic() + START_S
-        while not server.is_there():
-            if process.poll() is not None:
+        while not server.is_ready():
+            if process is not None and process.poll() is not None:
                 raise UserError(f"the server ended with status {process.returncode} while it started")
             if time.monotonic() > end:
-                raise UserError(f"the server did not start within {START_S:.0f} s")
+                raise UserError(f"{server.url} was not ready within {START_S:.0f} s")
             time.sleep(0.2)
-        yield True
+        yield
     finally:
-        process.terminate()
-        process.wait()
+        if process is not None:
+            process.terminate()
+            process.wait()
+
+
+def _start(url: str, flags: Sequence[str]) -> subprocess.Popen[bytes]:
+    parts = urlsplit(url)
+    if parts.hostname not in ("127.0.0.1", "localhost") or not parts.port:
+        raise UserError(f"nothing answers at {url}; give the --url of a server that runs")
+    command = [sys.executable, "-m", "specserve.cli", "serve", "--port", str(parts.port), *flags]
+    return subprocess.Popen(command, env={"SPECSERVE_LOG_LEVEL": "warning", **os.environ}, stdin=subprocess.DEVNULL)

@@ -1,15 +1,14 @@
 """Write corpus.jsonl and questions.jsonl: packages of the debtags rows that no row of summary describes, and questions
-about some of them and about some that are not there.
+about some of the held-out ones, and about others of them that are not there.
 
-So what search, rerank and quote learn from, which is made of summary's rows, holds none of these texts, nor others of
-the same source package (which begin alike). Needs rank-bm25.
+So no adapter here has learned from what is asked about, nor from others of the same source package, which begin alike.
+The other texts of the corpus may have been among those that search and rerank learned from. Needs rank-bm25.
 
     python examples/rag/make_corpus.py --data FOLDER --out examples/rag
 """
 
 import json
 import random
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def packages(path: Path) -> list[tuple[Document, str]]:
 
 def asked(package: tuple[Document, str], own: Descriptions, draw: random.Random, is_there: bool) -> dict[str, Any]:
     document, summary = package
-    question = question_of(summary, own, draw)
+    question = question_of(summary, own, draw, shortened=0)
     sentence = max(passage(document.text), key=lambda piece: own.shared(question, piece))
     answer = {"name": document.name, "sentence": sentence} if is_there else {"name": None, "sentence": None}
     return {"question": question, **answer}
@@ -48,15 +47,16 @@ def asked(package: tuple[Document, str], own: Descriptions, draw: random.Random,
 def main(data: Path, out: Path, documents: int, questions: int, missing: int) -> None:
     draw = random.Random(0)
     seen = {text[:SAME_BEGINNING] for part in ("train", "dev") for _, text in read(data / f"summary.{part}.jsonl")}
-    found: dict[str, tuple[Document, str]] = {}
-    for document, summary in chain(packages(data / "debtags.dev.jsonl"), packages(data / "debtags.train.jsonl")):
-        if document.text[:SAME_BEGINNING] not in seen and len(document.text) >= LEAST_CHARS:
-            found.setdefault(document.text, (document, summary))
-    kept = list(found.values())
-    shown, left = kept[:documents], kept[documents:]
+    held_out, others = (
+        [(document, line) for document, line in packages(data / f"debtags.{part}.jsonl")
+         if document.text[:SAME_BEGINNING] not in seen and len(document.text) >= LEAST_CHARS]
+        for part in ("dev", "train")
+    )  # fmt: skip
+    shown = list({document.text: (document, line) for document, line in [*held_out[missing:], *others]}.values())
+    shown = shown[:documents]
     own = Descriptions([document.text for document, _ in shown])
     rows = [asked(package, own, draw, True) for package in shown[:questions]]
-    rows += [asked(package, own, draw, False) for package in draw.sample(left, missing)]
+    rows += [asked(package, own, draw, False) for package in held_out[:missing]]
     draw.shuffle(rows)
     draw.shuffle(shown)
     write_lines(out / "corpus.jsonl", [{"name": document.name, "text": document.text} for document, _ in shown])

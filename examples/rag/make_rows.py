@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from passages import NOT_FOUND, answer, one_line, passage, prompt
+from passages import NOT_FOUND, answer, numbered, one_line, passage, prompt
 from rank_bm25 import BM25Okapi
 
 TEMPLATES = (
@@ -31,7 +31,9 @@ TEMPLATES = (
     "{}",
 )
 NUM_PASSAGES = 3
-RARE_WORDS = (3, 5)  # of the description, in questions that do not repeat it
+SHUFFLED = 0.5  # of the rows; in the others the right passage comes first, as a re-ranker mostly has it
+RARE_WORDS = (3, 5)  # of the line, in questions that do not repeat it
+SHORTENED = 0.4  # of the questions
 
 
 def words(text: str) -> list[str]:
@@ -63,12 +65,12 @@ class Descriptions:
         return list(islice(others, number))
 
 
-def question_of(line: str, descriptions: Descriptions, draw: random.Random) -> str:
+def question_of(line: str, descriptions: Descriptions, draw: random.Random, shortened: float = SHORTENED) -> str:
     """The line itself, or its rarest words."""
     asked = line.rstrip(".")
     found = asked.split()
     number = draw.randint(*RARE_WORDS)
-    if len(found) > number and draw.random() < 0.4:
+    if len(found) > number and draw.random() < shortened:
         kept = sorted(found, key=lambda word: -max((descriptions.weight(each) for each in words(word)), default=0))
         asked = " ".join(word for word in found if word in kept[:number])
     return draw.choice(TEMPLATES).format(asked)
@@ -83,14 +85,15 @@ def quoting_rows(rows: list[tuple[str, str]], descriptions: Descriptions, missin
         own = places[text]
         is_missing = draw.random() < missing
         near = descriptions.near(question, own, NUM_PASSAGES - (not is_missing))
-        shown = [*near, *([] if is_missing else [own])]
-        draw.shuffle(shown)
+        shown = [*([] if is_missing else [own]), *near]
+        if draw.random() < SHUFFLED:
+            draw.shuffle(shown)
         passages = [passage(descriptions.texts[idx]) for idx in shown]
         wanted = NOT_FOUND
         if not is_missing:
-            number = shown.index(own)
-            best = max(passages[number], key=lambda piece: descriptions.shared(question, piece))
-            wanted = answer(number + 1, best)
+            place = shown.index(own)
+            best = max(passages[place], key=lambda piece: descriptions.shared(question, piece))
+            wanted = answer(numbered(passages).index((place, best)) + 1, best)
         found.append({"prompt": prompt(question, passages), "completion": wanted})
     return found
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 
 NOT_FOUND = "not found"
-PASSAGE_CHARS = 240  # about 60 tokens
-SENTENCE_CHARS = (24, 200)  # shorter ones go with the next, longer ones are cut at a word
+PASSAGE_CHARS = 200  # about 50 tokens
+SENTENCE_CHARS = (24, 160)  # shorter ones go with the next, longer ones are cut at a word
 BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(*])|(?<=:)\s+(?=\*)|\s+(?=\*\s)")
 
 
@@ -47,9 +47,18 @@ def passage(text: str) -> list[str]:
     return found
 
 
+def numbered(passages: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """All sentences in order, each with the place of its passage (from 0); an answer names a sentence by its number."""
+    return [(place, piece) for place, pieces in enumerate(passages) for piece in pieces]
+
+
 def prompt(question: str, passages: Sequence[Sequence[str]]) -> str:
-    """The question stands before and behind the passages: a causal model reads them for it, and has it at hand."""
-    listed = "\n".join(f"[{number}] {' '.join(pieces)}" for number, pieces in enumerate(passages, 1))
+    """The question stands before and behind the passages, and a sentence's number behind it.
+
+    A causal model knows what it looks for when it reads a sentence, and at its number whether that was it.
+    """
+    numbers = iter(range(1, 1 + len(numbered(passages))))
+    listed = "\n".join(" ".join(f"{piece} [{next(numbers)}]" for piece in pieces) for pieces in passages)
     task = f"Quote the sentence that answers the question, or say {NOT_FOUND}."
     return f"{task}\nQuestion: {question}\n\n{listed}\n\nQuestion: {question}"
 
@@ -60,15 +69,14 @@ def answer(number: int, sentence: str) -> str:
 
 def choices(passages: Sequence[Sequence[str]]) -> list[str]:
     """All answers that quote: what a grammar of choices may leave open."""
-    found = [answer(number, piece) for number, pieces in enumerate(passages, 1) for piece in pieces]
-    return [*dict.fromkeys(found), NOT_FOUND]
+    return [*(answer(number, piece) for number, (_, piece) in enumerate(numbered(passages), 1)), NOT_FOUND]
 
 
 def source_of(text: str, passages: Sequence[Sequence[str]]) -> tuple[int, str] | None:
-    """The number (from 1) of the passage that an answer names and the words that it quotes; None if it quotes none.
+    """The place (from 0) of the passage that an answer quotes, and its words; None if it says that there are none.
 
     Raises:
-        ValueError: what it quotes is not in that passage, or there is no such passage.
+        ValueError: what it quotes is not in the passage of the sentence that it names, or there is no such sentence.
     """
     if text.strip() == NOT_FOUND:
         return None
@@ -76,8 +84,10 @@ def source_of(text: str, passages: Sequence[Sequence[str]]) -> tuple[int, str] |
     if match is None:
         raise ValueError(f"not a quotation: {text!r}")
     number, quoted = int(match[1]), match[2]
-    if not 1 <= number <= len(passages):
-        raise ValueError(f"there is no passage {number}")
-    if quoted not in " ".join(passages[number - 1]):
-        raise ValueError(f"passage {number} does not say {quoted!r}")
-    return number, quoted
+    found = numbered(passages)
+    if not 1 <= number <= len(found):
+        raise ValueError(f"there is no sentence {number}")
+    place = found[number - 1][0]
+    if quoted not in " ".join(passages[place]):
+        raise ValueError(f"the passage of sentence {number} does not say {quoted!r}")
+    return place, quoted
