@@ -17,6 +17,7 @@ from .. import __version__
 from ..config import EngineConfig, ServeConfig
 from ..errors import UserError
 from .bench_serve import serve as bench_serve
+from .curve import curve
 from .distill import distill
 from .label import label
 from .leaderboard import leaderboard
@@ -306,6 +307,7 @@ cli.add_command(distill)
 cli.add_command(leaderboard)
 cli.add_command(route)
 cli.add_command(synthesize)
+cli.add_command(curve)
 cli.add_command(ray)
 cli.add_command(label)
 

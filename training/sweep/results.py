@@ -35,6 +35,7 @@ class SweepPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_rungs: int
     forgetting_limit: float
     general: str  # file of the rows that have nothing to do with the task
+    data: dict[str, str] = {}  # SHA-256 of the training and the held-out rows
 
 
 class RungResult(msgspec.Struct, frozen=True, kw_only=True):

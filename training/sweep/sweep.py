@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def prepared_sweep(
         num_rungs=num_rungs,
         forgetting_limit=flags.forgetting_limit,
         general=str((flags.general or GENERAL_FILE).resolve()),
+        data={key: _sha256(Path(file)) for key, file in _data_files(base).items()},
     )
     _check_points(base, grid, plan.base, points, num_rungs)
     if flags.forgetting_limit and base.task == "generate":
@@ -66,3 +68,12 @@ def _check_points(
     for point in points:  # unknown keys first: check_grid takes them for settings
         check_ready(config_of(settings, point))
     check_grid(base, grid, rungs)
+
+
+def _data_files(base: RunConfig) -> dict[str, str]:
+    return {"data.train": base.data.train} | ({"data.eval": base.data.eval} if base.data.eval else {})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
