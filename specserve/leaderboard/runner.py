@@ -96,14 +96,20 @@ class LeaderboardRunner:
         return _Job(model, task, rows, config_hash, prompts_of(model, task, missing) if missing else {})
 
     def _score(self, job: _Job) -> None:
+        if not job.prompts and self._has_cell(job.model, job.task, job.config_hash):
+            return
         cell = cell_of(job.task.task, job.rows, self._store.answers(job.config_hash))
         self._put(job.model, job.task, job.config_hash, cell)
 
     def _pooled(self, model: Candidate, task: StoredTask) -> None:
-        config_hash, cells = model.config_hash(task.task), self._store.cells()
-        kept = cells.get((task.name, model.name))
-        if kept is None or not kept.is_current or kept.config_hash != config_hash:
+        config_hash = model.config_hash(task.task)
+        if not self._has_cell(model, task, config_hash):
             self._put(model, task, config_hash, pooled_cell(model, task.task))
+
+    def _has_cell(self, model: Candidate, task: StoredTask, config_hash: str) -> bool:
+        """Whether there is a score of these rows by this very model."""
+        kept = self._store.cells().get((task.name, model.name))
+        return kept is not None and kept.is_current and kept.config_hash == config_hash
 
     def _put(self, model: Candidate, task: StoredTask, config_hash: str, cell: Any) -> None:
         self._store.put_cell(task, model.number, config_hash, cell)
