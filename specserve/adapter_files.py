@@ -52,6 +52,7 @@ MAX_FILE_BYTES = dict.fromkeys((*LOOKAHEAD_FILES, *TEXT_FILES), 256 << 20) | dic
 )
 
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # handles or memory are out
+_HASH_VERSION = b"adapter files 2\0"
 NUM_ATTEMPTS = 4
 PAUSE_S = 0.25  # between attempts
 _CHUNK = 256 << 10  # what is read is hashed and written while it is in the cache
@@ -76,16 +77,20 @@ class AdapterFiles:
     @property
     def content_hash(self) -> str:
         """SHA-256 over configurations, weights and lookahead files as stored; the adapter's name is no part of it."""
-        names = (CONFIG_FILE, WEIGHTS_FILE, POOLING_FILE, *LOOKAHEAD_FILES)
-        return hashlib.sha256(b"".join(self.digests[name] for name in names if name in self.digests)).hexdigest()
+        return self._hash_of((CONFIG_FILE, WEIGHTS_FILE, POOLING_FILE, *LOOKAHEAD_FILES))
+
+    def _hash_of(self, names: Sequence[str]) -> str:
+        """SHA-256 over which of `names` there are and what is in them: a file's content under another name is another
+        adapter. The version changes with the form, so that no hash is taken for one of another form."""
+        found = [name.encode() + b"\0" + self.digests[name] for name in names if name in self.digests]
+        return hashlib.sha256(b"".join((_HASH_VERSION, *found))).hexdigest()
 
     @property
     def text_hash(self) -> str | None:
         """SHA-256 over the chat template and tokenizer files; None for an adapter that is served with the base's."""
         if not {"tokenizer_config.json", "chat_template.jinja"} & self.digests.keys():
             return None
-        found = [name.encode() + b"\0" + self.digests[name] for name in TEXT_FILES if name in self.digests]
-        return hashlib.sha256(b"".join(found)).hexdigest()
+        return self._hash_of(TEXT_FILES)
 
 
 def stamp_of(directory: Path) -> Stamp:

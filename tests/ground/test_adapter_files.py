@@ -10,6 +10,8 @@ import pytest
 from specserve import adapter_files
 from specserve.adapter_files import (
     CONFIG_FILE,
+    LOOKAHEAD_FILES,
+    POOLING_FILE,
     WEIGHTS_FILE,
     ChangingError,
     content_hash,
@@ -94,6 +96,19 @@ def test_the_chat_template_is_no_part_of_the_content_but_has_a_hash(adapter):
     _, two = read(adapter)
     assert plain.content_hash == one.content_hash == two.content_hash
     assert plain.text_hash is None and one.text_hash and two.text_hash and one.text_hash != two.text_hash
+
+
+def test_the_same_bytes_under_another_name_are_another_adapter(adapter):
+    hashes = set()
+    for name in (POOLING_FILE, *LOOKAHEAD_FILES):
+        (adapter / name).write_bytes(b"{}")
+        hashes.add(read(adapter)[1].content_hash)
+        (adapter / name).unlink()
+    (adapter / CONFIG_FILE).rename(adapter / "kept")  # and where two swap theirs
+    (adapter / WEIGHTS_FILE).rename(adapter / CONFIG_FILE)
+    (adapter / "kept").rename(adapter / WEIGHTS_FILE)
+    hashes.add(read(adapter)[1].content_hash)
+    assert len(hashes) == 2 + len(LOOKAHEAD_FILES)
 
 
 def test_what_is_no_file_is_refused_by_its_kind_and_not_kept_open(adapter):
