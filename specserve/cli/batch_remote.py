@@ -27,6 +27,7 @@ from ..whole_files import replace_file
 from .batch import MAX_ROW_BYTES, BatchFiles, BatchFlags, Progress
 
 MAX_ROWS, MAX_BYTES = 50_000, 100 << 20  # of one batch
+PAGE = 100  # batches of a list
 POLL_S = 1.0
 PATIENCE_S = 600.0  # with a server that cannot be reached
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -50,6 +51,7 @@ class Run(msgspec.Struct):
     url: str
     endpoint: str
     parts: list[Part]
+    is_begun: bool = True  # the server was asked for a batch
 
 
 async def run_remote(flags: BatchFlags, files: BatchFiles) -> int:
@@ -131,7 +133,7 @@ def _kept(files: BatchFiles, url: str) -> Run:
             )
         return run
     check = files.check()
-    run = Run(uuid.uuid4().hex, files.digest(), url, check.endpoint or "", list(_parts(files.source)))
+    run = Run(uuid.uuid4().hex, files.digest(), url, check.endpoint or "", list(_parts(files.source)), False)
     files.progress.mkdir(exist_ok=True)
     _keep(files, run)
     return run
@@ -156,15 +158,13 @@ def _parts(path: Path) -> Iterator[Part]:
 
 async def _begin(server: _Server, run: Run, files: BatchFiles, window: str) -> None:
     """Make the batches that are not there; one that was made just before an end is found by its metadata."""
-    if all(part.batch_id is not None for part in run.parts):
-        return
-    listed = (await server.get("/v1/batches?limit=100"))["data"]
-    made = {
-        batch["metadata"][PART]: batch["id"] for batch in listed if (batch.get("metadata") or {}).get(RUN) == run.id
-    }
+    is_asked = run.is_begun  # whether the first part without a batch may have one
     for number, part in enumerate(run.parts):
-        if part.batch_id is None and (known := made.get(str(number))) is not None:
-            part.batch_id = known
+        if part.batch_id is None and is_asked:
+            part.batch_id, is_asked = await _made(server, run, number), False
+        if not run.is_begun:
+            run.is_begun = True
+            _keep(files, run)
         if part.batch_id is None:
             file = await server.upload(files.source, part)
             body = {
@@ -173,6 +173,19 @@ async def _begin(server: _Server, run: Run, files: BatchFiles, window: str) -> N
             }  # fmt: skip
             part.batch_id = (await server.begin(body))["id"]
         _keep(files, run)
+
+
+async def _made(server: _Server, run: Run, number: int) -> str | None:
+    """The batch of that part, among all that the server lists, newest first."""
+    wanted, after = {RUN: run.id, PART: str(number)}, ""
+    while True:
+        page = await server.get(f"/v1/batches?limit={PAGE}{after}")
+        for batch in page["data"]:
+            if wanted.items() <= (batch.get("metadata") or {}).items():
+                return str(batch["id"])
+        if not page.get("has_more") or not page["data"]:
+            return None
+        after = f"&after={page['data'][-1]['id']}"
 
 
 def _form(source: Path, part: Part) -> aiohttp.FormData:

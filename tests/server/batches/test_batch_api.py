@@ -311,13 +311,14 @@ def test_the_command_runs_a_file_on_the_server_and_finds_its_batches_again(serve
     source.write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr("specserve.cli.batch_remote.MAX_ROWS", 3)  # three batches
     monkeypatch.setattr("specserve.cli.batch_remote.POLL_S", 0.05)
+    monkeypatch.setattr("specserve.cli.batch_remote.PAGE", 1)  # its last batch is not on the first page
     command = ["batch", str(source), str(target), "--url", server.url, "--api-key", KEYS["blue"]]
     before = len(list(server.client("blue").batches.list()))
     forget, state = [], tmp_path / "out.jsonl.progress" / "run.json"
 
     async def stop(*_):
         run = json.loads(state.read_text())
-        forget.append(run["parts"][1].pop("batch_id"))
+        forget.append(run["parts"][0].pop("batch_id"))  # the oldest of three
         state.write_text(json.dumps(run))  # as if the command had ended before it was noted
         raise KeyboardInterrupt
 
