@@ -98,21 +98,24 @@ def _remember(answers: OrderedDict[str, T], answer_id: str, value: T) -> None:
 def refuse_overload(request: AnyRequest, config: EngineConfig, scheduler: Scheduler, waits: WaitEstimate) -> None:
     """Refuse a request that has no room to wait, or no time, and with it all sequences that are admitted with it.
 
-    Where nothing waits there is room for any: what was refused then could never come. Background sequences take nothing
-    from others, neither room nor time. Raises `OverloadedError` with
-    when to try again, and `DeadlineError` when its deadline has passed already.
+    Where nothing waits there is room for any: what was refused then could never come. Of its own sequences and tokens
+    at most half of a limit counts: else one larger than that would be refused whenever anything waits. Background
+    sequences take nothing from others, neither room nor time. Raises `OverloadedError` with when to try again, and
+    `DeadlineError` when its deadline has passed already.
     """
     if not request.num_together:
         return
     (num, num_tokens), what = scheduler.waiting.minded_by(request.priority), ""
     prompt_tokens = len(request.prompt_token_ids) if request.together is None else request.together.prompt_tokens
     own_tokens = prompt_tokens + request.num_together * waits.expected_output(request)
-    num_places = config.max_waiting + scheduler.max_num_seqs + 1 - request.num_together  # for the first of them
+    num_counted = min(request.num_together, max(1, config.max_waiting // 2))
+    tokens_counted = min(own_tokens, config.max_waiting_tokens / 2)
+    num_places = config.max_waiting + scheduler.max_num_seqs + 1 - num_counted  # for the first of them
     num_own = scheduler.waiting.num_of(request.caller, request.adapter_hash, request.priority)
     if num and (num >= num_places or (num_own and num >= num_places - config.max_waiting // _RESERVED)):
         own = f"{num_own} of them this key's for this adapter"
         what = f"{num} requests, {own}, are waiting (--max-waiting {config.max_waiting})"
-    elif num and num_tokens + own_tokens > config.max_waiting_tokens:
+    elif num and num_tokens + tokens_counted > config.max_waiting_tokens:
         what = f"{num_tokens} tokens are waiting (--max-waiting-tokens {config.max_waiting_tokens})"
     if what:
         if request.num_together > 1:

@@ -92,11 +92,12 @@ def test_sequences_of_one_answer_are_refused_with_the_first_or_not_at_all():
     """For want of places, and of time."""
     config = EngineConfig(max_waiting=4)  # and two seats
     load = Load()
-    for _ in range(3):
+    for _ in range(4):
         load.add()
-    assert refusal_of(load, load.answer("a", num=3)[0], config) is None
-    assert "has 4 sequences" in str(refusal_of(load, load.answer("a", num=4)[0], config))
-    for _ in range(5):
+    assert refusal_of(load, load.answer("a", num=2)[0], config) is None
+    load.add()
+    assert "has 3 sequences" in str(refusal_of(load, load.answer("a", num=3)[0], config))
+    for _ in range(3):
         load.add()
     assert refusal_of(load, load.request(), config) is not None
     assert refusal_of(load, load.request(is_first=False), config) is None, "its answer has begun"
@@ -111,9 +112,25 @@ def test_sequences_of_one_answer_are_refused_with_the_first_or_not_at_all():
 def test_an_answer_counts_the_tokens_of_all_its_prompts():
     load, few = Load(), EngineConfig(max_waiting_tokens=84)
     load.add()  # 24 tokens
-    assert refusal_of(load, load.answer(num=2)[0], few) is None
-    for large in (load.answer(num=3)[0], load.answer(num=2, prompt_tokens=21)[0]):
+    load.add()
+    assert refusal_of(load, load.request(), few) is None
+    for large in (load.answer(num=2)[0], load.answer(num=2, prompt_tokens=21)[0]):
         assert "max-waiting-tokens 84" in str(refusal_of(load, large, few))
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [({"max_waiting": 10}, "--max-waiting 10"), ({"max_waiting_tokens": 240}, "--max-waiting-tokens 240")],
+    ids=str,
+)
+def test_an_answer_larger_than_a_limit_is_admitted_while_half_of_it_is_free(limits, words):
+    load, config = Load(), EngineConfig(**limits)
+    for _ in range(5 + 2 * ("max_waiting" in limits)):  # 24 tokens each; two seats count as places
+        assert refusal_of(load, load.answer(num=100)[0], config) is None
+        load.add()
+    load.add()
+    refused = str(refusal_of(load, load.answer(num=100)[0], config))
+    assert words in refused and "and this one has 100 sequences" in refused
 
 
 @pytest.mark.parametrize("limits", [{"max_waiting": 0}, {"max_waiting_tokens": 60}], ids=str)
@@ -138,6 +155,7 @@ def test_all_of_an_answer_follow_the_first_that_comes_and_count_once():
         load.add_request(request)
         admission.admitted(request)
 
+    enter(load.request("a"))
     enter(load.request("a"))
     first, *others = load.answer("a", num=4)
     admission.check(first)  # its adapter is not there, so it does not wait

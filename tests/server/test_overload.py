@@ -125,8 +125,8 @@ def test_an_answer_that_is_not_complete_at_its_deadline_ends_with_504(server):
 
 
 def test_too_many_requests_and_too_many_tokens_are_told_when_to_come_again(server, occupy):
-    occupant = occupy(n=2)  # one of which waits
-    prompts = ["a", *[[5] * 500] * 16]  # 16 * 501 tokens
+    occupant = occupy(prompt=[[5] * 500] * 11, max_tokens=2000)  # ten of which wait
+    prompts = ["a", *[[5] * 900] * 8]
     error = assert_error(server.post("/v1/completions", {**SHORT, "prompt": prompts}), 429, "--max-waiting-tokens 8000")
     assert error["code"] == "overloaded"
     refused = server.post("/v1/completions", {**SHORT, "prompt": ["a"] * 24})
