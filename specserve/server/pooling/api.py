@@ -15,7 +15,7 @@ from ..access.caller import Caller
 from ..http_body import convert
 from ..routes import Answer, Handler
 from .answers import best_first, classification, cosines, everything, scores, vectors
-from .fields import activation, cut_of, is_query, sides
+from .fields import activation, cut_of, is_query, sides, texts_of
 from .handlers import handler_of
 from .pooler import CLASSIFY, RERANK, Pooler, Wanted
 from .request_types import (
@@ -41,7 +41,7 @@ from .response_types import (
     ScoreResponse,
 )
 from .tei_api import TeiRoutes
-from .texts import Text, listed, texts_or_ids
+from .texts import Text, listed
 
 SCORE = Wanted("score", "score", ("rerank", "embed"))
 TASKS: dict[str | None, tuple[AdapterType, ...]] = {
@@ -85,7 +85,7 @@ class PoolingRoutes:
     async def embeddings(self, value: Any, caller: Caller) -> EmbeddingResponse:
         body = convert(value, EmbeddingRequest)
         wanted = Wanted("embeddings", "embd", ("embed",), body.pooling, activation(body), body.dimensions)
-        texts = texts_or_ids(body.input, "input", is_query(body.input_type, body.prompt_name))
+        texts = texts_of(body, is_query(body.input_type, body.prompt_name))
         done = await self._pooler.pool(body, caller, texts, wanted, cut_of(body))
         found = await done.shaped(vectors, done, body.encoding_format)
         data = [Embedding(idx, vector) for idx, vector in enumerate(found)]
@@ -148,7 +148,7 @@ class PoolingRoutes:
 
     async def classify(self, value: Any, caller: Caller) -> ClassifyResponse:
         body = convert(value, ClassifyRequest)
-        done = await self._pooler.pool(body, caller, texts_or_ids(body.input, "input"), CLASSIFY, cut_of(body))
+        done = await self._pooler.pool(body, caller, texts_of(body), CLASSIFY, cut_of(body))
         assert done.info is not None
         questions, is_raw = done.info.questions, body.use_activation is False
 
@@ -165,7 +165,7 @@ class PoolingRoutes:
             raise UserError(f"task is {body.task!r}; one of {names} is served, or none", param="task")
         kinds, is_raw = TASKS[body.task], activation(body) is False
         wanted = Wanted("pooling", "pool", kinds, normalize=activation(body), dimensions=body.dimensions)
-        done = await self._pooler.pool(body, caller, texts_or_ids(body.input, "input"), wanted, cut_of(body))
+        done = await self._pooler.pool(body, caller, texts_of(body), wanted, cut_of(body))
         found = await done.shaped(everything, done, is_raw, body.encoding_format)
         data = [PooledText(idx, values) for idx, values in enumerate(found)]
         return PoolingResponse(done.job.id, done.job.created, done.job.model, data, done.usage())

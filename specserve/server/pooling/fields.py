@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from ...errors import UserError
-from .request_types import EmbeddingRequest, PoolingFields, PoolingRequest, ScoreRequest
-from .texts import Cut
+from ..openai.request_types import TokenizeRequest
+from .request_types import EmbeddingRequest, PoolingFields, PoolingRequest, ScoreRequest, TextFields
+from .texts import Cut, Text, texts_or_ids
 
 QUERY_TYPES = ("query", "search_query")
 DOCUMENT_TYPES = ("document", "passage", "search_document", "classification", "clustering")
 # The names of both sides in vLLM's bodies of /score.
 SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+
+
+def texts_of(body: TextFields, is_query: bool = False) -> list[Text] | TokenizeRequest:
+    """What is pooled: texts, or the conversation that is one. Raises `UserError`."""
+    if body.input is not None:
+        for name in ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(body, name):
+                raise UserError(f"{name} is for a conversation, and input is given; send one of them", param=name)
+        return texts_or_ids(body.input, "input", is_query)
+    if not body.messages:
+        raise UserError("nothing is to be pooled; send input, or a conversation as messages", param="input")
+    return TokenizeRequest(
+        messages=body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
 
 
 def activation(body: EmbeddingRequest | PoolingRequest) -> bool | None:

@@ -18,9 +18,11 @@ from ...adapter_kinds import AdapterType, PoolingInfo, PoolingType, check_base, 
 from ...errors import UserError, from_info
 from ...messages import AdapterInfo, Together
 from ...pooling_messages import BASE_POOLING, Pooled, PoolingParams, PoolRequest
+from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..generation.generator import Generator, before_deadline
 from ..openai.conversion import check_cache_salt, priority_of, refuse_unserved
+from ..openai.request_types import TokenizeRequest
 from .job import PooledTexts, PoolingJob
 from .request_types import UNSUPPORTED, PoolingFields
 from .texts import Cut, Text, reading_size, tokenized
@@ -42,8 +44,8 @@ class Wanted:
 
 CLASSIFY = Wanted("classify", "classify", ("classify",))
 RERANK = Wanted("rerank", "rerank", ("rerank",))
-# The texts, or what they are for an adapter of a kind.
-Texts = Sequence[Text] | Callable[[AdapterType], Sequence[Text]]
+# The texts, what they are for an adapter of a kind, or one conversation.
+Texts = Sequence[Text] | Callable[[AdapterType], Sequence[Text]] | TokenizeRequest
 
 
 class Pooler:
@@ -78,7 +80,7 @@ class Pooler:
         adapter = generator.adapter_name(caller, fields.model, fields.adapter_id)
         tokenizer, adapter_info = await generator.prompts.tokenizer_for(adapter, priority)
         kind, pooling = _kind_of(adapter, adapter_info, wanted.kinds)
-        texts = texts_of(kind) if callable(texts_of) else texts_of
+        texts = await self._texts(texts_of, kind, tokenizer)
         params = _params(wanted, kind, adapter, adapter_info, info.hidden_size)
         args = (texts, tokenizer, kind, pooling, info, cut)
         read = await generator.prompts.read(tokenizer, reading_size(texts), tokenized, *args)
@@ -106,6 +108,12 @@ class Pooler:
             names=[text.name for text in texts],
             span_settings=settings,
         )
+
+    async def _texts(self, texts_of: Texts, kind: AdapterType, tokenizer: TextTokenizer) -> Sequence[Text]:
+        """A conversation is what its template makes of it: an adapter's prefixes, suffix and end are not added."""
+        if not isinstance(texts_of, TokenizeRequest):
+            return texts_of(kind) if callable(texts_of) else texts_of
+        return [Text("messages", token_ids=await self._generator.prompts.chat_ids(texts_of, tokenizer, ()))]
 
     async def _run(self, job: PoolingJob) -> list[Pooled]:
         with self._generator.accounts.of(job) as account:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from ...adapter_kinds import PoolingType
+from ...chat.types import Message
 
 InputType = Literal["query", "search_query", "document", "passage", "search_document", "classification", "clustering"]
 EncodingFormat = Literal["float", "base64"]
@@ -41,11 +42,15 @@ class PoolingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class TextFields(PoolingFields, kw_only=True):
-    """Of routes that take texts, or token ids, one by one."""
+    """Of routes that take texts, or token ids, one by one; or a conversation, as vLLM has it, in their place."""
 
-    input: str | list[Any]
+    input: str | list[Any] | None = None
     add_special_tokens: bool | None = None
-    messages: Any = None
+    messages: list[Message] | None = None
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
 
 
 class EmbeddingRequest(TextFields, kw_only=True):
@@ -116,7 +121,7 @@ class RerankRequest(PoolingFields, kw_only=True):
 
 # Field -> values that ask for nothing; anything else is refused as not supported.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "messages": (),
+    "chat_template": (),
     "truncation_side": ("right",),
     "mm_processor_kwargs": ({},),
     "padding": ("do_not_pad",),

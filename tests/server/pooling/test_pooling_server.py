@@ -52,6 +52,26 @@ def unit(vector):
     return (vector / vector.norm()).numpy()
 
 
+def test_a_conversation_is_pooled_as_its_chat_template_writes_it(server):
+    messages = [{"role": "user", "content": "A dog<|im_end|>"}, {"role": "assistant", "content": "A cat"}]
+    for fields in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
+        ending = {"add_generation_prompt": False, **fields}
+        ids = ask(server, "/tokenize", messages=messages, **ending)["tokens"]
+        (found,) = ask(server, "/v1/embeddings", messages=messages, model="embedder", **fields)["data"]
+        assert found["embedding"] == embeddings(server, ids, model="embedder")[0].tolist()
+    kinds = {"/classify": ("tagger", "probs"), "/pooling": ("ranker", "data")}
+    for path, (model, field) in kinds.items():
+        both = [
+            ask(server, path, model=model, **given)["data"][0][field]
+            for given in ({"messages": messages, **fields}, {"input": ids})
+        ]
+        assert both[0] == both[1]
+    refused = server.post("/v1/embeddings", {"messages": messages, "truncate_prompt_tokens": 0})
+    assert_error(refused, 400, param="truncate_prompt_tokens")
+    both_ends = {"messages": messages, "add_generation_prompt": True, "continue_final_message": True}
+    assert_error(server.post("/v1/embeddings", both_ends), 400, param="continue_final_message")
+
+
 def test_embeddings_of_the_base_and_of_an_adapter_are_those_of_transformers_and_peft(server, model_dir, root):
     base = [peft_hidden(model_dir, None, ids_of(server, text)) for text in TEXTS]
     assert embeddings(server, TEXTS) == pytest.approx(np.array([unit(hidden[-1]) for hidden in base]), abs=1e-5)
