@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from ...errors import UserError
 from ..openai.request_types import TokenizeRequest
-from .request_types import EmbeddingRequest, PoolingFields, PoolingRequest, ScoreRequest, TextFields
+from .request_types import EmbeddingRequest, InputType, PoolingFields, PoolingRequest, ScoreRequest, TextFields
 from .texts import Cut, Text, texts_or_ids
 
 QUERY_TYPES = ("query", "search_query")
-DOCUMENT_TYPES = ("document", "passage", "search_document", "classification", "clustering")
+DOCUMENT_TYPES = tuple(name for name in get_args(InputType) if name not in QUERY_TYPES)
 # The names of both sides in vLLM's bodies of /score.
 SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
