@@ -1,26 +1,23 @@
-"""A question's way through three adapters of one server: search, re-rank, quote, check.
+"""A question's way through three adapters of one server: search, re-rank, quote.
 
-Nothing is answered that is not in a document: with `constrained` the grammar leaves only sentences of the passages, and
-what comes is looked up in them either way.
+Nothing is answered that is not in a document. The index is of the files that the search adapter has at the moment.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from client import Server
 from corpus import Document
-from passages import choices, passage, prompt, source_of
+from passages import passage
+from quoting import Quoted, quote
 from vectors import Index, embed, make_index
 
 from specserve.errors import UserError
 
 NUM_CANDIDATES, NUM_PASSAGES = 10, 3
 MAX_QUESTION_CHARS = 400
-MAX_TOKENS = 128  # the longest sentence has 200 characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +29,18 @@ class Adapters:
     quote: str = "quote"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Found:
-    """What came of a question. `source` is None where nothing was found; `problem`: why the text is no quotation."""
+    """`shown`: places of the documents that the quoting adapter read, as the re-ranker has them."""
 
-    candidates: list[int]  # places of documents as the search has them, best first
-    shown: list[int]  # those that the quoting adapter read, as the re-ranker has them
-    text: str  # what it wrote
-    source: int | None = None
-    quote: str = ""
-    problem: str = ""
-    trace: list[dict[str, Any]] = field(default_factory=list)
-    speculation: dict[str, Any] = field(default_factory=dict)
-    num_tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+    shown: list[int]
+    quoted: Quoted
+    seconds: dict[str, float]  # of each stage
+
+    @property
+    def source(self) -> int | None:
+        """The document that is quoted."""
+        return None if self.quoted.place is None else self.shown[self.quoted.place]
 
 
 class Answerer:
@@ -73,10 +68,9 @@ class Answerer:
         clock.stop("search")
         shown = self.ranked(question, candidates)[:NUM_PASSAGES]
         clock.stop("rerank")
-        found = self.quoted(question, candidates, shown, constrained, drafts)
+        quoted = quote(self._server, self._adapters.quote, question, self.passages(shown), constrained, drafts)
         clock.stop("quote")
-        found.seconds = clock.seconds
-        return found
+        return Found(shown, quoted, clock.seconds)
 
     def search(self, question: str) -> list[int]:
         """Places of the nearest documents, by vectors of the files that the adapter has now."""
@@ -94,40 +88,8 @@ class Answerer:
         body = {"model": self._adapters.rerank, "query": question, "documents": texts, "return_documents": False}
         return [candidates[result["index"]] for result in self._server.post("/v1/rerank", body)["results"]]
 
-    def quoted(
-        self,
-        question: str,
-        candidates: list[int],
-        shown: list[int],
-        constrained: bool = True,
-        drafts: bool = True,
-        fields: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Found:
-        """`fields`: more of the request's body."""
-        passages = [passage(self._documents[idx].text) for idx in shown]
-        body = {
-            "model": self._adapters.quote,
-            "messages": [{"role": "user", "content": prompt(question, passages)}],
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-            "speculation": {"mode": "auto" if drafts else "off", "trace": True},
-            "return_speculation_stats": True,
-            **fields,
-        }
-        if constrained:
-            body["structured_outputs"] = {"choice": choices(passages)}
-        answered = self._server.post("/v1/chat/completions", body)
-        choice, usage = answered["choices"][0], answered["usage"]
-        found = Found(candidates, shown, choice["message"]["content"] or "", trace=choice.get("trace") or [],
-                      speculation=usage["speculation"], num_tokens=usage["completion_tokens"])  # fmt: skip
-        try:
-            source = source_of(found.text, passages)
-        except ValueError as error:
-            found.problem = str(error)
-        else:
-            if source is not None:
-                found.source, found.quote = shown[source[0]], source[1]
-        return found
+    def passages(self, shown: Sequence[int]) -> list[list[str]]:
+        return [passage(self._documents[idx].text) for idx in shown]
 
     def _made_index(self) -> Index:
         texts = [document.text for document in self._documents]

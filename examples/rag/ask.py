@@ -30,9 +30,9 @@ HERE = Path(__file__).resolve().parent
 
 def show(found: Found, documents: Sequence[Document]) -> None:
     shading = Shading(wants_colour(sys.stdout))
-    text = shading.text(msgspec.convert(found.trace, list[TokenTrace]))
-    if found.problem:
-        print(f"no answer: {visible(found.problem)}")
+    text = shading.text(msgspec.convert(found.quoted.trace, list[TokenTrace]))
+    if found.quoted.problem:
+        print(f"no answer: {visible(found.quoted.problem)}")
     elif found.source is None:
         print("not found")
     else:

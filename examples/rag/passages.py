@@ -63,6 +63,20 @@ def prompt(question: str, passages: Sequence[Sequence[str]]) -> str:
     return f"{task}\nQuestion: {question}\n\n{listed}\n\nQuestion: {question}"
 
 
+def read_prompt(text: str) -> tuple[str, list[list[str]]]:
+    """What `prompt` made it of."""
+    _, listed, asked = text.split("\n\n")
+    number, passages = 1, []
+    for line in listed.split("\n"):
+        pieces = []
+        while line:
+            piece, _, line = line.partition(f" [{number}]")
+            pieces.append(piece.removeprefix(" "))
+            number += 1
+        passages.append(pieces)
+    return asked.removeprefix("Question: "), passages
+
+
 def answer(number: int, sentence: str) -> str:
     return f"[{number}] {sentence}"
 

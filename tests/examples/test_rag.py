@@ -22,7 +22,7 @@ import ask  # noqa: E402
 from answering import Adapters, Answerer  # noqa: E402
 from client import Server  # noqa: E402
 from corpus import Document  # noqa: E402
-from passages import NOT_FOUND, choices, one_line, passage, sentences, source_of  # noqa: E402
+from passages import NOT_FOUND, choices, one_line, passage, prompt, read_prompt, sentences, source_of  # noqa: E402
 from vectors import PART, make_index  # noqa: E402
 
 TEXT = (
@@ -97,6 +97,11 @@ def test_what_the_grammar_leaves_open_is_what_the_check_takes():
     assert {number for number, _ in quoted[:-1]} == {0, 1, 2}
 
 
+def test_a_prompt_is_read_again_as_what_it_was_made_of():
+    passages = [passage(TEXT), passage("Only this one [1] here.")]
+    assert read_prompt(prompt("Which [2] fox?", passages)) == ("Which [2] fox?", passages)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -136,12 +141,13 @@ def test_answers_quote_or_say_that_there_is_nothing_and_drafts_change_none(serve
     answerer = Answerer(Server(server.url), DOCUMENTS, tmp_path)
     for question in ("Which fox jumps?", "What is a jug?"):
         found, plain = answerer.answer(question), answerer.answer(question, drafts=False)
-        assert not found.problem and found.text == plain.text
-        assert found.speculation["num_forwards"] < plain.speculation["num_forwards"] == plain.num_tokens
-        assert found.text == NOT_FOUND or found.quote in DOCUMENTS[found.source].text
+        said, plainly = found.quoted, plain.quoted
+        assert not said.problem and said.text == plainly.text
+        assert said.speculation["num_forwards"] < plainly.speculation["num_forwards"] == plainly.num_tokens
+        assert said.text == NOT_FOUND if said.is_missing else said.quote in DOCUMENTS[found.source].text
         assert sorted(found.shown) == [0, 1, 2] and set(found.seconds) == {"search", "rerank", "quote"}
     free = answerer.answer("Which fox jumps?", constrained=False)
-    assert free.problem, "random weights quote nothing"
+    assert free.quoted.problem, "random weights quote nothing"
 
 
 def test_an_embedder_that_is_replaced_between_two_questions_has_an_index_of_its_own(server, tmp_path):
