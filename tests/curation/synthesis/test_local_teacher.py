@@ -1,0 +1,49 @@
+"""A synthesis on the example rows with a tiny model as the teacher, in an engine of its own; an adapter that embeds."""
+
+import json
+
+import pytest
+from places import ROOT
+from safetensors.torch import load_file, save_file
+from served_poolers import EMBEDDER, make_pooling_adapter
+from tiny_models import make_tiny_model
+
+from specserve.cli.main import exit_code_of
+from specserve.training.data.rows import read_rows
+
+DATA = ROOT / "examples" / "data"
+
+
+@pytest.fixture
+def talker(tmp_path):
+    """A model of random weights whose texts end soon: what ends them weighs more."""
+    path = make_tiny_model(tmp_path / "talker", max_position_embeddings=4096, tie_word_embeddings=False)
+    weights = load_file(path / "model.safetensors")
+    eos = json.loads((path / "config.json").read_text())["eos_token_id"]
+    weights["lm_head.weight"][eos] *= 4
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_the_example_rows_are_seeds_for_a_model_that_runs_here(tmp_path, talker, capsys):
+    out = tmp_path / "rows.jsonl"
+    options = ("dtype=fp32", "kv_cache_gib=0.05", "num_threads=1")
+    code = exit_code_of(
+        ["synthesize", "--seeds", str(DATA / "summary.seeds.jsonl"), "--held-out", str(DATA / "summary.dev.jsonl"),
+         "--task", "Say it in one line.", "--teacher", str(talker), "--teacher-cache", str(tmp_path / "cache"),
+         *(word for option in options for word in ("--teacher-option", option)), "--per-ask", "1", "--examples", "2",
+         "--max-answer-tokens", "64", "--rows", "3", "--out", str(out)]
+    )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    assert len(read_rows(out)) == 3
+    report = json.loads((tmp_path / "rows.report.json").read_text())
+    assert report["teacher"]["requests"] >= 6 and report["teacher"]["completion_tokens"] > 0
+
+
+@pytest.mark.slow
+def test_the_report_has_the_spread_of_topics_where_an_adapter_embeds(place, tiny):
+    embedder = make_pooling_adapter(tiny, place.path / "embedder", config=EMBEDDER)
+    code, out, err = place.run("--embedder", embedder, "--model", tiny, rows=4)
+    assert code == 0 and "spread of topics" in out, err
+    diversity = place.lines("rows.report.json")[0]["diversity"]
+    assert 0 < diversity["rows"]["topic_spread"] < 2 and 0 < diversity["seeds"]["topic_spread"] < 2
