@@ -16,17 +16,15 @@ import msgspec
 
 from .asks import Answer, Ask, Reading, Reply, TopTokens
 from .errors import TeacherError
-from .hosted_body import answers_of, body_of, error_code, error_text, read_completion
+from .hosted_body import Dialect, answers_of, body_of, error_code, error_text, read_completion
 from .spec import TeacherSpec
 
 DEFAULT_CONCURRENCY = 16
 CONNECT_S = 15.0
 MAX_ANSWER_BYTES = 64 << 20
-MAX_ERROR_BYTES = 64 << 10
 # Of statuses that other attempts may not meet again; 529 is Anthropic's and others' for overload.
 RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 _REASONS_TO_END = {401: "the key is refused", 402: "there is no credit", 404: "no such address or model"}
-_LIMITS = ("max_tokens", "max_completion_tokens")  # the field's old name, which most know, and its new one
 
 
 class HostedBackend:
@@ -38,7 +36,7 @@ class HostedBackend:
         self.concurrency = spec.concurrency or DEFAULT_CONCURRENCY
         fields = msgspec.json.encode(spec.fields, order="deterministic").decode()
         self.identity = f"{spec.url}\n{spec.model}" + (f"\n{fields}" if spec.fields else "")
-        self._limit_name = _LIMITS[0]
+        self._dialect = Dialect()
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
@@ -59,7 +57,7 @@ class HostedBackend:
         try:
             async with self._session.get(f"{self._spec.url}/models", allow_redirects=False) as response:
                 if response.status == 401:
-                    raise self._refused(response, await response.content.read(MAX_ERROR_BYTES))
+                    raise self._refused(response, await self._read(response))
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
             raise TeacherError(f"the teacher's address {self._spec.url!r} is no address", ends_run=True) from None
         except aiohttp.ClientConnectorError as failure:
@@ -100,8 +98,8 @@ class HostedBackend:
 
     async def _post(self, ask: Ask, n: int, seed: int | None) -> bytes:
         assert self._session is not None
-        limit_name = self._limit_name
-        body = body_of(ask, self._spec, n, seed, limit_name)
+        dialect = self._dialect
+        body = body_of(ask, self._spec, n, seed, dialect)
         try:
             async with self._session.post(
                 f"{self._spec.url}/chat/completions",
@@ -109,9 +107,10 @@ class HostedBackend:
                 headers={"Content-Type": "application/json"},
                 allow_redirects=False,
             ) as response:
+                data = await self._read(response)
                 if response.status == 200:
-                    return await self._whole(response)
-                error = self._refused(response, await response.content.read(MAX_ERROR_BYTES))
+                    return data
+                error = self._refused(response, data)
         except TimeoutError:
             raise TeacherError(
                 f"{self._spec.name} did not answer within {self._spec.timeout_s:g} s", retryable=True, status=504
@@ -122,17 +121,18 @@ class HostedBackend:
                 retryable=True,
                 status=503,
             ) from None
-        if error.status == 400 and limit_name == _LIMITS[0] and _LIMITS[1] in str(error):
-            self._limit_name = _LIMITS[1]
-            return await self._post(ask, n, seed)
-        raise error
+        other = dialect.after(str(error)) if error.status == 400 else None
+        if other is None:
+            raise error
+        self._dialect = other
+        return await self._post(ask, n, seed)
 
-    async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         data = bytearray()
         async for chunk in response.content.iter_chunked(1 << 16):
             data += chunk
             if len(data) > MAX_ANSWER_BYTES:
-                raise TeacherError(f"{self._spec.name} sent more than {MAX_ANSWER_BYTES} bytes for one answer")
+                raise TeacherError(f"{self._spec.name} sent more than {MAX_ANSWER_BYTES} bytes in one answer")
         return bytes(data)
 
     def _refused(self, response: aiohttp.ClientResponse, data: bytes) -> TeacherError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -59,12 +60,31 @@ class Completion(msgspec.Struct):
     usage: _Usage | None = None
 
 
-def body_of(ask: Ask, spec: TeacherSpec, n: int, seed: int | None, limit_name: str) -> dict[str, Any]:
-    """What is sent for `n` of the samples; `limit_name` is the field of the longest answer."""
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Where endpoints differ: the name of the longest answer's field, and whether schemas are asked for strictly.
+
+    Some have that for a part of JSON Schema alone.
+    """
+
+    limit_name: str = "max_tokens"  # the name that most know
+    is_strict: bool = True
+
+    def after(self, error: str) -> Dialect | None:
+        """The one to try when this one was refused; None where `error` is about something else."""
+        if self.limit_name == "max_tokens" and "max_completion_tokens" in error:
+            return replace(self, limit_name="max_completion_tokens")
+        if self.is_strict and ("response_format" in error or "schema" in error):
+            return replace(self, is_strict=False)
+        return None
+
+
+def body_of(ask: Ask, spec: TeacherSpec, n: int, seed: int | None, dialect: Dialect) -> dict[str, Any]:
+    """What is sent for `n` of the samples."""
     body: dict[str, Any] = {
         "model": spec.model,
         "messages": list(ask.messages),
-        limit_name: ask.max_tokens,
+        dialect.limit_name: ask.max_tokens,
         "temperature": ask.temperature,
         "top_p": ask.top_p,
     }
@@ -77,7 +97,7 @@ def body_of(ask: Ask, spec: TeacherSpec, n: int, seed: int | None, limit_name: s
     if ask.schema is not None:
         body["response_format"] = {
             "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": dict(ask.schema), "strict": True},
+            "json_schema": {"name": "answer", "schema": dict(ask.schema), "strict": dialect.is_strict},
         }
     if ask.top_logprobs:
         body |= {"logprobs": True, "top_logprobs": ask.top_logprobs}

@@ -71,7 +71,7 @@ class Teacher:
         self._starting = asyncio.Lock()
         self._is_started = False
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._failed_in_a_row = self._num_refused = 0
+        self._failed_in_a_row = self._num_refused = self._num_done = 0
         self._fatal: TeacherError | None = None
 
     def answers(self, asks: Iterable[Ask]) -> AsyncGenerator[tuple[int, Result]]:
@@ -101,6 +101,7 @@ class Teacher:
                         reserved = most_prompt_tokens(ask) // 4 + ask.max_tokens * ask.n
                         reply = await self._tried(lambda: self._paced(ask, reserved))
                         self._cache.put(digest, self.spec.name, reply)
+                        self.usage.requests += 1
                         self._budget.spend(self.usage.add(reply, self.spec.price))
                 except TeacherError as error:
                     return self._counted(error)
@@ -193,7 +194,7 @@ class Teacher:
             self._note(error)
             raise self._fatal or error from None
         self._failed_in_a_row = 0
-        self.usage.requests += 1
+        self._num_done += 1
         return found
 
     def _counted(self, error: TeacherError) -> TeacherError:
@@ -212,7 +213,7 @@ class Teacher:
         elif self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
             told = f"{self._failed_in_a_row} requests in a row had no answer after {self.spec.max_retries} retries"
             self._end(TeacherError(f"{error}; {told}. {kept}", ends_run=True, status=error.status))
-        elif self._num_refused >= MAX_REFUSED_FIRST and not self.usage.requests:
+        elif self._num_refused >= MAX_REFUSED_FIRST and not self._num_done:
             told = f"the first {self._num_refused} requests were all refused"
             self._end(TeacherError(f"{error}; {told}. {kept}", ends_run=True, status=error.status))
 

@@ -21,6 +21,8 @@ from specserve.curation.distillation.top_logits import Student
 from specserve.errors import UserError
 from specserve.teachers import TeacherSpec, TopTokens
 from specserve.training.data.teacher_logits import read_teacher_logits
+from specserve.training.preflight import prepare
+from specserve.training.run_config import DataConfig, RunConfig
 
 PROMPTS = [{"prompt": "The quick brown fox"}, {"prompt": "Pack my box", "system": "Be brief."}, {"prompt": "A server"}]
 
@@ -70,6 +72,11 @@ async def test_teachers_here_read_their_answers(model_dir, student, tmp_path, nu
     plan = plan_of(tmp_path, specs, student, schema=schema, system="Q.")
     summary = await Distillation(plan).run()
     assert summary.rows == 3 and summary.logits["rows"] == 3
+
+    config = RunConfig(model=str(model_dir), output="out", loss="kl", data=DataConfig(train=str(plan.out), max_len=128))
+    assert [len(example.teacher) for example in prepare(config).examples] == [
+        len(top) for top in logits_of(plan, student)
+    ]
 
     base, other = (AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32) for _ in range(2))
     models = (PeftModel.from_pretrained(other, adapter), base)[:num_teachers]

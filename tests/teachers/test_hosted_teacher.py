@@ -326,6 +326,17 @@ async def test_the_newer_name_of_max_tokens_is_found(endpoint):
     assert len(results) == 12 and [("max_tokens" in body) for body in endpoint.fake.bodies].count(True) == 1
 
 
+async def test_a_schema_that_cannot_be_strict_is_asked_for_all_the_same(endpoint):
+    def picky(body, number):
+        if body["response_format"]["json_schema"]["strict"]:
+            return 400, {"error": {"message": "Invalid schema for response_format: maxLength is not permitted"}}, {}
+        return "{}"
+
+    endpoint.fake.respond = picky
+    results, _ = await endpoint.results([ask(f"q{idx}", schema={"type": "object"}) for idx in range(4)], concurrency=1)
+    assert texts(results) == [["{}"]] * 4 and len(endpoint.fake.bodies) == 5
+
+
 def test_what_endpoints_ask_to_wait():
     assert retry_after({"Retry-After": "7"}) == 7 and retry_after({"retry-after-ms": "250"}) == 0.25
     assert 50 < retry_after({"Retry-After": formatdate(time.time() + 60, usegmt=True)}) <= 61

@@ -77,7 +77,7 @@ def read_teacher_logits(rows_file: Path, tokenizer_hash: str, vocab_size: int) -
     if not path.is_file():
         raise UserError(
             f"there are no teacher's logits beside {rows_file}: {path.name} is missing; make it with `specserve "
-            "distill --logits`, or name a teacher of the same tokenizer (--set teacher=DIR)",
+            "distill --top-logprobs K`, or name a teacher of the same tokenizer (--set teacher=DIR)",
             param="data.train",
         )
     try:

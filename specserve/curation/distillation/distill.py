@@ -61,6 +61,8 @@ class Distillation:
                 check_tokenizers(teachers, self._student)
             answered = await Asking(self.plan, self._prompts, teachers).all()
             chosen = await choose(self.plan, self._way, self._prompts, answered, judge)
+            if judge is not None and self.plan.num_local > 1:
+                await judge.unload()
             counts, rows, logits = await self._with_logits(chosen, teachers)
         if not rows:
             kind, why = next(one.dropped for one in chosen if one.dropped is not None)
