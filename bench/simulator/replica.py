@@ -86,6 +86,8 @@ class Replica:
             clock=self.clock,
         )
         self.scheduler.waiting = make_queue()
+        self.on_end: Callable[[Outcome], object] = lambda outcome: None
+        self.on_left: Callable[[str], object] = lambda adapter: None  # it made room
         self.registry = AdapterRegistry(config.max_adapters, self.clock)
         self.waits = WaitEstimate(self.scheduler, lambda num: costs.seconds(Step(num, num, num, 0)))
         self._loads: dict[str, _Load] = {}
@@ -99,6 +101,10 @@ class Replica:
     def hold(self, adapter: int) -> None:
         """Have an adapter from the start."""
         self.registry.add(_Adapter(_name(adapter)), 1)  # type: ignore[arg-type]
+
+    def has(self, adapter: int) -> bool:
+        """Whether a request finds it here, or on its way."""
+        return self.registry.is_staying(_name(adapter)) or _name(adapter) in self._loads
 
     def clock(self) -> float:
         return self.now
@@ -149,6 +155,7 @@ class Replica:
                 self._bring(outcome, request)
             else:
                 outcome.error = error.code
+                self.on_end(outcome)
             return
         seq = Sequence(int(request.request_id), request)
         seq.owner = outcome
@@ -203,12 +210,14 @@ class Replica:
     def _remove(self, seq: Sequence) -> None:
         self.scheduler.remove(seq)
         self.registry.release(seq.adapter_hash or "", seq.is_background)
+        self.on_end(seq.owner)
 
     def _go_on_with_loads(self) -> None:
         if not self._loads:
             return
         self.registry.grant()
-        self.registry.take_left()
+        for left in self.registry.take_left():
+            self.on_left(left)
         for key, load in self._loads.items():
             if load.room.is_granted and not load.is_read:
                 load.is_read = True

@@ -1,7 +1,8 @@
-"""Copies of adapters on further replicas, made while the requests that ask for them are served by those that have one.
+"""Copies of adapters on further replicas, which the server's own loads know nothing of.
 
-A copy takes only room that is idle. One that cannot be made is not tried again for `PAUSE_S`. Nothing that the server
-has let go of comes back: a copy that ends too late, or is of other files by then, is let go of.
+A copy takes only room that is idle, and is read once however many ask for it. One that cannot be made is not tried
+again for `PAUSE_S`. Nothing that the server has let go of comes back: a copy that ends too late, or is of other files
+by then, is let go of.
 """
 
 from __future__ import annotations
@@ -25,34 +26,46 @@ logger = logging.getLogger(__name__)
 class Copies:
     """Of one table of `holders`; `ready` gives the replicas that serve."""
 
-    def __init__(self, holders: Holders, ready: Callable[[], Mapping[str, Member]]):
-        self._holders, self._ready = holders, ready
+    def __init__(
+        self, holders: Holders, ready: Callable[[], Mapping[str, Member]], observe_load_s: Callable[[float], object]
+    ):
+        self._holders, self._ready, self._observe_load_s = holders, ready, observe_load_s
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._not_before: dict[tuple[str, str], float] = {}
 
-    def begin(self, content_hash: str, replica: str) -> None:
-        """Have a copy there soon."""
+    def refusing(self, content_hash: str) -> list[str]:
+        """Replicas that could not take one lately."""
+        now = time.monotonic()
+        return [name for name in self._ready() if self._not_before.get((content_hash, name), 0.0) > now]
+
+    async def bring(self, content_hash: str, replica: str) -> bool:
+        """Have a copy there; whether it is."""
         key = content_hash, replica
-        if key in self._tasks or self._not_before.get(key, 0.0) > time.monotonic():
-            return
-        task = self._tasks[key] = asyncio.create_task(self._copy(content_hash, replica))
-        task.add_done_callback(lambda done: self._ended(key, done))
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(self._copy(content_hash, replica))
+            task.add_done_callback(lambda done: self._ended(key, done))
+        await asyncio.wait((task,))
+        return not task.cancelled() and task.exception() is None and replica in self._holders.of(content_hash)
 
     def _ended(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
         del self._tasks[key]
-        if not task.cancelled() and task.exception() is not None:
-            logger.debug("no copy of %s on %s: %s", key[0][:12], key[1], task.exception())
-            self._not_before[key] = time.monotonic() + PAUSE_S
-            if len(self._not_before) > MAX_PAUSES:
-                self._not_before.clear()
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.debug("no copy of %s on %s: %s", key[0][:12], key[1], task.exception())
+        if len(self._not_before) >= MAX_PAUSES:
+            self._not_before.clear()
+        self._not_before[key] = time.monotonic() + PAUSE_S
 
     async def _copy(self, content_hash: str, replica: str) -> None:
         held, member = self._holders.get(content_hash), self._ready().get(replica)
         if held is None or member is None:
             return
+        start = time.monotonic()
         answer = await member.client.load_adapter(
             held.name, held.path, held.info, is_pinned=held.is_pinned, is_prefetch=True, mount=held.mount
         )
+        self._observe_load_s(time.monotonic() - start)
         found = answer.adapter.content_hash
         if found == content_hash and self._holders.copied(content_hash, replica, answer.placement):
             logger.info("adapter %r: another copy on replica %s", held.name, replica)

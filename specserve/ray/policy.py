@@ -1,11 +1,14 @@
-"""Which replica gets a request, and which one another copy of its adapter: by who has the adapter, then by who has the
-start of the prompt, then by load.
+"""Which replica gets a request: who would be done with it first, by what each owes, what it has and how fast it is.
 
-Plain bookkeeping without clock, tensors or network: what routes and what simulates call the same code. Loads are tokens
-that a replica still owes. A cold adapter stays where it is; a hot one may have as many copies as its share of all load
-asks for, and an overloaded replica may lose any. An adapter that nobody has goes to its home: the first replica of an
-order of its own (rendezvous hashing, Thaler and Ravishankar 1998) that is not overloaded (consistent hashing with
-bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016), so that replicas which come and go move few adapters.
+Plain bookkeeping without tensors or network, its times given: what routes and what simulates call the same code. All is
+counted in tokens. A replica owes what it was sent for; one without the adapter would have to read it first, which is
+worth the tokens that it generates meanwhile; the start of a prompt that it has computed is worth what it saves. So
+requests go where their adapter is until waiting there costs more than a copy elsewhere. A copy beyond what the
+adapter's share of all load asks for counts `COPY_WEIGHT` times, since it takes room from adapters that are asked for as
+much: a cold adapter stays on one replica and a hot one spreads.
+
+What nobody has goes, where loads are about equal, to the replica that had it last, or is the first in an order that the
+adapter has of its own (rendezvous hashing, Thaler and Ravishankar 1998): few adapters move when replicas come and go.
 """
 
 from __future__ import annotations
@@ -15,22 +18,24 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from .pace import FIRST_PACE, Pace
 from .prefixes import PrefixMap
 
-BOUND = 1.25  # of the mean load, beside `SLACK_TOKENS`: who has more is overloaded
-SLACK_TOKENS = 512.0  # that a replica may owe before anybody is kept from it
 HALF_LIFE = 512  # requests after which the share of one in the load counts half
 COPIES_A_SHARE = 2.0  # copies of an adapter that asks for what one replica serves
+COPY_WEIGHT = 4.0
 PREFIX_WEIGHT = 0.25  # of a prompt token that is computed, beside one that is generated
+FIRST_LOAD_S = 0.25  # that reading an adapter is expected to take, until one was read
+LEARNING = 0.1
 MAX_RECENT = 1 << 16  # adapters that had a replica and left, and whose replica is remembered
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`replica` serves the request; `spread_to` should get a copy of its adapter meanwhile."""
+    """`replica` serves the request; it may have to read the adapter first."""
 
     replica: str
-    spread_to: str | None = None
+    has_adapter: bool
 
 
 class AffinityPolicy:
@@ -38,6 +43,8 @@ class AffinityPolicy:
 
     def __init__(self) -> None:
         self._loads: dict[str, int] = {}
+        self._paces: dict[str, Pace] = {}
+        self._load_s = FIRST_LOAD_S
         self._shares = Shares()
         self._prefixes = PrefixMap()
         self._recent: dict[str, str] = {}  # adapter -> the replica that had it last; newest last
@@ -51,20 +58,26 @@ class AffinityPolicy:
         """These serve now; what others owed is owed no more."""
         serving = set(replicas)
         for gone in self._loads.keys() - serving:
-            del self._loads[gone]
+            del self._loads[gone], self._paces[gone]
             self._prefixes.forget(gone)
         for new in sorted(serving - self._loads.keys()):
-            self._loads[new] = 0
+            self._loads[new], self._paces[new] = 0, Pace(self._mean_pace())
 
-    def began(self, replica: str, cost: int) -> None:
+    def began(self, replica: str, cost: int, now_s: float) -> None:
         """A request of so many tokens was sent there."""
         if replica in self._loads:
+            self._paces[replica].moved(now_s, is_busy=self._loads[replica] > 0)
             self._loads[replica] += cost
 
-    def ended(self, replica: str, cost: int) -> None:
+    def ended(self, replica: str, cost: int, now_s: float) -> None:
         """It is owed no more."""
         if replica in self._loads:
+            self._paces[replica].moved(now_s, is_busy=self._loads[replica] > 0, done=cost)
             self._loads[replica] = max(0, self._loads[replica] - cost)
+
+    def was_read(self, seconds: float) -> None:
+        """Reading an adapter took so long."""
+        self._load_s += LEARNING * (seconds - self._load_s)
 
     def left(self, replica: str, adapter: str) -> None:
         """`adapter` made room there; a copy in slower memory may have stayed, or its files in the disk's cache."""
@@ -81,57 +94,56 @@ class AffinityPolicy:
         holders: Collection[str] = (),
         refusing: Collection[str] = (),
     ) -> Route | None:
-        """For a request of `cost` tokens whose adapter, if it has one, `holders` have; None where nobody can serve it.
+        """For a request of `cost` tokens whose adapter, if it has one, `holders` have; None where nobody is left.
 
         `prefixes` are of `prefix_keys`; `refusing` replicas have refused it.
         """
-        serving = [replica for replica in self._loads if replica not in refusing]
-        able = serving if adapter is None else [replica for replica in serving if replica in holders]
+        able = [replica for replica in self._loads if replica not in refusing]
         if not able:
             return None
         self._shares.count(adapter or "", cost)
         matched = self._prefixes.matched_tokens(prefixes)
-        best = min(able, key=lambda replica: (self._owed_beside(replica, matched), replica))
+        reading = self._reading_tokens(adapter, holders) if adapter is not None else 0.0
+
+        def owed(replica: str) -> float:
+            missing = reading if adapter is not None and replica not in holders else 0.0
+            return self._waiting(replica) + missing - PREFIX_WEIGHT * matched.get(replica, 0)
+
+        best = min(able, key=lambda replica: (owed(replica), replica))
+        if adapter is not None and not any(replica in holders for replica in able):
+            best = self.home(adapter, refusing) or best
         self._prefixes.note(prefixes, best)
-        return Route(best, self._spread(adapter, best, able) if adapter is not None else None)
+        return Route(best, adapter is None or best in holders)
 
     def home(self, adapter: str, refusing: Collection[str] = ()) -> str | None:
-        """Where an adapter is loaded that nobody has, or only `refusing` replicas; None where there is no other."""
+        """Where an adapter is read that nobody has, or only `refusing` replicas; None where there is no other."""
         able = [replica for replica in self._loads if replica not in refusing]
         if not able:
             return None
-        limit = self._limit()
-        last = self._recent.get(adapter)
-        if last in able and self._loads[last] <= limit:
-            return last
-        ranked = sorted(able, key=lambda replica: rank(adapter, replica))
-        return next((replica for replica in ranked if self._loads[replica] <= limit), ranked[0])
+        preferred = self._recent.get(adapter)
+        if preferred not in able:
+            preferred = min(able, key=lambda replica: rank(adapter, replica))
+        drawn = self._load_s * self._mean_pace()
+        return min(
+            able, key=lambda replica: (self._waiting(replica) - (drawn if replica == preferred else 0.0), replica)
+        )
 
     def copies(self, adapter: str) -> int:
         """How many replicas may have it for its share of the load."""
         wanted = math.ceil(COPIES_A_SHARE * self._shares.of(adapter) * len(self._loads) - 1e-9)
         return min(max(1, wanted), len(self._loads))
 
-    def _owed_beside(self, replica: str, matched: dict[str, int]) -> float:
-        return self._loads[replica] - PREFIX_WEIGHT * matched.get(replica, 0)
+    def _reading_tokens(self, adapter: str, holders: Collection[str]) -> float:
+        weight = COPY_WEIGHT if len(holders) >= self.copies(adapter) else 1.0
+        return weight * self._load_s * self._mean_pace()
 
-    def _spread(self, adapter: str, best: str, holders: Sequence[str]) -> str | None:
-        others = self._loads.keys() - set(holders)
-        if not others or len(holders) >= len(self._loads):
-            return None
-        is_overloaded = self._loads[best] > self._limit()
-        if len(holders) < self.copies(adapter) and self._loads[best] > SLACK_TOKENS:
-            return self.home(adapter, refusing=holders)
-        if is_overloaded:
-            idle = self.home(adapter, refusing=holders)
-            return idle if idle is not None and self._loads[idle] <= self._mean() else None
-        return None
+    def _waiting(self, replica: str) -> float:
+        """What it owes, in tokens of a replica of mean pace: who is slow owes more."""
+        return self._loads[replica] * self._mean_pace() / self._paces[replica].tokens_per_s
 
-    def _mean(self) -> float:
-        return sum(self._loads.values()) / max(1, len(self._loads))
-
-    def _limit(self) -> float:
-        return BOUND * self._mean() + SLACK_TOKENS
+    def _mean_pace(self) -> float:
+        paces = self._paces.values()
+        return sum(pace.tokens_per_s for pace in paces) / len(paces) if paces else FIRST_PACE
 
 
 class Shares:

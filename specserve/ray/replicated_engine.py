@@ -49,7 +49,7 @@ class ReplicatedEngine:
         self._config, self._channel_to = config, channel_to
         self._members: dict[str, Member] = {}
         self._policy, self._holders = AffinityPolicy(), Holders()
-        self._copies = Copies(self._holders, self._ready)
+        self._copies = Copies(self._holders, self._ready, self._policy.was_read)
         self._cost = ExpectedCost()
         self._answers_at: dict[str, str] = {}  # answer -> replica, of those with several sequences; newest last
         self._has_ready = asyncio.Event()
@@ -211,7 +211,7 @@ class ReplicatedEngine:
         while True:
             member = await self._member_for(request, cost, refusals)
             number = self._number(request.adapter_hash, member)
-            self._policy.began(member.name, cost)
+            self._policy.began(member.name, cost, time.monotonic())
             has_begun = False
             try:
                 async with member.running(), aclosing(ask(member)) as answers:
@@ -228,7 +228,7 @@ class ReplicatedEngine:
                 elif request.adapter_hash is not None:
                     self._left(member, {request.adapter_hash: number})
             finally:
-                self._policy.ended(member.name, cost)
+                self._policy.ended(member.name, cost, time.monotonic())
 
     async def _member_for(
         self, request: GenerateRequest | PoolRequest, cost: int, refusals: dict[str, UserError]
@@ -241,13 +241,20 @@ class ReplicatedEngine:
             if adapter is None or name in holders:
                 return ready[name]
         keys = prefix_keys(request.prompt_token_ids, adapter, request.cache_salt)
-        route = self._policy.route(adapter, cost, keys, holders, refusals)
-        if route is None:
-            if refusals:
-                raise next(reversed(refusals.values()))
-            raise UserError(f"no replica holds adapter {adapter} now", status=503, code="adapter_not_resident")
-        if route.spread_to is not None and adapter is not None:
-            self._copies.begin(adapter, route.spread_to)
+        cannot = set(refusals)
+        while True:
+            refusing = cannot if adapter is None else cannot | set(self._copies.refusing(adapter)) - set(holders)
+            route = self._policy.route(adapter, cost, keys, holders, refusing)
+            if route is None or (adapter is not None and not holders):
+                if refusals:
+                    raise next(reversed(refusals.values()))
+                raise UserError(f"no replica holds adapter {adapter} now", status=503, code="adapter_not_resident")
+            if route.has_adapter or (adapter is not None and await self._copies.bring(adapter, route.replica)):
+                break
+            cannot.add(route.replica)
+            ready, holders = await self._any_ready(), self._holders.of(adapter)
+        if route.replica not in ready:
+            raise EngineLostError("the replica ended before the request was sent to it; retry")
         if answer is not None:
             self._answers_at[answer.answer_id] = route.replica
             if len(self._answers_at) > MAX_ANSWERS:
@@ -276,6 +283,7 @@ class ReplicatedEngine:
         while True:
             member = await self._home(path, before, lost)
             try:
+                start = time.monotonic()
                 answer = await member.client.load_adapter(
                     name,
                     path,
@@ -290,6 +298,8 @@ class ReplicatedEngine:
                     raise
                 lost.add(member.name)
                 continue
+            if member.name not in self._holders.of(answer.adapter.content_hash):
+                self._policy.was_read(time.monotonic() - start)
             placement = self._holders.loaded(name, path, mount, answer.adapter, member.name, answer.placement)
             if is_pinned and (held := self._holders.get(answer.adapter.content_hash)) is not None:
                 held.is_pinned = True

@@ -7,6 +7,7 @@ import pytest
 
 from bench.simulator.costs import FittedCosts, Step
 from bench.simulator.replica import FirstComeQueue, Replica
+from bench.simulator.replicas import Affinity, AtRandom
 from bench.simulator.run import figures, jain, simulate
 from bench.simulator.trace import Lengths, burst, merged, poisson
 from specserve.config import EngineConfig
@@ -94,3 +95,18 @@ def test_a_caller_that_floods_an_adapter_is_not_felt_by_another_that_asks_for_it
 
 def test_jain_is_one_where_all_are_equal_and_a_share_where_one_has_everything():
     assert jain([3, 3, 3]) == 1 and jain([5, 0, 0, 0]) == 0.25 and jain([0, 0]) == 1
+
+
+def test_affinity_reads_fewer_adapters_than_chance_and_gives_everything_back():
+    lengths, loads = Lengths(40, 8), {}
+    trace = [*poisson(400, 30.0, range(40), "many", lengths=lengths)]
+    for kind in (AtRandom, Affinity):
+        replicas = [make_replica(max_adapters=12) for _ in range(4)]
+        router = kind(replicas, lengths, 0.05)
+        result = simulate(trace, replicas, router)
+        assert all(outcome.error is None for outcome in result.outcomes)
+        loads[kind] = sum(replica.registry.counts.num_loads for replica in replicas)
+        assert set(router.policy.loads.values()) == {0}
+        for replica in replicas:
+            check_given_back(replica)
+    assert loads[Affinity] < loads[AtRandom] / 1.5, loads

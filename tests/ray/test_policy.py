@@ -8,7 +8,7 @@ import pytest
 
 from specserve.messages import AdapterInfo
 from specserve.ray.holders import Holders
-from specserve.ray.policy import SLACK_TOKENS, AffinityPolicy
+from specserve.ray.policy import AffinityPolicy, Route
 from specserve.ray.prefixes import CHUNK, MAX_KEYS, PrefixMap, prefix_keys
 
 NAMES = ["a", "b", "c", "d"]
@@ -21,43 +21,71 @@ def policy():
     return policy
 
 
-def test_who_has_the_adapter_gets_the_request_and_nobody_else(policy):
-    policy.began("b", 400)
+def fill(policy, replica, tokens):
+    policy.began(replica, tokens, 0.0)
+
+
+def test_who_has_the_adapter_gets_the_request_while_a_copy_costs_more(policy):
+    for idx in range(1000):
+        policy.route(f"other-{idx}", 10)
+    reading = 4 * 0.25 * 500  # a cold adapter's: four times what is generated in the time of reading it
+    fill(policy, "b", int(reading) - 1)
     for _ in range(20):
-        route = policy.route("cold", 10, holders=["b"])
-        assert route.replica == "b" and route.spread_to is None
-    assert policy.route("cold", 10, holders=[]) is None
-    assert policy.route("cold", 10, holders=["b"], refusing=["b"]) is None
+        assert policy.route("cold", 10, holders=["b"]) == Route("b", has_adapter=True)
+    fill(policy, "b", 2)
+    route = policy.route("cold", 10, holders=["b"])
+    assert route.replica != "b" and not route.has_adapter
+    assert policy.route("cold", 10, holders=["b"], refusing=NAMES) is None
 
 
-def test_a_hot_adapter_has_as_many_copies_as_its_share_asks_for(policy):
+def test_a_hot_adapter_has_as_many_copies_as_its_share_asks_for_at_half_the_price(policy):
     for idx in range(4000):
         policy.route("hot" if idx % 2 else f"cold-{idx % 1000}", 100, holders=["a"])
     assert policy.copies("hot") == 4 and policy.copies("cold-2") == 1
-    assert policy.route("hot", 100, holders=["a"]).spread_to is None  # not while one can serve it at once
-    policy.began("a", int(SLACK_TOKENS) + 1)
-    spread = policy.route("hot", 100, holders=["a"]).spread_to
-    assert spread in {"b", "c", "d"}
-    assert policy.route("cold-2", 100, holders=["a"]).spread_to is None
-    policy.began("a", 10**5)
-    assert policy.route("cold-2", 100, holders=["a"]).spread_to in {"b", "c", "d"}  # it would wait for all of that
+    fill(policy, "a", 126)
+    assert not policy.route("hot", 100, holders=["a"]).has_adapter
+    assert policy.route("cold-2", 100, holders=["a"]).has_adapter
+
+
+def test_what_reading_takes_is_learned(policy):
+    fill(policy, "b", 600)
+    for _ in range(50):
+        policy.was_read(4.0)
+    assert policy.route("cold", 10, holders=["b"]).replica == "b"
 
 
 def test_load_decides_between_those_that_have_it(policy):
-    policy.began("a", 50)
+    fill(policy, "a", 50)
     assert policy.route("x", 10, holders=["a", "b"]).replica == "b"
     assert policy.route(None, 10).replica in {"b", "c", "d"}
-    policy.ended("a", 50)
+    policy.ended("a", 50, 1.0)
     assert set(policy.loads.values()) == {0}
+
+
+def test_a_slow_replica_gets_less(policy):
+    policy.set_replicas(["a", "b"])
+    given = Counter()
+    running = {"a": [], "b": []}
+    for tick in range(4000):
+        now = tick / 100
+        for name, ends in running.items():
+            while ends and ends[0] <= now:
+                ends.pop(0)
+                policy.ended(name, 100, now)
+        name = policy.route(None, 100).replica
+        given[name] += tick > 2000
+        policy.began(name, 100, now)
+        running[name].append(max(now, running[name][-1] if running[name] else 0) + (0.015 if name == "a" else 0.06))
+    assert 2.5 < given["a"] / given["b"] < 6, given
 
 
 def test_the_start_of_a_prompt_draws_until_load_outweighs_it(policy):
     prompt = list(range(20 * CHUNK))
     keys = prefix_keys(prompt, None, "")
     first = policy.route(None, 10, keys).replica
-    policy.began(first, 200)
+    fill(policy, first, 200)
     assert policy.route(None, 10, keys).replica == first  # 19 chunks at a quarter are more than 200
-    policy.began(first, 200)
+    fill(policy, first, 200)
     other = policy.route(None, 10, keys).replica
     assert other != first
     policy.set_replicas([name for name in NAMES if name != other])
@@ -91,7 +119,7 @@ def test_homes_are_even_and_few_move_when_a_replica_goes(policy):
 
 def test_an_overloaded_replica_is_no_home_and_one_that_had_it_is_preferred(policy):
     home = policy.home("x")
-    policy.began(home, 10**4)
+    fill(policy, home, 10**4)
     other = policy.home("x")
     assert other != home
     last = next(name for name in NAMES if name not in (home, other))

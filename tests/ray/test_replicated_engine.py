@@ -101,7 +101,7 @@ async def test_a_hot_adapter_gets_a_copy_and_unloading_takes_all_of_them(replica
     alone = await replicas.tokens(replicas.request(content_hash, max_tokens=400))
     asked = (replicas.tokens(replicas.request(content_hash, max_tokens=400)) for _ in range(12))
     assert await asyncio.gather(*asked) == [alone] * 12
-    await replicas.until(lambda: len(holders.of(content_hash)) == 2)
+    assert len(holders.of(content_hash)) == 2
     await replicas.engine.unload_adapter(content_hash, placement)
     assert not holders.of(content_hash) and not await replicas.engine.adapters()
     with pytest.raises(UserError):
