@@ -99,7 +99,7 @@ def told(student, row, *, num_top=2, end=False, change=None):
     def one(token, logprob):
         return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
 
-    others = [(b"a", -2.0), (b"no such token at all", -3.0)]
+    others = [(b"<|im_end|>", -2.0), (b"no such token at all", -3.0)]
     return {
         "content": [
             {**one(token, -0.5), "top_logprobs": [one(token, -0.5), *(one(*other) for other in others)][:num_top]}
@@ -132,15 +132,13 @@ async def test_what_an_endpoint_tells_is_mapped_to_the_student_s_tokens(endpoint
     plan = plan_of(tmp_path, [endpoint.spec], student)
     summary = await Distillation(plan).run()
     assert endpoint.bodies[0]["top_logprobs"] == 3
-    found, (a,) = logits_of(plan, student), student.tokenizer.encode("a")
+    found, end_token = logits_of(plan, student), student.tokenizer.special_tokens["<|im_end|>"]
     num_tokens = 0
     for row, top in zip(rows_of(plan), found, strict=True):
         ids = student.example(row).completion
-        assert top.ids[:, 0].tolist() == ids and top.ids[0, 1:].tolist() == [a, -1]
+        assert top.ids[:, 0].tolist() == ids and top.ids[0, 1:].tolist() == [end_token, -1]
         assert top.logprobs[0].tolist() == [-0.5, -2.0, 0.0]
-        assert (top.ids[-1].tolist(), top.logprobs[-1, 0]) == (
-            ([ids[-1], a, -1], -0.5) if end else ([ids[-1], -1, -1], 0)
-        )
+        assert top.ids[-1].tolist() == [ids[-1], -1, -1] and top.logprobs[-1, 0] == (-0.5 if end else 0.0)
         num_tokens += len(ids)
     assert summary.logits == {
         "rows": 3,

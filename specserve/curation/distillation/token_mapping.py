@@ -20,9 +20,9 @@ class TokenMapping:
     def __init__(self, tokenizer: TextTokenizer):
         self._bytes = {token: bytes(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)}
         self._ids: dict[bytes, int] = {}
-        for token, content in self._bytes.items():
-            if not tokenizer.is_special(token):
-                self._ids.setdefault(content, token)
+        # Special tokens last: their texts are their own unless letters have them, and the end of an answer is likely.
+        for token in sorted(self._bytes, key=tokenizer.is_special):
+            self._ids.setdefault(self._bytes[token], token)
         self.num_unmapped = 0
 
     def logits(self, answer: Answer, ids: Sequence[int], num_top: int) -> tuple[TopLogits | None, str | None]:
