@@ -51,6 +51,7 @@ class NearDuplicates:
         self._index: Any = MinHashLSH(num_perm=_NUM_PERM, params=bands)
         self._empty: Any = MinHash(num_perm=_NUM_PERM, hashfunc=lambda value: value)
         self._shingles: dict[str, frozenset[int]] = {}
+        self._order: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._shingles)
@@ -58,6 +59,7 @@ class NearDuplicates:
     def add(self, key: str, text: str) -> None:
         """Keep `text` under `key`, which no other has."""
         self._shingles[key] = found = self._compared(text)
+        self._order[key] = len(self._order)
         self._index.insert(key, self._signature(found))
 
     def nearest(self, text: str, but: str | None = None) -> Near | None:
@@ -65,7 +67,7 @@ class NearDuplicates:
         found = self._compared(text)
         keys = set(self._index.query(self._signature(found))) - {but}
         best: Near | None = None
-        for key in (key for key in self._shingles if key in keys) if keys else ():
+        for key in sorted(keys, key=self._order.__getitem__):
             value = similarity(found, self._shingles[key])
             if value >= self._threshold and (best is None or value > best.similarity):
                 best = Near(key, value)

@@ -6,17 +6,21 @@ it comes again. Invariant: the same candidates in the same order have the same v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os.path
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import UserError, shortened
 from ..answer_schema import AnswerSchema
 from ..contamination import HeldOut, Match
 from ..near_duplicates import NearDuplicates
-from ..text_identity import common_shingles, text_key
+from ..text_identity import common_shingles, normal_text, text_key
 from .review import Verdict
 from .row_shapes import Input, input_text
 from .seeds import Seeds
+
+_LEAST_OPENING = 16  # characters; shorter ones may be chance
+_LEAST_SEEDS = 3
 
 
 class Dropped(Exception):
@@ -49,6 +53,7 @@ class Judge:
         schema = seeds.shape.answer_schema
         self._schema = AnswerSchema(schema) if schema is not None else None
         self._limits = limits
+        self._opening = common_opening(texts)
         self.seeds_held_out: list[tuple[int, Match]] = []  # (line of a seed, the held-out row that it repeats)
         for pair in seeds.pairs if self._held_out else ():
             if (match := self._held_out_match(pair.text)) is not None:
@@ -63,6 +68,8 @@ class Judge:
     def check_input(self, input: Input, but: str | None = None) -> None:
         """Raises `Dropped`. `but` is the key of an input that this one replaces."""
         text = input_text(input)
+        if not normal_text(text).startswith(normal_text(self._opening)):
+            raise Dropped("other_form", f"it does not begin as all seeds do, with {self._opening!r}")
         equal = self._equal.get(text_key(text))
         if equal is not None and equal != but:
             raise Dropped("duplicate", f"the same as {equal}")
@@ -100,3 +107,10 @@ class Judge:
             raise Dropped("too_long", f"{num} tokens; at most {limits.most} are wanted")
         if limits.least is not None and has_all and num < limits.least:
             raise Dropped("too_short", f"{num} tokens; at least {limits.least} are wanted")
+
+
+def common_opening(texts: Sequence[str]) -> str:
+    """The whole words with which all of at least three texts begin, such as an instruction; "" where it is short."""
+    shared = os.path.commonprefix(list(texts))
+    opening = shared[: max(shared.rfind(" "), shared.rfind("\n")) + 1].rstrip()
+    return opening if len(texts) >= _LEAST_SEEDS and len(opening) >= _LEAST_OPENING else ""

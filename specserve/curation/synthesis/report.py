@@ -24,10 +24,15 @@ _REPEATS = ("duplicate", "near_duplicate")
 
 
 def make_report(
-    settings: Settings, seeds: Seeds, judge: Judge, outcome: Outcome, usage: dict[str, Any], embed: Embed | None = None
+    settings: Settings,
+    seeds: Seeds,
+    judge: Judge,
+    outcome: Outcome,
+    rows: Sequence[Candidate],
+    usage: dict[str, Any],
+    embed: Embed | None = None,
 ) -> dict[str, Any]:
-    """`usage` is the teacher's of this run; `embed` makes vectors [N, D] of texts, for the spread of topics."""
-    rows = outcome.rows
+    """`rows` are those that are written, `usage` the teacher's of this run; `embed` makes vectors [N, D] of texts."""
     texts = [input_text(row.input) for row in rows if row.input is not None]
     own = [pair.text for pair in seeds.pairs]
     verdicts = Counter(candidate.verdict for candidate in outcome.candidates)
@@ -58,7 +63,7 @@ def summary_of(report: dict[str, Any]) -> list[str]:
     if report["held_out"]["seeds"]:
         found = report["held_out"]["seeds"]
         lines.append(
-            f"warning: {len(found)} seeds repeat held-out rows, the first in line {found[0]['line']} "
+            f"warning: {len(found)} of the seeds are like held-out rows, the first in line {found[0]['line']} "
             f"({found[0]['row']}: {found[0]['how']}); what is measured there will look better than it is"
         )
     names = {

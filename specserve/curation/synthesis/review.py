@@ -21,6 +21,7 @@ from .row_shapes import Input, kind_of, read_pair
 Verdict = Literal[
     "kept",
     "malformed",  # the teacher's answer is not what was asked for
+    "other_form",  # the input does not begin as all seeds do
     "duplicate",
     "near_duplicate",
     "held_out",

@@ -91,10 +91,10 @@ def synthesize(options: Options, spec: TeacherSpec, budget: Budget, say: Say) ->
             outcome, usage = asyncio.run(_run(begin, options.rows, spec, budget))
         if not outcome.rows:
             raise UserError(f"no row came of {len(outcome.candidates)} candidates: {outcome.ended}")
-        rows = [candidate.row for candidate in outcome.rows[: options.rows] if candidate.row is not None]
-        put_lines(options.out, [*(seeds.rows if options.include_seeds else ()), *rows])
+        rows = outcome.rows[: options.rows]
+        put_lines(options.out, [*(seeds.rows if options.include_seeds else ()), *(row.row for row in rows)])
         embed = _embedder(options.embedder, options.model) if options.embedder is not None else None
-        report = make_report(settings, seeds, judge, outcome, usage, embed)
+        report = make_report(settings, seeds, judge, outcome, rows, usage, embed)
         put_lines(report_of(options.out), [report])
     return report
 

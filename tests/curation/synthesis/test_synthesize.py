@@ -68,7 +68,10 @@ def test_what_repeats_or_is_held_out_is_dropped_and_named(place):
 
 def test_seeds_that_are_held_out_are_told(place):
     code, out, _ = place.run("--held-out", place.path / "seeds.jsonl", rows=1)
-    assert code == 0 and "8 seeds repeat held-out rows, the first in line 1 (seeds.jsonl line 1: the same text)" in out
+    assert (
+        code == 0
+        and "8 of the seeds are like held-out rows, the first in line 1 (seeds.jsonl line 1: the same text)" in out
+    )
 
 
 def test_answers_are_held_to_a_schema(place):
@@ -227,6 +230,19 @@ def test_conversations_are_made_up_to_the_last_answer(place):
     assert [row["messages"] for row in place.rows()] == [[*made, end], [*made[:1], end]]
     assert sum(candidate["verdict"] == "malformed" for candidate in place.candidates()) >= 5
     assert len(read_rows(place.path / "rows.jsonl")) == 2
+
+
+def test_inputs_begin_as_all_seeds_do(place):
+    task = "Read what stands below.\n\n"
+    place.seeds([{"prompt": task + word * 5, "completion": word} for word in ("tea ", "mud ", "salt ", "silk ")])
+    inputs = [task + "new", "Read what\nstands below. Newer", "Read what stands above. No", "newest"]
+    place.endpoint.respond = lambda body, number: (
+        json.dumps({"inputs": inputs}) if what_is_asked(body) == "proposal" else "an answer"
+    )
+    assert place.run(rows=3)[0] == 1
+    found = place.candidates()[:4]
+    assert [candidate["verdict"] for candidate in found] == ["kept", "kept", "other_form", "other_form"]
+    assert found[3]["reason"] == "it does not begin as all seeds do, with 'Read what stands below.'"
 
 
 def test_labels_that_are_rare_are_shown_as_often_as_others(place):
