@@ -53,6 +53,7 @@ class LookaheadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     copy_window: Annotated[int, Meta(ge=0, le=64)]
     copy_start: Count  # prompt tokens before the first that may be copied
     vocab: list[int]  # token ids of the task vocabulary, ascending
+    head_hash: str = ""  # SHA-256 of lookahead.safetensors; of older ones nothing
     acceptance: dict[str, list[tuple[float, float]]] = {}  # source -> (right, seen) by class of confidence
 
 
@@ -78,10 +79,10 @@ class LookaheadHeadFile:
 
 
 def write_head(directory: Path, config: LookaheadConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Write both files, weights as bf16; a crash leaves the old pair or a pair that is refused by its hash."""
+    """Write both files, weights as bf16, and their hash; an end in between leaves a pair that is refused by it."""
     stored = {name: tensors[name][0].to(torch.bfloat16).contiguous() for name in WEIGHT_NAMES}
     replace_file(directory / HEAD_WEIGHTS_FILE, lambda path: save_file(stored, path, metadata={"format": "pt"}))
-    text = msgspec.json.encode(config)
+    text = msgspec.json.encode(msgspec.structs.replace(config, head_hash=file_hash(directory / HEAD_WEIGHTS_FILE)))
     replace_file(directory / HEAD_CONFIG_FILE, lambda path: path.write_bytes(text))
 
 
@@ -105,6 +106,7 @@ def read_head(
     config_path: Path,
     weights_path: Path,
     *,
+    weights_hash: str,
     lora_hash: str,
     base_hash: str,
     tokenizer_hash: str,
@@ -115,6 +117,7 @@ def read_head(
 ) -> LookaheadHeadFile:
     """Read a head and check that it belongs to this base model and to the LoRA of this hash. Raises `HeadError`.
 
+    weights_hash: of the file `weights_path`.
     The weights are mapped while they are read: nobody may write to `weights_path` meanwhile.
     """
     config = read_config(config_path)
@@ -149,6 +152,8 @@ def read_head(
                 tensors[name] = tensor.float().to(device)[None]
     except (safetensors.SafetensorError, OSError) as error:
         raise HeadError(f"{HEAD_WEIGHTS_FILE} is not readable as safetensors: {error}") from None
+    if config.head_hash not in ("", weights_hash):
+        raise HeadError(f"{HEAD_WEIGHTS_FILE} is not the file that {HEAD_CONFIG_FILE} belongs to; write both again")
     return LookaheadHeadFile(config, HeadWeights(**pad_vocab(tensors)))
 
 

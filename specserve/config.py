@@ -93,6 +93,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="draft from what an adapter served before, per adapter and cache_salt")
     ] = False
     history_dir: Annotated[Text | None, Meta(description="where that is kept over restarts; default: nowhere")] = None
+    serving_log: Annotated[
+        Text | None,
+        Meta(description="folder that keeps served prompts and outputs, for specserve refit; default: nowhere"),
+    ] = None
+    serving_log_mib: Annotated[float, Meta(gt=0, description="disk for them, MiB; the oldest go")] = 256.0
     base_head: Annotated[
         Text | None,
         Meta(description="lookahead head of the bare base, for requests without adapter and for adapters without head"),

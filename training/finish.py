@@ -75,7 +75,7 @@ def finish(
         _write_history(config, output, _calibration_rows(config, examples)[1], answered)
         del model
         record = _calibrate(config, model_dir, output, examples)
-        _rewrite_acceptance(output, record)
+        rewrite_acceptance(output, record)
     if prepared.profile.prompts and config.lora.enabled:
         write_profile(output, prepared.profile)
     share_files(output)
@@ -135,9 +135,8 @@ def _write_head(
     copy_start: int,
 ) -> None:
     """With an empty record of acceptance: it is made with the head in use."""
+    check_head(head, config.head.lr)
     tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
-    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise RunCollapsed(f"the head diverged; lower head.lr ({config.head.lr})")
     lookahead = LookaheadConfig(
         format_version=FORMAT_VERSION,
         base_hash=base_fingerprint(model_dir),
@@ -153,6 +152,12 @@ def _write_head(
         acceptance={},
     )
     write_head(output, lookahead, tensors)
+
+
+def check_head(head: LookaheadHead, rate: float) -> None:
+    """Raises `RunCollapsed` for a head that no server takes."""
+    if not all(bool(torch.isfinite(value).all()) for value in head.parameters()):
+        raise RunCollapsed(f"the head diverged; lower head.lr ({rate})")
 
 
 def _write_history(config: RunConfig, output: Path, examples: Sequence[Example], answered: Sequence[Example]) -> None:
@@ -187,6 +192,7 @@ def _calibrate(
     return lookahead.acceptance.dump()
 
 
-def _rewrite_acceptance(output: Path, record: dict[str, list[tuple[float, float]]]) -> None:
+def rewrite_acceptance(output: Path, record: dict[str, list[tuple[float, float]]]) -> None:
+    """Put the record of how often each source is right into a head's configuration."""
     config = msgspec.structs.replace(read_config(output / HEAD_CONFIG_FILE), acceptance=record)
     replace_file(output / HEAD_CONFIG_FILE, lambda path: path.write_bytes(msgspec.json.encode(config)))

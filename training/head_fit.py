@@ -104,6 +104,25 @@ def fit_head(
     return log
 
 
+@torch.no_grad()
+def expected_tokens(head: LookaheadHead, last: torch.Tensor, tapped: torch.Tensor, anchors: Anchors) -> float:
+    """Tokens that a forward gives where the head alone drafts: one, and each step ahead with the steps before it right.
+
+    From how often each step is right after the true tokens, so it is a mean over all positions, without a budget.
+    """
+    device = next(head.parameters()).device
+    right = torch.zeros(anchors.inputs.shape[1], dtype=torch.float64)
+    seen = torch.zeros_like(right)
+    for idx in torch.arange(len(anchors)).split(_BATCH_ANCHORS):
+        batch = anchors.select(idx)
+        states = [tensor[batch.rows].to(device).float() for tensor in (last, tapped)]
+        _, rate = head_loss(head, states[0], states[1], batch, 1.0)
+        num = batch.valid.sum(dim=0).double()
+        right += rate.cpu().double() * num
+        seen += num
+    return 1.0 + float((right / seen.clamp(min=1)).cumprod(dim=0).sum())
+
+
 def anchors_of(
     head: LookaheadHead, config: HeadConfig, examples: Sequence[Example], starts: Sequence[int], copy_start: int
 ) -> Anchors:

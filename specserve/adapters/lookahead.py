@@ -7,13 +7,20 @@ refused with the reason, logged and reported; the LoRA is served without it. Not
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, LOOKAHEAD_FILES, open_adapter
+from ..adapter_files import (
+    HEAD_CONFIG_FILE,
+    HEAD_WEIGHTS_FILE,
+    HISTORY_FILE,
+    LOOKAHEAD_FILES,
+    AdapterFiles,
+    open_adapter,
+)
 from ..drafters.acceptance import SharedAcceptance
 from ..drafters.head_files import BARE_BASE, HeadError, LookaheadHeadFile, read_head
 from ..drafters.task_history import HistoryError, TaskHistory
@@ -68,7 +75,7 @@ def read_base_lookahead(directory: Path, config: ModelConfig, base: BaseIdentity
     """What drafts for the base model itself, from a directory without a LoRA; nothing that is wrong in it is raised."""
     try:
         with open_adapter(directory, directory.name, names=LOOKAHEAD_FILES) as files:
-            found = read_lookahead(files.paths, BARE_BASE, directory.name, config, base)
+            found = read_lookahead(files, BARE_BASE, directory.name, config, base)
         error = f"{directory} holds no lookahead head"
     except UserError as problem:
         found, error = None, str(problem)
@@ -79,13 +86,14 @@ def read_base_lookahead(directory: Path, config: ModelConfig, base: BaseIdentity
 
 
 def read_lookahead(
-    paths: Mapping[str, Path],
+    files: AdapterFiles,
     lora_hash: str,
     name: str,
     config: ModelConfig,
     base: BaseIdentity,
 ) -> Lookahead | None:
-    """Read the files `paths`, by name, beside the LoRA of hash `lora_hash`; None when none of them is a lookahead's."""
+    """Read `files` beside the LoRA of hash `lora_hash`; None when none of them is a lookahead's."""
+    paths = files.paths
     if not paths.keys() & set(LOOKAHEAD_FILES):
         return None
     head, history, errors = None, None, []
@@ -96,6 +104,7 @@ def read_lookahead(
             head = read_head(
                 paths[HEAD_CONFIG_FILE],
                 paths[HEAD_WEIGHTS_FILE],
+                weights_hash=files.digests[HEAD_WEIGHTS_FILE].hex(),
                 lora_hash=lora_hash,
                 base_hash=base.model_hash,
                 tokenizer_hash=base.tokenizer_hash,

@@ -50,6 +50,7 @@ class LoraAdapter:
     text_hash: str | None  # of the chat template and tokenizer that it brings
     lookahead: Lookahead | None = None  # what drafts for it; None for a plain LoRA
     pooling: Pooling | None = None  # None for one that generates
+    lora_hash: str = ""  # SHA-256 of the LoRA's weights alone, which stays when its head is another one
 
     @property
     def adapter_type(self) -> AdapterType:
@@ -141,11 +142,12 @@ def _read_files(
     embed, lm_head = by_module.pop(EMBED, None), by_module.pop(LM_HEAD, None)
     layers = {_layer_and_module(module): pair for module, pair in by_module.items()}
     highest = max(pair.a.shape[0] for pair in pairs.values())
-    lookahead = None
+    lookahead, lora_hash = None, files.digests[WEIGHTS_FILE].hex()
     if base.identity is not None:
-        digest = files.digests[WEIGHTS_FILE].hex()
-        lookahead = read_lookahead(files.paths, digest, name, base.config, base.identity)
-    return LoraAdapter(name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead, pooling)
+        lookahead = read_lookahead(files, lora_hash, name, base.config, base.identity)
+    return LoraAdapter(
+        name, files.content_hash, layers, embed, lm_head, highest, files.text_hash, lookahead, pooling, lora_hash
+    )
 
 
 def _layer_and_module(name: str) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from .label import label
 from .leaderboard import leaderboard
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
 from .ray import ray
+from .refit import refit
 from .route import route
 from .sweep import sweep
 from .synthesize import synthesize
@@ -302,6 +303,7 @@ def completion(shell: str) -> None:
 
 cli.add_command(train)
 cli.add_command(evaluate)
+cli.add_command(refit)
 cli.add_command(sweep)
 cli.add_command(distill)
 cli.add_command(leaderboard)

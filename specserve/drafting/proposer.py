@@ -17,6 +17,7 @@ from ..adapters.lookahead import Lookahead
 from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
 from ..drafters.grammar_source import GrammarSource
+from ..drafters.head_files import BARE_BASE
 from ..drafters.head_source import HeadSource
 from ..drafters.history_source import HistorySource
 from ..drafters.native import NativeDrafts
@@ -34,6 +35,7 @@ from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan, no_draft
 from .growth import DraftGrowth
 from .native_growth import NativeGrowth
 from .served_history import ServedHistories
+from .serving_log import ServingLog
 from .step_costs import StepCosts, StepSeconds, Verified
 from .step_ways import Live, Load, StepWays
 from .switch import DraftSwitch
@@ -83,6 +85,9 @@ class Proposer:
         self._ways = StepWays() if is_asynchronous else None
         self._live = Live()
         self._served: ServedHistories | None = None
+        self._log: ServingLog | None = None
+        if config.serving_log:
+            self._log = ServingLog(Path(config.serving_log).expanduser(), int(config.serving_log_mib * (1 << 20)))
         if config.learn_history:
             directory = Path(config.history_dir).expanduser() if config.history_dir else None
             self._served = ServedHistories(directory, vocab_size)
@@ -90,6 +95,9 @@ class Proposer:
     def learn(self, request: AnyRequest, output: Sequence[int]) -> None:
         """Remember a finished output, if the engine is set to."""
         adapter = self._adapters.get(request.adapter_hash or "")
+        if self._log is not None:
+            lora_hash = adapter.lora_hash if adapter is not None else BARE_BASE
+            self._log.add(lora_hash, request.cache_salt, request.prompt_token_ids, output)
         if self._served is None or adapter is None or len(output) < 2:
             return
         base = adapter.lookahead.history if adapter.lookahead is not None else None
@@ -99,6 +107,8 @@ class Proposer:
         """Save what was learned."""
         if self._served is not None:
             self._served.close()
+        if self._log is not None:
+            self._log.close()
 
     def start(self, seq: EngineSequence) -> GrowingDraft:
         """What drafts for a new sequence, until `end`; whatever that holds is freed when nobody holds it any more."""

@@ -153,7 +153,8 @@ def _known(spec: LabelFile, texts: Sequence[str]) -> dict[str, list[Known]]:
             if isinstance(answer, bool):
                 answer = "yes" if answer else "no"
             if answer is not None and not isinstance(answer, tuple if question.several else str):
-                kind = {str: "one label", tuple: "a list"}.get(type(answer), "probabilities")
+                names: dict[type, str] = {str: "one label", tuple: "a list"}
+                kind = names.get(type(answer), "probabilities")
                 raise UserError(
                     f"gold: {spec.gold} line {row.line if row else 0} answers {name!r} with {kind}, and the label file "
                     f"has several: {str(question.several).lower()}, for which "

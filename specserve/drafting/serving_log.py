@@ -1,0 +1,141 @@
+"""What was served, as tokens on disk, for a head that is fitted to it: a file for each (LoRA, tenant), bounded.
+
+Off unless a folder is named. The tenant is the request's `cache_salt`, as of drafts that are learned. Files are their
+user's alone. A thread of its own writes: a disk that is slow or full costs records and never a step. A file that is
+full becomes its own predecessor, whose content goes; where all are too large, those that were written to longest ago
+go. A record that was torn by an end is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+SUFFIX, OLD_SUFFIX = ".served", ".served.old"
+MAX_FILES = 1024  # clients may name a salt for each request
+MAX_TOKENS = 32_768  # of a record; longer ones are left out
+_SHARE = 8  # one file takes this part of all bytes at most, its predecessor included
+_WAITING = 1024  # records in memory; more are left out
+
+logger = logging.getLogger(__name__)
+
+
+class Served(NamedTuple):
+    """A finished output and its prompt, token ids."""
+
+    at: float  # seconds since 1970
+    prompt: list[int]
+    output: list[int]
+
+
+class ServingLog:
+    """Writes to `directory`, at most `max_bytes` in all."""
+
+    def __init__(self, directory: Path, max_bytes: int):
+        self._directory, self._max_bytes = directory, max_bytes
+        self._queue: queue.Queue[tuple[str, str, Served] | None] = queue.Queue(_WAITING)
+        self._is_warned = False
+        self._thread = threading.Thread(target=self._write_all, name="serving-log", daemon=True)
+        self._thread.start()
+
+    def add(self, lora_hash: str, tenant: str, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """Keep an output of the LoRA with this hash; returns at once."""
+        if len(output) < 2 or len(prompt) + len(output) > MAX_TOKENS:
+            return
+        try:
+            self._queue.put_nowait((lora_hash, tenant, Served(time.time(), list(prompt), list(output))))
+        except queue.Full:
+            self._warn("the disk is too slow; outputs are left out")
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _write_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                self._write(*item)
+            except OSError as error:
+                self._warn(f"{error.strerror}; outputs are left out")
+
+    def _write(self, lora_hash: str, tenant: str, served: Served) -> None:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._directory / _file_name(lora_hash, tenant)
+        line = json.dumps(served._asdict()).encode() + b"\n"
+        size = path.stat().st_size if path.exists() else 0
+        if size and size + len(line) > self._max_bytes // (2 * _SHARE):
+            os.replace(path, path.with_suffix(OLD_SUFFIX))
+            size = 0
+        if not size:
+            line = json.dumps({"lora_hash": lora_hash, "tenant": tenant}).encode() + b"\n" + line
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "ab", buffering=0) as file:
+            file.write(line)
+        if not size:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Called for each new file, so that what is beyond the bound is at most one file for each tenant since."""
+        files = sorted(_files(self._directory), key=lambda found: found[1].st_mtime)
+        total = sum(status.st_size for _, status in files)
+        while files and (len(files) > MAX_FILES or total > self._max_bytes * (_SHARE - 1) // _SHARE):
+            path, status = files.pop(0)
+            path.unlink(missing_ok=True)
+            total -= status.st_size
+
+    def _warn(self, reason: str) -> None:
+        if not self._is_warned:
+            logger.warning("the serving log in %s takes no more for now: %s", self._directory, reason)
+        self._is_warned = True
+
+
+def read_served(directory: Path, lora_hash: str, key: str | None = None) -> list[Served]:
+    """What was served of the LoRA, the oldest first; `key`: of the key of that name alone.
+
+    Raises `OSError` for a folder or file that cannot be read.
+    """
+    found = []
+    for path, _ in _files(directory):
+        lines = _lines(path)
+        header = next(lines, {})
+        if header.get("lora_hash") == lora_hash and (key is None or _is_of(header.get("tenant"), key)):
+            found += [Served(**line) for line in lines if line.keys() == set(Served._fields)]
+    return sorted(found, key=lambda served: served.at)
+
+
+def _is_of(tenant: object, key: str) -> bool:
+    """Salts of keys begin with the length of their name and the name."""
+    return isinstance(tenant, str) and tenant.startswith(f"{len(key)}:{key}:")
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in directory.iterdir():
+        if path.name.endswith((SUFFIX, OLD_SUFFIX)):
+            try:
+                yield path, path.stat()
+            except FileNotFoundError:
+                continue
+
+
+def _file_name(lora_hash: str, tenant: str) -> str:
+    return hashlib.sha256(f"{lora_hash}\0{tenant}".encode()).hexdigest()[:40] + SUFFIX

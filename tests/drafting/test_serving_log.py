@@ -1,0 +1,134 @@
+"""The log of what was served: private, bounded, apart for each LoRA and tenant, and never in a step's way."""
+
+import os
+import stat
+
+import pytest
+from engine_fixture import make_engine, request, run, tokens_of
+from peft_adapters import make_peft_adapter
+from tiny_models import make_tiny_model
+
+from specserve.adapter_files import WEIGHTS_FILE
+from specserve.drafters.head_files import file_hash
+from specserve.drafting import serving_log
+from specserve.drafting.serving_log import ServingLog, read_served
+
+
+def log_of(directory, *records, max_bytes=1 << 20):
+    log = ServingLog(directory, max_bytes)
+    for record in records:
+        log.add(*record)
+    log.close()
+
+
+def outputs(directory, *which):
+    return [served.output for served in read_served(directory, *which)]
+
+
+def test_outputs_are_read_by_lora_and_key(tmp_path):
+    log_of(
+        tmp_path / "log",
+        ("a" * 64, "", [1, 2], [3, 4]),
+        ("a" * 64, "3:bob:", [1], [5, 6]),
+        ("a" * 64, "3:bob:x", [1], [7, 8]),
+        ("a" * 64, "5:bobby:", [1], [9, 9]),
+        ("b" * 64, "", [1], [8, 8]),
+        ("", "", [1], [2, 2]),
+        ("a" * 64, "", [1], [3]),  # too short to draft for
+    )
+    assert outputs(tmp_path / "log", "a" * 64) == [[3, 4], [5, 6], [7, 8], [9, 9]]
+    assert outputs(tmp_path / "log", "a" * 64, "bob") == [[5, 6], [7, 8]]
+    assert outputs(tmp_path / "log", "b" * 64) == [[8, 8]]
+    assert outputs(tmp_path / "log", "") == [[2, 2]]
+    assert read_served(tmp_path / "log", "b" * 64)[0].prompt == [1]
+
+
+def test_files_are_their_users_alone(tmp_path):
+    log_of(tmp_path / "log", ("a", "", [1, 2], [3, 4]))
+    (file,) = (tmp_path / "log").iterdir()
+    assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert b"bob" not in file.name.encode()
+
+
+def test_the_log_is_bounded_and_keeps_the_newest(tmp_path, monkeypatch):
+    limit = 16_000
+    records = [("a", str(tenant), [1] * 20, [number, tenant] * 10) for number in range(100) for tenant in range(3)]
+    log_of(tmp_path / "log", *records, max_bytes=limit)
+    assert sum(path.stat().st_size for path in (tmp_path / "log").iterdir()) <= limit
+    found = outputs(tmp_path / "log", "a")
+    assert [99, 0] * 10 in found and [0, 0] * 10 not in found
+    monkeypatch.setattr(serving_log, "MAX_FILES", 4)
+    log_of(tmp_path / "log", *(("a", f"salt-{number}", [1], [number, 1]) for number in range(20)), max_bytes=limit)
+    assert len(list((tmp_path / "log").iterdir())) <= 4
+    assert [19, 1] in outputs(tmp_path / "log", "a")
+
+
+def test_a_torn_line_is_passed_over_and_the_file_goes_on(tmp_path):
+    log_of(tmp_path, ("a", "", [1], [2, 3]), ("a", "", [1], [4, 5]))
+    (file,) = tmp_path.iterdir()
+    os.truncate(file, file.stat().st_size - 5)
+    with open(file, "ab") as stream:
+        stream.write(b"\n")
+    log_of(tmp_path, ("a", "", [1], [6, 7]))
+    assert outputs(tmp_path, "a") == [[2, 3], [6, 7]]
+
+
+def test_a_disk_that_takes_nothing_costs_records_and_is_said_once(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    log_of(tmp_path / "file" / "log", *[("a", "", [1], [2, 3])] * 3)
+    assert caplog.text.count("takes no more for now") == 1
+
+
+def test_a_link_in_a_files_place_is_not_followed(tmp_path, caplog):
+    log_of(tmp_path / "log", ("a", "", [1], [2, 3]))
+    (file,) = (tmp_path / "log").iterdir()
+    target = tmp_path / "target"
+    target.write_text("")
+    file.unlink()
+    file.symlink_to(target)
+    log_of(tmp_path / "log", ("a", "", [1], [2, 3]))
+    assert target.read_text() == "" and "takes no more" in caplog.text
+
+
+def test_a_full_queue_leaves_records_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(serving_log, "_WAITING", 1)
+    log = ServingLog(tmp_path / "log", 1 << 20)
+    write, blocked = log._write, []
+
+    def slow(*item):
+        while not blocked:
+            pass
+        write(*item)
+
+    monkeypatch.setattr(log, "_write", slow)
+    for number in range(5):
+        log.add("a", "", [1], [number, 1])
+    blocked.append(True)
+    log.close()
+    assert 1 <= len(outputs(tmp_path / "log", "a")) <= 3 and "too slow" in caplog.text
+
+
+@pytest.mark.parametrize("prompt_len", [serving_log.MAX_TOKENS])
+def test_outputs_beyond_the_limit_are_left_out(tmp_path, prompt_len):
+    log_of(tmp_path, ("a", "", [1] * prompt_len, [2, 3]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_keeps_what_each_lora_and_the_base_served(tmp_path):
+    model_dir = make_tiny_model(tmp_path / "model")
+    adapter = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.3)
+    engine = make_engine(model_dir, serving_log=str(tmp_path / "log"))
+    key = engine.load_adapter("a", adapter).content_hash
+    asked = [
+        request(0, [5, 6, 7], max_tokens=9, ignore_eos=True),
+        request(1, [5, 6, 8], adapter=key, salt="3:bob:x", mode="fixed", max_tokens=7, ignore_eos=True),
+        request(2, [5, 6, 9], adapter=key, max_tokens=1),
+    ]
+    results = tokens_of(run(engine, asked))
+    engine.close()
+    lora_hash = file_hash(adapter / WEIGHTS_FILE)
+    (base,), (own,) = read_served(tmp_path / "log", ""), read_served(tmp_path / "log", lora_hash)
+    assert (base.prompt, base.output) == ([5, 6, 7], results["0"])
+    assert (own.prompt, own.output) == ([5, 6, 8], results["1"])
+    assert read_served(tmp_path / "log", lora_hash, "bob") == [own]
