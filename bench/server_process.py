@@ -1,4 +1,4 @@
-"""`specserve serve` in a process of its own, for benches that ask it over HTTP."""
+"""`specserve serve`, or `specserve ray`, in a process of its own, for benches that ask it over HTTP."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def serving(model: str, *flags: str) -> Iterator[Serving]:
+def serving(model: str, *flags: str, program: str = "serve") -> Iterator[Serving]:
     """A server once it is ready; it ends with the context."""
-    command = [sys.executable, "-m", "specserve.cli", "serve", model, "--port", "0", *flags]
+    command = [sys.executable, "-m", "specserve.cli", program, "--model", model, "--port", "0", *flags]
     env = os.environ | {"SPECSERVE_LOG_LEVEL": "warning"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     url, log, ready = [""], [], threading.Event()

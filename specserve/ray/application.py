@@ -13,7 +13,7 @@ from ray.serve.schema import LoggingConfig
 
 from .. import settings
 from ..config import RayConfig
-from .front import Front
+from .front import Front, forwarder
 from .replica import EngineReplica
 
 NAME = "specserve"
@@ -24,12 +24,12 @@ LEAVE_S = 10.0  # beside the drain, until Ray kills who has not left
 
 def app(arguments: dict[str, str]) -> Application:
     """For `serve run specserve.ray:app KEY=VALUE ..`: keys are settings, `config` a file of them."""
-    given = {key: value for key, value in arguments.items() if key != "config"}
-    return application(settings.load(RayConfig, given, os.environ, arguments.get("config")))
+    given = {"port": "0", **{key: value for key, value in arguments.items() if key != "config"}}
+    return application(settings.load(RayConfig, given, os.environ, arguments.get("config")), has_proxies=True)
 
 
-def application(config: RayConfig) -> Application:
-    """Of these settings."""
+def application(config: RayConfig, *, has_proxies: bool = False) -> Application:
+    """Of these settings; Ray's HTTP proxies hand on what they get if it `has_proxies`."""
     if config.num_threads is None and config.device != "cuda":
         config = msgspec.structs.replace(config, num_threads=max(1, int(config.replica_cpus)))
     options: dict[str, Any] = {"num_replicas": config.num_replicas}
@@ -56,7 +56,7 @@ def application(config: RayConfig) -> Application:
         **options,
     )
     front = serve.deployment(
-        Front,
+        serve.ingress(forwarder)(Front) if has_proxies else Front,
         name="Front",
         num_replicas=1,
         max_ongoing_requests=MAX_CALLS,

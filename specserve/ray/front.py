@@ -1,8 +1,8 @@
 """The front as a Ray Serve deployment: the HTTP server, whose engine is all replicas.
 
-It listens itself: Ray's proxies speak ASGI, which aiohttp does not, and a hop more for every event would cost what it
-saves. There is one front, so that limits of keys, names of adapters and batches are one; Ray starts it again where it
-fails, and replicas that are there serve it at once.
+It listens itself, so that events of a stream pass no further process; what comes by Ray's proxies is handed to it
+(`asgi`). There is one front, so that limits of keys, names of adapters and batches are one; Ray starts it again where
+it fails, and replicas that are there serve it at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Sequence
 
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ..config import RayConfig
@@ -19,6 +20,7 @@ from ..errors import UserError
 from ..log_lines import configure_logging
 from ..model.store import resolve_model
 from ..server.app import Server, bind
+from .asgi import Forwarder
 from .replicated_engine import ReplicatedEngine
 from .serve_channel import ServeChannel
 
@@ -72,3 +74,12 @@ class Front:
         self._stop.set()
         self._greeting.cancel()
         await asyncio.wait((self._serving,))
+
+
+def forwarder() -> Forwarder:
+    """Of the front in this process."""
+
+    async def url() -> str:
+        return await serve.get_replica_context().servable_object.url()  # type: ignore[attr-defined]
+
+    return Forwarder(url)

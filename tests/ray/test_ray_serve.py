@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import requests
 from server_fixture import ServerProcess, command_of
+from waiting import wait_until
 
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.slow
@@ -210,12 +211,13 @@ def test_who_is_killed_under_load_loses_only_its_streams_and_comes_back(server, 
     server.wait_baseline()
 
 
-def test_a_client_that_leaves_ends_its_sequence(server):
-    with requests.post(
-        server.url + "/v1/completions", json={**body_of("a", "The", 3900), "stream": True}, stream=True, timeout=60
-    ) as response:
+def test_a_client_that_leaves_ends_its_sequences(server):
+    aborted = 'request_success_total{finished_reason="abort"}'
+    before = server.metrics().get(aborted, 0)
+    body = {**body_of("a", "The", 3900), "n": 8, "speculation": {"mode": "off"}, "stream": True}
+    with requests.post(server.url + "/v1/completions", json=body, stream=True, timeout=60) as response:
         next(response.iter_lines())
-        assert server.metrics()["num_requests_running"] == 1
+    wait_until(lambda: server.metrics().get(aborted, 0) == before + 8)
     server.wait_baseline()
 
 
