@@ -32,7 +32,7 @@ _PLAIN = ("data", "out", "samples", "temperature", "top_p", "max_tokens", "seed"
     required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Where the rows go; FILE.summary.json is beside it.",
+    help="Where the rows go; rows.summary.json is written beside rows.jsonl.",
 )
 @click.option(
     "-n",
@@ -81,7 +81,7 @@ _PLAIN = ("data", "out", "samples", "temperature", "top_p", "max_tokens", "seed"
     default=0,
     show_default=True,
     metavar="K",
-    help="Write the teachers' K most likely tokens at each token, for --set loss=kl of train.",
+    help="Write the teachers' K most likely tokens at each token, for `train --set loss=mixed`.",
 )
 @click.option("--student", metavar="MODEL", default="", help="With --top-logprobs: the model that will be trained.")
 @click.option("--from-cache", is_flag=True, help="Ask nobody: make rows of the answers that there are.")
