@@ -76,7 +76,7 @@ def _options() -> tuple[_Option[Any], ...]:
         click.option("--teacher-timeout-s", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True,
                      metavar="X", help="Longest wait for one answer."),
         click.option("--teacher-retries", type=click.IntRange(0, 100), default=6, show_default=True, metavar="N",
-                     help="Further attempts at a request that met 5xx, a timeout or a cut connection; 429 is waited for."),
+                     help="Further attempts at a request that met 5xx, a timeout or a cut; 429 is waited for."),
         click.option("--teacher-option", multiple=True, metavar="KEY=VALUE",
                      help="A setting of the engine of a teacher that runs here, as in dtype=bf16; may be repeated."),
         click.option("--teacher-field", multiple=True, metavar="KEY=JSON",
