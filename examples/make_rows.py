@@ -1,13 +1,16 @@
 """Write the rows of the demo tasks that pool (search, rerank, tags) from those of summary and debtags.
 
-search: a package's one-line description finds its long one. rerank: the same, among documents that BM25 takes for the
-nearest. tags: facets of a package as questions about its description, answered in one pass. Needs rank-bm25.
+search: a package's one-line description finds its long one; no row resembles a held-out one. rerank: the same, among
+documents that BM25 takes for the nearest and, with --embedder, an adapter that embeds. tags: facets of a package as
+questions about its description, answered in one pass. Needs rank-bm25.
 
     python examples/make_rows.py --data examples/data --out out/rows
 """
 
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +66,45 @@ def paragraphs(text: str) -> list[str]:
 
 
 class Nearest:
-    """The documents that BM25 ranks highest for a query."""
+    """The documents that rank highest for a query, by BM25 and, with an adapter that embeds, by cosines in turn."""
 
-    def __init__(self, pairs: list[Pair]):
+    def __init__(self, pairs: list[Pair], embedder: Path | None = None):
         self._documents = list(dict.fromkeys(text for _, text in pairs))
         self._bags = [frozenset(words(text)) for text in self._documents]
         self._index = BM25Okapi([words(text) for text in self._documents])
+        self._cosines = cosines_of(embedder, pairs, self._documents) if embedder is not None else {}
 
     def __call__(self, pair: Pair, num: int) -> list[str]:
         """Without its own, and without those of nearly the same words, which probably fit, too."""
-        scores = self._index.get_scores(words(pair[0]))
         own, found = frozenset(words(pair[1])), []
-        for idx in sorted(range(len(scores)), key=lambda idx: -scores[idx]):
+        lists = [self._order(self._index.get_scores(words(pair[0])))]
+        if pair[0] in self._cosines:
+            lists.append(self._order(self._cosines[pair[0]]))
+        for idx in itertools.chain.from_iterable(zip(*lists, strict=True)):
             if len(found) == num:
                 break
-            if not is_near(self._bags[idx], own, 0.8):
+            if not is_near(self._bags[idx], own, 0.8) and self._documents[idx] not in found:
                 found.append(self._documents[idx])
         return found
+
+    def _order(self, scores: Sequence[float]) -> list[int]:
+        return sorted(range(len(scores)), key=lambda idx: -scores[idx])
+
+
+def cosines_of(embedder: Path, pairs: list[Pair], documents: list[str]) -> dict[str, Sequence[float]]:
+    """Of each line with all documents."""
+    from specserve.adapters.pooling_config import parse_pooling_config
+    from specserve.model.store import resolve_model
+    from specserve.text.tokenizer import TextTokenizer
+    from specserve.training.pooling.examples import ExampleEncoder
+    from specserve.training.pooling.served import ServedTexts
+
+    model_dir = resolve_model("")
+    shape = parse_pooling_config(embedder.name, (embedder / "pooling_config.json").read_bytes())
+    encoder, lines = ExampleEncoder(TextTokenizer(model_dir), shape), list(dict.fromkeys(line for line, _ in pairs))
+    texts = [*map(encoder.query, lines), *map(encoder.document, documents)]
+    vectors = ServedTexts(model_dir, embedder, max(map(len, texts))).vectors(texts)
+    return dict(zip(lines, (vectors[: len(lines)] @ vectors[len(lines) :].T).tolist(), strict=True))
 
 
 def search_rows(pairs: list[Pair], nearest: Nearest | None) -> list[dict[str, Any]]:
@@ -115,15 +140,18 @@ def tags_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the files go.")
 @click.option("--negatives", type=click.IntRange(1), default=3, show_default=True, help="Of each row of rerank.")
 @click.option("--rerank-rows", type=click.IntRange(1), default=100, show_default=True, help="They are long.")
-def main(data: Path, out: Path, negatives: int, rerank_rows: int) -> None:
+@click.option(
+    "--embedder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Ranks for rerank, too."
+)
+def main(data: Path, out: Path, negatives: int, rerank_rows: int, embedder: Path | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     held_out = summary_pairs(read(data / "summary.dev.jsonl"))
     given = summary_pairs(read(data / "summary.train.jsonl")) + debtags_pairs(read(data / "debtags.train.jsonl"))
     for part, pairs in (("train", apart(given, held_out)), ("dev", held_out)):
-        nearest = Nearest(pairs)
+        nearest, ranked = Nearest(pairs), pairs[:rerank_rows]
         made = {
             "search": search_rows(pairs, nearest if part == "train" else None),
-            "rerank": reranked_rows(pairs[:rerank_rows], nearest, negatives),
+            "rerank": reranked_rows(ranked, Nearest(ranked, embedder) if embedder else nearest, negatives),
             "tags": tags_rows(read(data / f"debtags.{part}.jsonl")),
         }
         for task, rows in made.items():
