@@ -65,8 +65,6 @@ def main(
     elif peer == "vllm":
         assert python is not None
         figures = measure_vllm(base, python, batch, tokens, rounds, dtype)
-        for case in ("no_lora", "mixed_lora"):
-            click.echo(f"{case}: ratio {figures[case]['ratio']}, wanted {figures[case]['wanted']}")
     else:
         figures = measure_speed(base, batch, tokens, rounds, dtype)
         click.echo(f"ratio {figures['ratio']}, largest difference {figures['largest_difference']}")

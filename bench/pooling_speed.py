@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ class Vllm:
             "max_model_len": tokens + 1,
         }
         env = vllm_cpu.environment(python, KV_CACHE_GIB)
+        env["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "1800"  # on busy cores its 300 have ended a step with LoRAs
         self._worker = Worker("vllm_pooling", python, settings, env, START_TIMEOUT_S)
         self.info, self.close = self._worker.info, self._worker.close
 
@@ -150,6 +152,7 @@ def measure_vllm(base: BaseModel, python: str, batch: int, tokens: int, rounds: 
             pools = {"specserve": ours.pool, "vllm": vllm.pool}
             figures = _in_turns(pools, texts(batch, tokens), rounds, WANTED["vllm"], compare)
             cases[name] = {**figures, "largest_difference": max(apart), "vllm": vllm.info}
+            click.echo(f"{name}: ratio {figures['ratio']}, largest difference {max(apart)}")
     return {**_settings(batch, tokens, dtype, threads), **cases}
 
 
