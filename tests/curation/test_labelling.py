@@ -18,6 +18,7 @@ from specserve.curation.labelling.label_model import combined, too_few
 from specserve.curation.labelling.run import label
 from specserve.errors import UserError
 from specserve.teachers import TeacherSpec
+from specserve.training.data.rows import read_rows
 from specserve.training.pooling.rows import read_pooling_rows
 
 TEXTS = ["a red fox", "the lazy dog", "fox and dog", "a jug of wine", "nothing here"]
@@ -88,6 +89,23 @@ async def test_patterns_and_functions_become_rows_that_classify_reads(folder):
     assert done.report["questions"]["beast"]["majority"]["accuracy"] == 1.0
     warnings = "\n".join(done.report["warnings"])
     assert "beast: 'never' never votes" in warnings and "fewer than 3 functions vote on long, from" in warnings
+
+
+async def test_rows_for_models_that_write_have_weights(folder):
+    beast = BEAST[: BEAST.index("traits:")]
+    await label(read_label_file(written(folder, beast, prompt="'What is in: {text}?'", label_model="majority")))
+    rows = read_rows(folder / "out.jsonl")
+    assert rows[0].conversation.messages[0]["content"] == "What is in: a red fox?"
+    weights = {c.messages[-1]["content"]: c.weight for c in (rows[2].conversation, *rows[2].conversation.others)}
+    assert weights == {"fox": pytest.approx(2 / 3, abs=1e-4), "dog": pytest.approx(1 / 3, abs=1e-4)}
+    await label(read_label_file(written(folder, BEAST, prompt="'{text}'", label_model="majority")))
+    second = read_rows(folder / "out.jsonl")[1].conversation
+    assert json.loads(second.messages[-1]["content"]) == {"beast": "dog", "traits": ["long"]}
+    assert second.weight == pytest.approx(2 / 3, abs=1e-4)  # one of three says that it is odd
+    await label(read_label_file(written(folder, beast, prompt="'{text}'", soft="false")))
+    assert json.loads((folder / "out.jsonl").read_text().splitlines()[1]) == {
+        "prompt": "the lazy dog", "completion": "dog"
+    }  # fmt: skip
 
 
 async def test_votes_are_kept_and_only_what_changed_is_asked_again(folder):
@@ -244,6 +262,7 @@ def test_what_is_wrong_with_a_label_file(folder, change, message, capsys):
         ({"gold": "soft.jsonl"}, None, "soft.jsonl line 1 answers 'beast' with probabilities"),
         ({}, "", "holds no rows"),
         ({"label_model": "snorkel"}, None, "label_model"),
+        ({"prompt": "who"}, None, "prompt: it holds no {text}"),
         ({"data": "nowhere.jsonl"}, None, "cannot read"),
     ],
 )

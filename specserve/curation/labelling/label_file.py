@@ -50,9 +50,10 @@ class QuestionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 class LabelFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     data: str  # JSONL
-    output: str  # JSONL of rows that classify learns from
+    output: str  # JSONL of rows that classify learns from, or with `prompt` of rows that answer it
     questions: Annotated[dict[Name, QuestionSpec], Meta(min_length=1)]
     text_field: str = "text"
+    prompt: str | None = None  # {text} is filled in; the answers are what a model learns to write
     gold: str | None = None  # rows of classify whose answers are known; used to judge, never to label
     label_model: LabelModel = "dawid_skene"
     soft: bool = True  # probabilities; false: the likeliest answer
@@ -74,6 +75,8 @@ def read_label_file(path: Path) -> LabelFile:
         reason, _, place = str(error).partition(" - at `$")
         key = place.rstrip("`").lstrip(".").replace("[...]", "") or "the file"
         raise UserError(f"{path}: {key}: {reason}", param=key) from None
+    if spec.prompt is not None and "{text}" not in spec.prompt:
+        raise UserError(f"{path}: prompt: it holds no {{text}}, so that every row would be the same", param="prompt")
     for name, question in spec.questions.items():
         _check_question(str(path), f"questions.{name}", name, question)
     changes: dict[str, Any] = {"data": _beside(path, spec.data), "output": _beside(path, spec.output)}

@@ -24,8 +24,9 @@ from .asked import PromptFunction
 from .classifiers import ClassifierFunction, Classifiers
 from .functions import PatternFunction, PythonFunction
 from .label_file import FunctionSpec, LabelFile, QuestionSpec
-from .label_model import Answer, combined
+from .label_model import combined
 from .report import Known, function_table, question_figures, warnings_of
+from .rows import confidence, row_of
 from .votes import Vote, VoteFile, digest_of
 
 VOTES_SUFFIX = ".votes"
@@ -172,7 +173,7 @@ def _written(
     known: dict[str, list[Known]],
     warnings: Sequence[str],
 ) -> Labelled:
-    rows: list[dict[str, Any]] = [{"text": text, "answers": {}} for text in texts]
+    combined_answers: list[dict[str, dict[str, float]]] = [{} for _ in texts]
     report: dict[str, Any] = {"texts": len(texts), "questions": {}, "warnings": list(warnings)}
     for name, question in spec.questions.items():
         answers = combined(votes[name], question, spec.label_model)
@@ -188,10 +189,10 @@ def _written(
                 figures["majority"] = question_figures(question, name, plain, known[name])
         report["questions"][name] = {**figures, "functions": table}
         report["warnings"] += warnings_of(name, question, votes[name], answers, table)
-        for row, answer in zip(rows, answers, strict=True):
-            if answer is not None and _confidence(answer, question) >= spec.min_confidence:
-                row["answers"][name] = answer_of(answer, question, spec.soft)
-    rows = [row for row in rows if row["answers"]]
+        for given, answer in zip(combined_answers, answers, strict=True):
+            if answer is not None and confidence(answer, question) >= spec.min_confidence:
+                given[name] = answer
+    rows = [row_of(spec, text, given) for text, given in zip(texts, combined_answers, strict=True) if given]
     report["rows"] = len(rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
@@ -201,20 +202,3 @@ def _written(
     except OSError as error:
         raise UserError(f"output: cannot write {spec.output}: {error.strerror or error}", param="output") from None
     return Labelled(len(rows), len(texts), report)
-
-
-def answer_of(answer: dict[str, float], question: QuestionSpec, soft: bool) -> Any:
-    """As a row of classify has it: probabilities, or what is likeliest."""
-    if soft:
-        return {label: round(chance, 4) for label, chance in answer.items()}
-    if question.several:
-        return [label for label, chance in answer.items() if chance >= 0.5]
-    return max(answer, key=lambda label: answer[label])
-
-
-def _confidence(answer: Answer, question: QuestionSpec) -> float:
-    """Of the likeliest label; with `several`, of the one that is least certain."""
-    assert answer is not None
-    if question.several:
-        return min(max(chance, 1 - chance) for chance in answer.values())
-    return max(answer.values())
