@@ -173,7 +173,7 @@ class AdapterRegistry(Residency):
                     raise _not_resident(content_hash)
                 return
             if is_pinned:
-                held.is_pinned, held.asked_at = True, None
+                held.is_pinned, held.asked_at, held.is_displaced = True, None, False
                 held.pin_placement = max(held.pin_placement, placement or 0)
             elif placement is None or placement >= held.pin_placement:
                 held.is_pinned = False

@@ -101,6 +101,17 @@ def test_a_request_gets_the_place_of_what_rows_use_at_once_and_requests_keep_the
     assert room.is_granted and places.registry.displaced() == set()
 
 
+def test_rows_stay_where_their_adapter_is_pinned_while_it_is_asked_for_its_place(places):
+    places.use("ours")
+    places.use("of a batch", True)
+    room = places.ask("new")
+    places.registry.grant()
+    places.registry.pin("of a batch")
+    assert places.registry.displaced() == set() and places.registry.is_staying("of a batch")
+    places.wait(1.0)
+    assert places.registry.displaced() == set() and not room.is_granted
+
+
 def test_what_rows_loaded_and_have_not_begun_with_makes_room_for_a_request_and_not_for_rows(places):
     places.use("ours")
     assert places.bring("of a batch", True)
