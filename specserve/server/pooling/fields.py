@@ -21,14 +21,27 @@ def texts_of(body: TextFields, is_query: bool = False) -> list[Text] | TokenizeR
         for name in ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(body, name):
                 raise UserError(f"{name} is for a conversation, and input is given; send one of them", param=name)
-        return texts_or_ids(body.input, "input", is_query)
+        texts = texts_or_ids(body.input, "input", is_query)
+        if body.add_special_tokens is False and any(text.token_ids is None for text in texts):
+            raise _unsupported_special_tokens("false", "texts are read with what the tokenizer puts around them")
+        return texts
     if not body.messages:
         raise UserError("nothing is to be pooled; send input, or a conversation as messages", param="input")
+    if body.add_special_tokens:
+        raise _unsupported_special_tokens("true", "the chat template writes all of a conversation")
     return TokenizeRequest(
         messages=body.messages,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
+    )
+
+
+def _unsupported_special_tokens(value: str, why_not: str) -> UserError:
+    return UserError(
+        f"add_special_tokens is {value}, and {why_not}; leave it out, or send token ids",
+        param="add_special_tokens",
+        code="unsupported",
     )
 
 

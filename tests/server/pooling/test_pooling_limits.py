@@ -149,6 +149,11 @@ async def test_too_many_tokens_in_all_are_refused_before_all_of_them_are_read(cl
         ({"messages": [{"role": "user", "content": "A dog"}]}, "messages"),
         ({"input": None, "messages": []}, "input"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"add_special_tokens": False}, "add_special_tokens"),
+        (
+            {"input": None, "messages": [{"role": "user", "content": "A"}], "add_special_tokens": True},
+            "add_special_tokens",
+        ),
         ({"cache_salt": "x" * 2000}, "cache_salt"),
         ({"priority": -1}, "priority"),
         ({"deadline_ms": 0}, "deadline_ms"),
