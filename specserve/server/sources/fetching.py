@@ -1,7 +1,8 @@
 """One adapter from somewhere into an empty folder: as it stood at one time, within limits, or not at all.
 
 The same for every kind of source: what is there, all of it, and whether what is there is still the same. Only files
-that an adapter may have are asked for, so that nothing else, no pickle and no code, ever lies in the folder.
+that an adapter may have are asked for, so that nothing else, no pickle and no code, ever lies in the folder; what only
+says of an adapter when it is to be asked is left out where it is too large, as it is where it lies on the disk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import msgspec
 
 from ...adapter_files import ALL_FILES, CONFIG_FILE, MAX_FILE_BYTES, WEIGHTS_FILE
 from ...errors import AdapterError, UserError
+from ...routing_profile import MAX_PROFILE_BYTES, PROFILE_FILE
 
+FETCHED_FILES = (*ALL_FILES, PROFILE_FILE)
+MAX_FETCHED_BYTES = MAX_FILE_BYTES | {PROFILE_FILE: MAX_PROFILE_BYTES}
 NUM_ATTEMPTS = 3
 CHUNK_BYTES = 1 << 20
 
@@ -51,7 +55,7 @@ def fetch(
     Raises `UserError`, then with parts of files in `target`.
     """
     for _ in range(NUM_ATTEMPTS):
-        before = source.states(ALL_FILES)
+        before = source.states(FETCHED_FILES)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if name not in before:
                 raise AdapterError(f"there is no {name} at the source; a PEFT LoRA directory is expected")
@@ -60,10 +64,16 @@ def fetch(
         files = {}
         left = max_bytes
         for name, state in before.items():
-            limit = min(left, MAX_FILE_BYTES.get(name, max_bytes))
-            files[name] = _fetch_one(source, name, state, target / name, limit)
+            limit = min(left, MAX_FETCHED_BYTES.get(name, max_bytes))
+            try:
+                files[name] = _fetch_one(source, name, state, target / name, limit)
+            except AdapterError:  # it is too large
+                if name != PROFILE_FILE:
+                    raise
+                (target / name).unlink(missing_ok=True)
+                continue
             left -= files[name].size
-        if source.states(ALL_FILES) == before:
+        if source.states(FETCHED_FILES) == before:
             return before, files
         for file in target.iterdir():
             file.unlink()
@@ -95,7 +105,10 @@ def measured(path: Path) -> FetchedFile:
 
 
 def too_large(name: str, max_bytes: int) -> AdapterError:
-    return AdapterError(f"{name} has more than {max_bytes} bytes; at most so many are fetched (--adapter-cache-gib)")
+    return AdapterError(
+        f"{name} has more than {max_bytes} bytes; at most so many are fetched (of all files together: "
+        "--adapter-cache-gib)"
+    )
 
 
 def failed(problem: str) -> UserError:

@@ -14,6 +14,7 @@ from aiohttp import web
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from specserve.config import ServeConfig
 from specserve.errors import UserError
+from specserve.routing_profile import MAX_PROFILE_BYTES, PROFILE_FILE
 from specserve.server.sources import fetching, http_source
 from specserve.server.sources.locations import Location, address_allowed, allowed_sources
 from specserve.server.sources.worker import FetchJob, run
@@ -236,10 +237,36 @@ async def refused(get, match, status=502, **kwargs):
 async def test_what_is_no_adapter_or_too_large_is_refused(store, get, monkeypatch):
     await refused(get, f"{WEIGHTS_FILE} has more than 1999998 bytes", status=400, max_bytes=2_000_000)
     assert ("GET", f"/loras/a/{WEIGHTS_FILE}") not in store.requests
-    monkeypatch.setitem(fetching.MAX_FILE_BYTES, CONFIG_FILE, 1)
+    monkeypatch.setitem(fetching.MAX_FETCHED_BYTES, CONFIG_FILE, 1)
     await refused(get, f"{CONFIG_FILE} has more than 1 bytes", status=400)
     del store.files[WEIGHTS_FILE]
     await refused(get, f"no {WEIGHTS_FILE} at the source", status=400)
+
+
+async def test_a_routing_profile_comes_along_and_is_left_out_where_it_is_too_large(store, get):
+    store.files[PROFILE_FILE] = b'{"prompts": ["a"]}'
+    fetched, files = await get()
+    assert files[PROFILE_FILE] == b'{"prompts": ["a"]}'
+    store.files[PROFILE_FILE] = b'{"prompts": ["b"]}'
+    changed, files = await get(known=fetched.states)
+    assert files[PROFILE_FILE] == b'{"prompts": ["b"]}'
+    store.files[PROFILE_FILE] = b" " * (MAX_PROFILE_BYTES + 1)
+    too_large, files = await get(known=changed.states)
+    assert set(files) == set(too_large.files) == {CONFIG_FILE, WEIGHTS_FILE}
+    assert (await get(known=too_large.states))[0].files is None
+
+    async def endless(request):
+        """Says nothing of its length."""
+        if request.path.endswith(PROFILE_FILE):
+            answer = web.StreamResponse()
+            answer.enable_chunked_encoding()
+            await answer.prepare(request)
+            for _ in range(10 if request.method == "GET" else 0):
+                await answer.write(b" " * MAX_PROFILE_BYTES)
+            return answer
+
+    store.bend = endless
+    assert set((await get())[1]) == {CONFIG_FILE, WEIGHTS_FILE}
 
 
 async def test_a_body_that_is_not_what_was_said_is_refused(store, get):
