@@ -15,15 +15,14 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from ..config import ServeConfig, engine_part
+from ..config import ServeConfig
 from ..errors import EngineDeadError
 from ..messages import Abort, Delta, EngineStats, GenerateRequest, RequestFailed, Stats
 from ..pooling_messages import Pooled, PoolRequest
 from ..server.engine_client.client import RESTART_PATIENCE_S, engine_command
 from ..server.engine_client.link import EngineLink
 from ..server.engine_client.supervisor import EngineSupervisor
+from ..server.served_engine import process_settings
 from .wire import Greeting, encode, to_replica_decoder
 
 MAX_AWAY_S = 120.0  # that an engine may need to be started again before the replica counts as broken
@@ -32,14 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 class EngineHost:
-    """Not started yet; its engine reads adapters below `roots`, anywhere where there are none."""
+    """Not started yet; its engine reads adapters below `roots`, anywhere where there are none. Raises `UserError` for
+    settings of what is not there."""
 
     def __init__(self, config: ServeConfig, model_dir: Path, roots: Sequence[Path] = ()):
         self._front: _Attached | None = None
         command = engine_command(config.log_level)
-        settings = msgspec.structs.replace(
-            engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots))
-        )
+        settings = process_settings(config, model_dir, roots)
         self._engine = EngineSupervisor(
             lambda: EngineLink.launch(command, settings),
             self._relay,

@@ -17,14 +17,22 @@ from .engine_client.client import EngineClient, engine_command
 def engine_of(
     config: ServeConfig, model_dir: Path, roots: Sequence[Path], command: list[str] | None = None
 ) -> EngineClient:
-    """An engine that is not started yet; it reads adapters below `roots`, anywhere where there are none."""
-    settings = msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots)))
+    """An engine that is not started yet. Raises `UserError` for settings of what is not there."""
     return EngineClient(
-        with_base_head(settings),
+        process_settings(config, model_dir, roots),
         silence_timeout_s=config.engine_timeout_s,
         step_timeout_s=config.engine_step_timeout_s,
         command=command or engine_command(config.log_level),
     )
+
+
+def process_settings(config: ServeConfig, model_dir: Path, roots: Sequence[Path]) -> EngineConfig:
+    """Of an engine's process, which reads adapters below `roots`, anywhere where there are none.
+
+    Raises `UserError` for settings of what is not there.
+    """
+    settings = msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots)))
+    return with_base_head(settings)
 
 
 def with_base_head(config: EngineConfig) -> EngineConfig:

@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
+from specserve.config import ServeConfig
 from specserve.errors import EngineLostError, UserError
+from specserve.ray.engine_host import EngineHost
 from specserve.server.metrics.metrics import Metrics
 from specserve.server.stats.snapshot import StatsSource
 
@@ -131,3 +133,8 @@ async def test_metrics_and_stats_tell_of_each_replica(replicas):
     assert [replica.name for replica in whole.replicas] == ["east", "west"]
     assert sum(replica.generated for replica in whole.replicas) == whole.tokens.generated == stats.generated_tokens
     assert whole.requests.max_running == 32 and whole.kv.blocks == whole.kv.free_blocks
+
+
+async def test_a_replica_looks_for_what_its_settings_name_before_its_engine_starts(tmp_path):
+    with pytest.raises(UserError, match=r"base_head is .*nowhere, which has no lookahead_config.json"):
+        EngineHost(ServeConfig(base_head=str(tmp_path / "nowhere")), tmp_path)
