@@ -217,10 +217,8 @@ class BatchRoutes:
             metadata=body.metadata,
         )
         keep_s = body.output_expires_after.seconds if body.output_expires_after is not None else KEEP_S
-        opened = await worker.on_disk(store.add_batch, owner, batch, keep_s)
-        if opened is None:
+        if not await worker.add(owner, batch, keep_s):
             raise _unknown("file", file.id, "input_file_id")
-        worker.begin(opened)
         return json_response(batch)
 
     async def batches(self, request: web.Request) -> web.Response:
@@ -238,8 +236,8 @@ class BatchRoutes:
         return json_response(self._told(await self._batch(request, store, worker), worker))
 
     async def cancel(self, request: web.Request) -> web.Response:
-        store, worker = self._open()
-        batch = await worker.on_disk(store.cancel, caller_of(request).name, request.match_info["batch_id"])
+        _, worker = self._open()
+        batch = await worker.cancel(caller_of(request).name, request.match_info["batch_id"])
         if batch is None:
             raise _unknown("batch", request.match_info["batch_id"])
         if batch.status != "cancelling":
@@ -249,7 +247,6 @@ class BatchRoutes:
                 status=409,
                 code="invalid_status",
             )
-        worker.cancel(batch.id)
         return json_response(batch)
 
     async def _batch(self, request: web.Request, store: BatchStore, worker: BatchWorker) -> Batch:

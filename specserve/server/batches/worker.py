@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import TypeVar
 
+from ..to_the_end import to_the_end
 from .outputs import End, Outputs
 from .room import DiskFullError
 from .row_runner import Outcome, RowRunner
@@ -68,12 +69,7 @@ class BatchWorker:
     async def on_disk(self, work: Callable[..., T], *arguments: object) -> T:
         """Call the store, after those who asked earlier. Who is cancelled waits for the end of what has begun: no file
         may be taken away while the store learns of it."""
-        doing = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
-        try:
-            return await asyncio.shield(doing)
-        except asyncio.CancelledError:
-            await asyncio.wait([doing])
-            raise
+        return await to_the_end(asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments))
 
     async def start(self) -> None:
         """Go on with all batches that have not ended."""
@@ -81,16 +77,35 @@ class BatchWorker:
         for opened in await self.on_disk(self._store.open_batches):
             self.begin(opened)
 
+    async def add(self, owner: str, batch: Batch, keep_output_s: int) -> bool:
+        """Keep a new batch and begin with it, also for a client that leaves meanwhile; says whether its input is there.
+        Raises as `BatchStore.add_batch`."""
+
+        async def add() -> bool:
+            opened = await self.on_disk(self._store.add_batch, owner, batch, keep_output_s)
+            if opened is not None:
+                self.begin(opened)
+            return opened is not None
+
+        return await to_the_end(add())
+
     def begin(self, opened: OpenBatch) -> asyncio.Task[None]:
         lead = self._leads[opened.batch.id] = asyncio.ensure_future(self._lead(opened))
         lead.add_done_callback(lambda _: self._leads.pop(opened.batch.id, None))
         return lead
 
-    def cancel(self, batch_id: str) -> None:
-        """Of a batch that the store knows as being cancelled: its rows end at once."""
-        self._cancelled.add(batch_id)
-        if (running := self._running.get(batch_id)) is not None:
-            running.cancel()
+    async def cancel(self, owner: str, batch_id: str) -> Batch | None:
+        """As `BatchStore.cancel`; the rows end at once, also for a client that leaves meanwhile."""
+
+        async def cancel() -> Batch | None:
+            batch = await self.on_disk(self._store.cancel, owner, batch_id)
+            if batch is not None and batch.status == "cancelling":
+                self._cancelled.add(batch_id)
+                if (running := self._running.get(batch_id)) is not None:
+                    running.cancel()
+            return batch
+
+        return await to_the_end(cancel())
 
     async def stop(self) -> None:
         """What runs ends, and is done again by the next process. Once more does nothing."""

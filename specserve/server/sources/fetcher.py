@@ -12,24 +12,22 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 import msgspec
 
 from ...config import ServeConfig
 from ...errors import OverloadedError, UserError, from_info
 from ...own_modules import module_command
+from ..to_the_end import to_the_end
 from .cache import AdapterCache, default_root
 from .locations import Location, allowed_sources, is_address
 from .worker import MAX_MESSAGE_BYTES, Fetched, FetchFailed, FetchJob, cannot_keep
 
 MAX_FETCHES = 8  # at a time; each is a process
 WORKER = module_command("specserve.server.sources.worker")
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +106,7 @@ class AdapterFetcher:
             folder, how = await self._fetch_or_find(location)
             try:
                 async with self._changing:
-                    await _to_the_end(asyncio.to_thread(self._cache().make_room, {*in_use(), *self._held}))
+                    await to_the_end(asyncio.to_thread(self._cache().make_room, {*in_use(), *self._held}))
             except BaseException:
                 self._release(folder)
                 raise
@@ -128,7 +126,7 @@ class AdapterFetcher:
         """The folder, held once, and how it came about. What the cache has of it stays there meanwhile."""
         cache = self._cache()
         async with self._changing:
-            known = await _to_the_end(asyncio.to_thread(cache.entry, location.url))
+            known = await to_the_end(asyncio.to_thread(cache.entry, location.url))
             if known is not None:
                 self._held[cache.folder_of(known)] += 1
         folder: Path | None = None
@@ -139,12 +137,12 @@ class AdapterFetcher:
                     fetched = await self._run(job)
                 if fetched.files is None:
                     assert known is not None, "only what is known is not fetched again"
-                    folder = await _to_the_end(asyncio.to_thread(cache.use, known))
+                    folder = await to_the_end(asyncio.to_thread(cache.use, known))
                     self._held[folder] += 1
                     return folder, "as it was"
                 async with self._changing:
                     kept = asyncio.to_thread(cache.keep, location.url, fetched.states, fetched.files, place / "files")
-                    folder = await _to_the_end(kept)
+                    folder = await to_the_end(kept)
                     self._held[folder] += 1
                 return folder, "fetched"
         except BaseException:
@@ -162,7 +160,7 @@ class AdapterFetcher:
         try:
             yield await asyncio.shield(making)
         finally:
-            await _to_the_end(_remove(making))
+            await to_the_end(_remove(making))
 
     async def _make_workplace(self) -> Path:
         async with self._changing:
@@ -197,16 +195,6 @@ class AdapterFetcher:
         if isinstance(result, FetchFailed):
             raise from_info(result.error)
         return result
-
-
-async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """`work`, of which a thread will do all in any case: whoever is cancelled meanwhile waits for it first."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
 
 
 async def _remove(making: asyncio.Task[Path]) -> None:

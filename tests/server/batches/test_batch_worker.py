@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 from waiting import until
@@ -190,6 +191,31 @@ async def test_a_client_that_leaves_while_the_store_learns_of_its_file_takes_non
         assert adding.cancelled() and made.store.folder.file(file.id).read_bytes() == b"{}"
 
 
+async def test_a_client_that_leaves_while_the_store_learns_of_its_batch_or_of_its_end_has_asked_all_the_same(
+    setup, monkeypatch
+):
+    async def leave_while(name, work):
+        begun, go_on, held = held_back(getattr(made.store, name))
+        monkeypatch.setattr(made.store, name, held)
+        asking = asyncio.ensure_future(work)
+        await until(begun.is_set)
+        asking.cancel()
+        await asyncio.sleep(0.01)
+        go_on.set()
+        await asyncio.wait([asking])
+        assert asking.cancelled()
+
+    async with setup(answer=lambda value: asyncio.sleep(3600)) as made:
+        opened = made.add(2)
+        batch = msgspec.structs.replace(opened.batch, id="batch_new")
+        await leave_while("add_batch", made.worker.add("me", batch, 3600))
+        await until(lambda: made.running)
+        await leave_while("cancel", made.worker.cancel("me", batch.id))
+        async with asyncio.timeout(20):
+            while (await made.worker.on_disk(made.store.batch, "me", batch.id)).status != "cancelled":
+                await asyncio.sleep(0.01)
+
+
 async def test_a_full_server_and_a_lost_engine_are_no_answers_but_a_bad_row_is(setup, monkeypatch):
     tries: Counter[str] = Counter()
 
@@ -238,8 +264,7 @@ async def test_the_window_ends_a_batch_with_what_there_is(setup):
 async def test_a_batch_that_is_cancelled_before_its_rows_run_ends_cancelled(setup):
     async with setup() as made:
         opened = made.add(3)
-        made.store.cancel("me", opened.batch.id)
-        made.worker.cancel(opened.batch.id)
+        await made.worker.cancel("me", opened.batch.id)
         (batch,) = await made.run(opened)
         assert batch.status == "cancelled" and len(made.lines(batch.error_file_id)) == 3 and not made.asked
         assert made.store.cancel("me", opened.batch.id).status == "cancelled" and made.store.cancel("you", "x") is None
@@ -345,8 +370,7 @@ async def test_an_input_that_was_removed_by_hand_ends_its_batch_with_the_reason(
             lead = made.worker.begin(opened)
             if when == "while its rows run":
                 await until(lambda: made.places.num_held == 2)
-                made.worker.cancel(opened.batch.id)
-                made.store.cancel("me", opened.batch.id)
+                await made.worker.cancel("me", opened.batch.id)
                 path.unlink()
             for _ in range(6):
                 gate.release()
