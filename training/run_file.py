@@ -47,11 +47,11 @@ def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, An
     return _convert(values)
 
 
-def check_ready(config: RunConfig) -> None:
-    """What a run cannot start without. Raises `UserError`."""
+def check_ready(config: RunConfig, *, writes: bool = True) -> None:
+    """What a run cannot start without, or one that `writes` nothing. Raises `UserError`."""
     if not config.data.train:
         raise UserError("data.train is missing: name the JSONL of training rows (--data FILE)", param="data.train")
-    if not config.output:
+    if writes and not config.output:
         raise UserError("output is missing: name the directory of the result (--output DIR)", param="output")
     for key, file in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if file and not Path(file).is_file():

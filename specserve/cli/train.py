@@ -47,7 +47,7 @@ def train(run_file: Path | None, head_only: bool, base: bool, overrides: tuple[s
     flags = {key: params[name] for name, key in _FLAGS.items()}
     flags |= {"lora.frozen": True if head_only else None, "lora.enabled": False if base else None}
     config = load_run(run_file, overrides, flags)
-    check_ready(config)
+    check_ready(config, writes=not (params["check_data"] or params["dry_run"]))
     if params["check_data"] or params["dry_run"]:
         from ..training.looks import look_at_data, look_at_time
 
