@@ -56,6 +56,13 @@ def asked(questions: Sequence[str]) -> Sequence[str]:
     return (line.strip() for line in iter(sys.stdin.readline, "") if line.strip() or sys.exit())
 
 
+def chosen(server: Server, rerank: bool | None) -> Adapters:
+    """With a re-ranker if it is wanted; if nobody says, where there is one."""
+    if rerank is None and not (rerank := server.has("rerank")):
+        print("no adapter 'rerank' here: the search's order is kept", file=sys.stderr)
+    return Adapters(rerank="rerank" if rerank else None)
+
+
 @click.command(help=__doc__.partition("\n")[0])
 @click.argument("questions", nargs=-1)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server; started if it is here.")
@@ -66,7 +73,7 @@ def asked(questions: Sequence[str]) -> Sequence[str]:
               help='JSONL of {"name", "text"}; default: 1,000 packages of Debian 12.')  # fmt: skip
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Where vectors are kept.")
 @click.option("--examples", type=click.IntRange(0), default=0, help="Ask so many of the questions beside the corpus.")
-@click.option("--rerank/--no-rerank", default=True, help="Whether a re-ranker orders what the search finds.")
+@click.option("--rerank/--no-rerank", default=None, help="With a re-ranker; default: if there is one.")
 @click.option("--free", is_flag=True, help="Without the grammar: what is written is only checked.")
 @click.option("--drafts/--no-drafts", default=True, help="Whether tokens are drafted.")
 def main(questions, url, api_key, adapters_dir, corpus, cache, examples, rerank, free, drafts) -> None:
@@ -77,7 +84,7 @@ def main(questions, url, api_key, adapters_dir, corpus, cache, examples, rerank,
                 questions = [*questions, *(json.loads(line)["question"] for line in islice(file, examples))]
         server = Server(url, api_key)
         with running(server, "--adapters-dir", str(adapters_dir)):
-            adapters = Adapters() if rerank else Adapters(rerank=None)
+            adapters = chosen(server, rerank)
             answerer = Answerer(server, documents, cache or cache_dir("rag"), adapters, told)
             for question in asked(questions):
                 print(visible(question))

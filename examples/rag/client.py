@@ -41,13 +41,16 @@ class Server:
         Raises:
             UserError: the server has no such adapter.
         """
-        for found in self.get("/v1/adapters")["data"]:
-            if found["id"] == adapter:
-                return str(found["content_hash"])
+        hashes = self._content_hashes()
+        if adapter in hashes:
+            return str(hashes[adapter])
         raise UserError(
             f"{self.url} has no adapter {adapter!r}; start the server with --adapters-dir examples/adapters, "
             "or train one: docs/rag.md"
         )
+
+    def has(self, adapter: str) -> bool:
+        return adapter in self._content_hashes()
 
     def is_ready(self) -> bool | None:
         """False where a server answers that is not ready yet, None where nothing answers."""
@@ -58,6 +61,9 @@ class Server:
         except (OSError, HTTPException, ValueError):
             return None
         return True
+
+    def _content_hashes(self) -> dict[str, str | None]:
+        return {found["id"]: found["content_hash"] for found in self.get("/v1/adapters")["data"]}
 
     def _send(self, path: str, data: bytes | None) -> dict[str, Any]:
         try:

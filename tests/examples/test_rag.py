@@ -176,6 +176,14 @@ def test_what_cannot_be_answered_is_said_in_a_line(server, tmp_path):
             answerer.answer(question)
 
 
+def test_a_re_ranker_is_used_where_there_is_one_unless_somebody_says(server, monkeypatch, capsys):
+    asked = Server(server.url)
+    assert ask.chosen(asked, None).rerank == "rerank" and ask.chosen(asked, False).rerank is None
+    monkeypatch.setattr(Server, "has", lambda self, adapter: False)
+    assert ask.chosen(asked, None).rerank is None and "order is kept" in capsys.readouterr().err
+    assert ask.chosen(asked, True).rerank == "rerank"
+
+
 @pytest.mark.parametrize(
     "content, words",
     [("", "no documents"), ('{"name": "a"}\n', "1 is no document"), ('{"name": "a", "text": "b"}\n[', "2 is no JSON")],
