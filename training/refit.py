@@ -45,8 +45,8 @@ from .lora_model import CausalModel, LoraModel, arithmetic
 from .preflight import check_adapter
 from .run_config import HeadConfig, LoraConfig
 
-_HELD_OUT = 8  # every so manieth output
-_LEAST_OUTPUTS = 16
+_HELD_OUT = 5  # one in so many outputs
+_LEAST_OUTPUTS = 64  # fewer held out tell no better head from a worse one
 _BATCH_TOKENS = 2048
 _MOST_TOKENS = 200_000  # of outputs: their hidden states are held in memory
 

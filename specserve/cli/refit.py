@@ -18,7 +18,7 @@ from .options import debug_option
 )
 @click.option("--model", metavar="MODEL", help="Base model; default: that of the directory's run.yaml.")
 @click.option("--key", metavar="NAME", help="Only what was served to the key of this name.")
-@click.option("--max-outputs", type=click.IntRange(16), default=4000, show_default=True, help="The newest so many.")
+@click.option("--max-outputs", type=click.IntRange(64), default=4000, show_default=True, help="The newest so many.")
 @click.option("--epochs", type=click.IntRange(1), default=8, show_default=True, help="How often each is seen.")
 @debug_option
 def refit(

@@ -37,7 +37,7 @@ def served(model_dir, tmp_path_factory):
     words = random.Random(0).sample(range(10, 300), 24)  # each word has one that follows, as in a narrow task
     for name in (adapter, plain, base):
         lora = name / "adapter_model.safetensors"
-        for number in range(48):
+        for number in range(80):
             output = [words[(number + idx) % len(words)] for idx in range(20)]
             prompt = [3, 4, 5 + number]
             log.add(file_hash(lora) if lora.exists() else "", f"3:bob:{number % 2}", prompt, output)
@@ -60,9 +60,9 @@ def fit(directory, root, model_dir, *more):
 def test_a_refitted_head_drafts_better_and_changes_no_token(served, model_dir, tmp_path, capsys, name):
     directory = copied(served, name, tmp_path / name)
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
-    assert fit(directory, served, model_dir, "--epochs", "12") == 0
+    assert fit(directory, served, model_dir, "--epochs", "8") == 0
     out = capsys.readouterr().out
-    assert f"the head in {directory} is replaced" in out and "48 outputs" in out
+    assert f"the head in {directory} is replaced" in out and "80 outputs" in out
     assert ("there was no head" in out) == (name == "plain")
     after = {file.name: file.read_bytes() for file in directory.iterdir()}
     assert {file for file in after if after[file] != before.get(file)} == set(ENDINGS)
