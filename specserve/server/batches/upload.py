@@ -11,6 +11,7 @@ from aiohttp import BodyPartReader, web
 
 from ...errors import UserError
 from ..http_body import convert
+from ..to_the_end import to_the_end
 from .disk import Incoming
 from .types import ExpiresAfter
 
@@ -73,7 +74,7 @@ class UploadReader:
             raise UserError("the part 'file' is required", param="file")
         if (purpose := fields.pop("purpose", None)) != "batch":
             raise UserError(f"purpose is {(purpose or '')[:64]!r}; files here are for 'batch'", param="purpose")
-        await asyncio.to_thread(content.finish)
+        await to_the_end(asyncio.to_thread(content.finish))
         return Upload(content, filename or "upload.jsonl", _expires_after(fields))
 
     async def _file(self, part: BodyPartReader) -> Incoming:
@@ -82,7 +83,7 @@ class UploadReader:
         while data := await self._some(part):
             if content.num_bytes + len(data) > self._max_bytes:
                 raise self._too_large()
-            await asyncio.to_thread(content.write, data)
+            await to_the_end(asyncio.to_thread(content.write, data))  # before it is closed for a client that leaves
         return content
 
     async def _text(self, part: BodyPartReader, name: str) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from contextlib import ExitStack
+from types import SimpleNamespace
+
 import pytest
+from waiting import until
 
 from specserve.server.batches.disk import BatchDir
 from specserve.server.batches.retention import KeepLimits
 from specserve.server.batches.room import DiskFullError, QuotaError
 from specserve.server.batches.store import BatchStore
 from specserve.server.batches.types import Batch, BatchUsage
+from specserve.server.batches.upload import UploadReader
 
 
 class Kept:
@@ -138,3 +145,34 @@ def test_where_too_much_is_kept_the_batches_that_ended_first_go_and_no_file_that
     assert made.room.num_bytes == 801
     with pytest.raises(DiskFullError):
         made.upload(200)
+
+
+async def test_a_client_that_leaves_while_its_upload_is_written_is_charged_nothing(kept, monkeypatch):
+    made, counted, go_on = kept(max_owner_bytes=400), threading.Event(), threading.Event()
+    count = made.room.count
+
+    def held(num_bytes, owner):
+        count(num_bytes, owner)
+        counted.set()
+        assert go_on.wait(20)
+
+    async def read_chunk(size):
+        return b"x" * 100
+
+    async def upload():
+        with ExitStack() as stack:
+            incoming = lambda: made.store.folder.incoming("me")  # noqa: E731
+            await UploadReader(None, incoming, 1000, 10.0, stack)._file(SimpleNamespace(read_chunk=read_chunk))
+
+    monkeypatch.setattr("specserve.server.batches.upload.CHUNK_BYTES", 25)
+    monkeypatch.setattr(made.room, "count", held)
+    uploading = asyncio.ensure_future(upload())
+    await until(counted.is_set)
+    monkeypatch.undo()
+    uploading.cancel()
+    await asyncio.sleep(0.01)
+    go_on.set()
+    await asyncio.wait([uploading])
+    await until(lambda: not made.room.num_bytes)
+    assert uploading.cancelled() and not made.room.num_bytes_of("me")
+    assert not list((made.store.folder.path / "incoming").iterdir())
