@@ -29,8 +29,8 @@ def test_the_example_rows_are_seeds_for_a_model_that_runs_here(tmp_path, talker,
     out = tmp_path / "rows.jsonl"
     options = ("dtype=fp32", "kv_cache_gib=0.05", "num_threads=1")
     code = exit_code_of(
-        ["synthesize", "--seeds", str(DATA / "summary.seeds.jsonl"), "--held-out", str(DATA / "summary.dev.jsonl"),
-         "--task", "Say it in one line.", "--teacher", str(talker), "--teacher-cache", str(tmp_path / "cache"),
+        ["synthesize", "--seeds", str(DATA / "debtags.train.jsonl"), "--held-out", str(DATA / "debtags.dev.jsonl"),
+         "--task", "Say what it is.", "--teacher", str(talker), "--teacher-cache", str(tmp_path / "cache"),
          *(word for option in options for word in ("--teacher-option", option)), "--per-ask", "1", "--examples", "2",
          "--max-answer-tokens", "64", "--rows", "3", "--out", str(out)]
     )  # fmt: skip
