@@ -12,6 +12,7 @@ import click
 from ..curation.labelling.label_file import read_label_file
 from ..curation.labelling.run import REPORT_SUFFIX, label
 from ..teachers import Budget, TeacherSpec
+from ..text_tables import text_table
 
 
 def label_texts(
@@ -37,11 +38,9 @@ def _bar(name: str, missing: int, total: int) -> Any:
 
 def _table(name: str, question: dict[str, Any]) -> str:
     rows = question["functions"]
-    width = max(len("function"), *(len(row["function"]) for row in rows))
     columns = ["coverage", "overlaps", "conflicts", "agreement", "accuracy"]
-    lines = [f"\n{name} ({question['model']}, {question['answered']:.0%} of the texts answered)",
-             "  ".join(["function".ljust(width), *(column.rjust(9) for column in columns)])]  # fmt: skip
-    lines += ["  ".join([row["function"].ljust(width), *(_share(row[column]) for column in columns)]) for row in rows]
+    shown = [["function", *columns], *([row["function"], *(_share(row[column]) for column in columns)] for row in rows)]
+    lines = [f"\n{name} ({question['model']}, {question['answered']:.0%} of the texts answered)", text_table(shown, 1)]
     for model in ("dawid_skene", "mace", "majority"):
         if model in question and question[model]["rows"]:
             figures = question[model]
@@ -53,4 +52,4 @@ def _table(name: str, question: dict[str, Any]) -> str:
 
 
 def _share(value: float | None) -> str:
-    return ("-" if value is None else f"{value:.3f}").rjust(9)
+    return "-" if value is None else f"{value:.3f}"

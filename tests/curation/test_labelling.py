@@ -1,5 +1,6 @@
 """`specserve label`: votes of every kind of function, what a model makes of them, what is left of a run cut short."""
 
+import fcntl
 import json
 import os
 import random
@@ -144,7 +145,7 @@ async def test_prompts_ask_a_teacher_within_the_labels(folder, tmp_path):
       functions:
         - {name: asked, prompt: 'What? {text}'}
     """
-    given = {"a red fox": '{"label": "fox"}', "the lazy dog": '{"label": null}', "fox and dog": "I think fox"}
+    given = {"a red fox": '{"label": "fox"}', "the lazy dog": '{"label": null}', "fox and dog": "[" * 100_000}
 
     def respond(body, number):
         text = body["messages"][0]["content"]
@@ -264,6 +265,8 @@ def test_what_is_wrong_with_a_label_file(folder, change, message, capsys):
         ({"label_model": "snorkel"}, None, "label_model"),
         ({"prompt": "who"}, None, "prompt: it holds no {text}"),
         ({"data": "nowhere.jsonl"}, None, "cannot read"),
+        ({"output": "./texts.jsonl"}, None, "texts.jsonl is data, too, and would be written over"),
+        ({"output": "gold.jsonl", "gold": "gold.jsonl"}, None, "gold.jsonl is gold, too"),
     ],
 )
 def test_what_is_wrong_with_its_data(folder, keys, rows, message, capsys):
@@ -274,3 +277,16 @@ def test_what_is_wrong_with_its_data(folder, keys, rows, message, capsys):
     assert exit_code_of(["label", str(written(folder, BEAST, **keys))]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (folder / "out.jsonl").exists()
+    if rows is None:
+        assert json.loads((folder / "texts.jsonl").read_text().splitlines()[0]) == {"text": TEXTS[0], "n": 1}
+
+
+async def test_two_runs_do_not_share_an_output(folder):
+    spec = read_label_file(written(folder, BEAST))
+    with open(folder / "out.jsonl.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing .*out.jsonl"):
+            await label(spec)
+        assert not (folder / "out.jsonl.votes").exists()
+    await label(spec)
+    assert not (folder / "out.jsonl.lock").exists()

@@ -5,9 +5,10 @@ Each answer is judged by itself, so that no mark depends on the order in which a
 
 from __future__ import annotations
 
-import json
 import re
 
+from ...errors import UserError
+from ...strict_json import decode_json
 from ...teachers import Answer, Ask
 from .prompts import Prompt
 
@@ -46,9 +47,9 @@ def judging(prompt: Prompt, answer: str) -> Ask:
 def mark_of(answer: Answer) -> float | None:
     """The score that a judge gave; None where it gave none."""
     try:
-        value = json.loads(answer.text)
+        value = decode_json(answer.text.encode("utf-8", "replace"), "the mark")
         mark = value.get("score") if isinstance(value, dict) else None
-    except ValueError:
+    except UserError:
         found = _SCORE.search(answer.text)
         mark = int(found[1]) if found is not None else None
     if isinstance(mark, bool) or not isinstance(mark, int | float) or not 1 <= mark <= 10:

@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from ...errors import UserError
+from ...strict_json import decode_json
 from ...teachers import Ask, Teacher, TeacherError
 from .label_file import FunctionSpec, QuestionSpec
 from .votes import Vote, digest_of
@@ -57,8 +59,8 @@ class PromptFunction:
 
     def _vote(self, answer: str) -> Vote:
         try:
-            said: Any = json.loads(answer)
-        except ValueError:
+            said: Any = decode_json(answer.encode("utf-8", "replace"), "the answer")
+        except UserError:
             said = None
         labels = self._question.labels
         if isinstance(said, dict):

@@ -86,6 +86,12 @@ def read_label_file(path: Path) -> LabelFile:
         name: msgspec.structs.replace(question, functions=tuple(_placed(path, f) for f in question.functions))
         for name, question in spec.questions.items()
     }
+    for read in ("data", "gold"):
+        if changes.get(read) == changes["output"]:
+            raise UserError(
+                f"{path}: output: {spec.output} is {read}, too, and would be written over; name another file",
+                param="output",
+            )
     return msgspec.structs.replace(spec, **changes)
 
 

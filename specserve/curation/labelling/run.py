@@ -20,6 +20,7 @@ from ...teachers import Budget, Teacher, TeacherSpec, open_teacher
 from ...training.data.rows import parse_object, row_texts
 from ...training.pooling.rows import ClassifyRow, read_pooling_rows
 from ...whole_files import replace_file
+from ..held_output import held
 from .asked import PromptFunction
 from .classifiers import ClassifierFunction, Classifiers
 from .functions import PatternFunction, PythonFunction
@@ -29,8 +30,7 @@ from .report import Known, function_table, question_figures, warnings_of
 from .rows import confidence, row_of
 from .votes import Vote, VoteFile, digest_of
 
-VOTES_SUFFIX = ".votes"
-REPORT_SUFFIX = ".report.json"
+VOTES_SUFFIX, REPORT_SUFFIX, LOCK_SUFFIX = ".votes", ".report.json", ".lock"
 Progress = Callable[
     [str, int, int], Any
 ]  # function, texts without a vote, all texts -> a bar with update() and close()
@@ -64,6 +64,18 @@ async def label(
     progress: Progress | None = None,
 ) -> Labelled:
     """Label the texts, or the first `num_texts`. Raises `UserError`; the votes so far stay."""
+    with held(Path(spec.output), Path(spec.output + LOCK_SUFFIX), "output"):
+        return await _labelled(spec, model, teacher, budget, num_texts, progress)
+
+
+async def _labelled(
+    spec: LabelFile,
+    model: str | None,
+    teacher: TeacherSpec | None,
+    budget: Budget | None,
+    num_texts: int | None,
+    progress: Progress | None,
+) -> Labelled:
     texts = _texts(spec, num_texts)
     known = _known(spec, texts)
     votes: dict[str, dict[str, list[Vote]]] = {name: {} for name in spec.questions}

@@ -7,10 +7,7 @@ the teacher is asked for anything.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +18,7 @@ import numpy.typing as npt
 from ...errors import UserError
 from ...teachers import Budget, Teacher, TeacherSpec, Usage, open_teacher
 from ..answer_schema import read_schema
+from ..held_output import held
 from .judge import Judge, Limits
 from .prompts import DIRECTIONS
 from .report import Embed, make_report
@@ -77,7 +75,7 @@ def synthesize(options: Options, spec: TeacherSpec, budget: Budget, say: Say) ->
     settings = _settings(options, seeds, spec.name)
     review = review_of(options.out)
     _check_out(options)
-    with _held(review):
+    with held(review, review.with_suffix(".lock"), "out"):
         candidates = _begun(review, settings)
         if candidates:
             num = sum(candidate.keep for candidate in candidates)
@@ -183,26 +181,3 @@ def _embedder(adapter: Path, model: str) -> Embed:
             return np.array([each.outputs.embedding for each in llm.embed(list(texts), adapter="embedder")])
 
     return embed
-
-
-@contextmanager
-def _held(review: Path) -> Iterator[None]:
-    """Keep the files of one output from other processes. Raises `UserError` where one has them."""
-    path = review.with_suffix(".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("wb")
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}", param="out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = path.stat().st_ino == os.fstat(lock.fileno()).st_ino  # not one that its holder has just removed
-        except OSError:
-            is_held = False
-        if not is_held:
-            raise UserError(f"another process is writing {review}; wait for it, or give another --out", param="out")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
