@@ -64,7 +64,7 @@ def _options() -> tuple[_Option[Any], ...]:
     count = click.IntRange(1)
     return (
         click.option("--teacher-key-env", "teacher_key_env", multiple=True, metavar="NAME|HOST=NAME",
-                     help="Environment variable with the key of endpoints, or of the one at HOST; may be repeated."),
+                     help="Environment variable with the endpoint's key; of several, HOST=NAME for each."),
         click.option("--teacher-price", multiple=True, metavar="IN,OUT|MODEL=IN,OUT",
                      help="Price of a million prompt and answer tokens, of all endpoints or of one model."),
         click.option("--max-cost", type=click.FloatRange(0, min_open=True), metavar="X",
@@ -103,6 +103,7 @@ def teachers_of(params: Mapping[str, Any], specs: Sequence[str] | None = None) -
 
     Asks on a terminal for what must be agreed to. Raises `UserError`.
     """
+    _check_keys(params)
     found = [_teacher(params, text) for text in (params["teachers"] if specs is None else specs)]
     return [_agreed(spec) for spec in found]
 
@@ -128,6 +129,20 @@ def _teacher(params: Mapping[str, Any], text: str) -> TeacherSpec:
         requests_per_minute=params["teacher_requests_per_minute"],
         tokens_per_minute=params["teacher_tokens_per_minute"],
     )
+
+
+def _check_keys(params: Mapping[str, Any]) -> None:
+    """One host's key is not sent to another: with several, each key names its own. Raises `UserError`."""
+    texts = [*params.get("teachers", ()), *([params["judge"]] if params.get("judge") else [])]
+    urls = [spec.url for spec in map(parse_spec, texts) if spec.url is not None]
+    hosts = list(dict.fromkeys(urlsplit(url).netloc for url in urls))
+    general = next((value for value in params["teacher_key_env"] if "=" not in value), None)
+    if general is not None and len(hosts) > 1:
+        raise UserError(
+            f"--teacher-key-env {general} names no host, and there are {len(hosts)} ({', '.join(hosts)}), which would "
+            f"all be sent that key; give HOST=NAME, as in --teacher-key-env {hosts[0]}={general}",
+            param="teacher_key_env",
+        )
 
 
 def _for(values: Sequence[str], *names: str) -> str | None:

@@ -58,10 +58,16 @@ class AnswerCache:
             raise self._unusable(error) from None
 
     def has_terms(self, teacher: str) -> bool:
-        return self._db.execute("SELECT 1 FROM terms WHERE teacher = ?", (teacher,)).fetchone() is not None
+        try:
+            return self._db.execute("SELECT 1 FROM terms WHERE teacher = ?", (teacher,)).fetchone() is not None
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
 
     def agree(self, teacher: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO terms VALUES (?, ?)", (teacher, time.time()))
+        try:
+            self._db.execute("INSERT OR REPLACE INTO terms VALUES (?, ?)", (teacher, time.time()))
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
 
     def close(self) -> None:
         self._db.close()

@@ -16,7 +16,7 @@ import msgspec
 
 from .asks import Answer, Ask, Reading, Reply, TopTokens
 from .errors import TeacherError
-from .hosted_body import Dialect, answers_of, body_of, error_code, error_text, read_completion
+from .hosted_body import Completion, Dialect, answers_of, body_of, error_code, error_text, read_completion
 from .spec import TeacherSpec
 
 DEFAULT_CONCURRENCY = 16
@@ -76,18 +76,26 @@ class HostedBackend:
         while len(answers) < ask.n:
             missing = ask.n - len(answers)
             seed = ask.seed + len(answers) if ask.seed is not None else None
-            completion = read_completion(await self._post(ask, missing, seed), self._spec)
+            completion, found = self._answers_in(await self._post(ask, missing, seed))
             if completion.usage is None and self._spec.price is not None:
                 raise TeacherError(
                     f"{self._spec.name} does not say how many tokens an answer took, so its cost is not known; leave "
                     "out the price and the limit of cost",
                     ends_run=True,
                 )
-            answers += answers_of(completion, self._spec)[:missing]
+            answers += found[:missing]
             if completion.usage is not None:
                 prompt_tokens += completion.usage.prompt_tokens
                 completion_tokens += completion.usage.completion_tokens
         return Reply(tuple(answers), prompt_tokens, completion_tokens)
+
+    def _answers_in(self, data: bytes) -> tuple[Completion, list[Answer]]:
+        try:
+            completion = read_completion(data, self._spec)
+            return completion, answers_of(completion, self._spec)
+        except TeacherError as error:
+            error.args = (self._hidden(str(error)),)
+            raise
 
     async def read(self, reading: Reading) -> TopTokens:
         """An endpoint tells the probabilities of its own answers alone."""
@@ -139,8 +147,8 @@ class HostedBackend:
         status, name = response.status, self._spec.name
         told = self._hidden(error_text(data)) or "nothing"
         if 300 <= status < 400:
-            target = response.headers.get("Location", "nowhere")
-            return TeacherError(f"{name} redirects to {target[:200]!r}; give that address", ends_run=True)
+            target = self._hidden(response.headers.get("Location", "nowhere"))[:200]
+            return TeacherError(f"{name} redirects to {target!r}; give that address", ends_run=True)
         if status in _REASONS_TO_END or "insufficient_quota" in error_code(data):
             reason = _REASONS_TO_END.get(status, "the quota is used up")
             if status == 401:

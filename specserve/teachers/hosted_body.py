@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -18,6 +18,8 @@ from .errors import TeacherError
 from .spec import TeacherSpec
 
 FINISHED = ("stop", "length")
+_Count = Annotated[int, msgspec.Meta(ge=0)]  # less than none would give back what was spent
+_SMALLER = frozenset({"mini", "nano", "lite", "small", "tiny"})  # in a name: another model, and no version
 
 
 class _Token(msgspec.Struct):
@@ -48,8 +50,8 @@ class _Choice(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: _Count
+    completion_tokens: _Count
 
 
 class Completion(msgspec.Struct):
@@ -153,10 +155,15 @@ def answers_of(completion: Completion, spec: TeacherSpec) -> list[Answer]:
 
 
 def same_model(asked: str, answered: str) -> bool:
-    """Whether `answered` is a version of `asked`: gpt-4o-2024-08-06 of gpt-4o, and names with and without a vendor."""
+    """Whether `answered` is a version of `asked`: gpt-4o-2024-08-06 of gpt-4o, but not gpt-4o-mini.
+
+    Names are compared without their vendors.
+    """
     names = (re.sub(r"[-:]latest$", "", name.lower().rstrip("/").rpartition("/")[2]) for name in (asked, answered))
     shorter, longer = sorted(names, key=len)
-    return longer.startswith(shorter) and longer[len(shorter) :][:1] in ("", "-", ":", "@", ".", "_")
+    rest = longer[len(shorter) :]
+    is_version = rest[:1] in ("", "-", ":", "@", ".", "_") and not _SMALLER & set(re.split(r"[-:@._]", rest))
+    return longer.startswith(shorter) and is_version
 
 
 def error_text(data: bytes) -> str:

@@ -89,5 +89,6 @@ def _url(url: str) -> str:
         what = "holds a name or password, which belongs into an environment variable" if host else "names no host"
         raise UserError(f"the teacher's address {url.rpartition('@')[2]!r} {what}", param="teacher")
     if "?" in url or "#" in url:
-        raise UserError(f"the teacher's address {url!r} has a query; give the API's root, such as https://HOST/v1")
+        root = re.split("[?#]", url)[0]  # a query may hold a key, which no message shows
+        raise UserError(f"the teacher's address {root!r} has a query; give the API's root, such as https://HOST/v1")
     return url.rstrip("/").removesuffix("/chat/completions").rstrip("/")

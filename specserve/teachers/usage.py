@@ -63,7 +63,8 @@ class Budget:
         if self.limit is None or price is None:
             yield
             return
-        most = price.of(most_prompt_tokens(ask), ask.max_tokens * ask.n)
+        # Endpoints that give one sample at a time are sent the prompt with each.
+        most = price.of(most_prompt_tokens(ask) * ask.n, ask.max_tokens * ask.n)
         async with self._freed:
             while self.spent + self._set_aside + most > self.limit:
                 if not self._set_aside:

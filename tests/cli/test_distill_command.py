@@ -107,6 +107,11 @@ async def test_a_limit_of_cost_says_what_is_kept_and_how_to_go_on(command, capsy
         (("--teacher", "https://host/v1"), "names no model"),
         (("--teacher-key-env", "NO_SUCH_KEY"), "the environment variable NO_SUCH_KEY is not set"),
         (("--teacher-key-env", "elsewhere=NO_SUCH_KEY", "--data", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
+        (
+            ("--teacher-key-env", "A_KEY", "--judge", "big@https://elsewhere/v1"),
+            "--teacher-key-env A_KEY names no host",
+        ),
+        (("--teacher", "wise-1@https://host/v1?key=sk-1"), "the teacher's address 'https://host/v1' has a query"),
         (("--teacher-price", "cheap"), "is not IN,OUT"),
         (("--teacher-price", "nan,1"), "is not IN,OUT"),
         (("--teacher-field", "top_p"), "is not KEY=VALUE"),

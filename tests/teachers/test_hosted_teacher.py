@@ -262,6 +262,34 @@ async def test_a_key_comes_from_its_variable_and_is_never_shown(endpoint, monkey
     assert b"sk-secret-1" not in kept and b"answer to question 3" in kept
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"your header was Bearer sk-secret-1",
+        {"choices": [], "header": "sk-secret-1"},
+        (302, b"", {"Location": "/sk-secret-1"}),
+    ],
+    ids=["no JSON", "no choices", "redirect"],
+)
+async def test_an_endpoint_that_sends_a_key_back_does_not_show_it(endpoint, monkeypatch, sent):
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret-1")
+    endpoint.fake.respond = lambda body, number: sent
+    try:
+        results, _ = await endpoint.results(ASKS[:1], key_env="TEACHER_KEY", max_retries=0)
+        told = str(results[0])
+    except TeacherError as error:
+        told = str(error)
+    assert "sk-secret-1" not in told and "***" in told
+
+
+async def test_usage_below_zero_is_no_answer(endpoint):
+    endpoint.fake.respond = lambda body, number: (
+        completion("x", body) | {"usage": {"prompt_tokens": -1_000_000, "completion_tokens": 1}}
+    )
+    results, usage = await endpoint.results(ASKS[:1], price=Price(1.0, 1.0), max_retries=0)
+    assert isinstance(results[0], TeacherError) and usage.cost == 0
+
+
 async def test_no_more_requests_than_wanted_at_a_time(endpoint):
     async def slow(body, number):
         await asyncio.sleep(0.01)
@@ -351,6 +379,8 @@ def test_what_endpoints_ask_to_wait():
         ("meta-llama/Llama-3-8B", "llama-3-8b", True),
         ("sonnet-latest", "sonnet-2025", True),
         ("gpt-4", "gpt-4o", False),
+        ("gpt-4o", "gpt-4o-mini-2024-07-18", False),
+        ("gpt-4o-mini", "gpt-4o-mini-2024-07-18", True),
         ("wise-1", "llama", False),
     ],
 )
