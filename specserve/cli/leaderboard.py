@@ -166,7 +166,8 @@ def _show(store: Any, as_json: bool = False) -> None:
     from ..leaderboard.standings import standings
     from ..leaderboard.table import lines_of
 
-    found = standings(store)
+    with store.snapshot():
+        found = standings(store)
     if as_json:
         import msgspec
 

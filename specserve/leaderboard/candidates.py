@@ -64,10 +64,7 @@ def checked_model(base: str, adapter: Path | None) -> Model:
     if (adapter / POOLING_FILE).is_file():
         shape = parse_pooling_config(adapter.name, (adapter / POOLING_FILE).read_bytes())
         kind = cast(Kind, shape.adapter_type)
-    elif decode_json((adapter / CONFIG_FILE).read_bytes(), CONFIG_FILE).get("task_type") in (
-        SEQ_CLS,
-        FEATURE_EXTRACTION,
-    ):
+    elif _task_type(adapter / CONFIG_FILE) in (SEQ_CLS, FEATURE_EXTRACTION):
         raise UserError(
             f"--adapter: {adapter} does not generate and has no {POOLING_FILE}, which says how it is measured; "
             "`specserve train` writes one",

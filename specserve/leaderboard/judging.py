@@ -20,13 +20,14 @@ async def judge_pairs(
 
     Raises `UserError` where the judge cannot be asked; verdicts that came are kept.
     """
-    known = store.judgments(spec.name)
-    models = [model.name for model in store.models()]
     todo = []
-    for task in store.tasks():
-        if task.task.kind == "generate" and (not tasks or task.name in tasks):
-            answered: list[AnsweredRow] = answered_of(store, task)[:max_rows]
-            todo += list(open_asks(answered, models, known))
+    with store.snapshot():
+        known = store.judgments(spec.name)
+        models = [model.name for model in store.models()]
+        for task in store.tasks():
+            if task.task.kind == "generate" and (not tasks or task.name in tasks):
+                answered: list[AnsweredRow] = answered_of(store, task)[:max_rows]
+                todo += list(open_asks(answered, models, known))
     num, failed = 0, 0
     async with open_teacher(spec, budget) as judge:
         async with aclosing(judge.answers(ask for _, ask in todo)) as answers:

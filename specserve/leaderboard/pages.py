@@ -6,6 +6,7 @@ Without scripts, and with nothing from elsewhere. What came from rows and models
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .pairs import AnsweredRow
 from .standings import answered_of, standings
 from .store import LeaderboardStore, StoredTask
 
-INDEX, BOARD_JSON = "index.html", "board.json"
+INDEX, BOARD_JSON, ANSWERS = "index.html", "board.json", ".answers-"
 ROWS_PER_PAGE = 25
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -27,12 +28,17 @@ class Pages:
     """Of the store as it is while this is used."""
 
     def __init__(self, store: LeaderboardStore):
-        self._store, self._board = store, standings(store)
+        self._store = store
         self._tasks = {task.name: task for task in store.tasks() if task.task.kind == "generate"}
         self._environment = page_environment(_TEMPLATES)
         self._environment.filters["number"] = lambda value, digits: (
             "missing" if value is None else f"{value:.{digits}f}"
         )
+
+    @cached_property
+    def _board(self) -> dict[str, Any]:
+        """Ratings take their time; pages of answers, and names that mean nothing, do without."""
+        return _public(standings(self._store))
 
     def names(self) -> Iterator[str]:
         """Of all files."""
@@ -45,7 +51,7 @@ class Pages:
         if name == INDEX:
             return self._index().encode()
         if name == BOARD_JSON:
-            return msgspec.json.format(msgspec.json.encode(_public(self._board)), indent=1) + b"\n"
+            return msgspec.json.format(msgspec.json.encode(self._board), indent=1) + b"\n"
         for task in self._tasks.values():
             for number, address in self._addresses(task):
                 if address == name:
@@ -54,10 +60,10 @@ class Pages:
 
     def _addresses(self, task: StoredTask) -> list[tuple[int, str]]:
         num = max(1, -(-len(self._store.rows(task)) // ROWS_PER_PAGE))
-        return [(number, f"{task.name}.answers-{number}.html") for number in range(1, num + 1)]
+        return [(number, f"{task.name}{ANSWERS}{number}.html") for number in range(1, num + 1)]
 
     def _index(self) -> str:
-        board = _public(self._board)
+        board = self._board
         cells = [cell for model in board["models"] for cell in model["cells"].values() if cell is not None]
         num = len(board["models"]) * len(board["tasks"])
         return self._render(
@@ -118,4 +124,10 @@ def _public(board: dict[str, Any]) -> dict[str, Any]:
         for model in board["models"]
     ]
     tasks = [{**task, "data": Path(task["data"]).name} for task in board["tasks"]]
-    return {**board, "models": models, "tasks": tasks}
+    ratings = [{**one, "by": _named(one["by"])} for one in board["ratings"]]
+    return {**board, "models": models, "tasks": tasks, "ratings": ratings}
+
+
+def _named(judge: str) -> str:
+    """A judge that runs here may be a path, and have another one behind a plus."""
+    return "+".join(Path(part).name if part.startswith(("/", ".", "~")) else part for part in judge.split("+"))

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from ..errors import UserError
 from ..whole_files import replace_file
-from .pages import BOARD_JSON, INDEX, Pages
+from .pages import ANSWERS, BOARD_JSON, INDEX, Pages
 from .store import LeaderboardStore
 
 ROOT = "/leaderboard"
@@ -72,7 +72,8 @@ class LeaderboardSite:
             return kept[1]
         store = LeaderboardStore(self._path)
         try:
-            body = Pages(store).file(name)
+            with store.snapshot():
+                body = Pages(store).file(name)
         finally:
             store.close()
         if body is not None:  # names that mean nothing are not kept
@@ -111,13 +112,19 @@ def export(path: Path, directory: Path) -> int:
     store = LeaderboardStore(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        pages, num = Pages(store), 0
-        for name in pages.names():
-            body = pages.file(name)
-            assert body is not None
-            replace_file(directory / name, partial(_write, body))
-            num += 1
-        return num
+        with store.snapshot():
+            pages, names = Pages(store), set[str]()
+            for name in pages.names():
+                body = pages.file(name)
+                assert body is not None
+                replace_file(directory / name, partial(_write, body))
+                names.add(name)
+        for path in directory.glob(
+            f"*{ANSWERS}*.html"
+        ):  # of tasks that have been removed, and of rows that are no more
+            if path.name not in names:
+                path.unlink()
+        return len(names)
     finally:
         store.close()
 

@@ -174,6 +174,15 @@ class LeaderboardStore:
                 self._db.execute("ROLLBACK")
             raise
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All that is read within is of one moment, whatever others write meanwhile."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("ROLLBACK")
+
     # -- tasks and models
 
     def put_task(self, name: str, task: Task, data_hash: str, rows: Iterable[TaskRow]) -> None:

@@ -12,7 +12,9 @@ from training_fixture import write_rows
 
 from specserve.config import ServeConfig
 from specserve.leaderboard.pages import ROWS_PER_PAGE, Pages
+from specserve.leaderboard.pairs import asked_hash, asks_of
 from specserve.leaderboard.site import LeaderboardSite, application
+from specserve.leaderboard.standings import answered_of, standings
 from specserve.leaderboard.store import LeaderboardStore
 from specserve.server.app import Server
 from specserve.text.tokenizer import TextTokenizer
@@ -119,3 +121,49 @@ def test_an_empty_board_has_a_page(tmp_path):
     assert b"0 models, 0 tasks" in Pages(store).file("index.html")
     assert list(Pages(store).names()) == ["index.html", "board.json"]
     store.close()
+
+
+def test_a_page_is_of_one_moment(begun, tmp_path):
+    store = LeaderboardStore(begun.path)
+    try:
+        with store.snapshot():
+            before = store.rows(store.tasks()[0])
+            write_rows(tmp_path / "dev.jsonl", 9, seed=2)
+            assert begun.cli("add", "json", "--data", tmp_path / "dev.jsonl") == 0
+            assert store.rows(store.tasks()[0]) == before
+        assert len(store.rows(store.tasks()[0])) == 9
+    finally:
+        store.close()
+
+
+def test_names_that_mean_nothing_cost_no_ratings(ran, monkeypatch):
+    monkeypatch.setattr("specserve.leaderboard.pages.standings", lambda store: pytest.fail("the board was made"))
+    store = LeaderboardStore(ran.path)
+    try:
+        assert Pages(store).file("nothing.html") is None and b"Row 1" in Pages(store).file("json.answers-1.html")
+    finally:
+        store.close()
+
+
+def test_an_export_holds_nothing_of_a_task_that_was_removed(begun, tmp_path):
+    assert begun.cli("export", tmp_path / "site") == 0 and (tmp_path / "site" / "json.answers-1.html").is_file()
+    assert begun.cli("remove", "json") == 0 and begun.cli("export", tmp_path / "site") == 0
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {"index.html", "board.json"}
+
+
+def test_a_judge_that_is_a_path_is_shown_by_its_name(ran):
+    store = LeaderboardStore(ran.path)
+    judge = f"default+{ran.root}/adapters/stern"
+    try:
+        with store.transaction():
+            for answered in answered_of(store, store.tasks()[0]):
+                texts = answered.answers["base"].text, answered.answers["first"].text
+                for ask in asks_of(answered.row, *texts):
+                    store.put_judgment(judge, asked_hash(ask), "A")
+        assert any(one["by"] == judge for one in standings(store)["ratings"])
+        board = Pages(store).file("board.json").decode()
+        assert '"default+stern"' in board and str(ran.root) not in board
+    finally:
+        with store.transaction():
+            store._db.execute("DELETE FROM judgments WHERE judge = ?", (judge,))
+        store.close()
