@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 from fake_teacher import MODEL, FakeTeacher, completion
@@ -81,6 +83,19 @@ async def test_rows_stand_in_the_order_of_the_prompts_and_can_be_trained_on(benc
     again, summary = await bench.run(PROMPTS)
     assert again == rows and (summary.teachers[0].requests, summary.teachers[0].cached) == (0, 20)
     assert len(bench.fake.bodies) == 20
+
+
+async def test_a_full_disk_costs_no_answer(bench, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specserve.curation.distillation.distill.os.fsync", full)
+        with pytest.raises(UserError, match=r"cannot write .*rows.jsonl: No space left on device; make room"):
+            await bench.run(PROMPTS[:3])
+    assert not (bench.folder / "rows.jsonl").exists()
+    rows, summary = await bench.run(PROMPTS[:3])
+    assert len(rows) == 3 == summary.teachers[0].cached and len(bench.fake.bodies) == 3
 
 
 async def test_every_format_of_rows_is_a_prompt_with_and_without_its_answer(bench):

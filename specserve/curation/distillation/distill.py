@@ -103,7 +103,27 @@ def write(
     student: Student | None,
     summary: Summary,
 ) -> None:
-    """Put rows, logits and summary in their places, the rows last: where they are, the others are."""
+    """Put rows, logits and summary in their places, the rows last: where they are, the others are.
+
+    Raises `UserError` where they cannot be written.
+    """
+    try:
+        _write(plan, rows, logits, student, summary)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {plan.out}: {error.strerror or error}; make room, or give another file: all answers are "
+            "kept, and the same command asks nothing twice",
+            param="out",
+        ) from None
+
+
+def _write(
+    plan: DistillPlan,
+    rows: Sequence[dict[str, Any]],
+    logits: Sequence[TopLogits],
+    student: Student | None,
+    summary: Summary,
+) -> None:
     with tempfile.TemporaryDirectory(dir=plan.out.parent, prefix=f".{plan.out.name}.") as folder:
         staged = Path(folder) / plan.out.name
         staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))

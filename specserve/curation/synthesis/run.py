@@ -98,7 +98,12 @@ def synthesize(options: Options, spec: TeacherSpec, budget: Budget, say: Say) ->
 
 
 def apply_review(review: Path, out: Path, seeds: Path | None) -> int:
-    """Write the rows that a review file keeps, behind those of `seeds` if given; returns their number."""
+    """Write the rows that a review file keeps, behind those of `seeds` if given; returns their number.
+
+    Raises `UserError`.
+    """
+    if out.resolve() in {path.resolve() for path in (review, seeds) if path is not None}:
+        raise UserError(f"--out {out} is read, too; give another file for the rows", param="out")
     rows = reviewed_rows(review)
     first = read_seeds(seeds, None, inputs_only=True).rows if seeds is not None else []
     put_lines(out, [*first, *rows])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,11 @@ def read_seeds(path: Path, schema: dict[str, Any] | None, *, inputs_only: bool =
 def read_held_out(paths: Sequence[Path]) -> dict[str, str]:
     """The inputs of all rows of these files by file and line. Raises `UserError`."""
     texts = {}
+    names = Counter(path.name for path in paths)
     for path in paths:
+        shown = path.name if names[path.name] == 1 else path  # two folders may have a dev.jsonl each
         for line, where, value in _objects(path):
-            texts[f"{path.name} line {line}"] = read_pair(value, kind_of(value, where), line, where).text
+            texts[f"{shown} line {line}"] = read_pair(value, kind_of(value, where), line, where).text
     return texts
 
 

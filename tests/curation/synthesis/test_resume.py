@@ -178,6 +178,13 @@ def test_a_review_without_its_first_line_is_refused(place):
     assert "is empty" in apply(place)[2]
 
 
+def test_a_review_is_not_written_over(place):
+    assert place.run(rows=2)[0] == 0
+    before = place.candidates()
+    code, _, err = place.run("--apply", place.path / "rows.review.jsonl", out="rows.review.jsonl")
+    assert code == 2 and "rows.review.jsonl is read, too" in err and place.candidates() == before
+
+
 CRITIQUES = {"good": "nothing", "fix": "the number is wrong", "drop": "nonsense"}
 
 

@@ -6,6 +6,7 @@ import random
 import pytest
 from synthesis_place import SCHEMA, answer_of, input_of, what_is_asked, wise
 
+from specserve.curation.synthesis.seeds import read_held_out
 from specserve.training.data.rows import read_rows
 from specserve.training.pooling.rows import read_pooling_rows
 
@@ -64,6 +65,16 @@ def test_what_repeats_or_is_held_out_is_dropped_and_named(place):
     report = place.lines("rows.report.json")[0]
     assert report["held_out"] == {"files": 1, "dropped": 1, "seeds": []}
     assert report["rounds"][0]["share_repeated"] == 0.4
+
+
+def test_held_out_files_of_one_name_are_all_looked_at(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "dev.jsonl")
+        files[-1].write_text(json.dumps({"prompt": f"the row of {name}", "completion": "x"}) + "\n")
+    assert sorted(read_held_out(files).values()) == ["the row of a", "the row of b"]
+    assert list(read_held_out(files[:1])) == ["dev.jsonl line 1"]
 
 
 def test_seeds_that_are_held_out_are_told(place):
