@@ -10,7 +10,7 @@ import ray
 from ray import serve
 
 from ..config import RayConfig
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..server.console import say, settle
 from .application import NAME, QUIET, application
 
@@ -23,18 +23,14 @@ def serve_on_ray(config: RayConfig) -> None:
     os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # its 30 s are few where cores are busy
     stop = threading.Event()
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level="warning")
-    else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = (config.max_replicas or config.num_replicas) * config.replica_cpus
-        ray.init(
-            num_cpus=max(cores, int(wanted) + 1),
-            include_dashboard=False,
-            log_to_driver=True,
-            logging_level="warning",
-            object_store_memory=STORE_BYTES,
-        )
+    try:
+        if address:
+            _join(address)
+        else:
+            _begin(config)
+    except Exception as error:  # Ray raises plain ones
+        where = f"at {address}" if address else "on this machine; /tmp/ray/session_latest/logs may say why"
+        raise UserError(f"there is no Ray cluster {where}: {shortened(error)}", param="ray_address") from error
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
@@ -53,3 +49,20 @@ def serve_on_ray(config: RayConfig) -> None:
             serve.shutdown()
         ray.shutdown()
         settle()
+
+
+def _join(address: str) -> None:
+    ray.init(address=address, log_to_driver=False, logging_level="warning")
+
+
+def _begin(config: RayConfig) -> None:
+    """A cluster of this machine alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = (config.max_replicas or config.num_replicas) * config.replica_cpus
+    ray.init(
+        num_cpus=max(cores, int(wanted) + 1),
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level="warning",
+        object_store_memory=STORE_BYTES,
+    )
