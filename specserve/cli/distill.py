@@ -28,7 +28,8 @@ _PLAIN = ("data", "out", "samples", "temperature", "top_p", "max_tokens", "seed"
     help="JSONL of prompts, in the trainer's formats; answers are references and may be missing.",
 )
 @click.option(
-    "--out",
+    "--output",
+    "out",
     required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -74,7 +75,7 @@ _PLAIN = ("data", "out", "samples", "temperature", "top_p", "max_tokens", "seed"
     metavar="X",
     help="Drop prompts whose best answer scores less; a judge's 7 is 0.7.",
 )
-@click.option("--max-rows", type=click.IntRange(1), metavar="N", help="Only the first so many prompts.")
+@click.option("--rows", "max_rows", type=click.IntRange(1), metavar="N", help="Only the first so many prompts.")
 @click.option(
     "--top-logprobs",
     type=click.IntRange(0, 20),

@@ -12,7 +12,7 @@ from .teacher_options import TEACHER_HELP, budget_of, teacher_options, teachers_
 @click.command(epilog=TEACHER_HELP)
 @click.argument("label_file", type=click.Path(path_type=Path))
 @click.option("--model", help="Base model of classifiers: directory or hub id; default: specserve's default model.")
-@click.option("--texts", "num_texts", type=click.IntRange(1), metavar="N", help="Label only the first N texts.")
+@click.option("--rows", "num_texts", type=click.IntRange(1), metavar="N", help="Only the first so many texts.")
 @teacher_options(required=False)
 @debug_option
 def label(label_file: Path, model: str | None, num_texts: int | None, **params: Any) -> int:

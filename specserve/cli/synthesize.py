@@ -15,7 +15,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command(epilog=TEACHER_HELP)
 @click.option("--seeds", type=_FILE, metavar="FILE", help="JSONL of some rows of the task, of any format that trains.")
 @click.option("--task", default="", metavar="TEXT", help="What the rows are for, in a sentence or two.")
-@click.option("--out", type=_FILE, required=True, metavar="FILE", help="JSONL of the new rows.")
+@click.option("--output", "out", type=_FILE, required=True, metavar="FILE", help="JSONL of the new rows.")
 @click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="So many new rows.")
 @click.option(
     "--method", type=click.Choice(["single", "refine"]), default="single", show_default=True,
@@ -47,7 +47,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--embedder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Adapter that embeds: the report then has the spread of topics.")  # fmt: skip
 @click.option("--model", default="", help="Base model of --embedder, whose tokens are counted.  [default: the default]")
-@click.option("--apply", type=_FILE, metavar="REVIEW", help="Only write the rows that this review file keeps to --out.")
+@click.option(
+    "--apply", type=_FILE, metavar="REVIEW", help="Only write the rows that this review file keeps to --output."
+)
 @teacher_options(required=False)
 @debug_option
 def synthesize(**params: Any) -> int:

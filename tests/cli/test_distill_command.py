@@ -24,7 +24,14 @@ class Command:
         self.out = folder / "rows.jsonl"
 
     def argv(self, *flags):
-        files = ("--data", self.folder / "prompts.jsonl", "--out", self.out, "--teacher-cache", self.folder / "cache")
+        files = (
+            "--data",
+            self.folder / "prompts.jsonl",
+            "--output",
+            self.out,
+            "--teacher-cache",
+            self.folder / "cache",
+        )
         teacher = () if "--teacher" in flags else ("--teacher", f"{MODEL}@{self.fake.url}")
         return [str(word) for word in ("distill", *teacher, *files, *flags)]
 

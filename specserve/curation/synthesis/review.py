@@ -124,8 +124,8 @@ def check_same(path: Path, begun: Settings, now: Settings) -> None:
         before, after = getattr(begun, name), getattr(now, name)
         if before != after:
             raise UserError(
-                f"{path} is of a run with {name} {_shown(before)}, now it is {_shown(after)}; give another --out, or "
-                "remove that file to begin anew (what the teacher has answered before costs nothing again)",
+                f"{path} is of a run with {name} {_shown(before)}, now it is {_shown(after)}; give another --output, "
+                "or remove that file to begin anew (what the teacher has answered before costs nothing again)",
                 param=name,
             )
 

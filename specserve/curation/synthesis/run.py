@@ -103,7 +103,7 @@ def apply_review(review: Path, out: Path, seeds: Path | None) -> int:
     Raises `UserError`.
     """
     if out.resolve() in {path.resolve() for path in (review, seeds) if path is not None}:
-        raise UserError(f"--out {out} is read, too; give another file for the rows", param="out")
+        raise UserError(f"--output {out} is read, too; give another file for the rows", param="out")
     rows = reviewed_rows(review)
     first = read_seeds(seeds, None, inputs_only=True).rows if seeds is not None else []
     put_lines(out, [*first, *rows])
@@ -153,11 +153,11 @@ def _check_out(options: Options) -> None:
     """Nothing is written over that a synthesis did not write. Raises `UserError`."""
     out = options.out
     if out.resolve() in {path.resolve() for path in (options.seeds, *options.held_out)}:
-        raise UserError(f"--out {out} is read, too; give another file for the rows", param="out")
+        raise UserError(f"--output {out} is read, too; give another file for the rows", param="out")
     if out.is_dir() or (out.exists() and not review_of(out).exists()):
         raise UserError(
-            f"--out {out} is there already, and {review_of(out).name} is not beside it: it is not of a synthesis; give "
-            "another file",
+            f"--output {out} is there already, and {review_of(out).name} is not beside it: it is not of a synthesis; "
+            "give another file",
             param="out",
         )
 

@@ -32,7 +32,7 @@ def test_the_example_rows_are_seeds_for_a_model_that_runs_here(tmp_path, talker,
         ["synthesize", "--seeds", str(DATA / "debtags.train.jsonl"), "--held-out", str(DATA / "debtags.dev.jsonl"),
          "--task", "Say what it is.", "--teacher", str(talker), "--teacher-cache", str(tmp_path / "cache"),
          *(word for option in options for word in ("--teacher-option", option)), "--per-ask", "1", "--examples", "2",
-         "--max-answer-tokens", "64", "--rows", "3", "--out", str(out)]
+         "--max-answer-tokens", "64", "--rows", "3", "--output", str(out)]
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
     assert len(read_rows(out)) == 3

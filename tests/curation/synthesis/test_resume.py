@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_no_other_settings(place, monkeypatch, flags, name):
     assert place.run(rows=2)[0] == 0
     before = (place.path / "rows.review.jsonl").read_bytes()
     code, _, err = place.run(*flags, rows=4)
-    assert code == 2 and f"is of a run with {name} " in err and "give another --out" in err
+    assert code == 2 and f"is of a run with {name} " in err and "give another --output" in err
     assert (place.path / "rows.review.jsonl").read_bytes() == before
 
 

@@ -316,9 +316,9 @@ def test_seeds_that_cannot_be_used_are_refused_before_anything_is_asked(place, c
         (["--held-out", "none.jsonl"], "cannot read none.jsonl"),
         (["--schema", "none.json"], "cannot read the schema none.json"),
         (["--near", "0.1"], "similarity of near duplicates is 0.1"),
-        (["--out", "seeds.jsonl"], "is read, too"),
-        (["--out", "other.txt"], "is there already"),
-        (["--out", "."], "directory"),
+        (["--output", "seeds.jsonl"], "is read, too"),
+        (["--output", "other.txt"], "is there already"),
+        (["--output", "."], "directory"),
         (["--rows", "0"], "--rows"),
     ],
 )
