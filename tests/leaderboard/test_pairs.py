@@ -88,6 +88,23 @@ def test_a_model_that_always_wins_and_one_that_met_nobody():
     assert ratings_of([]) == [] == ratings_of([np.zeros((0, 0))])
 
 
+@pytest.mark.parametrize("num_models", [2, 4, 12])
+def test_ratings_are_the_likeliest_where_better_models_always_win(num_models):
+    """The wins that the ratings expect of each model are those that it had, the prior's halves included."""
+    wins = np.triu(np.ones((num_models, num_models)), 1)
+    found = np.array([rating.rating for rating in ratings_of([wins] * 300)])
+    chances = 1 / (1 + 10 ** ((found[None] - found[:, None]) / 400)) - np.eye(num_models) / 2
+    won = 300 * wins.sum(axis=1) + 0.5 * (num_models - 1)
+    assert (301 * chances).sum(axis=1) == pytest.approx(won, abs=0.01)
+
+
+def test_groups_that_never_met_have_the_same_mean():
+    wins = np.zeros((4, 4))
+    wins[0, 1], wins[2, 3] = 1, 1
+    first, second, third, fourth = (rating.rating for rating in ratings_of([wins] * 50 + [wins.T] * 20))
+    assert first + second == pytest.approx(2000) == third + fourth and first > 1000 > fourth
+
+
 def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(ran, monkeypatch, tmp_path, capsys):
     asked = []
 
