@@ -27,7 +27,7 @@ class AnswerCache:
     def __init__(self, directory: Path):
         self.path = directory / FILE
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # answers tell of what was asked
             self._db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
             # With a log, a commit survives the program's death without waiting for the disk.
             for statement in ("journal_mode = WAL", "synchronous = NORMAL"):

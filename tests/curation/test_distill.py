@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 
@@ -96,6 +97,16 @@ async def test_a_full_disk_costs_no_answer(bench, monkeypatch):
     assert not (bench.folder / "rows.jsonl").exists()
     rows, summary = await bench.run(PROMPTS[:3])
     assert len(rows) == 3 == summary.teachers[0].cached and len(bench.fake.bodies) == 3
+
+
+async def test_two_runs_do_not_share_an_output(bench):
+    with open(bench.folder / "rows.jsonl.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing .*rows.jsonl"):
+            await bench.run(PROMPTS[:3])
+    assert not bench.fake.bodies
+    assert len((await bench.run(PROMPTS[:3]))[0]) == 3 and not (bench.folder / "rows.jsonl.lock").exists()
+    assert (bench.folder / "cache").stat().st_mode & 0o777 == 0o700
 
 
 async def test_every_format_of_rows_is_a_prompt_with_and_without_its_answer(bench):

@@ -21,6 +21,7 @@ from ...errors import UserError
 from ...teachers import Budget, Teacher, TeacherSpec, Usage, open_teacher
 from ...training.data.dataset import Example
 from ...training.data.teacher_logits import TopLogits, logits_file, write_teacher_logits
+from ..held_output import held
 from .answers import Asking
 from .choosing import Chosen, choose, way_of
 from .plan import DistillPlan
@@ -47,6 +48,11 @@ class Distillation:
 
     async def run(self) -> Summary:
         """Ask, choose and write. Raises `UserError`; `TeacherError` where a teacher cannot be asked any more."""
+        out = self.plan.out
+        with held(out, out.with_name(out.name + ".lock"), "out"):  # two that ask the same at once pay twice
+            return await self._run()
+
+    async def _run(self) -> Summary:
         start, budget = time.monotonic(), Budget(self.plan.max_cost)
         async with contextlib.AsyncExitStack() as stack:
 
