@@ -38,6 +38,11 @@ def adapters(model_dir, tmp_path_factory):
 
 
 @pytest.fixture
+def no_board(tmp_path):
+    return Board(tmp_path)
+
+
+@pytest.fixture
 def begun(tmp_path, model_dir):
     """A board with a task and the base, not run yet."""
     board = Board(tmp_path)

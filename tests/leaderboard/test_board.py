@@ -225,10 +225,8 @@ def test_mistakes(begun, words, said, tmp_path, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_files_that_are_no_board(tmp_path, capsys):
-    from conftest import Board  # of this folder
-
-    board = Board(tmp_path)
+def test_files_that_are_no_board(no_board, capsys):
+    board = no_board
     assert board.cli("run") == 2 and "there is no leaderboard" in capsys.readouterr().err
     board.path.write_text("text, not a database, and long enough to be looked at as one" * 20)
     assert board.cli("show") == 2 and "cannot be used" in capsys.readouterr().err
