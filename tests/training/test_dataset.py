@@ -123,6 +123,8 @@ def test_calls_of_data_sets_get_the_ids_and_the_shape_of_the_api(tmp_path):
     ("row", "message"),
     [
         ("{", "line 2 is not JSON"),
+        ("prompt,completion", "give one JSON object a line"),
+        ("[1]", "line 2 is list, not an object; give one JSON object a line"),
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', "line 2: the key 'prompt' stands twice"),
         ('{"messages": [{"role": "user", "role": "x", "content": "a"}]}', "line 2: the key 'role' stands twice"),
         ('{"prompt": "a", "completion": NaN}', "line 2: NaN is not a JSON number"),

@@ -92,9 +92,9 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{where} is nested too deep", param="data") from None
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}", param="data") from None
+        raise UserError(f"{where} is not JSON: {error}; give one JSON object a line", param="data") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where} is {type(value).__name__}, not an object", param="data")
+        raise UserError(f"{where} is {type(value).__name__}, not an object; give one JSON object a line", param="data")
     return value
 
 
