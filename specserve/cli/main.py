@@ -19,6 +19,7 @@ from ..errors import UserError
 from .bench_serve import serve as bench_serve
 from .curve import curve
 from .distill import distill
+from .grouped_help import GroupedCommands
 from .label import label
 from .leaderboard import leaderboard
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
@@ -68,7 +69,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=GroupedCommands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="specserve")
 @debug_option
 def cli() -> None:

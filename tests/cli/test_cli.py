@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_gguf import write_gguf
 
 from specserve import __version__, settings
+from specserve.cli import grouped_help
 from specserve.cli import main as cli
 from specserve.cli.generate import figures, read_prompt, refuse_prompt_as_model
 from specserve.config import EngineConfig, ServeConfig
@@ -104,6 +105,15 @@ def test_version(capsys):
 def test_help_of_every_command(capsys, command):
     code, out, err = run(capsys, *command, "--help")
     assert code == 0 and "Usage: specserve" in out and err == ""
+
+
+def test_help_lists_every_command_in_one_section_with_its_whole_first_sentence(capsys):
+    listed = [name for names in grouped_help.SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted(cli.cli.commands)
+    code, out, _ = run(capsys, "--help")
+    words = " ".join(out.split())
+    assert code == 0 and "Make rows to train on: distill Let teachers answer the prompts of a file, and write" in words
+    assert "..." not in out.split("Serve and ask:")[1]
 
 
 def test_help_shows_every_setting_with_its_description_and_default(capsys, monkeypatch):
