@@ -36,7 +36,14 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--vary", multiple=True, metavar="TEXT",
     help="Asks say this in turns, as in 'Let it be about billing.'; may be repeated.  [default: six general ones]",
 )  # fmt: skip
-@click.option("--near", type=float, default=0.7, show_default=True, metavar="X", help="Similarity of near duplicates.")
+@click.option(
+    "--near",
+    type=float,
+    default=0.7,
+    show_default=True,
+    metavar="X",
+    help="Similarity of near duplicates, from 0.3 to 1.",
+)
 @click.option("--min-tokens", type=click.IntRange(1), help="Of a row's input and answer, by the tokenizer of --model.")
 @click.option("--max-tokens", type=click.IntRange(1))
 @click.option(

@@ -105,10 +105,14 @@ class SweepDirectory:
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """Keep others out; gives the lock's handle, which the processes of runs are to inherit."""
+        """Keep others out; gives the lock's handle, which the processes of runs are to inherit. Raises `UserError`."""
         _check_ours(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to the output directory {self.path}: {reason}", param="output") from None
         try:
             _wait_for(lock, self.path)
             os.ftruncate(lock, 0)

@@ -17,6 +17,7 @@ from tiny_models import make_tiny_model
 from training_fixture import SETTINGS, write_rows
 
 from specserve.cli.main import exit_code_of as cli
+from specserve.errors import UserError
 from specserve.training.health import Health
 from specserve.training.sweep import rung as rung_module
 from specserve.training.sweep.halving import best_of, default_rungs, healthy, order_of, share_of
@@ -209,3 +210,12 @@ def test_a_sweep_of_an_adapter_that_pools(folder, monkeypatch, capsys):
     best, other = json.loads((folder / "class-sweep" / "table.json").read_text())["runs"]
     assert best["score"] >= 0.5 and best["tokens_per_s"] is None and other["score"] is None
     assert best["losses"][0] < other["losses"][0] and best["general_ratio"] is None
+
+
+def test_an_output_that_cannot_be_written_is_the_users_to_know(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot write to the output directory .*sweep: Not a directory"),
+        SweepDirectory(tmp_path / "file" / "sweep").held(),
+    ):
+        pass
