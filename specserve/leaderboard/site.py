@@ -102,7 +102,7 @@ def application(path: Path) -> web.Application:
 def export(path: Path, directory: Path) -> int:
     """Write all files into `directory`, made if need be, which any web server serves; returns how many.
 
-    Raises `UserError` for one that holds other things.
+    Raises `UserError` for one that holds other things, or cannot be written.
     """
     is_old = (directory / INDEX).is_file() and (directory / BOARD_JSON).is_file()
     if directory.exists() and not is_old and (not directory.is_dir() or any(directory.iterdir())):
@@ -125,6 +125,8 @@ def export(path: Path, directory: Path) -> int:
             if path.name not in names:
                 path.unlink()
         return len(names)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror or error}", param="dir") from None
     finally:
         store.close()
 

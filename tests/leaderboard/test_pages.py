@@ -145,6 +145,12 @@ def test_names_that_mean_nothing_cost_no_ratings(ran, monkeypatch):
         store.close()
 
 
+def test_an_export_that_cannot_be_written_is_one_line(begun, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert begun.cli("export", tmp_path / "file" / "site") == 2
+    assert capsys.readouterr().err.endswith("site: Not a directory\n")
+
+
 def test_an_export_holds_nothing_of_a_task_that_was_removed(begun, tmp_path):
     assert begun.cli("export", tmp_path / "site") == 0 and (tmp_path / "site" / "json.answers-1.html").is_file()
     assert begun.cli("remove", "json") == 0 and begun.cli("export", tmp_path / "site") == 0
