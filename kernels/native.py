@@ -31,7 +31,7 @@ FLAGS = (
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # "norm" quantizes what it norms; "quantize" is what o and down read.
 PHASES = ("norm", "quantize", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
-MAX_TAPS = 8
+MAX_TAPS = 128  # layers; heads in one step may each read another
 MAX_HEAD_DIM = 256
 KEYS_PER_TILE = 16  # a KV block must be a multiple
 PANEL = 64

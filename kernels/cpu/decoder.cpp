@@ -51,9 +51,9 @@ struct Step {
   const int32_t* row_slots;      // [T], -1: no adapter; null: none in the step
   const Lora* lora;              // [slots][layers][NUM_MODULES]
   float* hidden;                 // [L + P][H], normed, of the rows hidden_indices
-  int32_t tap_layers[8];
-  float* taps[8];   // [L + P][H] each
-  double* seconds;  // [NUM_PHASES], added to
+  int32_t tap_layers[128];
+  float* taps[128];     // [L + P][H] each
+  double* seconds;      // [NUM_PHASES], added to
   const int32_t* stop;  // not 0: end before the next layer, which another thread may ask for; null: nobody may
 };
 

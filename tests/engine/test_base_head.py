@@ -129,3 +129,20 @@ def test_an_adapter_for_which_the_base_head_is_mostly_wrong_drafts_without_it_bu
     assert base.head_of(wrong) is head
     base.adapter_left("wrong")
     base.adapter_left("wrong")
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_heads_of_one_step_may_each_read_another_layer(tmp_path, kernels, caplog):
+    deep = make_tiny_model(tmp_path / "model", num_hidden_layers=11)
+    paths = [make_lookahead_adapter(deep, tmp_path / f"{idx}", seed=idx, tap_layer=idx) for idx in range(10)]
+    engine = make_engine(deep, kernels=kernels, base_head=str(make_base_head(deep, tmp_path / "base", tap_layer=10)))
+    hashes = [None] + [engine.load_adapter(path.name, path).content_hash for path in paths]
+
+    def outputs(mode):
+        return tokens_of(run(engine, [
+            request(f"{mode} {idx}", range(3 + idx, 20 + idx), adapter=one, mode=mode, max_tokens=8)
+            for idx, one in enumerate(hashes)
+        ]))  # fmt: skip
+
+    assert list(outputs("fixed").values()) == list(outputs("off").values())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]  # of a step that failed
