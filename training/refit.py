@@ -260,9 +260,10 @@ def _held(directory: Path) -> Iterator[None]:
     """One refit at a time in a directory; the kernel lets go of it however the process ends."""
     fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another refit is at work in {directory}; wait for it", param="directory") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another refit is at work in {directory}; wait for it", param="directory") from None
     finally:
         os.close(fd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,13 @@ def label_texts(
 ) -> int:
     """Raises `UserError`. Exit code 1: there is no row to learn from."""
     spec = read_label_file(label_file)
-    progress = _bar if sys.stderr.isatty() else None
-    done = asyncio.run(label(spec, model=model, teacher=teacher, budget=budget, num_texts=num_texts, progress=progress))
+    done = asyncio.run(label(spec, model=model, teacher=teacher, budget=budget, num_texts=num_texts))
     for name, question in done.report["questions"].items():
         click.echo(_table(name, question))
     for warning in done.report["warnings"]:
         click.echo(f"warning: {warning}")
     click.echo(f"{done.rows} rows of {done.texts} texts in {spec.output}, the report in {spec.output}{REPORT_SUFFIX}")
     return 0 if done.rows else 1
-
-
-def _bar(name: str, missing: int, total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(desc=name, total=total, initial=total - missing, unit="", dynamic_ncols=True)
 
 
 def _table(name: str, question: dict[str, Any]) -> str:

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from ...errors import UserError, shortened
 from ...teachers import Answer, Ask, NotAskedError, Teacher, TeacherError, TeacherSpec, Usage
 from ..answer_schema import AnswerSchema
+from ..progress import progress
 from .plan import DistillPlan
 from .prompts import Prompt
-
-_DESC_LEN = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +130,6 @@ def main_reason(refused: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """The reason that most answers have for not being there, as (kind, what it is)."""
     ((kind, _),) = Counter(kind for kind, _ in refused).most_common(1)
     return next(reason for reason in refused if reason[0] == kind)
-
-
-def progress(name: str, total: int) -> tqdm:
-    """A bar on a terminal."""
-    desc = name if len(name) <= _DESC_LEN else f"...{name[3 - _DESC_LEN :]}"
-    return tqdm(total=total, desc=desc, unit="", disable=None, dynamic_ncols=True)
 
 
 def show_cost(bar: tqdm, usage: Usage) -> None:

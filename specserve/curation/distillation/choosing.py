@@ -12,7 +12,8 @@ from typing import Literal
 
 from ...errors import UserError
 from ...teachers import Teacher, TeacherError
-from .answers import Answered, Candidate, main_reason, progress, show_cost
+from ..progress import progress
+from .answers import Answered, Candidate, main_reason, show_cost
 from .judge import judging, mark_of
 from .plan import DistillPlan
 from .prompts import Prompt

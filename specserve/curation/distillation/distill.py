@@ -114,31 +114,21 @@ def write(
     Raises `UserError` where they cannot be written.
     """
     try:
-        _write(plan, rows, logits, student, summary)
+        with tempfile.TemporaryDirectory(dir=plan.out.parent, prefix=f".{plan.out.name}.") as folder:
+            staged = Path(folder) / plan.out.name
+            staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+            if student is not None:
+                beside = write_teacher_logits(staged, student.tokenizer_hash, logits)
+                os.replace(beside, logits_file(plan.out))
+            told = Path(folder) / plan.summary_file.name
+            told.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+            os.replace(told, plan.summary_file)
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(staged, plan.out)
     except OSError as error:
         raise UserError(
             f"cannot write {plan.out}: {error.strerror or error}; make room, or give another file: all answers are "
             "kept, and the same command asks nothing twice",
             param="out",
         ) from None
-
-
-def _write(
-    plan: DistillPlan,
-    rows: Sequence[dict[str, Any]],
-    logits: Sequence[TopLogits],
-    student: Student | None,
-    summary: Summary,
-) -> None:
-    with tempfile.TemporaryDirectory(dir=plan.out.parent, prefix=f".{plan.out.name}.") as folder:
-        staged = Path(folder) / plan.out.name
-        staged.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
-        if student is not None:
-            beside = write_teacher_logits(staged, student.tokenizer_hash, logits)
-            os.replace(beside, logits_file(plan.out))
-        told = Path(folder) / plan.summary_file.name
-        told.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
-        os.replace(told, plan.summary_file)
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, plan.out)

@@ -26,7 +26,7 @@ from ...text.tokenizer import TextTokenizer
 from ...training.data.dataset import Example, RowEncoder
 from ...training.data.rows import parse_row
 from ...training.data.teacher_logits import TopLogits
-from .answers import progress
+from ..progress import progress
 from .choosing import Chosen
 from .likely_tokens import as_logits, mixed
 from .plan import MAX_TOP_LOGPROBS, DistillPlan

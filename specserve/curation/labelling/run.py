@@ -7,7 +7,7 @@ rows and the report are replaced whole at the end.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from ...training.data.rows import parse_object, row_texts
 from ...training.pooling.rows import ClassifyRow, read_pooling_rows
 from ...whole_files import replace_file
 from ..held_output import held
+from ..progress import progress
 from .asked import PromptFunction
 from .classifiers import ClassifierFunction, Classifiers
 from .functions import PatternFunction, PythonFunction
@@ -31,9 +32,6 @@ from .rows import confidence, row_of
 from .votes import Vote, VoteFile, digest_of
 
 VOTES_SUFFIX, REPORT_SUFFIX, LOCK_SUFFIX = ".votes", ".report.json", ".lock"
-Progress = Callable[
-    [str, int, int], Any
-]  # function, texts without a vote, all texts -> a bar with update() and close()
 
 
 class LabellingFunction(Protocol):
@@ -61,11 +59,10 @@ async def label(
     teacher: TeacherSpec | None = None,
     budget: Budget | None = None,
     num_texts: int | None = None,
-    progress: Progress | None = None,
 ) -> Labelled:
     """Label the texts, or the first `num_texts`. Raises `UserError`; the votes so far stay."""
     with held(Path(spec.output), Path(spec.output + LOCK_SUFFIX), "output"):
-        return await _labelled(spec, model, teacher, budget, num_texts, progress)
+        return await _labelled(spec, model, teacher, budget, num_texts)
 
 
 async def _labelled(
@@ -74,7 +71,6 @@ async def _labelled(
     teacher: TeacherSpec | None,
     budget: Budget | None,
     num_texts: int | None,
-    progress: Progress | None,
 ) -> Labelled:
     texts = _texts(spec, num_texts)
     known = _known(spec, texts)
@@ -96,27 +92,22 @@ async def _labelled(
         for name, function_name, voter in functions:
             digest = digest_of(whole, voter.digest)
             with VoteFile(Path(spec.output + VOTES_SUFFIX), name, function_name, digest, len(texts)) as file:
-                await _vote(voter, texts, file, f"{name}: {function_name}", progress)
+                await _vote(voter, texts, file, f"{name}: {function_name}")
                 votes[name][function_name] = [file.votes.get(place) for place in range(len(texts))]
             if isinstance(voter, PromptFunction):
                 warnings += [f"{name}: {function_name!r} {what}" for what in voter.problems()]
     return _written(spec, texts, votes, known, warnings)
 
 
-async def _vote(
-    voter: LabellingFunction, texts: Sequence[str], file: VoteFile, what: str, progress: Progress | None
-) -> None:
+async def _vote(voter: LabellingFunction, texts: Sequence[str], file: VoteFile, what: str) -> None:
     missing = file.missing(texts)
-    bar = progress(what, len(missing), len(texts)) if progress and missing else None
-    try:
+    if not missing:
+        return
+    with progress(what, len(texts), len(texts) - len(missing)) as bar:
         async with aclosing(voter.votes(missing)) as votes:
             async for place, vote in votes:
                 file.add(place, vote)
-                if bar is not None:
-                    bar.update(1)
-    finally:
-        if bar is not None:
-            bar.close()
+                bar.update(1)
 
 
 def _made(
