@@ -7,8 +7,6 @@ two files are replaced while the directory may be served: whoever reads it in be
 
 from __future__ import annotations
 
-import fcntl
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from ..drafters.head_files import (
 from ..drafting.serving_log import Served as ServedOutput
 from ..drafting.serving_log import read_served
 from ..errors import UserError
+from ..file_lock import FileLock
 from ..model.config import ModelConfig
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from .data.dataset import Example
@@ -258,12 +257,7 @@ def _write(
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
     """One refit at a time in a directory; the kernel lets go of it however the process ends."""
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another refit is at work in {directory}; wait for it", param="directory") from None
+    with FileLock(directory) as lock:
+        if not lock.take():
+            raise UserError(f"another refit is at work in {directory}; wait for it", param="directory")
         yield
-    finally:
-        os.close(fd)

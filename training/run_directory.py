@@ -8,8 +8,6 @@ holds it, however that ends. The file itself stays until the run is finished; it
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +19,7 @@ import safetensors
 
 from ..adapter_files import HEAD_CONFIG_FILE, WEIGHTS_FILE
 from ..errors import UserError
+from ..file_lock import FileLock
 from ..whole_files import replace_file
 from .checkpoint import CHECKPOINT_FILE
 from .run_config import RunConfig
@@ -93,7 +92,7 @@ def held_directory(path: Path, resume: bool) -> Iterator[RunDirectory]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         is_new = not lock_path.exists()
-        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = FileLock(lock_path)
     except OSError as error:
         raise UserError(f"cannot write to the output directory {path}: {error.strerror}", param="output") from None
     directory = None
@@ -103,8 +102,7 @@ def held_directory(path: Path, resume: bool) -> Iterator[RunDirectory]:
         _check_state(path, resume)
         if shutil.disk_usage(path).free < _LEAST_FREE_BYTES:
             raise UserError(f"less than {_LEAST_FREE_BYTES >> 20} MiB are free at {path}", param="output")
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        lock.sign()
         yield directory
         lock_path.unlink()
     except BaseException:
@@ -112,13 +110,13 @@ def held_directory(path: Path, resume: bool) -> Iterator[RunDirectory]:
             if is_new and not directory.began:
                 lock_path.unlink()
             else:
-                os.ftruncate(lock, 0)
+                lock.unsign()
             for folder in made if not directory.began else ():
                 with suppress(OSError):  # not empty: others write there too
                     folder.rmdir()
         raise
     finally:
-        os.close(lock)
+        lock.close()
 
 
 @contextmanager
@@ -148,20 +146,13 @@ def _check_state(path: Path, resume: bool) -> None:
         raise UserError(f"the output directory {path} is not empty: it holds a run ({state}); {fix}", param="output")
 
 
-def _take(lock: int, path: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 32, 0).decode(errors="replace") or "unknown"
+def _take(lock: FileLock, path: Path) -> None:
+    if not lock.take():
         raise UserError(
-            f"another run is writing to {path.parent} (process {holder}); wait for it, or give another --output",
+            f"another run is writing to {path.parent} (process {lock.holder}); wait for it, or give another --output",
             param="output",
-        ) from None
-    try:
-        is_same = os.fstat(lock).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        is_same = False
-    if not is_same:
+        )
+    if not lock.is_in_place:
         raise UserError(f"another run has just finished in {path.parent}; give another --output", param="output")
 
 

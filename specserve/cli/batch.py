@@ -8,7 +8,6 @@ same command goes on after whatever ended it. An engine of its own runs the serv
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import os
 import shutil
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from ..config import EngineConfig
 from ..errors import UserError, shortened
+from ..file_lock import FileLock
 from ..server.access.caller import ANONYMOUS
 from ..server.batches.disk import BatchDir, Incoming
 from ..server.batches.rows import FileCheck
@@ -93,13 +93,11 @@ class BatchFiles:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep OUT.progress, which exists, from other processes. Raises `UserError` where one has it."""
-        with (self.progress / "lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        with FileLock(self.progress / "lock") as lock:
+            if not lock.take():
                 raise UserError(
                     f"{self.progress} is used by another process; wait for it, or give another file for the output"
-                ) from None
+                )
             yield
 
     def put(self, output: Path) -> None:

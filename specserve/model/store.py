@@ -6,7 +6,6 @@ to disk and renamed.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -23,6 +22,7 @@ import msgspec
 
 from ..cache_dirs import cache_dir
 from ..errors import ModelError
+from ..file_lock import FileLock
 from ..own_modules import module_command
 from .gguf_import import convert_gguf
 
@@ -169,13 +169,11 @@ def _cached(name: str, build: Callable[[Path], None], *, progress: bool) -> Path
 @contextlib.contextmanager
 def _locked(path: Path, *, progress: bool) -> Iterator[None]:
     """Hold an exclusive lock on `path`; the system drops it when the process ends, however it ends."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with FileLock(path) as lock:
+        if not lock.take():
             if progress:
                 print("waiting for another process that is preparing the same model", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.wait()
         yield
 
 

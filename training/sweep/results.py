@@ -6,7 +6,6 @@ lock is the kernel's, and the processes of the runs hold it too.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import msgspec
 
 from ...errors import UserError
+from ...file_lock import FileLock
 from ...whole_files import replace_file
 from .grid import Values
 
@@ -109,17 +109,14 @@ class SweepDirectory:
         _check_ours(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = FileLock(self.path / LOCK_FILE)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to the output directory {self.path}: {reason}", param="output") from None
-        try:
+        with lock:
             _wait_for(lock, self.path)
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
-            yield lock
-        finally:
-            os.close(lock)
+            lock.sign()
+            yield lock.fileno()
 
     def result(self, name: str, rung: int) -> RungResult | None:
         return _read(self.result_file(name, rung))
@@ -154,20 +151,16 @@ def _check_ours(path: Path) -> None:
         raise UserError(f"{path} is not empty and holds no sweep of ours; give another --output", param="output")
 
 
-def _wait_for(lock: int, path: Path) -> None:
+def _wait_for(lock: FileLock, path: Path) -> None:
     """Raises `UserError` where another sweep is alive; what a killed one left ends within a step."""
-    holder = os.pread(lock, 32, 0).decode(errors="replace") or "unknown"
+    holder = lock.holder
     deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if _is_alive(holder) or time.monotonic() > deadline:
-                raise UserError(
-                    f"another sweep is in {path} (process {holder}); wait for it, or give another --output",
-                    param="output",
-                ) from None
-            time.sleep(0.1)
+    while not lock.take():
+        if _is_alive(holder) or time.monotonic() > deadline:
+            raise UserError(
+                f"another sweep is in {path} (process {holder}); wait for it, or give another --output", param="output"
+            )
+        time.sleep(0.1)
 
 
 def _is_alive(holder: str) -> bool:

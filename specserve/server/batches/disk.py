@@ -12,7 +12,6 @@ does not know when the folder is opened was never told to anybody, and goes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import sqlite3
@@ -22,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...errors import UserError
+from ...file_lock import FileLock
 from .room import DiskFullError, Room
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -37,19 +37,18 @@ class BatchDir:
         try:
             for folder in (path, self._files, self._incoming):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = FileLock(path / "lock", 0o600)
+            is_ours = self._lock.take()
         except OSError as error:
             raise UserError(f"--batch-dir {str(path)!r} cannot be used: {error.strerror}", param="batch_dir") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
+        if not is_ours:
+            self._lock.close()
             raise UserError(
                 f"--batch-dir {str(path)!r} is used by another process; give each server its own", param="batch_dir"
-            ) from None
+            )
 
     def close(self) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def file(self, file_id: str) -> Path:
         return self._files / file_id

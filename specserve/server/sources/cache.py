@@ -7,7 +7,6 @@ in use make room, the one used longest ago first. One server has the cache, for 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +18,7 @@ import msgspec
 
 from ...cache_dirs import cache_dir
 from ...errors import UserError
+from ...file_lock import FileLock
 from ...whole_files import replace_file
 from .fetching import FetchedFile, FileState, measured
 
@@ -52,24 +52,16 @@ class AdapterCache:
         try:
             for folder in (self.folders, self._sources, self._partial):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = (root / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"another server keeps its adapters in {root}; give --adapter-cache-dir another") from None
+            self._lock = FileLock(root / "lock")
+            is_ours = self._lock.take()
         except OSError as error:
             raise UserError(f"adapters cannot be kept in {root}: {error.strerror}; give --adapter-cache-dir") from None
+        if not is_ours:
+            self._lock.close()
+            raise UserError(f"another server keeps its adapters in {root}; give --adapter-cache-dir another")
 
     def close(self) -> None:
         self._lock.close()
-
-    @property
-    def _is_locked(self) -> bool:
-        """Whether the lock is on what is there now."""
-        try:
-            return os.path.samestat(os.stat(self._root / "lock"), os.fstat(self._lock.fileno()))
-        except (OSError, ValueError):  # it is gone, or closed
-            return False
 
     def entry(self, url: str) -> Entry | None:
         """What `url` meant last, if its folder is there with the bytes that were fetched."""
@@ -88,7 +80,7 @@ class AdapterCache:
 
     def workplace(self) -> Path:
         """A new empty folder, for whoever asked to remove; `keep` takes `files` out of it."""
-        if not (self._partial.is_dir() and self._is_locked):  # somebody removed the cache, as one may
+        if not (self._partial.is_dir() and self._lock.is_in_place):  # somebody removed the cache, as one may
             self._lock.close()
             self._open()
         return Path(tempfile.mkdtemp(dir=self._partial))
