@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...adapter_kinds import PoolingType
-from ..lora_model import load_base, save_lora, trained_parameters, with_lora
+from ..lora_model import in_bf16, load_base, save_lora, trained_parameters, with_lora
 from ..run_config import LoraConfig
 
 FEATURE_EXTRACTION, SEQ_CLS = "FEATURE_EXTRACTION", "SEQ_CLS"
@@ -37,7 +37,7 @@ class PoolingModel:
         from transformers import AutoModel, AutoModelForSequenceClassification
         from transformers.utils import logging as transformers_logging
 
-        self.device, self._pooling, self._is_bf16 = device or torch.device("cpu"), pooling, dtype == torch.bfloat16
+        self.device, self._pooling, self._dtype = device or torch.device("cpu"), pooling, dtype
         if num_outputs is None:
             base = load_base(AutoModel, model_dir, dtype, self.device)
             self.peft: Any = with_lora(base, lora, FEATURE_EXTRACTION)
@@ -65,8 +65,7 @@ class PoolingModel:
         """Vectors [N, H] of `texts`, in fp32 and of any length, from one padded forward."""
         width = max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=self.device)
-        # peft holds the LoRA in fp32 and would cast each linear's input up to it: a step took 1.4 times as long (CPU).
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._is_bf16):
+        with in_bf16(self.device, self._dtype):
             hidden = self._inner(input_ids=ids, use_cache=False).last_hidden_state.float()  # [N, W, H]
         lens = torch.tensor([len(text) for text in texts], device=self.device)
         if self._pooling == "last":
