@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import MODEL_TYPES, make_tiny_model
 
+from specserve.training.causal_attention import causal_attention
 from specserve.training.data.dataset import Example
 from specserve.training.head_fit import collect_states
 from specserve.training.head_module import task_vocab
@@ -35,6 +36,29 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path, architecture,
     assert len(ours) == len(wanted) > 0
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+    half = LoraModel(tmp_path, LoraConfig(r=4, alpha=8, dropout=0.0), torch.bfloat16, torch.device("cpu"), None)
+    for parameter, value in zip(half.parameters, model.parameters, strict=True):
+        parameter.data.copy_(value)
+    hidden = half.hidden(examples)
+    F.cross_entropy(half.logits(hidden.last).float(), hidden.targets).backward()
+    rounded, exact = (torch.cat([g.flatten() for g in grads]) for grads in ([p.grad for p in half.parameters], wanted))
+    assert (rounded - exact).norm() < 0.15 * exact.norm(), (rounded - exact).norm() / exact.norm()
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_attention_of_two_products_is_torchs(num_kv_heads):
+    torch.manual_seed(0)
+    shapes = (2, 6, 17, 8), (2, num_kv_heads, 17, 8), (2, num_kv_heads, 17, 8)
+    given = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weight = torch.randn(2, 17, 6, 8)
+    found, wanted = (
+        causal_attention(*given, scale=0.3),
+        F.scaled_dot_product_attention(*given, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2),
+    )
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs in zip(*(torch.autograd.grad((x * weight).sum(), given) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_batch_of_unequal_rows_has_the_gradients_of_its_rows_alone(tmp_path):
