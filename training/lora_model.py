@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..adapter_files import WEIGHTS_FILE
+from ..kernels.linear import has_native_bf16
 from .causal_attention import attention_for
 from .data.dataset import Example
 from .run_config import LoraConfig
@@ -26,7 +27,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def arithmetic(setting: str, device: torch.device) -> torch.dtype:
     """What the setting `dtype` means on `device`."""
-    is_bf16 = setting == "bf16" or (setting == "auto" and device.type == "cuda")
+    is_bf16 = setting == "bf16" or (setting == "auto" and (device.type == "cuda" or has_native_bf16()))
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
