@@ -55,6 +55,7 @@ def summarise(path: Path) -> AdapterSummary:
 
 
 def _summarise_files(files: AdapterFiles, summary: AdapterSummary) -> None:
+    from ..adapters.kind import tensor_shapes
     from ..adapters.peft_config import decode_config, parse_config
     from ..adapters.pooling_config import SCORE, adapter_type_of, read_pooling_config
 
@@ -69,7 +70,7 @@ def _summarise_files(files: AdapterFiles, summary: AdapterSummary) -> None:
     summary.alpha = float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e300 else None
     pooling = read_pooling_config(name, files.paths)
     peft = parse_config(name, data, pooling)
-    shapes = _shapes(name, files.paths[WEIGHTS_FILE])
+    shapes = tensor_shapes(name, files.paths[WEIGHTS_FILE])
     score = shapes.get(SCORE)
     summary.adapter_type = adapter_type_of(name, peft.task_type, pooling, tuple(score) if score is not None else None)
     summary.size_bytes = files.paths[WEIGHTS_FILE].stat().st_size
@@ -175,16 +176,6 @@ def _lookahead_line(info: LookaheadInfo | None) -> str:
         return "no"
     head = f"a head that drafts {info.draft_len} tokens" if info.draft_len else "no usable head"
     return f"{head}, a history of {info.history_tokens} tokens"
-
-
-def _shapes(name: str, file: Path) -> dict[str, list[int]]:
-    import safetensors
-
-    try:
-        with safetensors.safe_open(file, framework="np") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"adapter {name!r}: {WEIGHTS_FILE} is not readable as safetensors: {error}") from None
 
 
 def _text(value: Any) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..adapter_files import content_hash, read_texts
+from ..adapter_files import check_complete, open_adapter, read_texts
+from ..adapters.kind import adapter_type_in
 from ..errors import UserError
 from ..llm.async_llm import AsyncLLM
 from ..llm.outputs import CompletionOutput, RequestOutput
@@ -31,14 +33,15 @@ _SHAPING = ("dtype", "quantization", "kernels")  # options that change answers
 
 
 class LocalBackend:
-    """Of a spec without `url`. Raises `UserError` for a model or an adapter that is not there."""
+    """Of a spec without `url`. Raises `UserError` for a model or an adapter that is not there or does not generate."""
 
     def __init__(self, spec: TeacherSpec):
         self._spec = spec
         self.concurrency = spec.concurrency or CONCURRENCY
+        adapter = () if spec.adapter is None else _read_adapter(spec.adapter, spec.name)
         self.model_dir = resolve_model(spec.model, None, progress=sys.stderr.isatty())
         self._adapter = None if spec.adapter is None else LoRARequest(spec.adapter.resolve().name, 0, str(spec.adapter))
-        self.identity = self._identity()
+        self.identity = self._identity(adapter)
         self._llm: AsyncLLM | None = None
 
     async def start(self) -> None:
@@ -128,14 +131,27 @@ class LocalBackend:
         is_retryable = error.status in PASSING
         return TeacherError(f"{self._spec.name}: {error}", retryable=is_retryable, status=error.status)
 
-    def _identity(self) -> str:
+    def _identity(self, adapter: Sequence[str]) -> str:
         parts = [base_fingerprint(self.model_dir), tokenizer_fingerprint(self.model_dir)]
         parts.append(str(read_texts(self.model_dir, self.model_dir.name)[0]))
-        if self._spec.adapter is not None:
-            directory = Path(self._spec.adapter)
-            parts += [content_hash(directory), str(read_texts(directory, directory.name)[0])]
+        parts += adapter
         parts += [f"{name}={self._spec.options[name]}" for name in _SHAPING if name in self._spec.options]
         return "local\n" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read_adapter(directory: Path, teacher: str) -> tuple[str, str]:
+    """The hashes of what it is and of its texts. Raises `UserError` for one that does not generate."""
+    name = directory.resolve().name
+    with open_adapter(directory, name) as files:
+        check_complete(files, directory, name)
+        kind = adapter_type_in(name, files.paths)
+        if kind != "generate":
+            raise UserError(
+                f"the teacher {teacher}: adapter {name!r} is for {kind!r} (adapter_type), and a teacher generates "
+                "text; name an adapter that does, or the model alone",
+                param="teacher",
+            )
+        return files.content_hash, str(files.text_hash)
 
 
 async def local_backend(spec: TeacherSpec) -> LocalBackend:

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": {"ground", "model", "text", "chat", "server"},
     "loadgen": {"ground"},
     "ray": {"ground", "model", "server"},
-    "teachers": {"ground", "model", "text", "chat", "llm"},
+    "teachers": {"ground", "model", "text", "chat", "adapters", "llm"},
     "curation": {"ground", "text", "chat", "grammar", "model", "llm", "teachers", "training"},
     "leaderboard": {"ground", "model", "text", "adapters", "teachers", "training"},
 }

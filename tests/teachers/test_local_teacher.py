@@ -7,11 +7,15 @@ import dataclasses
 import json
 import shutil
 
+import msgspec
 import pytest
 import torch
 from fake_teacher import OPTIONS
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from specserve.adapter_files import CONFIG_FILE, POOLING_FILE, WEIGHTS_FILE
+from specserve.adapters.pooling_config import SCORE, PoolingConfig
 from specserve.errors import UserError
 from specserve.teachers import Ask, Reading, TeacherError, TeacherSpec, open_teacher, parse_spec
 from specserve.teachers.local import LocalBackend
@@ -78,6 +82,28 @@ async def test_what_is_not_cached_may_be_left_unasked(model_dir, tmp_path):
     async with open_teacher(spec) as teacher:
         (result,) = await in_order(teacher.answers([ask("hello")]))
     assert "was not asked this before" in str(result) and teacher.backend._llm is None
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(PoolingConfig("embed"), "embed"), (PoolingConfig("classify"), None), (None, "classify")],
+    ids=["embeds", "contradicts itself", "classifies by its task type"],
+)
+def test_an_adapter_that_does_not_generate_is_refused_before_anything_is_loaded(
+    model_dir, adapter_dir, tmp_path, config, kind, monkeypatch
+):
+    monkeypatch.setattr("specserve.teachers.local.resolve_model", lambda *args, **options: pytest.fail("was looked up"))
+    folder = shutil.copytree(adapter_dir, tmp_path / "other")
+    if config is not None:
+        (folder / POOLING_FILE).write_bytes(msgspec.json.encode(config))
+    else:
+        told = json.loads((folder / CONFIG_FILE).read_text())
+        (folder / CONFIG_FILE).write_text(json.dumps(told | {"task_type": "SEQ_CLS"}))
+        weights = load_file(folder / WEIGHTS_FILE)
+        save_file(weights | {SCORE: torch.zeros(2, 64)}, folder / WEIGHTS_FILE)
+    told = "there is no score head|must agree" if kind is None else f"adapter 'other' is for '{kind}' .*generates text"
+    with pytest.raises(UserError, match=told):
+        LocalBackend(TeacherSpec(model=str(model_dir), adapter=folder))
 
 
 def test_identity_is_what_answers_depend_on(model_dir, adapter_dir, tmp_path):
