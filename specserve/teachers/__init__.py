@@ -11,6 +11,7 @@ _HOMES = {
     "Budget": "usage",
     "NotAskedError": "errors",
     "Price": "spec",
+    "READ_ONLY": "marked_texts",
     "Reading": "asks",
     "Teacher": "teacher",
     "TeacherError": "errors",
@@ -20,8 +21,10 @@ _HOMES = {
     "Usage": "usage",
     "open_teacher": "teacher",
     "parse_spec": "spec",
+    "quoted": "marked_texts",
 }
 __all__ = [
+    "READ_ONLY",
     "Answer",
     "Ask",
     "Budget",
@@ -36,11 +39,13 @@ __all__ = [
     "Usage",
     "open_teacher",
     "parse_spec",
+    "quoted",
 ]
 
 if TYPE_CHECKING:
     from .asks import Answer, Ask, Reading, TokenLogprob, TopTokens
     from .errors import NotAskedError, TeacherError
+    from .marked_texts import READ_ONLY, quoted
     from .spec import Price, TeacherSpec, parse_spec
     from .teacher import Teacher, open_teacher
     from .usage import Budget, Usage
