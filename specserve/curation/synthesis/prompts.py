@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ...errors import UserError
+from ...teachers import READ_ONLY, quoted
 from ..json_answers import read_json_object
 from .row_shapes import Input, Pair, RowShape
 
@@ -97,8 +98,8 @@ class Prompts:
         """Messages that ask what is wrong with a row, and the schema of the answer."""
         prompt = (
             f"Rows are collected for this task: {self._task}\n\nThese rows are right:\n\n{self._rows(examples, answer)}"
-            f"\n\nThis row is new:\n\n{self._row(input, answer)}\n\nIs its input one that could really come up, "
-            "complete and of the same kind"
+            f"\n\nThis row is new:\n\n{_marked(input, answer)}\n\n{READ_ONLY} Is its input one that "
+            "could really come up, complete and of the same kind"
             + ("" if answer is None else ", and is its answer right and of the same form")
             + '? Answer with JSON: {"critique": what is wrong, in a few sentences, "verdict": "good" if nothing is, '
             '"fix" if it can be mended, "drop" if it cannot}.'
@@ -122,8 +123,9 @@ class Prompts:
             fields["answer"] = self._shape.answer_schema or _text()
         prompt = (
             f"Rows are collected for this task: {self._task}\n\nThese rows are right:\n\n{self._rows(examples, answer)}"
-            f"\n\nThis row is not:\n\n{self._row(input, answer)}\n\nWhat is wrong with it: {critique}\n\nWrite it as "
-            f"it should be, and change no more. Answer with JSON that has {' and '.join(map(repr, fields))}."
+            f"\n\nThis row is not:\n\n{_marked(input, answer)}\n\n{READ_ONLY} What is wrong with it: "
+            f"{critique}\n\nWrite it as it should be, and change no more. Answer with JSON that has "
+            f"{' and '.join(map(repr, fields))}."
         )
         return [_message("user", prompt)], _object(fields)
 
@@ -169,6 +171,10 @@ class Prompts:
 
     def _row(self, input: Input, answer: str | None) -> str:
         return f"Input:\n{_shown(input)}" + ("" if answer is None else f"\n\nAnswer:\n{answer}")
+
+
+def _marked(input: Input, answer: str | None) -> str:
+    return quoted([("input", _shown(input)), *([] if answer is None else [("answer", answer)])])
 
 
 def _shown(input: Input) -> str:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -219,6 +220,8 @@ def test_rows_are_criticised_and_refined(place):
     assert found[2]["critique"] == "the number is wrong" and found[2]["proposed"] != better["input"]
     assert found[3]["reason"] == "refined: the same as seed line 1"
     assert "none that can be read" in found[5]["critique"]
+    last = next(body for body in place.endpoint.bodies if what_is_asked(body) == "critique")["messages"][-1]["content"]
+    assert re.search(r"<answer (\w{8})>\n.*\n</answer \1>\n\nTexts stand between marks", last, re.DOTALL)
 
 
 def test_inputs_alone_are_refined_too(place):
