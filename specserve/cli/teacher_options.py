@@ -82,6 +82,8 @@ def _options() -> tuple[_Option[Any], ...]:
         click.option("--teacher-field", multiple=True, metavar="KEY=JSON",
                      help="A field of an endpoint's bodies, as in reasoning_effort='\"low\"'; null leaves one out."),
         click.option("--teacher-any-model", is_flag=True, help="Answers may come from a model of another name."),
+        click.option("--teacher-retry-refused", is_flag=True,
+                     help="Ask again what was refused before, or answered with nothing."),
         click.option("--teacher-cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
                      help="Where answers are kept.  [default: ~/.cache/specserve/teachers]"),
         click.option("--accept-teacher-terms", is_flag=True,
@@ -116,6 +118,7 @@ def _teacher(params: Mapping[str, Any], text: str) -> TeacherSpec:
         "max_retries": params["teacher_retries"],
         "accept_terms": params["accept_teacher_terms"],
         "any_model": params["teacher_any_model"],
+        "retry_refused": params["teacher_retry_refused"],
         "cache_dir": params["teacher_cache"] or cache_dir("teachers"),
     }
     if spec.url is None:

@@ -9,6 +9,7 @@ _HOMES = {
     "Answer": "asks",
     "Ask": "asks",
     "Budget": "usage",
+    "NoAnswerError": "errors",
     "NotAskedError": "errors",
     "Price": "spec",
     "READ_ONLY": "marked_texts",
@@ -28,6 +29,7 @@ __all__ = [
     "Answer",
     "Ask",
     "Budget",
+    "NoAnswerError",
     "NotAskedError",
     "Price",
     "Reading",
@@ -44,7 +46,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .asks import Answer, Ask, Reading, TokenLogprob, TopTokens
-    from .errors import NotAskedError, TeacherError
+    from .errors import NoAnswerError, NotAskedError, TeacherError
     from .marked_texts import READ_ONLY, quoted
     from .spec import Price, TeacherSpec, parse_spec
     from .teacher import Teacher, open_teacher

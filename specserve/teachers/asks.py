@@ -80,11 +80,35 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """All answers to one ask, and what was charged for them: a prompt with several samples is often charged once."""
+    """What came of one ask so far, and what was charged for it: a prompt with several samples is often charged once.
 
-    answers: tuple[Answer, ...]
-    prompt_tokens: int
-    completion_tokens: int
+    `refused` is what the teacher said in place of further answers. Not `is_counted`: it does not say what it charges.
+    """
+
+    answers: tuple[Answer, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    refused: tuple[str, ...] = ()
+    is_counted: bool = True
+
+    @property
+    def num(self) -> int:
+        """Of an ask's samples; a reply is whole when it has all of them."""
+        return len(self.answers) + len(self.refused)
+
+    def joined(self, more: Reply) -> Reply:
+        return Reply(
+            self.answers + more.answers,
+            self.prompt_tokens + more.prompt_tokens,
+            self.completion_tokens + more.completion_tokens,
+            self.refused + more.refused,
+            self.is_counted and more.is_counted,
+        )
+
+    def without_refusals(self) -> Reply:
+        """The answers that say something."""
+        said = tuple(answer for answer in self.answers if answer.text.strip())
+        return Reply(said, self.prompt_tokens, self.completion_tokens, (), self.is_counted)
 
 
 def _digest(identity: str, kind: str, value: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ class Backend(Protocol):
     async def start(self) -> None:
         """Before the first ask that no cache answers. Raises `TeacherError` when there is nobody to ask."""
 
-    async def ask(self, ask: Ask) -> Reply:
-        """Raises `TeacherError`."""
+    async def ask(self, ask: Ask, num_there: int = 0) -> Reply:
+        """Samples that are missing where `num_there` are there, perhaps not all. Raises `TeacherError`."""
 
     async def read(self, reading: Reading) -> TopTokens:
         """Raises `TeacherError`."""

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import aiohttp
 import msgspec
 
-from .asks import Answer, Ask, Reading, Reply, TopTokens
+from .asks import Ask, Reading, Reply, TopTokens
 from .errors import TeacherError
-from .hosted_body import Completion, Dialect, answers_of, body_of, error_code, error_text, read_completion
+from .hosted_body import Dialect, answers_of, body_of, error_code, error_text, read_completion, tokens_in
 from .spec import TeacherSpec
 
 DEFAULT_CONCURRENCY = 16
@@ -24,6 +24,8 @@ CONNECT_S = 15.0
 MAX_ANSWER_BYTES = 64 << 20
 # Of statuses that other attempts may not meet again; 529 is Anthropic's and others' for overload.
 RETRYABLE = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+OUT_OF_TIME = frozenset({408, 504, 524})  # who said so gave up on a model that may have answered
+FILTERED = "content_filter"  # Azure's code of a prompt that its filter refuses, which it charges for
 _REASONS_TO_END = {401: "the key is refused", 402: "there is no credit", 404: "no such address or model"}
 
 
@@ -69,33 +71,23 @@ class HostedBackend:
         except (aiohttp.ClientError, OSError):
             return  # somebody is there, and an ask that fails is tried again
 
-    async def ask(self, ask: Ask) -> Reply:
-        """All samples; an endpoint that gives fewer than it is asked for is asked for the rest."""
-        answers: list[Answer] = []
-        prompt_tokens = completion_tokens = 0
-        while len(answers) < ask.n:
-            missing = ask.n - len(answers)
-            seed = ask.seed + len(answers) if ask.seed is not None else None
-            completion, found = self._answers_in(await self._post(ask, missing, seed))
-            if completion.usage is None and self._spec.price is not None:
-                raise TeacherError(
-                    f"{self._spec.name} does not say how many tokens an answer took, so its cost is not known; leave "
-                    "out the price and the limit of cost",
-                    ends_run=True,
-                )
-            answers += found[:missing]
-            if completion.usage is not None:
-                prompt_tokens += completion.usage.prompt_tokens
-                completion_tokens += completion.usage.completion_tokens
-        return Reply(tuple(answers), prompt_tokens, completion_tokens)
-
-    def _answers_in(self, data: bytes) -> tuple[Completion, list[Answer]]:
+    async def ask(self, ask: Ask, num_there: int = 0) -> Reply:
+        """What one request brings: some endpoints give fewer samples than they are asked for."""
+        missing = ask.n - num_there
+        data = await self._post(ask, missing, ask.seed + num_there if ask.seed is not None else None)
+        if isinstance(data, str):
+            return Reply(refused=(data,) * missing, is_counted=False)
         try:
             completion = read_completion(data, self._spec)
-            return completion, answers_of(completion, self._spec)
+            answers, refused = answers_of(completion, self._spec)
         except TeacherError as error:
             error.args = (self._hidden(str(error)),)
+            error.may_be_billed, error.tokens = True, tokens_in(data)
             raise
+        tokens = tokens_in(data)
+        answers = answers[:missing]
+        refused = [self._hidden(told) for told in refused[: missing - len(answers)]]
+        return Reply(tuple(answers), *(tokens or (0, 0)), tuple(refused), is_counted=tokens is not None)
 
     async def read(self, reading: Reading) -> TopTokens:
         """An endpoint tells the probabilities of its own answers alone."""
@@ -104,7 +96,8 @@ class HostedBackend:
             ends_run=True,
         )
 
-    async def _post(self, ask: Ask, n: int, seed: int | None) -> bytes:
+    async def _post(self, ask: Ask, n: int, seed: int | None) -> bytes | str:
+        """The body of an answer, or what the endpoint says where its filter refuses the prompt."""
         assert self._session is not None
         dialect = self._dialect
         body = body_of(ask, self._spec, n, seed, dialect)
@@ -118,16 +111,22 @@ class HostedBackend:
                 data = await self._read(response)
                 if response.status == 200:
                     return data
+                if response.status == 400 and FILTERED in error_code(data):
+                    return self._hidden(error_text(data))
                 error = self._refused(response, data)
-        except TimeoutError:
+        except TimeoutError as failure:
             raise TeacherError(
-                f"{self._spec.name} did not answer within {self._spec.timeout_s:g} s", retryable=True, status=504
+                f"{self._spec.name} did not answer within {self._spec.timeout_s:g} s",
+                retryable=True,
+                status=504,
+                may_be_billed=not isinstance(failure, aiohttp.ConnectionTimeoutError),
             ) from None
         except (aiohttp.ClientError, OSError) as failure:
             raise TeacherError(
                 f"cannot reach {self._spec.name}: {self._hidden(str(failure) or type(failure).__name__)}",
                 retryable=True,
                 status=503,
+                may_be_billed=not isinstance(failure, aiohttp.ClientConnectorError),
             ) from None
         other = dialect.after(str(error)) if error.status == 400 else None
         if other is None:
@@ -140,7 +139,9 @@ class HostedBackend:
         async for chunk in response.content.iter_chunked(1 << 16):
             data += chunk
             if len(data) > MAX_ANSWER_BYTES:
-                raise TeacherError(f"{self._spec.name} sent more than {MAX_ANSWER_BYTES} bytes in one answer")
+                raise TeacherError(
+                    f"{self._spec.name} sent more than {MAX_ANSWER_BYTES} bytes in one answer", may_be_billed=True
+                )
         return bytes(data)
 
     def _refused(self, response: aiohttp.ClientResponse, data: bytes) -> TeacherError:
@@ -157,7 +158,10 @@ class HostedBackend:
         message = f"{name}: status {status}: {told}"
         if status in RETRYABLE or status >= 500:
             retry_after_s = retry_after(response.headers)
-            return TeacherError(message, retryable=True, retry_after_s=retry_after_s, status=status)
+            may_be_billed = status in OUT_OF_TIME
+            return TeacherError(
+                message, retryable=True, retry_after_s=retry_after_s, status=status, may_be_billed=may_be_billed
+            )
         return TeacherError(message, status=status)
 
     def _hidden(self, text: str) -> str:

@@ -54,6 +54,10 @@ class _Usage(msgspec.Struct):
     completion_tokens: _Count
 
 
+class _Charged(msgspec.Struct):
+    usage: _Usage | None = None
+
+
 class Completion(msgspec.Struct):
     """The parts of an answer that are read."""
 
@@ -125,33 +129,50 @@ def read_completion(data: bytes, spec: TeacherSpec) -> Completion:
     return completion
 
 
-def answers_of(completion: Completion, spec: TeacherSpec) -> list[Answer]:
-    """Raises `TeacherError` for choices that are no answers."""
+def answers_of(completion: Completion, spec: TeacherSpec) -> tuple[list[Answer], list[str]]:
+    """Its answers, and what stands in place of those that it does not give; choices that were cut are neither.
+
+    Raises `TeacherError` where all are cut.
+    """
     prompt_tokens = completion.usage.prompt_tokens if completion.usage is not None else 0
     is_single = completion.usage is not None and len(completion.choices) == 1
-    answers = []
+    answers, refused = [], []
     for choice in completion.choices:
         message = choice.message
         if message.refusal or choice.finish_reason == "content_filter":
             told = shortened(message.refusal or "its content filter cut the answer", 200)
-            raise TeacherError(f"{spec.name} refuses to answer: {told}")
-        if choice.finish_reason not in FINISHED:
-            raise TeacherError(
-                f"{spec.name}: finish_reason is {choice.finish_reason!r}; an answer ends with one of "
-                f"{', '.join(FINISHED)}",
-                retryable=choice.finish_reason is None,
+            refused.append(f"{spec.name} refuses to answer: {told}")
+        elif choice.finish_reason is None:
+            continue
+        elif choice.finish_reason not in FINISHED:
+            refused.append(f"{spec.name}: {_odd_end(choice)}")
+        else:
+            answers.append(
+                Answer(
+                    text=message.content or "",
+                    finish_reason=choice.finish_reason,
+                    prompt_tokens=prompt_tokens,
+                    completion_tokens=completion.usage.completion_tokens if is_single and completion.usage else None,
+                    reasoning=message.reasoning_content or message.reasoning or None,
+                    logprobs=_logprobs(choice.logprobs),
+                )
             )
-        answers.append(
-            Answer(
-                text=message.content or "",
-                finish_reason=choice.finish_reason,
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion.usage.completion_tokens if is_single and completion.usage else None,
-                reasoning=message.reasoning_content or message.reasoning or None,
-                logprobs=_logprobs(choice.logprobs),
-            )
-        )
-    return answers
+    if not answers and not refused:
+        raise TeacherError(f"{spec.name}: {_odd_end(completion.choices[0])}", retryable=True)
+    return answers, refused
+
+
+def _odd_end(choice: _Choice) -> str:
+    return f"finish_reason is {choice.finish_reason!r}; an answer ends with one of {', '.join(FINISHED)}"
+
+
+def tokens_in(data: bytes) -> tuple[int, int] | None:
+    """The prompt's and the answer's tokens that a body says are charged, whatever else it holds; None: it does not."""
+    try:
+        usage = msgspec.json.decode(data, type=_Charged).usage
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return (usage.prompt_tokens, usage.completion_tokens) if usage is not None else None
 
 
 def same_model(asked: str, answered: str) -> bool:

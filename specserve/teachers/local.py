@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..adapter_files import check_complete, open_adapter, read_texts
@@ -57,8 +58,9 @@ class LocalBackend:
             await self._llm.close()
             self._llm = None
 
-    async def ask(self, ask: Ask) -> Reply:
-        output = await self._output(ask)
+    async def ask(self, ask: Ask, num_there: int = 0) -> Reply:
+        seed = ask.seed + num_there if ask.seed is not None else None
+        output = await self._output(replace(ask, n=ask.n - num_there, seed=seed) if num_there else ask)
         answers = tuple(self._answer(output, one, ask) for one in output.outputs)
         return Reply(answers, len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs))
 

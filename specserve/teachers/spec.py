@@ -35,6 +35,7 @@ class TeacherSpec:
     `options` are of `specserve.AsyncLLM`; `fields` go into each body that an endpoint gets, those that are None leave
     it. `accept_terms`: the user has agreed to what the provider says of training on answers. `any_model`: answers may
     come from a model of another name. `cached_only`: nobody is asked anything that was not asked before.
+    `retry_refused`: what the teacher refused before, or answered with nothing, is asked again.
     """
 
     model: str
@@ -53,6 +54,7 @@ class TeacherSpec:
     accept_terms: bool = False
     any_model: bool = False
     cached_only: bool = False
+    retry_refused: bool = False
     cache_dir: Path | None = None
 
     @property

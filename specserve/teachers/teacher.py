@@ -13,15 +13,16 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from ..cache_dirs import cache_dir
+from ..errors import UserError
 from .answer_cache import AnswerCache
 from .asks import Answer, Ask, Reading, Reply, TopTokens
 from .attempts import Attempts
 from .backend import Backend
-from .errors import NotAskedError, TeacherError
+from .errors import NoAnswerError, NotAskedError, TeacherError
 from .pacing import Pacing
 from .spec import TeacherSpec, parse_spec
 from .terms import check_terms
-from .usage import Budget, Usage, most_prompt_tokens
+from .usage import LIMITS, Budget, Usage, most_tokens
 
 MAX_FAILED_IN_A_ROW = 5  # asks whose every attempt failed: nobody is there
 MAX_REFUSED_FIRST = 20  # asks that were refused before one was answered: it is not the asks
@@ -64,12 +65,20 @@ class Teacher:
     """Made by `open_teacher`, and used on one event loop. `usage` counts what was asked of it."""
 
     def __init__(self, spec: TeacherSpec, backend: Backend, cache: AnswerCache, budget: Budget):
+        unlimited = [name for name in LIMITS if name in spec.fields and spec.fields[name] is None]
+        if unlimited and budget.limit is not None:
+            raise UserError(
+                f"--teacher-field {unlimited[0]}=null takes away the limit of answers, without which --max-cost cannot "
+                "be kept; give a number, or leave one of the two out",
+                param="teacher_field",
+            )
         self.spec, self.backend, self.usage = spec, backend, Usage()
         self._cache, self._budget = cache, budget
         self._pacing = Pacing(spec)
         self._attempts = Attempts(spec, self._pacing, self.usage)
         self._starting = asyncio.Lock()
         self._is_started = False
+        self._asked_now: set[str] = set()
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._failed_in_a_row = self._num_refused = self._num_done = 0
         self._fatal: TeacherError | None = None
@@ -87,27 +96,28 @@ class Teacher:
         return self._results(readings, self.reading)
 
     async def answer(self, ask: Ask) -> Result:
-        """Of one ask. Raises `TeacherError` where no other can be answered either."""
+        """Of one ask; fewer than `n` where the teacher refused some, or failed while some had come.
+
+        Raises `TeacherError` where no other can be answered either.
+        """
         digest = ask.digest(self.backend.identity)
         async with self._lock_of(digest):
-            reply = self._cache.get(digest, Reply)
-            if reply is not None:
+            reply = self._cached(digest)
+            if reply.num and (reply.num >= ask.n or self.spec.cached_only):
                 self.usage.add_cached(reply, self.spec.price)
             elif self.spec.cached_only:
                 return NotAskedError(f"{self.spec.name} was not asked this before")
             else:
                 try:
-                    async with self._budget.room_for(ask, self.spec.price):
-                        reserved = most_prompt_tokens(ask) // 4 + ask.max_tokens * ask.n
-                        reply = await self._tried(lambda: self._paced(ask, reserved))
-                        self._cache.put(digest, self.spec.name, reply)
-                        self.usage.requests += 1
-                        self._budget.spend(self.usage.add(reply, self.spec.price))
+                    reply = await self._asked(ask, digest, reply)
                 except TeacherError as error:
-                    return self._counted(error)
+                    told, reply = self._counted(error), self._cached(digest)
+                    if not reply.answers:
+                        return told
         if not any(answer.text.strip() for answer in reply.answers):
             reasons = ", ".join(sorted({answer.finish_reason for answer in reply.answers}))
-            return TeacherError(f"{self.spec.name} gave an empty answer (finish_reason {reasons})")
+            told = f"{self.spec.name} gave an empty answer (finish_reason {reasons})" if reasons else reply.refused[0]
+            return NoAnswerError(told)
         return list(reply.answers)
 
     async def reading(self, reading: Reading) -> TopTokens | TeacherError:
@@ -122,6 +132,7 @@ class Teacher:
                     found = await self._tried(lambda: self.backend.read(reading))
                 except TeacherError as error:
                     return self._counted(error)
+                self._num_done += 1
                 self._cache.put(digest, self.spec.name, found)
             return found
 
@@ -169,17 +180,58 @@ class Teacher:
         """Who asks what is being asked waits for that answer."""
         return self._asking.setdefault(digest, asyncio.Lock())
 
-    async def _paced(self, ask: Ask, reserved: int) -> Reply:
-        await self._pacing.turn(reserved)
-        if self._fatal is not None:
-            raise self._fatal
-        used = 0
-        try:
-            reply = await self.backend.ask(ask)
-            used = reply.prompt_tokens + reply.completion_tokens
-            return reply
-        finally:
-            self._pacing.settle(reserved, used)
+    def _cached(self, digest: str) -> Reply:
+        """What is there of an ask; without its refusals, where those are to be asked again in this run."""
+        reply = self._cache.get(digest, Reply) or Reply()
+        return reply.without_refusals() if self.spec.retry_refused and digest not in self._asked_now else reply
+
+    async def _asked(self, ask: Ask, digest: str, reply: Reply) -> Reply:
+        """`reply` with all samples that it lacks; what has come of it is in the cache, also where this raises."""
+        self._asked_now.add(digest)
+        while reply.num < ask.n:
+            reply = await self._tried(lambda so_far=reply: self._attempt(ask, digest, so_far))
+            if reply.answers and not reply.is_counted and self.spec.price is not None:
+                raise self._uncounted()
+        self.usage.requests += 1
+        self._num_done += bool(reply.answers)
+        if not reply.answers:
+            self._note(TeacherError(reply.refused[0]))
+        return reply
+
+    async def _attempt(self, ask: Ask, digest: str, so_far: Reply) -> Reply:
+        """`so_far` with what one request brings."""
+        price = self.spec.price
+        tokens = most_tokens(ask, ask.n - so_far.num, self.spec.fields)
+        most, reserved, used = price.of(*tokens) if price is not None else 0.0, tokens[0] // 4 + tokens[1], 0
+        async with self._budget.room_for(most):
+            await self._pacing.turn(reserved)
+            if self._fatal is not None:
+                raise self._fatal
+            try:
+                more = await self.backend.ask(ask, so_far.num)
+                reply, used = so_far.joined(more), more.prompt_tokens + more.completion_tokens
+                self._cache.put(digest, self.spec.name, reply)
+                self._budget.spend(self.usage.add(more, price, most))
+                return reply
+            except TeacherError as error:
+                if error.may_be_billed:
+                    self._budget.spend(self.usage.add_lost(error.tokens, price, most))
+                raise
+            except asyncio.CancelledError:
+                if self.spec.url is not None:
+                    self._budget.spend(self.usage.add_lost(None, price, most))
+                raise
+            finally:
+                self._pacing.settle(reserved, used)
+
+    def _uncounted(self) -> TeacherError:
+        error = TeacherError(
+            f"{self.spec.name} does not say how many tokens an answer took, so its cost is not known; leave out the "
+            "price and the limit of cost. What was answered is kept",
+            ends_run=True,
+        )
+        self._end(error)
+        return error
 
     async def _tried(self, attempt: Callable[[], Awaitable[Found]]) -> Found:
         try:
@@ -194,7 +246,6 @@ class Teacher:
             self._note(error)
             raise self._fatal or error from None
         self._failed_in_a_row = 0
-        self._num_done += 1
         return found
 
     def _counted(self, error: TeacherError) -> TeacherError:

@@ -1,23 +1,33 @@
 """What asking costs: counts of requests and tokens, prices, and the most that may be spent.
 
-Invariant: a `Budget` is never exceeded, since what a request may come to at most is set aside before it is sent.
+Invariant: a `Budget` is never exceeded, since what an attempt may come to at most is set aside before it is sent, and
+counts as spent where it brings no answer and may have been charged.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from .asks import Ask, Reply
 from .errors import TeacherError
 from .spec import Price
 
+LIMITS = ("max_tokens", "max_completion_tokens")  # fields of the longest answer
+
 
 @dataclass(slots=True)
 class Usage:
-    """Of one teacher in one run. `cost` is of this run, `cached_cost` what the cached answers had cost before."""
+    """Of one teacher in one run. `cost` is of this run, `cached_cost` what the cached answers had cost before.
+
+    `lost` attempts may have been charged and brought no answer: a timeout, a cut, nonsense. `lost_cost` is part of
+    `cost`: what the endpoint says, or the most that they can have come to.
+    """
 
     requests: int = 0  # that were answered now, attempts not counted
     cached: int = 0  # asks that the cache answered
@@ -27,12 +37,25 @@ class Usage:
     completion_tokens: int = 0
     cost: float = 0.0
     cached_cost: float = 0.0
+    lost: int = 0
+    lost_cost: float = 0.0
 
-    def add(self, reply: Reply, price: Price | None) -> float:
-        """Count a reply that was paid for now; returns what it cost."""
-        cost = price.of(reply.prompt_tokens, reply.completion_tokens) if price is not None else 0.0
-        self.prompt_tokens += reply.prompt_tokens
-        self.completion_tokens += reply.completion_tokens
+    def add(self, reply: Reply, price: Price | None, most: float) -> float:
+        """Count a reply that was paid for now; returns what it cost, `most` where the endpoint does not say."""
+        return self._add((reply.prompt_tokens, reply.completion_tokens) if reply.is_counted else None, price, most)
+
+    def add_lost(self, tokens: tuple[int, int] | None, price: Price | None, most: float) -> float:
+        """The same of an attempt that brought no answer."""
+        cost = self._add(tokens, price, most)
+        self.lost += 1
+        self.lost_cost += cost
+        return cost
+
+    def _add(self, tokens: tuple[int, int] | None, price: Price | None, most: float) -> float:
+        cost = most if tokens is None else price.of(*tokens) if price is not None else 0.0
+        if tokens is not None:
+            self.prompt_tokens += tokens[0]
+            self.completion_tokens += tokens[1]
         self.cost += cost
         return cost
 
@@ -55,16 +78,14 @@ class Budget:
         self.spent += cost
 
     @asynccontextmanager
-    async def room_for(self, ask: Ask, price: Price | None) -> AsyncIterator[None]:
-        """While a request runs, what it may come to at most is set aside.
+    async def room_for(self, most: float) -> AsyncIterator[None]:
+        """While an attempt runs, the `most` that it may come to is set aside.
 
         Waits for others that may have come to less. Raises `TeacherError` when it could exceed the limit.
         """
-        if self.limit is None or price is None:
+        if self.limit is None or not most:
             yield
             return
-        # Endpoints that give one sample at a time are sent the prompt with each.
-        most = price.of(most_prompt_tokens(ask) * ask.n, ask.max_tokens * ask.n)
         async with self._freed:
             while self.spent + self._set_aside + most > self.limit:
                 if not self._set_aside:
@@ -86,7 +107,15 @@ class Budget:
                 self._freed.notify_all()
 
 
-def most_prompt_tokens(ask: Ask) -> int:
-    """More than a prompt can have: a byte is a token at most, and a template adds a few for each message."""
-    texts = (str(message.get("content") or "") for message in ask.messages)
-    return sum(len(text.encode()) + 16 for text in texts) + 64
+def most_tokens(ask: Ask, n: int, fields: Mapping[str, Any]) -> tuple[int, int]:
+    """More than the prompt and the answers can have, of `n` samples; `fields` go into the body and may ask for more.
+
+    A byte is a token at most, and a template adds a few for each message. Endpoints that give one sample at a time are
+    sent the prompt with each.
+    """
+    given = [value for name in LIMITS if isinstance(value := fields.get(name), int)]
+    n = max([n, *(value for value in (fields.get("n"),) if isinstance(value, int))])
+    texts = [str(message.get("content") or "") for message in ask.messages]
+    schema = msgspec.json.encode(ask.schema) if ask.schema is not None else b""
+    prompt_tokens = sum(len(text.encode()) + 16 for text in texts) + 64 + len(schema)
+    return prompt_tokens * n, max([ask.max_tokens, *given]) * n

@@ -246,13 +246,13 @@ async def test_what_is_no_row_is_told_by_reason(bench):
     bench.fake.respond = respond
     rows, summary = await bench.run(PROMPTS[:7], schema=SCHEMA)
     assert [json.loads(answer) for answer in answers(rows)] == [{"a": 1}, {"a": 2}]
-    assert summary.dropped == {"not of the schema": 2, "the teacher failed": 2, "cut off": 1}
+    assert summary.dropped == {"not of the schema": 2, "the teacher failed": 1, "cut off": 1, "refused or empty": 1}
     assert [(one.line, one.reason) for one in summary.dropped_rows] == [
         (2, "not of the schema"),
         (3, "not of the schema"),
         (4, "cut off"),
         (5, "the teacher failed"),
-        (6, "the teacher failed"),
+        (6, "refused or empty"),
     ]
     assert "too long" in summary.dropped_rows[3].what and summary.asks_failed == 1
     assert bench.fake.bodies[0]["response_format"]["json_schema"]["schema"] == SCHEMA

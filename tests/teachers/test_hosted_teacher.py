@@ -11,15 +11,18 @@ from email.utils import formatdate
 import pytest
 from fake_teacher import MODEL, FakeTeacher, completion, echo
 
-from specserve.teachers import Answer, Ask, Budget, Price, TeacherError, TeacherSpec, open_teacher
+from specserve.errors import UserError
+from specserve.teachers import Answer, Ask, Budget, NoAnswerError, Price, TeacherError, TeacherSpec, open_teacher
 from specserve.teachers.hosted import retry_after
 from specserve.teachers.hosted_body import same_model
+from specserve.teachers.usage import most_tokens
 
 
 def ask(text: str, **fields) -> Ask:
     return Ask(({"role": "user", "content": text},), **{"max_tokens": 20, **fields})
 
 
+USAGE = {"prompt_tokens": 1, "completion_tokens": 1}
 ASKS = [ask(f"question {idx}") for idx in range(12)]
 
 
@@ -287,7 +290,7 @@ async def test_usage_below_zero_is_no_answer(endpoint):
         completion("x", body) | {"usage": {"prompt_tokens": -1_000_000, "completion_tokens": 1}}
     )
     results, usage = await endpoint.results(ASKS[:1], price=Price(1.0, 1.0), max_retries=0)
-    assert isinstance(results[0], TeacherError) and usage.cost == 0
+    assert isinstance(results[0], TeacherError) and 0 < usage.cost == usage.lost_cost
 
 
 async def test_no_more_requests_than_wanted_at_a_time(endpoint):
@@ -324,12 +327,137 @@ async def test_the_limit_of_cost_is_never_passed(endpoint):
     assert len(results) == 14 and usage.cost + usage.cached_cost == 42.0 and usage.cached <= 11
 
 
+PER_TOKEN = Price(0.0, 1e6)  # of answers; one may have 20
+
+
+@pytest.mark.parametrize(
+    ("bad", "cost"),
+    [
+        (5.0, 20),
+        (None, 20),
+        (b"{ not json", 20),
+        (b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 7}}', 7),
+        ({"choices": [{"message": {"content": "cut o"}, "finish_reason": None}], "usage": None}, 20),
+        ((504, b"gave up on the model", {}), 20),
+        ((500, b"oh no", {}), 0),
+        ((429, b"", {"Retry-After": "0"}), 0),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_what_brings_no_answer_and_may_be_charged_counts_as_spent(endpoint, bad, cost):
+    async def respond(body, number):
+        if number == 0 and isinstance(bad, float):
+            await asyncio.sleep(bad)
+        return bad if number == 0 else echo(body)
+
+    endpoint.fake.respond, budget = respond, Budget(100.0)
+    timeout_s = 0.5 if isinstance(bad, float) else 10
+    results, usage = await endpoint.results(ASKS[:1], price=PER_TOKEN, budget=budget, timeout_s=timeout_s)
+    assert texts(results) == [["answer to question 0"]]
+    assert usage.cost == budget.spent == 4 + cost and (usage.lost, usage.lost_cost) == (cost > 0, cost)
+
+
+async def test_attempts_without_answers_do_not_pass_the_limit_of_cost(endpoint):
+    endpoint.fake.respond, budget = lambda body, number: None, Budget(50.0)
+    with pytest.raises(TeacherError, match=r"the limit of cost is reached: 40.0000 of 50.0000 is spent"):
+        await endpoint.results(ASKS, price=PER_TOKEN, budget=budget, concurrency=1)
+    assert len(endpoint.fake.bodies) == 2 and endpoint.usage.lost_cost == 40.0
+
+
+async def test_nobody_there_costs_nothing(endpoint):
+    with pytest.raises(TeacherError, match="cannot reach"):
+        await endpoint.results(ASKS, url="http://127.0.0.1:1/v1", price=PER_TOKEN, max_retries=0)
+    assert endpoint.usage.cost == endpoint.usage.lost == 0
+
+
+async def test_fields_that_ask_for_longer_answers_are_set_aside(endpoint):
+    with pytest.raises(TeacherError, match="the next request may cost 60"):
+        await endpoint.results(ASKS, price=PER_TOKEN, budget=Budget(50), fields={"max_completion_tokens": 60})
+    with pytest.raises(UserError, match="max_tokens=null takes away the limit of answers"):
+        await endpoint.results(ASKS, price=PER_TOKEN, budget=Budget(50), fields={"max_tokens": None})
+    assert not endpoint.fake.bodies
+    long = ask("q", schema={"type": "object", "description": "x" * 10_000})
+    assert most_tokens(long, 1, {})[0] > 10_000
+
+
+REFUSALS = [
+    {"choices": [{"message": {"refusal": "I will not"}, "finish_reason": "stop"}], "usage": USAGE},
+    {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}], "usage": USAGE},
+    {"choices": [{"message": {"content": ""}, "finish_reason": "tool_calls"}], "usage": USAGE},
+    (400, {"error": {"message": "I will not", "code": "content_filter"}}, {}),
+]
+
+
+@pytest.mark.parametrize("bad", REFUSALS, ids=["refusal", "empty", "tool call", "filtered prompt"])
+async def test_a_refusal_is_paid_for_once_and_asked_for_again_if_wanted(endpoint, bad):
+    endpoint.fake.respond = lambda body, number: bad if body["messages"][0]["content"] == "bad" else echo(body)
+    results, usage = await endpoint.results([ask("bad"), *ASKS[:2]], price=PER_TOKEN)
+    assert isinstance(results[0], NoAnswerError) and usage.failed == 0
+    assert usage.cost == 8 + (20 if isinstance(bad, tuple) else 1) and usage.lost == 0
+    again, usage = await endpoint.results([ask("bad"), *ASKS[:2]], price=PER_TOKEN)
+    assert str(again[0]) == str(results[0]) and (usage.cached, usage.cost) == (3, 0)
+    assert len(endpoint.fake.bodies) == 3
+    results, usage = await endpoint.results([ask("bad"), ask("bad"), *ASKS[:2]], retry_refused=True)
+    assert isinstance(results[1], NoAnswerError) and (usage.requests, len(endpoint.fake.bodies)) == (1, 4)
+    endpoint.fake.respond = failing()
+    results, usage = await endpoint.results([ask("bad"), *ASKS[:2]], retry_refused=True)
+    assert texts(results[:1]) == [["answer to bad"]] and usage.cached == 2
+    results, usage = await endpoint.results([ask("bad")])
+    assert texts(results) == [["answer to bad"]] and usage.cached == 1
+
+
+async def test_answers_beside_a_refusal_are_kept(endpoint):
+    def respond(body, number):
+        told = completion(["one", "two", "three"], body)
+        told["choices"][1]["message"] = {"refusal": "not this one"}
+        return told
+
+    endpoint.fake.respond = respond
+    for cached in (0, 1):
+        results, usage = await endpoint.results([ask("q", n=3, temperature=1.0)])
+        assert texts(results) == [["one", "three"]] and (usage.cached, usage.failed) == (cached, 0)
+    endpoint.fake.respond = lambda body, number: ["again"]
+    results, _ = await endpoint.results([ask("q", n=3, temperature=1.0, seed=None)], retry_refused=True)
+    assert texts(results) == [["one", "three", "again"]] and len(endpoint.fake.bodies) == 2
+
+
+async def test_an_answer_that_is_cut_is_asked_for_again_alone(endpoint):
+    def respond(body, number):
+        told = completion(["one", "two", "three"][: body.get("n", 1)], body)
+        told["choices"][0]["finish_reason"] = None if number == 0 else "stop"
+        return told
+
+    endpoint.fake.respond = respond
+    results, usage = await endpoint.results([ask("q", n=3, seed=5)])
+    assert texts(results) == [["two", "three", "one"]] and usage.retries == 0
+    assert [(body.get("n", 1), body["seed"]) for body in endpoint.fake.bodies] == [(3, 5), (1, 7)]
+
+
+async def test_samples_that_came_before_an_endpoint_failed_are_paid_for_once(endpoint):
+    endpoint.fake.respond = lambda body, number: [f"sample {number}"] if number < 2 else (500, b"", {})
+    whole = ask("q", n=3, seed=7, temperature=1.0)
+    results, usage = await endpoint.results([whole], max_retries=1, price=PER_TOKEN)
+    assert texts(results) == [["sample 0", "sample 1"]] and (usage.failed, usage.cost) == (1, 4)
+    endpoint.fake.respond = lambda body, number: [f"sample {number}"]
+    results, usage = await endpoint.results([whole], price=PER_TOKEN)
+    assert texts(results) == [["sample 0", "sample 1", "sample 4"]] and endpoint.fake.bodies[-1]["seed"] == 9
+    assert (usage.requests, usage.cost) == (1, 2)
+
+
+async def test_a_teacher_that_refuses_all_ends_the_run(endpoint):
+    endpoint.fake.respond = lambda body, number: REFUSALS[0]
+    with pytest.raises(TeacherError, match="I will not; the first 20 requests were all refused"):
+        await endpoint.results([ask(f"q{idx}") for idx in range(100)], concurrency=3)
+    assert len(endpoint.fake.bodies) < 25
+
+
 async def test_a_price_needs_token_counts(endpoint):
     endpoint.fake.respond = lambda body, number: {**completion("x", body), "usage": None}
     with pytest.raises(TeacherError, match="does not say how many tokens an answer took"):
-        await endpoint.results(ASKS, price=Price(1, 1))
+        await endpoint.results(ASKS, price=PER_TOKEN, concurrency=2)
+    assert endpoint.usage.cost == 20 * len(endpoint.fake.bodies) < 20 * 12
     results, usage = await endpoint.results(ASKS)
-    assert len(results) == 12 and usage.completion_tokens == 0
+    assert len(results) == 12 == len(endpoint.fake.bodies) and usage.completion_tokens == 0, "answers are kept"
 
 
 async def test_terms_are_agreed_to_once_for_each_model(endpoint):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from ...errors import UserError, shortened
-from ...teachers import Answer, Ask, NotAskedError, Teacher, TeacherError, TeacherSpec, Usage
+from ...teachers import Answer, Ask, NoAnswerError, NotAskedError, Teacher, TeacherError, TeacherSpec, Usage
 from ..answer_schema import AnswerSchema
 from ..progress import progress
 from .plan import DistillPlan
@@ -96,8 +96,11 @@ class Asking:
             found.refused.append(("not asked", str(result)))
             return
         if isinstance(result, TeacherError):
-            found.refused.append(("the teacher failed", shortened(result)))
+            kind = "refused or empty" if isinstance(result, NoAnswerError) else "the teacher failed"
+            found.refused.append((kind, shortened(result)))
             return
+        if missing := self._plan.samples - len(result):
+            found.refused.append(("refused or empty", f"{missing} of {self._plan.samples} answers did not come"))
         for answer in result:
             text = answer.text.strip()
             if answer.finish_reason == "length":

@@ -25,7 +25,10 @@ class Dropped(msgspec.Struct, frozen=True):
 
 
 class TeacherSummary(msgspec.Struct, frozen=True):
-    """`chosen` are answers that became rows; costs are in the price's currency, `cached_cost` was paid before."""
+    """`chosen` are answers that became rows; costs are in the price's currency, `cached_cost` was paid before.
+
+    Of `lost` requests, which may have been charged, no answer came; `lost_cost` is part of `cost`, and an upper bound.
+    """
 
     teacher: str
     chosen: int
@@ -37,6 +40,8 @@ class TeacherSummary(msgspec.Struct, frozen=True):
     completion_tokens: int
     cost: float
     cached_cost: float
+    lost: int
+    lost_cost: float
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -72,9 +77,11 @@ class Summary(msgspec.Struct, frozen=True):
         for teacher in self.teachers:
             tokens = f"{teacher.prompt_tokens} + {teacher.completion_tokens} tokens"
             cost = f", cost {teacher.cost:.4f}" if teacher.cost or teacher.cached_cost else ""
+            lost = f", {teacher.lost} requests without an answer that may be charged" if teacher.lost else ""
+            lost += f" (up to {teacher.lost_cost:.4f} of it)" if teacher.lost_cost else ""
             yield (
                 f"{teacher.teacher}: {teacher.chosen} chosen; {teacher.requests} requests, {teacher.cached} cached, "
-                f"{tokens}{cost}"
+                f"{tokens}{cost}{lost}"
             )
         if self.logits is not None:
             yield "logits: " + ", ".join(f"{num} {name.replace('_', ' ')}" for name, num in self.logits.items())
@@ -118,6 +125,8 @@ def summary_of(
                 usage.completion_tokens,
                 usage.cost,
                 usage.cached_cost,
+                usage.lost,
+                usage.lost_cost,
             )  # fmt: skip
             for name, usage in usages.items()
         ],
