@@ -28,6 +28,7 @@ from .refit import refit
 from .route import route
 from .sweep import sweep
 from .synthesize import synthesize
+from .teacher_cache import teacher_cache
 from .train import evaluate, train
 
 DEBUG_ENV = "SPECSERVE_DEBUG"
@@ -313,6 +314,7 @@ cli.add_command(synthesize)
 cli.add_command(curve)
 cli.add_command(ray)
 cli.add_command(label)
+cli.add_command(teacher_cache)
 
 
 @cli.group()

@@ -19,7 +19,7 @@ from ..cache_dirs import cache_dir
 from ..config import ServeConfig
 from ..errors import UserError
 from ..strict_json import decode_json
-from ..teachers.spec import Price, TeacherSpec, parse_spec
+from ..teachers.spec import DEFAULT_CACHE_GIB, Price, TeacherSpec, parse_spec
 from .options import Command
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def _options() -> tuple[_Option[Any], ...]:
                      help="Ask again what was refused before, or answered with nothing."),
         click.option("--teacher-cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
                      help="Where answers are kept.  [default: ~/.cache/specserve/teachers]"),
+        click.option("--teacher-cache-gib", type=click.FloatRange(0), default=DEFAULT_CACHE_GIB, show_default=True,
+                     metavar="X", help="Most that is kept: after a run, answers that were used longest ago go."),
         click.option("--accept-teacher-terms", is_flag=True,
                      help="You have read what the provider says of training on answers, and agree."),
     )  # fmt: skip
@@ -119,6 +121,7 @@ def _teacher(params: Mapping[str, Any], text: str) -> TeacherSpec:
         "accept_terms": params["accept_teacher_terms"],
         "any_model": params["teacher_any_model"],
         "retry_refused": params["teacher_retry_refused"],
+        "cache_gib": params["teacher_cache_gib"],
         "cache_dir": params["teacher_cache"] or cache_dir("teachers"),
     }
     if spec.url is None:

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UserError
 
 DEFAULT_MODEL = "default"
+DEFAULT_CACHE_GIB = 4.0
 _HOSTED = re.compile(r"(?P<model>.+)@(?P<url>https?://.*)", re.DOTALL)
 
 
@@ -35,7 +36,8 @@ class TeacherSpec:
     `options` are of `specserve.AsyncLLM`; `fields` go into each body that an endpoint gets, those that are None leave
     it. `accept_terms`: the user has agreed to what the provider says of training on answers. `any_model`: answers may
     come from a model of another name. `cached_only`: nobody is asked anything that was not asked before.
-    `retry_refused`: what the teacher refused before, or answered with nothing, is asked again.
+    `retry_refused`: what the teacher refused before, or answered with nothing, is asked again. The cache is held to
+    `cache_gib` at the end of a run; None: it grows.
     """
 
     model: str
@@ -56,6 +58,7 @@ class TeacherSpec:
     cached_only: bool = False
     retry_refused: bool = False
     cache_dir: Path | None = None
+    cache_gib: float | None = DEFAULT_CACHE_GIB
 
     @property
     def name(self) -> str:

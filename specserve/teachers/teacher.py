@@ -7,9 +7,9 @@ nobody can ask any more ends the run, after what was in flight has come.
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from ..cache_dirs import cache_dir
@@ -22,6 +22,7 @@ from .errors import NoAnswerError, NotAskedError, TeacherError
 from .pacing import Pacing
 from .spec import TeacherSpec, parse_spec
 from .terms import check_terms
+from .turns import Turns
 from .usage import LIMITS, Budget, Usage, most_tokens
 
 MAX_FAILED_IN_A_ROW = 5  # asks whose every attempt failed: nobody is there
@@ -39,7 +40,8 @@ async def open_teacher(spec: TeacherSpec | str, budget: Budget | None = None) ->
     Nothing is loaded or reached before the first ask that the cache does not answer.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
-    cache = AnswerCache(spec.cache_dir or cache_dir("teachers"))
+    max_bytes = int(spec.cache_gib * 2**30) if spec.cache_gib is not None else None
+    cache = AnswerCache(spec.cache_dir or cache_dir("teachers"), max_bytes)
     try:
         check_terms(spec, cache)
         teacher = Teacher(spec, await _backend(spec), cache, budget or Budget())
@@ -79,7 +81,7 @@ class Teacher:
         self._starting = asyncio.Lock()
         self._is_started = False
         self._asked_now: set[str] = set()
-        self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._turns = Turns(cache, self._pacing, spec.timeout_s)
         self._failed_in_a_row = self._num_refused = self._num_done = 0
         self._fatal: TeacherError | None = None
 
@@ -101,40 +103,43 @@ class Teacher:
         Raises `TeacherError` where no other can be answered either.
         """
         digest = ask.digest(self.backend.identity)
-        async with self._lock_of(digest):
+        async with self._turns.here(digest):
             reply = self._cached(digest)
-            if reply.num and (reply.num >= ask.n or self.spec.cached_only):
-                self.usage.add_cached(reply, self.spec.price)
-            elif self.spec.cached_only:
+            if self.spec.cached_only and not reply.num:
                 return NotAskedError(f"{self.spec.name} was not asked this before")
+            if self.spec.cached_only or reply.num >= ask.n:
+                self.usage.add_cached(reply, self.spec.price)
             else:
                 try:
-                    reply = await self._asked(ask, digest, reply)
+                    reply = await self._asked(ask, digest)
                 except TeacherError as error:
-                    told, reply = self._counted(error), self._cached(digest)
+                    failure, reply = self._counted(error), self._cached(digest)
                     if not reply.answers:
-                        return told
+                        return failure
         if not any(answer.text.strip() for answer in reply.answers):
             reasons = ", ".join(sorted({answer.finish_reason for answer in reply.answers}))
-            told = f"{self.spec.name} gave an empty answer (finish_reason {reasons})" if reasons else reply.refused[0]
-            return NoAnswerError(told)
+            empty = f"{self.spec.name} gave an empty answer (finish_reason {reasons})"
+            return NoAnswerError(empty if reasons else reply.refused[0])
         return list(reply.answers)
 
     async def reading(self, reading: Reading) -> TopTokens | TeacherError:
         """Of one text. Raises as `answer` does."""
         digest = reading.digest(self.backend.identity)
-        async with self._lock_of(digest):
-            found = self._cache.get(digest, TopTokens)
-            if found is None and self.spec.cached_only:
+        async with self._turns.here(digest):
+            if (found := self._cache.get(digest, TopTokens)) is not None:
+                return found
+            if self.spec.cached_only:
                 return NotAskedError(f"{self.spec.name} did not read this before")
-            if found is None:
+            async with self._turns.among_programs(digest):
+                if (found := self._cache.get(digest, TopTokens)) is not None:
+                    return found
                 try:
                     found = await self._tried(lambda: self.backend.read(reading))
                 except TeacherError as error:
                     return self._counted(error)
                 self._num_done += 1
                 self._cache.put(digest, self.spec.name, found)
-            return found
+                return found
 
     async def unload(self) -> None:
         """Give back the memory of a teacher that runs here; the next ask loads it again."""
@@ -176,22 +181,23 @@ class Teacher:
         if fatal is not None:
             raise fatal
 
-    def _lock_of(self, digest: str) -> asyncio.Lock:
-        """Who asks what is being asked waits for that answer."""
-        return self._asking.setdefault(digest, asyncio.Lock())
-
     def _cached(self, digest: str) -> Reply:
         """What is there of an ask; without its refusals, where those are to be asked again in this run."""
         reply = self._cache.get(digest, Reply) or Reply()
         return reply.without_refusals() if self.spec.retry_refused and digest not in self._asked_now else reply
 
-    async def _asked(self, ask: Ask, digest: str, reply: Reply) -> Reply:
-        """`reply` with all samples that it lacks; what has come of it is in the cache, also where this raises."""
-        self._asked_now.add(digest)
-        while reply.num < ask.n:
-            reply = await self._tried(lambda so_far=reply: self._attempt(ask, digest, so_far))
-            if reply.answers and not reply.is_counted and self.spec.price is not None:
-                raise self._uncounted()
+    async def _asked(self, ask: Ask, digest: str) -> Reply:
+        """All samples; those that have come are in the cache, also where this raises."""
+        async with self._turns.among_programs(digest):
+            reply = self._cached(digest)
+            if reply.num >= ask.n:
+                self.usage.add_cached(reply, self.spec.price)
+                return reply
+            self._asked_now.add(digest)
+            while reply.num < ask.n:
+                reply = await self._tried(partial(self._attempt, ask, digest, reply))
+                if reply.answers and not reply.is_counted and self.spec.price is not None:
+                    raise self._uncounted()
         self.usage.requests += 1
         self._num_done += bool(reply.answers)
         if not reply.answers:

@@ -46,12 +46,14 @@ async def command(tmp_path):
         yield command
 
 
-async def test_what_is_paid_for_outlives_kill_9(command, capsys):
-    enough = asyncio.Event()
+async def test_what_is_paid_for_outlives_kill_9_and_two_at_once_pay_once(command, capsys):
+    enough, hanging = asyncio.Event(), {"q25", "q26", "q27"}
 
     async def respond(body, number):
-        if number >= 25:
-            enough.set()
+        if (question := body["messages"][-1]["content"]) in hanging:
+            hanging.remove(question)
+            if not hanging:
+                enough.set()
             await asyncio.sleep(600)
         return echo(body)
 
@@ -61,21 +63,24 @@ async def test_what_is_paid_for_outlives_kill_9(command, capsys):
     )
     await asyncio.wait_for(enough.wait(), 120)
     await asyncio.sleep(0.2)  # the answers before it have come
+    second = asyncio.create_task(command.run("--output", command.folder / "other.jsonl"))
+    while len(command.fake.bodies) < NUM_PROMPTS:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    assert not second.done() and len(command.fake.bodies) == NUM_PROMPTS
     process.send_signal(signal.SIGKILL)
     await process.wait()
-    assert not command.out.exists() and 25 <= len(command.fake.bodies) <= 28
-    num_before = len(command.fake.bodies)
-    command.fake.respond = lambda body, number: echo(body)
+    assert not command.out.exists() and await second == 0, capsys.readouterr().err
+    assert len(command.fake.bodies) == NUM_PROMPTS + 3
+    assert "40 chosen; 15 requests, 25 cached" in capsys.readouterr().err
     assert await command.run() == 0, capsys.readouterr().err
-    assert len(command.fake.bodies) - num_before == NUM_PROMPTS - 25
+    assert len(command.fake.bodies) == NUM_PROMPTS + 3
     rows = [json.loads(line)["messages"][-1]["content"] for line in command.out.read_text().splitlines()]
     assert rows == [f"answer to q{idx}" for idx in range(NUM_PROMPTS)]
     told = capsys.readouterr().err
-    assert (
-        f"40 rows of 40 prompts, best by first\n{MODEL}@{command.fake.url}: 40 chosen; 15 requests, 25 cached" in told
-    )
+    assert f"40 rows of 40 prompts, best by first\n{MODEL}@{command.fake.url}: 40 chosen; 0 requests, 40 cached" in told
     summary = json.loads((command.folder / "rows.summary.json").read_text())
-    assert summary["settings"]["data"].endswith("prompts.jsonl") and summary["teachers"][0]["cached"] == 25
+    assert summary["settings"]["data"].endswith("prompts.jsonl") and summary["teachers"][0]["cached"] == 40
     assert await command.run() == 2 and "rows.jsonl exists; remove it" in capsys.readouterr().err
 
 

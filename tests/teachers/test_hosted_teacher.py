@@ -13,6 +13,7 @@ from fake_teacher import MODEL, FakeTeacher, completion, echo
 
 from specserve.errors import UserError
 from specserve.teachers import Answer, Ask, Budget, NoAnswerError, Price, TeacherError, TeacherSpec, open_teacher
+from specserve.teachers.answer_cache import AnswerCache
 from specserve.teachers.hosted import retry_after
 from specserve.teachers.hosted_body import same_model
 from specserve.teachers.usage import most_tokens
@@ -76,6 +77,29 @@ async def test_equal_asks_of_one_run_share_an_answer(endpoint):
     results, usage = await endpoint.results([ASKS[0]] * 5)
     assert len(endpoint.fake.bodies) == 1 and texts(results) == [["answer to question 0"]] * 5
     assert (usage.requests, usage.cached) == (1, 4)
+
+
+async def test_two_at_once_pay_once_for_the_same(endpoint):
+    async def slow(body, number):
+        await asyncio.sleep(0.02)
+        return echo(body)
+
+    endpoint.fake.respond = slow
+    both = await asyncio.gather(*(endpoint.results(asks, concurrency=4) for asks in (ASKS, ASKS[::-1], ASKS[:5])))
+    assert texts(both[0][0]) == texts(both[1][0])[::-1] == [[f"answer to question {idx}"] for idx in range(12)]
+    assert len(endpoint.fake.bodies) == 12 == sum(usage.requests for _, usage in both)
+    assert sum(usage.cached for _, usage in both) == 17
+
+
+async def test_another_program_that_hangs_is_waited_for_as_long_as_for_an_answer(endpoint):
+    other = AnswerCache(endpoint.spec.cache_dir)
+    spec = dataclasses.replace(endpoint.spec, url=endpoint.fake.url)
+    async with open_teacher(spec) as teacher:
+        assert other.take(ASKS[0].digest(teacher.backend.identity))
+    start = time.monotonic()
+    results, usage = await endpoint.results(ASKS, timeout_s=0.4)
+    assert len(results) == 12 and usage.requests == 12 and time.monotonic() - start > 0.3
+    other.close()
 
 
 @pytest.mark.parametrize(
