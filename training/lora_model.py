@@ -36,7 +36,9 @@ def load_base(auto_class: Any, model_dir: Path, dtype: torch.dtype, device: torc
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    base = auto_class.from_pretrained(model_dir, dtype=dtype, attn_implementation=attention_for(device, dtype), **settings)
+    base = auto_class.from_pretrained(
+        model_dir, dtype=dtype, attn_implementation=attention_for(device, dtype), **settings
+    )
     return base.to(device)
 
 

@@ -263,7 +263,9 @@ class RunConfig(_Section, frozen=True):
             "those beside data.train, in a .logits.safetensors"
         ),
     ] = None
-    dtype: Annotated[Literal["auto", "fp32", "bf16"], Meta(description="arithmetic; auto: bf16 where the device multiplies it")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16"], Meta(description="arithmetic; auto: bf16 where the device multiplies it")
+    ] = "auto"
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     head: HeadConfig = HeadConfig()

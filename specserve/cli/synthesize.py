@@ -12,6 +12,15 @@ from .teacher_options import TEACHER_HELP, budget_of, teacher_options, teachers_
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+def _renamed(context: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Elsewhere --max-tokens is the longest answer; who means that, or these flags' old sense, is told."""
+    if value is not None:
+        raise click.UsageError(
+            "--min-tokens and --max-tokens of a row are --min-row-tokens and --max-row-tokens; the longest answer is "
+            "--max-answer-tokens"
+        )
+
+
 @click.command(epilog=TEACHER_HELP)
 @click.option("--seeds", type=_FILE, metavar="FILE", help="JSONL of some rows of the task, of any format that trains.")
 @click.option("--task", default="", metavar="TEXT", help="What the rows are for, in a sentence or two.")
@@ -44,8 +53,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     metavar="X",
     help="Similarity of near duplicates, from 0.3 to 1.",
 )
-@click.option("--min-tokens", type=click.IntRange(1), help="Of a row's input and answer, by the tokenizer of --model.")
-@click.option("--max-tokens", type=click.IntRange(1))
+@click.option(
+    "--min-row-tokens", "min_tokens", type=click.IntRange(1),
+    help="Of a row's input and answer, by the tokenizer of --model.",
+)  # fmt: skip
+@click.option("--max-row-tokens", "max_tokens", type=click.IntRange(1))
+@click.option("--min-tokens", hidden=True, expose_value=False, callback=_renamed)
+@click.option("--max-tokens", hidden=True, expose_value=False, callback=_renamed)
 @click.option(
     "--max-answer-tokens", type=click.IntRange(1), help="Longest answer.  [default: half as long again as the seeds']"
 )

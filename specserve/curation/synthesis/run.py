@@ -167,7 +167,7 @@ def _limits(options: Options) -> Limits:
         return Limits()
     if options.max_tokens is not None and options.max_tokens < (options.min_tokens or 0):
         raise UserError(
-            f"--max-tokens is {options.max_tokens} and --min-tokens {options.min_tokens}: no row has so many",
+            f"--max-row-tokens is {options.max_tokens} and --min-row-tokens {options.min_tokens}: no row has so many",
             param="max_tokens",
         )
     from ...model.store import resolve_model

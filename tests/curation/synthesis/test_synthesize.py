@@ -159,11 +159,11 @@ def test_rows_are_held_to_limits_of_tokens(place, tiny):
     place.endpoint.respond = lambda body, number: (
         "name: x\nnumber: 1" if what_is_asked(body) == "proposal" and number % 2 else wise(body)
     )
-    code, _, err = place.run("--per-ask", 1, "--min-tokens", 60, "--max-tokens", 200, "--model", tiny, rows=6)
+    code, _, err = place.run("--per-ask", 1, "--min-row-tokens", 60, "--max-row-tokens", 200, "--model", tiny, rows=6)
     assert code == 0, err
     reasons = [candidate["reason"] for candidate in place.candidates() if candidate["verdict"] == "too_short"]
     assert reasons and all("tokens; at least 60 are wanted" in reason for reason in reasons)
-    code, _, err = place.run("--max-tokens", 20, "--min-tokens", 40, out="other.jsonl")
+    code, _, err = place.run("--max-row-tokens", 20, "--min-row-tokens", 40, out="other.jsonl")
     assert code == 2 and "no row has so many" in err
 
 
@@ -320,6 +320,8 @@ def test_seeds_that_cannot_be_used_are_refused_before_anything_is_asked(place, c
         (["--output", "other.txt"], "is there already"),
         (["--output", "."], "directory"),
         (["--rows", "0"], "--rows"),
+        (["--max-tokens", "64"], "the longest answer is --max-answer-tokens"),
+        (["--min-tokens", "64"], "are --min-row-tokens and --max-row-tokens"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused_before_anything_is_asked(place, monkeypatch, flags, problem):
