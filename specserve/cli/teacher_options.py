@@ -109,6 +109,7 @@ def teachers_of(params: Mapping[str, Any], specs: Sequence[str] | None = None) -
     """
     _check_keys(params)
     found = [_teacher(params, text) for text in (params["teachers"] if specs is None else specs)]
+    _warn_of_open_keys(found)
     return [_agreed(spec) for spec in found]
 
 
@@ -148,6 +149,28 @@ def _check_keys(params: Mapping[str, Any]) -> None:
             f"--teacher-key-env {general} names no host, and there are {len(hosts)} ({', '.join(hosts)}), which would "
             f"all be sent that key; give HOST=NAME, as in --teacher-key-env {hosts[0]}={general}",
             param="teacher_key_env",
+        )
+
+
+def _warn_of_open_keys(specs: Sequence[TeacherSpec]) -> None:
+    """Once of each host that is sent a key by http, but for this machine: whoever is on the way can read it."""
+    from ..server.access.network import is_loopback
+
+    warned: set[str] = click.get_current_context().meta.setdefault(f"{__name__}.warned", set())
+    for spec in specs:
+        parts = urlsplit(spec.url or "")
+        if (
+            spec.key_env is None
+            or parts.scheme != "http"
+            or is_loopback(parts.hostname or "")
+            or parts.netloc in warned
+        ):
+            continue
+        warned.add(parts.netloc)
+        click.echo(
+            f"warning: the key in ${spec.key_env} and all prompts go to {parts.netloc} as plain text, which everybody "
+            "on the way can read and change; give an https:// address if it has one",
+            err=True,
         )
 
 

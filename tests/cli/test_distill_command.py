@@ -151,6 +151,18 @@ async def test_keys_and_prices_are_for_whom_they_name(command, capsys, monkeypat
     assert b"sk-1" not in kept
 
 
+async def test_a_key_by_http_to_another_machine_is_warned_of_once(command, capsys, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "sk-1")
+    flags = ("--accept-teacher-terms", "--teacher-key-env", "THE_KEY", "--teacher-retries", "0")
+    elsewhere = ("--teacher", "wise-1@http://127.0.0.1.invalid:1/v1", "--judge", "wise-2@http://127.0.0.1.invalid:1/v1")
+    assert await command.run(*flags, *elsewhere) == 2
+    told = capsys.readouterr().err
+    assert told.count("warning: the key in $THE_KEY and all prompts go to 127.0.0.1.invalid:1 as plain text") == 1
+    assert await command.run(*flags, "--teacher", "wise-1@https://127.0.0.1.invalid:1/v1") == 2
+    assert await command.run(*flags) == 0
+    assert "plain text" not in capsys.readouterr().err
+
+
 async def test_asks_that_failed_are_exit_code_1(command, capsys):
     command.fake.respond = lambda body, number: (400, b"no", {}) if number == 3 else echo(body)
     assert await command.run("--accept-teacher-terms") == 1
