@@ -100,6 +100,37 @@ async def test_a_full_disk_costs_no_answer(bench, monkeypatch):
     assert len(rows) == 3 == summary.teachers[0].cached and len(bench.fake.bodies) == 3
 
 
+@pytest.mark.parametrize("what", ["folder", "summary", "read-only", "no room"])
+async def test_an_output_that_cannot_be_written_is_told_before_anybody_is_asked(bench, monkeypatch, what):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read_only(*args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    told = {
+        "folder": "rows is a folder; give a file",
+        "summary": "rows.summary.json would be written and is a folder",
+        "read-only": "cannot write .*rows.jsonl.* Read-only file system",
+        "no room": "cannot write .*rows.jsonl.* No space left on device; make room",
+    }[what]
+    if what == "summary":
+        (bench.folder / "rows.summary.json").mkdir()
+    if what == "no room":
+        monkeypatch.setattr("specserve.curation.held_output.os.posix_fallocate", refuse)
+    if what == "read-only":
+        monkeypatch.setattr("specserve.curation.held_output.tempfile.mkdtemp", read_only)
+    (bench.folder / "rows").mkdir()
+    plan = DistillPlan(
+        teachers=(bench.spec(),),
+        data=bench.write(PROMPTS),
+        out=bench.folder / ("rows" if what == "folder" else "rows.jsonl"),
+    )
+    with pytest.raises(UserError, match=told):
+        await Distillation(plan).run()
+    assert not bench.fake.bodies
+
+
 async def test_two_runs_do_not_share_an_output(bench):
     with open(bench.folder / "rows.jsonl.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -21,7 +21,7 @@ from ...errors import UserError
 from ...teachers import Budget, Teacher, TeacherSpec, Usage, open_teacher
 from ...training.data.dataset import Example
 from ...training.data.teacher_logits import TopLogits, logits_file, write_teacher_logits
-from ..held_output import held
+from ..held_output import check_writable, held
 from .answers import Asking
 from .choosing import Chosen, choose, way_of
 from .plan import DistillPlan
@@ -50,6 +50,8 @@ class Distillation:
         """Ask, choose and write. Raises `UserError`; `TeacherError` where a teacher cannot be asked any more."""
         out = self.plan.out
         with held(out, out.with_name(out.name + ".lock"), "out"):  # two that ask the same at once pay twice
+            beside = [self.plan.summary_file, *([logits_file(out)] if self._student is not None else [])]
+            check_writable(out, beside, self.plan.data.stat().st_size, "out")
             return await self._run()
 
     async def _run(self) -> Summary:

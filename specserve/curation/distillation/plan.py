@@ -62,6 +62,8 @@ class DistillPlan:
 
     def check(self) -> None:
         """Raise `UserError` for what cannot be done, before anybody is asked."""
+        if self.out.is_dir():
+            raise UserError(f"{self.out} is a folder; give a file for the rows", param="out")
         if self.out.exists():
             raise UserError(
                 f"{self.out} exists; remove it, or give another file. Answers are kept apart from it: making it again "

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ...errors import UserError
 from ...teachers import Budget, Teacher, TeacherSpec, Usage, open_teacher
 from ..answer_schema import read_schema
-from ..held_output import held
+from ..held_output import check_writable, held
 from .judge import Judge, Limits
 from .prompts import DIRECTIONS
 from .report import Embed, make_report
@@ -76,6 +76,7 @@ def synthesize(options: Options, spec: TeacherSpec, budget: Budget, say: Say) ->
     review = review_of(options.out)
     _check_out(options)
     with held(review, review.with_suffix(".lock"), "out"):
+        check_writable(options.out, [review, report_of(options.out)], options.seeds.stat().st_size, "out")
         candidates = _begun(review, settings)
         if candidates:
             num = sum(candidate.keep for candidate in candidates)

@@ -332,6 +332,12 @@ def test_flags_that_cannot_be_used_are_refused_before_anything_is_asked(place, m
     assert place.path.joinpath("other.txt").read_text() == "somebody's"
 
 
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_asked(place):
+    (place.path / "rows.report.json").mkdir()
+    code, _, err = place.run()
+    assert code == 2 and "rows.report.json would be written and is a folder" in err and not place.endpoint.bodies
+
+
 def test_one_seed_is_enough_and_is_remarked_on(place):
     place.seeds(place.lines("seeds.jsonl")[:1])
     code, _, err = place.run(rows=3)
