@@ -15,7 +15,19 @@ from .teacher_options import TEACHER_HELP, budget_of, teacher_options, teachers_
 if TYPE_CHECKING:
     from ..curation.distillation.plan import DistillPlan
 
-_PLAIN = ("data", "out", "samples", "temperature", "top_p", "max_tokens", "seed", "best_by", "min_score", "max_rows")
+_PLAIN = (
+    "data",
+    "out",
+    "samples",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "seed",
+    "best_by",
+    "min_score",
+    "max_rows",
+    "held_out",
+)
 
 
 @click.command(epilog=TEACHER_HELP)
@@ -74,6 +86,13 @@ _PLAIN = ("data", "out", "samples", "temperature", "top_p", "max_tokens", "seed"
     type=click.FloatRange(0, 1),
     metavar="X",
     help="Drop prompts whose best answer scores less; a judge's 7 is 0.7.",
+)
+@click.option(
+    "--held-out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Leave out prompts like those in FILE, rows to measure with; may be repeated.",
 )
 @click.option("--rows", "max_rows", type=click.IntRange(1), metavar="N", help="Only the first so many prompts.")
 @click.option(
@@ -134,6 +153,10 @@ def _plan(params: dict[str, Any]) -> DistillPlan:
         top_logprobs=params["top_logprobs"],
         student=params["student"],
         max_cost=params["max_cost"],
-        settings={name: str(value) if isinstance(value, Path) else value for name, value in shown.items()},
+        settings={name: _plain(value) for name, value in shown.items()},
         **{name: params[name] for name in _PLAIN},
     )
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else [*map(_plain, value)] if isinstance(value, tuple) else value

@@ -289,6 +289,34 @@ async def test_what_is_no_row_is_told_by_reason(bench):
     assert bench.fake.bodies[0]["response_format"]["json_schema"]["schema"] == SCHEMA
 
 
+async def test_prompts_like_held_out_rows_are_not_asked_and_told(bench):
+    words = "amber birch cedar delta ember flint grove heron inlet jetty kiosk lemon maple nylon otter pearl".split()
+    texts = [f"Describe this: {' '.join(words[idx:] + words[:idx])}" for idx in range(12)]
+    held_out = bench.folder / "dev.jsonl"
+    held_out.write_text(
+        json.dumps({"prompt": texts[2], "completion": "x"})
+        + "\n"
+        + json.dumps({"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "x"}]})
+    )
+    system = {"role": "system", "content": "s"}
+    prompts = [
+        {"prompt": texts[2].upper()},
+        {"prompt": "q1"},
+        {"messages": [system, {"role": "user", "content": "who?"}]},
+    ]
+    rows, summary = await bench.run([*prompts, {"prompt": "q3"}], held_out=(held_out,))
+    assert answers(rows) == ["answer to q1", "answer to q3"] and len(bench.fake.bodies) == 2
+    assert (summary.prompts, summary.rows, summary.dropped) == (4, 2, {"held out": 2})
+    assert [(one.line, one.what) for one in summary.dropped_rows] == [
+        (1, "the same text as dev.jsonl line 1"),
+        (3, "the same text as dev.jsonl line 2"),
+    ]
+    with pytest.raises(
+        UserError, match="all 1 prompts are like held-out rows, the first is the same text as dev.jsonl"
+    ):
+        await bench.run(prompts[:1], held_out=(held_out,))
+
+
 async def test_a_system_message_for_the_teacher_is_in_no_row(bench):
     rows, _ = await bench.run(PROMPTS[:1], system="Think hard.")
     assert bench.fake.bodies[0]["messages"][0] == {"role": "system", "content": "Think hard."}

@@ -24,6 +24,7 @@ from ...training.data.teacher_logits import TopLogits, logits_file, write_teache
 from ..held_output import check_writable, held
 from .answers import Asking
 from .choosing import Chosen, choose, way_of
+from .held_out import without_held_out
 from .plan import DistillPlan
 from .prompts import read_prompts
 from .summary import Summary, summary_of
@@ -41,7 +42,7 @@ class Distillation:
     def __init__(self, plan: DistillPlan):
         plan.check()
         self.plan = plan
-        self._prompts = read_prompts(plan.data, plan.max_rows)
+        self._prompts, self._held_out = without_held_out(read_prompts(plan.data, plan.max_rows), plan.held_out)
         self._way = way_of(plan, self._prompts)
         self._student = Student(plan.student) if plan.top_logprobs else None
         self.usages: dict[str, Usage] = {}
@@ -75,6 +76,7 @@ class Distillation:
         if not rows:
             kind, why = next(one.dropped for one in chosen if one.dropped is not None)
             raise UserError(f"no row is left of {len(chosen)} prompts; the first was dropped as {kind}: {why}")
+        chosen = sorted([*chosen, *self._held_out], key=lambda one: one.prompt.line)
         summary = summary_of(self.plan, self._way, chosen, self.usages, counts, time.monotonic() - start)
         await asyncio.to_thread(write, self.plan, rows, logits, self._student, summary)
         return summary

@@ -28,6 +28,7 @@ class DistillPlan:
     top_p: float = 1.0
     max_tokens: int = 512
     seed: int | None = None
+    held_out: tuple[Path, ...] = ()
     system: str | None = None
     schema: Mapping[str, Any] | None = None
     best_by: BestBy = "auto"

@@ -28,6 +28,11 @@ class Prompt:
     reference: str | None
     line: int
 
+    @property
+    def text(self) -> str:
+        """What of it is compared with held-out rows."""
+        return "\n".join(message["content"] for message in self.messages if message["role"] != "system")
+
     def asked(self, system: str | None) -> tuple[dict[str, Any], ...]:
         """The messages for a teacher, with `system` before those that have no system message of their own."""
         if system is None:
