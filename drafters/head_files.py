@@ -7,7 +7,6 @@ refused with the reason; its LoRA is served without it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 
 from ..adapter_files import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE
 from ..errors import shortened
+from ..file_hash import file_hash
 from ..whole_files import replace_file
 from .head import WEIGHT_NAMES, HeadWeights, head_shapes
 
@@ -172,8 +172,3 @@ def pad_vocab(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     embed = torch.cat([embed[:, :last], zeros, embed[:, last:]], dim=1)
     bias = torch.cat([bias[..., :last], never, bias[..., last:]], dim=-1)
     return tensors | {"embed": embed, "out_bias": bias}
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

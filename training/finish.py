@@ -20,12 +20,12 @@ from ..drafters.head_files import (
     BARE_BASE,
     FORMAT_VERSION,
     LookaheadConfig,
-    file_hash,
     read_config,
     write_head,
 )
 from ..drafters.task_history import TaskHistory
 from ..errors import UserError
+from ..file_hash import file_hash
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from ..model.store import DEFAULT_MODEL
 from ..routing_profile import write_profile

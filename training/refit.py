@@ -23,7 +23,6 @@ from ..drafters.head_files import (
     FORMAT_VERSION,
     HeadError,
     LookaheadConfig,
-    file_hash,
     read_config,
     read_head,
     write_head,
@@ -31,6 +30,7 @@ from ..drafters.head_files import (
 from ..drafting.serving_log import Served as ServedOutput
 from ..drafting.serving_log import read_served
 from ..errors import UserError
+from ..file_hash import file_hash
 from ..file_lock import FileLock
 from ..model.config import ModelConfig
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint

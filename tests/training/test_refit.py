@@ -12,8 +12,9 @@ from peft_adapters import make_peft_adapter
 from tiny_models import make_tiny_model
 
 from specserve.cli.main import exit_code_of as cli
-from specserve.drafters.head_files import file_hash, read_config
+from specserve.drafters.head_files import read_config
 from specserve.drafting.serving_log import ServingLog
+from specserve.file_hash import file_hash
 from specserve.training import refit as refit_module
 
 ENDINGS = ("lookahead_config.json", "lookahead.safetensors")

@@ -10,7 +10,6 @@ with fewer than K known tokens is filled with the id -1. What the K leave of the
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ...errors import UserError
+from ...file_hash import file_hash
 from ...whole_files import replace_file
 
 FORMAT_VERSION = "1"
@@ -61,7 +61,7 @@ def write_teacher_logits(rows_file: Path, tokenizer_hash: str, rows: Sequence[To
         "format_version": FORMAT_VERSION,
         "tokenizer_hash": tokenizer_hash,
         "num_top": str(num_top),
-        "rows_sha256": _sha256(rows_file),
+        "rows_sha256": file_hash(rows_file),
     }
     path = logits_file(rows_file)
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata), sync=True)
@@ -106,7 +106,7 @@ def _check_belongs(path: Path, metadata: dict[str, str], rows_file: Path, tokeni
             "train on its answers alone (loss: ce)",
             param="loss",
         )
-    if metadata.get("rows_sha256") != _sha256(rows_file):
+    if metadata.get("rows_sha256") != file_hash(rows_file):
         raise UserError(
             f"{rows_file} has changed since {path.name} was made; make the logits again, or put the old rows back",
             param="data.train",
@@ -127,8 +127,3 @@ def _check_values(path: Path, offsets: np.ndarray, ids: np.ndarray, logprobs: np
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is no file of teacher's logits: {reason}; make it again", param="data.train")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

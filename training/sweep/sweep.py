@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 
 from ...errors import UserError
+from ...file_hash import file_hash
 from ..data.rows import read_rows
 from ..run_config import RunConfig
 from ..run_file import absolute, check_ready, load_run
@@ -50,7 +50,7 @@ def prepared_sweep(
         num_rungs=num_rungs,
         forgetting_limit=flags.forgetting_limit,
         general=str((flags.general or GENERAL_FILE).resolve()),
-        data={key: _sha256(Path(file)) for key, file in _data_files(base).items()},
+        data={key: file_hash(Path(file)) for key, file in _data_files(base).items()},
     )
     _check_points(base, grid, plan.base, points, num_rungs)
     if flags.forgetting_limit and base.task == "generate":
@@ -72,8 +72,3 @@ def _check_points(
 
 def _data_files(base: RunConfig) -> dict[str, str]:
     return {"data.train": base.data.train} | ({"data.eval": base.data.eval} if base.data.eval else {})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

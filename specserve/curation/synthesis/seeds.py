@@ -5,7 +5,6 @@ Owns that all seeds are of one format, and which of them an ask shows.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...file_hash import file_hash
 from ...training.data.rows import parse_object, row_texts
 from .row_shapes import Kind, Pair, RowShape, kind_of, read_pair, shape_of
 
@@ -90,7 +90,7 @@ def read_held_out(paths: Sequence[Path]) -> dict[str, str]:
 def sha256_of(path: Path) -> str:
     """Of a file's content. Raises `UserError`."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_hash(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

@@ -7,7 +7,6 @@ says of an adapter when it is to be asked is left out where it is too large, as 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ import msgspec
 
 from ...adapter_files import ALL_FILES, CONFIG_FILE, MAX_FILE_BYTES, WEIGHTS_FILE
 from ...errors import AdapterError, UserError
+from ...file_hash import file_hash
 from ...routing_profile import MAX_PROFILE_BYTES, PROFILE_FILE
 
 FETCHED_FILES = (*ALL_FILES, PROFILE_FILE)
@@ -99,9 +99,7 @@ def _fetch_one(source: Source, name: str, state: FileState, path: Path, max_byte
 
 
 def measured(path: Path) -> FetchedFile:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FetchedFile(file.tell(), digest)
+    return FetchedFile(path.stat().st_size, file_hash(path))
 
 
 def too_large(name: str, max_bytes: int) -> AdapterError:
