@@ -43,4 +43,4 @@ def make_adapters(engine: Engine, num: int, rank: int, modules: Sequence[str]) -
     """The same as `engine` holds them, without a directory that stays."""
     with tempfile.TemporaryDirectory() as folder:
         names = write_adapters(Path(folder), engine.decoder.config, num, rank, modules)
-        return [engine.read_adapter(name, Path(folder) / name) for name in names]
+        return [engine.adapters.read(name, Path(folder) / name) for name in names]

@@ -108,7 +108,7 @@ def main(model: str, adapters: int, requests: int, max_num_seqs: int, prompt: in
     engine = Engine(config, base.path)
     loras = make_adapters(engine, adapters, 8, ["q_proj", "v_proj"])
     for lora in loras:
-        engine.register_adapter(lora)
+        engine.adapters.register(lora)
     real = EngineRun(engine, [lora.content_hash for lora in loras])
     lengths, names = Lengths(prompt, output), range(adapters)
     saturated = _trace(requests, 1e6, names, "saturated", lengths)

@@ -21,7 +21,7 @@ from ..memory import give_memory_back
 from ..messages import AdapterLoaded, CallFailed, LoadAdapter
 from ..readers import Readers
 from .adapter_memory import Brought
-from .engine import Engine
+from .engine_adapters import EngineAdapters
 
 MAX_LOADS = 1024  # that wait or are read
 NUM_READERS = 8  # threads; one that reads from a slow disk mostly waits
@@ -62,12 +62,12 @@ class AdapterLoads:
 
     def __init__(
         self,
-        engine: Engine,
+        adapters: EngineAdapters,
         wake: Callable[[], None],
         answer: Callable[[AdapterLoaded], None],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._engine = engine
+        self._adapters = adapters
         self._wake = wake
         self._answer = answer
         self._clock = clock
@@ -99,7 +99,7 @@ class AdapterLoads:
         return []
 
     def _begin(self, load: _Load) -> None:
-        load.way, load.running = self._engine.memory.bring(load.message, lambda: load.priority), None
+        load.way, load.running = self._adapters.memory.bring(load.message, lambda: load.priority), None
 
     def prioritize(self, path: str, priority: int) -> None:
         """That is the best of the requests that wait for the loads of the directory `path` now."""
@@ -127,7 +127,7 @@ class AdapterLoads:
             key = load.message.content_hash
             load.priority = best[key] if key is not None else load.own_priority
             if load.reservation is not None:
-                self._engine.memory.prioritize(load.reservation, load.priority)
+                self._adapters.memory.prioritize(load.reservation, load.priority)
 
     def place(self) -> list[Answer]:
         """The answers to loads that have ended, one way or the other; those that wait go on when there is room."""
@@ -135,7 +135,7 @@ class AdapterLoads:
             return []
         answers, now = [], self._clock()
         self._readers.look()
-        self._engine.memory.num_stuck_reads = self._readers.num_stuck()
+        self._adapters.memory.num_stuck_reads = self._readers.num_stuck()
         for load in list(self._loads):
             with self._lock:
                 answer = self._look_at(load, now)
@@ -147,7 +147,7 @@ class AdapterLoads:
             if load.result is not None:
                 self._given_up.remove(load)
                 self._give_back(load)
-        self._engine.memory.grant()
+        self._adapters.memory.grant()
         with self._lock:
             self._go_on()
         return answers
@@ -163,22 +163,22 @@ class AdapterLoads:
                 result = load.result.result()
                 if isinstance(result, Brought):
                     self._last_given = now
-                    self._engine.forget_left_adapters()
-                    placement = self._engine.place_adapter(result, message.is_pinned)
+                    self._adapters.forget_left()
+                    placement = self._adapters.place(result, message.is_pinned)
                     if placement is not None:
                         return AdapterLoaded(message.call_id, result.adapter.info(), placement)
                     if result.reservation.is_held:  # what it had found here has left since
                         self._begin(load)
                     return None
                 load.reservation, load.since = result, now
-                self._engine.memory.prioritize(result, load.priority)  # it may be another since it asked
+                self._adapters.memory.prioritize(result, load.priority)  # it may be another since it asked
             if load.reservation is not None:
                 if not load.reservation.is_granted and not load.is_awaited:
                     load.way.close()
                     text = f"no idle adapter makes room for {message.name!r}, and no request waits for it"
                     raise OverloadedError(text, status=503, code=NO_IDLE_ROOM)
                 if not load.reservation.is_granted and now - max(load.since, self._last_given) > WAIT_S:
-                    error = self._engine.memory.no_room(load.reservation, WAIT_S)
+                    error = self._adapters.memory.no_room(load.reservation, WAIT_S)
                     load.way.close()
                     raise error
             elif (
@@ -201,7 +201,7 @@ class AdapterLoads:
                     )
                     raise OverloadedError(text, status=503)
                 self._given_up.append(load)
-                self._engine.memory.give_up(message)
+                self._adapters.memory.give_up(message)
                 raise OverloadedError(
                     f"adapter {message.name!r} was not read in {READ_S:g} s; is its disk slow or away?", status=503
                 )
@@ -238,7 +238,7 @@ class AdapterLoads:
             brought: Brought = end.value
         with self._lock:
             is_wanted = load not in self._given_up
-            placement = self._engine.place_adapter(brought, load.message.is_pinned) if is_wanted else None
+            placement = self._adapters.place(brought, load.message.is_pinned) if is_wanted else None
             if placement is not None:
                 load.is_answered = True
                 self._go_on()  # with those of the same content
@@ -254,5 +254,5 @@ class AdapterLoads:
         """What a load that was given up has come to hold."""
         assert load.running is not None
         if load.running.exception() is None and isinstance(result := load.running.result(), Brought):
-            self._engine.memory.registry.give_back(result.reservation)
+            self._adapters.memory.registry.give_back(result.reservation)
         load.way.close()

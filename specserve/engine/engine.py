@@ -10,26 +10,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..adapters.lookahead import Lookahead, read_base_lookahead
-from ..adapters.lora import LoraAdapter, read_adapter
-from ..adapters.registry import AdapterRegistry
-from ..adapters.residency import NO_LIMIT
-from ..adapters.served_base import ServedBase
-from ..adapters.sizes import expected_bytes
-from ..compute.device_choice import adapter_budgets, choose_device, kv_cache_gib, memory_bytes, with_defaults
+from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.interrupt import StepInterruptedError
 from ..compute.kv_cache import KVCache
 from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
-from ..compute.uploads import Uploads
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS
 from ..drafting.kept_costs import costs_file, measured_costs
@@ -41,7 +33,6 @@ from ..grammar.grammar import CompiledGrammar
 from ..messages import (
     BACKGROUND_PRIORITY,
     AdapterInfo,
-    AdapterState,
     EngineInfo,
     EngineStats,
     GenerateRequest,
@@ -52,24 +43,22 @@ from ..pooling_messages import AnyRequest
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence
-from ..text.detokenizer import Detokenizer, TokenTexts
+from ..text.detokenizer import TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
-from .adapter_memory import AdapterMemory, Brought
 from .admission import Admission, check_request, size_kv
 from .commits import Commits
+from .engine_adapters import EngineAdapters
 from .pooling import PooledAnswers
 from .queued_step import QueuedStep
 from .recent_steps import RecentSteps
 from .reports import Event, Reports
-from .running import RunningRequest
-from .stats import Counters, adapter_states, engine_stats
+from .running import RunningRequest, detokenizer_of
+from .stats import Counters, engine_stats
 from .step_times import StepTimes
 from .text_pooling import text_pooling
 from .wait_estimate import WaitEstimate, decode_step_s
 
 logger = logging.getLogger(__name__)
-
-MAX_READING = 2  # adapters that are checked and laid out at the same time: beside steps, on the same cores
 
 
 class Engine:
@@ -93,12 +82,8 @@ class Engine:
         self.config = config = with_defaults(config, device)
         assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows and config.max_adapters
         self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
-        self._base = ServedBase.of(model_dir, self.decoder.config, self.decoder.embed.dtype, self.decoder.compute_dtype)
-        self._uploads = Uploads(device)
-        self.base_lookahead = self._read_base_lookahead()
         self.tokenizer = load_backend_tokenizer(model_dir)
         self._texts = TokenTexts(self.tokenizer)
-        self._reading = threading.Semaphore(MAX_READING)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
         num_blocks, max_model_len = size_kv(
@@ -122,11 +107,9 @@ class Engine:
         )
         self.grammars = GrammarCompiler(self.tokenizer, model.vocab_size, sorted(self.eos_token_ids))
         self.masks = MaskMaker(self.grammars.mask_words)
-        budgets = adapter_budgets(config, device, sum(tensor.nbytes for tensor in (*kv.k, *kv.v)))
-        self.registry = AdapterRegistry(config.max_adapters, max_bytes=budgets.step_bytes, bytes_flag=budgets.step_flag)
-        host = AdapterRegistry(NO_LIMIT, max_bytes=budgets.host_bytes) if budgets.host_bytes is not None else None
-        self.memory = AdapterMemory(self.registry, self.read_adapter, self._expected_bytes, host, self._upload)
-        self.left_adapters: dict[str, int] = {}  # with placements, since somebody last took note of it and emptied it
+        kv_bytes = sum(tensor.nbytes for tensor in (*kv.k, *kv.v))
+        self.adapters = EngineAdapters(config, model_dir, self.decoder, kv_bytes, self._forget_adapter)
+        self.registry, base_lookahead = self.adapters.registry, self.adapters.base_lookahead
         self.info = EngineInfo(
             model=str(model_dir),
             architecture=model.architecture,
@@ -143,7 +126,7 @@ class Engine:
             max_adapters=config.max_adapters,
             hidden_size=model.hidden_size,
             is_exact=self.decoder.is_exact,
-            base_head=self.base_lookahead.info() if self.base_lookahead is not None else None,
+            base_head=base_lookahead.info() if base_lookahead is not None else None,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
@@ -168,7 +151,7 @@ class Engine:
                 sorted(self.eos_token_ids),
                 self.registry.adapters,
                 config.cuda_graphs,
-                self.base_lookahead.head if self.base_lookahead is not None else None,
+                base_lookahead.head if base_lookahead is not None else None,
             ),
         )
         self.runner, self.sampler, self.is_asynchronous = path.runner, path.sampler, path.is_asynchronous
@@ -188,7 +171,7 @@ class Engine:
             clock=path.clock,
             is_asynchronous=path.is_asynchronous,
             max_logits=path.max_rows_ahead or None,
-            base_lookahead=self.base_lookahead,
+            base_lookahead=base_lookahead,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)
@@ -196,13 +179,6 @@ class Engine:
         self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
         self._admission = Admission(config, self.scheduler, self.waits)
         self.recent_steps = RecentSteps(cost_model)
-
-    def _read_base_lookahead(self) -> Lookahead | None:
-        if self.config.base_head is None:
-            return None
-        assert self._base.identity is not None
-        found = read_base_lookahead(Path(self.config.base_head), self._base.config, self._base.identity)
-        return found.copied(self._uploads.copy) if self.decoder.device.type != "cpu" else found
 
     # -- requests
 
@@ -226,17 +202,7 @@ class Engine:
         sampling = request.sampling
         place = grammar.start(sampling.ignore_eos) if spec is not None and grammar is not None else None
         seq = Sequence(self._num_added, request, place, pooling.pooling if pooling is not None else None)
-        detokenizer = (
-            Detokenizer(
-                self._texts,
-                request.prompt_token_ids,
-                sampling.stop,
-                sampling.include_stop_str_in_output,
-                sampling.skip_special_tokens,
-            )
-            if sampling.detokenize
-            else None
-        )
+        detokenizer = detokenizer_of(request, self._texts)
         prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
         drafts = self.proposer.start(seq)
         self._requests[request.request_id] = RunningRequest(
@@ -291,61 +257,13 @@ class Engine:
 
     # -- adapters
 
-    def read_adapter(self, name: str, path: str | Path) -> LoraAdapter:
-        """Read and check a PEFT directory into main memory; touches no engine state, so any thread may do it."""
-        return read_adapter(
-            path,
-            self._base,
-            name=name,
-            max_rank=self.config.max_lora_rank,
-            lay_out=self.decoder.lay_out_lora,
-            turn=self._reading,
-            roots=[Path(root) for root in self.config.adapter_roots],
-        )
-
-    def _expected_bytes(self, path: Path) -> int:
-        return expected_bytes(path, self._base.lora_dtype.itemsize)
-
-    def _upload(self, adapter: LoraAdapter) -> LoraAdapter:
-        """On another thread while steps run; itself where steps read main memory."""
-        return adapter.copied(self._uploads.copy) if self.decoder.device.type != "cpu" else adapter
-
-    def register_adapter(self, adapter: LoraAdapter) -> AdapterInfo:
-        """Hold an adapter at once. Raises `OverloadedError` where there is no room."""
-        if adapter.content_hash not in self.registry.adapters:
-            adapter = self._upload(adapter)
-        self.forget_left_adapters()
-        self.registry.add(adapter, adapter.num_bytes)
-        self.forget_left_adapters()
-        return adapter.info()
-
-    def place_adapter(self, brought: Brought, is_pinned: bool = False) -> int | None:
-        """Hold an adapter in the room that it was brought to, as `AdapterRegistry.place`; on any thread.
-
-        None while the engine's thread must forget an earlier copy first (`forget_left_adapters`), or where the one that
-        was found has left.
-        """
-        return self.registry.place(brought.adapter, brought.reservation, brought.load_s, is_pinned=is_pinned)
-
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         """Read, check and register the PEFT directory `path`. Raises `AdapterError`."""
-        return self.register_adapter(self.read_adapter(name, path))
+        return self.adapters.register(self.adapters.read(name, path))
 
-    def unload_adapter(self, content_hash: str, placement: int | None = None) -> None:
-        """Forget an adapter as soon as no running request uses it, unless a load placed it after `placement`."""
-        self.memory.unload(content_hash, placement)
-        self.forget_left_adapters()
-
-    def adapter_states(self) -> list[AdapterState]:
-        """Every adapter that is held anywhere, in its best memory."""
-        return adapter_states(self.memory, self.proposer.drafts_of)
-
-    def forget_left_adapters(self) -> None:
-        """Free what was built of adapters that have left the registry, whoever made them leave."""
-        for content_hash, placement in self.registry.take_left().items():
-            self.runner.slots.free(content_hash)
-            self.proposer.adapter_left(content_hash)
-            self.left_adapters[content_hash] = placement
+    def _forget_adapter(self, content_hash: str) -> None:
+        self.runner.slots.free(content_hash)
+        self.proposer.adapter_left(content_hash)
 
     # -- the step
 
@@ -476,7 +394,7 @@ class Engine:
         seq.owner = None  # each held the other
         if seq.adapter_hash is not None:
             self.registry.release(seq.adapter_hash, seq.is_background)
-            self.forget_left_adapters()
+            self.adapters.forget_left()
 
     def measure_load(self) -> None:
         """Learn how fast requests are served; to be called about once a second."""

@@ -58,6 +58,7 @@ from ..pooling_messages import AnyRequest, PoolRequest
 from .adapter_loads import AdapterLoads
 from .engine import Engine
 from .server_link import NewestStep, ServerLink
+from .stats import adapter_states
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class EngineProcess:
         self._link = link
         self._inbox = link.inbox  # messages, and what other threads have done
         self._loads = AdapterLoads(
-            engine, lambda: self._inbox.put(_AdapterRead()), lambda loaded: link.send_beside([loaded])
+            engine.adapters, lambda: self._inbox.put(_AdapterRead()), lambda loaded: link.send_beside([loaded])
         )
         link.at_once, link.has_come = self._begin_load, self._end_step_for
         self._next_snapshot = 0.0
@@ -177,12 +178,12 @@ class EngineProcess:
             self._compiling.pop(message.request_id, None)
             engine.abort(message.request_id)
         elif isinstance(message, UnloadAdapter):
-            engine.unload_adapter(message.adapter_hash, message.placement)
+            engine.adapters.unload(message.adapter_hash, message.placement)
             self._send([CallDone(message.call_id)])
         elif isinstance(message, PinAdapter):
             self._pin(message)
         elif isinstance(message, GetAdapters):
-            self._send([AdapterStates(message.call_id, engine.adapter_states())])
+            self._send([AdapterStates(message.call_id, adapter_states(engine))])
         elif isinstance(message, GetStats):
             self._send([Stats(message.call_id, engine.stats())])
         elif isinstance(message, _Compiled):
@@ -201,8 +202,8 @@ class EngineProcess:
     def _place_adapters(self) -> None:
         """Answer loads that have ended, and tell of the adapters that left for them, or with their last request."""
         answers: list[Any] = [*self._loads.place(), *self._engine.drop_displaced()]
-        self._engine.forget_left_adapters()
-        if left := self._engine.left_adapters:
+        self._engine.adapters.forget_left()
+        if left := self._engine.adapters.left:
             answers.append(AdaptersLeft(dict(left)))
             left.clear()
         self._send(answers)

@@ -9,8 +9,9 @@ import msgspec
 
 from ..drafting.drafts import GrowingDraft
 from ..messages import TokenLogprobs
+from ..pooling_messages import AnyRequest
 from ..schedule.sequence import Sequence as TokenSequence
-from ..text.detokenizer import Detokenizer
+from ..text.detokenizer import Detokenizer, TokenTexts
 from .text_pooling import TextPooling
 
 FinishReason = Literal["stop", "length", "abort"] | None
@@ -24,6 +25,20 @@ class Appended(msgspec.Struct, gc=False, eq=False):
     finish_reason: FinishReason = None
     stop_reason: str | int | None = None
     num_silent: int = 0  # tokens at the end that are no text: an end of sequence, a stop token
+
+
+def detokenizer_of(request: AnyRequest, texts: TokenTexts) -> Detokenizer | None:
+    """What writes the text of its output; None where nobody wants any."""
+    sampling = request.sampling
+    if not sampling.detokenize:
+        return None
+    return Detokenizer(
+        texts,
+        request.prompt_token_ids,
+        sampling.stop,
+        sampling.include_stop_str_in_output,
+        sampling.skip_special_tokens,
+    )
 
 
 class RunningRequest:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..adapters.held import Held
 from ..drafting.drafts import DraftLengths
 from ..messages import AdapterRequests, AdapterState, EngineStats
-from .adapter_memory import AdapterMemory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -32,7 +30,7 @@ class Counters:
 
 def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> EngineStats:
     """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
-    registry, host = engine.registry, engine.memory.host
+    registry, host = engine.registry, engine.adapters.memory.host
     graphs, error = engine.path.graphs, None
     if check_integrity:
         error = engine.blocks.check_integrity(seq.block_table for seq in engine.scheduler.sequences())
@@ -74,13 +72,13 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         host_adapter_bytes=host.size_bytes if host else 0,
         max_host_adapter_bytes=host.max_bytes if host else 0,
         num_adapter_loads=registry.counts.num_loads,
-        num_adapter_reads=engine.memory.num_reads,
+        num_adapter_reads=engine.adapters.memory.num_reads,
         num_adapter_evictions=registry.counts.num_evictions,
         num_adapters_asked=registry.counts.num_asked,
         num_adapter_waits=registry.counts.num_waits,
         adapter_wait_seconds=registry.counts.wait_s,
         num_adapter_loads_waiting=registry.num_waiting,
-        num_adapter_reads_stuck=engine.memory.num_stuck_reads,
+        num_adapter_reads_stuck=engine.adapters.memory.num_stuck_reads,
         drafted_per_pos=counters.lengths.drafted_per_pos(),
         accepted_per_pos=counters.lengths.accepted_per_pos(),
         finished=dict(counters.finished),
@@ -102,8 +100,9 @@ def _requests_by_adapter(engine: Engine) -> list[AdapterRequests]:
     ]
 
 
-def adapter_states(memory: AdapterMemory, drafts_of: Callable[[str], tuple[int, int]]) -> list[AdapterState]:
-    """Of every adapter that is held; `drafts_of` a content hash is how many drafts were verified, and accepted."""
+def adapter_states(engine: Engine) -> list[AdapterState]:
+    """Every adapter that is held anywhere, in its best memory."""
+    memory, drafts_of = engine.adapters.memory, engine.proposer.drafts_of
     tiers: list[tuple[Literal["host", "device"], dict[str, Held]]] = [("host", memory.registry.held())]
     if memory.host is not None:
         tiers = [("host", memory.host.held()), ("device", memory.registry.held())]

@@ -157,7 +157,7 @@ def check(file, good, serving, num_examples, seed):
     def whatever_it_holds(data):
         (folder / file).write_bytes(data)
         try:
-            adapter = engine.read_adapter("fuzzed", folder)
+            adapter = engine.adapters.read("fuzzed", folder)
         except UserError as error:
             outcomes["refused"] += 1
             assert "\n" not in str(error) and len(str(error)) < MAX_MESSAGE, str(error)[:2000]
@@ -167,10 +167,10 @@ def check(file, good, serving, num_examples, seed):
         assert len(adapter.lookahead.error or "") < MAX_MESSAGE, adapter.lookahead.error[:2000]
         if file in (CONFIG_FILE, WEIGHTS_FILE):
             return  # another LoRA
-        engine.register_adapter(adapter)
+        engine.adapters.register(adapter)
         options = {"adapter": adapter.content_hash, "mode": "fixed", "max_tokens": 8}
         assert tokens_of(run(engine, [request("a", [5, 6, 7], **options)])) == want
-        engine.unload_adapter(adapter.content_hash)
+        engine.adapters.unload(adapter.content_hash)
 
     whatever_it_holds()
     assert outcomes["served"] and (outcomes["refused"] or file not in (CONFIG_FILE, WEIGHTS_FILE)), outcomes

@@ -112,7 +112,7 @@ def test_what_drafts_for_a_sequence_leaves_with_it_and_outlives_its_adapter(
     assert num_sequences() == before + 3
     for _ in range(3):
         engine.step()
-    engine.unload_adapter(key)
+    engine.adapters.unload(key)
     gc.collect()
     engine.step()
     engine.abort("is aborted")

@@ -173,7 +173,7 @@ def test_steps_go_on_while_a_catastrophic_pattern_is_matched(engine, adapters, t
     engine.add_request(request("a", [3, 1, 4], max_tokens=400, ignore_eos=True))
     longest, num_steps = 0.0, 0
     with ThreadPoolExecutor(1) as readers:
-        reading = readers.submit(engine.read_adapter, "slow", path)
+        reading = readers.submit(engine.adapters.read, "slow", path)
         while not reading.done():
             start = time.monotonic()
             num_steps += bool(engine.step())

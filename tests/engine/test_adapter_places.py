@@ -66,7 +66,8 @@ class Engine:
         host = AdapterRegistry(99, self.clock, max_bytes=host_bytes) if host_bytes else None
         self.memory = AdapterMemory(self.registry, self.read, lambda path: SIZE, host, self.upload)
         self.answers = []
-        self.loads = AdapterLoads(self, lambda: None, self.answers.append, self.clock)
+        self.adapters = SimpleNamespace(memory=self.memory, place=self.into_room, forget_left=self.registry.take_left)
+        self.loads = AdapterLoads(self.adapters, lambda: None, self.answers.append, self.clock)
         self.readers = self.loads._readers
         self.threads = self.loads._readers = Threads()
         self.size = {}
@@ -88,10 +89,7 @@ class Engine:
         self.uploads.append(adapter.content_hash)
         return adapter
 
-    def forget_left_adapters(self):
-        self.registry.take_left()
-
-    def place_adapter(self, brought, is_pinned):
+    def into_room(self, brought, is_pinned):
         return self.registry.place(brought.adapter, brought.reservation, brought.load_s, is_pinned=is_pinned)
 
     def load(self, name, **fields):
@@ -101,7 +99,7 @@ class Engine:
         """Call ids of loads that have ended well, and the errors of others."""
         placed = self.loads.place()
         answers = [self.answers.pop(0) for _ in self.answers[:]] + placed  # threads may go on saying something
-        self.forget_left_adapters()
+        self.registry.take_left()
         failed = {answer.call_id: answer.error for answer in answers if isinstance(answer, CallFailed)}
         return [answer.call_id for answer in answers if isinstance(answer, AdapterLoaded)], failed
 
@@ -267,15 +265,15 @@ def test_waiting_for_a_thread_is_no_reading_and_has_an_end_as_well(engine):
 def test_a_read_that_ends_while_it_is_given_up_has_one_answer(engine):
     engine.load("a")
     engine.clock.now += adapter_loads.READ_S + 1
-    place_adapter, placed = engine.place_adapter, []
+    placed = []
     giving_up = threading.Thread(target=lambda: placed.extend(engine.loads.place()))
 
     def beside(brought, is_pinned):
         giving_up.start()
         giving_up.join(0.1)
-        return place_adapter(brought, is_pinned)
+        return engine.into_room(brought, is_pinned)
 
-    engine.place_adapter = beside
+    engine.adapters.place = beside
     engine.threads.run()
     giving_up.join()
     assert engine.place() == (["a"], {}) and not placed

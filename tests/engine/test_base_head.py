@@ -71,7 +71,7 @@ def test_an_adapter_that_leaves_takes_its_record_along(model_dir, base_head, ada
     run(engine, [request(0, range(5, 30), adapter=key, mode="fixed", max_tokens=20)])
     assert set(engine.proposer._base._fallbacks) == {key}
     engine.registry.unload(key)
-    engine.forget_left_adapters()
+    engine.adapters.forget_left()
     assert not engine.proposer._base._fallbacks
     results = run(engine, [request(1, range(5, 30), mode="fixed", max_tokens=8)])
     assert results["1"].usage.draft_tokens > 0

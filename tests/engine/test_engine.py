@@ -263,7 +263,7 @@ def test_unloading_waits_for_the_requests_that_use_the_adapter(engine, model_dir
     engine.add_request(request("a", [4, 5, 6], adapter=content_hash, ignore_eos=True))
     results = {}
     collect(results, engine.step())
-    engine.unload_adapter(content_hash)
+    engine.adapters.unload(content_hash)
     with pytest.raises(UserError, match="not loaded"):
         engine.add_request(request("late", [4], adapter=content_hash))
     while engine.has_work():

@@ -72,6 +72,7 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
     ours, theirs = socket.socketpair()
     added = []
     engine = SimpleNamespace(
+        adapters=None,
         grammars=SimpleNamespace(submit=lambda spec: never, began=None),
         add_request=lambda *args: added.append(args),
         abort=lambda request_id: None,

@@ -367,8 +367,8 @@ def test_an_adapter_that_is_read_while_steps_run_is_whole(model_dir, adapter_dir
     want = tokens_of(run(plain, [late]))
     engine.add_request(request("long", range(20, 40), max_tokens=40, ignore_eos=True))
     with ThreadPoolExecutor(1) as readers:
-        reading = readers.submit(engine.read_adapter, "late", adapter_dirs[2])
+        reading = readers.submit(engine.adapters.read, "late", adapter_dirs[2])
         while not reading.done():
             engine.step()
-    engine.register_adapter(reading.result())
+    engine.adapters.register(reading.result())
     assert tokens_of({key: r for key, r in run(engine, [late]).items() if key == "late"}) == want

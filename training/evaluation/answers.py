@@ -113,7 +113,7 @@ class Served:
     def lookahead(self) -> Lookahead | None:
         """What drafts, and what was learned of it."""
         if self.adapter_hash is None:
-            return self.engine.base_lookahead
+            return self.engine.adapters.base_lookahead
         return self.engine.registry.adapters[self.adapter_hash].lookahead
 
 
