@@ -1,120 +1,24 @@
 """Finds where a task's earlier completions met the newest tokens before: the suffix table over one adapter's outputs.
 
-`TaskHistory` is immutable and shared by all sequences of a task; a `HistoryCursor` follows one sequence through it, and
-`LearningHistory` replaces the shared table as completions are served. A match never reaches across the end of a
-completion, a table never holds more than its `max_tokens`, and a file is either read whole or refused.
+`TaskHistory` is immutable and shared by all sequences of a task, and a `HistoryCursor` follows one sequence through it.
+A match never reaches across the end of a completion, and a table never holds more than its `max_tokens`.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import struct
-import threading
-import zlib
 from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..whole_files import replace_file
-
-logger = logging.getLogger(__name__)
+from .history_file import SEPARATOR, Completion, PackedHistory, read_counts, text_dtype
 
 MAX_CONTEXT = 24  # tokens of context that are sorted and compared; more says little about the continuation
 MAX_CANDIDATES = 64  # newest occurrences that vote
-MAX_TRAINED_TOKENS = 1_000_000  # of completions that a training run keeps; its default is less than half
-MAX_FILE_TOKENS = 2 * MAX_TRAINED_TOKENS  # with their separators, of which short completions have as many as tokens
-MAX_TOKEN_ID = 2**31 - 1
-SEPARATOR = 0  # local id that ends every completion; local id k > 0 is the k-th smallest token id of the text
-
-_MAGIC = b"SPECHIST"
-_VERSION = 1
-_HEADER = struct.Struct("<8sIIIII")  # magic, version, number of ids, length of the text, bytes of body, CRC-32 of body
 _PARTITION_LIMIT = 4096  # wider ranges are searched from the newest position back, which ends early
-
-Completion = Sequence[int] | np.ndarray
-
-
-class HistoryError(ValueError):
-    """A history file that cannot be used, and why."""
-
-
-class _Packed(NamedTuple):
-    """Completions as local ids, oldest first: what a file holds and what a table is built from."""
-
-    ids: np.ndarray  # uint32, strictly increasing token ids
-    text: np.ndarray  # uint16 or uint32 local ids, SEPARATOR after every completion
-
-    @classmethod
-    def of(cls, completions: Iterable[Completion]) -> _Packed:
-        arrays = [_as_array(completion) for completion in completions]
-        end = np.array([-1], dtype=np.int32)
-        joined = np.concatenate([part for array in arrays if len(array) for part in (array, end)] or [end[:0]])
-        unique, local = np.unique(joined, return_inverse=True)
-        if len(unique):  # the first one is the separator, so the local ids come out right
-            unique = unique[1:]
-        return cls(unique.astype(np.uint32), local.astype(_text_dtype(len(unique))))
-
-    def completions(self) -> list[np.ndarray]:
-        ends = np.flatnonzero(self.text == SEPARATOR)
-        tokens = np.concatenate([np.zeros(1, np.int32), self.ids.astype(np.int32)])[self.text]
-        return [tokens[start:end] for start, end in zip([0, *(ends[:-1] + 1)], ends, strict=False)]
-
-    def write(self, path: Path) -> None:
-        little = self.text.dtype.newbyteorder("<")
-        body = zlib.compress(self.ids.astype("<u4").tobytes() + self.text.astype(little).tobytes(), 6)
-        header = _HEADER.pack(_MAGIC, _VERSION, len(self.ids), len(self.text), len(body), zlib.crc32(body))
-
-        def save(temporary: Path) -> None:
-            # What was served to a tenant is nobody else's to read.
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(header + body)
-
-        replace_file(path, save, sync=True)
-
-    @classmethod
-    def parse(cls, data: bytes, vocab_size: int) -> _Packed:
-        header, body = data[: _HEADER.size], data[_HEADER.size :]
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise HistoryError("not a task history file")
-        _, version, num_ids, text_len, body_len, checksum = _HEADER.unpack(header)
-        if version != _VERSION:
-            raise HistoryError(f"task history version {version}, this build reads version {_VERSION}")
-        if text_len > MAX_FILE_TOKENS:
-            raise HistoryError(
-                f"the header claims {text_len} tokens and ends of completions, of which at most {MAX_FILE_TOKENS} are "
-                f"read; train it with history.max_tokens of {MAX_TRAINED_TOKENS} or less"
-            )
-        if num_ids > text_len:
-            raise HistoryError(f"the header claims {text_len} tokens of {num_ids} kinds")
-        if len(body) != body_len:
-            raise HistoryError(f"{len(data)} bytes, the header says {_HEADER.size + body_len}")
-        if zlib.crc32(body) != checksum:
-            raise HistoryError("the checksum does not match, the file is damaged")
-        dtype = np.dtype(_text_dtype(num_ids)).newbyteorder("<")
-        expected = 4 * num_ids + dtype.itemsize * text_len
-        try:
-            raw = zlib.decompressobj().decompress(body, expected + 1)  # never inflates beyond what the header allows
-        except zlib.error as error:
-            raise HistoryError(f"the body cannot be decompressed: {error}") from None
-        if len(raw) != expected:
-            raise HistoryError(f"the body does not hold the {expected} bytes its header promises")
-        ids = np.frombuffer(raw, "<u4", num_ids).astype(np.uint32)
-        text = np.frombuffer(raw, dtype, text_len, 4 * num_ids).astype(_text_dtype(num_ids))
-        if num_ids and not bool((ids[1:] > ids[:-1]).all()):
-            raise HistoryError("the token ids are not in order")
-        if num_ids and int(ids[-1]) >= min(vocab_size, MAX_TOKEN_ID + 1):
-            raise HistoryError(f"token id {ids[-1]} is outside the vocabulary of {vocab_size}")
-        if text_len and int(text.max()) > num_ids:
-            raise HistoryError("the text names a token id that the file does not list")
-        ends = np.concatenate([[True], text == SEPARATOR])
-        if not ends[-1] or bool((ends[1:] & ends[:-1]).any()):
-            raise HistoryError("the completions are not separated as they should be")
-        return cls(ids, text)
 
 
 class HistoryArrays(NamedTuple):
@@ -132,7 +36,7 @@ class HistoryArrays(NamedTuple):
 class TaskHistory:
     """Every position of a task's completions, sorted by the tokens before it read backwards."""
 
-    def __init__(self, packed: _Packed) -> None:
+    def __init__(self, packed: PackedHistory) -> None:
         self._packed = packed
         text = packed.text
         self._token_bytes = text.dtype.itemsize
@@ -172,7 +76,7 @@ class TaskHistory:
 
         A completion that alone is longer is skipped, so that one runaway output does not empty the table.
         """
-        return cls(_Packed.of(_newest(completions, max_tokens)))
+        return cls(PackedHistory.of(_newest(completions, max_tokens)))
 
     @classmethod
     def load(cls, path: str | Path, vocab_size: int) -> TaskHistory:
@@ -182,7 +86,7 @@ class TaskHistory:
     @classmethod
     def parse(cls, data: bytes, vocab_size: int) -> TaskHistory:
         """The history in a file's bytes; HistoryError as `load`."""
-        return cls(_Packed.parse(data, vocab_size))
+        return cls(PackedHistory.parse(data, vocab_size))
 
     def save(self, path: str | Path) -> None:
         """Replace `path` in one step; the sorted positions are not stored."""
@@ -325,117 +229,17 @@ class HistoryCursor:
         self._candidates, self._match_len = self._history.match(self._recent) or ([], 0)
 
 
-class LearningHistory:
-    """The history of one adapter and tenant, growing with what is served.
-
-    The table holds the newest served completions and fills what they leave of `max_tokens` with the newest of `base`.
-    Only served completions are saved: base comes with the adapter. At most one rebuild runs at a time.
-    """
-
-    def __init__(
-        self,
-        base: TaskHistory | None,
-        max_tokens: int = 200_000,
-        rebuild_every: int = 4096,
-        path: Path | None = None,
-        *,
-        vocab_size: int = MAX_TOKEN_ID + 1,
-    ) -> None:
-        self._base = base.completions() if base is not None else []
-        self._max_tokens = max_tokens
-        self._rebuild_every = rebuild_every
-        self._path = path
-        self._lock = threading.Lock()  # the served completions and the counts below; never held while building
-        self._rebuild_lock = threading.Lock()  # taken before _lock
-        self._served: deque[np.ndarray] = deque()
-        self._num_served = 0
-        self._num_pending = 0
-        self._worker_running = False
-        if path is not None and path.exists():
-            try:
-                for completion in _Packed.parse(path.read_bytes(), vocab_size).completions():
-                    self._append(completion)
-            except (HistoryError, OSError) as error:
-                logger.warning("task history not loaded, starting without it: %s: %s", path, error)
-        self._current = TaskHistory.build([*self._base, *self._served], max_tokens)
-
-    @property
-    def current(self) -> TaskHistory:
-        """The newest finished table."""
-        return self._current
-
-    def learn(self, completion: Completion) -> None:
-        """Add a served completion; it is in `current` after the next rebuild. One beyond max_tokens is ignored."""
-        array = _as_array(completion)
-        with self._lock:
-            if not self._append(array):
-                return
-            self._num_pending += len(array)
-            if self._num_pending < self._rebuild_every or self._worker_running:
-                return
-            self._worker_running = True
-        try:
-            threading.Thread(target=self._work, name="task-history", daemon=True).start()
-        except RuntimeError as error:  # no thread to be had; the tokens stay pending
-            logger.warning("task history not rebuilt: %s", error)
-            with self._lock:
-                self._worker_running = False
-
-    def flush(self) -> None:
-        """Bring everything learned into `current` and save it where a path was given."""
-        self._rebuild()
-        if self._path is None:
-            return
-        with self._rebuild_lock:  # two flushes would share the temporary file
-            with self._lock:
-                served = list(self._served)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _Packed.of(served).write(self._path)
-
-    def _append(self, array: np.ndarray) -> bool:
-        if not 0 < len(array) <= self._max_tokens:
-            return False
-        self._served.append(array)
-        self._num_served += len(array)
-        while self._num_served > self._max_tokens:
-            self._num_served -= len(self._served.popleft())
-        return True
-
-    def _rebuild(self) -> None:
-        with self._rebuild_lock:
-            with self._lock:
-                if not self._num_pending:
-                    return
-                served = list(self._served)
-                self._num_pending = 0
-            self._current = TaskHistory.build([*self._base, *served], self._max_tokens)
-
-    def _work(self) -> None:
-        while True:
-            try:
-                self.flush()  # a process that is killed forgets only what came since the last rebuild
-            except Exception:  # serving goes on with the table there is, and the next rebuild tries again
-                logger.exception("task history rebuild failed")
-            with self._lock:
-                if self._num_pending < self._rebuild_every:
-                    self._worker_running = False
-                    return
-
-
 def expected_bytes(path: Path) -> int:
     """Memory that reading the history in a file takes at most, by what its header says, which is more than it holds
     then; the file's size where that says nothing."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            header, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+        size, counts = read_counts(path)
     except OSError:
         return 0
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+    if counts is None:
         return size
-    _, _, num_ids, text_len, _, _ = _HEADER.unpack(header)
-    return (
-        _peak_bytes(text_len, num_ids, np.dtype(_text_dtype(num_ids)).itemsize) if text_len <= MAX_FILE_TOKENS else size
-    )
+    num_ids, text_len = counts
+    return _peak_bytes(text_len, num_ids, np.dtype(text_dtype(num_ids)).itemsize)
 
 
 def _peak_bytes(text_len: int, num_ids: int, token_bytes: int) -> int:
@@ -446,17 +250,6 @@ def _peak_bytes(text_len: int, num_ids: int, token_bytes: int) -> int:
 def _held_bytes(text_len: int, num_ids: int, token_bytes: int) -> int:
     """Text both ways, order and rank of its positions; a list, a dictionary and bounds by token id."""
     return text_len * (2 * token_bytes + 8) + num_ids * 200
-
-
-def _text_dtype(num_ids: int) -> type[np.uint16] | type[np.uint32]:
-    return np.uint16 if num_ids < 65535 else np.uint32  # 65535 itself stays free: see match
-
-
-def _as_array(completion: Completion) -> np.ndarray:
-    array = np.array(completion, dtype=np.int64)
-    if len(array) and (int(array.min()) < 0 or int(array.max()) > MAX_TOKEN_ID):
-        raise ValueError(f"a completion holds a token id outside 0..{MAX_TOKEN_ID}")
-    return array.astype(np.int32)
 
 
 def _newest(completions: Sequence[Completion], max_tokens: int) -> list[Completion]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from ..drafters.task_history import MAX_TRAINED_TOKENS
+from ..drafters.history_file import MAX_TRAINED_TOKENS
 from ..routing_profile import DEFAULT_PROMPTS, MAX_PROMPTS
 
 ALL_LINEAR = "all-linear"

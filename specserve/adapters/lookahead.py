@@ -23,7 +23,8 @@ from ..adapter_files import (
 )
 from ..drafters.acceptance import SharedAcceptance
 from ..drafters.head_files import BARE_BASE, HeadError, LookaheadHeadFile, read_head
-from ..drafters.task_history import HistoryError, TaskHistory
+from ..drafters.history_file import HistoryError
+from ..drafters.task_history import TaskHistory
 from ..errors import UserError
 from ..messages import LookaheadInfo
 from ..model.config import ModelConfig

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from ..drafters.task_history import LearningHistory, TaskHistory
+from ..drafters.learning_history import LearningHistory
+from ..drafters.task_history import TaskHistory
 
 MAX_TABLES = 64  # in memory
 MAX_FILES = 1024  # on disk; the oldest are removed

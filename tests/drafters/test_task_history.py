@@ -5,6 +5,7 @@ Texts are random over small alphabets, so that contexts repeat, tie and end at s
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import threading
@@ -19,17 +20,9 @@ import pytest
 from waiting import wait_until
 
 from specserve.drafters import task_history
-from specserve.drafters.task_history import (
-    MAX_CANDIDATES,
-    MAX_CONTEXT,
-    MAX_FILE_TOKENS,
-    MAX_TRAINED_TOKENS,
-    HistoryCursor,
-    HistoryError,
-    LearningHistory,
-    TaskHistory,
-    expected_bytes,
-)
+from specserve.drafters.history_file import MAX_FILE_TOKENS, MAX_TRAINED_TOKENS, HistoryError
+from specserve.drafters.learning_history import LearningHistory
+from specserve.drafters.task_history import MAX_CANDIDATES, MAX_CONTEXT, HistoryCursor, TaskHistory, expected_bytes
 
 
 def random_completions(rng: random.Random, alphabet: int, count: int, longest: int) -> list[list[int]]:
@@ -280,7 +273,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(task_history.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         TaskHistory.build([[3, 4]], 10).save(path)
     assert as_lists(TaskHistory.load(path, 10)) == [[1, 2]]
