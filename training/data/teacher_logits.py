@@ -42,6 +42,18 @@ def logits_file(rows_file: Path) -> Path:
     return rows_file.with_suffix(".logits.safetensors")
 
 
+def existing_logits(rows_file: Path) -> Path:
+    """The logits of a rows file. Raises `UserError` where there are none."""
+    path = logits_file(rows_file)
+    if not path.is_file():
+        raise UserError(
+            f"there are no teacher's logits beside {rows_file}: {path.name} is missing; make it with `specserve "
+            "distill --top-logprobs K`, or name a teacher of the same tokenizer (--set teacher=DIR)",
+            param="data.train",
+        )
+    return path
+
+
 def write_teacher_logits(rows_file: Path, tokenizer_hash: str, rows: Sequence[TopLogits]) -> Path:
     """Write what a teacher says of each row of `rows_file`, which is complete; returns the file.
 
@@ -73,13 +85,7 @@ def read_teacher_logits(rows_file: Path, tokenizer_hash: str, vocab_size: int) -
 
     Raises `UserError` where there is no such file, and for one that is damaged, of other rows or another tokenizer.
     """
-    path = logits_file(rows_file)
-    if not path.is_file():
-        raise UserError(
-            f"there are no teacher's logits beside {rows_file}: {path.name} is missing; make it with `specserve "
-            "distill --top-logprobs K`, or name a teacher of the same tokenizer (--set teacher=DIR)",
-            param="data.train",
-        )
+    path = existing_logits(rows_file)
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}

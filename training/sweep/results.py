@@ -35,7 +35,7 @@ class SweepPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_rungs: int
     forgetting_limit: float
     general: str  # file of the rows that have nothing to do with the task
-    data: dict[str, str] = {}  # SHA-256 of the training and the held-out rows
+    files: dict[str, str]  # SHA-256 of the rows and teacher's logits that it reads, by their paths
 
 
 class RungResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +96,13 @@ class SweepDirectory:
             msgspec.to_builtins(p) for p in (self.plan(), msgspec.json.decode(_pretty(plan), type=SweepPlan))
         )
         found = [key for key in here if saved[key] != here[key]]
+        if found == ["files"] and saved["files"].keys() == here["files"].keys():
+            changed = [path for path in here["files"] if saved["files"][path] != here["files"][path]]
+            raise UserError(
+                f"{', '.join(changed)} changed since the sweep in {self.path} began; put the old content back, or give "
+                "another --output",
+                param="output",
+            )
         if found:
             raise UserError(
                 f"{self.path} holds another sweep ({', '.join(found)} differ); go on with the command that began it, "

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from ...errors import UserError
 from ...file_hash import file_hash
 from ..data.rows import read_rows
+from ..data.teacher_logits import existing_logits
 from ..run_config import RunConfig
 from ..run_file import absolute, check_ready, load_run
-from .grid import Values, check_grid, config_of, names_of, parse_grid, points_of
+from .grid import check_grid, config_of, names_of, parse_grid, points_of
 from .halving import default_rungs
 from .results import SweepDirectory, SweepPlan
 
@@ -43,32 +43,37 @@ def prepared_sweep(
         raise UserError("output is missing: name the directory of the sweep (--output DIR)", param="output")
     base = msgspec.structs.replace(base, output=base.output or "adapter")
     check_ready(base)
+    settings, general = absolute(base), str((flags.general or GENERAL_FILE).resolve())
+    configs = [config_of(settings, point) for point in points]
+    for config in configs:  # unknown keys first: check_grid takes them for settings
+        check_ready(config)
+    check_grid(base, grid, num_rungs)
+    files = [file for config in configs for file in _files_of(config)]
+    if flags.forgetting_limit and base.task == "generate":
+        read_rows(general)
+        files.append(general)
     plan = SweepPlan(
-        base=absolute(base),
+        base=settings,
         points=dict(zip(names_of(points), points, strict=True)),
         factor=flags.factor,
         num_rungs=num_rungs,
         forgetting_limit=flags.forgetting_limit,
-        general=str((flags.general or GENERAL_FILE).resolve()),
-        data={key: file_hash(Path(file)) for key, file in _data_files(base).items()},
+        general=general,
+        files={file: _hash_of(Path(file)) for file in dict.fromkeys(files)},
     )
-    _check_points(base, grid, plan.base, points, num_rungs)
-    if flags.forgetting_limit and base.task == "generate":
-        read_rows(plan.general)
     return SweepDirectory(directory), plan
 
 
-def _check_points(
-    base: RunConfig,
-    grid: Mapping[str, Sequence[Any]],
-    settings: Mapping[str, Any],
-    points: Sequence[Values],
-    rungs: int,
-) -> None:
-    for point in points:  # unknown keys first: check_grid takes them for settings
-        check_ready(config_of(settings, point))
-    check_grid(base, grid, rungs)
+def _files_of(config: RunConfig) -> list[str]:
+    """What a run reads of rows, and of a teacher's opinion of them."""
+    files = [config.data.train, *([config.data.eval] if config.data.eval else [])]
+    if config.loss != "ce" and not config.teacher:
+        files.append(str(existing_logits(Path(config.data.train))))
+    return files
 
 
-def _data_files(base: RunConfig) -> dict[str, str]:
-    return {"data.train": base.data.train} | ({"data.eval": base.data.eval} if base.data.eval else {})
+def _hash_of(path: Path) -> str:
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

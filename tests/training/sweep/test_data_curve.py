@@ -60,7 +60,7 @@ def test_each_doubling_is_trained_and_measured_on_the_same_rows(folder, monkeypa
     monkeypatch.setattr(Sweep, "_start", lambda *args: pytest.fail("nothing is left to do"))
     assert cli(command) == 0 and capsys.readouterr().out.splitlines() == lines
     write_rows(folder / "train.jsonl", 25, seed=5)
-    assert cli(command) == 2 and "holds another sweep (data differ)" in capsys.readouterr().err
+    assert cli(command) == 2 and f"{folder / 'train.jsonl'} changed since the sweep" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from specserve.training.sweep import rung as rung_module
 from specserve.training.sweep.halving import best_of, default_rungs, healthy, order_of, share_of
 from specserve.training.sweep.results import RungResult, SweepDirectory, write_result
 from specserve.training.sweep.runner import Sweep
+from specserve.training.sweep.sweep import SweepFlags, prepared_sweep
 
 GRID = ("--grid", "optimizer.lr=0.005,0.001,1e-6", "--factor", "3", "--rungs", "2", "--set", "eval.max_tokens=8")
 
@@ -135,6 +136,32 @@ def test_what_is_wrong_with_a_run_ends_the_sweep_with_its_message(folder, capsys
     assert cli(["sweep", str(folder / "run.yaml"), *flags]) == 2
     err = capsys.readouterr().err
     assert "the run 1-r-2 ended" in err and "bad.jsonl line 2" in err and "what is done is kept" in err
+
+
+def test_a_sweep_is_of_the_rows_and_logits_that_its_runs_read(folder):
+    rows, general, output = folder / "known.jsonl", folder / "general.jsonl", folder / "known"
+    logits = rows.with_suffix(".logits.safetensors")
+    write_rows(rows, 4), write_rows(general, 3)
+    flags = SweepFlags(output, factor=2, rungs=1, forgetting_limit=2.0, general=general)
+    settings = [f"data.train={rows}", "loss=kl"]
+
+    def begin():
+        directory, plan = prepared_sweep(folder / "run.yaml", settings, ["lora.r=2,4"], flags)
+        with directory.held():
+            directory.begin(plan)
+
+    with pytest.raises(UserError, match="known.logits.safetensors is missing"):
+        begin()
+    logits.write_bytes(b"old")
+    begin()
+    begin()
+    for path in (rows, general, logits):
+        old = path.read_bytes()
+        path.write_bytes(old + old)
+        with pytest.raises(UserError, match=f"{path} changed since the sweep in {output} began"):
+            begin()
+        path.write_bytes(old)
+    begin()
 
 
 def result(loss, score=None, marks=()):
