@@ -1,20 +1,11 @@
 """Whom the page reaches: everybody (axe finds nothing, the keyboard is enough, a phone shows it), and no other host."""
 
 import pytest
-from page_driver import PATIENCE_MS, Playground, figure_of
+from page_driver import PATIENCE_MS, Playground, figure_of, violations
 
 VIEWS = ("playground", "board", "adapters")
 MAX_BYTES = 300_000
 MAX_PAINT_MS = 1000
-
-
-def violations(page) -> list[str]:
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page).response["violations"]
-    return [
-        f"{item['id']}: {node['html'][:200]} {node['failureSummary'][:300]}" for item in found for node in item["nodes"]
-    ]
 
 
 @pytest.mark.parametrize(
