@@ -66,6 +66,7 @@ class GrammarSpec(msgspec.Struct, frozen=True):
 
 
 BACKGROUND_PRIORITY = 1 << 20  # of what gives way to all others; no request may ask for it
+AWAY_S = 10.0  # since the last request of others, until what gives way to them may take what they used
 
 
 class Together(msgspec.Struct, frozen=True):

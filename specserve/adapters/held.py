@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..messages import BACKGROUND_PRIORITY
+from ..messages import AWAY_S, BACKGROUND_PRIORITY
 
 ARRIVAL_S = 2.0  # how long an adapter that nobody used yet is kept for the request that it was loaded for
-AWAY_S = 10.0  # since the last request that somebody waits for, until an adapter may make room for rows of batches
 
 
 @dataclass(slots=True, eq=False)

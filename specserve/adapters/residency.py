@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 from ..errors import OverloadedError, UserError
-from .held import AWAY_S, Counts, Held, Reservation
+from ..messages import AWAY_S
+from .held import Counts, Held, Reservation
 from .reuse import ReuseScores
 from .room_queue import RoomQueue
 

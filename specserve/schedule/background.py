@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from ..messages import AWAY_S
 from .sequence import Sequence
 
 SHARE = 0.05  # of the time
-AWAY_S = 10.0
 SMALL = 4  # one in so many seats, and rows of prompts
 _MOST_SAVED_S = 0.5  # of time that was not taken
 

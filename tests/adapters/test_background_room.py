@@ -10,7 +10,7 @@ import pytest
 from specserve.adapters import held, residency, room_queue
 from specserve.adapters.registry import AdapterRegistry
 from specserve.errors import UserError
-from specserve.messages import BACKGROUND_PRIORITY
+from specserve.messages import AWAY_S, BACKGROUND_PRIORITY
 
 
 class Clock:
@@ -64,7 +64,7 @@ def test_rows_take_no_place_that_a_request_has_or_had_lately(places):
     places.use("idle")
     places.registry.release("idle")
     room = places.ask("of a batch", True)
-    places.wait(held.AWAY_S - 1)
+    places.wait(AWAY_S - 1)
     assert not room.is_granted and places.registry.counts.num_asked == 0
     places.wait(2.0)
     assert room.is_granted and [*places.registry.take_left()] == ["idle"]
@@ -161,7 +161,7 @@ def test_a_batch_over_many_adapters_teaches_nothing_about_those_of_requests():
         for _ in range(5 if key == "often" else 1):
             places.use(key)
             places.registry.release(key)
-    places.clock.now += held.AWAY_S + held.ARRIVAL_S
+    places.clock.now += AWAY_S + held.ARRIVAL_S
     for _ in range(2000):
         places.use("of a batch", True)
         places.registry.release("of a batch", True)
@@ -182,7 +182,7 @@ def test_under_random_traffic_no_row_costs_a_request_its_place(seed):
         wanted = {
             key
             for key, one in registry.held().items()
-            if one.num_refs > one.num_background or places.clock.now - one.wanted_at < held.AWAY_S
+            if one.num_refs > one.num_background or places.clock.now - one.wanted_at < AWAY_S
         }
         for entry in [one for one in waiting if one[0].is_granted]:
             waiting.remove(entry)

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from specserve.messages import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams
-from specserve.schedule.background import AWAY_S, SHARE
+from specserve.messages import AWAY_S, BACKGROUND_PRIORITY, GenerateRequest, SamplingParams
+from specserve.schedule.background import SHARE
 from specserve.schedule.block_manager import BlockManager
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.sequence import Sequence
