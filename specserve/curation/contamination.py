@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .near_duplicates import DEFAULT_THRESHOLD, NearDuplicates
-from .text_identity import common_shingles, text_key, words
+from ..training.data.near_duplicates import DEFAULT_THRESHOLD, NearDuplicates
+from ..training.data.text_identity import common_shingles, text_key, words
 
 RUN_LEN = 13  # words
 LEAST_WORDS = 5  # a held-out text of fewer is only looked for as a whole

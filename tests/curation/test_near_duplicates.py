@@ -6,9 +6,9 @@ import pytest
 from places import ROOT
 
 from specserve.curation.contamination import HeldOut
-from specserve.curation.near_duplicates import Near, NearDuplicates
-from specserve.curation.text_identity import common_shingles, shingles, similarity
 from specserve.errors import UserError
+from specserve.training.data.near_duplicates import Near, NearDuplicates
+from specserve.training.data.text_identity import common_shingles, shingles, similarity
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 

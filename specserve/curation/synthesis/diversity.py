@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..text_identity import shingles, words
+from ...training.data.text_identity import shingles, words
 
 MAX_TEXTS = 1000  # compared all with all
 

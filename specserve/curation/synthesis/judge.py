@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import UserError, shortened
+from ...training.data.near_duplicates import NearDuplicates
+from ...training.data.text_identity import common_shingles, normal_text, text_key
 from ..answer_schema import AnswerSchema
 from ..contamination import HeldOut, Match
-from ..near_duplicates import NearDuplicates
-from ..text_identity import common_shingles, normal_text, text_key
 from .review import Verdict
 from .row_shapes import Input, input_text
 from .seeds import Seeds

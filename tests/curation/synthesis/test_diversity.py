@@ -7,7 +7,7 @@ import pytest
 from places import ROOT
 
 from specserve.curation.synthesis.diversity import distinct, nearest_similarity, sampled, spread
-from specserve.curation.text_identity import shingles, similarity
+from specserve.training.data.text_identity import shingles, similarity
 
 
 def test_distinct_counts_runs_of_words():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ...errors import UserError
 from .text_identity import shingles, similarity
 
 DEFAULT_THRESHOLD = 0.7

@@ -1,6 +1,6 @@
 """What makes two texts the same, and words of languages with and without spaces."""
 
-from specserve.curation.text_identity import shingles, similarity, text_key, words
+from specserve.training.data.text_identity import shingles, similarity, text_key, words
 
 
 def test_case_white_space_and_compatible_forms_make_no_difference():
