@@ -306,15 +306,21 @@ def test_rows_too_long_are_left_out_whole_and_said_and_never_cut_to_nothing(trai
     assert "1 of " in said and "longer than data.max_len and left out" in said and "training starts" in said
 
 
+TEXT = "What is it that the quick brown fox does when it meets a lazy dog on a narrow road"
+
+
 def test_checking_the_data_finds_what_is_wrong_with_it(trained, tmp_path, capsys):
     root, model_dir = trained
     rows = (root / "train.jsonl").read_text().splitlines()[:5]
-    (tmp_path / "a.jsonl").write_text("\n".join([*rows, rows[0]]) + "\n")
+    near = [json.dumps({"prompt": f"{TEXT}, {word}", "completion": "."}) for word in ("here", "there")]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, rows[0], *near]) + "\n")
     (tmp_path / "b.jsonl").write_text(rows[2] + "\n")
     common = ["--data", str(tmp_path / "a.jsonl"), "--eval-data", str(tmp_path / "b.jsonl"), "--model", str(model_dir)]
     assert cli(["train", *common, "--check-data"]) == 1
     out = capsys.readouterr().out
     assert "line 6 repeats 1" in out and "line 3 is held-out line 1" in out and "[[" in out and "bad rows: 0" in out
+    assert "nearly an earlier one (similarity from 0.7 on): " in out and "line 8: " in out
+    assert "nearly a held-out one (similarity from 0.7 on): 0" in out
 
 
 def test_checking_the_data_shows_every_bad_row_of_both_files(trained, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What is in the data before hours go into it: lengths, rows left out, duplicates, leaks, and rows as they are trained.
+"""What is in the data before hours go into it: lengths, rows left out, (near) duplicates, leaks, rows as trained.
 
 Reads and prints; changes nothing. Unlike a run it does not stop at the first bad row.
 """
@@ -6,7 +6,7 @@ Reads and prints; changes nothing. Unlike a run it does not stop at the first ba
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ...text.tokenizer import TextTokenizer
 from ..preflight import settled
 from ..run_config import RunConfig
 from .dataset import Example, RowEncoder, shared_prompts
+from .near_rows import NearRows, lines_of, near_rows, text_of
 from .rows import parse_row, row_texts
 
 _SHOWN = 5
@@ -93,10 +94,12 @@ def report_data(config: RunConfig) -> int:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     encoder = RowEncoder(tokenizer, eos_token_ids(model_dir), config.data.system)
     unread: Counter[str] = Counter()
-    train, bad = read_examples(config.data.train, encoder, config.data.max_rows, unread)
+    texts: dict[int, str] = {}
+    held_texts: dict[int, str] = {}
+    train, bad = read_examples(config.data.train, encoder, texts, config.data.max_rows, unread)
     held_out: list[Example] = []
     if config.data.eval:
-        held_out, bad_too = read_examples(config.data.eval, encoder)
+        held_out, bad_too = read_examples(config.data.eval, encoder, held_texts)
         bad += bad_too
     for error in bad:
         click.echo(f"bad row: {error}")
@@ -108,18 +111,37 @@ def report_data(config: RunConfig) -> int:
         click.echo(f"fields that are not read: {fields}")
     report = check_data(train, held_out, config.data.max_len)
     click.echo(format_report(report, config.data.max_len))
+    for said in _near_lines(report, texts, held_texts):
+        click.echo(said)
     for example in train[:3]:
         click.echo(f"\nline {example.line}, loss only on what stands between [[ and ]]:")
         click.echo(shown_as_trained(example, tokenizer))
     return report.num_problems + len(bad)
 
 
+def _near_lines(report: DataReport, texts: dict[int, str], held_texts: dict[int, str]) -> Iterator[str]:
+    """Of rows that the report has not named as repeated or held out."""
+    repeated, shared = {line for line, _ in report.duplicates}, {line for line, _ in report.overlap}
+    own = {line: text for line, text in texts.items() if line not in repeated}
+    try:
+        found = near_rows(own, held_texts)
+    except UserError as error:
+        yield str(error)
+        return
+    found = NearRows(found.within, [pair for pair in found.held_out if pair.line not in shared])
+    yield from lines_of(found, own, held_texts)
+
+
 def read_examples(
-    path: str | Path, encoder: RowEncoder, max_rows: int | None = None, unread: Counter[str] | None = None
+    path: str | Path,
+    encoder: RowEncoder,
+    texts: dict[int, str],
+    max_rows: int | None = None,
+    unread: Counter[str] | None = None,
 ) -> tuple[list[Example], list[UserError]]:
     """The examples of all good rows and what is wrong with the others. Raises `UserError` for a file without rows.
 
-    Fields that no format has are counted in `unread`.
+    What each good row says is kept in `texts`, by its line. Fields that no format has are counted in `unread`.
     """
     examples: list[Example] = []
     bad: list[UserError] = []
@@ -130,6 +152,7 @@ def read_examples(
             try:
                 row = parse_row(text, number, f"{path} line {number}")
                 examples += list(encoder.examples(row))
+                texts[number] = text_of(row.conversation)
                 if unread is not None:
                     unread.update(row.conversation.unread)
             except UserError as error:
