@@ -211,8 +211,8 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     batch_keep_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(
-            description="above so much, GiB, the batches that ended first go with their files; default: all stay for "
-            "their time"
+            description="above so much, GiB, the batches that ended first go with their files, ten minutes after "
+            "their end at the earliest; default: all stay for their time"
         ),
     ] = None
     batch_max_file_mib: Annotated[float, Meta(gt=0, description="largest file that may be uploaded, MiB")] = 200.0

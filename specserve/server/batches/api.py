@@ -26,9 +26,9 @@ from ..http_body import convert, json_response, read_body
 from ..routes import Answer, Handler
 from .disk import BatchDir
 from .places import Places
-from .retention import KeepLimits
+from .retention import KEEP_S, KeepLimits
 from .row_runner import RowRunner
-from .store import KEEP_S, BatchStore
+from .store import BatchStore
 from .types import (
     MAX_BATCHES,
     MAX_FILES,

@@ -16,13 +16,16 @@ from .disk import BatchDir, no_room_as_error
 from .room import DiskFullError
 from .types import Batch
 
+KEEP_S = 30 * 86400  # files, unless they say otherwise, and batches after their end
+LEAST_KEPT_S = 600  # batches after their end, however much is kept: their owner reads the answers then
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class KeepLimits:
     """`max_own_files`: of an owner, and how many batches that have ended are known of one; `max_kept_bytes`: of all
-    that is kept, above which batches that have ended go, None: none goes for that."""
+    that is kept, above which batches that ended `LEAST_KEPT_S` ago go, None: none goes for that."""
 
     max_own_files: int = 10_000
     max_kept_bytes: int | None = None
@@ -62,13 +65,16 @@ class Retention:
         with no_room_as_error():
             self._db.execute(query, (owner, self.limits.max_own_files))
 
-    def make_room(self) -> None:
+    def make_room(self, now: int) -> None:
         """Where more is kept than may be, batches go with their files, those first that ended first."""
         limit = self.limits.max_kept_bytes
-        query = "SELECT number, owner, batch FROM batches WHERE NOT is_open ORDER BY forgotten_at, number LIMIT 1"
+        query = (
+            "SELECT number, owner, batch FROM batches WHERE NOT is_open AND forgotten_at <= ? "
+            "ORDER BY forgotten_at, number LIMIT 1"
+        )
         try:
             while limit is not None and self._folder.room.num_bytes > limit:
-                if (oldest := self._db.execute(query).fetchone()) is None:
+                if (oldest := self._db.execute(query, (now + KEEP_S - LEAST_KEPT_S,)).fetchone()) is None:
                     return
                 number, owner, blob = oldest
                 self._forget_batch(number, owner, msgspec.json.decode(blob, type=Batch))

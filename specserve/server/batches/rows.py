@@ -50,12 +50,20 @@ class BadRowError(Exception):
         self.error = BatchError(code, message, line, param)
 
 
-class InputLostError(Exception):
-    """The file of a batch is not there any more, or is another one: somebody changed the folder by hand."""
+class NoMoreRowsError(Exception):
+    """No more rows of a batch can be answered, which ends it with the answers that it has."""
 
     def __init__(self, code: str, message: str, line: int | None = None):
         super().__init__(message)
         self.error = BatchError(code, message, line)
+
+
+class InputLostError(NoMoreRowsError):
+    """The file of a batch is not there any more, or is another one: somebody changed the folder by hand."""
+
+
+class BatchTooLargeError(NoMoreRowsError):
+    """There could never be room for the end of a batch with one more answer."""
 
 
 def parse_row(raw: bytes, line: int, max_bytes: int) -> Row:

@@ -18,13 +18,13 @@ import msgspec
 from ...errors import OverloadedError, UserError
 from .database import Database
 from .disk import BatchDir, Incoming, no_room_as_error
-from .retention import KeepLimits, Retention
+from .retention import KEEP_S, KeepLimits, Retention
 from .room import DiskFullError, QuotaError
+from .rows import BatchTooLargeError
 from .types import Batch, BatchUsage, FileObject, Purpose
 
 MAX_OPEN_BATCHES = 100  # of an owner
 MAX_OUTPUTS = 2  # files that a batch leaves
-KEEP_S = 30 * 86400  # files, unless they say otherwise, and batches after their end
 _KEPT = (
     "SELECT owner, SUM(num_bytes) FROM files GROUP BY owner UNION ALL SELECT owner, SUM(LENGTH(answer)) "
     "FROM answers JOIN batches ON batches.number = answers.batch GROUP BY owner"
@@ -56,6 +56,7 @@ class BatchStore:
             folder.close()
             raise UserError(f"the state of --batch-dir, {path}, cannot be read: {error}") from None
         self._retention = Retention(self._db, folder, limits or KeepLimits())
+        self._num_answer_bytes: dict[int, int] = {}  # of batches that have not ended
 
     def close(self) -> None:
         self._db.close()
@@ -74,7 +75,7 @@ class BatchStore:
         with no_room_as_error():
             file = self._insert_file(owner, content, filename, "batch", keep_s)
         self._kept(owner, content)
-        self._retention.make_room()
+        self._retention.make_room(self.now)
         return file
 
     def _kept(self, owner: str, content: Incoming) -> None:
@@ -145,7 +146,7 @@ class BatchStore:
     def forget_old(self) -> None:
         """What nobody needs any more goes. Raises `DiskFullError`."""
         self._retention.forget_old(self.now)
-        self._retention.make_room()
+        self._retention.make_room(self.now)
 
     # -- batches
 
@@ -216,7 +217,7 @@ class BatchStore:
             return {line for (line,) in db.execute("SELECT line FROM answers WHERE batch = ?", (number,))}
 
     def add_answer(self, opened: OpenBatch, line: int, answer: bytes, is_failure: bool, usage: BatchUsage) -> None:
-        """A row's line of output. Raises `DiskFullError`, and then nothing has changed."""
+        """A row's line of output. Raises `DiskFullError` or `BatchTooLargeError`, and then nothing has changed."""
 
         def count(batch: Batch) -> None:
             batch.request_counts.failed += is_failure
@@ -224,7 +225,9 @@ class BatchStore:
             _add_usage(batch.usage, usage)
 
         number, owner, room = opened.number, opened.owner, self.folder.room
-        self._retention.make_room()
+        num_bytes = self._answer_bytes(number) + len(answer)
+        self._check_can_end(opened, num_bytes)
+        self._retention.make_room(self.now)
         room.count(len(answer), owner)
         is_new = False
         try:
@@ -233,9 +236,35 @@ class BatchStore:
                 if changed := self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row).rowcount:
                     self.change(number, count)
             is_new = bool(changed)
+            if is_new:
+                self._num_answer_bytes[number] = num_bytes
         finally:
             if not is_new:
                 room.count(-len(answer), owner)
+
+    def _answer_bytes(self, number: int) -> int:
+        """Of a batch that has not ended; counted once, as a row's answer must not take longer the more there are."""
+        if number not in self._num_answer_bytes:
+            query = "SELECT SUM(LENGTH(answer)) FROM answers WHERE batch = ?"
+            self._num_answer_bytes[number] = self._db.execute(query, (number,)).fetchone()[0] or 0
+        return self._num_answer_bytes[number]
+
+    def _check_can_end(self, opened: OpenBatch, answer_bytes: int) -> None:
+        """Whether a batch with so many bytes of answers fits if nothing else is kept. They are written once more at its
+        end, beside the input; its owner pays for them once."""
+        query = "SELECT num_bytes FROM files WHERE id = ?"
+        found = self._db.execute(query, (opened.batch.input_file_id,)).fetchone()
+        input_bytes, room = found[0] if found is not None else 0, self.folder.room
+        for needed, limit, flag in (
+            (input_bytes + 2 * answer_bytes, room.max_bytes, "--batch-disk-gib"),
+            (input_bytes + answer_bytes, room.max_owner_bytes, "--batch-key-gib"),
+        ):
+            if limit is not None and needed > limit:
+                raise BatchTooLargeError(
+                    "batch_too_large",
+                    f"with {input_bytes} bytes of rows and {answer_bytes} of answers the batch needs {needed} bytes to "
+                    f"end, of which {flag} allows {limit}; send the rows without an answer in further batches",
+                )
 
     def write_output(self, number: int, is_failure: bool | None, incoming: Incoming) -> None:
         """The answers of a batch in the order of its lines, on any thread; `is_failure` None: all."""
@@ -254,9 +283,7 @@ class BatchStore:
             for name, incoming in outputs.items():
                 setattr(batch, name, incoming.id)
 
-        (size,) = self._db.execute(
-            "SELECT SUM(LENGTH(answer)) FROM answers WHERE batch = ?", (opened.number,)
-        ).fetchone()
+        size = self._answer_bytes(opened.number)
         with no_room_as_error(), self._db.transaction():
             for name, incoming in outputs.items():
                 filename = f"{opened.batch.id}_{name.removesuffix('_file_id')}.jsonl"
@@ -268,10 +295,11 @@ class BatchStore:
             self._db.execute("DELETE FROM answers WHERE batch = ?", (opened.number,))
         for incoming in outputs.values():
             self._kept(opened.owner, incoming)
-        self.folder.room.count(-(size or 0), opened.owner)
+        self.folder.room.count(-size, opened.owner)
+        self._num_answer_bytes.pop(opened.number, None)
         with suppress(sqlite3.Error, DiskFullError):  # the batch has ended; a later end does what is left
             self._retention.after_end_of(opened.owner)
-            self._retention.make_room()
+            self._retention.make_room(self.now)
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
 

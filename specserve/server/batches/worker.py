@@ -20,7 +20,7 @@ from ..to_the_end import to_the_end
 from .outputs import End, Outputs
 from .room import DiskFullError
 from .row_runner import Outcome, RowRunner
-from .rows import FileCheck, InputLostError, Row, read_rows
+from .rows import BatchTooLargeError, FileCheck, InputLostError, NoMoreRowsError, Row, read_rows
 from .store import BatchStore, OpenBatch
 from .types import Batch, BatchErrors
 
@@ -138,12 +138,12 @@ class BatchWorker:
             is_checked = opened.batch.in_progress_at is not None
             if not is_checked and not await self._with_room(batch_id, self._validate, opened):
                 return
-            lost: InputLostError | None = None
+            reason: NoMoreRowsError | None = None
             try:
                 end = await self._rows(opened)
-            except InputLostError as error:
-                end, lost = "failed", error
-            await self._with_room(batch_id, self._end, opened, end, lost)
+            except NoMoreRowsError as error:
+                end, reason = "failed", error
+            await self._with_room(batch_id, self._end, opened, end, reason)
         except asyncio.CancelledError:
             raise
         except Exception:
@@ -196,7 +196,7 @@ class BatchWorker:
         return True
 
     async def _rows(self, opened: OpenBatch) -> End:
-        """Run the rows that have no answer; why there are no more of them. Raises `InputLostError`."""
+        """Run the rows that have no answer; why there are no more of them. Raises `NoMoreRowsError`."""
         batch_id = opened.batch.id
         if batch_id in self._cancelled:
             return "cancelled"
@@ -250,6 +250,10 @@ class BatchWorker:
                             await ended.wait()
                         running.add(task := group.create_task(self._row(opened, row)))
                         task.add_done_callback(end)
+        except ExceptionGroup as group:
+            if (found := group.subgroup(BatchTooLargeError)) is None:
+                raise
+            raise found.exceptions[0] from None
         finally:
             with suppress(ValueError):  # a thread is still reading: it ends by itself
                 rows.close()
@@ -265,7 +269,7 @@ class BatchWorker:
 
     # -- its end
 
-    async def _end(self, opened: OpenBatch, end: End, lost: InputLostError | None) -> None:
+    async def _end(self, opened: OpenBatch, end: End, reason: NoMoreRowsError | None) -> None:
         now = self._store.now
 
         def finalize(batch: Batch) -> None:
@@ -276,11 +280,11 @@ class BatchWorker:
             batch.status = end
             setattr(batch, f"{end}_at", self._store.now)
             batch.request_counts.failed = batch.request_counts.total - batch.request_counts.completed
-            if lost is not None:
-                batch.errors = BatchErrors([lost.error])
+            if reason is not None:
+                batch.errors = BatchErrors([reason.error])
 
         await self.on_disk(self._store.change, opened.number, finalize)
         with ExitStack() as stack:
-            outputs, lost_later = await asyncio.to_thread(self._outputs.write, opened, end, stack)
-            lost = lost or lost_later
+            outputs, lost = await asyncio.to_thread(self._outputs.write, opened, end, stack)
+            reason = reason or lost
             await self.on_disk(self._store.end, opened, close, outputs)

@@ -11,8 +11,9 @@ import pytest
 from waiting import until
 
 from specserve.server.batches.disk import BatchDir
-from specserve.server.batches.retention import KeepLimits
+from specserve.server.batches.retention import LEAST_KEPT_S, KeepLimits
 from specserve.server.batches.room import DiskFullError, QuotaError
+from specserve.server.batches.rows import BatchTooLargeError
 from specserve.server.batches.store import BatchStore
 from specserve.server.batches.types import Batch, BatchUsage
 from specserve.server.batches.upload import UploadReader
@@ -132,6 +133,7 @@ def test_where_too_much_is_kept_the_batches_that_ended_first_go_and_no_file_that
     running = made.batch(shared)
     made.upload()
     made.upload(50)
+    made.now += LEAST_KEPT_S
     assert made.room.num_bytes == 550 and len(made.files()) == 6
     made.store.add_answer(running, 1, b"x" * 150, False, BatchUsage())
     made.store.add_answer(running, 2, b"x", False, BatchUsage())  # the second to end was the first to begin
@@ -145,6 +147,32 @@ def test_where_too_much_is_kept_the_batches_that_ended_first_go_and_no_file_that
     assert made.room.num_bytes == 801
     with pytest.raises(DiskFullError):
         made.upload(200)
+
+
+def test_a_batch_that_has_just_ended_stays_for_its_owner_however_little_may_be_kept(kept):
+    made = kept(max_kept_bytes=50)
+    opened = made.batch(made.upload())
+    output = made.end(opened)
+    made.upload()
+    made.now += LEAST_KEPT_S - 1
+    made.store.forget_old()
+    assert made.store.batch("me", opened.batch.id) and output in made.files()
+    made.now += 1
+    made.store.forget_old()
+    assert made.store.batch("me", opened.batch.id) is None and len(made.files()) == 1
+
+
+@pytest.mark.parametrize(("limits", "flag"), [({}, "disk"), ({"max_bytes": 2000, "max_owner_bytes": 550}, "key")])
+def test_answers_that_could_never_be_written_at_the_end_are_refused_and_what_fits_ends(kept, limits, flag):
+    made = kept(**limits)
+    opened = made.batch(made.upload())
+    made.store.add_answer(opened, 1, b"x" * 400, False, BatchUsage())
+    made = kept(**limits)  # another process counts the same
+    with pytest.raises(BatchTooLargeError, match=rf"100 bytes of rows and 500 of answers .* --batch-{flag}-gib allows"):
+        made.store.add_answer(opened, 2, b"x" * 100, False, BatchUsage())
+    made.store.add_answer(opened, 2, b"x" * 50, False, BatchUsage())
+    made.end(opened, 0)
+    assert made.room.num_bytes == 550
 
 
 async def test_a_client_that_leaves_while_its_upload_is_written_is_charged_nothing(kept, monkeypatch):

@@ -316,10 +316,10 @@ async def test_no_row_runs_for_a_key_that_is_gone(setup):
 
 async def test_an_answer_waits_for_room_on_the_disk_and_is_not_computed_again(setup, monkeypatch):
     monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
-    async with setup(max_bytes=2000) as made:
+    async with setup(max_bytes=20_000) as made:
         opened = made.add(12)
         other = made.store.folder.incoming()
-        other.write(b"x" * (2000 - made.store.folder.room.num_bytes - 500))
+        other.write(b"x" * (20_000 - made.store.folder.room.num_bytes - 500))
         lead = made.worker.begin(opened)
         await until(lambda: opened.batch.id in made.worker.problems)
         assert "--batch-disk-gib" in made.worker.problems[opened.batch.id]
@@ -330,6 +330,18 @@ async def test_an_answer_waits_for_room_on_the_disk_and_is_not_computed_again(se
         assert batch.request_counts.completed == 12 and len(made.lines(batch.output_file_id)) == 12
         assert set(made.asked.values()) == {1} and opened.batch.id not in made.worker.problems
         other.close()
+
+
+async def test_a_batch_whose_answers_can_never_fit_ends_with_those_that_do(setup):
+    async with setup(max_bytes=6000) as made:
+        (batch,) = await made.run(made.add(30))
+        assert batch.status == "failed" and not made.store.open_batches() and not made.worker.problems
+        (error,) = batch.errors.data
+        assert error.code == "batch_too_large" and "--batch-disk-gib" in error.message
+        lines = made.lines(batch.output_file_id)
+        assert 0 < len(lines) == batch.request_counts.completed == 30 - batch.request_counts.failed
+        (after,) = await made.run(made.add(2))
+        assert after.status == "completed"
 
 
 async def test_what_keeps_a_batch_from_going_on_names_no_path(setup, monkeypatch):
