@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ...errors import UserError
-from ...file_hash import file_hash
+from ...file_hash import input_hash
 from ..data.rows import read_rows
 from ..data.teacher_logits import existing_logits
 from ..run_config import RunConfig
@@ -59,7 +59,7 @@ def prepared_sweep(
         num_rungs=num_rungs,
         forgetting_limit=flags.forgetting_limit,
         general=general,
-        files={file: _hash_of(Path(file)) for file in dict.fromkeys(files)},
+        files={file: input_hash(Path(file)) for file in dict.fromkeys(files)},
     )
     return SweepDirectory(directory), plan
 
@@ -70,10 +70,3 @@ def _files_of(config: RunConfig) -> list[str]:
     if config.loss != "ce" and not config.teacher:
         files.append(str(existing_logits(Path(config.data.train))))
     return files
-
-
-def _hash_of(path: Path) -> str:
-    try:
-        return file_hash(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UserError
+from ...file_hash import input_hash
 from ...teachers import Budget, Teacher, TeacherSpec, Usage, open_teacher
 from ..answer_schema import read_schema
 from ..held_output import check_writable, held
@@ -24,7 +25,7 @@ from .prompts import DIRECTIONS
 from .report import Embed, make_report
 from .review import Candidate, Settings, check_same, put_lines, read_review, reviewed_rows
 from .rounds import Outcome, Synthesis
-from .seeds import Seeds, read_held_out, read_seeds, sha256_of
+from .seeds import Seeds, read_held_out, read_seeds
 
 Say = Callable[[str], object]
 
@@ -125,8 +126,8 @@ def _settings(options: Options, seeds: Seeds, teacher: str) -> Settings:
         task=options.task,
         teacher=teacher,
         seeds=seeds.sha256,
-        schema=None if options.schema is None else sha256_of(options.schema),
-        held_out=tuple(sorted(sha256_of(path) for path in options.held_out)),
+        schema=None if options.schema is None else input_hash(options.schema),
+        held_out=tuple(sorted(input_hash(path) for path in options.held_out)),
         method=options.method,
         inputs_only=options.inputs_only,
         examples=options.examples,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...file_hash import file_hash
+from ...file_hash import input_hash
 from ...training.data.rows import parse_object, row_texts
 from .row_shapes import Kind, Pair, RowShape, kind_of, read_pair, shape_of
 
@@ -73,7 +73,7 @@ def read_seeds(path: Path, schema: dict[str, Any] | None, *, inputs_only: bool =
         rows.append(value)
     if not pairs:
         raise UserError(f"{path} holds no rows; a synthesis begins with at least one", param="seeds")
-    return Seeds(path, sha256_of(path), shape_of(next(iter(kinds)), pairs, schema), pairs, rows)
+    return Seeds(path, input_hash(path), shape_of(next(iter(kinds)), pairs, schema), pairs, rows)
 
 
 def read_held_out(paths: Sequence[Path]) -> dict[str, str]:
@@ -85,14 +85,6 @@ def read_held_out(paths: Sequence[Path]) -> dict[str, str]:
         for line, where, value in _objects(path):
             texts[f"{shown} line {line}"] = read_pair(value, kind_of(value, where), line, where).text
     return texts
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content. Raises `UserError`."""
-    try:
-        return file_hash(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _objects(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
