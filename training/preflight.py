@@ -80,17 +80,22 @@ def prepare(config: RunConfig) -> Prepared:
         held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
         check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
-    lengths, opt = [len(e.tokens) for e in examples], config.optimizer
+    config, plan = planned(config, [len(e.tokens) for e in examples])
+    kept = {e.line for e in examples}
+    texts = routed_texts([row for row in rows if row.line in kept], config.data.system)
+    profile = profile_of(texts, config.routing.prompts)
+    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile)
+
+
+def planned(config: RunConfig, lengths: Sequence[int], least_rows: int = 1) -> tuple[RunConfig, list[list[int]]]:
+    """`config` with its number of epochs, and the rows of each step, at least so many, as indices into `lengths`."""
+    opt = config.optimizer
     if opt.epochs is None:
         epochs = default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps, opt.min_rows)
         opt = msgspec.structs.replace(opt, epochs=epochs)
         config = msgspec.structs.replace(config, optimizer=opt)
     assert opt.epochs is not None
-    plan = plan_run(lengths, opt.batch_tokens, config.seed, opt.epochs, opt.max_steps)
-    kept = {e.line for e in examples}
-    texts = routed_texts([row for row in rows if row.line in kept], config.data.system)
-    profile = profile_of(texts, config.routing.prompts)
-    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile)
+    return config, plan_run(lengths, opt.batch_tokens, config.seed, opt.epochs, opt.max_steps, least_rows)
 
 
 def settled(config: RunConfig, model: ModelConfig) -> RunConfig:

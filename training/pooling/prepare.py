@@ -22,8 +22,7 @@ from ...errors import AdapterError, UserError
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...text.tokenizer import TextTokenizer
-from ..data.batching import default_epochs, plan_run
-from ..preflight import check_adapter
+from ..preflight import check_adapter, planned
 from ..run_config import RunConfig
 from ..run_file import check_ready
 from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample
@@ -114,13 +113,7 @@ def _planned(config: RunConfig, examples: Sequence[PoolingExample]) -> tuple[Run
             f"data.train has {len(examples)} rows to learn from; {least} are the least to {config.task}",
             param="data.train",
         )
-    opt = config.optimizer
-    if opt.epochs is None:
-        epochs = default_epochs(lengths, opt.batch_tokens, config.seed, opt.min_steps, opt.min_rows)
-        opt = msgspec.structs.replace(opt, epochs=epochs)
-        config = msgspec.structs.replace(config, optimizer=opt)
-    assert opt.epochs is not None
-    plan = plan_run(lengths, opt.batch_tokens, config.seed, opt.epochs, opt.max_steps, least)
+    config, plan = planned(config, lengths, least)
     mean_rows = sum(map(len, plan)) / len(plan)
     if config.task != "embed" or mean_rows >= _FEW_ROWS:
         return config, plan, []
@@ -129,7 +122,7 @@ def _planned(config: RunConfig, examples: Sequence[PoolingExample]) -> tuple[Run
         plan,
         [
             f"a step has {mean_rows:.1f} rows in the mean, so each query few other documents to be told from; raise "
-            f"optimizer.batch_tokens ({opt.batch_tokens}) or lower data.max_len ({config.data.max_len})"
+            f"optimizer.batch_tokens ({config.optimizer.batch_tokens}) or lower data.max_len ({config.data.max_len})"
         ],
     )
 
