@@ -1,8 +1,13 @@
-"""Tables for a terminal: columns as wide as their widest cell."""
+"""Tables for a terminal: numbers as cells, columns as wide as their widest one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def figure(value: float | None, form: str = ".3f") -> str:
+    """A number as a cell; "-" where there is none."""
+    return "-" if value is None else f"{value:{form}}"
 
 
 def text_table(rows: Sequence[Sequence[str]], num_left: int = 0) -> str:

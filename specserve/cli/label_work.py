@@ -11,7 +11,7 @@ import click
 from ..curation.labelling.label_file import read_label_file
 from ..curation.labelling.run import REPORT_SUFFIX, label
 from ..teachers import Budget, TeacherSpec
-from ..text_tables import text_table
+from ..text_tables import figure, text_table
 
 
 def label_texts(
@@ -31,7 +31,7 @@ def label_texts(
 def _table(name: str, question: dict[str, Any]) -> str:
     rows = question["functions"]
     columns = ["coverage", "overlaps", "conflicts", "agreement", "accuracy"]
-    shown = [["function", *columns], *([row["function"], *(_share(row[column]) for column in columns)] for row in rows)]
+    shown = [["function", *columns], *([row["function"], *(figure(row[column]) for column in columns)] for row in rows)]
     lines = [f"\n{name} ({question['model']}, {question['answered']:.0%} of the texts answered)", text_table(shown, 1)]
     for model in ("dawid_skene", "mace", "majority"):
         if model in question and question[model]["rows"]:
@@ -41,7 +41,3 @@ def _table(name: str, question: dict[str, Any]) -> str:
                 f"{figures['calibration_error']:.3f} on {figures['rows']} known answers"
             )
     return "\n".join(lines)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from ...errors import UserError
-from ...text_tables import text_table
+from ...text_tables import figure, text_table
 from ...whole_files import replace_file
 from ..data.rows import row_texts
 from ..evaluation.html_report import tables_page
@@ -109,17 +109,13 @@ def _rows(curve: dict[str, Any]) -> list[list[str]]:
         [
             str(point["rows"]),
             str(point["step"]),
-            _number(point["loss"]),
-            _number(point["score"]),
-            *(_number(point["task"].get(name)) for name in _metrics(curve)),
+            figure(point["loss"]),
+            figure(point["score"]),
+            *(figure(point["task"].get(name)) for name in _metrics(curve)),
             ", ".join(point["marks"]),
         ]
         for point in curve["points"]
     ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _plot(curve: dict[str, Any]) -> Plot:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ...text_tables import text_table
+from ...text_tables import figure, text_table
 from ...whole_files import replace_file
 from ..evaluation.html_report import tables_page
 from ..evaluation.plots import SERIES, TEXT, Plot
@@ -91,20 +91,16 @@ def _rows(table: dict[str, Any]) -> list[list[str]]:
             run["name"],
             f"{run['rung']} of {table['num_rungs']}",
             str(run["step"]),
-            _number(run["loss"], ".4f"),
-            _number(run["score"], ".3f"),
-            _number(run["tokens_per_s"], ".1f"),
-            _number(run["tokens_per_verification"], ".2f"),
-            _number(run["num_bytes"], ","),
-            _number(run["general_ratio"], ".2f"),
+            figure(run["loss"], ".4f"),
+            figure(run["score"], ".3f"),
+            figure(run["tokens_per_s"], ".1f"),
+            figure(run["tokens_per_verification"], ".2f"),
+            figure(run["num_bytes"], ","),
+            figure(run["general_ratio"], ".2f"),
             ", ".join([*(["best"] if run["name"] == table["best"] else []), *run["marks"]]),
         ]
         for run in table["runs"]
     ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
 
 
 def _page(path: Path, table: dict[str, Any]) -> str:
