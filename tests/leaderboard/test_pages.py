@@ -4,10 +4,10 @@ import asyncio
 import json
 import re
 import sqlite3
-from html.parser import HTMLParser
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from html_page import Page
 from training_fixture import write_rows
 
 from specserve.config import ServeConfig
@@ -18,19 +18,6 @@ from specserve.leaderboard.standings import answered_of, standings
 from specserve.leaderboard.store import LeaderboardStore
 from specserve.server.app import Server
 from specserve.text.tokenizer import TextTokenizer
-
-
-class Page(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture(scope="module")

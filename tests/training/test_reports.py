@@ -2,9 +2,9 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 from test_verdict import report as small_report
 
 from specserve.adapter_files import MAX_EXAMPLES, MAX_EXAMPLES_BYTES
@@ -37,21 +37,6 @@ def examples():
     rejected = [{"token_id": 2, "text": EVIL, "source": "ngram", "chance": 0.5}]
     tokens = [token("The"), token(EVIL, "head", 1), token(" fox", forward=1, rejected=rejected), token("", "else", 2)]
     return [{"prompt": EVIL, "tokens": tokens}]
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture(scope="module")
