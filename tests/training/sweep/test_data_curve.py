@@ -3,27 +3,15 @@
 import json
 
 import pytest
-from test_sweep import in_this_process
-from tiny_models import make_tiny_model
-from training_fixture import SETTINGS, write_rows
+from training_fixture import write_rows
 
 from specserve.cli.main import exit_code_of as cli
 from specserve.errors import UserError
 from specserve.training.sweep.data_curve import sizes_of
 from specserve.training.sweep.runner import Sweep
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("curve")
-    model_dir = make_tiny_model(root / "model")
-    write_rows(root / "train.jsonl", 25)
-    write_rows(root / "dev.jsonl", 6, seed=1)
-    (root / "run.yaml").write_text(SETTINGS.format(model=model_dir))
-    return root
-
-
-FLAGS = ("--doublings", "1", "--set", "eval.max_tokens=8", "--set", "optimizer.max_steps=4", "--set", "distill.rows=2")
+FLAGS = ("--doublings", "1", "--set", "eval.max_tokens=8", "--set", "optimizer.max_steps=2", "--set", "eval.rows=2")
+HEADLESS = ("--set", "head.enabled=false")  # a run without one ends soon
 
 
 def test_the_number_of_rows_is_doubled_up_to_all_of_them():
@@ -32,7 +20,7 @@ def test_the_number_of_rows_is_doubled_up_to_all_of_them():
         sizes_of(7, 3)
 
 
-def test_each_doubling_is_trained_and_measured_on_the_same_rows(folder, monkeypatch, capsys):
+def test_each_doubling_is_trained_and_measured_on_the_same_rows(folder, in_this_process, monkeypatch, capsys):
     started = []
 
     def stop_once(name, rung):
@@ -41,7 +29,7 @@ def test_each_doubling_is_trained_and_measured_on_the_same_rows(folder, monkeypa
             raise KeyboardInterrupt
 
     in_this_process(monkeypatch, stop_once)
-    command = ["curve", str(folder / "run.yaml"), *FLAGS]
+    command = ["curve", str(folder / "run.yaml"), *FLAGS, *HEADLESS]
     assert cli(command) == 130
     assert cli(command) == 0
     lines = capsys.readouterr().out.splitlines()[-4:]  # runs in this process print, too

@@ -13,46 +13,23 @@ import msgspec
 import pytest
 from places import ROOT
 from safetensors.torch import load_file
-from tiny_models import make_tiny_model
-from training_fixture import SETTINGS, write_rows
+from training_fixture import write_rows
 
 from specserve.cli.main import exit_code_of as cli
 from specserve.errors import UserError
 from specserve.training.health import Health
-from specserve.training.sweep import rung as rung_module
 from specserve.training.sweep.halving import best_of, default_rungs, healthy, order_of, share_of
 from specserve.training.sweep.results import RungResult, SweepDirectory, write_result
 from specserve.training.sweep.runner import Sweep
 from specserve.training.sweep.sweep import SweepFlags, prepared_sweep
 
-GRID = ("--grid", "optimizer.lr=0.005,0.001,1e-6", "--factor", "3", "--rungs", "2", "--set", "eval.max_tokens=8")
+# What is made of a finished run, and how it is measured, is the trainer's: as little of it as there can be.
+LITTLE = ("--set", "eval.max_tokens=8", "--set", "eval.rows=2", "--set", "distill.rows=2", "--set", "distill.epochs=1")
+GRID = ("--grid", "optimizer.lr=0.005,0.001,1e-6", "--factor", "3", "--rungs", "2", *LITTLE)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sweep")
-    model_dir = make_tiny_model(root / "model")
-    write_rows(root / "train.jsonl", 24)
-    write_rows(root / "dev.jsonl", 6, seed=1)
-    (root / "run.yaml").write_text(SETTINGS.format(model=model_dir))
-    return root
-
-
-def in_this_process(monkeypatch, before=lambda name, rung: None):
-    """A process of its own takes seconds for its imports; what it does is done here."""
-
-    def start(sweep, name, rung, lock):
-        directory = sweep._directory
-        before(name, rung)
-        directory.run_folder(name).mkdir(parents=True, exist_ok=True)
-        rung_module.run_rung(directory, name, rung)
-        return SimpleNamespace(poll=lambda: 0, returncode=0, stdin=SimpleNamespace(close=lambda: None))
-
-    monkeypatch.setattr(Sweep, "_start", start)
-
-
-@pytest.fixture(scope="module")
-def swept(folder):
+def swept(folder, in_this_process):
     """One that was interrupted within each rung."""
     seen = []
 
@@ -86,7 +63,7 @@ def test_all_runs_take_a_share_of_the_steps_and_the_best_goes_on(swept):
 def test_the_promoted_run_is_the_run_that_it_would_have_been_alone(swept, folder):
     directory, _ = swept
     alone = folder / "alone"
-    settings = ["--set", "optimizer.lr=0.005", "--set", "eval.rows=0"]
+    settings = ["--set", "optimizer.lr=0.005", *LITTLE, "--set", "eval.rows=0"]
     swept_weights = load_file(directory / "runs" / "1-lr-0.005" / "task" / "adapter_model.safetensors")
     assert cli(["train", str(folder / "run.yaml"), "--output", str(alone), *settings]) == 0
     weights = load_file(alone / "adapter_model.safetensors")
@@ -114,14 +91,14 @@ def test_the_same_command_prints_the_table_again_and_another_is_refused(swept, f
     assert "no sweep of ours" in capsys.readouterr().err
 
 
-def test_runs_that_collapse_are_marked(folder, monkeypatch, capsys):
+def test_runs_that_collapse_are_marked(folder, in_this_process, monkeypatch, capsys):
     def let_it_diverge(name, rung):
         problem = "the loss is nan" if name.startswith("1-") else None
         monkeypatch.setattr(Health, "problem", lambda *values: problem)
 
     in_this_process(monkeypatch, let_it_diverge)
-    flags = ["--grid", "lora.alpha=8,16", "--factor", "2", "--rungs", "1", "--set", "eval.max_tokens=8"]
-    flags += ["--set", "optimizer.max_steps=8", "--set", "head.enabled=false", "--forgetting-limit", "0.01"]
+    flags = ["--grid", "lora.alpha=8,16", "--factor", "2", "--rungs", "1", *LITTLE]
+    flags += ["--set", "optimizer.max_steps=6", "--set", "head.enabled=false", "--forgetting-limit", "0.01"]
     flags += ["--output", str(folder / "collapse")]
     assert cli(["sweep", str(folder / "run.yaml"), *flags]) == 0
     out = capsys.readouterr().out
@@ -223,13 +200,13 @@ def test_where_all_runs_of_a_rung_collapse_the_next_ones_go_on(folder, monkeypat
     assert "best: 3-r-4" in capsys.readouterr().out
 
 
-def test_a_sweep_of_an_adapter_that_pools(folder, monkeypatch, capsys):
+def test_a_sweep_of_an_adapter_that_pools(folder, in_this_process, monkeypatch, sweep_model):
     in_this_process(monkeypatch)
-    rows = [{"text": f"the {word} number {n}", "label": word} for n in range(12) for word in ("fox", "dog")]
+    rows = [{"text": f"the {word} number {n}", "label": word} for n in range(8) for word in ("fox", "dog")]
     for name in ("train", "dev"):
         (folder / f"{name}.class.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"task": "classify", "data.train": "train.class.jsonl", "data.eval": "dev.class.jsonl"}
-    run = f"model: {folder / 'model'}\noutput: class\nlora: {{r: 2}}\noptimizer: {{batch_tokens: 200, epochs: 2}}\n"
+    run = f"model: {sweep_model}\noutput: class\nlora: {{r: 2}}\noptimizer: {{batch_tokens: 200, epochs: 2}}\n"
     (folder / "class.yaml").write_text(run + "".join(f"{key}: {value}\n" for key, value in settings.items()))
     assert (
         cli(["sweep", str(folder / "class.yaml"), "--grid", "optimizer.lr=0.01,1e-6", "--factor", "2", "--debug"]) == 0
