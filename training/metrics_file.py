@@ -7,13 +7,12 @@ back, which is said once: it costs the line and not the run.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..whole_files import replace_file
+from ..whole_files import append_whole, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,13 +31,9 @@ class MetricsFile:
         self._board = _tensorboard(directory)
 
     def write(self, values: dict[str, Any]) -> None:
-        end = self._file.seek(0, os.SEEK_END)
-        line = memoryview(json.dumps(values).encode() + b"\n")
         try:
-            while line:
-                line = line[self._file.write(line) :]
+            append_whole(self._file, json.dumps(values).encode() + b"\n")
         except OSError as error:
-            self._file.truncate(end)
             if not self._warned:
                 tqdm.write(f"warning: {METRICS_FILE} takes no more lines: {error.strerror}; training goes on")
             self._warned = True
