@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import textwrap
 from pathlib import Path
 
@@ -131,6 +132,40 @@ async def test_votes_are_kept_and_only_what_changed_is_asked_again(folder):
     await label(spec)
     assert len((folder / "calls").read_text().splitlines()) == 11  # the file changed, and its old votes are gone
     assert len(list((folder / "out.jsonl.votes").glob("beast_first-*"))) == 1
+
+
+async def test_votes_are_found_again_by_the_text_alone(folder):
+    """Of other texts, in another order and number, only new ones are asked about, each once."""
+    spec = read_label_file(written(folder, BEAST))
+    await label(spec, num_texts=2)
+    assert (folder / "calls").read_text().splitlines() == TEXTS[:2]
+    await label(spec)
+    assert (folder / "calls").read_text().splitlines() == TEXTS
+    texts = ["another fox", TEXTS[3], "another fox", TEXTS[0]]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    done = await label(spec)
+    assert (folder / "calls").read_text().splitlines() == [*TEXTS, "another fox"]
+    assert done.texts == 4 and [row["answers"]["beast"]["fox"] > 0.5 for row in map(
+        json.loads, (folder / "out.jsonl").read_text().splitlines())] == [True, False, True, True]  # fmt: skip
+    (votes,) = (folder / "out.jsonl.votes").glob("beast_first-*.jsonl")
+    lines = votes.read_bytes().splitlines(keepends=True)
+    votes.write_bytes(b"".join([lines[0][:9] + b"\n", b"3\n", *lines[1:]]))  # a damaged one costs itself alone
+    await label(spec)
+    assert (folder / "calls").read_text().splitlines() == [*TEXTS, "another fox", TEXTS[0]]
+
+
+async def test_a_vote_that_does_not_fit_on_the_disk_is_taken_back(folder):
+    spec = read_label_file(written(folder, BEAST))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(UserError, match=r"cannot write .*beast_fox-.*File too large"):
+            await label(spec)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (votes,) = (folder / "out.jsonl.votes").iterdir()
+    assert votes.read_bytes().endswith(b"\n") and votes.read_bytes().count(b"\n") == 2
+    assert (await label(spec)).rows == 5
 
 
 async def test_prompts_ask_a_teacher_within_the_labels(folder, tmp_path):

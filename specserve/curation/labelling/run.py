@@ -29,7 +29,7 @@ from .label_file import FunctionSpec, LabelFile, QuestionSpec
 from .label_model import combined
 from .report import Known, function_table, question_figures, warnings_of
 from .rows import confidence, row_of
-from .votes import Vote, VoteFile, digest_of
+from .votes import Vote, VoteFile
 
 VOTES_SUFFIX, REPORT_SUFFIX, LOCK_SUFFIX = ".votes", ".report.json", ".lock"
 
@@ -88,12 +88,10 @@ async def _labelled(
             (name, function.name, _made(function, name, question, classifiers, asked))
             for name, question, function in spec.functions()
         ]
-        whole = digest_of(*texts)
         for name, function_name, voter in functions:
-            digest = digest_of(whole, voter.digest)
-            with VoteFile(Path(spec.output + VOTES_SUFFIX), name, function_name, digest, len(texts)) as file:
+            with VoteFile(Path(spec.output + VOTES_SUFFIX), name, function_name, voter.digest) as file:
                 await _vote(voter, texts, file, f"{name}: {function_name}")
-                votes[name][function_name] = [file.votes.get(place) for place in range(len(texts))]
+                votes[name][function_name] = [file.vote(text) for text in texts]
             if isinstance(voter, PromptFunction):
                 warnings += [f"{name}: {function_name!r} {what}" for what in voter.problems()]
     return _written(spec, texts, votes, known, warnings)
@@ -106,7 +104,7 @@ async def _vote(voter: LabellingFunction, texts: Sequence[str], file: VoteFile, 
     with progress(what, len(texts), len(texts) - len(missing)) as bar:
         async with aclosing(voter.votes(missing)) as votes:
             async for place, vote in votes:
-                file.add(place, vote)
+                file.add(texts[place], vote)
                 bar.update(1)
 
 
