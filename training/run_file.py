@@ -19,6 +19,7 @@ import yaml
 
 from ..adapter_files import CONFIG_FILE
 from ..errors import UserError
+from ..given_files import check_given
 from ..strict_yaml import read_yaml, strict_loader
 from .run_config import ALL_LINEAR, TARGETS, RunConfig
 
@@ -32,6 +33,7 @@ def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, An
     """
     values: dict[str, Any] = {}
     if path is not None:
+        check_given(path, "run")
         for key, value in flatten(read_yaml(path, "the run file")):
             is_path = key in _PATHS and isinstance(value, str) and value
             values[key] = str((path.parent / Path(value).expanduser()).resolve()) if is_path else value

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from ...errors import UserError
+from ...given_files import check_given
 from ...strict_yaml import read_yaml
 
 LabelModel = Literal["dawid_skene", "mace", "majority"]
@@ -68,6 +69,7 @@ class LabelFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def read_label_file(path: Path) -> LabelFile:
     """Raises `UserError` that names the key."""
+    check_given(path, "label")
     content = read_yaml(path, "the label file")
     try:
         spec = msgspec.convert(content, LabelFile)
