@@ -2,8 +2,8 @@
 
 Owns the layout of the score matrix: questions by name, each with consecutive outputs, one for each label. Texts make a
 question of one label out of several (multi_class), lists one of labels that hold or not (multi_label), true and false
-one of the labels no and yes. Probabilities go with each of these; where a question has nothing else, they are of one
-label if they add up to 1 in every row.
+one of the labels no and yes. Probabilities in a list are of several labels, those in an object go with any of these;
+where a question has nothing else, they are of one label if they add up to 1 in every row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ...adapter_kinds import Question
 from ...errors import UserError
-from .rows import ClassifyRow, Probabilities
+from .rows import Answer, ClassifyRow, Probabilities, SeveralProbabilities
 
 NO, YES = "no", "yes"
 Target = int | tuple[float, ...] | None
@@ -30,17 +30,20 @@ def questions_of(rows: Sequence[ClassifyRow], min_label_rows: int, file: str) ->
     for row in rows:
         for name, answer in row.answers.items():
             if isinstance(answer, dict):
-                one_label[name] = one_label.get(name, True) and _is_one_label(answer)
                 counts.setdefault(name, Counter()).update(answer)  # type: ignore[arg-type]  # expected numbers
+            else:
+                counts.setdefault(name, Counter()).update(_labels(answer))
+            own = _kind(answer)
+            if own is dict:
+                one_label[name] = one_label.get(name, True) and _is_one_label(answer)  # type: ignore[arg-type]
                 continue
-            kind, line = kinds.setdefault(name, (type(answer), row.line))
-            if kind is not type(answer):
+            kind, line = kinds.setdefault(name, (own, row.line))
+            if kind is not own:
                 raise UserError(
-                    f"{file} line {row.line}: the answer to {name!r} is a {_word(type(answer))}, in line {line} a "
+                    f"{file} line {row.line}: the answer to {name!r} is a {_word(own)}, in line {line} a "
                     f"{_word(kind)}; one question has one kind of answers",
                     param="data",
                 )
-            counts.setdefault(name, Counter()).update(_labels(answer))
     questions, first = [], 0
     for name in sorted(counts):
         is_multi = kinds[name][0] is tuple if name in kinds else not one_label[name]
@@ -88,14 +91,15 @@ def _target(row: ClassifyRow, question: Question, file: str) -> Target:
     answer = row.answers.get(question.name)
     if answer is None:
         return None
-    if isinstance(answer, dict):
-        return _soft_target(answer, question, f"{file} line {row.line}")
-    if isinstance(answer, tuple) != (question.kind == "multi_label"):
+    kind = _kind(answer)
+    if kind is not dict and (kind is tuple) != (question.kind == "multi_label"):
         wanted = "a list of labels" if question.kind == "multi_label" else "one label"
         raise UserError(
-            f"{file} line {row.line}: the answer to {question.name!r} is a {_word(type(answer))}; {wanted} is expected",
+            f"{file} line {row.line}: the answer to {question.name!r} is a {_word(kind)}; {wanted} is expected",
             param="data",
         )
+    if isinstance(answer, dict):
+        return _soft_target(answer, question, f"{file} line {row.line}")
     labels = _labels(answer)
     if question.kind == "multi_label":
         return tuple(float(label in labels) for label in question.labels)
@@ -115,6 +119,11 @@ def _soft_target(answer: Probabilities, question: Question, where: str) -> Targe
         )
     known = [answer.get(label, 0.0) for label in question.labels]
     return tuple(chance / sum(known) for chance in known) if sum(known) else None
+
+
+def _kind(answer: Answer) -> type[object]:
+    """What a row says of its question: tuple of several labels, str or bool of one, dict of either."""
+    return tuple if isinstance(answer, SeveralProbabilities) else type(answer)
 
 
 def _is_one_label(answer: Probabilities) -> bool:

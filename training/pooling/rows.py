@@ -17,7 +17,13 @@ from ...errors import UserError
 from ..data.rows import parse_object, row_texts
 
 PoolingTask = Literal["embed", "rerank", "classify"]
-Probabilities = dict[str, float]  # by label
+Probabilities = dict[str, float]  # by label; of one label or of several, as the question is
+
+
+class SeveralProbabilities(Probabilities):
+    """Of labels that each hold or not, which rows write as a list."""
+
+
 Answer = str | tuple[str, ...] | bool | Probabilities
 
 LABEL, LABELS = "label", "labels"  # names of the question that rows without `answers` answer
@@ -175,7 +181,9 @@ class _Reader:
                 at = f"answers[{name!r}]"
                 if not name:
                     raise self._wrong(f"{at}: a question needs a name")
-                if isinstance(item, list):
+                if isinstance(item, list) and any(isinstance(part, dict) for part in item):
+                    answers[name] = self._several_probabilities(item, at)
+                elif isinstance(item, list):
                     answers[name] = self._labels(item, at)
                 elif isinstance(item, dict):
                     answers[name] = self._probabilities(item, at)
@@ -183,8 +191,8 @@ class _Reader:
                     answers[name] = item
                 elif item is not None:
                     raise self._wrong(
-                        f"{at} is {item!r}; a label, a list of labels, an object of labels' probabilities, true, false "
-                        "or null are expected"
+                        f"{at} is {item!r}; a label, a list of labels, their probabilities, true, false or null are "
+                        "expected"
                     )
         return ClassifyRow(text, answers, self._line, self._unread)
 
@@ -196,10 +204,23 @@ class _Reader:
     def _probabilities(self, value: dict[str, Any], at: str) -> Probabilities:
         if not value or "" in value:
             raise self._wrong(f"{at} is {value!r}; the probability of at least one label is expected")
-        for label, chance in value.items():
-            if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
-                raise self._wrong(f"{at}[{label!r}] is {chance!r}; a probability from 0 to 1 is expected")
-        return {label: float(chance) for label, chance in value.items()}
+        return {label: self._probability(chance, f"{at}[{label!r}]") for label, chance in value.items()}
+
+    def _several_probabilities(self, value: list[Any], at: str) -> SeveralProbabilities:
+        found = SeveralProbabilities()
+        for idx, part in enumerate(value):
+            label = part.get("label") if isinstance(part, dict) and part.keys() == {"label", "probability"} else None
+            if not isinstance(label, str) or not label:
+                raise self._wrong(f"{at}[{idx}] is {part!r}; {{'label': ..., 'probability': ...}} is expected")
+            if label in found:
+                raise self._wrong(f"{at}[{idx}]: the label {label!r} stands there twice; keep one")
+            found[label] = self._probability(part["probability"], f"{at}[{idx}].probability")
+        return found
+
+    def _probability(self, chance: Any, at: str) -> float:
+        if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
+            raise self._wrong(f"{at} is {chance!r}; a probability from 0 to 1 is expected")
+        return float(chance)
 
     # -- fields
 

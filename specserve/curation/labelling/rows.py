@@ -21,7 +21,7 @@ def row_of(spec: LabelFile, text: str, answers: Mapping[str, Mapping[str, float]
             "text": text,
             "answers": {name: _answer(answer, spec.questions[name], spec.soft) for name, answer in answers.items()},
         }
-    prompt = spec.prompt.replace("{text}", text)
+    prompt = prompt_of(spec.prompt, text)
     (name, answer) = next(iter(answers.items()))
     if len(spec.questions) == 1 and not spec.questions[name].several:
         if not spec.soft:
@@ -41,6 +41,11 @@ def row_of(spec: LabelFile, text: str, answers: Mapping[str, Mapping[str, float]
     return row
 
 
+def prompt_of(prompt: str, text: str) -> str:
+    """The label file's `prompt` about `text`."""
+    return prompt.replace("{text}", text)
+
+
 def confidence(answer: Mapping[str, float], question: QuestionSpec) -> float:
     """Of the likeliest label; with `several`, of the one that is least certain."""
     if question.several:
@@ -49,6 +54,8 @@ def confidence(answer: Mapping[str, float], question: QuestionSpec) -> float:
 
 
 def _answer(answer: Mapping[str, float], question: QuestionSpec, soft: bool) -> Any:
+    if soft and question.several:
+        return [{"label": label, "probability": round(chance, 4)} for label, chance in answer.items()]
     if soft:
         return {label: round(chance, 4) for label, chance in answer.items()}
     if question.several:

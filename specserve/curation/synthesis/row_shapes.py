@@ -199,7 +199,7 @@ def _labels(values: Sequence[Any], name: str) -> dict[str, Any]:
     """The schema of a question's answers."""
     if all(isinstance(value, bool) for value in values):
         return {"type": "boolean"}
-    if all(isinstance(value, list) for value in values):
+    if all(isinstance(value, list) and all(isinstance(label, str) for label in value) for value in values):
         known = list(dict.fromkeys(label for value in values for label in value))
         return {"type": "array", "items": {"enum": known}, "maxItems": len(known)} if known else {"enum": [[]]}
     if all(isinstance(value, str) for value in values):

@@ -56,6 +56,10 @@ def test_every_shape_is_read():
         ("classify", {"text": "t", "answers": {"a": {}}}, "answers['a'] is {}; the probability of at least one label"),
         ("classify", {"text": "t", "answers": {"a": {"x": 1.5}}}, "answers['a']['x'] is 1.5; a probability"),
         ("classify", {"text": "t", "answers": {"a": {"x": True}}}, "answers['a']['x'] is True; a probability"),
+        ("classify", {"text": "t", "answers": {"a": ["x", {"label": "y"}]}}, "answers['a'][0] is 'x'; {'label': ..."),
+        ("classify", {"text": "t", "answers": {"a": [{"label": "y"}]}}, "answers['a'][0] is {'label': 'y'}; {'label'"),
+        ("classify", {"text": "t", "answers": {"a": [{"label": "y", "probability": 2}]}}, "[0].probability is 2; a pr"),
+        ("classify", {"text": "t", "answers": {"a": [{"label": "y", "probability": 0}] * 2}}, "'y' stands there twice"),
     ],
 )
 def test_a_bad_row_is_named_with_its_field(task, row, named):
@@ -133,3 +137,27 @@ def test_probabilities_are_of_one_label_where_they_add_up_and_go_with_answers_of
     odd = classify_rows(tmp_path / "odd.jsonl", {"one": {"x": 0.75, "y": 0.75}})
     with pytest.raises(UserError, match=r"odd.jsonl line 1: the probabilities of 'one' add up to 1.5"):
         targets_of(odd[0], questions, "odd.jsonl")
+
+
+def test_probabilities_in_a_list_are_of_several_labels_whatever_they_add_up_to(tmp_path):
+    def listed(**chances):
+        return [{"label": label, "probability": chance} for label, chance in chances.items()]
+
+    rows = classify_rows(
+        tmp_path / "rows.jsonl",
+        {"each": listed(x=0.75, y=0.25), "only": listed(z=1), "old": {"a": 0.5, "b": 0.5}},
+        {"each": listed(x=0.5, y=0.75), "only": listed(z=1.0), "old": listed(a=0.5, b=0.5)},
+    )
+    questions = questions_of(rows, 1, "rows.jsonl")
+    assert [(q.name, q.kind, q.labels) for q in questions] == [
+        ("each", "multi_label", ("x", "y")),
+        ("old", "multi_label", ("a", "b")),
+        ("only", "multi_label", ("z",)),
+    ]
+    assert targets_of(rows[0], questions, "rows.jsonl")[0] == (0.75, 0.25)
+    mixed = classify_rows(tmp_path / "mixed.jsonl", {"each": "x"}, {"each": listed(x=1.0)})
+    with pytest.raises(UserError, match=r"line 2: the answer to 'each' is a list, in line 1 a label"):
+        questions_of(mixed, 1, "mixed.jsonl")
+    single = questions_of(classify_rows(tmp_path / "single.jsonl", {"each": "x"}, {"each": "y"}), 1, "single.jsonl")
+    with pytest.raises(UserError, match=r"line 2: the answer to 'each' is a list; one label is expected"):
+        targets_of(mixed[1], single, "mixed.jsonl")
