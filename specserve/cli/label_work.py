@@ -24,6 +24,12 @@ def label_texts(
         click.echo(_table(name, question))
     for warning in done.report["warnings"]:
         click.echo(f"warning: {warning}")
+    if left_out := done.report["held_out"]:
+        first = left_out[0]
+        click.echo(
+            f"{len(left_out)} of {done.texts} texts are held out and became no rows; the first is line "
+            f"{first['line']}, as {first['row']} ({first['how']})"
+        )
     click.echo(f"{done.rows} rows of {done.texts} texts in {spec.output}, the report in {spec.output}{REPORT_SUFFIX}")
     return 0 if done.rows else 1
 

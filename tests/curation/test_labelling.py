@@ -21,6 +21,7 @@ from specserve.curation.labelling.run import label
 from specserve.errors import UserError
 from specserve.teachers import TeacherSpec
 from specserve.training.data.rows import read_rows
+from specserve.training.pooling.questions import questions_of
 from specserve.training.pooling.rows import read_pooling_rows
 
 TEXTS = ["a red fox", "the lazy dog", "fox and dog", "a jug of wine", "nothing here"]
@@ -78,19 +79,43 @@ traits:
 
 
 async def test_patterns_and_functions_become_rows_that_classify_reads(folder):
-    gold = [{"text": "a red fox", "answers": {"beast": "fox", "traits": ["odd"]}}, {"text": "x", "label": "fox"}]
-    (folder / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold[:1]))
+    gold = {"text": "some other fox here", "answers": {"beast": "fox", "traits": ["long"]}}
+    (folder / "gold.jsonl").write_text(json.dumps(gold))
     done = await label(read_label_file(written(folder, BEAST, gold="gold.jsonl", soft="false", label_model="majority")))
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [row["answers"].get("beast") for row in rows] == ["fox", "dog", "fox", "jug", None]
     assert [row["answers"]["traits"] for row in rows] == [["odd"], ["long"], [], ["long", "odd"], ["long"]]
     assert [row.text for row in read_pooling_rows(folder / "out.jsonl", "classify")] == TEXTS
     table = {row["function"]: row for row in done.report["questions"]["beast"]["functions"]}
-    assert table["dog"]["coverage"] == 0.4 and table["dog"]["conflicts"] == 0.2
+    assert table["dog"]["coverage"] == pytest.approx(2 / 6) and table["dog"]["conflicts"] == pytest.approx(1 / 6)
     assert table["fox"]["accuracy"] == 1.0 and table["never"]["agreement"] is None
     assert done.report["questions"]["beast"]["majority"]["accuracy"] == 1.0
     warnings = "\n".join(done.report["warnings"])
     assert "beast: 'never' never votes" in warnings and "fewer than 3 functions vote on long, from" in warnings
+
+
+def test_what_is_measured_on_becomes_no_row(folder, capsys):
+    """Gold's texts judge, wherever they stand, and are not learned from; nor is what repeats a held-out row."""
+    (folder / "gold.jsonl").write_text(
+        json.dumps({"text": " a red  fox", "answers": {"beast": "fox"}}) + "\n"
+        + json.dumps({"text": "a fox of another file", "answers": {"beast": "dog"}})
+    )  # fmt: skip
+    (folder / "dev.jsonl").write_text(json.dumps({"prompt": "Which: the lazy dog!", "completion": "dog"}))
+    for prompt in ({}, {"prompt": "'Which: {text}'"}):
+        held_out = "dev.jsonl" if prompt else "[dev.jsonl]"
+        path = written(folder, BEAST, gold="gold.jsonl", held_out=held_out, label_model="majority", **prompt)
+        assert exit_code_of(["label", str(path)]) == 0
+        left_out = [TEXTS[0], TEXTS[1]] if prompt else [TEXTS[0]]
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"{len(left_out)} of 5 texts are held out and became no rows; the first is line 1, as gold.jsonl" in out
+        rows = (folder / "out.jsonl").read_text()
+        assert [text in rows for text in TEXTS] == [
+            text not in left_out for text in TEXTS
+        ] and "another file" not in rows
+        report = json.loads((folder / "out.jsonl.report.json").read_text())
+        assert report["held_out"][0] == {"line": 1, "how": "the same text", "row": "gold.jsonl line 1"}
+        assert report["gold"] == 2 and report["questions"]["beast"]["majority"]["rows"] == 2
+    assert TEXTS[0] not in (folder / "calls").read_text().splitlines()  # nor asked about
 
 
 async def test_rows_for_models_that_write_have_weights(folder):
@@ -200,7 +225,13 @@ async def test_prompts_ask_a_teacher_within_the_labels(folder, tmp_path):
         again = await label(read_label_file(written(folder, questions)), teacher=teacher)
         assert len(fake.bodies) == num_asked + 1  # what failed is tried again, and nothing else
     rows = {row["text"]: row["answers"] for row in map(json.loads, (folder / "out.jsonl").read_text().splitlines())}
-    assert rows["a red fox"] == {"beast": {"fox": 1.0, "dog": 0.0}, "traits": {"long": 0.0, "odd": 1.0}}
+    traits = [{"label": "long", "probability": 0.0}, {"label": "odd", "probability": 1.0}]
+    assert rows["a red fox"] == {"beast": {"fox": 1.0, "dog": 0.0}, "traits": traits}
+    read = questions_of(read_pooling_rows(folder / "out.jsonl", "classify"), 1, "out.jsonl")
+    assert [(question.name, question.kind) for question in read] == [
+        ("beast", "multi_class"),
+        ("traits", "multi_label"),
+    ]
     assert "beast" not in rows["the lazy dog"] and "beast" not in rows["fox and dog"] and "beast" not in rows[TEXTS[4]]
     warnings = "\n".join(done.report["warnings"])
     assert "'asked' has 1 answers that are none of the labels" in warnings
@@ -294,7 +325,11 @@ def test_what_is_wrong_with_a_label_file(folder, change, message, capsys):
     ("keys", "rows", "message"),
     [
         ({"text_field": "body"}, None, "line 1: body is missing; text is expected (text_field names the field)"),
-        ({"gold": "gold.jsonl"}, None, "knows none of the texts"),
+        ({"gold": "gold.jsonl"}, None, "gold.jsonl answers none of the questions beast, traits"),
+        ({"gold": "all.jsonl"}, None, "all 5 texts of"),
+        ({"held_out": "[]", "gold": "all.jsonl"}, None, "on which nothing is to be trained"),
+        ({"held_out": "[gold.jsonl, texts.jsonl]"}, None, "has the fields 'text', 'n', which are no row"),
+        ({"held_out": "nowhere.jsonl"}, None, "cannot read"),
         ({"gold": "soft.jsonl"}, None, "soft.jsonl line 1 answers 'beast' with probabilities"),
         ({}, "", "holds no rows"),
         ({"label_model": "snorkel"}, None, "label_model"),
@@ -302,11 +337,14 @@ def test_what_is_wrong_with_a_label_file(folder, change, message, capsys):
         ({"data": "nowhere.jsonl"}, None, "cannot read"),
         ({"output": "./texts.jsonl"}, None, "texts.jsonl is data, too, and would be written over"),
         ({"output": "gold.jsonl", "gold": "gold.jsonl"}, None, "gold.jsonl is gold, too"),
+        ({"output": "gold.jsonl", "held_out": "gold.jsonl"}, None, "gold.jsonl is held_out, too"),
     ],
 )
 def test_what_is_wrong_with_its_data(folder, keys, rows, message, capsys):
     (folder / "gold.jsonl").write_text('{"text": "other", "label": "fox"}\n')
     (folder / "soft.jsonl").write_text('{"text": "a red fox", "answers": {"beast": {"fox": 1.0}}}\n')
+    answers = [{"text": text, "answers": {"beast": "fox"}} for text in TEXTS]
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     if rows is not None:
         (folder / "texts.jsonl").write_text(rows)
     assert exit_code_of(["label", str(written(folder, BEAST, **keys))]) == 2

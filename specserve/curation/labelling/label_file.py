@@ -55,10 +55,15 @@ class LabelFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     questions: Annotated[dict[Name, QuestionSpec], Meta(min_length=1)]
     text_field: str = "text"
     prompt: str | None = None  # {text} is filled in; the answers are what a model learns to write
-    gold: str | None = None  # rows of classify whose answers are known; used to judge, never to label
+    gold: str | None = None  # rows of classify whose answers are known; used to judge, never to label or to train
+    held_out: str | tuple[str, ...] = ()  # JSONL of rows that something is measured on; texts like them become no rows
     label_model: LabelModel = "dawid_skene"
     soft: bool = True  # probabilities; false: the likeliest answer
     min_confidence: Annotated[float, Meta(ge=0, le=1)] = 0.0  # less certain answers are left open
+
+    @property
+    def held_out_files(self) -> tuple[str, ...]:
+        return (self.held_out,) if isinstance(self.held_out, str) else self.held_out
 
     def functions(self) -> Iterator[tuple[str, QuestionSpec, FunctionSpec]]:
         """(question, what it may be, function), in the order of the file."""
@@ -84,12 +89,13 @@ def read_label_file(path: Path) -> LabelFile:
     changes: dict[str, Any] = {"data": _beside(path, spec.data), "output": _beside(path, spec.output)}
     if spec.gold is not None:
         changes["gold"] = _beside(path, spec.gold)
+    changes["held_out"] = tuple(_beside(path, name) for name in spec.held_out_files)
     changes["questions"] = {
         name: msgspec.structs.replace(question, functions=tuple(_placed(path, f) for f in question.functions))
         for name, question in spec.questions.items()
     }
-    for read in ("data", "gold"):
-        if changes.get(read) == changes["output"]:
+    for read in ("data", "gold", "held_out"):
+        if changes["output"] == changes.get(read) or read == "held_out" and changes["output"] in changes[read]:
             raise UserError(
                 f"{path}: output: {spec.output} is {read}, too, and would be written over; name another file",
                 param="output",

@@ -17,8 +17,6 @@ import msgspec
 
 from ...errors import UserError
 from ...teachers import Budget, Teacher, TeacherSpec, open_teacher
-from ...training.data.rows import parse_object, row_texts
-from ...training.pooling.rows import ClassifyRow, read_pooling_rows
 from ...whole_files import replace_file
 from ..held_output import held
 from ..progress import progress
@@ -29,6 +27,7 @@ from .label_file import FunctionSpec, LabelFile, QuestionSpec
 from .label_model import combined
 from .report import Known, function_table, question_figures, warnings_of
 from .rows import confidence, row_of
+from .texts import Texts, read_texts
 from .votes import Vote, VoteFile
 
 VOTES_SUFFIX, REPORT_SUFFIX, LOCK_SUFFIX = ".votes", ".report.json", ".lock"
@@ -72,8 +71,7 @@ async def _labelled(
     budget: Budget | None,
     num_texts: int | None,
 ) -> Labelled:
-    texts = _texts(spec, num_texts)
-    known = _known(spec, texts)
+    texts = read_texts(spec, num_texts)
     votes: dict[str, dict[str, list[Vote]]] = {name: {} for name in spec.questions}
     warnings: list[str] = []
     async with AsyncExitStack() as stack:
@@ -90,11 +88,11 @@ async def _labelled(
         ]
         for name, function_name, voter in functions:
             with VoteFile(Path(spec.output + VOTES_SUFFIX), name, function_name, voter.digest) as file:
-                await _vote(voter, texts, file, f"{name}: {function_name}")
-                votes[name][function_name] = [file.vote(text) for text in texts]
+                await _vote(voter, texts.all, file, f"{name}: {function_name}")
+                votes[name][function_name] = [file.vote(text) for text in texts.all]
             if isinstance(voter, PromptFunction):
                 warnings += [f"{name}: {function_name!r} {what}" for what in voter.problems()]
-    return _written(spec, texts, votes, known, warnings)
+    return _written(spec, texts, votes, warnings)
 
 
 async def _vote(voter: LabellingFunction, texts: Sequence[str], file: VoteFile, what: str) -> None:
@@ -122,78 +120,40 @@ def _made(
     return PromptFunction(function, question, teacher)
 
 
-def _texts(spec: LabelFile, num_texts: int | None) -> list[str]:
-    texts: list[str] = []
-    for number, line in row_texts(spec.data):
-        if num_texts is not None and len(texts) == num_texts:
-            break
-        where = f"{spec.data} line {number}"
-        text = parse_object(line, where).get(spec.text_field)
-        if not isinstance(text, str) or not text.strip():
-            found = "missing" if text is None else "empty" if text == "" else f"{text!r:.60}"
-            raise UserError(f"{where}: {spec.text_field} is {found}; text is expected (text_field names the field)",
-                            param="data")  # fmt: skip
-        texts.append(text)
-    if not texts:
-        raise UserError(f"{spec.data} holds no rows", param="data")
-    return texts
-
-
-def _known(spec: LabelFile, texts: Sequence[str]) -> dict[str, list[Known]]:
-    """Of each question the known answers, in the texts' order."""
-    rows: dict[str, ClassifyRow] = {}
-    if spec.gold is not None:
-        rows = {row.text: row for row in read_pooling_rows(spec.gold, "classify") if isinstance(row, ClassifyRow)}
-        if not any(text in rows for text in texts):
-            raise UserError(f"gold: {spec.gold} knows none of the texts of {spec.data}", param="gold")
-    found: dict[str, list[Known]] = {}
-    for name, question in spec.questions.items():
-        found[name] = []
-        for text in texts:
-            row = rows.get(text)
-            answer: Any = row.answers.get(name) if row is not None else None
-            if isinstance(answer, bool):
-                answer = "yes" if answer else "no"
-            if answer is not None and not isinstance(answer, tuple if question.several else str):
-                names: dict[type, str] = {str: "one label", tuple: "a list"}
-                kind = names.get(type(answer), "probabilities")
-                raise UserError(
-                    f"gold: {spec.gold} line {row.line if row else 0} answers {name!r} with {kind}, and the label file "
-                    f"has several: {str(question.several).lower()}, for which "
-                    f"{'a list' if question.several else 'one label'} is expected",
-                    param="gold",
-                )
-            found[name].append(answer)
-    return found
-
-
 def _written(
     spec: LabelFile,
-    texts: Sequence[str],
+    texts: Texts,
     votes: dict[str, dict[str, list[Vote]]],
-    known: dict[str, list[Known]],
     warnings: Sequence[str],
 ) -> Labelled:
-    combined_answers: list[dict[str, dict[str, float]]] = [{} for _ in texts]
-    report: dict[str, Any] = {"texts": len(texts), "questions": {}, "warnings": list(warnings)}
+    combined_answers: list[dict[str, dict[str, float]]] = [{} for _ in texts.rows]
+    left_out = [{"line": one.line, "how": one.match.how, "row": one.match.key} for one in texts.left_out]
+    report: dict[str, Any] = {
+        "texts": len(texts.rows) + len(left_out),
+        "held_out": left_out,
+        "gold": len(texts.judging),
+        "questions": {},
+        "warnings": list(warnings),
+    }
     for name, question in spec.questions.items():
         answers = combined(votes[name], question, spec.label_model)
-        table = function_table(votes[name], question, answers, known[name])
+        known: list[Known] = [*[None] * len(texts.rows), *texts.known[name]]
+        table = function_table(votes[name], question, answers, known)
         figures: dict[str, Any] = {
             "model": spec.label_model,
-            "answered": sum(answer is not None for answer in answers) / len(texts),
+            "answered": sum(answer is not None for answer in answers) / len(answers),
         }
         if spec.gold is not None:
-            figures[spec.label_model] = question_figures(question, name, answers, known[name])
+            figures[spec.label_model] = question_figures(question, name, answers, known)
             if spec.label_model != "majority":
                 plain = combined(votes[name], question, "majority")
-                figures["majority"] = question_figures(question, name, plain, known[name])
+                figures["majority"] = question_figures(question, name, plain, known)
         report["questions"][name] = {**figures, "functions": table}
         report["warnings"] += warnings_of(name, question, votes[name], answers, table)
-        for given, answer in zip(combined_answers, answers, strict=True):
+        for given, answer in zip(combined_answers, answers[: len(texts.rows)], strict=True):
             if answer is not None and confidence(answer, question) >= spec.min_confidence:
                 given[name] = answer
-    rows = [row_of(spec, text, given) for text, given in zip(texts, combined_answers, strict=True) if given]
+    rows = [row_of(spec, text, given) for text, given in zip(texts.rows, combined_answers, strict=True) if given]
     report["rows"] = len(rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
@@ -202,4 +162,4 @@ def _written(
         replace_file(Path(spec.output + REPORT_SUFFIX), lambda path: path.write_bytes(content + b"\n"))
     except OSError as error:
         raise UserError(f"output: cannot write {spec.output}: {error.strerror or error}", param="output") from None
-    return Labelled(len(rows), len(texts), report)
+    return Labelled(len(rows), report["texts"], report)
