@@ -11,6 +11,8 @@ from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
+_LOOKED_AT = 1 << 16  # bytes
+
 
 def replace_file(path: Path, write: Callable[[Path], object], *, sync: bool = False) -> None:
     """Let `write` make a file beside `path`, then put it in its place; an error leaves `path` as it was.
@@ -44,11 +46,17 @@ def append_whole(file: FileIO, record: bytes) -> None:
         raise
 
 
-def without_torn_end(file: FileIO) -> bytes:
-    """The whole lines of a file of lines; half a line at its end, of a writer that was killed, is cut off."""
-    file.seek(0)
-    content = file.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        file.truncate(len(whole))
-    return whole
+def cut_torn_end(file: FileIO) -> int:
+    """Cut off half a line at the end of an unbuffered file of lines, of a writer that was killed; returns its size."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _LOOKED_AT)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        end = start
+        if found >= 0:
+            end = start + found + 1
+            break
+    if end < size:
+        file.truncate(end)
+    return end

@@ -3,11 +3,13 @@
 Off unless a folder is named. The tenant is the request's `cache_salt`, as of drafts that are learned. Files are their
 user's alone. A thread of its own writes: a disk that is slow or full costs records and never a step. A file that is
 full becomes its own predecessor, whose content goes; where all are too large, those that were written to longest ago
-go. A record that was torn by an end is passed over.
+go. Files begin with whose they are and hold whole records: one that does not fit on the disk is taken back, and half a
+one, of an engine that was killed, is cut off by the next. Engines that share a folder write one after the other.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -15,15 +17,20 @@ import os
 import queue
 import threading
 import time
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from ..whole_files import append_whole, cut_torn_end
 
 SUFFIX, OLD_SUFFIX = ".served", ".served.old"
 MAX_FILES = 1024  # clients may name a salt for each request
 MAX_TOKENS = 32_768  # of a record; longer ones are left out
 _SHARE = 8  # one file takes this part of all bytes at most, its predecessor included
-_WAITING = 1024  # records in memory; more are left out
+_WAITING = 1024  # records in memory, of 128 KiB at most; more are left out
+_Waiting = tuple[str, str, float, "array[int]", "array[int]"]  # LoRA, tenant, and what `Served` has
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ class ServingLog:
 
     def __init__(self, directory: Path, max_bytes: int):
         self._directory, self._max_bytes = directory, max_bytes
-        self._queue: queue.Queue[tuple[str, str, Served] | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[_Waiting | None] = queue.Queue(_WAITING)
         self._is_warned = False
         self._thread = threading.Thread(target=self._write_all, name="serving-log", daemon=True)
         self._thread.start()
@@ -51,7 +58,7 @@ class ServingLog:
         if len(output) < 2 or len(prompt) + len(output) > MAX_TOKENS:
             return
         try:
-            self._queue.put_nowait((lora_hash, tenant, Served(time.time(), list(prompt), list(output))))
+            self._queue.put_nowait((lora_hash, tenant, time.time(), array("i", prompt), array("i", output)))
         except queue.Full:
             self._warn("the disk is too slow; outputs are left out")
 
@@ -67,21 +74,24 @@ class ServingLog:
             except OSError as error:
                 self._warn(f"{error.strerror}; outputs are left out")
 
-    def _write(self, lora_hash: str, tenant: str, served: Served) -> None:
+    def _write(self, lora_hash: str, tenant: str, at: float, prompt: array[int], output: array[int]) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._directory / _file_name(lora_hash, tenant)
-        line = json.dumps(served._asdict()).encode() + b"\n"
-        size = path.stat().st_size if path.exists() else 0
-        if size and size + len(line) > self._max_bytes // (2 * _SHARE):
-            os.replace(path, path.with_suffix(OLD_SUFFIX))
-            size = 0
-        if not size:
-            line = json.dumps({"lora_hash": lora_hash, "tenant": tenant}).encode() + b"\n" + line
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "ab", buffering=0) as file:
-            file.write(line)
-        if not size:
-            self._remove_old()
+        line = json.dumps(Served(at, prompt.tolist(), output.tolist())._asdict()).encode() + b"\n"
+        with _alone(self._directory):
+            size = path.stat().st_size if path.exists() else 0
+            if size and size + len(line) > self._max_bytes // (2 * _SHARE):
+                os.replace(path, path.with_suffix(OLD_SUFFIX))
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with open(fd, "ab+", buffering=0) as file:
+                is_new = cut_torn_end(file) == 0
+                if is_new:
+                    line = json.dumps({"lora_hash": lora_hash, "tenant": tenant}).encode() + b"\n" + line
+                try:
+                    append_whole(file, line)
+                finally:
+                    if is_new:
+                        self._remove_old()
 
     def _remove_old(self) -> None:
         """Called for each new file, so that what is beyond the bound is at most one file for each tenant since."""
@@ -101,7 +111,7 @@ class ServingLog:
 def read_served(directory: Path, lora_hash: str, key: str | None = None) -> list[Served]:
     """What was served of the LoRA, the oldest first; `key`: of the key of that name alone.
 
-    Raises `OSError` for a folder or file that cannot be read.
+    Raises `OSError` for a folder or file that cannot be read; one that an engine has removed meanwhile is none.
     """
     found = []
     for path, _ in _files(directory):
@@ -112,13 +122,29 @@ def read_served(directory: Path, lora_hash: str, key: str | None = None) -> list
     return sorted(found, key=lambda served: served.at)
 
 
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Without other processes that write there, where the file system knows locks of folders."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def _is_of(tenant: object, key: str) -> bool:
     """Salts of keys begin with the length of their name and the name."""
     return isinstance(tenant, str) and tenant.startswith(f"{len(key)}:{key}:")
 
 
 def _lines(path: Path) -> Iterator[dict]:
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
         for line in file:
             try:
                 value = json.loads(line)

@@ -38,7 +38,7 @@ class LeaderboardSite:
 
     def __init__(self, path: Path):
         self._path = path
-        LeaderboardStore(path).close()
+        LeaderboardStore(path, read_only=True).close()
         self._made: dict[str, tuple[tuple[int, int], bytes]] = {}
         self._lock = asyncio.Lock()
 
@@ -70,7 +70,7 @@ class LeaderboardSite:
         kept = self._made.get(name)
         if kept is not None and kept[0] == state:
             return kept[1]
-        store = LeaderboardStore(self._path)
+        store = LeaderboardStore(self._path, read_only=True)
         try:
             with store.snapshot():
                 body = Pages(store).file(name)
@@ -109,7 +109,7 @@ def export(path: Path, directory: Path) -> int:
         raise UserError(
             f"{directory} holds other things; give an empty folder, or one of an earlier export", param="dir"
         )
-    store = LeaderboardStore(path)
+    store = LeaderboardStore(path, read_only=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with store.snapshot():

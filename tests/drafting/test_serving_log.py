@@ -1,6 +1,7 @@
 """The log of what was served: private, bounded, apart for each LoRA and tenant, and never in a step's way."""
 
 import os
+import resource
 import stat
 
 import pytest
@@ -64,14 +65,51 @@ def test_the_log_is_bounded_and_keeps_the_newest(tmp_path, monkeypatch):
     assert [19, 1] in outputs(tmp_path / "log", "a")
 
 
-def test_a_torn_line_is_passed_over_and_the_file_goes_on(tmp_path):
-    log_of(tmp_path, ("a", "", [1], [2, 3]), ("a", "", [1], [4, 5]))
+def test_a_record_that_was_torn_by_an_end_costs_itself_alone(tmp_path):
+    log_of(tmp_path, ("a", "", [1], [2, 3]), ("a", "", [1], [4, 5] * 12_000), max_bytes=1 << 23)
     (file,) = tmp_path.iterdir()
     os.truncate(file, file.stat().st_size - 5)
-    with open(file, "ab") as stream:
-        stream.write(b"\n")
-    log_of(tmp_path, ("a", "", [1], [6, 7]))
+    log_of(tmp_path, ("a", "", [1], [6, 7]), max_bytes=1 << 23)
     assert outputs(tmp_path, "a") == [[2, 3], [6, 7]]
+    os.truncate(file, 9)  # in the midst of whose it is
+    log_of(tmp_path, ("a", "", [1], [8, 9]))
+    assert outputs(tmp_path, "a") == [[8, 9]]
+
+
+@pytest.mark.parametrize("room", [30, 200])
+def test_a_full_disk_tears_no_record_and_takes_more_when_there_is_room(tmp_path, room, caplog):
+    """A limit of the process's file sizes cuts a record as a full disk does, the first one's header too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        log_of(tmp_path, *(("a", "", [1], [number, 1]) for number in range(6)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept = outputs(tmp_path, "a")
+    assert 0 < len(kept) < 6 if room == 200 else not kept
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size <= room and not file.read_bytes().rpartition(b"\n")[2]
+    assert caplog.text.count("File too large; outputs are left out") == 1
+    log_of(tmp_path, ("a", "", [1], [8, 9]))
+    assert outputs(tmp_path, "a") == [*kept, [8, 9]]
+
+
+def test_engines_that_share_a_folder_tear_nothing_of_each_others(tmp_path):
+    logs = [ServingLog(tmp_path, 1 << 24) for _ in range(3)]
+    for number in range(60):
+        for log in logs:
+            log.add("a", "", [1] * 500, [number, 1])
+    for log in logs:
+        log.close()
+    assert sorted(outputs(tmp_path, "a")) == sorted([number, 1] for number in range(60) for _ in logs)
+
+
+def test_a_file_that_goes_while_it_is_read_holds_nothing(tmp_path, monkeypatch):
+    log_of(tmp_path, ("a", "", [1], [2, 3]), ("a", "salt", [1], [4, 5]))
+    found = sorted(serving_log._files(tmp_path))
+    found[0][0].unlink()
+    monkeypatch.setattr(serving_log, "_files", lambda directory: iter(found))
+    assert len(outputs(tmp_path, "a")) == 1
 
 
 def test_a_disk_that_takes_nothing_costs_records_and_is_said_once(tmp_path, caplog):

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ...errors import UserError
-from ...whole_files import append_whole, without_torn_end
+from ...whole_files import append_whole, cut_torn_end
 
 Vote = str | dict[str, bool] | None
 DIGEST_LENGTH = 16  # hex digits in file names
@@ -47,7 +47,8 @@ class VoteFile:
                 if other != self._path:
                     other.unlink(missing_ok=True)
             self._file = open(self._path, "a+b", buffering=0)
-            self._read(without_torn_end(self._file))
+            cut_torn_end(self._file)
+            self._read(self._path.read_bytes())
         except OSError as error:
             raise UserError(f"cannot keep votes in {folder}: {error.strerror or error}", param="output") from None
 
