@@ -1,22 +1,23 @@
 """Makes what is missing: answers of models to the rows of tasks, and a score of each cell.
 
 Models of one base share an engine. Whatever ends the process, the answers that were whole are kept, and the next run
-asks for the others. A model that fails is told of and costs the others nothing.
+asks for the others. A task or a model that fails is told of and costs the others nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from .candidates import Candidate, candidate
+from .model_locks import ModelLocks
 from .pooled import pooled_cell
 from .scores import cell_of
-from .store import KeptAnswer, LeaderboardStore, ModelLocks, StoredTask, TaskRow
+from .store import KeptAnswer, LeaderboardStore, StoredTask, TaskRow
 from .task_rows import conversations, read_task, task_row
 
 Say = Callable[[str], None]
@@ -57,14 +58,19 @@ class LeaderboardRunner:
         return self._ran
 
     def _refreshed(self, tasks: Sequence[StoredTask]) -> list[StoredTask]:
-        """With the rows as their files have them now."""
+        """With the rows as their files have them now, but for those that cannot be read."""
+        names = set()
         for stored in tasks:
-            data_hash, rows = read_task(stored.task)
-            if data_hash != stored.data_hash:
-                self._say(f"{stored.name}: the rows have changed")
-                self._store.put_task(stored.name, stored.task, data_hash, rows)
-        names = {stored.name for stored in tasks}
+            with self._failures(stored.name):
+                self._refresh(stored)
+                names.add(stored.name)
         return [stored for stored in self._store.tasks() if stored.name in names]
+
+    def _refresh(self, stored: StoredTask) -> None:
+        data_hash, rows = read_task(stored.task)
+        if data_hash != stored.data_hash:
+            self._say(f"{stored.name}: the rows have changed")
+            self._store.put_task(stored.name, stored.task, data_hash, rows)
 
     def _group(self, model_dir: Path, models: Sequence[Candidate], tasks: Sequence[StoredTask]) -> None:
         """The models of one base."""
@@ -82,17 +88,22 @@ class LeaderboardRunner:
         for job in jobs:
             name = f"{job.task.name} by {job.model.name}"
             with self._failures(name):
-                if job.prompts:
-                    answerer.answer(job, name, self._store)
+                known = self._store.answers(job.config_hash)  # by now also those of the same model under another name
+                prompts = {
+                    prompt_hash: prompt for prompt_hash, prompt in job.prompts.items() if prompt_hash not in known
+                }
+                self._ran.num_answers += len(prompts)
+                if prompts:
+                    answerer.answer(replace(job, prompts=prompts), name, self._store)
                 self._score(job)
 
     def _job(self, model: Candidate, task: StoredTask) -> _Job:
         rows = self._store.rows(task)
         config_hash = model.config_hash(task.task)
         known = self._store.answers(config_hash)
+        self._store.put_owner(config_hash, model.number)
         missing = {row.prompt_hash for row in rows} - known.keys()
         self._ran.num_kept += len({row.prompt_hash for row in rows} & known.keys())
-        self._ran.num_answers += len(missing)
         return _Job(model, task, rows, config_hash, prompts_of(model, task, missing) if missing else {})
 
     def _score(self, job: _Job) -> None:
