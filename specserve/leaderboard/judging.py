@@ -14,20 +14,26 @@ Judged = tuple[int, int]
 
 
 async def judge_pairs(
-    store: LeaderboardStore, spec: TeacherSpec, budget: Budget, max_rows: int, tasks: Sequence[str] = ()
+    store: LeaderboardStore,
+    spec: TeacherSpec,
+    budget: Budget,
+    max_rows: int,
+    tasks: Sequence[str] = (),
+    models: Sequence[str] = (),
 ) -> Judged:
-    """Over the first `max_rows` rows of each task that generates; returns how many verdicts came, and how many did not.
+    """Over the first `max_rows` rows of each task that generates, of pairs with one of `models` or of all; returns how
+    many verdicts came, and how many did not.
 
     Raises `UserError` where the judge cannot be asked; verdicts that came are kept.
     """
     todo = []
     with store.snapshot():
         known = store.judgments(spec.name)
-        models = [model.name for model in store.models()]
+        known_models = [model.name for model in store.models()]
         for task in store.tasks():
             if task.task.kind == "generate" and (not tasks or task.name in tasks):
                 answered: list[AnsweredRow] = answered_of(store, task)[:max_rows]
-                todo += list(open_asks(answered, models, known))
+                todo += list(open_asks(answered, known_models, known, models))
     num, failed = 0, 0
     async with open_teacher(spec, budget) as judge:
         async with aclosing(judge.answers(ask for _, ask in todo)) as answers:

@@ -75,14 +75,15 @@ def judged_wins(
 
 
 def open_asks(
-    answered: Sequence[AnsweredRow], models: Sequence[str], verdicts: Mapping[str, str]
+    answered: Sequence[AnsweredRow], models: Sequence[str], verdicts: Mapping[str, str], about: Sequence[str] = ()
 ) -> Iterator[tuple[str, Ask]]:
-    """(hash, ask) of all that a judge has not been asked yet, each once."""
+    """(hash, ask) of all that a judge has not been asked yet, each once; only of pairs with one of `about`, if any."""
     seen = set(verdicts)
     for one in answered:
-        present = [one.answers[name].text for name in models if name in one.answers]
-        for first, second in itertools.combinations(present, 2):
-            if first == second:
+        present = [name for name in models if name in one.answers]
+        for pair in itertools.combinations(present, 2):
+            first, second = (one.answers[name].text for name in pair)
+            if first == second or (about and not set(pair) & set(about)):
                 continue
             for ask in asks_of(one.row, first, second):
                 digest = asked_hash(ask)
