@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..training.evaluation.plots import SERIES, TEXT, Plot
+from .standings import rating_title
 
 _MOST = 20  # models in one chart: more cannot be read; the tables have all
 
@@ -39,8 +40,8 @@ def _rating_chart(ratings: dict[str, Any], number: int) -> Plot:
         axes.grid(axis="x", alpha=0.25, linewidth=0.6)
 
     best = ratings["models"][0]
-    caption = f"Ratings by {ratings['by']} with 95% intervals; the first is {best['name']}."
-    return Plot(f"ratings_{number}", f"Ratings by {ratings['by']}", caption, draw)
+    title = rating_title(ratings)
+    return Plot(f"ratings_{number}", title, f"{title}, with 95% intervals; the first is {best['name']}.", draw)
 
 
 def _speed_chart(points: list[tuple[str, str, dict[str, Any]]]) -> Plot:

@@ -16,7 +16,7 @@ from ..draft_sources import SOURCES
 from ..training.evaluation.html_report import page_environment
 from .charts import charts_of
 from .pairs import AnsweredRow
-from .standings import answered_of, standings
+from .standings import GROUPS_NOTE, answered_of, rating_title, standings
 from .store import LeaderboardStore, StoredTask
 
 INDEX, BOARD_JSON, ANSWERS = "index.html", "board.json", ".answers-"
@@ -31,6 +31,7 @@ class Pages:
         self._store = store
         self._tasks = {task.name: task for task in store.tasks() if task.task.kind == "generate"}
         self._environment = page_environment(_TEMPLATES)
+        self._environment.filters["rating_title"] = rating_title
         self._environment.filters["number"] = lambda value, digits: (
             "missing" if value is None else f"{value:.{digits}f}"
         )
@@ -72,6 +73,7 @@ class Pages:
             kind="specserve",
             what=f"{len(board['models'])} models, {len(board['tasks'])} tasks; {len(cells)} of {num} cells are there.",
             board=board,
+            groups_note=GROUPS_NOTE,
             links={task.name: self._addresses(task)[0][1] for task in self._tasks.values()},
             hardware=sorted({f"Measured on {cell['hardware']}." for cell in cells}),
             plots=[{"svg": chart.svg(), "caption": chart.caption} for chart in charts_of(board)],

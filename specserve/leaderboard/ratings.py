@@ -24,13 +24,17 @@ NUM_DRAWS = 500
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """`low` and `high` hold 95% of the draws; `rank` counts models that are certainly better."""
+    """`low` and `high` hold 95% of the draws; `rank` counts models that are certainly better.
+
+    Models of two groups have not met, not even over others: nothing of these numbers says anything between them.
+    """
 
     rating: float
     low: float
     high: float
     rank: int
     num_rows: int
+    group: int  # from 0
 
 
 def ratings_of(rows: Sequence[np.ndarray], seed: int = 0) -> list[Rating | None]:
@@ -55,16 +59,26 @@ def _ratings(wins: np.ndarray, seed: int) -> list[Rating]:
     drawn = (draws.astype(float) @ wins.reshape(num_rows, -1)).reshape(-1, num_models, num_models)
     low, high = np.percentile(_fitted(drawn, met), [2.5, 97.5], axis=0)
     counts = (wins + wins.transpose(0, 2, 1)).any(axis=2).sum(axis=0)
+    groups = _groups(met)
     return [
         Rating(
             rating=float(point[model]),
             low=float(low[model]),
             high=float(high[model]),
-            rank=1 + int((low > high[model]).sum()),
+            rank=1 + int(((low > high[model]) & (groups == groups[model])).sum()),
             num_rows=int(counts[model]),
+            group=int(groups[model]),
         )
         for model in range(num_models)
     ]
+
+
+def _groups(met: np.ndarray) -> np.ndarray:
+    """Of each model [M] the number of its group: who is reached from it over who met whom, `met` [M, M]."""
+    reached = met | np.eye(len(met), dtype=bool)
+    while (further := reached @ reached).sum() > reached.sum():
+        reached = further
+    return np.unique(reached.argmax(axis=1), return_inverse=True)[1]
 
 
 def _fitted(wins: np.ndarray, met: np.ndarray) -> np.ndarray:

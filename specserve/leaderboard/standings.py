@@ -20,7 +20,8 @@ Cells = dict[tuple[str, str], StoredCell]
 
 
 def standings(store: LeaderboardStore) -> dict[str, Any]:
-    """`models` are in order: by average, then those that lack cells; `ratings` by who judged."""
+    """`models` are in order: by average, then those that lack cells; `ratings` are by who judged and by group of models
+    that have met, which alone can be compared."""
     tasks, models = store.tasks(), store.models()
     cells = {key: cell for key, cell in store.cells().items() if cell.is_current}
     lines = [_line(model, tasks, cells) for model in models]
@@ -68,23 +69,43 @@ def _shown(cell: Cell) -> dict[str, Any]:
 def _ratings(store: LeaderboardStore, tasks: list[StoredTask], names: list[str]) -> list[dict[str, Any]]:
     answered = [(task, answered_of(store, task)) for task in tasks if task.task.kind == "generate"]
     rows = [wins for _, one in answered for wins in metric_wins(one, names)]
-    found = [_rated(BY_METRIC, names, ratings_of(rows))]
+    found = _rated(BY_METRIC, names, ratings_of(rows))
     for judge in store.judges():
         verdicts = store.judgments(judge)
         judged = [judged_wins(one, names, verdicts) for _, one in answered]
         rows = [wins for wins_of_task, _, _ in judged for wins in wins_of_task if wins.any()]
         pairs = sum(num_pairs for _, num_pairs, _ in judged)
         alike = sum(num_alike for _, _, num_alike in judged)
-        rated = _rated(judge, names, ratings_of(rows))
-        if rated["models"]:
-            found.append({**rated, "num_pairs": pairs, "judged_alike_swapped": alike / pairs if pairs else None})
-    return [one for one in found if one["models"]]
+        judged_alike = {"num_pairs": pairs, "judged_alike_swapped": alike / pairs if pairs else None}
+        found += [{**one, **judged_alike} for one in _rated(judge, names, ratings_of(rows))]
+    return found
 
 
-def _rated(judge: str, names: list[str], ratings: list[Rating | None]) -> dict[str, Any]:
-    rated = [
-        {"name": name, **{field: getattr(rating, field) for field in ("rating", "low", "high", "rank", "num_rows")}}
-        for name, rating in zip(names, ratings, strict=False)
-        if rating is not None
+def _rated(judge: str, names: list[str], ratings: list[Rating | None]) -> list[dict[str, Any]]:
+    """One for each group of models, the largest first."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for name, rating in zip(names, ratings, strict=False):
+        if rating is not None:
+            values = {field: getattr(rating, field) for field in ("rating", "low", "high", "rank", "num_rows")}
+            groups.setdefault(rating.group, []).append({"name": name, **values})
+    return [
+        {
+            "by": judge,
+            "group": number,
+            "num_groups": len(groups),
+            "models": sorted(models, key=lambda one: -one["rating"]),
+        }
+        for number, models in enumerate(sorted(groups.values(), key=len, reverse=True), 1)
     ]
-    return {"by": judge, "models": sorted(rated, key=lambda one: -one["rating"])}
+
+
+def rating_title(ratings: dict[str, Any]) -> str:
+    """Of one group's table."""
+    title = f"Ratings by {ratings['by']}"
+    return title if ratings["num_groups"] == 1 else f"{title}, group {ratings['group']} of {ratings['num_groups']}"
+
+
+GROUPS_NOTE = (
+    "Models of two groups have no pair in common, not even over others: their ratings say nothing of each other until "
+    "pairs across are compared."
+)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..text_tables import text_table
+from .standings import GROUPS_NOTE, rating_title
 
 MISSING = "-"
 
@@ -27,7 +28,7 @@ def lines_of(board: dict[str, Any]) -> Iterator[str]:
         rows += [[model["name"], *(_speed(model["cells"][name]) for name in tasks)] for model in board["models"]]
         yield f"\n{text_table(rows, num_left=1)}"
     for ratings in board["ratings"]:
-        rows = [["rank", f"rating by {ratings['by']}", "", "95%"]]
+        rows = [["rank", rating_title(ratings), "", "95%"]]
         for one in ratings["models"]:
             interval = f"{one['low']:.0f} to {one['high']:.0f}"
             rows.append([str(one["rank"]), one["name"], f"{one['rating']:.0f}", interval])
@@ -35,6 +36,8 @@ def lines_of(board: dict[str, Any]) -> Iterator[str]:
         if ratings.get("num_pairs"):
             alike = ratings["judged_alike_swapped"]
             yield f"{ratings['num_pairs']} pairs; {alike:.0%} were judged alike with the answers swapped, others tie"
+        if 1 < ratings["num_groups"] == ratings["group"]:
+            yield GROUPS_NOTE
 
 
 def _speed(cell: dict[str, Any] | None) -> str:

@@ -8,10 +8,21 @@ import pytest
 
 from specserve.cli import teacher_options
 from specserve.leaderboard import judging
-from specserve.leaderboard.pairs import AnsweredRow, asked_hash, asks_of, judged_wins, metric_wins, verdict_of
+from specserve.leaderboard import standings as standings_module
+from specserve.leaderboard.pairs import (
+    AnsweredRow,
+    asked_hash,
+    asks_of,
+    judged_wins,
+    metric_wins,
+    open_asks,
+    verdict_of,
+)
 from specserve.leaderboard.ratings import ratings_of
 from specserve.leaderboard.scores import row_score
+from specserve.leaderboard.standings import rating_title
 from specserve.leaderboard.store import KeptAnswer, LeaderboardStore, Task, TaskRow
+from specserve.leaderboard.table import lines_of
 from specserve.teachers import TeacherError
 from specserve.teachers.asks import Answer
 
@@ -105,6 +116,27 @@ def test_groups_that_never_met_have_the_same_mean():
     assert first + second == pytest.approx(2000) == third + fourth and first > 1000 > fourth
 
 
+def test_models_of_two_groups_share_no_table_and_no_ranks():
+    wins = np.zeros((5, 5))
+    wins[0, 1], wins[1, 2], wins[3, 4] = 1, 1, 1
+    ratings = ratings_of([wins] * 60)
+    assert [rating.group for rating in ratings] == [0, 0, 0, 1, 1]
+    assert [rating.rank for rating in ratings] == [1, 2, 3, 1, 2]
+    tables = standings_module._rated("judge", list("abcde"), ratings)
+    assert [[one["name"] for one in table["models"]] for table in tables] == [["a", "b", "c"], ["d", "e"]]
+    assert [rating_title(table) for table in tables] == [f"Ratings by judge, group {one} of 2" for one in (1, 2)]
+    board = {"models": [{"name": "a", "average": None, "cells": {"t": None}}], "tasks": [{"name": "t", "metric": "m"}]}
+    lines = "\n".join(lines_of({**board, "ratings": tables}))
+    assert lines.count("say nothing of each other") == 1 and "group 2 of 2" in lines
+
+
+def test_only_pairs_with_a_model_of_interest_are_asked_about():
+    one = row(a="x", b="y", c="z", d="x")
+    asked = [digest for digest, _ in open_asks([one], list("abcd"), {}, ["b"])]
+    assert set(asked) == {asked_hash(ask) for other in "xz" for ask in asks_of(one.row, other, "y")}
+    assert len(list(open_asks([one], list("abcd"), {}))) == 6
+
+
 def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(ran, monkeypatch, tmp_path, capsys):
     asked = []
 
@@ -133,6 +165,10 @@ def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(ran, mo
     ratings = ran.shown(capsys)["ratings"]
     assert [one["by"] for one in ratings] == ["the tasks' metrics", "judge@http://127.0.0.1:1/v1"]
     assert ratings[1]["num_pairs"] * 2 >= num
+    before = len(asked)
+    assert ran.cli("run", "--task", "json", "--model", "first", *command[3:-1], 3) == 0
+    shown = [ask.messages[0]["content"] for ask in asked[before + 2 :]]
+    assert shown and len(shown) < num  # of row 3, without the pair of the two others
     store = LeaderboardStore(ran.path)
     assert store.judges() == ["judge@http://127.0.0.1:1/v1"]
     store.close()
