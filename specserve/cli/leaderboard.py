@@ -5,22 +5,28 @@ from typing import Any
 
 import click
 
-from ..errors import UserError
 from .options import Command, debug_option
 from .teacher_options import TEACHER_HELP, endpoint_options
 
 DEFAULT_BOARD = Path("leaderboard.sqlite3")
 
 
+def _board(context: click.Context, param: click.Parameter, value: Path | None) -> Path:
+    above = context.parent.params.get("board") if context.parent is not None else None
+    return value or above or DEFAULT_BOARD
+
+
 def board_option(command: Command) -> Command:
+    """Before the subcommand's name or behind it."""
     return click.option(
-        "--board", type=click.Path(dir_okay=False, path_type=Path), default=DEFAULT_BOARD, show_default=True,
-        metavar="FILE", help="The leaderboard's file.",
+        "--board", type=click.Path(dir_okay=False, path_type=Path), callback=_board, metavar="FILE",
+        help=f"The leaderboard's file.  [default: {DEFAULT_BOARD}]",
     )(command)  # fmt: skip
 
 
 @click.group()
-def leaderboard() -> None:
+@board_option
+def leaderboard(board: Path) -> None:
     """Compare models on tasks: scores, speed, ratings, answers side by side.
 
     A board is one SQLite file. `run` makes what is missing and nothing twice.
@@ -63,38 +69,41 @@ def add(task: str, board: Path, data: Path, **params: Any) -> None:
 @leaderboard.command("add-model")
 @click.argument("name")
 @board_option
-@click.option("--base", default="", metavar="MODEL", help="Directory or hub id.  [default: specserve's default model]")
+@click.option("--model", default="", metavar="MODEL", help="Directory or hub id.  [default: specserve's default model]")
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="A LoRA of it.  [default: none]")
 @debug_option
-def add_model(name: str, board: Path, base: str, adapter: Path | None) -> None:
-    """Add the model NAME: a base, or a base with an adapter."""
+def add_model(name: str, board: Path, model: str, adapter: Path | None) -> None:
+    """Add NAME to the models that are compared: a base model, or one with an adapter."""
     from ..leaderboard.candidates import checked_model
     from ..leaderboard.store import LeaderboardStore
     from ..leaderboard.task_rows import check_name
 
     check_name(name, "NAME")
-    model = checked_model(base, adapter)
+    entry = checked_model(model, adapter)
     store = LeaderboardStore(board, create=True)
     try:
-        store.put_model(name, model)
+        store.put_model(name, entry)
         what = adapter if adapter is not None else "the base alone"
-        click.echo(f"{name}: {model.base or 'the default model'}, {what}; `specserve leaderboard run` measures it")
+        click.echo(f"{name}: {entry.base or 'the default model'}, {what}; `specserve leaderboard run` measures it")
     finally:
         store.close()
 
 
 @leaderboard.command()
 @click.argument("name")
+@click.option("--task", "what", flag_value="task", help="The task of that name, where a model has it, too.")
+@click.option("--model", "what", flag_value="model", help="The model of that name, where a task has it, too.")
 @board_option
 @debug_option
-def remove(name: str, board: Path) -> None:
-    """Remove the task or the model NAME; its answers are kept, should it come back."""
+def remove(name: str, what: str | None, board: Path) -> None:
+    """Remove the task or the model NAME, with its scores and its answers."""
+    from ..leaderboard.removal import removed
     from ..leaderboard.store import LeaderboardStore
 
     store = LeaderboardStore(board)
     try:
-        if not store.remove(name):
-            raise UserError(f"{board} has no task or model {name!r}", param="name")
+        gone, num_answers = removed(store, name, what)
+        click.echo(f"the {gone} {name} and {num_answers} answers are removed from {board}")
     finally:
         store.close()
 
@@ -105,7 +114,9 @@ def remove(name: str, board: Path) -> None:
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Only this one; repeat.")
 @click.option("--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Answers at a time.")
 @click.option(
-    "--judge", metavar="SPEC", help="A model that compares answers pair by pair, as a teacher is named (below)."
+    "--judge",
+    metavar="SPEC",
+    help="A model that compares answers pair by pair, as a teacher is named (below); with --model only pairs with one.",
 )
 @click.option(
     "--judge-rows", type=click.IntRange(1), default=20, show_default=True, metavar="N",
@@ -129,21 +140,21 @@ def run(board: Path, tasks: tuple[str, ...], models: tuple[str, ...], batch: int
         for name in ran.busy:
             click.echo(f"{name} is left to another process, which runs it now", err=True)
         if params["judge"] is not None:
-            _judge(store, tasks, params)
+            _judge(store, tasks, models, params)
         _show(store)
         return 1 if ran.failed else 0
     finally:
         store.close()
 
 
-def _judge(store: Any, tasks: tuple[str, ...], params: dict[str, Any]) -> None:
+def _judge(store: Any, tasks: tuple[str, ...], models: tuple[str, ...], params: dict[str, Any]) -> None:
     import asyncio
 
     from ..leaderboard.judging import judge_pairs
     from .teacher_options import budget_of, teachers_of
 
     (spec,) = teachers_of(params, [params["judge"]])
-    num, failed = asyncio.run(judge_pairs(store, spec, budget_of(params), params["judge_rows"], tasks))
+    num, failed = asyncio.run(judge_pairs(store, spec, budget_of(params), params["judge_rows"], tasks, models))
     click.echo(f"{spec.name}: {num} verdicts, {failed} asks without one", err=True)
 
 
@@ -155,7 +166,7 @@ def show(board: Path, as_json: bool) -> None:
     """Print the table."""
     from ..leaderboard.store import LeaderboardStore
 
-    store = LeaderboardStore(board)
+    store = LeaderboardStore(board, read_only=True)
     try:
         _show(store, as_json)
     finally:

@@ -2,14 +2,11 @@
 
 Owns tables and transactions; what a score is, others say. Answers are kept under hashes of all that they depend on
 (`config_hash`, `prompt_hash`), so what has not changed is never made again, and what has is missing by itself. Every
-answer is committed as it comes. Several processes may use the file; who works on a model is the kernel's to know, by
-ranges of a lock file, which end with their process.
+answer is committed as it comes. Several processes may use the file.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -45,8 +42,15 @@ CREATE TABLE judgments (
     judge TEXT NOT NULL, asked_hash TEXT NOT NULL, verdict TEXT NOT NULL, PRIMARY KEY (judge, asked_hash)
 ) WITHOUT ROWID;
 """
+_OWNERS = """
+CREATE TABLE IF NOT EXISTS owners (
+    config_hash TEXT NOT NULL, model INTEGER NOT NULL, PRIMARY KEY (config_hash, model)
+) WITHOUT ROWID
+"""  # whose answers those under a hash are; boards that were begun without this table know it from their cells
 
 Kind = Literal["generate", "embed", "rerank", "classify"]
+What = Literal["task", "model"]
+WHATS: tuple[What, ...] = ("task", "model")
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +131,8 @@ Kept = TypeVar("Kept", Task, Model, Cell)
 class LeaderboardStore:
     """Of the file at `path`, made if `create`. Raises `UserError` where it cannot be used. For one thread."""
 
-    def __init__(self, path: Path, *, create: bool = False):
+    def __init__(self, path: Path, *, create: bool = False, read_only: bool = False):
+        """With `read_only` nothing is changed, and the file may lie where nothing can be written."""
         self.path = path
         if not path.is_file() and not create:
             raise UserError(
@@ -136,8 +141,12 @@ class LeaderboardStore:
                 param="board",
             )
         try:
-            self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-            self._prepare()
+            if read_only:
+                self._db = _opened_to_read(path)
+                self._check_version()
+            else:
+                self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+                self._prepare()
         except sqlite3.Error as error:
             raise UserError(f"the leaderboard {path} cannot be used: {error}", param="board") from None
 
@@ -152,12 +161,17 @@ class LeaderboardStore:
                     if statement.strip():
                         self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                what = "is of a newer specserve" if version > SCHEMA_VERSION else "is no leaderboard of ours"
-                raise UserError(
-                    f"{self.path} {what} (version {version}, this one reads {SCHEMA_VERSION}); give another --board",
-                    param="board",
-                )
+            self._check_version()
+            self._db.execute(_OWNERS)
+
+    def _check_version(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version != SCHEMA_VERSION:
+            what = "is of a newer specserve" if version > SCHEMA_VERSION else "is no leaderboard of ours"
+            raise UserError(
+                f"{self.path} {what} (version {version}, this one reads {SCHEMA_VERSION}); give another --board",
+                param="board",
+            )
 
     def close(self) -> None:
         self._db.close()
@@ -219,18 +233,33 @@ class LeaderboardStore:
         found = self._db.execute("SELECT number, name, model FROM models ORDER BY number")
         return [StoredModel(number, name, _decode(blob, Model)) for number, name, blob in found]
 
-    def remove(self, name: str) -> bool:
-        """The task or the model of that name, with its scores; answers stay, should it come back."""
+    def named(self, name: str) -> list[What]:
+        """Which of task and model there is of that name."""
+        found = [
+            (what, self._db.execute(f"SELECT 1 FROM {what}s WHERE name = ?", (name,)).fetchone()) for what in WHATS
+        ]
+        return [what for what, row in found if row is not None]
+
+    def remove(self, what: What, name: str) -> int:
+        """With its scores, and the answers that no other task or model has; returns how many answers went."""
         with self.transaction():
-            for table, column in (("tasks", "task"), ("models", "model")):
-                found = self._db.execute(f"SELECT number FROM {table} WHERE name = ?", (name,)).fetchone()
-                if found is not None:
-                    self._db.execute(f"DELETE FROM cells WHERE {column} = ?", found)
-                    self._db.execute(f"DELETE FROM {table} WHERE number = ?", found)
-                    if table == "tasks":
-                        self._db.execute("DELETE FROM task_rows WHERE task = ?", found)
-                    return True
-        return False
+            (number,) = self._db.execute(f"SELECT number FROM {what}s WHERE name = ?", (name,)).fetchone()
+            if what == "task":
+                own = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task = :number)"
+                others = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task != :number)"
+            else:
+                under = (
+                    "config_hash IN (SELECT config_hash FROM owners WHERE model {0} :number "
+                    "UNION SELECT config_hash FROM cells WHERE model {0} :number)"
+                )
+                own, others = under.format("="), under.format("!=")
+            num = self._db.execute(f"DELETE FROM answers WHERE {own} AND NOT {others}", {"number": number}).rowcount
+            for table in ("cells", "task_rows") if what == "task" else ("cells", "owners"):
+                self._db.execute(f"DELETE FROM {table} WHERE {what} = ?", (number,))
+            self._db.execute(f"DELETE FROM {what}s WHERE number = ?", (number,))
+        with suppress(sqlite3.OperationalError):  # another process writes: then a later removal gives the room back
+            self._db.execute("VACUUM")
+        return num
 
     # -- answers and scores
 
@@ -243,6 +272,10 @@ class LeaderboardStore:
     def put_answer(self, config_hash: str, prompt_hash: str, answer: KeptAnswer) -> None:
         values = (config_hash, prompt_hash, *msgspec.structs.astuple(answer))
         self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def put_owner(self, config_hash: str, model_number: int) -> None:
+        """Before answers come: whose they are."""
+        self._db.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", (config_hash, model_number))
 
     def put_cell(self, task: StoredTask, model_number: int, config_hash: str, cell: Cell) -> None:
         values = (task.number, model_number, task.data_hash, config_hash, time.time(), msgspec.json.encode(cell))
@@ -272,24 +305,19 @@ class LeaderboardStore:
         return [judge for (judge,) in self._db.execute("SELECT DISTINCT judge FROM judgments ORDER BY judge")]
 
 
-class ModelLocks:
-    """Which models this process works on; another process's end at once with it, however it ends."""
-
-    def __init__(self, board: Path):
-        self._file = os.open(board.with_name(board.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def take(self, number: int) -> bool:
-        """False where another process has the model."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except OSError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Gives all of them back."""
-        with suppress(OSError):
-            os.close(self._file)
+def _opened_to_read(path: Path) -> sqlite3.Connection:
+    """Where the log cannot be made beside the file, as on a disk that is mounted read-only, as a file at rest."""
+    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+    try:
+        db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()
+        return db
+    except sqlite3.OperationalError as error:
+        db.close()
+        log = path.with_name(path.name + "-wal")
+        cannot_write = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+        if not cannot_write or (log.exists() and log.stat().st_size):
+            raise
+        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", isolation_level=None, uri=True)
 
 
 def _decode(blob: bytes, kind: type[Kept]) -> Kept:

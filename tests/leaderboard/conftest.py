@@ -48,7 +48,7 @@ def begun(tmp_path, model_dir):
     board = Board(tmp_path)
     write_rows(tmp_path / "dev.jsonl", 6, seed=1)
     assert board.cli("add", "json", "--data", tmp_path / "dev.jsonl", "--max-tokens", 6) == 0
-    assert board.cli("add-model", "base", "--base", model_dir) == 0
+    assert board.cli("add-model", "base", "--model", model_dir) == 0
     return board
 
 
@@ -65,9 +65,9 @@ def ran(tmp_path_factory, model_dir, adapters):
             file.write(json.dumps({"prompt": f"{evil} {words}", "completion": words}) + "\n")
     assert board.cli("add", "json", "--data", board.root / "json.jsonl", "--max-tokens", 6) == 0
     assert board.cli("add", "text", "--data", board.root / "text.jsonl", "--max-tokens", 6, "--floor", 0.2) == 0
-    assert board.cli("add-model", "base", "--base", model_dir) == 0
+    assert board.cli("add-model", "base", "--model", model_dir) == 0
     for name in ("first", "second"):
-        assert board.cli("add-model", name, "--base", model_dir, "--adapter", adapters / name) == 0
+        assert board.cli("add-model", name, "--model", model_dir, "--adapter", adapters / name) == 0
     assert board.cli("run", "--task", "json") == 0
     assert board.cli("run", "--task", "text", "--model", "base", "--model", "first") == 0
     return board

@@ -17,10 +17,12 @@ from served_poolers import EMBEDDER, RANKER
 from training_fixture import write_rows
 from waiting import wait_until
 
+from specserve.cli.main import exit_code_of
 from specserve.errors import UserError
 from specserve.leaderboard.candidates import candidate
+from specserve.leaderboard.model_locks import ModelLocks
 from specserve.leaderboard.runner import prompts_of
-from specserve.leaderboard.store import LeaderboardStore, ModelLocks
+from specserve.leaderboard.store import KeptAnswer, LeaderboardStore, Model, Task, TaskRow
 from specserve.training.evaluation import answers as answers_module
 from specserve.training.evaluation.task_metrics import task_metrics
 
@@ -60,7 +62,7 @@ def test_only_what_changed_is_run_again(begun, model_dir, adapters, tmp_path, ca
     assert num == 0 and "json by base" not in err  # nor scored again
     changing = tmp_path / "adapter"
     shutil.copytree(adapters / "first", changing)
-    assert begun.cli("add-model", "mine", "--base", model_dir, "--adapter", changing) == 0
+    assert begun.cli("add-model", "mine", "--model", model_dir, "--adapter", changing) == 0
     assert answers_made(begun, capsys)[0] == 6  # the new one's alone
     for file in (adapters / "second").iterdir():
         shutil.copy(file, changing)
@@ -115,7 +117,7 @@ def test_answers_are_the_engines_with_the_adapters_template(ran, model_dir, adap
 def test_a_model_that_fails_costs_the_others_nothing(begun, model_dir, adapters, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(adapters / "first", broken)
-    assert begun.cli("add-model", "broken", "--base", model_dir, "--adapter", broken) == 0
+    assert begun.cli("add-model", "broken", "--model", model_dir, "--adapter", broken) == 0
     (broken / "adapter_model.safetensors").write_bytes(b"no weights")
     _, err = answers_made(begun, capsys, code=1)
     assert "failed: json by broken" in err
@@ -125,7 +127,7 @@ def test_a_model_that_fails_costs_the_others_nothing(begun, model_dir, adapters,
 
 def test_what_an_engine_was_at_when_a_row_failed_is_nobodys_answer(begun, model_dir, adapters, monkeypatch, capsys):
     """Its other requests would answer for the next model's."""
-    assert begun.cli("add-model", "first", "--base", model_dir, "--adapter", adapters / "first") == 0
+    assert begun.cli("add-model", "first", "--model", model_dir, "--adapter", adapters / "first") == 0
     real, engines = answers_module.answer_mixed, []
 
     def fails_once(engine, requests, *args, **more):
@@ -147,7 +149,7 @@ def test_what_an_engine_was_at_when_a_row_failed_is_nobodys_answer(begun, model_
 
 def test_a_lookahead_adapter_answers_in_fewer_verifications_and_says_so(begun, model_dir, tmp_path, capsys):
     make_lookahead_adapter(model_dir, tmp_path / "drafting")
-    assert begun.cli("add-model", "drafting", "--base", model_dir, "--adapter", tmp_path / "drafting") == 0
+    assert begun.cli("add-model", "drafting", "--model", model_dir, "--adapter", tmp_path / "drafting") == 0
     answers_made(begun, capsys)
     cells = {model["name"]: model["cells"]["json"] for model in begun.shown(capsys)["models"]}
     assert cells["drafting"]["tokens_per_verification"] >= 1.0
@@ -160,7 +162,7 @@ def test_an_adapter_that_pools_has_its_own_tasks(begun, model_dir, tmp_path, cap
     more = (task_type,) if task_type else ()
     make_pooling_adapter(model_dir, tmp_path / "adapter", *more, num_labels=1, config=config)
     assert begun.cli("add", kind, "--kind", kind, "--data", rows, "--metric", metric) == 0
-    assert begun.cli("add-model", "pools", "--base", model_dir, "--adapter", tmp_path / "adapter") == 0
+    assert begun.cli("add-model", "pools", "--model", model_dir, "--adapter", tmp_path / "adapter") == 0
     assert begun.cli("run") == 0
     models = {model["name"]: model for model in begun.shown(capsys)["models"]}
     cell = models["pools"]["cells"][kind]
@@ -171,14 +173,14 @@ def test_an_adapter_that_pools_has_its_own_tasks(begun, model_dir, tmp_path, cap
 
 def test_an_adapter_without_its_description_is_refused(begun, model_dir, tmp_path, capsys):
     make_pooling_adapter(model_dir, tmp_path / "mood", "SEQ_CLS", num_labels=2)
-    assert begun.cli("add-model", "mood", "--base", model_dir, "--adapter", tmp_path / "mood") == 2
+    assert begun.cli("add-model", "mood", "--model", model_dir, "--adapter", tmp_path / "mood") == 2
     assert "has no pooling_config.json" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_run_the_same_model(begun, model_dir, capsys):
     store = LeaderboardStore(begun.path)
     (model,) = store.models()
-    holder = "import sys; from pathlib import Path; from specserve.leaderboard.store import ModelLocks\n"
+    holder = "import sys; from pathlib import Path; from specserve.leaderboard.model_locks import ModelLocks\n"
     holder += f"locks = ModelLocks(Path({str(begun.path)!r})); assert locks.take({model.number})\n"
     holder += "print('held', flush=True); sys.stdin.read()"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -188,7 +190,9 @@ def test_two_processes_do_not_run_the_same_model(begun, model_dir, capsys):
         assert other.stdout.readline() == "held\n"
         num, err = answers_made(begun, capsys)
         assert num == 0 and "base is left to another process" in err
-        assert begun.cli("add-model", "again", "--base", model_dir) == 0  # which may be changed meanwhile
+        for name in ("base", "json"):
+            assert begun.cli("remove", name) == 2 and "another process runs base now" in capsys.readouterr().err
+        assert begun.cli("add-model", "again", "--model", model_dir) == 0  # which may be changed meanwhile
         other.kill()
     assert answers_made(begun, capsys, "--model", "base")[0] == 6
     locks = ModelLocks(begun.path)
@@ -236,14 +240,72 @@ def test_files_that_are_no_board(no_board, capsys):
     assert board.cli("show") == 2 and "of a newer specserve (version 99, this one reads 1)" in capsys.readouterr().err
 
 
-def test_what_is_removed_keeps_its_answers(begun, model_dir, capsys):
-    write_rows(begun.root / "more.jsonl", 3, seed=9)
-    assert answers_made(begun, capsys)[0] == 6
-    assert begun.cli("remove", "base") == 0
-    assert begun.shown(capsys)["models"] == []
-    assert begun.cli("add-model", "base", "--base", model_dir) == 0
+def test_what_is_removed_goes_with_the_answers_that_nobody_else_has(begun, model_dir, adapters, capsys):
+    assert begun.cli("add-model", "again", "--model", model_dir) == 0
+    assert begun.cli("add-model", "first", "--model", model_dir, "--adapter", adapters / "first") == 0
+    assert answers_made(begun, capsys)[0] == 12  # the same model under two names answers once
+    store = LeaderboardStore(begun.path)
+    texts = {answer.text for answer in store.answers(store.cells()["json", "first"].config_hash).values()}
+    others = {answer.text for answer in store.answers(store.cells()["json", "base"].config_hash).values()}
+    store.close()
+    only = max((text.encode() for text in texts - others), key=len)
+    assert only in begun.path.read_bytes()
+    assert begun.cli("remove", "first") == 0 and "model first and 6 answers are removed" in capsys.readouterr().out
+    assert only not in begun.path.read_bytes()
+    assert begun.cli("remove", "again") == 0 and "0 answers are removed" in capsys.readouterr().out
+    assert [model["name"] for model in begun.shown(capsys)["models"]] == ["base"]
     assert answers_made(begun, capsys)[0] == 0
-    assert begun.shown(capsys)["models"][0]["cells"]["json"]["num_rows"] == 6
+    assert begun.cli("remove", "json") == 0 and "task json and 6 answers are removed" in capsys.readouterr().out
+    assert begun.shown(capsys)["tasks"] == []
+
+
+def test_answers_of_a_run_that_was_cut_short_are_their_models(tmp_path):
+    store = LeaderboardStore(tmp_path / "board.sqlite3", create=True)
+    try:
+        row = TaskRow("prompt", "", "")
+        for name in ("one", "two"):
+            store.put_task(name, Task(kind="generate", data="x", metric="rouge_l"), name, [row])
+        for number, config in ((1, "a"), (2, "a"), (2, "b")):
+            store.put_owner(config, number)
+            store.put_answer(config, "prompt", KeptAnswer("x", "stop", 1, 1, 1, 0.1, "here"))
+        for name in ("first", "second"):
+            store.put_model(name, Model(base=""))
+        assert store.remove("model", "second") == 1 and store.answers("a") and not store.answers("b")
+        assert store.remove("task", "one") == 0 and store.remove("task", "two") == 1 and not store.answers("a")
+    finally:
+        store.close()
+
+
+def test_a_task_and_a_model_of_one_name(begun, model_dir, capsys):
+    assert begun.cli("add-model", "json", "--model", model_dir) == 0
+    assert begun.cli("remove", "json") == 2
+    assert "'json' is a task and a model; say which one with --task or --model" in capsys.readouterr().err
+    assert begun.cli("remove", "base", "--task") == 2 and "has no task 'base'" in capsys.readouterr().err
+    assert begun.cli("remove", "json", "--model") == 0
+    found = begun.shown(capsys)
+    assert [task["name"] for task in found["tasks"]] == ["json"] and len(found["models"]) == 1
+    assert begun.cli("remove", "json") == 0
+
+
+def test_a_task_whose_rows_are_gone_costs_the_others_nothing(begun, tmp_path, capsys):
+    gone = write_rows(tmp_path / "gone.jsonl", 2, seed=2)
+    assert begun.cli("add", "gone", "--data", gone, "--max-tokens", 6) == 0
+    assert begun.cli("add", "last", "--data", write_rows(tmp_path / "last.jsonl", 2), "--max-tokens", 6) == 0
+    gone.unlink()
+    num, err = answers_made(begun, capsys, code=1)
+    assert num == 8 and "failed: gone: cannot read" in err
+    cells = begun.shown(capsys)["models"][0]["cells"]
+    assert [name for name, cell in cells.items() if cell is None] == ["gone"]
+
+
+def test_the_board_is_named_before_the_subcommand_or_behind_it(begun, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in (["--board", str(begun.path), "show"], ["--board", "none", "show", "--board", str(begun.path)]):
+        assert exit_code_of(["leaderboard", *words]) == 0 and "1 models" not in capsys.readouterr().err
+    assert (
+        exit_code_of(["leaderboard", "show"]) == 2 and "no leaderboard leaderboard.sqlite3" in capsys.readouterr().err
+    )
+    assert list(tmp_path.glob("*.sqlite3")) == [begun.path]
 
 
 @pytest.mark.slow

@@ -2,8 +2,12 @@
 
 import asyncio
 import json
+import os
 import re
+import shutil
 import sqlite3
+import tempfile
+from pathlib import Path
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
@@ -11,6 +15,7 @@ from html_page import Page
 from training_fixture import write_rows
 
 from specserve.config import ServeConfig
+from specserve.errors import UserError
 from specserve.leaderboard.pages import ROWS_PER_PAGE, Pages
 from specserve.leaderboard.pairs import asked_hash, asks_of
 from specserve.leaderboard.site import LeaderboardSite, application
@@ -130,6 +135,30 @@ def test_names_that_mean_nothing_cost_no_ratings(ran, monkeypatch):
         assert Pages(store).file("nothing.html") is None and b"Row 1" in Pages(store).file("json.answers-1.html")
     finally:
         store.close()
+
+
+def test_a_board_on_a_disk_that_cannot_be_written_is_shown(ran):
+    """By another user, as the tests may run as one who may write anything."""
+    root = Path(tempfile.mkdtemp())
+    try:
+        with sqlite3.connect(ran.path) as source, sqlite3.connect(root / "board.sqlite3") as copy:
+            source.backup(copy)
+        (root / "board.sqlite3").chmod(0o444)
+        root.chmod(0o555)
+        os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())
+        try:
+            store = LeaderboardStore(root / "board.sqlite3", read_only=True)
+            assert b"Ratings by" in Pages(store).file("index.html")
+            store.close()
+            LeaderboardSite(root / "board.sqlite3")
+            with pytest.raises(UserError, match="cannot be used: attempt to write a readonly database"):
+                LeaderboardStore(root / "board.sqlite3")
+        finally:
+            os.seteuid(os.getuid())
+        assert [path.name for path in root.iterdir()] == ["board.sqlite3"]
+    finally:
+        root.chmod(0o755)
+        shutil.rmtree(root)
 
 
 def test_an_export_that_cannot_be_written_is_one_line(begun, tmp_path, capsys):
