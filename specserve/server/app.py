@@ -89,9 +89,11 @@ class Server:
             self.engine, self.model_name, self.store.names_alike, self.keys, config.write_timeout_s
         )
         self.certificate = certificate_of(config)
-        self.middlewares = Middlewares(config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s)
-        self.batches = BatchRoutes(config, self.engine, self.keys, lambda: self.middlewares.num_in_flight)
         self.page = PageFiles()
+        self.middlewares = Middlewares(
+            config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s, self.page.key_page
+        )
+        self.batches = BatchRoutes(config, self.engine, self.keys, lambda: self.middlewares.num_in_flight)
         self._leaderboard = leaderboard or no_leaderboard
         self._openapi_body = msgspec.json.encode(openapi_document())
 

@@ -35,12 +35,21 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
 class Middlewares:
     """The middlewares of one server."""
 
-    def __init__(self, config: ServeConfig, keys: KeyRing, metrics: Metrics, wait_estimate_s: Callable[[], float]):
+    def __init__(
+        self,
+        config: ServeConfig,
+        keys: KeyRing,
+        metrics: Metrics,
+        wait_estimate_s: Callable[[], float],
+        key_page: Callable[[web.Request], web.Response | None],
+    ):
+        """`key_page` is shown to who has no key, if it is not None."""
         self._config = config
         self._keys = keys
         self._metrics = metrics
         self._open_info = config.open_info if config.open_info is not None else config.api_keys_file is None
         self._wait_estimate_s = wait_estimate_s
+        self._key_page = key_page
         self.draining = False
         self.num_in_flight = 0
 
@@ -117,7 +126,12 @@ class Middlewares:
             return web.Response(status=204, headers={**cors, **allow})
         request["cors"] = cors
         if access != "open":
-            set_caller(request, self._caller(request, access))
+            try:
+                set_caller(request, self._caller(request, access))
+            except UserError as error:
+                if error.status == 401 and (page := self._key_page(request)) is not None:
+                    return page
+                raise
         return await handler(request)
 
     def _caller(self, request: web.Request, access: Access) -> Caller:

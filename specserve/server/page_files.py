@@ -1,4 +1,5 @@
-"""The page at `/`: playground, live board and adapters, as files of this package.
+"""The page at `/`, playground, live board and adapters, and the one that asks for the leaderboard's key, as files of
+this package.
 
 All of them are read at start, so that a request looks up a name and never a path. They hold no secret and need no key;
 what the page asks of the API does. Its policy allows no inline script or style, no other host, and no text as HTML.
@@ -15,7 +16,7 @@ from pathlib import Path
 from aiohttp import web
 
 PAGE_DIR = Path(__file__).with_name("page")
-INDEX = "index.html"
+INDEX, LEADERBOARD = "index.html", "leaderboard.html"
 _REFUSED = re.compile(r"q\s*=\s*0(\.0*)?")
 TYPES = {
     ".html": "text/html",
@@ -28,6 +29,8 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
+# Pages of the leaderboard are shown in a frame, with their styles in them.
+_FRAME_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'") + "; frame-src blob:"
 HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
@@ -56,6 +59,17 @@ class PageFiles:
         """The page itself, from `/`, where clients that do not name HTML get something else."""
         response = self._answer(request, self._files[INDEX])
         response.headers["Vary"] = "Accept"
+        return response
+
+    def key_page(self, request: web.Request) -> web.Response | None:
+        """For a browser at the leaderboard without the key that it needs, which it cannot send by itself: the page that
+        asks for one, and fetches the others with it."""
+        is_looking = request.method in ("GET", "HEAD") and wants_page(request)
+        if not is_looking or not request.path.startswith("/leaderboard/"):
+            return None
+        response = self._answer(request, self._files[LEADERBOARD])
+        response.headers["Content-Security-Policy"] = _FRAME_POLICY
+        response.headers["Vary"] = "Accept, Authorization"
         return response
 
     async def file(self, request: web.Request) -> web.Response:

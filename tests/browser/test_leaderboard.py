@@ -2,6 +2,7 @@
 
 import pytest
 from page_driver import PATIENCE_MS, violations
+from server_fixture import ServerProcess
 
 from specserve.leaderboard.site import export
 from specserve.leaderboard.store import Cell, KeptAnswer, LeaderboardStore, Model, Task, TaskRow
@@ -35,6 +36,36 @@ def board(tmp_path_factory):
     store.close()
     export(root / "board.sqlite3", root / "pages")
     return root / "pages"
+
+
+def test_behind_a_key_it_asks_for_one_and_its_links_lead_on_and_back(browser, board, model_dir):
+    server = ServerProcess(model_dir, "--api-key", "secret", "--leaderboard", str(board.parent / "board.sqlite3"))
+    try:
+        server.wait_ready()
+        with browser.new_context() as context:
+            page = context.new_page()
+            page.set_default_timeout(PATIENCE_MS)
+            page.goto(server.url + "/leaderboard/")
+            page.locator("#key-input").fill("wrong")
+            page.keyboard.press("Enter")
+            page.get_by_text("does not take this key").wait_for()
+            page.locator("#key-input").fill("secret")
+            page.keyboard.press("Enter")
+            shown = page.frame_locator("#shown")
+            shown.get_by_role("heading", name="Ratings by the tasks' metrics").wait_for()
+            assert shown.locator("h1").evaluate("one => getComputedStyle(one).fontFamily") != "serif"
+            shown.get_by_role("link", name="words").click()
+            shown.get_by_role("heading", name="tuned: 1.000").first.wait_for()
+            assert page.url.endswith("/leaderboard/#words.answers-1.html") and page.title() == "words"
+            page.go_back()
+            shown.get_by_role("heading", name="Ratings by the tasks' metrics").wait_for()
+            page.goto(server.url + "/leaderboard/words.answers-2.html")  # the tab has the key
+            shown.get_by_role("heading", name="Row 26").wait_for()
+            page.goto(server.url + "/")
+            page.get_by_role("button", name="API key").click()
+            page.get_by_text("A key is in use").wait_for()
+    finally:
+        assert server.stop() == 0
 
 
 @pytest.mark.parametrize("scheme, name", [("light", "index.html"), ("dark", "words.answers-2.html")])

@@ -58,7 +58,19 @@ def test_what_is_no_file_of_the_page_is_not_there(server, path):
 
 def test_a_server_without_a_leaderboard_says_so(server, locked_server):
     assert_error(server.get("/leaderboard/"), 404, "--leaderboard FILE")
-    assert locked_server.get("/leaderboard/", headers=BROWSER).status_code == 401
+    assert locked_server.get("/leaderboard/").status_code == 401
+
+
+def test_a_browser_at_the_leaderboard_is_asked_for_the_key_that_it_does_not_send(locked_server):
+    for path in ("/leaderboard/", "/leaderboard/words.answers-1.html"):
+        page = locked_server.get(path, headers=BROWSER)
+        assert page.status_code == 200 and page.content == (PAGE_DIR / "leaderboard.html").read_bytes()
+        assert "script-src 'self'" in page.headers["Content-Security-Policy"]
+        assert page.headers["Content-Security-Policy"].endswith("frame-src blob:")
+        wrong = locked_server.get(path, headers={"Authorization": "Bearer wrong"})
+        assert wrong.status_code == 401 and wrong.headers["Content-Type"].startswith("application/json")
+    assert requests.post(locked_server.url + "/leaderboard/", headers=BROWSER).status_code == 401
+    assert requests.get(locked_server.url + "/leaderboards", headers=BROWSER).status_code == 401
 
 
 def test_no_key_is_needed_for_the_page_and_for_nothing_else_under_its_name(locked_server):

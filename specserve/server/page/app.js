@@ -1,6 +1,6 @@
 // Starts the page: which view is shown, the theme, the key, and whether the server serves.
-import { getJson, hasKey, setKey } from "./api.js";
 import { byId } from "./dom.js";
+import { watchKey } from "./key_dialog.js";
 import { Playground } from "./playground.js";
 
 const POLL_MS = 5000;
@@ -47,27 +47,10 @@ byId("theme-button").addEventListener("click", () => {
 
 // -- key
 
-const keyDialog = byId("key-dialog");
-
-function askForKey(reason) {
-  byId("key-button").hidden = false;
-  if (keyDialog.open) return;
-  byId("key-reason").textContent = `${reason} The key is kept in this tab until it is closed.`;
-  byId("key-input").value = "";
-  keyDialog.returnValue = ""; // Escape leaves what the last close has set
-  keyDialog.showModal();
-}
-
-keyDialog.addEventListener("close", () => {
-  if (keyDialog.returnValue !== "use") return;
-  setKey(byId("key-input").value);
-  byId("key-input").value = "";
+watchKey(() => {
   load();
   show();
 });
-byId("key-button").hidden = !hasKey();
-byId("key-button").addEventListener("click", () => askForKey(hasKey() ? "A key is in use; an empty one forgets it." : ""));
-document.addEventListener("key-needed", () => askForKey(hasKey() ? "The server does not take this key." : "The server wants a key."));
 
 // -- whether the server serves
 
