@@ -179,6 +179,19 @@ async def test_votes_are_found_again_by_the_text_alone(folder):
     assert (folder / "calls").read_text().splitlines() == [*TEXTS, "another fox", TEXTS[0]]
 
 
+async def test_a_function_that_was_changed_in_the_same_second_votes_anew(folder):
+    """As long as before, so that no time and no size tells."""
+    (folder / "functions.py").write_text("def first(text):\n    return 'fox'\n")
+    times = (folder / "functions.py").stat()
+    questions = "beast: {labels: [fox, dog], functions: [{name: first, python: 'functions.py:first'}]}"
+    spec = read_label_file(written(folder, questions, soft="false"))
+    for word in ("fox", "dog"):
+        (folder / "functions.py").write_text(f"def first(text):\n    return '{word}'\n")
+        os.utime(folder / "functions.py", ns=(times.st_atime_ns, times.st_mtime_ns))
+        await label(spec)
+        assert json.loads((folder / "out.jsonl").read_text().splitlines()[0])["answers"] == {"beast": word}
+
+
 async def test_a_vote_that_does_not_fit_on_the_disk_is_taken_back(folder):
     spec = read_label_file(written(folder, BEAST))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -5,11 +5,10 @@ Each is made of its part of the label file. `digest` says what its votes depend 
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import re
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ...errors import UserError
@@ -64,12 +63,10 @@ class PythonFunction:
             yield place, checked_vote(answer, self._question, f"{self._at}: {self._name} of {text[:80]!r}")
 
     def _loaded(self, file: Path, source: str) -> Callable[[str], Any]:
-        try:
-            ast.parse(source, str(file))
-            module_spec = importlib.util.spec_from_file_location(f"label_functions_{digest_of(str(file))[:8]}", file)
-            assert module_spec is not None and module_spec.loader is not None
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
+        module = ModuleType(f"label_functions_{digest_of(str(file))[:8]}")
+        module.__file__ = str(file)
+        try:  # what was read, and nothing that the file or a cache of it holds by now: the digest is of that
+            exec(compile(source, str(file), "exec"), module.__dict__)
         except Exception as error:
             at = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
             raise UserError(
