@@ -52,18 +52,15 @@ def leaderboard(board: Path) -> None:
 @debug_option
 def add(task: str, board: Path, data: Path, **params: Any) -> None:
     """Add TASK with its rows, or change the one of that name."""
-    from ..leaderboard.store import LeaderboardStore
+    from ..leaderboard.store import open_board
     from ..leaderboard.task_rows import check_file, check_name, named_task
 
     check_name(task, "TASK")
     check_file(data)
     entry, data_hash, rows = named_task(data, **params)
-    store = LeaderboardStore(board, create=True)
-    try:
+    with open_board(board, create=True) as store:
         store.put_task(task, entry, data_hash, rows)
         click.echo(f"{task}: {f'{len(rows)} rows, ' if rows else ''}metric {entry.metric}, in {board}")
-    finally:
-        store.close()
 
 
 @leaderboard.command("add-model")
@@ -75,18 +72,15 @@ def add(task: str, board: Path, data: Path, **params: Any) -> None:
 def add_model(name: str, board: Path, model: str, adapter: Path | None) -> None:
     """Add NAME to the models that are compared: a base model, or one with an adapter."""
     from ..leaderboard.candidates import checked_model
-    from ..leaderboard.store import LeaderboardStore
+    from ..leaderboard.store import open_board
     from ..leaderboard.task_rows import check_name
 
     check_name(name, "NAME")
     entry = checked_model(model, adapter)
-    store = LeaderboardStore(board, create=True)
-    try:
+    with open_board(board, create=True) as store:
         store.put_model(name, entry)
         what = adapter if adapter is not None else "the base alone"
         click.echo(f"{name}: {entry.base or 'the default model'}, {what}; `specserve leaderboard run` measures it")
-    finally:
-        store.close()
 
 
 @leaderboard.command()
@@ -98,14 +92,11 @@ def add_model(name: str, board: Path, model: str, adapter: Path | None) -> None:
 def remove(name: str, what: str | None, board: Path) -> None:
     """Remove the task or the model NAME, with its scores and its answers."""
     from ..leaderboard.removal import removed
-    from ..leaderboard.store import LeaderboardStore
+    from ..leaderboard.store import open_board
 
-    store = LeaderboardStore(board)
-    try:
+    with open_board(board) as store:
         gone, num_answers = removed(store, name, what)
         click.echo(f"the {gone} {name} and {num_answers} answers are removed from {board}")
-    finally:
-        store.close()
 
 
 @leaderboard.command(epilog=TEACHER_HELP)
@@ -131,10 +122,9 @@ def run(board: Path, tasks: tuple[str, ...], models: tuple[str, ...], batch: int
     after Ctrl-C or a crash; another process may run other models of the same board meanwhile.
     """
     from ..leaderboard.runner import LeaderboardRunner
-    from ..leaderboard.store import LeaderboardStore
+    from ..leaderboard.store import open_board
 
-    store = LeaderboardStore(board)
-    try:
+    with open_board(board) as store:
         ran = LeaderboardRunner(store, lambda line: click.echo(line, err=True), batch).run(tasks, models)
         click.echo(f"{ran.num_answers} answers were missing, {ran.num_kept} were there before", err=True)
         for name in ran.busy:
@@ -143,8 +133,6 @@ def run(board: Path, tasks: tuple[str, ...], models: tuple[str, ...], batch: int
             _judge(store, tasks, models, params)
         _show(store)
         return 1 if ran.failed else 0
-    finally:
-        store.close()
 
 
 def _judge(store: Any, tasks: tuple[str, ...], models: tuple[str, ...], params: dict[str, Any]) -> None:
@@ -164,13 +152,10 @@ def _judge(store: Any, tasks: tuple[str, ...], models: tuple[str, ...], params: 
 @debug_option
 def show(board: Path, as_json: bool) -> None:
     """Print the table."""
-    from ..leaderboard.store import LeaderboardStore
+    from ..leaderboard.store import open_board
 
-    store = LeaderboardStore(board, read_only=True)
-    try:
+    with open_board(board, read_only=True) as store:
         _show(store, as_json)
-    finally:
-        store.close()
 
 
 def _show(store: Any, as_json: bool = False) -> None:

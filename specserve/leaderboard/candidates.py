@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from ..model.store import resolve_model
 from ..strict_json import decode_json
-from .store import Kind, Model, StoredModel, Task
+from .entries import Kind, Model, StoredModel, Task
 
 _FORMAT = 1  # of how answers are made; another one makes them anew
 

@@ -35,6 +35,8 @@ async def judge_pairs(
                 answered: list[AnsweredRow] = answered_of(store, task)[:max_rows]
                 todo += list(open_asks(answered, known_models, known, models))
     num, failed = 0, 0
+    if not todo:  # a judge that runs here would be loaded for nothing
+        return num, failed
     async with open_teacher(spec, budget) as judge:
         async with aclosing(judge.answers(ask for _, ask in todo)) as answers:
             async for idx, result in answers:

@@ -15,9 +15,10 @@ import msgspec
 from ..draft_sources import SOURCES
 from ..training.evaluation.html_report import page_environment
 from .charts import charts_of
+from .entries import StoredTask
 from .pairs import AnsweredRow
 from .standings import GROUPS_NOTE, answered_of, rating_title, standings
-from .store import LeaderboardStore, StoredTask
+from .store import LeaderboardStore
 
 INDEX, BOARD_JSON, ANSWERS = "index.html", "board.json", ".answers-"
 ROWS_PER_PAGE = 25

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UserError
 from ..strict_json import decode_json
 from ..teachers import Ask
-from .store import KeptAnswer, TaskRow
+from .entries import KeptAnswer, TaskRow
 
 Verdict = Literal["A", "B", "tie"]
 _SCHEMA = {

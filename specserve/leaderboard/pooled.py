@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..adapter_files import POOLING_FILE
 from ..adapters.pooling_config import parse_pooling_config
-from .store import Cell, Task
+from .entries import Cell, Task
 
 if TYPE_CHECKING:
     from .candidates import Candidate

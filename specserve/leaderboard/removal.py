@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..errors import UserError
+from .entries import WHATS
 from .model_locks import ModelLocks
-from .store import WHATS, LeaderboardStore
+from .store import LeaderboardStore
 
 
 def removed(store: LeaderboardStore, name: str, what: str | None = None) -> tuple[str, int]:

@@ -14,10 +14,11 @@ from typing import Any
 
 from ..errors import UserError
 from .candidates import Candidate, candidate
+from .entries import KeptAnswer, StoredTask, TaskRow
 from .model_locks import ModelLocks
 from .pooled import pooled_cell
 from .scores import cell_of
-from .store import KeptAnswer, LeaderboardStore, StoredTask, TaskRow
+from .store import LeaderboardStore
 from .task_rows import conversations, read_task, task_row
 
 Say = Callable[[str], None]

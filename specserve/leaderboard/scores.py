@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from ..training.evaluation.task_metrics import task_metrics
-from .store import Cell, KeptAnswer, Task, TaskRow
+from .entries import Cell, KeptAnswer, Task, TaskRow
 
 
 def cell_of(task: Task, rows: Sequence[TaskRow], answers: Mapping[str, KeptAnswer]) -> Cell:

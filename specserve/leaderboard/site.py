@@ -17,7 +17,7 @@ from aiohttp import web
 from ..errors import UserError
 from ..whole_files import replace_file
 from .pages import ANSWERS, BOARD_JSON, INDEX, Pages
-from .store import LeaderboardStore
+from .store import open_board
 
 ROOT = "/leaderboard"
 # Styles stand in the page, scripts nowhere.
@@ -38,7 +38,8 @@ class LeaderboardSite:
 
     def __init__(self, path: Path):
         self._path = path
-        LeaderboardStore(path, read_only=True).close()
+        with open_board(path, read_only=True):
+            pass
         self._made: dict[str, tuple[tuple[int, int], bytes]] = {}
         self._lock = asyncio.Lock()
 
@@ -70,12 +71,8 @@ class LeaderboardSite:
         kept = self._made.get(name)
         if kept is not None and kept[0] == state:
             return kept[1]
-        store = LeaderboardStore(self._path, read_only=True)
-        try:
-            with store.snapshot():
-                body = Pages(store).file(name)
-        finally:
-            store.close()
+        with open_board(self._path, read_only=True) as store, store.snapshot():
+            body = Pages(store).file(name)
         if body is not None:  # names that mean nothing are not kept
             self._made[name] = state, body
         return body
@@ -109,10 +106,9 @@ def export(path: Path, directory: Path) -> int:
         raise UserError(
             f"{directory} holds other things; give an empty folder, or one of an earlier export", param="dir"
         )
-    store = LeaderboardStore(path, read_only=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with store.snapshot():
+        with open_board(path, read_only=True) as store, store.snapshot():
             pages, names = Pages(store), set[str]()
             for name in pages.names():
                 body = pages.file(name)
@@ -127,8 +123,6 @@ def export(path: Path, directory: Path) -> int:
         return len(names)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}", param="dir") from None
-    finally:
-        store.close()
 
 
 def _write(body: bytes, path: Path) -> None:

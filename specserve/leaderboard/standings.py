@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 
+from .entries import Cell, StoredCell, StoredModel, StoredTask
 from .pairs import AnsweredRow, judged_wins, metric_wins
 from .ratings import Rating, ratings_of
 from .scores import average
-from .store import Cell, LeaderboardStore, StoredCell, StoredModel, StoredTask
+from .store import LeaderboardStore
 
 BY_METRIC = "the tasks' metrics"
 

@@ -12,11 +12,23 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from ..errors import UserError
+from .entries import (
+    WHATS,
+    Cell,
+    KeptAnswer,
+    Model,
+    StoredCell,
+    StoredModel,
+    StoredTask,
+    Task,
+    TaskRow,
+    What,
+)
 
 SCHEMA_VERSION = 1
 _BUSY_S = 30.0
@@ -48,84 +60,19 @@ CREATE TABLE IF NOT EXISTS owners (
 ) WITHOUT ROWID
 """  # whose answers those under a hash are; boards that were begun without this table know it from their cells
 
-Kind = Literal["generate", "embed", "rerank", "classify"]
-What = Literal["task", "model"]
-WHATS: tuple[What, ...] = ("task", "model")
-
-
-class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows and how answers to them are judged. `floor` is a score that is worth nothing."""
-
-    kind: Kind
-    data: str
-    metric: str
-    rows: int | None = None  # the first so many; None: all
-    max_tokens: int = 512
-    system: str | None = None
-    floor: float = 0.0
-
-
-class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A base model and a LoRA of it, or none; the hashes are of what was run last."""
-
-    base: str
-    adapter: str | None = None
-    adapter_kind: Kind = "generate"
-
-
-class TaskRow(msgspec.Struct, frozen=True):
-    prompt_hash: str
-    prompt: str  # as people read it
-    gold: str
-
-
-class KeptAnswer(msgspec.Struct, frozen=True):
-    """`num_verified` are the tokens that verifications gave, the prompt's first token left out."""
-
-    text: str
-    finish_reason: str
-    num_tokens: int
-    num_verifications: int
-    num_verified: int
-    seconds: float  # of the engine, since the answer before
-    hardware: str
-
-
-class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """What one model is worth at one task; `row_scores` are of its rows in order, where they have any."""
-
-    score: float
-    row_scores: tuple[float, ...] = ()
-    metrics: dict[str, float]
-    num_rows: int
-    tokens_per_s: float | None = None
-    tokens_per_verification: float | None = None
-    hardware: str
-
-
-class StoredTask(msgspec.Struct, frozen=True):
-    number: int
-    name: str
-    data_hash: str
-    task: Task
-
-
-class StoredModel(msgspec.Struct, frozen=True):
-    number: int
-    name: str
-    model: Model
-
-
-class StoredCell(msgspec.Struct, frozen=True):
-    """`is_current` is False where the task's rows have changed since."""
-
-    cell: Cell
-    config_hash: str
-    is_current: bool
-    made_at: float
-
-
 Kept = TypeVar("Kept", Task, Model, Cell)
+
+
+@contextmanager
+def open_board(path: Path, *, create: bool = False, read_only: bool = False) -> Iterator[LeaderboardStore]:
+    """The store while it is used. What SQLite cannot do within, as on a full disk, is a `UserError` too."""
+    store = LeaderboardStore(path, create=create, read_only=read_only)
+    try:
+        yield store
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+    finally:
+        store.close()
 
 
 class LeaderboardStore:
@@ -148,7 +95,7 @@ class LeaderboardStore:
                 self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
                 self._prepare()
         except sqlite3.Error as error:
-            raise UserError(f"the leaderboard {path} cannot be used: {error}", param="board") from None
+            raise _unusable(path, error) from None
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -243,7 +190,10 @@ class LeaderboardStore:
     def remove(self, what: What, name: str) -> int:
         """With its scores, and the answers that no other task or model has; returns how many answers went."""
         with self.transaction():
-            (number,) = self._db.execute(f"SELECT number FROM {what}s WHERE name = ?", (name,)).fetchone()
+            found = self._db.execute(f"SELECT number FROM {what}s WHERE name = ?", (name,)).fetchone()
+            if found is None:
+                return 0
+            (number,) = found
             if what == "task":
                 own = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task = :number)"
                 others = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task != :number)"
@@ -303,6 +253,10 @@ class LeaderboardStore:
 
     def judges(self) -> list[str]:
         return [judge for (judge,) in self._db.execute("SELECT DISTINCT judge FROM judgments ORDER BY judge")]
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> UserError:
+    return UserError(f"the leaderboard {path} cannot be used: {error}", param="board")
 
 
 def _opened_to_read(path: Path) -> sqlite3.Connection:

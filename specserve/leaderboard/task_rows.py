@@ -16,7 +16,7 @@ import msgspec
 from ..errors import UserError
 from ..training.data.rows import Row, read_rows
 from ..training.evaluation.task_metrics import task_metrics
-from .store import Kind, Task, TaskRow
+from .entries import Kind, Task, TaskRow
 
 _MAIN = {"embed": "recall@10", "rerank": "mrr", "classify": "micro_f1"}
 _POOLED_METRICS = {

@@ -20,9 +20,10 @@ from waiting import wait_until
 from specserve.cli.main import exit_code_of
 from specserve.errors import UserError
 from specserve.leaderboard.candidates import candidate
+from specserve.leaderboard.entries import KeptAnswer, Model, Task, TaskRow
 from specserve.leaderboard.model_locks import ModelLocks
 from specserve.leaderboard.runner import prompts_of
-from specserve.leaderboard.store import KeptAnswer, LeaderboardStore, Model, Task, TaskRow
+from specserve.leaderboard.store import LeaderboardStore
 from specserve.training.evaluation import answers as answers_module
 from specserve.training.evaluation.task_metrics import task_metrics
 
@@ -306,6 +307,19 @@ def test_the_board_is_named_before_the_subcommand_or_behind_it(begun, tmp_path, 
         exit_code_of(["leaderboard", "show"]) == 2 and "no leaderboard leaderboard.sqlite3" in capsys.readouterr().err
     )
     assert list(tmp_path.glob("*.sqlite3")) == [begun.path]
+
+
+def test_a_board_that_is_damaged_or_full_is_one_line(begun, monkeypatch, capsys):
+    def is_full(*values):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LeaderboardStore, "put_owner", is_full)
+        assert begun.cli("run") == 2 and "cannot be used: database or disk is full" in capsys.readouterr().err
+    content = bytearray(begun.path.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)  # all pages but the first
+    begun.path.write_bytes(content)
+    assert begun.cli("show") == 2 and "cannot be used: database disk image is malformed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

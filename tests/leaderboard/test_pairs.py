@@ -9,6 +9,7 @@ import pytest
 from specserve.cli import teacher_options
 from specserve.leaderboard import judging
 from specserve.leaderboard import standings as standings_module
+from specserve.leaderboard.entries import KeptAnswer, Task, TaskRow
 from specserve.leaderboard.pairs import (
     AnsweredRow,
     asked_hash,
@@ -21,7 +22,7 @@ from specserve.leaderboard.pairs import (
 from specserve.leaderboard.ratings import ratings_of
 from specserve.leaderboard.scores import row_score
 from specserve.leaderboard.standings import rating_title
-from specserve.leaderboard.store import KeptAnswer, LeaderboardStore, Task, TaskRow
+from specserve.leaderboard.store import LeaderboardStore
 from specserve.leaderboard.table import lines_of
 from specserve.teachers import TeacherError
 from specserve.teachers.asks import Answer
