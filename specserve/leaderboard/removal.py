@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ..errors import UserError
 from .entries import WHATS
-from .model_locks import ModelLocks
-from .store import LeaderboardStore
+from .store import LeaderboardStore, model_locks
 
 
 def removed(store: LeaderboardStore, name: str, what: str | None = None) -> tuple[str, int]:
@@ -19,7 +18,7 @@ def removed(store: LeaderboardStore, name: str, what: str | None = None) -> tupl
     if what is None and len(found) > 1:
         raise UserError(f"{name!r} is a task and a model; say which one with --task or --model", param="name")
     (gone,) = [one for one in WHATS if one in found and what in (None, one)]
-    locks = ModelLocks(store.path)
+    locks = model_locks(store.path)
     try:
         for model in store.models():
             if (gone == "task" or model.name == name) and not locks.take(model.number):

@@ -15,10 +15,9 @@ from typing import Any
 from ..errors import UserError
 from .candidates import Candidate, candidate
 from .entries import KeptAnswer, StoredTask, TaskRow
-from .model_locks import ModelLocks
 from .pooled import pooled_cell
 from .scores import cell_of
-from .store import LeaderboardStore
+from .store import LeaderboardStore, model_locks
 from .task_rows import conversations, read_task, task_row
 
 Say = Callable[[str], None]
@@ -42,7 +41,7 @@ class LeaderboardRunner:
     def run(self, tasks: Sequence[str] = (), models: Sequence[str] = ()) -> Ran:
         """All cells, or those of the named `tasks` and `models`. Raises `UserError` for a name that is unknown."""
         wanted = self._refreshed(_named(self._store.tasks(), tasks, "task"))
-        locks = ModelLocks(self._store.path)
+        locks = model_locks(self._store.path)
         try:
             found = []
             for stored in _named(self._store.models(), models, "model"):

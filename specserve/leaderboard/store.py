@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from ..errors import UserError
+from ..teachers.range_locks import RangeLocks
 from .entries import (
     WHATS,
     Cell,
@@ -253,6 +254,11 @@ class LeaderboardStore:
 
     def judges(self) -> list[str]:
         return [judge for (judge,) in self._db.execute("SELECT DISTINCT judge FROM judgments ORDER BY judge")]
+
+
+def model_locks(board: Path) -> RangeLocks:
+    """Which models, by their numbers, processes work on; another process's locks end with it. Raises `OSError`."""
+    return RangeLocks(board.with_name(board.name + ".lock"))
 
 
 def _unusable(path: Path, error: sqlite3.Error) -> UserError:

@@ -21,9 +21,8 @@ from specserve.cli.main import exit_code_of
 from specserve.errors import UserError
 from specserve.leaderboard.candidates import candidate
 from specserve.leaderboard.entries import KeptAnswer, Model, Task, TaskRow
-from specserve.leaderboard.model_locks import ModelLocks
 from specserve.leaderboard.runner import prompts_of
-from specserve.leaderboard.store import LeaderboardStore
+from specserve.leaderboard.store import LeaderboardStore, model_locks
 from specserve.training.evaluation import answers as answers_module
 from specserve.training.evaluation.task_metrics import task_metrics
 
@@ -181,8 +180,8 @@ def test_an_adapter_without_its_description_is_refused(begun, model_dir, tmp_pat
 def test_two_processes_do_not_run_the_same_model(begun, model_dir, capsys):
     store = LeaderboardStore(begun.path)
     (model,) = store.models()
-    holder = "import sys; from pathlib import Path; from specserve.leaderboard.model_locks import ModelLocks\n"
-    holder += f"locks = ModelLocks(Path({str(begun.path)!r})); assert locks.take({model.number})\n"
+    holder = "import sys; from pathlib import Path; from specserve.leaderboard.store import model_locks\n"
+    holder += f"locks = model_locks(Path({str(begun.path)!r})); assert locks.take({model.number})\n"
     holder += "print('held', flush=True); sys.stdin.read()"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -196,7 +195,7 @@ def test_two_processes_do_not_run_the_same_model(begun, model_dir, capsys):
         assert begun.cli("add-model", "again", "--model", model_dir) == 0  # which may be changed meanwhile
         other.kill()
     assert answers_made(begun, capsys, "--model", "base")[0] == 6
-    locks = ModelLocks(begun.path)
+    locks = model_locks(begun.path)
     assert locks.take(model.number)
     locks.close()
     store.close()
