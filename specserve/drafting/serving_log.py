@@ -9,7 +9,6 @@ one, of an engine that was killed, is cut off by the next. Engines that share a 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,10 +18,12 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import UserError
+from ..file_lock import FileLock
 from ..whole_files import append_whole, cut_torn_end
 
 SUFFIX, OLD_SUFFIX = ".served", ".served.old"
@@ -78,7 +79,9 @@ class ServingLog:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._directory / _file_name(lora_hash, tenant)
         line = json.dumps(Served(at, prompt.tolist(), output.tolist())._asdict()).encode() + b"\n"
-        with _alone(self._directory):
+        with FileLock(self._directory) as lock:
+            with suppress(UserError):  # a file system without locks: there an engine has a folder to itself
+                lock.wait()
             size = path.stat().st_size if path.exists() else 0
             if size and size + len(line) > self._max_bytes // (2 * _SHARE):
                 os.replace(path, path.with_suffix(OLD_SUFFIX))
@@ -120,18 +123,6 @@ def read_served(directory: Path, lora_hash: str, key: str | None = None) -> list
         if header.get("lora_hash") == lora_hash and (key is None or _is_of(header.get("tenant"), key)):
             found += [Served(**line) for line in lines if line.keys() == set(Served._fields)]
     return sorted(found, key=lambda served: served.at)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Without other processes that write there, where the file system knows locks of folders."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _is_of(tenant: object, key: str) -> bool:
