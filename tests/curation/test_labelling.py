@@ -179,6 +179,13 @@ async def test_votes_are_found_again_by_the_text_alone(folder):
     assert (folder / "calls").read_text().splitlines() == [*TEXTS, "another fox", TEXTS[0]]
 
 
+async def test_an_output_that_cannot_be_written_is_found_out_before_anything_is_asked(folder):
+    (folder / "out.jsonl.report.json").mkdir()
+    with pytest.raises(UserError, match=r"out.jsonl.report.json would be written and is a folder"):
+        await label(read_label_file(written(folder, BEAST)))
+    assert not (folder / "calls").exists()
+
+
 async def test_a_function_that_was_changed_in_the_same_second_votes_anew(folder):
     """As long as before, so that no time and no size tells."""
     (folder / "functions.py").write_text("def first(text):\n    return 'fox'\n")
@@ -196,13 +203,13 @@ async def test_a_vote_that_does_not_fit_on_the_disk_is_taken_back(folder):
     spec = read_label_file(written(folder, BEAST))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (160, limits[1]))
         with pytest.raises(UserError, match=r"cannot write .*beast_fox-.*File too large"):
             await label(spec)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (votes,) = (folder / "out.jsonl.votes").iterdir()
-    assert votes.read_bytes().endswith(b"\n") and votes.read_bytes().count(b"\n") == 2
+    assert votes.read_bytes().endswith(b"\n") and votes.read_bytes().count(b"\n") == 3
     assert (await label(spec)).rows == 5
 
 

@@ -18,7 +18,7 @@ import msgspec
 from ...errors import UserError
 from ...teachers import Budget, Teacher, TeacherSpec, open_teacher
 from ...whole_files import replace_file
-from ..held_output import held
+from ..held_output import check_writable, held
 from ..progress import progress
 from .asked import PromptFunction
 from .classifiers import ClassifierFunction, Classifiers
@@ -72,6 +72,8 @@ async def _labelled(
     num_texts: int | None,
 ) -> Labelled:
     texts = read_texts(spec, num_texts)
+    num_bytes = Path(spec.data).stat().st_size  # about what the rows will have
+    check_writable(Path(spec.output), [Path(spec.output + REPORT_SUFFIX)], num_bytes, "output")
     votes: dict[str, dict[str, list[Vote]]] = {name: {} for name in spec.questions}
     warnings: list[str] = []
     async with AsyncExitStack() as stack:
