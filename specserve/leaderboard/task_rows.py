@@ -31,7 +31,7 @@ def named_task(data: Path, metric: str | None, **fields: Any) -> tuple[Task, str
     task = Task(data=str(data.resolve()), metric="", **fields)
     _, rows = read_task(task)
     task = msgspec.structs.replace(task, metric=metric_of(task.kind, metric, rows))
-    return task, read_task(task)[0], rows
+    return task, *read_task(task)  # of one reading, should the file change
 
 
 def read_task(task: Task) -> tuple[str, list[TaskRow]]:

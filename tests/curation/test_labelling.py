@@ -203,7 +203,7 @@ async def test_a_vote_that_does_not_fit_on_the_disk_is_taken_back(folder):
     spec = read_label_file(written(folder, BEAST))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (160, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (165, limits[1]))
         with pytest.raises(UserError, match=r"cannot write .*beast_fox-.*File too large"):
             await label(spec)
     finally:

@@ -148,7 +148,7 @@ def test_a_board_on_a_disk_that_cannot_be_written_is_shown(ran):
         os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())
         try:
             store = LeaderboardStore(root / "board.sqlite3", read_only=True)
-            assert b"Ratings by" in Pages(store).file("index.html")
+            assert b'"by": "the tasks' in Pages(store).file("board.json")
             store.close()
             LeaderboardSite(root / "board.sqlite3")
             with pytest.raises(UserError, match="cannot be used: attempt to write a readonly database"):
