@@ -12,10 +12,10 @@ from typing import Any
 
 from ...errors import UserError
 from ...training.data.rows import parse_object, row_texts
+from ...training.data.text_identity import text_key
 from ...training.pooling.rows import ClassifyRow, read_pooling_rows
 from ..contamination import HeldOut, Match
 from ..synthesis.seeds import read_held_out
-from ..text_identity import text_key
 from .label_file import LabelFile
 from .report import Known
 from .rows import prompt_of
