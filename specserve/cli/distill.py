@@ -131,6 +131,8 @@ def distill(**params: Any) -> int:
     for line in summary.lines():
         click.echo(line, err=True)
     click.echo(f"{run.plan.out} is written, and {run.plan.summary_file.name} beside it", err=True)
+    if refused := summary.dropped.get("refused or empty"):
+        click.echo(f"{refused} prompts were refused, which is kept; --teacher-retry-refused asks again", err=True)
     if summary.asks_failed:
         click.echo(f"{summary.asks_failed} asks failed: remove {run.plan.out} to ask these again", err=True)
     return 1 if summary.asks_failed else 0

@@ -142,8 +142,9 @@ class AnswerCache:
         return num
 
     def close(self) -> None:
+        """Hold the file to its size; where that fails, as on a full disk, another run does it."""
         try:
-            with self._errors():
+            with contextlib.suppress(sqlite3.Error, UserError):
                 self._note_used()
                 if self._max_bytes is not None and self._locks.take(_OPEN):
                     self._trim(self.num_bytes - self._max_bytes)

@@ -170,6 +170,17 @@ async def test_asks_that_failed_are_exit_code_1(command, capsys):
     assert "dropped: 1 the teacher failed" in told and "1 asks failed: remove" in told and command.out.exists()
 
 
+async def test_refusals_are_told_and_no_failure(command, capsys):
+    refusal = {"choices": [{"message": {"refusal": "I will not"}, "finish_reason": "stop"}]}
+    command.fake.respond = lambda body, number: refusal if number == 3 else echo(body)
+    for _ in range(2):
+        assert await command.run("--accept-teacher-terms") == 0
+        assert "1 prompts were refused, which is kept; --teacher-retry-refused asks again" in capsys.readouterr().err
+        command.out.unlink()
+    assert await command.run("--teacher-retry-refused") == 0
+    assert "refused" not in capsys.readouterr().err and len(command.fake.bodies) == NUM_PROMPTS + 1
+
+
 async def test_ctrl_c_keeps_answers(command, capsys, monkeypatch):
     shown = answers.show_cost
 

@@ -106,6 +106,15 @@ def test_nothing_is_removed_under_another_program(tmp_path):
     assert left(tmp_path) == [1]
 
 
+def test_a_file_that_cannot_be_held_to_its_size_costs_no_run(tmp_path):
+    cache = AnswerCache(tmp_path, max_bytes=0)
+    cache.put("1", "teacher", LONG)
+    assert cache.get("1", Reply) == LONG
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute("DROP TABLE replies")
+    cache.close()
+
+
 def test_answers_are_cleared_by_teacher_and_by_age(tmp_path):
     cache = AnswerCache(tmp_path)
     for number in range(4):
