@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_complete, open_adapter
 from ..adapter_kinds import AdapterType
 from ..errors import AdapterError
 from .peft_config import decode_config
 from .pooling_config import SCORE, adapter_type_of, read_pooling_config
+
+
+def adapter_type_at(directory: Path) -> AdapterType:
+    """Of the adapter in `directory`. Raises `AdapterError`."""
+    with open_adapter(directory, directory.name) as files:
+        check_complete(files, directory, directory.name)
+        return adapter_type_in(directory.name, files.paths)
 
 
 def adapter_type_in(name: str, paths: Mapping[str, Path]) -> AdapterType:

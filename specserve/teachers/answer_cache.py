@@ -137,7 +137,7 @@ class AnswerCache:
         with self._errors():
             query = "DELETE FROM replies WHERE used_at <= ? AND ifnull(?, teacher) = teacher"
             num = self._db.execute(query, (time.time() - unused_s, teacher)).rowcount
-            self._db.execute("VACUUM")
+            self._give_back_pages()
         self._locks.take(_OPEN, shared=True)
         return num
 
@@ -171,7 +171,13 @@ class AnswerCache:
         if gone:
             with self._transaction():
                 self._db.executemany("DELETE FROM replies WHERE rowid = ?", gone)
-            self._db.executescript("PRAGMA incremental_vacuum")  # steps to its end, which execute does not
+            self._give_back_pages()
+
+    def _give_back_pages(self) -> None:
+        """To the disk; an older file has to be made again for that."""
+        (is_incremental,) = self._db.execute("PRAGMA auto_vacuum").fetchone()
+        # A script runs to its end, where `execute` takes one step, which frees one page.
+        self._db.executescript("PRAGMA incremental_vacuum" if is_incremental else "VACUUM")
 
     def _wait_for_others(self) -> None:
         """Until nobody is removing anything."""
@@ -186,7 +192,7 @@ class AnswerCache:
             if "used_at" not in {row[1] for row in self._db.execute("PRAGMA table_info(replies)")}:
                 for statement in _OLDER:
                     self._db.execute(statement)
-        self._db.execute("CREATE INDEX IF NOT EXISTS replies_by_use ON replies (used_at, num_bytes)")
+        self._db.execute("CREATE INDEX IF NOT EXISTS replies_by_use ON replies (used_at, num_bytes, teacher)")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

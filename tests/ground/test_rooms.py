@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loadgen": {"ground"},
     "ray": {"ground", "model", "server"},
     "teachers": {"ground", "model", "text", "chat", "adapters", "llm"},
-    "curation": {"ground", "text", "chat", "grammar", "model", "llm", "teachers", "training"},
+    "curation": {"ground", "text", "chat", "grammar", "model", "adapters", "llm", "teachers", "training"},
     "leaderboard": {"ground", "model", "text", "adapters", "teachers", "training"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -58,6 +58,7 @@ def test_a_file_of_before_there_was_a_limit_is_read(tmp_path):
         older.execute("INSERT INTO replies VALUES ('hash', 'teacher', ?)", (data,))
     cache = AnswerCache(tmp_path)
     assert cache.get("hash", Reply) == Reply((), 1, 2) and cache.kept() == [KeptOf("teacher", 1, len(data), 0.0)]
+    assert cache.clear() == 1 and cache.num_bytes < 40_000
 
 
 LONG = Reply((Answer("x" * 10_000, "stop", 1, 1),), 1, 1)

@@ -73,6 +73,8 @@ def synthesize(options: Options, spec: TeacherSpec, budget: Budget, say: Say) ->
     if len(seeds.pairs) == 1:
         say("there is one seed: what comes will be much like it; a few more that differ make better rows")
     judge = Judge(seeds, read_held_out(options.held_out), options.near, _limits(options))
+    if options.embedder is not None:
+        _check_embedder(options.embedder, options.model)
     settings = _settings(options, seeds, spec.name)
     review = review_of(options.out)
     _check_out(options)
@@ -177,6 +179,21 @@ def _limits(options: Options) -> Limits:
 
     tokenizer = TextTokenizer(resolve_model(options.model))
     return Limits(options.min_tokens, options.max_tokens, lambda text: len(tokenizer.encode_literal(text)))
+
+
+def _check_embedder(adapter: Path, model: str) -> None:
+    """Raises `UserError` for what the report could not be made with at the end."""
+    from ...adapters.kind import adapter_type_at
+    from ...model.store import resolve_model
+
+    if not adapter.is_dir():
+        raise UserError(f"--embedder {adapter} is no folder of an adapter", param="embedder")
+    if (kind := adapter_type_at(adapter)) != "embed":
+        raise UserError(
+            f"--embedder {adapter} is for {kind!r} (adapter_type); the spread of topics is measured by one that embeds",
+            param="embedder",
+        )
+    resolve_model(model)
 
 
 def _embedder(adapter: Path, model: str) -> Embed:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from peft_adapters import make_peft_adapter
 from places import ROOT
 from safetensors.torch import load_file, save_file
 from served_poolers import EMBEDDER, make_pooling_adapter
@@ -45,5 +46,8 @@ def test_the_report_has_the_spread_of_topics_where_an_adapter_embeds(place, tiny
     embedder = make_pooling_adapter(tiny, place.path / "embedder", config=EMBEDDER)
     code, out, err = place.run("--embedder", embedder, "--model", tiny, rows=4)
     assert code == 0 and "spread of topics" in out, err
+    alpha = make_peft_adapter(tiny, place.path / "alpha", r=4)
+    code, _, err = place.run("--embedder", alpha, "--model", tiny, rows=4, out="other.jsonl")
+    assert code == 2 and "is for 'generate' (adapter_type)" in err and not (place.path / "other.jsonl").exists()
     diversity = place.lines("rows.report.json")[0]["diversity"]
     assert 0 < diversity["rows"]["topic_spread"] < 2 and 0 < diversity["seeds"]["topic_spread"] < 2

@@ -338,6 +338,17 @@ def test_a_report_that_cannot_be_written_is_told_before_anything_is_asked(place)
     assert code == 2 and "rows.report.json would be written and is a folder" in err and not place.endpoint.bodies
 
 
+@pytest.mark.parametrize(
+    ("config", "told"), [(None, "is no folder of an adapter"), ({"r": 8}, "has no adapter_model.safetensors")]
+)
+def test_an_embedder_that_is_none_is_told_before_anything_is_asked(place, config, told):
+    if config is not None:
+        (place.path / "embedder").mkdir()
+        place.write("embedder/adapter_config.json", json.dumps(config))
+    code, _, err = place.run("--embedder", place.path / "embedder")
+    assert code == 2 and told in err and err.count("\n") == 1 and not place.endpoint.bodies
+
+
 def test_one_seed_is_enough_and_is_remarked_on(place):
     place.seeds(place.lines("seeds.jsonl")[:1])
     code, _, err = place.run(rows=3)
