@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..contamination import HeldOut
+from ..synthesis.diversity import MAX_TEXTS, sampled
 from ..synthesis.seeds import read_held_out
 from .choosing import Chosen
 from .prompts import Prompt
@@ -19,7 +20,8 @@ def without_held_out(prompts: Sequence[Prompt], files: Sequence[Path]) -> tuple[
     """The prompts that are like no row of `files`, and the others as dropped. Raises `UserError`."""
     if not files:
         return list(prompts), []
-    held_out = HeldOut(read_held_out(files), [prompt.text for prompt in prompts])
+    of_task = sampled([prompt.text for prompt in prompts], MAX_TEXTS)
+    held_out = HeldOut(read_held_out(files), of_task)
     left, dropped = list[Prompt](), list[Chosen]()
     for prompt in prompts:
         if (match := held_out.match(prompt.text)) is None:
