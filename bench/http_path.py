@@ -29,20 +29,22 @@ import msgspec
 from specserve.config import EngineConfig, ServeConfig
 from specserve.frames import encode_frame, read_frame, to_engine_decoder
 from specserve.messages import (
-    SNAPSHOT,
     Abort,
     Delta,
     EngineInfo,
-    EngineStats,
     GenerateRequest,
     GetStats,
     Heartbeat,
     Shutdown,
-    Stats,
     Usage,
 )
 from specserve.own_modules import module_command
 from specserve.server.app import Server
+from specserve.stats_messages import (
+    SNAPSHOT,
+    EngineStats,
+    Stats,
+)
 from specserve.text.special_tokens import eos_token_ids
 
 from . import common, options

@@ -34,10 +34,12 @@ from .messages import (
     PrioritizeLoads,
     RequestFailed,
     Shutdown,
-    Stats,
     UnloadAdapter,
 )
 from .pooling_messages import Pooled, PoolRequest
+from .stats_messages import (
+    Stats,
+)
 
 ToEngine = (
     GenerateRequest

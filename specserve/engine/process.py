@@ -35,7 +35,6 @@ from ..grammar.grammar import CompiledGrammar
 from ..log_lines import configure_logging
 from ..messages import (
     BACKGROUND_PRIORITY,
-    SNAPSHOT,
     Abort,
     AdaptersLeft,
     AdapterStates,
@@ -51,10 +50,13 @@ from ..messages import (
     PrioritizeLoads,
     RequestFailed,
     Shutdown,
-    Stats,
     UnloadAdapter,
 )
 from ..pooling_messages import AnyRequest, PoolRequest
+from ..stats_messages import (
+    SNAPSHOT,
+    Stats,
+)
 from .adapter_loads import AdapterLoads
 from .engine import Engine
 from .server_link import NewestStep, ServerLink

@@ -17,12 +17,21 @@ from typing import Any
 
 from ..config import ServeConfig
 from ..errors import EngineDeadError
-from ..messages import Abort, Delta, EngineStats, GenerateRequest, RequestFailed, Stats
+from ..messages import (
+    Abort,
+    Delta,
+    GenerateRequest,
+    RequestFailed,
+)
 from ..pooling_messages import Pooled, PoolRequest
 from ..server.engine_client.client import RESTART_PATIENCE_S, engine_command
 from ..server.engine_client.link import EngineLink
 from ..server.engine_client.supervisor import EngineSupervisor
 from ..server.served_engine import process_settings
+from ..stats_messages import (
+    EngineStats,
+    Stats,
+)
 from .wire import Greeting, encode, to_replica_decoder
 
 MAX_AWAY_S = 120.0  # that an engine may need to be started again before the replica counts as broken

@@ -13,7 +13,13 @@ from typing import Any
 
 import msgspec
 
-from ..messages import AdapterState, EngineInfo, EngineStats
+from ..messages import (
+    AdapterState,
+    EngineInfo,
+)
+from ..stats_messages import (
+    EngineStats,
+)
 
 MAX_RECENT_STEPS = 256
 _OF_ONE = {"cost_table"}  # the first one's

@@ -20,11 +20,21 @@ import msgspec
 
 from ..config import ServeConfig
 from ..errors import EngineDeadError, EngineLostError, OverloadedError, UserError
-from ..messages import AdapterInfo, AdapterLoaded, AdapterState, Delta, EngineInfo, EngineStats, GenerateRequest
+from ..messages import (
+    AdapterInfo,
+    AdapterLoaded,
+    AdapterState,
+    Delta,
+    EngineInfo,
+    GenerateRequest,
+)
 from ..pooling_messages import Pooled, PoolRequest
 from ..server.engine_client.client import RESTART_PATIENCE_S
 from ..server.engine_client.serving_engine import ReplicaState
 from ..server.engine_client.supervisor import STOPPED, State
+from ..stats_messages import (
+    EngineStats,
+)
 from .copies import Copies
 from .expected_cost import ExpectedCost
 from .holders import Holders

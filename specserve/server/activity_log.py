@@ -10,8 +10,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from ..messages import Delta, EngineStats, Usage
+from ..messages import (
+    Delta,
+    Usage,
+)
 from ..pooling_messages import Pooled
+from ..stats_messages import (
+    EngineStats,
+)
 
 logger = logging.getLogger(__name__)
 SUMMARY_EVERY_S = 10.0

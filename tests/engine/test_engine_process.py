@@ -43,10 +43,12 @@ from specserve.messages import (
     LoadAdapter,
     RequestFailed,
     Shutdown,
-    Stats,
     UnloadAdapter,
 )
 from specserve.pooling_messages import Pooled
+from specserve.stats_messages import (
+    Stats,
+)
 
 
 def receive(sock):

@@ -8,11 +8,14 @@ import logging
 import msgspec
 import pytest
 
-from specserve.messages import AdapterDrafts, EngineStats
 from specserve.server.activity_log import summarize, summary
 from specserve.server.metrics import metrics as metrics_module
 from specserve.server.metrics.families import Families, observe_each
 from specserve.server.metrics.metrics import Metrics
+from specserve.stats_messages import (
+    AdapterDrafts,
+    EngineStats,
+)
 
 
 def stats(drafts: list[AdapterDrafts]) -> EngineStats:

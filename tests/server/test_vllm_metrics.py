@@ -6,8 +6,16 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from specserve.messages import AdapterRequests, Delta, EngineInfo, EngineStats, Usage
+from specserve.messages import (
+    Delta,
+    EngineInfo,
+    Usage,
+)
 from specserve.server.metrics.metrics import Metrics
+from specserve.stats_messages import (
+    AdapterRequests,
+    EngineStats,
+)
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2], "avx2", 64, 256)
 STATS = msgspec.structs.replace(

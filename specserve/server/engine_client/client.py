@@ -18,7 +18,6 @@ import msgspec
 from ...config import EngineConfig
 from ...errors import EngineDeadError, EngineLostError, UserError, from_info
 from ...messages import (
-    SNAPSHOT,
     Abort,
     AdapterInfo,
     AdapterLoaded,
@@ -29,7 +28,6 @@ from ...messages import (
     CallFailed,
     Delta,
     EngineInfo,
-    EngineStats,
     ForsakeLoads,
     GenerateRequest,
     GetAdapters,
@@ -38,12 +36,16 @@ from ...messages import (
     PinAdapter,
     PrioritizeLoads,
     RequestFailed,
-    Stats,
     UnloadAdapter,
     joined,
 )
 from ...own_modules import module_command
 from ...pooling_messages import Pooled, PoolRequest
+from ...stats_messages import (
+    SNAPSHOT,
+    EngineStats,
+    Stats,
+)
 from .link import EngineLink, Link
 from .serving_engine import ReplicaState
 from .supervisor import STOPPED, EngineSupervisor, State

@@ -8,8 +8,18 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...messages import AdapterInfo, AdapterLoaded, AdapterState, Delta, EngineInfo, EngineStats, GenerateRequest
+from ...messages import (
+    AdapterInfo,
+    AdapterLoaded,
+    AdapterState,
+    Delta,
+    EngineInfo,
+    GenerateRequest,
+)
 from ...pooling_messages import Pooled, PoolRequest
+from ...stats_messages import (
+    EngineStats,
+)
 from .supervisor import State
 
 

@@ -8,7 +8,10 @@ from typing import Literal
 
 import msgspec
 
-from ...messages import CostTable, RecentStep
+from ...stats_messages import (
+    CostTable,
+    RecentStep,
+)
 
 EngineStatus = Literal["running", "starting", "restarting", "stopped"]
 

@@ -15,7 +15,10 @@ from places import FIXTURES, ROOT
 
 from specserve.config import EngineConfig, ServeConfig
 from specserve.errors import OverloadedError, ShuttingDownError
-from specserve.messages import AdapterDrafts, AdapterRequests, EngineInfo, EngineStats, LookaheadInfo
+from specserve.messages import (
+    EngineInfo,
+    LookaheadInfo,
+)
 from specserve.server.access.caller import Caller
 from specserve.server.access.keys import KeyRing
 from specserve.server.engine_client.client import EngineClient
@@ -24,6 +27,11 @@ from specserve.server.stats import snapshot as snapshot_module
 from specserve.server.stats.feed import StatsFeed
 from specserve.server.stats.snapshot import StatsSource
 from specserve.server.stats.types import StatsResponse
+from specserve.stats_messages import (
+    AdapterDrafts,
+    AdapterRequests,
+    EngineStats,
+)
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2], "avx2", 64, 4096)
 DRAFTS = [
