@@ -1,6 +1,6 @@
 """What the server and the engine process say to each other.
 
-`frames.py` has which of it a frame on the socket may hold, either way; `pooling_messages.py` what is said of pooling, and
+`frames.py` has which of it a frame may hold, either way; `pooling_messages.py` what is said of pooling, and
 `stats_messages.py` of the engine itself. Everything here is plain values; neither side shares objects with the other.
 Validation of user input happens in the server; the engine trusts these ranges except where it says that it checks.
 """

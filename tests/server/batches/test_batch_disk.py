@@ -1,0 +1,221 @@
+"""Batches and their disk: full ones, inputs that go or change, folders that others use; nothing answered is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+
+import pytest
+from batch_setup import MIB, Setup
+from msgspec.structs import replace
+from waiting import until
+
+from specserve.errors import UserError
+from specserve.server.batches.disk import BatchDir
+from specserve.server.batches.room import DiskFullError
+from specserve.server.batches.store import BatchStore
+from specserve.server.batches.types import BatchUsage
+
+
+async def test_an_answer_waits_for_room_on_the_disk_and_is_not_computed_again(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    async with setup(max_bytes=20_000) as made:
+        opened = made.add(12)
+        other = made.store.folder.incoming()
+        other.write(b"x" * (20_000 - made.store.folder.room.num_bytes - 500))
+        lead = made.worker.begin(opened)
+        await until(lambda: opened.batch.id in made.worker.problems)
+        assert "--batch-disk-gib" in made.worker.problems[opened.batch.id]
+        assert (await made.batch(opened)).status == "in_progress"
+        made.store.folder.room.max_bytes = MIB
+        await lead
+        batch = await made.batch(opened)
+        assert batch.request_counts.completed == 12 and len(made.lines(batch.output_file_id)) == 12
+        assert set(made.asked.values()) == {1} and opened.batch.id not in made.worker.problems
+        other.close()
+
+
+async def test_a_batch_whose_answers_can_never_fit_ends_with_those_that_do(setup):
+    async with setup(max_bytes=6000) as made:
+        (batch,) = await made.run(made.add(30))
+        assert batch.status == "failed" and not made.store.open_batches() and not made.worker.problems
+        (error,) = batch.errors.data
+        assert error.code == "batch_too_large" and "--batch-disk-gib" in error.message
+        lines = made.lines(batch.output_file_id)
+        assert 0 < len(lines) == batch.request_counts.completed == 30 - batch.request_counts.failed
+        (after,) = await made.run(made.add(2))
+        assert after.status == "completed"
+
+
+async def test_what_keeps_a_batch_from_going_on_names_no_path(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    async with setup() as made:
+        opened, place = made.add(1), made.store.folder.path / "incoming"
+        place.rename(place.with_name("elsewhere"))
+        lead = made.worker.begin(opened)
+        await until(lambda: opened.batch.id in made.worker.problems)
+        assert made.worker.problems[opened.batch.id] == "waits for its disk: No such file or directory"
+        place.with_name("elsewhere").rename(place)
+        await lead
+        assert (await made.batch(opened)).status == "completed"
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while its rows run", "before it goes on", "changed"])
+async def test_an_input_that_was_removed_by_hand_ends_its_batch_with_the_reason(setup, monkeypatch, when):
+    monkeypatch.setattr("specserve.server.batches.worker.READ_ROWS", 2)
+    gate = asyncio.Semaphore(2)
+
+    async def slow(value):
+        await gate.acquire()
+
+    async with setup(answer=slow, places=lambda: 2) as made:
+        opened = made.add(6)
+        path = made.store.folder.file(opened.batch.input_file_id)
+        if when == "before it is read":
+            path.unlink()
+        lead = made.worker.begin(opened)
+        if when != "before it is read":
+            await until(lambda: made.asked.total() == 4)
+            await made.worker.stop()
+            if when == "changed":
+                path.write_text('{"custom_id": "0"}\n' * 6)
+            elif when == "before it goes on":
+                path.unlink()
+            (opened,) = made.store.open_batches()
+            lead = made.worker.begin(opened)
+            if when == "while its rows run":
+                await until(lambda: made.places.num_held == 2)
+                await made.worker.cancel("me", opened.batch.id)
+                path.unlink()
+            for _ in range(6):
+                gate.release()
+        await lead
+        batch = await made.batch(opened)
+        code = "input_file_changed" if when == "changed" else "input_file_missing"
+        assert [error.code for error in batch.errors.data] == [code] and str(path) not in batch.errors.data[0].message
+        assert batch.status == ("cancelled" if when == "while its rows run" else "failed")
+        assert not made.worker.problems and not made.store.open_batches()
+        assert len(made.lines(batch.output_file_id)) == batch.request_counts.completed
+        assert when == "before it is read" or batch.request_counts.completed >= 2
+
+
+async def test_an_input_on_a_disk_that_is_away_is_waited_for(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    async with setup() as made:
+        opened, place = made.add(1), made.store.folder.path / "files"
+        place.rename(place.with_name("elsewhere"))
+        lead = made.worker.begin(opened)
+        await until(lambda: opened.batch.id in made.worker.problems)
+        place.with_name("elsewhere").rename(place)
+        await lead
+        assert (await made.batch(opened)).status == "completed"
+
+
+def test_a_full_disk_changes_nothing(tmp_path):
+    store = BatchStore(BatchDir(tmp_path, MIB))
+    made = Setup.__new__(Setup)
+    made.store = store
+    opened = made.add(1)
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+    before, used = store.current(opened.number), store.folder.room.num_bytes
+    with pytest.raises(DiskFullError, match="disk"):
+        store.add_answer(opened, 1, b"x" * 100_000, False, before.usage)
+    assert store.current(opened.number) == before and store.folder.room.num_bytes == used
+    assert store.answered_lines(opened.number) == set()
+    store._db.execute("PRAGMA max_page_count = 1000000").fetchall()
+    for _ in range(2):  # the second time the row has its answer
+        store.add_answer(opened, 1, b"x" * 100_000, False, before.usage)
+    assert store.current(opened.number).request_counts.completed == 1
+    store.close()
+
+
+class Cursed:
+    """A connection that fails, as on a full disk, at statements that begin with `word`."""
+
+    def __init__(self, db, word):
+        self._db, self.word = db, word
+
+    def __getattr__(self, name):
+        return getattr(self._db, name)
+
+    def execute(self, query, *values):
+        if query.startswith(self.word):
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return self._db.execute(query, *values)
+
+
+async def test_a_disk_that_is_full_at_the_last_moment_changes_nothing_and_ends_nothing(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    monkeypatch.setattr("specserve.server.batches.worker.TIDY_EVERY_S", 0.01)
+    async with setup() as made:
+        opened = made.add(2)
+        used = made.store.folder.room.num_bytes
+        made.store._db.connection = db = Cursed(made.store._db.connection, "COMMIT")
+        for _ in range(3):
+            with pytest.raises(DiskFullError):
+                made.store.add_answer(opened, 1, b"x" * 1000, False, BatchUsage())
+        assert made.store.folder.room.num_bytes == used
+        db.word = "DELETE"
+        unused = made.store.folder.incoming()
+        unused.finish()
+        made.store.add_file("me", unused, "old.jsonl", 3600)
+        with pytest.raises(DiskFullError):
+            made.store.delete_file("me", unused.id)
+        made.now += 3000
+        opened = made.add(2)
+        made.now += 1000
+        await made.worker.start()
+        await asyncio.sleep(0.05)
+        db.word = "PRAGMA incremental_vacuum"
+        await until(lambda: not made.store.folder.file(unused.id).exists())  # tidied when there was room again
+        await until(lambda: not made.store.open_batches())
+        batch = await made.batch(opened)
+        assert batch.status == "completed" and len(made.lines(batch.output_file_id)) == 2 and not made.worker.problems
+
+
+def test_a_batch_whose_input_was_just_deleted_is_none(tmp_path):
+    made = Setup.__new__(Setup)
+    made.store = BatchStore(BatchDir(tmp_path, MIB))
+    batch = made.add(1).batch
+    made.store.end(made.store.open_batches()[0], lambda batch: None, {})
+    assert made.store.delete_file("me", batch.input_file_id)
+    assert made.store.add_batch("me", replace(batch, id="batch_late"), 3600) is None
+    assert not made.store.open_batches()
+    made.store.close()
+
+
+def test_old_files_and_batches_go_and_their_bytes_with_them(tmp_path):
+    now = [0.0]
+    store = BatchStore(BatchDir(tmp_path, MIB), lambda: now[0])
+    made = Setup.__new__(Setup)
+    made.store = store
+    opened = made.add(2)
+    now[0] = 4000.0
+    store.forget_old()
+    assert store.folder.file(opened.batch.input_file_id).exists()  # a batch reads it
+    store.end(opened, lambda batch: None, {})
+    store.forget_old()
+    assert not store.folder.file(opened.batch.input_file_id).exists() and store.folder.room.num_bytes == 0
+    assert store.batch("me", opened.batch.id) is not None
+    now[0] += 31 * 86400
+    store.forget_old()
+    assert store.batch("me", opened.batch.id) is None
+    store.close()
+
+
+def test_a_folder_is_of_one_process_and_foreign_files_in_it_stay(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "thesis.txt").write_text("mine")
+    store = BatchStore(BatchDir(tmp_path, MIB))
+    with pytest.raises(UserError, match="another process"):
+        BatchDir(tmp_path, MIB)
+    store.close()
+    assert (tmp_path / "files" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "state.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match=r"state\.sqlite3"):
+        BatchStore(BatchDir(tmp_path, MIB))
+    with pytest.raises(UserError, match="batch-dir"):
+        BatchDir(tmp_path / "state.sqlite3" / "below", MIB)
