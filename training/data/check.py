@@ -6,7 +6,7 @@ Reads and prints; changes nothing. Unlike a run it does not stop at the first ba
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ...text.tokenizer import TextTokenizer
 from ..preflight import settled
 from ..run_config import RunConfig
 from .dataset import Example, RowEncoder, shared_prompts
-from .near_rows import NearRows, lines_of, near_rows, text_of
+from .near_rows import near_report, text_of
 from .rows import parse_row, row_texts
 
 _SHOWN = 5
@@ -111,25 +111,12 @@ def report_data(config: RunConfig) -> int:
         click.echo(f"fields that are not read: {fields}")
     report = check_data(train, held_out, config.data.max_len)
     click.echo(format_report(report, config.data.max_len))
-    for said in _near_lines(report, texts, held_texts):
-        click.echo(said)
+    repeated, shared = ({line for line, _ in pairs} for pairs in (report.duplicates, report.overlap))
+    click.echo("\n".join(near_report(texts, held_texts, repeated, shared)))
     for example in train[:3]:
         click.echo(f"\nline {example.line}, loss only on what stands between [[ and ]]:")
         click.echo(shown_as_trained(example, tokenizer))
     return report.num_problems + len(bad)
-
-
-def _near_lines(report: DataReport, texts: dict[int, str], held_texts: dict[int, str]) -> Iterator[str]:
-    """Of rows that the report has not named as repeated or held out."""
-    repeated, shared = {line for line, _ in report.duplicates}, {line for line, _ in report.overlap}
-    own = {line: text for line, text in texts.items() if line not in repeated}
-    try:
-        found = near_rows(own, held_texts)
-    except UserError as error:
-        yield str(error)
-        return
-    found = NearRows(found.within, [pair for pair in found.held_out if pair.line not in shared])
-    yield from lines_of(found, own, held_texts)
 
 
 def read_examples(

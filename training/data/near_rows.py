@@ -7,10 +7,11 @@ Owns what of a row is compared, all that its messages say, and how pairs are sho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from ...errors import UserError
 from .near_duplicates import DEFAULT_THRESHOLD, NearDuplicates
 from .row_messages import Conversation
 from .text_identity import common_shingles
@@ -62,6 +63,20 @@ def near_rows(train: Mapping[int, str], held_out: Mapping[int, str]) -> NearRows
         else:
             earlier.add(str(line), text)
     return found
+
+
+def near_report(
+    train: Mapping[int, str], held_out: Mapping[int, str], repeated: Collection[int], shared: Collection[int]
+) -> list[str]:
+    """Lines of a report on texts by their lines; training rows that repeat an earlier one, or are held out as they are,
+    were named before."""
+    own = {line: text for line, text in train.items() if line not in repeated}
+    try:
+        found = near_rows(own, held_out)
+    except UserError as error:
+        return [str(error)]
+    found = NearRows(found.within, [pair for pair in found.held_out if pair.line not in shared])
+    return list(lines_of(found, own, held_out))
 
 
 def lines_of(found: NearRows, train: Mapping[int, str], held_out: Mapping[int, str]) -> Iterator[str]:

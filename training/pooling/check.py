@@ -14,8 +14,9 @@ from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...text.tokenizer import TextTokenizer
 from ..data.check import histogram
+from ..data.near_rows import near_report
 from ..run_config import RunConfig
-from .examples import ClassifyExample, ExampleEncoder, PoolingExample
+from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample, RerankExample, Tokens
 from .prepare import check_sections, overlap_warning, questions_for, settled_pooling, shape_of
 from .questions import left_out
 from .rows import PoolingRow, PoolingTask, all_pooling_rows
@@ -68,6 +69,13 @@ def report_pooling_data(config: RunConfig) -> int:
     click.echo(f"rows that repeat an earlier one: {len(repeats)}" + (f" ({shown})" if repeats else ""))
     overlap = overlap_warning(examples, held_out)
     click.echo(overlap[0] if overlap else "training rows that are held-out too: 0")
+    texts, held_texts = (
+        {e.line: "\n".join(tokenizer.decode(text) for text in _about(e)) for e in given}
+        for given in (examples, held_out)
+    )
+    known = {tuple(e.texts) for e in held_out}
+    repeated, shared = {line for line, _ in repeats}, {e.line for e in examples if tuple(e.texts) in known}
+    click.echo("\n".join(near_report(texts, held_texts, repeated, shared)))
     rare = left_out(rows, questions) if task == "classify" else {}  # type: ignore[arg-type]
     for idx, question in enumerate(questions):
         answered = sum(e.targets[idx] is not None for e in cast(list[ClassifyExample], examples))
@@ -84,6 +92,15 @@ def _say(bad: Sequence[UserError]) -> int:
         click.echo(f"bad row: {error}")
     click.echo(f"bad rows: {len(bad)}")
     return len(bad)
+
+
+def _about(example: PoolingExample) -> tuple[Tokens, ...]:
+    """What makes two rows alike; documents that answer nothing stand in many rows."""
+    if isinstance(example, EmbedExample):
+        return example.query, example.positive
+    if isinstance(example, RerankExample):
+        return (example.pairs[example.scores.index(max(example.scores))],)
+    return (example.tokens,)
 
 
 def _repeats(examples: Sequence[PoolingExample]) -> list[tuple[int, int]]:

@@ -272,6 +272,7 @@ def test_checking_the_data_shows_every_bad_row_and_what_is_in_the_others(trained
     assert cli(["train", str(root / f"{task}.yaml"), *options]) == 1
     out = capsys.readouterr().out
     assert "bad rows: 3" in out and "line 41 repeats 4" in out and "line 6 is held-out line 1" in out
+    assert "nearly an earlier one (similarity from 0.7 on): " in out and "nearly a held-out one" in out
     assert "tokens of a text: mean" in out and ("question 'what'" in out) == (task == "classify")
 
 
