@@ -148,6 +148,13 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     ] = None
     adapter_cache_gib: Annotated[float, Meta(gt=0, description="disk for them, GiB; idle ones make room")] = 10.0
     adapter_fetch_timeout_s: Annotated[float, Meta(gt=0, description="seconds that fetching one may take")] = 600.0
+    shared_store: Annotated[
+        Text | None,
+        Meta(description="folder, or address such as s3://bucket/loras, of adapters that several servers share"),
+    ] = None
+    shared_store_refresh_s: Annotated[
+        float, Meta(gt=0, description="seconds after which a change of a name in it is seen")
+    ] = 5.0
     served_model_name: Annotated[Text | None, Meta(description="the base model's name in the API")] = None
     api_key: Annotated[Text | None, Meta(description="key that clients must send as a bearer token")] = None
     admin_api_key: Annotated[

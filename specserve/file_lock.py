@@ -46,6 +46,14 @@ class FileLock:
             return False
         return True
 
+    def share(self) -> bool:
+        """Hold it beside others that share it; False where another process has taken it."""
+        try:
+            self._flock(fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def wait(self) -> None:
         """Take it when whoever has it is done. Raises `UserError` as `take` does."""
         self._flock(fcntl.LOCK_EX)

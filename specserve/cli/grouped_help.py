@@ -9,7 +9,7 @@ SECTIONS = {
     "Serve and ask": ("serve", "ray", "chat", "generate", "batch"),
     "Make rows to train on": ("distill", "synthesize", "label"),
     "Train and compare": ("train", "eval", "refit", "sweep", "curve", "leaderboard"),
-    "Look after": ("doctor", "pull", "adapters", "teacher-cache", "route", "keys", "bench", "completion"),
+    "Look after": ("doctor", "pull", "adapters", "store", "teacher-cache", "route", "keys", "bench", "completion"),
 }
 _LONGEST = 300  # of a summary in characters, past which click cuts
 

@@ -26,6 +26,7 @@ from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, 
 from .ray import ray
 from .refit import refit
 from .route import route
+from .store import store
 from .sweep import sweep
 from .synthesize import synthesize
 from .teacher_cache import teacher_cache
@@ -315,6 +316,7 @@ cli.add_command(curve)
 cli.add_command(ray)
 cli.add_command(label)
 cli.add_command(teacher_cache)
+cli.add_command(store)
 
 
 @cli.group()

@@ -11,9 +11,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from ..adapter_files import Stamp, age_s, changing, stamp_of
+from ..adapter_files import Stamp, age_s, changing
 from ..errors import NO_IDLE_ROOM, EngineDeadError, UserError
 from .adapter_pins import AdapterPins
 from .disk import Disk
@@ -37,7 +38,11 @@ class AdapterLoader:
         pins: AdapterPins,
         loaded: LoadedNames,
         observe_load_s: Callable[[float], object],
+        stamp_of: Callable[[Path], Stamp],
+        there: Callable[[Path], AbstractAsyncContextManager[object]],
     ):
+        """`stamp_of` looks at a directory; inside `there` it is on this disk, wherever it came from."""
+        self._stamp_of, self._there = stamp_of, there
         self._engine, self._disk, self._pins, self._loaded = engine, disk, pins, loaded
         self._observe_load_s = observe_load_s
 
@@ -54,13 +59,19 @@ class AdapterLoader:
 
         `priority` is the best of the requests that wait for it by then; where none does, it waits for no room.
         """
+        async with self._there(directory):
+            return await self._load(name, directory, reads, is_awaited, priority)
+
+    async def _load(
+        self, name: str, directory: Path, reads: bool, is_awaited: Callable[[], bool], priority: Callable[[], int]
+    ) -> Loaded:
         start = time.monotonic()
         for _ in range(MAX_CHANGES):
-            stamp = await self._disk.look(name, stamp_of, directory)
+            stamp = await self._disk.look(name, self._stamp_of, directory)
             age = age_s(stamp)
             if 0 <= age < SETTLE_S:
                 await asyncio.sleep(SETTLE_S - age)
-                if await self._disk.look(name, stamp_of, directory) != stamp:
+                if await self._disk.look(name, self._stamp_of, directory) != stamp:
                     continue
             try:
                 known = self._loaded.known(name) if not reads else None
@@ -78,7 +89,7 @@ class AdapterLoader:
             except UserError as error:
                 if error.code == "adapter_places_pinned" and await self._let_go_of_old_files(name, directory, stamp):
                     continue
-                is_same = await self._disk.look(name, stamp_of, directory) == stamp
+                is_same = await self._disk.look(name, self._stamp_of, directory) == stamp
                 has_come_late = error.code == NO_IDLE_ROOM and is_awaited()  # whoever waits for room
                 if is_same and not has_come_late:
                     logger.info("adapter %r: not loaded: %s", name, error)
@@ -92,7 +103,7 @@ class AdapterLoader:
             loaded = Loaded(directory, stamp, self._engine.generation, info, answer.placement)
             self._loaded.arrived(loaded)
             try:
-                is_same = await self._disk.look(name, stamp_of, directory) == stamp
+                is_same = await self._disk.look(name, self._stamp_of, directory) == stamp
             except BaseException:
                 await self.release(loaded)
                 raise

@@ -6,7 +6,7 @@ store's. Methods that look at the disk say so: the store calls them on threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..adapter_files import Stamp, stamp_of
@@ -18,8 +18,16 @@ from .name_claims import Claim, NameClaims
 class AdapterNames:
     """Of one store; `base_name` is the base model's and no adapter's."""
 
-    def __init__(self, adapters_dir: str | None, base_name: str, roots: Sequence[Path] = ()):
+    def __init__(
+        self,
+        adapters_dir: str | None,
+        base_name: str,
+        roots: Sequence[Path] = (),
+        fixed_stamp: Callable[[Path], Stamp | None] = lambda directory: None,
+    ):
+        """`fixed_stamp` is that of a directory that never changes, whether or not it is there now."""
         self.paths = AdapterPaths(adapters_dir, base_name, roots)
+        self._fixed_stamp = fixed_stamp
         self.claims = NameClaims()
         self._base_name = base_name
         self._registered: dict[str, Path] = {}
@@ -32,6 +40,10 @@ class AdapterNames:
     def given(self) -> set[str]:
         """The names that were given at run time."""
         return set(self._registered)
+
+    def given_directory(self, name: str) -> Path | None:
+        """What the name was given to at run time."""
+        return self._registered.get(name)
 
     def given_directories(self) -> set[Path]:
         """Those that names were given to at run time, or are about to be."""
@@ -50,12 +62,18 @@ class AdapterNames:
     def look_up(self, name: str) -> tuple[Path, Stamp]:
         """The same, and what is in it now. Looks at the disk."""
         directory = self.path(name)
+        if (fixed := self._fixed_stamp(directory)) is not None:
+            return directory, fixed
         if name in self._registered and not self.paths.is_usable(directory, name):
             raise unknown(name)
         stamp = stamp_of(directory)
         if not stamp and not directory.is_dir():
             raise unknown(name)
         return directory, stamp
+
+    def stamp(self, directory: Path) -> Stamp:
+        """What is in it now. Looks at the disk."""
+        return self._fixed_stamp(directory) or stamp_of(directory)
 
     def folder(self, name: str) -> Path | None:
         """The folder of `adapters_dir` that serves under its name. Looks at the disk."""

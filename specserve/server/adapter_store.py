@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..adapter_files import ChangingError, changing, read_texts
+from ..adapter_files import ChangingError, Stamp, changing, read_texts
 from ..errors import UserError
 from ..messages import BACKGROUND_PRIORITY, AdapterInfo
 from .adapter_loader import AdapterLoader
@@ -27,6 +27,8 @@ from .disk import Disk
 from .engine_client.serving_engine import ServingEngine
 from .loaded_names import LoadedNames, UseCounts
 from .name_claims import Claim
+from .shared_store.follower import NameFollower
+from .shared_store.names import SharedNames
 
 MAX_LOADS = 4  # that a request sees overtaken by changes
 PINS_AT_ONCE = 4  # that are loaded again; requests have the other threads of the engine that read
@@ -55,21 +57,31 @@ class AdapterStore:
         base_name: str,
         observe_load_s: Callable[[float], object] = lambda seconds: None,
         roots: Sequence[Path] = (),
+        shared: SharedNames | None = None,
     ):
+        """`shared`: names of a store that other servers have, too."""
         self._engine = engine
-        self._names = AdapterNames(adapters_dir, base_name, roots)
+        self._versions = shared.versions if shared is not None else None
+        fixed_stamp = self._versions.folders.stamp if self._versions is not None else lambda directory: None
+        self._names = AdapterNames(adapters_dir, base_name, roots, fixed_stamp)
         self._disk = Disk(self._mount_of)
         self._pins = AdapterPins(engine)
         self._loaded = LoadedNames(lambda: engine.generation)
         self.uses = UseCounts()
-        self._loader = AdapterLoader(engine, self._disk, self._pins, self._loaded, observe_load_s)
+        self._loader = AdapterLoader(
+            engine, self._disk, self._pins, self._loaded, observe_load_s, self._names.stamp, self._there
+        )
+        self._follower = (
+            NameFollower(shared, self._names, self._is_held, self._give, self._take) if shared is not None else None
+        )
         self._loading: dict[tuple[str, Path], _Loading] = {}
         self._told: dict[Path, int] = {}  # the best priority of those who wait for the loads of a directory
         self._pin_places = asyncio.Semaphore(PINS_AT_ONCE)
 
     def names(self) -> list[str]:
         """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
-        return self._names.all()
+        shared = self._follower.all() if self._follower is not None else []
+        return sorted({*self._names.all(), *shared}) if shared else self._names.all()
 
     def given_names(self) -> set[str]:
         """Those of them that were given at run time, to directories that may lie anywhere."""
@@ -99,7 +111,9 @@ class AdapterStore:
         """
         num_loads = 0
         while True:
-            directory, stamp = await self._disk.look(name, self._names.look_up, name)
+            directory, stamp = await self._look_up(name)
+            if self._names.given_directory(name) not in (None, directory):
+                continue  # it was given to another meanwhile
             loaded = self._loaded.held(name)
             if loaded is not None and loaded.directory == directory:
                 if loaded.stamp == stamp:
@@ -119,9 +133,9 @@ class AdapterStore:
             if info.text_hash is None or info.text_hash in known:
                 return info, None
             with contextlib.suppress(ChangingError):
-                text_hash, files = await self._disk.look(
-                    name, lambda: read_texts(self.path(name), name, self._names.paths.roots)
-                )
+                directory = await self._disk.look(name, self.path, name)
+                async with self._there(directory):
+                    text_hash, files = await self._disk.look(name, read_texts, directory, name, self._names.paths.roots)
                 if text_hash == info.text_hash:
                     return info, files
             # Then they changed since they were loaded, which `resolve` sees.
@@ -156,7 +170,7 @@ class AdapterStore:
 
         Raises 404 for an unknown name.
         """
-        directory, stamp = await self._disk.look(name, self._names.look_up, name)
+        directory, stamp = await self._look_up(name)
         loaded = self._loaded.held(name)
         if loaded is not None and loaded.is_of(directory, stamp):
             return True
@@ -168,7 +182,7 @@ class AdapterStore:
 
         What was pinned before stays so when this fails.
         """
-        await self._disk.look(name, self.path, name)
+        await self.check_known(name)
         try:
             with self._pins.attempt(name):
                 info = await self._load_and_keep(name)
@@ -194,7 +208,7 @@ class AdapterStore:
 
     async def unpin(self, name: str) -> None:
         """Let others take its place again; a name that is not pinned stays as it is."""
-        await self._disk.look(name, self.path, name)
+        await self.check_known(name)
         self._pins.unpin(name)
         await self._loader.follow_pins(name)
 
@@ -269,14 +283,55 @@ class AdapterStore:
     async def unregister(self, name: str) -> None:
         """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
         if self._names.claims.directory(name) is None:
-            await self._disk.look(name, self.path, name)
+            await self.check_known(name)
+        if self._follower is not None and (self._follower.is_followed(name) or not await self._is_here(name)):
+            await self._follower.put_away(name)
+        await self._take(name)
+        logger.info("adapter %r: unloaded", name)
+
+    async def _take(self, name: str) -> None:
         is_folder = await self._disk.look(name, self._names.paths.has_folder, name)
         self._names.take(name, is_folder)
         self._pins.unpin(name)
         loaded = self._loaded.forget(name)
         if loaded is not None:
             await self._loader.release(loaded)
-        logger.info("adapter %r: unloaded", name)
+
+    # -- names of the shared store
+
+    async def check_known(self, name: str) -> None:
+        """Raises 404 for a name that cannot be asked for."""
+        if self._follower is None or await self._is_here(name) or await self._follower.meaning(name) is None:
+            await self._disk.look(name, self.path, name)
+
+    async def _look_up(self, name: str) -> tuple[Path, Stamp]:
+        """The directory that `name` means now, and what is in it. Raises `UserError`."""
+        if self._follower is not None and (self._follower.is_followed(name) or not await self._is_here(name)):
+            await self._follower.follow(name)
+        return await self._disk.look(name, self._names.look_up, name)
+
+    async def _is_here(self, name: str) -> bool:
+        """Whether it means something, whatever the shared store says. Raises for what cannot be a name."""
+
+        def look(name: str) -> bool:
+            try:
+                self.path(name)
+            except UserError as error:
+                if error.code != "model_not_found":
+                    raise
+                return False
+            return True
+
+        return await self._disk.look(name, look, name)
+
+    def _is_held(self, name: str) -> bool:
+        return self._loaded.held(name) is not None
+
+    async def _give(self, name: str, directory: Path) -> None:
+        await self._register(self._names.claims.begin(name, directory))
+
+    def _there(self, directory: Path) -> contextlib.AbstractAsyncContextManager[object]:
+        return self._versions.there(directory) if self._versions is not None else contextlib.nullcontext()
 
     async def _wait_for_load(self, name: str, directory: Path, priority: int) -> None:
         """A load goes on when those who wait for it leave, but waits no more for room that others could have."""

@@ -49,6 +49,8 @@ from .pooling.tei_api import TeiRoutes
 from .responses.api import ResponsesRoutes
 from .routes import Handler, add_routes
 from .served_engine import engine_of, model_name_of
+from .shared_store.names import SharedNames
+from .shared_store.versions import Versions, versions_dir
 from .sources.fetcher import AdapterFetcher
 from .spans import Spans
 from .stats.routes import StatsRoutes
@@ -79,7 +81,9 @@ class Server:
         self.model_name = model_name_of(config, model_dir)
         self.metrics = Metrics(self.model_name, config.metrics_prefix, config.prefix_caching)
         observe_load_s = self.metrics.adapter_load.observe
-        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots)
+        self.versions = Versions.of(config)
+        shared = SharedNames(self.versions, config.shared_store_refresh_s) if self.versions is not None else None
+        self.store = AdapterStore(self.engine, config.adapters_dir, self.model_name, observe_load_s, roots, shared)
         self.engine.on_adapters_left = self.store.adapters_left
         self.engine.on_serving = self.store.engine_started
         self.spans = Spans.of(config.otlp_traces_endpoint, os.environ)
@@ -190,6 +194,8 @@ class Server:
             if listener is not None:
                 listener.close()
             self.fetcher.close()
+            if self.versions is not None:
+                await self.versions.stop()
             await asyncio.to_thread(self.spans.close)
 
     async def reload(self) -> None:
@@ -243,6 +249,8 @@ def adapter_roots(config: ServeConfig, fetched_dir: Path | None) -> list[Path]:
     roots = [Path(folder) for folder in (config.adapters_dir, *config.adapter_roots) if folder]
     if roots and fetched_dir is not None:
         roots.append(fetched_dir)
+    if roots and config.shared_store is not None:
+        roots.append(versions_dir(config))
     return [folder.resolve() for folder in roots]
 
 

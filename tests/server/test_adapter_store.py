@@ -16,7 +16,7 @@ from specserve import adapter_files
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, ChangingError, content_hash, open_adapter
 from specserve.errors import NO_IDLE_ROOM, AdapterError, OverloadedError, UserError
 from specserve.messages import AdapterInfo, AdapterLoaded
-from specserve.server import adapter_loader, adapter_store
+from specserve.server import adapter_loader, adapter_names, adapter_store
 from specserve.server.adapter_store import AdapterStore
 
 
@@ -372,7 +372,7 @@ async def test_a_load_whose_disk_goes_away_at_its_end_leaves_nothing_without_a_n
         raise OverloadedError("the disk has not answered", status=503)
 
     async def go(name, directory):
-        monkeypatch.setattr(adapter_loader, "stamp_of", away)
+        monkeypatch.setattr(adapter_names, "stamp_of", away)
 
     engine.during = go
     with pytest.raises(OverloadedError, match="has not answered"):

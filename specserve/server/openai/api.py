@@ -61,7 +61,7 @@ class OpenAIRoutes:
     async def model(self, request: web.Request) -> web.Response:
         name = self._generator.adapter_name(caller_of(request), request.match_info["model"])
         if name is not None:
-            await self._generator.store.look(self._generator.store.path, name)
+            await self._generator.store.check_known(name)
         return json_response(self._model(name))
 
     async def tokenize(self, request: web.Request) -> web.Response:

@@ -20,7 +20,7 @@ from ...cache_dirs import cache_dir
 from ...errors import UserError
 from ...file_lock import FileLock
 from ...whole_files import replace_file
-from .fetching import FetchedFile, FileState, measured
+from .fetching import FetchedFile, FileState, hash_of_files, measured
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -32,8 +32,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def folder(self) -> str:
-        text = "".join(f"{name}\0{file.sha256}\n" for name, file in sorted(self.files.items()))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hash_of_files(self.files)
 
 
 class AdapterCache:

@@ -7,6 +7,7 @@ says of an adapter when it is to be asked is left out where it is too large, as 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,12 @@ class FileState(msgspec.Struct, frozen=True):
 class FetchedFile(msgspec.Struct, frozen=True):
     size: int
     sha256: str
+
+
+def hash_of_files(files: Mapping[str, FetchedFile]) -> str:
+    """SHA-256 over the names and hashes of all of them: chat template and tokenizer too, unlike the content hash."""
+    text = "".join(f"{name}\0{file.sha256}\n" for name, file in sorted(files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Source(Protocol):

@@ -16,21 +16,26 @@ from .fetching import CHUNK_BYTES, FileState, failed, too_large
 from .locations import Location
 
 
+def file_system(url: str, param: str = "lora_path") -> tuple[Any, str]:
+    """(fsspec's file system for `url`, the path in it). Raises `UserError` where its package is not installed."""
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        return fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)  # type: ignore[no-any-return]
+    except (ImportError, ValueError):
+        raise UserError(
+            f"there is no file system for {scheme[:40]}:// here; install its fsspec package (s3fs, gcsfs)", param=param
+        ) from None
+    except Exception as error:  # of any library
+        raise failed(f"{scheme}: {type(error).__name__}") from None
+
+
 class FsspecSource:
     """The folder at `location`. Raises `UserError` where the package for its scheme is not installed."""
 
     def __init__(self, location: Location):
-        import fsspec
-
-        try:
-            self._fs, self._root = fsspec.url_to_fs(location.url, use_listings_cache=False, skip_instance_cache=True)
-        except (ImportError, ValueError):
-            raise UserError(
-                f"there is no file system for {location.scheme}:// here; install its fsspec package (s3fs, gcsfs)",
-                param="lora_path",
-            ) from None
-        except Exception as error:  # of any library
-            raise failed(f"{location.scheme}: {type(error).__name__}") from None
+        self._fs, self._root = file_system(location.url)
 
     def states(self, names: tuple[str, ...]) -> dict[str, FileState]:
         states = {name: self._state(name) for name in names}
@@ -48,19 +53,23 @@ class FsspecSource:
         return FileState(info.get("size"), _tag(info))
 
     def read(self, name: str, target: Path, max_bytes: int) -> None:
-        num_bytes = 0
-        try:
-            remote = self._fs.open(f"{self._root}/{name}", "rb", cache_type="readahead")
-            with remote as stream, target.open("wb") as file:
-                while chunk := stream.read(CHUNK_BYTES):
-                    num_bytes += len(chunk)
-                    if num_bytes > max_bytes:
-                        raise too_large(name, max_bytes)
-                    file.write(chunk)
-        except UserError:
-            raise
-        except Exception as error:
-            raise failed(f"{name}: {type(error).__name__}") from None
+        read_file(self._fs, f"{self._root}/{name}", target, max_bytes)
+
+
+def read_file(fs: Any, path: str, target: Path, max_bytes: int) -> None:
+    """Copy a file of fsspec's `fs` to `target`, in bounded memory. Raises `UserError`."""
+    num_bytes, name = 0, path.rpartition("/")[2]
+    try:
+        with fs.open(path, "rb", cache_type="readahead") as stream, target.open("wb") as file:
+            while chunk := stream.read(CHUNK_BYTES):
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise too_large(name, max_bytes)
+                file.write(chunk)
+    except UserError:
+        raise
+    except Exception as error:
+        raise failed(f"{name}: {type(error).__name__}") from None
 
 
 def _tag(info: dict[str, Any]) -> str | None:
