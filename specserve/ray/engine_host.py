@@ -15,6 +15,8 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..config import ServeConfig
 from ..errors import EngineDeadError
 from ..messages import (
@@ -28,10 +30,13 @@ from ..server.engine_client.client import RESTART_PATIENCE_S, engine_command
 from ..server.engine_client.link import EngineLink
 from ..server.engine_client.supervisor import EngineSupervisor
 from ..server.served_engine import process_settings
+from ..server.shared_store.versions import Versions
 from ..stats_messages import (
     EngineStats,
     Stats,
 )
+from .brought_versions import BroughtVersions
+from .own_folder import OwnFolder
 from .wire import Greeting, encode, to_replica_decoder
 
 MAX_AWAY_S = 120.0  # that an engine may need to be started again before the replica counts as broken
@@ -41,12 +46,18 @@ logger = logging.getLogger(__name__)
 
 class EngineHost:
     """Not started yet; its engine reads adapters below `roots`, anywhere where there are none. Raises `UserError` for
-    settings of what is not there."""
+    settings of what is not there.
+
+    What an engine has learned (`history_dir`) goes to a folder of its own below that.
+    """
 
     def __init__(self, config: ServeConfig, model_dir: Path, roots: Sequence[Path] = ()):
         self._front: _Attached | None = None
         command = engine_command(config.log_level)
         settings = process_settings(config, model_dir, roots)
+        self._histories = OwnFolder(config.history_dir, "history_dir") if config.history_dir is not None else None
+        if self._histories is not None:
+            settings = msgspec.structs.replace(settings, history_dir=str(self._histories.path))
         self._engine = EngineSupervisor(
             lambda: EngineLink.launch(command, settings),
             self._relay,
@@ -56,6 +67,10 @@ class EngineHost:
         )
         self._away_since: float | None = None
         self._stats: EngineStats | None = None
+        self._versions = Versions.of(config)
+        self._brought = (
+            BroughtVersions(self._versions, self._engine.send, self._answer) if self._versions is not None else None
+        )
 
     def load(self) -> dict[str, float]:
         """Tokens of requests that wait, and the share of seats whose sequences run; no load while no engine serves."""
@@ -78,7 +93,11 @@ class EngineHost:
 
     async def stop(self) -> None:
         self._lost()
+        if self._versions is not None:
+            await self._versions.stop()
         await self._engine.stop()
+        if self._histories is not None:
+            self._histories.close()
 
     def check(self) -> None:
         """Raises `EngineDeadError` where the engine has been away for too long."""
@@ -114,11 +133,19 @@ class EngineHost:
         for message in to_replica_decoder.decode(frame):
             if isinstance(message, GenerateRequest | PoolRequest):
                 attached.running.add(message.request_id)
-            self._engine.send(message)
+            if self._brought is None or not self._brought.take(message):
+                self._engine.send(message)
+
+    def _answer(self, message: Any) -> None:
+        """In the engine's stead."""
+        if self._front is not None:
+            self._front.put(message)
 
     def _relay(self, message: Any) -> None:
         if isinstance(message, Stats):
             self._stats = message.stats
+        if self._brought is not None:
+            self._brought.heard(message)
         if (attached := self._front) is None:
             return
         if (isinstance(message, Delta) and message.finish_reason is not None) or isinstance(
@@ -130,6 +157,8 @@ class EngineHost:
     def _lost(self) -> None:
         """The engine has gone, or the front: whoever is attached hears nothing more."""
         self._stats = None
+        if self._brought is not None:
+            self._brought.drop()
         if self._front is not None:
             self._front.end()
             self._front = None

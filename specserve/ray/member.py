@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 from ..config import ServeConfig, engine_part
 from ..errors import UserError
 from ..server.engine_client.client import EngineClient
+from ..server.shared_store.folders import VersionFolders
+from ..server.shared_store.versions import versions_dir
 from .replica_link import ReplicaLink
 from .wire import Channel
 
@@ -24,11 +26,13 @@ class Member:
 
     def __init__(self, name: str, config: ServeConfig, channel: Channel):
         self.name = name
+        folders = VersionFolders(versions_dir(config), 0) if config.shared_store is not None else None
+        version_of = folders.version_of if folders is not None else lambda directory: None
         self.client = EngineClient(
             engine_part(config),
             silence_timeout_s=config.engine_timeout_s,
             step_timeout_s=config.engine_step_timeout_s,
-            launch=lambda: ReplicaLink.launch(channel),
+            launch=lambda: ReplicaLink.launch(channel, version_of),
         )
         self._num_running = 0
         self._is_idle = asyncio.Event()
@@ -50,6 +54,8 @@ class Member:
                 return
             except UserError as error:
                 logger.warning("replica %s is not there yet: %s", self.name, error)
+            except Exception:  # a bug, or what a library raises: this replica's alone, and it may pass
+                logger.exception("the way to replica %s fails", self.name)
             await asyncio.sleep(RETRY_S)
 
     @asynccontextmanager

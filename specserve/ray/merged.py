@@ -6,7 +6,6 @@ engine only, such as its cost table, are the first one's.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -56,7 +55,8 @@ def merged_stats(parts: Sequence[EngineStats]) -> EngineStats:
             case int() | float():
                 values[name] = sum(found)
             case dict():
-                values[name] = dict(sum((Counter(counts) for counts in found), Counter()))
+                keys = dict.fromkeys(key for counts in found for key in counts)  # those that stand at nothing, too
+                values[name] = {key: sum(counts.get(key, 0) for counts in found) for key in keys}
             case _ if name.endswith("_per_pos"):
                 values[name] = [sum(column) for column in zip_longest(*found, fillvalue=0)]
             case _:

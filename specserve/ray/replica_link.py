@@ -2,7 +2,8 @@
 
 What is sent goes in the order in which it was sent, as much together as there is while the last is under way. Times
 that the engine reads are the replica's: deadlines are moved by the difference of the two clocks, which the greeting
-tells to within the time that it took. Ending it leaves the replica's engine alone.
+tells to within the time that it took. A version of the shared store goes by its name: its folder is elsewhere there.
+Ending it leaves the replica's engine alone.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import msgspec
 
 from ..errors import EngineDeadError, UserError
-from ..messages import GenerateRequest, Shutdown
+from ..messages import ForsakeLoads, GenerateRequest, LoadAdapter, PrioritizeLoads, Shutdown
 from ..pooling_messages import PoolRequest
-from .wire import Channel, encode, from_replica_decoder, greeting_decoder
+from .wire import VERSION_PATH, Channel, encode, from_replica_decoder, greeting_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +31,29 @@ logger = logging.getLogger(__name__)
 class ReplicaLink:
     """Made by `launch`."""
 
-    def __init__(self, channel: Channel, front: str, frames: AsyncGenerator[bytes], first: bytes):
+    def __init__(
+        self,
+        channel: Channel,
+        front: str,
+        frames: AsyncGenerator[bytes],
+        first: bytes,
+        version_of: Callable[[Path], str | None],
+    ):
         greeting = greeting_decoder.decode(first)
         self.info = greeting.info
         self._clock_difference_s = greeting.clock_s - time.monotonic()
         self._channel, self._front, self._frames = channel, front, frames
+        self._version_of = version_of
         self._unsent: list[Any] = []
         self._has_unsent = asyncio.Event()
         self._sender = asyncio.create_task(self._send())
 
     @classmethod
-    async def launch(cls, channel: Channel) -> ReplicaLink:
-        """Attach to the replica. Raises `UserError` where it has gone."""
+    async def launch(
+        cls, channel: Channel, version_of: Callable[[Path], str | None] = lambda directory: None
+    ) -> ReplicaLink:
+        """Attach to the replica. `version_of` a directory here that is a version's. Raises `UserError` where it has
+        gone."""
         front = uuid4().hex  # a new one each time: what an earlier link still sends is not for this one's engine
         frames = channel.attach(front)
         try:
@@ -49,7 +62,7 @@ class ReplicaLink:
             raise
         except (Exception, StopAsyncIteration) as error:
             raise EngineDeadError(f"the replica is away ({type(error).__name__})") from error
-        return cls(channel, front, frames, first)
+        return cls(channel, front, frames, first, version_of)
 
     async def messages(self) -> AsyncGenerator[list[Any]]:
         """What the engine says at a time, until it or its replica ends."""
@@ -68,6 +81,9 @@ class ReplicaLink:
             return  # the engine is the replica's
         if isinstance(message, GenerateRequest | PoolRequest) and message.deadline is not None:
             message = msgspec.structs.replace(message, deadline=message.deadline + self._clock_difference_s)
+        elif isinstance(message, LoadAdapter | PrioritizeLoads | ForsakeLoads):
+            if (version := self._version_of(Path(message.path))) is not None:
+                message = msgspec.structs.replace(message, path=VERSION_PATH + version)
         self._unsent.append(message)
         self._has_unsent.set()
 

@@ -14,6 +14,8 @@ import msgspec
 from ..frames import FromEngine, ToEngine
 from ..messages import EngineInfo
 
+VERSION_PATH = "version:"  # before a version of the shared store, in the place of its folder, which differs by machine
+
 
 class Greeting(msgspec.Struct, frozen=True):
     """A replica's first frame. `clock_s` is its time.monotonic(), which deadlines are in."""
