@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 
@@ -30,7 +30,7 @@ from ..messages import (
 )
 from ..pooling_messages import Pooled, PoolRequest
 from ..server.engine_client.client import RESTART_PATIENCE_S
-from ..server.engine_client.serving_engine import ReplicaState
+from ..server.engine_client.serving_engine import LoadOptions, ReplicaState
 from ..server.engine_client.supervisor import STOPPED, State
 from ..stats_messages import (
     EngineStats,
@@ -278,15 +278,7 @@ class ReplicatedEngine:
     # -- adapters
 
     async def load_adapter(
-        self,
-        name: str,
-        path: str,
-        before: AdapterInfo | None = None,
-        *,
-        is_pinned: bool = False,
-        is_prefetch: bool = False,
-        priority: int = 0,
-        mount: int = 0,
+        self, name: str, path: str, before: AdapterInfo | None = None, **options: Unpack[LoadOptions]
     ) -> AdapterLoaded:
         """As `EngineClient.load_adapter`, on who has it or on its home."""
         lost: set[str] = set()
@@ -294,15 +286,7 @@ class ReplicatedEngine:
             member = await self._home(path, before, lost)
             try:
                 start = time.monotonic()
-                answer = await member.client.load_adapter(
-                    name,
-                    path,
-                    before,
-                    is_pinned=is_pinned,
-                    is_prefetch=is_prefetch,
-                    priority=priority,
-                    mount=mount,
-                )
+                answer = await member.client.load_adapter(name, path, before, **options)
             except EngineLostError:
                 if lost:
                     raise
@@ -310,8 +294,10 @@ class ReplicatedEngine:
                 continue
             if member.name not in self._holders.of(answer.adapter.content_hash):
                 self._policy.was_read(time.monotonic() - start)
-            placement = self._holders.loaded(name, path, mount, answer.adapter, member.name, answer.placement)
-            if is_pinned and (held := self._holders.get(answer.adapter.content_hash)) is not None:
+            placement = self._holders.loaded(
+                name, path, options.get("mount", 0), answer.adapter, member.name, answer.placement
+            )
+            if options.get("is_pinned") and (held := self._holders.get(answer.adapter.content_hash)) is not None:
                 held.is_pinned = True
             return msgspec.structs.replace(answer, placement=placement)
 

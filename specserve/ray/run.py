@@ -14,6 +14,7 @@ from ..errors import UserError, shortened
 from ..server.console import say, settle
 from .application import NAME, QUIET, application
 
+NUM_STARTS = 3  # of a cluster of this machine
 STORE_BYTES = 128 * 2**20  # of shared memory, of which frames take none
 
 
@@ -27,7 +28,7 @@ def serve_on_ray(config: RayConfig) -> None:
         if address:
             _join(address)
         else:
-            _begin(config)
+            _begin_patiently(config)
     except Exception as error:  # Ray raises plain ones
         where = f"at {address}" if address else "on this machine; /tmp/ray/session_latest/logs may say why"
         raise UserError(f"there is no Ray cluster {where}: {shortened(error)}", param="ray_address") from error
@@ -53,6 +54,20 @@ def serve_on_ray(config: RayConfig) -> None:
 
 def _join(address: str) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="warning")
+
+
+def _begin_patiently(config: RayConfig) -> None:
+    """As `_begin`. Ray's raylet ends where its agent takes more than half a minute to import, as it may on busy cores;
+    the next one finds in memory what the first has read."""
+    for left in reversed(range(NUM_STARTS)):
+        try:
+            _begin(config)
+            return
+        except Exception as error:  # Ray raises plain ones
+            ray.shutdown()
+            if not left:
+                raise
+            say(f"Ray did not start ({shortened(error)}); once more")
 
 
 def _begin(config: RayConfig) -> None:

@@ -81,7 +81,11 @@ class AdapterStore:
     def names(self) -> list[str]:
         """Every name that can be asked for now. Looks at the disk: `look` keeps the event loop from waiting for it."""
         shared = self._follower.all() if self._follower is not None else []
-        return sorted({*self._names.all(), *shared}) if shared else self._names.all()
+        return sorted({*self.own_names(), *shared}) if shared else self.own_names()
+
+    def own_names(self) -> list[str]:
+        """The same without those of a shared store, which may be slow to tell."""
+        return self._names.all()
 
     def given_names(self) -> set[str]:
         """Those of them that were given at run time, to directories that may lie anywhere."""

@@ -288,7 +288,7 @@ def serve(config: ServeConfig, leaderboard: Handler | None = None) -> None:
 
     def announce(url: str) -> None:
         has_colour = wants_colour(sys.stderr)
-        say(banner(url, config, server.model_name, server.engine.info, server.store.names(), has_colour))
+        say(banner(url, config, server.model_name, server.engine.info, server.store.own_names(), has_colour))
 
     async def main() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()

@@ -137,10 +137,12 @@ async def running(config, model_dir):
 
 
 @pytest.fixture(scope="session")
-def config():
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shared")
     return ServeConfig(
-        dtype="fp32", kv_cache_gib=0.02, num_threads=1, kernels="torch", engine_timeout_s=20.0, max_num_seqs=16
-    )
+        dtype="fp32", kv_cache_gib=0.02, num_threads=1, kernels="torch", engine_timeout_s=20.0, max_num_seqs=16,
+        shared_store=str(root / "store"), adapter_cache_dir=str(root / "cache"),
+    )  # fmt: skip
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

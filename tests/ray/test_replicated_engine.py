@@ -6,8 +6,10 @@ import pytest
 
 from specserve.config import ServeConfig
 from specserve.errors import EngineLostError, UserError
+from specserve.pooling_messages import PoolingParams, PoolRequest
 from specserve.ray.engine_host import EngineHost
 from specserve.server.metrics.metrics import Metrics
+from specserve.server.shared_store.versions import Versions
 from specserve.server.stats.snapshot import StatsSource
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -108,6 +110,29 @@ async def test_a_hot_adapter_gets_a_copy_and_unloading_takes_all_of_them(replica
     assert not holders.of(content_hash) and not await replicas.engine.adapters()
     with pytest.raises(UserError):
         await replicas.tokens(replicas.request(content_hash))
+
+
+async def test_replicas_fetch_versions_of_the_shared_store_and_pool_alike(replicas, config, adapter_dirs):
+    """As the front asks for them: by the folder that it would have, which is not there yet."""
+    of_folder, _ = await replicas.load(adapter_dirs[0])
+    expected = await replicas.tokens(replicas.request(of_folder))
+    await replicas.engine.unload_adapter(of_folder, 1 << 60)
+    versions = Versions.of(config)
+    version, _ = versions.store.push(adapter_dirs[0])
+    folder = versions.folders.path(version)
+    content_hash, _ = await replicas.load(folder)
+    assert content_hash == of_folder and (folder / "adapter_config.json").exists()
+    asked = [replicas.tokens(replicas.request(content_hash)) for _ in range(40)]
+    assert await asyncio.gather(*asked) == [expected] * 40
+    with pytest.raises(UserError, match="no version"):
+        await replicas.load(versions.folders.path("0" * 64))
+    before = {name: state.stats.finished.get("pooled", 0) for name, state in replicas.engine.replicas().items()}
+    texts = [PoolRequest(f"p{idx}", [5, 6, idx % 3 + 7] * 20, PoolingParams("embed")) for idx in range(30)]
+    values = await asyncio.gather(*(anext(replicas.engine.pool(text)) for text in texts))
+    assert len({answer.values for answer in values}) == 3  # wherever it was pooled
+    await replicas.engine.stats()
+    after = {name: state.stats.finished.get("pooled", 0) for name, state in replicas.engine.replicas().items()}
+    assert all(after[name] > before[name] for name in after), (before, after)
 
 
 async def test_an_unload_that_a_load_has_overtaken_takes_nothing(replicas, adapter_dirs):

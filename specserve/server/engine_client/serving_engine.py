@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 from ...messages import (
     AdapterInfo,
@@ -34,6 +34,15 @@ class ReplicaState:
     owed_tokens: int
     num_adapters: int  # that requests find there
     serving_s: float
+
+
+class LoadOptions(TypedDict, total=False):
+    """How an adapter is loaded; as fields of `LoadAdapter`."""
+
+    is_pinned: bool
+    is_prefetch: bool
+    priority: int
+    mount: int
 
 
 class ServingEngine(Protocol):
@@ -78,15 +87,7 @@ class ServingEngine(Protocol):
     def pool(self, request: PoolRequest) -> AsyncGenerator[Pooled]: ...
 
     async def load_adapter(
-        self,
-        name: str,
-        path: str,
-        before: AdapterInfo | None = None,
-        *,
-        is_pinned: bool = False,
-        is_prefetch: bool = False,
-        priority: int = 0,
-        mount: int = 0,
+        self, name: str, path: str, before: AdapterInfo | None = None, **options: Unpack[LoadOptions]
     ) -> AdapterLoaded: ...
 
     def prioritize_loads(self, path: str, priority: int) -> None: ...

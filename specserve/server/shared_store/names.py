@@ -53,14 +53,16 @@ class SharedNames:
             await asyncio.shield(look)
         else:
             await asyncio.wait((look,), timeout=0.0 if self._is_away else PATIENCE_S)
-            self._is_away = not look.done() or look.exception() is not None
+            self._is_away = self._is_away or not look.done()
         return self._known[name].meant
 
     async def _look(self, name: str) -> None:
         try:
             meant = await self.versions.ask(lambda: self.versions.store.named(name))
         except UserError as error:
-            logger.warning("the name %r could not be looked up: %s", name, error)
+            if not self._is_away:
+                logger.warning("the name %r could not be looked up: %s", name, error)
+            self._is_away = True
             raise
         self._is_away = False
         self._known.pop(name, None)
