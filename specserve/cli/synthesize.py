@@ -58,8 +58,8 @@ def _renamed(context: click.Context, param: click.Parameter, value: str | None) 
     help="Of a row's input and answer, by the tokenizer of --model.",
 )  # fmt: skip
 @click.option("--max-row-tokens", "max_tokens", type=click.IntRange(1))
-@click.option("--min-tokens", hidden=True, expose_value=False, callback=_renamed)
-@click.option("--max-tokens", hidden=True, expose_value=False, callback=_renamed)
+@click.option("--min-tokens", "old_min_tokens", hidden=True, expose_value=False, callback=_renamed)
+@click.option("--max-tokens", "old_max_tokens", hidden=True, expose_value=False, callback=_renamed)
 @click.option(
     "--max-answer-tokens", type=click.IntRange(1), help="Longest answer.  [default: half as long again as the seeds']"
 )
