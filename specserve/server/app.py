@@ -42,7 +42,7 @@ from .metrics.metrics import Metrics
 from .middlewares import Middlewares
 from .openai.api import OpenAIRoutes
 from .openapi import openapi_document
-from .page_files import PageFiles, no_leaderboard, wants_page
+from .page_files import PageFiles, leaderboard_root, no_leaderboard, wants_page
 from .pooling.api import PoolingRoutes
 from .pooling.pooler import Pooler
 from .pooling.tei_api import TeiRoutes
@@ -122,6 +122,7 @@ class Server:
             "health": self._health,
             "root": self._root,
             "page_file": self.page.file,
+            "leaderboard_root": leaderboard_root,
             "leaderboard": self._leaderboard,
             "leaderboard_page": self._leaderboard,
             "ready": self._ready,

@@ -16,6 +16,7 @@ from .openai.response_types import ErrorResponse, StateResponse
 from .routes import ROUTES, Route
 
 DESCRIPTIONS = {
+    301: "it is at the address of Location",
     304: "what the client has is current",
     400: "a field that is missing, unknown, out of range or not served; an adapter that cannot be served",
     401: "no valid key",
@@ -97,8 +98,8 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
     content |= dict.fromkeys(route.media, {})
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content or {"text/plain": {}}}}
     for status in sorted(route.statuses):
-        if status == 304:
-            responses["304"] = {"description": DESCRIPTIONS[304]}
+        if status < 400:
+            responses[str(status)] = {"description": DESCRIPTIONS[status]}
             continue
         kinds = [LoraxError if status == 422 else error]
         if isinstance(route.body, tuple) and status != 422:

@@ -65,7 +65,7 @@ class PageFiles:
         """For a browser at the leaderboard without the key that it needs, which it cannot send by itself: the page that
         asks for one, and fetches the others with it."""
         is_looking = request.method in ("GET", "HEAD") and wants_page(request)
-        if not is_looking or not request.path.startswith("/leaderboard/"):
+        if not is_looking or not f"{request.path}/".startswith("/leaderboard/"):
             return None
         response = self._answer(request, self._files[LEADERBOARD])
         response.headers["Content-Security-Policy"] = _FRAME_POLICY
@@ -85,6 +85,11 @@ class PageFiles:
         if any(tag.value in (file.etag, "*") for tag in known):
             return web.Response(status=304, headers=headers)
         return web.Response(body=file.body, content_type=file.content_type, charset="utf-8", headers=headers)
+
+
+async def leaderboard_root(request: web.Request) -> web.Response:
+    """Pages name each other by addresses that begin behind the slash."""
+    return web.Response(status=301, headers={"Location": "/leaderboard/"})
 
 
 async def no_leaderboard(request: web.Request) -> web.Response:

@@ -245,6 +245,7 @@ ROUTES = (
         "GET", "/ui/{path:.+}", "page_file", "A file of the page", (304, 403, 404, 500),
         media=("text/css", "text/javascript", "image/svg+xml", "text/html", "text/plain"), access="open",
     ),
+    Route("GET", "/leaderboard", "leaderboard_root", "Leads to /leaderboard/", (301, *GET), media=("text/html",)),
     Route(
         "GET", "/leaderboard/", "leaderboard", "The leaderboard of --leaderboard", (304, *GET, 404, 503),
         media=("text/html",),

@@ -58,11 +58,13 @@ def test_what_is_no_file_of_the_page_is_not_there(server, path):
 
 def test_a_server_without_a_leaderboard_says_so(server, locked_server):
     assert_error(server.get("/leaderboard/"), 404, "--leaderboard FILE")
+    root = requests.get(server.url + "/leaderboard", allow_redirects=False)
+    assert (root.status_code, root.headers["Location"]) == (301, "/leaderboard/")
     assert locked_server.get("/leaderboard/").status_code == 401
 
 
 def test_a_browser_at_the_leaderboard_is_asked_for_the_key_that_it_does_not_send(locked_server):
-    for path in ("/leaderboard/", "/leaderboard/words.answers-1.html"):
+    for path in ("/leaderboard", "/leaderboard/", "/leaderboard/words.answers-1.html"):
         page = locked_server.get(path, headers=BROWSER)
         assert page.status_code == 200 and page.content == (PAGE_DIR / "leaderboard.html").read_bytes()
         assert "script-src 'self'" in page.headers["Content-Security-Policy"]

@@ -15,7 +15,7 @@ async function show() {
     const page = await getBlob(ROOT + (NAME.test(named) ? named : ""));
     if (address !== null) URL.revokeObjectURL(address);
     address = URL.createObjectURL(page);
-    frame.src = address;
+    frame.contentWindow.location.replace(address); // a new src would be a step of its own on the way back
     frame.hidden = false;
     byId("failed").hidden = true;
   } catch (error) {
