@@ -61,7 +61,8 @@ def guesses_of(head: LookaheadHeadFile, last: torch.Tensor, tapped: torch.Tensor
                examples: Sequence[Example]) -> Guesses:  # fmt: skip
     config, weights = head.config, head.weights
     num_vocab, other = len(config.vocab), weights.embed.shape[1] - 1  # padding stands between the two
-    anchors = build_anchors(examples, starts, config.vocab, config.draft_len, config.copy_start, config.copy_window)
+    window, jumps = config.copy_window, config.copy_jumps
+    anchors = build_anchors(examples, starts, config.vocab, config.draft_len, config.copy_start, window, jumps)
 
     def place(ids: torch.Tensor) -> torch.Tensor:
         return torch.where(ids == num_vocab, other, ids)

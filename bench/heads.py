@@ -20,7 +20,7 @@ import torch
 
 from specserve.drafters.head import WEIGHT_NAMES, HeadWeights, best_token, cell, initial_state, scores
 from specserve.training.evaluation.answers import make_engine
-from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head
+from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head, new_head
 from specserve.training.head_module import Anchors, LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.run_config import HeadConfig
 
@@ -34,6 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "d=256": {"hidden_size": 256},
     "vocabulary 1024": {"vocab_size": 1024},
     "no copy window": {"copy_window": 0},
+    "no jumps": {"copy_jumps": False},
+    "own words": {"base_words": False},
+    "no jumps, own words": {"copy_jumps": False, "base_words": False},
     "copy window 4": {"copy_window": 4},
     "4 steps ahead": {"train_steps_ahead": 4},
     "last state only": {"tapped": False},
@@ -121,7 +124,7 @@ def main(
         config = msgspec.structs.replace(HeadConfig(draft_len=draft_len), **changes)
         vocab = task_vocab(examples[:cut], config.vocab_size)
         torch.manual_seed(0)
-        head = LookaheadHead(lora.hidden_size, config.hidden_size, vocab, config.copy_window)
+        head = new_head(lora, config, vocab)
         teacher = None if config.loss == "ce" else collect_teacher(lora, head, last)
         anchors = anchors_of(head, config, examples[:cut], starts[:cut], copy_start)
         fit_head(head, config, last, second, anchors, epochs, teacher=teacher)

@@ -25,7 +25,8 @@ from specserve.training.data.batching import plan_epoch, plan_run
 from specserve.training.data.dataset import Example
 from specserve.training.evaluation.answers import answer, make_engine
 from specserve.training.evaluation.task_metrics import task_metrics
-from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
+from specserve.training.head_fit import new_head
+from specserve.training.head_module import common_prefix_len, task_vocab
 from specserve.training.joint_loss import JointObjective
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import LoraConfig, OptimizerConfig, RunConfig
@@ -55,7 +56,7 @@ def train(config: RunConfig, model_dir: Path, examples: list[Example], with_head
     head = None
     if with_head:
         vocab = task_vocab(examples, config.head.vocab_size)
-        head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
+        head = new_head(model, config.head, vocab)
     plan = plan_run([len(e.tokens) for e in examples], config.optimizer.batch_tokens, config.seed, 1.0, None)
     directory.mkdir(parents=True)
     objective = JointObjective(config, model, head, examples, common_prefix_len(examples), len(plan))

@@ -23,7 +23,8 @@ import torch
 
 from specserve.training.data.batching import plan_run
 from specserve.training.data.dataset import Example
-from specserve.training.head_module import LookaheadHead, common_prefix_len, task_vocab
+from specserve.training.head_fit import new_head
+from specserve.training.head_module import common_prefix_len, task_vocab
 from specserve.training.joint_loss import JointObjective
 from specserve.training.lora_model import LINEARS, LoraModel
 from specserve.training.run_config import JointConfig, LoraConfig, OptimizerConfig, RunConfig
@@ -101,7 +102,7 @@ def main(data: Path, model: str, rank: int, rounds: int, steps: int, batch_token
     config = msgspec.structs.replace(config, output="bench")
     lora = LoraModel(base.path, config.lora, torch.float32, torch.device("cpu"), None)
     vocab = task_vocab(examples, config.head.vocab_size)
-    head = LookaheadHead(lora.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
+    head = new_head(lora, config.head, vocab)
     plan = plan_run([len(e.tokens) for e in examples], batch_tokens, 0, 1, None)
     objective = JointObjective(config, lora, head, examples, common_prefix_len(examples), len(plan))
     plain = PlainLoop(base.path, rank, examples, batch_tokens)

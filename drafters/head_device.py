@@ -140,7 +140,8 @@ class DeviceHeads:
             raise HeadError(f"all {len(self._heads)} places for heads on the device are taken")
         head_id = min(free)
         tensors = head_tensors(head, self._vocab_size, self._device)
-        self._tables.set(head_id, tensors, config.state_size, config.draft_len, self.tap_layers.index(config.tap_layer))
+        tap, jump_start = self.tap_layers.index(config.tap_layer), config.copy_start if config.copy_jumps else -1
+        self._tables.set(head_id, tensors, config.state_size, config.draft_len, tap, jump_start)
         self._heads[head_id] = head, tensors
         self._local_of[head_id] = tensors.local_of.cpu().numpy()
         self._id_of[id(head)] = head_id
@@ -173,7 +174,7 @@ class DeviceHeads:
             if not has_room:
                 continue
             config = one.head.config
-            pointer = CopyPointer(one.prompt, config.copy_start, config.copy_window)
+            pointer = CopyPointer(one.prompt, config.copy_start, config.copy_window, config.copy_jumps)
             for token in one.output:
                 pointer.follow(token)
             seats.append(one.seat)

@@ -52,6 +52,7 @@ class LookaheadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     draft_len: Annotated[int, Meta(ge=1, le=64)]
     copy_window: Annotated[int, Meta(ge=0, le=64)]
     copy_start: Count  # prompt tokens before the first that may be copied
+    copy_jumps: bool = False  # whether a token that is not in the window moves it to where that stands in the prompt
     vocab: list[int]  # token ids of the task vocabulary, ascending
     head_hash: str = ""  # SHA-256 of lookahead.safetensors; of older ones nothing
     acceptance: dict[str, list[tuple[float, float]]] = {}  # source -> (right, seen) by class of confidence

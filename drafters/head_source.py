@@ -32,7 +32,7 @@ class HeadSource:
         self._other = head.weights.embed.shape[1] - 1  # behind the vocabulary and its padding
         self._prompt = prompt
         self._prompt_idx = [head.index_of.get(token, self._other) for token in prompt]
-        self._committed = CopyPointer(prompt, config.copy_start, config.copy_window)
+        self._committed = CopyPointer(prompt, config.copy_start, config.copy_window, config.copy_jumps)
         self._num_seen = len(prompt)
         self._pointer = self._committed
         self._num_drafted = 0

@@ -62,21 +62,26 @@ class HeadTables:
     """Where the heads are; row h is head id h."""
 
     addresses: torch.Tensor  # [heads, 16] int64, in the order of HeadTensors
-    sizes: torch.Tensor  # [heads, 6] int32: d, U - 1, W, draft length (0: no head), row of `tapped`, own state size
+    # [heads, 7] int32: d, U - 1, W, draft length (0: no head), row of `tapped`, own state size, first prompt token that
+    # the copy pointer may jump behind (-1: none)
+    sizes: torch.Tensor
 
     @classmethod
     def allocate(cls, max_heads: int, device: torch.device | str) -> HeadTables:
         addresses = torch.zeros(max_heads, len(fields(HeadTensors)), dtype=torch.int64, device=device)
-        return cls(addresses, torch.zeros(max_heads, 6, dtype=torch.int32, device=device))
+        return cls(addresses, torch.zeros(max_heads, 7, dtype=torch.int32, device=device))
 
-    def set(self, head_id: int, head: HeadTensors, state_size: int, draft_len: int, tap: int) -> None:
+    def set(
+        self, head_id: int, head: HeadTensors, state_size: int, draft_len: int, tap: int, jump_start: int = -1
+    ) -> None:
         """`head` must stay alive until the id is set again or no launch names it; `state_size` is without zeros."""
         tensors = [getattr(head, field.name) for field in fields(HeadTensors)]
         assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
         assert head.embed.shape[1] % 16 == head.slot_weight.shape[1] % 16 == 0
         assert head.embed.dtype == torch.bfloat16 and head.out_bias.dtype == torch.float32
-        sizes = [head.embed.shape[1], head.embed.shape[0] - 1, head.slot_bias.shape[0], draft_len, tap, state_size]
+        d, num_tokens, width = head.embed.shape[1], head.embed.shape[0] - 1, head.slot_bias.shape[0]
         self.addresses[head_id] = torch.tensor([tensor.data_ptr() for tensor in tensors])
+        sizes = [d, num_tokens, width, draft_len, tap, state_size, jump_start]
         self.sizes[head_id] = torch.tensor(sizes, dtype=torch.int32)
 
 
@@ -164,6 +169,7 @@ def chain_reference(
     position: int,
     kept: Sequence[int],
     num_guesses: int,
+    jump_start: int = -1,
 ) -> tuple[list[int], list[float], int]:
     """The definition, written to be read, for one sequence whose pointer stands at `position` before `kept`.
 
@@ -177,6 +183,9 @@ def chain_reference(
         for idx, seen in enumerate(prompt[pointer : pointer + width]):
             if seen == token:
                 return pointer + idx + 1, 1 if idx == 0 else 2
+        for idx in range(jump_start, len(prompt) - 1) if jump_start >= 0 else ():
+            if prompt[idx] == token:
+                return idx + 1, 2
         return pointer, 0
 
     moved = 0

@@ -35,7 +35,9 @@ WINDOW = tl.constexpr(2)
 DRAFT_LEN = tl.constexpr(3)
 TAP = tl.constexpr(4)
 KEY_SIZE = tl.constexpr(5)
-NUM_SIZES = tl.constexpr(6)
+JUMP_START = tl.constexpr(6)
+NUM_SIZES = tl.constexpr(7)
+_JUMP_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
@@ -90,13 +92,25 @@ def _product(acc, a, rows, row_mask, b, k_stride, n, n_mask, size, BLOCK_K: tl.c
 
 
 @triton.jit
-def _followed(prompt, position, length, window, token, WIDTH: tl.constexpr):
-    """Pointer and move after `token`: just behind its first place among the next `window` tokens of the prompt."""
+def _followed(prompt, position, length, window, jump_start, token, WIDTH: tl.constexpr):
+    """Pointer and move after `token`: just behind its first place among the next `window` tokens of the prompt.
+
+    Else behind its first place from `jump_start` on, but not behind the prompt's last token; -1: it does not jump.
+    """
     idx = tl.arange(0, WIDTH)
     is_seen = (idx < window) & (position + idx < length)
     seen = tl.load(prompt + position + idx, mask=is_seen, other=-1)
     found = tl.min(tl.where(is_seen & (seen == token), idx, WIDTH), axis=0)
     moved = tl.where(found == 0, 1, tl.where(found < WIDTH, 2, 0))
+    if (found == WIDTH) & (jump_start >= 0):
+        place = length
+        for start in range(jump_start, length - 1, _JUMP_BLOCK):
+            every = start + tl.arange(0, _JUMP_BLOCK)
+            is_near = every < length - 1
+            tokens = tl.load(prompt + every, mask=is_near, other=-1)
+            place = tl.minimum(place, tl.min(tl.where(is_near & (tokens == token), every, length), axis=0))
+        moved = tl.where(place < length, 2, 0)
+        position = tl.where(place < length, place + 1, position)
     return tl.where(found < WIDTH, position + found + 1, position), moved
 
 
@@ -112,9 +126,10 @@ def walk_pointers(
         first, num = tl.load(first_rows + seq), tl.load(num_accepted + seq) + 1
         prompt = prompt_tokens + seat.to(tl.int64) * prompt_stride
         position, length, window = tl.load(positions + seat), tl.load(prompt_lens + seat), _size(sizes, head, WINDOW)
+        jump_start = _size(sizes, head, JUMP_START)
         for idx in range(0, num):
             token = tl.load(sampled + first + idx).to(tl.int32)
-            position, moved = _followed(prompt, position, length, window, token, WIDTH)
+            position, moved = _followed(prompt, position, length, window, jump_start, token, WIDTH)
             if idx == num - 1:
                 tl.store(moves + seq, moved)
                 tl.store(input_tokens + seq, tl.load(_ids(addresses, head, LOCAL_OF) + token))
@@ -409,7 +424,8 @@ def choose(
             guess = tl.where(copies, of_prompt, of_vocab)
             tl.store(line, guess)
             tl.store(probabilities + seq * guess_stride + position_idx, tl.minimum(prob, 1.0))
-            pointer, moved = _followed(prompt_tokens + prompt, pointer, length, window, guess, WIDTH)
+            jump_start = _size(sizes, head, JUMP_START)
+            pointer, moved = _followed(prompt_tokens + prompt, pointer, length, window, jump_start, guess, WIDTH)
             tl.store(input_tokens + seq, tl.where(copies, num_tokens, token))
             tl.store(moves + seq, moved)
             tl.store(draft_positions + seq, pointer)

@@ -22,7 +22,7 @@ from .data.dataset import Example
 from .evaluation.answers import answer, make_engine
 from .evaluation.evaluate import SINGLE_ROWS
 from .finish import CALIBRATION_ROWS, num_answered
-from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
+from .head_fit import anchors_of, collect_states, collect_teacher, fit_head, new_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
 from .lora_model import CausalModel, LoraModel, arithmetic
@@ -58,7 +58,7 @@ def estimate_phases(prepared: Prepared) -> list[Phase]:
     head = None
     if config.head.enabled:
         vocab = task_vocab(examples, config.head.vocab_size)
-        head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window).to(device)
+        head = new_head(model, config.head, vocab)
     with tempfile.TemporaryDirectory() as folder:
         adapter = None
         if isinstance(model, LoraModel):

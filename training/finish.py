@@ -34,7 +34,7 @@ from .checkpoint import CHECKPOINT_FILE
 from .data.dataset import Example
 from .evaluation.answers import Served, answer
 from .evaluation.evaluate import evaluate_directory
-from .head_fit import anchors_of, collect_states, collect_teacher, fit_head
+from .head_fit import anchors_of, collect_states, collect_teacher, fit_head, new_head
 from .head_module import LookaheadHead, task_vocab
 from .health import RunCollapsed
 from .lora_files import LORA_FILES, check_finite, copy_files, share_files
@@ -68,8 +68,7 @@ def finish(
         answered = _self_answers(config, model_dir, output, examples)
         if head is None:
             vocab = task_vocab(answered or examples, config.head.vocab_size)
-            head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
-            head = head.to(model.device)
+            head = new_head(model, config.head, vocab)
         _fit_to_answers(config, model, head, answered or examples, copy_start)
         _write_head(config, model_dir, output, model, head, copy_start)
         _write_history(config, output, _calibration_rows(config, examples)[1], answered)
@@ -136,7 +135,6 @@ def _write_head(
 ) -> None:
     """With an empty record of acceptance: it is made with the head in use."""
     check_head(head, config.head.lr)
-    tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
     lookahead = LookaheadConfig(
         format_version=FORMAT_VERSION,
         base_hash=base_fingerprint(model_dir),
@@ -148,10 +146,11 @@ def _write_head(
         draft_len=config.head.draft_len,
         copy_window=config.head.copy_window,
         copy_start=copy_start,
+        copy_jumps=config.head.copy_jumps,
         vocab=head.vocab,
         acceptance={},
     )
-    write_head(output, lookahead, tensors)
+    write_head(output, lookahead, head.tensors())
 
 
 def check_head(head: LookaheadHead, rate: float) -> None:

@@ -13,6 +13,7 @@ from ..text.special_tokens import eos_token_ids
 from .data.dataset import Example, tokenize
 from .data.rows import Row
 from .finish import finish
+from .head_fit import new_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
 from .lora_model import CausalModel, LoraModel
@@ -44,8 +45,7 @@ class GenerationRun(PreparedRun[Prepared]):
         model = self._model = LoraModel(self.model_dir, config.lora, dtype, device, config.head.tap_layer)
         if config.head.enabled:
             vocab = task_vocab(examples, config.head.vocab_size)
-            head = LookaheadHead(model.hidden_size, config.head.hidden_size, vocab, config.head.copy_window)
-            self._head = head.to(device)
+            self._head = new_head(model, config.head, vocab)
         if config.lora.frozen:
             return None
         teacher = open_teacher(Path(config.teacher), model, self.model_dir) if config.teacher else None

@@ -23,6 +23,12 @@ _BATCH_ANCHORS = 256
 _TEACHER_ROWS = 256  # logits over the whole vocabulary at a time
 
 
+def new_head(model: CausalModel, config: HeadConfig, vocab: Sequence[int]) -> LookaheadHead:
+    """An untrained head for `model`, on its device."""
+    words = model.words(vocab) if config.base_words else None
+    return LookaheadHead(model.hidden_size, config.hidden_size, vocab, config.copy_window, words).to(model.device)
+
+
 @torch.no_grad()
 def collect_states(
     model: CausalModel, examples: Sequence[Example], batch_tokens: int, *, progress: bool = True
@@ -126,4 +132,5 @@ def expected_tokens(head: LookaheadHead, last: torch.Tensor, tapped: torch.Tenso
 def anchors_of(
     head: LookaheadHead, config: HeadConfig, examples: Sequence[Example], starts: Sequence[int], copy_start: int
 ) -> Anchors:
-    return build_anchors(examples, starts, head.vocab, config.train_steps_ahead, copy_start, config.copy_window)
+    window, jumps = config.copy_window, config.copy_jumps
+    return build_anchors(examples, starts, head.vocab, config.train_steps_ahead, copy_start, window, jumps)

@@ -12,17 +12,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..drafters.copy_pointer import CopyPointer
-from ..drafters.head import HeadWeights, head_shapes
+from ..drafters.head import WEIGHT_NAMES, HeadWeights, head_shapes
 from .data.dataset import Example
 
 
 class LookaheadHead(nn.Module):
-    """One trainable head; `vocab` are the task's token ids, ascending."""
+    """One trainable head; `vocab` are the task's token ids, ascending.
 
-    def __init__(self, hidden_size: int, state_size: int, vocab: Sequence[int], window: int):
+    words: [U - 1, H], what the base model knows of them. The head's embedding is then one matrix of it, the same for
+    all words, plus what it learns of each; so it tells words apart that it has hardly seen. None: the latter alone.
+    """
+
+    word_weight: nn.Parameter  # [H, d], where there are words
+
+    def __init__(
+        self,
+        hidden_size: int,
+        state_size: int,
+        vocab: Sequence[int],
+        window: int,
+        words: torch.Tensor | None = None,
+    ):
         super().__init__()
         self.vocab = list(vocab)
         for name, shape in head_shapes(hidden_size, state_size, len(vocab), window).items():
@@ -30,9 +44,24 @@ class LookaheadHead(nn.Module):
             if not name.endswith("bias"):
                 nn.init.normal_(value, std=1.0 / math.sqrt(shape[0] if name != "embed" else shape[1]))
             setattr(self, name, nn.Parameter(value))
+        self.register_buffer("words", words, persistent=False)
+        if words is not None:
+            self.word_weight = nn.Parameter(torch.randn(hidden_size, state_size) / math.sqrt(hidden_size * state_size))
+            with torch.no_grad():
+                self.embed[:, :-1] = 0.0
 
     def weights(self) -> HeadWeights:
-        return HeadWeights(**{name: parameter for name, parameter in self.named_parameters()})
+        named = {name: parameter for name, parameter in self.named_parameters() if name != "word_weight"}
+        if self.words is not None:
+            known = F.pad(self.words @ self.word_weight, (0, 0, 0, 1))  # [U, d], of "another token" nothing
+            named["embed"] = named["embed"] + known
+        return HeadWeights(**named)
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights as they are saved, each [1, ...] on the CPU."""
+        weights = self.weights()
+        return {name: getattr(weights, name).detach().cpu() for name in WEIGHT_NAMES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +102,13 @@ def common_prefix_len(examples: Sequence[Example]) -> int:
 
 
 def build_anchors(
-    examples: Sequence[Example], row_starts: Sequence[int], vocab: Sequence[int], steps: int, start: int, window: int
+    examples: Sequence[Example],
+    row_starts: Sequence[int],
+    vocab: Sequence[int],
+    steps: int,
+    start: int,
+    window: int,
+    jumps: bool = False,
 ) -> Anchors:
     """All anchors of `examples`; `row_starts[i]` is the row of the hidden state of example i's last prompt token."""
     idx_of = {token: idx for idx, token in enumerate(vocab)}
@@ -82,7 +117,7 @@ def build_anchors(
     rows: list[int] = []
     for example, first_row in zip(examples, row_starts, strict=True):
         prompt, completion = example.prompt, example.completion
-        pointer = CopyPointer(prompt, start, window)
+        pointer = CopyPointer(prompt, start, window, jumps)
         ids, moves, windows, hits = [], [], [], []
         for idx, token in enumerate(completion):
             pointer.follow(token)

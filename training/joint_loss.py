@@ -16,7 +16,8 @@ import torch
 
 from .answer_loss import known_tops, token_losses, top_kl, whole_kl
 from .data.dataset import Example
-from .head_module import LookaheadHead, build_anchors
+from .head_fit import anchors_of
+from .head_module import LookaheadHead
 from .lora_model import Hidden, LoraModel
 from .losses import head_loss, teacher_log_probs
 from .objective import Group, StepLoss
@@ -66,9 +67,7 @@ class Forward:
             num_loss = sum(example.loss_mask[1:])
             starts.append(row + num_loss - len(example.completion))
             row += num_loss
-        anchors = build_anchors(
-            self.batch, starts, head.vocab, config.train_steps_ahead, copy_start, config.copy_window
-        )
+        anchors = anchors_of(head, config, self.batch, starts, copy_start)
         if len(anchors) > MAX_ANCHORS:
             anchors = anchors.select(torch.tensor(sorted(rng.sample(range(len(anchors)), MAX_ANCHORS))))
         last, tapped = (_scale_gradient(rows[anchors.rows], reach) for rows in (self.hidden.last, self.hidden.tapped))

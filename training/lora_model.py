@@ -160,6 +160,13 @@ class CausalModel:
         logits: torch.Tensor = self._causal.lm_head(hidden)
         return logits if not self._softcap else self._softcap * torch.tanh(logits.float() / self._softcap)
 
+    @torch.no_grad()
+    def words(self, vocab: Sequence[int]) -> torch.Tensor:
+        """What the base model knows of the tokens `vocab`: rows of its output embedding, normalised, [U, H] in fp32."""
+        table = next(weight for name, weight in self._causal.lm_head.named_parameters() if "lora_" not in name)
+        rows = table[torch.tensor(vocab, device=table.device)].float()
+        return torch.nn.functional.rms_norm(rows, rows.shape[-1:])
+
     def _tap(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._tapped = output[0] if isinstance(output, tuple) else output
 

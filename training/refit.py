@@ -37,7 +37,7 @@ from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from .data.dataset import Example
 from .evaluation.answers import Served, answer
 from .finish import CALIBRATION_ROWS, check_head, rewrite_acceptance
-from .head_fit import anchors_of, collect_states, collect_teacher, expected_tokens, fit_head
+from .head_fit import anchors_of, collect_states, collect_teacher, expected_tokens, fit_head, new_head
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_files import LORA_FILES, copy_files, share_files
 from .lora_model import CausalModel, LoraModel, arithmetic
@@ -113,7 +113,11 @@ def _fitted(
     if old is not None:
         sizes = old[0]
         settings = msgspec.structs.replace(
-            settings, hidden_size=sizes.state_size, copy_window=sizes.copy_window, draft_len=sizes.draft_len
+            settings,
+            hidden_size=sizes.state_size,
+            copy_window=sizes.copy_window,
+            copy_jumps=sizes.copy_jumps,
+            draft_len=sizes.draft_len,
         )
     held_out, learned = examples[::_HELD_OUT], [e for idx, e in enumerate(examples) if idx % _HELD_OUT]
     states = {name: collect_states(model, part, _BATCH_TOKENS) for name, part in (("old", held_out), ("new", learned))}
@@ -148,6 +152,7 @@ def _fitted(
         draft_len=settings.draft_len,
         copy_window=settings.copy_window,
         copy_start=copy_start,
+        copy_jumps=settings.copy_jumps,
         vocab=head.vocab,
     )
     return fitted, head, before, after
@@ -155,19 +160,20 @@ def _fitted(
 
 def _module(model: CausalModel, settings: HeadConfig, vocab: Sequence[int], old: OldHead | None) -> LookaheadHead:
     """A head over `vocab`; it may begin as an old one, in which new words are what "another token" is."""
+    if old is None:
+        return new_head(model, settings, vocab)
     head = LookaheadHead(model.hidden_size, settings.hidden_size, vocab, settings.copy_window)
-    if old is not None:
-        known, tensors = old[0].vocab, old[1]
-        place = {token: idx for idx, token in enumerate(known)}
-        rows = torch.tensor([place.get(token, len(known)) for token in vocab] + [len(known)])
-        with torch.no_grad():
-            for name, parameter in head.named_parameters():
-                value = tensors[name]
-                if name == "embed":
-                    value = value[:, rows]
-                elif name == "out_bias":
-                    value = value[..., rows]
-                parameter.copy_(value)
+    known, tensors = old[0].vocab, old[1]
+    place = {token: idx for idx, token in enumerate(known)}
+    rows = torch.tensor([place.get(token, len(known)) for token in vocab] + [len(known)])
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            value = tensors[name]
+            if name == "embed":
+                value = value[:, rows]
+            elif name == "out_bias":
+                value = value[..., rows]
+            parameter.copy_(value)
     return head.to(model.device)
 
 
@@ -229,12 +235,11 @@ def _write(
     directory: Path, model_dir: Path, config: LookaheadConfig, head: LookaheadHead, held_out: Sequence[Example]
 ) -> None:
     """Beside a copy of the LoRA first, where the record of acceptance is made, then in the directory itself."""
-    tensors = {name: value.detach().cpu() for name, value in head.named_parameters()}
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / directory.name
         copy.mkdir()
         copy_files(directory, copy, [*LORA_FILES, *TEXT_FILES, HISTORY_FILE])
-        write_head(copy, config, tensors)
+        write_head(copy, config, head.tensors())
         asked = held_out[:CALIBRATION_ROWS]
         longest = max(len(example.tokens) for example in asked)
         served = Served.of(model_dir, copy, batch=8, max_len=longest + 1)
@@ -248,7 +253,7 @@ def _write(
     if config.lora_hash != BARE_BASE and file_hash(directory / WEIGHTS_FILE) != config.lora_hash:
         raise UserError(f"the LoRA in {directory} has changed meanwhile; its head is left as it was", param="directory")
     try:
-        write_head(directory, config, tensors)
+        write_head(directory, config, head.tensors())
         share_files(directory)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}", param="directory") from None

@@ -198,3 +198,20 @@ def test_copy_pointer_moves_behind_what_it_finds_ahead_and_stays_otherwise():
     assert (pointer.moved, pointer.window()) == (2, [15, -1, -1])
     pointer.follow(10)
     assert (pointer.moved, pointer.window()) == (0, [15, -1, -1])
+
+
+def test_copy_pointer_that_jumps_goes_behind_the_first_place_of_what_it_does_not_find_ahead():
+    pointer = CopyPointer([10, 11, 12, 13, 11, 14, 15, 16], start=1, width=2, jumps=True)
+    pointer.follow(15)
+    assert (pointer.moved, pointer.window()) == (2, [16, -1])
+    other = pointer.copy()
+    other.follow(11)
+    assert (other.moved, other.window()) == (2, [12, 13])
+    other.follow(12)
+    assert (other.moved, other.window()) == (1, [13, 11])
+    for token in (10, 99):  # before the start, and nowhere
+        other.follow(token)
+        assert (other.moved, other.window()) == (0, [13, 11])
+    other.follow(16)
+    assert other.window() == [13, 11]  # nothing stands behind it
+    assert pointer.window() == [16, -1]
