@@ -20,7 +20,7 @@ import torch
 
 from specserve.drafters.head import WEIGHT_NAMES, HeadWeights, best_token, cell, initial_state, scores
 from specserve.training.evaluation.answers import make_engine
-from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head, new_head
+from specserve.training.head_fit import anchors_of, collect_states, collect_teacher, fit_head, new_head, with_jumps
 from specserve.training.head_module import Anchors, LookaheadHead, common_prefix_len, task_vocab
 from specserve.training.run_config import HeadConfig
 
@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "d=256": {"hidden_size": 256},
     "vocabulary 1024": {"vocab_size": 1024},
     "no copy window": {"copy_window": 0},
+    "jumps": {"copy_jumps": True},
     "no jumps": {"copy_jumps": False},
     "own words": {"base_words": False},
     "no jumps, own words": {"copy_jumps": False, "base_words": False},
@@ -122,6 +123,7 @@ def main(
         changes = dict(VARIANTS[name])
         second = tapped if changes.pop("tapped", True) else torch.zeros_like(tapped)
         config = msgspec.structs.replace(HeadConfig(draft_len=draft_len), **changes)
+        config = with_jumps(config, examples[:cut], copy_start)
         vocab = task_vocab(examples[:cut], config.vocab_size)
         torch.manual_seed(0)
         head = new_head(lora, config, vocab)

@@ -146,7 +146,7 @@ def _write_head(
         draft_len=config.head.draft_len,
         copy_window=config.head.copy_window,
         copy_start=copy_start,
-        copy_jumps=config.head.copy_jumps,
+        copy_jumps=bool(config.head.copy_jumps),
         vocab=head.vocab,
         acceptance={},
     )

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
+import msgspec
 import torch
 from tqdm import tqdm
 
+from ..drafters.copy_pointer import CopyPointer
 from .data.batching import plan_epoch
 from .data.dataset import Example
 from .head_module import Anchors, LookaheadHead, build_anchors
@@ -21,6 +24,24 @@ from .run_config import HeadConfig
 
 _BATCH_ANCHORS = 256
 _TEACHER_ROWS = 256  # logits over the whole vocabulary at a time
+_JUDGED_ROWS = 200  # answers that tell whether copies jump
+_JUMPS_FIND_MORE = 0.05  # of all tokens; what does not gain as much copies in order, which a jump disturbs
+
+
+def with_jumps(config: HeadConfig, examples: Sequence[Example], copy_start: int) -> HeadConfig:
+    """`config` with `copy_jumps` decided, if it is not, by how many of the answers' tokens the pointer stands before."""
+    if config.copy_jumps is not None:
+        return config
+    found = [0, 0]
+    num_tokens = 0
+    for example in examples[:_JUDGED_ROWS]:
+        pointers = [CopyPointer(example.prompt, copy_start, config.copy_window, jumps) for jumps in (False, True)]
+        for token, following in pairwise(example.completion):
+            num_tokens += 1
+            for idx, pointer in enumerate(pointers):
+                pointer.follow(token)
+                found[idx] += pointer.window()[:1] == [following]
+    return msgspec.structs.replace(config, copy_jumps=found[1] - found[0] > _JUMPS_FIND_MORE * num_tokens)
 
 
 def new_head(model: CausalModel, config: HeadConfig, vocab: Sequence[int]) -> LookaheadHead:
@@ -132,5 +153,5 @@ def expected_tokens(head: LookaheadHead, last: torch.Tensor, tapped: torch.Tenso
 def anchors_of(
     head: LookaheadHead, config: HeadConfig, examples: Sequence[Example], starts: Sequence[int], copy_start: int
 ) -> Anchors:
-    window, jumps = config.copy_window, config.copy_jumps
+    window, jumps = config.copy_window, bool(config.copy_jumps)
     return build_anchors(examples, starts, head.vocab, config.train_steps_ahead, copy_start, window, jumps)

@@ -29,6 +29,8 @@ from .data.batching import default_epochs, plan_run
 from .data.dataset import Example, read_rows, shared_prompts, tokenize
 from .data.rows import routed_texts
 from .data.teacher_logits import TopLogits, logits_file, read_teacher_logits
+from .head_fit import with_jumps
+from .head_module import common_prefix_len
 from .run_config import RunConfig
 from .run_file import check_ready
 from .teacher_model import check_teacher
@@ -80,6 +82,9 @@ def prepare(config: RunConfig) -> Prepared:
         held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
         check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
+    if config.head.enabled:
+        head = with_jumps(config.head, examples, common_prefix_len(examples))
+        config = msgspec.structs.replace(config, head=head)
     config, plan = planned(config, [len(e.tokens) for e in examples])
     kept = {e.line for e in examples}
     texts = routed_texts([row for row in rows if row.line in kept], config.data.system)

@@ -37,7 +37,7 @@ from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from .data.dataset import Example
 from .evaluation.answers import Served, answer
 from .finish import CALIBRATION_ROWS, check_head, rewrite_acceptance
-from .head_fit import anchors_of, collect_states, collect_teacher, expected_tokens, fit_head, new_head
+from .head_fit import anchors_of, collect_states, collect_teacher, expected_tokens, fit_head, new_head, with_jumps
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .lora_files import LORA_FILES, copy_files, share_files
 from .lora_model import CausalModel, LoraModel, arithmetic
@@ -119,6 +119,7 @@ def _fitted(
             copy_jumps=sizes.copy_jumps,
             draft_len=sizes.draft_len,
         )
+    settings = with_jumps(settings, examples, copy_start)
     held_out, learned = examples[::_HELD_OUT], [e for idx, e in enumerate(examples) if idx % _HELD_OUT]
     states = {name: collect_states(model, part, _BATCH_TOKENS) for name, part in (("old", held_out), ("new", learned))}
 
@@ -152,7 +153,7 @@ def _fitted(
         draft_len=settings.draft_len,
         copy_window=settings.copy_window,
         copy_start=copy_start,
-        copy_jumps=settings.copy_jumps,
+        copy_jumps=bool(settings.copy_jumps),
         vocab=head.vocab,
     )
     return fitted, head, before, after

@@ -71,9 +71,16 @@ class HeadConfig(_Section, frozen=True):
     train_steps_ahead: Annotated[int, Meta(ge=1, le=32, description="steps that the loss looks ahead")] = 12
     tap_layer: Annotated[int, Meta(ge=0, description="layer whose output is tapped; default: the middle")] | None = None
     copy_window: Annotated[int, Meta(ge=0, le=32, description="prompt tokens that it can copy from; 0: no copying")] = 8
-    copy_jumps: Annotated[
-        bool, Meta(description="an output token that is not among those moves on to where it stands in the prompt")
-    ] = True
+    copy_jumps: (
+        Annotated[
+            bool,
+            Meta(
+                description="an output token that is not among those moves on to where it stands in the prompt; "
+                "default: where that stands before many more of the answers' tokens"
+            ),
+        ]
+        | None
+    ) = None
     base_words: Annotated[
         bool, Meta(description="its words begin as the base model's embeddings of them, through one learned matrix")
     ] = True

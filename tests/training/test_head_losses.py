@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 import torch
 
 from specserve.drafters.head import cell, initial_state, scores
 from specserve.training.data.dataset import Example
+from specserve.training.head_fit import with_jumps
 from specserve.training.head_module import LookaheadHead, build_anchors
 from specserve.training.losses import head_loss, teacher_log_probs
+from specserve.training.run_config import HeadConfig
 
 VOCAB = [3, 5, 7, 9]
 HIDDEN = 6
@@ -95,3 +98,32 @@ def test_teacher_probabilities_sum_to_one():
     log_probs = teacher_log_probs(torch.randn(5, 40), torch.tensor(VOCAB))
     assert log_probs.shape == (5, len(VOCAB) + 1)
     assert torch.allclose(log_probs.exp().sum(dim=-1), torch.ones(5), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("completion", "jumps"),
+    [([20, 21, 22, 23, 24, 25], False), ([50, 51, 40, 41, 30, 31], True), ([90, 91, 92, 93, 94, 95], False)],
+)
+def test_copies_jump_where_that_finds_more_of_the_answers(completion, jumps):
+    prompt = [1, *range(20, 60), 2]
+    examples = [Example(prompt + completion, [False] * len(prompt) + [True] * len(completion), 0)] * 3
+    config = HeadConfig(copy_window=2)
+    assert with_jumps(config, examples, 1).copy_jumps is jumps
+    assert with_jumps(msgspec.structs.replace(config, copy_jumps=not jumps), examples, 1).copy_jumps is not jumps
+
+
+def test_a_head_that_knows_the_base_models_words_is_saved_as_one_that_does_not():
+    torch.manual_seed(0)
+    words = torch.randn(len(VOCAB), HIDDEN)
+    head = LookaheadHead(HIDDEN, 16, VOCAB, 2, words)
+    tensors = head.tensors()
+    plain = LookaheadHead(HIDDEN, 16, VOCAB, 2)
+    assert tensors.keys() == {name for name, _ in plain.named_parameters()}
+    torch.testing.assert_close(tensors["embed"][0, :-1], words @ head.word_weight.detach())
+    plain.load_state_dict(tensors)
+    state = torch.randn(1, 3, 16)
+    window = torch.tensor([[[0, 2], [-1, -1], [4, 1]]])
+    for a, b in zip(scores(head.weights(), state, window), scores(plain.weights(), state, window), strict=True):
+        torch.testing.assert_close(a, b)
+    scores(head.weights(), state, window)[0].sum().backward()
+    assert head.word_weight.grad.norm() > 0 and head.embed.grad.norm() > 0
