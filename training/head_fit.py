@@ -29,7 +29,7 @@ _JUMPS_FIND_MORE = 0.05  # of all tokens; what does not gain as much copies in o
 
 
 def with_jumps(config: HeadConfig, examples: Sequence[Example], copy_start: int) -> HeadConfig:
-    """`config` with `copy_jumps` decided where it is not: by how many of the answers' tokens come next at the pointer."""
+    """`config` with `copy_jumps` decided where it is not: by how often the answers go on at the pointer."""
     if config.copy_jumps is not None:
         return config
     found = [0, 0]

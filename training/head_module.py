@@ -27,6 +27,7 @@ class LookaheadHead(nn.Module):
     all words, plus what it learns of each; so it tells words apart that it has hardly seen. None: the latter alone.
     """
 
+    words: torch.Tensor | None
     word_weight: nn.Parameter  # [H, d], where there are words
 
     def __init__(
@@ -48,10 +49,10 @@ class LookaheadHead(nn.Module):
         if words is not None:
             self.word_weight = nn.Parameter(torch.randn(hidden_size, state_size) / math.sqrt(hidden_size * state_size))
             with torch.no_grad():
-                self.embed[:, :-1] = 0.0
+                self.get_parameter("embed")[:, :-1] = 0.0
 
     def weights(self) -> HeadWeights:
-        named = {name: parameter for name, parameter in self.named_parameters() if name != "word_weight"}
+        named: dict[str, torch.Tensor] = {name: p for name, p in self.named_parameters() if name != "word_weight"}
         if self.words is not None:
             known = F.pad(self.words @ self.word_weight, (0, 0, 0, 1))  # [U, d], of "another token" nothing
             named["embed"] = named["embed"] + known
