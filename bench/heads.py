@@ -28,6 +28,7 @@ from . import common, options
 from .own_answers import lora_model, own_answers
 from .tasks import BaseModel
 
+_TEXT = {"loss": "kl", "vocab_size": 4096, "train_steps_ahead": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "d=128": {"hidden_size": 128},
@@ -43,6 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "last state only": {"tapped": False},
     "KL": {"loss": "kl"},
     "LK": {"loss": "lk"},
+    "free text": {**_TEXT, "copy_jumps": True},
+    "free text, no jumps": {**_TEXT, "copy_jumps": False},
+    "free text, no jumps, own words": {**_TEXT, "copy_jumps": False, "base_words": False},
+    "free text, jumps, own words": {**_TEXT, "copy_jumps": True, "base_words": False},
 }
 
 
