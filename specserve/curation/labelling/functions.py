@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from importlib.abc import InspectLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType
 from typing import Any
 
 from ...errors import UserError
 from .label_file import FunctionSpec, QuestionSpec
 from .votes import Vote, digest_of
+
+
+class _ReadSource(InspectLoader):
+    """Of a module: what was read, and nothing that its file or a cache of it holds by now; the digest is of that."""
+
+    def __init__(self, source: str, file: Path):
+        self._source, self._file = source, file
+
+    def get_source(self, fullname: str) -> str:
+        return self._source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._source, str(self._file))
 
 
 class PatternFunction:
@@ -63,10 +78,13 @@ class PythonFunction:
             yield place, checked_vote(answer, self._question, f"{self._at}: {self._name} of {text[:80]!r}")
 
     def _loaded(self, file: Path, source: str) -> Callable[[str], Any]:
-        module = ModuleType(f"label_functions_{digest_of(str(file))[:8]}")
+        loader = _ReadSource(source, file)
+        spec = spec_from_loader(f"label_functions_{digest_of(str(file))[:8]}", loader, origin=str(file))
+        assert spec is not None
+        module = module_from_spec(spec)
         module.__file__ = str(file)
-        try:  # what was read, and nothing that the file or a cache of it holds by now: the digest is of that
-            exec(compile(source, str(file), "exec"), module.__dict__)
+        try:
+            loader.exec_module(module)
         except Exception as error:
             at = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
             raise UserError(
