@@ -40,11 +40,7 @@ from specserve.messages import (
 )
 from specserve.own_modules import module_command
 from specserve.server.app import Server
-from specserve.stats_messages import (
-    SNAPSHOT,
-    EngineStats,
-    Stats,
-)
+from specserve.stats_messages import SNAPSHOT, EngineStats, Stats
 from specserve.text.special_tokens import eos_token_ids
 
 from . import common, options

@@ -37,9 +37,7 @@ from .messages import (
     UnloadAdapter,
 )
 from .pooling_messages import Pooled, PoolRequest
-from .stats_messages import (
-    Stats,
-)
+from .stats_messages import Stats
 
 ToEngine = (
     GenerateRequest

@@ -16,9 +16,7 @@ from ..drafters.grammar_source import Constraint
 from ..drafters.head_source import HeadSource
 from ..drafters.protocol import DraftSource, SteppedHeads
 from ..schedule.scheduler import ScheduledSequence
-from ..stats_messages import (
-    AdapterDrafts,
-)
+from ..stats_messages import AdapterDrafts
 from .cost_model import CostModel, StepCurve, StepShape
 from .host_cost import HostCost
 from .switch import DraftSwitch

@@ -25,15 +25,11 @@ from ..drafters.ngram import NgramSource
 from ..drafters.prediction import PredictionSource
 from ..drafters.protocol import DraftSource, Heads, SteppedHeads
 from ..kernels.native_build import NativeError
-from ..messages import (
-    GenerateRequest,
-)
+from ..messages import GenerateRequest
 from ..pooling_messages import AnyRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence as EngineSequence
-from ..stats_messages import (
-    AdapterDrafts,
-)
+from ..stats_messages import AdapterDrafts
 from .base_head import BaseHead
 from .cost_model import CostModel
 from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan, no_draft

@@ -42,9 +42,7 @@ from ..pooling_messages import AnyRequest
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence
-from ..stats_messages import (
-    EngineStats,
-)
+from ..stats_messages import EngineStats
 from ..text.detokenizer import TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import Admission, check_request, size_kv

@@ -53,10 +53,7 @@ from ..messages import (
     UnloadAdapter,
 )
 from ..pooling_messages import AnyRequest, PoolRequest
-from ..stats_messages import (
-    SNAPSHOT,
-    Stats,
-)
+from ..stats_messages import SNAPSHOT, Stats
 from .adapter_loads import AdapterLoads
 from .engine import Engine
 from .server_link import NewestStep, ServerLink

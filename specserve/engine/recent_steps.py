@@ -14,10 +14,7 @@ from msgspec.structs import replace
 
 from ..drafting.cost_model import CostModel, StepShape
 from ..drafting.drafts import StepPlan
-from ..stats_messages import (
-    CostTable,
-    RecentStep,
-)
+from ..stats_messages import CostTable, RecentStep
 from .queued_step import QueuedStep
 
 MAX_STEPS = 64

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ..adapters.held import Held
 from ..drafting.drafts import DraftLengths
-from ..messages import (
-    AdapterState,
-)
-from ..stats_messages import (
-    AdapterRequests,
-    EngineStats,
-)
+from ..messages import AdapterState
+from ..stats_messages import AdapterRequests, EngineStats
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -31,10 +31,7 @@ from ..server.engine_client.link import EngineLink
 from ..server.engine_client.supervisor import EngineSupervisor
 from ..server.served_engine import process_settings
 from ..server.shared_store.versions import Versions
-from ..stats_messages import (
-    EngineStats,
-    Stats,
-)
+from ..stats_messages import EngineStats, Stats
 from .brought_versions import BroughtVersions
 from .own_folder import OwnFolder
 from .wire import Greeting, encode, to_replica_decoder

@@ -16,9 +16,7 @@ from ..messages import (
     AdapterState,
     EngineInfo,
 )
-from ..stats_messages import (
-    EngineStats,
-)
+from ..stats_messages import EngineStats
 
 MAX_RECENT_STEPS = 256
 _OF_ONE = {"cost_table"}  # the first one's

@@ -32,9 +32,7 @@ from ..pooling_messages import Pooled, PoolRequest
 from ..server.engine_client.client import RESTART_PATIENCE_S
 from ..server.engine_client.serving_engine import LoadOptions, ReplicaState
 from ..server.engine_client.supervisor import STOPPED, State
-from ..stats_messages import (
-    EngineStats,
-)
+from ..stats_messages import EngineStats
 from .copies import Copies
 from .expected_cost import ExpectedCost
 from .holders import Holders

@@ -15,9 +15,7 @@ from ..messages import (
     Usage,
 )
 from ..pooling_messages import Pooled
-from ..stats_messages import (
-    EngineStats,
-)
+from ..stats_messages import EngineStats
 
 logger = logging.getLogger(__name__)
 SUMMARY_EVERY_S = 10.0

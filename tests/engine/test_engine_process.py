@@ -46,9 +46,7 @@ from specserve.messages import (
     UnloadAdapter,
 )
 from specserve.pooling_messages import Pooled
-from specserve.stats_messages import (
-    Stats,
-)
+from specserve.stats_messages import Stats
 
 
 def receive(sock):

@@ -12,10 +12,7 @@ from specserve.server.activity_log import summarize, summary
 from specserve.server.metrics import metrics as metrics_module
 from specserve.server.metrics.families import Families, observe_each
 from specserve.server.metrics.metrics import Metrics
-from specserve.stats_messages import (
-    AdapterDrafts,
-    EngineStats,
-)
+from specserve.stats_messages import AdapterDrafts, EngineStats
 
 
 def stats(drafts: list[AdapterDrafts]) -> EngineStats:

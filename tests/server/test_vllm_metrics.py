@@ -12,10 +12,7 @@ from specserve.messages import (
     Usage,
 )
 from specserve.server.metrics.metrics import Metrics
-from specserve.stats_messages import (
-    AdapterRequests,
-    EngineStats,
-)
+from specserve.stats_messages import AdapterRequests, EngineStats
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2], "avx2", 64, 256)
 STATS = msgspec.structs.replace(

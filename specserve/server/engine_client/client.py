@@ -41,11 +41,7 @@ from ...messages import (
 )
 from ...own_modules import module_command
 from ...pooling_messages import Pooled, PoolRequest
-from ...stats_messages import (
-    SNAPSHOT,
-    EngineStats,
-    Stats,
-)
+from ...stats_messages import SNAPSHOT, EngineStats, Stats
 from .link import EngineLink, Link
 from .serving_engine import ReplicaState
 from .supervisor import STOPPED, EngineSupervisor, State

@@ -17,9 +17,7 @@ from ...messages import (
     GenerateRequest,
 )
 from ...pooling_messages import Pooled, PoolRequest
-from ...stats_messages import (
-    EngineStats,
-)
+from ...stats_messages import EngineStats
 from .supervisor import State
 
 

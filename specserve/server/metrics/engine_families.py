@@ -12,12 +12,8 @@ from collections.abc import Collection, Iterator
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from ...messages import (
-    EngineInfo,
-)
-from ...stats_messages import (
-    EngineStats,
-)
+from ...messages import EngineInfo
+from ...stats_messages import EngineStats
 from .request_watch import LABELS
 
 MAX_LISTED = 200  # adapters in a label

@@ -11,13 +11,8 @@ from types import MappingProxyType
 
 from prometheus_client import Gauge, generate_latest
 
-from ...messages import (
-    EngineInfo,
-)
-from ...stats_messages import (
-    AdapterDrafts,
-    EngineStats,
-)
+from ...messages import EngineInfo
+from ...stats_messages import AdapterDrafts, EngineStats
 from ..engine_client.serving_engine import ReplicaState
 from .engine_families import EngineFamilies
 from .families import LOAD_BUCKETS, CappedNames, Families

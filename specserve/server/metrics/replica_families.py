@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from ...stats_messages import (
-    EngineStats,
-)
+from ...stats_messages import EngineStats
 from ..engine_client.serving_engine import ReplicaState
 
 LABELS = ["replica"]

@@ -9,12 +9,8 @@ from itertools import zip_longest
 import msgspec
 
 from ... import __version__
-from ...messages import (
-    EngineInfo,
-)
-from ...stats_messages import (
-    EngineStats,
-)
+from ...messages import EngineInfo
+from ...stats_messages import EngineStats
 from ..engine_client.serving_engine import ReplicaState, ServingEngine
 from .types import (
     AdapterStats,

@@ -8,10 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from ...stats_messages import (
-    CostTable,
-    RecentStep,
-)
+from ...stats_messages import CostTable, RecentStep
 
 EngineStatus = Literal["running", "starting", "restarting", "stopped"]
 

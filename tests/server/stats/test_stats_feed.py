@@ -27,11 +27,7 @@ from specserve.server.stats import snapshot as snapshot_module
 from specserve.server.stats.feed import StatsFeed
 from specserve.server.stats.snapshot import StatsSource
 from specserve.server.stats.types import StatsResponse
-from specserve.stats_messages import (
-    AdapterDrafts,
-    AdapterRequests,
-    EngineStats,
-)
+from specserve.stats_messages import AdapterDrafts, AdapterRequests, EngineStats
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2], "avx2", 64, 4096)
 DRAFTS = [
