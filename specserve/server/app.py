@@ -93,7 +93,7 @@ class Server:
             self.engine, self.model_name, self.store.names_alike, self.keys, config.write_timeout_s
         )
         self.certificate = certificate_of(config)
-        self.page = PageFiles()
+        self.page = PageFiles(has_leaderboard=leaderboard is not None)
         self.middlewares = Middlewares(
             config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s, self.page.key_page
         )

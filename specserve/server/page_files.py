@@ -17,6 +17,7 @@ from aiohttp import web
 
 PAGE_DIR = Path(__file__).with_name("page")
 INDEX, LEADERBOARD = "index.html", "leaderboard.html"
+_LEADERBOARD_LINK = re.compile(rb"\s*<a href=\"/leaderboard/\">.*</a>")
 _REFUSED = re.compile(r"q\s*=\s*0(\.0*)?")
 TYPES = {
     ".html": "text/html",
@@ -42,14 +43,16 @@ class PageFile:
 
 
 class PageFiles:
-    """Serves `directory`, as it was when this was made."""
+    """Serves `PAGE_DIR` as it was when this was made. `has_leaderboard` says whether the page leads to one."""
 
-    def __init__(self, directory: Path = PAGE_DIR):
+    def __init__(self, has_leaderboard: bool = False):
         self._files = {
-            path.relative_to(directory).as_posix(): _read(path)
-            for path in directory.rglob("*")
+            path.relative_to(PAGE_DIR).as_posix(): _page_file(path.read_bytes(), path.suffix)
+            for path in PAGE_DIR.rglob("*")
             if path.suffix in TYPES and path.is_file()
         }
+        if not has_leaderboard:
+            self._files[INDEX] = _page_file(_LEADERBOARD_LINK.sub(b"", self._files[INDEX].body), ".html")
 
     @property
     def files(self) -> Mapping[str, PageFile]:
@@ -104,6 +107,5 @@ def wants_page(request: web.Request) -> bool:
     return any(kind == "text/html" and not any(map(_REFUSED.fullmatch, params)) for kind, *params in parts)
 
 
-def _read(path: Path) -> PageFile:
-    body = path.read_bytes()
-    return PageFile(body, TYPES[path.suffix], hashlib.sha256(body).hexdigest()[:32])
+def _page_file(body: bytes, suffix: str) -> PageFile:
+    return PageFile(body, TYPES[suffix], hashlib.sha256(body).hexdigest()[:32])

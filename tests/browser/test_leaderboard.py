@@ -1,7 +1,7 @@
 """The leaderboard's pages in Chromium: readable in both themes, and all of them reached by the keyboard alone."""
 
 import pytest
-from page_driver import PATIENCE_MS, violations
+from page_driver import PATIENCE_MS, PHONE, violations
 from server_fixture import ServerProcess
 
 from specserve.leaderboard.entries import Cell, KeptAnswer, Model, Task, TaskRow
@@ -65,6 +65,11 @@ def test_behind_a_key_it_asks_for_one_and_its_links_lead_on_and_back(browser, bo
             page.goto(server.url + "/")
             page.get_by_role("button", name="API key").click()
             page.get_by_text("A key is in use").wait_for()
+            page.keyboard.press("Escape")
+            page.set_viewport_size(PHONE)
+            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+            page.get_by_role("link", name="Leaderboard").click()
+            shown.get_by_role("heading", name="Ratings by the tasks' metrics").wait_for()
     finally:
         assert server.stop() == 0
 

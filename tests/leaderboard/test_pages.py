@@ -99,6 +99,8 @@ def test_a_server_of_models_shows_it_too(ran, model_dir, tmp_path):
                 assert (await client.get(f"/leaderboard/{name}", headers=key)).status == 200
             page = await client.get("/leaderboard/", headers=key)
             assert "Ratings by" in await page.text() and "default-src 'none'" in page.headers["Content-Security-Policy"]
+            home = Page(await (await client.get("/", headers={"Accept": "text/html"})).text())
+            assert ("a", {"href": "/leaderboard/"}) in home.tags
             missing = await client.get("/leaderboard/none", headers=key)
             assert missing.status == 404 and "no such page" in await missing.text()
             board.write_bytes(b"no board")

@@ -36,7 +36,8 @@ def test_the_page_runs_nothing_but_its_own_files(server):
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_is_served_as_what_it_is_and_only_sent_again_when_it_has_changed(server, name):
     reply = server.get(f"/ui/{name}")
-    assert reply.content == (PAGE_DIR / name).read_bytes()
+    assert reply.content == PageFiles().files[name].body
+    assert name == "index.html" or reply.content == (PAGE_DIR / name).read_bytes()
     assert reply.headers["Content-Type"] == f"{TYPES[name[name.rindex('.') :]]}; charset=utf-8"
     assert reply.headers["Cache-Control"] == "no-cache"
     again = requests.get(server.url + f"/ui/{name}", headers={"If-None-Match": reply.headers["ETag"]})
@@ -61,6 +62,8 @@ def test_a_server_without_a_leaderboard_says_so(server, locked_server):
     root = requests.get(server.url + "/leaderboard", allow_redirects=False)
     assert (root.status_code, root.headers["Location"]) == (301, "/leaderboard/")
     assert locked_server.get("/leaderboard/").status_code == 401
+    for path in ("/", "/ui/index.html"):
+        assert "leaderboard" not in server.get(path, headers=BROWSER).text.lower()
 
 
 def test_a_browser_at_the_leaderboard_is_asked_for_the_key_that_it_does_not_send(locked_server):
