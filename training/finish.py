@@ -95,8 +95,15 @@ def _self_answers(config: RunConfig, model_dir: Path, output: Path, examples: Se
     )
     served = Served.of(model_dir, output, batch=16, max_len=_max_len(config))
     prompts = [e.prompt for e in chosen]
-    desc = "answers to training prompts"
-    results = answer(served.engine, served.adapter_hash, prompts, config.distill.max_tokens, batch=16, desc=desc)
+    results = answer(
+        served.engine,
+        served.adapter_hash,
+        prompts,
+        config.distill.max_tokens,
+        batch=16,
+        temperature=config.distill.temperature,
+        desc="answers to training prompts",
+    )
     (output / HISTORY_FILE).unlink()
     rate = results.num_tokens / results.seconds
     tqdm.write(f"{results.num_tokens} tokens at {rate:.0f} tokens/s, {results.mean_accepted_length:.2f} a verification")
@@ -183,8 +190,8 @@ def _calibrate(
     """How often each source is right, seen on rows held back from them; they are all training rows of the LoRA."""
     prompts = [e.prompt for e in _calibration_rows(config, examples)[0]]
     served = Served.of(model_dir, output, batch=8, max_len=_max_len(config))
-    max_tokens, desc = config.distill.max_tokens, "answers for the record"
-    answer(served.engine, served.adapter_hash, prompts, max_tokens, batch=8, desc=desc)
+    distill, desc = config.distill, "answers for the record"
+    answer(served.engine, served.adapter_hash, prompts, distill.max_tokens, temperature=distill.temperature, desc=desc)
     lookahead = served.lookahead
     if lookahead is None or lookahead.error:
         raise UserError(f"the finished head is refused: {lookahead.error if lookahead else 'no files'}")

@@ -19,7 +19,7 @@ from .data.batching import plan_epoch
 from .data.dataset import Example
 from .head_module import Anchors, LookaheadHead, build_anchors
 from .lora_model import CausalModel
-from .losses import head_loss, teacher_log_probs
+from .losses import TargetProbs, head_loss
 from .run_config import HeadConfig
 
 _BATCH_ANCHORS = 256
@@ -72,16 +72,15 @@ def collect_states(
 
 
 @torch.no_grad()
-def collect_teacher(model: CausalModel, head: LookaheadHead, last: torch.Tensor) -> torch.Tensor:
-    """The target's log-probabilities [N, U] over the head's vocabulary for stored states [N, H], in fp16."""
+def collect_teacher(model: CausalModel, head: LookaheadHead, last: torch.Tensor) -> TargetProbs:
+    """The target's distributions over the head's vocabulary for stored states [N, H], on the CPU."""
     model.train(False)
     vocab = torch.tensor(head.vocab, device=model.device)
     parts = [
-        teacher_log_probs(model.logits(part.to(model.device, model.dtype)), vocab).half().cpu()
-        for part in last.split(_TEACHER_ROWS)
+        TargetProbs.of(model.logits(part.to(model.device, model.dtype)), vocab) for part in last.split(_TEACHER_ROWS)
     ]
     model.train()
-    return torch.cat(parts)
+    return TargetProbs.joined(parts, torch.device("cpu"))
 
 
 def fit_head(
@@ -92,7 +91,7 @@ def fit_head(
     anchors: Anchors,
     epochs: int,
     seed: int = 0,
-    teacher: torch.Tensor | None = None,
+    teacher: TargetProbs | None = None,
     *,
     progress: bool = True,
 ) -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ from .data.dataset import Example
 from .head_fit import anchors_of
 from .head_module import LookaheadHead
 from .lora_model import Hidden, LoraModel
-from .losses import head_loss, teacher_log_probs
+from .losses import TargetProbs, head_loss
 from .objective import Group, StepLoss
 from .run_config import HeadConfig, RunConfig
 from .schedule import Schedule
@@ -74,7 +74,7 @@ class Forward:
         teacher = None
         if config.loss != "ce":
             vocab = torch.tensor(head.vocab, device=self.logits.device)
-            teacher = teacher_log_probs(self.logits.detach(), vocab)
+            teacher = TargetProbs.of(self.logits.detach(), vocab)
         return head_loss(head, last, tapped, anchors, config.step_decay, config.loss, teacher)
 
 

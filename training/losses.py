@@ -8,6 +8,8 @@ cross-entropy, which is what teaches the head to copy rare names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,13 +19,41 @@ from .head_module import Anchors, LookaheadHead
 
 LossKind = Literal["ce", "kl", "lk"]
 _LK_DECAY = 3.0
+_KEPT = 64  # outcomes of the target at a row
+_LEAST = 1e-9  # probability that is told from none
 
 
-def teacher_log_probs(logits: torch.Tensor, vocab: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [R, U] of the task tokens `vocab` [U - 1] and of any other, from the logits [R, V]."""
-    normal = torch.log_softmax(logits.float(), dim=-1)[:, vocab]  # [R, U - 1]
-    other = (1.0 - normal.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-6).log()
-    return torch.cat([normal, other], dim=-1)
+@dataclass(frozen=True, slots=True)
+class TargetProbs:
+    """The target's distribution at R rows over U outcomes: the head's vocabulary, and any other token.
+
+    The likeliest K of them are kept, as what U would take for a million answers' tokens has no room; all others are one
+    outcome more, so that nothing is made up of them.
+    """
+
+    ids: torch.Tensor  # [R, K] int64
+    log_probs: torch.Tensor  # [R, K]
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, vocab: torch.Tensor) -> TargetProbs:
+        """From logits [R, V] and the vocabulary's token ids [U - 1]."""
+        normal = torch.log_softmax(logits.float(), dim=-1)[:, vocab]  # [R, U - 1]
+        other = (1.0 - normal.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-6).log()
+        whole = torch.cat([normal, other], dim=-1)
+        kept = whole.topk(min(_KEPT, whole.shape[-1]), dim=-1)
+        return cls(kept.indices, kept.values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[TargetProbs], device: torch.device) -> TargetProbs:
+        """Rows behind rows, small: ids in 16 or 32 bits and probabilities in 16."""
+        ids = torch.cat([part.ids.to(device) for part in parts])
+        small = torch.int16 if not len(ids) or int(ids.max()) < 2**15 else torch.int32
+        return cls(ids.to(small), torch.cat([part.log_probs.half().to(device) for part in parts]))
+
+    def rows(self, idx: torch.Tensor, device: torch.device) -> TargetProbs:
+        """Of the rows `idx`, on `device`."""
+        idx = idx.to(self.ids.device)
+        return TargetProbs(self.ids[idx].to(device, torch.int64), self.log_probs[idx].to(device, torch.float32))
 
 
 def head_loss(
@@ -33,11 +63,11 @@ def head_loss(
     anchors: Anchors,
     decay: float,
     kind: LossKind = "ce",
-    teacher: torch.Tensor | None = None,
+    teacher: TargetProbs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean weighted loss over the steps ahead, and the greedy hit rate [K] of each step.
 
-    last, tapped: [N, H] hidden states of the anchors' rows. teacher: [R, U] log-probabilities of all rows that
+    last, tapped: [N, H] hidden states of the anchors' rows. teacher: the distributions of all rows that
     `anchors.rows` counts, needed for "kl" and "lk". "lk" is the hybrid of Samarin et al. 2026, "LK Losses": total
     variation, one minus the chance of acceptance, takes over from KL as acceptance rises.
     """
@@ -68,7 +98,7 @@ def head_loss(
     if kind != "ce":
         assert teacher is not None
         rows = anchors.rows.repeat(num_steps)[keep] + step_idx + 1
-        soft = _distance(logits, window, teacher[rows.to(teacher.device)].float().to(logits.device), kind)
+        soft = _distance(logits, window, teacher.rows(rows, logits.device), kind)
         loss = torch.where(targets == other, loss, soft)
     weight = decay ** step_idx.to(loss.dtype)
     total_loss = (loss * weight).sum() / weight.sum()
@@ -79,15 +109,17 @@ def head_loss(
     return total_loss, rate
 
 
-def _distance(logits: torch.Tensor, window: torch.Tensor, teacher: torch.Tensor, kind: LossKind) -> torch.Tensor:
-    """[M] distances of the head's distribution, entries added to the tokens they hold, from the target's [M, U]."""
-    num_vocab = teacher.shape[-1]
+def _distance(logits: torch.Tensor, window: torch.Tensor, wanted: TargetProbs, kind: LossKind) -> torch.Tensor:
+    """[M] distances of the head's distribution, entries added to the tokens they hold, from the target's."""
+    num_vocab = logits.shape[-1] - window.shape[-1]
     probs = torch.softmax(logits, dim=-1)
     merged = probs[:, :num_vocab].scatter_add(1, window.clamp(min=0), probs[:, num_vocab:])  # empty entries have none
-    target = teacher.exp()
-    kl = (target * (teacher - merged.clamp(min=1e-9).log())).sum(dim=-1)
+    kept, target = merged.gather(1, wanted.ids), wanted.log_probs.exp()
+    rest, target_rest = ((1.0 - part.sum(dim=-1)).clamp(min=_LEAST) for part in (kept, target))
+    kl = (target * (wanted.log_probs - kept.clamp(min=_LEAST).log())).sum(dim=-1)
+    kl = kl + target_rest * (target_rest / rest).log()
     if kind == "kl":
         return kl
-    variation = 0.5 * (target - merged).abs().sum(dim=-1)
+    variation = 0.5 * ((target - kept).abs().sum(dim=-1) + (target_rest - rest).abs())
     share = torch.exp(-_LK_DECAY * (1.0 - variation.detach()))
     return share * kl + (1.0 - share) * variation

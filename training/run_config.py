@@ -154,6 +154,9 @@ class DistillConfig(_Section, frozen=True):
     ) = None
     epochs: Annotated[int, Meta(ge=1, description="how often the head sees each answer")] = 8
     max_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 512
+    temperature: Annotated[
+        float, Meta(ge=0, le=2, description="of these answers; above 0 where the greedy ones of free text loop")
+    ] = 0.0
 
 
 class HistoryConfig(_Section, frozen=True):

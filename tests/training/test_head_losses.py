@@ -12,7 +12,7 @@ from specserve.drafters.head import cell, initial_state, scores
 from specserve.training.data.dataset import Example
 from specserve.training.head_fit import with_jumps
 from specserve.training.head_module import LookaheadHead, build_anchors
-from specserve.training.losses import head_loss, teacher_log_probs
+from specserve.training.losses import TargetProbs, head_loss
 from specserve.training.run_config import HeadConfig
 
 VOCAB = [3, 5, 7, 9]
@@ -27,7 +27,7 @@ def setup():
     example = Example(prompt + completion, [False] * 4 + [True] * 4, 0)
     anchors = build_anchors([example], [0], VOCAB, 2, 0, 2)
     last, tapped = torch.randn(4, HIDDEN), torch.randn(4, HIDDEN)
-    teacher = teacher_log_probs(2 * torch.randn(4, 40), torch.tensor(VOCAB))
+    teacher = TargetProbs.of(2 * torch.randn(4, 40), torch.tensor(VOCAB))
     return head, anchors, last[anchors.rows], tapped[anchors.rows], teacher, completion
 
 
@@ -63,7 +63,11 @@ def expected(kind, head, anchors, last, tapped, teacher):
                 chance += float(probs[target])
             value = -math.log(chance)
         else:
-            wanted = teacher[int(anchors.rows[row]) + 1 + step].exp().tolist()
+            at = int(anchors.rows[row]) + 1 + step
+            ids, wanted = teacher.ids[at].tolist(), teacher.log_probs[at].exp().tolist()
+            merged = [merged[idx] for idx in ids]
+            if len(ids) <= len(VOCAB):  # all that is not kept is one outcome
+                wanted, merged = [*wanted, 1 - sum(wanted)], [*merged, 1 - sum(merged)]
             kl = sum(w * (math.log(w) - math.log(m)) for w, m in zip(wanted, merged, strict=True))
             variation = sum(abs(w - m) for w, m in zip(wanted, merged, strict=True)) / 2
             share = math.exp(-3.0 * (1 - variation))
@@ -73,9 +77,10 @@ def expected(kind, head, anchors, last, tapped, teacher):
     return total / weight_sum
 
 
-@pytest.mark.parametrize("kind", ["ce", "kl", "lk"])
-def test_the_loss_is_what_its_definition_says(setup, kind):
+@pytest.mark.parametrize(("kind", "kept"), [("ce", 5), ("kl", 5), ("lk", 5), ("kl", 2), ("lk", 2)])
+def test_the_loss_is_what_its_definition_says(setup, kind, kept):
     head, anchors, last, tapped, teacher, _ = setup
+    teacher = TargetProbs(teacher.ids[:, :kept], teacher.log_probs[:, :kept])
     loss, rate = head_loss(head, last, tapped, anchors, 0.9, kind, teacher)
     assert loss.item() == pytest.approx(expected(kind, head, anchors, last, tapped, teacher), rel=1e-4)
     assert rate.shape == (2,)
@@ -86,18 +91,26 @@ def test_the_loss_is_what_its_definition_says(setup, kind):
 def test_the_teacher_of_a_step_is_the_row_before_its_token(setup):
     """Only rows whose distributions are compared may change the loss: row 0 predicts the token already known."""
     head, anchors, last, tapped, teacher, _ = setup
-    loss = float(head_loss(head, last, tapped, anchors, 0.9, "kl", teacher)[0])
-    changed = teacher.clone()
-    changed[0] = teacher[0].flip(0)
-    assert float(head_loss(head, last, tapped, anchors, 0.9, "kl", changed)[0]) == loss
-    changed[1] = teacher[1].flip(0)
-    assert float(head_loss(head, last, tapped, anchors, 0.9, "kl", changed)[0]) != loss
+    loss = head_loss(head, last, tapped, anchors, 0.9, "kl", teacher)[0].item()
+    for row, matters in ((0, False), (1, True)):
+        changed = TargetProbs(teacher.ids, teacher.log_probs.clone())
+        changed.log_probs[row] = teacher.log_probs[row].flip(0)
+        assert (head_loss(head, last, tapped, anchors, 0.9, "kl", changed)[0].item() != loss) is matters
 
 
-def test_teacher_probabilities_sum_to_one():
-    log_probs = teacher_log_probs(torch.randn(5, 40), torch.tensor(VOCAB))
-    assert log_probs.shape == (5, len(VOCAB) + 1)
-    assert torch.allclose(log_probs.exp().sum(dim=-1), torch.ones(5), atol=1e-5)
+def test_the_likeliest_outcomes_are_kept_and_small():
+    logits = 3 * torch.randn(70, 1000)
+    vocab = torch.arange(0, 1000, 2)
+    whole = torch.softmax(logits, dim=-1)[:, vocab]
+    whole = torch.cat([whole, 1 - whole.sum(dim=-1, keepdim=True)], dim=-1)
+    parts = [TargetProbs.of(part, vocab) for part in logits.split(30)]
+    kept = TargetProbs.joined(parts, torch.device("cpu"))
+    assert kept.ids.shape == kept.log_probs.shape == (70, 64) and kept.ids.dtype == torch.int16
+    at = torch.tensor([69, 3, 30])
+    some = kept.rows(at, torch.device("cpu"))
+    wanted = whole[at].topk(64, dim=-1)
+    assert torch.equal(some.ids, wanted.indices)
+    torch.testing.assert_close(some.log_probs.exp(), wanted.values, rtol=5e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

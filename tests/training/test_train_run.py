@@ -362,6 +362,13 @@ def test_the_longest_prompt_has_room_for_one_token(trained):
     assert len(answer(engine, None, [[7, 8, 9, 10, 11]], 24).answers[0].tokens) == 1
 
 
+def test_answers_at_a_temperature_differ_and_come_again(trained):
+    engine = make_answering_engine(trained[1], batch=2, max_len=40)
+    twice = [answer(engine, None, [[7, 8, 9, 10, 11]] * 2, 24, temperature=1.0) for _ in range(2)]
+    (first, second), again = ([a.tokens for a in answers.answers] for answers in twice)
+    assert again == [first, second] and first != second
+
+
 def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trained, tmp_path, capsys):
     root, model_dir = trained
     arguments = ["train", str(root / "run.yaml"), "--head-only", "--base", "--output", str(tmp_path / "base")]

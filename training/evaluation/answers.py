@@ -27,7 +27,7 @@ from ..data.dataset import Example
 
 @dataclass(slots=True)
 class Answer:
-    """One greedy answer; `step_lens` has the tokens that each verification gave, the prompt's first token left out."""
+    """One answer; `step_lens` has the tokens that each verification gave, the prompt's first token left out."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -125,12 +125,22 @@ def answer(
     *,
     mode: str = "auto",
     batch: int = 8,
+    temperature: float = 0.0,
     desc: str | None = None,
     traced_by: TextTokenizer | None = None,
 ) -> Answers:
-    """Greedy answers of one adapter to `prompts`, at most `batch` at a time, with a progress bar if `desc` names it."""
+    """Answers of one adapter to `prompts`, at most `batch` at a time, with a progress bar if `desc` names it."""
     requests = [(adapter_hash, prompt) for prompt in prompts]
-    return answer_mixed(engine, requests, max_tokens, mode=mode, batch=batch, desc=desc, traced_by=traced_by)
+    return answer_mixed(
+        engine,
+        requests,
+        max_tokens,
+        mode=mode,
+        batch=batch,
+        temperature=temperature,
+        desc=desc,
+        traced_by=traced_by,
+    )
 
 
 def answer_mixed(
@@ -141,12 +151,14 @@ def answer_mixed(
     mode: str = "auto",
     batch: int = 8,
     max_draft_tokens: int = 16,
+    temperature: float = 0.0,
     desc: str | None = None,
     traced_by: TextTokenizer | None = None,
     on_answer: Callable[[int, Answer, float], None] | None = None,
 ) -> Answers:
-    """Greedy answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails.
+    """Answers to (adapter hash, prompt) pairs, at most `batch` at a time. Raises `UserError` if one fails.
 
+    At a `temperature` above 0 each has its index for a seed, so that a call repeated gives the same answers.
     With `traced_by`, the engine's tokenizer, answers say where their tokens came from. `on_answer` gets each one when
     it is whole, its index first, and the engine's seconds since the one before.
 
@@ -170,7 +182,7 @@ def answer_mixed(
                 GenerateRequest(
                     str(idx),
                     list(prompt),
-                    SamplingParams(max_tokens=limit, temperature=0.0),
+                    SamplingParams(max_tokens=limit, temperature=temperature, seed=idx),
                     adapter_hash=adapter_hash,
                     cache_salt=salt,
                     speculation=Speculation(mode, max_draft_tokens, traced_by is not None),  # type: ignore[arg-type]
