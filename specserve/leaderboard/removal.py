@@ -1,9 +1,13 @@
-"""What goes from a board by its name: a task or a model, and never one that a process is at work on."""
+"""What goes from a board by its name: a task or a model, and never one that a process is at work on.
+
+What a judge said goes with an answer, where no other model gave the same.
+"""
 
 from __future__ import annotations
 
 from ..errors import UserError
-from .entries import WHATS
+from .entries import WHATS, What
+from .pairs import asked_hash, asks_of
 from .store import LeaderboardStore, model_locks
 
 
@@ -23,6 +27,25 @@ def removed(store: LeaderboardStore, name: str, what: str | None = None) -> tupl
         for model in store.models():
             if (gone == "task" or model.name == name) and not locks.take(model.number):
                 raise UserError(f"another process runs {model.name} now; end that first", param="name")
-        return gone, store.remove(gone, name)
+        with store.transaction():
+            num = _removed(store, gone, name)
+        store.give_room_back()
+        return gone, num
     finally:
         locks.close()
+
+
+def _removed(store: LeaderboardStore, what: What, name: str) -> int:
+    if not store.judges():
+        return store.remove(what, name)
+    before = store.texts()
+    num = store.remove(what, name)
+    after = store.texts()
+    store.drop_judgments(
+        asked_hash(ask)
+        for row, texts in before.items()
+        for gone in texts - after.get(row, set())
+        for other in texts - {gone}
+        for ask in asks_of(row, gone, other)
+    )
+    return num

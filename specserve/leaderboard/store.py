@@ -189,28 +189,28 @@ class LeaderboardStore:
         return [what for what, row in found if row is not None]
 
     def remove(self, what: What, name: str) -> int:
-        """With its scores, and the answers that no other task or model has; returns how many answers went."""
-        with self.transaction():
-            found = self._db.execute(f"SELECT number FROM {what}s WHERE name = ?", (name,)).fetchone()
-            if found is None:
-                return 0
-            (number,) = found
-            if what == "task":
-                own = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task = :number)"
-                others = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task != :number)"
-            else:
-                under = (
-                    "config_hash IN (SELECT config_hash FROM owners WHERE model {0} :number "
-                    "UNION SELECT config_hash FROM cells WHERE model {0} :number)"
-                )
-                own, others = under.format("="), under.format("!=")
-            num = self._db.execute(f"DELETE FROM answers WHERE {own} AND NOT {others}", {"number": number}).rowcount
-            for table in ("cells", "task_rows") if what == "task" else ("cells", "owners"):
-                self._db.execute(f"DELETE FROM {table} WHERE {what} = ?", (number,))
-            self._db.execute(f"DELETE FROM {what}s WHERE number = ?", (number,))
-        with suppress(sqlite3.OperationalError):  # another process writes: then a later removal gives the room back
-            self._db.execute("VACUUM")
+        """With its scores, and the answers that no other task or model has; returns how many answers went. Within a
+        transaction."""
+        (number,) = self._db.execute(f"SELECT number FROM {what}s WHERE name = ?", (name,)).fetchone()
+        if what == "task":
+            own = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task = :number)"
+            others = "prompt_hash IN (SELECT prompt_hash FROM task_rows WHERE task != :number)"
+        else:
+            under = (
+                "config_hash IN (SELECT config_hash FROM owners WHERE model {0} :number "
+                "UNION SELECT config_hash FROM cells WHERE model {0} :number)"
+            )
+            own, others = under.format("="), under.format("!=")
+        num = self._db.execute(f"DELETE FROM answers WHERE {own} AND NOT {others}", {"number": number}).rowcount
+        for table in ("cells", "task_rows") if what == "task" else ("cells", "owners"):
+            self._db.execute(f"DELETE FROM {table} WHERE {what} = ?", (number,))
+        self._db.execute(f"DELETE FROM {what}s WHERE number = ?", (number,))
         return num
+
+    def give_room_back(self) -> None:
+        """Of what was removed."""
+        with suppress(sqlite3.OperationalError):  # another process writes: then a later removal does
+            self._db.execute("VACUUM")
 
     # -- answers and scores
 
@@ -223,6 +223,14 @@ class LeaderboardStore:
     def put_answer(self, config_hash: str, prompt_hash: str, answer: KeptAnswer) -> None:
         values = (config_hash, prompt_hash, *msgspec.structs.astuple(answer))
         self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def texts(self) -> dict[TaskRow, set[str]]:
+        """All answers to each row, of whatever model and time."""
+        query = "SELECT DISTINCT prompt_hash, prompt, gold, text FROM task_rows JOIN answers USING (prompt_hash)"
+        found: dict[TaskRow, set[str]] = {}
+        for *row, text in self._db.execute(query):
+            found.setdefault(TaskRow(*row), set()).add(text)
+        return found
 
     def put_owner(self, config_hash: str, model_number: int) -> None:
         """Before answers come: whose they are."""
@@ -251,6 +259,11 @@ class LeaderboardStore:
 
     def put_judgment(self, judge: str, asked_hash: str, verdict: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO judgments VALUES (?, ?, ?)", (judge, asked_hash, verdict))
+
+    def drop_judgments(self, asked_hashes: Iterable[str]) -> None:
+        """Of all judges."""
+        gone = msgspec.json.encode(list(asked_hashes)).decode()
+        self._db.execute("DELETE FROM judgments WHERE asked_hash IN (SELECT value FROM json_each(?))", (gone,))
 
     def judges(self) -> list[str]:
         return [judge for (judge,) in self._db.execute("SELECT DISTINCT judge FROM judgments ORDER BY judge")]

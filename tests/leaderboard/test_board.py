@@ -1,5 +1,6 @@
 """Tasks, models and cells: what is run, what is kept, what is run again, and what a mistake is told."""
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from specserve.cli.main import exit_code_of
 from specserve.errors import UserError
 from specserve.leaderboard.candidates import candidate
 from specserve.leaderboard.entries import KeptAnswer, Model, Task, TaskRow
+from specserve.leaderboard.pairs import asked_hash, asks_of
+from specserve.leaderboard.removal import removed
 from specserve.leaderboard.runner import prompts_of
 from specserve.leaderboard.store import LeaderboardStore, model_locks
 from specserve.training.evaluation import answers as answers_module
@@ -270,8 +273,43 @@ def test_answers_of_a_run_that_was_cut_short_are_their_models(tmp_path):
             store.put_answer(config, "prompt", KeptAnswer("x", "stop", 1, 1, 1, 0.1, "here"))
         for name in ("first", "second"):
             store.put_model(name, Model(base=""))
-        assert store.remove("model", "second") == 1 and store.answers("a") and not store.answers("b")
-        assert store.remove("task", "one") == 0 and store.remove("task", "two") == 1 and not store.answers("a")
+        assert removed(store, "second") == ("model", 1) and store.answers("a") and not store.answers("b")
+        assert removed(store, "one") == ("task", 0)
+        assert removed(store, "two") == ("task", 1) and not store.answers("a")
+    finally:
+        store.close()
+
+
+def test_verdicts_go_with_an_answer_that_nobody_else_gave(tmp_path):
+    """Of two tasks with the same prompts, whose wanted answers differ: what a judge was asked differs, too."""
+    store = LeaderboardStore(tmp_path / "board.sqlite3", create=True)
+    rows = {name: TaskRow("prompt", "question", gold) for name, gold in (("one", "wanted"), ("two", "else"))}
+    texts = {"first": "x", "second": "y", "third": "x", "fourth": "z"}
+    asked = {
+        (task, *pair): [asked_hash(ask) for ask in asks_of(row, *pair)]
+        for task, row in rows.items()
+        for pair in itertools.combinations("xyz", 2)
+    }
+
+    def kept():
+        verdicts = store.judgments("judge")
+        assert len(verdicts) % 2 == 0 and verdicts == store.judgments("another")
+        return {key for key, hashes in asked.items() if set(hashes) <= set(verdicts)}
+
+    try:
+        for name, row in rows.items():
+            store.put_task(name, Task(kind="generate", data="x", metric="rouge_l"), name, [row])
+        for number, (name, text) in enumerate(texts.items(), 1):
+            store.put_model(name, Model(base=""))
+            store.put_owner(name, number)
+            store.put_answer(name, "prompt", KeptAnswer(text, "stop", 1, 1, 1, 0.1, "here"))
+        for digest in itertools.chain(*asked.values()):
+            for judge in ("judge", "another"):
+                store.put_judgment(judge, digest, "A")
+        assert removed(store, "third") == ("model", 1) and kept() == set(asked)  # the first's answer is the same
+        assert removed(store, "second") == ("model", 1) and kept() == {("one", "x", "z"), ("two", "x", "z")}
+        assert removed(store, "one") == ("task", 0) and kept() == {("two", "x", "z")}
+        assert removed(store, "first") == ("model", 1) and kept() == set()
     finally:
         store.close()
 
