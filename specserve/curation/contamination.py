@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..training.data.near_duplicates import DEFAULT_THRESHOLD, NearDuplicates
-from ..training.data.text_identity import common_shingles, text_key, words
+from ..training.data.text_identity import common_shingles, shingles, text_key, words
 
 RUN_LEN = 13  # words
 LEAST_WORDS = 5  # a held-out text of fewer is only looked for as a whole
@@ -33,7 +33,7 @@ class HeldOut:
     """Held-out texts by their keys; `known` are texts of the task that may be trained on, such as seeds."""
 
     def __init__(self, texts: Mapping[str, str], known: Sequence[str] = (), threshold: float = DEFAULT_THRESHOLD):
-        self._near = NearDuplicates(threshold, common_shingles(known))
+        self._near = NearDuplicates(threshold, common_shingles([shingles(text) for text in known]))
         self._equal: dict[str, str] = {}
         runs = {key: _runs(text) for key, text in texts.items()}
         in_known = Counter(run for text in known for run in _runs(text))

@@ -41,7 +41,7 @@ def test_a_threshold_that_would_call_everything_near_is_refused():
 def test_what_all_rows_of_a_task_have_is_not_compared():
     head = "You are given the control stanza of a package. Write it as JSON with the fields name and version: "
     texts = [f"{head}Package {name}" for name in ("hello", "firefox-esr", "gimp-plugins-extra")]
-    for common, expected in ((frozenset(), True), (common_shingles(texts), False)):
+    for common, expected in ((frozenset(), True), (common_shingles([shingles(text) for text in texts]), False)):
         index = NearDuplicates(0.7, common)
         index.add("first", texts[0])
         assert (index.nearest(texts[1]) is not None) is expected

@@ -3,11 +3,14 @@
 import sys
 
 import pytest
+from places import ROOT
 
 from specserve.errors import UserError
+from specserve.training.data import near_duplicates
 from specserve.training.data import near_rows as module
 from specserve.training.data.near_rows import NearPair, lines_of, near_rows, text_of
 from specserve.training.data.rows import parse_row
+from specserve.training.data.text_identity import common_shingles, shingles, similarity
 
 TASK = "Summarize the description of the package in one line."
 TEXTS = (
@@ -34,6 +37,38 @@ def test_near_rows_are_found_once_and_shown_where_they_differ():
     assert lines[1].endswith("line 5: ...erves files to printers of an school, with quotas for each user and a log.")
     assert lines[2].endswith("line 1: ...erves files to printers of an office, with quotas for each user and a log.")
     assert "held-out line 2: ..." in lines[7] and lines[7].endswith("And a bear.")
+
+
+def test_what_is_near_among_real_rows_is_found_and_each_row_is_looked_at_once(monkeypatch):
+    """Against all pairs, compared by their letters."""
+    train = real_rows("train")
+    train, held_out = [*train[:20], *train[180:230]], real_rows("dev")[:30]
+    parts = [shingles(text) for text in train]
+    common = common_shingles(parts)
+    parts, others = [part - common for part in parts], [shingles(text) - common for text in held_out]
+    within, near_held_out, first = [], [], []  # `first` are not near an earlier one
+    for idx, part in enumerate(parts):
+        near_held_out += nearest(idx, part, dict(enumerate(others)))
+        found = nearest(idx, part, {other: parts[other] for other in first})
+        within += found
+        first += [] if found else [idx]
+    looked_at = []
+    monkeypatch.setattr(module, "shingles", lambda text: looked_at.append(text) or shingles(text))
+    monkeypatch.setattr(near_duplicates, "shingles", module.shingles)
+    found = near_rows(dict(enumerate(train)), dict(enumerate(held_out)))
+    assert (found.within, found.held_out) == (within, near_held_out) and len(within) == 2
+    assert sorted(looked_at) == sorted([*train, *held_out])
+
+
+def real_rows(split):
+    lines = (ROOT / f"examples/data/full/control2json.{split}.jsonl").read_text().splitlines()
+    return [text_of(parse_row(line, number, split).conversation) for number, line in enumerate(lines, 1)]
+
+
+def nearest(idx, part, others):
+    values = {other: similarity(part, compared) for other, compared in others.items()}
+    best = max(values, key=values.get, default=None)
+    return [NearPair(idx, best, values[best])] if best is not None and values[best] >= 0.7 else []
 
 
 def test_rows_of_one_instruction_are_not_near_for_that():

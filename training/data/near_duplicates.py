@@ -25,11 +25,20 @@ class Near:
     similarity: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """What of a text is compared, and its MinHash: of use to all that have the same `common`."""
+
+    shingles: frozenset[int]
+    signature: Any
+
+
 class NearDuplicates:
     """Texts by their keys; two are near from `threshold` on, a Jaccard similarity from 0.3 to 1.
 
-    What is in `common` (`common_shingles`) is left out of the comparison, unless a text has nothing else. Raises
-    `UserError` where datasketch is not installed or the threshold is out of range.
+    A text that is looked for in several, or added after it was looked for, is sketched once (`sketch`). What is in
+    `common` (`common_shingles`) is left out of the comparison, unless a text has nothing else. Raises `UserError` where
+    datasketch is not installed or the threshold is out of range.
     """
 
     def __init__(self, threshold: float = DEFAULT_THRESHOLD, common: frozenset[int] = frozenset()):
@@ -56,28 +65,30 @@ class NearDuplicates:
     def __len__(self) -> int:
         return len(self._shingles)
 
-    def add(self, key: str, text: str) -> None:
-        """Keep `text` under `key`, which no other has."""
-        self._shingles[key] = found = self._compared(text)
-        self._order[key] = len(self._order)
-        self._index.insert(key, self._signature(found))
+    def sketch(self, found: frozenset[int]) -> Sketch:
+        """Of the text whose `shingles` those are."""
+        compared = found - self._common or found
+        signature = self._empty.copy()
+        signature.update_batch(compared)
+        return Sketch(compared, signature)
 
-    def nearest(self, text: str, but: str | None = None) -> Near | None:
+    def add(self, key: str, text: str | Sketch) -> None:
+        """Keep `text` under `key`, which no other has."""
+        sketch = self._sketched(text)
+        self._shingles[key] = sketch.shingles
+        self._order[key] = len(self._order)
+        self._index.insert(key, sketch.signature)
+
+    def nearest(self, text: str | Sketch, but: str | None = None) -> Near | None:
         """The nearest text whose key is not `but`, the first where two are as near; None below the threshold."""
-        found = self._compared(text)
-        keys = set(self._index.query(self._signature(found))) - {but}
+        sketch = self._sketched(text)
+        keys = set(self._index.query(sketch.signature)) - {but}
         best: Near | None = None
         for key in sorted(keys, key=self._order.__getitem__):
-            value = similarity(found, self._shingles[key])
+            value = similarity(sketch.shingles, self._shingles[key])
             if value >= self._threshold and (best is None or value > best.similarity):
                 best = Near(key, value)
         return best
 
-    def _compared(self, text: str) -> frozenset[int]:
-        found = shingles(text)
-        return found - self._common or found
-
-    def _signature(self, found: frozenset[int]) -> Any:
-        signature = self._empty.copy()
-        signature.update_batch(sorted(found))
-        return signature
+    def _sketched(self, text: str | Sketch) -> Sketch:
+        return self.sketch(shingles(text)) if isinstance(text, str) else text

@@ -14,7 +14,7 @@ from itertools import islice
 from ...errors import UserError
 from .near_duplicates import DEFAULT_THRESHOLD, NearDuplicates
 from .row_messages import Conversation
-from .text_identity import common_shingles
+from .text_identity import common_shingles, shingles
 
 MAX_ROWS = 10_000  # of each file; each takes about 30 KB meanwhile
 _SHOWN = 2  # pairs
@@ -50,18 +50,20 @@ def near_rows(train: Mapping[int, str], held_out: Mapping[int, str]) -> NearRows
 
     A row that is near an earlier one stands for nothing further, so that many copies of one make as many pairs.
     """
-    common = common_shingles(list(islice(train.values(), MAX_ROWS)))
+    parts = {line: shingles(text) for line, text in islice(train.items(), MAX_ROWS)}
+    common = common_shingles(list(parts.values()))
     earlier, held = NearDuplicates(DEFAULT_THRESHOLD, common), NearDuplicates(DEFAULT_THRESHOLD, common)
     for line, text in islice(held_out.items(), MAX_ROWS):
         held.add(str(line), text)
     found = NearRows([], [])
-    for line, text in islice(train.items(), MAX_ROWS):
-        if (near := held.nearest(text)) is not None:
+    for line in list(parts):
+        sketch = earlier.sketch(parts.pop(line))
+        if (near := held.nearest(sketch)) is not None:
             found.held_out.append(NearPair(line, int(near.key), near.similarity))
-        if (near := earlier.nearest(text)) is not None:
+        if (near := earlier.nearest(sketch)) is not None:
             found.within.append(NearPair(line, int(near.key), near.similarity))
         else:
-            earlier.add(str(line), text)
+            earlier.add(str(line), sketch)
     return found
 
 

@@ -11,6 +11,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 SHINGLE_LEN = 5  # characters: short texts have some, and languages without spaces have words of them
 _UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # scripts whose letters are words of their own here
@@ -39,12 +40,13 @@ def shingles(text: str) -> frozenset[int]:
     return frozenset(zlib.crc32(data[idx : idx + SHINGLE_LEN].encode("utf-8", "surrogatepass")) for idx in starts)
 
 
-def common_shingles(texts: Sequence[str]) -> frozenset[int]:
-    """Those that more than half of at least three texts have: instructions, headings, what every row of a task has."""
-    if len(texts) < 3:
+def common_shingles(parts: Sequence[frozenset[int]]) -> frozenset[int]:
+    """Those that more than half of at least three texts have, by the shingles of each: instructions, headings, what
+    every row of a task has."""
+    if len(parts) < 3:
         return frozenset()
-    counts = Counter(shingle for text in texts for shingle in shingles(text))
-    return frozenset(shingle for shingle, num in counts.items() if num > len(texts) / 2)
+    counts = Counter(chain.from_iterable(parts))
+    return frozenset(shingle for shingle, num in counts.items() if num > len(parts) / 2)
 
 
 def similarity(first: frozenset[int], second: frozenset[int]) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...errors import UserError, shortened
 from ...training.data.near_duplicates import NearDuplicates
-from ...training.data.text_identity import common_shingles, normal_text, text_key
+from ...training.data.text_identity import common_shingles, normal_text, shingles, text_key
 from ..answer_schema import AnswerSchema
 from ..contamination import HeldOut, Match
 from .review import Verdict
@@ -45,7 +45,7 @@ class Judge:
 
     def __init__(self, seeds: Seeds, held_out: Mapping[str, str], near: float, limits: Limits):
         texts = [pair.text for pair in seeds.pairs]
-        self._near = NearDuplicates(near, common_shingles(texts))
+        self._near = NearDuplicates(near, common_shingles([shingles(text) for text in texts]))
         self._equal: dict[str, str] = {}
         for pair in seeds.pairs:
             self.add(f"seed line {pair.line}", pair.input)
