@@ -46,9 +46,7 @@ CALIBRATION_ROWS = 16
 _ANSWERED_ROWS = 150
 
 
-def finish(
-    prepared: Prepared, model: CausalModel, head: LookaheadHead | None, copy_start: int
-) -> dict[str, Any] | None:
+def finish(prepared: Prepared, model: CausalModel, head: LookaheadHead | None) -> dict[str, Any] | None:
     """Everything behind the steps: the LoRA's files, its head and history, and what they are worth.
 
     A `model` without a LoRA gets its head here: its words are those of its own answers.
@@ -69,8 +67,8 @@ def finish(
         if head is None:
             vocab = task_vocab(answered or examples, config.head.vocab_size)
             head = new_head(model, config.head, vocab)
-        _fit_to_answers(config, model, head, answered or examples, copy_start)
-        _write_head(config, model_dir, output, model, head, copy_start)
+        _fit_to_answers(config, model, head, answered or examples, prepared.copy_start)
+        _write_head(config, model_dir, output, model, head, prepared.copy_start)
         _write_history(config, output, _calibration_rows(config, examples)[1], answered)
         del model
         record = _calibrate(config, model_dir, output, examples)

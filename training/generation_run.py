@@ -14,7 +14,7 @@ from .data.dataset import Example, tokenize
 from .data.rows import Row
 from .finish import finish
 from .head_fit import new_head
-from .head_module import LookaheadHead, common_prefix_len, task_vocab
+from .head_module import LookaheadHead, task_vocab
 from .joint_loss import JointObjective
 from .lora_model import CausalModel, LoraModel
 from .objective import Objective, mean_loss
@@ -29,7 +29,6 @@ class GenerationRun(PreparedRun[Prepared]):
 
     def __init__(self, prepared: Prepared):
         super().__init__(prepared)
-        self._copy_start = common_prefix_len(prepared.examples)
         self._model: CausalModel | None = None
         self._head: LookaheadHead | None = None
 
@@ -49,7 +48,7 @@ class GenerationRun(PreparedRun[Prepared]):
         if config.lora.frozen:
             return None
         teacher = open_teacher(Path(config.teacher), model, self.model_dir) if config.teacher else None
-        return JointObjective(config, model, self._head, examples, self._copy_start, len(self.plan), teacher)
+        return JointObjective(config, model, self._head, examples, self._prepared.copy_start, len(self.plan), teacher)
 
     def held_out_loss(self) -> float | None:
         rows = self._prepared.held_out[: self.config.eval.rows]
@@ -68,11 +67,11 @@ class GenerationRun(PreparedRun[Prepared]):
         """Cross-entropy of a token with loss, whatever the run learns from."""
         assert isinstance(self._model, LoraModel)
         config = msgspec.structs.replace(self.config, loss="ce")
-        objective = JointObjective(config, self._model, None, examples, self._copy_start, num_steps=1)
+        objective = JointObjective(config, self._model, None, examples, self._prepared.copy_start, num_steps=1)
         with self._model.without_dropout():
             return mean_loss(objective, len(examples), config.optimizer.batch_tokens)
 
     def finish(self) -> dict[str, Any] | None:
         assert self._model is not None
         model, self._model = self._model, None  # its memory is needed by then
-        return finish(self._prepared, model, self._head, self._copy_start)
+        return finish(self._prepared, model, self._head)

@@ -52,6 +52,7 @@ class Prepared:
     plan: list[list[int]]  # indices into `examples`, step by step
     warnings: list[str]
     profile: RoutingProfile  # of the rows that are in `examples`
+    copy_start: int  # tokens that all prompts of `examples` start with
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -82,14 +83,15 @@ def prepare(config: RunConfig) -> Prepared:
         held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
         check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
+    copy_start = common_prefix_len(examples)
     if config.head.enabled:
-        head = with_jumps(config.head, examples, common_prefix_len(examples))
+        head = with_jumps(config.head, examples, copy_start)
         config = msgspec.structs.replace(config, head=head)
     config, plan = planned(config, [len(e.tokens) for e in examples])
     kept = {e.line for e in examples}
     texts = routed_texts([row for row in rows if row.line in kept], config.data.system)
     profile = profile_of(texts, config.routing.prompts)
-    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile)
+    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile, copy_start)
 
 
 def planned(config: RunConfig, lengths: Sequence[int], least_rows: int = 1) -> tuple[RunConfig, list[list[int]]]:

@@ -14,9 +14,11 @@ from training_fixture import run_config, write_rows
 
 from specserve.errors import UserError
 from specserve.model.fingerprint import tokenizer_fingerprint
+from specserve.training import generation_run, preflight
 from specserve.training.answer_loss import token_losses, top_kl, whole_kl
 from specserve.training.data.teacher_logits import TopLogits, write_teacher_logits
 from specserve.training.generation_run import GenerationRun
+from specserve.training.head_module import common_prefix_len
 from specserve.training.lora_model import LoraModel
 from specserve.training.preflight import prepare
 from specserve.training.run_config import KlConfig, LoraConfig
@@ -37,6 +39,19 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def other_dir(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("other"), seed=1, intermediate_size=64)
+
+
+def test_rows_are_looked_through_once_for_what_all_prompts_begin_with(model_dir, tmp_path, monkeypatch):
+    lengths = []
+    for module in (preflight, generation_run):
+        monkeypatch.setattr(
+            module,
+            "common_prefix_len",
+            lambda rows: lengths.append(common_prefix_len(rows)) or lengths[-1],
+            raising=False,
+        )
+    run = GenerationRun.of(config_of(model_dir, write_rows(tmp_path / "rows.jsonl", 4), tmp_path / "out"))
+    assert lengths == [run.objective(torch.float32, CPU).copy_start] != [0]
 
 
 @pytest.fixture(scope="module")
