@@ -108,7 +108,7 @@ class Teacher:
             if self.spec.cached_only and not reply.num:
                 return NotAskedError(f"{self.spec.name} was not asked this before")
             if self.spec.cached_only or reply.num >= ask.n:
-                self.usage.add_cached(reply, self.spec.price)
+                self._count_cached(reply)
             else:
                 try:
                     reply = await self._asked(ask, digest)
@@ -186,12 +186,18 @@ class Teacher:
         reply = self._cache.get(digest, Reply) or Reply()
         return reply.without_refusals() if self.spec.retry_refused and digest not in self._asked_now else reply
 
+    def _count_cached(self, reply: Reply) -> None:
+        """Refusals count among the first; that they end the run is for one to say that was asked now."""
+        self.usage.add_cached(reply, self.spec.price)
+        self._num_done += bool(reply.answers)
+        self._num_refused += not reply.answers
+
     async def _asked(self, ask: Ask, digest: str) -> Reply:
         """All samples; those that have come are in the cache, also where this raises."""
         async with self._turns.among_programs(digest):
             reply = self._cached(digest)
             if reply.num >= ask.n:
-                self.usage.add_cached(reply, self.spec.price)
+                self._count_cached(reply)
                 return reply
             self._asked_now.add(digest)
             while reply.num < ask.n:

@@ -475,6 +475,21 @@ async def test_a_teacher_that_refuses_all_ends_the_run(endpoint):
     assert len(endpoint.fake.bodies) < 25
 
 
+async def test_refusals_that_are_kept_count_among_the_first_and_end_nothing_by_themselves(endpoint):
+    endpoint.fake.respond = lambda body, number: REFUSALS[0]
+    asks = [ask(f"q{idx}") for idx in range(60)]
+    await endpoint.results(asks[:19])
+    with pytest.raises(TeacherError, match="I will not; the first 20 requests were all refused"):
+        await endpoint.results(asks, concurrency=1)
+    assert len(endpoint.fake.bodies) == 20
+    results, usage = await endpoint.results(asks[:20])
+    assert len(results) == 20 == usage.cached
+    endpoint.fake.respond = lambda body, number: echo(body) if number == 20 else REFUSALS[0]
+    await endpoint.results([ask("good")])
+    results, _ = await endpoint.results([ask("good"), *asks])
+    assert len(results) == 61, "what was answered before shows that it is the asks"
+
+
 async def test_a_price_needs_token_counts(endpoint):
     endpoint.fake.respond = lambda body, number: {**completion("x", body), "usage": None}
     with pytest.raises(TeacherError, match="does not say how many tokens an answer took"):
