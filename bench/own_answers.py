@@ -16,7 +16,7 @@ from specserve.engine.engine import Engine
 from specserve.training.data.dataset import Example
 from specserve.training.evaluation.answers import answer
 from specserve.training.head_fit import collect_states
-from specserve.training.lora_model import LoraModel
+from specserve.training.lora_model import LoraModel, arithmetic
 from specserve.training.run_config import LoraConfig
 
 
@@ -39,7 +39,9 @@ def row_price(curve: StepCurve, expected: float, num_rows: int) -> float:
 
 
 def lora_model(base: Path, adapter: Path, tap_layer: int | None) -> LoraModel:
-    return LoraModel(base, LoraConfig(adapter=str(adapter)), torch.float32, torch.device("cpu"), tap_layer)
+    """In the trainer's arithmetic: bf16 where the CPU multiplies it."""
+    cpu = torch.device("cpu")
+    return LoraModel(base, LoraConfig(adapter=str(adapter)), arithmetic("auto", cpu), cpu, tap_layer)
 
 
 def hidden_states(
