@@ -47,10 +47,11 @@ async def test_a_batch_whose_answers_can_never_fit_ends_with_those_that_do(setup
         assert after.status == "completed"
 
 
-async def test_what_keeps_a_batch_from_going_on_names_no_path(setup, monkeypatch):
+@pytest.mark.parametrize("gone", ["incoming", "files"])
+async def test_a_folder_that_is_away_is_waited_for_and_named_to_nobody(setup, monkeypatch, gone):
     monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
     async with setup() as made:
-        opened, place = made.add(1), made.store.folder.path / "incoming"
+        opened, place = made.add(1), made.store.folder.path / gone
         place.rename(place.with_name("elsewhere"))
         lead = made.worker.begin(opened)
         await until(lambda: opened.batch.id in made.worker.problems)
@@ -97,18 +98,6 @@ async def test_an_input_that_was_removed_by_hand_ends_its_batch_with_the_reason(
         assert not made.worker.problems and not made.store.open_batches()
         assert len(made.lines(batch.output_file_id)) == batch.request_counts.completed
         assert when == "before it is read" or batch.request_counts.completed >= 2
-
-
-async def test_an_input_on_a_disk_that_is_away_is_waited_for(setup, monkeypatch):
-    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
-    async with setup() as made:
-        opened, place = made.add(1), made.store.folder.path / "files"
-        place.rename(place.with_name("elsewhere"))
-        lead = made.worker.begin(opened)
-        await until(lambda: opened.batch.id in made.worker.problems)
-        place.with_name("elsewhere").rename(place)
-        await lead
-        assert (await made.batch(opened)).status == "completed"
 
 
 def test_a_full_disk_changes_nothing(tmp_path):
