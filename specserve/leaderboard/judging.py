@@ -1,4 +1,8 @@
-"""Asks a judge about the pairs that it has not seen; each verdict is kept as it comes."""
+"""Asks a judge about the pairs that it has not seen; each verdict is kept as it comes.
+
+Verdicts are a judge's as it is: one that runs here and was trained again is another one, to whom its name then leads.
+Of an endpoint nobody knows what is behind a name.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,19 @@ async def judge_pairs(
 
     Raises `UserError` where the judge cannot be asked; verdicts that came are kept.
     """
-    todo = []
-    with store.snapshot():
-        known = store.judgments(spec.name)
-        known_models = [model.name for model in store.models()]
-        for task in store.tasks():
-            if task.task.kind == "generate" and (not tasks or task.name in tasks):
-                answered: list[AnsweredRow] = answered_of(store, task)[:max_rows]
-                todo += list(open_asks(answered, known_models, known, models))
     num, failed = 0, 0
-    if not todo:  # a judge that runs here would be loaded for nothing
-        return num, failed
     async with open_teacher(spec, budget) as judge:
+        identity = spec.name if spec.url is not None else judge.backend.identity
+        todo = []
+        with store.snapshot():
+            known = store.judgments(identity)
+            known_models = [model.name for model in store.models()]
+            for task in store.tasks():
+                if task.task.kind == "generate" and (not tasks or task.name in tasks):
+                    answered: list[AnsweredRow] = answered_of(store, task)[:max_rows]
+                    todo += list(open_asks(answered, known_models, known, models))
+        if known:
+            store.put_judge(spec.name, identity)
         async with aclosing(judge.answers(ask for _, ask in todo)) as answers:
             async for idx, result in answers:
                 verdict = None if isinstance(result, TeacherError) else verdict_of(result[0].text)
@@ -45,5 +50,7 @@ async def judge_pairs(
                     failed += 1
                     continue
                 num += 1
-                store.put_judgment(spec.name, todo[idx][0], verdict)
+                store.put_judgment(identity, todo[idx][0], verdict)
+                if num == 1:
+                    store.put_judge(spec.name, identity)
     return num, failed

@@ -71,8 +71,8 @@ def _ratings(store: LeaderboardStore, tasks: list[StoredTask], names: list[str])
     answered = [(task, answered_of(store, task)) for task in tasks if task.task.kind == "generate"]
     rows = [wins for _, one in answered for wins in metric_wins(one, names)]
     found = _rated(BY_METRIC, names, ratings_of(rows))
-    for judge in store.judges():
-        verdicts = store.judgments(judge)
+    for judge, identity in store.judges().items():
+        verdicts = store.judgments(identity)
         judged = [judged_wins(one, names, verdicts) for _, one in answered]
         rows = [wins for wins_of_task, _, _ in judged for wins in wins_of_task if wins.any()]
         pairs = sum(num_pairs for _, num_pairs, _ in judged)

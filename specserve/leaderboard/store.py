@@ -30,36 +30,9 @@ from .entries import (
     TaskRow,
     What,
 )
+from .tables import bring_up, look_as_now
 
-SCHEMA_VERSION = 1
 _BUSY_S = 30.0
-_SCHEMA = """
-CREATE TABLE tasks (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, data_hash TEXT NOT NULL, task BLOB NOT NULL
-);
-CREATE TABLE task_rows (
-    task INTEGER NOT NULL, idx INTEGER NOT NULL, prompt_hash TEXT NOT NULL, prompt TEXT NOT NULL, gold TEXT NOT NULL,
-    PRIMARY KEY (task, idx)
-);
-CREATE TABLE models (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, model BLOB NOT NULL);
-CREATE TABLE answers (
-    config_hash TEXT NOT NULL, prompt_hash TEXT NOT NULL, text TEXT NOT NULL, finish_reason TEXT NOT NULL,
-    num_tokens INTEGER NOT NULL, num_verifications INTEGER NOT NULL, num_verified INTEGER NOT NULL,
-    seconds REAL NOT NULL, hardware TEXT NOT NULL, PRIMARY KEY (config_hash, prompt_hash)
-) WITHOUT ROWID;
-CREATE TABLE cells (
-    task INTEGER NOT NULL, model INTEGER NOT NULL, data_hash TEXT NOT NULL, config_hash TEXT NOT NULL,
-    made_at REAL NOT NULL, cell BLOB NOT NULL, PRIMARY KEY (task, model)
-);
-CREATE TABLE judgments (
-    judge TEXT NOT NULL, asked_hash TEXT NOT NULL, verdict TEXT NOT NULL, PRIMARY KEY (judge, asked_hash)
-) WITHOUT ROWID;
-"""
-_OWNERS = """
-CREATE TABLE IF NOT EXISTS owners (
-    config_hash TEXT NOT NULL, model INTEGER NOT NULL, PRIMARY KEY (config_hash, model)
-) WITHOUT ROWID
-"""  # whose answers those under a hash are; boards that were begun without this table know it from their cells
 
 Kept = TypeVar("Kept", Task, Model, Cell)
 
@@ -91,7 +64,7 @@ class LeaderboardStore:
         try:
             if read_only:
                 self._db = _opened_to_read(path)
-                self._check_version()
+                look_as_now(self._db, path)
             else:
                 self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
                 self._prepare()
@@ -102,24 +75,7 @@ class LeaderboardStore:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
         with self.transaction():
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            (num_tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()
-            if version == 0 and num_tables == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    if statement.strip():
-                        self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            self._check_version()
-            self._db.execute(_OWNERS)
-
-    def _check_version(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version != SCHEMA_VERSION:
-            what = "is of a newer specserve" if version > SCHEMA_VERSION else "is no leaderboard of ours"
-            raise UserError(
-                f"{self.path} {what} (version {version}, this one reads {SCHEMA_VERSION}); give another --board",
-                param="board",
-            )
+            bring_up(self._db, self.path)
 
     def close(self) -> None:
         self._db.close()
@@ -253,20 +209,25 @@ class LeaderboardStore:
 
     # -- judgments
 
-    def judgments(self, judge: str) -> dict[str, str]:
-        """Verdicts by the hashes of what was asked."""
-        return dict(self._db.execute("SELECT asked_hash, verdict FROM judgments WHERE judge = ?", (judge,)))
+    def judges(self) -> dict[str, str]:
+        """Who those names mean, in order: a judge's identity is another one when it was trained again."""
+        return dict(self._db.execute("SELECT name, identity FROM judges ORDER BY name"))
 
-    def put_judgment(self, judge: str, asked_hash: str, verdict: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO judgments VALUES (?, ?, ?)", (judge, asked_hash, verdict))
+    def put_judge(self, name: str, identity: str) -> None:
+        """From now on `name` means that one, and no other name does; what another one said under it stays kept."""
+        self._db.execute("INSERT OR REPLACE INTO judges VALUES (?, ?)", (name, identity))
+
+    def judgments(self, identity: str) -> dict[str, str]:
+        """Verdicts of one judge by the hashes of what was asked."""
+        return dict(self._db.execute("SELECT asked_hash, verdict FROM judgments WHERE judge = ?", (identity,)))
+
+    def put_judgment(self, identity: str, asked_hash: str, verdict: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO judgments VALUES (?, ?, ?)", (identity, asked_hash, verdict))
 
     def drop_judgments(self, asked_hashes: Iterable[str]) -> None:
         """Of all judges."""
         gone = msgspec.json.encode(list(asked_hashes)).decode()
         self._db.execute("DELETE FROM judgments WHERE asked_hash IN (SELECT value FROM json_each(?))", (gone,))
-
-    def judges(self) -> list[str]:
-        return [judge for (judge,) in self._db.execute("SELECT DISTINCT judge FROM judgments ORDER BY judge")]
 
 
 def model_locks(board: Path) -> RangeLocks:

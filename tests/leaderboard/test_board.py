@@ -240,7 +240,10 @@ def test_files_that_are_no_board(no_board, capsys):
     board.path.unlink()
     with sqlite3.connect(board.path) as db:
         db.execute("PRAGMA user_version = 99")
-    assert board.cli("show") == 2 and "of a newer specserve (version 99, this one reads 1)" in capsys.readouterr().err
+    assert (
+        board.cli("show") == 2
+        and "of a newer specserve (version 99, this one reads up to 2)" in capsys.readouterr().err
+    )
 
 
 def test_what_is_removed_goes_with_the_answers_that_nobody_else_has(begun, model_dir, adapters, capsys):
@@ -306,12 +309,33 @@ def test_verdicts_go_with_an_answer_that_nobody_else_gave(tmp_path):
         for digest in itertools.chain(*asked.values()):
             for judge in ("judge", "another"):
                 store.put_judgment(judge, digest, "A")
+        store.put_judge("judge", "judge")
         assert removed(store, "third") == ("model", 1) and kept() == set(asked)  # the first's answer is the same
         assert removed(store, "second") == ("model", 1) and kept() == {("one", "x", "z"), ("two", "x", "z")}
         assert removed(store, "one") == ("task", 0) and kept() == {("two", "x", "z")}
         assert removed(store, "first") == ("model", 1) and kept() == set()
     finally:
         store.close()
+
+
+def test_a_board_of_version_1_keeps_what_was_run_and_judged(ran, no_board):
+    name = "judge@http://127.0.0.1:1/v1"
+    with sqlite3.connect(ran.path) as source, sqlite3.connect(no_board.path) as old:
+        source.backup(old)
+        old.execute("DROP TABLE judges")
+        old.execute("DROP TABLE owners")
+        old.execute("DELETE FROM judgments")
+        old.executemany("INSERT INTO judgments VALUES (?, ?, 'A')", ((name, digest) for digest in ("one", "two")))
+        old.execute("PRAGMA user_version = 1")
+    source.close(), old.close()
+    found = []
+    for read_only in (True, False, True):
+        store = LeaderboardStore(no_board.path, read_only=read_only)
+        (identity,) = store.judges().values()
+        found.append((store.judges(), store.judgments(identity), store.cells(), store.tasks(), store.models()))
+        store.close()
+    assert found[0] == found[1] == found[2]
+    assert found[0][:2] == ({name: name}, {"one": "A", "two": "A"}) and len(found[0][2]) == 5
 
 
 def test_a_task_and_a_model_of_one_name(begun, model_dir, capsys):

@@ -183,11 +183,13 @@ def test_a_judge_that_is_a_path_is_shown_by_its_name(ran):
             for answered in answered_of(store, store.tasks()[0]):
                 texts = answered.answers["base"].text, answered.answers["first"].text
                 for ask in asks_of(answered.row, *texts):
-                    store.put_judgment(judge, asked_hash(ask), "A")
+                    store.put_judgment("hash", asked_hash(ask), "A")
+            store.put_judge(judge, "hash")
         assert any(one["by"] == judge for one in standings(store)["ratings"])
         board = Pages(store).file("board.json").decode()
         assert '"default+stern"' in board and str(ran.root) not in board
     finally:
         with store.transaction():
-            store._db.execute("DELETE FROM judgments WHERE judge = ?", (judge,))
+            store._db.execute("DELETE FROM judgments WHERE judge = 'hash'")
+            store._db.execute("DELETE FROM judges WHERE name = ?", (judge,))
         store.close()

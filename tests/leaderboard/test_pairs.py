@@ -1,8 +1,11 @@
 """Who won: outcomes by metric and by a judge who is asked both ways round, and ratings of them."""
 
+import asyncio
 import contextlib
 import json
 import re
+import sqlite3
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ from specserve.leaderboard.scores import row_score
 from specserve.leaderboard.standings import rating_title
 from specserve.leaderboard.store import LeaderboardStore
 from specserve.leaderboard.table import lines_of
-from specserve.teachers import TeacherError
+from specserve.teachers import Budget, TeacherError, TeacherSpec
 from specserve.teachers.asks import Answer
 
 TASK = Task(kind="generate", data="x", metric="exact_match")
@@ -184,5 +187,38 @@ def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(ran, mo
     shown = [ask.messages[0]["content"] for ask in asked[before + 2 :]]
     assert shown and len(shown) < num  # of row 3, without the pair of the two others
     store = LeaderboardStore(ran.path)
-    assert store.judges() == ["judge@http://127.0.0.1:1/v1"]
+    assert store.judges() == {"judge@http://127.0.0.1:1/v1": "judge@http://127.0.0.1:1/v1"}
+    store.close()
+
+
+def test_a_judge_that_was_trained_again_under_its_name_is_asked_anew(ran, tmp_path, monkeypatch):
+    """What it said as it was before is not shown as its own, and is there when it is as before."""
+    board = tmp_path / "board.sqlite3"
+    with sqlite3.connect(ran.path) as source, sqlite3.connect(board) as copy:
+        source.backup(copy)
+    source.close(), copy.close()
+    asked, said = [], "A"
+
+    @contextlib.asynccontextmanager
+    async def open_judge(spec, budget):
+        async def answers(asks):
+            for idx, ask in enumerate(asks):
+                asked.append(ask)
+                yield idx, [Answer(json.dumps({"winner": said}), "stop", 1, 1)]
+
+        yield SimpleNamespace(answers=answers, backend=SimpleNamespace(identity=identity))
+
+    monkeypatch.setattr(judging, "open_teacher", open_judge)
+    store = LeaderboardStore(board)
+    shown = {}
+    turns = (("old", "A", "stern"), ("new", "tie", "stern"), ("old", "", "stern"), ("old", "", "mild"))
+    for identity, said, name in turns:  # noqa: B007 (the judge's)
+        spec, before = TeacherSpec(model="default", adapter=tmp_path / name), len(asked)
+        asyncio.run(judging.judge_pairs(store, spec, Budget(), 1, ["json"]))
+        shown[identity, name] = len(asked) - before
+        assert store.judges()[spec.name] == identity
+        verdicts = set(store.judgments(identity).values())
+        assert verdicts == {"A" if identity == "old" else "tie"}
+    assert shown["new", "stern"] > 0 == shown["old", "stern"] == shown["old", "mild"]
+    assert [name for name in store.judges() if name.endswith(("stern", "mild"))] == [f"default+{tmp_path}/mild"]
     store.close()
