@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Container, Coroutine, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapter_files import ChangingError, Stamp, changing, read_texts
 from ..errors import UserError
-from ..messages import BACKGROUND_PRIORITY, AdapterInfo
+from ..messages import AdapterInfo
 from .adapter_loader import AdapterLoader
 from .adapter_names import AdapterNames
 from .adapter_paths import is_one_directory
@@ -27,24 +26,16 @@ from .disk import Disk
 from .engine_client.serving_engine import ServingEngine
 from .loaded_names import LoadedNames, UseCounts
 from .name_claims import Claim
+from .name_loads import AFTER_ALL, NameLoads, start
 from .shared_store.follower import NameFollower
 from .shared_store.names import SharedNames
 
 MAX_LOADS = 4  # that a request sees overtaken by changes
 PINS_AT_ONCE = 4  # that are loaded again; requests have the other threads of the engine that read
-AFTER_ALL = BACKGROUND_PRIORITY - 1  # a priority behind every request's, before rows of batches
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class _Loading:
-    """A load that is under way."""
-
-    waiting: list[int] = field(default_factory=list)  # priorities of the requests that wait for it
-    task: asyncio.Task[None] = field(init=False)
 
 
 class AdapterStore:
@@ -74,8 +65,7 @@ class AdapterStore:
         self._follower = (
             NameFollower(shared, self._names, self._is_held, self._give, self._take) if shared is not None else None
         )
-        self._loading: dict[tuple[str, Path], _Loading] = {}
-        self._told: dict[Path, int] = {}  # the best priority of those who wait for the loads of a directory
+        self._loads = NameLoads(engine, self._disk, self._loader, self._names)
         self._pin_places = asyncio.Semaphore(PINS_AT_ONCE)
 
     def names(self) -> list[str]:
@@ -126,7 +116,7 @@ class AdapterStore:
                 if num_loads > MAX_LOADS:
                     raise changing(name)
             # What was loaded may be of a moment before this request: look again.
-            await self._wait_for_load(name, directory, priority)
+            await self._loads.wait(name, directory, priority)
 
     async def resolve_with_texts(
         self, name: str, known: Container[str], priority: int = 0
@@ -157,12 +147,12 @@ class AdapterStore:
         """The engine says that it no longer holds these contents by these placements."""
         for content_hash, placement in placements.items():
             for pinned in self._loaded.lost(content_hash, placement) & self._pins.names:  # unloaded for another name
-                _start(self._bring_back(pinned))
+                start(self._bring_back(pinned))
 
     def engine_started(self) -> None:
         """A new engine process serves, which holds nothing: pinned adapters come back before they are asked for."""
         for pinned in sorted(self._pins.names):
-            _start(self._bring_back(pinned))
+            start(self._bring_back(pinned))
 
     async def _bring_back(self, pinned: str) -> None:
         async with self._pin_places:
@@ -178,7 +168,7 @@ class AdapterStore:
         loaded = self._loaded.held(name)
         if loaded is not None and loaded.is_of(directory, stamp):
             return True
-        self._begin_load(name, directory, AFTER_ALL)
+        self._loads.begin(name, directory, AFTER_ALL)
         return False
 
     async def pin(self, name: str) -> AdapterInfo:
@@ -191,7 +181,7 @@ class AdapterStore:
             with self._pins.attempt(name):
                 info = await self._load_and_keep(name)
         except BaseException:
-            _start(self._loader.follow_pins(name))  # the engine may have been told already
+            start(self._loader.follow_pins(name))  # the engine may have been told already
             raise
         await self._loader.follow_pins(name)  # it may be unpinned meanwhile
         return info
@@ -226,7 +216,7 @@ class AdapterStore:
 
     def loading_names(self) -> set[str]:
         """Names whose adapter is on its way now."""
-        return {name for name, _ in self._loading}
+        return self._loads.names()
 
     def known(self, name: str) -> AdapterInfo | None:
         """What `name` was when it was last loaded, whoever holds that now."""
@@ -253,7 +243,7 @@ class AdapterStore:
             await self._check_free(name, directory)
         claim = self._names.claims.begin(name, directory)
         # A client that leaves does not stop it: the engine would hold an adapter that no name means.
-        return await asyncio.shield(_start(self._register(claim)))
+        return await asyncio.shield(start(self._register(claim)))
 
     async def _check_free(self, name: str, directory: Path) -> None:
         """Raises 409 unless `name` means nothing, or `directory` already."""
@@ -336,65 +326,3 @@ class AdapterStore:
 
     def _there(self, directory: Path) -> contextlib.AbstractAsyncContextManager[object]:
         return self._versions.there(directory) if self._versions is not None else contextlib.nullcontext()
-
-    async def _wait_for_load(self, name: str, directory: Path, priority: int) -> None:
-        """A load goes on when those who wait for it leave, but waits no more for room that others could have."""
-        loading = self._begin_load(name, directory, priority)
-        loading.waiting.append(priority)
-        self._waiters_changed(directory)
-        try:
-            await asyncio.shield(loading.task)
-        finally:
-            loading.waiting.remove(priority)
-            if not loading.task.done():
-                self._waiters_changed(directory)
-
-    def _begin_load(self, name: str, directory: Path, priority: int) -> _Loading:
-        """The load of a name that is under way, or one that begins now."""
-        loading = self._loading.get((name, directory))
-        if loading is None:
-            self._told.setdefault(directory, priority)
-            loading = self._loading[name, directory] = _Loading()
-            loading.task = _start(self._load_named(name, directory, loading))
-        return loading
-
-    def _waiters_changed(self, directory: Path) -> None:
-        """Tell the engine who waits for its loads of a directory, under whichever name, where that is news."""
-        waiting = [priority for loading in self._loads_of(directory) for priority in loading.waiting]
-        if not waiting:
-            self._engine.forsake_loads(str(directory))
-        elif (best := min(waiting)) != self._told.get(directory):
-            self._told[directory] = best
-            self._engine.prioritize_loads(str(directory), best)
-
-    def _loads_of(self, directory: Path) -> list[_Loading]:
-        return [loading for (_, loaded), loading in self._loading.items() if loaded == directory]
-
-    async def _load_named(self, name: str, directory: Path, loading: _Loading) -> None:
-        try:
-            loaded = await self._loader.load(
-                name,
-                directory,
-                is_awaited=lambda: bool(loading.waiting),
-                priority=lambda: min(loading.waiting, default=AFTER_ALL),
-            )
-            try:
-                folder = await self._disk.look(name, self._names.folder, name)
-            except BaseException:
-                await self._loader.release(loaded)
-                raise
-            if self._names.means(name, directory, folder):
-                await self._loader.keep(name, loaded)
-            else:  # unloaded or given away meanwhile
-                await self._loader.release(loaded)
-        finally:
-            del self._loading[name, directory]
-            if not self._loads_of(directory):
-                self._told.pop(directory, None)
-
-
-def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """A task that goes on when those who wait for it leave, and whose error is theirs alone."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return task

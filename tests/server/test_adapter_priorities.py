@@ -67,7 +67,7 @@ async def test_a_load_has_the_priority_of_those_who_still_wait_for_it(store, eng
     requests = {}
     for priority in (7, 2, 0, 2):
         requests[len(requests)] = asyncio.create_task(store.resolve("a", priority))
-        await until(lambda: sum(len(load.waiting) for load in store._loading.values()) == len(requests))
+        await until(lambda: sum(len(load.waiting) for load in store._loads._loading.values()) == len(requests))
     await reading.wait()
     begun = len(engine.priorities)
     for idx, want in ((1, []), (2, [2]), (3, [2, 7])):
@@ -78,8 +78,8 @@ async def test_a_load_has_the_priority_of_those_who_still_wait_for_it(store, eng
     await asyncio.wait([requests[0]])
     assert engine.forsaken == [str(folder)]
     go_on.set()
-    await until(lambda: not store._loading)
-    assert not store._told
+    await until(lambda: not store._loads._loading)
+    assert not store._loads._told
 
 
 async def test_a_load_is_forsaken_when_the_last_request_that_waits_for_it_leaves_and_one_that_comes_then_waits(
@@ -95,14 +95,14 @@ async def test_a_load_is_forsaken_when_the_last_request_that_waits_for_it_leaves
 
     engine.during = wait
     requests = [asyncio.create_task(store.resolve("a")) for _ in range(2)]
-    await until(lambda: engine.num_loads == 1 and len(store._loading["a", folder].waiting) == 2)
+    await until(lambda: engine.num_loads == 1 and len(store._loads._loading["a", folder].waiting) == 2)
     for request in requests:
         assert not engine.forsaken
         request.cancel()
         await asyncio.wait([request])
     assert engine.forsaken == [str(folder)]
     late = asyncio.create_task(store.resolve("a"))
-    await until(lambda: len(store._loading["a", folder].waiting) == 1)
+    await until(lambda: len(store._loads._loading["a", folder].waiting) == 1)
     answers[0].set()
     await until(lambda: engine.num_loads == 2)
     answers[1].set()
