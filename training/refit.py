@@ -1,12 +1,14 @@
 """A new head for an adapter, or for the bare base, fitted to what it served: `specserve refit`.
 
 The served outputs are the targets (self-distillation on real traffic). Some of them are held out; the new head is
-written only where it foresees more of these than the old one does. The LoRA stays as it is, byte for byte. The head's
-two files are replaced while the directory may be served: whoever reads it in between sees the old pair or refuses it.
+written only where it foresees more of these than the old one does. The LoRA stays as it is, byte for byte. All is done
+on a copy of one state of the directory, and nothing is written if that has changed by then. The head's two files are
+replaced while the directory may be served: whoever reads it in between sees the old pair or refuses it.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from ..adapter_files import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, HISTORY_FILE, TEXT_FILES, WEIGHTS_FILE
+from ..adapter_files import CONFIG_FILE, HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, WEIGHTS_FILE, open_adapter
 from ..drafters.head import WEIGHT_NAMES
 from ..drafters.head_files import (
     BARE_BASE,
@@ -39,7 +41,7 @@ from .evaluation.answers import Served, answer
 from .finish import CALIBRATION_ROWS, check_head, rewrite_acceptance
 from .head_fit import anchors_of, collect_states, collect_teacher, expected_tokens, fit_head, new_head, with_jumps
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
-from .lora_files import LORA_FILES, copy_files, share_files
+from .lora_files import share_files
 from .lora_model import CausalModel, LoraModel, arithmetic
 from .preflight import check_adapter
 from .run_config import HeadConfig, LoraConfig
@@ -69,21 +71,24 @@ def refit(
 
     `head` says what there is no old head to say of. Raises `UserError` for what the user can fix.
     """
-    is_adapter = (directory / CONFIG_FILE).is_file()
-    if not is_adapter and not (directory / HEAD_CONFIG_FILE).is_file():
-        raise UserError(f"{directory} holds neither an adapter nor a head of the bare base", param="directory")
-    if is_adapter:
-        check_adapter(directory, model_dir, "directory")
-    with _held(directory):
-        lora_hash = file_hash(directory / WEIGHTS_FILE) if is_adapter else BARE_BASE
-        examples = _examples(_outputs(log, lora_hash, key, directory), max_outputs)
-        old = _old_head(directory, model_dir, lora_hash)
+    with _held(directory), tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / directory.resolve().name
+        state = _copied(directory, copy)
+        is_adapter = (copy / CONFIG_FILE).is_file()
+        if not is_adapter and not (copy / HEAD_CONFIG_FILE).is_file():
+            raise UserError(f"{directory} holds neither an adapter nor a head of the bare base", param="directory")
+        if is_adapter:
+            check_adapter(copy, model_dir, "directory")
+        lora_hash = file_hash(copy / WEIGHTS_FILE) if is_adapter else BARE_BASE
+        served_by = lora_hash if is_adapter else base_fingerprint(model_dir)
+        examples = _examples(_outputs(log, served_by, key, directory), max_outputs)
+        old = _old_head(copy, model_dir, lora_hash)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tap_layer = old[0].tap_layer if old is not None else head.tap_layer
         dtype = arithmetic("auto", device)
         model: CausalModel
         if is_adapter:
-            model = LoraModel(model_dir, LoraConfig(adapter=str(directory)), dtype, device, tap_layer)
+            model = LoraModel(model_dir, LoraConfig(adapter=str(copy)), dtype, device, tap_layer)
         else:
             model = CausalModel(model_dir, dtype, device, tap_layer)
         config, module, before, after = _fitted(model, old, examples, epochs, head)
@@ -96,7 +101,8 @@ def refit(
             lora_hash=lora_hash,
         )
         del model
-        _write(directory, model_dir, lookahead, module, examples[::_HELD_OUT])
+        lookahead = _with_record(copy, model_dir, lookahead, module, examples[::_HELD_OUT])
+        _replace(directory, state, lookahead, module)
         return Refitted(len(examples), before, after, True)
 
 
@@ -179,18 +185,25 @@ def _module(model: CausalModel, settings: HeadConfig, vocab: Sequence[int], old:
 
 
 def _old_head(directory: Path, model_dir: Path, lora_hash: str) -> OldHead | None:
-    """Configuration and tensors [1, ...] without padding; None where there is none that fits."""
+    """Configuration and tensors [1, ...] without padding; None where there is none that fits.
+
+    Raises `UserError` for a head of another base model, which is not this one's to replace.
+    """
     config_path, weights_path = directory / HEAD_CONFIG_FILE, directory / HEAD_WEIGHTS_FILE
     if not config_path.is_file() or not weights_path.is_file():
         return None
-    model = ModelConfig.from_dir(model_dir)
+    model, base_hash = ModelConfig.from_dir(model_dir), base_fingerprint(model_dir)
     try:
+        if read_config(config_path).base_hash != base_hash:
+            raise UserError(
+                f"its head belongs to another base model than {model_dir}; name that (--model)", param="model"
+            )
         read = read_head(
             config_path,
             weights_path,
             weights_hash=file_hash(weights_path),
             lora_hash=lora_hash,
-            base_hash=base_fingerprint(model_dir),
+            base_hash=base_hash,
             tokenizer_hash=tokenizer_fingerprint(model_dir),
             hidden_size=model.hidden_size,
             num_layers=model.num_layers,
@@ -204,9 +217,9 @@ def _old_head(directory: Path, model_dir: Path, lora_hash: str) -> OldHead | Non
     return read.config, tensors | {"embed": tensors["embed"][:, keep], "out_bias": tensors["out_bias"][..., keep]}
 
 
-def _outputs(log: Path, lora_hash: str, key: str | None, directory: Path) -> list[ServedOutput]:
+def _outputs(log: Path, weights_hash: str, key: str | None, directory: Path) -> list[ServedOutput]:
     try:
-        found = read_served(log, lora_hash, key)
+        found = read_served(log, weights_hash, key)
     except OSError as error:
         raise UserError(f"cannot read the serving log {log}: {error.strerror or error}", param="serving-log") from None
     distinct = list({(tuple(one.prompt), tuple(one.output)): one for one in found}.values())
@@ -232,32 +245,42 @@ def _examples(outputs: Sequence[ServedOutput], max_outputs: int) -> list[Example
     return found
 
 
-def _write(
-    directory: Path, model_dir: Path, config: LookaheadConfig, head: LookaheadHead, held_out: Sequence[Example]
-) -> None:
-    """Beside a copy of the LoRA first, where the record of acceptance is made, then in the directory itself."""
-    with tempfile.TemporaryDirectory() as name:
-        copy = Path(name) / directory.name
-        copy.mkdir()
-        copy_files(directory, copy, [*LORA_FILES, *TEXT_FILES, HISTORY_FILE])
-        write_head(copy, config, head.tensors())
-        asked = held_out[:CALIBRATION_ROWS]
-        longest = max(len(example.tokens) for example in asked)
-        served = Served.of(model_dir, copy, batch=8, max_len=longest + 1)
-        most = max(len(example.completion) for example in asked)
-        answer(served.engine, served.adapter_hash, [e.prompt for e in asked], most, desc="answers for the record")
-        lookahead = served.lookahead
-        if lookahead is None or lookahead.error:
-            raise UserError(f"the new head is refused: {lookahead.error if lookahead else 'no files'}")
-        rewrite_acceptance(copy, lookahead.acceptance.dump())
-        config = read_config(copy / HEAD_CONFIG_FILE)
-    if config.lora_hash != BARE_BASE and file_hash(directory / WEIGHTS_FILE) != config.lora_hash:
-        raise UserError(f"the LoRA in {directory} has changed meanwhile; its head is left as it was", param="directory")
+def _with_record(
+    copy: Path, model_dir: Path, config: LookaheadConfig, head: LookaheadHead, held_out: Sequence[Example]
+) -> LookaheadConfig:
+    """`config` with a record of acceptance, made with the new head beside the copy of what it drafts for."""
+    write_head(copy, config, head.tensors())
+    asked = held_out[:CALIBRATION_ROWS]
+    longest = max(len(example.tokens) for example in asked)
+    served = Served.of(model_dir, copy, batch=8, max_len=longest + 1)
+    most = max(len(example.completion) for example in asked)
+    answer(served.engine, served.adapter_hash, [e.prompt for e in asked], most, desc="answers for the record")
+    lookahead = served.lookahead
+    if lookahead is None or lookahead.error:
+        raise UserError(f"the new head is refused: {lookahead.error if lookahead else 'no files'}")
+    rewrite_acceptance(copy, lookahead.acceptance.dump())
+    return read_config(copy / HEAD_CONFIG_FILE)
+
+
+def _replace(directory: Path, state: str, config: LookaheadConfig, head: LookaheadHead) -> None:
+    """Write the head where everything is as it was copied."""
     try:
+        if _copied(directory, None) != state:
+            raise UserError(f"{directory} has changed meanwhile; its head is left as it was", param="directory")
         write_head(directory, config, head.tensors())
         share_files(directory)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}", param="directory") from None
+
+
+def _copied(directory: Path, copy: Path | None) -> str:
+    """The hash of one state of `directory`, which is copied to the new directory `copy`, if that is given."""
+    with open_adapter(directory, directory.resolve().name) as files:
+        if copy is not None:
+            copy.mkdir()
+            for name, path in files.paths.items():
+                shutil.copyfile(path, copy / name)
+        return files.content_hash
 
 
 @contextmanager

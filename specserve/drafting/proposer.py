@@ -17,7 +17,6 @@ from ..adapters.lookahead import Lookahead
 from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
 from ..drafters.grammar_source import GrammarSource
-from ..drafters.head_files import BARE_BASE
 from ..drafters.head_source import HeadSource
 from ..drafters.history_source import HistorySource
 from ..drafters.native import NativeDrafts
@@ -72,11 +71,12 @@ class Proposer:
         is_asynchronous: bool = False,
         max_logits: int | None = None,
         base_lookahead: Lookahead | None = None,
+        base_hash: str,
     ):
         self._config = config
         self._vocab_size = vocab_size
         self._adapters = adapters
-        self._base = BaseHead(base_lookahead)
+        self._base, self._base_hash = BaseHead(base_lookahead), base_hash
         self._heads = heads
         self.cost_model, self._costs = cost_model, StepCosts(cost_model, is_asynchronous, max_logits)
         self.growth = make_growth(stepped_heads, clock)
@@ -97,8 +97,8 @@ class Proposer:
         """Remember a finished output, if the engine is set to."""
         adapter = self._adapters.get(request.adapter_hash or "")
         if self._log is not None:
-            lora_hash = adapter.lora_hash if adapter is not None else BARE_BASE
-            self._log.add(lora_hash, request.cache_salt, request.prompt_token_ids, output)
+            weights_hash = adapter.lora_hash if adapter is not None else self._base_hash
+            self._log.add(weights_hash, request.cache_salt, request.prompt_token_ids, output)
         if self._served is None or adapter is None or len(output) < 2:
             return
         base = adapter.lookahead.history if adapter.lookahead is not None else None

@@ -1,4 +1,7 @@
-"""What was served, as tokens on disk, for a head that is fitted to it: a file for each (LoRA, tenant), bounded.
+"""What was served, as tokens on disk, for a head that is fitted to it: a file for each (weights, tenant), bounded.
+
+The weights are a LoRA's, by the SHA-256 of its file, or the bare base's, by their fingerprint: bases that share a
+folder name other tokens by the same ids.
 
 Off unless a folder is named. The tenant is the request's `cache_salt`, as of drafts that are learned. Files are their
 user's alone. A thread of its own writes: a disk that is slow or full costs records and never a step. A file that is
@@ -31,7 +34,7 @@ MAX_FILES = 1024  # clients may name a salt for each request
 MAX_TOKENS = 32_768  # of a record; longer ones are left out
 _SHARE = 8  # one file takes this part of all bytes at most, its predecessor included
 _WAITING = 1024  # records in memory, of 128 KiB at most; more are left out
-_Waiting = tuple[str, str, float, "array[int]", "array[int]"]  # LoRA, tenant, and what `Served` has
+_Waiting = tuple[str, str, float, "array[int]", "array[int]"]  # weights, tenant, and what `Served` has
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +57,12 @@ class ServingLog:
         self._thread = threading.Thread(target=self._write_all, name="serving-log", daemon=True)
         self._thread.start()
 
-    def add(self, lora_hash: str, tenant: str, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """Keep an output of the LoRA with this hash; returns at once."""
+    def add(self, weights_hash: str, tenant: str, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """Keep an output of the weights with this hash; returns at once."""
         if len(output) < 2 or len(prompt) + len(output) > MAX_TOKENS:
             return
         try:
-            self._queue.put_nowait((lora_hash, tenant, time.time(), array("i", prompt), array("i", output)))
+            self._queue.put_nowait((weights_hash, tenant, time.time(), array("i", prompt), array("i", output)))
         except queue.Full:
             self._warn("the disk is too slow; outputs are left out")
 
@@ -75,9 +78,9 @@ class ServingLog:
             except OSError as error:
                 self._warn(f"{error.strerror}; outputs are left out")
 
-    def _write(self, lora_hash: str, tenant: str, at: float, prompt: array[int], output: array[int]) -> None:
+    def _write(self, weights_hash: str, tenant: str, at: float, prompt: array[int], output: array[int]) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._directory / _file_name(lora_hash, tenant)
+        path = self._directory / _file_name(weights_hash, tenant)
         line = json.dumps(Served(at, prompt.tolist(), output.tolist())._asdict()).encode() + b"\n"
         with FileLock(self._directory) as lock:
             with suppress(UserError):  # a file system without locks: there an engine has a folder to itself
@@ -89,7 +92,7 @@ class ServingLog:
             with open(fd, "ab+", buffering=0) as file:
                 is_new = cut_torn_end(file) == 0
                 if is_new:
-                    line = json.dumps({"lora_hash": lora_hash, "tenant": tenant}).encode() + b"\n" + line
+                    line = json.dumps({"weights_hash": weights_hash, "tenant": tenant}).encode() + b"\n" + line
                 try:
                     append_whole(file, line)
                 finally:
@@ -111,8 +114,8 @@ class ServingLog:
         self._is_warned = True
 
 
-def read_served(directory: Path, lora_hash: str, key: str | None = None) -> list[Served]:
-    """What was served of the LoRA, the oldest first; `key`: of the key of that name alone.
+def read_served(directory: Path, weights_hash: str, key: str | None = None) -> list[Served]:
+    """What was served of these weights, the oldest first; `key`: of the key of that name alone.
 
     Raises `OSError` for a folder or file that cannot be read; one that an engine has removed meanwhile is none.
     """
@@ -120,7 +123,7 @@ def read_served(directory: Path, lora_hash: str, key: str | None = None) -> list
     for path, _ in _files(directory):
         lines = _lines(path)
         header = next(lines, {})
-        if header.get("lora_hash") == lora_hash and (key is None or _is_of(header.get("tenant"), key)):
+        if header.get("weights_hash") == weights_hash and (key is None or _is_of(header.get("tenant"), key)):
             found += [Served(**line) for line in lines if line.keys() == set(Served._fields)]
     return sorted(found, key=lambda served: served.at)
 
@@ -154,5 +157,5 @@ def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 continue
 
 
-def _file_name(lora_hash: str, tenant: str) -> str:
-    return hashlib.sha256(f"{lora_hash}\0{tenant}".encode()).hexdigest()[:40] + SUFFIX
+def _file_name(weights_hash: str, tenant: str) -> str:
+    return hashlib.sha256(f"{weights_hash}\0{tenant}".encode()).hexdigest()[:40] + SUFFIX

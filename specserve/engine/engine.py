@@ -172,6 +172,7 @@ class Engine:
             is_asynchronous=path.is_asynchronous,
             max_logits=path.max_rows_ahead or None,
             base_lookahead=base_lookahead,
+            base_hash=self.adapters.base_hash,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)

@@ -41,6 +41,8 @@ class EngineAdapters:
         self._max_rank, self._lay_out, self._forget = config.max_lora_rank, decoder.lay_out_lora, forget
         self._roots = [Path(root) for root in config.adapter_roots]
         self._base = ServedBase.of(model_dir, decoder.config, decoder.embed.dtype, decoder.compute_dtype)
+        assert self._base.identity is not None
+        self.base_hash = self._base.identity.model_hash
         self._uploads = Uploads(decoder.device) if decoder.device.type != "cpu" else None
         self._reading = threading.Semaphore(MAX_READING)
         self.base_lookahead = self._read_base_lookahead(config.base_head)

@@ -13,6 +13,7 @@ from specserve.adapter_files import WEIGHTS_FILE
 from specserve.drafting import serving_log
 from specserve.drafting.serving_log import ServingLog, read_served
 from specserve.file_hash import file_hash
+from specserve.model.fingerprint import base_fingerprint
 
 
 def log_of(directory, *records, max_bytes=1 << 20):
@@ -166,7 +167,8 @@ def test_an_engine_keeps_what_each_lora_and_the_base_served(tmp_path):
     results = tokens_of(run(engine, asked))
     engine.close()
     lora_hash = file_hash(adapter / WEIGHTS_FILE)
-    (base,), (own,) = read_served(tmp_path / "log", ""), read_served(tmp_path / "log", lora_hash)
+    base_hash = base_fingerprint(model_dir)  # another base may log to the same folder
+    (base,), (own,) = read_served(tmp_path / "log", base_hash), read_served(tmp_path / "log", lora_hash)
     assert (base.prompt, base.output) == ([5, 6, 7], results["0"])
     assert (own.prompt, own.output) == ([5, 6, 8], results["1"])
     assert read_served(tmp_path / "log", lora_hash, "bob") == [own]

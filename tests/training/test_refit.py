@@ -15,6 +15,7 @@ from specserve.cli.main import exit_code_of as cli
 from specserve.drafters.head_files import read_config
 from specserve.drafting.serving_log import ServingLog
 from specserve.file_hash import file_hash
+from specserve.model.fingerprint import base_fingerprint
 from specserve.training import refit as refit_module
 
 ENDINGS = ("lookahead_config.json", "lookahead.safetensors")
@@ -41,7 +42,9 @@ def served(model_dir, tmp_path_factory):
         for number in range(80):
             output = [words[(number + idx) % len(words)] for idx in range(20)]
             prompt = [3, 4, 5 + number]
-            log.add(file_hash(lora) if lora.exists() else "", f"3:bob:{number % 2}", prompt, output)
+            log.add(
+                file_hash(lora) if lora.exists() else base_fingerprint(model_dir), f"3:bob:{number % 2}", prompt, output
+            )
     log.close()
     return root
 
@@ -106,6 +109,31 @@ def test_what_cannot_be_fitted_is_said(served, model_dir, tmp_path, capsys):
     fcntl.flock(fd, fcntl.LOCK_EX)
     assert "another refit is at work" in error()
     os.close(fd)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "lookahead.safetensors", "adapter_config.json"])
+def test_what_changed_while_a_head_was_fitted_is_left_as_it_is(served, model_dir, tmp_path, capsys, monkeypatch, file):
+    directory, other = copied(served, "own", tmp_path / "own"), tmp_path / "other"
+    make_lookahead_adapter(model_dir, other, seed=8, history=False, vocab_size=60)
+    done = refit_module.rewrite_acceptance
+
+    def meanwhile(*arguments):
+        done(*arguments)
+        (directory / file).unlink() if file == "adapter_config.json" else (other / file).replace(directory / file)
+
+    monkeypatch.setattr(refit_module, "rewrite_acceptance", meanwhile)
+    before = (directory / ENDINGS[0]).read_bytes()
+    assert fit(directory, served, model_dir, "--epochs", "1") == 2
+    assert f"{directory} has changed meanwhile; its head is left as it was" in capsys.readouterr().err
+    assert (directory / ENDINGS[0]).read_bytes() == before
+
+
+def test_a_head_of_another_base_is_not_replaced(served, model_dir, tmp_path, capsys):
+    directory = copied(served, "own", tmp_path / "own")
+    config = json.loads((directory / ENDINGS[0]).read_text())
+    (directory / ENDINGS[0]).write_text(json.dumps({**config, "base_hash": "0" * 64}))
+    assert fit(directory, served, model_dir) == 2
+    assert "its head belongs to another base model" in capsys.readouterr().err
 
 
 def test_an_end_between_the_two_files_leaves_a_head_that_is_refused(served, model_dir, tmp_path):
