@@ -54,7 +54,11 @@ def new_head(model: CausalModel, config: HeadConfig, vocab: Sequence[int]) -> Lo
 def collect_states(
     model: CausalModel, examples: Sequence[Example], batch_tokens: int, *, progress: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Last and tapped hidden states [N, H] of all rows with loss, and each example's row of its last prompt token."""
+    """Last and tapped hidden states [N, H] of all rows with loss, and each example's row of its last prompt token.
+
+    The tapped ones are normalised, as the head does with them first of all: between the layers of some models (Gemma)
+    they are beyond the range of fp16, in which both are kept.
+    """
     model.train(False)
     starts = [0] * len(examples)
     last, tapped, num_rows = [], [], 0
@@ -66,7 +70,7 @@ def collect_states(
             starts[idx] = num_rows + num_loss - len(examples[idx].completion)
             num_rows += num_loss
         last.append(hidden.last.half().cpu())
-        tapped.append(hidden.tapped.half().cpu())
+        tapped.append(torch.nn.functional.rms_norm(hidden.tapped.float(), hidden.tapped.shape[-1:]).half().cpu())
     model.train()
     return torch.cat(last), torch.cat(tapped), starts
 

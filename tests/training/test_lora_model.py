@@ -89,7 +89,11 @@ def test_states_of_a_row_with_several_answers_start_at_its_last_prompt(tmp_path)
     tokens = torch.randint(3, 300, (2, 20)).tolist()
     masks = [[False] * 5 + [True] * 4 + [False] * 6 + [True] * 5, [False] * 8 + [True] * 12]
     examples = [Example(row, mask, 1) for row, mask in zip(tokens, masks, strict=True)]
-    last, _, starts = collect_states(model, examples, 100)
+    with torch.no_grad():  # what stands between layers may be beyond fp16's range
+        model._causal.model.embed_tokens.weight *= 1e6
+    last, tapped, starts = collect_states(model, examples, 100)
+    assert model.hidden(examples).tapped.abs().max() > torch.finfo(torch.float16).max
+    assert bool(tapped.isfinite().all()) and tapped.float().square().mean(dim=-1).sqrt().sub(1).abs().max() < 1e-2
     for example, start in zip(examples, starts, strict=True):
         with torch.no_grad():
             whole = model._causal.model(input_ids=torch.tensor([example.tokens])).last_hidden_state[0]
