@@ -22,6 +22,7 @@ from ..errors import AdapterError, UserError
 from ..model.config import ModelConfig
 from ..model.fingerprint import tokenizer_fingerprint
 from ..model.store import resolve_model
+from ..model.weights import checked_source
 from ..routing_profile import RoutingProfile, profile_of
 from ..text.special_tokens import eos_token_ids
 from ..text.tokenizer import TextTokenizer
@@ -60,6 +61,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_ready(config)
     model_dir = resolve_model(config.model)
     model = ModelConfig.from_dir(model_dir)
+    checked_source(model_dir, model)
     config = settled(config, model)
     max_len = config.data.max_len
     assert max_len is not None
@@ -69,7 +71,7 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train, config.data.max_rows)
-    examples = tokenize(rows, tokenizer, eos, config.data.system)
+    examples = tokenize(rows, tokenizer, eos, config.data.system, model.vocab_size)
     if config.loss != "ce":
         examples = _with_teacher(config, examples, [row.line for row in rows], model_dir, model)
     examples = [e for e in examples if len(e.tokens) <= max_len]
@@ -80,7 +82,7 @@ def prepare(config: RunConfig) -> Prepared:
         warnings.append(f"{num_left_out} of {len(rows)} rows are longer than data.max_len and left out")
     held_out = []
     if config.data.eval and config.eval.rows:
-        held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system)
+        held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system, model.vocab_size)
         check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
     copy_start = common_prefix_len(examples)

@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 
 from ..adapter_files import CONFIG_FILE, content_hash
-from ..errors import UserError
+from ..errors import ModelError, UserError
 from ..model.config import ModelConfig
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
+from ..model.weights import checked_source
 from .data.dataset import Example
 from .lora_model import CausalModel, LoraModel, quiet_peft
 
@@ -111,7 +112,12 @@ def check_teacher(directory: Path, tokenizer_dir: Path, max_len: int) -> None:
         )
     if is_adapter:
         return
-    positions = ModelConfig.from_dir(directory).max_position_embeddings
+    try:
+        model = ModelConfig.from_dir(directory)
+        checked_source(directory, model)
+    except ModelError as error:
+        raise UserError(f"teacher: {directory}: {error}", param="teacher") from None
+    positions = model.max_position_embeddings
     if max_len > positions:
         raise UserError(
             f"data.max_len is {max_len} tokens, but the teacher in {directory} has {positions} positions: give at most "

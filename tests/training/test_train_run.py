@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 
 import peft
 import pytest
 from engine_fixture import make_engine, request, run, tokens_of
 from peft_adapters import make_peft_adapter
+from safetensors.torch import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, make_tiny_model
 from training_fixture import SETTINGS, torchrun, write_rows
 from transformers import AutoModelForCausalLM
@@ -263,6 +265,52 @@ def test_a_lora_of_another_size_and_a_layer_that_is_not_there_are_refused_by_nam
     assert cli(["train", *common, "--set", "head.tap_layer=99"]) == 2
     assert "head.tap_layer is 99, but the base model has 2 layers: give 0 to 1" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def edited_base(model_dir, path, tensors, **config):
+    """A copy of a model with changed fields of its configuration, and weights as `tensors` makes them."""
+    shutil.copytree(model_dir, path)
+    file = path / "model.safetensors"
+    save_file(tensors(load_file(file)), file, metadata={"format": "pt"})
+    known = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**known, **config}))
+    return path
+
+
+def cut_to(size):
+    return lambda found: {k: v[:size].clone() if len(v) == 320 else v for k, v in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "named"),
+    [
+        (
+            cut_to(319),
+            {"vocab_size": 319},
+            "line 1: messages[1]: its token '<|im_end|>' is number 319 of the tokenizer",
+        ),
+        (lambda found: {k: v for k, v in found.items() if "q_norm" not in k and "1.mlp.up" not in k}, {}, "is missing"),
+        (
+            dict,
+            {"architectures": ["Phi3ForCausalLM"]},
+            "Phi3ForCausalLM is not supported; served are LlamaForCausalLM,",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_served_is_no_base_to_train_on(trained, tmp_path, capsys, tensors, config, named):
+    root, model_dir = trained
+    path = edited_base(model_dir, tmp_path / "base", tensors, **config)
+    common = ["train", "--data", str(root / "train.jsonl"), "--output", str(tmp_path / "new")]
+    assert cli([*common, "--model", str(path)]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    if "vocab_size" in config:
+        assert cli([*common, "--model", str(path), "--check-data"]) == 1
+        assert capsys.readouterr().out.count("bad row: ") == 41
+    else:
+        assert cli([*common, "--model", str(model_dir), "--set", "loss=kl", "--set", f"teacher={path}"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: teacher: {path}") and named in err
 
 
 def test_bad_and_shared_held_out_rows_are_said_before_training(trained, tmp_path, capsys, monkeypatch):

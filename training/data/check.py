@@ -87,12 +87,13 @@ def format_report(report: DataReport, max_len: int) -> str:
 def report_data(config: RunConfig) -> int:
     """Print every bad row, the report and three rows as trained; returns the number of problems."""
     model_dir = resolve_model(config.model)
-    config = settled(config, ModelConfig.from_dir(model_dir))
+    model = ModelConfig.from_dir(model_dir)
+    config = settled(config, model)
     assert config.data.max_len is not None
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
-    encoder = RowEncoder(tokenizer, eos_token_ids(model_dir), config.data.system)
+    encoder = RowEncoder(tokenizer, eos_token_ids(model_dir), config.data.system, model.vocab_size)
     unread: Counter[str] = Counter()
     texts: dict[int, str] = {}
     held_texts: dict[int, str] = {}

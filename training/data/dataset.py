@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ...errors import UserError
 from ...text.tokenizer import TextTokenizer
-from .chat_turns import Answer, TurnEncoder
+from .chat_turns import Answer, Turn, TurnEncoder
 from .row_messages import Conversation
 from .rows import Row, read_rows
 from .teacher_logits import TopLogits
@@ -63,11 +63,20 @@ class Example:
 
 
 class RowEncoder:
-    """Examples of rows; `eos_token_ids` are where the model's server stops, `system` is for rows without their own."""
+    """Examples of rows; `eos_token_ids` are where the model's server stops, `system` is for rows without their own.
 
-    def __init__(self, tokenizer: TextTokenizer, eos_token_ids: Collection[int], system: str | None = None):
+    vocab_size: the model's, where its tokenizer may know more tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        eos_token_ids: Collection[int],
+        system: str | None = None,
+        vocab_size: int | None = None,
+    ):
         self._turns = TurnEncoder(tokenizer, eos_token_ids)
-        self._system = system
+        self._tokenizer, self._system, self._vocab_size = tokenizer, system, vocab_size
 
     def examples(self, row: Row) -> Iterator[Example]:
         """One example, or several where the template rewrites earlier turns or there are several answers.
@@ -88,6 +97,7 @@ class RowEncoder:
             answer = Answer(message, conversation.reasoning.get(idx))
             try:
                 turn = self._turns.turn(messages[:idx], answer, conversation.tools)
+                self._check_known(turn)
             except UserError as error:
                 raise UserError(f"{row.where}: messages[{idx}]: {error}", param=error.param) from None
             if tokens and turn.prompt[: len(tokens)] != tokens:
@@ -97,6 +107,14 @@ class RowEncoder:
             tokens = turn.prompt + turn.answer
         yield Example(tokens, mask, row.line, weight=conversation.weight)
 
+    def _check_known(self, turn: Turn) -> None:
+        if self._vocab_size is not None and (token := max(turn.prompt + turn.answer)) >= self._vocab_size:
+            raise UserError(
+                f"its token {self._tokenizer.token_text(token)!r} is number {token} of the tokenizer, and the base "
+                f"model has weights of {self._vocab_size} tokens; take the tokenizer and chat template of the model",
+                param="model",
+            )
+
 
 def shared_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[int, int]]:
     """(line of a training row, line of a held-out row with the same prompt)."""
@@ -105,8 +123,12 @@ def shared_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> lis
 
 
 def tokenize(
-    rows: Sequence[Row], tokenizer: TextTokenizer, eos_token_ids: Collection[int], system: str | None = None
+    rows: Sequence[Row],
+    tokenizer: TextTokenizer,
+    eos_token_ids: Collection[int],
+    system: str | None = None,
+    vocab_size: int | None = None,
 ) -> list[Example]:
-    """Examples of all `rows` in order; `eos_token_ids` are where the model's server stops. Raises `UserError`."""
-    encoder = RowEncoder(tokenizer, eos_token_ids, system)
+    """Examples of all `rows` in order, with a `RowEncoder` of these settings. Raises `UserError`."""
+    encoder = RowEncoder(tokenizer, eos_token_ids, system, vocab_size)
     return [example for row in rows for example in encoder.examples(row)]

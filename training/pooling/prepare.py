@@ -21,6 +21,7 @@ from ...adapters.pooling_config import MAX_OUTPUTS, PoolingConfig, parse_pooling
 from ...errors import AdapterError, UserError
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
+from ...model.weights import checked_source
 from ...text.tokenizer import TextTokenizer
 from ..preflight import check_adapter, planned
 from ..run_config import RunConfig
@@ -66,7 +67,9 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
         )
     task = cast(PoolingTask, config.task)
     model_dir = resolve_model(config.model)
-    config = settled_pooling(config, ModelConfig.from_dir(model_dir))
+    model = ModelConfig.from_dir(model_dir)
+    checked_source(model_dir, model)
+    config = settled_pooling(config, model)
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
