@@ -69,6 +69,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.lora.adapter:
         check_adapter(Path(config.lora.adapter), model_dir, "lora.adapter")
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
+    tokenizer = tokenizer.on(config.data.date)
     eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train, config.data.max_rows)
     examples = tokenize(rows, tokenizer, eos, config.data.system, model.vocab_size)

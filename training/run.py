@@ -6,6 +6,7 @@ everything is checked and the directory is held (run_directory.py).
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -66,6 +68,7 @@ def _run(config: RunConfig, resume: bool, stop: Stop | None) -> TrainResult | No
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     output = Path(config.output)
     directory: RunDirectory | None = None
+    config = _dated(config, output, resume)
     with ExitStack() as stack:
 
         def open_output() -> bool:
@@ -82,6 +85,15 @@ def _run(config: RunConfig, resume: bool, stop: Stop | None) -> TrainResult | No
             stack.enter_context(disk_errors(output))
             result = _train_and_finish(config, directory, resume, is_first, stop)
     return result if is_first else None
+
+
+def _dated(config: RunConfig, output: Path, resume: bool) -> RunConfig:
+    """`config` with the day on which the run began: a resumed one has the same rows, whatever day it is."""
+    if config.data.date is not None:
+        return config
+    is_resumed = resume and output.is_dir() and state_of(output) != "empty"
+    date = started_as(output).data.date if is_resumed else datetime.date.today()
+    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, date=date))
 
 
 def _train_and_finish(

@@ -5,6 +5,7 @@ Every field stands here once, with its default and limits. Knows nothing of data
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal
 
 import msgspec
@@ -44,6 +45,13 @@ class DataConfig(_Section, frozen=True):
     system: Annotated[str | None, Meta(description="system message put before each row's; default: the template's")] = (
         None
     )
+    date: (
+        Annotated[
+            datetime.date,
+            Meta(description="today, for chat templates that write it, as in 2026-11-28; default: when the run begins"),
+        ]
+        | None
+    ) = None
 
 
 class LoraConfig(_Section, frozen=True):

@@ -6,12 +6,15 @@ variables spell of them is hidden behind marks while the template renders. Owns 
 
 from __future__ import annotations
 
+import copy
+import datetime
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .hidden_chat import HiddenChat, Marks
 from .template_checks import may_render_here
+from .template_day import on_day
 from .template_worker import TemplateJob
 
 if TYPE_CHECKING:
@@ -39,6 +42,13 @@ class ChatTemplate:
         self.is_trusted = may_trust and may_render_here(text)
         self._tokenizer = tokenizer
         self._specials = specials
+        self._day: datetime.date | None = None
+
+    def on(self, day: datetime.date | None) -> ChatTemplate:
+        """The same template, which takes `day` for today; None: today is."""
+        other = copy.copy(self)
+        other._day = day
+        return other
 
     def of_adapter(self, text: Any, adapter: str, base: ChatTemplate) -> ChatTemplate:
         """The template `text` that an adapter brings: a stranger's program, unless it is the model's own."""
@@ -126,9 +136,8 @@ class ChatTemplate:
         """The template's text; a model may have several, one of them for tools."""
         if self.text is None:
             raise UserError("this model has no chat template; use /v1/completions", param="messages")
-        if isinstance(self.text, str):
-            return self.text
         try:
-            return str(self._tokenizer.get_chat_template(None, tools))  # type: ignore[arg-type]
+            text = self.text if isinstance(self.text, str) else self._tokenizer.get_chat_template(None, tools)  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(f"{self.name} cannot be used: {error}", param="messages") from None
+        return text if self._day is None else on_day(text, self._day)

@@ -7,6 +7,7 @@ token is encoded as the letters that it consists of.
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -87,6 +88,12 @@ class TextTokenizer:
             return self
         other = copy.copy(self)
         other.template = self.template.of_adapter(template, name, self.template)
+        return other
+
+    def on(self, day: datetime.date | None) -> TextTokenizer:
+        """The same tokenizer, whose chat template takes `day` for today; None: today is."""
+        other = copy.copy(self)
+        other.template = self.template.on(day)
         return other
 
     @property

@@ -3,6 +3,7 @@
 The real ones are in test_chat_families.py, marked slow.
 """
 
+import datetime
 import json
 
 import pytest
@@ -219,6 +220,14 @@ def test_serving_stops_at_the_models_ids_and_at_the_tokenizers_own(tmp_path, gen
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert eos_token_ids(tmp_path) == want
+
+
+def test_a_template_that_writes_the_date_writes_the_day_that_is_given(make):
+    template = "{% set day = strftime_now('%d %b %Y') %}\n{{ day }}, the {{ strftime_now('%-d') }}th: " + CHATML
+    tokenizer = make(template).on(datetime.date(2024, 7, 26))
+    (text,) = trained(tokenizer, [row("Hi", "Yes")], ["<|im_end|>"])
+    assert text.startswith("26 Jul 2024, the 26th: <|im_start|>user") and text.endswith("[[Yes<|im_end|>]]")
+    assert tokenizer.decode(tokenizer.on(None).encode_chat([{"role": "user", "content": "Hi"}])) != text.split("[[")[0]
 
 
 def test_a_model_without_template_is_refused(make):

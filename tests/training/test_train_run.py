@@ -1,9 +1,11 @@
 """`specserve train` from a YAML to a directory that peft loads and the engine drafts with; `specserve eval` of it."""
 
+import datetime
 import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -206,6 +208,8 @@ def test_a_run_that_was_stopped_goes_on_only_as_itself(trained, tmp_path, capsys
         assert cli([*arguments, "--resume"]) == 2
         assert f"process {os.getpid()}" in capsys.readouterr().err
     assert not (output / "adapter_model.safetensors").exists()
+    later = SimpleNamespace(date=SimpleNamespace(today=lambda: datetime.date(2031, 1, 1)))  # templates may write it
+    monkeypatch.setattr("specserve.training.run.datetime", later)
     before[output / "run.lock"] = (b"", 0)
     (output / "run.lock").touch()
     assert cli([*arguments, "--resume"]) == 0
