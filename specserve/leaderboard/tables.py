@@ -66,7 +66,7 @@ def bring_up(db: sqlite3.Connection, path: Path) -> None:
     version = _version(db)
     (num_tables,) = db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()
     if version == 0 and num_tables == 0:
-        steps = _TABLES
+        steps: tuple[str, ...] = _TABLES
     else:
         _check(version, path)
         steps = _FROM_1 if version == 1 else ()

@@ -1,8 +1,8 @@
 """Versions of a shared store on this machine's disk: a folder for each, whole or not there, for all processes alike.
 
-The server and the replicas of a machine have one such cache. A folder is made beside its place and renamed; whoever
-made it first has made it for all. Who uses one holds a lock on it, which ends with the process, and only what nobody
-holds makes room, the one used longest ago first.
+The server and the replicas of a machine have one such cache. A folder is made beside its place and renamed, by one
+process at a time for all; who waits for it goes on alone where nothing comes any more. Who uses one holds a lock on it,
+which ends with the process, and only what nobody holds makes room, the one used longest ago first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ...adapter_files import Stamp
 from ...file_lock import FileLock
 from .records import LIST_FILE, Version, is_version
 
+STILL_S = 30.0  # without another byte, until whoever waits for a folder makes one of its own
+_LOOK_S = 0.05
 MIN_LEFT_S = 60.0  # since a folder was begun, until one that nobody holds counts as left by a process that was killed
 
 
@@ -56,28 +58,49 @@ class VersionFolders:
         return None
 
     def make(self, version: str, fill: Callable[[Path], Version]) -> None:
-        """Let `fill` put its files into a new folder; where another process is first, its folder stays."""
+        """Let `fill` put its files into a new folder, unless another process is making it: that one is waited for."""
         self._partial.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._remove_left()
-        place = Path(tempfile.mkdtemp(dir=self._partial))
-        try:
-            with FileLock(place) as lock:
-                lock.take()
+        place, lock = self._turn(version)
+        with lock:
+            try:
+                if (held := self.hold(version)) is not None:  # another was first
+                    held.close()
+                    return
+                for path in place.iterdir():  # of a process that was killed
+                    path.unlink()
                 (place / LIST_FILE).write_bytes(msgspec.json.encode(fill(place)))
                 for path in place.iterdir():
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
-            with contextlib.suppress(OSError):  # there is one, which is never empty
-                os.rename(place, self.path(version))
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+                with contextlib.suppress(OSError):  # there is one, which is never empty
+                    os.rename(place, self.path(version))
+            finally:
+                if lock.is_in_place:
+                    shutil.rmtree(place, ignore_errors=True)
+
+    def _turn(self, version: str) -> tuple[Path, FileLock]:
+        """The folder that a version is made in, taken from all others; one apart where nothing comes into it."""
+        place, size, since = self._partial / version, -1, time.monotonic()
+        while time.monotonic() - since < STILL_S:
+            place.mkdir(exist_ok=True, mode=0o700)
+            if (lock := _locked(place, FileLock.take)) is not None:
+                return place, lock
+            with contextlib.suppress(OSError):  # it is made or removed now
+                if (now := _size_of(place)) != size:
+                    size, since = now, time.monotonic()
+            time.sleep(_LOOK_S)
+        place = Path(tempfile.mkdtemp(dir=self._partial))
+        lock = FileLock(place)
+        lock.take()
+        return place, lock
 
     def make_room(self) -> None:
         """Remove folders that nobody holds until the others fit."""
         found = []
         for path in self._folders():
             with contextlib.suppress(OSError):  # another process removes it
-                found.append((path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path))
+                found.append((path.stat().st_mtime, _size_of(path), path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.max_bytes:
@@ -128,6 +151,11 @@ def _locked(path: Path, take: Callable[[FileLock], bool]) -> FileLock | None:
         return lock
     lock.close()
     return None
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of its files. Raises `OSError` where another process removes it."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _is_whole(folder: Path) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from places import ROOT
 from test_shared_store import adapter
 
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE
@@ -43,13 +46,68 @@ async def test_a_version_comes_once_for_all_who_ask_and_is_there_for_other_proce
     fetch = mine.store.fetch
     monkeypatch.setattr(mine.store, "fetch", lambda *args: (num.append(1), time.sleep(0.05), fetch(*args))[-1])
 
-    async def read(versions):
-        async with versions.local(pushed[0]) as folder:
-            return (folder / WEIGHTS_FILE).read_text()
-
-    assert await asyncio.gather(*(read(mine) for _ in range(8))) == ["a" * 800] * 8 and len(num) == 1
+    assert await asyncio.gather(*(read(mine, pushed[0]) for _ in range(8))) == ["a" * 800] * 8 and len(num) == 1
     monkeypatch.setattr(other.store, "fetch", None)  # nobody asks
-    assert await read(other) == "a" * 800
+    assert await read(other, pushed[0]) == "a" * 800
+
+
+async def read(versions, version):
+    async with versions.local(version) as folder:
+        return (folder / WEIGHTS_FILE).read_text()
+
+
+async def test_two_processes_that_want_a_version_at_once_bring_it_once(versions, pushed, monkeypatch):
+    """From a slow store, which sends for longer than anybody waits for one that sends nothing."""
+    monkeypatch.setattr(folders_module, "STILL_S", 0.3)
+    began = []
+
+    def slowly(fetch):
+        def slow(version, target, max_bytes):
+            began.append(version)
+            for num in range(8):
+                (target / "part").write_bytes(b"x" * num)
+                time.sleep(0.1)
+            (target / "part").unlink()
+            return fetch(version, target, max_bytes)
+
+        return slow
+
+    for one in versions:
+        monkeypatch.setattr(one.store, "fetch", slowly(one.store.fetch))
+    assert await asyncio.gather(*(read(one, pushed[0]) for one in versions)) == ["a" * 800] * 2
+    assert began == [pushed[0]] and not list((versions[0].folders.root / "partial").iterdir())
+
+
+async def test_who_brings_a_version_and_is_killed_holds_nobody_up(versions, pushed, config):
+    mine, _ = versions
+    code = (
+        "import sys, time; from pathlib import Path; from specserve.server.shared_store.folders import VersionFolders\n"
+        "fill = lambda place: ((place / 'half').write_text('x'), print('began', flush=True), time.sleep(60))\n"
+        "VersionFolders(Path(sys.argv[1]), 0).make(sys.argv[2], fill)"
+    )
+    command = [sys.executable, "-c", code, str(mine.folders.root), pushed[0]]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as process:
+        assert process.stdout.readline() == b"began\n"
+        waiting = asyncio.create_task(read(mine, pushed[0]))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        process.kill()
+    assert await waiting == "a" * 800
+    assert "half" not in os.listdir(mine.folders.path(pushed[0]))
+    assert not list((mine.folders.root / "partial").iterdir())
+
+
+async def test_who_brings_a_version_and_hangs_is_not_waited_for(versions, pushed, monkeypatch):
+    monkeypatch.setattr(folders_module, "STILL_S", 0.2)
+    (mine, other), began, released = versions, threading.Event(), threading.Event()
+    fetch = mine.store.fetch
+    monkeypatch.setattr(mine.store, "fetch", lambda *args: (began.set(), released.wait(20), fetch(*args))[-1])
+    hanging = asyncio.create_task(read(mine, pushed[0]))
+    await asyncio.to_thread(began.wait, 20)
+    assert await read(other, pushed[0]) == "a" * 800
+    released.set()
+    assert await hanging == "a" * 800 and not list((mine.folders.root / "partial").iterdir())
 
 
 async def test_what_somebody_reads_makes_no_room_and_the_rest_does_the_oldest_first(versions, pushed):
