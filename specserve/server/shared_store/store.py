@@ -14,7 +14,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ class SharedStore:
 
     def version(self, version: str) -> Version | None:
         """The list of its files; None where there is no such version, or not yet. Raises where it is damaged."""
-        found = self._record(f"{self._folder(version)}/{LIST_FILE}", Version)
+        found = self._record(self._list_path(version), Version)
         if found is not None and (hash_of_files(found.files) != version or not found.files.keys() <= set(ALL_FILES)):
             raise failed(f"the list of files of version {version[:12]} in {self.url} is not the one that was pushed")
         return found
@@ -100,19 +100,29 @@ class SharedStore:
             sizes = {file: os.stat(path).st_size for file, path in files.paths.items()}
             entries = {file: FetchedFile(sizes[file], files.digests[file].hex()) for file in files.paths}
             version = hash_of_files(entries)
+            record = Version(entries, files.content_hash, time.time())
             is_new = not self.is_whole(version, reads=True)
             if is_new:
-                for file, path in files.paths.items():
-                    self._put(f"{self._folder(version)}/{file}", partial(self._fs.put_file, str(path)))
-            record = Version(entries, files.content_hash, time.time())
-            self._write(f"{self._folder(version)}/{LIST_FILE}", record)  # anew also if it is there: it is young now
+                self._put_files(version, files.paths)
+            self._put_list(version, record)  # anew also if it is there: it is young now
+            if name is not None:
+                self._write(self._name_path(name), NamedVersion(version, time.time()))
+                if not self.is_whole(version):  # removed by who had looked at the names before
+                    self._put_files(version, files.paths)
+                    self._put_list(version, record)
+        return version, is_new
+
+    def _put_files(self, version: str, paths: Mapping[str, Path]) -> None:
+        for file, path in paths.items():
+            self._put(f"{self._folder(version)}/{file}", partial(self._fs.put_file, str(path)))
+
+    def _put_list(self, version: str, record: Version) -> None:
+        """Raises `UserError` where the files that it names are not there then."""
+        self._write(self._list_path(version), record)
         if not self.is_whole(version):
             raise failed(
                 f"version {version[:12]} is not whole in {self.url}; somebody removed it meanwhile: push again"
             )
-        if name is not None:
-            self._write(self._name_path(name), NamedVersion(version, time.time()))
-        return version, is_new
 
     def point(self, name: str, version: str) -> str:
         """Let `name` mean a version that is there, by its hash or the beginning of one; returns the whole hash."""
@@ -122,6 +132,8 @@ class SharedStore:
             problem = f"{len(found)} versions begin so" if len(found) > 1 else "there is no such version, or not whole"
             raise UserError(f"version {version[:64]!r}: {problem}; `specserve store list` shows them", param="VERSION")
         self._write(self._name_path(name), NamedVersion(found[0], time.time()))
+        if not self.is_whole(found[0]):
+            raise failed(f"version {found[0][:12]} was pruned meanwhile in {self.url}; push its adapter as {name!r}")
         return found[0]
 
     def remove(self, name: str) -> bool:
@@ -137,24 +149,38 @@ class SharedStore:
     def prune(self, older_than_s: float, *, is_dry: bool = False) -> list[str]:
         """Remove what no name means and nobody has pushed lately, pushes that never ended included; what went.
 
-        The list of a version's files goes first, so that whoever comes later sees none.
+        The lists of their files go first, so that whoever comes later sees none of them; what has got a name until then
+        gets its list back. So a push sees the list gone behind its name, or its name is seen here.
         """
-        now, gone = time.time(), []
-        named = {meant.version for name in self.names() if (meant := self.named(name)) is not None}
-        for version in self.versions():
-            folder = self._folder(version)
-            if version in named or now - self._changed_at(folder) < older_than_s:
-                continue
-            if not is_dry:
-                with self._telling():
-                    with contextlib.suppress(FileNotFoundError):
-                        self._fs.rm_file(f"{folder}/{LIST_FILE}")
-                    with contextlib.suppress(FileNotFoundError):
-                        self._fs.rm(folder, recursive=True)
-            gone.append(version)
-        if not is_dry:
-            self._remove_unfinished(older_than_s)
-        return gone
+        now, named = time.time(), self._named_versions()
+        gone = [
+            version
+            for version in self.versions()
+            if version not in named and now - self._changed_at(self._folder(version)) >= older_than_s
+        ]
+        if is_dry:
+            return gone
+        lists = {version: self._take_list(version) for version in gone}
+        named = self._named_versions()
+        for version, body in lists.items():
+            if version not in named:
+                with self._telling(), contextlib.suppress(FileNotFoundError):
+                    self._fs.rm(self._folder(version), recursive=True)
+            elif body is not None:
+                self._put_bytes(self._list_path(version), body)
+        self._remove_unfinished(older_than_s)
+        return [version for version in gone if version not in named]
+
+    def _named_versions(self) -> set[str]:
+        return {meant.version for name in self.names() if (meant := self.named(name)) is not None}
+
+    def _take_list(self, version: str) -> bytes | None:
+        """The list of a version's files, as it was; None where it has none."""
+        with self._telling(), contextlib.suppress(FileNotFoundError):
+            body: bytes = self._fs.cat_file(self._list_path(version))
+            self._fs.rm_file(self._list_path(version))
+            return body
+        return None
 
     def is_whole(self, version: str, *, reads: bool = False) -> bool:
         """Whether its list is there, and all files with the sizes that it names; with the hashes, where it `reads`."""
@@ -179,6 +205,9 @@ class SharedStore:
 
     def _folder(self, version: str) -> str:
         return f"{self._root}/versions/{version}"
+
+    def _list_path(self, version: str) -> str:
+        return f"{self._folder(version)}/{LIST_FILE}"
 
     def _name_path(self, name: str) -> str:
         return f"{self._root}/names/{name}"
@@ -220,7 +249,9 @@ class SharedStore:
                 raise failed(f"{path} is damaged; push the adapter again") from None
 
     def _write(self, path: str, record: Any) -> None:
-        body = msgspec.json.encode(record)
+        self._put_bytes(path, msgspec.json.encode(record))
+
+    def _put_bytes(self, path: str, body: bytes) -> None:
         self._put(path, lambda target: self._fs.pipe_file(target, body))
 
     def _put(self, path: str, write: Callable[[str], object]) -> None:

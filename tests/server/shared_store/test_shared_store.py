@@ -209,6 +209,34 @@ def test_pruning_keeps_what_is_named_or_young(store, one, tmp_path):
     assert store.is_whole(named)
 
 
+def test_what_gets_a_name_while_it_is_pruned_stays(store, one, tmp_path, monkeypatch):
+    """The push comes whole behind the pruner's look at names and times."""
+    version, _ = store.push(one)
+    pruner = SharedStore(store.url)
+    changed_at = pruner._changed_at
+    monkeypatch.setattr(pruner, "_changed_at", lambda folder: (changed_at(folder), store.push(one, "a"))[0])
+    assert pruner.prune(0) == []
+    assert store.named("a").version == version and fetched(store, version, tmp_path)[WEIGHTS_FILE] == "w" * 1000
+    assert store.is_whole(version)
+
+
+def test_a_push_puts_back_what_was_pruned_before_it_gave_the_name(store, one, tmp_path, monkeypatch):
+    version, _ = store.push(one)
+    pruner, write = SharedStore(store.url), store._write
+
+    def write_late(path, record):
+        if "/names/" in path:
+            assert pruner.prune(0) == [version]
+        write(path, record)
+
+    monkeypatch.setattr(store, "_write", write_late)
+    store.push(one, "a")
+    assert store.named("a").version == version and fetched(store, version, tmp_path)[WEIGHTS_FILE] == "w" * 1000
+    with pytest.raises(UserError, match="was pruned meanwhile"):
+        store.remove("a")
+        store.point("b", version)
+
+
 @pytest.mark.parametrize("url", ["nope://bucket/x", "s3://key:secret@bucket/x"])
 def test_an_address_that_cannot_be_is_refused_without_its_secrets(url):
     with pytest.raises(UserError) as info:
