@@ -12,7 +12,12 @@ from specserve.training.head_module import task_vocab
 from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import LoraConfig
 
-CASES = [(name, {}) for name in MODEL_TYPES] + [("gemma3", {"final_logit_softcapping": 3.0})]
+CASES = [
+    *((name, {}) for name in MODEL_TYPES),
+    ("gemma3", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 40, "head_dim": 32}),
+    ("mistral", {"sliding_window": 8, "head_dim": 32, "tie_word_embeddings": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_key_value_heads": 1}),
+]
 
 
 @pytest.mark.parametrize(("architecture", "settings"), CASES)
