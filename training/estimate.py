@@ -195,10 +195,13 @@ def _memory(prepared: Prepared) -> tuple[float, float]:
     width += 2 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
     lora = config.lora.r * width * model.num_layers if config.lora.enabled else 0
     activations = config.optimizer.batch_tokens * model.num_layers * 2 * width * bytes_each
-    return weights * bytes_each + lora * 16 + activations, lora
+    targets = max(sum(sum(prepared.examples[idx].loss_mask[1:]) for idx in batch) for batch in prepared.plan)
+    copies = 12 if bytes_each == 4 else 16  # bytes: logits, their logarithms and the gradient in fp32; bf16's beside it
+    return weights * bytes_each + lora * 16 + activations + targets * model.vocab_size * copies, lora
 
 
 def _num_weights(model: ModelConfig) -> int:
     per_layer = model.hidden_size * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     per_layer += 3 * model.hidden_size * model.intermediate_size
-    return per_layer * model.num_layers + model.hidden_size * model.vocab_size
+    embeddings = model.hidden_size * model.vocab_size * (1 if model.tie_word_embeddings else 2)
+    return per_layer * model.num_layers + embeddings
