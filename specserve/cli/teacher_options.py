@@ -19,7 +19,7 @@ from ..cache_dirs import cache_dir
 from ..config import ServeConfig
 from ..errors import UserError
 from ..strict_json import decode_json
-from ..teachers.spec import DEFAULT_CACHE_GIB, Price, TeacherSpec, parse_spec
+from ..teachers.spec import DEFAULT_CACHE_GIB, FIELDS_HERE, Price, TeacherSpec, parse_spec
 from .options import Command
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def _options() -> tuple[_Option[Any], ...]:
         click.option("--teacher-option", multiple=True, metavar="KEY=VALUE",
                      help="A setting of the engine of a teacher that runs here, as in dtype=bf16; may be repeated."),
         click.option("--teacher-field", multiple=True, metavar="KEY=JSON",
-                     help="A field of an endpoint's bodies, as in reasoning_effort='\"low\"'; null leaves one out."),
+                     help="A field of an endpoint's bodies, as in reasoning_effort='\"low\"'; null leaves one out. "
+                     f"A teacher that runs here takes {' and '.join(FIELDS_HERE)}."),
         click.option("--teacher-any-model", is_flag=True, help="Answers may come from a model of another name."),
         click.option("--teacher-retry-refused", is_flag=True,
                      help="Ask again what was refused before, or answered with nothing."),
@@ -109,6 +110,7 @@ def teachers_of(params: Mapping[str, Any], specs: Sequence[str] | None = None) -
     """
     _check_keys(params)
     found = [_teacher(params, text) for text in (params["teachers"] if specs is None else specs)]
+    _check_fields(params, found)
     _warn_of_open_keys(found)
     return [_agreed(spec) for spec in found]
 
@@ -125,14 +127,16 @@ def _teacher(params: Mapping[str, Any], text: str) -> TeacherSpec:
         "cache_gib": params["teacher_cache_gib"],
         "cache_dir": params["teacher_cache"] or cache_dir("teachers"),
     }
+    fields = _fields(params["teacher_field"])
     if spec.url is None:
-        return dataclasses.replace(spec, **common, options=_engine_options(params["teacher_option"]))
+        here = {name: fields[name] for name in FIELDS_HERE if name in fields}
+        return dataclasses.replace(spec, **common, options=_engine_options(params["teacher_option"]), fields=here)
     return dataclasses.replace(
         spec,
         **common,
         key_env=_for(params["teacher_key_env"], urlsplit(spec.url).netloc, urlsplit(spec.url).hostname or ""),
         price=_price(_for(params["teacher_price"], spec.model)),
-        fields=_fields(params["teacher_field"]),
+        fields=fields,
         requests_per_minute=params["teacher_requests_per_minute"],
         tokens_per_minute=params["teacher_tokens_per_minute"],
     )
@@ -140,8 +144,7 @@ def _teacher(params: Mapping[str, Any], text: str) -> TeacherSpec:
 
 def _check_keys(params: Mapping[str, Any]) -> None:
     """One host's key is not sent to another: with several, each key names its own. Raises `UserError`."""
-    texts = [*params.get("teachers", ()), *([params["judge"]] if params.get("judge") else [])]
-    urls = [spec.url for spec in map(parse_spec, texts) if spec.url is not None]
+    urls = [spec.url for spec in map(parse_spec, _texts(params)) if spec.url is not None]
     hosts = list(dict.fromkeys(urlsplit(url).netloc for url in urls))
     general = next((value for value in params["teacher_key_env"] if "=" not in value), None)
     if general is not None and len(hosts) > 1:
@@ -150,6 +153,22 @@ def _check_keys(params: Mapping[str, Any]) -> None:
             f"all be sent that key; give HOST=NAME, as in --teacher-key-env {hosts[0]}={general}",
             param="teacher_key_env",
         )
+
+
+def _check_fields(params: Mapping[str, Any], found: Sequence[TeacherSpec]) -> None:
+    """Where there is no endpoint, a field of its bodies would be lost. Raises `UserError`."""
+    unread = [name for name in _fields(params["teacher_field"]) if name not in FIELDS_HERE]
+    if unread and all(spec.url is None for spec in (*found, *map(parse_spec, _texts(params)))):
+        taken = " and ".join(FIELDS_HERE)
+        raise UserError(
+            f"--teacher-field {unread[0]} is of an endpoint; a teacher that runs here takes {taken}",
+            param="teacher_field",
+        )
+
+
+def _texts(params: Mapping[str, Any]) -> list[str]:
+    """The specs of all teachers of the command, and of its judge."""
+    return [*params.get("teachers", ()), *([params["judge"]] if params.get("judge") else [])]
 
 
 def _warn_of_open_keys(specs: Sequence[TeacherSpec]) -> None:

@@ -1,17 +1,20 @@
 """A model and an adapter in process: `specserve.AsyncLLM`, which batches what is asked and drafts.
 
 Started at the first ask that no cache answers. Its identity is what its answers depend on: weights, tokenizer, chat
-template, the adapter's content, and how weights are held.
+template and what that is given, the adapter's content, and how weights are held. A template that has no place for a
+system message (Gemma 2's refuses it, others leave it out) has its text before the first message.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..adapter_files import check_complete, open_adapter, read_texts
 from ..adapters.kind import adapter_type_in
@@ -44,6 +47,7 @@ class LocalBackend:
         self._adapter = None if spec.adapter is None else LoRARequest(spec.adapter.resolve().name, 0, str(spec.adapter))
         self.identity = self._identity(adapter)
         self._llm: AsyncLLM | None = None
+        self._takes_system = True
 
     async def start(self) -> None:
         try:
@@ -51,6 +55,7 @@ class LocalBackend:
             await llm.start()
         except UserError as error:
             raise TeacherError(f"{self._spec.name}: {error}", ends_run=True, status=error.status) from None
+        self._takes_system = _takes_system(await asyncio.to_thread(self.tokenizer))
         self._llm = llm
 
     async def close(self) -> None:
@@ -104,7 +109,8 @@ class LocalBackend:
             structured_outputs=None if ask.schema is None else {"json": dict(ask.schema)},
         )
         try:
-            (output,) = await self._llm.chat(list(ask.messages), params, adapter=self._adapter)
+            messages = ask.messages if self._takes_system else _without_system(ask.messages)
+            (output,) = await self._llm.chat(list(messages), params, adapter=self._adapter, **self._spec.fields)
         except UserError as error:
             raise self._failed(error) from None
         return output
@@ -138,7 +144,27 @@ class LocalBackend:
         parts.append(str(read_texts(self.model_dir, self.model_dir.name)[0]))
         parts += adapter
         parts += [f"{name}={self._spec.options[name]}" for name in _SHAPING if name in self._spec.options]
+        parts += [f"{name}={json.dumps(value, sort_keys=True)}" for name, value in sorted(self._spec.fields.items())]
         return "local\n" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _takes_system(tokenizer: TextTokenizer) -> bool:
+    """Whether the chat template writes what a system message says."""
+    if tokenizer.template.text is None:
+        return True
+    told = [{"role": "system", "content": "Say"}, {"role": "user", "content": "it"}]
+    try:
+        return "Say" in tokenizer.template.render(told, True, None)
+    except UserError:
+        return False
+
+
+def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The same conversation, the text of a system message at the beginning of the user's first."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return list(messages)
+    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{**messages[1], "content": content}, *messages[2:]]
 
 
 def _read_adapter(directory: Path, teacher: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from ..errors import UserError
 
 DEFAULT_MODEL = "default"
 DEFAULT_CACHE_GIB = 4.0
+FIELDS_HERE = ("chat_template_kwargs", "reasoning_effort")  # that a teacher in process takes: its template reads them
 _HOSTED = re.compile(r"(?P<model>.+)@(?P<url>https?://.*)", re.DOTALL)
 
 
@@ -34,10 +35,10 @@ class TeacherSpec:
     """An endpoint (`url`) and its model's name there, or a local model ("" is the default one) and an adapter's folder.
 
     `options` are of `specserve.AsyncLLM`; `fields` go into each body that an endpoint gets, those that are None leave
-    it. `accept_terms`: the user has agreed to what the provider says of training on answers. `any_model`: answers may
-    come from a model of another name. `cached_only`: nobody is asked anything that was not asked before.
-    `retry_refused`: what the teacher refused before, or answered with nothing, is asked again. The cache is held to
-    `cache_gib` at the end of a run; None: it grows.
+    it; a local model takes `FIELDS_HERE`. `accept_terms`: the user has agreed to what the provider says of training on
+    answers. `any_model`: answers may come from a model of another name. `cached_only`: nobody is asked anything that
+    was not asked before. `retry_refused`: what the teacher refused before, or answered with nothing, is asked again.
+    The cache is held to `cache_gib` at the end of a run; None: it grows.
     """
 
     model: str

@@ -129,6 +129,7 @@ async def test_a_limit_of_cost_says_what_is_kept_and_how_to_go_on(command, capsy
         (("--teacher-field", "top_p"), "is not KEY=VALUE"),
         (("--teacher-field", "top_p=nine"), "--teacher-field top_p is not valid JSON"),
         (("--teacher", "default", "--teacher-option", "dtyp=bf16"), "--teacher-option dtyp: no such setting"),
+        (("--teacher", "default", "--teacher-field", "top_p=0.9"), "--teacher-field top_p is of an endpoint"),
         (("--schema", "nowhere.json"), "cannot read the schema nowhere.json"),
         (("--judge", "default+nowhere"), "'nowhere' is not the directory of an adapter"),
     ],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_teacher import OPTIONS
 from safetensors.torch import load_file, save_file
+from tiny_models import CHAT_TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from specserve.adapter_files import CONFIG_FILE, POOLING_FILE, WEIGHTS_FILE
@@ -116,10 +117,36 @@ def test_identity_is_what_answers_depend_on(model_dir, adapter_dir, tmp_path):
     plain, adapted = identity(), identity(adapter=adapter_dir)
     assert identity(copied_model) == plain and identity(adapter=copied) == adapted != plain
     assert identity(num_threads=1) == plain != identity(quantization="int8")
+    silent = TeacherSpec(model=str(model_dir), fields={"chat_template_kwargs": {"enable_thinking": False}})
+    assert LocalBackend(silent).identity != plain
     (copied / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with_template = identity(adapter=copied)
     (copied_model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert with_template != adapted and identity(copied_model) != plain
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+LEAVING_OUT = CHAT_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [REFUSING + CHAT_TEMPLATE, LEAVING_OUT])
+async def test_a_template_without_a_place_for_a_system_message_is_told_it_by_the_user(model_dir, tmp_path, template):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template + "{% if quiet %}<|im_end|>{% endif %}")
+    fields = {"chat_template_kwargs": {"quiet": True}}
+    backend = LocalBackend(TeacherSpec(model=str(model), options=OPTIONS, fields=fields))
+    user = {"role": "user", "content": "Pack my box"}
+    joined = ask("The quick fox\n\nPack my box", max_tokens=8)
+    await backend.start()
+    try:
+        told = Ask(({"role": "system", "content": "The quick fox"}, user), max_tokens=8)
+        found, wanted = [await backend.ask(one) for one in (told, joined)]
+    finally:
+        await backend.close()
+    assert found == wanted and found.answers[0].text
+    assert (
+        found.prompt_tokens == len(backend.tokenizer().encode_chat(joined.messages)) + 1
+    )  # by the template's variable
 
 
 async def test_an_engine_that_does_not_start_is_one_line(model_dir, tmp_path):
