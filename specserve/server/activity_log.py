@@ -8,75 +8,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
-from ..messages import (
-    Delta,
-    Usage,
-)
-from ..pooling_messages import Pooled
 from ..stats_messages import EngineStats
+from .job_counts import JobCounts
+from .spans import Traced
 
 logger = logging.getLogger(__name__)
 SUMMARY_EVERY_S = 10.0
 
 
-class RequestLine:
-    """The line of one request; `failed` with a reason, or `ended` however it has ended.
-
-    `prompt_lens` has the prompt of each sequence. `generates`: or its sequences are texts that are pooled.
-    """
-
-    def __init__(
-        self, request_id: str, model: str, prompt_lens: Sequence[int], key: str | None, generates: bool = True
-    ):
-        self._name = f"{request_id}: {model!r}" + (f" for {key!r}" if key is not None else "")
-        self._num_sequences, self._num_prompt_tokens = len(prompt_lens), sum(prompt_lens)
-        self._start = time.monotonic()
-        self._first_s: float | None = None
-        self._generates = generates
-        self._num_generated = 0
-        self._usages: list[Usage] = []
-        self._pooled: list[Pooled] = []
-        self._finishes: list[str] = []
-        self._outcome = "given up by the client"
-
-    def delta(self, delta: Delta) -> None:
-        if self._first_s is None:
-            self._first_s = time.monotonic() - self._start
-        self._num_generated += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self._finishes.append(delta.finish_reason)
-        if delta.usage is not None:
-            self._usages.append(delta.usage)
-        if len(self._finishes) == self._num_sequences:
-            self._outcome = "+".join(sorted(set(self._finishes)))
-
-    def pooled(self, pooled: Pooled) -> None:
-        self._pooled.append(pooled)
-        if len(self._pooled) == self._num_sequences:
-            self._outcome = "pooled"
-
-    def failed(self, reason: str) -> None:
-        self._outcome = reason
-
-    def ended(self) -> None:
-        ended = self._usages if self._generates else self._pooled
-        cached = sum(each.cached_tokens for each in ended)
-        if not self._generates:
-            logger.info(
-                "%s: %s, %d of %d texts, %d tokens (%d cached), all in %.3f s",
-                *(self._name, self._outcome, len(self._pooled), self._num_sequences, self._num_prompt_tokens, cached),
-                time.monotonic() - self._start,
-            )
-            return
-        accepted = sum(usage.accepted_draft_tokens for usage in self._usages)
-        first = "none" if self._first_s is None else f"{self._first_s:.3f} s"
+def log_request(job: Traced, model: str, key: str | None, counts: JobCounts, failure: str | None) -> None:
+    """The line of a request that has ended; `failure`: why, if it has failed."""
+    outcome = failure or "given up by the client"
+    if failure is None and counts.is_whole:
+        outcome = "+".join(sorted(set(counts.finishes))) or "pooled"
+    name, num_prompt = f"{job.id}: {model!r}" + (f" for {key!r}" if key is not None else ""), sum(job.prompt_lens)
+    if not job.generates:
         logger.info(
-            "%s: %s, %d prompt tokens (%d cached), %d generated (%d from drafts), first after %s, all in %.3f s",
-            *(self._name, self._outcome, self._num_prompt_tokens, cached, self._num_generated, accepted),
-            *(first, time.monotonic() - self._start),
+            "%s: %s, %d of %d texts, %d tokens (%d cached), all in %.3f s",
+            *(name, outcome, len(counts.pooled), len(job.prompt_lens), num_prompt, counts.num_cached_tokens),
+            counts.seconds,
         )
+        return
+    accepted = sum(usage.accepted_draft_tokens for usage in counts.usages)
+    first = "none" if counts.first_s is None else f"{counts.first_s:.3f} s"
+    logger.info(
+        "%s: %s, %d prompt tokens (%d cached), %d generated (%d from drafts), first after %s, all in %.3f s",
+        *(name, outcome, num_prompt, counts.num_cached_tokens, counts.num_generated, accepted),
+        *(first, counts.seconds),
+    )
 
 
 async def summarize(stats: Callable[[], Awaitable[EngineStats | None]], every_s: float = SUMMARY_EVERY_S) -> None:

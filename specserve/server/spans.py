@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
 from ..errors import UserError
-from ..messages import Delta, SamplingParams, Usage
-from ..pooling_messages import Pooled
+from ..messages import SamplingParams
+from .job_counts import JobCounts
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -120,52 +119,32 @@ class Span:
             kind=SpanKind.SERVER,
             attributes=attributes,
         )
-        self._start = time.monotonic()
-        self._first_s: float | None = None
-        self._finishes: list[str] = []
-        self._usages: list[Usage] = []
         self._generates = job.generates
-        self._pooled: list[Pooled] = []
-        self._num_generated = 0
-        self._num_sequences = len(job.prompt_lens)
         self._num_prompt_tokens = job.num_prompt_tokens
 
-    def delta(self, delta: Delta) -> None:
-        if self._first_s is None:
-            self._first_s = time.monotonic() - self._start
-        self._num_generated += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self._finishes.append(delta.finish_reason)
-        if delta.usage is not None:
-            self._usages.append(delta.usage)
-
-    def pooled(self, pooled: Pooled) -> None:
-        self._pooled.append(pooled)
-
-    def ended(self, failure: str | None) -> None:
+    def ended(self, counts: JobCounts, failure: str | None) -> None:
         """`failure`: why, if it has failed; else it is complete, or its client has left."""
         from opentelemetry.trace import Status, StatusCode
 
-        if failure is None and len(self._finishes) + len(self._pooled) < self._num_sequences:
+        if failure is None and not counts.is_whole:
             failure = "client_disconnected"
-        span, usages = self._span, self._usages
+        span, usages, pooled = self._span, counts.usages, counts.pooled
         span.set_attribute("gen_ai.usage.input_tokens", self._num_prompt_tokens)
         if self._generates:
-            span.set_attribute("gen_ai.usage.output_tokens", self._num_generated)
-        if self._pooled:
-            cached = sum(pooled.cached_tokens for pooled in self._pooled)
-            span.set_attribute("gen_ai.usage.cache_read.input_tokens", cached)
-            span.set_attribute("specserve.queue_s", max(pooled.queue_s for pooled in self._pooled))
-        if self._finishes:
-            span.set_attribute("gen_ai.response.finish_reasons", self._finishes)
+            span.set_attribute("gen_ai.usage.output_tokens", counts.num_generated)
+        if usages or pooled:
+            span.set_attribute("gen_ai.usage.cache_read.input_tokens", counts.num_cached_tokens)
+            span.set_attribute(
+                "specserve.queue_s", max([usage.queue_s for usage in usages] + [each.queue_s for each in pooled])
+            )
+        if counts.finishes:
+            span.set_attribute("gen_ai.response.finish_reasons", counts.finishes)
         if usages:
-            span.set_attribute("gen_ai.usage.cache_read.input_tokens", sum(usage.cached_tokens for usage in usages))
             span.set_attribute("specserve.draft_tokens", sum(usage.draft_tokens for usage in usages))
             span.set_attribute("specserve.accepted_draft_tokens", sum(u.accepted_draft_tokens for u in usages))
             span.set_attribute("specserve.num_forwards", sum(usage.num_forwards for usage in usages))
-            span.set_attribute("specserve.queue_s", max(usage.queue_s for usage in usages))
-        if self._first_s is not None:
-            span.set_attribute("specserve.time_to_first_token_s", self._first_s)
+        if counts.first_s is not None:
+            span.set_attribute("specserve.time_to_first_token_s", counts.first_s)
         if failure is not None:
             span.set_attribute("error.type", failure)
             span.set_status(Status(StatusCode.ERROR, failure))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from specserve.server.activity_log import summarize, summary
+from specserve.messages import Delta, Usage
+from specserve.server.activity_log import log_request, summarize, summary
+from specserve.server.job_counts import JobCounts
 from specserve.server.metrics import metrics as metrics_module
 from specserve.server.metrics.families import Families, observe_each
 from specserve.server.metrics.metrics import Metrics
@@ -89,6 +92,24 @@ def test_summary_says_what_was_done_between_two_snapshots(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         asyncio.run(watch())
     assert [record.message.split(";")[0] for record in caplog.records] == ["2 running, 0 waiting"]
+
+
+def test_a_line_says_how_a_request_ended(caplog: pytest.LogCaptureFixture) -> None:
+    job = SimpleNamespace(id="cmpl-1", generates=True, prompt_lens=[7, 7])
+    usages = [Usage(7, 3, 4, 2, 2, accepted, 0, 0) for accepted in (1, 2)]
+    counts = JobCounts(2)
+    with caplog.at_level(logging.INFO):
+        log_request(job, "tiny", None, counts, None)
+        for reason, usage in zip(("stop", "length"), usages, strict=True):
+            counts.delta(Delta("", [1]))
+            counts.delta(Delta("", [2, 3], finish_reason=reason, usage=usage))
+        log_request(job, "tiny", "me", counts, None)
+        log_request(job, "tiny", "me", counts, "timeout")
+    first, whole, failed = (record.message for record in caplog.records)
+    assert first.startswith("cmpl-1: 'tiny': given up by the client, 14 prompt tokens (0 cached), 0 generated (0 from")
+    assert "first after none" in first and "first after 0.0" in whole
+    assert "'tiny' for 'me': length+stop, 14 prompt tokens (8 cached), 6 generated (3 from drafts)" in whole
+    assert "'me': timeout, " in failed
 
 
 def test_values_that_are_observed_together_count_as_one_by_one() -> None:

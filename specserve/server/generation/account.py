@@ -17,8 +17,9 @@ from ...errors import DeadlineError, UserError
 from ...messages import Delta
 from ...pooling_messages import Pooled
 from ..access.caller import Caller
-from ..activity_log import RequestLine
+from ..activity_log import log_request
 from ..adapter_store import AdapterStore
+from ..job_counts import JobCounts
 from ..metrics.metrics import Metrics
 from ..metrics.request_watch import Watch
 from ..spans import Span, Spans, Traced
@@ -43,40 +44,35 @@ class Accountable(Traced, Protocol):
 class Account:
     """Of one request, which all its answers pass through."""
 
-    def __init__(self, end: float, watch: Watch, line: RequestLine, charge: TokenCharge):
+    def __init__(self, end: float, watch: Watch, counts: JobCounts, charge: TokenCharge):
         self.end = end  # of the event loop's time: it may not take longer
-        self._watch, self._line, self._charge = watch, line, charge
+        self.counts = counts
+        self._watch, self._charge = watch, charge
         self._span: Span | None = None
 
     def delta(self, idx: int, delta: Delta) -> None:
         self._watch.delta(idx, delta)
-        self._line.delta(delta)
+        self.counts.delta(delta)
         self._charge.delta(delta)
-        if self._span is not None:
-            self._span.delta(delta)
 
     def pooled(self, idx: int, pooled: Pooled) -> None:
         self._watch.pooled(idx, pooled)
-        self._line.pooled(pooled)
-        if self._span is not None:
-            self._span.pooled(pooled)
+        self.counts.pooled.append(pooled)
 
     def begin(self, span: Span | None) -> None:
         self._span = span
 
-    def failed(self, reason: str, is_free: bool) -> None:
+    def failed(self, is_free: bool) -> None:
         """`is_free`: what it has cost is nobody's, unless it gave tokens."""
         self._watch.failed()
-        self._line.failed(reason)
         if is_free:
             self._charge.failed()
 
     def ended(self, failure: str | None) -> int:
         """The tokens that were charged."""
         self._watch.done()
-        self._line.ended()
         if self._span is not None:
-            self._span.ended(failure)
+            self._span.ended(self.counts, failure)
         return self._charge.settle()
 
 
@@ -103,9 +99,8 @@ class Accounts:
         if job.deadline is not None:
             timeout_s = min(timeout_s, job.deadline - time.monotonic())
         watch = self._metrics.watch(model, lens, is_timed=not job.caller.is_background)
-        line = RequestLine(job.id, model, lens, job.caller.key, job.generates)
         charge = TokenCharge(job.caller.allowance, job.num_prompt_tokens, job.num_may_generate)
-        account = Account(asyncio.get_running_loop().time() + timeout_s, watch, line, charge)
+        account = Account(asyncio.get_running_loop().time() + timeout_s, watch, JobCounts(len(lens)), charge)
         failure: str | None = None
         try:
             if self._spans is not None:
@@ -115,11 +110,11 @@ class Accounts:
             yield account
         except UserError as error:
             failure = error.code or error.type
-            account.failed(failure, is_free=True)
+            account.failed(is_free=True)
             raise
         except TimeoutError:
             failure = "timeout"
-            account.failed(failure, is_free=False)
+            account.failed(is_free=False)
             if timeout_s < limit_s:
                 raise DeadlineError("deadline_ms passed before the answer was complete", param="deadline_ms") from None
             raise UserError(
@@ -129,8 +124,9 @@ class Accounts:
             ) from None
         except Exception:
             failure = "internal_error"
-            account.failed(failure, is_free=True)
+            account.failed(is_free=True)
             raise
         finally:
             num_used = account.ended(failure)
+            log_request(job, model, job.caller.key, account.counts, failure)
             self._metrics.key_tokens.labels(self._metrics.key_label(job.caller.name)).inc(num_used)
