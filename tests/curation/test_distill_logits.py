@@ -189,3 +189,4 @@ def test_a_mixture_is_of_probabilities():
     assert np.exp(both.logprobs[0]).tolist() == pytest.approx([0.375, 0.25, 0.0])
     logits = as_logits(both, 4)
     assert logits.ids.tolist() == [[2, 1, 3, -1]] and np.isfinite(logits.logprobs).all()
+    assert as_logits(both, 2, vocab_size=2).ids.tolist() == [[1, -1]]  # the teacher's padding is no token

@@ -99,7 +99,7 @@ class Distillation:
                 except UserError as error:
                     chosen[at] = Chosen(one.prompt, None, one.score, ("not for the student", str(error)))
         if self.plan.teachers[0].url is None:
-            logits = await read_here(self.plan, teachers, rows)
+            logits = await read_here(self.plan, teachers, self._student, rows)
         else:
             logits = told_by_endpoints(self.plan, self._student, rows, counts)
         counts.rows, counts.tokens = len(rows) - counts.rows_without, sum(map(len, logits))

@@ -26,12 +26,17 @@ def mixed(tops: Sequence[TopTokens]) -> TopTokens:
     return TopTokens(tuple(ids), tuple(logprobs))
 
 
-def as_logits(top: TopTokens, num_top: int) -> TopLogits:
-    """The `num_top` best of each token; places that nothing is known of have the id -1."""
+def as_logits(top: TopTokens, num_top: int, vocab_size: int | None = None) -> TopLogits:
+    """The `num_top` best of each token; places that nothing is known of have the id -1.
+
+    Ids from `vocab_size` on are left out: models of a family pad their vocabularies to different sizes, with rows that
+    are no tokens.
+    """
     shape = (len(top.ids), num_top)
     ids, logprobs = np.full(shape, -1, np.int32), np.zeros(shape, np.float16)
     for at, (tokens, values) in enumerate(zip(top.ids, top.logprobs, strict=True)):
-        num = min(num_top, len(tokens))
-        ids[at, :num] = tokens[:num]
-        logprobs[at, :num] = np.clip(values[:num], _LEAST, 0.0)
+        pairs = zip(tokens, values, strict=True)
+        known = [(token, value) for token, value in pairs if vocab_size is None or token < vocab_size][:num_top]
+        for place, (token, value) in enumerate(known):
+            ids[at, place], logprobs[at, place] = token, min(max(value, _LEAST), 0.0)
     return TopLogits(ids, logprobs)

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from ...errors import UserError
+from ...model.config import ModelConfig
 from ...model.fingerprint import tokenizer_fingerprint
 from ...model.store import resolve_model
 from ...teachers import Reading, Teacher, TeacherError, TeacherSpec, TopTokens
@@ -50,6 +51,7 @@ class Student:
         self.model_dir = resolve_model(model, None)
         self.tokenizer = TextTokenizer(self.model_dir)
         self.tokenizer_hash = tokenizer_fingerprint(self.model_dir)
+        self.vocab_size = ModelConfig.from_dir(self.model_dir).vocab_size
         self._encoder = RowEncoder(self.tokenizer, eos_token_ids(self.model_dir))
 
     def example(self, row: dict[str, Any]) -> Example:
@@ -84,6 +86,7 @@ def disagreement(spec: TeacherSpec, model_dir: Path, evidence: str) -> UserError
 async def read_here(
     plan: DistillPlan,
     teachers: Sequence[Teacher],
+    student: Student,
     rows: Sequence[tuple[Chosen, dict[str, Any], Example]],
 ) -> list[TopLogits]:
     """Of each row what `teachers`, which run here, say of its answer; their mean where there are several."""
@@ -103,7 +106,8 @@ async def read_here(
                     bar.update()
         if plan.num_local > 1:
             await teacher.unload()
-    return [as_logits(tops[0] if len(tops) == 1 else mixed(tops), plan.top_logprobs) for tops in found]
+    told = (tops[0] if len(tops) == 1 else mixed(tops) for tops in found)
+    return [as_logits(top, plan.top_logprobs, student.vocab_size) for top in told]
 
 
 def _reading(
