@@ -47,7 +47,7 @@ class LocalBackend:
         self._adapter = None if spec.adapter is None else LoRARequest(spec.adapter.resolve().name, 0, str(spec.adapter))
         self.identity = self._identity(adapter)
         self._llm: AsyncLLM | None = None
-        self._takes_system = True
+        self._takes_system: bool | None = None  # not known yet
 
     async def start(self) -> None:
         try:
@@ -55,7 +55,7 @@ class LocalBackend:
             await llm.start()
         except UserError as error:
             raise TeacherError(f"{self._spec.name}: {error}", ends_run=True, status=error.status) from None
-        self._takes_system = _takes_system(await asyncio.to_thread(self.tokenizer))
+        await asyncio.to_thread(self.as_taken, ())  # while nobody waits for it
         self._llm = llm
 
     async def close(self) -> None:
@@ -94,6 +94,12 @@ class LocalBackend:
         tokenizer = TextTokenizer(self.model_dir)
         return tokenizer if self._spec.adapter is None else tokenizer.for_adapter_in(self._spec.adapter)
 
+    def as_taken(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """A conversation as its chat template takes it."""
+        if self._takes_system is None:
+            self._takes_system = _takes_system(self.tokenizer())
+        return list(messages) if self._takes_system else _without_system(messages)
+
     async def _output(self, ask: Ask) -> RequestOutput:
         assert self._llm is not None
         if ask.top_logprobs > MAX_TOP_LOGPROBS:
@@ -109,8 +115,8 @@ class LocalBackend:
             structured_outputs=None if ask.schema is None else {"json": dict(ask.schema)},
         )
         try:
-            messages = ask.messages if self._takes_system else _without_system(ask.messages)
-            (output,) = await self._llm.chat(list(messages), params, adapter=self._adapter, **self._spec.fields)
+            messages = self.as_taken(ask.messages)
+            (output,) = await self._llm.chat(messages, params, adapter=self._adapter, **self._spec.fields)
         except UserError as error:
             raise self._failed(error) from None
         return output

@@ -137,9 +137,10 @@ async def test_a_template_without_a_place_for_a_system_message_is_told_it_by_the
     backend = LocalBackend(TeacherSpec(model=str(model), options=OPTIONS, fields=fields))
     user = {"role": "user", "content": "Pack my box"}
     joined = ask("The quick fox\n\nPack my box", max_tokens=8)
+    told = Ask(({"role": "system", "content": "The quick fox"}, user), max_tokens=8)
+    assert backend.as_taken(told.messages) == list(joined.messages)  # as for texts that it reads
     await backend.start()
     try:
-        told = Ask(({"role": "system", "content": "The quick fox"}, user), max_tokens=8)
         found, wanted = [await backend.ask(one) for one in (told, joined)]
     finally:
         await backend.close()

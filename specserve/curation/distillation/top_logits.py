@@ -8,7 +8,7 @@ they have another one. What the file holds is `training.data.teacher_logits`'s.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,9 @@ async def read_here(
     found: list[list[TopTokens]] = [[] for _ in rows]
     for teacher in teachers:
         assert isinstance(teacher.backend, LocalBackend)
-        encoder = RowEncoder(teacher.backend.tokenizer(), eos_token_ids(teacher.backend.model_dir))
-        readings = (_reading(plan, encoder, chosen, row, example, num_top) for chosen, row, example in rows)
+        backend = teacher.backend
+        encoder = RowEncoder(backend.tokenizer(), eos_token_ids(backend.model_dir))
+        readings = (_reading(plan, backend, encoder, chosen, row, example, num_top) for chosen, row, example in rows)
         with progress(f"logits {teacher.spec.name}", len(rows)) as bar:
             async with contextlib.aclosing(teacher.readings(readings)) as results:
                 async for index, result in results:
@@ -111,15 +112,22 @@ async def read_here(
 
 
 def _reading(
-    plan: DistillPlan, encoder: RowEncoder, chosen: Chosen, row: dict[str, Any], example: Example, num_top: int
+    plan: DistillPlan,
+    backend: LocalBackend,
+    encoder: RowEncoder,
+    chosen: Chosen,
+    row: dict[str, Any],
+    example: Example,
+    num_top: int,
 ) -> Reading:
     """The student's tokens of the answer behind the teacher's own prompt."""
-    asked = {"messages": [*_context(chosen.prompt.asked(plan.system)), row["messages"][-1]]}
+    context = _context(backend.as_taken(chosen.prompt.asked(plan.system)))
+    asked = {"messages": [*context, row["messages"][-1]]}
     prompt = example_of(encoder, asked).prompt
     return Reading((*prompt, *example.completion), len(prompt), num_top)
 
 
-def _context(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _context(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 
