@@ -16,6 +16,7 @@ from ..messages import RequestFailed, TokenLogprobs
 from ..schedule.row_group import RowGroup
 from ..schedule.scheduler import ScheduledSequence
 from ..schedule.sequence import Sequence, Status
+from .pooling import PooledAnswers
 from .queued_step import QueuedStep
 from .reports import Event, GoingOn, Reports, StepReport
 from .running import RunningRequest
@@ -26,8 +27,16 @@ class Commits:
 
     def __init__(self, proposer: Proposer, reports: Reports, remove: Callable[[RunningRequest], None]):
         self._proposer, self._reports, self._remove = proposer, reports, remove
+        self._pooled = PooledAnswers(reports, remove)
 
-    def score_prompts(self, output: StepOutput) -> None:
+    def commit(self, step: QueuedStep, output: StepOutput, kept: list[list[int]]) -> None:
+        """All that came of a step; no more of it than the next step needs."""
+        self._score_prompts(output)
+        self._go_on(step, output, kept)
+        if output.pooled is not None:
+            self._pooled.commit(output.pooled, step.events)
+
+    def _score_prompts(self, output: StepOutput) -> None:
         """Note log-probabilities of prompts, whose rows are computed and not yet counted."""
         for item, first_row, num_rows in output.prompt_rows:
             seq = item.seq
@@ -38,8 +47,8 @@ class Commits:
             rows = range(first_row, first_row + num_rows)
             scores += token_logprobs(output.logits, rows, tokens, seq.sampling.prompt_logprobs or 0)
 
-    def commit(self, step: QueuedStep, output: StepOutput, kept: list[list[int]]) -> None:
-        """Append what was sampled, and do no more than the next step needs; `reports` tells those who wait."""
+    def _go_on(self, step: QueuedStep, output: StepOutput, kept: list[list[int]]) -> None:
+        """Append what was sampled; `reports` tells those who wait."""
         if len(output.items) < len(step.items) and not step.is_passed:
             step.go_on_with_prompts(self._reports)
         logprobs = _logprobs_of(output, kept)

@@ -9,7 +9,6 @@ adapters. Whatever a request or an adapter does, other requests go on: errors ar
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
-from ..compute.interrupt import StepInterruptedError
 from ..compute.kv_cache import KVCache
 from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
@@ -40,7 +38,7 @@ from ..messages import (
 )
 from ..pooling_messages import AnyRequest
 from ..schedule.block_manager import BlockManager
-from ..schedule.scheduler import ScheduledSequence, Scheduler
+from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import Sequence
 from ..stats_messages import EngineStats
 from ..text.detokenizer import TokenTexts
@@ -48,17 +46,15 @@ from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
 from .admission import Admission, check_request, size_kv
 from .commits import Commits
 from .engine_adapters import EngineAdapters
-from .pooling import PooledAnswers
 from .queued_step import QueuedStep
 from .recent_steps import RecentSteps
 from .reports import Event, Reports
 from .running import RunningRequest, detokenizer_of
 from .stats import Counters, engine_stats
+from .step_queue import StepQueue
 from .step_times import StepTimes
 from .text_pooling import text_pooling
 from .wait_estimate import WaitEstimate, decode_step_s
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -129,7 +125,6 @@ class Engine:
             base_head=base_lookahead.info() if base_lookahead is not None else None,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
-        self.num_rows = 0  # of the step that runs, or of the one behind it if that has more; without drafts
         self._requests: dict[str, RunningRequest] = {}
         self._ended: tuple[QueuedStep, StepSeconds] | None = None  # a step that nothing was learned from yet
         self._num_added = 0
@@ -176,7 +171,16 @@ class Engine:
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
         self.commits = Commits(self.proposer, self.reports, self._remove)
-        self.pooled_answers = PooledAnswers(self.reports, self._remove)
+        self.steps = StepQueue(
+            self.scheduler,
+            self.proposer,
+            path,
+            self.registry.adapters,
+            self.commits,
+            self.reports,
+            self._counters,
+            self._times.clock,
+        )
         self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
         self._admission = Admission(config, self.scheduler, self.waits)
         self.recent_steps = RecentSteps(cost_model)
@@ -276,12 +280,12 @@ class Engine:
         step, or earlier.
         """
         with self._torch_threads():
-            step, self._ahead = self._ahead or self._queue_step(), None
+            step, self._ahead = self._ahead or self.steps.queue(), None
             if step is None:
                 return []
-            self.num_rows = step.num_rows
+            self.steps.num_rows = step.num_rows
             if self.is_asynchronous:
-                self._ahead = self._queue_next(step)
+                self._ahead = self.steps.queue_behind(step)
                 self._learn()
                 self.path.beside_step()
                 if while_running is not None:
@@ -291,10 +295,7 @@ class Engine:
                 self._times.start_waiting()
                 kept = self.sampler.collect(step.pending)
                 self._times.know()
-                self.commits.score_prompts(step.output)
                 self.commits.commit(step, step.output, kept)
-                if step.output.pooled is not None:
-                    self.pooled_answers.commit(step.output.pooled, step.events)
         self.proposer.observe(step.verified)
         self._ended = (step, self._times.end(step, self.has_work()))
         if not self.is_asynchronous:
@@ -316,74 +317,6 @@ class Engine:
     def write_events(self) -> None:
         """Complete the events of the latest step, for which the device did not have to wait."""
         self.reports.write()
-
-    def _queue_step(self, is_ahead: bool = False, beside: QueuedStep | None = None) -> QueuedStep | None:
-        """Schedule, draft and queue a step; None if there is nothing to do, or it was ended for a request.
-
-        If its forward raises, each sequence runs alone, so that only the guilty one fails; not `is_ahead` of tokens
-        that are still unknown, but when they are known. A step `beside` another is of other sequences.
-        """
-        scheduler = self.scheduler
-        in_flight = {item.seq for item in beside.items} if beside is not None else ()
-        is_half = beside is not None or (not is_ahead and self.proposer.in_halves(len(scheduler.running)))
-        items = scheduler.schedule(in_flight, half=is_half)
-        if not items:
-            return None
-        num_rows, adapters = sum([item.num_rows for item in items]), self.registry.adapters
-        self.num_rows = max(num_rows, self.num_rows) if is_ahead else num_rows
-        keys = {item.seq.adapter_hash for item in items}
-        held = [adapters[key] for key in keys if key is not None]
-        step = QueuedStep(items, self._times.clock(), num_rows, held, is_ahead=is_ahead)
-        drafts = (item.seq.owner.drafts for item in items)
-        is_blind = is_ahead and beside is None
-        step.proposed = self.proposer.propose(items, drafts, scheduler, is_blind, is_half)
-        self.path.interrupt.is_heeded = all([item.seq.is_background for item in items])
-        try:
-            step.output = self.runner.forward(items, adapters)
-        except StepInterruptedError:
-            return None
-        except Exception:
-            if is_ahead:
-                logger.exception("a step of %d sequences failed before the last one's tokens were known", len(items))
-                return None
-            logger.exception("a step of %d sequences failed; running them one by one", len(items))
-            for item in items:
-                self._run_alone(item, step)
-        else:
-            step.launched_at = self._times.clock()
-            step.pending = self.sampler.launch(step.output.logits, step.output.groups)
-        self._counters.num_steps += 1
-        return step
-
-    def _queue_next(self, step: QueuedStep) -> QueuedStep | None:
-        """The step behind `step`, where that needs none of its tokens: of the same sequences, or of other ones."""
-        max_rows = self.path.max_rows_ahead
-        if step.can_be_passed(max_rows):
-            drafts = (owner.drafts for item in step.items if (owner := item.seq.owner) is not None)
-            if not self.proposer.would_ask(len(self.scheduler.running), drafts):
-                step.pass_by(self.reports)
-                return self._queue_step(is_ahead=True)
-        if self.proposer.in_halves(len(self.scheduler.running)) and step.has_room_beside(max_rows):
-            return self._queue_step(is_ahead=True, beside=step)
-        return None
-
-    def _run_alone(self, item: ScheduledSequence, step: QueuedStep) -> None:
-        self.path.interrupt.is_heeded = False
-        try:
-            output = self.runner.forward([item], self.registry.adapters)
-        except Exception as error:
-            logger.exception("request %s fails alone", item.seq.request_id)
-            self.commits.fail(
-                item.seq, f"the model failed on this request: {type(error).__name__}: {error}", step.events
-            )
-        else:
-            kept = self.sampler.collect(self.sampler.launch(output.logits, output.groups))
-            self.commits.score_prompts(output)
-            alone = QueuedStep([item], step.queued_at, item.num_rows, [], step.events, step.verified)
-            self.commits.commit(alone, output, kept)
-            if output.pooled is not None:
-                self.pooled_answers.commit(output.pooled, step.events)
-            step.num_tokens += alone.num_tokens
 
     # -- bookkeeping
 

@@ -125,7 +125,7 @@ class EngineProcess:
     def _newest_step(self) -> NewestStep:
         """Asked while a step runs: reads, and no more than what may be read then."""
         engine, scheduler = self._engine, self._engine.scheduler
-        running, num_rows = scheduler.running[:], engine.num_rows
+        running, num_rows = scheduler.running[:], engine.steps.num_rows
         shape = StepShape(num_seqs=max(1, len(running)), num_keys=sum([seq.num_computed for seq in running]))
         most_rows = max(num_rows, min(scheduler.max_batched_tokens, num_rows * (1 + engine.config.max_draft_tokens)))
         expected_s = engine.proposer.cost_model.seconds(most_rows, shape)

@@ -211,7 +211,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
         wanted[name] = expected(said, sampling, eos)
 
     num_joined = num_beside = 0
-    queue_step = engine._queue_step
+    queue_step = engine.steps.queue
 
     def queue(*args, beside=None, **kwargs):
         nonlocal num_beside
@@ -219,7 +219,7 @@ def test_every_request_says_its_own_whoever_is_late(model_dir, tmp_path, monkeyp
         num_beside += beside is not None and step is not None
         return step
 
-    monkeypatch.setattr(engine, "_queue_step", queue)
+    monkeypatch.setattr(engine.steps, "queue", queue)
     while num_joined < NUM_REQUESTS or engine.has_work():
         while num_joined < NUM_REQUESTS and len(engine.scheduler.sequences()) < random.randrange(9):
             join(num_joined)
