@@ -1,4 +1,8 @@
-"""The Ray Serve application: one front, and replicas on the CPU cores or GPUs that the settings ask for."""
+"""The Ray Serve application: one front, and replicas on the CPU cores or GPUs that the settings ask for.
+
+Deployed again, it is updated: Ray Serve replaces replicas one after another where their settings are others, and the
+front only where its own are (`parts`), since names that were given at run time and open connections are the front's.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 from typing import Any
 
 import msgspec
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
@@ -14,11 +19,13 @@ from ray.serve.schema import LoggingConfig
 from .. import settings
 from ..config import RayConfig
 from .front import Front, forwarder
+from .parts import front_part, replica_part, version_of
 from .replica import EngineReplica
 
 NAME = "specserve"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # calls are frames: the front logs requests
 MAX_CALLS = 100_000  # at once to a replica or the front: the engine's own queue is what refuses
+ONE_MORE = 1  # percent, which Ray Serve rounds up to a whole replica
 LEAVE_S = 10.0  # beside the drain, until Ray kills who has not left
 
 
@@ -28,8 +35,9 @@ def app(arguments: dict[str, str]) -> Application:
     return application(settings.load(RayConfig, given, os.environ, arguments.get("config")), has_proxies=True)
 
 
-def application(config: RayConfig, *, has_proxies: bool = False) -> Application:
-    """Of these settings; Ray's HTTP proxies hand on what they get if it `has_proxies`."""
+def application(config: RayConfig, *, has_proxies: bool = False, is_update: bool = False) -> Application:
+    """Of these settings; Ray's HTTP proxies hand on what they get if it `has_proxies`. An update of one that runs waits
+    for what the old front has begun."""
     if config.num_threads is None and config.device != "cuda":
         config = msgspec.structs.replace(config, num_threads=max(1, int(config.replica_cpus)))
     options: dict[str, Any] = {"num_replicas": config.num_replicas}
@@ -40,7 +48,9 @@ def application(config: RayConfig, *, has_proxies: bool = False) -> Application:
         )
         options = {
             "autoscaling_config": AutoscalingConfig(
-                min_replicas=config.num_replicas, max_replicas=config.max_replicas, policy=policy
+                min_replicas=config.num_replicas,
+                max_replicas=config.max_replicas,
+                policy=policy,
             )
         }
     replicas = serve.deployment(
@@ -49,6 +59,7 @@ def application(config: RayConfig, *, has_proxies: bool = False) -> Application:
         max_ongoing_requests=MAX_CALLS,
         ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
         request_router_config=RequestRouterConfig(request_router_class="specserve.ray.named_router:NamedRouter"),
+        max_surge_percent=ONE_MORE if has_room(config) else 0,
         graceful_shutdown_timeout_s=config.drain_timeout_s + LEAVE_S,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,
@@ -66,4 +77,14 @@ def application(config: RayConfig, *, has_proxies: bool = False) -> Application:
         health_check_period_s=2.0,
         logging_config=QUIET,
     )
-    return front.bind(config, replicas.bind(config))
+    of_front, of_replicas = front_part(config), replica_part(config)
+    # Without one, Ray Serve takes everything for new each time; it has no public option for it.
+    front._version, replicas._version = version_of(of_front), version_of(of_replicas)
+    patience_s = config.drain_timeout_s + LEAVE_S if is_update else 0.0
+    return front.bind(of_front, replicas.bind(of_replicas), patience_s)
+
+
+def has_room(config: RayConfig) -> bool:
+    """Whether the cluster can hold one more replica now: then an update starts a new one before an old one leaves."""
+    free = ray.available_resources()
+    return free.get("CPU", 0.0) >= config.replica_cpus and free.get("GPU", 0.0) >= config.replica_gpus

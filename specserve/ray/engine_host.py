@@ -1,9 +1,9 @@
 """A replica: one engine process, run as the HTTP server runs its own, and the front that it serves.
 
-One front at a time: the last that attached. What it says goes to the engine in order, what the engine says goes back,
-all that has come together as one frame. A front that leaves, or is replaced, leaves nothing behind: its sequences are
-aborted, so that their KV blocks return. An engine that ends ends the frames; it is started again by its supervisor, and
-the front attaches anew.
+One front at a time: the last that attached, once what another had begun has ended. What it says goes to the engine in
+order, what the engine says goes back, all that has come together as one frame. A front that leaves, or is replaced,
+leaves nothing behind: its sequences are aborted, so that their KV blocks return. An engine that ends ends the frames;
+it is started again by its supervisor, and the front attaches anew.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ from ..server.shared_store.versions import Versions
 from ..stats_messages import EngineStats, Stats
 from .brought_versions import BroughtVersions
 from .own_folder import OwnFolder
+from .parts import served
 from .wire import Greeting, encode, to_replica_decoder
 
 MAX_AWAY_S = 120.0  # that an engine may need to be started again before the replica counts as broken
+MAX_REPLACED = 64  # fronts that are remembered
+LOOK_S = 0.05  # between looks at what another front has begun
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ class EngineHost:
 
     def __init__(self, config: ServeConfig, model_dir: Path, roots: Sequence[Path] = ()):
         self._front: _Attached | None = None
+        self._replaced: list[str] = []  # fronts; newest last
+        self._served, self._drain_timeout_s = served(config), config.drain_timeout_s
         command = engine_command(config.log_level)
         settings = process_settings(config, model_dir, roots)
         self._histories = OwnFolder(config.history_dir, "history_dir") if config.history_dir is not None else None
@@ -107,13 +112,17 @@ class EngineHost:
             raise EngineDeadError(f"the engine has not been back for {MAX_AWAY_S:.0f} s ({self._engine.state})")
 
     async def attach(self, front: str) -> AsyncGenerator[bytes]:
-        """As `wire.Channel.attach`."""
+        """As `wire.Channel.attach`. Raises `EngineDeadError` for a front that another one has replaced."""
         engine = await self._engine.link(RESTART_PATIENCE_S)
+        yield encode(Greeting(engine.info, time.monotonic(), self._served))
+        await self._replace(front.partition("/")[0])
+        if await self._engine.link(RESTART_PATIENCE_S) is not engine:
+            return  # what was greeted for has ended meanwhile
         self._lost()
         attached = self._front = _Attached(front)
         logger.info("a front attached")
         try:
-            yield encode(Greeting(engine.info, time.monotonic()))
+            yield encode([])
             async for messages in attached.messages():
                 yield encode(messages)
         finally:
@@ -121,6 +130,17 @@ class EngineHost:
                 self._front = None
             for request_id in attached.running:
                 self._engine.send(Abort(request_id))
+
+    async def _replace(self, name: str) -> None:
+        """Let whoever is attached finish, unless it is this front itself; it is not to come back."""
+        if name in self._replaced:
+            raise EngineDeadError("another front serves")
+        until = time.monotonic() + self._drain_timeout_s
+        while (other := self._front) is not None and other.name != name:
+            if not other.running or time.monotonic() > until:
+                self._replaced = [*self._replaced[1 - MAX_REPLACED :], other.name]
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def tell(self, front: str, frame: bytes) -> None:
         """As `wire.Channel.tell`."""
@@ -130,6 +150,8 @@ class EngineHost:
         for message in to_replica_decoder.decode(frame):
             if isinstance(message, GenerateRequest | PoolRequest):
                 attached.running.add(message.request_id)
+            elif isinstance(message, Abort):
+                attached.running.discard(message.request_id)  # of which the engine says nothing more
             if self._brought is None or not self._brought.take(message):
                 self._engine.send(message)
 
@@ -165,7 +187,7 @@ class _Attached:
     """A front, what it is to hear, and which of its sequences run."""
 
     def __init__(self, front: str):
-        self.front = front
+        self.front, self.name = front, front.partition("/")[0]
         self.running: set[str] = set()
         self._messages: list[Any] = []
         self._changed = asyncio.Event()

@@ -2,7 +2,8 @@
 
 It listens itself, so that events of a stream pass no further process; what comes by Ray's proxies is handed to it
 (`asgi`). There is one front, so that limits of keys, names of adapters and batches are one; Ray starts it again where
-it fails, and replicas that are there serve it at once.
+it fails, and replicas that are there serve it at once. One that is replaced, since its settings are others, ends what
+it has begun; the next one waits for that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
 
 from ray import serve
@@ -30,10 +32,10 @@ logger = logging.getLogger(__name__)
 class Front:
     """What Ray Serve calls."""
 
-    async def __init__(self, config: RayConfig, replicas: DeploymentHandle):  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, config: RayConfig, replicas: DeploymentHandle, patience_s: float = 0.0):  # type: ignore[misc]  # Ray Serve awaits it
         configure_logging(getattr(logging, config.log_level.upper()))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engines'; a text is one thread's work
-        bind(config.host, config.port).close()  # a port that is taken is told at once
+        await _free(config, patience_s)
         self._loop = asyncio.get_running_loop()
         self._replicas = replicas
         model_dir = await asyncio.to_thread(resolve_model, config.model, revision=config.revision)
@@ -74,6 +76,19 @@ class Front:
         self._stop.set()
         self._greeting.cancel()
         await asyncio.wait((self._serving,))
+
+
+async def _free(config: RayConfig, patience_s: float) -> None:
+    """The port: a front that this one replaces may have it until its streams have ended. Raises `UserError`."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            bind(config.host, config.port).close()
+            return
+        except UserError:
+            if time.monotonic() > until:
+                raise
+        await asyncio.sleep(0.2)
 
 
 def forwarder() -> Forwarder:

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..server.engine_client.client import EngineClient
 from ..server.shared_store.folders import VersionFolders
 from ..server.shared_store.versions import versions_dir
+from .parts import served
 from .replica_link import ReplicaLink
 from .wire import Channel
 
@@ -22,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Member:
-    """`start` once, `leave` once."""
+    """`start` once, `leave` once; `front` is the front's own name."""
 
-    def __init__(self, name: str, config: ServeConfig, channel: Channel):
+    def __init__(self, name: str, config: ServeConfig, channel: Channel, front: str):
         self.name = name
         folders = VersionFolders(versions_dir(config), 0) if config.shared_store is not None else None
         version_of = folders.version_of if folders is not None else lambda directory: None
@@ -32,7 +33,7 @@ class Member:
             engine_part(config),
             silence_timeout_s=config.engine_timeout_s,
             step_timeout_s=config.engine_step_timeout_s,
-            launch=lambda: ReplicaLink.launch(channel, version_of),
+            launch=lambda: ReplicaLink.launch(channel, front, served(config), version_of),
         )
         self._num_running = 0
         self._is_idle = asyncio.Event()

@@ -21,7 +21,7 @@ from uuid import uuid4
 import msgspec
 
 from ..errors import EngineDeadError, UserError
-from ..messages import ForsakeLoads, GenerateRequest, LoadAdapter, PrioritizeLoads, Shutdown
+from ..messages import EngineInfo, ForsakeLoads, GenerateRequest, LoadAdapter, PrioritizeLoads, Shutdown
 from ..pooling_messages import PoolRequest
 from .wire import VERSION_PATH, Channel, encode, from_replica_decoder, greeting_decoder
 
@@ -36,12 +36,12 @@ class ReplicaLink:
         channel: Channel,
         front: str,
         frames: AsyncGenerator[bytes],
-        first: bytes,
+        info: EngineInfo,
+        clock_difference_s: float,
         version_of: Callable[[Path], str | None],
     ):
-        greeting = greeting_decoder.decode(first)
-        self.info = greeting.info
-        self._clock_difference_s = greeting.clock_s - time.monotonic()
+        self.info = info
+        self._clock_difference_s = clock_difference_s
         self._channel, self._front, self._frames = channel, front, frames
         self._version_of = version_of
         self._unsent: list[Any] = []
@@ -50,19 +50,24 @@ class ReplicaLink:
 
     @classmethod
     async def launch(
-        cls, channel: Channel, version_of: Callable[[Path], str | None] = lambda directory: None
+        cls, channel: Channel, front: str, served: str, version_of: Callable[[Path], str | None]
     ) -> ReplicaLink:
-        """Attach to the replica. `version_of` a directory here that is a version's. Raises `UserError` where it has
-        gone."""
-        front = uuid4().hex  # a new one each time: what an earlier link still sends is not for this one's engine
+        """Attach to the replica, in the name of a front that serves what `parts.served` says. `version_of` a directory
+        here that is a version's. Raises `UserError` where the replica has gone, or serves something else."""
+        front = f"{front}/{uuid4().hex}"  # a new one each time: what an earlier link sends is not for this one's engine
         frames = channel.attach(front)
         try:
-            first = await anext(frames)
-        except UserError:
+            greeting = greeting_decoder.decode(await anext(frames))
+            clock_difference_s = greeting.clock_s - time.monotonic()
+            if greeting.served != served:
+                await frames.aclose()
+                raise EngineDeadError(f"it serves {greeting.served}; this front serves {served} and waits for others")
+            await anext(frames)  # until it is attached
+        except (UserError, msgspec.MsgspecError):
             raise
         except (Exception, StopAsyncIteration) as error:
             raise EngineDeadError(f"the replica is away ({type(error).__name__})") from error
-        return cls(channel, front, frames, first, version_of)
+        return cls(channel, front, frames, greeting.info, clock_difference_s, version_of)
 
     async def messages(self) -> AsyncGenerator[list[Any]]:
         """What the engine says at a time, until it or its replica ends."""

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Unpack
+from uuid import uuid4
 
 import msgspec
 
@@ -54,7 +55,7 @@ class ReplicatedEngine:
         self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: None
         self.on_serving: Callable[[], object] = lambda: None
         self.on_snapshot: Callable[[], object] = lambda: None
-        self._config, self._channel_to = config, channel_to
+        self._config, self._channel_to, self._name = config, channel_to, uuid4().hex
         self._members: dict[str, Member] = {}
         self._policy, self._holders = AffinityPolicy(), Holders()
         self._copies = Copies(self._holders, self._ready, self._policy.was_read)
@@ -74,7 +75,7 @@ class ReplicatedEngine:
             return
         wanted = set(names)
         for name in sorted(wanted - self._members.keys()):
-            member = self._members[name] = Member(name, self._config, self._channel_to(name))
+            member = self._members[name] = Member(name, self._config, self._channel_to(name), self._name)
             member.client.on_adapters_left = partial(self._left, member)
             member.client.on_serving = self._changed
             member.client.on_snapshot = partial(self._heard, member)

@@ -37,19 +37,30 @@ def serve_on_ray(config: RayConfig) -> None:
     try:
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         try:
-            front = serve.run(application(config), name=NAME, route_prefix=None)
-            url = front.url.remote().result()
+            is_update = NAME in serve.status().applications
+            front = serve.run(application(config, is_update=is_update), name=NAME, route_prefix=None)
+            url, deployed_at = front.url.remote().result(), _deployed_at()
         except RuntimeError as error:
             raise UserError(f"the application does not start: {error}") from error
-        say(f"specserve with {config.num_replicas} replicas is ready at {url}")
+        updated = ", updated," if is_update else ""
+        say(f"specserve with {config.num_replicas} replicas{updated} is ready at {url}")
         stop.wait()
-        say("shutting down; running requests may finish")
-        serve.delete(NAME)
+        if _deployed_at() == deployed_at:
+            say("shutting down; running requests may finish")
+            serve.delete(NAME)
+        else:
+            say("the application was updated by another command, to which it is left")
     finally:
         if not address:
             serve.shutdown()
         ray.shutdown()
         settle()
+
+
+def _deployed_at() -> float | None:
+    """When the application got its settings last."""
+    application = serve.status().applications.get(NAME)
+    return application.last_deployed_time_s if application is not None else None
 
 
 def _join(address: str) -> None:

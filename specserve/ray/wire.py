@@ -1,6 +1,7 @@
 """What a front and a replica say to each other: the engine's own messages, in msgpack, and a greeting before them.
 
-A replica's frames are a greeting and then lists of what its engine says; a front's are lists of what the engine is
+A replica's frames are a greeting, by which a front may see that it wants another one, an empty list when the front is
+attached, and then lists of what its engine says; a front's are lists of what the engine is
 told. The framing, and who is at the other end, is the transport's.
 """
 
@@ -18,10 +19,11 @@ VERSION_PATH = "version:"  # before a version of the shared store, in the place 
 
 
 class Greeting(msgspec.Struct, frozen=True):
-    """A replica's first frame. `clock_s` is its time.monotonic(), which deadlines are in."""
+    """A replica's first frame. `clock_s` is its time.monotonic(), which deadlines are in; `served` as in `parts`."""
 
     info: EngineInfo
     clock_s: float
+    served: str
 
 
 class Channel(Protocol):
@@ -30,7 +32,8 @@ class Channel(Protocol):
     def attach(self, front: str) -> AsyncGenerator[bytes]:
         """Its frames, until its engine ends or another front attaches; closing it ends what it was asked for.
 
-        Waits for an engine that is started. Raises anything where the replica has gone.
+        `front` is a front's name, a slash, and a name for this way. Waits for an engine that is started, and for what
+        another front has begun. Raises anything where the replica has gone.
         """
         ...
 

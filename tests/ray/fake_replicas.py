@@ -8,6 +8,7 @@ from collections import Counter
 
 import msgspec
 
+from specserve.config import ServeConfig
 from specserve.messages import (
     Abort,
     AdapterInfo,
@@ -25,6 +26,7 @@ from specserve.messages import (
     Usage,
 )
 from specserve.pooling_messages import Pooled, PoolRequest
+from specserve.ray.parts import served
 from specserve.ray.wire import Greeting, encode, to_replica_decoder
 
 INFO = EngineInfo("m", "tiny", 320, 4096, 64, 16, "cpu", "fp32", 1, [2], max_num_seqs=16, max_adapters=4)
@@ -38,6 +40,7 @@ class FakeReplica:
         self.asked: Counter[str] = Counter()
         self.running: dict[str, GenerateRequest | PoolRequest] = {}
         self.aborted: list[str] = []
+        self.served = served(ServeConfig())
         self.broken: list[bytes] = []  # what it says before its greeting, once each
         self.holds = self.is_deaf = False
         self._placements = 0
@@ -47,7 +50,8 @@ class FakeReplica:
         if self.broken:
             yield self.broken.pop(0)
         self._said = asyncio.Queue()
-        yield encode(Greeting(INFO, time.monotonic()))
+        yield encode(Greeting(INFO, time.monotonic(), self.served))
+        yield encode([])
         try:
             while True:
                 yield encode([await self._said.get()])

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from specserve.config import ServeConfig
 from specserve.errors import EngineLostError, UserError
 from specserve.pooling_messages import PoolingParams, PoolRequest
 from specserve.ray.engine_host import EngineHost
+from specserve.ray.replicated_engine import ReplicatedEngine
 from specserve.server.metrics.metrics import Metrics
 from specserve.server.shared_store.versions import Versions
 from specserve.server.stats.snapshot import StatsSource
@@ -97,6 +99,37 @@ async def test_one_that_leaves_in_order_finishes_what_it_has(replicas):
     assert [len(tokens) for tokens in await asyncio.gather(*streams)] == [400] * 4
     replicas.engine.set_replicas(["east", "west"])
     await replicas.until(lambda: len(replicas.engine.replicas()) == 2)
+
+
+async def test_a_new_front_waits_for_what_the_old_one_has_begun_and_then_replaces_it(replicas, config, adapter_dirs):
+    old, new = replicas.engine, ReplicatedEngine(config, replicas.channels.__getitem__)
+    content_hash, _ = await replicas.load(adapter_dirs[0])
+    expected = await replicas.tokens(replicas.request(max_tokens=400))
+    stream = old.generate(replicas.request(max_tokens=400))
+    tokens = list((await anext(stream)).token_ids)
+    new.set_replicas(replicas.hosts)
+    await replicas.until(lambda: len(new.replicas()) == 1)  # who had nothing to do
+    tokens += [token async for delta in stream for token in delta.token_ids]
+    assert tokens == expected
+    await replicas.until(lambda: len(new.replicas()) == 2)
+    await asyncio.sleep(1.5)  # the old one tries to come back meanwhile
+    assert len(new.replicas()) == 2 and not old.replicas()
+    replicas.engine = new
+    await old.stop()
+    assert len(await replicas.tokens(replicas.request())) == 8
+    with pytest.raises(UserError):  # contents that replicas hold are the new front's to find
+        await replicas.tokens(replicas.request(content_hash))
+    again, _ = await replicas.load(adapter_dirs[0])
+    assert again == content_hash and len(await replicas.tokens(replicas.request(content_hash))) == 8
+
+
+async def test_a_front_of_another_model_leaves_replicas_to_the_one_that_serves(replicas, config, caplog):
+    other = ReplicatedEngine(msgspec.structs.replace(config, model="other"), replicas.channels.__getitem__)
+    other.set_replicas(replicas.hosts)
+    await replicas.until(lambda: "this front serves other, specserve" in caplog.text)
+    assert not other.replicas() and len(replicas.engine.replicas()) == 2
+    assert len(await replicas.tokens(replicas.request())) == 8
+    await other.stop()
 
 
 async def test_a_hot_adapter_gets_a_copy_and_unloading_takes_all_of_them(replicas, adapter_dirs):
