@@ -249,6 +249,12 @@ class RayConfig(ServeConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     replica_waiting_tokens: Annotated[
         int, Meta(ge=1, description="tokens of waiting requests that ask for one more replica")
     ] = 4096
+    scale_up_delay_s: Annotated[
+        float, Meta(ge=0, description="seconds for which the load must ask for more replicas until there are more")
+    ] = 30.0
+    scale_down_delay_s: Annotated[
+        float, Meta(ge=0, description="seconds for which it must ask for fewer until one leaves")
+    ] = 600.0
     replica_cpus: Annotated[float, Meta(gt=0, description="CPU cores that Ray keeps for a replica")] = 1.0
     replica_gpus: Annotated[float, Meta(ge=0, description="GPUs that Ray keeps for a replica")] = 0.0
     ray_address: Annotated[

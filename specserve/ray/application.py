@@ -50,6 +50,8 @@ def application(config: RayConfig, *, has_proxies: bool = False, is_update: bool
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=config.num_replicas,
                 max_replicas=config.max_replicas,
+                upscale_delay_s=config.scale_up_delay_s,
+                downscale_delay_s=config.scale_down_delay_s,
                 policy=policy,
             )
         }
