@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 import pytest_asyncio
 from peft_adapters import make_peft_adapter
+from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
 from specserve.config import ServeConfig
@@ -168,3 +170,19 @@ async def replicas(both):
 @pytest.fixture
 def copy_of(tmp_path):
     return lambda directory: shutil.copytree(directory, tmp_path / directory.name)
+
+
+@pytest.fixture(scope="session")
+def expected(model_dir, adapter_dirs):
+    """What one engine alone says, by request: a function of no replica."""
+    known: dict[str, str] = {}
+    alone = ServerProcess(model_dir, "--adapters-dir", str(adapter_dirs[0].parent)).wait_ready()
+
+    def of(body: dict) -> str:
+        key = json.dumps(body)
+        if key not in known:
+            known[key] = alone.post("/v1/completions", body).json()["choices"][0]["text"]
+        return known[key]
+
+    yield of
+    assert alone.stop() == 0
