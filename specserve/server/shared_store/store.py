@@ -268,8 +268,10 @@ class SharedStore:
                 with unfinished.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(unfinished, path)
-            except BaseException:
+            except BaseException as error:
                 unfinished.unlink(missing_ok=True)
+                if isinstance(error, FileNotFoundError):
+                    raise failed(f"{path} could not be written: somebody removed it meanwhile; push again") from None
                 raise
 
     @contextlib.contextmanager

@@ -237,6 +237,14 @@ def test_a_push_puts_back_what_was_pruned_before_it_gave_the_name(store, one, tm
         store.point("b", version)
 
 
+def test_a_folder_that_is_removed_while_it_is_written_is_told_to_who_pushes(one, tmp_path, monkeypatch):
+    store = SharedStore(str(tmp_path / "store"))
+    monkeypatch.setattr(os, "replace", lambda source, target: os.rename(source, tmp_path / "gone" / "file"))
+    with pytest.raises(UserError, match="somebody removed it meanwhile; push again"):
+        store.push(one, "a")
+    assert not list((tmp_path / "store" / "unfinished").iterdir())
+
+
 @pytest.mark.parametrize("url", ["nope://bucket/x", "s3://key:secret@bucket/x"])
 def test_an_address_that_cannot_be_is_refused_without_its_secrets(url):
     with pytest.raises(UserError) as info:
