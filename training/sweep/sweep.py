@@ -10,7 +10,12 @@ import msgspec
 
 from ...errors import UserError
 from ...file_hash import input_hash
-from ..data.rows import read_rows
+from ...model.config import ModelConfig
+from ...model.store import resolve_model
+from ...text.special_tokens import eos_token_ids
+from ...text.tokenizer import TextTokenizer
+from ..data.dataset import tokenize
+from ..data.rows import Row, read_rows
 from ..data.teacher_logits import existing_logits
 from ..run_config import RunConfig
 from ..run_file import absolute, check_ready, load_run
@@ -49,9 +54,10 @@ def prepared_sweep(
         check_ready(config)
     check_grid(base, grid, num_rungs)
     files = [file for config in configs for file in _files_of(config)]
-    if flags.forgetting_limit and base.task == "generate":
-        read_rows(general)
+    looks_at_general = bool(flags.forgetting_limit) and base.task == "generate"
+    if looks_at_general:
         files.append(general)
+    _check_model(base, read_rows(general) if looks_at_general else [])
     plan = SweepPlan(
         base=settings,
         points=dict(zip(names_of(points), points, strict=True)),
@@ -62,6 +68,17 @@ def prepared_sweep(
         files={file: input_hash(Path(file)) for file in dict.fromkeys(files)},
     )
     return SweepDirectory(directory), plan
+
+
+def _check_model(base: RunConfig, general: Sequence[Row]) -> None:
+    """That the base model can be trained on, and writes the rows on which its runs are judged. Raises `UserError`."""
+    model_dir = resolve_model(base.model)
+    vocab_size = ModelConfig.from_dir(model_dir).vocab_size
+    if general:
+        tokenizer = TextTokenizer(model_dir)
+        if base.lora.adapter:
+            tokenizer = tokenizer.for_adapter_in(Path(base.lora.adapter))
+        tokenize(general, tokenizer, eos_token_ids(model_dir), vocab_size=vocab_size)
 
 
 def _files_of(config: RunConfig) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ...errors import UserError
+from ...errors import ModelError, UserError
 from ...model.config import ModelConfig
 from ...model.fingerprint import tokenizer_fingerprint
 from ...model.store import resolve_model
@@ -51,7 +51,10 @@ class Student:
         self.model_dir = resolve_model(model, None)
         self.tokenizer = TextTokenizer(self.model_dir)
         self.tokenizer_hash = tokenizer_fingerprint(self.model_dir)
-        self.vocab_size = ModelConfig.from_dir(self.model_dir).vocab_size
+        try:
+            self.vocab_size = ModelConfig.from_dir(self.model_dir).vocab_size
+        except ModelError as error:
+            raise UserError(f"the student {model}: {error}", param="student") from None
         self._encoder = RowEncoder(self.tokenizer, eos_token_ids(self.model_dir))
 
     def example(self, row: dict[str, Any]) -> Example:

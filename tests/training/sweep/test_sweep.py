@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,23 @@ def test_what_is_wrong_with_a_run_ends_the_sweep_with_its_message(folder, capsys
     assert cli(["sweep", str(folder / "run.yaml"), *flags]) == 2
     err = capsys.readouterr().err
     assert "the run 1-r-2 ended" in err and "bad.jsonl line 2" in err and "what is done is kept" in err
+
+
+def test_what_a_base_cannot_do_is_said_before_any_run(folder, sweep_model, tmp_path, capsys):
+    base = shutil.copytree(sweep_model, tmp_path / "base")
+    command = ["sweep", str(folder / "run.yaml"), "--output", str(tmp_path / "sweep")]
+    command += ["--grid", "lora.r=2,4", "--rungs", "1", "--set", f"model={base}"]
+    (base / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No') }}{% endif %}"
+    )
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"system": "Be brief.", "prompt": "Hello", "completion": "Hi"}\n')
+    assert cli([*command, "--general", str(general)]) == 2
+    assert "general.jsonl line 1: messages[2]: the chat template refuses" in capsys.readouterr().err
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["MixtralForCausalLM"]}))
+    assert cli(command) == 2
+    assert "MixtralForCausalLM is not supported" in capsys.readouterr().err and not (tmp_path / "sweep").exists()
 
 
 def test_a_sweep_is_of_the_rows_and_logits_that_its_runs_read(folder):
