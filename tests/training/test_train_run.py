@@ -311,6 +311,10 @@ def test_a_base_that_cannot_be_served_is_no_base_to_train_on(trained, tmp_path, 
     if "vocab_size" in config:
         assert cli([*common, "--model", str(path), "--check-data"]) == 1
         assert capsys.readouterr().out.count("bad row: ") == 41
+        (tmp_path / "pairs.jsonl").write_text('{"query": "fox", "positive": "dog"}\n' * 2)
+        embed = ["--task", "embed", "--set", "pooling.append_eos=true", "--data", str(tmp_path / "pairs.jsonl")]
+        assert cli([*common, "--model", str(path), *embed]) == 2
+        assert "pairs.jsonl line 1: its token '<|im_end|>' is number 319" in capsys.readouterr().err
     else:
         assert cli([*common, "--model", str(model_dir), "--set", "loss=kl", "--set", f"teacher={path}"]) == 2
         err = capsys.readouterr().err

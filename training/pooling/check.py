@@ -29,7 +29,8 @@ def report_pooling_data(config: RunConfig) -> int:
     check_sections(config)
     task = cast(PoolingTask, config.task)
     model_dir = resolve_model(config.model)
-    config = settled_pooling(config, ModelConfig.from_dir(model_dir))
+    model = ModelConfig.from_dir(model_dir)
+    config = settled_pooling(config, model)
     rows, bad = all_pooling_rows(config.data.train, task, config.data.max_rows)
     held_rows: list[PoolingRow] = []
     if config.data.eval:
@@ -44,7 +45,7 @@ def report_pooling_data(config: RunConfig) -> int:
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
-    encoder = ExampleEncoder(tokenizer, shape_of(config, questions))
+    encoder = ExampleEncoder(tokenizer, shape_of(config, questions), model.vocab_size)
     examples: list[PoolingExample] = []
     held_out: list[PoolingExample] = []
     for found, given, file in ((examples, rows, config.data.train), (held_out, held_rows, config.data.eval or "")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from ...adapters.pooling_config import PoolingConfig
 from ...errors import UserError
 from ...text.pooled_text import classified_ids, embedded_ids, pair_ids
 from ...text.tokenizer import TextTokenizer
+from ..data.dataset import check_known
 from .questions import Target, targets_of
 from .rows import ClassifyRow, EmbedRow, PoolingRow, RerankRow
 
@@ -68,10 +70,13 @@ PoolingExample = EmbedExample | RerankExample | ClassifyExample
 
 
 class ExampleEncoder:
-    """Examples of rows for an adapter that is described by `shape`; `file` is named in errors."""
+    """Examples of rows for an adapter that is described by `shape`; `file` is named in errors.
 
-    def __init__(self, tokenizer: TextTokenizer, shape: PoolingConfig):
-        self._tokenizer, self._shape = tokenizer, shape
+    vocab_size: the model's, where its tokenizer may know more tokens.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, shape: PoolingConfig, vocab_size: int | None = None):
+        self._tokenizer, self._shape, self._vocab_size = tokenizer, shape, vocab_size
 
     def examples(self, rows: Iterable[PoolingRow], file: str, questions: Sequence[Question] = ()) -> list:
         """Of all `rows`, in order. Raises `UserError` for a row without a token, or with an unknown answer."""
@@ -97,6 +102,10 @@ class ExampleEncoder:
             example = ClassifyExample(tokens, targets_of(row, questions, file), row.line)
         if not all(example.texts):
             raise UserError(f"{file} line {row.line}: a text has no tokens", param="data")
+        try:
+            check_known(itertools.chain(*example.texts), self._tokenizer, self._vocab_size)
+        except UserError as error:
+            raise UserError(f"{file} line {row.line}: {error}", param=error.param) from None
         return example
 
 

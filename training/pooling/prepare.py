@@ -79,7 +79,7 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
     if config.lora.adapter:
         check_adapter(Path(config.lora.adapter), model_dir, "lora.adapter")
         _check_kind(Path(config.lora.adapter), task, sum(len(question.labels) for question in questions))
-    encoder = ExampleEncoder(tokenizer, shape)
+    encoder = ExampleEncoder(tokenizer, shape, model.vocab_size)
     examples, held_out, warnings = _encoded(config, encoder, rows, questions)
     examples, calibration = _split(config, examples)
     config, plan, few = _planned(config, examples)
