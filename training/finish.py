@@ -34,7 +34,7 @@ from .checkpoint import CHECKPOINT_FILE
 from .data.dataset import Example
 from .evaluation.answers import Served, answer
 from .evaluation.evaluate import evaluate_directory
-from .head_fit import anchors_of, collect_states, collect_teacher, fit_head, new_head
+from .head_fit import anchors_of, collect_states, collect_teacher, fit_head, new_head, with_jumps
 from .head_module import LookaheadHead, task_vocab
 from .health import RunCollapsed
 from .lora_files import LORA_FILES, check_finite, copy_files, share_files
@@ -64,6 +64,8 @@ def finish(prepared: Prepared, model: CausalModel, head: LookaheadHead | None) -
         check_finite(output, config.optimizer.lr)
     if head is not None or not config.lora.enabled:
         answered = _self_answers(config, model_dir, output, examples)
+        with_head = with_jumps(config.head, answered or examples, prepared.copy_start)
+        config = msgspec.structs.replace(config, head=with_head)
         if head is None:
             vocab = task_vocab(answered or examples, config.head.vocab_size)
             head = new_head(model, config.head, vocab)

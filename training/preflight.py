@@ -71,7 +71,8 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     tokenizer = tokenizer.on(config.data.date)
     eos = eos_token_ids(model_dir)
-    rows = read_rows(config.data.train, config.data.max_rows)
+    answers_itself = not config.lora.enabled and config.distill.rows != 0
+    rows = read_rows(config.data.train, config.data.max_rows, may_be_open=answers_itself)
     examples = tokenize(rows, tokenizer, eos, config.data.system, model.vocab_size)
     if config.loss != "ce":
         examples = _with_teacher(config, examples, [row.line for row in rows], model_dir, model)
@@ -87,7 +88,7 @@ def prepare(config: RunConfig) -> Prepared:
         check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
     copy_start = common_prefix_len(examples)
-    if config.head.enabled:
+    if config.head.enabled and not answers_itself:  # else by the answers that the base will give
         head = with_jumps(config.head, examples, copy_start)
         config = msgspec.structs.replace(config, head=head)
     config, plan = planned(config, [len(e.tokens) for e in examples])

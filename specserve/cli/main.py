@@ -23,6 +23,7 @@ from .grouped_help import GroupedCommands
 from .label import label
 from .leaderboard import leaderboard
 from .options import SETTINGS_HELP, colour_option, debug_option, load_settings, settings_options
+from .prompts import prompts
 from .ray import ray
 from .refit import refit
 from .route import route
@@ -312,6 +313,7 @@ cli.add_command(distill)
 cli.add_command(leaderboard)
 cli.add_command(route)
 cli.add_command(synthesize)
+cli.add_command(prompts)
 cli.add_command(curve)
 cli.add_command(ray)
 cli.add_command(label)

@@ -19,6 +19,7 @@ _FORMAT = "1"  # of what is kept; another one is asked again
 class Ask:
     """A conversation to be answered `n` times; `messages` are in the API's shape, `schema` is a JSON Schema to keep to.
 
+    Without messages it asks for what a user would begin with, which only a teacher that runs here can tell.
     Equal asks share their answers, sampled ones too: other samples need another `seed`.
     """
 

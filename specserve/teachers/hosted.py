@@ -73,6 +73,10 @@ class HostedBackend:
 
     async def ask(self, ask: Ask, num_there: int = 0) -> Reply:
         """What one request brings: some endpoints give fewer samples than they are asked for."""
+        if not ask.messages:
+            raise TeacherError(
+                f"{self._spec.name} is an endpoint, which answers users and cannot be one", ends_run=True
+            )
         missing = ask.n - num_there
         data = await self._post(ask, missing, ask.seed + num_there if ask.seed is not None else None)
         if isinstance(data, str):

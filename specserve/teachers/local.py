@@ -13,8 +13,11 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ..adapter_files import check_complete, open_adapter, read_texts
 from ..adapters.kind import adapter_type_in
@@ -28,6 +31,7 @@ from ..text.tokenizer import TextTokenizer
 from .asks import Answer, Ask, Reading, Reply, TokenLogprob, TopTokens
 from .errors import TeacherError
 from .spec import TeacherSpec
+from .user_turn import user_turn
 
 CONCURRENCY = 128  # asks that wait in the engine cost little, and its steps are never short of them
 MAX_TOP_LOGPROBS = MAX_PROMPT_LOGPROBS
@@ -100,6 +104,10 @@ class LocalBackend:
             self._takes_system = _takes_system(self.tokenizer())
         return list(messages) if self._takes_system else _without_system(messages)
 
+    @cached_property
+    def _user_turn(self) -> tuple[list[int], int]:
+        return user_turn(self.tokenizer())
+
     async def _output(self, ask: Ask) -> RequestOutput:
         assert self._llm is not None
         if ask.top_logprobs > MAX_TOP_LOGPROBS:
@@ -115,8 +123,13 @@ class LocalBackend:
             structured_outputs=None if ask.schema is None else {"json": dict(ask.schema)},
         )
         try:
-            messages = self.as_taken(ask.messages)
-            (output,) = await self._llm.chat(messages, params, adapter=self._adapter, **self._spec.fields)
+            if ask.messages:
+                messages = self.as_taken(ask.messages)
+                (output,) = await self._llm.chat(messages, params, adapter=self._adapter, **self._spec.fields)
+            else:
+                before, end = self._user_turn
+                params = msgspec.structs.replace(params, stop_token_ids=[end])
+                (output,) = await self._llm.generate(before, params, adapter=self._adapter)
         except UserError as error:
             raise self._failed(error) from None
         return output
@@ -124,7 +137,7 @@ class LocalBackend:
     def _answer(self, output: RequestOutput, one: CompletionOutput, ask: Ask) -> Answer:
         message = one.message or {}
         return Answer(
-            text=message.get("content") or "",
+            text=one.text if one.message is None else message.get("content") or "",
             finish_reason=one.finish_reason or "",
             prompt_tokens=len(output.prompt_token_ids),
             completion_tokens=len(one.token_ids),

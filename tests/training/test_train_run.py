@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from specserve.cli.main import exit_code_of as cli
 from specserve.errors import UserError
+from specserve.training.data.rows import read_rows
 from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.answers import make_engine as make_answering_engine
 from specserve.training.preflight import prepare
@@ -428,7 +429,12 @@ def test_answers_at_a_temperature_differ_and_come_again(trained):
 def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trained, tmp_path, capsys):
     root, model_dir = trained
     arguments = ["train", str(root / "run.yaml"), "--head-only", "--base", "--output", str(tmp_path / "base")]
-    small = ["--set", "distill.rows=12", "--set", "distill.epochs=4", "--set", "history.max_tokens=0"]
+    small = ["--set", "distill.rows=12", "--set", "distill.epochs=40", "--set", "history.max_tokens=0"]
+    asked = [json.dumps({"messages": row.messages[:-1]}) for row in read_rows(root / "train.jsonl")]  # prompts alone do
+    (tmp_path / "prompts.jsonl").write_text("\n".join(asked))
+    small += ["--data", str(tmp_path / "prompts.jsonl")]
+    assert cli([*arguments, *small, "--set", "distill.rows=0"]) == 2
+    assert "line 1: the last message is the user's; it must be the assistant's" in capsys.readouterr().err
     assert cli([*arguments, *small]) == 0
     assert f"specserve serve --base-head {tmp_path / 'base'}" in capsys.readouterr().out
     found = {path.name for path in (tmp_path / "base").iterdir()}

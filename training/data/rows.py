@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ...errors import UserError
 from ...routing_profile import routed_text
+from .open_rows import with_answer
 from .row_messages import Conversation, read_conversation
 
 MAX_ROW_BYTES = 16 << 20  # some millions of tokens: more than any context holds, and a minute to tokenize
@@ -36,13 +37,16 @@ class Row:
         return self.conversation.messages
 
 
-def read_rows(path: str | Path, max_rows: int | None = None) -> list[Row]:
+def read_rows(path: str | Path, max_rows: int | None = None, *, may_be_open: bool = False) -> list[Row]:
     """Read a JSONL file of `messages`, `prompt`/`completion`, `conversations` or `instruction`/`output` rows.
 
-    Lines behind the first `max_rows` rows are not looked at. Raises `UserError` that names the file, the line and the
-    field.
+    With `may_be_open` rows may lack their last answer, and have a stand-in for it that is not to be learned. Lines
+    behind the first `max_rows` rows are not looked at. Raises `UserError` that names the file, the line and the field.
     """
-    rows = [parse_row(text, number, f"{path} line {number}") for number, text in islice(row_texts(path), max_rows)]
+    rows = [
+        parse_row(text, number, f"{path} line {number}", may_be_open=may_be_open)
+        for number, text in islice(row_texts(path), max_rows)
+    ]
     if not rows:
         raise UserError(f"{path} holds no rows", param="data")
     return rows
@@ -74,9 +78,11 @@ def row_texts(path: str | Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", param="data") from None
 
 
-def parse_row(text: str, line: int, where: str) -> Row:
+def parse_row(text: str, line: int, where: str, *, may_be_open: bool = False) -> Row:
     """One line of the file as a conversation. Raises `UserError` that starts with `where`."""
-    return Row(read_conversation(parse_object(text, where), where), line, where)
+    value = parse_object(text, where)
+    filled = with_answer(value) if may_be_open else None
+    return Row(read_conversation(filled or value, where), line, where)
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:

@@ -1,23 +1,19 @@
 """Rows of the trainer's formats as prompts: what stands before the answer, and the answer as a reference, if any.
 
-A row may lack its answer here, and there alone. What a teacher cannot be asked is refused by file, line and field.
+A row may lack its answer. What a teacher cannot be asked is refused by file, line and field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...training.data.row_messages import ROLE_NAMES, Conversation, read_conversation
+from ...training.data.open_rows import with_answer
+from ...training.data.row_messages import Conversation, read_conversation
 from ...training.data.rows import parse_object, row_texts
-
-_ABSENT = "?"  # stands for an answer while the row is read
-_PAIRS = (("prompt", ("completion",)), ("instruction", ("output", "response")))
-_LISTS = (("messages", "role", "content", "assistant"), ("conversations", "from", "value", "gpt"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +55,7 @@ def read_prompts(path: Path, max_rows: int | None = None) -> list[Prompt]:
 
 
 def _prompt(value: dict[str, Any], line: int, where: str) -> Prompt:
-    filled = _with_answer(value)
+    filled = with_answer(value)
     conversation = read_conversation(filled or value, where)
     messages = conversation.messages
     if conversation.tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
@@ -67,21 +63,3 @@ def _prompt(value: dict[str, Any], line: int, where: str) -> Prompt:
     if conversation.reasoning.keys() - {len(messages) - 1}:
         raise UserError(f"{where}: reasoning in earlier answers is not told to a teacher; leave it out", param="data")
     return Prompt(tuple(messages[:-1]), None if filled else messages[-1]["content"], line)
-
-
-def _with_answer(value: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row with a stand-in for the answer that it lacks; None where it lacks none, or is no row at all."""
-    for field, role, text, answerer in _LISTS:
-        turns = value.get(field)
-        if turns is not None:
-            if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
-                return None
-            if ROLE_NAMES.get(str(turns[-1].get(role))) == "assistant":
-                return None
-            return {**value, field: [*turns, {role: answerer, text: _ABSENT}]}
-    for question, answers in _PAIRS:
-        if question in value:
-            if any(value.get(answer) not in (None, "") for answer in answers):
-                return None
-            return {**value, answers[0]: _ABSENT}
-    return None

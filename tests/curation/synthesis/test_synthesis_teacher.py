@@ -5,25 +5,12 @@ import json
 import pytest
 from peft_adapters import make_peft_adapter
 from places import ROOT
-from safetensors.torch import load_file, save_file
 from served_poolers import EMBEDDER, make_pooling_adapter
-from tiny_models import make_tiny_model
 
 from specserve.cli.main import exit_code_of
 from specserve.training.data.rows import read_rows
 
 DATA = ROOT / "examples" / "data"
-
-
-@pytest.fixture
-def talker(tmp_path):
-    """A model of random weights whose texts end soon: what ends them weighs more."""
-    path = make_tiny_model(tmp_path / "talker", max_position_embeddings=4096, tie_word_embeddings=False)
-    weights = load_file(path / "model.safetensors")
-    eos = json.loads((path / "config.json").read_text())["eos_token_id"]
-    weights["lm_head.weight"][eos] *= 4
-    save_file(weights, path / "model.safetensors", {"format": "pt"})
-    return path
 
 
 def test_the_example_rows_are_seeds_for_a_model_that_runs_here(tmp_path, talker, capsys):
