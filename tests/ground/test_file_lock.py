@@ -44,12 +44,13 @@ def test_waiting_ends_with_the_holder(path):
 
 
 def test_a_process_that_was_given_the_handle_holds_the_lock_and_no_other_does(path):
-    program = [sys.executable, "-S", "-c", "input()"]
+    program = [sys.executable, "-S", "-c", "print(flush=True); input()"]
     with FileLock(path) as first, FileLock(path) as second:
         assert first.take()
         given = subprocess.Popen(program, stdin=subprocess.PIPE, pass_fds=[first.fileno()])
-        other = subprocess.Popen(program, stdin=subprocess.PIPE, close_fds=False)
+        other = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
         try:
+            assert other.stdout.readline() == b"\n"  # only now is it certain that it has closed what it inherits
             first.close()
             assert not second.take()
             given.kill()
