@@ -149,11 +149,13 @@ INLINE void weigh_tile(const float* tile, const float* ahead, int dim, int width
 template <int NQ>
 INLINE void weigh_tile(const bf16* tile, const bf16* ahead, int dim, int width, const bf16* weights, f32x16 (&acc)[NQ][4]) {
 #if NATIVE_BF16
+#pragma GCC unroll 1  // unrolled, the sums lie in memory
   for (int p = 0; p < KEYS; p += 2, tile += 2 * dim) {
     if (ahead)
       for (int c = 0; c < width; c += 16) __builtin_prefetch(ahead + p * dim + 2 * c);
     bf16x32 value[4];
-    for (int c = 0; c < 4; c++) value[c] = load_bf16_n(tile + 32 * c, width - 16 * c);
+    for (int c = 0; c < 4; c++)
+      value[c] = width == 64 ? load_bf16(tile + 32 * c) : load_bf16_n(tile + 32 * c, width - 16 * c);
     for (int i = 0; i < NQ; i++) {
       const bf16x32 both = splat_pair(weights + i * SPLIT + p);
       for (int c = 0; c < 4; c++) acc[i][c] = add_dots(acc[i][c], both, value[c]);
@@ -164,10 +166,12 @@ INLINE void weigh_tile(const bf16* tile, const bf16* ahead, int dim, int width, 
 
 // NQ vectors q [NQ][dim] at ascending positions over positions begin..end of one split; begin is a multiple of 16, end
 // is not included and may stand behind those that a vector sees. scores: room for NQ * SPLIT floats. `is_cold`: keys and
-// values come from memory, where a head's lie in pieces of a tile each, too short for the CPU to foresee.
-template <int NQ, class T>
+// values come from memory, where a head's lie in pieces of a tile each, too short for the CPU to foresee. DIM: the head's
+// size where it is known, which leaves registers for sums, else 0.
+template <int NQ, int DIM, class T>
 static void attend_split(const Context<T>& c, const T* q, const int* positions, int begin, int end, float* scores,
                          Partial to, bool is_cold) {
+  const int dim = DIM ? DIM : c.dim;
   size_t tiles[SPLIT / KEYS + 2];
   c.find_tiles(begin, std::min(end + 2 * KEYS, c.len), tiles);
   const int last = (std::min(end + 2 * KEYS, c.len) - 1 - begin) / KEYS;
@@ -181,7 +185,7 @@ static void attend_split(const Context<T>& c, const T* q, const int* positions, 
       keys[t] = c.k + tiles[idx], ahead[t] = c.k + tiles[std::min(idx + 2, last)];
     }
     f32x16 found[NQ][NT];
-    tile_scores<NQ, NT>(q, keys, is_cold ? ahead : nullptr, c.dim, found);
+    tile_scores<NQ, NT>(q, keys, is_cold ? ahead : nullptr, dim, found);
     for (int t = 0; t < NT; t++, p += KEYS) {
       const bool sees_all = !c.window && p + KEYS - 1 <= positions[0];
       for (int i = 0; i < NQ; i++) {
@@ -213,18 +217,18 @@ static void attend_split(const Context<T>& c, const T* q, const int* positions, 
     to.top[i] = top, to.total[i] = sum(total);
   }
   alignas(64) T copy[KEYS * 256];
-  for (int d = 0; d < c.dim; d += 64) {
-    const int width = std::min(64, c.dim - d);
+  for (int d = 0; d < dim; d += 64) {
+    const int width = DIM % 64 == 0 && DIM ? 64 : std::min(64, dim - d);
     f32x16 acc[NQ][4] = {};
     for (int p = begin; p < end; p += KEYS) {
       const int idx = (p - begin) / KEYS, column = sizeof(T) == 2 ? 2 * d : d;
       const T* values = value_tile(c, tiles[idx], p, copy) + column;
       const T* ahead = is_cold ? c.v + tiles[std::min(idx + 2, last)] + column : nullptr;
-      weigh_tile<NQ>(values, ahead, c.dim, width, weights + p - begin, acc);
+      weigh_tile<NQ>(values, ahead, dim, width, weights + p - begin, acc);
     }
     for (int i = 0; i < NQ; i++)
       for (int col = 0; 16 * col < width; col++)
-        store_n(to.out + i * c.dim + d + 16 * col, acc[i][col], width - 16 * col);
+        store_n(to.out + i * dim + d + 16 * col, acc[i][col], width - 16 * col);
   }
 }
 
@@ -289,11 +293,20 @@ static void attend_split_any(const Context<T>& c, int n, const T* q, const int* 
         attend_split_in_tiles(c, num, q + (size_t)i * c.dim, positions + i, begin, end, scores, part);
         continue;
       }
-#define CASE(N)                                                                                       \
-  case N:                                                                                             \
-    attend_split<N>(c, q + (size_t)i * c.dim, positions + i, begin, end, scores, part, i == 0);       \
-    break;
-    switch (num) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
-#undef CASE
+    const T* from = q + (size_t)i * c.dim;
+    auto attend = [&](auto num, auto dim) {
+      attend_split<decltype(num)::value, decltype(dim)::value>(c, from, positions + i, begin, end, scores, part, i == 0);
+    };
+    const std::integral_constant<int, 0> any;
+    switch (num) {
+      case 1: attend(std::integral_constant<int, 1>(), any); break;
+      case 2: attend(std::integral_constant<int, 2>(), any); break;
+      case 3: attend(std::integral_constant<int, 3>(), any); break;
+      case 4: attend(std::integral_constant<int, 4>(), any); break;
+      case 5: attend(std::integral_constant<int, 5>(), any); break;
+      default:
+        if (c.dim == 64) attend(std::integral_constant<int, QUERIES_AT_ONCE>(), std::integral_constant<int, 64>());
+        else attend(std::integral_constant<int, QUERIES_AT_ONCE>(), any);
+    }
   }
 }

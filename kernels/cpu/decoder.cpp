@@ -406,11 +406,19 @@ class Forward {
     e.team.barrier();
   }
 
+  // As many as a task may have, but none that need a pass for a few vectors at the end.
+  int rows_of_task(int group) const {
+    const int most = std::max(1, QUERIES / group), at_once = vectors_at_once<A>(m.head_dim);
+    for (int rows = most; rows > most / 2; rows--)
+      if (rows * group % at_once == 0) return rows;
+    return most;
+  }
+
   // Tasks of all layers: head by head, so that its keys and values stay in the second cache level, the longest contexts
   // first. Where a head's queries are few, its splits are tasks, so that one sequence's context is read by all threads.
   void plan_attention() {
     const int group = m.num_heads / m.num_kv_heads;
-    const int groups_at_once = std::min(group, QUERIES), rows_at_once = std::max(1, QUERIES / group);
+    const int groups_at_once = std::min(group, QUERIES), rows_at_once = rows_of_task(group);
     size_t partials = 0;
     int counters = 0;
     for (int i = 0; i < s.num_seqs; i++) {

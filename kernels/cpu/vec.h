@@ -163,11 +163,18 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 INLINE float max_lane(f32x16 v) {
+#if defined(__AVX512F__)
+  v = vmax(v, swap_lanes<8>(v));
+  v = vmax(v, swap_lanes<4>(v));
+  v = vmax(v, swap_lanes<2>(v));
+  return vmax(v, swap_lanes<1>(v))[0];
+#else
   float a[16], m;
   store(a, v);
   m = a[0];
   for (int i = 1; i < 16; i++) m = a[i] > m ? a[i] : m;
   return m;
+#endif
 }
 
 // e^x to about 2 ulp for x in [-87, 88], clamped outside, NaN for NaN; the polynomial is Cephes' expf.
