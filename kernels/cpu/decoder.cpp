@@ -111,14 +111,17 @@ struct AttentionTask {
   size_t partials = 0;  // where those of its splits are
 };
 
-// Runs fn(first panel, panels, first row, rows) over all blocks of at most `most` panels, and waits for all.
+// Runs fn(first panel, panels, first row, rows) over all blocks of at most `most` panels, and waits for all. Weights that are far
+// are read once, by all rows for each; of those that stay in a cache (`is_near`) all pass for each block of rows.
 template <class A, class F>
-static void for_blocks(Team& team, int num_panels, int most, int num_rows, F fn) {
+static void for_blocks(Team& team, int num_panels, int most, int num_rows, bool is_near, F fn) {
   const Blocks block = choose_blocks<A>(num_rows, num_panels, most, team.size());
   const int row_blocks = (num_rows + block.rows - 1) / block.rows;
-  const int tasks = (num_panels + block.panels - 1) / block.panels * row_blocks;
+  const int panel_blocks = (num_panels + block.panels - 1) / block.panels;
+  const int tasks = panel_blocks * row_blocks;
   for (int i; (i = team.next(tasks)) >= 0;) {
-    const int row = i % row_blocks * block.rows, panel = i / row_blocks * block.panels;
+    const int row = (is_near ? i / panel_blocks : i % row_blocks) * block.rows;
+    const int panel = (is_near ? i % panel_blocks : i / row_blocks) * block.panels;
     fn(panel, std::min(block.panels, num_panels - panel), row, std::min(block.rows, num_rows - row));
   }
   team.barrier();
@@ -278,20 +281,32 @@ class Forward {
     e.team.barrier();
   }
 
+  static bool are_near(const Layer& layer, std::initializer_list<int> modules) {
+    size_t num_bytes = 0;
+    for (int module : modules) num_bytes += layer.modules[module].num_bytes();
+    return is_near(num_bytes);
+  }
+
   // One panel of one of the layer's modules; `place` is the module's place in h.
   struct Part {
     int module, place, panel;
   };
 
-  // out [num][padded rows][64]: columns of modules with the same inputs, with bias and LoRA.
-  void multiply_parts(int layer, const Part* parts, int num, A* x, int row, int rows, float* out) {
+  // out [num][padded rows][64]: columns of modules with the same inputs, with bias and LoRA. `added_to`: what they will be added to,
+  // like s.x, which is asked for meanwhile; or null.
+  void multiply_parts(int layer, const Part* parts, int num, A* x, int row, int rows, float* out, const float* added_to = nullptr) {
     Panel panels[MAX_PANELS];
-    Piece pieces[MAX_PANELS][FEW_ROWS];
+    Piece pieces[MAX_PANELS][2 * FEW_ROWS];
     for (int p = 0; p < num; p++) {
       panels[p] = {&m.layers[layer].modules[parts[p].module], parts[p].panel, parts[p].panel + e.team.size()};
-      if (!s.row_slots) continue;
-      if constexpr (IN_TILES<A>) fetch_lora(layer, parts[p], row, rows);
-      else panels[p].wanted = pieces[p], panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
+      if constexpr (IN_TILES<A>) {
+        if (s.row_slots) fetch_lora(layer, parts[p], row, rows);
+        continue;
+      }
+      panels[p].wanted = pieces[p];
+      if (s.row_slots) panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
+      if (added_to && rows >= MANY_ROWS)
+        panels[p].num_wanted += row_pieces(added_to, parts[p].panel, row, rows, pieces[p] + panels[p].num_wanted);
     }
     const int kp = panels[0].matrix->kp;
     multiply_panels(panels, num, Rows<A>(x, kp, T), e.quantized(kp, T), row, rows, out);
@@ -309,6 +324,16 @@ class Forward {
         before = lora;
       }
     return num;
+  }
+
+  // The same of a panel's columns of rows like those of s.x, each of which is a short stream, too.
+  int row_pieces(const float* x, int panel, int row, int rows, Piece* pieces) const {
+    const int column = panel * PANEL, num = std::min(PANEL, m.hidden_size - column);
+    for (int r = 0; r < rows; r++) {
+      const char* at = (const char*)(x + (size_t)(row + r) * m.hidden_size + column);
+      pieces[r] = {at, at + sizeof(float) * num};
+    }
+    return rows;
   }
 
   void fetch_lora(int layer, const Part& part, int row, int rows) const {
@@ -346,7 +371,7 @@ class Forward {
     const int q_panels = layer.modules[Q].panels(), kv_panels = layer.modules[K].panels();
     const int width = q_size + 2 * kv_size, starts[] = {0, q_size, q_size + kv_size};
     float* products = (float*)e.products[thread].data;
-    for_blocks<A>(e.team, q_panels + 2 * kv_panels, MAX_PANELS, T, [&](int first, int num, int row, int rows) {
+    for_blocks<A>(e.team, q_panels + 2 * kv_panels, MAX_PANELS, T, are_near(layer, {Q, K, V}), [&](int first, int num, int row, int rows) {
       Part parts[MAX_PANELS];
       for (int p = 0; p < num; p++) {
         const int panel = first + p, module = panel < q_panels ? Q : panel < q_panels + kv_panels ? K : V;
@@ -386,6 +411,8 @@ class Forward {
     for (int i; (i = e.team.next((T + at_once - 1) / at_once)) >= 0;)
       for (int t = i * at_once; t < std::min(T, (i + 1) * at_once); t++) {
         float* row = qkv + (size_t)t * width;
+        if (t + 1 < std::min(T, (i + 1) * at_once))
+          for (int c = 0; c < width; c += 16) __builtin_prefetch(row + width + c, 0, 3);
         const float *cos = s.cos[layer.rope] + (size_t)t * dim, *sin = s.sin[layer.rope] + (size_t)t * dim;
         for (int head = 0; head < m.num_heads; head++) {
           float* q = row + head * dim;
@@ -502,10 +529,10 @@ class Forward {
   void multiply_residual(int idx, const Layer& layer, int module, const float* post_norm, int thread) {
     const Matrix& matrix = layer.modules[module];
     float* products = (float*)e.products[thread].data;
-    for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, T, [&](int first, int num, int row, int rows) {
+    for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, T, are_near(layer, {module}), [&](int first, int num, int row, int rows) {
       Part parts[MAX_PANELS];
       for (int p = 0; p < num; p++) parts[p] = {module, 0, first + p};
-      multiply_parts(idx, parts, num, act2, row, rows, products);
+      multiply_parts(idx, parts, num, act2, row, rows, products, post_norm ? nullptr : s.x);
       for (int p = 0; p < num; p++) {
         const float* from = products + (size_t)p * pad_rows(rows) * PANEL;
         const int column = (first + p) * PANEL, columns = std::min(PANEL, matrix.n - column);
@@ -530,7 +557,7 @@ class Forward {
   void multiply_gate_up(int idx, const Layer& layer, int thread) {
     const Rows<A> to(act2, layer.modules[DOWN].kp, T);  // kp equals panels * 64
     float* products = (float*)e.products[thread].data;
-    for_blocks<A>(e.team, layer.modules[GATE].panels(), MAX_PANELS / 2, T, [&](int first, int num, int row, int rows) {
+    for_blocks<A>(e.team, layer.modules[GATE].panels(), MAX_PANELS / 2, T, are_near(layer, {GATE, UP}), [&](int first, int num, int row, int rows) {
       Part parts[MAX_PANELS];
       for (int p = 0; p < num; p++) parts[2 * p] = {GATE, 0, first + p}, parts[2 * p + 1] = {UP, 1, first + p};
       multiply_parts(idx, parts, 2 * num, act, row, rows, products);
@@ -577,7 +604,7 @@ static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, fl
     e.team.barrier();
     const size_t width = (size_t)matrix.panels() * PANEL;
     float* products = (float*)e.products[thread].data;
-    for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, rows, [&](int first, int num, int row, int rows) {
+    for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, rows, is_near(matrix.num_bytes()), [&](int first, int num, int row, int rows) {
       Panel panels[MAX_PANELS];
       for (int p = 0; p < num; p++) panels[p] = {&matrix, first + p, first + p + e.team.size()};
       multiply_panels(panels, num, act, quantized, row, rows, products);

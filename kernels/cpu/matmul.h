@@ -29,7 +29,11 @@ struct Matrix {
   int32_t n, k, kp, format;
 
   int panels() const { return (n + PANEL - 1) / PANEL; }
+  size_t num_bytes() const { return (size_t)panels() * PANEL * kp * (format == F32 ? 4 : format == BF16 ? 2 : 1); }
 };
+
+// Whether so many bytes of weights may be read again for each block of rows: they stay in the last cache level.
+INLINE bool is_near(size_t num_bytes) { return num_bytes <= 4 << 20; }
 
 // The columns of one panel of a matrix; the panel that this thread takes next, unless others are quicker; and what will be
 // read when the products are there.
@@ -59,16 +63,30 @@ INLINE void finish(float* tile, f32x16 (&acc)[MR][NB]) {
     for (int c = 0; c < NB; c++) store(tile + r * PANEL + 16 * c, acc[r][c]);
 }
 
+// once(step) for each step of K, of which LINE use up a cache line of a row. Where there are `soon`, rows that the next pass
+// multiplies, a line of each comes from the second level or farther meanwhile.
+template <int MR, int LINE, class A, class F>
+INLINE void each_step(int steps, const A* soon, int stride, F&& once) {
+  int p = 0;
+  if (BLOCKS_AT_ONCE == 4 && soon)
+    for (; p + LINE <= steps; p += LINE) {
+      for (int r = 0; r < MR; r++) __builtin_prefetch((const char*)(soon + r * stride) + p * (64 / LINE), 0, 3);
+      for (int i = 0; i < LINE; i++) once(p + i);
+    }
+  for (; p < steps; p++) once(p);
+}
+
 // tile [MR][64] = x [MR][inputs of `steps`] * w, or goes on from there if this is not the first block of K.
 #if NATIVE_BF16
 template <int MR, class Next>
-INLINE void multiply(const bf16* x, int stride, const bf16* w, int steps, float* tile, bool first, Next& ahead) {
+INLINE void multiply(const bf16* x, int stride, const bf16* w, int steps, float* tile, bool first, Next& ahead,
+                     const bf16* soon = nullptr) {
   constexpr int NB = BLOCKS_AT_ONCE;
   for (int b = 0; b < 4; b += NB) {
     f32x16 acc[MR][NB];
     begin<MR, NB>(tile + 16 * b, acc, first);
     const bf16* from = w + 32 * b;
-    for (int p = 0; p < steps; p++, from += 2 * PANEL) {
+    each_step<MR, 16>(steps, soon, stride, [&](int p) INLINE_LAMBDA {
       ahead.step();
       bf16x32 weight[NB];
       for (int c = 0; c < NB; c++) weight[c] = load_bf16(from + 32 * c);
@@ -76,24 +94,26 @@ INLINE void multiply(const bf16* x, int stride, const bf16* w, int steps, float*
         const bf16x32 both = splat_pair(x + r * stride + 2 * p);
         for (int c = 0; c < NB; c++) acc[r][c] = add_dots(acc[r][c], both, weight[c]);
       }
-    }
+      from += 2 * PANEL;
+    });
     finish<MR, NB>(tile + 16 * b, acc);
   }
 }
 #else
 template <int MR, class Next>
-INLINE void multiply(const bf16*, int, const bf16*, int, float*, bool, Next&) {
+INLINE void multiply(const bf16*, int, const bf16*, int, float*, bool, Next&, const bf16* = nullptr) {
   __builtin_trap();  // bf16 activations need the instructions
 }
 #endif
 
 template <int MR, class Next>
-INLINE void multiply(const float* x, int stride, const bf16* w, int steps, float* tile, bool first, Next& ahead) {
+INLINE void multiply(const float* x, int stride, const bf16* w, int steps, float* tile, bool first, Next& ahead,
+                     const float* soon = nullptr) {
   constexpr int NB = BLOCKS_AT_ONCE;
   for (int b = 0; b < 4; b += NB) {
     f32x16 acc[MR][NB];
     begin<MR, NB>(tile + 16 * b, acc, first);
-    for (int p = 0; p < steps; p++) {
+    each_step<MR, 8>(steps, soon, stride, [&](int p) INLINE_LAMBDA {
       ahead.step();
       for (int c = 0; c < NB; c++) {
         u32x16 words = load_pairs(w + p * 2 * PANEL + 32 * (b + c));
@@ -103,37 +123,39 @@ INLINE void multiply(const float* x, int stride, const bf16* w, int steps, float
           acc[r][c] = fma(x[r * stride + 2 * p + 1], odd, acc[r][c]);
         }
       }
-    }
+    });
     finish<MR, NB>(tile + 16 * b, acc);
   }
 }
 
 template <int MR, class Next>
-INLINE void multiply(const float* x, int stride, const float* w, int steps, float* tile, bool first, Next& ahead) {
+INLINE void multiply(const float* x, int stride, const float* w, int steps, float* tile, bool first, Next& ahead,
+                     const float* soon = nullptr) {
   constexpr int NB = BLOCKS_AT_ONCE;
   for (int b = 0; b < 4; b += NB) {
     f32x16 acc[MR][NB];
     begin<MR, NB>(tile + 16 * b, acc, first);
-    for (int k = 0; k < steps; k++) {
+    each_step<MR, 16>(steps, soon, stride, [&](int k) INLINE_LAMBDA {
       ahead.step();
       for (int c = 0; c < NB; c++) {
         f32x16 weight = load(w + k * PANEL + 16 * (b + c));
         for (int r = 0; r < MR; r++) acc[r][c] = fma(x[r * stride + k], weight, acc[r][c]);
       }
-    }
+    });
     finish<MR, NB>(tile + 16 * b, acc);
   }
 }
 
 // Sums of whole numbers, in the memory of floats.
 template <int MR, class Next>
-INLINE void multiply(const int8_t* x, int stride, const uint8_t* w, int steps, float* tile, bool first, Next& ahead) {
+INLINE void multiply(const int8_t* x, int stride, const uint8_t* w, int steps, float* tile, bool first, Next& ahead,
+                     const int8_t* soon = nullptr) {
   constexpr int NB = BLOCKS_AT_ONCE;
   for (int b = 0; b < 4; b += NB) {
     i32x16 acc[MR][NB];
     for (int r = 0; r < MR; r++)
       for (int c = 0; c < NB; c++) acc[r][c] = first ? splat_int(0) : (i32x16)load(tile + r * PANEL + 16 * (b + c));
-    for (int q = 0; q < steps; q++) {
+    each_step<MR, 16>(steps, soon, stride, [&](int q) INLINE_LAMBDA {
       ahead.step();
       Weights8 weight[NB];
       for (int c = 0; c < NB; c++) weight[c] = load_weights(w + 4 * PANEL * q + 64 * (b + c));
@@ -141,12 +163,13 @@ INLINE void multiply(const int8_t* x, int stride, const uint8_t* w, int steps, f
         const Acts8 acts = splat_quad(x + r * stride + 4 * q);
         for (int c = 0; c < NB; c++) acc[r][c] = add_products(acc[r][c], acts, weight[c]);
       }
-    }
+    });
     for (int r = 0; r < MR; r++)
       for (int c = 0; c < NB; c++) store(tile + r * PANEL + 16 * (b + c), (f32x16)acc[r][c]);
   }
 }
 
+constexpr int MANY_ROWS = 32;
 constexpr int BLOCK_BYTES = 24 * 1024;  // of weights, at most: half of the first cache level
 
 // Where a block of K begins.
@@ -194,19 +217,22 @@ constexpr int INPUTS = sizeof(W) == 4 ? 1 : 4 / sizeof(W);
 // Rows are taken in passes of equal height.
 INLINE int num_passes(int rows) { return (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; }
 
+// `behind`: where the rows' next block of K begins, if they are too many to stay in the first cache level.
 template <class A, class W, class Next>
-static void multiply_rows(const A* x, int stride, int rows, const W* w, int steps, float* tile, bool first, Next&& ahead) {
+static void multiply_rows(const A* x, int stride, int rows, const W* w, int steps, float* tile, bool first, Next&& ahead,
+                          const A* behind = nullptr) {
   for (int passes = num_passes(rows), r = 0; passes; passes--) {
     const int now = (rows - r + passes - 1) / passes;
     const A* from = x + (size_t)r * stride;
+    const A* soon = !behind || passes == 1 ? behind : from + (size_t)now * stride;
     float* to = tile + r * PANEL;
     switch (now) {
       case 1: multiply<1>(from, stride, w, steps, to, first, ahead); break;
       case 2: multiply<2>(from, stride, w, steps, to, first, ahead); break;
       case 3: multiply<3>(from, stride, w, steps, to, first, ahead); break;
-      case 4: multiply<4>(from, stride, w, steps, to, first, ahead); break;
-      case 5: multiply<5>(from, stride, w, steps, to, first, ahead); break;
-      default: multiply<ROWS_AT_ONCE>(from, stride, w, steps, to, first, ahead);
+      case 4: multiply<4>(from, stride, w, steps, to, first, ahead, soon); break;
+      case 5: multiply<5>(from, stride, w, steps, to, first, ahead, soon); break;
+      default: multiply<ROWS_AT_ONCE>(from, stride, w, steps, to, first, ahead, soon);
     }
     r += now;
   }
@@ -239,8 +265,9 @@ static void multiply_blocks(const Panel& panel, const A* x, int rows, float* til
     else if (panel.next < m->panels()) next = {m, panel.next, 0}, soon = std::min(at_once, steps);
     const W* w = source.block(from, EACH * now, next);
     Ahead<true> base = Ahead<true>::within(now * passes, source.memory(next), soon * LINES);
-    if (!others.lines) multiply_rows(x + EACH * p, kp, rows, w, now, tile, p == 0, base);
-    else multiply_rows(x + EACH * p, kp, rows, w, now, tile, p == 0, Both{base, others});
+    const A* behind = rows >= MANY_ROWS ? x + EACH * (left ? p + now : 0) : nullptr;
+    if (!others.lines) multiply_rows(x + EACH * p, kp, rows, w, now, tile, p == 0, base, behind);
+    else multiply_rows(x + EACH * p, kp, rows, w, now, tile, p == 0, Both{base, others}, behind);
   }
 }
 
