@@ -82,7 +82,7 @@ struct Buffer {
 struct Engine {
   explicit Engine(int num_threads) : team(num_threads), attention(num_threads), products(num_threads), rows(num_threads) {}
   Team team;
-  Buffer act, act2, codes, row_scales, row_sums, qkv, rotated, h, y;
+  Buffer act, act2, codes, row_scales, row_sums, qkv, rotated, h, y, last;
   std::vector<Buffer> attention, products, rows;
   Buffer partials;
   std::vector<std::atomic<int>> splits_left;
@@ -130,7 +130,7 @@ static void for_blocks(Team& team, int num_panels, int most, int num_rows, bool 
 template <class A>
 class Forward {
  public:
-  Forward(Engine& engine, const Model& model, const Step& step) : e(engine), m(model), s(step), T(step.num_rows) {
+  Forward(Engine& engine, const Model& model, const Step& step) : e(engine), m(model), s(step), T(step.num_rows), x(step.x), row_slots(step.row_slots) {
     q_size = m.num_heads * m.head_dim;
     kv_size = m.num_kv_heads * m.head_dim;
     const Layer& first = m.layers[0];
@@ -146,6 +146,10 @@ class Forward {
     y = e.y.get<float>(rows * m.hidden_size);
     h_stride = 3 * s.max_rank;
     h = e.h.get<float>(rows * h_stride + 1);
+    if (s.num_hidden < T) {
+      e.last.get<float>((size_t)s.num_hidden * m.hidden_size);
+      last_slots.resize(s.num_hidden);
+    }
     plan_attention();
   }
 
@@ -167,6 +171,7 @@ class Forward {
       rotate_rows(layer);
       clock.end(ROPE);
       attend_rows(layer, thread);
+      if (idx == m.num_layers - 1 && s.num_hidden < T) leave_rows(layer, thread);
       clock.end(ATTENTION);
       quantize_rows(layer.modules[O].kp, thread);
       clock.end(QUANTIZE);
@@ -189,11 +194,11 @@ class Forward {
       for (int tap = 0; tap < s.num_taps; tap++)
         if (s.tap_layers[tap] == idx && thread == 0)
           for (int i = 0; i < s.num_hidden; i++)
-            memcpy(s.taps[tap] + (size_t)i * m.hidden_size, s.x + s.hidden_indices[i] * m.hidden_size,
+            memcpy(s.taps[tap] + (size_t)i * m.hidden_size, x + hidden_row(i) * m.hidden_size,
                    4 * (size_t)m.hidden_size);
     }
     for (int i; (i = e.team.next(s.num_hidden)) >= 0;)
-      norm_row(s.x + s.hidden_indices[i] * m.hidden_size, m.norm, s.hidden + (size_t)i * m.hidden_size);
+      norm_row(x + hidden_row(i) * m.hidden_size, m.norm, s.hidden + (size_t)i * m.hidden_size);
     e.team.barrier();
     clock.end(NORM);
   }
@@ -232,10 +237,10 @@ class Forward {
     const int n = m.hidden_size;
     const Rows<A> out(act, kp, T);
     for (int t; (t = e.team.next(T)) >= 0;) {
-      const float* x = s.x + (size_t)t * n;
-      const float scale = rms_scale(x, n);
+      const float* from = x + (size_t)t * n;
+      const float scale = rms_scale(from, n);
       for (int c = 0; c < n; c += 16)
-        out.set(t, c, load_n(x + c, n - c) * scale * load_n(weight + c, n - c), n - c);
+        out.set(t, c, load_n(from + c, n - c) * scale * load_n(weight + c, n - c), n - c);
       out.clear_from(t, n);
       if (is_quantized) quantize_row(out, t, e.quantized(kp, T), (float*)e.rows[thread].data);
     }
@@ -250,14 +255,14 @@ class Forward {
   }
 
   const Lora* lora_of(int row, int layer, int module) const {
-    const int slot = s.row_slots ? s.row_slots[row] : -1;
+    const int slot = row_slots ? row_slots[row] : -1;
     if (slot < 0) return nullptr;
     const Lora* lora = s.lora + ((size_t)slot * m.num_layers + layer) * NUM_MODULES + module;
     return lora->a ? lora : nullptr;
   }
 
   void shrink_rows(int layer, A* x, std::initializer_list<int> modules) {
-    if (!s.row_slots) return;
+    if (!row_slots) return;
     constexpr int ROWS = 4, SHRINK_START = 16;
     const int chunks = (T + ROWS - 1) / ROWS, num = (int)modules.size();
     for (int i; (i = e.team.next(chunks * num)) >= 0;) {
@@ -293,18 +298,18 @@ class Forward {
   };
 
   // out [num][padded rows][64]: columns of modules with the same inputs, with bias and LoRA. `added_to`: what they will be added to,
-  // like s.x, which is asked for meanwhile; or null.
+  // like x, which is asked for meanwhile; or null.
   void multiply_parts(int layer, const Part* parts, int num, A* x, int row, int rows, float* out, const float* added_to = nullptr) {
     Panel panels[MAX_PANELS];
     Piece pieces[MAX_PANELS][2 * FEW_ROWS];
     for (int p = 0; p < num; p++) {
       panels[p] = {&m.layers[layer].modules[parts[p].module], parts[p].panel, parts[p].panel + e.team.size()};
       if constexpr (IN_TILES<A>) {
-        if (s.row_slots) fetch_lora(layer, parts[p], row, rows);
+        if (row_slots) fetch_lora(layer, parts[p], row, rows);
         continue;
       }
       panels[p].wanted = pieces[p];
-      if (s.row_slots) panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
+      if (row_slots) panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
       if (added_to && rows >= MANY_ROWS)
         panels[p].num_wanted += row_pieces(added_to, parts[p].panel, row, rows, pieces[p] + panels[p].num_wanted);
     }
@@ -326,11 +331,11 @@ class Forward {
     return num;
   }
 
-  // The same of a panel's columns of rows like those of s.x, each of which is a short stream, too.
-  int row_pieces(const float* x, int panel, int row, int rows, Piece* pieces) const {
+  // The same of a panel's columns of rows like those of x, each of which is a short stream, too.
+  int row_pieces(const float* first, int panel, int row, int rows, Piece* pieces) const {
     const int column = panel * PANEL, num = std::min(PANEL, m.hidden_size - column);
     for (int r = 0; r < rows; r++) {
-      const char* at = (const char*)(x + (size_t)(row + r) * m.hidden_size + column);
+      const char* at = (const char*)(first + (size_t)(row + r) * m.hidden_size + column);
       pieces[r] = {at, at + sizeof(float) * num};
     }
     return rows;
@@ -354,7 +359,7 @@ class Forward {
           float* to = out + r * PANEL + c;
           store(to, load(to) + load_n(matrix.bias + column + c, num - c));
         }
-    if (!s.row_slots) return;
+    if (!row_slots) return;
     for (int r = 0, same; r < rows; r += same) {
       const Lora* lora = lora_of(row + r, layer, part.module);
       for (same = 1; same < EXPAND_ROWS && r + same < rows && lora_of(row + r + same, layer, part.module) == lora;) same++;
@@ -525,6 +530,28 @@ class Forward {
       for (int r = 0; r < task.num_rows; r++) to.clear_from(row + r, q_size);
   }
 
+  size_t hidden_row(int i) const { return has_left_rows ? i : s.hidden_indices[i]; }
+
+  // Behind the last layer's keys and values nothing is wanted of most rows of a prompt: from here on the step has the others only.
+  void leave_rows(const Layer& layer, int thread) {
+    const int kp = layer.modules[O].kp, width = m.hidden_size;
+    const Rows<A> from(act2, kp, T), to(act, kp, s.num_hidden);
+    float* last_x = (float*)e.last.data;
+    for (int i; (i = e.team.next(s.num_hidden)) >= 0;) {
+      const int64_t row = s.hidden_indices[i];
+      for (int c = 0; c < kp; c += 16) memcpy(to.at(i, c), from.at(row, c), 16 * sizeof(A));
+      memcpy(last_x + (size_t)i * width, x + row * width, sizeof(float) * width);
+      if (row_slots) last_slots[i] = row_slots[row];
+    }
+    e.team.barrier();
+    if (thread == 0) {
+      std::swap(act, act2);
+      T = s.num_hidden, x = last_x, has_left_rows = true;
+      if (row_slots) row_slots = last_slots.data();
+    }
+    e.team.barrier();
+  }
+
   // x += module(act2), normed first where the architecture does so.
   void multiply_residual(int idx, const Layer& layer, int module, const float* post_norm, int thread) {
     const Matrix& matrix = layer.modules[module];
@@ -532,7 +559,7 @@ class Forward {
     for_blocks<A>(e.team, matrix.panels(), MAX_PANELS, T, are_near(layer, {module}), [&](int first, int num, int row, int rows) {
       Part parts[MAX_PANELS];
       for (int p = 0; p < num; p++) parts[p] = {module, 0, first + p};
-      multiply_parts(idx, parts, num, act2, row, rows, products, post_norm ? nullptr : s.x);
+      multiply_parts(idx, parts, num, act2, row, rows, products, post_norm ? nullptr : x);
       for (int p = 0; p < num; p++) {
         const float* from = products + (size_t)p * pad_rows(rows) * PANEL;
         const int column = (first + p) * PANEL, columns = std::min(PANEL, matrix.n - column);
@@ -541,15 +568,15 @@ class Forward {
             const size_t place = (size_t)(row + r) * m.hidden_size + column + c;
             f32x16 value = load(from + r * PANEL + c);
             if (post_norm) store_n(y + place, value, columns - c);
-            else store_n(s.x + place, load_n(s.x + place, columns - c) + value, columns - c);
+            else store_n(x + place, load_n(x + place, columns - c) + value, columns - c);
           }
       }
     });
     if (!post_norm) return;
     for (int t; (t = e.team.next(T)) >= 0;) {
-      float *out = y + (size_t)t * m.hidden_size, *x = s.x + (size_t)t * m.hidden_size;
+      float *out = y + (size_t)t * m.hidden_size, *to = x + (size_t)t * m.hidden_size;
       norm_row(out, post_norm, out);
-      for (int c = 0; c < m.hidden_size; c++) x[c] += out[c];
+      for (int c = 0; c < m.hidden_size; c++) to[c] += out[c];
     }
     e.team.barrier();
   }
@@ -577,12 +604,16 @@ class Forward {
   Engine& e;
   const Model& m;
   const Step& s;
-  const int T;
+  int T;
+  float* x;                  // [T][H]
+  const int32_t* row_slots;  // [T] or null
   bool is_quantized;
   int q_size, kv_size, h_stride;
   A *act, *act2, *rotated;
   float *qkv, *h, *y;
   std::vector<AttentionTask> tasks;
+  std::vector<int32_t> last_slots;
+  bool has_left_rows = false;  // T, x and row_slots are those of hidden_indices
 };
 
 // y [rows][panels * 64] = x [rows][k] times the matrix, without bias: the lm_head.
