@@ -25,6 +25,7 @@ from .hidden_chat import HiddenChat, Marks
 from .template_worker import MAX_RENDERED_BYTES
 from .token_bound import BYTE_OF, TokenBound
 
+_JOINT = "\ue000"  # shares a token with nothing
 LONG_TEXT = 256 * 1024  # characters; tokenising a longer one leaves its memory behind unless it is asked back
 
 
@@ -48,6 +49,9 @@ class TextTokenizer:
         added = self._tokenizer.added_tokens_decoder.items()
         self._special_ids = {idx for idx, token in added if token.special}
         self._specials = {token.content: idx for idx, token in added if token.special and token.content}
+        self._ends_special = tuple(self._specials)
+        self._opens_with_space = _opens_with_space(self._backend, "")
+        self._opens_behind_special = any(_opens_with_space(self._backend, text) for text in self._ends_special[:1])
         text = self._tokenizer.chat_template
         self.template = ChatTemplate(self._tokenizer, text, self._specials, may_trust=trusted)
 
@@ -220,12 +224,35 @@ class TextTokenizer:
             self.check_len(texts, max_tokens, "messages")
         return self.encode_marked(rendered, chat.marks)
 
-    def encode_marked(self, rendered: str, marks: Marks) -> list[int]:
-        """Token ids of a rendered template: its special tokens are tokens, what `marks` stand for are letters."""
+    def encode_marked(self, rendered: str, marks: Marks, before: str = "") -> list[int]:
+        """Token ids of a rendered template: its special tokens are tokens, what `marks` stand for are letters.
+
+        before: what of it is encoded already.
+        """
         ids: list[int] = []
+        is_start, behind_special = not before, before.endswith(self._ends_special)
         for text, is_marked in marks.parts(rendered):
-            ids += self.encode_literal(text) if is_marked else self.encode(text, add_special_tokens=False)
+            if not text:
+                continue
+            backend = self._literal if is_marked else self._backend
+            goes_on = not is_start and not (behind_special and self._opens_behind_special)
+            ids += self._continued(backend, text) if goes_on else _ids(backend, text, add_special_tokens=False)
+            is_start, behind_special = False, not is_marked and text.endswith(self._ends_special)
         return ids
+
+    def _continued(self, backend: Tokenizer, text: str) -> list[int]:
+        """Token ids of `text` without the space that SentencePiece puts before a text: it stands behind another."""
+        if self._opens_with_space:
+            joint, ids = (_ids(backend, begun, add_special_tokens=False) for begun in (_JOINT, _JOINT + text))
+            if ids[: len(joint)] == joint:
+                return ids[len(joint) :]
+        return _ids(backend, text, add_special_tokens=False)
+
+
+def _opens_with_space(backend: Tokenizer, before: str) -> bool:
+    """Whether a text, behind a special token `before` or at the beginning, gets a space that it does not have."""
+    tokens = backend.encode(before + _JOINT, add_special_tokens=False).tokens
+    return any(token.startswith("\u2581") for token in tokens[len(before) > 0 :][:1])
 
 
 def _ids(backend: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

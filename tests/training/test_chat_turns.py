@@ -7,9 +7,10 @@ import datetime
 import json
 
 import pytest
-from tiny_models import make_tokenizer
-from tokenizers import AddedToken
+from tiny_models import CORPUS, make_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tool_templates import HERMES, LLAMA3
+from transformers import PreTrainedTokenizerFast
 
 from specserve.errors import UserError
 from specserve.text.special_tokens import eos_token_ids
@@ -220,6 +221,35 @@ def test_serving_stops_at_the_models_ids_and_at_the_tokenizers_own(tmp_path, gen
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert eos_token_ids(tmp_path) == want
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_spelled_token_puts_no_space_into_a_message_or_an_answer(tmp_path, scheme):
+    """SentencePiece begins each text that it is given with a space, Llama 2's behind each special token, too."""
+    bare = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if scheme == "always":
+        bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        bare.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=specials, show_progress=False)
+    bare.train_from_iterator(CORPUS, trainer)
+    bare.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    described = json.loads(bare.to_str())
+    described["added_tokens"] = described["added_tokens"][:3]  # bytes are tokens like others
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token="</s>")
+    fast.chat_template = CHATML.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+    fast.save_pretrained(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    plain, spelled = tokenize([row("the fox", "dog"), row("the <s>fox</s>", "dog")], tokenizer, ids_of_end(tokenizer))
+    assert spelled.completion == plain.completion
+    assert tokenizer.decode(spelled.prompt).replace("<s>fox</s>", "fox") == tokenizer.decode(plain.prompt)
+    spelling = tokenize([row("the fox", "a </s> dog")], tokenizer, ids_of_end(tokenizer))[0]
+    assert tokenizer.decode(spelling.tokens).endswith("\na </s> dog</s>") and spelling.prompt == plain.prompt
+
+
+def ids_of_end(tokenizer):
+    return [tokenizer.special_tokens["</s>"]]
 
 
 def test_a_template_that_writes_the_date_writes_the_day_that_is_given(make):

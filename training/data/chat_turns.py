@@ -114,7 +114,7 @@ class TurnEncoder:
         if ids[: len(prompt)] == prompt:
             ids = ids[len(prompt) :]
         else:  # letters of prompt and answer would become one token, which no server can split
-            ids = self._tokenizer.encode_marked(whole[start : stop.end()], marks)
+            ids = self._tokenizer.encode_marked(whole[start : stop.end()], marks, whole[:start])
         if ids[-1] != self._eos[stop[0]] or any(token in self._eos.values() for token in ids[:-1]):
             raise UserError(f"the message spells {stop[0]!r}, which ends answers but is no special token of the model")
         return Turn(prompt, ids)
