@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ..errors import ModelError
+from .hidden_chat import Marks
 from .tokenizer import TextTokenizer
 
 
@@ -48,9 +49,9 @@ def _ids(tokenizer: TextTokenizer, shape: TextShape, parts: list[tuple[str, str]
     whole = "".join(prefix + text for prefix, text in parts)
     # Not only within a text: two that follow each other may spell one together.
     if any(whole.count(token) != sum(prefix.count(token) for prefix, _ in parts) for token in tokenizer.special_tokens):
-        ids = tokenizer.encode("")  # what the tokenizer puts in front of every text
-        for prefix, text in parts:
-            ids += tokenizer.encode(prefix, add_special_tokens=False) + tokenizer.encode_literal(text)
+        marks = Marks()
+        marked = "".join(prefix + marks.new(text) for prefix, text in parts)
+        ids = tokenizer.encode("") + tokenizer.encode_marked(marked, marks)  # the former stands in front of every text
     else:
         ids = tokenizer.encode(whole)
     end = tokenizer.encode(shape.suffix, add_special_tokens=False) if shape.suffix else []

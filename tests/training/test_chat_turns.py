@@ -12,7 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tool_templates import HERMES, LLAMA3
 from transformers import PreTrainedTokenizerFast
 
+from specserve.adapters.pooling_config import PoolingConfig
 from specserve.errors import UserError
+from specserve.text.pooled_text import embedded_ids
 from specserve.text.special_tokens import eos_token_ids
 from specserve.text.tokenizer import TextTokenizer
 from specserve.training.data.check import shown_as_trained
@@ -244,6 +246,9 @@ def test_a_spelled_token_puts_no_space_into_a_message_or_an_answer(tmp_path, sch
     plain, spelled = tokenize([row("the fox", "dog"), row("the <s>fox</s>", "dog")], tokenizer, ids_of_end(tokenizer))
     assert spelled.completion == plain.completion
     assert tokenizer.decode(spelled.prompt).replace("<s>fox</s>", "fox") == tokenizer.decode(plain.prompt)
+    shape = PoolingConfig("embed", query_prefix="find: ")
+    pooled = [tokenizer.decode(embedded_ids(tokenizer, shape, text, is_query=True)) for text in ("a b", "a <s>b")]
+    assert pooled[1] == pooled[0].replace("b", "<s>b")
     spelling = tokenize([row("the fox", "a </s> dog")], tokenizer, ids_of_end(tokenizer))[0]
     assert tokenizer.decode(spelling.tokens).endswith("\na </s> dog</s>") and spelling.prompt == plain.prompt
 
