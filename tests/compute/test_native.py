@@ -6,6 +6,7 @@ What a level of instructions may change is run at every level that this machine 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import logging
 import random
 import re
@@ -182,6 +183,22 @@ def test_a_row_has_the_same_bits_in_every_batch(model_dir, library, dtype, quant
         chunked.append(rows)
         start = end
     assert torch.equal(torch.cat(chunked), whole)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@torch.inference_mode()
+def test_rows_that_are_wanted_have_the_bits_that_they_have_among_all(model_dir, library, quantization):
+    """The last layer leaves the others out: here of two sequences, in any order, a row twice, none."""
+    decoder = load_model(model_dir, CPU, "bf16", [native_choice(library, quantization=quantization)])
+    driver, last = Driver(decoder), decoder.config.num_layers - 1
+    batch = driver.batch([(driver.sequence(), random_tokens(70, 1)), (driver.sequence(), random_tokens(9, 2))])
+    taps = {0: batch.tokens, last: batch.tokens}
+    whole, tapped = decoder.forward(batch, driver.kv, taps), dict(taps)
+    for rows in ([69, 78], [78, 3, 40, 3], list(range(5, 60)), []):
+        wanted = torch.tensor(rows, dtype=torch.int64)
+        found = decoder.forward(dataclasses.replace(batch, hidden_indices=wanted), driver.kv, taps)
+        assert torch.equal(found, whole[wanted])
+        assert all(torch.equal(taps[layer], tapped[layer][wanted]) for layer in taps)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
