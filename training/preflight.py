@@ -71,8 +71,7 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     tokenizer = tokenizer.on(config.data.date)
     eos = eos_token_ids(model_dir)
-    answers_itself = not config.lora.enabled and config.distill.rows != 0
-    rows = read_rows(config.data.train, config.data.max_rows, may_be_open=answers_itself)
+    rows = read_rows(config.data.train, config.data.max_rows, may_be_open=answers_itself(config))
     examples = tokenize(rows, tokenizer, eos, config.data.system, model.vocab_size)
     if config.loss != "ce":
         examples = _with_teacher(config, examples, [row.line for row in rows], model_dir, model)
@@ -88,7 +87,7 @@ def prepare(config: RunConfig) -> Prepared:
         check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
     copy_start = common_prefix_len(examples)
-    if config.head.enabled and not answers_itself:  # else by the answers that the base will give
+    if config.head.enabled and not answers_itself(config):  # else by the answers that the base will give
         head = with_jumps(config.head, examples, copy_start)
         config = msgspec.structs.replace(config, head=head)
     config, plan = planned(config, [len(e.tokens) for e in examples])
@@ -96,6 +95,11 @@ def prepare(config: RunConfig) -> Prepared:
     texts = routed_texts([row for row in rows if row.line in kept], config.data.system)
     profile = profile_of(texts, config.routing.prompts)
     return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile, copy_start)
+
+
+def answers_itself(config: RunConfig) -> bool:
+    """Whether nothing is learned from the rows' answers, as the base model gives others."""
+    return not config.lora.enabled and config.distill.rows != 0
 
 
 def planned(config: RunConfig, lengths: Sequence[int], least_rows: int = 1) -> tuple[RunConfig, list[list[int]]]:

@@ -435,6 +435,8 @@ def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trai
     small += ["--data", str(tmp_path / "prompts.jsonl")]
     assert cli([*arguments, *small, "--set", "distill.rows=0"]) == 2
     assert "line 1: the last message is the user's; it must be the assistant's" in capsys.readouterr().err
+    cli([*arguments, *small, "--check-data"])
+    assert "bad rows: 0" in capsys.readouterr().out
     assert cli([*arguments, *small]) == 0
     assert f"specserve serve --base-head {tmp_path / 'base'}" in capsys.readouterr().out
     found = {path.name for path in (tmp_path / "base").iterdir()}
@@ -444,7 +446,9 @@ def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trai
     assert report["is_base_head"] and report["lookahead"]["error"] is None
     assert report["answers_equal_with_and_without_drafts"] == 1.0
     assert "of the base model itself" in (tmp_path / "base" / "README.md").read_text()
-    prompts = [example.prompt for example in prepare(load_run(root / "run.yaml", [], {})).examples[:4]]
+    prepared = prepare(load_run(root / "run.yaml", [], {}))
+    assert prepared.config.head.copy_jumps is not None  # the rows of a LoRA decide it
+    prompts = [example.prompt for example in prepared.examples[:4]]
     engine, bare = make_engine(model_dir, base_head=str(tmp_path / "base")), make_engine(model_dir)
     asked = [request(i, prompt, mode="fixed", max_tokens=24) for i, prompt in enumerate(prompts)]
     assert tokens_of(run(engine, asked)) == tokens_of(run(bare, asked))

@@ -18,7 +18,7 @@ from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...text.special_tokens import eos_token_ids
 from ...text.tokenizer import TextTokenizer
-from ..preflight import settled
+from ..preflight import answers_itself, settled
 from ..run_config import RunConfig
 from .dataset import Example, RowEncoder, shared_prompts
 from .near_rows import near_report, text_of
@@ -97,7 +97,8 @@ def report_data(config: RunConfig) -> int:
     unread: Counter[str] = Counter()
     texts: dict[int, str] = {}
     held_texts: dict[int, str] = {}
-    train, bad = read_examples(config.data.train, encoder, texts, config.data.max_rows, unread)
+    is_open = answers_itself(config)
+    train, bad = read_examples(config.data.train, encoder, texts, config.data.max_rows, unread, may_be_open=is_open)
     held_out: list[Example] = []
     if config.data.eval:
         held_out, bad_too = read_examples(config.data.eval, encoder, held_texts)
@@ -126,10 +127,13 @@ def read_examples(
     texts: dict[int, str],
     max_rows: int | None = None,
     unread: Counter[str] | None = None,
+    *,
+    may_be_open: bool = False,
 ) -> tuple[list[Example], list[UserError]]:
     """The examples of all good rows and what is wrong with the others. Raises `UserError` for a file without rows.
 
-    What each good row says is kept in `texts`, by its line. Fields that no format has are counted in `unread`.
+    With `may_be_open` rows may lack their last answer, as in `read_rows`. What each good row says is kept in `texts`,
+    by its line. Fields that no format has are counted in `unread`.
     """
     examples: list[Example] = []
     bad: list[UserError] = []
@@ -138,7 +142,7 @@ def read_examples(
         for number, text in islice(row_texts(path), max_rows):
             num_rows += 1
             try:
-                row = parse_row(text, number, f"{path} line {number}")
+                row = parse_row(text, number, f"{path} line {number}", may_be_open=may_be_open)
                 examples += list(encoder.examples(row))
                 texts[number] = text_of(row.conversation)
                 if unread is not None:
