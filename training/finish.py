@@ -39,7 +39,7 @@ from .head_module import LookaheadHead, task_vocab
 from .health import RunCollapsed
 from .lora_files import LORA_FILES, check_finite, copy_files, share_files
 from .lora_model import CausalModel, LoraModel
-from .preflight import Prepared
+from .preflight import Prepared, answers_itself
 from .run_config import RunConfig
 
 CALIBRATION_ROWS = 16
@@ -64,6 +64,12 @@ def finish(prepared: Prepared, model: CausalModel, head: LookaheadHead | None) -
         check_finite(output, config.optimizer.lr)
     if head is not None or not config.lora.enabled:
         answered = _self_answers(config, model_dir, output, examples)
+        if not answered and answers_itself(config):
+            raise UserError(
+                "the base answered no training prompt with more than one token, so a head has nothing to learn; give "
+                "other rows, or raise distill.temperature or distill.max_tokens",
+                param="data",
+            )
         with_head = with_jumps(config.head, answered or examples, prepared.copy_start)
         config = msgspec.structs.replace(config, head=with_head)
         if head is None:
@@ -71,7 +77,8 @@ def finish(prepared: Prepared, model: CausalModel, head: LookaheadHead | None) -
             head = new_head(model, config.head, vocab)
         _fit_to_answers(config, model, head, answered or examples, prepared.copy_start)
         _write_head(config, model_dir, output, model, head, prepared.copy_start)
-        _write_history(config, output, _calibration_rows(config, examples)[1], answered)
+        learned_from = [] if answers_itself(config) else _calibration_rows(config, examples)[1]
+        _write_history(config, output, learned_from, answered)
         del model
         record = _calibrate(config, model_dir, output, examples)
         rewrite_acceptance(output, record)

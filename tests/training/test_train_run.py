@@ -17,6 +17,7 @@ from training_fixture import SETTINGS, torchrun, write_rows
 from transformers import AutoModelForCausalLM
 
 from specserve.cli.main import exit_code_of as cli
+from specserve.drafters.task_history import TaskHistory
 from specserve.errors import UserError
 from specserve.training.data.rows import read_rows
 from specserve.training.evaluation.answers import answer
@@ -429,7 +430,7 @@ def test_answers_at_a_temperature_differ_and_come_again(trained):
 def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trained, tmp_path, capsys):
     root, model_dir = trained
     arguments = ["train", str(root / "run.yaml"), "--head-only", "--base", "--output", str(tmp_path / "base")]
-    small = ["--set", "distill.rows=12", "--set", "distill.epochs=40", "--set", "history.max_tokens=0"]
+    small = ["--set", "distill.rows=12", "--set", "distill.epochs=40"]
     asked = [json.dumps({"messages": row.messages[:-1]}) for row in read_rows(root / "train.jsonl")]  # prompts alone do
     (tmp_path / "prompts.jsonl").write_text("\n".join(asked))
     small += ["--data", str(tmp_path / "prompts.jsonl")]
@@ -437,11 +438,16 @@ def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trai
     assert "line 1: the last message is the user's; it must be the assistant's" in capsys.readouterr().err
     cli([*arguments, *small, "--check-data"])
     assert "bad rows: 0" in capsys.readouterr().out
+    assert cli([*arguments, *small, "--set", "distill.max_tokens=1", "--output", str(tmp_path / "mute")]) == 2
+    assert "the base answered no training prompt with more than one token" in capsys.readouterr().err
     assert cli([*arguments, *small]) == 0
     assert f"specserve serve --base-head {tmp_path / 'base'}" in capsys.readouterr().out
     found = {path.name for path in (tmp_path / "base").iterdir()}
     assert {"lookahead_config.json", "lookahead.safetensors", "report.json", "README.md", "run.yaml"} <= found
     assert not {"adapter_config.json", "adapter_model.safetensors", "routing.json", "run.lock"} & found
+    history_file = tmp_path / "base" / "lookahead_history.bin"
+    assert len(TaskHistory.load(history_file, 320).completions()) <= 12  # nothing that stands for an answer is learned
+    history_file.unlink()  # the head drafts, then
     report = json.loads((tmp_path / "base" / "report.json").read_text())
     assert report["is_base_head"] and report["lookahead"]["error"] is None
     assert report["answers_equal_with_and_without_drafts"] == 1.0
