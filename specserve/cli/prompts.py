@@ -27,9 +27,10 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 def prompts(**params: Any) -> int:
     """Write prompts that a model itself takes for a user's, such as its head can be trained on.
 
-    The teacher, a model that runs here, goes on from the chat template's beginning of a user's turn. Have it answer
-    them with `specserve distill`, and train a head with `specserve train --head-only --base`. After a crash or Ctrl-C
-    the same command goes on where it was. Exit code 1 if there are fewer prompts than were wanted.
+    The teacher, a model that runs here, goes on from the chat template's beginning of a user's turn.
+    `specserve train --head-only --base` trains on them as they are, `specserve distill` has a teacher answer them.
+    After a crash or Ctrl-C the same command goes on where it was. Exit code 1 if there are fewer prompts than were
+    wanted.
     """
     from ..curation.own_prompts import Options, told, write_own_prompts
 

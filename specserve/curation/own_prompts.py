@@ -18,6 +18,7 @@ import msgspec
 
 from ..errors import UserError, shortened
 from ..teachers import Answer, Ask, Budget, Teacher, TeacherError, TeacherSpec, open_teacher
+from ..teachers.local import LocalBackend
 from ..training.data.near_duplicates import NearDuplicates
 from ..whole_files import replace_file
 from .contamination import HeldOut
@@ -69,7 +70,7 @@ def write_own_prompts(options: Options, spec: TeacherSpec, budget: Budget, say: 
     held_out = read_held_out(options.held_out)
     known = HeldOut(held_out, (), options.near) if held_out else None
     search = _Search(options, known, say)
-    with held(out, out.with_suffix(".lock"), "out"):
+    with held(out, out.with_name(out.name + ".lock"), "out"):
         if out.exists():
             raise UserError(f"--output {out} is there already; give another file, or remove it", param="out")
         check_writable(out, (), options.rows * 4 * options.max_tokens, "out")
@@ -149,6 +150,8 @@ class _Search:
 
 async def _asked(search: _Search, spec: TeacherSpec, budget: Budget) -> Found:
     async with open_teacher(spec, budget) as teacher:
+        assert isinstance(teacher.backend, LocalBackend)
+        await asyncio.to_thread(teacher.backend.user_turn)  # before the model is loaded for it
         return await search.run(teacher)
 
 

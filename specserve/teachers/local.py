@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ class LocalBackend:
         self.identity = self._identity(adapter)
         self._llm: AsyncLLM | None = None
         self._takes_system: bool | None = None  # not known yet
+        self._turn: tuple[list[int], int] | None = None  # the user's
 
     async def start(self) -> None:
         try:
@@ -104,9 +104,11 @@ class LocalBackend:
             self._takes_system = _takes_system(self.tokenizer())
         return list(messages) if self._takes_system else _without_system(messages)
 
-    @cached_property
-    def _user_turn(self) -> tuple[list[int], int]:
-        return user_turn(self.tokenizer())
+    def user_turn(self) -> tuple[list[int], int]:
+        """The tokens before a user's first words, and the one that ends them. Raises `UserError`."""
+        if self._turn is None:
+            self._turn = user_turn(self.tokenizer())
+        return self._turn
 
     async def _output(self, ask: Ask) -> RequestOutput:
         assert self._llm is not None
@@ -127,7 +129,7 @@ class LocalBackend:
                 messages = self.as_taken(ask.messages)
                 (output,) = await self._llm.chat(messages, params, adapter=self._adapter, **self._spec.fields)
             else:
-                before, end = self._user_turn
+                before, end = self.user_turn()
                 params = msgspec.structs.replace(params, stop_token_ids=[end])
                 (output,) = await self._llm.generate(before, params, adapter=self._adapter)
         except UserError as error:

@@ -31,4 +31,11 @@ def user_turn(tokenizer: TextTokenizer) -> tuple[list[int], int]:
             "write prompts by hand, or make them with `specserve synthesize`",
             param="teacher",
         )
-    return tokenizer.encode(before, add_special_tokens=False), specials[end[0]]
+    tokens = tokenizer.encode(before, add_special_tokens=False)
+    if not tokens:
+        raise UserError(
+            "the chat template writes nothing before a user's message, so the model cannot be asked what a user would "
+            "say; write prompts by hand, or make them with `specserve synthesize`",
+            param="teacher",
+        )
+    return tokens, specials[end[0]]

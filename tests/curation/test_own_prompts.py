@@ -1,6 +1,7 @@
 """A model's own prompts: what is asked, what is dropped, and that a stopped search loses nothing."""
 
 import json
+import shutil
 
 import pytest
 from fake_teacher import OPTIONS
@@ -41,7 +42,7 @@ def test_a_model_writes_prompts_that_differ_and_end(tmp_path, talker, capsys):
     out = capsys.readouterr().out
     assert "has 6 prompts of" in out
     held_out, others = tmp_path / "held_out.jsonl", tmp_path / "others.jsonl"
-    held_out.write_text("".join(json.dumps({"prompt": prompt, "completion": "."}) + "\n" for prompt in found[:3]))
+    held_out.write_text("".join(first.read_text().splitlines(keepends=True)[:3]))
     assert search(others, talker, "--rows", "6", "--held-out", str(held_out)) == 0
     assert prompts_of(others)[:3] == found[3:]
     assert "3 held out" in capsys.readouterr().out
@@ -78,9 +79,14 @@ def test_the_users_turn_is_the_templates_beginning_and_ends_with_its_token(talke
     whole = tokenizer.encode_chat([{"role": "user", "content": "hello there"}], False)
     assert whole[: len(before)] == before and end in whole[len(before) :]
     assert tokenizer.decode(whole[len(before) : whole.index(end, len(before))]) == "hello there"
-    tokenizer.template.text = None
-    with pytest.raises(UserError, match="no chat template"):
-        user_turn(tokenizer)
+    for template, told in (
+        (None, "no chat template"),
+        ("{{ '[INST]' + messages[0]['content'] + '[/INST]' }}", "no special token behind"),
+        ("{{ messages[0]['content'] + '<|im_end|>' }}", "nothing before"),
+    ):
+        tokenizer.template.text = template
+        with pytest.raises(UserError, match=told):
+            user_turn(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,7 @@ def test_the_users_turn_is_the_templates_beginning_and_ends_with_its_token(talke
         (("--teacher", "m@http://127.0.0.1:9/v1", "--teacher-any-model"), "is an endpoint"),
         (("--near", "0.1"), "from 0.3 to 1"),
         (("--held-out", "missing.jsonl"), "missing.jsonl"),
+        (("--held-out", "/dev/null"), "/dev/null holds no rows"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_asked(tmp_path, talker, capsys, flags, told):
@@ -96,3 +103,12 @@ def test_what_cannot_be_is_said_before_anything_is_asked(tmp_path, talker, capsy
     assert exit_code_of(["prompts", "--output", str(tmp_path / "p.jsonl"), *teacher, *flags]) == 2
     assert told in capsys.readouterr().err
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
+
+
+def test_a_model_that_cannot_be_asked_is_not_loaded(tmp_path, talker, capsys, monkeypatch):
+    mute = shutil.copytree(talker, tmp_path / "mute")
+    (mute / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    monkeypatch.delattr("specserve.teachers.local.AsyncLLM")
+    assert search(tmp_path / "p.lock", mute) == 2  # a file of any name
+    err = capsys.readouterr().err
+    assert err.startswith("error: the chat template writes no special token") and "requests" not in err

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...file_hash import input_hash
+from ...training.data.open_rows import with_answer
 from ...training.data.rows import parse_object, row_texts
 from .row_shapes import Kind, Pair, RowShape, kind_of, read_pair, shape_of
 
@@ -77,13 +78,17 @@ def read_seeds(path: Path, schema: dict[str, Any] | None, *, inputs_only: bool =
 
 
 def read_held_out(paths: Sequence[Path]) -> dict[str, str]:
-    """The inputs of all rows of these files by file and line. Raises `UserError`."""
-    texts = {}
+    """The inputs of all rows of these files by file and line; rows may lack their answer. Raises `UserError`."""
+    texts: dict[str, str] = {}
     names = Counter(path.name for path in paths)
     for path in paths:
         shown = path.name if names[path.name] == 1 else path  # two folders may have a dev.jsonl each
+        num_before = len(texts)
         for line, where, value in _objects(path):
-            texts[f"{shown} line {line}"] = read_pair(value, kind_of(value, where), line, where).text
+            row = with_answer(value) or value
+            texts[f"{shown} line {line}"] = read_pair(row, kind_of(row, where), line, where).text
+        if len(texts) == num_before:
+            raise UserError(f"{path} holds no rows", param="held_out")
     return texts
 
 
