@@ -35,9 +35,11 @@ def app(arguments: dict[str, str]) -> Application:
     return application(settings.load(RayConfig, given, os.environ, arguments.get("config")), has_proxies=True)
 
 
-def application(config: RayConfig, *, has_proxies: bool = False, is_update: bool = False) -> Application:
-    """Of these settings; Ray's HTTP proxies hand on what they get if it `has_proxies`. An update of one that runs waits
-    for what the old front has begun."""
+def application(
+    config: RayConfig, *, has_proxies: bool = False, owner: str = "", is_update: bool = False
+) -> Application:
+    """Of these settings; Ray's HTTP proxies hand on what they get if it `has_proxies`. `owner` is who deploys it. An
+    update of one that runs waits for what the old front has begun."""
     if config.num_threads is None and config.device != "cuda":
         config = msgspec.structs.replace(config, num_threads=max(1, int(config.replica_cpus)))
     options: dict[str, Any] = {"num_replicas": config.num_replicas}
@@ -83,10 +85,15 @@ def application(config: RayConfig, *, has_proxies: bool = False, is_update: bool
     # Without one, Ray Serve takes everything for new each time; it has no public option for it.
     front._version, replicas._version = version_of(of_front), version_of(of_replicas)
     patience_s = config.drain_timeout_s + LEAVE_S if is_update else 0.0
-    return front.bind(of_front, replicas.bind(of_replicas), patience_s)
+    return front.bind(of_front, replicas.bind(of_replicas), owner, patience_s)
 
 
 def has_room(config: RayConfig) -> bool:
-    """Whether the cluster can hold one more replica now: then an update starts a new one before an old one leaves."""
+    """Whether the cluster can hold one more replica now: then an update starts a new one before an old one leaves.
+
+    `serve run` asks before it is connected, and does without.
+    """
+    if not ray.is_initialized():
+        return False
     free = ray.available_resources()
     return free.get("CPU", 0.0) >= config.replica_cpus and free.get("GPU", 0.0) >= config.replica_gpus

@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 class Front:
     """What Ray Serve calls."""
 
-    async def __init__(self, config: RayConfig, replicas: DeploymentHandle, patience_s: float = 0.0):  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, config: RayConfig, replicas: DeploymentHandle, owner: str, patience_s: float):  # type: ignore[misc]  # Ray Serve awaits it
         configure_logging(getattr(logging, config.log_level.upper()))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engines'; a text is one thread's work
         await _free(config, patience_s)
         self._loop = asyncio.get_running_loop()
-        self._replicas = replicas
+        self._replicas, self._owner = replicas, owner
         model_dir = await asyncio.to_thread(resolve_model, config.model, revision=config.revision)
         self._engine = ReplicatedEngine(config, lambda name: ServeChannel(replicas, name))
         self._server = Server(config, model_dir, engine=self._engine)
@@ -65,6 +65,14 @@ class Front:
         if self._serving.done():
             self._serving.result()
         return self._url.result()
+
+    async def owned_by(self, owner: str) -> None:
+        """Who deployed last is who ends it; this front may be older."""
+        self._owner = owner
+
+    async def owner(self) -> str:
+        """As it was told last."""
+        return self._owner
 
     async def check_health(self) -> None:
         """Raises where Ray should start it again."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from uuid import uuid4
 
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from ..config import RayConfig
 from ..errors import UserError, shortened
 from ..server.console import say, settle
 from .application import NAME, QUIET, application
 
+OWNER_S = 10.0  # that a front may take to say whose it is
 NUM_STARTS = 3  # of a cluster of this machine
 STORE_BYTES = 128 * 2**20  # of shared memory, of which frames take none
 
@@ -22,7 +25,7 @@ def serve_on_ray(config: RayConfig) -> None:
     """Serve until SIGINT or SIGTERM. Raises `UserError` where that cannot begin."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # its 30 s are few where cores are busy
-    stop = threading.Event()
+    stop, owner = threading.Event(), uuid4().hex
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
@@ -38,14 +41,17 @@ def serve_on_ray(config: RayConfig) -> None:
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         try:
             is_update = NAME in serve.status().applications
-            front = serve.run(application(config, is_update=is_update), name=NAME, route_prefix=None)
-            url, deployed_at = front.url.remote().result(), _deployed_at()
+            made = application(config, owner=owner, is_update=is_update)
+            front = serve.run(made, name=NAME, route_prefix=None)
+            front.owned_by.remote(owner).result()
+            url = front.url.remote().result()
         except RuntimeError as error:
-            raise UserError(f"the application does not start: {error}") from error
+            what = "cannot be updated, what serves stays as it is" if is_update else "does not start"
+            raise UserError(f"the application {what}: {_why() or error}") from error
         updated = ", updated," if is_update else ""
         say(f"specserve with {config.num_replicas} replicas{updated} is ready at {url}")
         stop.wait()
-        if _deployed_at() == deployed_at:
+        if not address or _owner(front, owner) == owner:  # a cluster of this command ends with it
             say("shutting down; running requests may finish")
             serve.delete(NAME)
         else:
@@ -57,10 +63,20 @@ def serve_on_ray(config: RayConfig) -> None:
         settle()
 
 
-def _deployed_at() -> float | None:
-    """When the application got its settings last."""
+def _owner(front: DeploymentHandle, otherwise: str) -> str:
+    """Who deployed last; `otherwise` where no front is there to say."""
+    try:
+        return front.owner.remote().result(timeout_s=OWNER_S)
+    except Exception:  # Ray raises many
+        return otherwise
+
+
+def _why() -> str:
+    """What a deployment that fails says of it last; nothing where none says anything."""
     application = serve.status().applications.get(NAME)
-    return application.last_deployed_time_s if application is not None else None
+    said = [found.message for found in application.deployments.values()] if application is not None else []
+    lines = [line.strip() for message in said for line in message.splitlines() if "Error" in line]
+    return shortened(lines[-1]) if lines else ""
 
 
 def _join(address: str) -> None:
@@ -86,6 +102,7 @@ def _begin(config: RayConfig) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = (config.max_replicas or config.num_replicas) * config.replica_cpus
     ray.init(
+        address="local",  # and none that `ray start` has begun here, or that has ended and left its address
         num_cpus=max(cores, int(wanted) + 1),
         include_dashboard=False,
         log_to_driver=True,

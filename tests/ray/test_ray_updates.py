@@ -71,4 +71,14 @@ def test_an_update_replaces_replicas_in_order_and_keeps_the_front_with_its_names
     assert not before & after and server.pids("ray::ServeReplica:specserve:Front") == front
     assert server.post("/v1/completions", given).json()["choices"][0]["text"] == expected(same)
     server.wait_baseline()
-    assert again.stop(timeout_s=120) == 0, "".join(again.log[-30:])
+
+    worse = RayServer(model_dir, adapter_dirs[0].parent, *flags, "--base-head", "/nowhere", port=server.port)
+    assert worse.process.wait(timeout=300) == 2
+    (line,) = [line for line in worse.log if line.startswith("error: ")]
+    assert "cannot be updated" in line and "base_head is /nowhere" in line, line
+    assert server.replicas() == after
+
+    last = RayServer(model_dir, adapter_dirs[0].parent, *flags, port=server.port).wait_ready(START_S)
+    assert again.stop(timeout_s=120) == 0 and "to which it is left" in "".join(again.log), "".join(again.log[-30:])
+    assert server.replicas() == after
+    assert last.stop(timeout_s=120) == 0, "".join(last.log[-30:])
