@@ -111,16 +111,16 @@ def main(model: str, adapters: int, requests: int, max_num_seqs: int, prompt: in
         engine.adapters.register(lora)
     real = EngineRun(engine, [lora.content_hash for lora in loras])
     lengths, names = Lengths(prompt, output), range(adapters)
-    saturated = _trace(requests, 1e6, names, "saturated", lengths)
+    saturated = make_trace(requests, 1e6, names, "saturated", lengths)
     rate = requests / max(outcome.end_s or 0.0 for outcome in real.run(saturated, "saturated"))
-    real.run(_trace(requests, 0.7 * rate, names, "fit", lengths), "fit")
+    real.run(make_trace(requests, 0.7 * rate, names, "fit", lengths), "fit")
     costs = FittedCosts.fit(real.steps, real.seconds)
     predicted = np.array([costs.seconds(step) for step in real.steps])
     noise = float(np.median(np.abs(np.array(real.seconds) / predicted - 1)))
     click.echo(f"{rate:.2f} requests/s at most; a step differs from the table by {100 * noise:.0f}% in the median")
     levels = []
     for load in LOADS:
-        trace = _trace(requests, load * rate, names, f"load {load}", lengths)
+        trace = make_trace(requests, load * rate, names, f"load {load}", lengths)
         measured = _figures(real.run(trace, f"load {load}"))
         replica = Replica(costs, engine.config, engine.info.num_kv_blocks, 0.0)
         for idx in names:
@@ -140,9 +140,11 @@ def main(model: str, adapters: int, requests: int, max_num_seqs: int, prompt: in
     run.finish({**settings, "step_noise": round(noise, 4), "costs": asdict(costs), "levels": levels}, save)
 
 
-def _trace(num: int, rate: float, adapters: range, seed: str, lengths: Lengths) -> list[SimulatedRequest]:
+def make_trace(
+    num: int, rate: float, adapters: range, seed: str, lengths: Lengths, zipf_exponent: float = 1.0
+) -> list[SimulatedRequest]:
     """Outputs are as long as they may be."""
-    drawn = poisson(num, rate, adapters, seed, lengths=lengths)
+    drawn = poisson(num, rate, adapters, seed, zipf_exponent=zipf_exponent, lengths=lengths)
     return [replace(request, max_tokens=request.output_len) for request in drawn]
 
 

@@ -49,15 +49,18 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicatedEngine:
-    """`channel_to` gives the way to a replica; `set_replicas` says which there are. Of one event loop."""
+    """`channel_to` gives the way to a replica; `set_replicas` says which there are. Of one event loop.
 
-    def __init__(self, config: ServeConfig, channel_to: Callable[[str], Channel]):
+    `policy` chooses among them, by default `AffinityPolicy`.
+    """
+
+    def __init__(self, config: ServeConfig, channel_to: Callable[[str], Channel], policy: AffinityPolicy | None = None):
         self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: None
         self.on_serving: Callable[[], object] = lambda: None
         self.on_snapshot: Callable[[], object] = lambda: None
         self._config, self._channel_to, self._name = config, channel_to, uuid4().hex
         self._members: dict[str, Member] = {}
-        self._policy, self._holders = AffinityPolicy(), Holders()
+        self._policy, self._holders = policy or AffinityPolicy(), Holders()
         self._copies = Copies(self._holders, self._ready, self._policy.was_read)
         self._cost = ExpectedCost()
         self._answers_at: dict[str, str] = {}  # answer -> replica, of those with several sequences; newest last
