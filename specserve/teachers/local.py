@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -173,9 +174,10 @@ def _takes_system(tokenizer: TextTokenizer) -> bool:
     """Whether the chat template writes what a system message says."""
     if tokenizer.template.text is None:
         return True
-    told = [{"role": "system", "content": "Say"}, {"role": "user", "content": "it"}]
+    mark = secrets.token_hex(16)
+    told = [{"role": "system", "content": mark}, {"role": "user", "content": "it"}]
     try:
-        return "Say" in tokenizer.template.render(told, True, None)
+        return mark in tokenizer.template.render(told, True, None)
     except UserError:
         return False
 

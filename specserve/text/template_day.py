@@ -10,7 +10,8 @@ import datetime
 import json
 
 _FUNCTION = "strftime_now"
-_DIRECTIVES = ("-d", "-m", "-j", "-H", "-I", "-M", "-S", *"aAwdbBmyYHIMSpfjUWcxXGuV")
+# All of datetime.strftime, the C library's included; "%%" is last, as what it stands for begins a directive.
+_DIRECTIVES = (*(f"-{name}" for name in "demyjHIMS"), *"aAbBcCdDeFfgGhHIjmMnpRrStTuUVwWxXyYzZ%")
 
 
 def on_day(template: str, day: datetime.date) -> str:

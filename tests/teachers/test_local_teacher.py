@@ -132,7 +132,7 @@ LEAVING_OUT = CHAT_TEMPLATE.replace("in messages %}", "in messages if message['r
 @pytest.mark.parametrize("template", [REFUSING + CHAT_TEMPLATE, LEAVING_OUT])
 async def test_a_template_without_a_place_for_a_system_message_is_told_it_by_the_user(model_dir, tmp_path, template):
     model = shutil.copytree(model_dir, tmp_path / "model")
-    (model / "chat_template.jinja").write_text(template + "{% if quiet %}<|im_end|>{% endif %}")
+    (model / "chat_template.jinja").write_text(template + "Say{% if quiet %}<|im_end|>{% endif %}")
     fields = {"chat_template_kwargs": {"quiet": True}}
     backend = LocalBackend(TeacherSpec(model=str(model), options=OPTIONS, fields=fields))
     user = {"role": "user", "content": "Pack my box"}
