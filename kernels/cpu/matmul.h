@@ -169,7 +169,7 @@ INLINE void multiply(const int8_t* x, int stride, const uint8_t* w, int steps, f
   }
 }
 
-constexpr int MANY_ROWS = 32;
+constexpr int MANY_ROWS = 32;           // from here on a task's rows leave the first cache level between two panels
 constexpr int BLOCK_BYTES = 24 * 1024;  // of weights, at most: half of the first cache level
 
 // Where a block of K begins.
