@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ..teachers.spec import DEFAULT_MODEL
 from .options import debug_option
 from .teacher_options import TEACHER_HELP, budget_of, teacher_options, teachers_of
 
@@ -22,7 +23,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--max-tokens", type=click.IntRange(4), default=96, show_default=True, help="Longest prompt.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Others for another.")
-@teacher_options()
+@teacher_options(required=False, default=DEFAULT_MODEL)
 @debug_option
 def prompts(**params: Any) -> int:
     """Write prompts that a model itself takes for a user's, such as its head can be trained on.

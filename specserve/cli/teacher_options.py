@@ -32,10 +32,13 @@ TEACHER_HELP = (
 _Option = Callable[[Command], Command]
 
 
-def teacher_options(*, many: bool = False, required: bool = True) -> Callable[[Command], Command]:
+def teacher_options(
+    *, many: bool = False, required: bool = True, default: str | None = None
+) -> Callable[[Command], Command]:
     """--teacher, once or `many` times, and what goes with it; `teachers_of` and `budget_of` read the parameters."""
     first = click.option(
         "--teacher", "teachers", multiple=True, metavar="SPEC", callback=None if many else _single, required=required,
+        default=default and (default,), show_default=True,
         help="Who answers (below)." + (" Repeat for several." if many else ""),
     )  # fmt: skip
 

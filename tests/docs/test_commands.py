@@ -93,7 +93,10 @@ def parse(words: list[str]) -> None:
         if not words:
             return
     options = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
-    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, words
+    given = {word.partition("=")[0] for word in words if word.startswith("-")}
+    assert {word for word in given if word.startswith("--")} <= options, words
+    needed = [param.opts for param in command.params if isinstance(param, click.Option) and param.required]
+    assert "--help" in given or all(given.intersection(names) for names in needed), (words, needed)
 
 
 def check_module(command: str) -> None:
