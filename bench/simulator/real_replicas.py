@@ -237,7 +237,8 @@ def main(
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="specserve-") as folder:
         model_dir, adapters_dir = Path(folder) / "model", Path(folder) / "adapters"
-        model_dir.mkdir(), adapters_dir.mkdir()
+        for made in (model_dir, adapters_dir):
+            made.mkdir()
         write_model(SHAPE, model_dir)
         words = {f"w{idx}": idx for idx in range(SHAPE.vocab_size)}
         Tokenizer(WordLevel(words, unk_token="w0")).save(str(model_dir / "tokenizer.json"))
