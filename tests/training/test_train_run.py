@@ -437,7 +437,8 @@ def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trai
     assert cli([*arguments, *small, "--set", "distill.rows=0"]) == 2
     assert "line 1: the last message is the user's; it must be the assistant's" in capsys.readouterr().err
     cli([*arguments, *small, "--check-data"])
-    assert "bad rows: 0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bad rows: 0" in out and "line 3, which the base model will answer:\n<|im_start|>" in out and "[[" not in out
     assert cli([*arguments, *small, "--set", "distill.max_tokens=1", "--output", str(tmp_path / "mute")]) == 2
     assert "the base answered no training prompt with more than one token" in capsys.readouterr().err
     assert cli([*arguments, *small]) == 0

@@ -93,6 +93,7 @@ def report_data(config: RunConfig) -> int:
     tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
         tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
+    tokenizer = tokenizer.on(config.data.date)
     encoder = RowEncoder(tokenizer, eos_token_ids(model_dir), config.data.system, model.vocab_size)
     unread: Counter[str] = Counter()
     texts: dict[int, str] = {}
@@ -116,6 +117,9 @@ def report_data(config: RunConfig) -> int:
     repeated, shared = ({line for line, _ in pairs} for pairs in (report.duplicates, report.overlap))
     click.echo("\n".join(near_report(texts, held_texts, repeated, shared)))
     for example in train[:3]:
+        if is_open:
+            click.echo(f"\nline {example.line}, which the base model will answer:\n{tokenizer.decode(example.prompt)}")
+            continue
         click.echo(f"\nline {example.line}, loss only on what stands between [[ and ]]:")
         click.echo(shown_as_trained(example, tokenizer))
     return report.num_problems + len(bad)
