@@ -7,7 +7,7 @@ import click
 
 SECTIONS = {
     "Serve and ask": ("serve", "ray", "chat", "generate", "batch"),
-    "Make rows to train on": ("distill", "synthesize", "label"),
+    "Make rows to train on": ("prompts", "distill", "synthesize", "label"),
     "Train and compare": ("train", "eval", "refit", "sweep", "curve", "leaderboard"),
     "Look after": ("doctor", "pull", "adapters", "store", "teacher-cache", "route", "keys", "bench", "completion"),
 }

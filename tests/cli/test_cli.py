@@ -112,7 +112,7 @@ def test_help_lists_every_command_in_one_section_with_its_whole_first_sentence(c
     assert sorted(listed) == sorted(cli.cli.commands)
     code, out, _ = run(capsys, "--help")
     words = " ".join(out.split())
-    assert code == 0 and "Make rows to train on: distill Let teachers answer the prompts of a file, and write" in words
+    assert code == 0 and "Make rows to train on: prompts Write prompts that a model itself takes for a user" in words
     assert "..." not in out.split("Serve and ask:")[1]
 
 
