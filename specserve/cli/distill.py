@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UserError
+from ..teachers.spec import DEFAULT_MODEL
 from .options import debug_option
 from .teacher_options import TEACHER_HELP, budget_of, teacher_options, teachers_of
 
@@ -103,7 +104,10 @@ _PLAIN = (
     metavar="K",
     help="Write the teachers' K most likely tokens at each token, for `train --set loss=mixed`.",
 )
-@click.option("--student", metavar="MODEL", default="", help="With --top-logprobs: the model that will be trained.")
+@click.option(
+    "--student", metavar="MODEL", default=DEFAULT_MODEL, show_default=True,
+    help="With --top-logprobs: the model that will be trained.",
+)  # fmt: skip
 @click.option("--from-cache", is_flag=True, help="Ask nobody: make rows of the answers that there are.")
 @debug_option
 def distill(**params: Any) -> int:
@@ -153,7 +157,7 @@ def _plan(params: dict[str, Any]) -> DistillPlan:
         system=params["system"],
         schema=read_schema(params["schema"]) if params["schema"] is not None else None,
         top_logprobs=params["top_logprobs"],
-        student=params["student"],
+        student="" if params["student"] == DEFAULT_MODEL else params["student"],
         max_cost=params["max_cost"],
         settings={name: _plain(value) for name, value in shown.items()},
         **{name: params[name] for name in _PLAIN},
