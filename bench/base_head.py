@@ -4,7 +4,7 @@ Two engines in one process, one with the head and one without; each round answer
 repeated text, and with the head, in an order that turns. Small models' answers loop, and loops are drafted perfectly:
 so tokens a verification are given for the answers that end, too.
 
-    python -m bench.base_head examples/base_head --data examples/data/base_chat.dev.jsonl [--temperature 0 ...] [--rows 24]
+    python -m bench.base_head examples/base_head --data examples/data/base_chat.dev.jsonl [--rows 24]
 """
 
 from __future__ import annotations

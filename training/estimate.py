@@ -2,7 +2,7 @@
 
 A few steps of the trainer, a forward, some steps of the head's fit and short answers are timed and scaled to the run's
 tokens. Nothing is kept. What cannot be measured beforehand is assumed, and said: that answers are as long as those of
-the rows, and that drafts bring `_DRAFT_RATIO` times the speed.
+the rows, or as they may be where rows have none, and that drafts bring `_DRAFT_RATIO` times the speed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -26,7 +26,7 @@ from .head_fit import anchors_of, collect_states, collect_teacher, fit_head, new
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
 from .lora_model import CausalModel, LoraModel, arithmetic
-from .preflight import Prepared
+from .preflight import Prepared, answers_itself
 from .run_config import RunConfig
 from .teacher_model import is_own_model, open_teacher
 from .trainer import Trainer
@@ -45,6 +45,7 @@ class Phase:
 
 def estimate_phases(prepared: Prepared) -> list[Phase]:
     """The phases of a run in order, each with the seconds that it should take."""
+    prepared = _answered(prepared)
     config, examples = prepared.config, prepared.examples
     device = _device()
     dtype = arithmetic(config.dtype, device)
@@ -83,7 +84,7 @@ def report_estimate(prepared: Prepared) -> None:
         click.echo(f"  {phase.name}: {minutes(phase.seconds)}")
     click.echo(
         f"time: about {minutes(sum(phase.seconds for phase in phases))} for {len(prepared.plan)} steps over "
-        f"{len(prepared.examples)} rows, if answers are as long as those of the rows and drafts make them "
+        f"{len(prepared.examples)} rows, if answers are as long as {_length(prepared)} and drafts make them "
         f"{_DRAFT_RATIO:g} times as fast"
     )
 
@@ -159,6 +160,28 @@ def _answer_phases(prepared: Prepared, adapter: Path | None, sample: Sequence[Ex
         f"{2 * (num_rows + num_single)} answers to held-out rows",
         sum(num_rows * each(8, most, ratio) + num_single * each(1, most, ratio) for ratio in (1.0, _DRAFT_RATIO)),
     )
+
+
+def _is_open(prepared: Prepared) -> bool:
+    """Whether the rows are prompts, so that nothing is known of the answers that the base will give."""
+    stand_ins = {tuple(example.completion) for example in prepared.examples}
+    return answers_itself(prepared.config) and len(stand_ins) == 1 < len(prepared.examples)
+
+
+def _length(prepared: Prepared) -> str:
+    return "distill.max_tokens" if _is_open(prepared) else "those of the rows"
+
+
+def _answered(prepared: Prepared) -> Prepared:
+    """With answers as long as they may be, where the rows have none."""
+    if not _is_open(prepared):
+        return prepared
+    num = prepared.config.distill.max_tokens
+    longer = [
+        Example(e.prompt + e.completion[:1] * num, [False] * e.prompt_len + [True] * num, e.line)
+        for e in prepared.examples
+    ]
+    return replace(prepared, examples=longer)
 
 
 def _sample(examples: Sequence[Example]) -> list[Example]:
