@@ -25,7 +25,8 @@ from .contamination import HeldOut
 from .held_output import check_writable, held
 from .synthesis.seeds import read_held_out
 
-ROUND = 256  # prompts that are asked for at a time
+ROUND = 256  # prompts that are asked for at a time, and fewer where fewer are missing
+_LEAST_ROUND = 16
 _TOP_P = 0.95
 _LEAST_CHARS = 12
 _LEAST_NEW = 0.02  # of a round; below it nothing new comes
@@ -94,23 +95,24 @@ class _Search:
 
     async def run(self, teacher: Teacher) -> Found:
         found, number, num_idle = self.found, 0, 0
-        while len(found.prompts) < self._options.rows and num_idle < _IDLE_ROUNDS:
-            num_before = len(found.prompts)
-            for result in await self._round(teacher, range(number, number + ROUND)):
-                reason = self._problem(result)
-                if reason is not None:
+        while (missing := self._options.rows - len(found.prompts)) and num_idle < _IDLE_ROUNDS:
+            num = min(ROUND, max(_LEAST_ROUND, 2 * missing))
+            for result in await self._round(teacher, range(number, number + num)):
+                if len(found.prompts) == self._options.rows:
+                    break
+                if (reason := self._problem(result)) is not None:
                     found.dropped[reason] += 1
-                elif len(found.prompts) < self._options.rows:
-                    assert isinstance(result, Answer)
-                    text = result.text.strip()
-                    self._near.add(str(len(found.prompts)), text)
-                    found.prompts.append(text)
-            number += ROUND
-            num_new = len(found.prompts) - num_before
-            num_idle = num_idle + 1 if num_new < _LEAST_NEW * ROUND else 0
+                    continue
+                assert isinstance(result, Answer)
+                text = result.text.strip()
+                self._near.add(str(len(found.prompts)), text)
+                found.prompts.append(text)
+            number += num
+            num_new = missing - self._options.rows + len(found.prompts)
+            num_idle = num_idle + 1 if num_new < _LEAST_NEW * num else 0
             self._say(f"{len(found.prompts)} of {self._options.rows} prompts; dropped: {told(found.dropped)}")
         if len(found.prompts) < self._options.rows:
-            found.ended = f"the last {_IDLE_ROUNDS * ROUND} texts brought nothing new"
+            found.ended = f"the last {_IDLE_ROUNDS} rounds of texts brought nothing new"
         return found
 
     async def _round(self, teacher: Teacher, numbers: range) -> list[Answer | TeacherError]:
