@@ -12,17 +12,14 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from ..errors import UserError, shortened
 from ..teachers import Answer, Ask, Budget, Teacher, TeacherError, TeacherSpec, open_teacher
 from ..teachers.local import LocalBackend
 from ..training.data.near_duplicates import NearDuplicates
-from ..whole_files import replace_file
 from .contamination import HeldOut
 from .held_output import check_writable, held
+from .synthesis.review import put_lines
 from .synthesis.seeds import read_held_out
 
 ROUND = 256  # prompts that are asked for at a time, and fewer where fewer are missing
@@ -79,7 +76,7 @@ def write_own_prompts(options: Options, spec: TeacherSpec, budget: Budget, say: 
         if not found.prompts:
             raise UserError(f"none of {found.num_asked} texts is a prompt: {told(found.dropped)}", param="teacher")
         rows = [{"messages": [{"role": "user", "content": prompt}]} for prompt in found.prompts]
-        replace_file(out, lambda new: new.write_bytes(b"".join(map(_line, rows))), sync=True)
+        put_lines(out, rows)
     return found
 
 
@@ -155,7 +152,3 @@ async def _asked(search: _Search, spec: TeacherSpec, budget: Budget) -> Found:
         assert isinstance(teacher.backend, LocalBackend)
         await asyncio.to_thread(teacher.backend.user_turn)  # before the model is loaded for it
         return await search.run(teacher)
-
-
-def _line(value: Any) -> bytes:
-    return msgspec.json.encode(value) + b"\n"
