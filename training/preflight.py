@@ -83,7 +83,8 @@ def prepare(config: RunConfig) -> Prepared:
         warnings.append(f"{num_left_out} of {len(rows)} rows are longer than data.max_len and left out")
     held_out = []
     if config.data.eval and config.eval.rows:
-        held_out = tokenize(read_rows(config.data.eval), tokenizer, eos, config.data.system, model.vocab_size)
+        held_rows = read_rows(config.data.eval, may_be_open=not config.lora.enabled)
+        held_out = tokenize(held_rows, tokenizer, eos, config.data.system, model.vocab_size)
         check_held_out(held_out, config.data.eval, model)
         warnings += _overlap(examples, held_out)
     copy_start = common_prefix_len(examples)

@@ -22,6 +22,7 @@ from specserve.errors import UserError
 from specserve.training.data.rows import read_rows
 from specserve.training.evaluation.answers import answer
 from specserve.training.evaluation.answers import make_engine as make_answering_engine
+from specserve.training.evaluation.evaluate import evaluate_directory
 from specserve.training.preflight import prepare
 from specserve.training.run_directory import held_directory
 from specserve.training.run_file import load_run
@@ -431,9 +432,11 @@ def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trai
     root, model_dir = trained
     arguments = ["train", str(root / "run.yaml"), "--head-only", "--base", "--output", str(tmp_path / "base")]
     small = ["--set", "distill.rows=12", "--set", "distill.epochs=40"]
-    asked = [json.dumps({"messages": row.messages[:-1]}) for row in read_rows(root / "train.jsonl")]  # prompts alone do
-    (tmp_path / "prompts.jsonl").write_text("\n".join(asked))
-    small += ["--data", str(tmp_path / "prompts.jsonl")]
+    for name in ("train", "dev"):  # prompts alone do
+        asked = [json.dumps({"messages": row.messages[:-1]}) for row in read_rows(root / f"{name}.jsonl")]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(asked))
+    held_out = tmp_path / "dev.jsonl"
+    small += ["--data", str(tmp_path / "train.jsonl"), "--eval-data", str(held_out)]
     assert cli([*arguments, *small, "--set", "distill.rows=0"]) == 2
     assert "line 1: the last message is the user's; it must be the assistant's" in capsys.readouterr().err
     cli([*arguments, *small, "--check-data"])
@@ -453,6 +456,14 @@ def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trai
     history_file.unlink()  # the head drafts, then
     report = json.loads((tmp_path / "base" / "report.json").read_text())
     assert report["is_base_head"] and report["lookahead"]["error"] is None
+    assert report["task"] == {} and report["rows"] == 6 and report["answers_without_end"] > 0
+    assert not any("task metric |" in (tmp_path / "base" / name).read_text() for name in ("README.md", "report.html"))
+    assert cli(["eval", str(root / "out" / "task"), "--data", str(held_out)]) == 2  # an adapter is held against answers
+    assert "dev.jsonl line 1: the last message is the user's" in capsys.readouterr().err
+    answered = (root / "dev.jsonl").read_text().splitlines()
+    held_out.write_text("\n".join([*held_out.read_text().splitlines()[:1], answered[1]]))
+    report = evaluate_directory(tmp_path / "base", max_tokens=8)
+    assert report["rows"] == 2 and report["task"]["exact_match"] in (0, 1)  # of the row that has an answer
     assert report["answers_equal_with_and_without_drafts"] == 1.0
     assert "of the base model itself" in (tmp_path / "base" / "README.md").read_text()
     prepared = prepare(load_run(root / "run.yaml", [], {}))

@@ -31,6 +31,7 @@ def test_a_good_run_ends_with_its_metric_and_its_speed():
     task, speed = summary_of(report())
     assert "exact_match 0.800, valid_json 1.000" in task and "40 held-out rows" in task and "main" not in task
     assert "batch 8: 90 tokens/s with drafts, 30 without (3.00x)" in speed
+    assert summary_of(report(task={})) == [speed]  # of prompts alone
     assert warnings_of(report()) == [] == steps_warning(24, 24) == steps_warning(None, 24)
 
 

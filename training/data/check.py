@@ -102,7 +102,8 @@ def report_data(config: RunConfig) -> int:
     train, bad = read_examples(config.data.train, encoder, texts, config.data.max_rows, unread, may_be_open=is_open)
     held_out: list[Example] = []
     if config.data.eval:
-        held_out, bad_too = read_examples(config.data.eval, encoder, held_texts)
+        may_be_open = not config.lora.enabled
+        held_out, bad_too = read_examples(config.data.eval, encoder, held_texts, may_be_open=may_be_open)
         bad += bad_too
     for error in bad:
         click.echo(f"bad row: {error}")

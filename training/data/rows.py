@@ -30,6 +30,7 @@ class Row:
     conversation: Conversation
     line: int  # 1-based
     where: str = ""  # file and line, for messages
+    is_open: bool = False  # its last answer is a stand-in
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ def parse_row(text: str, line: int, where: str, *, may_be_open: bool = False) ->
     """One line of the file as a conversation. Raises `UserError` that starts with `where`."""
     value = parse_object(text, where)
     filled = with_answer(value) if may_be_open else None
-    return Row(read_conversation(filled or value, where), line, where)
+    return Row(read_conversation(filled or value, where), line, where, filled is not None)
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:

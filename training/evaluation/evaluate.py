@@ -7,12 +7,13 @@ examples.json and the model card; `specserve eval DIR` does it again for a finis
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from ...adapter_files import CONFIG_FILE
 from ...errors import UserError
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
@@ -38,7 +39,7 @@ def evaluate_directory(
 ) -> dict[str, Any]:
     """Evaluate the lookahead LoRA, or the base's head, in `directory` on `data`; returns the report.
 
-    data: default: the held-out rows of its run.
+    data: default: the held-out rows of its run. Those of a head may lack their answers: what is drafted is the base's.
     """
     directory = Path(directory)
     run_file = directory / RUN_FILE
@@ -52,14 +53,19 @@ def evaluate_directory(
     model_dir = resolve_model(config.model if config is not None else "")
     tokenizer = TextTokenizer(model_dir).for_adapter_in(directory)
     system = config.data.system if config is not None else None
-    held_out = read_rows(data, rows)
+    held_out = read_rows(data, rows, may_be_open=not (directory / CONFIG_FILE).is_file())
     examples = tokenize(held_out, tokenizer, eos_token_ids(model_dir), system)
     check_held_out(examples, str(data), ModelConfig.from_dir(model_dir))
     longest = max(len(example.prompt) for example in examples)
     served = Served.of(model_dir, directory, batch=8, max_len=longest + max_tokens + 1)
     engine = served.engine
     prompts = [example.prompt for example in examples]
-    gold = [tokenizer.decode(example.completion, skip_special_tokens=True) for example in examples]
+    open_lines = {row.line for row in held_out if row.is_open}
+    gold = {
+        idx: tokenizer.decode(example.completion, skip_special_tokens=True)
+        for idx, example in enumerate(examples)
+        if example.line not in open_lines
+    }
 
     runs: dict[str, dict[str, Answers]] = {"batch 1": {}, "batch 8": {}}
     single = prompts[:SINGLE_ROWS]
@@ -76,8 +82,8 @@ def evaluate_directory(
         "data": str(data),
         "hardware": hardware_of(engine),
         "dtype": engine.info.dtype,
-        "task": task_metrics([a.text for a in plain.answers], gold),
-        "task_with_drafts": task_metrics([a.text for a in drafted.answers], gold),
+        "task": _task(plain, gold),
+        "task_with_drafts": _task(drafted, gold),
         "answers_equal_with_and_without_drafts": sum(same) / len(same),
         "mean_accepted_length": round(drafted.mean_accepted_length, 3),
         "mean_accepted_length_batch_1": round(runs["batch 1"]["auto"].mean_accepted_length, 3),
@@ -101,8 +107,13 @@ def evaluate_directory(
     return report
 
 
+def _task(answers: Answers, gold: Mapping[int, str]) -> dict[str, float]:
+    """Metrics of the answers whose rows have one, by index; none where no row has."""
+    return task_metrics([answers.answers[idx].text for idx in gold], list(gold.values())) if gold else {}
+
+
 def _endless(answers: Answers, examples: Sequence[Example], max_tokens: int) -> dict[str, float]:
-    """Of all answers and of all accepted drafts, the share of answers at the limit where the wanted one is shorter."""
+    """Of all answers and of all accepted drafts, the share of answers at the limit where no wanted one goes so far."""
     pairs = zip(answers.answers, examples, strict=True)
     endless = [a for a, e in pairs if a.finish_reason == "length" and len(e.completion) < max_tokens]
     accepted = sum(sum(a.accepted_by_source.values()) for a in endless)

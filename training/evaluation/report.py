@@ -36,13 +36,14 @@ def write_files(directory: Path, report: dict[str, Any], plots: Sequence[Plot], 
 _LORA = """A lookahead LoRA: a plain PEFT LoRA, and beside it a small head and a task history that draft its next
 tokens. Any tool loads the LoRA alone; specserve uses the rest to answer faster with the same tokens."""
 _BASE_HEAD = """A lookahead head of the base model itself, without a LoRA: it drafts the next tokens of requests without
-adapter, which are answered faster with the same tokens (`specserve serve --base-head DIR`). The task metric is the base
+adapter, which are answered faster with the same tokens (`specserve serve --base-head DIR`). A task metric is the base
 model's."""
 
 
 def model_card(name: str, report: dict[str, Any]) -> str:
     """The card in Markdown; every number is of report.json."""
-    task = "\n".join(f"| {key} | {value:.4f} |" for key, value in report["task"].items() if key != "main")
+    metrics = [f"| {key} | {value:.4f} |\n" for key, value in report["task"].items() if key != "main"]
+    task = "".join(["| task metric | |\n|---|---|\n", *metrics, "\n"]) if metrics else ""
     speed = "\n".join(
         f"| {batch} | {v['tokens_per_s_without_drafts']} | {v['tokens_per_s']} | {v['ratio']} | {v['decode_ratio']} |"
         for batch, v in report["speed"].items()
@@ -57,11 +58,7 @@ library_name: {"specserve" if report.get("is_base_head") else "peft"}
 
 {warnings_in_card(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
 
-| task metric | |
-|---|---|
-{task}
-
-Tokens a verification: **{report["mean_accepted_length"]}** at batch 8, {report["mean_accepted_length_batch_1"]} at 1.
+{task}Tokens a verification: **{report["mean_accepted_length"]}** at batch 8, {report["mean_accepted_length_batch_1"]} at 1.
 Answers equal with and without drafts: {report["answers_equal_with_and_without_drafts"]:.1%}{_rounding(report)}.
 Accepted drafts by source: {sources}.
 

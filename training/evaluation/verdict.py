@@ -23,7 +23,7 @@ COMPARED = {
 
 def summary_of(report: dict[str, Any]) -> list[str]:
     """Task metric, what it is to be compared with, and speed, as far as they were measured; a line each."""
-    lines = [f"task, on {report['rows']} held-out rows: {_shown(report['task'])}"]
+    lines = [f"task, on {report['rows']} held-out rows: {_shown(report['task'])}"] if report["task"] else []
     lines += [f"{what}: {_shown(report[name])}" for name, what in COMPARED.items() if name in report]
     if "speed" not in report:
         return lines
@@ -54,8 +54,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
     found = [] if report.get("is_base_head") else _task_warnings(report["task"])  # the rows' answers were not learned
     if report["answers_without_end"] > _MOST_ENDLESS:
         found.append(
-            f"{report['answers_without_end']:.0%} of the answers do not end where the wanted ones do, but at the limit "
-            "of tokens: they probably loop"
+            f"{report['answers_without_end']:.0%} of the answers do not end before the limit of tokens, to which no "
+            "wanted one goes: they probably loop"
         )
     if report["accepted_in_answers_without_end"] > _MOST_REPEATED:
         share, sources = report["accepted_in_answers_without_end"], report["accepted_by_source"]
