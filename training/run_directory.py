@@ -23,9 +23,8 @@ from ..file_lock import FileLock
 from ..whole_files import replace_file
 from .checkpoint import CHECKPOINT_FILE
 from .run_config import RunConfig
-from .run_file import load_run, save_resolved
+from .run_file import RUN_FILE, load_run, save_resolved
 
-RUN_FILE = "run.yaml"
 LOCK_FILE = "run.lock"
 _LEAST_FREE_BYTES = 200 << 20
 _DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "too large a file"}

@@ -7,6 +7,7 @@ model or the data can tell is looked at in preflight.py.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import math
 import re
@@ -23,6 +24,7 @@ from ..given_files import check_given
 from ..strict_yaml import read_yaml, strict_loader
 from .run_config import ALL_LINEAR, TARGETS, RunConfig
 
+RUN_FILE = "run.yaml"  # in the output directory: what the run was
 _PATHS = ("data.train", "data.eval", "lora.adapter", "output", "teacher")
 
 
@@ -106,6 +108,17 @@ def absolute(config: RunConfig) -> dict[str, Any]:
         if holder[field]:
             holder[field] = str(Path(holder[field]).resolve())
     return values
+
+
+def began_on(directory: Path) -> datetime.date | None:
+    """The day of the run whose result is in `directory`: its rows have it wherever the chat template writes a date.
+
+    None where nothing says so, as beside another tool's adapter.
+    """
+    try:
+        return load_run(directory / RUN_FILE, [], {}).data.date if (directory / RUN_FILE).is_file() else None
+    except UserError:
+        return None
 
 
 def known_keys() -> list[str]:

@@ -32,8 +32,7 @@ def refit(
     from ..model.store import resolve_model
     from ..training.refit import refit as fit
     from ..training.run_config import HeadConfig
-    from ..training.run_directory import RUN_FILE
-    from ..training.run_file import load_run
+    from ..training.run_file import RUN_FILE, load_run
 
     config = load_run(directory / RUN_FILE, [], {}) if (directory / RUN_FILE).is_file() else None
     name = model if model is not None else config.model if config is not None else ""

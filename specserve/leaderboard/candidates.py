@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..errors import UserError
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 from ..model.store import resolve_model
 from ..strict_json import decode_json
+from ..training.run_file import began_on
 from .entries import Kind, Model, StoredModel, Task
 
 _FORMAT = 1  # of how answers are made; another one makes them anew
@@ -30,6 +32,7 @@ class Candidate:
     model_dir: Path
     identity: str
     content_hash: str | None  # of the adapter
+    day: datetime.date | None = None  # that its chat template takes for today
 
     @property
     def adapter(self) -> Path | None:
@@ -45,11 +48,12 @@ def candidate(stored: StoredModel) -> Candidate:
     """Raises `UserError` where base or adapter cannot be read."""
     model_dir = resolve_model(stored.model.base)
     parts = [base_fingerprint(model_dir), tokenizer_fingerprint(model_dir)]
-    content_hash = None
+    content_hash = day = None
     if stored.model.adapter is not None:
         content_hash, text_hash = _adapter_hashes(Path(stored.model.adapter))
-        parts += [content_hash, str(text_hash)]
-    return Candidate(stored.number, stored.name, stored.model, model_dir, " ".join(parts), content_hash)
+        day = began_on(Path(stored.model.adapter))
+        parts += [content_hash, str(text_hash), *([day.isoformat()] if day is not None else [])]
+    return Candidate(stored.number, stored.name, stored.model, model_dir, " ".join(parts), content_hash, day)
 
 
 def checked_model(base: str, adapter: Path | None) -> Model:

@@ -171,7 +171,7 @@ def prompts_of(model: Candidate, task: StoredTask, missing: Iterable[str]) -> di
     tokenizer = TextTokenizer(model.model_dir)
     if model.adapter is not None:
         tokenizer = tokenizer.for_adapter_in(model.adapter)
-    encoder = RowEncoder(tokenizer, eos_token_ids(model.model_dir), task.task.system)
+    encoder = RowEncoder(tokenizer.on(model.day), eos_token_ids(model.model_dir), task.task.system)
     limit = ModelConfig.from_dir(model.model_dir).max_position_embeddings - 1
     wanted, prompts = set(missing), {}
     for row in conversations(task.task):

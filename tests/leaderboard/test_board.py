@@ -1,5 +1,6 @@
 """Tasks, models and cells: what is run, what is kept, what is run again, and what a mistake is told."""
 
+import datetime
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from engine_fixture import make_engine, request, run
 from lookahead_adapters import make_lookahead_adapter
@@ -15,6 +17,7 @@ from places import ROOT
 from pooling_adapters import make_pooling_adapter
 from pooling_rows import write_pooling_rows
 from served_poolers import EMBEDDER, RANKER
+from tiny_models import CHAT_TEMPLATE
 from training_fixture import write_rows
 from waiting import wait_until
 
@@ -26,6 +29,7 @@ from specserve.leaderboard.pairs import asked_hash, asks_of
 from specserve.leaderboard.removal import removed
 from specserve.leaderboard.runner import prompts_of
 from specserve.leaderboard.store import LeaderboardStore, model_locks
+from specserve.text.tokenizer import TextTokenizer
 from specserve.training.evaluation import answers as answers_module
 from specserve.training.evaluation.task_metrics import task_metrics
 
@@ -114,6 +118,25 @@ def test_answers_are_the_engines_with_the_adapters_template(ran, model_dir, adap
     result = run(engine, [request("r", prompt, max_tokens=6, adapter=content_hash)])["r"]
     kept = store.answers(cells["text", "first"].config_hash)[row.prompt_hash]
     assert (kept.num_tokens, kept.finish_reason) == (len(result.tokens), result.finish_reason)
+    store.close()
+
+
+def test_a_template_that_writes_the_date_writes_the_day_of_training(ran, adapters, tmp_path):
+    dated = shutil.copytree(adapters / "first", tmp_path / "dated")
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%F') }}" + CHAT_TEMPLATE)
+    store = LeaderboardStore(ran.path)
+    task, stored = store.tasks()[1], next(model for model in store.models() if model.name == "first")
+    stored = msgspec.structs.replace(stored, model=msgspec.structs.replace(stored.model, adapter=str(dated)))
+    row, found = store.rows(task)[0], {}
+    for run_file in (None, "data: {date: 2024-07-26}", "somebody: else's"):
+        if run_file is not None:
+            (dated / "run.yaml").write_text(run_file)
+        one = candidate(stored)
+        (prompt,) = prompts_of(one, task, [row.prompt_hash]).values()
+        found[run_file] = one.identity, TextTokenizer(one.model_dir).decode(prompt)
+    (unknown, today), (identity, then), foreign = found.values()
+    assert then.startswith("2024-07-26<|im_start|>") and today.startswith(datetime.date.today().isoformat())
+    assert identity != unknown and foreign == (unknown, today)
     store.close()
 
 

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -462,7 +463,11 @@ def test_the_bare_base_gets_a_head_that_drafts_its_answers_and_changes_none(trai
     assert "dev.jsonl line 1: the last message is the user's" in capsys.readouterr().err
     answered = (root / "dev.jsonl").read_text().splitlines()
     held_out.write_text("\n".join([*held_out.read_text().splitlines()[:1], answered[1]]))
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ strftime_now('%F') }}" + CHAT_TEMPLATE)
+    run_file = tmp_path / "base" / "run.yaml"
+    run_file.write_text(re.sub(r"(?<= date: ).*", "2024-07-26", run_file.read_text()))
     report = evaluate_directory(tmp_path / "base", max_tokens=8)
+    assert "<pre>2024-07-26" in (tmp_path / "base" / "report.html").read_text()  # the run's day, on any other
     assert report["rows"] == 2 and report["task"]["exact_match"] in (0, 1)  # of the row that has an answer
     assert report["answers_equal_with_and_without_drafts"] == 1.0
     assert "of the base model itself" in (tmp_path / "base" / "README.md").read_text()

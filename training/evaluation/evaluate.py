@@ -23,8 +23,7 @@ from ..data.dataset import Example, read_rows, tokenize
 from ..metrics_file import METRICS_FILE, read_metrics
 from ..preflight import check_held_out
 from ..run_config import RunConfig
-from ..run_directory import RUN_FILE
-from ..run_file import load_run
+from ..run_file import RUN_FILE, began_on, load_run
 from .answers import Answers, Served, answer, hardware_of
 from .examples import shaded_answers, write_examples
 from .report import write_report
@@ -51,7 +50,7 @@ def evaluate_directory(
             raise UserError(f"{run_file} names no held-out rows (data.eval); give --data FILE", param="data")
         data = Path(config.data.eval)
     model_dir = resolve_model(config.model if config is not None else "")
-    tokenizer = TextTokenizer(model_dir).for_adapter_in(directory)
+    tokenizer = TextTokenizer(model_dir).for_adapter_in(directory).on(began_on(directory))
     system = config.data.system if config is not None else None
     held_out = read_rows(data, rows, may_be_open=not (directory / CONFIG_FILE).is_file())
     examples = tokenize(held_out, tokenizer, eos_token_ids(model_dir), system)

@@ -58,7 +58,8 @@ library_name: {"specserve" if report.get("is_base_head") else "peft"}
 
 {warnings_in_card(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
 
-{task}Tokens a verification: **{report["mean_accepted_length"]}** at batch 8, {report["mean_accepted_length_batch_1"]} at 1.
+{task}\
+Tokens a verification: **{report["mean_accepted_length"]}** at batch 8, {report["mean_accepted_length_batch_1"]} at 1.
 Answers equal with and without drafts: {report["answers_equal_with_and_without_drafts"]:.1%}{_rounding(report)}.
 Accepted drafts by source: {sources}.
 

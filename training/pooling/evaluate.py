@@ -18,8 +18,7 @@ from ...text.tokenizer import TextTokenizer
 from ..evaluation.verdict import steps_warning
 from ..metrics_file import METRICS_FILE, read_metrics
 from ..run_config import RunConfig
-from ..run_directory import RUN_FILE
-from ..run_file import load_run
+from ..run_file import RUN_FILE, load_run
 from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample, RerankExample, Tokens
 from .measure import measure_classes, measure_embeddings, measure_reranking
 from .report import write_pooling_report

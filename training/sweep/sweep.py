@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..run_config import RunConfig
 from ..run_file import absolute, check_ready, load_run
 from .grid import check_grid, config_of, names_of, parse_grid, points_of
 from .halving import default_rungs
-from .results import SweepDirectory, SweepPlan
+from .results import SWEEP_FILE, SweepDirectory, SweepPlan
 
 GENERAL_FILE = Path(__file__).with_name("general.jsonl")
 
@@ -49,6 +50,7 @@ def prepared_sweep(
     base = msgspec.structs.replace(base, output=base.output or "adapter")
     check_ready(base)
     settings, general = absolute(base), str((flags.general or GENERAL_FILE).resolve())
+    settings["data"]["date"] = settings["data"]["date"] or _day_of(SweepDirectory(directory))
     configs = [config_of(settings, point) for point in points]
     for config in configs:  # unknown keys first: check_grid takes them for settings
         check_ready(config)
@@ -68,6 +70,14 @@ def prepared_sweep(
         files={file: input_hash(Path(file)) for file in dict.fromkeys(files)},
     )
     return SweepDirectory(directory), plan
+
+
+def _day_of(directory: SweepDirectory) -> str | None:
+    """When the sweep began: all its runs have the same rows where the chat template writes the date."""
+    if not (directory.path / SWEEP_FILE).is_file():
+        return datetime.date.today().isoformat()
+    day: str | None = directory.plan().base["data"].get("date")
+    return day
 
 
 def _check_model(base: RunConfig, general: Sequence[Row]) -> None:

@@ -1,5 +1,6 @@
 """A sweep of a tiny model: rungs, promotion, collapse, interruption."""
 
+import datetime
 import json
 import os
 import re
@@ -133,7 +134,7 @@ def test_what_a_base_cannot_do_is_said_before_any_run(folder, sweep_model, tmp_p
     assert "MixtralForCausalLM is not supported" in capsys.readouterr().err and not (tmp_path / "sweep").exists()
 
 
-def test_a_sweep_is_of_the_rows_and_logits_that_its_runs_read(folder):
+def test_a_sweep_is_of_the_rows_logits_and_day_that_its_runs_read(folder, monkeypatch):
     rows, general, output = folder / "known.jsonl", folder / "general.jsonl", folder / "known"
     logits = rows.with_suffix(".logits.safetensors")
     write_rows(rows, 4), write_rows(general, 3)
@@ -156,7 +157,13 @@ def test_a_sweep_is_of_the_rows_and_logits_that_its_runs_read(folder):
         with pytest.raises(UserError, match=f"{path} changed since the sweep in {output} began"):
             begin()
         path.write_bytes(old)
+    today = SweepDirectory(output).plan().base["data"]["date"]
+    assert today == datetime.date.today().isoformat()
+    tomorrow = datetime.date.today() + datetime.timedelta(days=1)
+    later = SimpleNamespace(date=SimpleNamespace(today=lambda: tomorrow))
+    monkeypatch.setattr("specserve.training.sweep.sweep.datetime", later)
     begin()
+    assert SweepDirectory(output).plan().base["data"]["date"] == today
 
 
 def result(loss, score=None, marks=()):
