@@ -118,6 +118,16 @@ class TextTokenizer:
         """Token ids of `text` with special tokens read as plain letters."""
         return _ids(self._literal, text, add_special_tokens=False)
 
+    def encode_continued(self, text: str, chat_prompt: Sequence[int] = ()) -> list[int]:
+        """Token ids of `text`, special tokens in it as letters, as a model would write it behind another one.
+
+        chat_prompt: what it answers. Words of SentencePiece begin with a space; where the chat template ends within a
+        line ("[/INST]"), so does an answer, whether the text has that space or not.
+        """
+        if chat_prompt and not text[:1].isspace() and not self.token_text(chat_prompt[-1]).endswith("\n"):
+            return self.encode_literal(text)
+        return self._continued(self._literal, text)
+
     def min_num_tokens(self, text: str) -> int:
         """How many tokens `text` has at least, by its bytes alone."""
         return self._bound.min_num_tokens(text)

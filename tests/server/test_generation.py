@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 import msgspec
 import pytest
+from sentencepiece_tokenizer import SCHEMES, make_sentencepiece
 from waiting import until
 
 from specserve.chat.types import Message
@@ -24,7 +25,7 @@ from specserve.server.loaded_names import UseCounts
 from specserve.server.lorax.api import LoraxRoutes
 from specserve.server.lorax.types import LoraxParameters, LoraxRequest
 from specserve.server.metrics.metrics import Metrics
-from specserve.server.openai.request_types import ChatRequest, CompletionRequest
+from specserve.server.openai.request_types import ChatRequest, CompletionRequest, Prediction
 from specserve.text.tokenizer import LONG_TEXT, TextTokenizer
 
 INFO = EngineInfo("tiny", "tiny", 320, 128, 8, 16, "cpu", "fp32", 1, [2])
@@ -336,4 +337,31 @@ async def test_inputs_are_not_run_with_another_tokenizer_than_made_their_tokens(
         await lorax_job(generator, caller)
     assert refused.value.code == "adapter_changed"
     assert (await lorax_job(generator, caller))[0].adapter_info.text_hash == "another template"
+    await generator.close()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_a_prediction_is_the_tokens_of_an_answer_that_says_it(tmp_path, scheme):
+    """SentencePiece would begin it with a space of its own, which no answer at the beginning of a line has."""
+    template = "<s>{{ messages[0].content }}"
+    tokenizer = TextTokenizer(make_sentencepiece(tmp_path, scheme, template))
+    engine = Engine()
+    engine.info = msgspec.structs.replace(INFO, vocab_size=tokenizer.vocab_size)
+    generator = Generator(ServeConfig(), engine, Store(), tokenizer, "base", Metrics())
+
+    async def said(request):
+        (made,) = (await generator.prepare(request, KeyRing(ServeConfig()).anonymous)).requests
+        return tokenizer.detokenizer(made.prompt_token_ids).write(made.prediction_token_ids, 0, True)
+
+    for asked, expected, answer in (
+        ("jumps over\n", "the fox", "the fox"),
+        ("jumps over\n", " the fox", " the fox"),
+        ("jumps over [/INST]", "the fox", " the fox"),
+        ("jumps over [/INST]", " the fox", " the fox"),
+        ("jumps over [/INST]", "\nthe fox", "\nthe fox"),
+    ):
+        messages = [Message(role="user", content=asked)]
+        request = ChatRequest(messages=messages, prediction=Prediction("content", expected))
+        assert await said(request) == answer, asked
+    assert await said(CompletionRequest(prompt="the f", prediction=Prediction("content", "ox"))) == "ox"
     await generator.close()

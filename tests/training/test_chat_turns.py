@@ -7,10 +7,10 @@ import datetime
 import json
 
 import pytest
-from tiny_models import CORPUS, make_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from sentencepiece_tokenizer import SCHEMES, make_sentencepiece
+from tiny_models import make_tokenizer
+from tokenizers import AddedToken
 from tool_templates import HERMES, LLAMA3
-from transformers import PreTrainedTokenizerFast
 
 from specserve.adapters.pooling_config import PoolingConfig
 from specserve.errors import UserError
@@ -225,23 +225,11 @@ def test_serving_stops_at_the_models_ids_and_at_the_tokenizers_own(tmp_path, gen
     assert eos_token_ids(tmp_path) == want
 
 
-@pytest.mark.parametrize("scheme", ["always", "first"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_spelled_token_puts_no_space_into_a_message_or_an_answer(tmp_path, scheme):
     """SentencePiece begins each text that it is given with a space, Llama 2's behind each special token, too."""
-    bare = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    if scheme == "always":
-        bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        bare.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=specials, show_progress=False)
-    bare.train_from_iterator(CORPUS, trainer)
-    bare.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    described = json.loads(bare.to_str())
-    described["added_tokens"] = described["added_tokens"][:3]  # bytes are tokens like others
-    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token="</s>")
-    fast.chat_template = CHATML.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
-    fast.save_pretrained(tmp_path)
+    template = CHATML.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+    make_sentencepiece(tmp_path, scheme, template)
     tokenizer = TextTokenizer(tmp_path)
     plain, spelled = tokenize([row("the fox", "dog"), row("the <s>fox</s>", "dog")], tokenizer, ids_of_end(tokenizer))
     assert spelled.completion == plain.completion

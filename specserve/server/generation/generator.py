@@ -43,7 +43,7 @@ from ..openai.conversion import (
     sampling_params,
     speculation_params,
 )
-from ..openai.request_types import ChatRequest, CompletionRequest, GenerationFields
+from ..openai.request_types import ChatRequest, CompletionRequest
 from ..routing.router import Router, said
 from ..routing.types import Routing
 from ..spans import Spans
@@ -159,7 +159,7 @@ class Generator:
             sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
         speculation = speculation_params(request, self.config, num)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
-        prediction = await self._prediction(request, tokenizer)
+        prediction = await self._prediction(request, tokenizer, prompts[0][1])
         together = Together(job_id, num, n * sum(len(ids) for _, ids in prompts)) if num > 1 else None
         requests = [
             GenerateRequest(
@@ -222,12 +222,18 @@ class Generator:
                 message = f"x-adapter of tool {tool.name!r}: {error}"
                 raise UserError(message, param="tools", code=error.code, status=error.status) from None
 
-    async def _prediction(self, request: GenerationFields, tokenizer: TextTokenizer) -> list[int]:
+    async def _prediction(
+        self, request: CompletionRequest | ChatRequest, tokenizer: TextTokenizer, prompt: list[int]
+    ) -> list[int]:
         if request.prediction is None:
             return []
         text, limit = joined(request.prediction.content), self.engine.info.max_model_len
         tokenizer.check_len([text], limit, "prediction")
-        return (await self.prompts.read(tokenizer, len(text), tokenizer.encode_literal, text))[:limit]
+        is_answer = isinstance(request, ChatRequest) and not request.continue_final_message
+        ids = await self.prompts.read(
+            tokenizer, len(text), tokenizer.encode_continued, text, prompt if is_answer else ()
+        )
+        return ids[:limit]
 
     def deltas(self, job: Job) -> AsyncGenerator[tuple[int, Delta]]:
         """(sequence index, delta) of all sequences. Raises `UserError`; leaving the iterator aborts what still runs."""
