@@ -247,10 +247,10 @@ def ids_of_end(tokenizer):
 
 def test_a_template_that_writes_the_date_writes_the_day_that_is_given(make):
     template = "{% set day = strftime_now('%d %b %Y') %}\n{{ day }}, the {{ strftime_now('%-d') }}th: "
-    template += "{{ strftime_now('%F %T %% ') }}" + CHATML
+    template += "{{ strftime_now('%F %T %%d %%%d ') }}" + CHATML
     tokenizer = make(template).on(datetime.date(2024, 7, 26))
     (text,) = trained(tokenizer, [row("Hi", "Yes")], ["<|im_end|>"])
-    assert text.startswith("26 Jul 2024, the 26th: 2024-07-26 00:00:00 % <|im_start|>user")
+    assert text.startswith("26 Jul 2024, the 26th: 2024-07-26 00:00:00 %d %26 <|im_start|>user")
     assert text.endswith("[[Yes<|im_end|>]]")
     assert tokenizer.decode(tokenizer.on(None).encode_chat([{"role": "user", "content": "Hi"}])) != text.split("[[")[0]
 
