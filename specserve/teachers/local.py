@@ -21,6 +21,7 @@ import msgspec
 
 from ..adapter_files import check_complete, open_adapter, read_texts
 from ..adapters.kind import adapter_type_in
+from ..chat.messages import template_variables
 from ..errors import UserError
 from ..llm.async_llm import AsyncLLM
 from ..llm.outputs import CompletionOutput, RequestOutput
@@ -96,8 +97,10 @@ class LocalBackend:
 
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer and chat template of what it is asked."""
-        tokenizer = TextTokenizer(self.model_dir)
-        return tokenizer if self._spec.adapter is None else tokenizer.for_adapter_in(self._spec.adapter)
+        tokenizer, fields = TextTokenizer(self.model_dir), self._spec.fields
+        if self._spec.adapter is not None:
+            tokenizer = tokenizer.for_adapter_in(self._spec.adapter)
+        return tokenizer.given(template_variables(fields.get("chat_template_kwargs"), fields.get("reasoning_effort")))
 
     def as_taken(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """A conversation as its chat template takes it."""

@@ -20,9 +20,9 @@ def user_turn(tokenizer: TextTokenizer) -> tuple[list[int], int]:
             "into its directory",
             param="teacher",
         )
-    mark = secrets.token_hex(16)
-    rendered = tokenizer.template.render([{"role": "user", "content": mark}], False, None)
-    before, found, behind = rendered.partition(mark)
+    message = {"role": "user", "content": secrets.token_hex(16)}
+    chat = tokenizer.template.hidden_chat([message], add_generation_prompt=False)
+    before, found, behind = tokenizer.template.render_chat(chat).partition(chat.messages[0]["content"])
     specials = tokenizer.special_tokens
     end = re.search("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)", behind)
     if not found or end is None:
@@ -31,7 +31,7 @@ def user_turn(tokenizer: TextTokenizer) -> tuple[list[int], int]:
             "write prompts by hand, or make them with `specserve synthesize`",
             param="teacher",
         )
-    tokens = tokenizer.encode(before, add_special_tokens=False)
+    tokens = tokenizer.encode_marked(before, chat.marks)
     if not tokens:
         raise UserError(
             "the chat template writes nothing before a user's message, so the model cannot be asked what a user would "

@@ -43,11 +43,19 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._specials = specials
         self._day: datetime.date | None = None
+        self._given: dict[str, Any] = {}
 
     def on(self, day: datetime.date | None) -> ChatTemplate:
         """The same template, which takes `day` for today; None: today is."""
         other = copy.copy(self)
         other._day = day
+        return other
+
+    def given(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """The same template, which gets `variables` with every conversation. Raises `UserError` as `hidden_chat`."""
+        self._check(variables)
+        other = copy.copy(self)
+        other._given = dict(variables)
         return other
 
     def of_adapter(self, text: Any, adapter: str, base: ChatTemplate) -> ChatTemplate:
@@ -66,26 +74,30 @@ class ChatTemplate:
     ) -> HiddenChat:
         """The conversation to render. Special tokens that messages, tool calls, tools or variables spell are letters:
         marks stand for them while it renders. Raises `UserError` for a variable that would replace a special token."""
-        for name in variables or ():
-            if name in self._tokenizer.special_tokens_map:
-                raise UserError(
-                    f"chat_template_kwargs.{name} would replace a token of the model; leave it out",
-                    param="chat_template_kwargs",
-                )
+        self._check(variables or {})
+        variables = {**self._given, **(variables or {})}
         spells = any(special in message["content"] for message in messages for special in self._specials)
         marks = Marks()
         hidden: list[dict[str, Any]] = [
             {**self.hide({**message, "content": ""}, marks), "content": message["content"]} for message in messages
         ]
         hidden_tools = self.hide(tools, marks)
-        hidden_variables = self.hide(dict(variables or {}), marks)
-        plain = hidden == list(messages) and hidden_tools == tools and hidden_variables == (variables or {})
+        hidden_variables = self.hide(variables, marks)
+        plain = hidden == list(messages) and hidden_tools == tools and hidden_variables == variables
         if plain and not spells and not continue_final:
             return HiddenChat(hidden, tools, add_generation_prompt, marks, None, hidden_variables)
         for message in hidden:
             message["content"] = marks.new(message["content"])
         last_mark = hidden[-1]["content"] if continue_final else None
         return HiddenChat(hidden, hidden_tools, add_generation_prompt, marks, last_mark, hidden_variables)
+
+    def _check(self, variables: Mapping[str, Any]) -> None:
+        for name in variables:
+            if name in self._tokenizer.special_tokens_map:
+                raise UserError(
+                    f"chat_template_kwargs.{name} would replace a token of the model; leave it out",
+                    param="chat_template_kwargs",
+                )
 
     def hide(self, value: Any, marks: Marks) -> Any:
         """`value` with a mark for every special token that a text in it, or a key, spells."""
@@ -119,7 +131,7 @@ class ChatTemplate:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **(variables or {}),
+                **{**self._given, **(variables or {})},
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
             raise UserError(f"{self.name} refuses these messages: {error}", param="messages") from None

@@ -100,6 +100,12 @@ class TextTokenizer:
         other.template = self.template.on(day)
         return other
 
+    def given(self, variables: Mapping[str, Any]) -> TextTokenizer:
+        """The same tokenizer, whose chat template gets `variables` with every conversation. Raises `UserError`."""
+        other = copy.copy(self)
+        other.template = self.template.given(variables)
+        return other
+
     @property
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)

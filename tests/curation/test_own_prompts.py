@@ -79,6 +79,9 @@ def test_the_users_turn_is_the_templates_beginning_and_ends_with_its_token(talke
     whole = tokenizer.encode_chat([{"role": "user", "content": "hello there"}], False)
     assert whole[: len(before)] == before and end in whole[len(before) :]
     assert tokenizer.decode(whole[len(before) : whole.index(end, len(before))]) == "hello there"
+    tokenizer.template.text = "{{ mood }}<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>"
+    moody, _ = user_turn(tokenizer.given({"mood": "a kind <|im_end|>"}))
+    assert moody == tokenizer.encode_literal("a kind <|im_end|>") + tokenizer.encode("<|im_start|>user\n")
     for template, told in (
         (None, "no chat template"),
         ("{{ '[INST]' + messages[0]['content'] + '[/INST]' }}", "no special token behind"),
