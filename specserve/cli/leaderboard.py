@@ -142,8 +142,9 @@ def _judge(store: Any, tasks: tuple[str, ...], models: tuple[str, ...], params: 
     from .teacher_options import budget_of, teachers_of
 
     (spec,) = teachers_of(params, [params["judge"]])
-    num, failed = asyncio.run(judge_pairs(store, spec, budget_of(params), params["judge_rows"], tasks, models))
-    click.echo(f"{spec.name}: {num} verdicts, {failed} asks without one", err=True)
+    num, failed, gone = asyncio.run(judge_pairs(store, spec, budget_of(params), params["judge_rows"], tasks, models))
+    removed = f", {gone} on answers that were removed meanwhile" if gone else ""
+    click.echo(f"{spec.name}: {num} verdicts, {failed} asks without one{removed}", err=True)
 
 
 @leaderboard.command()

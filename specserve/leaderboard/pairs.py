@@ -37,6 +37,16 @@ class AnsweredRow:
     scores: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class OpenAsk:
+    """What a judge has not been asked yet: of two answers to one row."""
+
+    digest: str
+    ask: Ask
+    row: TaskRow
+    texts: tuple[str, str]
+
+
 def metric_wins(answered: Sequence[AnsweredRow], models: Sequence[str]) -> list[np.ndarray]:
     """For each row, how often model a won over b, [M, M]: 1, or a half where the task's metric is the same."""
     found = []
@@ -76,8 +86,8 @@ def judged_wins(
 
 def open_asks(
     answered: Sequence[AnsweredRow], models: Sequence[str], verdicts: Mapping[str, str], about: Sequence[str] = ()
-) -> Iterator[tuple[str, Ask]]:
-    """(hash, ask) of all that a judge has not been asked yet, each once; only of pairs with one of `about`, if any."""
+) -> Iterator[OpenAsk]:
+    """All that a judge has not been asked yet, each once; only of pairs with one of `about`, if any."""
     seen = set(verdicts)
     for one in answered:
         present = [name for name in models if name in one.answers]
@@ -89,7 +99,7 @@ def open_asks(
                 digest = asked_hash(ask)
                 if digest not in seen:
                     seen.add(digest)
-                    yield digest, ask
+                    yield OpenAsk(digest, ask, one.row, (first, second))
 
 
 def asks_of(row: TaskRow, first: str, second: str) -> tuple[Ask, Ask]:

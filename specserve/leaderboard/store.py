@@ -188,6 +188,15 @@ class LeaderboardStore:
             found.setdefault(TaskRow(*row), set()).add(text)
         return found
 
+    def has_texts(self, row: TaskRow, texts: tuple[str, str]) -> bool:
+        """Whether two different texts are still answers to `row`, and that a row of a task."""
+        (num,) = self._db.execute(
+            "SELECT COUNT(DISTINCT text) FROM task_rows JOIN answers USING (prompt_hash) "
+            "WHERE (prompt_hash, prompt, gold) = (?, ?, ?) AND text IN (?, ?)",
+            (row.prompt_hash, row.prompt, row.gold, *texts),
+        ).fetchone()
+        return bool(num == 2)
+
     def put_owner(self, config_hash: str, model_number: int) -> None:
         """Before answers come: whose they are."""
         self._db.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", (config_hash, model_number))

@@ -53,9 +53,15 @@ CREATE TABLE judgments (
     _JUDGES,
 )
 # Version 1 had verdicts under the judge's name, and had no table of owners at first, which cells tell as well. An
-# endpoint's name is its identity still; what a judge that runs here had said is shown until it is asked again.
-_AS_JUDGES = "SELECT DISTINCT judge AS name, judge AS identity FROM judgments"
-_FROM_1 = (_OWNERS, _JUDGES, f"INSERT INTO judges {_AS_JUDGES}")
+# endpoint's name (MODEL@URL) is its identity still; of a judge that runs here nobody knows what it was when it said so.
+_OF_ENDPOINTS = "judge GLOB '*@http://*' OR judge GLOB '*@https://*'"
+_AS_JUDGES = f"SELECT DISTINCT judge AS name, judge AS identity FROM judgments WHERE {_OF_ENDPOINTS}"
+_FROM_1 = (
+    _OWNERS,
+    _JUDGES,
+    f"INSERT INTO judges {_AS_JUDGES}",
+    f"DELETE FROM judgments WHERE NOT ({_OF_ENDPOINTS})",
+)
 
 
 def bring_up(db: sqlite3.Connection, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tasks, models and cells: what is run, what is kept, what is run again, and what a mistake is told."""
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -8,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -23,12 +25,14 @@ from waiting import wait_until
 
 from specserve.cli.main import exit_code_of
 from specserve.errors import UserError
+from specserve.leaderboard import judging
 from specserve.leaderboard.candidates import candidate
-from specserve.leaderboard.entries import KeptAnswer, Model, Task, TaskRow
+from specserve.leaderboard.entries import Cell, KeptAnswer, Model, Task, TaskRow
 from specserve.leaderboard.pairs import asked_hash, asks_of
 from specserve.leaderboard.removal import removed
 from specserve.leaderboard.runner import prompts_of
 from specserve.leaderboard.store import LeaderboardStore, model_locks
+from specserve.teachers import Answer, Budget, TeacherSpec
 from specserve.text.tokenizer import TextTokenizer
 from specserve.training.evaluation import answers as answers_module
 from specserve.training.evaluation.task_metrics import task_metrics
@@ -341,6 +345,39 @@ def test_verdicts_go_with_an_answer_that_nobody_else_gave(tmp_path):
         store.close()
 
 
+async def test_a_verdict_on_an_answer_that_is_removed_meanwhile_is_not_kept(tmp_path, monkeypatch):
+    store, meanwhile = LeaderboardStore(tmp_path / "board.sqlite3", create=True), []
+    try:
+        for name in ("one", "two"):
+            store.put_task(name, Task(kind="generate", data="x", metric="rouge_l"), name, [TaskRow(name, name, name)])
+        for number, name in enumerate("xyz", 1):
+            store.put_model(name, Model(base=""))
+            store.put_owner(name, number)
+            for task in store.tasks():
+                store.put_answer(name, task.name, KeptAnswer(name, "stop", 1, 1, 1, 0.1, "here"))
+                cell = Cell(score=1.0, row_scores=(1.0,), metrics={}, num_rows=1, hardware="here")
+                store.put_cell(task, number, name, cell)
+
+        @contextlib.asynccontextmanager
+        async def open_judge(spec, budget):
+            async def answers(asks):
+                for idx, _ in enumerate(asks):
+                    for name in meanwhile[idx : idx + 1]:
+                        removed(store, name)
+                    yield idx, [Answer('{"winner": "A"}', "stop", 1, 1)]
+
+            yield SimpleNamespace(answers=answers, backend=SimpleNamespace(identity="judge"))
+
+        monkeypatch.setattr(judging, "open_teacher", open_judge)
+        meanwhile += ["z", "one"]
+        asked = await judging.judge_pairs(store, TeacherSpec(model="default"), Budget(), 1)
+        left = {asked_hash(ask) for ask in asks_of(TaskRow("two", "two", "two"), "x", "y")}
+        assert store.judgments("judge").keys() == left and asked == (3, 0, 9)
+        assert store.judges() == {"default": "judge"}
+    finally:
+        store.close()
+
+
 def test_a_board_of_version_1_keeps_what_was_run_and_judged(ran, no_board):
     name = "judge@http://127.0.0.1:1/v1"
     with sqlite3.connect(ran.path) as source, sqlite3.connect(no_board.path) as old:
@@ -348,13 +385,14 @@ def test_a_board_of_version_1_keeps_what_was_run_and_judged(ran, no_board):
         old.execute("DROP TABLE judges")
         old.execute("DROP TABLE owners")
         old.execute("DELETE FROM judgments")
-        old.executemany("INSERT INTO judgments VALUES (?, ?, 'A')", ((name, digest) for digest in ("one", "two")))
+        said = [(judge, digest) for judge in (name, "default") for digest in ("one", "two")]
+        old.executemany("INSERT INTO judgments VALUES (?, ?, 'A')", said)
         old.execute("PRAGMA user_version = 1")
     source.close(), old.close()
     found = []
     for read_only in (True, False, True):
         store = LeaderboardStore(no_board.path, read_only=read_only)
-        (identity,) = store.judges().values()
+        (identity,) = store.judges().values()  # what is behind "default" may have changed
         found.append((store.judges(), store.judgments(identity), store.cells(), store.tasks(), store.models()))
         store.close()
     assert found[0] == found[1] == found[2]

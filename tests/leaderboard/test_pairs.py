@@ -149,7 +149,7 @@ def test_models_of_two_groups_share_no_table_and_no_ranks():
 
 def test_only_pairs_with_a_model_of_interest_are_asked_about():
     one = row(a="x", b="y", c="z", d="x")
-    asked = [digest for digest, _ in open_asks([one], list("abcd"), {}, ["b"])]
+    asked = [each.digest for each in open_asks([one], list("abcd"), {}, ["b"])]
     assert set(asked) == {asked_hash(ask) for other in "xz" for ask in asks_of(one.row, other, "y")}
     assert len(list(open_asks([one], list("abcd"), {}))) == 6
 
