@@ -122,22 +122,23 @@ def _fitted(
             settings,
             hidden_size=sizes.state_size,
             copy_window=sizes.copy_window,
-            copy_jumps=sizes.copy_jumps,
             draft_len=sizes.draft_len,
         )
-    settings = with_jumps(settings, examples, copy_start)
     held_out, learned = examples[::_HELD_OUT], [e for idx, e in enumerate(examples) if idx % _HELD_OUT]
+    # What was decided for the rows of the run says nothing of what is served since.
+    settings = with_jumps(msgspec.structs.replace(settings, copy_jumps=None), learned, copy_start)
     states = {name: collect_states(model, part, _BATCH_TOKENS) for name, part in (("old", held_out), ("new", learned))}
 
-    def foreseen(head: LookaheadHead, start: int) -> float:
+    def foreseen(head: LookaheadHead, start: int, jumps: bool | None) -> float:
         last, tapped, starts = states["old"]
-        anchors = anchors_of(head, settings, held_out, starts, start)
+        as_drafted = msgspec.structs.replace(settings, copy_jumps=jumps)
+        anchors = anchors_of(head, as_drafted, held_out, starts, start)
         return expected_tokens(head, last, tapped, anchors)
 
     vocab, before = task_vocab(learned, settings.vocab_size), None
     if old is not None:
         known = old[0].vocab
-        before = foreseen(_module(model, settings, known, old), old[0].copy_start)
+        before = foreseen(_module(model, settings, known, old), old[0].copy_start, old[0].copy_jumps)
         vocab = sorted({*vocab, *known}) if len({*vocab, *known}) <= settings.vocab_size else vocab
     # An old head that has come to a bad place stays near it, and a new one has seen nothing else than these outputs.
     candidates = [_module(model, settings, vocab, first) for first in ([None, old] if old is not None else [None])]
@@ -147,7 +148,8 @@ def _fitted(
         teacher = None if settings.loss == "ce" else collect_teacher(model, head, last)
         fit_head(head, settings, last, tapped, anchors, epochs, 0, teacher)
         check_head(head, settings.lr)
-    after, head = max(((foreseen(head, copy_start), head) for head in candidates), key=lambda pair: pair[0])
+    jumps = settings.copy_jumps
+    after, head = max(((foreseen(head, copy_start, jumps), head) for head in candidates), key=lambda pair: pair[0])
     fitted = LookaheadConfig(
         format_version=FORMAT_VERSION,
         base_hash="",

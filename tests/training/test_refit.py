@@ -85,6 +85,30 @@ def test_a_refitted_head_drafts_better_and_changes_no_token(served, model_dir, t
     assert engine.stats().drafted_by_source["head"] > 0
 
 
+def test_jumps_are_decided_by_what_was_served(served, model_dir, tmp_path, monkeypatch):
+    """The old head is judged as it drafts, without them."""
+    directory, rng = copied(served, "own", tmp_path / "own"), random.Random(1)
+    assert not read_config(directory / ENDINGS[0]).copy_jumps
+    log = ServingLog(tmp_path / "log", 1 << 20)
+    for _ in range(80):
+        prompt = rng.sample(range(10, 300), 60)
+        output = [token for start in (40, 20, 30, 10) for token in prompt[start : start + 5]]
+        log.add(file_hash(directory / "adapter_model.safetensors"), "", prompt, output)
+    log.close()
+    seen = []
+
+    def anchors_of(head, settings, *arguments):
+        seen.append(settings.copy_jumps)
+        return real(head, settings, *arguments)
+
+    real = refit_module.anchors_of
+    monkeypatch.setattr(refit_module, "anchors_of", anchors_of)
+    monkeypatch.setattr(refit_module, "fit_head", lambda *arguments: None)
+    monkeypatch.setattr(refit_module, "expected_tokens", lambda *arguments: 1.0 + len(seen))
+    assert fit(directory, tmp_path, model_dir) == 0
+    assert seen == [False, True, True, True, True] and read_config(directory / ENDINGS[0]).copy_jumps
+
+
 def test_a_head_that_is_no_better_is_not_written(served, model_dir, tmp_path, capsys, monkeypatch):
     directory = copied(served, "own", tmp_path / "own")
     before = (directory / ENDINGS[1]).read_bytes()
