@@ -10,7 +10,7 @@ both, since how a library joins it with the product is its own affair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,15 +81,26 @@ def _set_library(library: str, may_split: bool) -> None:
 
 
 def rows_that_differ(weight: torch.Tensor, counts: Sequence[int] = _CHECKED_ROWS) -> list[int]:
-    """Of `counts`, those at which rows times `weight` [N, K] have other bits than in the smallest tiles.
+    """Of `counts`, those at which rows times `weight` [N, K] have other bits than in the smallest tiles."""
+    return counts_that_differ(lambda x: linear_rows(x, weight), weight, weight.dtype, counts)
+
+
+def counts_that_differ(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    counts: Sequence[int] = _CHECKED_ROWS,
+) -> list[int]:
+    """Of `counts`, those at which `product` of rows in `dtype` has other bits than of at most 16 rows at once.
 
     A check of the device. What is rounded to 16 bits hides most differences, so all of a row's outputs are compared.
+    `weight` [N, K], whatever its dtype, is what it multiplies by.
     """
-    counts = [num for num in counts if num * weight.shape[0] * weight.itemsize <= _CHECKED_BYTES] or [1]
+    counts = [num for num in counts if num * weight.shape[0] * dtype.itemsize <= _CHECKED_BYTES] or [1]
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(max(counts), weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
-    smallest = torch.cat([linear_rows(rows, weight) for rows in x.split(16)])
-    return [num for num in counts if not torch.equal(linear_rows(x[:num], weight), smallest[:num])]  # sync: at start
+    x = torch.randn(max(counts), weight.shape[1], generator=generator, device=weight.device).to(dtype)
+    smallest = torch.cat([product(rows) for rows in x.split(16)])
+    return [num for num in counts if not torch.equal(product(x[:num]), smallest[:num])]  # sync: at start
 
 
 def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,22 +111,31 @@ def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if not 0 < num_rows <= MOST_TILED_ROWS:
         y = F.linear(x, weight)
         return y if bias is None else y.add_(bias)
+    return launch_rows(x, weight, bias, choose_tile(num_rows, out_size))
+
+
+def launch_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y [T, N] in x's dtype, by our kernel; T is not 0. With `scales` [N] fp32 sums are multiplied by them."""
     from triton import cdiv
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from .linear_rows_triton import linear_rows_kernel
 
-    tile = choose_tile(num_rows, out_size)
+    (num_rows, in_size), out_size = x.shape, weight.shape[0]
     y = x.new_empty(num_rows, out_size)
     # A launch carries descriptors by value, so a graph keeps those that it was captured with.
-    linear_rows_kernel[(cdiv(out_size, tile.columns),)](
+    linear_rows_kernel[(cdiv(num_rows, tile.rows), cdiv(out_size, tile.columns))](
         y,
         TensorDescriptor(x, [num_rows, in_size], [x.stride(0), 1], [tile.rows, BLOCK_K]),
         TensorDescriptor(weight, [out_size, in_size], [weight.stride(0), 1], [tile.columns, BLOCK_K]),
+        y if scales is None else scales,
         y if bias is None else bias,
         num_rows,
         out_size,
         in_size,
+        HAS_SCALES=scales is not None,
         HAS_BIAS=bias is not None,
         ROWS=tile.rows,
         COLUMNS=tile.columns,

@@ -19,6 +19,7 @@ from .native import PANEL, Matrix
 WeightFormat = Literal["f32", "bf16", "int8", "int4"]
 FORMATS: dict[str, int] = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _BITS = {"int8": 8, "int4": 4}
+QUANTIZED = tuple(_BITS)
 _VALUES_AT_ONCE = 1 << 20
 
 

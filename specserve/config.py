@@ -13,6 +13,7 @@ Text = Annotated[str, Meta(min_length=1)]  # an empty one is mostly a variable t
 
 
 Exact: TypeAlias = Literal["auto", "on", "off"]
+Quantization: TypeAlias = Literal["none", "int8", "int4", "fp8"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,7 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "int4"], Meta(description="hold the base model's weights in fewer bits (CPU)")
+        Quantization,
+        Meta(description="hold the base model's weights in fewer bits: int8 or int4 on a CPU, int8 or fp8 on CUDA"),
     ] = "none"
     exact: Annotated[
         Exact,

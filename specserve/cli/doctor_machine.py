@@ -93,7 +93,8 @@ def native_kernels(config: ServeConfig) -> Iterator[Finding]:
     from ..kernels.native_levels import LEVEL_NAMES
 
     level = config.kernels if config.kernels in LEVEL_NAMES else None
-    is_needed = level is not None or config.kernels == "native" or config.quantization != "none"
+    quantized = config.quantization != "none" and config.device != "cuda"  # there it is Triton's
+    is_needed = level is not None or config.kernels == "native" or quantized
     lacking: Status = "missing" if is_needed else "warning"
     install = "install g++ or clang++ (Debian and Ubuntu: apt install g++), or name one in CXX"
     try:

@@ -65,7 +65,7 @@ def _memory(config: ServeConfig, model_bytes: int) -> Iterator[Finding]:
     if free >= needed:
         yield Finding("memory", "ok", found)
     else:
-        fix = "a smaller --kv-cache-gib, --quantization int8 or int4 (CPU), or a smaller model"
+        fix = "a smaller --kv-cache-gib, --quantization int8, or a smaller model"
         yield Finding("memory", "missing" if free < model_bytes else "warning", found, fix)
 
 

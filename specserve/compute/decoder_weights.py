@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
 from ..adapters.slab import as_in_peft
 from ..kernels.linear import Linear
 from ..kernels.lora import Empty, LoraPair
+from ..kernels.scaled_weights import ScaledLinear
 from ..model.config import ModelConfig
 from ..model.rope import Rope
 from ..model.shapes import PARENT
@@ -26,6 +27,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+
+
+AnyLinear: TypeAlias = Linear | ScaledLinear
 
 
 class Weights(Protocol):
@@ -46,14 +50,14 @@ class Layer:
     """Weights of one layer; norms are [H] (or [D]), Gemma's in float32 with its offset already added."""
 
     input_norm: torch.Tensor
-    qkv: Linear
+    qkv: AnyLinear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: Linear
+    o: AnyLinear
     post_attention_norm: torch.Tensor | None  # Gemma: on attention's output
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: AnyLinear
+    down: AnyLinear
     post_mlp_norm: torch.Tensor | None  # Gemma: on the MLP's output
 
 
@@ -70,7 +74,7 @@ class DecoderWeights:
         embed: torch.Tensor,
         layers: list[Layer],
         norm: torch.Tensor,
-        lm_head: Linear,
+        lm_head: AnyLinear,
         compute_dtype: torch.dtype,
         weight_dtype: torch.dtype,
     ):
@@ -92,15 +96,18 @@ class DecoderWeights:
 
 
 def fused_layers(
-    config: ModelConfig, weights: Weights, norm: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+    config: ModelConfig,
+    weights: Weights,
+    norm: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    make_linear: Callable[[torch.Tensor, torch.Tensor | None], AnyLinear] = Linear,
 ) -> list[Layer]:
-    """The modules of each of GROUPS as one linear; `norm` gives norms their dtype."""
+    """The modules of each of GROUPS as one linear, made of weight and bias; `norm` gives norms their dtype."""
 
-    def linear(idx: int, group: str) -> Linear:
+    def linear(idx: int, group: str) -> AnyLinear:
         names = (f"model.layers.{idx}.{PARENT[module]}.{module}" for module in GROUPS[group])
         pairs = [weights.linear(name) for name in names]
         biases = [bias for _, bias in pairs if bias is not None]
-        return Linear(torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None)
+        return make_linear(torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None)
 
     layers = []
     for idx in range(config.num_layers):

@@ -42,6 +42,27 @@ def test_triton_serves_on_cuda_unless_torch_was_asked_for(kernels, device, choic
     assert choose_triton(EngineConfig(kernels=kernels), device) == choice
 
 
+def test_a_quantization_on_cuda_is_tritons_or_refused(with_triton, monkeypatch):
+    for form in ("int8", "fp8"):
+        config = EngineConfig(quantization=form)
+        assert choose_paths(config, CUDA) == [TritonChoice(is_required=True, quantization=form)]
+    with pytest.raises(ModelError, match="quantization=int4 is for CPUs; on CUDA set it to int8 or fp8"):
+        choose_paths(EngineConfig(quantization="int4"), CUDA)
+    with pytest.raises(ModelError, match="quantization=int8 needs Triton's kernels, and kernels is torch"):
+        choose_paths(EngineConfig(quantization="int8", kernels="torch"), CUDA)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="quantization=fp8 needs triton, which is not installed"):
+        choose_paths(EngineConfig(quantization="fp8"), CUDA)
+
+
+def test_a_model_that_has_no_8_bits_on_cuda_is_refused_with_the_reason(tmp_path):
+    choices = [TritonChoice(is_required=True, quantization="int8")]
+    with pytest.raises(ModelError, match="quantization=int8 has activations of 16 bits, and .* float32; --dtype bf16"):
+        load_model(make_tiny_model(tmp_path / "a"), CPU, choices=choices)
+    with pytest.raises(ModelError, match="quantization=int8 needs multiples of 16 inputs, not 72"):
+        load_model(make_tiny_model(tmp_path / "b", intermediate_size=72), CPU, "bf16", choices)
+
+
 def test_exact_on_is_for_paths_that_keep_a_rows_bits(with_triton):
     assert choose_triton(EngineConfig(exact="on"), CUDA) == TritonChoice(is_required=True, exact="on")
     for device in (CPU, CUDA):

@@ -359,8 +359,8 @@ def test_what_the_native_path_cannot_serve_is_named(model_dir, caplog):
     assert "block_size=8 is no multiple of 16" in caplog.text
     with pytest.raises(ModelError, match="block_size=8"):
         make_engine(model_dir, block_size=8, quantization="int4")
-    with pytest.raises(ModelError, match="runs on cuda"):
-        choose_native(EngineConfig(quantization="int8"), torch.device("cuda"))
+    with pytest.raises(ModelError, match="quantization=fp8 is for CUDA; on a CPU set it to int8 or int4"):
+        make_engine(model_dir, quantization="fp8")
 
 
 def test_the_library_is_built_once_and_a_failing_compiler_is_quoted(tmp_path, monkeypatch):

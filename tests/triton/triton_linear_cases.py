@@ -11,6 +11,7 @@ import torch
 from engine_fixture import Result, make_engine, request, run, tokens_of
 from linear_row_cases import BIASES
 from peft_adapters import make_peft_adapter
+from scaled_weight_cases import FORMATS, check_scaled_bits, check_scaled_definition
 from tiny_models import make_tiny_model
 from triton_interpreter import IS_INTERPRETED, row_uniform_dot  # noqa: F401  (before anything imports triton)
 
@@ -18,6 +19,7 @@ from specserve.compute.cuda.decoder import TritonDecoder
 from specserve.drafting.cost_model import CostModel
 from specserve.errors import ModelError
 from specserve.kernels.linear_rows import linear_rows
+from specserve.kernels.scaled_weights import ScaledLinear
 
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 
@@ -39,9 +41,21 @@ def test_a_row_has_the_same_bits_at_every_number_of_rows_and_place():
     )
 
 
-@pytest.fixture(scope="module")
-def exact_engine(tmp_path_factory):
-    """One layer in bf16, with a LoRA on all linears; steps of up to 32 rows, on CUDA of many more.
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 8), (272, 100)], ids=str)
+def test_rows_of_weights_of_8_bits_equal_the_definition(sizes, dtype, form):
+    check_scaled_definition(*sizes, dtype, form, DEVICE, (1, 3, 16, 17, 33, 65, 130, 300))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_row_has_the_same_bits_at_every_number_of_rows_where_weights_have_8_bits(form):
+    check_scaled_bits(272, 100, form, DEVICE, (1, 5, 16, 17, 32) if IS_INTERPRETED else range(1, 301))
+
+
+@pytest.fixture(scope="module", params=["none", *(pytest.param(form, marks=pytest.mark.slow) for form in FORMATS)])
+def exact_engine(request, tmp_path_factory):
+    """One layer in bf16 or 8 bits, with a LoRA on all linears; steps of up to 32 rows, on CUDA of many more.
 
     `row_uniform_dot` sums square products, such as those of a tile of 64 rows, in another order.
     """
@@ -52,6 +66,7 @@ def exact_engine(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specserve.engine.engine.measured_costs", lambda *_: CostModel({1: 0.01, 64: 0.02}))
         settings = {"max_batched_tokens": 512, "kernels": "triton", "exact": "on", "dtype": "bf16", "device": DEVICE}
+        settings["quantization"] = request.param
         engine = make_engine(model_dir, **settings | sizes)
     return engine, engine.load_adapter("lora", adapter).content_hash
 
@@ -59,10 +74,34 @@ def exact_engine(tmp_path_factory):
 def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
     engine, _ = exact_engine
     assert isinstance(engine.decoder, TritonDecoder) and engine.info.is_exact
-    assert engine.decoder.lm_head._product is linear_rows
-    assert engine.decoder.layers[-1].down._product is linear_rows
+    linears = engine.decoder.lm_head, engine.decoder.layers[-1].down
+    if engine.info.dtype == "bfloat16":
+        assert all(linear._product is linear_rows for linear in linears)
+    else:
+        assert all(isinstance(linear, ScaledLinear) for linear in linears)
     with pytest.raises(ModelError, match="exact=on cannot be kept: weights are float32"):
         make_engine(make_tiny_model(tmp_path, num_hidden_layers=1), kernels="triton", exact="on", device=DEVICE)
+
+
+@pytest.mark.parametrize("form", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_an_engine_with_weights_of_8_bits_writes_what_a_model_of_their_values_writes(form, tmp_path):
+    model_dir = make_tiny_model(tmp_path, num_hidden_layers=1)
+    settings = {"kernels": "triton", "quantization": form, "dtype": "bf16", "device": DEVICE}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specserve.engine.engine.measured_costs", lambda *_: CostModel({1: 0.01, 64: 0.02}))
+        engine = make_engine(model_dir, max_num_seqs=2, max_batched_tokens=32, **settings)
+        plain = make_engine(model_dir, kernels="torch", dtype="fp32")
+    ours, theirs = engine.decoder, plain.decoder
+    for group in ("qkv", "o", "gate_up", "down"):
+        getattr(theirs.layers[0], group)._weight = getattr(ours.layers[0], group).unpacked().cpu()
+    theirs.lm_head._weight = ours.lm_head.unpacked().cpu()
+    assert engine.info.dtype == form and ours.embed.dtype == torch.bfloat16
+    requests = [request(i, range(20 + i, 32 + 2 * i), max_tokens=4, logprobs=1, ignore_eos=True) for i in range(2)]
+    results, wanted = run(engine, requests), run(plain, requests)
+    assert tokens_of(results) == tokens_of(wanted)
+    for name, result in results.items():
+        want = [scored.logprob for scored in wanted[name].logprobs]
+        assert [scored.logprob for scored in result.logprobs] == pytest.approx(want, abs=0.08), name  # bf16 activations
 
 
 def test_a_request_has_the_same_bits_alone_in_company_with_drafts_and_from_the_cache(exact_engine):

@@ -1,23 +1,31 @@
 """Builds the CUDA path: a model's tensors as matrices for cuBLAS and Triton, and what runs steps of them.
 
+Weights that are held in 8 bits are made so matrix by matrix, as they are read: the peak is the model in 8 bits and one
+fused matrix in 16.
+
 Graphs that serve any step are captured here, at start: first those of the forward, then those of the heads, none of
 which has met a sequence.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import nullcontext
 
-from ...config import Exact
+import torch
+
+from ...config import Exact, Quantization
+from ...errors import ModelError
 from ...kernels.linear import Linear, compute_dtype
+from ...kernels.scaled_weights import ScaledLinear
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights, fused_layers
 from ..path import ComputePath, PathInputs, Phase
 from .decoder import TritonDecoder
 from .drafts import DeviceDrafts
 from .graph_cache import GraphCache
-from .one_order import keep_one_order
+from .one_order import cannot_scale, keep_one_order, keep_scaled_order
 from .parts import DeviceParts
 from .runner import DeviceRunner
 from .sampler import DeviceSampler
@@ -27,8 +35,13 @@ logger = logging.getLogger(__name__)
 _UNSEEN = "what layers, lm_head, sampling and heads take on the device: all are queued there and waited for once"
 
 
-def build(config: ModelConfig, weights: Weights, exact: Exact) -> TritonDecoder:
-    """The decoder of the Triton kernels; norms stay fp32. Raises `ModelError` where `exact` is on and cannot be."""
+def build(config: ModelConfig, weights: Weights, exact: Exact, quantization: Quantization) -> TritonDecoder:
+    """The decoder of the Triton kernels; norms stay fp32.
+
+    Raises `ModelError` where `exact` is on and cannot be, or the device cannot multiply what is quantized.
+    """
+    if quantization != "none":
+        return _build_scaled(config, weights, exact, quantization)
     activations = compute_dtype(weights.dtype, weights.device)
     embed = weights.embed()
     lm_head = Linear(weights.lm_head(embed))
@@ -36,6 +49,24 @@ def build(config: ModelConfig, weights: Weights, exact: Exact) -> TritonDecoder:
     logger.info("Triton kernels on %s: weights and arithmetic are %s", weights.device, weights.dtype)
     decoder = TritonDecoder(config, embed, layers, weights.norm("model.norm"), lm_head, activations, weights.dtype)
     decoder.is_exact = keep_one_order(exact, layers, lm_head)
+    return decoder
+
+
+def _build_scaled(config: ModelConfig, weights: Weights, exact: Exact, quantization: Quantization) -> TritonDecoder:
+    """The same with linears and lm_head in 8 bits; activations, embedding and KV have the weights' dtype."""
+    if (reason := cannot_scale(weights.device)) is not None:
+        raise ModelError(f"quantization={quantization} needs an H100 or newer on CUDA: {reason}; set it to none")
+    make_linear = functools.partial(ScaledLinear, form=quantization)
+    embed = weights.embed()
+    lm_head = make_linear(weights.lm_head(embed), None)  # first: nothing larger lies beside the 8 bits in 16
+    layers = fused_layers(config, weights, make_linear=make_linear)
+    logger.info("Triton kernels on %s: weights are %s, activations %s", weights.device, quantization, weights.dtype)
+    norm = weights.norm("model.norm")
+    decoder = TritonDecoder(config, embed, layers, norm, lm_head, weights.dtype, weights.dtype)
+    decoder.weight_dtype_name = quantization
+    if weights.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the 16 bits lay in: the KV cache takes a share of what is free
+    decoder.is_exact = keep_scaled_order(exact, layers, lm_head, weights.dtype)
     return decoder
 
 

@@ -1,7 +1,8 @@
 """Decides, once at start, whether the Triton kernels serve the model, and logs why not.
 
 `kernels=auto` takes them on CUDA where triton is installed and the model allows it; `native` (there) and `triton` fail
-where they do not. On a CPU they run under Triton's interpreter only, which is for tests.
+where they do not, and so does a quantization, which torch has none of. On a CPU they run under Triton's interpreter
+only, which is for tests.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...config import EngineConfig, Exact
+from ...config import EngineConfig, Exact, Quantization
 from ...errors import ModelError
+from ...kernels.scaled_weights import COLUMNS_OF_K, DTYPES
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
 
@@ -34,6 +36,7 @@ class TritonChoice:
 
     is_required: bool = False
     exact: Exact = "auto"
+    quantization: Quantization = "none"
 
     @property
     def name(self) -> str:
@@ -43,12 +46,22 @@ class TritonChoice:
         """Why the Triton kernels cannot serve this model; None if they can."""
         if config.head_dim > MAX_HEAD_DIM or config.head_dim % HEAD_DIM_STEP:
             return f"head_dim={config.head_dim} is not a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+        if self.quantization == "none":
+            return None
+        if dtype.itemsize != 2:
+            return (
+                f"quantization={self.quantization} has activations of 16 bits, and the model's dtype is "
+                f"{str(dtype).removeprefix('torch.')}; --dtype bf16 or fp16"
+            )
+        for size in (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim):
+            if size % COLUMNS_OF_K:
+                return f"quantization={self.quantization} needs multiples of {COLUMNS_OF_K} inputs, not {size}"
         return None
 
     def build(self, config: ModelConfig, weights: Weights) -> TritonDecoder:
         from .build import build  # late: 0.4 s of a start, where another path serves
 
-        return build(config, weights, self.exact)
+        return build(config, weights, self.exact, self.quantization)
 
 
 def choose_triton(config: EngineConfig, device: torch.device) -> TritonChoice | None:
@@ -56,12 +69,22 @@ def choose_triton(config: EngineConfig, device: torch.device) -> TritonChoice | 
     is_cuda = device.type == "cuda"
     if config.kernels == "triton" and not is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ModelError(f"kernels=triton needs CUDA, or Triton's interpreter (TRITON_INTERPRET=1), not {device.type}")
-    if config.kernels == "torch" or not (is_cuda or config.kernels == "triton"):
+    if not (is_cuda or config.kernels == "triton"):
         return None
-    is_required = config.kernels != "auto"
+    quantized = config.quantization != "none"
+    if quantized and config.quantization not in DTYPES:
+        raise ModelError(f"quantization={config.quantization} is for CPUs; on CUDA set it to {' or '.join(DTYPES)}")
+    if config.kernels == "torch":
+        if quantized:
+            raise ModelError(
+                f"quantization={config.quantization} needs Triton's kernels, and kernels is torch; leave it at auto"
+            )
+        return None
+    is_required = config.kernels != "auto" or quantized
     if importlib.util.find_spec("triton") is None:
         if is_required:
-            raise ModelError(f"kernels={config.kernels} needs triton, which is not installed")
+            wanted = f"quantization={config.quantization}" if quantized else f"kernels={config.kernels}"
+            raise ModelError(f"{wanted} needs triton, which is not installed")
         logger.warning("triton is not installed: torch serves instead, slower")
         return None
-    return TritonChoice(is_required or config.exact == "on", config.exact)
+    return TritonChoice(is_required or config.exact == "on", config.exact, config.quantization)

@@ -16,11 +16,10 @@ import torch
 
 from ...kernels.add_norm import add_rms_norm_
 from ...kernels.gated_activation import gated_activation
-from ...kernels.linear import Linear
 from ...kernels.ragged_attention import ragged_attention_
 from ...kernels.rope_kv import rope_store_
 from ...model.rope import Rope
-from ..decoder_weights import DecoderWeights, Layer
+from ..decoder_weights import AnyLinear, DecoderWeights, Layer
 from ..kv_cache import KVCache
 from ..softcap import softcap_
 from .lora import DeviceLoraBatch
@@ -139,7 +138,7 @@ class TritonDecoder(DecoderWeights):
         return out
 
     def _linear(
-        self, idx: int, group: str, linear: Linear, x: torch.Tensor, lora: DeviceLoraBatch | None
+        self, idx: int, group: str, linear: AnyLinear, x: torch.Tensor, lora: DeviceLoraBatch | None
     ) -> torch.Tensor:
         y = linear(x)
         if lora is not None:

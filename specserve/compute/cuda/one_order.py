@@ -2,7 +2,8 @@
 
 Decided once, at start, by `--exact`: `auto` keeps it where device and weights allow it and logs why not, `on` takes no
 other answer, `off` leaves the products to cuBLAS as it is. That our kernel and cuBLASLt sum alike is nobody's promise:
-it is checked on the model's own matrices before it is relied on.
+it is checked on the model's own matrices before it is relied on. Weights of 8 bits have our kernel at every number of
+rows; that all of its tiles sum alike is checked as well.
 """
 
 from __future__ import annotations
@@ -19,27 +20,59 @@ from ...kernels.linear_rows import (
     COLUMNS_OF_K,
     FIRST_CAPABILITY,
     SHARED_BYTES,
+    counts_that_differ,
     hold_one_order,
     linear_rows,
     release_order,
     rows_that_differ,
 )
+from ...kernels.scaled_weights import ScaledLinear
 from ..decoder_weights import GROUPS, Layer
 
 logger = logging.getLogger(__name__)
 
 
+def cannot_scale(device: torch.device) -> str | None:
+    """Why `device` cannot multiply weights of 8 bits; None if it can."""
+    return _device_lacks(device) if device.type == "cuda" else None
+
+
+def keep_scaled_order(exact: Exact, layers: Seq[Layer], lm_head: ScaledLinear, dtype: torch.dtype) -> bool:
+    """Whether linears of 8 bits, for rows of `dtype`, keep one order. Raises `ModelError` for on, if not."""
+    device = lm_head.weights.values.device
+    if not _is_asked(exact, device):
+        return False
+    reason = None
+    if device.type == "cuda":
+        some: list[ScaledLinear] = [lm_head, *(getattr(layers[0], group) for group in GROUPS)]
+        for linear in some:
+            values = linear.weights.values
+            differing = counts_that_differ(linear, values, dtype)
+            if differing:
+                reason = f"tiles of our kernel sum a {list(values.shape)} matrix differently at {differing} rows"
+    return _settled(exact, reason)
+
+
 def keep_one_order(exact: Exact, layers: Seq[Layer], lm_head: Linear) -> bool:
     """Have all linears multiply in one order if `exact` and the device say so. Raises `ModelError` for on, if not."""
-    linears = [lm_head, *(getattr(layer, group) for layer in layers for group in GROUPS)]
-    device = lm_head.unpacked().device
-    if exact == "off" or (exact == "auto" and device.type != "cuda"):  # of CPUs it is for Triton's interpreter
+    linears: list[Linear] = [lm_head, *(getattr(layer, group) for layer in layers for group in GROUPS)]
+    if not _is_asked(exact, lm_head.unpacked().device):
         return False
     some = [linear.unpacked() for linear in linears[: 1 + len(GROUPS)]]  # all shapes are in the first layer
     reason = cannot_be(some)
     if reason is None:
         for linear in linears:
             linear.multiply_by(linear_rows)
+    return _settled(exact, reason)
+
+
+def _is_asked(exact: Exact, device: torch.device) -> bool:
+    return exact == "on" or (exact == "auto" and device.type == "cuda")  # of CPUs it is for Triton's interpreter
+
+
+def _settled(exact: Exact, reason: str | None) -> bool:
+    """Whether one order is kept, where `reason` says why it cannot be."""
+    if reason is None:
         logger.info("exact: a row's bits do not follow the step's size")
         return True
     if exact == "on":

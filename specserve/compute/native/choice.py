@@ -16,6 +16,7 @@ from ...errors import ModelError
 from ...kernels.native import KEYS_PER_TILE, MAX_HEAD_DIM, Library, load_library
 from ...kernels.native_build import NativeError
 from ...kernels.native_levels import LEVEL_NAMES, LEVELS
+from ...kernels.packed import QUANTIZED
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
 from .build import build
@@ -54,7 +55,10 @@ class NativeChoice:
 
 def choose_native(config: EngineConfig, device: torch.device) -> NativeChoice | None:
     """The native path as `config` wants it on `device`, or None for torch. Raises `ModelError` where it is required."""
-    quantized, level = config.quantization != "none", config.kernels if config.kernels in LEVEL_NAMES else None
+    level = config.kernels if config.kernels in LEVEL_NAMES else None
+    quantized = config.quantization != "none" and device.type == "cpu" and config.kernels != "triton"  # of ours
+    if quantized and config.quantization not in QUANTIZED:
+        raise ModelError(f"quantization={config.quantization} is for CUDA; on a CPU set it to {' or '.join(QUANTIZED)}")
     is_required = (config.kernels == "native" and device.type == "cpu") or level is not None or quantized
     reason = None
     if device.type != "cpu":
