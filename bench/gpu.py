@@ -45,6 +45,7 @@ PARTS = (
     Part("serving", ("bench.gpu_serving",), 180),
     Part("lora", ("bench.lora_kernels",), 60),
     Part("linears", ("bench.linear_rows",), 35),
+    Part("quantized", ("bench.scaled_weights",), 50),
     Part("attention", ("bench.attention_kernels",), 60),
     Part("sampling", ("bench.sampling_kernels",), 30),
     Part("heads", ("bench.head_loop",), 30),

@@ -8,7 +8,7 @@ from triton_process import needs_triton
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["sampling_kernels", "head_loop", "linear_rows"])
+@pytest.mark.parametrize("name", ["sampling_kernels", "head_loop", "linear_rows", "scaled_weights"])
 def test_benches_run_dry_and_end_in_their_json_line(name):
     record = bench_record(name, "--dry-run")
     assert record["dry_run"] and record["results"]
