@@ -65,11 +65,9 @@ def prepare(config: RunConfig) -> Prepared:
     config = settled(config, model)
     max_len = config.data.max_len
     assert max_len is not None
-    tokenizer = TextTokenizer(model_dir)
     if config.lora.adapter:
         check_adapter(Path(config.lora.adapter), model_dir, "lora.adapter")
-        tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
-    tokenizer = tokenizer.on(config.data.date)
+    tokenizer = tokenizer_of(config, model_dir)
     eos = eos_token_ids(model_dir)
     rows = read_rows(config.data.train, config.data.max_rows, may_be_open=answers_itself(config))
     examples = tokenize(rows, tokenizer, eos, config.data.system, model.vocab_size)
@@ -96,6 +94,14 @@ def prepare(config: RunConfig) -> Prepared:
     texts = routed_texts([row for row in rows if row.line in kept], config.data.system)
     profile = profile_of(texts, config.routing.prompts)
     return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile, copy_start)
+
+
+def tokenizer_of(config: RunConfig, model_dir: Path) -> TextTokenizer:
+    """What the run's rows are read with: of the adapter that it begins with, if that brings one, and on its day."""
+    tokenizer = TextTokenizer(model_dir)
+    if config.lora.adapter:
+        tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
+    return tokenizer.on(config.data.date)
 
 
 def answers_itself(config: RunConfig) -> bool:

@@ -18,7 +18,7 @@ from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...text.special_tokens import eos_token_ids
 from ...text.tokenizer import TextTokenizer
-from ..preflight import answers_itself, settled
+from ..preflight import answers_itself, settled, tokenizer_of
 from ..run_config import RunConfig
 from .dataset import Example, RowEncoder, shared_prompts
 from .near_rows import near_report, text_of
@@ -90,10 +90,7 @@ def report_data(config: RunConfig) -> int:
     model = ModelConfig.from_dir(model_dir)
     config = settled(config, model)
     assert config.data.max_len is not None
-    tokenizer = TextTokenizer(model_dir)
-    if config.lora.adapter:
-        tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
-    tokenizer = tokenizer.on(config.data.date)
+    tokenizer = tokenizer_of(config, model_dir)
     encoder = RowEncoder(tokenizer, eos_token_ids(model_dir), config.data.system, model.vocab_size)
     unread: Counter[str] = Counter()
     texts: dict[int, str] = {}

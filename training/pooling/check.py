@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import click
@@ -12,9 +11,9 @@ import click
 from ...errors import UserError
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
-from ...text.tokenizer import TextTokenizer
 from ..data.check import histogram
 from ..data.near_rows import near_report
+from ..preflight import tokenizer_of
 from ..run_config import RunConfig
 from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample, RerankExample, Tokens
 from .prepare import check_sections, overlap_warning, questions_for, settled_pooling, shape_of
@@ -42,9 +41,7 @@ def report_pooling_data(config: RunConfig) -> int:
         questions = questions_for(config, rows)
     except UserError as error:
         return _say([*bad, error])
-    tokenizer = TextTokenizer(model_dir)
-    if config.lora.adapter:
-        tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
+    tokenizer = tokenizer_of(config, model_dir)
     encoder = ExampleEncoder(tokenizer, shape_of(config, questions), model.vocab_size)
     examples: list[PoolingExample] = []
     held_out: list[PoolingExample] = []

@@ -22,8 +22,7 @@ from ...errors import AdapterError, UserError
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...model.weights import checked_source
-from ...text.tokenizer import TextTokenizer
-from ..preflight import check_adapter, planned
+from ..preflight import check_adapter, planned, tokenizer_of
 from ..run_config import RunConfig
 from ..run_file import check_ready
 from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample
@@ -70,16 +69,13 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
     model = ModelConfig.from_dir(model_dir)
     checked_source(model_dir, model)
     config = settled_pooling(config, model)
-    tokenizer = TextTokenizer(model_dir)
-    if config.lora.adapter:
-        tokenizer = tokenizer.for_adapter_in(Path(config.lora.adapter))
     rows = read_pooling_rows(config.data.train, task, config.data.max_rows)
     questions = questions_for(config, rows)
     shape = checked_shape(config, questions)
     if config.lora.adapter:
         check_adapter(Path(config.lora.adapter), model_dir, "lora.adapter")
         _check_kind(Path(config.lora.adapter), task, sum(len(question.labels) for question in questions))
-    encoder = ExampleEncoder(tokenizer, shape, model.vocab_size)
+    encoder = ExampleEncoder(tokenizer_of(config, model_dir), shape, model.vocab_size)
     examples, held_out, warnings = _encoded(config, encoder, rows, questions)
     examples, calibration = _split(config, examples)
     config, plan, few = _planned(config, examples)

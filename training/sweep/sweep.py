@@ -14,10 +14,10 @@ from ...file_hash import input_hash
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...text.special_tokens import eos_token_ids
-from ...text.tokenizer import TextTokenizer
 from ..data.dataset import tokenize
 from ..data.rows import Row, read_rows
 from ..data.teacher_logits import existing_logits
+from ..preflight import tokenizer_of
 from ..run_config import RunConfig
 from ..run_file import absolute, check_ready, load_run
 from .grid import check_grid, config_of, names_of, parse_grid, points_of
@@ -85,10 +85,7 @@ def _check_model(base: RunConfig, general: Sequence[Row]) -> None:
     model_dir = resolve_model(base.model)
     vocab_size = ModelConfig.from_dir(model_dir).vocab_size
     if general:
-        tokenizer = TextTokenizer(model_dir)
-        if base.lora.adapter:
-            tokenizer = tokenizer.for_adapter_in(Path(base.lora.adapter))
-        tokenize(general, tokenizer, eos_token_ids(model_dir), vocab_size=vocab_size)
+        tokenize(general, tokenizer_of(base, model_dir), eos_token_ids(model_dir), vocab_size=vocab_size)
 
 
 def _files_of(config: RunConfig) -> list[str]:
