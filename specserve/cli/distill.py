@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UserError
-from ..teachers.spec import DEFAULT_MODEL
+from ..teachers.spec import DEFAULT_MODEL, model_of
 from .options import debug_option
 from .teacher_options import TEACHER_HELP, budget_of, teacher_options, teachers_of
 
@@ -157,7 +157,7 @@ def _plan(params: dict[str, Any]) -> DistillPlan:
         system=params["system"],
         schema=read_schema(params["schema"]) if params["schema"] is not None else None,
         top_logprobs=params["top_logprobs"],
-        student="" if params["student"] == DEFAULT_MODEL else params["student"],
+        student=model_of(params["student"]),
         max_cost=params["max_cost"],
         settings={name: _plain(value) for name, value in shown.items()},
         **{name: params[name] for name in _PLAIN},

@@ -69,6 +69,11 @@ class TeacherSpec:
         return (self.model or DEFAULT_MODEL) + (f"+{self.adapter}" if self.adapter is not None else "")
 
 
+def model_of(text: str) -> str:
+    """A model that runs here as it is named on a command line: "" is the default one."""
+    return "" if text == DEFAULT_MODEL else text
+
+
 def parse_spec(text: str) -> TeacherSpec:
     """`MODEL@https://HOST/v1`, or `MODEL` or `MODEL+ADAPTER_DIR` in process, `default` the default model.
 
@@ -85,7 +90,7 @@ def parse_spec(text: str) -> TeacherSpec:
     model, plus, adapter = (text, "", "") if Path(text).is_dir() else text.partition("+")
     if plus and not Path(adapter).is_dir():
         raise UserError(f"the teacher {text!r}: {adapter!r} is not the directory of an adapter", param="teacher")
-    return TeacherSpec(model="" if model in ("", DEFAULT_MODEL) else model, adapter=Path(adapter) if plus else None)
+    return TeacherSpec(model=model_of(model), adapter=Path(adapter) if plus else None)
 
 
 def _url(url: str) -> str:
