@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,7 +93,7 @@ class _Search:
         found, number, num_idle = self.found, 0, 0
         while (missing := self._options.rows - len(found.prompts)) and num_idle < _IDLE_ROUNDS:
             num = min(ROUND, max(_LEAST_ROUND, 2 * missing))
-            for result in await self._round(teacher, range(number, number + num)):
+            for result in await teacher.first_answers([self._ask(each) for each in range(number, number + num)]):
                 if len(found.prompts) == self._options.rows:
                     break
                 if (reason := self._problem(result)) is not None:
@@ -112,24 +111,15 @@ class _Search:
             found.ended = f"the last {_IDLE_ROUNDS} rounds of texts brought nothing new"
         return found
 
-    async def _round(self, teacher: Teacher, numbers: range) -> list[Answer | TeacherError]:
-        """One for each number, in their order."""
+    def _ask(self, number: int) -> Ask:
         options = self._options
-        asks = [
-            Ask(
-                messages=(),
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                top_p=_TOP_P if options.temperature else 1.0,
-                seed=options.seed * 1_000_003 + number,
-            )
-            for number in numbers
-        ]
-        results: dict[int, Answer | TeacherError] = {}
-        async with aclosing(teacher.answers(asks)) as answers:
-            async for idx, result in answers:
-                results[idx] = result if isinstance(result, TeacherError) else result[0]
-        return [results[idx] for idx in range(len(asks))]
+        return Ask(
+            messages=(),
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=_TOP_P if options.temperature else 1.0,
+            seed=options.seed * 1_000_003 + number,
+        )
 
     def _problem(self, result: Answer | TeacherError) -> str | None:
         """Why it is no prompt to learn from."""

@@ -7,8 +7,8 @@ nobody can ask any more ends the run, after what was in flight has come.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -92,6 +92,14 @@ class Teacher:
         after all results that were in flight. Close it (`contextlib.aclosing`) when you leave it early.
         """
         return self._results(asks, self.answer)
+
+    async def first_answers(self, asks: Sequence[Ask]) -> list[Answer | TeacherError]:
+        """The first answer to each ask, or the error, in the order of the asks. Raises as `answers` does."""
+        found: dict[int, Answer | TeacherError] = {}
+        async with aclosing(self.answers(asks)) as results:
+            async for idx, result in results:
+                found[idx] = result if isinstance(result, TeacherError) else result[0]
+        return [found[idx] for idx in range(len(asks))]
 
     def readings(self, readings: Iterable[Reading]) -> AsyncGenerator[tuple[int, TopTokens | TeacherError]]:
         """The same of texts that are read: a local teacher's."""

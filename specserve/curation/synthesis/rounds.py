@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,17 +236,12 @@ class Synthesis:
 
     async def _answers(self, asks: Sequence[Ask]) -> list[Answer | TeacherError]:
         """One for each ask, in their order."""
-        found: dict[int, Answer | TeacherError] = {}
+        results = await self._teacher.first_answers(asks)
         self._num_asked += len(asks)
-        async with aclosing(self._teacher.answers(asks)) as results:
-            async for idx, result in results:
-                if isinstance(result, TeacherError):
-                    found[idx] = result
-                    self._out.num_failed += 1
-                    self._out.last_error = shortened(result)
-                else:
-                    found[idx] = result[0]
-        return [found[idx] for idx in range(len(asks))]
+        errors = [result for result in results if isinstance(result, TeacherError)]
+        self._out.num_failed += len(errors)
+        self._out.last_error = shortened(errors[-1]) if errors else self._out.last_error
+        return results
 
     def _candidate(self, ask: int, verdict: Verdict, reason: str) -> Candidate:
         candidate = Candidate(id=self._next_id, round=self._round, ask=ask, verdict=verdict, reason=reason)
