@@ -125,8 +125,7 @@ def _fitted(
             draft_len=sizes.draft_len,
         )
     held_out, learned = examples[::_HELD_OUT], [e for idx, e in enumerate(examples) if idx % _HELD_OUT]
-    # What was decided for the rows of the run says nothing of what is served since.
-    settings = with_jumps(msgspec.structs.replace(settings, copy_jumps=None), learned, copy_start)
+    settings = with_jumps(settings, learned, copy_start)  # unless the run's file says it
     states = {name: collect_states(model, part, _BATCH_TOKENS) for name, part in (("old", held_out), ("new", learned))}
 
     def foreseen(head: LookaheadHead, start: int, jumps: bool | None) -> float:
