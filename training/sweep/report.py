@@ -115,7 +115,8 @@ def _page(path: Path, table: dict[str, Any]) -> str:
     marks = [[mark, text] for mark, text in MARKS.items()]
     what = (
         f"A sweep of {', '.join(keys)}: {len(runs)} runs in {table['num_rungs']} rungs; one of {table['factor']} goes "
-        "on from each. Scores are the task's main metric on held-out rows; speed is of one answer at a time."
+        "on from each. Scores are the task's main metric on held-out rows, of a head alone tokens a verification; "
+        "speed is of one answer at a time."
     )
     footer = f"The best is {best}; serve it with: {table['serve']}" if best is not None else "No run is worth serving."
     return tables_page(

@@ -48,7 +48,7 @@ class RungResult(msgspec.Struct, frozen=True, kw_only=True):
     general_ratio: float | None = None  # perplexity on general rows over the base model's
     marks: tuple[str, ...] = ()
     problem: str | None = None  # why it ended early
-    score: float | None = None  # the task's main metric
+    score: float | None = None  # the task's main metric; of a head alone tokens a verification
     task: dict[str, float] = {}
     tokens_per_s: float | None = None  # one answer at a time, with drafts
     tokens_per_verification: float | None = None

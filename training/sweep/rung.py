@@ -64,7 +64,8 @@ def run_rung(directory: SweepDirectory, name: str, rung: int) -> None:
         seen = found
     if done is not None and not done.is_part:
         report = done.report or msgspec.json.decode((output / "report.json").read_bytes())
-        seen = _with_report(seen, report, output)
+        is_head_alone = config.task == "generate" and (config.lora.frozen or not config.lora.enabled)
+        seen = _with_report(seen, report, output, is_head_alone)
     result = msgspec.structs.replace(seen, seconds=round(time.monotonic() - start, 1))
     write_result(directory.result_file(name, rung), result)
 
@@ -77,7 +78,8 @@ def _seen(run: TaskRun, objective: Objective | None, plan: SweepPlan, step: int)
     if objective is not None and _is_zero(objective):
         marks.append("zeros")
     ratio = None
-    if plan.forgetting_limit and isinstance(run, GenerationRun) and not marks:
+    trains_lora = objective is not None  # a head alone forgets nothing
+    if plan.forgetting_limit and trains_lora and isinstance(run, GenerationRun) and not marks:
         with_lora, without = run.losses_on(read_rows(plan.general))
         ratio = round(min(_MOST_RATIO, math.exp(min(with_lora - without, 700.0))), 4)
         if not ratio <= plan.forgetting_limit:
@@ -93,15 +95,15 @@ def _is_zero(objective: Objective) -> bool:
     return 2 * sum(not bool(torch.any(parameter != 0)) for parameter in trained) >= len(trained)
 
 
-def _with_report(seen: RungResult, report: Mapping[str, Any], output: Path) -> RungResult:
+def _with_report(seen: RungResult, report: Mapping[str, Any], output: Path, is_head_alone: bool) -> RungResult:
     marks = list(seen.marks)
-    if report.get("answers_without_end", 0.0) > _MOST_ENDLESS:
+    if not is_head_alone and report.get("answers_without_end", 0.0) > _MOST_ENDLESS:
         marks.append("repeats")
     speed = report.get("speed", {}).get("batch 1", {})
     return msgspec.structs.replace(
         seen,
         marks=tuple(marks),
-        score=report["task"]["main"],
+        score=report["mean_accepted_length_batch_1"] if is_head_alone else report["task"]["main"],
         task={key: value for key, value in report["task"].items() if key != "main"},
         tokens_per_s=speed.get("tokens_per_s"),
         tokens_per_verification=report.get("mean_accepted_length_batch_1"),

@@ -93,6 +93,18 @@ def test_the_same_command_prints_the_table_again_and_another_is_refused(swept, f
     assert "no sweep of ours" in capsys.readouterr().err
 
 
+def test_heads_alone_are_compared_by_what_they_draft(folder, in_this_process, monkeypatch, capsys):
+    in_this_process(monkeypatch)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the quick {word}"}) + "\n" for word in ("fox", "dog", "jug")))
+    flags = ["--set", "lora.enabled=false", "--set", f"data.eval={prompts}", *LITTLE, "--rungs", "1"]
+    flags += ["--grid", "head.hidden_size=16,32", "--output", str(folder / "heads")]
+    assert cli(["sweep", str(folder / "run.yaml"), *flags]) == 0
+    runs = json.loads((folder / "heads" / "table.json").read_text())["runs"]
+    assert all(run["score"] == run["tokens_per_verification"] >= 1 for run in runs) and len(runs) == 2
+    assert runs[0]["score"] >= runs[1]["score"] and "best: " in capsys.readouterr().out
+
+
 def test_runs_that_collapse_are_marked(folder, in_this_process, monkeypatch, capsys):
     def let_it_diverge(name, rung):
         problem = "the loss is nan" if name.startswith("1-") else None
