@@ -201,8 +201,8 @@ async def test_a_store_that_is_away_changes_nothing_for_who_is_known(store, push
     content = push("a", "one")
     push("b", "two")
     await resolved(store)
-    monkeypatch.setattr(versions.store._fs, "info", _fail)
-    monkeypatch.setattr(versions.store._fs, "ls", _fail)
+    monkeypatch.setattr(versions.store.files._fs, "info", _fail)
+    monkeypatch.setattr(versions.store.files._fs, "ls", _fail)
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             await asyncio.sleep(REFRESH_S)

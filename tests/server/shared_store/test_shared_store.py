@@ -71,7 +71,7 @@ def fetched(store, version, tmp_path) -> dict[str, str]:
 
 
 def damage(store, path: str, body: bytes) -> None:
-    store._fs.pipe_file(f"{store._root}/{path}", body)
+    store.files.put_bytes(path, body)
 
 
 def test_a_content_is_there_once_and_names_point_to_it(store, one, tmp_path):
@@ -97,7 +97,7 @@ def test_a_writer_that_ends_in_the_middle_changes_nothing_and_the_next_one_finis
     before, _ = store.push(adapter(tmp_path / "old", "old"), "a")
     for num_files in range(3):
         writes = []
-        put = store._put
+        put = store.files.put
 
         def fail(path, write, writes=writes, put=put, num_files=num_files):
             writes.append(path)
@@ -106,7 +106,7 @@ def test_a_writer_that_ends_in_the_middle_changes_nothing_and_the_next_one_finis
             put(path, write)
 
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_put", fail)
+            patch.setattr(store.files, "put", fail)
             with pytest.raises(KeyboardInterrupt):
                 store.push(one, "a")
         assert store.named("a").version == before and fetched(store, before, tmp_path)[WEIGHTS_FILE] == "old"
@@ -117,8 +117,8 @@ def test_a_writer_that_ends_in_the_middle_changes_nothing_and_the_next_one_finis
 
 def test_what_a_killed_writer_left_is_no_version_and_is_pruned(one, tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom specserve.server.shared_store import store as s\n"
-        "s.os.replace = lambda *_: (print('writing', flush=True), time.sleep(60))\n"
+        "import sys, time\nfrom pathlib import Path\nfrom specserve.server.shared_store import store as s\nimport os\n"
+        "os.replace = lambda *_: (print('writing', flush=True), time.sleep(60))\n"
         "s.SharedStore(sys.argv[1]).push(Path(sys.argv[2]), 'a')\n"
     )
     root = tmp_path / "store"
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_an_error_with_its_name_and_a_push_mends_it(store, one
 def test_a_damaged_list_or_name_is_an_error_and_leads_nowhere_else(store, one, tmp_path):
     version, _ = store.push(one, "a")
     listed = f"versions/{version}/{LIST_FILE}"
-    good = store._fs.cat_file(f"{store._root}/{listed}")
+    good = store.files.take(listed)
     evil = msgspec.json.encode(msgspec.json.decode(good) | {"files": {"../../x": {"size": 1, "sha256": "0" * 64}}})
     for body in (b"", good[:20], good.replace(b'"size":2', b'"size":3'), b"[]", evil):
         damage(store, listed, body)
@@ -213,8 +213,8 @@ def test_what_gets_a_name_while_it_is_pruned_stays(store, one, tmp_path, monkeyp
     """The push comes whole behind the pruner's look at names and times."""
     version, _ = store.push(one)
     pruner = SharedStore(store.url)
-    changed_at = pruner._changed_at
-    monkeypatch.setattr(pruner, "_changed_at", lambda folder: (changed_at(folder), store.push(one, "a"))[0])
+    changed_at = pruner.files.changed_at
+    monkeypatch.setattr(pruner.files, "changed_at", lambda folder: (changed_at(folder), store.push(one, "a"))[0])
     assert pruner.prune(0) == []
     assert store.named("a").version == version and fetched(store, version, tmp_path)[WEIGHTS_FILE] == "w" * 1000
     assert store.is_whole(version)
@@ -222,14 +222,14 @@ def test_what_gets_a_name_while_it_is_pruned_stays(store, one, tmp_path, monkeyp
 
 def test_a_push_puts_back_what_was_pruned_before_it_gave_the_name(store, one, tmp_path, monkeypatch):
     version, _ = store.push(one)
-    pruner, write = SharedStore(store.url), store._write
+    pruner, write = SharedStore(store.url), store.files.write
 
     def write_late(path, record):
-        if "/names/" in path:
+        if path.startswith("names/"):
             assert pruner.prune(0) == [version]
         write(path, record)
 
-    monkeypatch.setattr(store, "_write", write_late)
+    monkeypatch.setattr(store.files, "write", write_late)
     store.push(one, "a")
     assert store.named("a").version == version and fetched(store, version, tmp_path)[WEIGHTS_FILE] == "w" * 1000
     with pytest.raises(UserError, match="was pruned meanwhile"):
@@ -259,7 +259,7 @@ def test_a_store_that_does_not_answer_is_said(store, one, monkeypatch):
         raise ConnectionError("secret")
 
     for name in ("info", "ls", "put_file"):
-        monkeypatch.setattr(store._fs, name, fail, raising=True)
+        monkeypatch.setattr(store.files._fs, name, fail, raising=True)
     for ask in (lambda: store.named("a"), store.names, lambda: store.push(one, "a")):
         with pytest.raises(UserError, match="does not answer: ConnectionError") as info:
             ask()
