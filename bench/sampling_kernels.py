@@ -1,4 +1,4 @@
-"""What does the end of a step cost on a GPU: sampling with each kind of parameters, and the verification of drafts?
+"""What does the end of a step cost on a GPU: sampling with each kind of parameters, penalties, verification of drafts?
 
 The limit is one reading of the logits at the measured copy bandwidth. Greedy rows are compared with torch.argmax, rows
 with top-k and top-p with a sort of the vocabulary in torch, which knows neither ties nor fp64 masses. Times are of
@@ -13,8 +13,10 @@ import functools
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
+from specserve.kernels.logit_edits import ENTRY, ROW, edit_logits_, restore_logits_
 from specserve.kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, sample_logits_
 from specserve.kernels.verify import verify_drafts_
 
@@ -73,11 +75,33 @@ def verify(num_seqs: int, num_drafts: int, device: torch.device) -> dict[str, An
     return {"kind": "verify", "sequences": num_seqs, "drafts": num_drafts, "us": round(seconds * 1e6, 2)}
 
 
+def edits(num_rows: int, num_tokens: int, vocab_size: int, limit: float, device: torch.device) -> dict[str, Any]:
+    """Penalties on so many tokens of each row, and what stood there put back; the limit is the bytes that move."""
+    entries, rows = np.zeros(num_rows * num_tokens, ENTRY), np.zeros(num_rows, ROW)
+    entries["token"] = np.tile(np.arange(num_tokens) * (vocab_size // num_tokens), num_rows)
+    entries["count"] = 1
+    rows["first"] = rows["saved"] = np.arange(num_rows) * num_tokens
+    rows["end"], rows["repetition"], rows["presence"] = rows["first"] + num_tokens, 1.1, 0.5
+    logits = torch.empty(num_rows, vocab_size, device=device).normal_(std=3.0)
+    saved = torch.empty(len(entries), device=device)
+    records = [torch.from_numpy(array.view(np.int32)).to(device) for array in (rows, entries)]
+
+    def edit_and_restore() -> None:
+        edit_logits_(logits, *records, saved)
+        restore_logits_(logits, *records, saved)
+
+    seconds, num_bytes = seconds_per_call([edit_and_restore], device), len(entries) * (ENTRY.itemsize + 4 + 6 * 4)
+    result = {"kind": "penalties", "rows": num_rows, "vocab": vocab_size, "tokens": num_tokens}
+    return result | {"limit_us": round(num_bytes / limit * 1e6, 2), "us": round(seconds * 1e6, 2)}
+
+
 def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     """Cases, most telling first."""
     large, small = LLAMA8B.vocab_size, SMOLLM2.vocab_size
     shapes = ((2, 100),) if is_dry else ((64, large), (1, large), (8, large), (64, small), (256, large))
     cases: list[Case] = [lambda: verify(2 if is_dry else 64, 8, device)]
+    sizes = ((2, 20),) if is_dry else ((1, 500), (64, 500), (64, 4000))
+    cases += [lambda n=n, t=t: edits(n, t, 100 if is_dry else large, limit, device) for n, t in sizes]
     cases += [lambda m=m, n=n, v=v: sample(m, n, v, limit, device) for n, v in shapes for m in MODES]
     return cases
 

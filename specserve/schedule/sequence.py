@@ -37,10 +37,10 @@ class Sequence:
     __slots__ = (
         "_accepted", "_accepted_by_source", "_drafted", "_drafted_by_source", "_num_counted", "_output_counts",
         "_queue_s", "adapter_hash", "arrived", "block_keys", "block_table", "caller", "cost", "deadline",
-        "due", "gets_any_token", "grammar", "has_edits", "is_greedy", "is_traced", "max_len", "num_cached",
-        "needs_every_row", "num_computed", "num_forwards", "owner", "pooled_sum", "pooling", "priority", "prompt_keys",
-        "prompt_len", "rank", "request", "request_id", "root_key", "sample_idx", "sampling", "seat", "seq_id", "status",
-        "table_id", "takes_best", "tokens", "turn", "wants_prompt_logprobs",
+        "due", "gets_any_token", "grammar", "has_edits", "is_greedy", "is_traced", "max_len", "named_tokens",
+        "needs_every_row", "num_cached", "num_computed", "num_forwards", "owner", "pooled_sum", "pooling", "priority",
+        "prompt_keys", "prompt_len", "rank", "request", "request_id", "root_key", "sample_idx", "sampling", "seat",
+        "seq_id", "status", "table_id", "takes_best", "tokens", "turn", "wants_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +77,7 @@ class Sequence:
         self.prompt_keys: list[bytes] = []  # of the prompt's full blocks, from there on
         self.grammar = grammar  # its place in what it must keep to
         self.owner: Any = None  # what whoever runs it has of it
+        self.named_tokens: Any = None  # by its penalties and bias, for a device that edits its logits
         self.seat: Any = None  # its place in a device's tables, for whom they are
         self.pooling: PoolingType | None = pooling
         self.pooled_sum: Any = None  # of the rows that are computed, where a host adds them up

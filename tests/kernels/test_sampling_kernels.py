@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from logit_edit_cases import check_edits
 from sampling_cases import SHAPES, make_rows, make_tensors, run_kernels, sample_on_the_host
 from triton_process import needs_triton
 from verify_cases import make_verification, run_verify, verified_one_by_one
@@ -64,3 +65,11 @@ def test_cuda_sampling_replays_in_a_graph_with_other_logits_and_parameters():
 def test_cuda_verification_accepts_what_the_verifier_accepts(seed):
     case = make_verification(seed)
     assert run_verify(case, "cuda") == verified_one_by_one(case)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("vocab_size", [50, 49152, 128256])
+def test_cuda_edits_have_the_bits_of_the_hosts(vocab_size):
+    for seed in range(6):
+        check_edits(seed, vocab_size, "cuda")

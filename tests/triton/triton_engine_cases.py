@@ -130,11 +130,16 @@ def test_sampled_tokens_penalties_and_log_probabilities_equal_the_torch_path(sha
     requests = [
         request("hot", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=10, mode="fixed", seed=5, **sampling),
         request("scored", range(20, 34), max_tokens=4, prompt_logprobs=1),
-    ]
+        request(
+            "edited", [3, 4, 5, 3, 4, 5, 3, 4], max_tokens=8, mode="fixed", repetition_penalty=1.4, min_tokens=5,
+            frequency_penalty=0.2, logit_bias={7: 1.5, 4: -100.0}, logprobs=2,
+        ),
+    ]  # fmt: skip
     triton, plain = (run(engine, requests) for engine in shallow_pair)
     assert tokens_of(triton) == tokens_of(plain)
-    for a, b in zip(triton["hot"].logprobs, plain["hot"].logprobs, strict=True):
-        assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and [t for t, _ in a.top] == [t for t, _ in b.top]
+    for name in ("hot", "edited"):
+        for a, b in zip(triton[name].logprobs, plain[name].logprobs, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and [t for t, _ in a.top] == [t for t, _ in b.top]
     scores = [[s.logprob for s in r["scored"].prompt_logprobs[1:]] for r in (triton, plain)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  (before anything imports triton)
+from logit_edit_cases import check_edits
 from sampling_cases import PARAMS, SHAPES, make_rows, make_tensors, run_kernels, sample_on_the_host
 from triton_process import sweep
 from verify_cases import make_verification, run_verify, verified_one_by_one
@@ -118,6 +119,15 @@ def test_rows_may_be_part_of_a_wider_tensor():
     wide[:, :1000] = logits
     params = make_tensors(rows, 1000, "cpu")
     assert run_kernels(wide[:, :1000], params) == run_kernels(logits, params)
+
+
+@sweep({"seed": range(6), "vocab_size": (50, 1000)}, (0, 50), (1, 1000))
+def test_rows_are_edited_as_on_the_host_and_back(seed, vocab_size):
+    check_edits(seed, vocab_size, "cpu")
+
+
+def test_rows_of_a_step_that_names_more_tokens_than_have_a_buffer_are_edited_too():
+    check_edits(2, 50, "cpu", most_rows=1)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from triton_forward_compile import IS_ALL, compile_kernel, report
 
-from specserve.kernels import sampling_list_triton, sampling_triton, verify_triton
+from specserve.kernels import logit_edits_triton, sampling_list_triton, sampling_triton, verify_triton
+from specserve.kernels.logit_edits import _BLOCK, ENTRY_INTS, ROW_INTS
 from specserve.kernels.sampling import BLOCK, LIST_PLACES
 
 POINTERS = (
-    dict.fromkeys(("block_best", "row_top", "logits", "temperatures", "list_x"), "*fp32")
+    dict.fromkeys(("block_best", "row_top", "logits", "temperatures", "list_x", "saved"), "*fp32")
     | dict.fromkeys(
         ("block_mass", "partials", "old_partials", "goals", "top_ps", "min_ps", "uniforms", "masses", "row_mass"),
         "*fp64",
     )
     | dict.fromkeys(
         ("block_token", "block_nan", "masks", "mask_rows", "bad", "thresholds", "bounds", "old_bounds", "top_ks")
-        + ("is_done", "counts", "list_token", "list_size", "num_accepted", "last_row", "first_rows", "num_drafts"),
+        + ("is_done", "counts", "list_token", "list_size", "num_accepted", "last_row", "first_rows", "num_drafts")
+        + ("rows", "entries"),
         "*i32",
     )
     | dict.fromkeys(("sampled", "tokens"), "*i64")
 )  # fmt: skip
+EDITS = {"ROW_INTS": ROW_INTS, "ENTRY_INTS": ENTRY_INTS, "BLOCK": _BLOCK}
 WARPS = {"gather": 8, "choose": 8}
 
 
@@ -42,6 +45,8 @@ if __name__ == "__main__":
             (lists.tally, {"BLOCK": BLOCK, "PART": 1024}),
             (lists.gather, {"BLOCK": BLOCK, "BLOCKS": blocks}),
             (lists.choose, {"PLACES": LIST_PLACES}),
+            (logit_edits_triton.edit_rows, EDITS),
+            (logit_edits_triton.restore_rows, EDITS),
             (verify_triton.verify_drafts, {"MAX_DRAFTS": 64}),
         ):
             pointers = {name: pointer for name, pointer in POINTERS.items() if name in kernel.arg_names}

@@ -1,8 +1,8 @@
 """The sampler on CUDA: kernels draw a token from every row, and one small copy brings all of them to the host.
 
-The same function of logits, parameters, masks and random numbers as `Sampler`, which it asks for penalties and bias of
-the rows that have them. Launches are CUDA graphs by padded rows and by which stages some row needs; all have one
-scratch, as they run one after the other.
+The same function of logits, parameters, masks and random numbers as `Sampler`. Launches are CUDA graphs by padded rows
+and by which stages some row needs, penalties and bias among them; all have one scratch, as they run one after the
+other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..grammar_masks import MaskMaker
 from ..sampler import Drawn, PendingSample, Sampler, edits_logits, uniform, up_to_dead_end
 from .buffers import Fence
 from .drafts import DeviceDrafts
+from .logit_edits import LogitEdits, StepEdits
 from .parts import DeviceParts
 from .sampled_tokens import SampledTokens
 
@@ -41,6 +42,7 @@ class DeviceSampler(Sampler):
         self._device = parts.decoder.device
         self._vocab_size = parts.decoder.config.vocab_size
         self._scratch = SamplingScratch.allocate(parts.sampled.num_rows, self._vocab_size, self._device)
+        self._edits = LogitEdits(parts.sampled.num_rows, self._eos_token_ids, self._device)
         self._buffers: dict[int, _Buffers] = {}  # by padded rows
         self._host_masks = [_HostMasks(self._vocab_size, self._device) for _ in range(2)]
 
@@ -61,7 +63,7 @@ class DeviceSampler(Sampler):
             results = SampledTokens(size, self._device)
             scratch = SamplingScratch.allocate(size, self._vocab_size, self._device)
         special = [group for group in groups if not group.seq.takes_best]
-        rows, edited = self._rows(num_rows, special)
+        rows = self._rows(num_rows, special)
         # The device drafts from the tokens that it drew, so they must be final: greedy rows get their masks, too.
         self._host_masks.reverse()
         host_masks = self._host_masks[0]
@@ -69,22 +71,18 @@ class DeviceSampler(Sampler):
         if masks is not None:
             host_masks.upload(buffers.masks, len(masks.rows))
         buffers.upload(rows, masks.rows if masks is not None else [])
-        raw = logits[edited] if edited else None  # [edited, V]
-        if edited:
-            for group in special:
-                if edits_logits(group.seq):
-                    for idx in range(group.num_rows):
-                        self._edit(logits[group.first_row + idx], group, idx)
+        edited = [group for group in special if edits_logits(group.seq)]
+        edits = self._edits.upload(size, edited) if edited else None
         draws = any(row.temperature > 0 for row in rows)
         cuts_top_k, cuts_top_p = any(row.top_k for row in rows), any(row.top_p < 1 for row in rows)
         stages = {"draws": draws, "cuts_top_k": draws and cuts_top_k, "cuts_top_p": draws and cuts_top_p}
         self._graphs.launch(
-            ("sample", size, *stages.values()), lambda: buffers.sample_(results, padded, scratch, **stages), reason
+            ("sample", size, edits is not None, *stages.values()),
+            lambda: buffers.sample_(results, padded, scratch, edits, **stages),
+            reason or (edits.eager_reason if edits is not None else None),
         )
         if reason is None:
             self.drafts.launch(groups)
-        if raw is not None:
-            logits[edited] = raw  # log-probabilities are those of the model
         copy = results.queue_download()
 
         def drawn() -> Drawn:
@@ -98,15 +96,12 @@ class DeviceSampler(Sampler):
     def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: Seq[int]) -> list[int]:
         return up_to_dead_end(group, sampled, dead)  # every row was drawn under its mask
 
-    def _rows(self, num_rows: int, groups: Seq[RowGroup]) -> tuple[list[SamplingRow], list[int]]:
-        """Parameters of every row, none where all are greedy; and which rows are edited before they are sampled."""
+    def _rows(self, num_rows: int, groups: Seq[RowGroup]) -> list[SamplingRow]:
+        """Parameters of every row, none where all are greedy."""
         rows: list[SamplingRow] = []
-        edited: list[int] = []
         for group in groups:
             seq, params = group.seq, group.seq.sampling
             own = range(group.first_row, group.first_row + group.num_rows)
-            if edits_logits(seq):
-                edited += own
             if group.is_greedy:
                 continue
             rows = rows or [SamplingRow()] * num_rows
@@ -114,7 +109,7 @@ class DeviceSampler(Sampler):
                 drawn = uniform(params.seed, seq.sample_idx, len(seq.tokens) + idx)
                 top_k = params.top_k if params.top_k < self._vocab_size else 0
                 rows[row] = SamplingRow(params.temperature, top_k, params.top_p, params.min_p, drawn)
-        return rows, edited
+        return rows
 
 
 class _Buffers:
@@ -150,11 +145,22 @@ class _Buffers:
     def masks(self) -> torch.Tensor:
         return self._params.masks
 
-    def sample_(self, results: SampledTokens, logits: torch.Tensor, scratch: SamplingScratch, **stages: bool) -> None:
-        """The launches, for a graph."""
+    def sample_(
+        self,
+        results: SampledTokens,
+        logits: torch.Tensor,
+        scratch: SamplingScratch,
+        edits: StepEdits | None,
+        **stages: bool,
+    ) -> None:
+        """The launches, for a graph; `logits` are left as they were: log-probabilities are those of the model."""
         num_rows = logits.shape[0]
         tokens, flags = results.tokens[:num_rows], results.flags[:num_rows]
+        if edits is not None:
+            edits.apply_(logits)
         sample_logits_(tokens, flags, logits, self._params, scratch, **stages)
+        if edits is not None:
+            edits.undo_(logits)
 
 
 class _HostMasks:
