@@ -22,8 +22,6 @@ from typing import Any
 
 import click
 import msgspec
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from specserve.config import EngineConfig, ServeConfig, engine_part
 from specserve.engine.engine import Engine
@@ -35,8 +33,7 @@ from specserve.ray.replicated_engine import ReplicatedEngine
 from specserve.schedule.waiting import WaitingQueue
 
 from .. import common, options
-from ..adapter_files import write_adapters
-from ..load_memory import write_model
+from ..random_service import write_service
 from ..shapes import TINY
 from .costs import FittedCosts
 from .replica import Replica
@@ -237,12 +234,7 @@ def main(
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="specserve-") as folder:
         model_dir, adapters_dir = Path(folder) / "model", Path(folder) / "adapters"
-        for made in (model_dir, adapters_dir):
-            made.mkdir()
-        write_model(SHAPE, model_dir)
-        words = {f"w{idx}": idx for idx in range(SHAPE.vocab_size)}
-        Tokenizer(WordLevel(words, unk_token="w0")).save(str(model_dir / "tokenizer.json"))
-        write_adapters(adapters_dir, SHAPE.config(), adapters, 4, ["q_proj", "v_proj"])
+        write_service(SHAPE, Path(folder), adapters, 4, ("q_proj", "v_proj"))
         config = ServeConfig(
             model=str(model_dir), device="cpu", kv_cache_gib=0.05, max_model_len=512, max_num_seqs=16,
             max_batched_tokens=256, max_prefill_rows=64, max_adapters=places, adapter_memory_gib=0.1, num_threads=1,
