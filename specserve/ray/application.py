@@ -19,7 +19,7 @@ from ray.serve.schema import LoggingConfig
 from .. import settings
 from ..config import RayConfig
 from .front import Front, forwarder
-from .parts import front_part, replica_part, version_of
+from .parts import front_part, packed, replica_part, version_of
 from .replica import EngineReplica
 
 NAME = "specserve"
@@ -85,7 +85,7 @@ def application(
     # Without one, Ray Serve takes everything for new each time; it has no public option for it.
     front._version, replicas._version = version_of(of_front), version_of(of_replicas)
     patience_s = config.drain_timeout_s + LEAVE_S if is_update else 0.0
-    return front.bind(of_front, replicas.bind(of_replicas), owner, patience_s)
+    return front.bind(packed(of_front), replicas.bind(packed(of_replicas)), owner, patience_s)
 
 
 def has_room(config: RayConfig) -> bool:

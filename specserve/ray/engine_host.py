@@ -114,7 +114,7 @@ class EngineHost:
     async def attach(self, front: str) -> AsyncGenerator[bytes]:
         """As `wire.Channel.attach`. Raises `EngineDeadError` for a front that another one has replaced."""
         engine = await self._engine.link(RESTART_PATIENCE_S)
-        yield encode(Greeting(engine.info, time.monotonic(), self._served))
+        yield encode(Greeting(self._served, engine.info, time.monotonic()))
         await self._replace(front.partition("/")[0])
         if await self._engine.link(RESTART_PATIENCE_S) is not engine:
             return  # what was greeted for has ended meanwhile

@@ -23,6 +23,7 @@ from ..log_lines import configure_logging
 from ..model.store import resolve_model
 from ..server.app import Server, bind
 from .asgi import Forwarder
+from .parts import unpacked
 from .replicated_engine import ReplicatedEngine
 from .serve_channel import ServeChannel
 
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 class Front:
     """What Ray Serve calls."""
 
-    async def __init__(self, config: RayConfig, replicas: DeploymentHandle, owner: str, patience_s: float):  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, settings: bytes, replicas: DeploymentHandle, owner: str, patience_s: float):  # type: ignore[misc]  # Ray Serve awaits it
+        config = unpacked(settings)
         configure_logging(getattr(logging, config.log_level.upper()))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engines'; a text is one thread's work
         await _free(config, patience_s)

@@ -6,12 +6,14 @@ what replaces it cannot differ. Ray Serve replaces what has another version.
 
 from __future__ import annotations
 
+import platform
 from hashlib import blake2b
 
 import msgspec
 
 from .. import __version__
 from ..config import EngineConfig, RayConfig, ServeConfig
+from ..errors import UserError
 
 _OF_THE_CLUSTER = frozenset(RayConfig.__struct_fields__) - frozenset(ServeConfig.__struct_fields__)
 _OF_BOTH = frozenset({
@@ -42,6 +44,28 @@ def version_of(part: RayConfig) -> str:
 def served(config: ServeConfig) -> str:
     """What a front and its replicas must have in common: a frame means nothing between others."""
     return f"{config.model or 'the default model'} {config.revision or ''}".rstrip() + f", specserve {__version__}"
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    version: str  # of specserve
+    part: msgspec.Raw
+
+
+def packed(part: RayConfig) -> bytes:
+    """As it goes to the machine that it is for."""
+    return msgspec.json.encode(_Sent(__version__, msgspec.Raw(msgspec.json.encode(part))))
+
+
+def unpacked(sent: bytes) -> RayConfig:
+    """Raises `UserError` where another specserve is installed here: settings, and frames, mean something else to it."""
+    found = msgspec.json.decode(sent, type=_Sent)
+    if found.version != __version__:
+        raise UserError(
+            f"specserve {__version__} is installed on {platform.node()}, and the application is of specserve "
+            f"{found.version}; install the same version on all machines, then run the command again",
+            status=503,
+        )
+    return msgspec.json.decode(found.part, type=RayConfig)
 
 
 def _without(config: RayConfig, names: frozenset[str]) -> RayConfig:

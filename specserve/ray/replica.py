@@ -12,18 +12,19 @@ from collections.abc import AsyncGenerator
 
 from ray import serve
 
-from ..config import RayConfig
 from ..errors import EngineDeadError
 from ..log_lines import configure_logging
 from ..model.store import resolve_model
 from ..server.app import adapter_roots
 from .engine_host import EngineHost
+from .parts import unpacked
 
 
 class EngineReplica:
     """What Ray Serve calls; `to` is the name of the replica that a call is meant for."""
 
-    async def __init__(self, config: RayConfig):  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, settings: bytes):  # type: ignore[misc]  # Ray Serve awaits it
+        config = unpacked(settings)
         configure_logging(getattr(logging, config.log_level.upper()))
         self._name = serve.get_replica_context().replica_tag
         model_dir = await asyncio.to_thread(resolve_model, config.model, revision=config.revision)

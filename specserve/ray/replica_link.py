@@ -23,7 +23,7 @@ import msgspec
 from ..errors import EngineDeadError, UserError
 from ..messages import EngineInfo, ForsakeLoads, GenerateRequest, LoadAdapter, PrioritizeLoads, Shutdown
 from ..pooling_messages import PoolRequest
-from .wire import VERSION_PATH, Channel, encode, from_replica_decoder, greeting_decoder
+from .wire import VERSION_PATH, Channel, encode, from_replica_decoder, greeting_decoder, served_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,13 @@ class ReplicaLink:
         front = f"{front}/{uuid4().hex}"  # a new one each time: what an earlier link sends is not for this one's engine
         frames = channel.attach(front)
         try:
-            greeting = greeting_decoder.decode(await anext(frames))
-            clock_difference_s = greeting.clock_s - time.monotonic()
-            if greeting.served != served:
+            frame = await anext(frames)
+            now = time.monotonic()
+            if (other := served_decoder.decode(frame).served) != served:
                 await frames.aclose()
-                raise EngineDeadError(f"it serves {greeting.served}; this front serves {served} and waits for others")
+                raise EngineDeadError(f"it serves {other}; this front serves {served} and waits for others")
+            greeting = greeting_decoder.decode(frame)
+            clock_difference_s = greeting.clock_s - now
             await anext(frames)  # until it is attached
         except (UserError, msgspec.MsgspecError):
             raise

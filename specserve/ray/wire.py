@@ -18,12 +18,17 @@ from ..messages import EngineInfo
 VERSION_PATH = "version:"  # before a version of the shared store, in the place of its folder, which differs by machine
 
 
-class Greeting(msgspec.Struct, frozen=True):
-    """A replica's first frame. `clock_s` is its time.monotonic(), which deadlines are in; `served` as in `parts`."""
+class Served(msgspec.Struct, frozen=True):
+    """What every version's greeting says, whatever else it has become: `served` as in `parts`."""
+
+    served: str
+
+
+class Greeting(Served, frozen=True):
+    """A replica's first frame. `clock_s` is its time.monotonic(), which deadlines are in."""
 
     info: EngineInfo
     clock_s: float
-    served: str
 
 
 class Channel(Protocol):
@@ -43,6 +48,7 @@ class Channel(Protocol):
 
 
 encode = msgspec.msgpack.Encoder().encode
+served_decoder = msgspec.msgpack.Decoder(Served)
 greeting_decoder = msgspec.msgpack.Decoder(Greeting)
 from_replica_decoder: msgspec.msgpack.Decoder[list[Any]] = msgspec.msgpack.Decoder(list[FromEngine])
 to_replica_decoder: msgspec.msgpack.Decoder[list[Any]] = msgspec.msgpack.Decoder(list[ToEngine])

@@ -50,7 +50,7 @@ class FakeReplica:
         if self.broken:
             yield self.broken.pop(0)
         self._said = asyncio.Queue()
-        yield encode(Greeting(INFO, time.monotonic(), self.served))
+        yield encode(Greeting(self.served, INFO, time.monotonic()))
         yield encode([])
         try:
             while True:

@@ -130,6 +130,17 @@ async def test_a_replica_that_says_nonsense_at_first_is_tried_again_and_said(con
     await engine.stop()
 
 
+async def test_a_replica_of_another_specserve_is_left_alone_and_told_by_its_version(config, caplog):
+    host = FakeReplica()
+    host.broken = [msgspec.msgpack.encode({"served": "the default model, specserve 9.9", "engine": ["another"]})]
+    engine = ReplicatedEngine(config, lambda name: host)
+    with caplog.at_level(logging.WARNING):
+        engine.set_replicas(["east"])
+        await until(lambda: "specserve 9.9" in caplog.text)
+    assert "waits for others" in caplog.text and "Traceback" not in caplog.text
+    await engine.stop()
+
+
 async def test_a_version_of_the_shared_store_is_named_to_replicas_by_its_hash(engine, hosts, tmp_path):
     version = "ab" * 32
     await engine.load_adapter("a", str(tmp_path / "cache" / "versions" / version))

@@ -3,8 +3,11 @@
 import msgspec
 import pytest
 
+from specserve import __version__ as specserve_version
 from specserve.config import RayConfig
-from specserve.ray.parts import front_part, replica_part, served, version_of
+from specserve.errors import UserError
+from specserve.ray import parts
+from specserve.ray.parts import front_part, packed, replica_part, served, unpacked, version_of
 
 BEFORE = RayConfig(model="m", api_key="secret", port=8000, max_num_seqs=8, num_threads=2, num_replicas=2)
 
@@ -33,3 +36,13 @@ def test_each_part_has_what_it_reads_and_no_secret_of_the_front_reaches_a_replic
     assert (front.api_key, front.port, front.model) == ("secret", 8000, "m")
     assert (replica.api_key, replica.max_num_seqs, replica.num_threads, replica.model) == (None, 8, 2, "m")
     assert served(front) == served(replica) == served(BEFORE)
+
+
+def test_settings_of_another_specserve_are_refused_by_both_names(monkeypatch):
+    sent = packed(replica_part(BEFORE))
+    assert unpacked(sent) == replica_part(BEFORE)
+    later = sent.replace(b'"num_threads"', b'"threads"')
+    monkeypatch.setattr(parts, "__version__", "9.9")
+    for each in (sent, later):
+        with pytest.raises(UserError, match=f"specserve 9.9 is installed on .*is of specserve {specserve_version}"):
+            unpacked(each)
