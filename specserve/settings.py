@@ -9,7 +9,7 @@ secrets: they appear in no message.
 import contextlib
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -109,15 +109,18 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """The checked values of a YAML file; raises `UserError`."""
     path = Path(path).expanduser()
     content = read_yaml(path, "the configuration file")
+    named = check_names(content, str(path))
+    return {key: parse(named[key], value, str(path), is_text=False) for key, value in content.items()}
+
+
+def check_names(names: Iterable[str], origin: str) -> dict[str, Setting]:
+    """The settings of any command that these name; raises `UserError` for a name of none."""
     settings = {setting.name: setting for setting in settings_of(RayConfig)}
-    old = {setting.name: setting for setting in map(old_setting, settings.values()) if setting is not None}
-    values = {}
-    for key, value in content.items():
-        setting = settings.get(key) or old.get(key)
-        if setting is None:
-            raise UserError(f"unknown key {key!r} in {path}{_nearest(str(key), settings)}", param=str(key))
-        values[key] = parse(setting, value, str(path), is_text=False)
-    return values
+    known = settings | {old.name: old for old in map(old_setting, settings.values()) if old is not None}
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown key {name!r} in {origin}{_nearest(str(name), settings)}", param=str(name))
+    return {name: known[name] for name in names}
 
 
 def parse(setting: Setting, value: Any, origin: str, *, is_text: bool = True) -> Any:

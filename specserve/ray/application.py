@@ -29,10 +29,13 @@ ONE_MORE = 1  # percent, which Ray Serve rounds up to a whole replica
 LEAVE_S = 10.0  # beside the drain, until Ray kills who has not left
 
 
-def app(arguments: dict[str, str]) -> Application:
-    """For `serve run specserve.ray:app KEY=VALUE ..`: keys are settings, `config` a file of them."""
-    given = {"port": "0", **{key: value for key, value in arguments.items() if key != "config"}}
-    return application(settings.load(RayConfig, given, os.environ, arguments.get("config")), has_proxies=True)
+def app(arguments: dict[str, Any]) -> Application:
+    """For `serve run specserve.ray:app KEY=VALUE ..`, and for `args` of Ray's own files: keys are settings, `config` a
+    file of them. Raises `UserError`."""
+    arguments = dict(arguments)
+    file = arguments.pop("config", None)
+    settings.check_names(arguments, "the arguments of specserve.ray:app")
+    return application(settings.load(RayConfig, {"port": "0", **arguments}, os.environ, file), has_proxies=True)
 
 
 def application(
