@@ -25,7 +25,7 @@ TWO_PROCESSES := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help install pull serve rag test test-all browser pictures churn soak abuse gpu conformance ray lint audit docs format clean
+.PHONY: help install pull serve rag test test-all browser pictures churn soak abuse gpu conformance ray buckets lint audit docs format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,10 @@ abuse: $(TEST_INSTALLED)  ## all bad inputs and faults that the server survives 
 ray: $(TEST_INSTALLED)  ## two replicas on this machine under load: mixed adapters, one is killed, the front is killed
 	$(PIP_INSTALL) '.[ray]'
 	$(BIN)/python -m pytest -n 0 -m 'slow or not slow' tests/ray $(ARGS)
+
+buckets: $(TEST_INSTALLED)  ## a shared store in a bucket of an S3 server on this machine: pushed, pruned, away, refused
+	$(PIP_INSTALL) '.[s3]' 'moto[s3,server]>=5'
+	$(BIN)/python -m pytest -n 0 -m 'slow or not slow' tests/server/shared_store/test_buckets.py $(ARGS)
 
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

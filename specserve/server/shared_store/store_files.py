@@ -38,6 +38,7 @@ class StoreFiles:
         self._url = url
         self._fs, self._root = file_system(url, "shared_store")
         self._is_local = "file" in _protocols(self._fs)
+        self._unseen_bucket = self._root.partition("/")[0] if "s3" in _protocols(self._fs) else ""
 
     # -- reading
 
@@ -47,6 +48,7 @@ class StoreFiles:
             try:
                 return [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._at(folder), False)]
             except FileNotFoundError:  # nobody has pushed yet
+                self._check_bucket()
                 return []
 
     def record(self, path: str, kind: type[T]) -> T | None:
@@ -59,6 +61,7 @@ class StoreFiles:
                     )
                 return msgspec.json.decode(self._fs.cat_file(self._at(path)), type=kind)
             except FileNotFoundError:
+                self._check_bucket()
                 return None
             except msgspec.DecodeError:
                 raise failed(f"{self._at(path)} is damaged; push the adapter again") from None
@@ -156,16 +159,26 @@ class StoreFiles:
         except (UserError, FileNotFoundError):
             raise
         except Exception as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-            raise UserError(
-                f"the shared store {self._url} does not answer: {reason}",
-                param="shared_store",
-                status=503,
-                code="store_unavailable",
-            ) from error
+            if isinstance(error, PermissionError) and not self._is_local:
+                said = "refuses the credentials of this process (PermissionError)"
+            else:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+                said = f"does not answer: {reason}"
+            raise _unavailable(f"the shared store {self._url} {said}") from error
+
+    def _check_bucket(self) -> None:
+        """Raises `UserError` where it is missing: then nothing is in it, and nothing can be."""
+        if self._unseen_bucket and not self._fs.exists(self._unseen_bucket):
+            text = f"the shared store {self._url} has no bucket; create {self._unseen_bucket!r}, or correct the address"
+            raise _unavailable(text)
+        self._unseen_bucket = ""  # it is there: one look is enough
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def _unavailable(text: str) -> UserError:
+    return UserError(text, param="shared_store", status=503, code="store_unavailable")
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
