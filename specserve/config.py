@@ -262,6 +262,9 @@ class RayConfig(ServeConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ray_address: Annotated[
         Text | None, Meta(description="Ray cluster to run on; default: RAY_ADDRESS, else one of this machine alone")
     ] = None
+    front_node: Annotated[
+        Text | None, Meta(description="machine that listens, by its address in Ray; default: where the command runs")
+    ] = None
 
 
 def engine_part(config: ServeConfig) -> EngineConfig:

@@ -12,12 +12,14 @@ from typing import Any
 import msgspec
 import ray
 from ray import serve
+from ray._private.state import available_resources_per_node  # Ray has no public one; sums say nothing of room
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from .. import settings
 from ..config import RayConfig
+from ..errors import UserError
 from .front import Front, forwarder
 from .parts import front_part, packed, replica_part, version_of
 from .replica import EngineReplica
@@ -78,7 +80,7 @@ def application(
         name="Front",
         num_replicas=1,
         max_ongoing_requests=MAX_CALLS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": _at(config.front_node)},
         graceful_shutdown_timeout_s=config.drain_timeout_s + LEAVE_S,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2.0,
@@ -91,12 +93,24 @@ def application(
     return front.bind(packed(of_front), replicas.bind(packed(of_replicas)), owner, patience_s)
 
 
+def _at(address: str | None) -> dict[str, float]:
+    """What Ray keeps for who shall run on the machine of that address. Raises `UserError` where there is none."""
+    if address is None:
+        return {}
+    known = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else None
+    if known is not None and address not in known:
+        raise UserError(f"front_node is {address}; the cluster has {', '.join(known)}", param="front_node")
+    return {f"node:{address}": 0.001}
+
+
 def has_room(config: RayConfig) -> bool:
-    """Whether the cluster can hold one more replica now: then an update starts a new one before an old one leaves.
+    """Whether some machine can hold one more replica now: then an update starts a new one before an old one leaves.
 
     `serve run` asks before it is connected, and does without.
     """
     if not ray.is_initialized():
         return False
-    free = ray.available_resources()
-    return free.get("CPU", 0.0) >= config.replica_cpus and free.get("GPU", 0.0) >= config.replica_gpus
+    return any(
+        free.get("CPU", 0.0) >= config.replica_cpus and free.get("GPU", 0.0) >= config.replica_gpus
+        for free in available_resources_per_node().values()
+    )

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 
 from ..config import RayConfig
 from ..errors import UserError
 from ..log_lines import configure_logging
 from ..model.store import resolve_model
 from ..server.app import Server, bind
+from .addresses import by_address
 from .asgi import Forwarder
 from .parts import unpacked
 from .replicated_engine import ReplicatedEngine
@@ -60,6 +62,10 @@ class Front:
     def replicas_changed(self, names: Sequence[str]) -> None:
         """Called by `NamedRouter`, on a thread of its own."""
         self._loop.call_soon_threadsafe(self._engine.set_replicas, list(names))
+
+    async def public_url(self) -> str:
+        """As `url`, for other machines: where it listens on all addresses, by that which this machine has in Ray."""
+        return by_address(await self.url(), get_node_ip_address())
 
     async def url(self) -> str:
         """Where it listens, once a replica serves. Raises the `UserError` that says why it cannot."""

@@ -7,9 +7,11 @@ import signal
 import threading
 from uuid import uuid4
 
+import msgspec
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 
 from ..config import RayConfig
 from ..errors import UserError, shortened
@@ -41,10 +43,11 @@ def serve_on_ray(config: RayConfig) -> None:
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         try:
             is_update = NAME in serve.status().applications
-            made = application(config, owner=owner, is_update=is_update)
+            here = config.front_node or get_node_ip_address()
+            made = application(msgspec.structs.replace(config, front_node=here), owner=owner, is_update=is_update)
             front = serve.run(made, name=NAME, route_prefix=None)
             front.owned_by.remote(owner).result()
-            url = front.url.remote().result()
+            url = front.public_url.remote().result()
         except RuntimeError as error:
             what = "cannot be updated, what serves stays as it is" if is_update else "does not start"
             raise UserError(f"the application {what}: {_why() or error}") from error

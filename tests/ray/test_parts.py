@@ -7,6 +7,7 @@ from specserve import __version__ as specserve_version
 from specserve.config import RayConfig
 from specserve.errors import UserError
 from specserve.ray import parts
+from specserve.ray.addresses import by_address
 from specserve.ray.parts import front_part, packed, replica_part, served, unpacked, version_of
 
 BEFORE = RayConfig(model="m", api_key="secret", port=8000, max_num_seqs=8, num_threads=2, num_replicas=2)
@@ -16,7 +17,11 @@ BEFORE = RayConfig(model="m", api_key="secret", port=8000, max_num_seqs=8, num_t
     ("change", "replaces_front", "replaces_replicas"),
     [
         ({"num_replicas": 3, "max_replicas": 5, "scale_up_delay_s": 1.0}, False, False),
-        ({"replica_cpus": 2.0, "ray_address": "auto"}, False, False),  # Ray Serve sees the resources itself
+        (
+            {"replica_cpus": 2.0, "ray_address": "auto", "front_node": "10.0.0.2"},
+            False,
+            False,
+        ),  # Ray Serve sees resources itself
         ({"max_num_seqs": 16}, False, True),
         ({"kv_cache_gib": 1.0, "base_head": "head"}, False, True),
         ({"port": 8001}, True, False),
@@ -46,3 +51,9 @@ def test_settings_of_another_specserve_are_refused_by_both_names(monkeypatch):
     for each in (sent, later):
         with pytest.raises(UserError, match=f"specserve 9.9 is installed on .*is of specserve {specserve_version}"):
             unpacked(each)
+
+
+def test_a_front_on_all_addresses_is_told_by_its_machines():
+    assert by_address("http://0.0.0.0:8000", "10.0.0.2") == "http://10.0.0.2:8000"
+    assert by_address("http://[::]:8000", "fd00::2") == "http://[fd00::2]:8000"
+    assert by_address("http://10.0.0.9:8000", "10.0.0.2") == "http://10.0.0.9:8000"

@@ -56,5 +56,5 @@ def test_ray_serve_takes_its_configuration(manifest, application):
     found = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
     assert found.applications[0].import_path == "specserve.ray:app"
     assert app({**application["args"], "shared_store": None}) is not None
-    with pytest.raises(UserError, match="unknown key 'num_replica' .* num_replicas"):
+    with pytest.raises(UserError, match="'num_replica' .* did you mean 'num_replicas'"):
         app({"num_replica": 2})
