@@ -57,7 +57,7 @@ pictures: $(BROWSER_INSTALLED)  ## take the pictures of docs/images again, some 
 conformance: $(TEST_INSTALLED) $(CLIENTS_INSTALLED)  ## run other projects' clients, each in an environment of its own
 	$(BIN)/python -m pytest -m slow tests/conformance $(ARGS)
 
-gpu: $(TEST_INSTALLED)  ## on a CUDA machine: the GPU tests and benches, under nine minutes; results in gpu-results/
+gpu: $(TEST_INSTALLED)  ## on a CUDA machine: the GPU tests and benches, under ten minutes; results in gpu-results/ (ARGS=--dry-run: tiny, without one)
 	$(BIN)/specserve pull
 	$(BIN)/python -m bench.gpu $(ARGS)
 

@@ -5,7 +5,7 @@ own runner and graphs: one sequence's step against weight bytes over the measure
 (a verification) against 1; 32 sequences with 32 distinct rank-16 adapters on all linears against none. The ways take
 turns. --shape tiny with --device cpu (TRITON_INTERPRET=1) only shows that the bench runs.
 
-    python -m bench.gpu_steps [--shape llama8b|smollm2|tiny] [--rounds 20] [--context 512] [--exact off]
+    python -m bench.gpu_steps [--shape llama8b|smollm2|tiny] [--quantization int8] [--rounds 20] [--exact off]
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import torch
 
 from specserve.adapters.lora import LoraAdapter
 from specserve.compute.cuda.build import build
+from specserve.compute.cuda.decoder import TritonDecoder
 from specserve.compute.cuda.graph_cache import GraphCache
 from specserve.compute.cuda.parts import DeviceParts
 from specserve.compute.cuda.runner import DeviceRunner
 from specserve.compute.kv_cache import KVCache
 from specserve.compute.path import StepLimits
-from specserve.config import Exact
+from specserve.config import Exact, Quantization
+from specserve.kernels.scaled_weights import DTYPES, ScaledLinear
 from specserve.schedule.block_manager import BlockManager
 
 from . import common, options
@@ -42,11 +44,12 @@ class Steps:
     """Steps of one shape over sequences that stay where they are, so that each repeat does the same work."""
 
     def __init__(
-        self, shape: ModelShape, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int, exact: Exact
-    ):
+        self, shape: ModelShape, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int, exact: Exact,
+        quantization: Quantization,
+    ):  # fmt: skip
         config = shape.config()
         weights = RandomWeights(config, device, dtype)
-        self.decoder = build(config, weights, exact)
+        self.decoder = build(config, weights, exact, quantization)
         self.device = device
         self.queued = QUEUED if device.type == "cuda" else 1
         num_blocks = num_seqs * (-(-(context + 64) // BLOCK_SIZE))
@@ -60,7 +63,7 @@ class Steps:
         )  # fmt: skip
         self.runner = DeviceRunner(DeviceParts.of(self.decoder, kv, limits, GraphCache(self.decoder.device, True)))
         self._context = context
-        self.weight_bytes = sum(p.nbytes for p in _tensors(self.decoder))
+        self.weight_bytes = _weight_bytes(self.decoder)
 
     def way(self, num_seqs: int, num_rows: int, adapters: list[LoraAdapter]) -> Callable[[], None]:
         """A step of `num_seqs` sequences with `num_rows` rows each, adapter i for sequence i."""
@@ -74,9 +77,10 @@ class Steps:
         return run
 
 
-def _tensors(decoder: Any) -> list[torch.Tensor]:
+def _weight_bytes(decoder: TritonDecoder) -> int:
     linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    return [linear.unpacked() for linear in (*linears, decoder.lm_head)]
+    held = [x.weights if isinstance(x, ScaledLinear) else x.unpacked() for x in (*linears, decoder.lm_head)]
+    return sum(weights.nbytes for weights in held)
 
 
 def timed(step: Callable[[], Any], device: torch.device) -> float:
@@ -99,15 +103,19 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
 @options.at_least(1, "--context", 512)
 @click.option("--seqs", "num_seqs", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--exact", type=click.Choice(get_args(Exact)), default="auto", show_default=True)
+@click.option("--quantization", type=click.Choice(["none", *DTYPES]), default="none", show_default=True)
 @click.option("--device", default="cuda", show_default=True)
 @options.save("gpu_steps", default=False)
 @torch.inference_mode()
-def main(shape: str, rounds: int, context: int, num_seqs: int, exact: Exact, device: str, save: bool) -> None:
+def main(
+    shape: str, rounds: int, context: int, num_seqs: int, exact: Exact, quantization: Quantization, device: str,
+    save: bool,
+) -> None:  # fmt: skip
     run = common.start("gpu_steps", "torch", "triton", device=device)
     place = torch.device(device)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    dtype = torch.float32 if place.type == "cpu" and quantization == "none" else torch.bfloat16
     bandwidth = copy_bandwidth(place, 1 << (31 if place.type == "cuda" else 26))
-    steps = Steps(SHAPES[shape], place, dtype, num_seqs, context, exact)
+    steps = Steps(SHAPES[shape], place, dtype, num_seqs, context, exact, quantization)
     click.echo(f"a row's bits are the same in every step: {steps.decoder.is_exact} (--exact {exact})")
     floor_ms = 1e3 * steps.weight_bytes / bandwidth
     click.echo(
@@ -140,6 +148,7 @@ def main(shape: str, rounds: int, context: int, num_seqs: int, exact: Exact, dev
     graphs = steps.runner.graphs
     fields = {
         "shape": shape,
+        "quantization": quantization,
         "is_exact": steps.decoder.is_exact,
         "context": context,
         "rounds": rounds,

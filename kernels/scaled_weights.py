@@ -32,6 +32,10 @@ class ScaledWeights:
     values: torch.Tensor
     scales: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
 
 def quantize_outputs(weight: torch.Tensor, form: str) -> ScaledWeights:
     """W [N, K] with each output's largest weight at the largest value of `form`, a name in DTYPES.

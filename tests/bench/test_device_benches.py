@@ -15,7 +15,21 @@ def test_benches_run_dry_and_end_in_their_json_line(name):
 
 
 @needs_triton
-def test_the_bench_of_steps_runs_the_runner_in_the_interpreter():
-    options = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--context", "20", "--seqs", "2"]
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=pytest.mark.slow)])
+def test_the_bench_of_steps_runs_the_runner_in_the_interpreter(quantization):
+    options = [
+        "--quantization",
+        quantization,
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--context",
+        "20",
+        "--seqs",
+        "2",
+    ]
     record = bench_record("gpu_steps", *options, TRITON_INTERPRET="1")
     assert set(record["figures"]) == {"floor_ratio", "verify_ratio", "lora_share"}

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _UNSEEN = "what layers, lm_head, sampling and heads take on the device: all are queued there and waited for once"
 
 
-def build(config: ModelConfig, weights: Weights, exact: Exact, quantization: Quantization) -> TritonDecoder:
+def build(config: ModelConfig, weights: Weights, exact: Exact, quantization: Quantization = "none") -> TritonDecoder:
     """The decoder of the Triton kernels; norms stay fp32.
 
     Raises `ModelError` where `exact` is on and cannot be, or the device cannot multiply what is quantized.
