@@ -141,7 +141,7 @@ class Forward {
     e.make_room(T);
     is_quantized = first.modules[Q].format >= INT8;
     if (is_quantized) e.make_room_for_integers(widest, T);
-    qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
+    if (m.head_dim != PANEL) qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
     rotated = e.rotated.get<A>(rows * q_size);
     y = e.y.get<float>(rows * m.hidden_size);
     h_stride = 3 * s.max_rank;
@@ -168,7 +168,7 @@ class Forward {
       clock.end(SHRINK);
       multiply_qkv(idx, layer, thread);
       clock.end(QKV);
-      rotate_rows(layer);
+      place_rows(layer);
       clock.end(ROPE);
       attend_rows(layer, thread);
       if (idx == m.num_layers - 1 && s.num_hidden < T) leave_rows(layer, thread);
@@ -312,6 +312,8 @@ class Forward {
       if (row_slots) panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
       if (added_to && rows >= MANY_ROWS)
         panels[p].num_wanted += row_pieces(added_to, parts[p].panel, row, rows, pieces[p] + panels[p].num_wanted);
+      if (m.head_dim == PANEL && (parts[p].module == K || parts[p].module == V))
+        panels[p].num_wanted += cache_pieces(m.layers[layer], parts[p], row, rows, pieces[p] + panels[p].num_wanted);
     }
     const int kp = panels[0].matrix->kp;
     multiply_panels(panels, num, Rows<A>(x, kp, T), e.quantized(kp, T), row, rows, out);
@@ -339,6 +341,21 @@ class Forward {
       pieces[r] = {at, at + sizeof(float) * num};
     }
     return rows;
+  }
+
+  // The same of the tiles that a head's keys or values will be stored to.
+  int cache_pieces(const Layer& layer, const Part& part, int row, int rows, Piece* pieces) const {
+    const size_t size = sizeof(A) * KEYS * m.head_dim;
+    const char* cache = (const char*)(part.module == K ? layer.k_cache : layer.v_cache);
+    int64_t before = -1;
+    int num = 0;
+    for (int r = 0; r < rows; r++)
+      if (const int64_t tile = s.slot_mapping[row + r] / KEYS; tile != before) {
+        const char* at = cache + (tile * m.num_kv_heads + part.panel) * size;
+        pieces[num++] = {at, at + size};
+        before = tile;
+      }
+    return num;
   }
 
   void fetch_lora(int layer, const Part& part, int row, int rows) const {
@@ -384,9 +401,13 @@ class Forward {
       }
       multiply_parts(idx, parts, num, act, row, rows, products);
       for (int p = 0; p < num; p++) {
+        float* from = products + (size_t)p * pad_rows(rows) * PANEL;
+        if (m.head_dim == PANEL) {
+          for (int r = 0; r < rows; r++) place(layer, parts[p].module, parts[p].panel, row + r, from + r * PANEL);
+          continue;
+        }
         const int columns = std::min(PANEL, layer.modules[parts[p].module].n - parts[p].panel * PANEL);
         float* to = qkv + (size_t)row * width + starts[parts[p].module] + parts[p].panel * PANEL;
-        const float* from = products + (size_t)p * pad_rows(rows) * PANEL;
         for (int r = 0; r < rows; r++) memcpy(to + (size_t)r * width, from + r * PANEL, 4 * columns);
       }
     });
@@ -409,7 +430,20 @@ class Forward {
     }
   }
 
-  void rotate_rows(const Layer& layer) {
+  // One head of a row, [head_dim], goes where attention reads it: normed and rotated, unless it holds values.
+  void place(const Layer& layer, int module, int head, int t, float* x) {
+    const int dim = m.head_dim;
+    if (module == V) return store_value((A*)layer.v_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, x);
+    if (const float* norm = module == Q ? layer.q_norm : layer.k_norm) head_norm(x, norm);
+    rotate(x, s.cos[layer.rope] + (size_t)t * dim, s.sin[layer.rope] + (size_t)t * dim);
+    if (module == K) return store_key((A*)layer.k_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, x);
+    A* out = rotated + (size_t)t * q_size + head * dim;
+    for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(x + c, dim - c), dim - c);
+  }
+
+  // Where heads are no panels, which have been placed as they were multiplied.
+  void place_rows(const Layer& layer) {
+    if (m.head_dim == PANEL) return;
     const int dim = m.head_dim, width = q_size + 2 * kv_size;
     // Rows that follow each other share the lines of a tile of keys.
     const int at_once = std::clamp(T / (4 * e.team.size()), 1, KEYS);
@@ -418,21 +452,10 @@ class Forward {
         float* row = qkv + (size_t)t * width;
         if (t + 1 < std::min(T, (i + 1) * at_once))
           for (int c = 0; c < width; c += 16) __builtin_prefetch(row + width + c, 0, 3);
-        const float *cos = s.cos[layer.rope] + (size_t)t * dim, *sin = s.sin[layer.rope] + (size_t)t * dim;
-        for (int head = 0; head < m.num_heads; head++) {
-          float* q = row + head * dim;
-          if (layer.q_norm) head_norm(q, layer.q_norm);
-          rotate(q, cos, sin);
-          A* out = rotated + (size_t)t * q_size + head * dim;
-          for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(q + c, dim - c), dim - c);
-        }
+        for (int head = 0; head < m.num_heads; head++) place(layer, Q, head, t, row + head * dim);
         for (int head = 0; head < m.num_kv_heads; head++) {
-          float* k = row + q_size + head * dim;
-          if (layer.k_norm) head_norm(k, layer.k_norm);
-          rotate(k, cos, sin);
-          store_key((A*)layer.k_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, k);
-          const float* v = row + q_size + kv_size + head * dim;
-          store_value((A*)layer.v_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, v);
+          place(layer, K, head, t, row + q_size + head * dim);
+          place(layer, V, head, t, row + q_size + kv_size + head * dim);
         }
       }
     e.team.barrier();
@@ -610,7 +633,7 @@ class Forward {
   bool is_quantized;
   int q_size, kv_size, h_stride;
   A *act, *act2, *rotated;
-  float *qkv, *h, *y;
+  float *qkv = nullptr, *h, *y;
   std::vector<AttentionTask> tasks;
   std::vector<int32_t> last_slots;
   bool has_left_rows = false;  // T, x and row_slots are those of hidden_indices

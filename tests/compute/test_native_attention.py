@@ -23,6 +23,7 @@ MODELS = {
     "tiles and a half": ("llama", {"head_dim": 80}),
     "the widest heads": ("gemma3", {"head_dim": 256}),
     "windows within splits": ("gemma3", {"head_dim": 64, "sliding_window": 40, "num_key_value_heads": 1}),
+    "heads of a panel": ("llama", {"head_dim": 64}),
 }
 
 
