@@ -159,8 +159,8 @@ class StoreFiles:
         except (UserError, FileNotFoundError):
             raise
         except Exception as error:
-            if isinstance(error, PermissionError) and not self._is_local:
-                said = "refuses the credentials of this process (PermissionError)"
+            if not self._is_local and _is_refusal(error):
+                said = "refuses the credentials of this process"
             else:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
                 said = f"does not answer: {reason}"
@@ -175,6 +175,11 @@ class StoreFiles:
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """As s3fs says it, or gcsfs."""
+    return isinstance(error, PermissionError) or (isinstance(error, OSError) and str(error).startswith("Forbidden"))
 
 
 def _unavailable(text: str) -> UserError:

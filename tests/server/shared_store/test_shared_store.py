@@ -252,15 +252,25 @@ def test_an_address_that_cannot_be_is_refused_without_its_secrets(url):
     assert "secret" not in str(info.value) and info.value.param == "shared_store"
 
 
-def test_a_store_that_does_not_answer_is_said(store, one, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("secret"), "does not answer: ConnectionError"),
+        (PermissionError("secret"), "refuses the credentials"),  # s3fs
+        (OSError("Forbidden: secret"), "refuses the credentials"),  # gcsfs
+    ],
+)
+def test_a_store_that_does_not_answer_is_said(store, one, monkeypatch, error, said):
     store.push(one, "a")
+    if store.files._is_local and not isinstance(error, ConnectionError):
+        said = f"does not answer: {type(error).__name__}"
 
     def fail(*_, **__):
-        raise ConnectionError("secret")
+        raise error
 
     for name in ("info", "ls", "put_file"):
         monkeypatch.setattr(store.files._fs, name, fail, raising=True)
     for ask in (lambda: store.named("a"), store.names, lambda: store.push(one, "a")):
-        with pytest.raises(UserError, match="does not answer: ConnectionError") as info:
+        with pytest.raises(UserError, match=said) as info:
             ask()
         assert info.value.status == 503 and "secret" not in str(info.value)
