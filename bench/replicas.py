@@ -2,8 +2,8 @@
 
 The same requests over HTTP to `specserve serve` with one thread, to two such servers that know nothing of each other,
 to `specserve ray` with one replica of one thread, and with two. All are up at the same time and asked in turns, each
-for a round: only who is asked has work. Two servers are the limit: what the machine's cores and memory give to two
-engines beside one. The demo adapters over their own held-out prompts, mixed; or with --shape a published size with
+for a round: only who is asked has work. First what two threads read and multiply beside one. Two servers show what that
+leaves to two engines. The demo adapters over their own held-out prompts, mixed; or with --shape a published size with
 random weights and LoRAs, whose steps cost more than messages do. As many callers as two replicas have seats, so that
 one replica is full with as many waiting. Ratios are within a round; their median counts. Beside them: the cores that
 each way took in its rounds, by whose they were.
@@ -31,6 +31,7 @@ import click
 
 from . import common, options
 from .cpu_cases import SHAPES
+from .cpu_limits import CpuLimits
 from .process_times import cpu_seconds, taken
 from .random_service import random_prompts, write_service
 from .server_process import Serving, serving
@@ -46,6 +47,7 @@ WAYS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 RATIOS = {"twice_over_once": (TWICE, ALONE), "two_over_one": (TWO, ONE), "ray_over_serve": (ONE, ALONE)}
 RANDOM_ADAPTERS, RANK = 8, 16
 IDLE = "ways not asked"
+READ_BYTES, LIMIT_ROUNDS = 1 << 29, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ def main(
     save: bool,
 ) -> None:  # fmt: skip
     run = common.start("replicas", "torch", "ray", "aiohttp")
+    reads, multiplies = _more_of_two_threads()
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     cores: dict[str, Counter[str]] = defaultdict(Counter)
     with ExitStack() as stack:
@@ -132,7 +135,7 @@ def main(
         for name, (more, less) in RATIOS.items()
     }
     click.echo(
-        f"limit: two servers over one {ratios['twice_over_once']:.2f}; two replicas over one "
+        f"two servers over one {ratios['twice_over_once']:.2f}; two replicas over one "
         f"{ratios['two_over_one']:.2f}; one over no Ray {ratios['ray_over_serve']:.2f}"
     )
     settings = {"model": service.name, "rounds": rounds, "seats": seats, "requests": requests, "max_tokens": max_tokens}
@@ -142,8 +145,23 @@ def main(
         "tokens_per_s": {way: common.spread(found) for way, found in rates.items()},
         "cores": {way: {role: round(num, 3) for role, num in found.items()} for way, found in cores.items()},
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "two_threads_over_one": {"read": round(reads, 3), "multiply": round(multiplies, 3)},
     }
     run.finish({**settings, **fields}, save)
+
+
+def _more_of_two_threads() -> tuple[float, float]:
+    """What two threads read, and multiply, over what one does: no second replica adds more."""
+    one, two = limits = [CpuLimits(num, READ_BYTES) for num in (1, 2)]
+    for _ in range(LIMIT_ROUNDS):
+        for limit in limits:
+            limit.measure()
+    reads, multiplies = two.bytes_per_s / one.bytes_per_s, two.peak()[1] / one.peak()[1]
+    click.echo(
+        f"limit: one thread reads {one.bytes_per_s / 1e9:.0f} GB/s, two {reads:.2f} times as much, and multiply "
+        f"{multiplies:.2f} times: so much more can a second replica decode, and take prompts"
+    )
+    return reads, multiplies
 
 
 def _cpu_seconds(servers: dict[str, list[Serving]], asked: str) -> dict[str, float]:
