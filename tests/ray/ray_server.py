@@ -21,16 +21,31 @@ NAMES = ("a", "b", "c")
 REPLICA = re.compile(r'specserve_replica_\w+\{replica="(\w+)"\}')
 
 
+def here(*command: str, **options) -> subprocess.Popen:
+    """A process of this machine."""
+    return subprocess.Popen(command, **options)
+
+
 class RayServer(ServerProcess):
     """The front's address as of a server; processes are found by what they run."""
 
-    def __init__(self, model_dir, adapters_dir, *flags: str, port: int | None = None):
+    def __init__(self, model_dir, adapters_dir, *flags: str, port: int | None = None, popen=here):
         self.port = port or free_port()
         command = [sys.executable, "-m", "specserve.cli", "ray", "--model", str(model_dir), "--port", str(self.port)]
-        command += ["--adapters-dir", str(adapters_dir), "--dtype", "fp32", "--kv-cache-gib", "0.05"]
-        command += ["--num-threads", "1", "--drain-timeout-s", "20", *flags]
+        command += [
+            "--dtype",
+            "fp32",
+            "--kv-cache-gib",
+            "0.05",
+            "--num-threads",
+            "1",
+            "--drain-timeout-s",
+            "20",
+            *flags,
+        ]
+        command += ["--adapters-dir", str(adapters_dir)] if adapters_dir is not None else []
         env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        self.process = popen(*command, stderr=subprocess.PIPE, text=True, env=env)
         self.log, self.url, self._ready = [], "", threading.Event()
         threading.Thread(target=self._read_log, daemon=True).start()
 
@@ -41,8 +56,8 @@ class RayServer(ServerProcess):
         except requests.RequestException:
             return set()
 
-    def wait_replicas(self, num: int) -> set[str]:
-        deadline = time.monotonic() + AWAY_S
+    def wait_replicas(self, num: int, patience_s: float = AWAY_S) -> set[str]:
+        deadline = time.monotonic() + patience_s
         while len(found := self.replicas()) != num:
             assert time.monotonic() < deadline, f"{found} serve:\n" + "".join(self.log[-30:])
             time.sleep(0.2)
