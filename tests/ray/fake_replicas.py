@@ -20,6 +20,7 @@ from specserve.messages import (
     GenerateRequest,
     GetAdapters,
     GetStats,
+    Heartbeat,
     LoadAdapter,
     PinAdapter,
     UnloadAdapter,
@@ -29,11 +30,13 @@ from specserve.pooling_messages import Pooled, PoolRequest
 from specserve.ray.parts import served
 from specserve.ray.wire import Greeting, encode, to_replica_decoder
 
+BEAT_S = 0.5
 INFO = EngineInfo("m", "tiny", 320, 4096, 64, 16, "cpu", "fp32", 1, [2], max_num_seqs=16, max_adapters=4)
 
 
 class FakeReplica:
-    """`holds` keeps answers back until `let_go`; `lost` drops what it is told."""
+    """`holds` keeps answers back until `let_go`; `is_deaf` drops what it is told; while `is_cut`, nothing passes either
+    way and nobody hears that."""
 
     def __init__(self):
         self.loads: list[LoadAdapter] = []
@@ -42,24 +45,35 @@ class FakeReplica:
         self.aborted: list[str] = []
         self.served = served(ServeConfig())
         self.broken: list[bytes] = []  # what it says before its greeting, once each
-        self.holds = self.is_deaf = False
+        self.holds = self.is_deaf = self.is_cut = False
         self._placements = 0
         self._said: asyncio.Queue | None = None
 
     async def attach(self, front):
         if self.broken:
             yield self.broken.pop(0)
+        await self._cable()
         self._said = asyncio.Queue()
         yield encode(Greeting(self.served, INFO, time.monotonic()))
         yield encode([])
         try:
             while True:
-                yield encode([await self._said.get()])
+                try:
+                    message = await asyncio.wait_for(self._said.get(), BEAT_S)
+                except TimeoutError:
+                    message = Heartbeat(0.0, 0, 0.0)
+                await self._cable()
+                yield encode([message])
         finally:  # as the host does
             self.aborted += self.running
             self.running.clear()
 
+    async def _cable(self):
+        while self.is_cut:
+            await asyncio.sleep(0.01)
+
     async def tell(self, front, frame):
+        await self._cable()
         if self.is_deaf:
             return
         for message in to_replica_decoder.decode(frame):

@@ -91,6 +91,28 @@ async def test_rows_of_a_replica_that_is_gone_are_lost_and_run_on_the_other(engi
     assert await asyncio.gather(*asked) == [[number] for number in range(10)]
 
 
+async def test_a_replica_that_nothing_is_heard_of_loses_its_streams_and_is_found_again(config, hosts):
+    """As behind a cable that is pulled: no connection ends, no call fails."""
+    engine = ReplicatedEngine(msgspec.structs.replace(config, engine_timeout_s=3.0), hosts.__getitem__)
+    engine.set_replicas(hosts)
+    await until(lambda: len(engine.replicas()) == 2)
+    for host in hosts.values():
+        host.holds = True
+    asked = [asyncio.ensure_future(generated(engine, row(number))) for number in range(4)]
+    await until(lambda: all(len(host.running) == 2 for host in hosts.values()))
+    hosts["west"].say_a_token()
+    await asyncio.sleep(0.1)
+    hosts["west"].is_cut = True
+    hosts["east"].let_go()
+    done, _ = await asyncio.wait(asked)
+    assert sorted(str(type(task.exception()).__name__) for task in done) == ["EngineLostError"] * 2 + ["NoneType"] * 2
+    assert await generated(engine, row(99)) == [99] and list(engine.replicas()) == ["east"]
+    hosts["west"].is_cut = False
+    hosts["west"].let_go()
+    await until(lambda: len(engine.replicas()) == 2)
+    await engine.stop()
+
+
 @pytest.mark.parametrize("hears", [True, False])
 async def test_a_client_that_leaves_a_leaving_replica_ends_its_sequence_there(engine, hosts, hears):
     """At once where the replica can still be told, as its last at the latest, since the way to it closes then."""
