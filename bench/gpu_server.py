@@ -3,8 +3,8 @@
 `specserve serve` with the adapters of a folder, in this order: the time until it is ready; the same chats with drafts
 and without; as many chats while adapters join that nobody has asked for before; a killed engine (`kill -9`) with chats
 in flight, whose answers have to be those of before, and the time until the next one is there; `specserve bench serve`
-at each --concurrency. A chat that fails, one after the kill that says something else, or a server that does not come
-back ends the bench with the reason. Wanted: all chats the same with drafts.
+at each --concurrency. A chat that fails, but for those that are told after the kill to come again, or a server that
+does not come back ends the bench with the reason. Wanted: all chats the same with drafts and after the kill.
 
     python -m bench.gpu_server [--num 96] [--late 12] [--concurrency 1,32,256] [--duration 6] [--device cuda]
 """
@@ -30,15 +30,15 @@ import click
 import safetensors.torch
 
 from specserve.adapter_files import HISTORY_FILE
+from specserve.training.data.dataset import read_rows
 
 from . import common, options
 from .restart import healthy_again
-from .server_process import Serving, serving
+from .server_process import START_S, Serving, serving
 from .tasks import DEMO_TASKS, BaseModel, demo_adapter, demo_rows, in_turn
 
-ANSWER_S = 90.0  # one answer, that of the next engine after a kill included
 HEADS = ("lookahead_config.json", "lookahead.safetensors", HISTORY_FILE)
-Chat = tuple[str, str]  # model, what the user says
+Chat = tuple[str, list[Any]]  # model, messages
 
 
 @click.command(help=__doc__.partition("\n")[0])
@@ -84,29 +84,34 @@ def chats_of(name: str) -> list[Chat]:
     """Held-out rows of a demo adapter's task; of other adapters some words."""
     file = demo_rows(name)
     if not file.is_file():
-        return [(name, f"The morning train left the station at {minute}") for minute in range(60)]
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return [(name, row["prompt"]) for row in rows]
+        texts = (f"The morning train left the station at {minute}" for minute in range(60))
+        return [(name, [{"role": "user", "content": text}]) for text in texts]
+    return [(name, row.messages[:-1]) for row in read_rows(file)]
 
 
 async def under_load(
     server: Serving, chats: Sequence[Chat], adapters: Path, num_late: int, max_tokens: int
 ) -> dict[str, Any]:
-    timeout, connector = aiohttp.ClientTimeout(total=ANSWER_S), aiohttp.TCPConnector(limit=0)
+    timeout, connector = aiohttp.ClientTimeout(total=START_S), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        refused: list[str] = []
 
-        async def ask(chat: Chat, **fields: Any) -> str:
-            model, text = chat
-            body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+        async def ask(chat: Chat, survives_kill: bool = False, **fields: Any) -> str:
+            model, messages = chat
+            body = {"model": model, "messages": messages, "temperature": 0}
             body |= {"max_tokens": max_tokens, **fields}
-            async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
-                if response.status != 200:
-                    raise click.ClickException(f"{model}: {response.status} {(await response.text())[:500]}")
-                answer: str = (await response.json())["choices"][0]["message"]["content"]
-                return answer
+            while True:
+                async with session.post(f"{server.url}/v1/chat/completions", json=body) as response:
+                    if response.status == 200:
+                        answer: str = (await response.json())["choices"][0]["message"]["content"]
+                        return answer
+                    if response.status != 503 or not survives_kill:
+                        raise click.ClickException(f"{model}: {response.status} {(await response.text())[:500]}")
+                refused.append(model)
+                await asyncio.sleep(float(response.headers["Retry-After"]))  # the next engine takes over a minute
 
-        async def ask_all() -> list[str]:
-            return list(await asyncio.gather(*(ask(chat) for chat in chats)))
+        async def ask_all(survives_kill: bool = False) -> list[str]:
+            return list(await asyncio.gather(*(ask(chat, survives_kill) for chat in chats)))
 
         async def ask_late(idx: int) -> str:
             make_late(adapters / chats[idx % len(chats)][0], adapters / f"late-{idx}", idx)
@@ -123,17 +128,18 @@ async def under_load(
         click.echo(f"{num_late} adapters joined beside as many chats, all answered after {joined_s:.1f} s")
         pid = server.engine_pid()
         assert pid is not None, "a server that answers has an engine"
-        answering = asyncio.create_task(ask_all())
+        answering = asyncio.create_task(ask_all(survives_kill=True))
         await asyncio.sleep(0.1)  # they are in flight
         start = time.perf_counter()
         os.kill(pid, signal.SIGKILL)
-        back_s = await asyncio.wait_for(healthy_again(session, server.url), ANSWER_S) - start
+        back_s = await asyncio.wait_for(healthy_again(session, server.url), START_S) - start
         after = await answering
         num_same_after = sum(one == other for one, other in zip(before, after, strict=True))
         click.echo(f"killed, back after {back_s:.1f} s; {num_same_after} of {len(chats)} chats in flight say the same")
     return {
         "same_with_drafts": num_same, "same_beside_late": num_same_beside, "joined_s": round(joined_s, 1),
         "back_s": round(back_s, 1), "same_after_kill": num_same_after,
+        "refused_after_kill": len(refused),
     }  # fmt: skip
 
 

@@ -52,8 +52,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Exact,
         Meta(
             description="a row's bits do not follow the step's size, so that drafts change none; auto: always on the "
-            "native CPU path, on CUDA from compute capability 9.0 on with weights of 16 bits; on: that or no start; "
-            "off: on CUDA matrix products as cuBLAS chooses them"
+            "native CPU path, on CUDA from compute capability 9.0 on with weights of 16 or 8 bits; on: that or no "
+            "start; off: on CUDA matrix products as cuBLAS chooses them"
         ),
     ] = "auto"
     cuda_graphs: Annotated[bool, Meta(description="capture a step's launches on CUDA and replay them")] = True
