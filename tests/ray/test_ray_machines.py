@@ -99,7 +99,7 @@ def server(start, store, adapter_dirs):
     for name, path in zip(NAMES, adapter_dirs, strict=True):
         store[0].push(path, name)
     server = start().wait_ready(START_S)
-    server.wait_replicas(2)
+    server.wait_replicas(2, START_S)
     yield server
     assert server.stop(timeout_s=120) == 0, "".join(server.log[-30:])
 
