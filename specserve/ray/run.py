@@ -17,6 +17,7 @@ from ..config import RayConfig
 from ..errors import UserError, shortened
 from ..server.console import say, settle
 from .application import NAME, QUIET, application
+from .preflight import check_machines
 
 OWNER_S = 10.0  # that a front may take to say whose it is
 NUM_STARTS = 3  # of a cluster of this machine
@@ -43,8 +44,10 @@ def serve_on_ray(config: RayConfig) -> None:
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         try:
             is_update = NAME in serve.status().applications
-            here = config.front_node or get_node_ip_address()
-            made = application(msgspec.structs.replace(config, front_node=here), owner=owner, is_update=is_update)
+            config = msgspec.structs.replace(config, front_node=config.front_node or get_node_ip_address())
+            made = application(config, owner=owner, is_update=is_update)
+            if address:
+                check_machines(config)
             front = serve.run(made, name=NAME, route_prefix=None)
             front.owned_by.remote(owner).result()
             url = front.public_url.remote().result()

@@ -23,6 +23,11 @@ HERE = f"{NETWORK}.1"  # of whoever runs the tests, on the same bridge
 BRIDGE, PREFIX, CABLE = "specserve0", "specserve-", "ss-"
 READY = "specserve-machine"  # what the first process of a machine is called, once its folders and name are its own
 
+PORTS = (  # of Ray's agents, which are those of the machine alone: Ray waits less for what it knows
+    "--dashboard-agent-grpc-port", "6401", "--dashboard-agent-listen-port", "6402",
+    "--runtime-env-agent-port", "6403", "--metrics-export-port", "6404",
+)  # fmt: skip
+
 
 def can_be_made() -> bool:
     """Whether this user may make one here."""
@@ -95,7 +100,14 @@ class Machine:
 
     def start_ray(self, *flags: str, env: dict[str, str]) -> None:
         """Its processes stay behind; the head's own if there is no address of one among `flags`."""
-        flags = ("--disable-usage-stats", "--node-ip-address", self.address, *flags)
+        flags = (
+            "--disable-usage-stats",
+            "--node-ip-address",
+            self.address,
+            *PORTS,
+            "--include-log-monitor=false",
+            *flags,
+        )
         done = self.popen(
             sys.executable, "-m", "ray.scripts.scripts", "start", *flags,
             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

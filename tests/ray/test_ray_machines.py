@@ -7,6 +7,7 @@ the model's files. A start takes a minute, of Ray: `make ray` runs these, for ro
 from __future__ import annotations
 
 import os
+import shutil
 import time
 
 import pytest
@@ -168,10 +169,18 @@ def test_a_machine_that_is_switched_off_is_replaced_when_it_joins_again(server, 
     server.wait_baseline()
 
 
-def test_a_model_that_one_machine_lacks_ends_an_update_with_its_name(server, start, machines, tmp_path, model_dir):
-    before = server.replicas()
-    wrong = start(tmp_path / "nowhere")
-    assert wrong.process.wait(timeout=300) == 2
+def test_a_model_that_one_machine_lacks_is_refused_by_its_name_and_nothing_changes(
+    server, start, machines, model_dir, tmp_path_factory, expected
+):
+    before = server.wait_replicas(2, START_S)
+    other = tmp_path_factory.mktemp("other") / "model"
+    other.mkdir()
+    machines["west"].popen("mount", "-t", "tmpfs", "none", str(other)).wait(timeout=60)  # what is in it, it lacks
+    shutil.copytree(model_dir, other, dirs_exist_ok=True)
+    wrong = start(other)
+    assert wrong.process.wait(timeout=START_S) == 2
     (line,) = [line for line in wrong.log if line.startswith("error: ")]
-    assert "nowhere" in line, line
+    assert "cannot serve this, nothing was changed" in line and "machine west" in line, line
     assert server.replicas() == before
+    body = body_of("a", PROMPTS[0], 40)
+    assert server.post("/v1/completions", body).json()["choices"][0]["text"] == expected(body)
