@@ -38,7 +38,7 @@ class StoreFiles:
         self._url = url
         self._fs, self._root = file_system(url, "shared_store")
         self._is_local = "file" in _protocols(self._fs)
-        self._unseen_bucket = self._root.partition("/")[0] if "s3" in _protocols(self._fs) else ""
+        self._unseen_bucket: str = self._fs.split_path(self._root)[0] if "s3" in _protocols(self._fs) else ""
 
     # -- reading
 
@@ -168,9 +168,15 @@ class StoreFiles:
 
     def _check_bucket(self) -> None:
         """Raises `UserError` where it is missing: then nothing is in it, and nothing can be."""
-        if self._unseen_bucket and not self._fs.exists(self._unseen_bucket):
+        if not self._unseen_bucket:
+            return
+        try:
+            self._fs.call_s3("head_bucket", Bucket=self._unseen_bucket)  # `exists` takes any error for its absence
+        except FileNotFoundError:
             text = f"the shared store {self._url} has no bucket; create {self._unseen_bucket!r}, or correct the address"
-            raise _unavailable(text)
+            raise _unavailable(text) from None
+        except PermissionError:
+            pass  # who may see one prefix of it alone may not ask for it
         self._unseen_bucket = ""  # it is there: one look is enough
 
     def _at(self, path: str) -> str:

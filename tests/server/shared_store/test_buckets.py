@@ -100,6 +100,18 @@ def test_what_is_wrong_is_told_by_name(s3, store, tmp_path):
     assert store.names() == ["a"]
 
 
+def test_a_bucket_of_which_one_prefix_alone_may_be_seen_is_not_taken_for_missing(store, monkeypatch):
+    call = store.files._fs._call_s3
+
+    async def call_below(method, *arguments, **fields):
+        if method in ("head_bucket", "get_bucket_location"):
+            raise PermissionError("Forbidden")
+        return await call(method, *arguments, **fields)
+
+    monkeypatch.setattr(store.files._fs, "_call_s3", call_below)
+    assert store.named("a") is None and store.names() == []
+
+
 def test_servers_follow_a_name_together_and_serve_on_while_the_bucket_is_away(s3, store, model_dir, tmp_path):
     old, new = (make_peft_adapter(model_dir, tmp_path / name, r=4, std=0.3, seed=idx) for idx, name in enumerate("ab"))
     store.push(old, "mine")
