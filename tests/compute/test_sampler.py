@@ -22,6 +22,8 @@ def test_the_best_of_a_row_is_the_first_of_the_largest(vocab_size):
     logits[3, vocab_size - 1] = float("inf")
     values, best = best_of_rows(logits)
     assert torch.equal(values, logits.amax(-1)) and torch.equal(best, logits.argmax(-1))
+    for row in range(9):  # a few rows go another way
+        assert best_of_rows(logits[row : row + 1])[1].tolist() == [int(best[row])]
     logits[4, 17] = float("nan")
     assert best_of_rows(logits)[0].isnan().tolist() == [False] * 4 + [True] + [False] * 4
 
