@@ -20,7 +20,10 @@ from ..run_file import flatten, load_run
 
 MAX_POINTS = 1000
 # Runs that differ in these have nothing in common that they could be compared by.
-_SAME = ("output", "task", "model", "data.eval", "eval.rows", "eval.max_tokens", "eval.corpus_rows")
+_SAME = (
+    "output", "task", "model", "data.eval", "eval.rows", "eval.max_tokens", "eval.corpus_rows",
+    "lora.enabled", "lora.frozen",  # heads alone have another score
+)  # fmt: skip
 # Losses that differ in these cannot be compared before the runs are finished.
 _OF_THE_LOSS = ("embed.temperature", "embed.symmetric", "embed.dimensions", "rerank.loss", "classify.class_weights")
 _NAME_LEN = 48

@@ -36,6 +36,7 @@ RUN = "output: out\ndata: {train: train.jsonl, eval: dev.jsonl}\n"
         (["lora.target_modules=all-linear,[k_prox]"], RUN, "did you mean 'k_proj'"),
         (["data.eval=a.jsonl,b.jsonl"], RUN, "there is no file a.jsonl"),
         (["eval.rows=8,16"], RUN, "cannot be compared"),
+        (["lora.enabled=true,false"], RUN, "cannot be compared"),
         (["embed.temperature=0.05,0.1"], RUN, "--rungs 1"),
         (["lora.r=8,16"], "output: out\ndata: {train: train.jsonl}\n", "data.eval is missing"),
         (["lora.r=8,16"], RUN + "eval: {rows: 0}\n", "eval.rows is 0"),
