@@ -54,7 +54,9 @@ def table_of(directory: SweepDirectory, outcome: Outcome) -> dict[str, Any]:
 
 
 def serve_command(directory: SweepDirectory, name: str) -> str:
-    return f"specserve serve --adapters-dir {shlex.quote(str(directory.run_folder(name)))}"
+    is_adapter = directory.plan().base["lora"]["enabled"]  # else a head of the bare base
+    served = directory.run_folder(name) if is_adapter else directory.adapter(name)
+    return f"specserve serve {'--adapters-dir' if is_adapter else '--base-head'} {shlex.quote(str(served))}"
 
 
 def lines_of(table: dict[str, Any]) -> list[str]:

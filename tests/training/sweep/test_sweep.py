@@ -100,7 +100,9 @@ def test_heads_alone_are_compared_by_what_they_draft(folder, in_this_process, mo
     flags = ["--set", "lora.enabled=false", "--set", f"data.eval={prompts}", *LITTLE, "--rungs", "1"]
     flags += ["--grid", "head.hidden_size=16,32", "--output", str(folder / "heads")]
     assert cli(["sweep", str(folder / "run.yaml"), *flags]) == 0
-    runs = json.loads((folder / "heads" / "table.json").read_text())["runs"]
+    table = json.loads((folder / "heads" / "table.json").read_text())
+    runs = table["runs"]
+    assert table["serve"] == f"specserve serve --base-head {runs[0]['directory']}"
     assert all(run["score"] == run["tokens_per_verification"] >= 1 for run in runs) and len(runs) == 2
     assert runs[0]["score"] >= runs[1]["score"] and "best: " in capsys.readouterr().out
 
