@@ -22,12 +22,13 @@ from .parts import packed, replica_part, unpacked
 
 def check_machines(config: RayConfig) -> None:
     """Raises `UserError`, by the machine's name. One that goes meanwhile is none that anything is placed on."""
-    sent, asked = packed(replica_part(config)), {}
+    sent, asked = packed(replica_part(config)), []
     for node in ray.nodes():
         if node["Alive"] and (_fits(config, node["Resources"]) or node["NodeManagerAddress"] == config.front_node):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[node["NodeManagerHostname"]] = _problem.options(scheduling_strategy=here).remote(sent)
-    for name, answer in asked.items():
+            name = node["NodeManagerHostname"]  # of containers on one host, more than one may have it
+            asked.append((name, _problem.options(scheduling_strategy=here).remote(sent)))
+    for name, answer in asked:
         try:
             problem = ray.get(answer)
         except RayTaskError as error:  # specserve is not there, or fails

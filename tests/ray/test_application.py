@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from specserve.config import RayConfig
@@ -9,6 +11,7 @@ from specserve.errors import UserError
 
 pytest.importorskip("ray.serve")
 from specserve.ray import application as module  # noqa: E402
+from specserve.ray import preflight  # noqa: E402
 
 
 @pytest.fixture
@@ -37,3 +40,18 @@ def test_a_front_for_a_machine_that_is_not_there_is_refused_by_those_that_are(cl
     with pytest.raises(UserError, match=r"front_node is 10.0.0.9; the cluster has 10.0.0.2, 10.0.0.3"):
         module.application(RayConfig(front_node="10.0.0.9"))
     assert module.application(RayConfig(front_node="10.0.0.3")) is not None
+
+
+def test_machines_of_one_host_name_are_all_asked(monkeypatch):
+    nodes = [
+        {"NodeManagerAddress": address, "NodeManagerHostname": "host", "NodeID": "0" * 56, "Alive": True,
+         "Resources": {"CPU": 4.0}}
+        for address in ("10.0.0.2", "10.0.0.3")
+    ]  # fmt: skip
+    answers = iter(["it lacks the model", None])
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda sent: next(answers)))
+    monkeypatch.setattr(preflight, "_problem", task)
+    monkeypatch.setattr(preflight.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(preflight.ray, "get", lambda answer: answer)
+    with pytest.raises(UserError, match="machine host cannot serve this, nothing was changed: it lacks the model"):
+        preflight.check_machines(RayConfig())
