@@ -1,6 +1,6 @@
 """The tables of a board's file, and how files of older versions become files of this one.
 
-What was run is kept: versions differ in how it is found.
+Answers and scores are kept: versions differ in how they are found. So are verdicts of judges that can still be named.
 """
 
 from __future__ import annotations
