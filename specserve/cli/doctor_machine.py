@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from ..config import ServeConfig
+from ..config import ServeConfig, engine_part
+from ..errors import UserError
 from .doctor import Check, Finding, Status
 
 NAMED_PACKAGES = ("torch", "triton", "transformers")  # a line each; the others share one
@@ -120,6 +121,22 @@ def native_kernels(config: ServeConfig) -> Iterator[Finding]:
         yield Finding("drafts", "ok", "native")
 
 
+def quantization(config: ServeConfig) -> Iterator[Finding]:
+    """Whether the device that would serve has it; nothing without one."""
+    from ..compute.device_choice import choose_device
+    from ..compute.loader import choose_paths
+
+    if config.quantization == "none":
+        return
+    try:
+        device = choose_device(config)
+        choose_paths(engine_part(config), device)
+    except UserError as error:
+        yield Finding("quantization", "missing", str(error), "another --quantization, or none")
+    else:
+        yield Finding("quantization", "ok", f"{config.quantization} on {device.type}")
+
+
 def gpu(config: ServeConfig) -> Iterator[Finding]:
     """What torch sees, and the driver's own word where there is one."""
     import torch
@@ -211,6 +228,7 @@ MACHINE_CHECKS: dict[str, Check] = {
     "python": python_and_packages,
     "cpu": cpu,
     "kernels": native_kernels,
+    "quantization": quantization,
     "gpu": gpu,
     "huge pages": pages,
     "file handles": handles,

@@ -116,6 +116,13 @@ def test_threads_beyond_the_cores(monkeypatch):
     assert "--num-threads" in found(doctor_machine.cpu, num_threads=100_000)["cpu"].fix
 
 
+def test_a_quantization_that_the_device_has_not():
+    assert not found(doctor_machine.quantization)
+    assert found(doctor_machine.quantization, quantization="int8", device="cpu")["quantization"].status == "ok"
+    fp8 = found(doctor_machine.quantization, quantization="fp8", device="cpu")["quantization"]
+    assert fp8.status == "missing" and "fp8 is for CUDA; on a CPU set it to int8 or int4" in fp8.found
+
+
 def test_a_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(doctor_machine, "_first_line", lambda *command: "GPU X, 80 GiB, 570.1")
