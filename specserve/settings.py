@@ -128,7 +128,8 @@ def parse(setting: Setting, value: Any, origin: str, *, is_text: bool = True) ->
     converted: Any = _UNSET
     if setting.kind == "list" and is_text:
         texts = [value] if isinstance(value, str) else value
-        converted = tuple(part.strip() for text in texts for part in text.split(",") if part.strip()) or _UNSET
+        if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+            converted = tuple(part.strip() for text in texts for part in text.split(",") if part.strip()) or _UNSET
     else:
         is_strict = not is_text or setting.kind in ("str", "choice")  # else the text "null" would be none
         with contextlib.suppress(msgspec.ValidationError):

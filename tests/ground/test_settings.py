@@ -97,6 +97,8 @@ def test_text_that_looks_like_a_number_stays_text():
         ({"api_key": ""}, "api_key: '' from --api-key is not text of at least 1 character"),  # "Bearer " would be it
         ({"adapters_dir": ""}, "adapters_dir: '' from --adapters-dir is not text of at least 1 character"),
         ({"adapter_roots": ""}, "adapter_roots: '' from --adapter-roots is not a list of texts"),  # it means anywhere
+        ({"adapter_roots": ["/a", 5]}, "adapter_roots: ['/a', 5] from --adapter-roots is not a list of texts"),
+        ({"adapter_roots": 5}, "adapter_roots: 5 from --adapter-roots is not a list of texts"),  # of a RayService
         ({"max_waiting": "1.5"}, "max_waiting: '1.5' from --max-waiting is not a whole number at least 0"),
     ],
 )
