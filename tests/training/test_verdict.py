@@ -22,6 +22,7 @@ def report(**changes):
         "accepted_by_source": {"head": 300, "ngram": 20},
         "answers_without_end": 0.0,
         "accepted_in_answers_without_end": 0.0,
+        "lookahead": {"draft_len": 6, "history_tokens": 100, "error": None},
         "warnings": [],
         **changes,
     }
@@ -57,3 +58,9 @@ def test_what_is_wrong_with_the_answers_is_said_on_the_console_and_on_the_card(c
 def test_few_steps_are_said_with_the_ways_to_more():
     assert "only 4 optimizer steps were taken (24 is" in steps_warning(4, 24)[0]
     assert "**Warning:**" not in model_card("task", report())
+
+
+def test_the_card_of_a_lora_without_a_head_says_that_it_has_none():
+    assert "beside it a small head" in model_card("task", report())
+    card = model_card("task", report(lookahead=None))
+    assert "no lookahead head" in card and "beside it" not in card and "--head-only" in card

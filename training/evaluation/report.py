@@ -35,6 +35,8 @@ def write_files(directory: Path, report: dict[str, Any], plots: Sequence[Plot], 
 
 _LORA = """A lookahead LoRA: a plain PEFT LoRA, and beside it a small head and a task history that draft its next
 tokens. Any tool loads the LoRA alone; specserve uses the rest to answer faster with the same tokens."""
+_LORA_ALONE = """A plain PEFT LoRA, which any tool loads. It has no lookahead head yet: what drafts for it is text that
+repeats. `specserve train RUN_FILE --adapter DIR --head-only` trains one."""
 _BASE_HEAD = """A lookahead head of the base model itself, without a LoRA: it drafts the next tokens of requests without
 adapter, which are answered faster with the same tokens (`specserve serve --base-head DIR`). A task metric is the base
 model's."""
@@ -54,7 +56,7 @@ library_name: {"specserve" if report.get("is_base_head") else "peft"}
 ---
 # {name}
 
-{_BASE_HEAD if report.get("is_base_head") else _LORA}
+{_what_it_is(report)}
 
 {warnings_in_card(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
 
@@ -73,6 +75,12 @@ Accepted drafts by source: {sources}.
 `specserve eval DIR` measures this again; `run.yaml` is the run that made it. `report.html` shows more: answers, and
 where each of their tokens came from.
 """
+
+
+def _what_it_is(report: Mapping[str, Any]) -> str:
+    if report.get("is_base_head"):
+        return _BASE_HEAD
+    return _LORA if report["lookahead"] else _LORA_ALONE
 
 
 def warnings_in_card(report: Mapping[str, Any]) -> str:
