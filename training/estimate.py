@@ -82,9 +82,8 @@ def report_estimate(prepared: Prepared) -> None:
     phases = [phase for phase in estimate_phases(prepared) if phase.seconds]
     for phase in phases:
         click.echo(f"  {phase.name}: {minutes(phase.seconds)}")
-    config = prepared.config.lora
-    trains = config.enabled and not config.frozen  # else a head alone, which takes other steps
-    steps = f" for {len(prepared.plan)} steps over {len(prepared.examples)} rows" if trains else ""
+    is_trained = prepared.config.lora.is_trained  # a head alone takes other steps
+    steps = f" for {len(prepared.plan)} steps over {len(prepared.examples)} rows" if is_trained else ""
     click.echo(
         f"time: about {minutes(sum(phase.seconds for phase in phases))}{steps}"
         f", if answers are as long as {_length(prepared)} and drafts make them "

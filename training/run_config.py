@@ -70,6 +70,11 @@ class LoraConfig(_Section, frozen=True):
         bool, Meta(description="leave that LoRA's files as they are and train only a head for it (--head-only)")
     ] = False
 
+    @property
+    def is_trained(self) -> bool:
+        """Else the run is of a head alone."""
+        return self.enabled and not self.frozen
+
 
 class HeadConfig(_Section, frozen=True):
     enabled: Annotated[bool, Meta(description="train a lookahead head")] = True

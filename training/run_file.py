@@ -61,9 +61,8 @@ def check_ready(config: RunConfig, *, writes: bool = True) -> None:
         if file and not Path(file).is_file():
             raise UserError(f"{key}: there is no file {file}", param=key)
     _check_parts(config)
-    trains_lora = config.lora.enabled and not config.lora.frozen
-    if config.loss != "ce" and (config.task != "generate" or not trains_lora):
-        what = f"task is {config.task}" if trains_lora else "--head-only trains no LoRA"
+    if config.loss != "ce" and (config.task != "generate" or not config.lora.is_trained):
+        what = f"task is {config.task}" if config.lora.is_trained else "--head-only trains no LoRA"
         raise UserError(
             f"loss is {config.loss}, which is of a LoRA that answers, but {what}; leave loss out", param="loss"
         )
@@ -90,7 +89,7 @@ def _check_parts(config: RunConfig) -> None:
             "--head-only needs --adapter DIR, the LoRA that gets a head, or --base, for one of the bare base model",
             param="lora.adapter",
         )
-    if (lora.frozen or not lora.enabled) and not config.head.enabled:
+    if not lora.is_trained and not config.head.enabled:
         raise UserError("--head-only with head.enabled=false trains nothing; leave one of them out", param="head")
 
 

@@ -64,7 +64,7 @@ def run_rung(directory: SweepDirectory, name: str, rung: int) -> None:
         seen = found
     if done is not None and not done.is_part:
         report = done.report or msgspec.json.decode((output / "report.json").read_bytes())
-        is_head_alone = config.task == "generate" and (config.lora.frozen or not config.lora.enabled)
+        is_head_alone = config.task == "generate" and not config.lora.is_trained
         seen = _with_report(seen, report, output, is_head_alone)
     result = msgspec.structs.replace(seen, seconds=round(time.monotonic() - start, 1))
     write_result(directory.result_file(name, rung), result)
