@@ -50,7 +50,7 @@ class AdapterRoutes:
             states = {state.content_hash: state for state in await self._engine.adapters()}
         except EngineDeadError:  # nothing is held anywhere then
             states = {}
-        extras, loading = await self._extras.of(names), self._store.loading_names()
+        extras, loading = await self._extras.of(names), self._store.loading()
         entries = [self._entry(name, states, name in loading, extras.get(name, (False, False))) for name in names]
         return json_response({"object": "list", "data": entries})
 

@@ -214,9 +214,9 @@ class AdapterStore:
         known = self._loaded.known(name)
         return known.stamp[0][1] if known is not None and known.stamp else name
 
-    def loading_names(self) -> set[str]:
-        """Names whose adapter is on its way now."""
-        return self._loads.names()
+    def loading(self) -> dict[str, int]:
+        """Names whose adapter is on its way now, and how many requests wait for it."""
+        return self._loads.num_waiting()
 
     def known(self, name: str) -> AdapterInfo | None:
         """What `name` was when it was last loaded, whoever holds that now."""

@@ -241,7 +241,7 @@ class Server:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         stats = await self.engine.stats()
-        body = self.metrics.render(stats, self.engine.known_info, self.store.loading_names(), self.engine.replicas())
+        body = self.metrics.render(stats, self.engine.known_info, self.store.loading(), self.engine.replicas())
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

@@ -39,9 +39,12 @@ class NameLoads:
         self._loading: dict[tuple[str, Path], _Loading] = {}
         self._told: dict[Path, int] = {}  # the best priority of those who wait for the loads of a directory
 
-    def names(self) -> set[str]:
-        """Those whose adapter is on its way now."""
-        return {name for name, _ in self._loading}
+    def num_waiting(self) -> dict[str, int]:
+        """Names whose adapter is on its way now, and how many requests wait for it: none where nobody asked yet."""
+        num: dict[str, int] = {}
+        for (name, _), loading in self._loading.items():
+            num[name] = num.get(name, 0) + sum(priority != AFTER_ALL for priority in loading.waiting)
+        return num
 
     async def wait(self, name: str, directory: Path, priority: int) -> None:
         """For the load of what the name means; raises its error. It goes on when those who wait for it leave, but waits

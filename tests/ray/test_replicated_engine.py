@@ -185,7 +185,7 @@ async def test_an_unload_that_a_load_has_overtaken_takes_nothing(replicas, adapt
 async def test_metrics_and_stats_tell_of_each_replica(replicas):
     await replicas.tokens(replicas.request(max_tokens=5))
     stats = await replicas.engine.stats()
-    text = Metrics("tiny").render(stats, replicas.engine.info, (), replicas.engine.replicas()).decode()
+    text = Metrics("tiny").render(stats, replicas.engine.info, {}, replicas.engine.replicas()).decode()
     assert {f'specserve_replica_owed_tokens{{replica="{name}"}} 0.0' for name in ("east", "west")} <= set(
         text.split("\n")
     )

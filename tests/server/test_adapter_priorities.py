@@ -69,11 +69,13 @@ async def test_a_load_has_the_priority_of_those_who_still_wait_for_it(store, eng
         requests[len(requests)] = asyncio.create_task(store.resolve("a", priority))
         await until(lambda: sum(len(load.waiting) for load in store._loads._loading.values()) == len(requests))
     await reading.wait()
+    assert store.loading() == {"a": 4}
     begun = len(engine.priorities)
     for idx, want in ((1, []), (2, [2]), (3, [2, 7])):
         requests[idx].cancel()
         await asyncio.wait([requests[idx]])
         assert engine.priorities[begun:] == want and not engine.forsaken
+        assert store.loading() == {"a": 4 - idx}
     requests[0].cancel()
     await asyncio.wait([requests[0]])
     assert engine.forsaken == [str(folder)]
@@ -140,7 +142,7 @@ async def test_a_pinned_name_whose_content_was_let_go_for_another_name_is_loaded
     content_hash = (await store.pin("a")).content_hash
     await store.resolve("b")
     store.adapters_left(engine.let_go(content_hash))
-    await until(lambda: engine.pinned == {content_hash} and not store.loading_names())
+    await until(lambda: engine.pinned == {content_hash} and not store.loading())
     await store.unpin("a")
     num_loads = engine.num_loads
     store.adapters_left(engine.let_go(content_hash))

@@ -377,7 +377,7 @@ async def test_a_load_whose_disk_goes_away_at_its_end_leaves_nothing_without_a_n
     engine.during = go
     with pytest.raises(OverloadedError, match="has not answered"):
         await store.resolve("a")
-    assert engine.num_loads == 1 and not engine.held and not store.loading_names()
+    assert engine.num_loads == 1 and not engine.held and not store.loading()
 
 
 async def test_links_that_lead_back_to_themselves_are_the_users_error(store, root):
@@ -596,14 +596,14 @@ async def test_a_pin_of_what_leaves_at_once_loads_it_again(store, engine, root):
 
 async def test_a_prefetch_begins_a_load_that_requests_join_and_a_full_engine_keeps_none_waiting(store, engine, root):
     make(root / "a", "one")
-    assert await store.prefetch("a") is False and store.loading_names() == {"a"}
+    assert await store.prefetch("a") is False and store.loading() == {"a": 0}
     await store.resolve("a")
     assert engine.num_loads == 1 and await store.prefetch("a") is True
     make(root / "b", "two")
     engine.is_full = True
     assert await store.prefetch("b") is False
     await store.resolve("b")  # joins it, which is no prefetch any more
-    assert engine.num_loads == 2 and not store.loading_names()
+    assert engine.num_loads == 2 and not store.loading()
     with pytest.raises(UserError) as unknown:
         await store.prefetch("c")
     assert unknown.value.status == 404

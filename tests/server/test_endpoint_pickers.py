@@ -41,7 +41,7 @@ def picked(text: str) -> dict:
 
 
 ONE = {
-    "waiting": 2,
+    "waiting": 5,
     "running": 3,
     "kv_use": 0.25,
     "active_models": {"a", "b"},
@@ -53,7 +53,7 @@ ONE = {
 
 
 def test_a_server_tells_its_queue_its_kv_cache_and_its_adapters():
-    assert picked(Metrics("the-base", "vllm").render(STATS, INFO, ["c"]).decode()) == ONE
+    assert picked(Metrics("the-base", "vllm").render(STATS, INFO, {"c": 3}).decode()) == ONE
 
 
 def test_the_front_of_several_replicas_tells_of_all_of_them_in_one_sample_each():
@@ -64,10 +64,10 @@ def test_the_front_of_several_replicas_tells_of_all_of_them_in_one_sample_each()
         num_free_kv_blocks=2,
         requests_by_adapter=[AdapterRequests("b", 1, 1), AdapterRequests("d", 0, 4)],
     )
-    text = Metrics("the-base", "vllm").render(merged_stats([STATS, busy]), merged_info([INFO, INFO]), ["c"]).decode()
+    text = Metrics("the-base", "vllm").render(merged_stats([STATS, busy]), merged_info([INFO, INFO]), {"c": 3}).decode()
     assert picked(text) == {
         **ONE,
-        "waiting": 7,
+        "waiting": 10,
         "running": 4,
         "kv_use": 0.5,
         "waiting_models": {"a", "b", "c", "d"},
@@ -79,4 +79,4 @@ def test_the_front_of_several_replicas_tells_of_all_of_them_in_one_sample_each()
 def test_nobody_is_told_anything_of_an_engine_that_is_away():
     """A picker keeps what it knew, and leaves the server out when that is too old."""
     with pytest.raises(KeyError):
-        picked(Metrics("the-base", "vllm").render(None, None, ()).decode())
+        picked(Metrics("the-base", "vllm").render(None, None).decode())

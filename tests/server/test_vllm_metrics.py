@@ -49,8 +49,8 @@ EXPECTED = {
 }
 
 
-def scraped(metrics: Metrics, stats: EngineStats | None = STATS, loading=()):
-    text = metrics.render(stats, INFO, loading).decode()
+def scraped(metrics: Metrics, stats: EngineStats | None = STATS, **others):
+    text = metrics.render(stats, INFO, **others).decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
@@ -104,7 +104,7 @@ def test_values_are_the_engines(metrics):
 
 
 def test_adapters_that_run_and_wait_are_listed_for_routers(metrics):
-    families = scraped(metrics, loading=["c"])
+    families = scraped(metrics, loading={"c": 3})
     (sample,) = families["vllm:lora_requests_info"].samples
     assert sample.labels == {"max_lora": "256", "running_lora_adapters": "a,b", "waiting_lora_adapters": "a,c"}
     assert sample.value > 1e9  # the time: the newest is the one that counts

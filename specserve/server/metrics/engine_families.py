@@ -7,7 +7,7 @@ Nothing is said while no engine serves. Counters are the engine's, and begin aga
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -25,7 +25,7 @@ class EngineFamilies:
     def __init__(self, prefix: str, base_name: str, has_prefix_caching: bool):
         self.stats: EngineStats | None = None
         self.info: EngineInfo | None = None
-        self.loading: Collection[str] = ()  # names of adapters on their way, for which requests wait
+        self.loading: Mapping[str, int] = {}  # names of adapters on their way, and how many requests wait for each
         self._prefix, self._base_name, self._has_prefix_caching = prefix, base_name, has_prefix_caching
 
     def collect(self) -> Iterator[Metric]:
@@ -34,7 +34,8 @@ class EngineFamilies:
             return
         used = 1 - stats.num_free_kv_blocks / stats.num_kv_blocks
         yield self._gauge("num_requests_running", "sequences that run", stats.num_running)
-        yield self._gauge("num_requests_waiting", "sequences that wait to run", stats.num_waiting)
+        num_waiting = stats.num_waiting + sum(self.loading.values())  # vLLM's queue has those without a slot, too
+        yield self._gauge("num_requests_waiting", "sequences that wait to run, or for their adapter", num_waiting)
         yield self._gauge("kv_cache_usage_perc", "share of KV blocks in use, from 0 to 1", used)
         num_asked = stats.prompt_tokens + stats.cached_prompt_tokens
         yield self._counter("prefix_cache_queries", "prompt tokens that were looked up", num_asked)

@@ -6,7 +6,7 @@ are capped: after the first `MAX_MODEL_LABELS` and `MAX_KEY_LABELS` names the re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from prometheus_client import Gauge, generate_latest
@@ -102,10 +102,11 @@ class Metrics:
         self,
         stats: EngineStats | None,
         info: EngineInfo | None = None,
-        loading: Collection[str] = (),
+        loading: Mapping[str, int] = MappingProxyType({}),
         replicas: Mapping[str, ReplicaState] = MappingProxyType({}),
     ) -> bytes:
-        """The text format of everything; `stats` is None while the engine is down, `loading` are adapters' names."""
+        """The text format of everything; `stats` is None while the engine is down, `loading` are
+        adapters on their way, and how many requests wait for each."""
         self._of_replicas.replicas = replicas
         of_engine = self._of_engine
         of_engine.stats, of_engine.info, of_engine.loading = stats, info, loading
