@@ -1,12 +1,16 @@
 """A scrape of ours as endpoint pickers read vLLM's: llm-d's router, and the Gateway API inference extension.
 
-Their core metrics extractor (kubernetes-sigs/gateway-api-inference-extension, pkg/epp/framework/plugins/datalayer/
-extractor/metrics at 95ad8d6; llm-d/llm-d-router has the same) finds five families by name. Of a gauge it takes the
-sample with the newest timestamp, and the first where none has one; of the LoRA gauge the sample with the greatest
-value, since that is the time. Lists of adapters are split at commas; numbers in labels have to be whole.
+Their core metrics extractor (pkg/epp/framework/plugins/datalayer/extractor/metrics in both) finds five families by
+name. Of a gauge it takes the sample with the newest timestamp, and the first where none has one; of the LoRA gauge the
+sample with the greatest value, since that is the time. Lists of adapters are split at commas; numbers in labels have to
+be whole. `endpoint_picker_scrapes.json` has what the extractors themselves, at the commits named there, made of scrapes
+of a server with a tiny model: of these only the five families are kept.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -74,6 +78,28 @@ def test_the_front_of_several_replicas_tells_of_all_of_them_in_one_sample_each()
         "max_active_models": 512,
         "num_gpu_blocks": 16,
     }
+
+
+RECORDED = json.loads(Path(__file__).with_name("endpoint_picker_scrapes.json").read_text())
+
+
+@pytest.mark.parametrize("recorded", RECORDED["states"], ids=lambda recorded: recorded["state"])
+def test_a_recorded_scrape_is_read_here_as_the_pickers_read_it(recorded):
+    lists = {name: set(recorded["extracted"][name]) for name in ("active_models", "waiting_models")}
+    assert picked("\n".join(recorded["scrape"])) == {**recorded["extracted"], **lists}
+
+
+def test_what_pickers_read_in_the_recorded_scrapes_is_there_still():
+    def shapes(text):
+        return {
+            (family.name, family.type, frozenset(sample.labels))
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    now = shapes(Metrics("the-base", "vllm").render(STATS, INFO).decode())
+    recorded = shapes("\n".join(RECORDED["states"][0]["scrape"]))
+    assert len(recorded) == 5 and recorded <= now
 
 
 def test_nobody_is_told_anything_of_an_engine_that_is_away():
