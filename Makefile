@@ -79,7 +79,7 @@ ray: $(TEST_INSTALLED)  ## two replicas on this machine under load: mixed adapte
 
 buckets: $(TEST_INSTALLED)  ## a shared store in a bucket of an S3 server on this machine: pushed, pruned, away, refused
 	$(PIP_INSTALL) '.[s3]' 'moto[s3,server]>=5'
-	$(BIN)/python -m pytest -n 0 -m 'slow or not slow' tests/server/shared_store/test_buckets.py $(ARGS)
+	$(BIN)/python -m pytest -n 0 -m 'slow or not slow' tests/server/shared_store/test_s3_buckets.py $(ARGS)
 
 lint: $(LINT_INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

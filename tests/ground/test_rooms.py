@@ -1,6 +1,7 @@
 """The rooms of the package and what each may import, read from the sources: one direction, no exceptions."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,3 +152,9 @@ def test_rooms_that_are_free_of_torch(graph, room):
         if target.split(".")[0] in ("torch", "triton", "peft")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by these, and refuses a second one of a name."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert not [name for name, num in names.items() if num > 1]
