@@ -48,7 +48,7 @@ from .supervisor import STOPPED, EngineSupervisor, State
 
 MAX_QUEUED_DELTAS = 2048  # of one sequence whose reader takes nothing; then it is aborted
 RESTART_PATIENCE_S = 60.0  # that a request waits for an engine that is started again
-STATS_PATIENCE_S = 0.25
+STATS_PATIENCE_S = 0.1  # endpoint pickers take a server whose scrape is older than 0.2 s for full
 
 
 def engine_command(log_level: str = "info") -> list[str]:
