@@ -55,10 +55,13 @@ class CpuLimits:
             self.bytes_per_s = max(self.bytes_per_s, rate)
             for kind in self._kinds:
                 self._note(kind, self._functions.multiply_rate(KINDS.index(kind), self._num_threads, BURST_S))
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._num_threads)
             for matrix in self._matrices:
                 start = time.perf_counter()
                 matrix @ matrix
                 self._note(ONEDNN, 2 * matrix.shape[0] ** 3 / (time.perf_counter() - start))
+            torch.set_num_threads(before)
 
     def peak(self, is_int8: bool = False) -> tuple[str, float]:
         """The kind of multiplication that is fastest here, of int8 only where that is meant, and its rate."""
