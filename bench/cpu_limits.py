@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from specserve.compute.native.decoder import torch_threads
 from specserve.kernels.native import FLAGS
 from specserve.kernels.native_build import NativeSources, find_compiler
 from specserve.kernels.native_levels import LEVELS
@@ -55,13 +56,11 @@ class CpuLimits:
             self.bytes_per_s = max(self.bytes_per_s, rate)
             for kind in self._kinds:
                 self._note(kind, self._functions.multiply_rate(KINDS.index(kind), self._num_threads, BURST_S))
-            before = torch.get_num_threads()
-            torch.set_num_threads(self._num_threads)
-            for matrix in self._matrices:
-                start = time.perf_counter()
-                matrix @ matrix
-                self._note(ONEDNN, 2 * matrix.shape[0] ** 3 / (time.perf_counter() - start))
-            torch.set_num_threads(before)
+            with torch_threads(self._num_threads):
+                for matrix in self._matrices:
+                    start = time.perf_counter()
+                    matrix @ matrix
+                    self._note(ONEDNN, 2 * matrix.shape[0] ** 3 / (time.perf_counter() - start))
 
     def peak(self, is_int8: bool = False) -> tuple[str, float]:
         """The kind of multiplication that is fastest here, of int8 only where that is meant, and its rate."""

@@ -13,15 +13,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from specserve.model.shapes import PARENT
+
 from .adapter_files import write_adapters
 from .load_memory import write_model
 from .shapes import ModelShape
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def write_service(
-    shape: ModelShape, root: Path, num_adapters: int, rank: int, modules: Sequence[str] = MODULES
+    shape: ModelShape, root: Path, num_adapters: int, rank: int, modules: Sequence[str] = tuple(PARENT)
 ) -> None:
     """`model` and `adapters` in `root`."""
     model_dir, adapters_dir = root / "model", root / "adapters"

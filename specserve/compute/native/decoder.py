@@ -27,15 +27,20 @@ from ..softcap import softcap_
 from .lora import NativeLoraBatch, NativeSlots, to_native
 
 
-@contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> contextlib.AbstractContextManager[None]:
     """Torch's small operations on one thread: after each parallel one its OpenMP threads spin for milliseconds, on the
     cores that the native team needs next (a decoding step took 15 ms instead of 8 on two cores)."""
+    return torch_threads(1)
+
+
+@contextlib.contextmanager
+def torch_threads(num: int) -> Iterator[None]:
+    """Torch's operations on `num` threads."""
     before = torch.get_num_threads()
-    if before == 1:
+    if before == num:
         yield
         return
-    torch.set_num_threads(1)
+    torch.set_num_threads(num)
     try:
         yield
     finally:
