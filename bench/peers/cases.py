@@ -1,8 +1,10 @@
 """What is measured: batches without LoRAs, with mixed random ones, and with finished ones on their own tasks.
 
 Every round asks every peer for the same prompts, adapters and number of greedy tokens, in turn. Prompts have a rate of
-their own where others like them are asked for one token; decoding is what follows once every request of a batch has
-its first. The difference of two requests' times is no rate: beside other load it may be negative.
+their own where others like them are asked for one token; decoding is what the whole batch does: from every request's
+first token to the first request's end, or to the last one's where answers end by themselves (task LoRAs). There is no
+such time, and NaN is said, where a request ends before the last one begins. The difference of two requests' times is
+no rate: beside other load it may be negative.
 """
 
 from __future__ import annotations

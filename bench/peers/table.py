@@ -1,7 +1,11 @@
-"""The table of all cases and peers, as printed and as recorded."""
+"""The table of all cases and peers, as printed and as recorded.
+
+A rate that a round does not have is NaN: it is left out of medians and ratios, and null among the recorded rounds.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -45,9 +49,12 @@ def _cell(cell: Cell, peers: list[Peer]) -> dict[str, Any]:
             if rounds is None:
                 text += f"{'':>31}"
                 continue
-            speed, ratio = common.spread(rounds), _ratio(values, OURS, peer.name)
+            row[f"{prefix}rounds"] = [None if math.isnan(value) else round(value, 2) for value in rounds]
+            if not (known := [value for value in rounds if not math.isnan(value)]):
+                text += f"{'NaN':>10}{'':>21}"
+                continue
+            speed, ratio = common.spread(known), _ratio(values, OURS, peer.name)
             row[f"{prefix}tokens_per_s"] = speed
-            row[f"{prefix}rounds"] = [round(value, 2) for value in rounds]
             text += f"{speed['median']:>10.1f} "
             if ratio:
                 row[f"specserve_over_it{'_' * bool(prefix)}{prefix.rstrip('_')}"] = ratio
@@ -63,7 +70,9 @@ def _cell(cell: Cell, peers: list[Peer]) -> dict[str, Any]:
 
 
 def _ratio(values: dict[str, list[float]], ours: str, peer: str) -> dict[str, float] | None:
-    """Of rates round by round; None for the peer itself, and where one of the two has none."""
+    """Of rates round by round; None for the peer itself, and where there is no round in which both have one."""
     if ours == peer or ours not in values or peer not in values:
         return None
-    return common.spread([a / b for a, b in zip(values[ours], values[peer], strict=True)])
+    ratios = [a / b for a, b in zip(values[ours], values[peer], strict=True)]
+    known = [ratio for ratio in ratios if not math.isnan(ratio)]
+    return common.spread(known) if known else None

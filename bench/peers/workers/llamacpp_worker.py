@@ -20,11 +20,11 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         (prompt,) = request["prompts"]
-        recorder = Recorder(1)
+        recorder = Recorder(1, request["ignore_eos"])
         stream = llama.generate(prompt, temp=0.0, reset=True)
         llama.reset()  # no prefix is reused
         for _, token in zip(range(request["num_tokens"]), stream, strict=False):
-            recorder.add(0, [int(token)])
+            recorder.add_step([(0, [int(token)])])
         llama.detokenize(recorder.token_ids[0])
         return recorder.result()
 

@@ -34,7 +34,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
         num_measured += 1
         sampling = SamplingParams(max_tokens=request["num_tokens"], temperature=0.0, ignore_eos=request["ignore_eos"])
         speculation = Speculation(mode=request["mode"])
-        recorder = Recorder(len(request["prompts"]))
+        recorder = Recorder(len(request["prompts"]), request["ignore_eos"])
         index_of = {}
         for idx, (prompt, adapter) in enumerate(zip(request["prompts"], request["adapters"], strict=True)):
             request_id = f"{num_measured}-{idx}"
@@ -52,10 +52,11 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
                 )
             )
         while engine.has_work():
-            for event in engine.step():
+            events: list[Any] = engine.step()
+            for event in events:
                 if isinstance(event, RequestFailed):
                     raise RuntimeError(event.error.message)
-                recorder.add(index_of[event.request_id], event.token_ids)
+            recorder.add_step((index_of[delta.request_id], delta.token_ids) for delta in events)
         return recorder.result()
 
     info = {"version": __version__, "dtype": engine.info.dtype, "threads": torch.get_num_threads()}

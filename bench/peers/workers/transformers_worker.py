@@ -26,11 +26,9 @@ class Clock(StoppingCriteria):
         self.ended: set[int] = set()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        for idx, token in enumerate(input_ids[:, -1].tolist()):
-            if idx not in self.ended:
-                self.recorder.add(idx, [token])
-                if token in self.eos:
-                    self.ended.add(idx)
+        new = [(idx, token) for idx, token in enumerate(input_ids[:, -1].tolist()) if idx not in self.ended]
+        self.recorder.add_step((idx, [token]) for idx, token in new)
+        self.ended |= {idx for idx, token in new if token in self.eos}
         return torch.zeros(self.num_requests, dtype=torch.bool)
 
 
@@ -55,7 +53,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     @torch.inference_mode()
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         prompts = request["prompts"]
-        recorder = Recorder(len(prompts))
+        recorder = Recorder(len(prompts), request["ignore_eos"])
         longest = max(map(len, prompts))
         pad = model.generation_config.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])

@@ -38,7 +38,7 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal num_measured
         num_measured += 1
-        recorder = Recorder(len(request["prompts"]))
+        recorder = Recorder(len(request["prompts"]), request["ignore_eos"])
         for idx, (prompt, adapter) in enumerate(zip(request["prompts"], request["adapters"], strict=True)):
             schema = request["schemas"][idx] if request.get("schemas") else None
             engine.add_request(
@@ -54,10 +54,11 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
                 lora_request=None if adapter is None else requests[adapter],
             )
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                # The engine may append to the id it was given.
-                idx = int(output.request_id.split("-")[1])
-                recorder.add(idx, list(output.outputs[0].token_ids))
+            outputs = engine.step()
+            # The engine may append to the id it was given.
+            recorder.add_step(
+                (int(output.request_id.split("-")[1]), list(output.outputs[0].token_ids)) for output in outputs
+            )
         return recorder.result()
 
     info = {"version": vllm.__version__, "torch": torch.__version__, "dtype": settings["dtype"]}

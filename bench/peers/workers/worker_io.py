@@ -16,36 +16,44 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
 class Recorder:
-    """Collects the tokens of one measurement and when they came; its clock starts when it is made."""
+    """Collects the tokens of one measurement and when they came; its clock starts when it is made.
 
-    def __init__(self, num_requests: int):
+    Decoding begins behind the step that gives the last request its first token. Where all answers have one length it
+    ends with the first request that ends, so that the whole batch decodes all the time; else with the last one.
+    """
+
+    def __init__(self, num_requests: int, has_one_length: bool):
         self.token_ids: list[list[int]] = [[] for _ in range(num_requests)]
-        self._events: list[tuple[float, int]] = []  # seconds since start, tokens
-        self._first_s: list[float | None] = [None] * num_requests
+        self._has_one_length = has_one_length
+        self._steps: list[tuple[float, int]] = []  # seconds since start, tokens
+        self._first_s = [0.0] * num_requests
+        self._last_s = [0.0] * num_requests
         self._start = time.perf_counter()
 
-    def add(self, request_idx: int, token_ids: list[int]) -> None:
-        if not token_ids:
-            return
+    def add_step(self, new_tokens: Iterable[tuple[int, list[int]]]) -> None:
+        """What a step gave, by request; all of it came at one time."""
         now = time.perf_counter() - self._start
-        if self._first_s[request_idx] is None:
-            self._first_s[request_idx] = now
-        self.token_ids[request_idx] += token_ids
-        self._events.append((now, len(token_ids)))
+        num_tokens = 0
+        for idx, token_ids in new_tokens:
+            if token_ids:
+                self._first_s[idx] = self._first_s[idx] or now
+                self._last_s[idx] = now
+                self.token_ids[idx] += token_ids
+                num_tokens += len(token_ids)
+        self._steps.append((now, num_tokens))
 
     def result(self) -> dict[str, Any]:
-        """Wall time from submission to the last token, and the part after every request had its first one."""
-        all_started_s = max(first for first in self._first_s if first is not None)
-        wall_s = self._events[-1][0]
+        """Wall time from submission to the last token, and decoding; no seconds of it where there was none."""
+        begin_s, end_s = max(self._first_s), (min if self._has_one_length else max)(self._last_s)
         return {
-            "wall_s": wall_s,
-            "decode_s": wall_s - all_started_s,
-            "num_decode_tokens": sum(count for at, count in self._events if at > all_started_s),
+            "wall_s": max(self._last_s),
+            "decode_s": max(0.0, end_s - begin_s),
+            "num_decode_tokens": sum(count for at, count in self._steps if begin_s < at <= end_s),
             "token_ids": self.token_ids,
         }
 
