@@ -11,7 +11,7 @@ from bench import between_commits
 BENCH = """
 import json
 rates = {{"case": {{"tokens_per_s": {{"median": {rate}, "min": 1}}}}}}
-print(json.dumps({{"bench": "speed", "figures": rates, "ms": 5}}))
+print(json.dumps({{"bench": "speed", "figures": rates, "ms": {{"median": 500 / {rate}}}}}))
 """
 
 
@@ -51,6 +51,21 @@ def test_a_commit_that_halves_the_rate_is_called_slower(repository):
     assert figure["ratio"] == 0.5 and figure["verdict"] == "slower"
 
 
+def test_of_times_less_is_faster(repository):
+    figure = compare("--old", "HEAD~1", "--new", "HEAD", "--of", "ms")
+    assert (figure["old"]["median"], figure["new"]["median"]) == (5, 10)
+    assert figure["ratio"] == 0.5 and figure["verdict"] == "slower"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("results/auto/1 row at 0/ms", True), ("wall_s", True), ("tokens_per_s/off", False), ("gb_per_s", False),
+     ("ms_beside", False), ("ms/p50", True)],
+)  # fmt: skip
+def test_times_are_known_by_their_unit(name, expected):
+    assert between_commits.is_time(name) is expected
+
+
 def test_equal_rates_are_noise(repository):
     assert compare("--old", "HEAD", "--new", "HEAD")["verdict"] == "noise"
 
@@ -72,7 +87,7 @@ def test_numbers_of_lists_are_named_by_their_case():
         "cells": [{"adapters": "no LoRA", "batch": 8, "peers": {"specserve": {"tokens_per_s": {"median": 7.5}}}}],
         "tokens_per_s": {"off": {"median": 2.0}, "on": 3},
     }
-    assert between_commits.rates_of(record) == {
+    assert between_commits.numbers_of(record) == {
         "cells/no LoRA 8/peers/specserve/tokens_per_s": 7.5,
         "tokens_per_s/off": 2.0,
         "tokens_per_s/on": 3.0,
