@@ -121,7 +121,10 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation's text through the chat template. Raises `UserError` when that refuses the messages."""
+        """The conversation's text through the chat template. Raises `UserError` when that refuses the messages.
+
+        variables: all that the template gets; default: the `given` ones.
+        """
         template = self._text_for(tools)
         try:
             # transformers renders in an immutable sandbox: templates come with models and adapters.
@@ -131,7 +134,7 @@ class ChatTemplate:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **{**self._given, **(variables or {})},
+                **(self._given if variables is None else variables),
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
             raise UserError(f"{self.name} refuses these messages: {error}", param="messages") from None
