@@ -24,7 +24,7 @@ import torch
 from specserve.config import EngineConfig
 from specserve.engine.engine import Engine
 from specserve.kernels.scaled_weights import DTYPES, ScaledLinear
-from specserve.model.stored_rows import EMBEDDING, LM_HEAD
+from specserve.model.shapes import EMBEDDING, LM_HEAD
 
 from . import common, options
 from .quantization import mean_log_prob

@@ -25,12 +25,13 @@ import click
 import msgspec
 import torch
 
+from specserve.model.shapes import LINEARS
 from specserve.training.data.batching import plan_run
 from specserve.training.data.dataset import Example
 from specserve.training.head_fit import new_head
 from specserve.training.head_module import common_prefix_len, task_vocab
 from specserve.training.joint_loss import JointObjective
-from specserve.training.lora_model import LINEARS, LoraModel
+from specserve.training.lora_model import LoraModel
 from specserve.training.run_config import JointConfig, LoraConfig, OptimizerConfig, RunConfig
 from specserve.training.trainer import Trainer
 

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from specserve.model.shapes import LINEARS
 from specserve.model.store import DEFAULT_MODEL, resolve_model
-from specserve.training.lora_model import LINEARS
 
 
 @click.command(help=__doc__.partition("\n")[0])

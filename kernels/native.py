@@ -28,7 +28,7 @@ FLAGS = (
     "-fPIC",
     "-pthread",
 )
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NUM_MODULES = 7  # a layer's linears: query, key, value, output, gate, up, down
 # "norm" quantizes what it norms; "quantize" is what o and down read.
 PHASES = ("norm", "quantize", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
 MAX_TAPS = 128  # layers; heads in one step may each read another
@@ -55,7 +55,7 @@ NORMS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "post_attention_norm", "p
 
 class LayerStruct(Structure):
     _fields_ = [
-        ("modules", Matrix * len(MODULES)),
+        ("modules", Matrix * NUM_MODULES),
         *((name, c_void_p) for name in NORMS),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),

@@ -18,11 +18,10 @@ from torch import nn
 
 from ..adapter_files import WEIGHTS_FILE
 from ..kernels.linear import has_native_bf16
+from ..model.shapes import LINEARS
 from .causal_attention import attention_for
 from .data.dataset import Example
 from .run_config import LoraConfig
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def arithmetic(setting: str, device: torch.device) -> torch.dtype:

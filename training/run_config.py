@@ -12,13 +12,11 @@ import msgspec
 from msgspec import Meta
 
 from ..drafters.history_file import MAX_TRAINED_TOKENS
+from ..model.shapes import LINEARS
 from ..routing_profile import DEFAULT_PROMPTS, MAX_PROMPTS
 
 ALL_LINEAR = "all-linear"
-TARGETS = (
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    *("embed_tokens", "lm_head"),  # not part of "all-linear"
-)
+TARGETS = (*LINEARS, "embed_tokens", "lm_head")  # the last two are not part of "all-linear"
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..errors import AdapterError, ModelError
-from ..model.stored_rows import EMBEDDING, StoredRows
+from ..model.shapes import EMBEDDING
+from ..model.stored_rows import StoredRows
 
 _COPIED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRAINED = (torch.float32, torch.bfloat16, torch.float16)  # what the base may have been loaded as when it was copied

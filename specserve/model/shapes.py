@@ -1,14 +1,18 @@
-"""The sizes of a model's matrices, stated once: for the files of a directory, and for the LoRAs on its modules."""
+"""The names and sizes of a model's matrices, stated once: for files of a directory, and for LoRAs on its modules."""
 
 from __future__ import annotations
 
-from .config import ModelConfig
-from .stored_rows import EMBEDDING, LM_HEAD
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .config import ModelConfig  # which needs torch; commands that only read a run file do without
+
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The linears of a layer, each with the part of the layer that it stands in, by their names on the hub.
 PARENT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
 )
+LINEARS = tuple(PARENT)  # in the order in which kernels/cpu/decoder.cpp has a layer's matrices, too
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

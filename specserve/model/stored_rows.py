@@ -17,7 +17,6 @@ import torch
 from ..errors import ModelError
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_NAMED = 5  # tensors named in one message
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 

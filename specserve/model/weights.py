@@ -13,8 +13,8 @@ import torch
 
 from ..errors import ModelError
 from .config import ModelConfig
-from .shapes import has_bias, tensor_shapes
-from .stored_rows import EMBEDDING, LM_HEAD, MAX_NAMED, STORED, StoredTensor, stored_tensors, weight_files
+from .shapes import EMBEDDING, LM_HEAD, has_bias, tensor_shapes
+from .stored_rows import MAX_NAMED, STORED, StoredTensor, stored_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

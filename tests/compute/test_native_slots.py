@@ -10,7 +10,8 @@ import torch
 from specserve.adapters.lora import LoraAdapter
 from specserve.compute.native.lora import NativeSlots, to_native
 from specserve.kernels.lora import LoraPair
-from specserve.kernels.native import MODULES, Lora
+from specserve.kernels.native import Lora
+from specserve.model.shapes import LINEARS
 
 
 class CountedLayers(dict):
@@ -36,7 +37,7 @@ def make_adapter(name):
 def table_of(slots, adapters):
     slots.activate(adapters)
     batch = slots.batch([(adapter.content_hash, 1) for adapter in adapters], [])
-    entries = (Lora * (len(adapters) * slots._num_layers * len(MODULES))).from_address(batch.table_address)
+    entries = (Lora * (len(adapters) * slots._num_layers * len(LINEARS))).from_address(batch.table_address)
     return [ctypes.string_at(ctypes.addressof(entry), ctypes.sizeof(entry)) for entry in entries], batch
 
 
@@ -45,7 +46,7 @@ def expected(adapters):
         bytes(Lora(pair.a.data_ptr(), pair.b.data_ptr(), pair.b.shape[1], pair.scale) if pair else Lora())
         for adapter in adapters
         for layer in range(SHAPES.num_layers)
-        for module in MODULES
+        for module in LINEARS
         for pair in (adapter.layers.get((layer, module)),)
     ]
 

@@ -8,11 +8,11 @@ import torch
 
 from ...drafters.head_native import NativeHeadRunner
 from ...kernels.huge_pages import HugePages
-from ...kernels.native import MODULES, Library
+from ...kernels.native import Library
 from ...kernels.packed import WeightFormat, pack
 from ...memory import give_memory_back
 from ...model.config import ModelConfig
-from ...model.shapes import PARENT
+from ...model.shapes import LINEARS, PARENT
 from ..decoder_weights import Weights
 from ..path import ComputePath, PathInputs, Phase
 from ..runner import ModelRunner
@@ -74,7 +74,7 @@ def _weight_format(dtype: torch.dtype, quantization: str) -> WeightFormat:
 
 def _pack_layer(weights: Weights, idx: int, form: WeightFormat, memory: HugePages) -> NativeLayer:
     base, modules = f"model.layers.{idx}", {}
-    for module in MODULES:
+    for module in LINEARS:
         weight, bias = weights.linear(f"{base}.{PARENT[module]}.{module}")
         modules[module] = pack(weight, bias, form, memory)
     give_memory_back()  # what quantizing took lies between the layers otherwise: 0.8 GB after 1.2 GB of int8

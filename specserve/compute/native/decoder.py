@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels.native import MAX_TAPS, MODULES, NORMS, PANEL, PHASES, LayerStruct, Library, Model, Step, Team
+from ...kernels.native import MAX_TAPS, NORMS, PANEL, PHASES, LayerStruct, Library, Model, Step, Team
 from ...kernels.packed import PackedMatrix
 from ...model.config import ModelConfig
 from ...model.rope import Rope
+from ...model.shapes import LINEARS
 from ..batch import Batch
 from ..interrupt import StepInterrupt, StepInterruptedError
 from ..kv_cache import KVCache
@@ -181,7 +182,7 @@ class NativeDecoder:
     def _layer_struct(self, idx: int) -> LayerStruct:
         layer, config = self._layers[idx], self.config
         struct = LayerStruct()
-        for place, module in enumerate(MODULES):
+        for place, module in enumerate(LINEARS):
             struct.modules[place] = layer.modules[module].struct()
         for name in NORMS:
             if name in layer.norms:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from ...adapters.lora import LoraAdapter
 from ...kernels.lora import Empty, LoraPair
-from ...kernels.native import MODULES, PANEL, Lora
+from ...kernels.native import PANEL, Lora
 from ...model.config import ModelConfig
+from ...model.shapes import LINEARS
 
 _MAX_TABLES = 64
 
@@ -96,7 +97,7 @@ class NativeSlots:
 
     def _build(self) -> ctypes.Array:
         """Every set of adapters that steps name has its own table: with many adapters, most requests a new one."""
-        num = self._num_layers * len(MODULES)
+        num = self._num_layers * len(LINEARS)
         table = (Lora * (len(self._active) * num))()
         for slot, adapter in enumerate(self._active):
             part, of = self._parts.get(adapter.content_hash, (None, None))
@@ -108,11 +109,11 @@ class NativeSlots:
         return table
 
     def _part(self, adapter: LoraAdapter) -> ctypes.Array:
-        part = (Lora * (self._num_layers * len(MODULES)))()
+        part = (Lora * (self._num_layers * len(LINEARS)))()
         for (layer, module), pair in adapter.layers.items():
             a, b = pair.a, pair.b  # as `to_native` laid them out
             assert b.dim() == 3 and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype == self._dtype
-            part[layer * len(MODULES) + MODULES.index(module)] = Lora(
+            part[layer * len(LINEARS) + LINEARS.index(module)] = Lora(
                 a.data_ptr(), b.data_ptr(), b.shape[1], pair.scale
             )
         return part
