@@ -26,7 +26,7 @@ from .head_fit import anchors_of, collect_states, collect_teacher, fit_head, new
 from .head_module import LookaheadHead, common_prefix_len, task_vocab
 from .joint_loss import JointObjective
 from .lora_model import CausalModel, LoraModel, arithmetic
-from .preflight import Prepared, answers_itself
+from .preflight import Prepared
 from .run_config import RunConfig
 from .teacher_model import is_own_model, open_teacher
 from .trainer import Trainer
@@ -83,10 +83,11 @@ def report_estimate(prepared: Prepared) -> None:
     for phase in phases:
         click.echo(f"  {phase.name}: {minutes(phase.seconds)}")
     is_trained = prepared.config.lora.is_trained  # a head alone takes other steps
+    length = "distill.max_tokens" if prepared.open_lines else "those of the rows"
     steps = f" for {len(prepared.plan)} steps over {len(prepared.examples)} rows" if is_trained else ""
     click.echo(
         f"time: about {minutes(sum(phase.seconds for phase in phases))}{steps}"
-        f", if answers are as long as {_length(prepared)} and drafts make them "
+        f", if answers are as long as {length} and drafts make them "
         f"{_DRAFT_RATIO:g} times as fast"
     )
 
@@ -164,23 +165,13 @@ def _answer_phases(prepared: Prepared, adapter: Path | None, sample: Sequence[Ex
     )
 
 
-def _is_open(prepared: Prepared) -> bool:
-    """Whether the rows are prompts, so that nothing is known of the answers that the base will give."""
-    stand_ins = {tuple(example.completion) for example in prepared.examples}
-    return answers_itself(prepared.config) and len(stand_ins) == 1 < len(prepared.examples)
-
-
-def _length(prepared: Prepared) -> str:
-    return "distill.max_tokens" if _is_open(prepared) else "those of the rows"
-
-
 def _answered(prepared: Prepared) -> Prepared:
-    """With answers as long as they may be, where the rows have none."""
-    if not _is_open(prepared):
-        return prepared
+    """With answers as long as they may be in place of stand-ins."""
     num = prepared.config.distill.max_tokens
     longer = [
         Example(e.prompt + e.completion[:1] * num, [False] * e.prompt_len + [True] * num, e.line)
+        if e.line in prepared.open_lines
+        else e
         for e in prepared.examples
     ]
     return replace(prepared, examples=longer)

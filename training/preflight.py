@@ -54,6 +54,7 @@ class Prepared:
     warnings: list[str]
     profile: RoutingProfile  # of the rows that are in `examples`
     copy_start: int  # tokens that all prompts of `examples` start with
+    open_lines: frozenset[int]  # of training rows whose last answer is a stand-in
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -93,7 +94,8 @@ def prepare(config: RunConfig) -> Prepared:
     kept = {e.line for e in examples}
     texts = routed_texts([row for row in rows if row.line in kept], config.data.system)
     profile = profile_of(texts, config.routing.prompts)
-    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile, copy_start)
+    open_lines = frozenset(row.line for row in rows if row.is_open)
+    return Prepared(config, model_dir, tokenizer, examples, held_out, plan, warnings, profile, copy_start, open_lines)
 
 
 def tokenizer_of(config: RunConfig, model_dir: Path) -> TextTokenizer:
