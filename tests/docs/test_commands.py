@@ -24,6 +24,7 @@ from specserve.cli.main import cli
 
 BASE = "http://127.0.0.1:8000"
 ADAPTERS = ("my-adapter", "mine-v2", "random-1", "control2json", "debtags", "summary", "tickets")
+POOLERS = {"embedder": "search", "ranker": "rerank", "tagger": "tags"}
 OTHER_PROGRAMS = {"guidellm", "pip"}  # not ours
 # Python that is run elsewhere.
 RUN_BY = {
@@ -44,6 +45,8 @@ def server(tmp_path_factory):
     for name in ADAPTERS[1:]:
         shutil.copytree(first, root / "adapters" / name)
     make_poolers(model, root / "adapters")
+    for name, documented in POOLERS.items():
+        (root / "adapters" / name).rename(root / "adapters" / documented)
     flags = ("--adapters-dir", str(root / "adapters"), "--batch-dir", str(root / "batches"))
     server = ServerProcess(model, *flags).wait_ready()
     yield server
