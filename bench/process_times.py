@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from pathlib import Path
 
-from .server_process import cpu_s
+from .server_process import children, cpu_s
 
 ENGINES, REPLICAS, FRONT, RAY = "engines", "replicas", "front", "Ray"
 _BY_WORDS = {
@@ -32,14 +32,9 @@ def taken(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 
 
 def _family(pid: int) -> set[int]:
-    parents = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
     found, new = {pid}, {pid}
     while new:
-        new = {each for each, parent in parents.items() if parent in new} - found
+        new = {each for parent in new for each in children(parent)} - found
         found |= new
     return found
 

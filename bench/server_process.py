@@ -28,18 +28,24 @@ class Serving:
 
     def cpu_s(self) -> float:
         """CPU time that the server and its engine have taken so far."""
-        return sum(cpu_s(pid) for pid in (self.pid, *self._children()))
+        return sum(cpu_s(pid) for pid in (self.pid, *children(self.pid)))
 
     def engine_pid(self) -> int | None:
         """The engine's process; None while there is none."""
-        for pid in self._children():
+        for pid in children(self.pid):
             with contextlib.suppress(OSError):  # it may end while it is looked at
                 if b"specserve.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     return pid
         return None
 
-    def _children(self) -> list[int]:
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` has started, by any of its threads, and that have not ended."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # its thread has ended meanwhile
+            found += map(int, file.read_text().split())
+    return found
 
 
 def cpu_s(pid: int) -> float:
