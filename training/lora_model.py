@@ -47,7 +47,9 @@ def with_lora(base: Any, config: LoraConfig, task_type: str) -> Any:
 
     with quiet_peft():
         if config.adapter:
-            return peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+            saved = peft.LoraConfig.from_pretrained(config.adapter)
+            saved.lora_dropout = config.dropout  # of this run, not of the one that made it
+            return peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True, config=saved)
         targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
         lora = peft.LoraConfig(
             r=config.r,

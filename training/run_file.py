@@ -22,6 +22,7 @@ from ..adapter_files import CONFIG_FILE
 from ..errors import UserError
 from ..given_files import check_given
 from ..strict_yaml import read_yaml, strict_loader
+from .adapter_settings import adapter_settings, check_not_others
 from .run_config import ALL_LINEAR, TARGETS, RunConfig
 
 RUN_FILE = "run.yaml"  # in the output directory: what the run was
@@ -31,9 +32,11 @@ _PATHS = ("data.train", "data.eval", "lora.adapter", "output", "teacher")
 def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> RunConfig:
     """Build the configuration; `overrides` are "lora.r=32", `flags` dotted keys whose None values were not given.
 
+    Of a LoRA that the run goes on from, rank, alpha and modules are its own.
     Raises `UserError` naming the key, the value and the limit.
     """
     values: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if path is not None:
         check_given(path, "run")
         for key, value in flatten(read_yaml(path, "the run file")):
@@ -44,11 +47,17 @@ def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, An
         if not separator:
             raise UserError(f"--set {override!r} is not KEY=VALUE, as in --set lora.r=32", param="set")
         try:
-            values[key.strip()] = yaml.load(text, Loader=strict_loader())  # derived from SafeLoader
+            given[key.strip()] = yaml.load(text, Loader=strict_loader())  # derived from SafeLoader
         except yaml.YAMLError as error:
             raise UserError(f"--set {override!r}: the value is not YAML: {error}", param=key) from None
-    values |= {key: value for key, value in flags.items() if value is not None}
-    return _convert(values)
+    given |= {key: value for key, value in flags.items() if value is not None}
+    values |= given
+    adapter = values.get("lora.adapter")
+    known = adapter_settings(adapter) if isinstance(adapter, str) else {}
+    check_not_others(given, known)
+    config = _convert({key: value for key, value in values.items() if key not in known})
+    lora = {key.removeprefix("lora."): value for key, value in known.items()}  # beyond a new one's limits, maybe
+    return msgspec.structs.replace(config, lora=msgspec.structs.replace(config.lora, **lora)) if lora else config
 
 
 def check_ready(config: RunConfig, *, writes: bool = True) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft_adapters import make_peft_adapter
 from tiny_models import MODEL_TYPES, make_tiny_model
 
 from specserve.training.causal_attention import causal_attention
@@ -49,6 +50,14 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path, architecture,
     F.cross_entropy(half.logits(hidden.last).float(), hidden.targets).backward()
     rounded, exact = (torch.cat([g.flatten() for g in grads]) for grads in ([p.grad for p in half.parameters], wanted))
     assert (rounded - exact).norm() < 0.15 * exact.norm(), (rounded - exact).norm() / exact.norm()
+
+
+def test_a_lora_that_is_gone_on_from_has_the_dropout_of_this_run(tmp_path):
+    model_dir = make_tiny_model(tmp_path / "model", "llama")
+    adapter = make_peft_adapter(model_dir, tmp_path / "old", r=4)
+    config = LoraConfig(adapter=str(adapter), dropout=0.25)
+    model = LoraModel(model_dir, config, torch.float32, torch.device("cpu"), None)
+    assert {each.p for each in model.peft.modules() if isinstance(each, torch.nn.Dropout)} == {0.25}
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])

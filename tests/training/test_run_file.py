@@ -1,5 +1,7 @@
 """A run's configuration: what wins, what is refused and how it is said, and that a saved one reads back equal."""
 
+import json
+
 import pytest
 from places import ROOT
 
@@ -105,6 +107,23 @@ def test_what_a_run_cannot_start_without(run_yaml, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(UserError, match="not a PEFT directory"):
         check_ready(load_run(run_yaml, ["lora.adapter=nowhere"], {}))
+
+
+@pytest.mark.parametrize(
+    ("saved", "modules"), [(["v_proj", "k_proj"], ("k_proj", "v_proj")), (".*layers.1.*", ".*layers.1.*")]
+)
+def test_a_lora_that_is_gone_on_from_keeps_what_it_is(run_yaml, tmp_path, saved, modules):
+    (tmp_path / "old").mkdir()
+    own = {"r": 512, "lora_alpha": 12.5, "lora_dropout": 0.5, "target_modules": saved}
+    (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(own))
+    overrides = [f"lora.adapter={tmp_path / 'old'}", "lora.dropout=0.1"]
+    config = load_run(run_yaml, overrides, {"lora.r": 512})
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (512, 12.5, 0.1)
+    assert config.lora.target_modules == modules
+    save_resolved(config, tmp_path / "saved.yaml")
+    assert load_run(tmp_path / "saved.yaml", [], {}) == config
+    with pytest.raises(UserError, match="lora.r is 8, but the LoRA of lora.adapter has 512 and keeps it: leave lora.r"):
+        load_run(run_yaml, overrides, {"lora.r": 8})
 
 
 def test_the_page_on_training_lists_every_setting_with_default_and_meaning():

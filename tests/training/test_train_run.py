@@ -232,6 +232,7 @@ def test_an_existing_lora_gets_a_head_and_stays_as_it_is(trained, tmp_path, caps
     assert cli(["train", *arguments, *small]) == 0
     for name in ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"):
         assert (tmp_path / "new" / name).read_bytes() == (adapter / name).read_bytes()
+    assert "  r: 4\n" in (tmp_path / "new" / "run.yaml").read_text()  # its own, and not a new LoRA's
     info = make_engine(model_dir).load_adapter("new", tmp_path / "new")
     assert info.lookahead is not None and info.lookahead.error is None
     assert cli(["train", *arguments, *small, "--resume"]) == 0  # it is finished
