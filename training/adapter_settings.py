@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ def adapter_settings(directory: str) -> dict[str, Any]:
         saved = msgspec.json.decode((Path(directory) / CONFIG_FILE).read_bytes(), type=_Saved)
     except (OSError, msgspec.DecodeError):
         return {}
-    targets = DEFAULT_TARGETS if saved.target_modules is None else saved.target_modules
-    if not isinstance(targets, str):
-        targets = ALL_LINEAR if set(targets) == set(LINEARS) else tuple(sorted(targets))
-    return {"lora.r": saved.r, "lora.alpha": saved.lora_alpha, "lora.target_modules": targets}
+    return {"lora.r": saved.r, "lora.alpha": saved.lora_alpha, "lora.target_modules": _modules(saved.target_modules)}
+
+
+def _modules(saved: str | Sequence[str] | None) -> str | tuple[str, ...]:
+    names = DEFAULT_TARGETS if saved is None else saved
+    if isinstance(names, str):
+        return names
+    return ALL_LINEAR if set(names) == set(LINEARS) else tuple(sorted(names))
 
 
 def check_not_others(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
