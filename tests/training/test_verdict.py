@@ -55,6 +55,13 @@ def test_what_is_wrong_with_the_answers_is_said_on_the_console_and_on_the_card(c
     assert f"> **Warning:** {warnings[0]}." in model_card("task", report(**changes, warnings=warnings))
 
 
+def test_nothing_is_wanted_of_the_answers_of_a_bare_base():
+    bad = {"task": {"exact_match": 0.0, "rouge_l": 0.1, "main": 0.1}, "answers_without_end": 0.3}
+    assert warnings_of(report(**bad, is_base_head=True)) == [
+        "30% of the answers do not end before the limit of tokens: they are long, or loop"
+    ]
+
+
 def test_few_steps_are_said_with_the_ways_to_more():
     assert "only 4 optimizer steps were taken (24 is" in steps_warning(4, 24)[0]
     assert "**Warning:**" not in model_card("task", report())

@@ -51,12 +51,11 @@ def steps_warning(num_steps: int | None, least: int) -> list[str]:
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
     """What is wrong with the answers that were measured."""
-    found = [] if report.get("is_base_head") else _task_warnings(report["task"])  # the rows' answers were not learned
+    is_base_head = report.get("is_base_head")  # nothing is wanted of its answers: the rows' were not learned
+    found = [] if is_base_head else _task_warnings(report["task"])
     if report["answers_without_end"] > _MOST_ENDLESS:
-        found.append(
-            f"{report['answers_without_end']:.0%} of the answers do not end before the limit of tokens, to which no "
-            "wanted one goes: they probably loop"
-        )
+        why = ": they are long, or loop" if is_base_head else ", to which no wanted one goes: they probably loop"
+        found.append(f"{report['answers_without_end']:.0%} of the answers do not end before the limit of tokens{why}")
     if report["accepted_in_answers_without_end"] > _MOST_REPEATED:
         share, sources = report["accepted_in_answers_without_end"], report["accepted_by_source"]
         copied = sources.get("ngram", 0) / max(1, sum(sources.values()))
@@ -64,7 +63,7 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             f"{'most' if share > 0.5 else 'part'} of the speed is that of repetition: {share:.0%} of the accepted "
             f"drafts are in answers that do not end, {copied:.0%} copy the answer's own text (n-gram)"
         )
-    if found and not report.get("is_base_head"):
+    if found and not is_base_head:
         found.append("train on more rows or for more steps (optimizer.epochs), and look at --check-data")
     return found
 
