@@ -132,3 +132,12 @@ def test_a_report_has_the_shades_of_all_sources():
         assert f"--{css}: {source.light[0]}; --{css}-line: {source.light[1]};" in page
         assert f"--{css}: {source.dark[0]}; --{css}-line: {source.dark[1]};" in page
         assert f".{css} {{ background: var(--{css});" in page
+
+
+def test_the_page_says_what_was_measured():
+    for changes, said in (
+        ({}, "a LoRA, and what drafts its next tokens"),
+        ({"lookahead": None}, "A LoRA without a lookahead head."),
+        ({"is_base_head": True}, "A lookahead head of the base model itself"),
+    ):
+        assert said in html_report("x", {**report(), **changes}, [])

@@ -8,20 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...draft_sources import SOURCES, source_name
 from .plots import BATCH_LABELS, Plot
 
+Kind = Literal["lora", "lora alone", "base head"]
+# What the page says that it is about, in its title and in a sentence.
+_KINDS: dict[Kind, tuple[str, str]] = {
+    "lora": ("a lookahead LoRA", "A lookahead LoRA: a LoRA, and what drafts its next tokens."),
+    "lora alone": ("a LoRA", "A LoRA without a lookahead head."),
+    "base head": ("a head of the base", "A lookahead head of the base model itself, without a LoRA."),
+}
 _TASK_TILES = {"field_match": "of the fields are right", "exact_match": "of the answers are right to the letter"}
+
+
+def kind_of(report: Mapping[str, Any]) -> Kind:
+    """What was measured."""
+    if report.get("is_base_head"):
+        return "base head"
+    return "lora" if report["lookahead"] else "lora alone"
 
 
 def html_report(
     name: str, report: Mapping[str, Any], plots: Sequence[Plot], examples: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """The page; `examples` are prompts with the traces of their answers' tokens, as the HTTP API has them."""
+    kind, what = _KINDS[kind_of(report)]
     used = {token["source"] for example in examples for token in example["tokens"]}
     return _render(
         "report.html.jinja",
@@ -29,6 +44,8 @@ def html_report(
         report,
         _tiles(report),
         plots,
+        kind=kind,
+        what=what,
         examples=[_example(example) for example in examples],
         sources=[{"css": key, "source": source} for key, source in SOURCES.items() if key in used],
         speeds=[(BATCH_LABELS.get(batch, batch), values) for batch, values in report["speed"].items()],

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ..metrics_file import METRICS_FILE, read_metrics
-from .html_report import html_report
+from .html_report import Kind, html_report, kind_of
 from .plots import Plot, plots_of
 
 
@@ -40,6 +40,7 @@ repeats. `specserve train RUN_FILE --adapter DIR --head-only` trains one."""
 _BASE_HEAD = """A lookahead head of the base model itself, without a LoRA: it drafts the next tokens of requests without
 adapter, which are answered faster with the same tokens (`specserve serve --base-head DIR`). A task metric is the base
 model's."""
+_KINDS: dict[Kind, str] = {"lora": _LORA, "lora alone": _LORA_ALONE, "base head": _BASE_HEAD}
 
 
 def model_card(name: str, report: dict[str, Any]) -> str:
@@ -56,7 +57,7 @@ library_name: {"specserve" if report.get("is_base_head") else "peft"}
 ---
 # {name}
 
-{_what_it_is(report)}
+{_KINDS[kind_of(report)]}
 
 {warnings_in_card(report)}Measured on {report["rows"]} held-out rows, greedy, {report["dtype"]} on {report["hardware"]}.
 
@@ -75,12 +76,6 @@ Accepted drafts by source: {sources}.
 `specserve eval DIR` measures this again; `run.yaml` is the run that made it. `report.html` shows more: answers, and
 where each of their tokens came from.
 """
-
-
-def _what_it_is(report: Mapping[str, Any]) -> str:
-    if report.get("is_base_head"):
-        return _BASE_HEAD
-    return _LORA if report["lookahead"] else _LORA_ALONE
 
 
 def warnings_in_card(report: Mapping[str, Any]) -> str:
