@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Whose answers those under a hash are, and which judge a name means.
 _OWNERS = """
 CREATE TABLE IF NOT EXISTS owners (
@@ -18,6 +18,11 @@ CREATE TABLE IF NOT EXISTS owners (
 ) WITHOUT ROWID
 """
 _JUDGES = "CREATE TABLE judges (name TEXT NOT NULL UNIQUE, identity TEXT NOT NULL UNIQUE)"
+# Each verdict asks whether its answers are still there, while nobody else may write.
+_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS answers_to ON answers (prompt_hash)",
+    "CREATE INDEX IF NOT EXISTS rows_that_ask ON task_rows (prompt_hash)",
+)
 _TABLES = (
     """
 CREATE TABLE tasks (
@@ -51,6 +56,7 @@ CREATE TABLE judgments (
 """,
     _OWNERS,
     _JUDGES,
+    *_INDEXES,
 )
 # Version 1 had verdicts under the judge's name, and had no table of owners at first, which cells tell as well. An
 # endpoint's name (MODEL@URL) is its identity still; of a judge that runs here nobody knows what it was when it said so.
@@ -61,7 +67,10 @@ _FROM_1 = (
     _JUDGES,
     f"INSERT INTO judges {_AS_JUDGES}",
     f"DELETE FROM judgments WHERE NOT ({_OF_ENDPOINTS})",
+    *_INDEXES,
 )
+# By the version of the file; 2 had no indexes.
+_STEPS = {1: _FROM_1, 2: _INDEXES}
 
 
 def bring_up(db: sqlite3.Connection, path: Path) -> None:
@@ -75,7 +84,7 @@ def bring_up(db: sqlite3.Connection, path: Path) -> None:
         steps: tuple[str, ...] = _TABLES
     else:
         _check(version, path)
-        steps = _FROM_1 if version == 1 else ()
+        steps = _STEPS.get(version, ())
     if steps:
         for statement in (*steps, f"PRAGMA user_version = {SCHEMA_VERSION}"):
             db.execute(statement)

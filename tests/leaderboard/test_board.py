@@ -269,7 +269,7 @@ def test_files_that_are_no_board(no_board, capsys):
         db.execute("PRAGMA user_version = 99")
     assert (
         board.cli("show") == 2
-        and "of a newer specserve (version 99, this one reads up to 2)" in capsys.readouterr().err
+        and "of a newer specserve (version 99, this one reads up to 3)" in capsys.readouterr().err
     )
 
 
@@ -378,10 +378,37 @@ async def test_a_verdict_on_an_answer_that_is_removed_meanwhile_is_not_kept(tmp_
         store.close()
 
 
+def drop_indexes(db):
+    for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'index' AND sql NOTNULL").fetchall():
+        db.execute(f"DROP INDEX {name}")
+
+
+def test_no_verdict_looks_through_all_answers(ran, no_board):
+    with sqlite3.connect(ran.path) as source, sqlite3.connect(no_board.path) as old:
+        source.backup(old)
+        drop_indexes(old)
+        old.execute("PRAGMA user_version = 2")
+    source.close(), old.close()
+    store = LeaderboardStore(no_board.path)
+    try:
+        asked, plans = [], []
+        store._db.set_trace_callback(asked.append)
+        row, texts = next(iter(store.texts().items()))
+        asked.clear()
+        assert not store.has_texts(row, (texts.pop(), "another"))
+        store._db.set_trace_callback(None)
+        for query in asked:
+            plans += [step for *_, step in store._db.execute(f"EXPLAIN QUERY PLAN {query}")]
+        assert plans and not [step for step in plans if step.startswith("SCAN")]
+    finally:
+        store.close()
+
+
 def test_a_board_of_version_1_keeps_what_was_run_and_judged(ran, no_board):
     name = "judge@http://127.0.0.1:1/v1"
     with sqlite3.connect(ran.path) as source, sqlite3.connect(no_board.path) as old:
         source.backup(old)
+        drop_indexes(old)
         old.execute("DROP TABLE judges")
         old.execute("DROP TABLE owners")
         old.execute("DELETE FROM judgments")
