@@ -89,13 +89,11 @@ class Chat:
         while True:
             try:
                 line = reader.read(self.prompt)
-            except KeyboardInterrupt:
-                print(file=self._out)
-                continue
-            if line is None or line.split()[:1] in (["/quit"], ["/exit"]):
-                break
-            try:
+                if line is None or line.split()[:1] in (["/quit"], ["/exit"]):
+                    break
                 self.take(line)
+            except KeyboardInterrupt:  # at the prompt, in a command, or just as an answer ended
+                print(file=self._out)
             except UserError as error:
                 num_failed += 1
                 self._tell(f"error: {one_line(str(error))}")
@@ -184,13 +182,12 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         """Ask, and print what comes. A message that fails leaves the conversation; an answer that is stopped stays."""
-        self._messages.append({"role": "user", "content": text})
+        message = {"role": "user", "content": text}
         answer = _Answer(Shading(self._options.has_colour, self._options.shows_rejected))
         try:
             with contextlib.suppress(KeyboardInterrupt):
-                self._print(answer)
+                self._print(answer, [*self._messages, message])
         except UserError as error:
-            self._messages.pop()
             if error.code == "context_length_exceeded":
                 raise UserError(f"{error} (/reset begins anew)") from None
             raise
@@ -198,13 +195,11 @@ class Chat:
             if answer.first_s is not None:
                 print(file=self._out, flush=True)
         if answer.text:
-            self._messages.append({"role": "assistant", "content": answer.text})
-        else:
-            self._messages.pop()
+            self._messages += [message, {"role": "assistant", "content": answer.text}]
         self._tell_figures(answer)
 
-    def _print(self, answer: _Answer) -> None:
-        with closing(self._chunks()) as chunks:
+    def _print(self, answer: _Answer, messages: list[dict[str, Any]]) -> None:
+        with closing(self._chunks(messages)) as chunks:
             for chunk in chunks:
                 answer.usage = chunk.get("usage") or answer.usage
                 for choice in chunk.get("choices", []):
@@ -229,18 +224,18 @@ class Chat:
             shown = visible(shown)
         print(shown, end="", file=self._out, flush=True)
 
-    def _chunks(self) -> Generator[dict[str, Any]]:
-        """Those of the answer to the conversation; asked for once more where a server knows no traces."""
+    def _chunks(self, messages: list[dict[str, Any]]) -> Generator[dict[str, Any]]:
+        """Those of the answer to a conversation; asked for once more where a server knows no traces."""
         while True:
             try:
-                yield from self._backend.chunks(self._body())
+                yield from self._backend.chunks(self._body(messages))
                 return
             except UserError as error:
                 if not self._traces or not (error.param or "").startswith("speculation.trace"):
                     raise
                 self._traces = False
 
-    def _body(self) -> dict[str, Any]:
+    def _body(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         options = self._options
         system = [{"role": "system", "content": options.system}] if options.system else []
         speculation: dict[str, Any] = {} if self._drafts else {"mode": "off"}
@@ -248,7 +243,7 @@ class Chat:
             speculation["trace"] = True
         body = {
             "model": self._adapter or self._base,
-            "messages": [*system, *self._messages],
+            "messages": [*system, *messages],
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_speculation_stats": True,

@@ -1,5 +1,6 @@
 """`specserve chat`: a conversation and its commands, what a terminal is sent, a real server, keys that are pressed."""
 
+import contextlib
 import io
 import json
 import os
@@ -141,6 +142,20 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came():
     assert err.count("stopped after") == 2
 
 
+def test_ctrl_c_beside_an_answer_leaves_the_chat_and_the_conversation_as_they_are(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    backend = FakeBackend([chunk("one")], [chunk("two")])
+    with monkeypatch.context() as patch:
+        patch.setattr("specserve.cli.chat.figures", interrupted)
+        patch.setattr(backend, "stats", interrupted)
+        chat = Chat(backend, ChatOptions(), io.StringIO(), io.StringIO())
+        assert chat.run(LineReader(io.StringIO("a\n/stats\n"), io.StringIO())) == 0
+    assert chat.run(LineReader(io.StringIO("b\n"), io.StringIO())) == 0
+    assert [message["content"] for message in backend.bodies[1]["messages"]] == ["a", "one", "b"]
+
+
 def test_a_server_without_traces_is_asked_again_without():
     refusal = UserError("unknown field 'speculation.trace'", param="speculation.trace")
     backend = FakeBackend(refusal, [chunk("plain")], [chunk("again")])
@@ -243,6 +258,14 @@ class Terminal:
     def type(self, text):
         os.write(self._master, text.encode())
 
+    def interrupt(self, pattern):
+        """Press Ctrl-C until the pattern comes: readline sleeps through one that comes before it waits for keys."""
+        for _ in range(60):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                return self.wait_for(pattern, timeout_s=2)
+        return self.wait_for(pattern)
+
     def wait_for(self, pattern, timeout_s=120):
         """What was shown up to the pattern, which is taken."""
         deadline = time.monotonic() + timeout_s
@@ -262,8 +285,7 @@ def test_on_a_terminal_keys_stop_answers_and_leave(server, tmp_path, request):
     terminal = Terminal("chat", "--url", server.url, "--max-tokens", "8000", "--color", "never", env=env)
     request.addfinalizer(terminal.process.kill)
     assert "adapters: mine" in terminal.wait_for("model> ")
-    terminal.type("\x03")  # at the prompt: another line
-    terminal.wait_for("model> ")
+    terminal.interrupt("model> ")  # at the prompt: another line
     terminal.type("/schema\n")
     terminal.wait_for("free text(.|\n)*model> ")
     schema = tmp_path / "endless.json"
@@ -272,8 +294,7 @@ def test_on_a_terminal_keys_stop_answers_and_leave(server, tmp_path, request):
     terminal.wait_for("answers are JSON(.|\n)*model> ")
     terminal.type("count\n")
     terminal.wait_for(r"\[1")
-    terminal.type("\x03")
-    terminal.wait_for("stopped after(.|\n)*model> ")
+    terminal.interrupt("stopped after(.|\n)*model> ")
     terminal.type("/adapter mine\n")
     terminal.wait_for("mine> ")
     terminal.type("\x04")
