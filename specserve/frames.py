@@ -15,26 +15,28 @@ from typing import Any
 
 import msgspec
 
-from .messages import (
-    Abort,
+from .adapter_messages import (
     AdapterLoaded,
     AdaptersLeft,
     AdapterStates,
+    ForsakeLoads,
+    GetAdapters,
+    LoadAdapter,
+    PinAdapter,
+    PrioritizeLoads,
+    UnloadAdapter,
+)
+from .messages import (
+    Abort,
     CallDone,
     CallFailed,
     Delta,
     EngineInfo,
-    ForsakeLoads,
     GenerateRequest,
-    GetAdapters,
     GetStats,
     Heartbeat,
-    LoadAdapter,
-    PinAdapter,
-    PrioritizeLoads,
     RequestFailed,
     Shutdown,
-    UnloadAdapter,
 )
 from .pooling_messages import Pooled, PoolRequest
 from .stats_messages import Stats

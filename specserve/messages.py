@@ -1,8 +1,9 @@
 """What the server and the engine process say to each other.
 
-`frames.py` has which of it a frame may hold, either way; `pooling_messages.py` what is said of pooling, and
-`stats_messages.py` of the engine itself. Everything here is plain values; neither side shares objects with the other.
-Validation of user input happens in the server; the engine trusts these ranges except where it says that it checks.
+`frames.py` has which of it a frame may hold, either way; `adapter_messages.py` what is said of adapters,
+`pooling_messages.py` of pooling, and `stats_messages.py` of the engine itself. Everything here is plain values; neither
+side shares objects with the other. Validation of user input happens in the server; the engine trusts these ranges
+except where it says that it checks.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from .adapter_kinds import AdapterType, PoolingInfo
+from .adapter_messages import LookaheadInfo
 from .errors import ErrorInfo
 
 T = TypeVar("T")
@@ -107,77 +108,12 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
 
 
-class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
-    """Read, check and register the PEFT directory `path`; answered by `AdapterLoaded` or `CallFailed`."""
-
-    call_id: int
-    name: str  # for messages only; identity is the content hash
-    path: str
-    content_hash: str | None = None  # of what is there, if its files are those of an earlier load
-    size_bytes: int = 0  # that it took in memory then
-    is_pinned: bool = False
-    is_prefetch: bool = False  # nobody waits for it: it takes no room of adapters in use, and waits for none
-    priority: int = 0  # the best of the requests that wait for it; lower is sooner
-    mount: int = 0  # the device number of the file system that it lies on
-
-
-class PrioritizeLoads(msgspec.Struct, frozen=True, tag="prioritize_loads"):
-    """The best priority of the requests that wait for the loads of the PEFT directory `path` is another one now."""
-
-    path: str
-    priority: int
-
-
-class ForsakeLoads(msgspec.Struct, frozen=True, tag="forsake_loads"):
-    """Nobody waits any more for the loads of the PEFT directory `path` that are under way: each is a prefetch now."""
-
-    path: str
-
-
-class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
-    """Forget an adapter once no running request uses it; answered by `CallDone`.
-
-    Where a load has placed it since `placement`, the newest that the server has heard of, it is only pinned no more as
-    by `PinAdapter`.
-    """
-
-    call_id: int
-    adapter_hash: str
-    placement: int
-
-
-class PinAdapter(msgspec.Struct, frozen=True, tag="pin_adapter"):
-    """Keep a loaded adapter whatever others need, or do so no more; answered by `CallDone` or `CallFailed`.
-
-    It stays pinned where a load has pinned it since `placement`, the newest that the server has heard of.
-    """
-
-    call_id: int
-    adapter_hash: str
-    is_pinned: bool
-    placement: int
-
-
-class GetAdapters(msgspec.Struct, frozen=True, tag="get_adapters"):
-    """Answered by `AdapterStates`."""
-
-    call_id: int
-
-
 class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
     call_id: int
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish nothing more; leave the process."""
-
-
-class LookaheadInfo(msgspec.Struct, frozen=True):
-    """What drafts for an adapter, or for the base. `error` says why a head that is there is not used."""
-
-    draft_len: int | None  # None without a usable head
-    history_tokens: int
-    error: str | None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
@@ -200,52 +136,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     hidden_size: int = 0  # values of an embedding
     is_exact: bool = False  # whether a row's bits are the same in every step
     base_head: LookaheadInfo | None = None  # what --base-head names
-
-
-class AdapterInfo(msgspec.Struct, frozen=True):
-    """What a loaded adapter is. `size_bytes` is what it takes in memory, its head and history included."""
-
-    content_hash: str
-    max_rank: int
-    num_modules: int
-    target_modules: list[str]
-    size_bytes: int
-    text_hash: str | None  # of the chat template and tokenizer files that it brings; None when the base's serve
-    lookahead: LookaheadInfo | None = None
-    adapter_type: AdapterType = "generate"
-    pooling: PoolingInfo | None = None  # of every other type than generate
-
-
-class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
-    """`placement` numbers the loads that gave an adapter its place or found it there.
-
-    It grows, from one process to the next as well, so that what crosses on the way is known to be old.
-    """
-
-    call_id: int
-    adapter: AdapterInfo
-    placement: int
-
-
-class AdapterState(msgspec.Struct, frozen=True):
-    """An adapter that the engine holds, in its best memory."""
-
-    content_hash: str
-    tier: Literal["device", "host"]  # on a CPU, host is where steps read it
-    num_requests: int  # that run with it, or wait to
-    draft_tokens: int  # verified since it was loaded
-    accepted_draft_tokens: int
-
-
-class AdapterStates(msgspec.Struct, frozen=True, tag="adapter_states"):
-    call_id: int
-    adapters: list[AdapterState]
-
-
-class AdaptersLeft(msgspec.Struct, frozen=True, tag="adapters_left"):
-    """These are no longer where steps can use them; the next request with one of them needs a load."""
-
-    placements: dict[str, int]  # content hash -> the newest placement that has ended; a later one holds
 
 
 class CallDone(msgspec.Struct, frozen=True, tag="call_done"):

@@ -21,12 +21,12 @@ from ..adapter_files import (
     AdapterFiles,
     open_adapter,
 )
+from ..adapter_messages import LookaheadInfo
 from ..drafters.acceptance import SharedAcceptance
 from ..drafters.head_files import BARE_BASE, HeadError, LookaheadHeadFile, read_head
 from ..drafters.history_file import HistoryError
 from ..drafters.task_history import TaskHistory
 from ..errors import UserError
-from ..messages import LookaheadInfo
 from ..model.config import ModelConfig
 from ..model.fingerprint import base_fingerprint, tokenizer_fingerprint
 

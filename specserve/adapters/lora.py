@@ -18,9 +18,9 @@ import torch
 
 from ..adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, check_complete, open_adapter
 from ..adapter_kinds import AdapterType
+from ..adapter_messages import AdapterInfo
 from ..errors import AdapterError
 from ..kernels.lora import LoraPair
-from ..messages import AdapterInfo
 from ..model.config import ModelConfig
 from ..model.shapes import module_shapes
 from .lookahead import Lookahead, read_lookahead

@@ -19,8 +19,8 @@ from ..adapter_files import (
     check_complete,
     open_adapter,
 )
+from ..adapter_messages import LookaheadInfo
 from ..errors import AdapterError, UserError
-from ..messages import LookaheadInfo
 
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 

@@ -15,10 +15,11 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from ..adapter_messages import AdapterLoaded, LoadAdapter
 from ..adapters.registry import Reservation
 from ..errors import NO_IDLE_ROOM, ErrorInfo, OverloadedError, UserError
 from ..memory import give_memory_back
-from ..messages import AdapterLoaded, CallFailed, LoadAdapter
+from ..messages import CallFailed
 from ..readers import Readers
 from .adapter_memory import Brought
 from .engine_adapters import EngineAdapters

@@ -12,10 +12,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter_messages import LoadAdapter
 from ..adapters.lora import LoraAdapter
 from ..adapters.registry import AdapterRegistry, Reservation
 from ..errors import OverloadedError
-from ..messages import BACKGROUND_PRIORITY, LoadAdapter
+from ..messages import BACKGROUND_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)

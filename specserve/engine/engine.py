@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapter_messages import AdapterInfo
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.kv_cache import KVCache
@@ -28,14 +29,7 @@ from ..drafting.step_costs import StepSeconds
 from ..errors import DeadlineError, OverloadedError, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
-from ..messages import (
-    BACKGROUND_PRIORITY,
-    AdapterInfo,
-    EngineInfo,
-    GenerateRequest,
-    RequestFailed,
-    TokenLogprobs,
-)
+from ..messages import BACKGROUND_PRIORITY, EngineInfo, GenerateRequest, RequestFailed, TokenLogprobs
 from ..pooling_messages import AnyRequest
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import Scheduler

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ..adapter_messages import AdapterInfo
 from ..adapters.lookahead import Lookahead, read_base_lookahead
 from ..adapters.lora import LoraAdapter, read_adapter
 from ..adapters.registry import AdapterRegistry
@@ -20,7 +21,6 @@ from ..compute.device_choice import adapter_budgets
 from ..compute.loader import AnyDecoder
 from ..compute.uploads import Uploads
 from ..config import EngineConfig
-from ..messages import AdapterInfo
 from .adapter_memory import AdapterMemory, Brought
 
 MAX_READING = 2  # adapters that are checked and laid out at the same time: beside steps, on the same cores

@@ -26,6 +26,16 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from ..adapter_messages import (
+    AdaptersLeft,
+    AdapterStates,
+    ForsakeLoads,
+    GetAdapters,
+    LoadAdapter,
+    PinAdapter,
+    PrioritizeLoads,
+    UnloadAdapter,
+)
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_SEQS, StepShape
 from ..errors import ErrorInfo, GrammarError, OverloadedError, UserError
@@ -36,21 +46,13 @@ from ..log_lines import configure_logging
 from ..messages import (
     BACKGROUND_PRIORITY,
     Abort,
-    AdaptersLeft,
-    AdapterStates,
     CallDone,
     CallFailed,
-    ForsakeLoads,
     GenerateRequest,
-    GetAdapters,
     GetStats,
     GrammarSpec,
-    LoadAdapter,
-    PinAdapter,
-    PrioritizeLoads,
     RequestFailed,
     Shutdown,
-    UnloadAdapter,
 )
 from ..pooling_messages import AnyRequest, PoolRequest
 from ..stats_messages import SNAPSHOT, Stats

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from ..adapter_messages import AdapterState
 from ..adapters.held import Held
 from ..drafting.drafts import DraftLengths
-from ..messages import AdapterState
 from ..stats_messages import AdapterRequests, EngineStats
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ..messages import AdapterInfo
+from ..adapter_messages import AdapterInfo
 from ..server.stats.types import StatsResponse
 from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks, one_adapter_of
 from .front import Adapters, Front, Params, single

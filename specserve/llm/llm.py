@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from ..messages import AdapterInfo
+from ..adapter_messages import AdapterInfo
 from ..server.stats.types import StatsResponse
 from .asks import Message, Prompt, adapter_of, chat_asks, completion_asks, one_adapter_of
 from .front import Adapters, Front, Params, single

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from ..adapter_messages import AdapterInfo
 from ..config import ServeConfig
 from ..errors import UserError
-from ..messages import AdapterInfo
 from ..server.access.keys import KeyRing
 from ..server.adapter_store import AdapterStore
 from ..server.generation.generator import Generator

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
+from ..adapter_messages import AdapterLoaded, ForsakeLoads, LoadAdapter, PrioritizeLoads
 from ..errors import ErrorInfo, UserError
-from ..messages import AdapterLoaded, CallFailed, ForsakeLoads, LoadAdapter, PrioritizeLoads
+from ..messages import CallFailed
 from ..server.shared_store.versions import Versions
 from .wire import VERSION_PATH
 

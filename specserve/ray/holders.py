@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from ..messages import AdapterInfo
+from ..adapter_messages import AdapterInfo
 
 
 @dataclass(slots=True)

@@ -12,10 +12,8 @@ from typing import Any
 
 import msgspec
 
-from ..messages import (
-    AdapterState,
-    EngineInfo,
-)
+from ..adapter_messages import AdapterState
+from ..messages import EngineInfo
 from ..stats_messages import EngineStats
 
 MAX_RECENT_STEPS = 256

@@ -20,8 +20,9 @@ from uuid import uuid4
 
 import msgspec
 
+from ..adapter_messages import ForsakeLoads, LoadAdapter, PrioritizeLoads
 from ..errors import EngineDeadError, UserError
-from ..messages import EngineInfo, ForsakeLoads, GenerateRequest, LoadAdapter, PrioritizeLoads, Shutdown
+from ..messages import EngineInfo, GenerateRequest, Shutdown
 from ..pooling_messages import PoolRequest
 from .wire import VERSION_PATH, Channel, encode, from_replica_decoder, greeting_decoder, served_decoder
 

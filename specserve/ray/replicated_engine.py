@@ -19,16 +19,10 @@ from uuid import uuid4
 
 import msgspec
 
+from ..adapter_messages import AdapterInfo, AdapterLoaded, AdapterState
 from ..config import ServeConfig
 from ..errors import EngineDeadError, EngineLostError, OverloadedError, UserError
-from ..messages import (
-    AdapterInfo,
-    AdapterLoaded,
-    AdapterState,
-    Delta,
-    EngineInfo,
-    GenerateRequest,
-)
+from ..messages import Delta, EngineInfo, GenerateRequest
 from ..pooling_messages import Pooled, PoolRequest
 from ..server.engine_client.client import RESTART_PATIENCE_S
 from ..server.engine_client.serving_engine import LoadOptions, ReplicaState

@@ -6,8 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
+from ..adapter_messages import AdapterState
 from ..errors import EngineDeadError
-from ..messages import AdapterState
 from .access.caller import caller_of
 from .adapter_extras import AdapterExtras, Extras
 from .adapter_store import AdapterStore

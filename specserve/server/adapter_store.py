@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapter_files import ChangingError, Stamp, changing, read_texts
+from ..adapter_messages import AdapterInfo
 from ..errors import UserError
-from ..messages import AdapterInfo
 from .adapter_loader import AdapterLoader
 from .adapter_names import AdapterNames
 from .adapter_paths import is_one_directory

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..adapter_files import Stamp
-from ..messages import AdapterInfo
+from ..adapter_messages import AdapterInfo
 from .placements import Placements
 
 MAX_KNOWN = 65_536  # names

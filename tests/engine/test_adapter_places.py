@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 from waiting import wait_until
 
+from specserve.adapter_messages import AdapterLoaded, LoadAdapter
 from specserve.adapters import residency
 from specserve.adapters.registry import AdapterRegistry
 from specserve.engine import adapter_loads
 from specserve.engine.adapter_loads import AdapterLoads
 from specserve.engine.adapter_memory import AdapterMemory
 from specserve.errors import NO_IDLE_ROOM, AdapterError
-from specserve.messages import AdapterLoaded, CallFailed, LoadAdapter
+from specserve.messages import CallFailed
 
 SIZE = 10
 

@@ -21,6 +21,7 @@ from waiting import wait_until
 
 from specserve import frames
 from specserve.adapter_files import content_hash
+from specserve.adapter_messages import AdapterLoaded, AdaptersLeft, LoadAdapter, UnloadAdapter
 from specserve.compute.interrupt import StepInterrupt
 from specserve.config import EngineConfig
 from specserve.engine import server_link
@@ -31,8 +32,6 @@ from specserve.grammar.compiler import COMPILE_TIMEOUT_S
 from specserve.messages import (
     BACKGROUND_PRIORITY,
     Abort,
-    AdapterLoaded,
-    AdaptersLeft,
     CallDone,
     CallFailed,
     Delta,
@@ -40,10 +39,8 @@ from specserve.messages import (
     GetStats,
     GrammarSpec,
     Heartbeat,
-    LoadAdapter,
     RequestFailed,
     Shutdown,
-    UnloadAdapter,
 )
 from specserve.pooling_messages import Pooled
 from specserve.stats_messages import Stats

@@ -8,24 +8,17 @@ from collections import Counter
 
 import msgspec
 
-from specserve.config import ServeConfig
-from specserve.messages import (
-    Abort,
+from specserve.adapter_messages import (
     AdapterInfo,
     AdapterLoaded,
     AdapterStates,
-    CallDone,
-    Delta,
-    EngineInfo,
-    GenerateRequest,
     GetAdapters,
-    GetStats,
-    Heartbeat,
     LoadAdapter,
     PinAdapter,
     UnloadAdapter,
-    Usage,
 )
+from specserve.config import ServeConfig
+from specserve.messages import Abort, CallDone, Delta, EngineInfo, GenerateRequest, GetStats, Heartbeat, Usage
 from specserve.pooling_messages import Pooled, PoolRequest
 from specserve.ray.parts import served
 from specserve.ray.wire import Greeting, encode, to_replica_decoder

@@ -8,8 +8,9 @@ import threading
 import pytest
 
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from specserve.adapter_messages import AdapterInfo, AdapterLoaded, ForsakeLoads, LoadAdapter, PrioritizeLoads
 from specserve.config import ServeConfig
-from specserve.messages import AdapterInfo, AdapterLoaded, CallFailed, ForsakeLoads, LoadAdapter, PrioritizeLoads
+from specserve.messages import CallFailed
 from specserve.ray.brought_versions import BroughtVersions
 from specserve.ray.wire import VERSION_PATH
 from specserve.server.shared_store.store import SharedStore

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from specserve.messages import AdapterInfo
+from specserve.adapter_messages import AdapterInfo
 from specserve.ray.holders import Holders
 from specserve.ray.policy import AffinityPolicy, Route
 from specserve.ray.prefixes import CHUNK, MAX_KEYS, PrefixMap, prefix_keys

@@ -15,9 +15,9 @@ import pytest
 from test_adapter_store import make
 
 from specserve.adapter_files import content_hash
+from specserve.adapter_messages import AdapterInfo, AdapterLoaded
 from specserve.adapters.registry import AdapterRegistry
 from specserve.errors import OverloadedError, UserError
-from specserve.messages import AdapterInfo, AdapterLoaded
 from specserve.server import adapter_loader, adapter_store
 from specserve.server.adapter_store import AdapterStore
 

@@ -14,8 +14,8 @@ import pytest
 
 from specserve import adapter_files
 from specserve.adapter_files import CONFIG_FILE, WEIGHTS_FILE, ChangingError, content_hash, open_adapter
+from specserve.adapter_messages import AdapterInfo, AdapterLoaded
 from specserve.errors import NO_IDLE_ROOM, AdapterError, OverloadedError, UserError
-from specserve.messages import AdapterInfo, AdapterLoaded
 from specserve.server import adapter_loader, adapter_names, adapter_store
 from specserve.server.adapter_store import AdapterStore
 

@@ -13,10 +13,11 @@ import pytest
 from sentencepiece_tokenizer import SCHEMES, make_sentencepiece
 from waiting import until
 
+from specserve.adapter_messages import AdapterInfo
 from specserve.chat.types import Message
 from specserve.config import ServeConfig
 from specserve.errors import DeadlineError, UserError
-from specserve.messages import AdapterInfo, Delta, EngineInfo
+from specserve.messages import Delta, EngineInfo
 from specserve.server.access.keys import KeyRing
 from specserve.server.access.limits import Allowance, Limits
 from specserve.server.generation import job as job_module

@@ -14,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 from ...adapter_files import CONFIG_FILE
+from ...adapter_messages import LookaheadInfo
 from ...adapters.lookahead import Lookahead
 from ...config import EngineConfig
 from ...engine.engine import Engine
 from ...errors import UserError
-from ...messages import Delta, GenerateRequest, LookaheadInfo, RequestFailed, SamplingParams, Speculation, TokenTrace
+from ...messages import Delta, GenerateRequest, RequestFailed, SamplingParams, Speculation, TokenTrace
 from ...model.config import ModelConfig
 from ...text.tokenizer import TextTokenizer
 from ...text.traced_text import TracedText

@@ -15,30 +15,22 @@ from typing import Any
 
 import msgspec
 
-from ...config import EngineConfig
-from ...errors import EngineDeadError, EngineLostError, UserError, from_info
-from ...messages import (
-    Abort,
+from ...adapter_messages import (
     AdapterInfo,
     AdapterLoaded,
     AdaptersLeft,
     AdapterState,
     AdapterStates,
-    CallDone,
-    CallFailed,
-    Delta,
-    EngineInfo,
     ForsakeLoads,
-    GenerateRequest,
     GetAdapters,
-    GetStats,
     LoadAdapter,
     PinAdapter,
     PrioritizeLoads,
-    RequestFailed,
     UnloadAdapter,
-    joined,
 )
+from ...config import EngineConfig
+from ...errors import EngineDeadError, EngineLostError, UserError, from_info
+from ...messages import Abort, CallDone, CallFailed, Delta, EngineInfo, GenerateRequest, GetStats, RequestFailed, joined
 from ...own_modules import module_command
 from ...pooling_messages import Pooled, PoolRequest
 from ...stats_messages import SNAPSHOT, EngineStats, Stats

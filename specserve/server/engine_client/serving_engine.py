@@ -8,14 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypedDict, Unpack
 
-from ...messages import (
-    AdapterInfo,
-    AdapterLoaded,
-    AdapterState,
-    Delta,
-    EngineInfo,
-    GenerateRequest,
-)
+from ...adapter_messages import AdapterInfo, AdapterLoaded, AdapterState
+from ...messages import Delta, EngineInfo, GenerateRequest
 from ...pooling_messages import Pooled, PoolRequest
 from ...stats_messages import EngineStats
 from .supervisor import State

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from ...adapter_messages import AdapterInfo
 from ...chat.messages import joined
 from ...chat.reasoning import THINK, THINK_END, Thinking, may_think
 from ...chat.tools.definitions import ToolUse, all_tools, tool_use
@@ -26,7 +27,7 @@ from ...chat.tools.plan import ToolPlan, direct_adapter, make_plan, markers
 from ...config import ServeConfig
 from ...errors import DeadlineError, UserError
 from ...grammar.structured_output import asks_for_grammar, grammar_spec
-from ...messages import AdapterInfo, Delta, GenerateRequest, GrammarSpec, Together
+from ...messages import Delta, GenerateRequest, GrammarSpec, Together
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..adapter_store import AdapterStore

@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...adapter_messages import AdapterInfo
 from ...chat.reasoning import Thinking
 from ...chat.tools.plan import ToolPlan
-from ...messages import AdapterInfo, GenerateRequest
+from ...messages import GenerateRequest
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller
 from ..openai.request_types import ChatRequest, CompletionRequest

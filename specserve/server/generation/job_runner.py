@@ -12,8 +12,9 @@ from contextlib import aclosing
 
 import msgspec
 
+from ...adapter_messages import AdapterInfo
 from ...chat.tools.adapter_switching import switching_deltas
-from ...messages import AdapterInfo, Delta, GenerateRequest
+from ...messages import Delta, GenerateRequest
 from ...text.detokenizer import Detokenizer
 from ...text.tokenizer import TextTokenizer
 from ...text.traced_text import TracedText

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from ...adapter_kinds import GENERATES, check_kind
+from ...adapter_messages import AdapterInfo
 from ...chat.messages import chat_ending, chat_messages, template_variables
 from ...chat.tools.definitions import Tool
 from ...chat.tools.formats import ChosenFormat, choose_format
 from ...chat.tools.prompt import for_template
 from ...chat.types import Message
 from ...errors import UserError
-from ...messages import AdapterInfo
 from ...text.template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
 from ...text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
 from ..adapter_store import AdapterStore

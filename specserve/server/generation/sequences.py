@@ -12,8 +12,9 @@ from contextlib import aclosing
 
 import msgspec
 
+from ...adapter_messages import AdapterInfo
 from ...errors import OverloadedError, UserError
-from ...messages import AdapterInfo, Delta, GenerateRequest
+from ...messages import Delta, GenerateRequest
 from ...pooling_messages import Pooled, PoolRequest
 from ..adapter_store import AdapterStore
 from ..engine_client.resending import A, EngineLosses, R, Resender, other_output

@@ -12,7 +12,8 @@ import msgspec
 
 from ...adapter_files import ExampleRole
 from ...adapter_kinds import AdapterType
-from ...messages import AdapterInfo, TokenTrace
+from ...adapter_messages import AdapterInfo
+from ...messages import TokenTrace
 from ..routing.types import Routing
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ...adapter_kinds import AdapterType, PoolingInfo
-from ...messages import AdapterInfo
+from ...adapter_messages import AdapterInfo
 from ...pooled_values import floats
 from ...pooling_messages import Pooled, PoolRequest
 from ..access.caller import Caller

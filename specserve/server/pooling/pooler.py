@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import msgspec
 
 from ...adapter_kinds import AdapterType, PoolingInfo, PoolingType, check_base, check_kind
+from ...adapter_messages import AdapterInfo
 from ...errors import UserError, from_info
-from ...messages import AdapterInfo, Together
+from ...messages import Together
 from ...pooling_messages import BASE_POOLING, Pooled, PoolingParams, PoolRequest
 from ...text.tokenizer import TextTokenizer
 from ..access.caller import Caller

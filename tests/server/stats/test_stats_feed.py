@@ -13,12 +13,10 @@ import msgspec
 import pytest
 from places import FIXTURES, ROOT
 
+from specserve.adapter_messages import LookaheadInfo
 from specserve.config import EngineConfig, ServeConfig
 from specserve.errors import OverloadedError, ShuttingDownError
-from specserve.messages import (
-    EngineInfo,
-    LookaheadInfo,
-)
+from specserve.messages import EngineInfo
 from specserve.server.access.caller import Caller
 from specserve.server.access.keys import KeyRing
 from specserve.server.engine_client.client import EngineClient
