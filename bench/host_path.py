@@ -68,7 +68,7 @@ class Bench:
         self._ids = itertools.count()
         self._num_tokens = 0
         self._spoken: set[str] = set()  # requests that have given a token
-        self._sources = self.engine.proposer.drafters_for
+        self._sources = self.engine.proposer.sources.of
         self._profile = StepProfile(self.engine)
         self._profile.clock(self, "_write_and_encode", "events")
         self._profile.clock(self, "_refill", "new requests")
@@ -82,7 +82,7 @@ class Bench:
         Counted from `num_warm` steps after each has given a token. The first ones end at random places, so that ends
         and prompts lie apart from the beginning on.
         """
-        self.engine.proposer.drafters_for = (  # type: ignore[method-assign]
+        self.engine.proposer.sources.of = (  # type: ignore[method-assign]
             self._only_heads if case == "heads" else self._sources
         )
         rng = random.Random(num)

@@ -1,8 +1,8 @@
-"""The engine's side of drafting: which sources a request gets, who is asked in a step, and what came of it.
+"""The engine's side of drafting: who is asked in a step, and what came of it.
 
-`growth` decides how far drafts go, `step_costs` what they may cost. Here every adapter's switch says whether its
-sources are asked at all; after the step, costs, switches and the counts by adapter learn from it. On a device that runs
-by itself the way of whole steps (`step_ways`) stands above those.
+`request_sources` knows what may draft for a request, `growth` decides how far drafts go, `step_costs` what they may
+cost. Here every adapter's switch says whether its sources are asked at all; after the step, costs, switches and the
+counts by adapter learn from it. On a device that runs by itself the way of whole steps (`step_ways`) stands above.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ..adapters.lookahead import Lookahead
@@ -18,24 +17,18 @@ from ..adapters.lora import LoraAdapter
 from ..config import EngineConfig
 from ..drafters.grammar_source import GrammarSource
 from ..drafters.head_source import HeadSource
-from ..drafters.history_source import HistorySource
 from ..drafters.native import NativeDrafts
-from ..drafters.ngram import NgramSource
-from ..drafters.prediction import PredictionSource
-from ..drafters.protocol import DraftSource, Heads, SteppedHeads
+from ..drafters.protocol import Heads, SteppedHeads
 from ..kernels.native_build import NativeError
 from ..messages import GenerateRequest
-from ..pooling_messages import AnyRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence as EngineSequence
 from ..stats_messages import AdapterDrafts
-from .base_head import BaseHead
 from .cost_model import CostModel
 from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan, no_draft
 from .growth import DraftGrowth
 from .native_growth import NativeGrowth
-from .served_history import ServedHistories
-from .serving_log import ServingLog
+from .request_sources import RequestSources
 from .step_costs import StepCosts, StepSeconds, Verified
 from .step_ways import Live, Load, StepWays
 from .switch import DraftSwitch
@@ -76,8 +69,7 @@ class Proposer:
         self._config = config
         self._vocab_size = vocab_size
         self._adapters = adapters
-        self._base, self._base_hash = BaseHead(base_lookahead), base_hash
-        self._heads = heads
+        self.sources = RequestSources(config, heads, vocab_size, adapters, base_lookahead, base_hash)
         self.cost_model, self._costs = cost_model, StepCosts(cost_model, is_asynchronous, max_logits)
         self.growth = make_growth(stepped_heads, clock)
         self.num_undrafted_steps = 0
@@ -85,31 +77,6 @@ class Proposer:
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._ways = StepWays() if is_asynchronous else None
         self._live = Live()
-        self._served: ServedHistories | None = None
-        self._log: ServingLog | None = None
-        if config.serving_log:
-            self._log = ServingLog(Path(config.serving_log).expanduser(), int(config.serving_log_mib * (1 << 20)))
-        if config.learn_history:
-            directory = Path(config.history_dir).expanduser() if config.history_dir else None
-            self._served = ServedHistories(directory, vocab_size)
-
-    def learn(self, request: AnyRequest, output: Sequence[int]) -> None:
-        """Remember a finished output, if the engine is set to."""
-        adapter = self._adapters.get(request.adapter_hash or "")
-        if self._log is not None:
-            weights_hash = adapter.lora_hash if adapter is not None else self._base_hash
-            self._log.add(weights_hash, request.cache_salt, request.prompt_token_ids, output)
-        if self._served is None or adapter is None or len(output) < 2:
-            return
-        base = adapter.lookahead.history if adapter.lookahead is not None else None
-        self._served.learn(adapter.content_hash, request.cache_salt, base, output)
-
-    def close(self) -> None:
-        """Save what was learned."""
-        if self._served is not None:
-            self._served.close()
-        if self._log is not None:
-            self._log.close()
 
     def start(self, seq: EngineSequence) -> GrowingDraft:
         """What drafts for a new sequence, until `end`; whatever that holds is freed when nobody holds it any more."""
@@ -142,30 +109,11 @@ class Proposer:
     def _make_chooser(self, draft: GrowingDraft, seq: EngineSequence) -> None:
         request = seq.request
         assert isinstance(request, GenerateRequest)  # others never draft
-        sources = self.drafters_for(request)
+        sources = self.sources.of(request)
         if seq.grammar is not None and request.speculation.mode != "ngram":
             sources.insert(0, GrammarSource(seq.grammar))
-        shared = self._base.acceptance_of(self._adapters.get(request.adapter_hash or ""))
-        draft.chooser = self.growth.chooser(sources, shared, seq.grammar, seq.is_traced)
+        draft.chooser = self.growth.chooser(sources, self.sources.acceptance_of(request), seq.grammar, seq.is_traced)
         draft.head = next((source for source in sources if isinstance(source, HeadSource)), None)
-
-    def drafters_for(self, request: GenerateRequest) -> list[DraftSource]:
-        sources: list[DraftSource] = [NgramSource()]
-        if request.speculation.mode == "ngram":
-            return sources
-        if request.prediction_token_ids:
-            sources.insert(0, PredictionSource(request.prediction_token_ids, len(request.prompt_token_ids)))
-        adapter = self._adapters.get(request.adapter_hash or "")
-        history = self._base.history
-        if adapter is not None:
-            history = adapter.lookahead.history if adapter.lookahead is not None else None
-        if self._served is not None and adapter is not None:
-            history = self._served.current(adapter.content_hash, request.cache_salt, history)
-        if history is not None:
-            sources.append(HistorySource(history, len(request.prompt_token_ids)))
-        if (head := self._base.head_of(adapter)) is not None:
-            sources.append(self._heads.source(request.request_id, head, request.prompt_token_ids))
-        return sources
 
     def propose(
         self,
@@ -297,9 +245,8 @@ class Proposer:
 
     def adapter_left(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""
-        self._heads.release_weights()
+        self.sources.adapter_left(content_hash)
         self._counts.pop(content_hash, None)
-        self._base.adapter_left(content_hash)
         self._switches = {key: switch for key, switch in self._switches.items() if key[0] != content_hash}
 
     def drafts_by_adapter(self) -> list[AdapterDrafts]:

@@ -105,7 +105,7 @@ class Commits:
             num_kept = len(appended.tokens)
             num_drafted, num_accepted = min(num_drafted, num_kept), min(num_accepted, num_kept)
             self._reports.publish(seq)
-            self._proposer.learn(seq.request, seq.output_ids)  # while its adapter is sure to be there
+            self._proposer.sources.learn(seq.request, seq.output_ids)  # while its adapter is sure to be there
             self._remove(state)
         if state.drafts.item is item:  # it was asked
             step.verified.add(state.drafts, len(item.drafts), num_accepted, appended.tokens)

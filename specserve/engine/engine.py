@@ -248,7 +248,7 @@ class Engine:
 
     def close(self) -> None:
         """Save what was learned; call it once, when no step will follow."""
-        self.proposer.close()
+        self.proposer.sources.close()
         self.grammars.close()
 
     def has_work(self) -> bool:

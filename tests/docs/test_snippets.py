@@ -13,7 +13,7 @@ def test_the_example_of_a_drafter_drafts_and_changes_no_token(tmp_path):
     engine = make_engine(make_tiny_model(tmp_path / "model"))
     requests = [request(i, [5 + i, 7, 7, 7], max_tokens=24, mode="fixed", ignore_eos=True) for i in range(3)]
     plain = run(engine, requests)
-    engine.proposer.drafters_for = lambda _: [names["RepeatSource"]()]
+    engine.proposer.sources.of = lambda _: [names["RepeatSource"]()]
     drafted = run(engine, requests)
     assert tokens_of(drafted) == tokens_of(plain)
     assert {name for result in drafted.values() for name in result.usage.accepted_by_source} <= {"repeat"}

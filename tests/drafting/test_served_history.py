@@ -27,7 +27,7 @@ def serve(engine, key, name, salt="", mode="fixed"):
 
 def learned(engine, key, salt):
     """Wait for the table's thread and build the table from what is pending."""
-    histories = engine.proposer._served
+    histories = engine.proposer.sources._served
     table = histories._tables[key, salt].result(timeout=30)
     table.flush()
     return table.current
@@ -55,7 +55,7 @@ def test_drafts_improve_with_use_for_the_same_tenant_only_and_survive_a_restart(
 
     engine = start(model_dir, tmp_path)
     key = engine.load_adapter("a", adapter_dir).content_hash
-    engine.proposer._served._table(key, "", None).result(timeout=30)
+    engine.proposer.sources._served._table(key, "", None).result(timeout=30)
     again = serve(engine, key, "again")
     assert again.tokens == want and again.usage.accepted_by_source["history"] > 25
     engine.close()
@@ -65,7 +65,7 @@ def test_nothing_is_learned_unless_switched_on(model_dir, adapter_dir):
     engine = make_engine(model_dir)
     key = engine.load_adapter("a", adapter_dir).content_hash
     serve(engine, key, "a")
-    assert engine.proposer._served is None
+    assert engine.proposer.sources._served is None
     engine.close()
 
 

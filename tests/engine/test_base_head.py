@@ -49,9 +49,9 @@ def test_tokens_are_those_without_a_head_and_the_head_drafts_for_base_and_headle
     hashes = [None] + [engine.load_adapter(path.name, path).content_hash for path in adapters]
     for path in adapters:
         bare.load_adapter(path.name, path)
-    sources = [s.source for s in engine.proposer.drafters_for(request("x", range(9)))]
+    sources = [s.source for s in engine.proposer.sources.of(request("x", range(9)))]
     assert sources == ["ngram", "history", "head"]
-    sources = [s.source for s in engine.proposer.drafters_for(request("x", range(9), adapter=hashes[1]))]
+    sources = [s.source for s in engine.proposer.sources.of(request("x", range(9), adapter=hashes[1]))]
     assert sources == ["ngram", "head"]  # the base's history is not its own
     for sampler in list(SAMPLERS)[:2]:
         want = tokens_of(run(bare, requests_for(hashes, "off", sampler)))
@@ -69,10 +69,10 @@ def test_an_adapter_that_leaves_takes_its_record_along(model_dir, base_head, ada
     engine = make_engine(model_dir, base_head=str(base_head))
     key = engine.load_adapter("plain", adapters[0]).content_hash
     run(engine, [request(0, range(5, 30), adapter=key, mode="fixed", max_tokens=20)])
-    assert set(engine.proposer._base._fallbacks) == {key}
+    assert set(engine.proposer.sources._base._fallbacks) == {key}
     engine.registry.unload(key)
     engine.adapters.forget_left()
-    assert not engine.proposer._base._fallbacks
+    assert not engine.proposer.sources._base._fallbacks
     results = run(engine, [request(1, range(5, 30), mode="fixed", max_tokens=8)])
     assert results["1"].usage.draft_tokens > 0
 

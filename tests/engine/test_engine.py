@@ -387,7 +387,7 @@ def test_a_source_that_costs_more_than_it_brings_is_hardly_asked(model_dir, monk
             pass
 
     engine = make_engine(model_dir)
-    monkeypatch.setattr(engine.proposer, "drafters_for", lambda req: [Slow()])
+    monkeypatch.setattr(engine.proposer.sources, "of", lambda req: [Slow()])
     result = run(engine, [request("a", [5, 6, 7], max_tokens=150, ignore_eos=True, logit_bias={1: -100.0})])["a"]
     assert result.usage.num_forwards == 150
     # Eight steps until the first verdict, up to eight guesses in each; then a probe now and then.

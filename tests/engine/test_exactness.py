@@ -72,8 +72,8 @@ def test_adversarial_drafters_change_no_token(setup, plain, kind, monkeypatch):
     sampler, want = plain
     vocab_size = engine.info.vocab_size
     monkeypatch.setattr(
-        engine.proposer,
-        "drafters_for",
+        engine.proposer.sources,
+        "of",
         lambda req: [Oracle(len(req.prompt_token_ids), want[req.request_id], kind, vocab_size, req.request_id)],
     )
     results = run(engine, requests_for(engine, adapters, sampler, "fixed"), stagger=1)
@@ -132,8 +132,8 @@ def test_drafter_that_raises_mid_run_changes_nothing(setup, plain, monkeypatch):
             super().begin(tokens)
 
     monkeypatch.setattr(
-        engine.proposer,
-        "drafters_for",
+        engine.proposer.sources,
+        "of",
         lambda req: [Broken(len(req.prompt_token_ids), want[req.request_id], "random", engine.info.vocab_size, 0)],
     )
     assert tokens_of(run(engine, requests_for(engine, adapters, sampler, "fixed"))) == want

@@ -165,7 +165,7 @@ def test_chances_come_true(model_dir, monkeypatch):
     chances, rights = [], []
     for seed in range(8):
         oracle = Oracle(3, plain, "mostly right", vocab_size, seed)
-        monkeypatch.setattr(engine.proposer, "drafters_for", lambda req, oracle=oracle: [oracle])
+        monkeypatch.setattr(engine.proposer.sources, "of", lambda req, oracle=oracle: [oracle])
         made = request(0, [5, 6, 7], mode="fixed", max_tokens=200, trace=True, ignore_eos=True)
         for entry in run(engine, [made])["0"].trace:
             tried = [(entry.chance, True)] if entry.source == "oracle" else []

@@ -108,8 +108,8 @@ def test_drafts_change_no_token_under_a_grammar(engine, plain, mode):
 def test_adversarial_drafters_change_no_token_under_a_grammar(engine, plain, kind, monkeypatch):
     sampler, want = plain
     monkeypatch.setattr(
-        engine.proposer,
-        "drafters_for",
+        engine.proposer.sources,
+        "of",
         lambda req: [Oracle(len(req.prompt_token_ids), want[req.request_id].tokens, kind, 320, req.request_id)],
     )
     assert tokens_of(run(engine, requests_for(sampler, "fixed"), stagger=1)) == tokens_of(want)
@@ -118,7 +118,7 @@ def test_adversarial_drafters_change_no_token_under_a_grammar(engine, plain, kin
 def test_no_forbidden_draft_is_given_a_row(engine, monkeypatch):
     spec = SPECS["json_schema"]
     monkeypatch.setattr(
-        engine.proposer, "drafters_for", lambda req: [Oracle(len(req.prompt_token_ids), [0] * 500, "random", 320, 1)]
+        engine.proposer.sources, "of", lambda req: [Oracle(len(req.prompt_token_ids), [0] * 500, "random", 320, 1)]
     )
     monkeypatch.setattr(GrammarSource, "peek", lambda self: None)
     engine.add_request(constrained("a", [1, 2, 3], spec, mode="fixed", max_tokens=60))
