@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .rope import RopeConfig, rope_config
+from .rope import NO_ROTATION, RopeConfig, rope_config
 
 # What transformers assumes for a missing key where that is not what `_parse` assumes for every architecture.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -20,6 +20,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 4096},
     "Qwen2ForCausalLM": {"sliding_window": 4096},
     "Qwen3ForCausalLM": {"sliding_window": 4096, "head_dim": 128},
+    "SmolLM3ForCausalLM": {
+        "num_key_value_heads": 4,
+        "rope_theta": 2_000_000.0,
+        "no_rope_layer_interval": 4,
+        "tie_word_embeddings": True,
+    },
     "Gemma3ForCausalLM": {
         "sliding_window": 4096,
         "head_dim": 256,
@@ -34,9 +40,11 @@ MODEL_TYPES = {  # for a config.json without `architectures`
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+NO_ROPE = "no_rope"  # in `rope_keys`: layers that know no positions
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
@@ -115,6 +123,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     if window is not None and window < 1:
         raise ModelError(f"sliding_window={window} must be at least 1")
     windows = tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    rope_keys = _rope_keys(raw, layer_types)
     qwen2_bias = architecture == "Qwen2ForCausalLM"
     attention_bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
@@ -140,8 +149,11 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         attention_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
         final_softcap=raw.get("final_logit_softcapping"),
         windows=windows,
-        rope_keys=tuple(layer_types),
-        ropes={kind: rope_config(raw, kind, head_dim) for kind in set(layer_types)},
+        rope_keys=rope_keys,
+        ropes={
+            key: RopeConfig(NO_ROTATION, 1.0, head_dim) if key == NO_ROPE else rope_config(raw, key, head_dim)
+            for key in set(rope_keys)
+        },
     )
 
 
@@ -150,7 +162,8 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
     gemma = architecture == "Gemma3ForCausalLM"  # its layer types choose the rotary embedding too
-    slides = gemma or architecture == "MistralForCausalLM" or (qwen and raw.get("use_sliding_window"))
+    smollm = architecture == "SmolLM3ForCausalLM"
+    slides = gemma or architecture == "MistralForCausalLM" or ((qwen or smollm) and raw.get("use_sliding_window"))
     if not slides or (window is None and not gemma):
         return ["full_attention"] * num_layers
     if raw.get("layer_types"):
@@ -163,5 +176,23 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     if gemma:
         pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
+    if smollm:
+        return ["full_attention" if rotates else "sliding_attention" for rotates in _rotating_layers(raw)]
     first = raw.get("max_window_layers", 28) if qwen else 0
     return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+
+
+def _rope_keys(raw: dict[str, Any], layer_types: list[str]) -> tuple[str, ...]:
+    """Per layer its type, which chooses the rotary embedding, or `NO_ROPE`."""
+    return tuple(kind if rotates else NO_ROPE for kind, rotates in zip(layer_types, _rotating_layers(raw), strict=True))
+
+
+def _rotating_layers(raw: dict[str, Any]) -> list[bool]:
+    """Per layer whether positions rotate its queries and keys: in SmolLM3 not in every fourth."""
+    num_layers, interval = raw["num_hidden_layers"], raw.get("no_rope_layer_interval")
+    given = raw.get("no_rope_layers") if interval else None
+    if given is None:
+        return [not interval or (idx + 1) % interval != 0 for idx in range(num_layers)]
+    if len(given) < num_layers:
+        raise ModelError(f"no_rope_layers has {len(given)} entries; wanted are {num_layers}, one of each layer")
+    return [bool(rotates) for rotates in given[:num_layers]]

@@ -15,11 +15,12 @@ import torch
 from ..errors import ModelError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+NO_ROTATION = "none"  # no model's file says so: layers without positions are named otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """One rotary embedding; `rope_type` is one of `ROPE_TYPES`."""
+    """One rotary embedding; `rope_type` is one of `ROPE_TYPES`, or `NO_ROTATION`."""
 
     rope_type: str
     theta: float
@@ -75,7 +76,12 @@ def _attention_factor(params: dict[str, Any], factor: float) -> float:
 
 
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
-    """[D / 2] float32 radians per position. llama3: long wavelengths rescaled; yarn: Peng et al. 2023."""
+    """[D / 2] float32 radians per position. llama3: long wavelengths rescaled; yarn: Peng et al. 2023.
+
+    Layers without positions (NoPE, Kazemnejad et al. 2023) turn by nothing, which changes no bit of what is turned.
+    """
+    if config.rope_type == NO_ROTATION:
+        return torch.zeros(config.head_dim // 2)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     inv_freq = 1.0 / (config.theta**exponents)
     if config.rope_type == "linear":

@@ -42,6 +42,8 @@ FAMILIES = {
     "qwen3": ("qwen3", {}),
     "qwen3, yarn rope": ("qwen3", {"rope_parameters": YARN}),
     "qwen3, biases": ("qwen3", {"attention_bias": True}),
+    "smollm3": ("smollm3", {}),
+    "smollm3, sliding": ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 12}),
     "gemma3": ("gemma3", {}),
     "gemma3, softcap": ("gemma3", {"final_logit_softcapping": 5.0}),
     "gemma3, own attention scale": ("gemma3", {"query_pre_attn_scalar": 24}),

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from specserve.compute.loader import load_model
 from specserve.errors import ModelError
 from specserve.memory import give_memory_back
-from specserve.model.config import ModelConfig
+from specserve.model.config import NO_ROPE, ModelConfig
 from specserve.model.shapes import tensor_shapes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3"]
 
 
 @pytest.fixture
@@ -199,6 +199,7 @@ def test_a_bad_index_is_refused(model_dir, index, message):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["no 'factor'"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
+        ({"no_rope_layer_interval": 4, "no_rope_layers": [1]}, ["no_rope_layers has 1", "2"]),
     ],
     ids=str,
 )
@@ -230,7 +231,7 @@ def test_an_architecture_is_recognised_by_its_model_type(model_dir):
 def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     path = make_tiny_model(tmp_path, architecture)
     absent = ["sliding_window", "query_pre_attn_scalar", "rms_norm_eps", "layer_types", "rope_parameters", "head_dim"]
-    absent += ["max_window_layers", "use_sliding_window", "tie_word_embeddings", "attention_bias"]
+    absent += ["max_window_layers", "use_sliding_window", "tie_word_embeddings", "attention_bias", "no_rope_layers"]
     edit_config(path, **dict.fromkeys(absent, "absent"))
     ours, theirs = ModelConfig.from_dir(path), AutoConfig.from_pretrained(path)
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if architecture == "mistral" else "full"] * 2
@@ -238,6 +239,8 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    turned = getattr(theirs, "no_rope_layers", [1] * len(kinds))
+    assert [key != NO_ROPE for key in ours.rope_keys] == [bool(is_turned) for is_turned in turned]
     rope = theirs.rope_parameters
-    for kind, config in ours.ropes.items():
+    for kind, config in ours.ropes.items() - {(NO_ROPE, ours.ropes.get(NO_ROPE))}:
         assert config.theta == rope.get(kind, rope)["rope_theta"]
