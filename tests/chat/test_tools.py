@@ -531,6 +531,38 @@ def test_override_is_taken_and_unknown_tool_templates_are_not_trusted():
     assert not choose_format(newer).native
 
 
+CALLS_OF_OTHERS = {
+    "GLM": "{{ tools }}<tool_call>{{ c.name }}\n<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value></tool_call>",
+    "Apriel": "{{ tools }}objects within <tool_call></tool_call> tags: <tool_calls>[{{ c | tojson }}]</tool_calls>",
+    "MiniMax": "{{ tools }}{% set begin = '<tool_call>' %}{{ begin }}<invoke name=\"{{ c.name }}\">",
+    "Functionary": "{{ tools }}{{ '\\nEnvironment: ipython' }}<function={{ c.name }}>{{ c.arguments }}</function>",
+    "MiniMax-M1": "{% if m.role == 'ipython' or m.tool_calls %}{{ tools }}[{'name': {{ c.name }}}]{% endif %}",
+}
+
+
+@pytest.mark.parametrize("family", CALLS_OF_OTHERS)
+def test_a_word_of_a_format_does_not_make_calls_of_another_its_own(family):
+    """Their calls would be shown to the model in one way, and forced and read in another."""
+    assert (choose_format(CALLS_OF_OTHERS[family]).format.name, choose_format(CALLS_OF_OTHERS[family]).native) == (
+        "hermes",
+        False,
+    )
+
+
+def test_a_template_of_its_own_for_tools_is_read_where_tools_are_offered(tmp_path):
+    fast = make_tool_tokenizer("hermes", vocab_size=320)
+    fast.chat_template = {"default": CHAT_TEMPLATE, "tool_use": TEMPLATES["hermes"]}
+    tokenizer = save(fast, tmp_path)
+    chosen = choose_format(tokenizer.template.text)
+    assert (chosen.format.name, chosen.native) == ("hermes", True)
+    offered = tool_use(request(tools=BOTH)).tools
+    for tools, num_signs in ((offered, 1), ((), 0)):  # <tools> is that template's alone, beside our own instructions
+        messages, definitions = for_template(chat(TALK), tools, chosen)
+        text = tokenizer.decode(tokenizer.encode_chat(messages, True, False, definitions))
+        assert text.count("<tools>") == num_signs
+        assert '<tool_call>\n{"name": "add"' in text and "<tool_response>" in text
+
+
 BAD_TALK = {
     "result without call": ([*TALK[:2], TALK[3]], "answers no tool call"),
     "result of another call": ([*TALK[:3], {**TALK[3], "tool_call_id": "call_2"}], "call_2"),

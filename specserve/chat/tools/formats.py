@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
 _RENDERS_TOOLS = re.compile(r"\btools\b")
+# The beginning of a call as a template spells it, in one literal or in several: words alone are in other families' too.
+_HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*name\\?"')
+_LLAMA_CALL = re.compile(r'\\?"parameters\\?":')
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +60,30 @@ PYTHON_TAG = "<|python_tag|>"  # Llama may write it before a call
 
 @dataclass(frozen=True, slots=True)
 class ChosenFormat:
-    """A format for one template. `native`: the template itself renders tools, calls and results in it."""
+    """A format for one template. `native`: the template itself renders tools, calls and results in it.
+
+    `if_offered`: only where tools are offered, as a model with several templates has one of its own for them.
+    """
 
     format: ToolFormat
     native: bool
     reason: str
+    if_offered: bool = False
 
 
 def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
-    """The format of a chat template's text; `setting` is --tool-format."""
-    text = template if isinstance(template, str) else ""
+    """The format of a chat template's text, or of several by name; `setting` is --tool-format."""
+    several = template if isinstance(template, dict) else {}
+    text = template if isinstance(template, str) else str(several.get("tool_use") or several.get("default") or "")
+    if_offered = bool(several.get("tool_use"))
     renders = bool(_RENDERS_TOOLS.search(text))
     if setting != "auto":
-        return ChosenFormat(FORMATS[setting], renders, "--tool-format")
+        return ChosenFormat(FORMATS[setting], renders, "--tool-format", if_offered)
     if renders and "[TOOL_CALLS]" in text and "[ARGS]" not in text:
-        return ChosenFormat(MISTRAL, True, "the chat template writes [TOOL_CALLS]")
-    if renders and "<tool_call>" in text and "<function=" not in text:
-        return ChosenFormat(HERMES, True, "the chat template writes <tool_call>")
-    if renders and (PYTHON_TAG in text or "ipython" in text):
-        return ChosenFormat(LLAMA3, True, "the chat template has Llama's tool role")
+        return ChosenFormat(MISTRAL, True, "the chat template writes [TOOL_CALLS]", if_offered)
+    if renders and "<function=" not in text and _HERMES_CALL.search(text):
+        return ChosenFormat(HERMES, True, "the chat template writes <tool_call>", if_offered)
+    if renders and (PYTHON_TAG in text or "ipython" in text) and _LLAMA_CALL.search(text):
+        return ChosenFormat(LLAMA3, True, "the chat template has Llama's tool role", if_offered)
     reason = "the chat template's own tool format is not known" if renders else "the chat template renders no tools"
     return ChosenFormat(HERMES, False, reason)
