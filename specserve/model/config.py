@@ -7,6 +7,7 @@ Owns the differences between architectures: everything below here asks this stru
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ MODEL_TYPES = {  # for a config.json without `architectures`
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NO_ROPE = "no_rope"  # in `rope_keys`: layers that know no positions
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,12 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise ModelError(f"activation {activation!r} is not supported; served are {', '.join(ACTIVATIONS)}")
+    for key in SIZES:
+        if not isinstance(raw[key], int) or raw[key] < 1:
+            raise ModelError(f"{key}={raw[key]!r} must be a whole number of at least 1")
+    rms_norm_eps = raw.get("rms_norm_eps", 1e-6)
+    if not isinstance(rms_norm_eps, int | float) or not 0 <= rms_norm_eps < math.inf:
+        raise ModelError(f"rms_norm_eps={rms_norm_eps!r} must be a number of at least 0")
     for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if raw.get(key):
             raise ModelError(f"{key}={raw[key]!r} is not supported")
@@ -136,7 +151,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=raw["max_position_embeddings"],
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=rms_norm_eps,
         activation=activation,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
         qkv_bias=attention_bias or qwen2_bias,

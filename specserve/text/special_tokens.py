@@ -23,14 +23,32 @@ def load_backend_tokenizer(model_dir: Path) -> Tokenizer:
 
 
 def eos_token_ids(model_dir: Path) -> frozenset[int]:
-    """Every id at which serving stops: generation_config.json's or, without any, config.json's, and the tokenizer's."""
+    """Every id at which serving stops: generation_config.json's or, without any, config.json's, and the tokenizer's.
+
+    Raises `ModelError` for a file that cannot be read or says something else than ids.
+    """
     model_dir = Path(model_dir)
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if not ids and (model_dir / name).is_file():
-            found = json.loads((model_dir / name).read_text()).get("eos_token_id")
-            ids = set(found) if isinstance(found, list) else {found} - {None}
+            ids = _named_ids(model_dir / name)
     return frozenset(ids | _tokenizer_eos(model_dir))
+
+
+def _named_ids(path: Path) -> set[int]:
+    """What a configuration's eos_token_id names: nothing, an id, or a list of them."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object; eos_token_id is read from it")
+    found = content.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ModelError(f"{path}: eos_token_id {found!r} holds {token!r}; an id or a list of ids from 0 is wanted")
+    return set(ids)
 
 
 def _tokenizer_eos(model_dir: Path) -> set[int]:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from tool_templates import HERMES, LLAMA3
 
 from specserve.adapters.pooling_config import PoolingConfig
-from specserve.errors import UserError
+from specserve.errors import ModelError, UserError
 from specserve.text.pooled_text import embedded_ids
 from specserve.text.special_tokens import eos_token_ids
 from specserve.text.tokenizer import TextTokenizer
@@ -223,6 +223,20 @@ def test_serving_stops_at_the_models_ids_and_at_the_tokenizers_own(tmp_path, gen
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert eos_token_ids(tmp_path) == want
+
+
+@pytest.mark.parametrize("eos", [[0, None], "<|im_end|>", [[0]], 2.0, -1, True])
+def test_ends_that_are_no_ids_are_refused_by_file(tmp_path, eos):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id .* an id or a list of ids"):
+        eos_token_ids(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\ufeff{}", "[]"])
+def test_a_file_of_ends_that_cannot_be_read_is_refused_by_name(tmp_path, text):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        eos_token_ids(tmp_path)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
