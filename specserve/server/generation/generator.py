@@ -35,15 +35,14 @@ from ..engine_client.serving_engine import ServingEngine
 from ..metrics.metrics import Metrics
 from ..openai.conversion import (
     HasDeadline,
-    check_prompt_ids,
     check_supported,
     choice_counts,
-    completion_prompts,
     deadline_s,
     priority_of,
     sampling_params,
     speculation_params,
 )
+from ..openai.prompt_ids import check_prompt_ids, completion_prompts
 from ..openai.request_types import ChatRequest, CompletionRequest
 from ..routing.router import Router, said
 from ..routing.types import Routing
