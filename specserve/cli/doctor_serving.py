@@ -114,7 +114,7 @@ def _problem_of(directory: Path, name: str, config: ServeConfig) -> str | None:
 
 
 def port(config: ServeConfig) -> Iterator[Finding]:
-    from ..server.app import bind
+    from ..server.connections import bind
 
     listener = bind(config.host, config.port)
     try:

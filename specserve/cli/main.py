@@ -97,7 +97,7 @@ def serve(leaderboard: Path | None, **params: Any) -> None:
     if config.reads_again:
         # Until there is somebody to hear it: there is nothing older to replace, and the import takes half a second.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    from ..server.app import serve as run_server
+    from ..server.run import serve as run_server
 
     if leaderboard is None:
         run_server(config)

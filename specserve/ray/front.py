@@ -22,7 +22,8 @@ from ..config import RayConfig
 from ..errors import UserError
 from ..log_lines import configure_logging
 from ..model.store import resolve_model
-from ..server.app import Server, bind
+from ..server.app import Server
+from ..server.connections import bind
 from .addresses import by_address
 from .asgi import Forwarder
 from .parts import unpacked

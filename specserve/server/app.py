@@ -1,7 +1,7 @@
 """The HTTP server: the application, and a start and an end without loose ends.
 
-One asyncio process that never touches the model. `serve` runs until a signal: then /ready answers 503, running requests
-get `drain_timeout_s`, and the engine process is ended; a second signal ends everything at once.
+It never touches the model. At its end /ready answers 503, running requests get `drain_timeout_s`, and then the engine
+is stopped.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,13 @@ from aiohttp import web
 from .. import __version__
 from ..config import ServeConfig
 from ..errors import UserError
-from ..log_lines import configure_logging
-from ..model.store import resolve_model
-from ..terminal import wants_colour
 from ..text.tokenizer import TextTokenizer
 from .access.keys import KeyRing
 from .activity_log import summarize
 from .adapter_routes import AdapterRoutes
 from .adapter_store import AdapterStore
-from .banner import banner
 from .batches.api import BatchRoutes
-from .connections import Connections, raise_handle_limit
-from .console import say, settle
+from .connections import Connections, bind, raise_handle_limit
 from .engine_client.serving_engine import ServingEngine
 from .generation.generator import Generator
 from .http_body import json_response
@@ -253,68 +246,3 @@ def adapter_roots(config: ServeConfig, fetched_dir: Path | None) -> list[Path]:
     if roots and config.shared_store is not None:
         roots.append(versions_dir(config))
     return [folder.resolve() for folder in roots]
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; raises `UserError` when the address is taken or unknown."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(1024)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host", param="port"
-        ) from None
-    listener.setblocking(False)
-    return listener
-
-
-def serve(config: ServeConfig, leaderboard: Handler | None = None) -> None:
-    """Run the server until SIGINT or SIGTERM. Raises `UserError` when it cannot start."""
-    configure_logging(getattr(logging, config.log_level.upper()))
-    if config.adapters_dir is not None and not Path(config.adapters_dir).is_dir():
-        raise UserError(f"adapters_dir {config.adapters_dir!r} is not a directory; create it or leave it out")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # cores are the engine's; a text is one thread's work
-    bind(config.host, config.port).close()  # a port that is taken should not cost the wait for the model
-    model_dir = resolve_model(config.model, revision=config.revision)
-    say(f"loading {model_dir.name} ...")
-    server = Server(config, model_dir, leaderboard=leaderboard)
-
-    def announce(url: str) -> None:
-        has_colour = wants_colour(sys.stderr)
-        say(banner(url, config, server.model_name, server.engine.info, server.store.own_names(), has_colour))
-
-    async def main() -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        task = asyncio.ensure_future(server.serve_until(stop, announce))
-
-        def on_signal() -> None:
-            is_asked = server.engine.generation or server.middlewares.num_in_flight
-            if stop.is_set() or not is_asked:
-                os._exit(1)  # the engine process leaves by itself when its socket closes
-            stop.set()
-            say("shutting down; running requests may finish (once more to stop at once)")
-
-        reloads: set[asyncio.Task[None]] = set()
-
-        def on_hangup() -> None:
-            reloads.add(reload := asyncio.ensure_future(server.reload()))
-            reload.add_done_callback(reloads.discard)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
-        if config.reads_again:
-            loop.add_signal_handler(signal.SIGHUP, on_hangup)  # else a terminal that closes ends the server
-        await task
-
-    try:
-        asyncio.run(main())
-    finally:
-        settle()

@@ -1,6 +1,6 @@
 """Connections within what the process may open: raised limits, a bound, and peers that do not speak HTTP.
 
-Owns the sockets between `accept` and a request. When all places are taken, the longest idle connection makes room for a
+Owns the sockets from `bind` to a request. When all places are taken, the longest idle connection makes room for a
 new one; when none is idle, which a new one is not yet, it gets a 503. Errors before there is a request are JSON as all
 others are, and one line of log, however many there are.
 """
@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 
-from ..errors import ErrorInfo
+from ..errors import ErrorInfo, UserError
 from .console import Seldom
 from .error_bodies import SAFE_HEADERS, openai_error
 from .tls import HANDSHAKE_TIMEOUT_S
@@ -44,6 +44,27 @@ def raise_handle_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         return most
     return MAX_HANDLES if soft == resource.RLIM_INFINITY else soft
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; raises `UserError` when the address is taken or unknown."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host", param="port"
+        ) from None
+    listener.setblocking(False)
+    return listener
 
 
 class Connections:

@@ -63,9 +63,9 @@ def captured_serve(monkeypatch) -> list[ServeConfig]:
     import types
 
     configs: list[ServeConfig] = []
-    module = types.ModuleType("specserve.server.app")
+    module = types.ModuleType("specserve.server.run")
     module.serve = configs.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "specserve.server.app", module)
+    monkeypatch.setitem(sys.modules, "specserve.server.run", module)
     return configs
 
 
@@ -85,7 +85,7 @@ def test_a_hangup_is_ignored_before_the_server_is_imported_where_one_asks_for_so
             seen.append(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
             return lambda config: None
 
-    monkeypatch.setitem(sys.modules, "specserve.server.app", Module("specserve.server.app"))
+    monkeypatch.setitem(sys.modules, "specserve.server.run", Module("specserve.server.run"))
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         assert run(capsys, "serve", *flags) == (0, "", "")
@@ -231,7 +231,7 @@ def test_a_bug_of_ours_is_one_line_unless_debugging(capsys, monkeypatch):
         raise ZeroDivisionError("oops")
 
     captured_serve(monkeypatch)
-    monkeypatch.setattr(sys.modules["specserve.server.app"], "serve", broken)
+    monkeypatch.setattr(sys.modules["specserve.server.run"], "serve", broken)
     code, _, err = run(capsys, "serve")
     assert code == 1 and err.count("\n") == 1 and "internal error" in err and "ZeroDivisionError: oops" in err
     with pytest.raises(ZeroDivisionError):
@@ -246,7 +246,7 @@ def test_interrupting_is_quiet(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     captured_serve(monkeypatch)
-    monkeypatch.setattr(sys.modules["specserve.server.app"], "serve", interrupted)
+    monkeypatch.setattr(sys.modules["specserve.server.run"], "serve", interrupted)
     code, out, err = run(capsys, "serve")
     assert (code, out, err.strip()) == (130, "", "")
 

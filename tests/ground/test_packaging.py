@@ -66,7 +66,7 @@ def test_the_top_folders_are_no_packages_of_their_own():
 
 LIGHT = (
     *("specserve", "specserve.config", "specserve.messages", "specserve.settings"),
-    *("specserve.server.app", "specserve.schedule.scheduler", "specserve.loadgen.client", "specserve.cli.main"),
+    *("specserve.server.run", "specserve.schedule.scheduler", "specserve.loadgen.client", "specserve.cli.main"),
 )
 
 
