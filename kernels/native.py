@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +141,20 @@ class HeadRow(Structure):
     ]
 
 
+class DrawRow(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("mask", c_void_p),
+        ("number", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("temperature", c_float),
+        ("top_k", c_int32),
+        ("token", c_int32),
+        ("is_dead", c_int32),
+    ]
+
+
 class Lora(Structure):
     _fields_ = [("a", c_void_p), ("b", c_void_p), ("rank", c_int32), ("scale", c_float)]
 
@@ -148,7 +162,7 @@ class Lora(Structure):
 # By their names in C++.
 STRUCTS: dict[str, type[Structure]] = {
     "Matrix": Matrix, "Layer": LayerStruct, "Model": Model, "Step": Step, "Lora": Lora, "Head": Head,
-    "HeadRow": HeadRow,
+    "HeadRow": HeadRow, "DrawRow": DrawRow,
 }  # fmt: skip
 
 
@@ -188,6 +202,15 @@ class Team:
     def linear(self, matrix: Matrix, is_bf16: bool, x: int, num_rows: int, y: int) -> None:
         """y [rows, panels * 64] = x [rows, k] @ matrix; x and y are addresses of fp32."""
         self._functions.specserve_linear(self._handle, ctypes.byref(matrix), int(is_bf16), x, num_rows, y)
+
+    def best_of_rows(self, logits: int, stride: int, num_rows: int, num: int, tokens: int, bad: int) -> int:
+        """Write the first of the largest of each row's `num` logits to tokens [rows] int64, and whether it holds NaN to
+        bad [rows] bytes; gives how many do. All are addresses; a row begins `stride` floats behind the one before."""
+        return self._functions.specserve_best_of_rows(self._handle, logits, stride, num_rows, num, tokens, bad)
+
+    def draw_rows(self, rows: ctypes.Array[DrawRow], num: int) -> None:
+        """Draw a token of each row's `num` logits; see kernels/cpu/sampling.h."""
+        self._functions.specserve_draw_rows(self._handle, rows, len(rows), num)
 
     def begin_heads(self, rows: ctypes.Array, num_rows: int) -> None:
         """Set the states of lookahead heads from their hidden rows; see kernels/cpu/heads.h."""
@@ -239,6 +262,8 @@ def load_at(level: Level, not_higher: str = "") -> Library:
     functions.specserve_forward.argtypes = [c_void_p, c_void_p, c_void_p]
     functions.specserve_int8_products.restype = ctypes.c_char_p
     functions.specserve_linear.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
+    functions.specserve_best_of_rows.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p]
+    functions.specserve_draw_rows.argtypes = [c_void_p, c_void_p, c_int32, c_int32]
     functions.specserve_begin_heads.argtypes = functions.specserve_step_heads.argtypes = [c_void_p, c_void_p, c_int32]
     return Library(
         functions,

@@ -20,6 +20,7 @@
 #include "heads.h"
 #include "lora.h"
 #include "matmul.h"
+#include "sampling.h"
 #include "team.h"
 
 enum Module { Q, K, V, O, GATE, UP, DOWN, NUM_MODULES };
@@ -80,10 +81,11 @@ struct Buffer {
 };
 
 struct Engine {
-  explicit Engine(int num_threads) : team(num_threads), attention(num_threads), products(num_threads), rows(num_threads) {}
+  explicit Engine(int num_threads) : team(num_threads), attention(num_threads), products(num_threads), rows(num_threads), draws(num_threads) {}
   Team team;
   Buffer act, act2, codes, row_scales, row_sums, qkv, rotated, h, y, last;
-  std::vector<Buffer> attention, products, rows;
+  std::vector<Buffer> attention, products, rows, draws;
+  std::vector<Top> tops;
   Buffer partials;
   std::vector<std::atomic<int>> splits_left;
 
@@ -670,6 +672,16 @@ static void linear(Engine& e, const Matrix& matrix, const float* x, int rows, fl
   e.team.run(work);
 }
 
+static void draw_rows(Engine& e, DrawRow* rows, int num_rows, int vocab) {
+  const size_t blocks = (vocab + DRAW_BLOCK - 1) / DRAW_BLOCK, size = blocks * (DRAW_BLOCK * sizeof(float) + sizeof(double));
+  for (auto& buffer : e.draws) buffer.get<char>(size);
+  auto work = [&](int thread) {
+    float* scaled = (float*)e.draws[thread].data;
+    for (int r; (r = e.team.next(num_rows)) >= 0;) Draw(rows[r], vocab, scaled, (double*)(scaled + blocks * DRAW_BLOCK)).run();
+  };
+  e.team.run(work);
+}
+
 // The structs that kernels/native.py declares too, and their fields; it compares places and sizes when it loads the library, so
 // that a field that was changed on one side only is an error there and no wild pointer here.
 struct Place {
@@ -700,7 +712,9 @@ static const Place LAYOUT[] = {
     FIELD(Head, hidden_size), FIELD(Head, d), FIELD(Head, window), FIELD(Head, num_tokens), FIELD(Head, num_vocab),
     FIELD(Head, unused),
     STRUCT(HeadRow), FIELD(HeadRow, head), FIELD(HeadRow, state), FIELD(HeadRow, last), FIELD(HeadRow, tapped),
-    FIELD(HeadRow, window), FIELD(HeadRow, token), FIELD(HeadRow, moved), FIELD(HeadRow, choice), FIELD(HeadRow, probability), {}
+    FIELD(HeadRow, window), FIELD(HeadRow, token), FIELD(HeadRow, moved), FIELD(HeadRow, choice), FIELD(HeadRow, probability),
+    STRUCT(DrawRow), FIELD(DrawRow, logits), FIELD(DrawRow, mask), FIELD(DrawRow, number), FIELD(DrawRow, top_p),
+    FIELD(DrawRow, min_p), FIELD(DrawRow, temperature), FIELD(DrawRow, top_k), FIELD(DrawRow, token), FIELD(DrawRow, is_dead), {}
 };
 #undef STRUCT
 #undef FIELD
@@ -738,6 +752,16 @@ int32_t specserve_forward(void* engine, const Model* model, const Step* step) {
 void specserve_linear(void* engine, const Matrix* matrix, int is_bf16, const float* x, int rows, float* y) {
   if (is_bf16) linear<bf16>(*(Engine*)engine, *matrix, x, rows, y);
   else linear<float>(*(Engine*)engine, *matrix, x, rows, y);
+}
+
+int32_t specserve_best_of_rows(void* engine, const float* logits, int64_t stride, int32_t rows, int32_t vocab, int64_t* tokens,
+                               uint8_t* bad) {
+  Engine& e = *(Engine*)engine;
+  return best_of_rows(e.team, e.tops, logits, stride, rows, vocab, tokens, bad);
+}
+
+void specserve_draw_rows(void* engine, DrawRow* rows, int32_t num_rows, int32_t vocab) {
+  draw_rows(*(Engine*)engine, rows, num_rows, vocab);
 }
 
 void specserve_begin_heads(void* engine, HeadRow* rows, int num_rows) {

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +66,15 @@ class Drawn:
     tokens: np.ndarray  # int64
     bad: Seq[int] = ()  # whether the row holds NaN; empty where none does
     dead: Seq[int] = ()  # whether nothing is allowed there; empty where something is everywhere
+
+
+class HotRow(NamedTuple):
+    """A row whose token is drawn: which one it is, its logits [V] with all edits, and its random number."""
+
+    idx: int
+    logits: torch.Tensor
+    params: SamplingParams
+    number: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +135,33 @@ class Sampler:
         Greedy rows of a group under a grammar get the most likely token of all; `_constrain` sees to the grammar.
         """
         best_values, tokens = best_of_rows(logits)  # [L], [L]; NaN propagates into the maximum
-        hot_rows: list[int] = []
-        hot_logits: list[torch.Tensor] = []
-        hot_params: list[tuple[SamplingParams, float]] = []
         is_dead: list[torch.Tensor] = []  # [L] nothing may be sampled there; none where there are no masks
+        best, drawn = self._other_rows(logits, groups)
+        for row, row_logits in best:
+            tokens[row] = row_logits.argmax()
+        if drawn:
+            stacked = torch.stack([row.logits for row in drawn])  # [M, V]
+            if (masks := self._masks.masks(groups)) is not None:
+                place = {row.idx: idx for idx, row in enumerate(drawn)}
+                masked = torch.tensor([place[row] for row in masks.rows], device=logits.device)
+                allowed = allowed_tokens(masks.bits, logits.shape[1], logits.device)  # [R, V]
+                rows = stacked[masked].masked_fill_(~allowed, -torch.inf)
+                is_dead = [torch.zeros_like(tokens)]
+                is_dead[0][masks.rows] = (rows.amax(dim=-1) == -torch.inf).long()
+                stacked[masked] = rows
+            picked = sample_rows(stacked, [(row.params, row.number) for row in drawn])
+            tokens[[row.idx for row in drawn]] = picked
+        # sync: the step's one copy back; everything after it needs the tokens on the host.
+        flat, bad, *dead = torch.stack([tokens, best_values.isnan().long(), *is_dead]).cpu().numpy()
+        return Drawn(flat, bad.tolist() if bad.any() else (), dead[0].tolist() if dead and dead[0].any() else ())
+
+    def _other_rows(
+        self, logits: torch.Tensor, groups: Seq[RowGroup]
+    ) -> tuple[list[tuple[int, torch.Tensor]], list[HotRow]]:
+        """Rows whose token is not the most likely of the raw logits, grammars aside: with the logits that count [V],
+        those of which the most likely is taken; and those that are drawn."""
+        best: list[tuple[int, torch.Tensor]] = []
+        drawn: list[HotRow] = []
         for group in groups:
             if group.seq.takes_best:
                 continue
@@ -142,26 +175,11 @@ class Sampler:
                 if edited:
                     row_logits = self._edit(row_logits.clone(), group, idx)
                 if group.is_greedy:
-                    tokens[row] = row_logits.argmax()
+                    best.append((row, row_logits))
                 else:
-                    position = len(group.seq.tokens) + idx
-                    hot_rows.append(row)
-                    hot_logits.append(row_logits)
-                    hot_params.append((params, uniform(params.seed, group.seq.sample_idx, position)))
-        if hot_rows:
-            stacked = torch.stack(hot_logits)  # [M, V]
-            if (masks := self._masks.masks(groups)) is not None:
-                place = {row: idx for idx, row in enumerate(hot_rows)}
-                masked = torch.tensor([place[row] for row in masks.rows], device=logits.device)
-                allowed = allowed_tokens(masks.bits, logits.shape[1], logits.device)  # [R, V]
-                rows = stacked[masked].masked_fill_(~allowed, -torch.inf)
-                is_dead = [torch.zeros_like(tokens)]
-                is_dead[0][masks.rows] = (rows.amax(dim=-1) == -torch.inf).long()
-                stacked[masked] = rows
-            tokens[hot_rows] = sample_rows(stacked, hot_params)
-        # sync: the step's one copy back; everything after it needs the tokens on the host.
-        flat, bad, *dead = torch.stack([tokens, best_values.isnan().long(), *is_dead]).cpu().numpy()
-        return Drawn(flat, bad.tolist() if bad.any() else (), dead[0].tolist() if dead and dead[0].any() else ())
+                    number = uniform(params.seed, group.seq.sample_idx, len(group.seq.tokens) + idx)
+                    drawn.append(HotRow(row, row_logits, params, number))
+        return best, drawn
 
     def _constrain(self, logits: torch.Tensor, group: RowGroup, sampled: list[int], dead: Seq[int]) -> list[int]:
         """The tokens of a group under a grammar, up to the first row where there is none."""

@@ -16,8 +16,8 @@ from ...model.shapes import LINEARS, PARENT
 from ..decoder_weights import Weights
 from ..path import ComputePath, PathInputs, Phase
 from ..runner import ModelRunner
-from ..sampler import Sampler
 from .decoder import NativeDecoder, NativeLayer, one_torch_thread
+from .sampler import NativeSampler
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ def build(
 
 def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
     runner = ModelRunner(decoder, inputs.kv, decoder.slots(), inputs.base_head)
-    sampler, heads = Sampler(inputs.eos_token_ids, inputs.masks), NativeHeadRunner(decoder.team)
+    sampler = NativeSampler(inputs.eos_token_ids, inputs.masks, decoder.team)
+    heads = NativeHeadRunner(decoder.team)
     return ComputePath(
         runner=runner,
         sampler=sampler,
