@@ -4,12 +4,14 @@ Semantics, for row r of residual [T, H] and the output h [T, H] of the layer bef
     residual[r] += h[r], or rms_norm(h[r]) * post_weight with Gemma 3's post norms     (no addition if h is None)
     out[r] = rms_norm(residual[r]) * weight,   rms_norm(x) = x / sqrt(mean(x^2) + eps)
 Arithmetic is fp32 with one rounding of residual and one of out. The norm reads the residual as rounded, so it is the
-same function of the stored row wherever that row is normed.
+same function of the stored row wherever that row is normed: by this kernel or by linear_fused.py, to the bit.
 """
 
 from __future__ import annotations
 
 import torch
+
+from .dependent_launch import dependent_launch
 
 MAX_BLOCK = 16384  # columns of one pass; longer rows loop
 
@@ -60,6 +62,7 @@ def add_rms_norm_(
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(hidden, block),
         num_warps=num_warps,
+        **dependent_launch(out.device),
     )
     return out
 

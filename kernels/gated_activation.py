@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from .dependent_launch import dependent_launch
+
 KINDS = ("silu", "gelu_tanh")
 BLOCK = 1024  # columns a program: 8 a thread of 4 warps, two 16-byte loads and one store at 16 bits
 
@@ -30,8 +32,9 @@ def gated_activation(gate_up: torch.Tensor, kind: str, out: torch.Tensor | None 
     from .gated_activation_triton import gated_activation_kernel
 
     gated_activation_kernel[(num_rows, triton.cdiv(size, BLOCK))](
-        out, gate_up, size, out.stride(0), gate_up.stride(0), GELU=kind == "gelu_tanh", BLOCK=BLOCK, num_warps=4
-    )
+        out, gate_up, size, out.stride(0), gate_up.stride(0), GELU=kind == "gelu_tanh", BLOCK=BLOCK, num_warps=4,
+        **dependent_launch(out.device),
+    )  # fmt: skip
     return out
 
 

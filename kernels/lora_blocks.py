@@ -16,12 +16,12 @@ be the launch right before a `lora_add_`; a base model's product lies between.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .dependent_launch import dependent_launch
 from .lora_tables import BLOCK_R, LoraEntry, LoraTables
 from .tiles import BLOCKS_T, max_tiles
 
@@ -183,15 +183,8 @@ def _expand_(y: torch.Tensor, entry: LoraEntry, blocks: torch.Tensor, scratch: t
 
 def _options(device: torch.device, registers: int | None = None) -> dict[str, Any]:
     """Of a launch: overlap with the one in front, where the device can; most registers a thread."""
-    if device.type != "cuda":
-        return {"IS_DEPENDENT": False}
-    limit = {} if registers is None else {"maxnreg": registers}
-    return limit | ({"IS_DEPENDENT": True, "launch_pdl": True} if _can_overlap(device) else {"IS_DEPENDENT": False})
-
-
-@functools.cache
-def _can_overlap(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    limit = {} if registers is None or device.type != "cuda" else {"maxnreg": registers}
+    return limit | dependent_launch(device)
 
 
 def _check(y: torch.Tensor, entry: LoraEntry, blocks: torch.Tensor, scratch: torch.Tensor, needed: int) -> None:

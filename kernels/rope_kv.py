@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from .dependent_launch import dependent_launch
+
 ELEMENTS = 2048  # a program's: 16 a thread of 4 warps, so both halves of its heads are 16-byte loads at 16 bits
 
 
@@ -69,6 +71,7 @@ def rope_store_(
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=block_half,
         num_warps=4,
+        **dependent_launch(qkv.device),
     )
 
 

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def rotated(x, other, cos, sin):
+    """x * cos + other * sin in fp32, other being x's of the other half; its rounding is not the compiler's choice."""
+    return tl.fma(other, sin, x * cos)
 
 
 @triton.jit
 def rope_store_kernel(
     qkv, cos, sin, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, qkv_stride, k_stride, v_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_NORM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks of heads)."""
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     HALF: tl.constexpr = HEAD_DIM // 2
     NUM_ROTATED: tl.constexpr = NUM_HEADS + NUM_KV_HEADS
     row = tl.program_id(0).to(tl.int64)
@@ -47,8 +57,8 @@ def rope_store_kernel(
     sin_first = tl.load(sin + angle, mask=is_d, other=0.0)[None, :]
     sin_second = tl.load(sin + angle + HALF, mask=is_d, other=0.0)[None, :]
     dtype = qkv.dtype.element_ty
-    rotated_first = (first * cos_first + second * sin_first).to(dtype)
-    rotated_second = (second * cos_second + first * sin_second).to(dtype)
+    rotated_first = rotated(first, second, cos_first, sin_first).to(dtype)
+    rotated_second = rotated(second, first, cos_second, sin_second).to(dtype)
     rotated_mask = mask & is_rotated[:, None]
     tl.store(target, rotated_first, mask=rotated_mask)
     tl.store(target + HALF, rotated_second, mask=rotated_mask)

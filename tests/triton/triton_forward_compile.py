@@ -89,7 +89,7 @@ def compile_elementwise(dtype: str) -> None:
             pointers = {"out": pointer, "residual": residual, "h": pointer, "weight": "*fp32", "post_weight": "*fp32"}
             flags = {"HAS_H": True, "HAS_POST": has_post}
             for block, warps, num_blocks in NORM_BLOCKS if IS_ALL else NORM_BLOCKS[1:2]:
-                sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks}
+                sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks, "IS_DEPENDENT": True}
                 figures = compile_kernel(
                     add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps
                 )
@@ -101,7 +101,7 @@ def compile_elementwise(dtype: str) -> None:
     for num_heads, num_kv_heads, head_dim, has_norm in ROPE_HEADS if IS_ALL else ROPE_HEADS[1:2]:
         constants = {
             "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "HAS_NORM": has_norm,
-            "BLOCK_HEADS": 2048 // head_dim, "BLOCK_HALF": head_dim // 2,
+            "BLOCK_HEADS": 2048 // head_dim, "BLOCK_HALF": head_dim // 2, "IS_DEPENDENT": True,
         }  # fmt: skip
         figures = compile_kernel(rope_kv_triton.rope_store_kernel, pointers, constants, ("eps",), num_warps=4)
         report(f"rope_store {dtype} {num_heads}/{num_kv_heads}/{head_dim}", figures)
@@ -110,7 +110,7 @@ def compile_elementwise(dtype: str) -> None:
         figures = compile_kernel(
             gated_activation_triton.gated_activation_kernel,
             {"out": pointer, "gate_up": pointer},
-            {"GELU": gelu, "BLOCK": 1024},
+            {"GELU": gelu, "BLOCK": 1024, "IS_DEPENDENT": True},
             num_warps=4,
         )
         report(f"gated_activation {dtype} {'gelu' if gelu else 'silu'}", figures)
