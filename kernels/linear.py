@@ -60,6 +60,15 @@ class Linear:
             return self._product(x, self._weight, self._bias)
         return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
 
+    @property
+    def in_size(self) -> int:
+        return self.unpacked().shape[1]
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight [out, in] and the bias, for weights that are not packed."""
+        assert self._weight is not None
+        return self._weight, self._bias
+
     def multiply_by(self, product: Product) -> None:
         """Have `product` take the place of F.linear; for weights that are not packed."""
         assert self._weight is not None

@@ -64,6 +64,14 @@ class ScaledLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return scaled_linear(x, self.weights, self._bias)
 
+    @property
+    def in_size(self) -> int:
+        return self.weights.values.shape[1]
+
+    def parts(self) -> tuple[ScaledWeights, torch.Tensor | None]:
+        """W and the bias."""
+        return self.weights, self._bias
+
     def unpacked(self) -> torch.Tensor:
         """The weight [out, in] as multiplied, fp32, for checks and tests."""
         return self.weights.values.float() * self.weights.scales.unsqueeze(-1)

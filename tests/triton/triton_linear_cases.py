@@ -16,6 +16,7 @@ from tiny_models import make_tiny_model
 from triton_interpreter import IS_INTERPRETED, row_uniform_dot  # noqa: F401  (before anything imports triton)
 
 from specserve.compute.cuda.decoder import TritonDecoder
+from specserve.compute.decoder_weights import GROUPS
 from specserve.drafting.cost_model import CostModel
 from specserve.errors import ModelError
 from specserve.kernels.linear_rows import linear_rows
@@ -75,6 +76,7 @@ def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
     engine, _ = exact_engine
     assert isinstance(engine.decoder, TritonDecoder) and engine.info.is_exact
     linears = engine.decoder.lm_head, engine.decoder.layers[-1].down
+    assert engine.decoder.fused == frozenset(GROUPS)  # so that steps of up to 16 rows are fused, larger ones not
     if engine.info.dtype == "bfloat16":
         assert all(linear._product is linear_rows for linear in linears)
     else:

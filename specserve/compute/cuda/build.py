@@ -24,6 +24,7 @@ from ..decoder_weights import Weights, fused_layers
 from ..path import ComputePath, PathInputs, Phase
 from .decoder import TritonDecoder
 from .drafts import DeviceDrafts
+from .fused_linears import fused_groups
 from .graph_cache import GraphCache
 from .one_order import cannot_scale, keep_one_order, keep_scaled_order
 from .parts import DeviceParts
@@ -49,6 +50,8 @@ def build(config: ModelConfig, weights: Weights, exact: Exact, quantization: Qua
     logger.info("Triton kernels on %s: weights and arithmetic are %s", weights.device, weights.dtype)
     decoder = TritonDecoder(config, embed, layers, weights.norm("model.norm"), lm_head, activations, weights.dtype)
     decoder.is_exact = keep_one_order(exact, layers, lm_head)
+    if decoder.is_exact:
+        decoder.fused = fused_groups(config, layers, activations, weights.device)
     return decoder
 
 
@@ -67,6 +70,8 @@ def _build_scaled(config: ModelConfig, weights: Weights, exact: Exact, quantizat
     if weights.device.type == "cuda":
         torch.cuda.empty_cache()  # what the 16 bits lay in: the KV cache takes a share of what is free
     decoder.is_exact = keep_scaled_order(exact, layers, lm_head, weights.dtype)
+    if decoder.is_exact:
+        decoder.fused = fused_groups(config, layers, weights.dtype, weights.device)
     return decoder
 
 

@@ -2,9 +2,10 @@
 
 Takes the place of `Decoder` where Triton runs. Matrices are cuBLAS's or, where a row's bits shall not follow the step's
 size, those of `one_order.py`; norms, RoPE with the KV write, attention, gated activations and LoRA are our kernels
-(kernels/). Nothing here looks at the step's contents: everything that differs between steps is read from device buffers
-(`RowInputs`), the launches depend on the bucket alone. The residual stream is fp32, everything that matrices read is in
-`compute_dtype`. Under Triton's interpreter the same code runs on a CPU.
+(kernels/). In a step of few rows linears take the smaller of these along (`fused_linears.py`). Nothing here looks at
+the step's contents: everything that differs between steps is read from device buffers (`RowInputs`), the launches
+depend on the bucket alone. The residual stream is fp32, everything that matrices read is in `compute_dtype`. Under
+Triton's interpreter the same code runs on a CPU.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 
 from ...kernels.add_norm import add_rms_norm_
 from ...kernels.gated_activation import gated_activation
+from ...kernels.linear_fused import MOST_FUSED_ROWS, Normed, can_norm, linear_add_, linear_gated, linear_rope_
 from ...kernels.ragged_attention import ragged_attention_
 from ...kernels.rope_kv import rope_store_
 from ...model.rope import Rope
 from ..decoder_weights import AnyLinear, DecoderWeights, Layer
 from ..kv_cache import KVCache
 from ..softcap import softcap_
+from .fused_linears import activation_kind
 from .lora import DeviceLoraBatch
 
 
@@ -46,6 +49,7 @@ class TritonDecoder(DecoderWeights):
     """The forward pass through Triton kernels; `norm` and the layers' norms are fp32."""
 
     kernels = "triton"
+    fused: frozenset[str] = frozenset()  # groups of linears that take along what stands around them, of few rows
 
     def forward_rows(
         self,
@@ -59,27 +63,26 @@ class TritonDecoder(DecoderWeights):
 
         `residual` [T, H] fp32 is working space. Each layer index in `taps` gets that layer's output [T, H].
         """
-        config, lora, eps = self.config, rows.lora, self.config.rms_norm_eps
+        config, lora = self.config, rows.lora
         residual.copy_(self.embed.index_select(0, rows.tokens))
         if lora is not None:
             lora.add_embedding_(rows.tokens, residual)  # before Gemma's scale, which PEFT applies to the LoRA as well
         if config.embed_scale != 1.0:
             residual.mul_(self._embed_scale)
         ropes = {kind: _tables(rope, rows.positions) for kind, rope in self._ropes.items()}
-        h = add_rms_norm_(residual, None, self.layers[0].input_norm, eps, out=torch.empty_like(hidden))
+        fused = self._fused(rows)
+        x = self._normed(residual, None, self.layers[0].input_norm, None, "qkv" in fused)
         for idx, layer in enumerate(self.layers):
             cos, sin = ropes[config.rope_keys[idx]]
-            attended = self._attend(idx, layer, h, rows, cos, sin, kv)
-            h = self._linear(idx, "o", layer.o, attended, lora)
-            h = add_rms_norm_(residual, h, layer.mlp_norm, eps, post_weight=layer.post_attention_norm)
-            gate_up = self._linear(idx, "gate_up", layer.gate_up, h, lora)
-            act = gated_activation(gate_up, "silu" if config.activation == "silu" else "gelu_tanh")
-            h = self._linear(idx, "down", layer.down, act, lora)
-            is_last = idx + 1 == len(self.layers)
-            next_norm = self.norm if is_last else self.layers[idx + 1].input_norm
-            h = add_rms_norm_(
-                residual, h, next_norm, eps, post_weight=layer.post_mlp_norm, out=hidden if is_last else None
-            )
+            attended = self._attend(idx, layer, x, rows, cos, sin, kv, "qkv" in fused)
+            h = self._added(idx, "o", layer.o, attended, residual, lora, fused)
+            x = self._normed(residual, h, layer.mlp_norm, layer.post_attention_norm, "gate_up" in fused)
+            act = self._activated(idx, layer, x, lora, fused)
+            h = self._added(idx, "down", layer.down, act, residual, lora, fused)
+            if idx + 1 == len(self.layers):
+                self._normed(residual, h, self.norm, layer.post_mlp_norm, False, out=hidden)
+            else:
+                x = self._normed(residual, h, self.layers[idx + 1].input_norm, layer.post_mlp_norm, "qkv" in fused)
             if idx in taps:
                 taps[idx].copy_(residual)
 
@@ -90,35 +93,68 @@ class TritonDecoder(DecoderWeights):
             lora.add_lm_head_(hidden, out)
         softcap_(out, self.config.final_softcap)
 
+    def _fused(self, rows: RowInputs) -> frozenset[str]:
+        """The groups whose linears are fused in a step of `rows`: those that no LoRA adds to."""
+        if rows.tokens.shape[0] > MOST_FUSED_ROWS:
+            return frozenset()
+        return self.fused if rows.lora is None else self.fused - rows.lora.groups
+
+    def _normed(
+        self,
+        residual: torch.Tensor,
+        h: torch.Tensor | None,
+        weight: torch.Tensor,
+        post_weight: torch.Tensor | None,
+        is_fused: bool,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor | Normed:
+        """What the next linear reads, with `h` added to the residual before if it is not yet.
+
+        Where that linear `is_fused` it norms the rows itself, if nothing else has to be done here.
+        """
+        eps = self.config.rms_norm_eps
+        if is_fused and h is None and can_norm(*residual.shape):
+            return Normed(residual, weight, eps)
+        if h is None and out is None:
+            out = torch.empty_like(residual, dtype=self.compute_dtype)
+        return add_rms_norm_(residual, h, weight, eps, post_weight=post_weight if h is not None else None, out=out)
+
     def _attend(
         self,
         idx: int,
         layer: Layer,
-        h: torch.Tensor,
+        x: torch.Tensor | Normed,
         rows: RowInputs,
         cos: torch.Tensor,
         sin: torch.Tensor,
         kv: KVCache,
+        is_fused: bool,
     ) -> torch.Tensor:
         config = self.config
         num_q, num_kv, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = self._linear(idx, "qkv", layer.qkv, h, rows.lora)  # [T, (Hq + 2 Hkv) * D]
         k_cache, v_cache = kv.k[idx], kv.v[idx]
-        rope_store_(
-            qkv,
-            cos,
-            sin,
-            rows.slot_mapping,
-            k_cache,
-            v_cache,
-            num_q,
-            num_kv,
-            layer.q_norm,
-            layer.k_norm,
-            config.rms_norm_eps,
-        )
-        q = qkv.view(qkv.shape[0], num_q + 2 * num_kv, head_dim)[:, :num_q]
-        out = qkv.new_empty(qkv.shape[0], num_q * head_dim)
+        if is_fused:
+            weights, bias = layer.qkv.parts()
+            q = linear_rope_(x, weights, bias, cos, sin, rows.slot_mapping, k_cache, v_cache, num_q)
+            q = q.view(-1, num_q, head_dim)
+        else:
+            assert isinstance(x, torch.Tensor)
+            qkv = self._linear(idx, "qkv", layer.qkv, x, rows.lora)  # [T, (Hq + 2 Hkv) * D]
+            rope_store_(
+                qkv,
+                cos,
+                sin,
+                rows.slot_mapping,
+                k_cache,
+                v_cache,
+                num_q,
+                num_kv,
+                layer.q_norm,
+                layer.k_norm,
+                config.rms_norm_eps,
+            )
+            q = qkv.view(-1, num_q + 2 * num_kv, head_dim)[:, :num_q]
+        out = q.new_empty(q.shape[0], num_q * head_dim)
         ragged_attention_(
             out,
             q,
@@ -136,6 +172,34 @@ class TritonDecoder(DecoderWeights):
             tile_rows=rows.tile_rows,
         )
         return out
+
+    def _activated(
+        self, idx: int, layer: Layer, x: torch.Tensor | Normed, lora: DeviceLoraBatch | None, fused: frozenset[str]
+    ) -> torch.Tensor:
+        """[T, I] that the MLP's last linear reads."""
+        kind = activation_kind(self.config)
+        if "gate_up" in fused:
+            weights, bias = layer.gate_up.parts()
+            return linear_gated(x, weights, bias, kind, self.compute_dtype)
+        assert isinstance(x, torch.Tensor)
+        return gated_activation(self._linear(idx, "gate_up", layer.gate_up, x, lora), kind)
+
+    def _added(
+        self,
+        idx: int,
+        group: str,
+        linear: AnyLinear,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        lora: DeviceLoraBatch | None,
+        fused: frozenset[str],
+    ) -> torch.Tensor | None:
+        """The linear's outputs, or None if it added them to the residual."""
+        if group not in fused:
+            return self._linear(idx, group, linear, x, lora)
+        weights, bias = linear.parts()
+        linear_add_(residual, x, weights, bias)
+        return None
 
     def _linear(
         self, idx: int, group: str, linear: AnyLinear, x: torch.Tensor, lora: DeviceLoraBatch | None

@@ -35,21 +35,21 @@ class DeviceLoraBatch:
 
     def __init__(self, slots: DeviceAdapterSlots, blocks: torch.Tensor, groups: Collection[str]):
         self._tables, self._scratch = slots.tables, slots.scratch
-        self._blocks, self._groups = blocks, frozenset(groups)
+        self._blocks, self.groups = blocks, frozenset(groups)
 
     def add_(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """y [T, out] += LoRA(x [T, in]) for the fused linear `group` of `layer`."""
-        if group in self._groups:
+        if group in self.groups:
             lora_add_(y, x, self._tables.entry((layer, group)), self._blocks, self._scratch)
 
     def add_embedding_(self, tokens: torch.Tensor, y: torch.Tensor) -> None:
         """y [T, H] += LoRA of the embedding for tokens [T]."""
-        if EMBEDDING in self._groups:
+        if EMBEDDING in self.groups:
             lora_embedding_add_(y, tokens, self._tables.entry(EMBEDDING), self._blocks, self._scratch)
 
     def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
         """logits [L, V] += LoRA of the lm_head for hidden rows x [L, H]."""
-        if LM_HEAD in self._groups:
+        if LM_HEAD in self.groups:
             lora_add_(logits, x, self._tables.entry(LM_HEAD), self._blocks, self._scratch)
 
 
