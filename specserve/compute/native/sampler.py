@@ -30,7 +30,9 @@ class NativeSampler(Sampler):
         num_rows, vocab_size = logits.shape
         if num_rows > len(self._tokens):
             self._make_room(2 * num_rows)
-        tokens, bad, dead = self._tokens[:num_rows], (), ()
+        tokens = self._tokens[:num_rows]
+        bad: Seq[int] = ()
+        dead: Seq[int] = ()
         if num_rows and self._team.best_of_rows(
             logits.data_ptr(), logits.stride(0), num_rows, vocab_size, self._tokens_address, self._bad_address
         ):
