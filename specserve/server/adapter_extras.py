@@ -22,7 +22,7 @@ from .access.caller import caller_of
 from .adapter_store import AdapterStore
 from .http_body import json_response
 from .openai.response_types import AdapterExample
-from .routes import Handler
+from .route import Handler
 
 REPORT_FILE = "report.html"
 MAX_REPORT_BYTES = 4 << 20

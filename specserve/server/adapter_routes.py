@@ -15,7 +15,7 @@ from .engine_client.serving_engine import ServingEngine
 from .http_body import convert, json_response, read_json
 from .openai.request_types import AdapterNameRequest, LoadAdapterRequest, UnloadAdapterRequest
 from .openai.response_types import AdapterEntry
-from .routes import Handler
+from .route import Handler
 from .sources.fetcher import AdapterFetcher
 
 MAX_BODY_BYTES = 2**20

@@ -40,7 +40,8 @@ from .pooling.api import PoolingRoutes
 from .pooling.pooler import Pooler
 from .pooling.tei_api import TeiRoutes
 from .responses.api import ResponsesRoutes
-from .routes import Handler, add_routes
+from .route import Handler
+from .routes import add_routes
 from .served_engine import engine_of, model_name_of
 from .shared_store.names import SharedNames
 from .shared_store.versions import Versions, versions_dir

@@ -23,7 +23,8 @@ from .access.keys import KeyRing
 from .access.network import host_allowed, is_loopback, origin_allowed
 from .error_bodies import SAFE_HEADERS, error_response
 from .metrics.metrics import Metrics
-from .routes import Access, Handler, access_of
+from .route import Access, Handler
+from .routes import access_of
 from .spans import remember_context
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ import msgspec
 from .. import __version__
 from .lorax.types import LoraxError
 from .openai.response_types import ErrorResponse, StateResponse
-from .routes import ROUTES, Route
+from .route import Route
+from .routes import ROUTES
 
 DESCRIPTIONS = {
     301: "it is at the address of Location",

@@ -1,18 +1,15 @@
 """Every HTTP route, once: what the server registers, what access rules are read from, and what /openapi.json says.
 
-A route names its handler, its bodies and its statuses; `add_routes` binds names to methods and refuses a table and
-handlers that do not match. Tests hold every response to what stands here.
+`add_routes` binds the names of handlers to methods, and refuses a table and handlers that do not match. Tests hold
+every response to what stands here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
 
 from aiohttp import web
 
-from .access.caller import Caller
 from .batches.types import (
     Batch,
     BatchList,
@@ -86,11 +83,8 @@ from .pooling.tei_types import (
 )
 from .responses.request_types import ResponsesRequest
 from .responses.response_types import DeletedResponse, Response, StreamEvent
+from .route import Access, Handler, Route
 from .stats.types import StatsQuery, StatsResponse
-
-Access = Literal["open", "info", "metrics", "key", "admin"]
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Answer = Callable[[Any, Caller], Awaitable[Any]]  # from a body's JSON value to its whole answer's; raises `UserError`
 
 GET = (401, 403, 500)
 POST = (400, *GET, 408, 413, 415, 429, 503)
@@ -99,36 +93,6 @@ LORAX = (*(status for status in GENERATE if status != 400), 422, 424)
 POOL = (*GENERATE, 409)
 SHARED = (*POOL, 422, 424)
 STATE = (403, 500, 503)
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One method of one path.
-
-    `body`, `answer` and `events` are types: of the request, of the JSON answer (None: text), and of a stream's events;
-    several are alternatives. `query`: a type of text fields, the parameters.
-    `media`: what else the answer may be, `body_media` what the body is. `statuses` are those of errors, and 304.
-    `access`: open to everyone; with a key that may generate, where something is posted,
-    or with any; with one for administration. `info` and `metrics` are open, or with any key and one for metrics, as
-    --open-info says.
-    `errors`: whose error shape it answers with.
-    """
-
-    method: Literal["GET", "POST", "DELETE"]
-    path: str
-    handler: str
-    summary: str
-    statuses: tuple[int, ...]
-    body: Any = None
-    answer: Any = None
-    events: Any = None
-    query: Any = None
-    media: tuple[str, ...] = ()
-    body_media: str = "application/json"
-    access: Access = "key"
-    errors: Literal["openai", "lorax"] = "openai"
-    has_done: bool = True  # whether [DONE] ends a stream of OpenAI's
-
 
 ROUTES = (
     Route(

@@ -22,7 +22,7 @@ from .app import Server
 from .banner import banner
 from .connections import bind
 from .console import say, settle
-from .routes import Handler
+from .route import Handler
 
 
 def serve(config: ServeConfig, leaderboard: Handler | None = None) -> None:

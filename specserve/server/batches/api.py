@@ -23,7 +23,7 @@ from ..access.caller import caller_of
 from ..access.keys import KeyRing
 from ..engine_client.serving_engine import ServingEngine
 from ..http_body import convert, json_response, read_body
-from ..routes import Answer, Handler
+from ..route import Answer, Handler
 from .disk import BatchDir
 from .places import Places
 from .retention import KEEP_S, KeepLimits

@@ -18,7 +18,7 @@ from ...errors import EngineDeadError, ErrorInfo, UserError
 from ...strict_json import decode_json
 from ..access.caller import Caller
 from ..engine_client.serving_engine import ServingEngine
-from ..routes import Answer
+from ..route import Answer
 from .places import Places
 from .rows import Row, answered_line, failed_line
 from .types import BatchUsage, InputDetails, OutputDetails

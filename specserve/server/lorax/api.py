@@ -23,7 +23,7 @@ from ..generation.prompts import check_same_texts
 from ..http_body import convert, json_response, read_body
 from ..openai.conversion import MAX_CHOICES, MAX_STOPS, priority_of
 from ..openai.prompt_ids import check_prompt_ids
-from ..routes import Handler
+from ..route import Handler
 from ..sse import EventStream, stream_events
 from .conversion import check_parameters, completion_request
 from .responses import LoraxBuilder, Timer

@@ -16,7 +16,7 @@ from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_body
 from ..lorax.types import LoraxTokenizeRequest, SimpleToken
-from ..routes import Answer, Handler
+from ..route import Answer, Handler
 from ..sse import EventStream, stream_events
 from .request_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .responses import ResponseBuilder

@@ -13,7 +13,7 @@ from ...adapter_kinds import AdapterType
 from ...errors import UserError
 from ..access.caller import Caller
 from ..http_body import convert
-from ..routes import Answer, Handler
+from ..route import Answer, Handler
 from .answers import best_first, classification, cosines, everything, scores, vectors
 from .fields import activation, cut_of, is_query, sides, texts_of
 from .handlers import handler_of

@@ -14,7 +14,7 @@ from ...config import ServeConfig
 from ...errors import UserError
 from ..access.caller import caller_of
 from ..http_body import convert, json_response, read_body
-from ..routes import Answer, Handler
+from ..route import Answer, Handler
 from .request_types import ModelQuery
 
 

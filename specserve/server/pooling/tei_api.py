@@ -15,7 +15,7 @@ from ..http_body import convert
 from ..lorax.api import BASE_MODEL
 from ..lorax.conversion import check_adapter_source
 from ..openai.conversion import refuse_unserved
-from ..routes import Handler
+from ..route import Handler
 from .answers import as_function, best_first, chances, cosines, held, output_names, questions_of, scores
 from .fields import is_query
 from .handlers import handler_of

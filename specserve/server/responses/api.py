@@ -21,7 +21,7 @@ from ..generation.generator import Generator
 from ..generation.job import Job
 from ..http_body import convert, json_response, read_body
 from ..openai.request_types import ChatRequest
-from ..routes import Answer, Handler
+from ..route import Answer, Handler
 from ..sse import EventStream, stream_events
 from .answer import ResponseBuilder
 from .conversion import chat_request, in_these_words, input_items

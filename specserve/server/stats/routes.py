@@ -14,7 +14,7 @@ from ..access.caller import found_caller
 from ..access.keys import KeyRing
 from ..engine_client.serving_engine import ServingEngine
 from ..http_body import convert, json_response
-from ..routes import Handler
+from ..route import Handler
 from ..sse import EventStream
 from .feed import StatsFeed
 from .snapshot import NamesAlike, StatsSource, visible
