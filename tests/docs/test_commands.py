@@ -56,7 +56,7 @@ def server(tmp_path_factory):
 def here(text: str, server) -> str:
     """With the address of this server, a token of its small vocabulary, and an end for answers of random weights."""
     text = text.replace("$BASE", server.url).replace(BASE, server.url).replace("19556", "65")
-    return text.replace("tools=tools)", "tools=tools, max_tokens=32)")
+    return text.replace("tools=tools)", "tools=tools, max_tokens=256)")
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=str)
