@@ -16,6 +16,7 @@ import math
 import torch
 
 from .attention import attention_reference
+from .dependent_launch import dependent_launch
 
 MAX_BLOCK_M = 128  # rows of a tile times heads of a group, padded
 MAX_HEAD_DIM = 256
@@ -153,6 +154,7 @@ def ragged_attention_(
         IS_SHARED=num_programs > 1,  # not their number: one binary serves any
         **shape,
         **blocks,
+        **dependent_launch(out.device),
     )
     if num_programs > 1:
         join_splits_kernel[(tiles.shape[0] * tile_rows, num_heads)](
@@ -167,6 +169,7 @@ def ragged_attention_(
             BLOCK_D=blocks["BLOCK_D"],
             num_warps=1,
             **shape,
+            **dependent_launch(out.device),
         )
 
 

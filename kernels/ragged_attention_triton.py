@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _READ_AHEAD = tl.constexpr(8)  # splits that are read together, so that one does not wait for the other
 _ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
@@ -50,9 +51,12 @@ def ragged_attention_kernel(
     q_stride, k_stride, v_stride, table_stride, partial_stride, stats_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SPLIT_LEN: tl.constexpr, IS_SHARED: tl.constexpr, IEEE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV heads, programs): program i has the tile's splits i, i + programs, ... WINDOW 0: no window."""
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     tile = tiles + tl.program_id(0) * 3
     first = tl.load(tile)
     end = tl.load(tile + 1)
@@ -154,9 +158,12 @@ def ragged_attention_kernel(
 def join_splits_kernel(
     out, partial, stats, tiles, positions, partial_stride, stats_stride, tile_rows,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SPLIT_LEN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * tile_rows, query heads): the splits of a row's head in ascending order."""
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     tile = tiles + tl.program_id(0) // tile_rows * 3
     first = tl.load(tile)
     end = tl.load(tile + 1)

@@ -135,7 +135,7 @@ def compile_attention(dtype: str) -> None:
         for window, num_programs in ((0, 1), (512, 8)):
             shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "SPLIT_LEN": 256}
             constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
-            constants |= {"IEEE": itemsize == 4, "IS_SHARED": num_programs > 1}
+            constants |= {"IEEE": itemsize == 4, "IS_SHARED": num_programs > 1, "IS_DEPENDENT": True}
             kernel = ragged_attention_triton.ragged_attention_kernel
             figures = compile_kernel(kernel, pointers, constants, ("scale_log2",), **options)
             name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} programs {num_programs}"
@@ -143,7 +143,7 @@ def compile_attention(dtype: str) -> None:
             if itemsize == 2:
                 assert figures["mma"] or figures["wgmma"], "no matrix instructions"
                 assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
-        constants = shape | {"BLOCK_D": blocks["BLOCK_D"]}
+        constants = shape | {"BLOCK_D": blocks["BLOCK_D"], "IS_DEPENDENT": True}
         figures = compile_kernel(ragged_attention_triton.join_splits_kernel, pointers, constants, num_warps=1)
         report(f"join_splits {dtype} {head_dim}", figures)
 
