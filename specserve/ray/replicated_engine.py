@@ -1,21 +1,16 @@
 """Several replicas as one engine: what the server needs of an engine process, kept over many (`ServingEngine`).
 
-Owns who serves, and sends each request where `policy` says; which contents are where is in `holders`. A replica that
-goes takes its own sequences with it and nothing else: they end as they end with an engine process, and whoever asks
-again is sent elsewhere. One that leaves in order finishes what it has.
+Sends each request to one of those that serve (`members`), where `policy` says; which contents are where is in
+`holders`. What ends with a replica ends as it would with an engine process, and whoever asks again is sent elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextlib import aclosing
-from functools import partial
 from typing import Any, Unpack
-from uuid import uuid4
 
 import msgspec
 
@@ -24,22 +19,20 @@ from ..config import ServeConfig
 from ..errors import EngineDeadError, EngineLostError, OverloadedError, UserError
 from ..messages import Delta, EngineInfo, GenerateRequest
 from ..pooling_messages import Pooled, PoolRequest
-from ..server.engine_client.client import RESTART_PATIENCE_S
 from ..server.engine_client.serving_engine import LoadOptions, ReplicaState
-from ..server.engine_client.supervisor import STOPPED, State
+from ..server.engine_client.supervisor import State
 from ..stats_messages import EngineStats
 from .copies import Copies
 from .expected_cost import ExpectedCost
 from .holders import Holders
 from .member import Member
-from .merged import merged_adapters, merged_info, merged_stats
+from .members import Members
+from .merged import merged_adapters, merged_stats
 from .policy import AffinityPolicy
 from .prefixes import prefix_keys
 from .wire import Channel
 
 MAX_ANSWERS = 4096  # whose replica is remembered while their sequences come
-
-logger = logging.getLogger(__name__)
 
 
 class ReplicatedEngine:
@@ -52,36 +45,23 @@ class ReplicatedEngine:
         self.on_adapters_left: Callable[[dict[str, int]], object] = lambda placements: None
         self.on_serving: Callable[[], object] = lambda: None
         self.on_snapshot: Callable[[], object] = lambda: None
-        self._config, self._channel_to, self._name = config, channel_to, uuid4().hex
-        self._members: dict[str, Member] = {}
         self._policy, self._holders = policy or AffinityPolicy(), Holders()
-        self._copies = Copies(self._holders, self._ready, self._policy.was_read)
+        self._members = Members(
+            config,
+            channel_to,
+            self._policy,
+            self._holders,
+            on_adapters_left=lambda placements: self.on_adapters_left(placements),
+            on_serving=lambda: self.on_serving(),
+            on_snapshot=lambda: self.on_snapshot(),
+        )
+        self._copies = Copies(self._holders, self._members.ready, self._policy.was_read)
         self._cost = ExpectedCost()
         self._answers_at: dict[str, str] = {}  # answer -> replica, of those with several sequences; newest last
-        self._has_ready = asyncio.Event()
-        self._leaving: set[asyncio.Task[None]] = set()
-        self._num_losses = 0
-        self._has_served = self._is_stopped = False
-        self._info: EngineInfo | None = None
-
-    # -- which replicas there are
 
     def set_replicas(self, names: Iterable[str]) -> None:
         """These run now; what another one has begun it finishes."""
-        if self._is_stopped:
-            return
-        wanted = set(names)
-        for name in sorted(wanted - self._members.keys()):
-            member = self._members[name] = Member(name, self._config, self._channel_to(name), self._name)
-            member.client.on_adapters_left = partial(self._left, member)
-            member.client.on_serving = self._changed
-            member.client.on_snapshot = partial(self._heard, member)
-            member.start()
-        for name in self._members.keys() - wanted:
-            self._num_losses += self._members[name].num_losses
-            self._leaving.add(task := asyncio.create_task(self._members.pop(name).leave(self._config.drain_timeout_s)))
-            task.add_done_callback(self._leaving.discard)
-        self._changed()
+        self._members.set_replicas(names)
 
     def replicas(self) -> dict[str, ReplicaState]:
         """Those that serve, by name."""
@@ -92,113 +72,62 @@ class ReplicatedEngine:
                 self._holders.num_of(name),
                 member.client.serving_s,
             )
-            for name, member in self._ready().items()
+            for name, member in self._members.ready().items()
         }
-
-    def _ready(self) -> dict[str, Member]:
-        return {name: member for name, member in self._members.items() if member.client.state == "ready"}
-
-    def _changed(self) -> None:
-        """Some replica serves now, or no more."""
-        ready, served_before = self._ready(), self._has_ready.is_set()
-        for lost in self._policy.loads.keys() - ready.keys():
-            logger.warning("replica %s serves no more; %d do", lost, len(ready))
-            if gone := self._holders.replica_lost(lost):
-                self.on_adapters_left(gone)
-        self._policy.set_replicas(ready)
-        if not ready:
-            self._has_ready.clear()
-            return
-        self._info = merged_info([member.client.info for member in ready.values()])
-        self._has_ready.set()
-        self._has_served = True
-        if not served_before:
-            self.on_serving()
-
-    def _heard(self, member: Member) -> None:
-        if (member.client.state == "ready") != (member.name in self._policy.loads):
-            self._changed()
-        self.on_snapshot()
-
-    def _left(self, member: Member, numbers: dict[str, int]) -> None:
-        gone = {}
-        for content_hash, number in numbers.items():
-            self._policy.left(member.name, content_hash)
-            if (placement := self._holders.left(content_hash, member.name, number)) is not None:
-                gone[content_hash] = placement
-        if gone:
-            self.on_adapters_left(gone)
 
     # -- what the server sees of the engine
 
     @property
     def state(self) -> State:
-        if self._is_stopped:
-            return "stopped"
-        return "ready" if self._has_ready.is_set() else "restarting" if self._has_served else "starting"
+        return self._members.state
 
     @property
     def generation(self) -> int:
         """What replicas held and hold no more is told one by one, so that no process's end voids what others hold."""
-        return 1 if self._has_served else 0
+        return 1 if self._members.has_served else 0
 
     @property
     def num_restarts(self) -> int:
         """Engine processes and replicas that have gone."""
-        return self._num_losses + sum(member.num_losses for member in self._members.values())
+        return self._members.num_losses
 
     @property
     def info(self) -> EngineInfo:
-        if self._info is None:
+        if self._members.info is None:
             raise EngineDeadError("no replica has started yet; retry shortly")
-        return self._info
+        return self._members.info
 
     @property
     def known_info(self) -> EngineInfo | None:
-        return self._info
+        return self._members.info
 
     async def first_info(self) -> EngineInfo:
-        if self._info is None:
-            await self._any_ready()
+        if self._members.info is None:
+            await self._members.any_ready()
         return self.info
 
     @property
     def serving_s(self) -> float:
-        return max((member.client.serving_s for member in self._ready().values()), default=0.0)
+        return max((member.client.serving_s for member in self._members.ready().values()), default=0.0)
 
     @property
     def snapshot(self) -> tuple[EngineStats | None, float]:
-        found = [member.client.snapshot for member in self._ready().values()]
+        found = [member.client.snapshot for member in self._members.ready().values()]
         stats = [part for part, _ in found if part is not None]
         return (merged_stats(stats), max(at for _, at in found)) if stats else (None, time.time())
 
     @property
     def wait_estimate_s(self) -> float:
-        return min((member.client.wait_estimate_s for member in self._ready().values()), default=0.0)
+        return min((member.client.wait_estimate_s for member in self._members.ready().values()), default=0.0)
 
     async def start(self) -> None:
         """Wait for the first replica, however long that takes."""
-        await self._has_ready.wait()
+        await self._members.first_ready()
 
     async def stop(self) -> None:
         """Leave all replicas; what runs ends with an error."""
-        self._is_stopped = True
-        members, self._members = list(self._members.values()), {}
-        self._policy.set_replicas(())
-        self._has_ready.set()  # whoever waits hears that it is stopped
-        await asyncio.gather(*(member.leave(0.0) for member in members), *self._leaving, return_exceptions=True)
+        await self._members.stop()
         await self._copies.stop()
-
-    async def _any_ready(self) -> dict[str, Member]:
-        """Those that serve; a first one is waited for. Raises `EngineDeadError`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RESTART_PATIENCE_S):
-                await self._has_ready.wait()
-        if self._is_stopped:
-            raise EngineDeadError(STOPPED)
-        if not (ready := self._ready()):
-            raise EngineDeadError("no replica serves now; retry shortly")
-        return ready
 
     # -- requests
 
@@ -232,7 +161,7 @@ class ReplicatedEngine:
                 if error.code == OverloadedError.code:
                     refusals[member.name] = error
                 elif request.adapter_hash is not None:
-                    self._left(member, {request.adapter_hash: number})
+                    self._members.left(member, {request.adapter_hash: number})
             finally:
                 self._policy.ended(member.name, cost, time.monotonic())
 
@@ -240,7 +169,7 @@ class ReplicatedEngine:
         self, request: GenerateRequest | PoolRequest, cost: int, refusals: dict[str, UserError]
     ) -> Member:
         """Raises `UserError` where nobody can serve the request."""
-        ready = await self._any_ready()
+        ready = await self._members.any_ready()
         adapter, answer = request.adapter_hash, request.together
         holders = self._holders.of(adapter)
         if answer is not None and (name := self._answers_at.get(answer.answer_id)) in ready and name not in refusals:
@@ -258,7 +187,7 @@ class ReplicatedEngine:
             if route.has_adapter or (adapter is not None and await self._copies.bring(adapter, route.replica)):
                 break
             cannot.add(route.replica)
-            ready, holders = await self._any_ready(), self._holders.of(adapter)
+            ready, holders = await self._members.any_ready(), self._holders.of(adapter)
         if route.replica not in ready:
             raise EngineLostError("the replica ended before the request was sent to it; retry")
         if answer is not None:
@@ -298,7 +227,7 @@ class ReplicatedEngine:
             return msgspec.structs.replace(answer, placement=placement)
 
     async def _home(self, path: str, before: AdapterInfo | None, lost: Collection[str]) -> Member:
-        ready = await self._any_ready()
+        ready = await self._members.any_ready()
         key = before.content_hash if before is not None else path
         having = [replica for replica in self._holders.of(key) if replica in ready and replica not in lost]
         home = min(having, key=self._policy.loads.__getitem__) if having else self._policy.home(key, lost)
@@ -307,11 +236,11 @@ class ReplicatedEngine:
         return ready[home]
 
     def prioritize_loads(self, path: str, priority: int) -> None:
-        for member in self._members.values():
+        for member in self._members.all():
             member.client.prioritize_loads(path, priority)
 
     def forsake_loads(self, path: str) -> None:
-        for member in self._members.values():
+        for member in self._members.all():
             member.client.forsake_loads(path)
 
     async def unload_adapter(self, adapter_hash: str, placement: int) -> None:
@@ -326,7 +255,7 @@ class ReplicatedEngine:
 
     async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None:
         """On all replicas that have it: raises `UserError` where none has, and it shall be pinned."""
-        held, ready = self._holders.get(adapter_hash), self._ready()
+        held, ready = self._holders.get(adapter_hash), self._members.ready()
         failure: UserError | None = UserError(
             f"no replica holds adapter {adapter_hash} now", status=503, code="adapter_not_resident"
         )
@@ -344,13 +273,13 @@ class ReplicatedEngine:
             raise failure
 
     async def adapters(self) -> list[AdapterState]:
-        ready = self._ready()
+        ready = self._members.ready()
         if not ready:
             raise EngineDeadError("no replica serves now; retry shortly")
         return merged_adapters(await asyncio.gather(*(member.client.adapters() for member in ready.values())))
 
     async def stats(self) -> EngineStats | None:
         """Of all that serve, added up; None while none does."""
-        found = await asyncio.gather(*(member.client.stats() for member in self._ready().values()))
+        found = await asyncio.gather(*(member.client.stats() for member in self._members.ready().values()))
         parts = [part for part in found if part is not None]
         return merged_stats(parts) if parts else None

@@ -130,7 +130,7 @@ async def test_a_client_that_leaves_a_leaving_replica_ends_its_sequence_there(en
     stays.cancel()
     await asyncio.gather(stays, return_exceptions=True)
     await until(lambda: len(west.aborted) == 2 and not west.running)
-    await until(lambda: not engine._leaving)
+    await until(lambda: not engine._members._leaving)
 
 
 def _on(host):
