@@ -40,7 +40,7 @@ PAGES_RUN_BY = {"python.md": "tests/llm/test_async_llm.py"}  # one program each
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("docs")
-    model = make_tiny_model(root / "model", max_position_embeddings=800)
+    model = make_tiny_model(root / "model", max_position_embeddings=2048)
     first = make_peft_adapter(model, root / "adapters" / ADAPTERS[0])
     for name in ADAPTERS[1:]:
         shutil.copytree(first, root / "adapters" / name)
@@ -56,7 +56,7 @@ def server(tmp_path_factory):
 def here(text: str, server) -> str:
     """With the address of this server, a token of its small vocabulary, and an end for answers of random weights."""
     text = text.replace("$BASE", server.url).replace(BASE, server.url).replace("19556", "65")
-    return text.replace("tools=tools)", "tools=tools, max_tokens=256)")
+    return text.replace("tools=tools)", "tools=tools, max_tokens=32)")
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=str)
