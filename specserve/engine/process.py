@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import logging
 import os
@@ -19,7 +18,6 @@ import signal
 import socket
 import sys
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,9 +36,8 @@ from ..adapter_messages import (
 )
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_SEQS, StepShape
-from ..errors import ErrorInfo, GrammarError, OverloadedError, UserError
+from ..errors import ErrorInfo, UserError
 from ..frames import read_frame
-from ..grammar.compiler import COMPILE_TIMEOUT_S
 from ..grammar.grammar import CompiledGrammar
 from ..log_lines import configure_logging
 from ..messages import (
@@ -50,13 +47,13 @@ from ..messages import (
     CallFailed,
     GenerateRequest,
     GetStats,
-    GrammarSpec,
     RequestFailed,
     Shutdown,
 )
 from ..pooling_messages import AnyRequest, PoolRequest
 from ..stats_messages import SNAPSHOT, Stats
 from .adapter_loads import AdapterLoads
+from .compiling import Compiled, CompilingRequests
 from .engine import Engine
 from .server_link import NewestStep, ServerLink
 from .stats import adapter_states
@@ -66,18 +63,11 @@ logger = logging.getLogger(__name__)
 SNAPSHOT_S = 1.0
 IDLE_S = 0.5  # the longest wait for a message
 PLACE_S = 0.05  # between looks for a place that an adapter waits for
-MAX_COMPILING = 1024  # requests
 
 
 @dataclass(frozen=True, slots=True)
 class _AdapterRead:
     pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    request_id: str
-    future: Future[CompiledGrammar]
 
 
 class EngineProcess:
@@ -94,14 +84,14 @@ class EngineProcess:
         self._next_snapshot = 0.0
         self._is_over = False  # a `Shutdown` came
         self._held: list[Any] | None = None  # events of the latest step, to be sent beside the next
-        self._compiling: dict[str, tuple[GenerateRequest, float]] = {}  # request id -> (request, deadline)
+        self._compiling = CompilingRequests(engine.grammars, self._add, self._fail, self._put_compiled)
 
     def serve(self) -> None:
         """Serve until `Shutdown`; end of stream leaves the process from the reading thread."""
         self._link.start_heartbeat(self._newest_step)
         while not self._is_over:
             self._link.begin_turn()
-            self._give_up_compiling()
+            self._compiling.give_up()
             if time.monotonic() >= self._next_snapshot:
                 self._engine.measure_load()
                 self._send([Stats(SNAPSHOT, self._engine.stats(check_integrity=False))])
@@ -172,11 +162,11 @@ class EngineProcess:
             if message.grammar is None:
                 self._add(message)
             else:
-                self._compile(message, message.grammar)
+                self._compiling.begin(message, message.grammar)
         elif isinstance(message, PoolRequest):
             self._add(message)
         elif isinstance(message, Abort):
-            self._compiling.pop(message.request_id, None)
+            self._compiling.forget(message.request_id)
             engine.abort(message.request_id)
         elif isinstance(message, UnloadAdapter):
             engine.adapters.unload(message.adapter_hash, message.placement)
@@ -187,8 +177,8 @@ class EngineProcess:
             self._send([AdapterStates(message.call_id, adapter_states(engine))])
         elif isinstance(message, GetStats):
             self._send([Stats(message.call_id, engine.stats())])
-        elif isinstance(message, _Compiled):
-            self._compiled(message)
+        elif isinstance(message, Compiled):
+            self._compiling.end(message)
         else:
             assert isinstance(message, _AdapterRead)  # it only ends the wait for a message
 
@@ -213,47 +203,15 @@ class EngineProcess:
         try:
             self._engine.add_request(request, grammar)
         except UserError as error:
-            self._send([RequestFailed(request.request_id, error.info())])
+            self._fail(request.request_id, error.info())
 
-    def _compile(self, request: GenerateRequest, spec: GrammarSpec) -> None:
-        if len(self._compiling) >= MAX_COMPILING:
-            error = OverloadedError(f"{len(self._compiling)} requests wait for their grammars; retry shortly")
-            self._send([RequestFailed(request.request_id, error.info())])
-            return
-        self._compiling[request.request_id] = request, time.monotonic() + COMPILE_TIMEOUT_S
-        future = self._engine.grammars.submit(spec)
-        if future.done():
-            self._compiled(_Compiled(request.request_id, future))
-        else:
-            future.add_done_callback(functools.partial(self._put_compiled, request))
+    def _fail(self, request_id: str, error: ErrorInfo) -> None:
+        self._send([RequestFailed(request_id, error)])
 
-    def _put_compiled(self, request: GenerateRequest, done: Future[CompiledGrammar]) -> None:
-        self._inbox.put(_Compiled(request.request_id, done))
-        self._end_step_for(request)
-
-    def _compiled(self, message: _Compiled) -> None:
-        request, _ = self._compiling.pop(message.request_id, (None, 0.0))
-        if request is None:  # aborted, or given up
-            return
-        try:
-            grammar = message.future.result()
-        except UserError as error:
-            self._send([RequestFailed(request.request_id, error.info())])
-        except Exception as error:
-            logger.exception("compiling a grammar failed")
-            info = ErrorInfo(f"the grammar could not be compiled: {type(error).__name__}: {error}", 500, "server_error")
-            self._send([RequestFailed(request.request_id, info)])
-        else:
-            self._add(request, grammar)
-
-    def _give_up_compiling(self) -> None:
-        now, began = time.monotonic(), self._engine.grammars.began
-        if began is None or now - began < COMPILE_TIMEOUT_S:  # indexing a large vocabulary is not the grammar's time
-            return
-        for request_id in [key for key, (_, deadline) in self._compiling.items() if deadline < now]:
-            del self._compiling[request_id]
-            error = GrammarError(f"the grammar took longer than {COMPILE_TIMEOUT_S:g} s to compile; that is the limit")
-            self._send([RequestFailed(request_id, error.info())])
+    def _put_compiled(self, compiled: Compiled) -> None:
+        """On the thread that has compiled it."""
+        self._inbox.put(compiled)
+        self._end_step_for(compiled.request)
 
     def _send_held(self) -> None:
         if self._held is not None:

@@ -80,16 +80,16 @@ def test_grammar_that_takes_too_long_fails_its_request_and_names_the_limit(monke
     process._handle(slow)
     process._handle(msgspec.structs.replace(slow, request_id="left"))
     process._handle(Abort("left"))
-    process._give_up_compiling()
-    assert set(process._compiling) == {"slow"}
+    process._compiling.give_up()
+    assert set(process._compiling._waiting) == {"slow"}
     later = time.monotonic() + COMPILE_TIMEOUT_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     for began in (None, later - COMPILE_TIMEOUT_S / 2):  # the vocabulary is being indexed, or was until just now
         engine.grammars.began = began
-        process._give_up_compiling()
-        assert set(process._compiling) == {"slow"}
+        process._compiling.give_up()
+        assert set(process._compiling._waiting) == {"slow"}
     engine.grammars.began = 0.0
-    process._give_up_compiling()
+    process._compiling.give_up()
     (failed,) = receive(ours)
     assert isinstance(failed, RequestFailed) and failed.request_id == "slow" and failed.error.status == 400
     assert f"{COMPILE_TIMEOUT_S:g} s" in failed.error.message
