@@ -48,6 +48,7 @@ class ModelShape:
             attention_scale=self.head_dim**-0.5,
             final_softcap=None,
             windows=(None,) * self.num_layers,
+            sees_images=False,
             rope_keys=("full_attention",) * self.num_layers,
             ropes={"full_attention": RopeConfig("default", 500_000.0, self.head_dim)},
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapter_files import WEIGHTS_FILE
 from ..kernels.linear import has_native_bf16
-from ..model.shapes import LINEARS
+from ..model.shapes import LANGUAGE_MODEL_NAMES, LINEARS
 from .causal_attention import attention_for
 from .data.dataset import Example
 from .run_config import LoraConfig
@@ -31,14 +31,39 @@ def arithmetic(setting: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(auto_class: Any, model_dir: Path, dtype: torch.dtype, device: torch.device, **settings: Any) -> Any:
-    """The base model of `model_dir` as a class of transformers."""
+    """The base model of `model_dir` as a class of transformers; of one that sees images, its language model."""
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    base = auto_class.from_pretrained(
-        model_dir, dtype=dtype, attn_implementation=attention_for(device, dtype), **settings
-    )
+    config = AutoConfig.from_pretrained(model_dir)
+    text = config.get_text_config()
+    for name, value in settings.items():
+        setattr(text, name, value)
+    is_part = text is not config
+    # What is for images would all be listed as unexpected.
+    with quiet_transformers() if is_part else nullcontext():
+        base = auto_class.from_pretrained(
+            model_dir,
+            config=text,
+            key_mapping=LANGUAGE_MODEL_NAMES if is_part else None,
+            dtype=dtype,
+            attn_implementation=attention_for(device, dtype),
+        )
     return base.to(device)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within, transformers tells of errors only, not of weights that are new or left out as they should be."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def with_lora(base: Any, config: LoraConfig, task_type: str) -> Any:

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_MEMORY_BYTES = 2**30
-ALL_LINEAR, OUTPUT_LAYER, EMBEDDING = "all-linear", "lm_head", "model.embed_tokens"
-NOT_LINEAR = (OUTPUT_LAYER, EMBEDDING, "embed_tokens")  # the last one of a model without anything around its layers
+ALL_LINEAR, OUTPUT_LAYER, EMBEDDING = "all-linear", "lm_head", "embed_tokens"
 DEFAULT_TARGETS = ("q_proj", "v_proj")  # peft's, for every architecture that is served
 # No repetition, no choice: as fast in the engine's process as any comparison of text.
 _PLAIN = re.compile(r"\^?(?:\\?\.|[A-Za-z0-9_-])*\$?", re.ASCII)
@@ -34,12 +33,13 @@ def resolve(fields: dict[str, Any], modules: list[str], note: Note = lambda fiel
     layers_pattern (lists), and is_tied: the lm_head shares the embedding's LoRA. Raises what `re` raises.
     """
     targets = DEFAULT_TARGETS if fields["target_modules"] is None else fields["target_modules"]
-    tied = (EMBEDDING, OUTPUT_LAYER) if fields["is_tied"] and _targets_tied(targets, note) else ()
+    not_linear = [module for last in (EMBEDDING, OUTPUT_LAYER) for module in modules if _ends(module)[-1] == last]
+    tied = not_linear if fields["is_tied"] and _targets_tied(targets, note) else []
     out: dict[str, Any] = {}
     excluded = _named("exclude_modules", fields["exclude_modules"], modules, note)
     left = _leave_out(out, "exclude_modules", modules, excluded - {*tied[1:]})
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        found = {module for module in left if module not in NOT_LINEAR}
+        found = {module for module in left if module not in not_linear}
     else:
         found = _named("target_modules", targets, left, note)
     left = _leave_out(out, "target_modules", left, {*left} - found - {*tied})
@@ -88,7 +88,7 @@ def _ends(module: str) -> tuple[str, ...]:
 
 
 def _targets_tied(targets: Any, note: Note) -> bool:
-    ends = [EMBEDDING.rpartition(".")[2], OUTPUT_LAYER]
+    ends = [EMBEDDING, OUTPUT_LAYER]
     if isinstance(targets, str):
         return bool(_named("target_modules", targets, ends, note))
     return any(target.rpartition(".")[2] in ends for target in targets)

@@ -15,7 +15,7 @@ import torch
 from ..adapter_kinds import AdapterType
 from ..errors import AdapterError
 from ..model.config import ModelConfig
-from ..model.shapes import PARENT, module_shapes
+from ..model.shapes import IMAGE_PARTS, PARENT, module_shapes
 from .config_json import shown
 from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora
 from .pooling_config import SCORE, SCORED
@@ -30,11 +30,14 @@ EMBED, LM_HEAD = "model.embed_tokens", "lm_head"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # fmt: skip
 _PREFIX = "base_model.model."
-# What the model that LoRA was trained on has its layers in: the causal one and the one with a score head, or none.
-_INNER = "model."
-_COPY_NAME = re.compile(re.escape(_PREFIX) + r"(?P<module>(?:model\.)?embed_tokens|lm_head)\.(?:base_layer\.)?weight")
-_LAYER_NAME = re.compile(re.escape(_PREFIX) + r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\..*\.lora_[AB]\.weight")
-_BARE_NAME = re.compile(re.escape(_PREFIX) + r"(?:layers|embed_tokens)\..*")
+# What the model that LoRA was trained on has its layers in: the causal one and the one with a score head, a model that
+# sees (as transformers 5 has it, and before 4.52), or none.
+_CAUSAL, _SEES, _BARE = "model.", ("model.language_model.", "language_model.model."), ""
+_INNER = r"(?:(?:model|language_model)\.)*"
+_COPY_NAME = re.compile(re.escape(_PREFIX) + rf"(?P<module>{_INNER}(?:embed_tokens|lm_head))\.(?:base_layer\.)?weight")
+_LAYER_NAME = re.compile(re.escape(_PREFIX) + _INNER + r"layers\.(?P<layer>[0-9]{1,9})\..*\.lora_[AB]\.weight")
+# A LoRA of the part that sees images, which no text goes through.
+_OF_IMAGES = re.compile(re.escape(_PREFIX) + rf"(?:model\.)?(?:{'|'.join(IMAGE_PARTS)})\..*\.lora_[AB]\.weight")
 
 Sides = dict[str, StoredTensor]  # "A", "B"
 
@@ -46,9 +49,9 @@ def module_names(model: ModelConfig) -> list[str]:
 
 
 @functools.cache
-def _places(modules: tuple[str, ...], is_bare: bool) -> dict[str, tuple[str, str]]:
+def _places(modules: tuple[str, ...], inner: str) -> dict[str, tuple[str, str]]:
     """PEFT's name of a tensor -> its module, and its side there."""
-    named = {module: _PREFIX + _in_peft(module, is_bare) for module in modules}
+    named = {module: _PREFIX + _in_peft(module, inner) for module in modules}
     places = {f"{named[module]}.lora_{side}.weight": (module, side) for module in modules for side in "AB"}
     places |= {f"{named[EMBED]}.lora_embedding_{side}": (EMBED, side) for side in "AB"}
     for side in "AB":
@@ -56,9 +59,21 @@ def _places(modules: tuple[str, ...], is_bare: bool) -> dict[str, tuple[str, str
     return places
 
 
-def _in_peft(module: str, is_bare: bool) -> str:
-    """PEFT's name of it in a causal model, or in one without anything around the layers."""
-    return module.removeprefix(_INNER) if is_bare else module
+def _in_peft(module: str, inner: str) -> str:
+    """PEFT's name of it in a model that has its layers in `inner`."""
+    if module == LM_HEAD:
+        return inner.removesuffix(_CAUSAL) + module if inner == _SEES[1] else module
+    return inner + module.removeprefix(_CAUSAL)
+
+
+def _inner_of(file: WeightsFile, kind: AdapterType) -> str:
+    """What the adapter's model had its layers in, by the names of its tensors."""
+    for inner in (*_SEES, *([_BARE] if kind == "embed" else [])):
+        if any(
+            name.startswith((f"{_PREFIX}{inner}layers.", f"{_PREFIX}{inner}embed_tokens.")) for name in file.tensors
+        ):
+            return inner
+    return _CAUSAL
 
 
 def check_tensors(
@@ -67,19 +82,19 @@ def check_tensors(
     """module -> its weights, A [rank, in] and B [out, rank]; of a causal model, by that one's names.
 
     An adapter that embeds may be of a model without lm_head, or of a causal one; one with a score head is of a model
-    without lm_head. Raises `AdapterError`.
+    without lm_head; all of them may be of one that sees images, too. Raises `AdapterError`.
     """
     name, model = config.name, base.config
-    is_bare = kind == "embed" and any(map(_BARE_NAME.fullmatch, file.tensors))
+    inner = _inner_of(file, kind)
     modules = module_names(model)
-    if is_bare or kind in SCORED:
+    if inner == _BARE or kind in SCORED:
         modules.remove(LM_HEAD)
-    sides = _sort(name, file, base, modules, is_bare, kind in SCORED)
+    sides = _sort(name, file, base, modules, inner, kind in SCORED)
     if not sides:
         raise AdapterError(f"adapter {name!r} holds no LoRA tensors")
     ties_embedding = model.tie_word_embeddings and LM_HEAD in modules
-    resolved = config.resolve([_in_peft(module, is_bare) for module in modules], ties_embedding)
-    wanted = {module: resolved[_in_peft(module, is_bare)] for module in modules}
+    resolved = config.resolve([_in_peft(module, inner) for module in modules], ties_embedding)
+    wanted = {module: resolved[_in_peft(module, inner)] for module in modules}
     shapes = module_shapes(model)
     pairs = {}
     for module in modules:
@@ -100,12 +115,13 @@ def check_tensors(
 
 
 def _sort(
-    name: str, file: WeightsFile, base: ServedBase, modules: list[str], is_bare: bool, has_score: bool
+    name: str, file: WeightsFile, base: ServedBase, modules: list[str], inner: str, has_score: bool
 ) -> dict[str, Sides]:
     """module -> its sides; anything unexpected is an error that names it."""
-    places = _places(tuple(modules), is_bare)
-    copied = {_in_peft(module, is_bare): module for module in (EMBED, LM_HEAD)}
+    places = _places(tuple(modules), inner)
+    copied = {_in_peft(module, inner): module for module in (EMBED, LM_HEAD)}
     sides: dict[str, Sides] = {}
+    num_of_images = 0
     for key, tensor in file.tensors.items():
         if key in places:
             module, side = places[key]
@@ -114,6 +130,8 @@ def _sort(
             base.copies.check(name, key, copied[match["module"]], file.tensor(tensor))
         elif key == SCORE and has_score:
             continue  # `pooling.py` reads it
+        elif _OF_IMAGES.fullmatch(key):
+            num_of_images += 1
         elif (layer := _LAYER_NAME.fullmatch(key)) and int(layer["layer"]) >= base.config.num_layers:
             raise AdapterError(f"adapter {name!r}: {key!r} is beyond the model's {base.config.num_layers} layers")
         else:
@@ -121,6 +139,8 @@ def _sort(
                 f"adapter {name!r}: tensor {shown(key)} is not a LoRA weight of a supported module "
                 f"({', '.join(PARENT)}, embed_tokens, lm_head) by PEFT's name, {_PREFIX}MODULE.lora_A.weight"
             )
+    if num_of_images:
+        logger.info("adapter %r: %d tensors for images are left out; only text is served", name, num_of_images)
     return sides
 
 

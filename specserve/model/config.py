@@ -28,6 +28,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "Gemma3ForCausalLM": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
         "sliding_window": 4096,
         "head_dim": 256,
         "query_pre_attn_scalar": 256,
@@ -36,6 +40,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
     },
 }
+# Models that see images, of which the language model is served: its architecture, from its own part of config.json.
+LANGUAGE_MODELS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 MODEL_TYPES = {  # for a config.json without `architectures`
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -43,6 +49,7 @@ MODEL_TYPES = {  # for a config.json without `architectures`
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NO_ROPE = "no_rope"  # in `rope_keys`: layers that know no positions
@@ -62,6 +69,7 @@ class ModelConfig:
     """Sizes and switches of a decoder-only model; lengths in tokens, sizes in elements."""
 
     architecture: str
+    sees_images: bool  # the directory also holds what text does not go through
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -107,8 +115,13 @@ class ModelConfig:
 def _parse(raw: dict[str, Any]) -> ModelConfig:
     names = raw.get("architectures") or [MODEL_TYPES.get(raw.get("model_type", ""), raw.get("model_type"))]
     architecture = names[0]
+    sees_images = architecture in LANGUAGE_MODELS
+    if sees_images:
+        architecture, raw = LANGUAGE_MODELS[architecture], raw["text_config"]
     if architecture not in ARCHITECTURES:
-        raise ModelError(f"architecture {architecture} is not supported; served are {', '.join(ARCHITECTURES)}")
+        raise ModelError(
+            f"architecture {architecture} is not supported; served are {', '.join((*ARCHITECTURES, *LANGUAGE_MODELS))}"
+        )
     raw = {**ARCHITECTURES[architecture], **raw}
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
@@ -143,6 +156,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     attention_bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
         architecture=architecture,
+        sees_images=sees_images,
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import ModelConfig  # which needs torch; commands that only read a run file do without
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Of a model that sees, whose language model is served: the parts for images, and the names of what that model is in, as
+# transformers saves them (regular expressions), with what they are in the language model alone.
+IMAGE_PARTS = ("vision_tower", "multi_modal_projector")
+LANGUAGE_MODEL_NAMES = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 # The linears of a layer, each with the part of the layer that it stands in, by their names on the hub.
 PARENT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
@@ -58,3 +63,17 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[LM_HEAD] = sizes["lm_head"][::-1]
     return shapes
+
+
+def text_name(name: str) -> str:
+    """A tensor's name in the language model alone."""
+    for around, inner in LANGUAGE_MODEL_NAMES.items():
+        name, num = re.subn(around, inner, name)
+        if num:
+            break
+    return name
+
+
+def is_of_images(name: str) -> bool:
+    """Whether a tensor is of the part of a model that sees, which no text goes through."""
+    return name.removeprefix("model.").startswith(tuple(f"{part}." for part in IMAGE_PARTS))

@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 
 from ..errors import ModelError
+from .shapes import text_name
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 MAX_NAMED = 5  # tensors named in one message
@@ -41,7 +42,7 @@ class StoredTensor:
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, from its header. Raises `ModelError`."""
+    """The tensors of a safetensors file by their names in a language model, from its header. Raises `ModelError`."""
     try:
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -50,7 +51,9 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         return {
-            name: StoredTensor(file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+            text_name(name): StoredTensor(
+                file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
+            )
             for name, entry in header.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

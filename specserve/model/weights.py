@@ -6,6 +6,7 @@ shapes and dtypes are checked by the files' headers before anything is read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -13,7 +14,7 @@ import torch
 
 from ..errors import ModelError
 from .config import ModelConfig
-from .shapes import EMBEDDING, LM_HEAD, has_bias, tensor_shapes
+from .shapes import EMBEDDING, LM_HEAD, has_bias, is_of_images, tensor_shapes
 from .stored_rows import MAX_NAMED, STORED, StoredTensor, stored_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +33,7 @@ class TensorSource:
             except (safetensors.SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: the weights are not readable as safetensors: {error}") from None
 
-    def check(self, shapes: dict[str, tuple[int, ...]], ignored: tuple[str, ...]) -> None:
+    def check(self, shapes: dict[str, tuple[int, ...]], is_ignored: Callable[[str], bool]) -> None:
         """Raise unless the files hold exactly `shapes`, by their headers: nothing is read, nothing is allocated."""
         problems = []
         for name, shape in shapes.items():
@@ -44,7 +45,7 @@ class TensorSource:
                 problems.append(f"{name} has shape {list(tensor.shape)}, wanted {list(shape)}")
             elif tensor.dtype not in STORED:
                 problems.append(f"{name} has dtype {tensor.dtype}, wanted {', '.join(STORED)}")
-        unexpected = sorted(name for name in self._tensors.keys() - shapes.keys() if not name.endswith(ignored))
+        unexpected = sorted(name for name in self._tensors.keys() - shapes.keys() if not is_ignored(name))
         problems += [f"{name} is not part of this architecture" for name in unexpected]
         if problems:
             more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
@@ -62,8 +63,10 @@ def checked_source(path: Path, config: ModelConfig) -> TensorSource:
     """The tensors of a directory, which are those of `config`. Raises `ModelError`."""
     source = TensorSource(path)
     # Old checkpoints carry their rotary buffers; a tied model may carry its embedding twice.
-    tied = (LM_HEAD,) if config.tie_word_embeddings else ()
-    source.check(tensor_shapes(config), ignored=("rotary_emb.inv_freq", *tied))
+    ignored = ("rotary_emb.inv_freq", *((LM_HEAD,) if config.tie_word_embeddings else ()))
+    source.check(
+        tensor_shapes(config), lambda name: name.endswith(ignored) or (config.sees_images and is_of_images(name))
+    )
     return source
 
 

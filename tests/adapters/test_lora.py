@@ -97,10 +97,10 @@ def test_mixed_batch_equals_peft_adapter_by_adapter(mixed, adapters, model_dir, 
         ] != pytest.approx(base_logprobs, abs=1e-3), "the adapter changes nothing, so this test shows nothing"
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "smollm3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "smollm3", "gemma3", "gemma3 that sees"])
 def test_other_architectures_equal_peft(architecture, tmp_path):
     model_dir = make_tiny_model(tmp_path / "model", architecture)
-    path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.15, embed=architecture == "gemma3")
+    path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.15, embed=architecture.startswith("gemma3"))
     engine = make_engine(model_dir)
     content_hash = engine.load_adapter("a", path).content_hash
     results = tokens_of(
@@ -114,6 +114,33 @@ def test_other_architectures_equal_peft(architecture, tmp_path):
     )
     assert results["a"] == peft_reference(model_dir, path, [3, 1, 4, 1, 5], 10)[0]
     assert results["b"] == peft_reference(model_dir, None, [3, 1, 4, 1, 5], 10)[0]
+
+
+def test_a_model_that_sees_is_served_under_the_names_of_every_transformers(tmp_path):
+    """Of model and adapter; an adapter of its language model alone is one of it, too."""
+    model_dir = make_tiny_model(tmp_path / "model", "gemma3 that sees")
+    adapter = make_peft_adapter(
+        model_dir, tmp_path / "a", target_modules=r".*language_model.*\.(q|v|down)_proj", std=0.3
+    )
+    model, lora = (
+        load_file(folder / name) for folder, name in ((model_dir, "model.safetensors"), (adapter, WEIGHTS_FILE))
+    )
+    answers = []
+    for of_model, of_lora in (
+        ("language_model.model.", "model.language_model."),
+        ("model.language_model.", "language_model.model."),
+        ("model.language_model.", "model."),
+    ):
+        renamed = {name.replace("language_model.model.", of_model): tensor for name, tensor in model.items()}
+        save_file(renamed, model_dir / "model.safetensors")
+        renamed = {name.replace("model.language_model.", of_lora): tensor for name, tensor in lora.items()}
+        save_file(renamed, adapter / WEIGHTS_FILE)
+        if of_lora == "model.":
+            edit_config(adapter, target_modules=["q_proj", "v_proj", "down_proj"])
+        engine = make_engine(model_dir)
+        asked = request("a", [3, 1, 4], adapter=engine.load_adapter("a", adapter).content_hash, max_tokens=10)
+        answers.append(tokens_of(run(engine, [asked, request("b", [3, 1, 4], max_tokens=10)])))
+    assert answers[1:] == answers[:1] * 2 and answers[0]["a"] != answers[0]["b"]
 
 
 SERVED = {

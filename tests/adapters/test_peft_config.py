@@ -151,7 +151,8 @@ def test_a_model_that_peft_builds_has_lora_on_these_modules(fields, ties_embeddi
 
 
 def test_default_targets_are_pefts():
-    assert {tuple(DEFAULT_TARGETS[name]) for name in MODEL_TYPES.values()} == {peft_matching.DEFAULT_TARGETS}
+    known = MODEL_TYPES.values() & DEFAULT_TARGETS.keys()
+    assert {tuple(DEFAULT_TARGETS[name]) for name in known} == {peft_matching.DEFAULT_TARGETS}
 
 
 def test_every_field_of_peft_is_known():

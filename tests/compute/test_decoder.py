@@ -25,6 +25,10 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 SLIDING = {"sliding_window": 12}
+GEMMA = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
 FAMILIES = {
     "llama": ("llama", {}),
     "llama, untied": ("llama", {"tie_word_embeddings": False}),
@@ -46,6 +50,7 @@ FAMILIES = {
     "smollm3, sliding": ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 12}),
     "gemma3": ("gemma3", {}),
     "gemma3, softcap": ("gemma3", {"final_logit_softcapping": 5.0}),
+    "gemma3 that sees": ("gemma3 that sees", {"rope_parameters": GEMMA}),
     "gemma3, own attention scale": ("gemma3", {"query_pre_attn_scalar": 24}),
 }
 

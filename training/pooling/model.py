@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...adapter_kinds import PoolingType
-from ..lora_model import in_bf16, load_base, save_lora, trained_parameters, with_lora
+from ..lora_model import in_bf16, load_base, quiet_transformers, save_lora, trained_parameters, with_lora
 from ..run_config import LoraConfig
 
 FEATURE_EXTRACTION, SEQ_CLS = "FEATURE_EXTRACTION", "SEQ_CLS"
@@ -35,7 +35,6 @@ class PoolingModel:
         device: torch.device | None = None,
     ):
         from transformers import AutoModel, AutoModelForSequenceClassification
-        from transformers.utils import logging as transformers_logging
 
         self.device, self._pooling, self._dtype = device or torch.device("cpu"), pooling, dtype
         if num_outputs is None:
@@ -43,13 +42,9 @@ class PoolingModel:
             self.peft: Any = with_lora(base, lora, FEATURE_EXTRACTION)
             self._inner, self._score = self.peft.base_model.model, None
         else:
-            verbosity = transformers_logging.get_verbosity()
-            transformers_logging.set_verbosity_error()  # it would warn that the score matrix is new, as it should be
-            try:
-                kind = AutoModelForSequenceClassification
+            kind = AutoModelForSequenceClassification
+            with quiet_transformers():  # the score matrix is new
                 base = load_base(kind, model_dir, dtype, self.device, num_labels=num_outputs)
-            finally:
-                transformers_logging.set_verbosity(verbosity)
             base.score.to(torch.float32)
             self.peft = with_lora(base, lora, SEQ_CLS)
             self._inner = self.peft.base_model.model.model
