@@ -136,6 +136,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="engine_info"):
     hidden_size: int = 0  # values of an embedding
     is_exact: bool = False  # whether a row's bits are the same in every step
     base_head: LookaheadInfo | None = None  # what --base-head names
+    model_hash: str = ""  # of weights and tokenizer: a process that comes later must have the same
 
 
 class CallDone(msgspec.Struct, frozen=True, tag="call_done"):

@@ -117,6 +117,7 @@ class Engine:
             hidden_size=model.hidden_size,
             is_exact=self.decoder.is_exact,
             base_head=base_lookahead.info() if base_lookahead is not None else None,
+            model_hash=self.adapters.model_hash,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self._requests: dict[str, RunningRequest] = {}

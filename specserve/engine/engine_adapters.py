@@ -43,6 +43,7 @@ class EngineAdapters:
         self._base = ServedBase.of(model_dir, decoder.config, decoder.embed.dtype, decoder.compute_dtype)
         assert self._base.identity is not None
         self.base_hash = self._base.identity.model_hash
+        self.model_hash = f"{self.base_hash}-{self._base.identity.tokenizer_hash}"
         self._uploads = Uploads(decoder.device) if decoder.device.type != "cpu" else None
         self._reading = threading.Semaphore(MAX_READING)
         self.base_lookahead = self._read_base_lookahead(config.base_head)

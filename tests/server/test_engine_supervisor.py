@@ -84,6 +84,21 @@ def test_a_restart_survives_every_way_in_which_a_start_fails(plan, caplog):
     assert all("connection to the engine broke: DecodeError" in reason for reason in reasons[-2:])
 
 
+def test_a_restart_serves_the_model_of_the_start_alone(plan, caplog):
+    """A folder that was updated under the server: its tokenizer, its streams and its heads are those of before."""
+    plan("serve other other serve")
+
+    async def run():
+        async with started() as client:
+            before = num_handles()
+            os.kill(client.info.pid, signal.SIGKILL)
+            await until(lambda: client.generation == 2 and client.state == "ready")
+            assert client.info.model_hash == "" and num_handles() == before
+
+    asyncio.run(run())
+    assert caplog.text.count("in fake are others than at the start of this server") == 2
+
+
 def test_a_restart_without_handles_is_tried_until_there_are_some(plan, caplog):
     plan("serve")
 

@@ -1,6 +1,7 @@
 """Keeps one engine process running: starts it, watches it, and starts the next one when it dies or hangs.
 
 Nothing that goes wrong ends this: not a process that dies while it starts, not a server without handles or memory.
+Nor does a process serve whose model is another than the first one's, as when its folder was updated meanwhile.
 Each failure is logged with its reason and followed by another try, after a pause that grows up to `MAX_BACKOFF_S`.
 `generation` counts the processes that served: what was told to one is unknown to the next.
 """
@@ -108,7 +109,7 @@ class EngineSupervisor:
         while True:
             served_s = 0.0
             try:
-                self._link = await self._launch()
+                self._link = await self._launch_same()
                 since = time.monotonic()
                 if not started.done():
                     started.set_result(None)
@@ -129,6 +130,20 @@ class EngineSupervisor:
             pause_s = _pause_s(num_failures)
             logger.error("%s; starting it again in %.1f s (failure %d in a row)", problem, pause_s, num_failures)
             await asyncio.sleep(pause_s)
+
+    async def _launch_same(self) -> Link:
+        """A process with the model of the first one: prompts, streams and adapters were made for that.
+
+        Raises `EngineDeadError` where the files hold another by now.
+        """
+        link = await self._launch()
+        if self.info is not None and link.info.model_hash != self.info.model_hash:
+            await link.end(0.0)
+            raise EngineDeadError(
+                f"the weights or the tokenizer in {link.info.model} are others than at the start of this server; put "
+                "them back, or start the server again to serve these"
+            )
+        return link
 
     async def _serve(self, link: Link) -> str:
         """Dispatch what the process says until it ends or has to be ended; says why. The process is gone then."""
