@@ -54,6 +54,9 @@ def exit_code_of(argv: Sequence[str]) -> int:
         if debug:
             raise
         return _fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:  # a command's name alone
+        print(error.format_message(), file=sys.stderr)
+        return 2
     except click.ClickException as error:
         hint = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
         return _fail(f"{error.format_message()}{hint}", 2)

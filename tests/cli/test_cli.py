@@ -116,6 +116,12 @@ def test_help_lists_every_command_in_one_section_with_its_whole_first_sentence(c
     assert "..." not in out.split("Serve and ask:")[1]
 
 
+@pytest.mark.parametrize("command", [(), ("adapters",), ("bench",)], ids=" ".join)
+def test_a_name_that_wants_a_command_alone_shows_its_commands_line_by_line(capsys, command):
+    code, out, err = run(capsys, *command)
+    assert (code, out) == (2, "") and err == run(capsys, *command, "--help")[1]
+
+
 def test_help_shows_every_setting_with_its_description_and_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = run(capsys, "serve", "--help")
