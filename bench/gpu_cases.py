@@ -44,3 +44,18 @@ def run_cases(name: str, plan: Callable[[float, torch.device], Sequence[Case]], 
     setup = {"commit": common.commit(), "torch": torch.__version__, "hardware": machine, "dry_run": is_dry}
     limits = {"copy_gb_s": round(limit / 1e9, 1), "left_out": left_out}
     common.report(name, {**setup, **limits, "results": results}, save=False)
+
+
+def case_command(
+    name: str, doc: str, plan: Callable[[bool, float, torch.device], Sequence[Case]], *, budget_s: float
+) -> click.Command:
+    """The command of a bench whose cases `plan(is_dry, limit, device)` gives, described by the first line of `doc`."""
+
+    @click.command(name, help=doc.partition("\n")[0])
+    @click.option("--budget", default=budget_s, show_default=True, help="No case is begun after so many seconds.")
+    @click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
+    @torch.inference_mode()
+    def main(budget: float, is_dry: bool) -> None:
+        run_cases(name, lambda limit, device: plan(is_dry, limit, device), budget, is_dry)
+
+    return main

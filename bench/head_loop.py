@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import torch
 
 from specserve.drafters.head import HeadWeights, head_shapes
@@ -24,7 +23,7 @@ from specserve.drafters.head_files import LookaheadConfig, LookaheadHeadFile, pa
 from specserve.drafters.head_source import HeadRunner, HeadSource
 from specserve.kernels.head_loop import LoopRows
 
-from .gpu_cases import Case, run_cases
+from .gpu_cases import Case, case_command
 from .gpu_timing import seconds_per_call
 from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
@@ -120,12 +119,7 @@ def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     return [lambda s=s, n=n, h=h: loop(s, n, h, 8, limit, device) for n, h in counts for s in SHAPES]
 
 
-@click.command(help=__doc__.partition("\n")[0])
-@click.option("--budget", "budget_s", default=25.0, show_default=True, help="No case is begun after so many seconds.")
-@click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
-@torch.inference_mode()
-def main(budget_s: float, is_dry: bool) -> None:
-    run_cases("head_loop", lambda limit, device: plan(is_dry, limit, device), budget_s, is_dry)
+main = case_command("head_loop", __doc__, plan, budget_s=25.0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from specserve.kernels.linear_rows import hold_one_order, linear_rows, release_order, rows_that_differ
 
-from .gpu_cases import Case, run_cases
+from .gpu_cases import Case, case_command
 from .gpu_timing import read_bandwidth, seconds_per_call
 from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
@@ -105,12 +105,7 @@ def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     return cases
 
 
-@click.command(help=__doc__.partition("\n")[0])
-@click.option("--budget", "budget_s", default=28.0, show_default=True, help="No case is begun after so many seconds.")
-@click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
-@torch.inference_mode()
-def main(budget_s: float, is_dry: bool) -> None:
-    run_cases("linear_rows", lambda limit, device: plan(is_dry, limit, device), budget_s, is_dry)
+main = case_command("linear_rows", __doc__, plan, budget_s=28.0)
 
 
 if __name__ == "__main__":

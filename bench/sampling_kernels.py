@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import click
 import numpy as np
 import torch
 
@@ -20,7 +19,7 @@ from specserve.kernels.logit_edits import ENTRY, ROW, edit_logits_, restore_logi
 from specserve.kernels.sampling import SamplingRow, SamplingScratch, SamplingTensors, sample_logits_
 from specserve.kernels.verify import verify_drafts_
 
-from .gpu_cases import Case, run_cases
+from .gpu_cases import Case, case_command
 from .gpu_timing import seconds_per_call
 from .shapes import LLAMA8B, SMOLLM2
 
@@ -106,12 +105,7 @@ def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     return cases
 
 
-@click.command(help=__doc__.partition("\n")[0])
-@click.option("--budget", "budget_s", default=25.0, show_default=True, help="No case is begun after so many seconds.")
-@click.option("--dry-run", "is_dry", is_flag=True, help="Tiny sizes on the CPU under Triton's interpreter.")
-@torch.inference_mode()
-def main(budget_s: float, is_dry: bool) -> None:
-    run_cases("sampling_kernels", lambda limit, device: plan(is_dry, limit, device), budget_s, is_dry)
+main = case_command("sampling_kernels", __doc__, plan, budget_s=25.0)
 
 
 if __name__ == "__main__":
