@@ -6,18 +6,12 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from stopped_clock import Clock
 
 from specserve.adapters import held, residency, room_queue
 from specserve.adapters.registry import AdapterRegistry
 from specserve.errors import UserError
 from specserve.messages import AWAY_S, BACKGROUND_PRIORITY
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 class Places:

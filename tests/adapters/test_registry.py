@@ -9,22 +9,11 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+from stopped_clock import Clock
 
 from specserve.adapters import held, residency
 from specserve.adapters.registry import AdapterRegistry
 from specserve.errors import OverloadedError, UserError
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

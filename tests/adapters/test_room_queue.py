@@ -11,18 +11,6 @@ from specserve.adapters.registry import AdapterRegistry
 from specserve.errors import UserError
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def full(clock):
     """A registry of one place, which a request has."""

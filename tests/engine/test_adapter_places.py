@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+from stopped_clock import Clock
 from waiting import wait_until
 
 from specserve.adapter_messages import AdapterLoaded, LoadAdapter
@@ -20,13 +21,6 @@ from specserve.errors import NO_IDLE_ROOM, AdapterError
 from specserve.messages import CallFailed
 
 SIZE = 10
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Threads:

@@ -13,18 +13,6 @@ from specserve.readers import Readers
 STUCK_S = 30.0
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def pool(clock):
     return Readers(2, STUCK_S, max_stuck=4, max_stuck_a_mount=2, clock=clock)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
+from stopped_clock import Clock
+
 from specserve.server.responses.store import ENTRY_BYTES, ResponseStore, StoredResponse
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def entry(name: str, num_bytes: int = 100) -> StoredResponse:
@@ -49,11 +44,11 @@ def test_old_ones_are_forgotten_and_it_is_known_when_the_next_will_be():
     store = ResponseStore(10_000, 60, clock)
     assert store.forget_old() is None
     store.put("red", entry("r1"))
-    clock.now_s += 20
+    clock.now += 20
     store.put("blue", entry("b1"))
     assert store.forget_old() == 40
-    clock.now_s += 40
+    clock.now += 40
     assert store.get("red", "r1") is None and store.get("blue", "b1") is not None
     assert store.num_bytes == 100 + ENTRY_BYTES and store.forget_old() == 20
-    clock.now_s += 20
+    clock.now += 20
     assert store.forget_old() is None and store.num_bytes == 0
