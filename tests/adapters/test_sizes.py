@@ -7,23 +7,22 @@ import struct
 
 import pytest
 import torch
+from adapter_edits import base_of
 from lookahead_adapters import make_lookahead_adapter
 from peft_adapters import make_peft_adapter
 
 from specserve.adapter_files import HISTORY_FILE, WEIGHTS_FILE
 from specserve.adapters.lora import read_adapter
-from specserve.adapters.served_base import ServedBase
 from specserve.adapters.sizes import expected_bytes
 from specserve.adapters.slab import as_in_peft
 from specserve.compute.native.lora import to_native
 from specserve.drafters.head import WEIGHT_NAMES
 from specserve.drafters.task_history import expected_bytes as history_bytes
-from specserve.model.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
 def base(model_dir):
-    return ServedBase.of(model_dir, ModelConfig.from_dir(model_dir), torch.float32, torch.bfloat16)
+    return base_of(model_dir, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_edits import edit_tensors
+from adapter_edits import base_of, edit_tensors
 from peft_adapters import make_peft_adapter
 from safetensors.torch import load_file
 
 from specserve.adapter_files import WEIGHTS_FILE
 from specserve.adapters.lora import read_adapter
-from specserve.adapters.served_base import ServedBase
 from specserve.adapters.slab import as_in_peft
 from specserve.compute.native.lora import to_native
 from specserve.kernels.lora import LoraPair
-from specserve.model.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
 def base(model_dir):
-    return ServedBase.of(model_dir, ModelConfig.from_dir(model_dir), torch.float32, torch.bfloat16)
+    return base_of(model_dir, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
