@@ -30,7 +30,7 @@ FLAGS = (
 )
 NUM_MODULES = 7  # a layer's linears: query, key, value, output, gate, up, down
 # "norm" quantizes what it norms; "quantize" is what o and down read.
-PHASES = ("norm", "quantize", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
+PHASES = ("inputs", "norm", "quantize", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
 MAX_TAPS = 128  # layers; heads in one step may each read another
 MAX_HEAD_DIM = 256
 KEYS_PER_TILE = 16  # a KV block must be a multiple
@@ -75,9 +75,14 @@ class Model(Structure):
         ("head_dim", c_int32),
         ("is_gelu", c_int32),
         ("is_bf16", c_int32),
-        ("unused", c_int32),
+        ("num_ropes", c_int32),
         ("eps", c_float),
         ("attention_scale", c_float),
+        ("embed", c_void_p),
+        ("frequencies", c_void_p * 2),
+        ("rope_scales", c_float * 2),
+        ("embed_scale", c_float),
+        ("embed_is_bf16", c_int32),
     ]
 
 
@@ -87,18 +92,12 @@ class Step(Structure):
         ("num_seqs", c_int32),
         ("num_hidden", c_int32),
         ("block_size", c_int32),
-        ("table_width", c_int32),
         ("max_rank", c_int32),
         ("num_taps", c_int32),
-        ("unused", c_int32),
-        ("x", c_void_p),
-        ("slot_mapping", c_void_p),
-        ("cu_query_lens", c_void_p),
-        ("context_lens", c_void_p),
-        ("block_tables", c_void_p),
-        ("hidden_indices", c_void_p),
-        ("cos", c_void_p * 2),
-        ("sin", c_void_p * 2),
+        *(
+            (name, c_void_p)
+            for name in ("x", "tokens", "starts", "query_lens", "table_lens", "blocks", "hidden_indices")
+        ),
         ("row_slots", c_void_p),
         ("lora", c_void_p),
         ("hidden", c_void_p),

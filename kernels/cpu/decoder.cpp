@@ -18,6 +18,7 @@
 
 #include "attention.h"
 #include "heads.h"
+#include "inputs.h"
 #include "lora.h"
 #include "matmul.h"
 #include "sampling.h"
@@ -25,32 +26,36 @@
 
 enum Module { Q, K, V, O, GATE, UP, DOWN, NUM_MODULES };
 // Norms quantize what they norm; QUANTIZE is what O and DOWN read.
-enum Phase { NORM, QUANTIZE, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES };
+enum Phase { BEGIN, NORM, QUANTIZE, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES };
 
 struct Layer {
   Matrix modules[NUM_MODULES];
   const float *input_norm, *mlp_norm, *q_norm, *k_norm, *post_attention_norm, *post_mlp_norm;  // null where absent
   void *k_cache, *v_cache;
   int32_t window;  // 0: all
-  int32_t rope;    // which of Step::cos and sin
+  int32_t rope;    // which of Model::frequencies
 };
 
 struct Model {
   const Layer* layers;
   const float* norm;
-  int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, is_gelu, is_bf16, unused;
+  int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, is_gelu, is_bf16, num_ropes;
   float eps, attention_scale;
+  const void* embed;            // [V][H]
+  const float* frequencies[2];  // of rotary embeddings, [D / 2] radians a position
+  float rope_scales[2], embed_scale;
+  int32_t embed_is_bf16;  // else fp32
 };
 
 struct Step {
-  int32_t num_rows, num_seqs, num_hidden, block_size, table_width, max_rank, num_taps, unused;
-  float* x;  // [T][H] embeddings in, scratch afterwards
-  const int64_t* slot_mapping;
-  const int32_t *cu_query_lens, *context_lens, *block_tables;
+  int32_t num_rows, num_seqs, num_hidden, block_size, max_rank, num_taps;
+  float* x;               // [T][H] embeddings in, scratch afterwards; null: they are the model's own
+  const int64_t* tokens;  // [T]
+  const int64_t *starts, *query_lens, *table_lens;  // [S]: position of the first row, rows, blocks
+  const int32_t* blocks;                            // all sequences' block tables, one after the other
   const int64_t* hidden_indices;
-  const float *cos[2], *sin[2];  // [T][D], the second half of sin is positive
-  const int32_t* row_slots;      // [T], -1: no adapter; null: none in the step
-  const Lora* lora;              // [slots][layers][NUM_MODULES]
+  const int32_t* row_slots;  // [T], -1: no adapter; null: none in the step
+  const Lora* lora;          // [slots][layers][NUM_MODULES]
   float* hidden;                 // [L + P][H], normed, of the rows hidden_indices
   int32_t tap_layers[128];
   float* taps[128];     // [L + P][H] each
@@ -86,6 +91,8 @@ struct Engine {
   Buffer act, act2, codes, row_scales, row_sums, qkv, rotated, h, y, last;
   std::vector<Buffer> attention, products, rows, draws;
   std::vector<Top> tops;
+  Buffer embedded, cos[2], sin[2];  // cos and sin: [T][D / 2]
+  Places places;
   Buffer partials;
   std::vector<std::atomic<int>> splits_left;
 
@@ -138,6 +145,12 @@ class Forward {
     const Layer& first = m.layers[0];
     const int widest = std::max({first.modules[Q].kp, first.modules[O].kp, first.modules[DOWN].kp});
     const size_t rows = T;
+    if (!x) x = e.embedded.get<float>(rows * m.hidden_size);
+    for (int i = 0; i < m.num_ropes; i++) {
+      e.cos[i].get<float>(rows * m.head_dim / 2);
+      e.sin[i].get<float>(rows * m.head_dim / 2);
+    }
+    e.places.set(s.num_seqs, T, s.block_size, s.starts, s.query_lens, s.table_lens, s.blocks);
     act = e.act.get<A>(Rows<A>::size(T, widest));
     act2 = e.act2.get<A>(Rows<A>::size(T, widest));
     e.make_room(T);
@@ -160,6 +173,8 @@ class Forward {
   void operator()(int thread) {
     Tiles tiles;
     Clock clock(thread == 0 ? s.seconds : nullptr);
+    begin_rows();
+    clock.end(BEGIN);
     for (int idx = 0; idx < m.num_layers; idx++) {
       const Layer& layer = m.layers[idx];
       if (thread == 0 && s.stop) is_stopped = __atomic_load_n(s.stop, __ATOMIC_RELAXED);
@@ -219,6 +234,21 @@ class Forward {
     double* seconds;
     std::chrono::steady_clock::time_point last;
   };
+
+  void begin_rows() {
+    const int half = m.head_dim / 2, width = m.hidden_size;
+    for (int t; (t = e.team.next(T)) >= 0;) {
+      for (int i = 0; i < m.num_ropes; i++)
+        cos_sin_of((float)e.places.positions[t], m.frequencies[i], half, m.rope_scales[i],
+                   (float*)e.cos[i].data + (size_t)t * half, (float*)e.sin[i].data + (size_t)t * half);
+      if (s.x) continue;
+      float* to = x + (size_t)t * width;
+      const size_t from = (size_t)s.tokens[t] * width;
+      if (m.embed_is_bf16) embed_row((const bf16*)m.embed + from, width, m.embed_scale, to);
+      else embed_row((const float*)m.embed + from, width, m.embed_scale, to);
+    }
+    e.team.barrier();
+  }
 
   float rms_scale(const float* x, int n) const {
     f32x16 squares = {};
@@ -352,7 +382,7 @@ class Forward {
     int64_t before = -1;
     int num = 0;
     for (int r = 0; r < rows; r++)
-      if (const int64_t tile = s.slot_mapping[row + r] / KEYS; tile != before) {
+      if (const int64_t tile = e.places.slots[row + r] / KEYS; tile != before) {
         const char* at = cache + (tile * m.num_kv_heads + part.panel) * size;
         pieces[num++] = {at, at + size};
         before = tile;
@@ -426,7 +456,7 @@ class Forward {
     for (int i = 0; i < half; i += 16) {
       const int n = half - i;
       const f32x16 a = load_n(x + i, n), b = load_n(x + i + half, n);
-      const f32x16 c = load_n(cos + i, n), sn = load_n(sin + i + half, n);
+      const f32x16 c = load_n(cos + i, n), sn = load_n(sin + i, n);
       store_n(x + i, a * c - b * sn, n);
       store_n(x + i + half, b * c + a * sn, n);
     }
@@ -435,10 +465,11 @@ class Forward {
   // One head of a row, [head_dim], goes where attention reads it: normed and rotated, unless it holds values.
   void place(const Layer& layer, int module, int head, int t, float* x) {
     const int dim = m.head_dim;
-    if (module == V) return store_value((A*)layer.v_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, x);
+    if (module == V) return store_value((A*)layer.v_cache, e.places.slots[t], head, m.num_kv_heads, dim, x);
     if (const float* norm = module == Q ? layer.q_norm : layer.k_norm) head_norm(x, norm);
-    rotate(x, s.cos[layer.rope] + (size_t)t * dim, s.sin[layer.rope] + (size_t)t * dim);
-    if (module == K) return store_key((A*)layer.k_cache, s.slot_mapping[t], head, m.num_kv_heads, dim, x);
+    const size_t first = (size_t)t * (dim / 2);
+    rotate(x, (const float*)e.cos[layer.rope].data + first, (const float*)e.sin[layer.rope].data + first);
+    if (module == K) return store_key((A*)layer.k_cache, e.places.slots[t], head, m.num_kv_heads, dim, x);
     A* out = rotated + (size_t)t * q_size + head * dim;
     for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(x + c, dim - c), dim - c);
   }
@@ -479,7 +510,7 @@ class Forward {
     size_t partials = 0;
     int counters = 0;
     for (int i = 0; i < s.num_seqs; i++) {
-      const int n = s.cu_query_lens[i + 1] - s.cu_query_lens[i], num_splits = (s.context_lens[i] + SPLIT - 1) / SPLIT;
+      const int n = e.places.cu_query_lens[i + 1] - e.places.cu_query_lens[i], num_splits = (e.places.context_lens[i] + SPLIT - 1) / SPLIT;
       for (int head = 0; head < m.num_kv_heads; head++)
         for (int row = n; row > 0; row -= rows_at_once) {
           const int num = std::min(rows_at_once, row);
@@ -509,8 +540,8 @@ class Forward {
 
   void attend(const Layer& layer, const AttentionTask& task, float* scratch) {
     const int dim = m.head_dim, group = m.num_heads / m.num_kv_heads, num = task.num_rows * task.num_groups;
-    const int row = s.cu_query_lens[task.seq] + task.first_row;
-    const int first_position = s.context_lens[task.seq] - (s.cu_query_lens[task.seq + 1] - row);
+    const int row = e.places.cu_query_lens[task.seq] + task.first_row;
+    const int first_position = e.places.context_lens[task.seq] - (e.places.cu_query_lens[task.seq + 1] - row);
     float* scores = scratch;
     Partial sum = Partial::at(scores + SCORES, num, dim);
     Partial part = Partial::at(scores + SCORES + Partial::size(QUERIES, dim), num, dim);
@@ -522,9 +553,9 @@ class Forward {
         memcpy(queries + v * dim, rotated + (size_t)(row + r) * q_size + head * dim, sizeof(A) * dim);
         positions[v] = first_position + r;
       }
-    const int32_t* table = s.block_tables + (size_t)task.seq * s.table_width;
+    const int32_t* table = e.places.tables[task.seq];
     const Context<A> context{(const A*)layer.k_cache, (const A*)layer.v_cache, table, s.block_size, m.num_kv_heads,
-                             task.head, dim, s.context_lens[task.seq], layer.window, m.attention_scale};
+                             task.head, dim, e.places.context_lens[task.seq], layer.window, m.attention_scale};
     const int first_split = first_seen(context, positions[0]) / SPLIT, last_split = positions[num - 1] / SPLIT;
     if (task.split >= 0) {
       auto of_split = [&](int i) {
@@ -698,11 +729,12 @@ static const Place LAYOUT[] = {
     FIELD(Layer, v_cache), FIELD(Layer, window), FIELD(Layer, rope),
     STRUCT(Model), FIELD(Model, layers), FIELD(Model, norm), FIELD(Model, num_layers), FIELD(Model, hidden_size),
     FIELD(Model, num_heads), FIELD(Model, num_kv_heads), FIELD(Model, head_dim), FIELD(Model, is_gelu), FIELD(Model, is_bf16),
-    FIELD(Model, unused), FIELD(Model, eps), FIELD(Model, attention_scale),
+    FIELD(Model, num_ropes), FIELD(Model, eps), FIELD(Model, attention_scale), FIELD(Model, embed), FIELD(Model, frequencies),
+    FIELD(Model, rope_scales), FIELD(Model, embed_scale), FIELD(Model, embed_is_bf16),
     STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_hidden), FIELD(Step, block_size),
-    FIELD(Step, table_width), FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, unused), FIELD(Step, x),
-    FIELD(Step, slot_mapping), FIELD(Step, cu_query_lens), FIELD(Step, context_lens), FIELD(Step, block_tables),
-    FIELD(Step, hidden_indices), FIELD(Step, cos), FIELD(Step, sin), FIELD(Step, row_slots), FIELD(Step, lora),
+    FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, x), FIELD(Step, tokens), FIELD(Step, starts),
+    FIELD(Step, query_lens), FIELD(Step, table_lens), FIELD(Step, blocks), FIELD(Step, hidden_indices),
+    FIELD(Step, row_slots), FIELD(Step, lora),
     FIELD(Step, hidden), FIELD(Step, tap_layers), FIELD(Step, taps), FIELD(Step, seconds),
     FIELD(Step, stop),
     STRUCT(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank), FIELD(Lora, scale),

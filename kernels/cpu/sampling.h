@@ -11,6 +11,7 @@
 #include <functional>
 #include <vector>
 
+#include "inputs.h"
 #include "team.h"
 #include "vec.h"
 
@@ -82,13 +83,11 @@ static int best_of_rows(Team& team, std::vector<Top>& tops, const float* logits,
   return num_bad;
 }
 
-typedef double f64x8 __attribute__((vector_size(64)));
-typedef int64_t i64x8 __attribute__((vector_size(64)));
 typedef float f32x8_any __attribute__((vector_size(32), aligned(4), may_alias));
 
 // e^x of x up to 0, to about 2 ulp; 0 below -700.
 INLINE f64x8 exp_of_negative(f64x8 x) {
-  const f64x8 rounder = f64x8{} + 6755399441055744.0;  // rounds to an integer in the low mantissa bits
+  const f64x8 rounder = f64x8{} + INTEGER_ROUNDER;
   f64x8 n = x * 1.4426950408889634 + rounder;
   const i64x8 exponent = (i64x8)n - (i64x8)rounder;
   n = n - rounder;

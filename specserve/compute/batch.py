@@ -12,7 +12,10 @@ in order of position; sequences of one adapter are adjacent, so that they form o
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,23 +25,49 @@ if TYPE_CHECKING:
     from .torch.lora import LoraBatch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward pass. Tensors live on the model's device; lists are their host copies for CPU paths."""
+    """Inputs of one forward pass, as lists; and as tensors on the model's device, for who asks: behind a step of the
+    native path each of torch's small operations takes 40 us or more, and it needs none."""
 
-    tokens: torch.Tensor  # [T] int64, in [0, V)
-    positions: torch.Tensor  # [T] int64, 0-based position in the sequence
-    slot_mapping: torch.Tensor  # [T] int64, where each row's K and V go: block * block_size + offset
-    block_tables: torch.Tensor  # [S, N] int32, physical blocks in order; padding is 0 and never read
-    cu_query_lens: torch.Tensor  # [S + 1] int32, first row of each sequence, then T
-    context_lens: torch.Tensor  # [S] int32, tokens visible to the last row: already cached ones plus this step's rows
-    hidden_indices: torch.Tensor  # [L + P] int64, rows whose hidden states are needed: those for logits, ascending; P
+    token_ids: Sequence[int]  # [T] in [0, V)
+    starts: Sequence[int]  # [S] position of each sequence's first row
+    query_lens: Sequence[int]  # [S] rows of each
+    tables: Sequence[Sequence[int]]  # [S][N] physical blocks in order; those behind the last row's are not read
+    hidden_rows: Sequence[int]  # [L + P] rows whose hidden states are needed: those for logits, ascending; P
     block_size: int
-    query_lens_list: list[int]  # [S]
-    context_lens_list: list[int]  # [S]
-    block_tables_list: list[list[int]]  # [S][blocks in use], unpadded
+    device: torch.device
     lora: LoraBatch | NativeLoraBatch | None  # None when no row has an adapter
 
     @property
     def num_rows(self) -> int:
-        return self.tokens.shape[0]
+        return len(self.token_ids)
+
+    @cached_property
+    def context_lens(self) -> list[int]:
+        """[S] tokens visible to each sequence's last row: already cached ones plus this step's rows."""
+        return [start + num for start, num in zip(self.starts, self.query_lens, strict=True)]
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """[T] int64."""
+        return torch.tensor(self.token_ids, device=self.device)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[T] int64, 0-based position in the sequence."""
+        spans = map(range, self.starts, self.context_lens)
+        return torch.tensor(list(itertools.chain.from_iterable(spans)), device=self.device)
+
+    @cached_property
+    def slot_mapping(self) -> torch.Tensor:
+        """[T] int64, where each row's K and V go: block * block_size + offset."""
+        size = self.block_size
+        spans = zip(self.tables, self.starts, self.context_lens, strict=True)
+        slots = [table[at // size] * size + at % size for table, start, end in spans for at in range(start, end)]
+        return torch.tensor(slots, device=self.device)
+
+    @cached_property
+    def hidden_indices(self) -> torch.Tensor:
+        """[L + P] int64."""
+        return torch.tensor(self.hidden_rows, dtype=torch.int64, device=self.device)

@@ -10,6 +10,20 @@ import numpy as np
 from ..schedule.scheduler import ScheduledSequence
 
 
+def row_tokens(items: Sequence[ScheduledSequence]) -> list[int]:
+    """The tokens of all rows, drafts behind each item's own."""
+    tokens: list[int] = []
+    for item in items:
+        first = item.seq.num_computed
+        if item.num_rows == 1:
+            tokens.append(item.seq.tokens[first])
+        else:
+            tokens += item.seq.tokens[first : first + item.num_rows]
+        if item.drafts:
+            tokens += item.drafts
+    return tokens
+
+
 class RowLists(NamedTuple):
     """One entry a row, those of each item one after the other."""
 
@@ -26,14 +40,7 @@ class RowLists(NamedTuple):
         if sum(counts) == len(items):  # one row each, mostly
             tokens = [item.seq.tokens[first] for item, first in zip(items, firsts, strict=True)]
             return cls(tokens, starts, np.arange(len(items)), starts + 1)
-        tokens = []
-        for item, first in zip(items, firsts, strict=True):
-            if item.num_rows == 1:
-                tokens.append(item.seq.tokens[first])
-            else:
-                tokens += item.seq.tokens[first : first + item.num_rows]
-            if item.drafts:
-                tokens += item.drafts
+        tokens = row_tokens(items)
         num_rows = np.array(counts)
         row_items = np.repeat(np.arange(len(items)), num_rows)
         positions = (starts + num_rows - num_rows.cumsum())[row_items] + np.arange(len(tokens))

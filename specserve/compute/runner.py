@@ -6,11 +6,9 @@ and the native path; `cuda/runner.py` is the counterpart that fills buffers in p
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
 from ..adapters.lora import LoraAdapter
@@ -22,7 +20,7 @@ from ..schedule.scheduler import ScheduledSequence
 from .batch import Batch
 from .kv_cache import KVCache
 from .pooled_sums import add_up, rows_of
-from .row_lists import RowLists
+from .row_lists import row_tokens
 from .slots import Slots, take_slots
 from .step_output import StepOutput
 
@@ -48,7 +46,7 @@ class BatchDecoder(Protocol):
     device: torch.device
 
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [L + P, H] of the rows `batch.hidden_indices`; writes all rows' keys and values.
+        """Normed hidden states [L + P, H] of the rows `batch.hidden_rows`; writes all rows' keys and values.
 
         Each layer in `taps` gets its output there, [L + P, H].
         """
@@ -69,16 +67,16 @@ class ModelRunner:
         self.kv = kv
         self.slots = slots
         self._base_head = base_head
+        self._no_rows = torch.empty(0)
 
-    @torch.inference_mode()
     def forward(self, items: Sequence[ScheduledSequence], adapters: Mapping[str, LoraAdapter]) -> StepOutput:
         """One forward over `items`; `adapters` holds every adapter that they name, by content hash."""
         items, _, active = take_slots(self.slots, items, adapters)
         batch, needed, spans = self._build(items)
         heads = [adapter.lookahead.head for adapter in active if adapter.lookahead is not None]
-        taps = {head.config.tap_layer: batch.tokens for head in (*heads, self._base_head) if head is not None}
+        taps = {head.config.tap_layer: self._no_rows for head in (*heads, self._base_head) if head is not None}
         states = self.decoder.forward(batch, self.kv, taps)  # [L + P, H]
-        hidden = states[: len(needed.rows)]
+        hidden = states[: len(needed.rows)] if spans else states
         if needed.rows:
             logits = self.decoder.logits(hidden, batch)  # [L, V]
         else:  # nothing but unfinished prefill chunks, and texts that are pooled
@@ -87,30 +85,17 @@ class ModelRunner:
         return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, taps, pooled)
 
     def _build(self, items: Sequence[ScheduledSequence]) -> tuple[Batch, LogitsRows, list[PooledSpan]]:
-        size = self.kv.block_size
         counts = [item.num_rows + len(item.drafts) for item in items]
-        rows, needed, spans = RowLists.of(items, counts), LogitsRows(items, counts), pooled_spans(items, counts)
-        context_lens = [item.seq.num_computed + count for item, count in zip(items, counts, strict=True)]
-        cu_query_lens = [0, *itertools.accumulate(counts)]
+        needed, spans = LogitsRows(items, counts), pooled_spans(items, counts)
         runs = [(item.seq.adapter_hash, count) for item, count in zip(items, counts, strict=True)]
-        device = self.decoder.device
-        tables = [item.seq.block_table[: -(-n // size)] for item, n in zip(items, context_lens, strict=True)]
-        block_tables = np.zeros((len(items), max(map(len, tables))), dtype=np.int32)
-        for idx, table in enumerate(tables):
-            block_tables[idx, : len(table)] = table
-        slot_mapping = rows.slot_mapping(block_tables, rows.items, size)
         batch = Batch(
-            tokens=torch.tensor(rows.tokens, device=device),
-            positions=torch.tensor(rows.positions, device=device),
-            slot_mapping=torch.tensor(slot_mapping, device=device),
-            block_tables=torch.tensor(block_tables, device=device),
-            cu_query_lens=torch.tensor(cu_query_lens, dtype=torch.int32, device=device),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
-            hidden_indices=torch.tensor(needed.rows + rows_of(spans), dtype=torch.int64, device=device),
-            block_size=size,
-            query_lens_list=counts,
-            context_lens_list=context_lens,
-            block_tables_list=tables,
+            token_ids=row_tokens(items),
+            starts=[item.seq.num_computed for item in items],
+            query_lens=counts,
+            tables=[item.seq.block_table for item in items],
+            hidden_rows=needed.rows + rows_of(spans),
+            block_size=self.kv.block_size,
+            device=self.decoder.device,
             lora=self.slots.batch(runs, needed.rows),
         )
         return batch, needed, spans

@@ -196,7 +196,7 @@ def test_rows_that_are_wanted_have_the_bits_that_they_have_among_all(model_dir, 
     whole, tapped = decoder.forward(batch, driver.kv, taps), dict(taps)
     for rows in ([69, 78], [78, 3, 40, 3], list(range(5, 60)), []):
         wanted = torch.tensor(rows, dtype=torch.int64)
-        found = decoder.forward(dataclasses.replace(batch, hidden_indices=wanted), driver.kv, taps)
+        found = decoder.forward(dataclasses.replace(batch, hidden_rows=rows), driver.kv, taps)
         assert torch.equal(found, whole[wanted])
         assert all(torch.equal(taps[layer], tapped[layer][wanted]) for layer in taps)
 

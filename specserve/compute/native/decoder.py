@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from ...kernels.native import MAX_TAPS, NORMS, PANEL, PHASES, LayerStruct, Library, Model, Step, Team
 from ...kernels.packed import PackedMatrix
 from ...model.config import ModelConfig
-from ...model.rope import Rope
+from ...model.rope import inverse_frequencies
 from ...model.shapes import LINEARS
 from ..batch import Batch
 from ..interrupt import StepInterrupt, StepInterruptedError
@@ -86,8 +87,8 @@ class NativeDecoder:
         self.costs_key = f"{library.name}, {num_threads} threads, {form}"
         self.phase_seconds = (ctypes.c_double * len(PHASES))()
         self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # as transformers rounds it
-        self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
         self._kinds = list(config.ropes)
+        self._frequencies = [inverse_frequencies(rope) for rope in config.ropes.values()]  # [D / 2] each
         self._norm, self._layers, self._lm_head = norm, layers, lm_head
         self.team = Team(library, num_threads)
         self._structs = (LayerStruct * len(layers))(*(self._layer_struct(idx) for idx in range(len(layers))))
@@ -101,10 +102,17 @@ class NativeDecoder:
             config.head_dim,
             int(config.activation != "silu"),
             int(self.is_bf16),
-            0,
+            len(self._kinds),
             config.rms_norm_eps,
             config.attention_scale,
+            embed=embed.data_ptr(),
+            embed_scale=self._embed_scale,
+            embed_is_bf16=int(embed.dtype == torch.bfloat16),
         )
+        for idx, (frequencies, rope) in enumerate(zip(self._frequencies, config.ropes.values(), strict=True)):
+            self._model.frequencies[idx] = frequencies.data_ptr()
+            self._model.rope_scales[idx] = rope.attention_factor
+        self._step = Step(seconds=self.phase_seconds)
         self._lm_head_struct = lm_head.struct()
         self._kv: KVCache | None = None
         self.interrupt = StepInterrupt()
@@ -116,7 +124,7 @@ class NativeDecoder:
         return NativeSlots(self.config, self.compute_dtype)
 
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [L + P, H] fp32 of the rows `batch.hidden_indices`; writes all rows' KV to `kv`.
+        """Normed hidden states [L + P, H] fp32 of the rows `batch.hidden_rows`; writes all rows' KV to `kv`.
 
         Each layer index that `taps` holds gets that layer's output for the same rows, [L + P, H] fp32. Raises
         `StepInterruptedError`.
@@ -124,34 +132,31 @@ class NativeDecoder:
         self._bind(kv)
         lora = batch.lora
         assert lora is None or isinstance(lora, NativeLoraBatch)
-        x = F.embedding(batch.tokens, self.embed).float()  # [T, H]
-        if lora is not None:
-            lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
-        if self.config.embed_scale != 1.0:
-            x *= self._embed_scale
-        num_hidden = batch.hidden_indices.shape[0]
+        x = self._embedded(batch, lora)
+        num_rows, num_seqs, num_hidden = len(batch.token_ids), len(batch.starts), len(batch.hidden_rows)
         hidden = torch.empty(num_hidden, self.config.hidden_size)
-        cos_sin = [self._ropes[kind].cos_sin(batch.positions, torch.float32) for kind in self._kinds]
-        step = Step(
-            num_rows=batch.num_rows,
-            num_seqs=len(batch.query_lens_list),
-            num_hidden=num_hidden,
-            block_size=batch.block_size,
-            table_width=batch.block_tables.shape[1],
-            x=x.data_ptr(),
-            slot_mapping=batch.slot_mapping.data_ptr(),
-            cu_query_lens=batch.cu_query_lens.data_ptr(),
-            context_lens=batch.context_lens.data_ptr(),
-            block_tables=batch.block_tables.data_ptr(),
-            hidden_indices=batch.hidden_indices.data_ptr(),
-            hidden=hidden.data_ptr(),
-            seconds=self.phase_seconds,
-            stop=self.interrupt.address,
-        )
-        for idx, (cos, sin) in enumerate(cos_sin):
-            step.cos[idx], step.sin[idx] = cos.data_ptr(), sin.data_ptr()
-        if lora is not None:
-            step.row_slots, step.lora = lora.row_slots.data_ptr(), lora.table_address
+        blocks: list[int] = []
+        for table in batch.tables:
+            blocks += table
+        table_lens = [len(table) for table in batch.tables]
+        # Held until the kernels are done.
+        integers = array("q", [*batch.token_ids, *batch.starts, *batch.query_lens, *table_lens, *batch.hidden_rows])
+        short_integers = array("i", blocks)
+        address = integers.buffer_info()[0]
+        step = self._step
+        step.num_rows, step.num_seqs, step.num_hidden = num_rows, num_seqs, num_hidden
+        step.block_size = batch.block_size
+        step.x = None if x is None else x.data_ptr()
+        step.tokens, step.starts = address, address + 8 * num_rows
+        step.query_lens = address + 8 * (num_rows + num_seqs)
+        step.table_lens = address + 8 * (num_rows + 2 * num_seqs)
+        step.hidden_indices = address + 8 * (num_rows + 3 * num_seqs)
+        step.blocks = short_integers.buffer_info()[0]
+        step.hidden, step.stop = hidden.data_ptr(), self.interrupt.address
+        if lora is None:
+            step.row_slots, step.lora, step.max_rank = None, None, 0
+        else:
+            step.row_slots, step.lora = lora.row_slots.buffer_info()[0], lora.table_address
             step.max_rank = lora.max_rank
         wanted = sorted(taps or ())
         assert len(wanted) <= MAX_TAPS
@@ -164,6 +169,18 @@ class NativeDecoder:
             raise StepInterruptedError
         return hidden
 
+    def _embedded(self, batch: Batch, lora: NativeLoraBatch | None) -> torch.Tensor | None:
+        """Embeddings [T, H] fp32 of the rows; None where they are the model's own, in a form that the kernels read."""
+        adds = lora is not None and lora.has_embedding
+        if not adds and self.embed.dtype in (torch.bfloat16, torch.float32):
+            return None
+        x = F.embedding(batch.tokens, self.embed).float()
+        if lora is not None:
+            lora.add_embedding_(batch.tokens, x)  # before Gemma's scale, which PEFT applies to the LoRA as well
+        if self.config.embed_scale != 1.0:
+            x *= self._embed_scale
+        return x
+
     def clocks(self) -> dict[str, float]:
         """Seconds that the kernels have spent so far, by phase."""
         return dict(zip(PHASES, self.phase_seconds, strict=True))
@@ -173,7 +190,7 @@ class NativeDecoder:
         num_rows = hidden.shape[0]
         padded = torch.empty(num_rows, self._lm_head.num_panels * PANEL)
         self.team.linear(self._lm_head_struct, self.is_bf16, hidden.data_ptr(), num_rows, padded.data_ptr())
-        logits = padded[:, : self.config.vocab_size]
+        logits = padded[:, : self.config.vocab_size] if padded.shape[1] > self.config.vocab_size else padded
         if batch.lora is not None:
             batch.lora.add_lm_head_(hidden, logits)
         softcap_(logits, self.config.final_softcap)

@@ -8,6 +8,7 @@ the embedding and the lm_head goes through torch row by row: a product of severa
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,16 +25,17 @@ _MAX_TABLES = 64
 
 
 class NativeLoraBatch:
-    """One step's view. `row_slots` [T] int32 is each row's place in the table, -1 without adapter."""
+    """One step's view. `row_slots` [T], of 32 bits, is each row's place in the table, -1 without adapter."""
 
     def __init__(
         self, adapters: Sequence[LoraAdapter], row_slots: list[int], logits_slots: list[int], table: ctypes.Array
     ):
-        self.row_slots = torch.tensor(row_slots, dtype=torch.int32)
+        self.row_slots = array("i", row_slots)
+        self.has_embedding = any([adapter.embed is not None for adapter in adapters])
         self.max_rank = max(adapter.max_rank for adapter in adapters)
         self.table_address = ctypes.addressof(table)
         self._adapters, self._table = adapters, table
-        self._logits_slots = torch.tensor(logits_slots, dtype=torch.int32)
+        self._logits_slots = logits_slots
 
     def add_embedding_(self, tokens: torch.Tensor, y: torch.Tensor) -> None:
         """y [T, H] fp32 += LoRA of the embedding for tokens [T]."""
@@ -41,7 +43,7 @@ class NativeLoraBatch:
             if adapter.embed is not None:
                 a, b, scale = adapter.embed
                 b = b.float()
-                for row in (self.row_slots == slot).nonzero()[:, 0].tolist():
+                for row in _rows_with(slot, self.row_slots):
                     y[row] += (b @ a[:, tokens[row]].float()) * scale
 
     def add_lm_head_(self, x: torch.Tensor, logits: torch.Tensor) -> None:
@@ -50,8 +52,12 @@ class NativeLoraBatch:
             if adapter.lm_head is not None:
                 a, b, scale = adapter.lm_head
                 a, b = a.float(), b.float()
-                for row in (self._logits_slots == slot).nonzero()[:, 0].tolist():
+                for row in _rows_with(slot, self._logits_slots):
                     logits[row] += (b @ (a @ x[row])) * scale
+
+
+def _rows_with(slot: int, slots: Sequence[int]) -> list[int]:
+    return [row for row, own in enumerate(slots) if own == slot]
 
 
 class NativeSlots:

@@ -29,8 +29,9 @@ class Decoder(DecoderWeights):
         """What keeps the adapters of steps for this decoder."""
         return AdapterSlots(self.config)
 
+    @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [L + P, H] of the rows `batch.hidden_indices`; writes all rows' keys and values to `kv`.
+        """Normed hidden states [L + P, H] of the rows `batch.hidden_rows`; writes all rows' keys and values to `kv`.
 
         Each layer index that `taps` holds gets that layer's output for the same rows, [L + P, H].
         """
@@ -72,6 +73,7 @@ class Decoder(DecoderWeights):
                 taps[idx] = x[batch.hidden_indices]
         return self._rms_norm(x[batch.hidden_indices], self.norm)
 
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits [L, V] float32 of hidden rows [L, H]."""
         logits = self.lm_head(hidden).float()
@@ -103,12 +105,12 @@ class Decoder(DecoderWeights):
         return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, config.attention_scale)
 
     def _plan(self, batch: Batch, window: int | None) -> list[SequencePlan]:
-        config = self.config
+        config, size = self.config, batch.block_size
         return plan_attention(
-            batch.query_lens_list,
-            batch.context_lens_list,
-            batch.block_tables_list,
-            batch.block_size,
+            batch.query_lens,
+            batch.context_lens,
+            [table[: -(-num // size)] for table, num in zip(batch.tables, batch.context_lens, strict=True)],
+            size,
             window,
             config.num_heads // config.num_kv_heads,
             self.compute_dtype,
