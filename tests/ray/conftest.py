@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 from contextlib import asynccontextmanager
 
@@ -165,11 +164,6 @@ async def replicas(both):
         while await both.num_used_blocks():
             await asyncio.sleep(0.02)
     assert {state.owed_tokens for state in both.engine.replicas().values()} == {0}
-
-
-@pytest.fixture
-def copy_of(tmp_path):
-    return lambda directory: shutil.copytree(directory, tmp_path / directory.name)
 
 
 @pytest.fixture(scope="session")
