@@ -4,9 +4,10 @@ Semantics, for row r of a tile (first, end, sequence) and its position p = posit
     out[r] = softmax(scale * q[r] K^T) V over the sequence's cached positions max(0, p - w + 1) .. p
 Rows of a tile are consecutive and in order of position. Keys are cut into splits of `split_len`, split s from key
 s * split_len on. Each has a softmax of its own, and a row's splits are joined in ascending order: by the one program
-that has them all, or by `join_splits_kernel` where several programs share a tile's. So a row has the same bits in
-whichever tile it stands, whoever is beside it and however many programs there are; `split_len` is the engine's, not the
-step's. Rows in no tile (padding) are not read, and their rows of out are left as they were.
+that has them all, or where several programs share a tile's by the last of them that is done or by `join_splits_kernel`.
+So a row has the same bits in whichever tile it stands, whoever is beside it and however many programs there are;
+`split_len` is the engine's, not the step's. Rows in no tile (padding) are not read, and their rows of out are left as
+they were.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def ragged_attention_(
     positions: torch.Tensor,
     block_tables: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor] | None,
+    arrived: torch.Tensor | None = None,
     *,
     block_size: int,
     scale: float,
@@ -108,7 +110,8 @@ def ragged_attention_(
     q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [KV positions, Hkv, D] in q's
     dtype; tiles [max_tiles, 3] int32 (first row, end row, sequence), sequence -1 unused; positions [T] int64;
     block_tables [S, N] int32; scratch of `attention_scratch`, not needed by one program a tile. `split_len` as
-    `choose_split_len` has it, and no context of more than MAX_SPLITS of it where `num_programs` is above 1.
+    `choose_split_len` has it, and no context of more than MAX_SPLITS of it where `num_programs` is above 1. With
+    `arrived`, int32 zeros for each tile and KV head, which are left so, splits are joined without another launch.
     """
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -128,6 +131,8 @@ def ragged_attention_(
         assert partial.shape[1] >= q.shape[0], (partial.shape, q.shape)
         assert partial.shape[2:] == q.shape[1:] and partial.is_contiguous() and stats.is_contiguous()
         assert stats.shape == (*partial.shape[:3], 2)
+    joins = num_programs > 1 and arrived is not None
+    assert arrived is None or arrived.numel() >= tiles.shape[0] * num_kv_heads, (arrived.shape, tiles.shape)
     blocks = block_parameters(tile_rows, group, head_dim, q.element_size())
     assert split_len % blocks["BLOCK_N"] == 0, (split_len, blocks["BLOCK_N"])
     shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0, "SPLIT_LEN": split_len}
@@ -135,6 +140,7 @@ def ragged_attention_(
         out,
         partial,
         stats,
+        arrived if joins else tiles,
         q,
         k_cache,
         v_cache,
@@ -152,11 +158,12 @@ def ragged_attention_(
         BLOCK_SIZE=block_size,
         IEEE=q.dtype == torch.float32,
         IS_SHARED=num_programs > 1,  # not their number: one binary serves any
+        JOINS=joins,
         **shape,
         **blocks,
         **dependent_launch(out.device),
     )
-    if num_programs > 1:
+    if num_programs > 1 and not joins:
         join_splits_kernel[(tiles.shape[0] * tile_rows, num_heads)](
             out,
             partial,

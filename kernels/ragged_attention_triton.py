@@ -1,13 +1,14 @@
 """Triton kernels of ragged paged attention: one over (tile, KV head, program), and one that joins their splits.
 
-Semantics, tables and launch: ragged_attention.py. A program folds its tile's rows and the G query heads of its KV head
-into one M dimension, m = row * G + head, so K and V are read once. Online softmax (Milakov & Gimelshein 2018) in fp32
-and base 2 within a split; splits along keys as Flash-Decoding (Dao et al. 2023), but of fixed ranges of keys.
+Semantics, tables and launch: ragged_attention.py. The second is for many rows; of few the last of a tile's programs
+joins them, which saves a launch. A program folds its tile's rows and the G query heads of its KV head into one M
+dimension, m = row * G + head, so K and V are read once. Online softmax (Milakov & Gimelshein 2018) in fp32 and base 2
+within a split; splits along keys as Flash-Decoding (Dao et al. 2023), but of fixed ranges of keys.
 
 Invariants: a key that no row of the tile sees is not read, and a block or split of keys that a row does not see leaves
 that row's bits as they were. No sum of a row follows the tile's size: products are sums over k in the matrix unit, a
 block's weights are added as whole numbers (a reduction's order follows the layout), and splits are joined by explicit
-multiply-adds, the same in both kernels.
+multiply-adds, the same wherever it is done.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _READ_AHEAD = tl.constexpr(8)  # splits that are read together, so that one does not wait for the other
+_READ_VALUES = tl.constexpr(8192)  # at most, of splits that one program reads together: 64 registers a thread
 _ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 
 
@@ -47,13 +49,18 @@ def _dot(a, b, acc, IEEE: tl.constexpr):
 
 @triton.jit
 def ragged_attention_kernel(
-    out, partial, stats, q, k_cache, v_cache, tiles, positions, block_tables, scale_log2,
+    out, partial, stats, arrived, q, k_cache, v_cache, tiles, positions, block_tables, scale_log2,
     q_stride, k_stride, v_stride, table_stride, partial_stride, stats_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SPLIT_LEN: tl.constexpr, IS_SHARED: tl.constexpr, IEEE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, JOINS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, KV heads, programs): program i has the tile's splits i, i + programs, ... WINDOW 0: no window."""
+    """Grid (tiles, KV heads, programs): program i has the tile's splits i, i + programs, ... WINDOW 0: no window.
+
+    IS_SHARED: there may be several programs. JOINS: the last of them that is done joins their splits, and leaves its
+    place of `arrived` at 0, as it was.
+    """
     if IS_DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
@@ -138,7 +145,7 @@ def ragged_attention_kernel(
                 stat = stats + at * stats_stride + entry * 2
                 tl.store(stat, top, mask=row_mask)
                 tl.store(stat + 1, total, mask=row_mask)
-            else:
+            if JOINS or not IS_SHARED:
                 new_top = tl.maximum(joined_top, top)
                 shift = _shifted(new_top)
                 before, now = tl.exp2(joined_top - shift), tl.exp2(top - shift)
@@ -149,9 +156,53 @@ def ragged_attention_kernel(
             total = tl.zeros((BLOCK_M,), dtype=tl.float32)
             acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
 
+    target = out + entry[:, None] * HEAD_DIM + d[None, :]
     if not IS_SHARED:
-        target = out + entry[:, None] * HEAD_DIM + d[None, :]
         tl.store(target, (joined / joined_total[:, None]).to(out.dtype.element_ty), mask=q_mask)
+    elif JOINS:
+        if first_split == last_split:
+            tl.store(target, (joined / joined_total[:, None]).to(out.dtype.element_ty), mask=q_mask)
+        else:
+            tl.debug_barrier()  # all threads have stored, before one of them says so
+            place = arrived + tl.program_id(0) * tl.num_programs(1) + kv_head
+            num_sharing = tl.minimum(tl.num_programs(2), last_split - first_split + 1)
+            if tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") == num_sharing - 1:
+                result = _join(
+                    partial, stats, entry, d, row_mask, q_mask, last_split - first_split + 1, partial_stride,
+                    stats_stride, HEAD_DIM, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
+                tl.store(target, result.to(out.dtype.element_ty), mask=q_mask)
+                tl.store(place, 0)
+
+
+@triton.jit
+def _join(
+    partial, stats, entry, d, row_mask, mask, num_splits, partial_stride, stats_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile's rows of out [BLOCK_M, BLOCK_D] in fp32: the splits that all programs left, in ascending order."""
+    AHEAD: tl.constexpr = max(1, min(_READ_AHEAD, _READ_VALUES // (BLOCK_M * BLOCK_D)))
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    joined = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    first_only = tl.arange(0, 1)
+    for start in range(0, num_splits, AHEAD):
+        for ahead in tl.static_range(AHEAD):
+            split = (start + ahead + first_only).to(tl.int64)
+            is_used = split < num_splits
+            stat = stats + split * stats_stride + entry * 2
+            # Past the first cache level, which may hold what other programs have written since.
+            its_top = tl.load(stat, mask=row_mask & is_used, other=float("-inf"), cache_modifier=".cg")
+            its_total = tl.load(stat + 1, mask=row_mask & is_used, other=0.0, cache_modifier=".cg")
+            source = partial + (split * partial_stride + entry * HEAD_DIM)[:, None] + d[None, :]
+            part = tl.load(source, mask=mask & is_used[:, None], other=0.0, cache_modifier=".cg")
+            new_top = tl.maximum(top, its_top)
+            shift = _shifted(new_top)
+            before, now = tl.exp2(top - shift), tl.exp2(its_top - shift)
+            joined = tl.fma(joined, tl.broadcast_to(before[:, None], joined.shape), part * now[:, None])
+            total = tl.fma(total, before, its_total * now)
+            top = new_top
+    return joined / total[:, None]
 
 
 @triton.jit(do_not_specialize=["tile_rows"])

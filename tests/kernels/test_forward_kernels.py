@@ -89,9 +89,9 @@ def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(window)
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("num_programs", [1, 4])
-def test_cuda_attention_replays_in_a_graph_with_other_tables(num_programs):
-    attention_cases.check_other_tables(num_programs, "cuda")
+@pytest.mark.parametrize(("num_programs", "joins"), [(1, False), (4, False), (4, True)])
+def test_cuda_attention_replays_in_a_graph_with_other_tables(num_programs, joins):
+    attention_cases.check_other_tables(num_programs, "cuda", joins)
 
 
 def test_programs_fill_the_device_and_no_more():

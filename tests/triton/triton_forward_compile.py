@@ -126,19 +126,20 @@ def compile_pooling(dtype: str) -> None:
 def compile_attention(dtype: str) -> None:
     pointer, itemsize = f"*{dtype}", 2 if dtype == "bf16" else 4
     pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), pointer)
-    pointers |= dict.fromkeys(("partial", "stats"), "*fp32") | dict.fromkeys(("tiles", "block_tables"), "*i32")
-    pointers |= {"positions": "*i64"}
+    pointers |= dict.fromkeys(("partial", "stats"), "*fp32") | {"positions": "*i64"}
+    pointers |= dict.fromkeys(("tiles", "block_tables", "arrived"), "*i32")
     cases = (ATTENTION if itemsize == 2 else ATTENTION[:3:2]) if IS_ALL else ATTENTION[3:4]
     for num_heads, num_kv_heads, head_dim, tile_rows in cases:
         blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        for window, num_programs in ((0, 1), (512, 8)):
+        for window, num_programs, joins in ((0, 1, False), (512, 8, False), (0, 8, True)):
             shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "SPLIT_LEN": 256}
             constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
-            constants |= {"IEEE": itemsize == 4, "IS_SHARED": num_programs > 1, "IS_DEPENDENT": True}
+            constants |= {"IEEE": itemsize == 4, "IS_SHARED": num_programs > 1, "JOINS": joins, "IS_DEPENDENT": True}
             kernel = ragged_attention_triton.ragged_attention_kernel
             figures = compile_kernel(kernel, pointers, constants, ("scale_log2",), **options)
             name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} programs {num_programs}"
+            name += " joining" if joins else ""
             report(name, figures, may_spill=itemsize == 4)  # without matrix instructions, and only for checks
             if itemsize == 2:
                 assert figures["mma"] or figures["wgmma"], "no matrix instructions"

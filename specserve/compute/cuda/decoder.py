@@ -42,6 +42,7 @@ class RowInputs:
     split_len: int  # keys in a split of attention
     num_programs: int  # that share a tile's splits
     scratch: tuple[torch.Tensor, torch.Tensor]  # of these programs
+    arrived: torch.Tensor | None  # counts of them, where the last one joins a tile's splits
     lora: DeviceLoraBatch | None  # None: no row has an adapter
 
 
@@ -164,6 +165,7 @@ class TritonDecoder(DecoderWeights):
             rows.positions,
             rows.block_tables,
             rows.scratch,
+            rows.arrived,
             block_size=rows.block_size,
             scale=config.attention_scale,
             window=config.windows[idx],

@@ -12,6 +12,7 @@ from collections import Counter
 
 import torch
 
+from ...kernels.linear_fused import MOST_FUSED_ROWS
 from ...kernels.ragged_attention import attention_scratch, choose_split_len
 from ...kernels.tiles import build_tiles_
 from ..kv_cache import KVCache
@@ -55,6 +56,8 @@ class LayersPart:
         self._residual = torch.zeros(max_rows, config.hidden_size, dtype=torch.float32, device=device)
         self._split_len = choose_split_len(max_model_len)
         self._scratch = attention_scratch(buckets.most_shared(max_rows), config.num_heads, config.head_dim, device)
+        counts = torch.zeros(MOST_FUSED_ROWS * config.num_kv_heads, dtype=torch.int32, device=device)
+        self._arrived = counts if decoder.fused else None  # of attention's programs, in steps of few rows
         self._stand_ins: dict[Bucket, Bucket] = {}  # captured, of buckets that are not
         self._missed: Counter[Bucket] = Counter()
         self._rest_until = 0.0  # time.perf_counter(), before the next capture
@@ -127,6 +130,7 @@ class LayersPart:
             split_len=self._split_len,
             num_programs=num_programs,
             scratch=self._scratch,
+            arrived=self._arrived if num_rows <= MOST_FUSED_ROWS else None,
             lora=lora,
         )
         taps = dict(zip(self.tap_layers, self.taps[:, :num_rows].unbind(0), strict=True))
