@@ -1,15 +1,17 @@
 """What do K guesses of every sequence's lookahead head cost on a GPU, without the host in between?
 
-The limit is reading the weights of the heads that are in use, once for the first state and once a position, at the
-measured copy bandwidth; weights that stay in the cache may beat it. The comparison is the loop that the host drives
-(HeadRunner: batched products in torch, one synchronisation a position). Cases are left out once --budget seconds are
-over, and said to be.
+The limit is reading what the loop reads of the heads that are in use, once for the first state and once a position, at
+the measured copy bandwidth; what stays in the cache may beat it. `weights_us` is the same of all of a head's weights,
+some of which the loop has multiplied into tables. The comparison is the loop that the host drives (HeadRunner: batched
+products in torch, one synchronisation a position). Tables are as large as an engine's. Cases are left out once --budget
+seconds are over, and said to be.
 
     python -m bench.head_loop [--budget 25] [--dry-run]
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from specserve.drafters.head import HeadWeights, head_shapes
 from specserve.drafters.head_device import DeviceHeads, SeatedSequence
 from specserve.drafters.head_files import LookaheadConfig, LookaheadHeadFile, pad_vocab
 from specserve.drafters.head_source import HeadRunner, HeadSource
-from specserve.kernels.head_loop import LoopRows
+from specserve.kernels.head_loop_tables import HeadTensors, LoopRows
 
 from .gpu_cases import Case, case_command
 from .gpu_timing import seconds_per_call
@@ -64,8 +66,8 @@ def loop(
     head_of = [heads[idx * num_heads // num_seqs] for idx in range(num_seqs)]
     on_device = DeviceHeads(
         hidden_size=shape.model.hidden_size, vocab_size=shape.model.vocab_size, tap_layers=[0], max_heads=num_heads,
-        max_num_seqs=num_seqs, max_prompt_len=PROMPT_LEN, max_draft_len=num_guesses, max_state_size=shape.state_size,
-        max_vocab=shape.num_tokens, max_window=shape.window, device=device,
+        max_num_seqs=num_seqs, max_prompt_len=PROMPT_LEN, max_draft_len=num_guesses, device=device,
+        **({"max_state_size": shape.state_size, "max_vocab": shape.num_tokens} if device.type != "cuda" else {}),
     )  # fmt: skip
     prompt = torch.randint(shape.model.vocab_size, (PROMPT_LEN,)).tolist()
     head_ids = [on_device.add_head(head) for head in head_of]
@@ -76,18 +78,35 @@ def loop(
     rows = torch.arange(num_seqs, dtype=torch.int32, device=device)
     sampled = torch.randint(shape.num_tokens, (num_seqs,), device=device)
     table = LoopRows(
-        rows, torch.tensor(head_ids, dtype=torch.int32, device=device), rows, torch.zeros_like(rows), rows, sampled
-    )
+        rows, torch.tensor(head_ids, dtype=torch.int32, device=device), rows, torch.zeros_like(rows), rows,
+        torch.full_like(rows, num_guesses), sampled,
+    )  # fmt: skip
     seconds = seconds_per_call([lambda: on_device.launch(table, hidden, tapped, num_guesses)], device)
-    tensors = on_device.tensors(heads[0])
-    first = tensors.init_weight.nbytes
-    a_position = tensors.num_bytes - first - tensors.local_of.nbytes - tensors.token_of.nbytes
-    limit_s = num_heads * (first + num_guesses * a_position) / limit
+    num_bytes = num_heads * bytes_read(on_device.tensors(heads[0]), num_seqs // num_heads, num_guesses)
     host_s = host_loop_seconds(head_of, prompt, sampled.tolist(), hidden, num_guesses)
     return {
         "shape": shape.model.name, "sequences": num_seqs, "heads": num_heads, "guesses": num_guesses,
-        "us": round(seconds * 1e6, 1), "limit_us": round(limit_s * 1e6, 1), "host_us": round(host_s * 1e6, 1),
+        "us": round(seconds * 1e6, 1), "bytes": num_bytes, "limit_us": round(num_bytes / limit * 1e6, 1),
+        "ratio": round(seconds * limit / num_bytes, 2),
+        "weights_us": round(num_heads * weight_bytes(shape, num_guesses) / limit * 1e6, 1),
+        "host_us": round(host_s * 1e6, 1),
     }  # fmt: skip
+
+
+def bytes_read(head: HeadTensors, num_seqs: int, num_guesses: int) -> int:
+    """By `num_seqs` sequences of one head: weights once a position, three rows of tables for each sequence."""
+    first = head.init_weight.nbytes + head.init_bias.nbytes
+    names = ("embed", "out_bias", "state_gates", "candidate_bias", "query_weight", "slot_weight", "slot_bias")
+    weights = sum(getattr(head, name).nbytes for name in names)
+    return first + num_guesses * (weights + num_seqs * 3 * head.token_gates[0].nbytes)
+
+
+def weight_bytes(shape: HeadShape, num_guesses: int) -> int:
+    """Of a head's weights in bf16: the first state's once, all others once a position."""
+    shapes = head_shapes(shape.model.hidden_size, shape.state_size, shape.num_tokens, shape.window)
+    sizes = {name: 2 * math.prod(size) for name, size in shapes.items()}
+    first = sizes["init_weight"] + sizes["init_bias"]
+    return first + num_guesses * (sum(sizes.values()) - first)
 
 
 def host_loop_seconds(
@@ -115,8 +134,9 @@ def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     """Cases, most telling first."""
     if is_dry:
         return [lambda: loop(TINY_HEAD, 3, 2, 2, limit, device)]
-    counts = ((8, 8), (1, 1), (64, 64), (64, 1), (64, 8))  # sequences, heads
-    return [lambda s=s, n=n, h=h: loop(s, n, h, 8, limit, device) for n, h in counts for s in SHAPES]
+    # sequences, heads, guesses
+    counts = ((8, 8, 8), (64, 64, 8), (8, 8, 4), (64, 64, 4), (1, 1, 8), (64, 1, 8), (64, 8, 8))
+    return [lambda s=s, n=n, h=h, k=k: loop(s, n, h, k, limit, device) for n, h, k in counts for s in SHAPES]
 
 
 main = case_command("head_loop", __doc__, plan, budget_s=25.0)

@@ -14,48 +14,52 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..kernels.head_loop import HeadScratch, HeadTables, HeadTensors, LoopRows, PromptPool, head_loop_
+from ..kernels.head_loop import head_loop_
+from ..kernels.head_loop_tables import HeadScratch, HeadTables, HeadTensors, LoopRows, PromptPool
 from .copy_pointer import CopyPointer
 from .head import WEIGHT_NAMES
 from .head_files import HeadError, LookaheadHeadFile
 
 
 def head_tensors(head: LookaheadHeadFile, vocab_size: int, device: torch.device | str) -> HeadTensors:
-    """The head without the padding of its vocabulary, weights in bf16 as the files have them, rows aligned."""
+    """The head without the padding of its vocabulary, weights in bf16 as the files have them, rows aligned.
+
+    What is added up in the cell's input is multiplied here, once, in fp32.
+    """
     vocab = torch.tensor(head.config.vocab, dtype=torch.int32)
     num, d = len(vocab), head.config.state_size
     zeros = -d % 16
-    w = {name: getattr(head.weights, name)[0].to(device) for name in WEIGHT_NAMES}
+    w = {name: getattr(head.weights, name)[0].float().to(device) for name in WEIGHT_NAMES}
 
     def matrix(x: torch.Tensor, more_columns: int = zeros, more_rows: int = 0) -> torch.Tensor:
         return F.pad(x, (0, more_columns, 0, more_rows)).to(torch.bfloat16).contiguous()
 
-    def bias(x: torch.Tensor, more: int = 0) -> torch.Tensor:
-        return F.pad(x, (0, more)).float().contiguous().clone()
+    def floats(x: torch.Tensor, more: int = zeros) -> torch.Tensor:
+        return F.pad(x, (0, more)).contiguous().clone()
 
     def gates(x: torch.Tensor) -> torch.Tensor:
-        return matrix(F.pad(x.view(d, 3, d), (0, zeros)).flatten(1), 0, zeros)
+        return floats(x.unflatten(-1, (3, d)))  # [rows, 3, d]
 
     def unpadded(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x[:num], x[-1:]])
 
     local_of = torch.full((vocab_size,), num, dtype=torch.int32)
     local_of[vocab.long()] = torch.arange(num, dtype=torch.int32)
+    embed = unpadded(w["embed"])
+    queries = [F.pad(w[name], (0, zeros)) for name in ("out_weight", "copy_weight")]
     return HeadTensors(
-        init_weight=matrix(w["init_weight"]),
-        init_bias=bias(w["init_bias"][0], zeros),
-        embed=matrix(unpadded(w["embed"])),
-        out_bias=bias(unpadded(w["out_bias"][0])),
-        moves=matrix(w["moves"]),
-        next_weight=matrix(w["next_weight"], zeros, zeros),
-        gates_x=gates(w["gates_x"]),
-        gates_s=gates(w["gates_s"]),
-        gates_bias=bias(w["gates_bias"].view(3, d), zeros).flatten(),
-        candidate_bias=bias(w["candidate_bias"][0], zeros),
-        out_weight=matrix(w["out_weight"], zeros, zeros),
-        copy_weight=matrix(w["copy_weight"], zeros, zeros),
+        init_weight=matrix(w["init_weight"].T, 0, zeros),
+        init_bias=floats(w["init_bias"][0]),
+        embed=matrix(embed),
+        out_bias=floats(unpadded(w["out_bias"][0]), 0),
+        token_gates=gates(embed @ w["gates_x"]),
+        next_gates=gates(embed @ w["next_weight"] @ w["gates_x"]),
+        move_gates=gates(w["moves"] @ w["gates_x"] + w["gates_bias"]),
+        state_gates=matrix(F.pad(w["gates_s"].view(d, 3, d).permute(1, 2, 0), (0, 0, 0, zeros))),
+        candidate_bias=floats(w["candidate_bias"][0]),
+        query_weight=matrix(torch.cat(queries, 1), 0, zeros),
         slot_weight=matrix(w["slot_weight"], -head.config.copy_window % 16, zeros),
-        slot_bias=bias(w["slot_bias"][0]),
+        slot_bias=floats(w["slot_bias"][0], 0),
         local_of=local_of.to(device),
         token_of=vocab.to(device),
     )

@@ -6,158 +6,53 @@ and of the layer that the head taps; then K times: feed the newest token (first 
 score task vocabulary and copy window, guess the most likely token. The arithmetic is that of `specserve.drafters.head`
 in fp32 on bf16 weights; `chain_reference` is the definition. Heads of any sizes share the launches.
 
-A head is a row of `HeadTables`: addresses of its tensors and its sizes. Adding one writes that row, so a captured CUDA
-graph goes on serving; tables have rows, buffers have columns for the largest. Plain launches, five a position.
-Guesses behind a head's own draft length, behind one that is not a number, and of sequences without head are -1.
+Three launches a position, each beginning while the one in front ends: the cell and what it gives to the queries, scores
+by blocks of the vocabulary, the choice. What is read of a head at a position is its state's gates, both queries, the
+vocabulary's embeddings, and three rows of tables. Guesses behind a head's own draft length, behind what is wanted,
+behind one that is not a number, and of sequences without head are -1.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .tiles import build_tiles_
+from .head_loop_tables import (
+    CELL_BLOCK,
+    CHUNK,
+    TOKEN_BLOCK,
+    HeadScratch,
+    HeadTables,
+    HeadTensors,
+    LoopRows,
+    PromptPool,
+)
 
-TILE_ROWS = 16
-_BLOCK_N = 32
-_BLOCK_K = 64
-_CELL_BLOCK_K = 32  # six products at a time: more would not fit into registers
-_CHUNK = 512  # hidden units a program of the first product
+TILE_ROWS = 8  # a tensor core's least, as the right operand
+_BLOCKS_S = (64, 512, 2048, 8192)  # sequences of a launch, padded: few binaries, each is compiled once
 
 
 @dataclass(frozen=True, slots=True)
-class HeadTensors:
-    """One head where the kernels read it. d state size, U task vocabulary plus one, W window, V vocabulary.
+class _Sizes:
+    """Sizes of grids and programs, by the sm_90 binaries for 132 SMs.
 
-    d is a multiple of 16, so that rows of weights are aligned: zeros behind a head's own state size, which stay zero.
+    A cell's program holds 40 KB of weights for d = 256 in 8 warps of 128 registers, one of scores 32 KB in 4 warps of
+    225: an SM has two of either, so that one asks for weights while the other multiplies.
     """
 
-    init_weight: torch.Tensor  # [2H, d] bf16
-    init_bias: torch.Tensor  # [d] fp32
-    embed: torch.Tensor  # [U, d] bf16, "another token" last
-    out_bias: torch.Tensor  # [U] fp32
-    moves: torch.Tensor  # [3, d] bf16
-    next_weight: torch.Tensor  # [d, d] bf16
-    gates_x: torch.Tensor  # [d, 3d] bf16
-    gates_s: torch.Tensor  # [d, 3d] bf16
-    gates_bias: torch.Tensor  # [3d] fp32
-    candidate_bias: torch.Tensor  # [d] fp32
-    out_weight: torch.Tensor  # [d, d] bf16
-    copy_weight: torch.Tensor  # [d, d] bf16
-    slot_weight: torch.Tensor  # [d, W up to a multiple of 16] bf16
-    slot_bias: torch.Tensor  # [W] fp32
-    local_of: torch.Tensor  # [V] int32: index in the task vocabulary, U - 1 for other tokens
-    token_of: torch.Tensor  # [U - 1] int32
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+    cell_programs: int = 2 * 132
+    score_programs: int = 2 * 132
+    block_d: int = 256  # inputs at once; wider heads go on in further blocks
+    block_q: int = 512  # outputs of both queries at once
+    warps: int = 8  # of a cell, each a part of its inputs
 
 
-@dataclass(frozen=True, slots=True)
-class HeadTables:
-    """Where the heads are; row h is head id h."""
-
-    addresses: torch.Tensor  # [heads, 16] int64, in the order of HeadTensors
-    # [heads, 7] int32: d, U - 1, W, draft length (0: no head), row of `tapped`, own state size, first prompt token that
-    # the copy pointer may jump behind (-1: none)
-    sizes: torch.Tensor
-
-    @classmethod
-    def allocate(cls, max_heads: int, device: torch.device | str) -> HeadTables:
-        addresses = torch.zeros(max_heads, len(fields(HeadTensors)), dtype=torch.int64, device=device)
-        return cls(addresses, torch.zeros(max_heads, 7, dtype=torch.int32, device=device))
-
-    def set(
-        self, head_id: int, head: HeadTensors, state_size: int, draft_len: int, tap: int, jump_start: int = -1
-    ) -> None:
-        """`head` must stay alive until the id is set again or no launch names it; `state_size` is without zeros."""
-        tensors = [getattr(head, field.name) for field in fields(HeadTensors)]
-        assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        assert head.embed.shape[1] % 16 == head.slot_weight.shape[1] % 16 == 0
-        assert head.embed.dtype == torch.bfloat16 and head.out_bias.dtype == torch.float32
-        d, num_tokens, width = head.embed.shape[1], head.embed.shape[0] - 1, head.slot_bias.shape[0]
-        self.addresses[head_id] = torch.tensor([tensor.data_ptr() for tensor in tensors])
-        sizes = [d, num_tokens, width, draft_len, tap, state_size, jump_start]
-        self.sizes[head_id] = torch.tensor(sizes, dtype=torch.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class PromptPool:
-    """What the heads know of each running sequence; C places."""
-
-    tokens: torch.Tensor  # [C, max_len] int32, the prompt
-    local: torch.Tensor  # [C, max_len] int32, the prompt in its head's vocabulary
-    lens: torch.Tensor  # [C] int32
-    positions: torch.Tensor  # [C] int32, of the copy pointer behind the tokens that were kept
-
-    @classmethod
-    def allocate(cls, num_seqs: int, max_len: int, device: torch.device | str) -> PromptPool:
-        prompts = torch.zeros(2, num_seqs, max_len, dtype=torch.int32, device=device)
-        ints = torch.zeros(2, num_seqs, dtype=torch.int32, device=device)
-        return cls(prompts[0], prompts[1], ints[0], ints[1])
-
-
-@dataclass(frozen=True, slots=True)
-class HeadScratch:
-    """What launches hand on, for up to S sequences and heads up to the given sizes; D is a multiple of 16."""
-
-    tiles: torch.Tensor  # [S, 3] int32, of sequences with one head
-    input_tokens: torch.Tensor  # [S] int32, in the head's vocabulary
-    moves: torch.Tensor  # [S] int32
-    draft_positions: torch.Tensor  # [S] int32, of the copy pointer within the draft
-    partials: torch.Tensor  # [chunks, S, D] fp32
-    squares: torch.Tensor  # [chunks, S] fp32
-    states: torch.Tensor  # [2, S, D] fp32
-    x: torch.Tensor  # [S, D] fp32
-    queries: torch.Tensor  # [2, S, D] fp32
-    scores: torch.Tensor  # [S, max_vocab + 1] fp32
-    entry_scores: torch.Tensor  # [S, max_window] fp32
-
-    @classmethod
-    def allocate(
-        cls,
-        num_seqs: int,
-        hidden_size: int,
-        max_state_size: int,
-        max_vocab: int,
-        max_window: int,
-        device: torch.device | str,
-    ) -> HeadScratch:
-        def make(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
-        ints = torch.zeros(3, num_seqs, dtype=torch.int32, device=device)
-        max_state_size = -(-max_state_size // 16) * 16
-        chunks = 2 * -(-hidden_size // _CHUNK)
-        return cls(
-            tiles=torch.zeros(num_seqs, 3, dtype=torch.int32, device=device),
-            input_tokens=ints[0],
-            moves=ints[1],
-            draft_positions=ints[2],
-            partials=make(chunks, num_seqs, max_state_size),
-            squares=make(chunks, num_seqs),
-            states=make(2, num_seqs, max_state_size),
-            x=make(num_seqs, max_state_size),
-            queries=make(2, num_seqs, max_state_size),
-            scores=make(num_seqs, max_vocab + 1),
-            entry_scores=make(num_seqs, max(1, max_window)),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class LoopRows:
-    """The step's sequences and what verification left; views of static buffers. Equal heads are best neighbours."""
-
-    seats: torch.Tensor  # [S] int32, places in the pool, each at most once; -1: none
-    head_ids: torch.Tensor  # [S] int32, -1: none
-    first_rows: torch.Tensor  # [S] int32, row of the newest token
-    num_accepted: torch.Tensor  # [S] int32
-    last_row: torch.Tensor  # [S] int32, -1: no token was drawn
-    sampled: torch.Tensor  # [L] int64
+SIZES = _Sizes()
 
 
 def chain_reference(
@@ -176,7 +71,7 @@ def chain_reference(
     Guesses, their probabilities, and the pointer behind `kept`. last and tapped are [H].
     """
     w = {field.name: getattr(head, field.name).cpu().float() for field in fields(head)}
-    d, num_tokens, width = w["embed"].shape[1], head.embed.shape[0] - 1, head.slot_bias.shape[0]
+    num_tokens, width = head.embed.shape[0] - 1, head.slot_bias.shape[0]
     local = [int(w["local_of"][token]) for token in prompt]
 
     def follow(pointer: int, token: int) -> tuple[int, int]:
@@ -193,20 +88,21 @@ def chain_reference(
         position, moved = follow(position, token)
     pointer, fed = position, int(w["local_of"][kept[-1]])
     normed = [F.rms_norm(h.cpu().float(), h.shape, eps=1e-6) for h in (last, tapped)]
-    state = torch.tanh(torch.cat(normed) @ w["init_weight"] + w["init_bias"])  # [d]
+    state = torch.tanh(w["init_weight"] @ torch.cat(normed) + w["init_bias"])  # [d]
     guesses: list[int] = []
     probs: list[float] = []
     for _ in range(num_guesses):
         window = local[pointer : pointer + width]
         following = num_tokens if not width else window[0] if window else 0
-        x = w["embed"][fed] + w["moves"][moved] + w["embed"][following] @ w["next_weight"]
-        from_x, from_s = x @ w["gates_x"] + w["gates_bias"], state @ w["gates_s"]
-        reset, update = torch.sigmoid(from_x[: 2 * d] + from_s[: 2 * d]).chunk(2)
-        candidate = torch.tanh(from_x[2 * d :] + reset * (from_s[2 * d :] + w["candidate_bias"]))
+        from_x = w["token_gates"][fed] + w["next_gates"][following] + w["move_gates"][moved]  # [3, d]
+        from_s = w["state_gates"] @ state  # [3, d]
+        reset, update = torch.sigmoid(from_x[:2] + from_s[:2])
+        candidate = torch.tanh(from_x[2] + reset * (from_s[2] + w["candidate_bias"]))
         state = candidate + update * (state - candidate)
-        vocab = w["embed"] @ (state @ w["out_weight"]) + w["out_bias"]  # [U]
+        query, copy_query = (state @ w["query_weight"]).chunk(2)
+        vocab = w["embed"] @ query + w["out_bias"]  # [U]
         entries = (state @ w["slot_weight"][:, :width] + w["slot_bias"])[: len(window)]
-        entries = entries + w["embed"][window] @ (state @ w["copy_weight"]) * state_size**-0.5
+        entries = entries + w["embed"][window] @ copy_query * state_size**-0.5
         every = torch.softmax(torch.cat([vocab, entries]), 0)
         merged, copied = every[:num_tokens].clone(), every[num_tokens + 1 :].clone()
         for idx, token in enumerate(window):
@@ -237,7 +133,7 @@ def head_loop_(
     """Write guesses [S, K] int32, token ids, and probabilities [S, K] fp32; moves the pool's pointers.
 
     hidden is [L, H], normed, tapped [N, L, H] of the same dtype: layer outputs that heads read. Rows of both are those
-    of `sampled`. 4 + 5 K launches. Each moves a pointer once, so a warm-up must name no sequences. CPU tensors work
+    of `sampled`. 3 + 3 K launches. Each moves a pointer once, so a warm-up must name no sequences. CPU tensors work
     under Triton's interpreter, for tests.
     """
     num_seqs, num_guesses = guesses.shape
@@ -245,55 +141,76 @@ def head_loop_(
     assert guesses.stride() == probabilities.stride() and guesses.stride(1) == 1
     assert guesses.dtype == torch.int32 and probabilities.dtype == torch.float32
     assert hidden.stride(1) == tapped.stride(2) == 1 and hidden.dtype == tapped.dtype
-    assert rows.seats.shape == rows.head_ids.shape == rows.last_row.shape == (num_seqs,)
-    assert 1 <= num_seqs <= scratch.x.shape[0], num_seqs
+    assert rows.seats.shape == rows.head_ids.shape == rows.last_row.shape == rows.num_guesses.shape == (num_seqs,)
+    assert 1 <= num_seqs <= min(scratch.input_tokens.shape[0], _BLOCKS_S[-1]), num_seqs
     import triton
 
-    from . import head_loop_triton as kernels
+    from . import head_loop_choice_triton as of_sequences
+    from .head_loop_cells_triton import begin_states, step_cells
+    from .head_loop_scores_triton import score
 
     r, s = rows, scratch
-    capacity, state_size = s.x.shape
-    tiles, num_tiles = s.tiles[:num_seqs], num_seqs  # each sequence may have a head of its own
-    max_window, table = s.entry_scores.shape[1], (tables.addresses, tables.sizes)
-    width = max(16, triton.next_power_of_2(max_window))
-    blocks = triton.cdiv(state_size, _BLOCK_N)
-    chunks = -(-hidden_size // _CHUNK)
+    capacity, state_size = s.states.shape[1:]
+    chunks = -(-hidden_size // CHUNK)
     assert s.partials.shape[0] == 2 * chunks, (s.partials.shape, hidden_size)
-    tile = {"TILE_ROWS": TILE_ROWS, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
-    prompt_stride, state_stride = pool.tokens.stride(0), s.x.stride(0)
-    build_tiles_(tiles, r.head_ids, TILE_ROWS)
-    kernels.walk_pointers[(num_seqs,)](
-        s.input_tokens, s.moves, s.draft_positions, pool.positions, pool.tokens, pool.lens, r.seats, r.head_ids,
-        r.first_rows, r.num_accepted, r.last_row, r.sampled, *table, prompt_stride, WIDTH=width,
+    max_cells, max_blocks, width = s.slots.shape[0], s.block_tokens.shape[1], s.slots.shape[2]
+    table, who = (tables.addresses, tables.sizes), (r.seats, r.head_ids, r.last_row)
+    fed = (s.input_tokens, s.moves, s.next_tokens)
+    prompt_stride, score_stride = pool.tokens.stride(0), s.scores.stride(0)
+    most_blocks = triton.next_power_of_2(max_blocks)
+    block_d = min(SIZES.block_d, triton.next_power_of_2(max(16, state_size)))
+    block_cell = max(block_d, 16 * SIZES.warps)
+    tile = {"TILE_ROWS": TILE_ROWS, "CELL_BLOCK": CELL_BLOCK}
+    overlaps, follows = _options(hidden.device), _options(hidden.device, may_begin=False)
+
+    def programs(num_items: int, most: int) -> tuple[int]:
+        return (min(num_items, most),)
+
+    of_sequences.list_work[(num_seqs,)](
+        s.cells, s.blocks, r.seats, r.head_ids, r.last_row, r.num_guesses, tables.sizes, num_seqs,
+        TOKEN_BLOCK=TOKEN_BLOCK, BLOCK_S=next(block for block in _BLOCKS_S if num_seqs <= block),
+        MOST_CELLS=triton.next_power_of_2(max_cells), MOST_BLOCKS=most_blocks, **tile,
     )  # fmt: skip
-    kernels.begin_states[(num_tiles, blocks, 2 * chunks)](
-        s.partials, s.squares, hidden, tapped, r.last_row, tiles, *table,
-        hidden_size, hidden.stride(0), tapped.stride(1), tapped.stride(0), capacity, state_stride, chunks,
-        IS_BF16=hidden.dtype == torch.bfloat16, CHUNK=_CHUNK, **tile,
+    begin_states[programs(num_seqs * max_cells * 2 * chunks, SIZES.cell_programs)](
+        s.partials, s.squares, hidden, tapped, r.last_row, s.cells, *table,
+        hidden_size, hidden.stride(0), tapped.stride(1), tapped.stride(0), capacity, state_size, chunks,
+        IS_BF16=hidden.dtype == torch.bfloat16, CHUNK=CHUNK, PARTS=SIZES.warps, num_warps=SIZES.warps,
+        **tile, **follows,
     )  # fmt: skip
-    kernels.finish_states[(num_seqs, blocks)](
-        s.states[0], s.partials, s.squares, r.head_ids, r.last_row, *table,
-        hidden_size, capacity, state_stride, chunks, BLOCK_N=_BLOCK_N,
+    of_sequences.start_sequences[(num_seqs,)](
+        s.states[0], *fed, s.draft_positions, pool.positions, pool.tokens, pool.local, pool.lens,
+        r.seats, r.head_ids, r.first_rows, r.num_accepted, r.last_row, r.sampled, s.partials, s.squares, *table,
+        hidden_size, capacity, state_size, chunks, prompt_stride,
+        BLOCK_D=triton.next_power_of_2(state_size), WIDTH=width, num_warps=4, **overlaps,
     )  # fmt: skip
     for idx in range(num_guesses):
         old, new = s.states[idx % 2], s.states[1 - idx % 2]
-        kernels.feed[(num_tiles, blocks)](
-            s.x, s.input_tokens, s.moves, s.draft_positions, pool.local, pool.lens, r.seats, tiles, *table,
-            prompt_stride, state_stride, idx, **tile,
+        step_cells[programs(num_seqs * max_cells, SIZES.cell_programs)](
+            new, s.queries, s.slots, old, *fed, s.cells, *table, capacity, state_size, idx,
+            BLOCK_D=block_cell, PARTS=SIZES.warps, BLOCK_Q=SIZES.block_q, WIDTH=width,
+            num_warps=SIZES.warps, num_stages=1, **tile, **overlaps,
         )  # fmt: skip
-        kernels.step_cells[(num_tiles, blocks)](
-            new, old, s.x, r.last_row, tiles, *table, state_stride, idx, **tile | {"BLOCK_K": _CELL_BLOCK_K}
-        )
-        kernels.make_queries[(num_tiles, triton.cdiv(max(state_size, max_window), _BLOCK_N), 3)](
-            s.queries, s.entry_scores, new, r.last_row, tiles, *table,
-            capacity, state_stride, s.entry_scores.stride(0), idx, **tile,
+        score[programs(num_seqs * (1 + max_blocks), SIZES.score_programs)](
+            s.scores, s.block_stats, s.block_tokens, s.entry_scores, s.entry_tokens, s.queries, s.slots,
+            s.draft_positions, pool.local, pool.lens, *who, r.num_guesses, s.blocks, *table,
+            num_seqs, capacity, state_size, score_stride, max_blocks, prompt_stride, idx,
+            TOKEN_BLOCK=TOKEN_BLOCK, BLOCK_D=block_d, WIDTH=width, num_warps=4, num_stages=1, **tile, **overlaps,
         )  # fmt: skip
-        kernels.score_tokens[(num_tiles, triton.cdiv(s.scores.shape[1], _BLOCK_N))](
-            s.scores, s.queries[0], r.last_row, tiles, *table, state_stride, s.scores.stride(0), idx, **tile
-        )
-        kernels.choose[(num_seqs,)](
-            guesses, probabilities, s.input_tokens, s.moves, s.draft_positions, s.scores, s.entry_scores, s.queries[1],
-            pool.tokens, pool.local, pool.lens, r.seats, r.head_ids, r.last_row, *table, prompt_stride,
-            state_stride, s.scores.stride(0), s.entry_scores.stride(0), guesses.stride(0), idx,
-            WIDTH=width, BLOCK_U=1024, BLOCK_K=_BLOCK_K,
+        of_sequences.choose[(num_seqs,)](
+            guesses, probabilities, *fed, s.draft_positions, s.scores, s.block_stats, s.block_tokens,
+            s.entry_scores, s.entry_tokens, pool.tokens, pool.local, pool.lens, *who, r.num_guesses, *table,
+            capacity, max_blocks, score_stride, prompt_stride, guesses.stride(0), idx,
+            MOST_BLOCKS=most_blocks, TOKEN_BLOCK=TOKEN_BLOCK, WIDTH=width, num_warps=1, **overlaps,
         )  # fmt: skip
+
+
+def _options(device: torch.device, *, may_begin: bool = True) -> dict[str, Any]:
+    """Of a launch: the next one may begin before it ends, and it before the one in front has, where the device can."""
+    if device.type != "cuda" or not _can_overlap(device):
+        return {"IS_DEPENDENT": False}
+    return {"IS_DEPENDENT": True, "launch_pdl": may_begin}
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9

@@ -14,7 +14,7 @@ from specserve.drafters.head_device import DeviceHeads, SeatedSequence
 from specserve.drafters.head_files import HeadError
 from specserve.drafters.head_source import HeadSource
 from specserve.drafters.protocol import Guess
-from specserve.kernels.head_loop import LoopRows
+from specserve.kernels.head_loop_tables import LoopRows
 
 
 def make_device_heads(device: str = "cpu", **changes) -> DeviceHeads:
@@ -183,7 +183,7 @@ def test_cuda_loop_replays_in_a_graph_for_a_head_that_joined_after_the_capture()
     hidden, tapped = torch.randn(3, 64), torch.randn(2, 3, 64)
     static_hidden, static_taps = hidden.cuda(), tapped.cuda()
     sampled = torch.tensor([prompt[3], prompt[4], prompt[5]], device="cuda")
-    rows = LoopRows(ints(-1), ints(-1), ints(0), ints(1), ints(1), sampled)
+    rows = LoopRows(ints(-1), ints(-1), ints(0), ints(1), ints(1), ints(6), sampled)
     heads.launch(rows, static_hidden, static_taps, 6)  # compiles outside the capture, moves no pointer
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

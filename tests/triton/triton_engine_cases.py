@@ -21,7 +21,7 @@ from peft_adapters import make_peft_adapter
 from pooling_adapters import make_pooling_adapter
 from tiny_models import make_tiny_model
 from traces import check_trace, drafts_of
-from triton_interpreter import IS_INTERPRETED  # before anything imports triton
+from triton_interpreter import IS_INTERPRETED, row_uniform_dot  # noqa: F401  (before anything imports triton)
 
 from specserve.adapters.pooling_config import PoolingConfig
 from specserve.compute.cuda import buckets, drafts

@@ -22,7 +22,7 @@ from ...adapters.lora import LoraAdapter
 from ...drafters.chains import ChainSource, ChainTable
 from ...drafters.head_device import DeviceHeads
 from ...drafters.head_files import LookaheadHeadFile
-from ...kernels.head_loop import LoopRows
+from ...kernels.head_loop_tables import LoopRows
 from ...kernels.verify import verify_drafts_
 from ...schedule.row_group import RowGroup
 from ...schedule.scheduler import ScheduledSequence
@@ -167,12 +167,14 @@ class DeviceDrafts:
         nums = [len(group.drafts) for group in self._groups]
         self._longest = max(self._longest - 1, *nums)
         num_guesses = next((n for n in self._chain_lens if n > self._longest), self._chain_lens[-1])
+        wanted = np.full(len(nums), num_guesses)
         self._hosts.reverse()
         host = self._hosts[0]
         launched = _Launched(found, seats, rows, chains.owners[rows], lens[found], num_guesses, host)
         size = next(size for size in self._sizes if size >= len(found))
         first_rows = [group.first_row for group in self._groups]
-        self._upload(size, seats=seats, heads=self._seats.head_ids(seats), first_rows=first_rows, num_drafts=nums)
+        heads = self._seats.head_ids(seats)
+        self._upload(size, seats=seats, heads=heads, first_rows=first_rows, num_drafts=nums, num_guesses=wanted)
         self._queue(size, num_guesses)
         host.copy_(self._heads.results, non_blocking=True)
         self._under_way[id(groups)] = launched
@@ -212,10 +214,14 @@ class DeviceDrafts:
         verify_drafts_(
             accepted, last_row, self._sampled, logits.picked_tokens, fields["first_rows"], fields["num_drafts"]
         )
-        rows = LoopRows(fields["seats"], fields["heads"], fields["first_rows"], accepted, last_row, self._sampled)
+        rows = LoopRows(
+            fields["seats"], fields["heads"], fields["first_rows"], accepted, last_row, fields["num_guesses"],
+            self._sampled,
+        )  # fmt: skip
         self._heads.launch(rows, logits.picked_hidden, logits.picked_taps, num_guesses)
 
 
 @functools.cache
 def _layout(num_seqs: int) -> Layout:
-    return Layout.of(dict.fromkeys(("seats", "heads", "first_rows", "num_drafts"), (num_seqs, torch.int32)))
+    names = ("seats", "heads", "first_rows", "num_drafts", "num_guesses")
+    return Layout.of(dict.fromkeys(names, (num_seqs, torch.int32)))
