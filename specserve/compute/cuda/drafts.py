@@ -29,6 +29,7 @@ from ...schedule.scheduler import ScheduledSequence
 from ..path import StepLimits
 from .buckets import padded
 from .buffers import Layout, Page
+from .chain_lens import ChainLens
 from .head_seats import HeadSeats
 from .parts import DeviceParts
 from .seated_chains import SeatedChains
@@ -73,6 +74,7 @@ class DeviceDrafts:
         longest = min(limits.max_draft_tokens, _CHAIN_LENS[-1])
         self._chain_lens = (*(n for n in _CHAIN_LENS if n < longest), longest)
         num_seats = padded(parts.seats.tables.shape[0])
+        self._lens = ChainLens(self._chain_lens, num_seats)
         self._heads = DeviceHeads(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
@@ -94,7 +96,6 @@ class DeviceDrafts:
         self._under_way: dict[int, _Launched] = {}  # at most two, by the id() of their step's groups
         self._groups: list[RowGroup] = []  # of the latest launch
         self._is_off = False
-        self._longest = longest  # draft lately, decaying
 
     def source(self, request_id: str, head: LookaheadHeadFile, prompt: Seq[int]) -> ChainSource:
         """The head's voice among a sequence's sources."""
@@ -127,11 +128,12 @@ class DeviceDrafts:
         with self._or_off():
             rows = self._seated.rows([item.seq for item in items], seats)
             new = self._chains.wanted[rows] & ~self._seats.holds(seats, ends)
-            self._seats.take(
+            taken = self._seats.take(
                 (items[idx].seq, int(seats[idx]), head)
                 for idx in np.flatnonzero(new).tolist()
                 if items[idx].reaches_end and (head := self._chains.heads[rows[idx]]) is not None
             )
+            self._lens.start(taken)
 
     def launch(self, groups: Seq[RowGroup]) -> None:
         """Queue verification and drafts behind sampling."""
@@ -164,10 +166,8 @@ class DeviceDrafts:
         found = found[np.argsort(self._seats.head_ids(seats[found]), kind="stable")]  # equal heads are neighbours
         seats, rows = seats[found], rows[found]
         self._groups = [groups[idx] for idx in found.tolist()]
-        nums = [len(group.drafts) for group in self._groups]
-        self._longest = max(self._longest - 1, *nums)
-        num_guesses = next((n for n in self._chain_lens if n > self._longest), self._chain_lens[-1])
-        wanted = np.full(len(nums), num_guesses)
+        nums = np.array([len(group.drafts) for group in self._groups])
+        num_guesses, wanted = self._lens.plan(seats, nums)
         self._hosts.reverse()
         host = self._hosts[0]
         launched = _Launched(found, seats, rows, chains.owners[rows], lens[found], num_guesses, host)

@@ -41,11 +41,14 @@ class HeadSeats:
         """The numbers of the heads that draft for who sits there."""
         return self._head_ids[seats]
 
-    def take(self, sequences: Iterable[tuple[Sequence, int, LookaheadHeadFile]]) -> None:
-        """Make the seats those of the sequences, which they are not; nothing where a head cannot draft."""
+    def take(self, sequences: Iterable[tuple[Sequence, int, LookaheadHeadFile]]) -> list[int]:
+        """Make the seats those of the sequences, which they are not; nothing where a head cannot draft.
+
+        Seats of sequences that were not there before are returned.
+        """
         new = [one for one in sequences if self._is_known(one[2])]
         if not new:
-            return
+            return []
         seated, owners = [], self._seats.owners
         for seq, seat, head in new:
             has_prompt = bool(self._owners[seat] == owners[seat])
@@ -56,6 +59,7 @@ class HeadSeats:
             if has_room:
                 self._owners[seat], self._num_tokens[seat] = owners[seat], len(seq.tokens)
                 self._head_ids[seat] = self._heads.id_of(head)
+        return [one.seat for one in seated if not one.has_prompt]
 
     def followed(self, seats: np.ndarray, num_tokens: np.ndarray) -> None:
         """The heads have followed the seats' sequences up to so many tokens."""
