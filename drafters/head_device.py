@@ -143,7 +143,10 @@ class DeviceHeads:
         if not free:
             raise HeadError(f"all {len(self._heads)} places for heads on the device are taken")
         head_id = min(free)
-        tensors = head_tensors(head, self._vocab_size, self._device)
+        try:
+            tensors = head_tensors(head, self._vocab_size, self._device)
+        except torch.OutOfMemoryError as error:
+            raise HeadError(f"there is no memory for it on {self._device}") from error
         tap, jump_start = self.tap_layers.index(config.tap_layer), config.copy_start if config.copy_jumps else -1
         self._tables.set(head_id, tensors, config.state_size, config.draft_len, tap, jump_start)
         self._heads[head_id] = head, tensors

@@ -121,6 +121,19 @@ def test_heads_that_do_not_fit_are_refused_with_the_reason(change, reason):
         heads.add_head(random_head(0, 16, 100, 4))
 
 
+def test_a_head_that_finds_no_memory_is_refused_and_holds_no_place(monkeypatch):
+    heads, head = make_device_heads(max_heads=1), random_head(0, 16, 100, 4)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specserve.drafters.head_device.head_tensors", full)
+        with pytest.raises(HeadError, match="no memory for it on cpu"):
+            heads.add_head(head)
+    assert heads.add_head(head) == 0
+
+
 def test_slots_are_given_once_a_head_and_again_after_it_left():
     heads = make_device_heads()
     a, b, c = (random_head(seed, 16, 100, 4) for seed in range(3))
