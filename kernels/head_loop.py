@@ -14,14 +14,13 @@ behind one that is not a number, and of sequences without head are -1.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .dependent_launch import dependent_launch
 from .head_loop_tables import (
     CELL_BLOCK,
     CHUNK,
@@ -161,7 +160,7 @@ def head_loop_(
     block_d = min(SIZES.block_d, triton.next_power_of_2(max(16, state_size)))
     block_cell = max(block_d, 16 * SIZES.warps)
     tile = {"TILE_ROWS": TILE_ROWS, "CELL_BLOCK": CELL_BLOCK}
-    overlaps, follows = _options(hidden.device), _options(hidden.device, may_begin=False)
+    overlaps = dependent_launch(hidden.device)
 
     def programs(num_items: int, most: int) -> tuple[int]:
         return (min(num_items, most),)
@@ -174,8 +173,8 @@ def head_loop_(
     begin_states[programs(num_seqs * max_cells * 2 * chunks, SIZES.cell_programs)](
         s.partials, s.squares, hidden, tapped, r.last_row, s.cells, *table,
         hidden_size, hidden.stride(0), tapped.stride(1), tapped.stride(0), capacity, state_size, chunks,
-        IS_BF16=hidden.dtype == torch.bfloat16, CHUNK=CHUNK, PARTS=SIZES.warps, num_warps=SIZES.warps,
-        **tile, **follows,
+        IS_BF16=hidden.dtype == torch.bfloat16, CHUNK=CHUNK, PARTS=SIZES.warps, num_warps=SIZES.warps, num_stages=1,
+        **tile, **overlaps | {"launch_pdl": False},
     )  # fmt: skip
     of_sequences.start_sequences[(num_seqs,)](
         s.states[0], *fed, s.draft_positions, pool.positions, pool.tokens, pool.local, pool.lens,
@@ -202,15 +201,3 @@ def head_loop_(
             capacity, max_blocks, score_stride, prompt_stride, guesses.stride(0), idx,
             MOST_BLOCKS=most_blocks, TOKEN_BLOCK=TOKEN_BLOCK, WIDTH=width, num_warps=1, **overlaps,
         )  # fmt: skip
-
-
-def _options(device: torch.device, *, may_begin: bool = True) -> dict[str, Any]:
-    """Of a launch: the next one may begin before it ends, and it before the one in front has, where the device can."""
-    if device.type != "cuda" or not _can_overlap(device):
-        return {"IS_DEPENDENT": False}
-    return {"IS_DEPENDENT": True, "launch_pdl": may_begin}
-
-
-@functools.cache
-def _can_overlap(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 9
