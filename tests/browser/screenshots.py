@@ -61,6 +61,8 @@ def shows_card(page: Page, bottom: float) -> bool:
     """Point at a rejected draft whose card ends above `bottom`."""
     struck, card = page.locator(".output .struck"), page.locator("#card")
     for idx in range(struck.count()):
+        page.mouse.move(0, 0)  # the card of the one before may lie over this one
+        card.wait_for(state="hidden")
         struck.nth(idx).hover()
         card.locator("del").first.wait_for()
         box = card.bounding_box()
