@@ -55,6 +55,7 @@ PARTS = (
         "server", ("bench.gpu_server",), 100,
         ("--device", "cpu", "--num", "3", "--late", "1", "--concurrency", "2", "--duration", "1", "--max-tokens", "8"),
     ),
+    Part("steps-small", ("bench.gpu_steps", "--shape", "smollm2"), 30, (*TINY_STEPS, "--exact", "on")),
     Part("quantized", ("bench.scaled_weights", "--budget", "30"), 45),
     Part("steps-int8", ("bench.gpu_steps", "--shape", "llama8b", "--quantization", "int8"), 45, TINY_STEPS_IN_8_BITS),
     Part(
@@ -79,7 +80,6 @@ PARTS = (
     Part("linears", ("bench.linear_rows", "--budget", "15"), 25),
     Part("lora", ("bench.lora_kernels", "--budget", "20"), 35),
     Part("heads", ("bench.head_loop", "--budget", "10"), 20),
-    Part("steps-small", ("bench.gpu_steps", "--shape", "smollm2"), 30, TINY_STEPS),
 )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 A decoder of a published shape with random weights (a step's time does not depend on their values), run by the engine's
 own runner and graphs: one sequence's step against weight bytes over the measured copy bandwidth; 8 rows of one sequence
-(a verification) against 1; 32 sequences with 32 distinct rank-16 adapters on all linears against none. The ways take
-turns. --shape tiny with --device cpu (TRITON_INTERPRET=1) only shows that the bench runs.
+(a verification) against 1; 32 sequences with 32 distinct rank-16 adapters on all linears against none; and of models
+whose linears of few rows are fused with norms and activations, the same rows with these apart. The ways take turns.
+--shape tiny with --device cpu (TRITON_INTERPRET=1) only shows that the bench runs, in bf16 with --exact on.
 
     python -m bench.gpu_steps [--shape llama8b|smollm2|tiny] [--quantization int8] [--rounds 20] [--exact off]
 """
@@ -37,7 +38,9 @@ from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 SHAPES = {shape.name: shape for shape in (LLAMA8B, SMOLLM2, TINY)}
 BLOCK_SIZE = 16
 QUEUED = 8  # steps in a row: the host prepares one while the device runs the one before, as in the engine; on a CPU one
-WANTED = {"floor_ratio": 1.25, "verify_ratio": 1.1}  # none for LoRA's share: 32 adapters' bytes alone are 15%
+APART = {"1 row, apart": 1, "8 rows of one, apart": 8}
+# None for LoRA's share: 32 adapters' bytes alone are 15%. One row in ms is judged where linears are fused, as SmolLM2.
+WANTED = {"floor_ratio": 1.25, "verify_ratio": 1.1, "ms_of_one_row": 0.7}
 
 
 class Steps:
@@ -45,11 +48,13 @@ class Steps:
 
     def __init__(
         self, shape: ModelShape, device: torch.device, dtype: torch.dtype, num_seqs: int, context: int, exact: Exact,
-        quantization: Quantization,
+        quantization: Quantization, is_fused: bool = True,
     ):  # fmt: skip
         config = shape.config()
         weights = RandomWeights(config, device, dtype)
         self.decoder = build(config, weights, exact, quantization)
+        if not is_fused:
+            self.decoder.fused = frozenset()
         self.device = device
         self.queued = QUEUED if device.type == "cuda" else 1
         num_blocks = num_seqs * (-(-(context + 64) // BLOCK_SIZE))
@@ -113,7 +118,8 @@ def main(
 ) -> None:  # fmt: skip
     run = common.start("gpu_steps", "torch", "triton", device=device)
     place = torch.device(device)
-    dtype = torch.float32 if place.type == "cpu" and quantization == "none" else torch.bfloat16
+    is_fp32 = place.type == "cpu" and quantization == "none" and exact != "on"
+    dtype = torch.float32 if is_fp32 else torch.bfloat16
     bandwidth = copy_bandwidth(place, 1 << (31 if place.type == "cuda" else 26))
     steps = Steps(SHAPES[shape], place, dtype, num_seqs, context, exact, quantization)
     click.echo(f"a row's bits are the same in every step: {steps.decoder.is_exact} (--exact {exact})")
@@ -128,6 +134,9 @@ def main(
         f"{num_seqs} rows": steps.way(num_seqs, 1, []),
         f"{num_seqs} rows, {num_seqs} adapters": steps.way(num_seqs, 1, adapters),
     }
+    if steps.decoder.fused:
+        apart = Steps(SHAPES[shape], place, dtype, num_seqs, context, exact, quantization, is_fused=False)
+        ways |= {name: apart.way(1, num_rows, []) for name, num_rows in APART.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()
@@ -135,12 +144,16 @@ def main(
         for name, way in ways.items():
             times[name].append(1e3 * timed(way, place) / steps.queued)
     ms = {name: common.spread(values) for name, values in times.items()}
-    one, eight, many, mixed = (ms[name]["median"] for name in ways)
+    one, eight, many, mixed = (ms[name]["median"] for name in list(ways)[:4])
     figures = {
         "floor_ratio": round(one / floor_ms, 3),
         "verify_ratio": round(eight / one, 3),
         "lora_share": round((mixed - many) / mixed, 3),
     }
+    if steps.decoder.fused:
+        ratios = (one / ms["1 row, apart"]["median"], eight / ms["8 rows of one, apart"]["median"])
+        figures |= dict(zip(("fused_ratio", "fused_verify_ratio"), (round(ratio, 3) for ratio in ratios), strict=True))
+        figures["ms_of_one_row"] = round(one, 4)
     for name, spread in ms.items():
         click.echo(f"{name}: {spread['median']:.3f} ms ({spread['min']:.3f} to {spread['max']:.3f})")
     for name, value in figures.items():
@@ -150,6 +163,7 @@ def main(
         "shape": shape,
         "quantization": quantization,
         "is_exact": steps.decoder.is_exact,
+        "fused": sorted(steps.decoder.fused),
         "context": context,
         "rounds": rounds,
         "copy_gb_per_s": round(bandwidth / 1e9, 1),

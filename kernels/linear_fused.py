@@ -27,6 +27,7 @@ _MOST_NORMED = 1 << 14  # values that a program norms, 128 registers a thread
 NUM_STAGES = 5  # 4 blocks of weights in flight are 64 KiB a multiprocessor
 _PROGRAMS = 66  # as many halve the tiles no more: half of an H100's or H200's multiprocessors
 _LEAST_USED = 16  # outputs of a tile
+_MOST_LINES = 32  # of 128 bytes
 
 NO_NORM = {"HAS_NORM": False, "NORM_ROWS": 1, "NORM_BLOCK": 1}
 
@@ -64,7 +65,7 @@ def linear_add_(residual: torch.Tensor, x: torch.Tensor, weights: AnyWeights, bi
     linear_add_kernel[(-(-out_size // used),)](
         residual, x, values, residual if scales is None else scales, x if bias is None else bias,
         num_rows, values.shape[1], out_size, residual.stride(0), x.stride(0), values.stride(0),
-        USED=used, **_options(x.dtype, num_rows, scales, bias, x.device),
+        USED=used, **_options(x.dtype, num_rows, values, scales, bias),
     )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def linear_gated(
     linear_gated_kernel[(-(-2 * size // used),)](
         out, rows, values, rows if scales is None else scales, rows if bias is None else bias, norm,
         num_rows, values.shape[1], size, rows.stride(0), values.stride(0), eps,
-        GELU=kind == "gelu_tanh", USED=used, **norm_options, **_options(dtype, num_rows, scales, bias, rows.device),
+        GELU=kind == "gelu_tanh", USED=used, **norm_options, **_options(dtype, num_rows, values, scales, bias),
     )  # fmt: skip
     return out
 
@@ -116,7 +117,7 @@ def linear_rope_(
         cos, sin, slot_mapping, k_cache, v_cache,
         num_rows, values.shape[1], rows.stride(0), values.stride(0), k_cache.stride(0), v_cache.stride(0), eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, USED=used,
-        **norm_options, **_options(q.dtype, num_rows, scales, bias, rows.device),
+        **norm_options, **_options(q.dtype, num_rows, values, scales, bias),
     )  # fmt: skip
     return q
 
@@ -143,7 +144,7 @@ def norm_sizes(num_rows: int, in_size: int) -> dict[str, Any]:
 
 
 def _options(
-    dtype: torch.dtype, num_rows: int, scales: torch.Tensor | None, bias: torch.Tensor | None, device: torch.device
+    dtype: torch.dtype, num_rows: int, values: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None
 ) -> dict[str, Any]:
     """What all launches say."""
     import triton.language as tl
@@ -152,7 +153,12 @@ def _options(
     of_triton = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     flags = {"HAS_SCALES": scales is not None, "HAS_BIAS": bias is not None, "DTYPE": of_triton}
     sizes = {"ROWS": _ROWS, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": NUM_STAGES}
-    return flags | sizes | dependent_launch(device)
+    return flags | sizes | {"LINES": lines_of(values.shape[1] * values.itemsize)} | dependent_launch(values.device)
+
+
+def lines_of(num_bytes: int) -> int:
+    """Lines of a weight's row that a program asks for before it waits: up to 32, which are 2,048 inputs of 16 bits."""
+    return min(_MOST_LINES, _power_of_two(-(-num_bytes // 128)))
 
 
 def _used(out_size: int) -> int:

@@ -20,7 +20,7 @@ from .gated_activation_triton import gated
 from .rope_kv_triton import rotated
 
 _TILE = tl.constexpr(64)  # outputs: the rows of a warp group's instruction
-_PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;")
+_PREFETCH = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 
 
 @triton.jit
@@ -49,22 +49,37 @@ def _normed(x, norm, scale, t, c, mask, c_mask, x_stride, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _outputs(r, tile, half, num_outputs, USED: tl.constexpr, IS_PAIRED: tl.constexpr):
+    """(outputs, which of them are this program's) of a tile's rows r; of pairs, two that are `half` apart."""
+    if IS_PAIRED:
+        pair = r // 16 * 8 + r % 8
+        is_output = pair < USED // 2
+        pair += tile * (USED // 2)
+        is_output = is_output & (pair < num_outputs // 2)
+        outputs = pair // half * (2 * half) + pair % half + r // 8 % 2 * half
+    else:
+        outputs = tile * USED + r
+        is_output = (r < USED) & (outputs < num_outputs)
+    return outputs, is_output
+
+
+@triton.jit
 def _product(
-    x, weight, scales, bias, norm, first, outputs, is_output, num_rows, in_size, x_stride, weight_stride, eps,
-    HAS_NORM: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
-    NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    x, weight, scales, bias, norm, tile, half, num_outputs, num_rows, in_size, x_stride, weight_stride, eps,
+    IS_PAIRED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """y [64, ROWS] of `outputs` [64], rounded to DTYPE, as linear_rows has it; waits for the launch in front."""
+    """y [64, ROWS] of a tile's outputs, rounded to DTYPE, as linear_rows has it; waits for the launch in front."""
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+        _prefetch(weight, tile, half, num_outputs, in_size, weight_stride, IS_PAIRED, USED, LINES)
+        gdc_wait()
+    outputs, is_output = _outputs(tl.arange(0, _TILE), tile, half, num_outputs, USED, IS_PAIRED)
+    w_rows = weight + outputs.to(tl.int64) * weight_stride
     t = tl.arange(0, ROWS)
     row_mask = t < num_rows
     k = tl.arange(0, BLOCK_K)
-    w_rows = weight + outputs.to(tl.int64) * weight_stride
-    if IS_DEPENDENT:
-        gdc_launch_dependents()
-        in_range = tl.where(is_output, w_rows.to(tl.int64), (weight + first.to(tl.int64) * weight_stride).to(tl.int64))
-        num_bytes = tl.zeros_like(outputs) + in_size * (weight.dtype.element_ty.primitive_bitwidth // 8)
-        tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [in_range, num_bytes], dtype=tl.int32, is_pure=False, pack=1)
-        gdc_wait()
     scale = t.to(tl.float32)
     if HAS_NORM:
         scale = _row_scales(x, t, num_rows, in_size, x_stride, eps, NORM_ROWS, NORM_BLOCK)
@@ -90,22 +105,32 @@ def _product(
 
 
 @triton.jit
-def _pairs(tile, half, num_pairs, USED: tl.constexpr):
-    """(outputs [64], which of them count, pairs [32], which of them count) of a tile of pairs `half` outputs apart."""
-    r = tl.arange(0, _TILE)
-    pair = r // 16 * 8 + r % 8
-    is_output = pair < USED // 2
-    pair += tile * (USED // 2)
-    is_output = is_output & (pair < num_pairs)
-    outputs = pair // half * (2 * half) + pair % half + r // 8 % 2 * half
+def _prefetch(
+    weight, tile, half, num_outputs, in_size, weight_stride,
+    IS_PAIRED: tl.constexpr, USED: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first LINES lines of 128 bytes of a tile's weights."""
+    outputs, is_output = _outputs(tl.arange(0, USED), tile, half, num_outputs, USED, IS_PAIRED)
+    SIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    offset = tl.arange(0, LINES) * (128 // SIZE)
+    is_read = is_output[:, None] & (offset < in_size)[None, :]
+    places = (weight + outputs.to(tl.int64)[:, None] * weight_stride + offset[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        _PREFETCH, "=r,l,r", [places, is_read.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _pairs(tile, num_pairs, USED: tl.constexpr):
+    """(pairs [32], which of them are this program's) of a tile."""
     own = tl.arange(0, _TILE // 2)
     pairs = tile * (USED // 2) + own
-    return outputs, is_output, pairs, (own < USED // 2) & (pairs < num_pairs)
+    return pairs, (own < USED // 2) & (pairs < num_pairs)
 
 
 @triton.jit
 def _halves(y, ROWS: tl.constexpr):
-    """First and second of pairs [32, ROWS] each, of y [64, ROWS] as `_pairs` has its rows."""
+    """First and second of pairs [32, ROWS] each, of y [64, ROWS] as `_outputs` has its rows."""
     apart = tl.permute(tl.reshape(y, (_TILE // 16, 2, 8, ROWS)), (0, 2, 3, 1))
     first, second = tl.split(apart)
     first, second = tl.reshape(first, (_TILE // 2, ROWS)), tl.reshape(second, (_TILE // 2, ROWS))
@@ -116,17 +141,15 @@ def _halves(y, ROWS: tl.constexpr):
 def linear_add_kernel(
     residual, x, weight, scales, bias, num_rows, in_size, out_size, residual_stride, x_stride, weight_stride,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, USED: tl.constexpr,
-    BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of USED outputs,): the rows' outputs are added to the residual."""
-    first = tl.program_id(0) * USED
-    r = tl.arange(0, _TILE)
-    outputs = first + r
-    is_output = (r < USED) & (outputs < out_size)
+    tile = tl.program_id(0)
     y = _product(
-        x, weight, scales, bias, x, first, outputs, is_output, num_rows, in_size, x_stride, weight_stride, 0.0,
-        False, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, 1, 1, BLOCK_K, IS_DEPENDENT,
+        x, weight, scales, bias, x, tile, out_size, out_size, num_rows, in_size, x_stride, weight_stride, 0.0,
+        False, False, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, 1, 1, USED, LINES, BLOCK_K, IS_DEPENDENT,
     )  # fmt: skip
+    outputs, is_output = _outputs(tl.arange(0, _TILE), tile, out_size, out_size, USED, False)
     t = tl.arange(0, ROWS)
     place = residual + t[None, :] * residual_stride + outputs[:, None]
     mask = is_output[:, None] & (t < num_rows)[None, :]
@@ -138,17 +161,16 @@ def linear_add_kernel(
 def linear_gated_kernel(
     out, x, weight, scales, bias, norm, num_rows, in_size, size, x_stride, weight_stride, eps,
     GELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
+    ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of USED / 2 of the `size` columns of out,)."""
     tile = tl.program_id(0)
-    outputs, is_output, columns, is_column = _pairs(tile, size, size, USED)
     y = _product(
-        x, weight, scales, bias, norm, tile * (USED // 2), outputs, is_output, num_rows, in_size, x_stride,
-        weight_stride, eps,
-        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, BLOCK_K, IS_DEPENDENT,
+        x, weight, scales, bias, norm, tile, size, 2 * size, num_rows, in_size, x_stride, weight_stride, eps, True,
+        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, USED, LINES, BLOCK_K, IS_DEPENDENT,
     )  # fmt: skip
+    columns, is_column = _pairs(tile, size, USED)
     gate, up = _halves(y, ROWS)
     t = tl.arange(0, ROWS)
     mask = is_column[:, None] & (t < num_rows)[None, :]
@@ -161,19 +183,19 @@ def linear_rope_kernel(
     weight_stride, k_stride, v_stride, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
+    ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of USED / 2 of all heads' halves,)."""
     HALF: tl.constexpr = HEAD_DIM // 2
     NUM_ROTATED: tl.constexpr = NUM_HEADS + NUM_KV_HEADS
+    NUM_PAIRS: tl.constexpr = (NUM_ROTATED + NUM_KV_HEADS) * HALF
     tile = tl.program_id(0)
-    outputs, is_output, pairs, is_pair = _pairs(tile, HALF, (NUM_ROTATED + NUM_KV_HEADS) * HALF, USED)
     y = _product(
-        x, weight, scales, bias, norm, tile * (USED // 2) // HALF * HEAD_DIM, outputs, is_output, num_rows, in_size,
-        x_stride, weight_stride, eps,
-        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, BLOCK_K, IS_DEPENDENT,
+        x, weight, scales, bias, norm, tile, HALF, 2 * NUM_PAIRS, num_rows, in_size, x_stride, weight_stride, eps, True,
+        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, USED, LINES, BLOCK_K, IS_DEPENDENT,
     )  # fmt: skip
+    pairs, is_pair = _pairs(tile, NUM_PAIRS, USED)
     first, second = _halves(y, ROWS)
     t = tl.arange(0, ROWS)
     heads, d = pairs // HALF, pairs % HALF

