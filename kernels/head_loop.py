@@ -41,10 +41,11 @@ class _Sizes:
     """Sizes of grids and programs, by the sm_90 binaries for 132 SMs.
 
     A cell's program holds 40 KB of weights for d = 256 in 8 warps of 128 registers, one of scores 32 KB in 4 warps of
-    225: an SM has two of either, so that one asks for weights while the other multiplies.
+    up to 255: an SM has two of either, so that one asks for weights while the other multiplies.
     """
 
     cell_programs: int = 2 * 132
+    cell_registers: int = 128  # a thread; left alone Triton 3.6 takes 198
     score_programs: int = 2 * 132
     block_d: int = 256  # inputs at once; wider heads go on in further blocks
     block_q: int = 512  # outputs of both queries at once
@@ -187,7 +188,7 @@ def head_loop_(
         step_cells[programs(num_seqs * max_cells, SIZES.cell_programs)](
             new, s.queries, s.slots, old, *fed, s.cells, *table, capacity, state_size, idx,
             BLOCK_D=block_cell, PARTS=SIZES.warps, BLOCK_Q=SIZES.block_q, WIDTH=width,
-            num_warps=SIZES.warps, num_stages=1, **tile, **overlaps,
+            num_warps=SIZES.warps, num_stages=1, maxnreg=SIZES.cell_registers, **tile, **overlaps,
         )  # fmt: skip
         score[programs(num_seqs * (1 + max_blocks), SIZES.score_programs)](
             s.scores, s.block_stats, s.block_tokens, s.entry_scores, s.entry_tokens, s.queries, s.slots,

@@ -46,7 +46,8 @@ if __name__ == "__main__":
     ):
         pointers = POINTERS | dict.fromkeys(("hidden", "tapped"), f"*{hidden}")
         pointers = {name: pointer for name, pointer in pointers.items() if name in kernel.arg_names}
-        figures = compile_kernel(kernel, pointers, constants, num_warps=warps, num_stages=1)
+        limit = {"maxnreg": SIZES.cell_registers} if kernel is step_cells else {}
+        figures = compile_kernel(kernel, pointers, constants, num_warps=warps, num_stages=1, **limit)
         report(f"{kernel.__name__} {hidden}", figures)
         assert figures["registers"] <= most_registers, "fewer programs fit an SM than there are"
         if kernel in (begin_states, step_cells, score):
