@@ -79,7 +79,7 @@ def exact_engine(request, tmp_path_factory):
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="the interpreter counts launches")
-def test_a_layer_of_few_rows_is_five_launches_and_of_more_nine_or_ten(exact_engine, monkeypatch):
+def test_a_layer_of_few_rows_is_five_launches_and_of_more_nine(exact_engine, monkeypatch):
     engine, _ = exact_engine
     launched: Counter[str] = Counter()
     launch = interpreter.GridExecutor.__call__
@@ -98,7 +98,7 @@ def test_a_layer_of_few_rows_is_five_launches_and_of_more_nine_or_ten(exact_engi
         found["add_rms_norm"] -= 1  # of the last layer's output
         found["linear_rows"] -= 1  # the lm_head
         assert found == dict.fromkeys(few | more, 0) | layer, num_rows
-        assert launched["join_splits"] == (num_rows > 16)
+        assert not launched["join_splits"]  # here one program has all of a tile's keys
 
 
 def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
