@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from specserve.compute.native.decoder import torch_threads
+from specserve.compute.native.decoder import TorchThreads
 from specserve.kernels.native import FLAGS
 from specserve.kernels.native_build import NativeSources, find_compiler
 from specserve.kernels.native_levels import LEVELS
@@ -56,7 +56,7 @@ class CpuLimits:
             self.bytes_per_s = max(self.bytes_per_s, rate)
             for kind in self._kinds:
                 self._note(kind, self._functions.multiply_rate(KINDS.index(kind), self._num_threads, BURST_S))
-            with torch_threads(self._num_threads):
+            with TorchThreads(self._num_threads):
                 for matrix in self._matrices:
                     start = time.perf_counter()
                     matrix @ matrix

@@ -30,7 +30,20 @@ FLAGS = (
 )
 NUM_MODULES = 7  # a layer's linears: query, key, value, output, gate, up, down
 # "norm" quantizes what it norms; "quantize" is what o and down read.
-PHASES = ("inputs", "norm", "quantize", "lora_shrink", "qkv", "rope_kv", "attention", "o", "gate_up", "down")
+PHASES = (
+    "inputs",
+    "norm",
+    "quantize",
+    "lora_shrink",
+    "qkv",
+    "rope_kv",
+    "attention",
+    "o",
+    "gate_up",
+    "down",
+    "lm_head",
+    "best",
+)
 MAX_TAPS = 128  # layers; heads in one step may each read another
 MAX_HEAD_DIM = 256
 KEYS_PER_TILE = 16  # a KV block must be a multiple
@@ -105,6 +118,11 @@ class Step(Structure):
         ("taps", c_void_p * MAX_TAPS),
         ("seconds", POINTER(c_double)),
         ("stop", c_void_p),
+        *((name, c_void_p) for name in ("lm_head", "logits", "best", "bad")),
+        ("num_logits", c_int32),
+        ("vocab_size", c_int32),
+        ("num_bad", c_int32),
+        ("unused", c_int32),
     ]
 
 

@@ -26,7 +26,7 @@
 
 enum Module { Q, K, V, O, GATE, UP, DOWN, NUM_MODULES };
 // Norms quantize what they norm; QUANTIZE is what O and DOWN read.
-enum Phase { BEGIN, NORM, QUANTIZE, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, NUM_PHASES };
+enum Phase { BEGIN, NORM, QUANTIZE, SHRINK, QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN_, LM_HEAD, BEST, NUM_PHASES };
 
 struct Layer {
   Matrix modules[NUM_MODULES];
@@ -61,6 +61,11 @@ struct Step {
   float* taps[128];     // [L + P][H] each
   double* seconds;      // [NUM_PHASES], added to
   const int32_t* stop;  // not 0: end before the next layer, which another thread may ask for; null: nobody may
+  const Matrix* lm_head;
+  float* logits;  // [L][panels * 64] of the first rows of `hidden`
+  int64_t* best;  // [L], the first of the largest of each row's first `vocab_size`
+  uint8_t* bad;   // [L], whether it holds NaN
+  int32_t num_logits, vocab_size, num_bad, unused;  // num_bad is what comes out
 };
 
 // Scratch memory, in large pages where it is large and there are such: a prompt's products were a seventh slower without.
@@ -111,6 +116,21 @@ struct Engine {
   void make_room(int num_rows) {
     for (auto& buffer : products) buffer.get<float>((size_t)MAX_PANELS * std::min(MAX_ROWS, pad_rows(num_rows)) * PANEL);
   }
+};
+
+// Adds what passes between its ends to the seconds of each phase; null: nobody wants to know.
+struct Clock {
+  explicit Clock(double* seconds) : seconds(seconds) {
+    if (seconds) last = std::chrono::steady_clock::now();
+  }
+  void end(Phase phase) {
+    if (!seconds) return;
+    auto now = std::chrono::steady_clock::now();
+    seconds[phase] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+  double* seconds;
+  std::chrono::steady_clock::time_point last;
 };
 
 // Queries of one KV head, over all splits or one of them.
@@ -221,20 +241,6 @@ class Forward {
   }
 
  private:
-  struct Clock {
-    explicit Clock(double* seconds) : seconds(seconds) {
-      if (seconds) last = std::chrono::steady_clock::now();
-    }
-    void end(Phase phase) {
-      if (!seconds) return;
-      auto now = std::chrono::steady_clock::now();
-      seconds[phase] += std::chrono::duration<double>(now - last).count();
-      last = now;
-    }
-    double* seconds;
-    std::chrono::steady_clock::time_point last;
-  };
-
   void begin_rows() {
     const int half = m.head_dim / 2, width = m.hidden_size;
     for (int t; (t = e.team.next(T)) >= 0;) {
@@ -736,7 +742,8 @@ static const Place LAYOUT[] = {
     FIELD(Step, query_lens), FIELD(Step, table_lens), FIELD(Step, blocks), FIELD(Step, hidden_indices),
     FIELD(Step, row_slots), FIELD(Step, lora),
     FIELD(Step, hidden), FIELD(Step, tap_layers), FIELD(Step, taps), FIELD(Step, seconds),
-    FIELD(Step, stop),
+    FIELD(Step, stop), FIELD(Step, lm_head), FIELD(Step, logits), FIELD(Step, best), FIELD(Step, bad), FIELD(Step, num_logits),
+    FIELD(Step, vocab_size), FIELD(Step, num_bad), FIELD(Step, unused),
     STRUCT(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank), FIELD(Lora, scale),
     STRUCT(Head), FIELD(Head, init_weight), FIELD(Head, embed), FIELD(Head, moves), FIELD(Head, next_weight),
     FIELD(Head, gates_x), FIELD(Head, gates_s), FIELD(Head, out_weight), FIELD(Head, copy_weight), FIELD(Head, slot_weight),
@@ -767,16 +774,25 @@ int specserve_num_active(void* engine) { return ((Engine*)engine)->team.active()
 }
 
 template <class A>
-static int32_t run_forward(Engine& engine, const Model& model, const Step& step) {
+static int32_t run_forward(Engine& engine, const Model& model, Step& step) {
   Forward<A> forward(engine, model, step);
   engine.team.run(forward);
-  return forward.is_stopped;
+  if (forward.is_stopped) return true;
+  if (step.num_logits) {
+    Clock clock(step.seconds);
+    linear<A>(engine, *step.lm_head, step.hidden, step.num_logits, step.logits);
+    clock.end(LM_HEAD);
+    step.num_bad = best_of_rows(engine.team, engine.tops, step.logits, step.lm_head->panels() * PANEL, step.num_logits,
+                                step.vocab_size, step.best, step.bad);
+    clock.end(BEST);
+  }
+  return false;
 }
 
 extern "C" {
 
 // Not 0: it was stopped, and gave nothing.
-int32_t specserve_forward(void* engine, const Model* model, const Step* step) {
+int32_t specserve_forward(void* engine, const Model* model, Step* step) {
   Engine& e = *(Engine*)engine;
   return model->is_bf16 ? run_forward<bf16>(e, *model, *step) : run_forward<float>(e, *model, *step);
 }

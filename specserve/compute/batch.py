@@ -35,6 +35,7 @@ class Batch:
     query_lens: Sequence[int]  # [S] rows of each
     tables: Sequence[Sequence[int]]  # [S][N] physical blocks in order; those behind the last row's are not read
     hidden_rows: Sequence[int]  # [L + P] rows whose hidden states are needed: those for logits, ascending; P
+    num_logits: int  # L
     block_size: int
     device: torch.device
     lora: LoraBatch | NativeLoraBatch | None  # None when no row has an adapter

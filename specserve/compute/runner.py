@@ -45,15 +45,14 @@ class BatchDecoder(Protocol):
     config: ModelConfig
     device: torch.device
 
-    def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """Normed hidden states [L + P, H] of the rows `batch.hidden_rows`; writes all rows' keys and values.
+    def step(
+        self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normed hidden states [L + P, H] of the rows `batch.hidden_rows`, and logits [L, V] float32 of the first L;
+        writes all rows' keys and values.
 
         Each layer in `taps` gets its output there, [L + P, H].
         """
-        ...
-
-    def logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Logits [L, V] float32 of hidden rows [L, H]."""
         ...
 
 
@@ -75,12 +74,10 @@ class ModelRunner:
         batch, needed, spans = self._build(items)
         heads = [adapter.lookahead.head for adapter in active if adapter.lookahead is not None]
         taps = {head.config.tap_layer: self._no_rows for head in (*heads, self._base_head) if head is not None}
-        states = self.decoder.forward(batch, self.kv, taps)  # [L + P, H]
+        states, logits = self.decoder.step(batch, self.kv, taps)  # [L + P, H], [L, V]
         hidden = states[: len(needed.rows)] if spans else states
-        if needed.rows:
-            logits = self.decoder.logits(hidden, batch)  # [L, V]
-        else:  # nothing but unfinished prefill chunks, and texts that are pooled
-            logits, taps = states.new_empty(0, self.decoder.config.vocab_size).float(), {}
+        if not needed.rows:  # nothing but unfinished prefill chunks, and texts that are pooled
+            taps = {}
         pooled = add_up(spans, states[len(needed.rows) :]) if spans else None  # at last: it keeps the sums
         return StepOutput(logits, needed.groups, needed.items, needed.prompt_rows, hidden, taps, pooled)
 
@@ -94,6 +91,7 @@ class ModelRunner:
             query_lens=counts,
             tables=[item.seq.block_table for item in items],
             hidden_rows=needed.rows + rows_of(spans),
+            num_logits=len(needed.rows),
             block_size=self.kv.block_size,
             device=self.decoder.device,
             lora=self.slots.batch(runs, needed.rows),

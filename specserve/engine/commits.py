@@ -51,7 +51,7 @@ class Commits:
         """Append what was sampled; `reports` tells those who wait."""
         if len(output.items) < len(step.items) and not step.is_passed:
             step.go_on_with_prompts(self._reports)
-        logprobs = _logprobs_of(output, kept)
+        logprobs: dict[int, list[TokenLogprobs]] | None = None  # of those that ask, once one does
         going_on, is_passed = GoingOn(step.events), step.is_passed
         states, items, going = going_on.states, going_on.items, going_on.tokens
         for item, group, tokens in zip(output.items, output.groups, kept, strict=True):
@@ -82,7 +82,9 @@ class Commits:
             if seq.status is not Status.FINISHED and (head := state.drafts.head) is not None:
                 tapped, row = output.taps[head.head.config.tap_layer], group.first_row + len(tokens) - 1
                 head.set_hidden(output.hidden, tapped, row, len(seq.tokens))
-            if logprobs:
+            if seq.sampling.logprobs is not None:
+                if logprobs is None:
+                    logprobs = _logprobs_of(output, kept)
                 report.logprobs = logprobs.get(id(seq))
         self._reports.add(going_on)
         step.num_tokens += sum(map(len, going))

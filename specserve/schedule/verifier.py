@@ -32,17 +32,18 @@ class Verification:
     def __init__(self, groups: Sequence[RowGroup], num_rows: int) -> None:
         self.first_rows = [group.first_row for group in groups]
         self.constrained = [idx for idx, group in enumerate(groups) if group.seq.grammar is not None]
-        drafts = [-1] * num_rows  # -1 where none follows, which no token equals
+        self._drafts: np.ndarray | None = None  # if there are any
         if num_rows > len(groups):
+            drafts = [-1] * num_rows  # -1 where none follows, which no token equals
             for group in groups:
                 if group.drafts:
                     drafts[group.first_row : group.first_row + len(group.drafts)] = group.drafts
-        self._drafts = np.array(drafts, dtype=np.int64)
+            self._drafts = np.array(drafts, dtype=np.int64)
 
     def kept(self, sampled: np.ndarray) -> list[list[int]]:
         """`accepted_tokens` of each group; `sampled` [L] int64 are the tokens of all rows."""
         tokens, firsts = sampled.tolist(), self.first_rows
-        if len(tokens) == len(firsts):
+        if self._drafts is None:
             return [[token] for token in tokens]
         lasts = np.flatnonzero(sampled != self._drafts)  # rows that no right draft follows
         ends = lasts[np.searchsorted(lasts, firsts)] + 1

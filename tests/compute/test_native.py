@@ -185,6 +185,21 @@ def test_a_row_has_the_same_bits_in_every_batch(model_dir, library, dtype, quant
     assert torch.equal(torch.cat(chunked), whole)
 
 
+@torch.inference_mode()
+def test_a_step_gives_the_logits_of_its_first_rows_and_their_best_tokens(model_dir, library):
+    decoder = load_model(model_dir, CPU, "bf16", [native_choice(library)])
+    driver = Driver(decoder)
+    batch = driver.batch([(driver.sequence(), random_tokens(9, 1)), (driver.sequence(), random_tokens(5, 2))])
+    hidden = decoder.forward(batch, driver.kv)
+    want = decoder.logits(hidden, batch)
+    for rows, num in (([8, 13, 2], 2), ([13], 1), (list(range(14)), 14), ([4], 0)):
+        states, logits = decoder.step(dataclasses.replace(batch, hidden_rows=rows, num_logits=num), driver.kv)
+        assert torch.equal(states, hidden[rows]) and torch.equal(logits, want[rows[:num]])
+        for each in (logits, logits.clone(), want):  # the step's own, and others that it knows nothing of
+            tokens, bad = decoder.best.of(each)
+            assert tokens.tolist() == each.argmax(-1).tolist() and not bad
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @torch.inference_mode()
 def test_rows_that_are_wanted_have_the_bits_that_they_have_among_all(model_dir, library, quantization):

@@ -6,6 +6,7 @@ import torch
 from sampling_cases import PARAMS, SHAPES, make_rows, pack, sample_on_the_host
 
 from specserve.compute.grammar_masks import StepMasks
+from specserve.compute.native.best_rows import BestRows
 from specserve.compute.native.sampler import NativeSampler
 from specserve.compute.sampler import Sampler
 from specserve.kernels.native import DrawRow, Team
@@ -119,7 +120,10 @@ def test_a_step_of_all_kinds_of_rows_is_sampled_as_the_torch_path_does(team, voc
     groups, num_rows, dead_row = groups_of_all_kinds(logits)
     logits = logits[:num_rows]
     found = []
-    for sampler in (Sampler([0], Masks(vocab_size, dead_row)), NativeSampler([0], Masks(vocab_size, dead_row), team)):
+    for sampler in (
+        Sampler([0], Masks(vocab_size, dead_row)),
+        NativeSampler([0], Masks(vocab_size, dead_row), team, BestRows(team)),
+    ):
         drawn = sampler._draw(logits, groups)
         found.append((drawn.tokens.tolist(), list(drawn.bad), list(drawn.dead)))
         found[-1] += (sampler.collect(sampler.launch(logits, groups)),)
@@ -131,7 +135,7 @@ def test_a_step_of_all_kinds_of_rows_is_sampled_as_the_torch_path_does(team, voc
 
 
 def test_more_rows_than_ever_before_have_room(team):
-    sampler = NativeSampler([0], Masks(40, -1), team)
+    sampler = NativeSampler([0], Masks(40, -1), team, BestRows(team))
     logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     seq = Sequence(0, GenerateRequest("r", [1], SamplingParams(max_tokens=9, temperature=0.0)))
     groups = [RowGroup(seq, row) for row in range(300)]

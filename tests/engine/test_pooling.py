@@ -167,13 +167,15 @@ def test_requests_say_pooling_length_and_dimensions(native, model_dir, adapter_d
 
 def test_rows_that_are_pooled_cost_no_logits(native, monkeypatch):
     engine, hashes = native
-    logits, rows = engine.decoder.logits, []
+    step, rows = engine.decoder.step, []
 
-    def counted(hidden, batch):
-        rows.append((len(hidden), batch.num_rows))
-        return logits(hidden, batch)
+    def counted(batch, *args):
+        hidden, logits = step(batch, *args)
+        if len(logits):
+            rows.append((len(logits), batch.num_rows))
+        return hidden, logits
 
-    monkeypatch.setattr(engine.decoder, "logits", counted)
+    monkeypatch.setattr(engine.decoder, "step", counted)
     decode = request("decode", [5, 6, 7], max_tokens=8, mode="off")
     run(engine, [decode, text("mean", prompt_of(1, 40), adapter=hashes["mean"])], stagger=1)
     assert {num for num, _ in rows} == {1} and max(num_rows for _, num_rows in rows) > 20

@@ -15,7 +15,7 @@ from specserve.kernels.native import PHASES
 SHARED = {"schedule", "propose drafts", "learn costs", "build the batch", "lm_head", "sample", "commit and emit"}
 
 
-@pytest.mark.parametrize("kernels,own", [("torch", {"forward"}), ("native", {"embed and batch", *PHASES})])
+@pytest.mark.parametrize("kernels,own", [("torch", {"forward"}), ("native", {"call the kernels", *PHASES})])
 def test_every_phase_of_a_path_is_seen_and_charged_once(kernels, own, tmp_path):
     model_dir = make_tiny_model(tmp_path / "model")
     engine = make_engine(model_dir, kernels=kernels)

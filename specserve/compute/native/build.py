@@ -44,7 +44,7 @@ def build(
 
 def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
     runner = ModelRunner(decoder, inputs.kv, decoder.slots(), inputs.base_head)
-    sampler = NativeSampler(inputs.eos_token_ids, inputs.masks, decoder.team)
+    sampler = NativeSampler(inputs.eos_token_ids, inputs.masks, decoder.team, decoder.best)
     heads = NativeHeadRunner(decoder.team)
     return ComputePath(
         runner=runner,
@@ -56,8 +56,7 @@ def make_path(decoder: NativeDecoder, inputs: PathInputs) -> ComputePath:
         phases=(
             Phase(runner, "forward", "build the batch"),
             # What the kernels' own clocks leave of the forward is this.
-            Phase(decoder, "forward", "embed and batch", is_model=True, clocks=decoder.clocks),
-            Phase(decoder, "logits", "lm_head", is_model=True),
+            Phase(decoder, "step", "call the kernels", is_model=True, clocks=decoder.clocks),
             Phase(sampler, "collect", "sample"),
             Phase(heads, "step", "lookahead heads"),
         ),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,27 +25,32 @@ from ..batch import Batch
 from ..interrupt import StepInterrupt, StepInterruptedError
 from ..kv_cache import KVCache
 from ..softcap import softcap_
+from .best_rows import BestRows
 from .lora import NativeLoraBatch, NativeSlots, to_native
 
 
 def one_torch_thread() -> contextlib.AbstractContextManager[None]:
     """Torch's small operations on one thread: after each parallel one its OpenMP threads spin for milliseconds, on the
     cores that the native team needs next (a decoding step took 15 ms instead of 8 on two cores)."""
-    return torch_threads(1)
+    return TorchThreads(1)
 
 
-@contextlib.contextmanager
-def torch_threads(num: int) -> Iterator[None]:
-    """Torch's operations on `num` threads."""
-    before = torch.get_num_threads()
-    if before == num:
-        yield
-        return
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class TorchThreads(contextlib.AbstractContextManager[None]):
+    """Torch's operations on `num` threads. No generator: as one it took 40 us around each step."""
+
+    __slots__ = ("_before", "_num")
+
+    def __init__(self, num: int):
+        self._num = num
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        if self._before != self._num:
+            torch.set_num_threads(self._num)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._num:
+            torch.set_num_threads(self._before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class NativeDecoder:
         self._norm, self._layers, self._lm_head = norm, layers, lm_head
         self.team = Team(library, num_threads)
         self._structs = (LayerStruct * len(layers))(*(self._layer_struct(idx) for idx in range(len(layers))))
+        self._lm_head_struct = lm_head.struct()
         self._model = Model(
             ctypes.cast(self._structs, ctypes.POINTER(LayerStruct)),
             norm.data_ptr(),
@@ -112,8 +117,10 @@ class NativeDecoder:
         for idx, (frequencies, rope) in enumerate(zip(self._frequencies, config.ropes.values(), strict=True)):
             self._model.frequencies[idx] = frequencies.data_ptr()
             self._model.rope_scales[idx] = rope.attention_factor
-        self._step = Step(seconds=self.phase_seconds)
-        self._lm_head_struct = lm_head.struct()
+        self._step = Step(
+            seconds=self.phase_seconds, lm_head=ctypes.addressof(self._lm_head_struct), vocab_size=config.vocab_size
+        )
+        self.best = BestRows(self.team)
         self._kv: KVCache | None = None
         self.interrupt = StepInterrupt()
 
@@ -123,6 +130,20 @@ class NativeDecoder:
         """What keeps the adapters of steps for this decoder."""
         return NativeSlots(self.config, self.compute_dtype)
 
+    def step(
+        self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and `logits` of its first L rows, [L, V] float32, in one call; `best` knows their best tokens."""
+        padded = torch.empty(batch.num_logits, self._lm_head.num_panels * PANEL)
+        if not batch.num_logits:
+            return self.forward(batch, kv, taps), padded[:, : self.config.vocab_size]
+        self._bind(kv)
+        states = self._run(batch, taps, padded)
+        logits = self._finished(padded, states, batch)
+        if not self._edits_logits(batch):
+            self.best.know(logits, self._step.num_bad)
+        return states, logits
+
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
         """Normed hidden states [L + P, H] fp32 of the rows `batch.hidden_rows`; writes all rows' KV to `kv`.
 
@@ -130,6 +151,10 @@ class NativeDecoder:
         `StepInterruptedError`.
         """
         self._bind(kv)
+        return self._run(batch, taps, None)
+
+    def _run(self, batch: Batch, taps: dict[int, torch.Tensor] | None, logits: torch.Tensor | None) -> torch.Tensor:
+        """`forward`, with the raw logits of its first rows, [L, padded V]."""
         lora = batch.lora
         assert lora is None or isinstance(lora, NativeLoraBatch)
         x = self._embedded(batch, lora)
@@ -165,6 +190,10 @@ class NativeDecoder:
             taps[layer] = torch.empty(num_hidden, self.config.hidden_size)
             step.tap_layers[idx], step.taps[idx] = layer, taps[layer].data_ptr()
         step.num_taps = len(wanted)
+        step.num_logits = 0 if logits is None else logits.shape[0]
+        if logits is not None:
+            step.logits = logits.data_ptr()
+            self.best.ask(step, logits.shape[0])
         if not self.team.forward(self._model, step):
             raise StepInterruptedError
         return hidden
@@ -190,11 +219,21 @@ class NativeDecoder:
         num_rows = hidden.shape[0]
         padded = torch.empty(num_rows, self._lm_head.num_panels * PANEL)
         self.team.linear(self._lm_head_struct, self.is_bf16, hidden.data_ptr(), num_rows, padded.data_ptr())
+        return self._finished(padded, hidden, batch)
+
+    def _finished(self, padded: torch.Tensor, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits [L, V] of what the lm_head gave for hidden rows [L.., H], in the same memory."""
         logits = padded[:, : self.config.vocab_size] if padded.shape[1] > self.config.vocab_size else padded
-        if batch.lora is not None:
-            batch.lora.add_lm_head_(hidden, logits)
-        softcap_(logits, self.config.final_softcap)
+        if self._edits_logits(batch):
+            if batch.lora is not None:
+                batch.lora.add_lm_head_(hidden, logits)
+            softcap_(logits, self.config.final_softcap)
         return logits
+
+    def _edits_logits(self, batch: Batch) -> bool:
+        """Whether logits are more than products of the base's lm_head."""
+        lora = batch.lora
+        return bool(self.config.final_softcap) or (isinstance(lora, NativeLoraBatch) and lora.has_lm_head)
 
     def _layer_struct(self, idx: int) -> LayerStruct:
         layer, config = self._layers[idx], self.config

@@ -32,6 +32,7 @@ class NativeLoraBatch:
     ):
         self.row_slots = array("i", row_slots)
         self.has_embedding = any([adapter.embed is not None for adapter in adapters])
+        self.has_lm_head = any([adapter.lm_head is not None for adapter in adapters])
         self.max_rank = max(adapter.max_rank for adapter in adapters)
         self.table_address = ctypes.addressof(table)
         self._adapters, self._table = adapters, table

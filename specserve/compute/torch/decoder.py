@@ -30,6 +30,16 @@ class Decoder(DecoderWeights):
         return AdapterSlots(self.config)
 
     @torch.inference_mode()
+    def step(
+        self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and `logits` of its first L rows, [L, V]."""
+        states = self.forward(batch, kv, taps)
+        if not batch.num_logits:
+            return states, states.new_empty(0, self.config.vocab_size).float()
+        return states, self.logits(states[: batch.num_logits], batch)
+
+    @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, taps: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
         """Normed hidden states [L + P, H] of the rows `batch.hidden_rows`; writes all rows' keys and values to `kv`.
 
