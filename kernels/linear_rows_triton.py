@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_rows_kernel(
     y, x, weight, scales, bias, num_rows, out_size, in_size,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of ROWS rows, tiles of COLUMNS outputs): those that share weights run at the same time.
 
     x and weight are descriptors of blocks [ROWS, BLOCK_K], [COLUMNS, BLOCK_K].
     """
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     first_row, first = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
     sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     for k in range(0, in_size, BLOCK_K):

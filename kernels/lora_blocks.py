@@ -10,8 +10,8 @@ are punica's, arXiv:2310.18547). Modules that an adapter does not target and row
 Sums are fp32 in an order that shapes and rank alone fix, no atomics; `tile_rows` follows from the number of rows and
 changes no sum. A launch can be captured in a CUDA graph and replayed with other slots and other weights in them.
 
-Launches overlap (programmatic dependent launch, compute capability 9): see the kernels. What builds the list must not
-be the launch right before a `lora_add_`; a base model's product lies between.
+Launches overlap (dependent_launch.py): see the kernels. They read the list before they wait for the launch in front, so
+between what builds it and a `lora_add_` lies a launch that does not begin early, such as torch's own.
 """
 
 from __future__ import annotations

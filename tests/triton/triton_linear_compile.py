@@ -30,6 +30,7 @@ def compile_tile(dtype: str, held: str, tile: Tile, has_bias: bool) -> Any:
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "BLOCK_K": BLOCK_K,
+        "IS_DEPENDENT": True,
     }
     names = linear_rows_kernel.arg_names
     types = dict.fromkeys(constants, "constexpr") | {"y": f"*{dtype}", "bias": f"*{dtype}", "scales": "*fp32"}
