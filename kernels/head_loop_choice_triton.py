@@ -98,15 +98,11 @@ def list_work(
 
 
 @triton.jit
-def _followed(prompt, position, length, window, jump_start, token, WIDTH: tl.constexpr):
-    """Pointer and move after `token`: just behind its first place among the next `window` tokens of the prompt.
+def _followed(prompt, position, length, jump_start, token, found, WIDTH: tl.constexpr):
+    """Pointer and move after `token`: just behind its first place `found` in the window, WIDTH where it is not there.
 
     Else behind its first place from `jump_start` on, but not behind the prompt's last token; -1: it does not jump.
     """
-    idx = tl.arange(0, WIDTH)
-    is_seen = (idx < window) & (position + idx < length)
-    seen = tl.load(prompt + position + idx, mask=is_seen, other=-1)
-    found = tl.min(tl.where(is_seen & (seen == token), idx, WIDTH), axis=0)
     moved = tl.where(found == 0, 1, tl.where(found < WIDTH, 2, 0))
     if (found == WIDTH) & (jump_start >= 0):
         place = length
@@ -155,9 +151,13 @@ def start_sequences(
         position, length = tl.load(positions + seat), tl.load(prompt_lens + seat)
         window, num_tokens = size_of(sizes, head, WINDOW), size_of(sizes, head, NUM_TOKENS)
         jump_start = size_of(sizes, head, JUMP_START)
+        entry = tl.arange(0, WIDTH)
         for idx in range(0, num):
             token = tl.load(sampled + first + idx).to(tl.int32)
-            position, moved = _followed(prompt_tokens + prompt, position, length, window, jump_start, token, WIDTH)
+            is_filled = (entry < window) & (position + entry < length)
+            seen = tl.load(prompt_tokens + prompt + position + entry, mask=is_filled, other=-1)
+            found = tl.min(tl.where(is_filled & (seen == token), entry, WIDTH), axis=0)
+            position, moved = _followed(prompt_tokens + prompt, position, length, jump_start, token, found, WIDTH)
             if idx == num - 1:
                 local = tl.load(ids_of(addresses, head, LOCAL_OF) + token)
                 _store_input(
@@ -197,22 +197,25 @@ def choose(
     seq = tl.program_id(0)
     seat, head = tl.load(seats + seq), tl.load(head_ids + seq)
     goes_on = (seat >= 0) & (head >= 0) & (tl.load(last_row + seq) >= 0) & (position_idx < tl.load(num_guesses + seq))
-    if goes_on:
-        goes_on = position_idx < size_of(sizes, head, DRAFT_LEN)
+    # Of who takes no part: anybody's, so that no load but the window's scores hangs on another.
+    seat, head = tl.maximum(seat, 0), tl.maximum(head, 0)
+    goes_on = goes_on & (position_idx < size_of(sizes, head, DRAFT_LEN))
+    num_tokens, window = size_of(sizes, head, NUM_TOKENS), size_of(sizes, head, WINDOW)
+    jump_start, token_of = size_of(sizes, head, JUMP_START), ids_of(addresses, head, TOKEN_OF)
+    length = tl.load(prompt_lens + seat)
+    prompt = seat.to(tl.int64) * prompt_stride
     if IS_DEPENDENT:
         gdc_wait()
     line = guesses + seq * guess_stride + position_idx
-    if position_idx > 0:
-        goes_on = goes_on & (tl.load(line - 1) >= 0)
+    had_guess = tl.load(line - 1, mask=position_idx > 0, other=0) >= 0
     tl.store(line, -1)
     tl.store(probabilities + seq * guess_stride + position_idx, 0.0)
     if goes_on:
-        num_tokens, window = size_of(sizes, head, NUM_TOKENS), size_of(sizes, head, WINDOW)
-        pointer, length = tl.load(draft_positions + seq), tl.load(prompt_lens + seat)
-        prompt = seat.to(tl.int64) * prompt_stride
+        pointer = tl.load(draft_positions + seq)
         idx = tl.arange(0, WIDTH)
         is_filled = (idx < window) & (pointer + idx < length)
-        local = tl.load(entry_tokens + seq * WIDTH + idx, mask=idx < window, other=-1)  # [W]
+        seen = tl.load(prompt_tokens + prompt + pointer + idx, mask=is_filled, other=-1)  # [W]
+        local = tl.load(entry_tokens + seq * WIDTH + idx, mask=idx < window, other=-1)
         entry_score = tl.load(entry_scores + seq * WIDTH + idx, mask=idx < window, other=float("-inf"))
         block = tl.arange(0, MOST_BLOCKS)
         has_block = block < tl.cdiv(num_tokens + 1, TOKEN_BLOCK)
@@ -221,9 +224,8 @@ def choose(
         top_of_block = tl.load(stats + capacity * num_blocks, mask=has_block, other=float("-inf"))
         total_of_block = tl.load(stats + 2 * capacity * num_blocks, mask=has_block, other=0.0)
         token_of_block = tl.load(block_tokens + seq * num_blocks + block, mask=has_block, other=num_tokens)
-        of_seq = scores + seq.to(tl.int64) * score_stride
         is_known = is_filled & (local < num_tokens)
-        own = tl.load(of_seq + tl.maximum(local, 0), mask=is_known, other=float("-inf"))
+        own = tl.load(scores + seq * score_stride + tl.maximum(local, 0), mask=is_known, other=float("-inf"))
 
         best = tl.max(best_of_block, axis=0)
         token = tl.min(tl.where(best_of_block == best, token_of_block, num_tokens), axis=0)
@@ -245,14 +247,16 @@ def choose(
         copied_idx = tl.min(tl.where(copied == copied_prob, idx, WIDTH), axis=0)
         copies = copied_prob > prob
         prob = tl.where(copies, copied_prob, prob)
-        if (total > 0.0) & (prob >= 0.0):  # NaN is neither: the head then has nothing to say
-            of_vocab = tl.load(ids_of(addresses, head, TOKEN_OF) + token)
-            of_prompt = tl.load(prompt_tokens + prompt + pointer + copied_idx, mask=copies, other=0)
-            guess = tl.where(copies, of_prompt, of_vocab)
+        if had_guess & (total > 0.0) & (prob >= 0.0):  # NaN is neither: the head then has nothing to say
+            of_prompt = tl.sum(tl.where(idx == copied_idx, seen, 0), axis=0)
+            # In its own vocabulary a known token is found without its id, which is on its way.
+            is_next = is_filled & tl.where(copies, seen == of_prompt, local == token)
+            found = tl.min(tl.where(is_next, idx, WIDTH), axis=0)
+            guess = tl.load(token_of + token, mask=token < num_tokens, other=0)
+            guess = tl.where(copies, of_prompt, guess)
             tl.store(line, guess)
             tl.store(probabilities + seq * guess_stride + position_idx, tl.minimum(prob, 1.0))
-            jump_start = size_of(sizes, head, JUMP_START)
-            pointer, moved = _followed(prompt_tokens + prompt, pointer, length, window, jump_start, guess, WIDTH)
+            pointer, moved = _followed(prompt_tokens + prompt, pointer, length, jump_start, guess, found, WIDTH)
             _store_input(
                 input_tokens, moves, next_tokens, draft_positions, prompt_local + prompt,
                 seq, tl.where(copies, num_tokens, token), moved, pointer, length, num_tokens, window,
