@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import re
 
 import click
 import pytest
@@ -12,7 +13,8 @@ from places import ROOT
 from bench import common, options
 from bench.tasks import in_turn
 
-MAINS = [path for path in sorted((ROOT / "bench").rglob("*.py")) if "@click.command" in path.read_text("utf-8")]
+MAIN = re.compile(r"^(def main|main =)", re.MULTILINE)
+MAINS = [path for path in sorted((ROOT / "bench").rglob("*.py")) if MAIN.search(path.read_text("utf-8"))]
 NAMES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MAINS]
 
 
