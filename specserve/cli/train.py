@@ -29,7 +29,7 @@ _FLAGS = {
 @click.option("--model", help="Base model: directory or hub id; default: specserve's default model.")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after so many steps.")
 @click.option("--lora-r", type=click.IntRange(1, 256), help="Rank of the LoRA.")
-@click.option("--adapter", metavar="DIR", help="Start from this PEFT LoRA.")
+@click.option("--adapter", metavar="DIR", help="Go on from this PEFT LoRA, with its rank and modules.")
 @click.option("--head-only", is_flag=True, help="With --adapter: leave the LoRA as it is and train a head for it.")
 @click.option("--base", is_flag=True, help="With --head-only: no LoRA, but a head of the bare base model.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any setting, as in --set lora.r=32.")
