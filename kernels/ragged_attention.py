@@ -4,10 +4,10 @@ Semantics, for row r of a tile (first, end, sequence) and its position p = posit
     out[r] = softmax(scale * q[r] K^T) V over the sequence's cached positions max(0, p - w + 1) .. p
 Rows of a tile are consecutive and in order of position. Keys are cut into splits of `split_len`, split s from key
 s * split_len on. Each has a softmax of its own, and a row's splits are joined in ascending order: by the one program
-that has them all, or where several programs share a tile's by the last of them that is done or by `join_splits_kernel`.
-So a row has the same bits in whichever tile it stands, whoever is beside it and however many programs there are;
-`split_len` is the engine's, not the step's. Rows in no tile (padding) are not read, and their rows of out are left as
-they were.
+that has them all; where several share a tile's, by the last of them to arrive, or in tiles of many rows by a launch of
+its own. So a row has the same bits in whichever tile it stands, whoever is beside it and however many programs there
+are; `split_len` is the engine's, not the step's. Rows in no tile (padding) are not read, and their rows of out are left
+as they were.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MAX_HEAD_DIM = 256
 MAX_SPLITS = 32  # of the longest context
 MIN_SPLIT_LEN = 256  # below, a split's start and its partial result cost more than its keys
 _SCRATCH_BYTES = 1 << 26  # a layer's partial results; steps of more rows have programs enough without
+MOST_JOINED = 32  # rows and heads of tiles whose last program joins: 16 KiB a split; one multiprocessor reads 100 GB/s
 
 # Keys a block, by bytes of a padded head row: a block of K and V is 32 KiB from 128 bytes on. 4.8 TB/s at about 1 us of
-# latency want 36 KiB under way on each of 132 SMs. Loads hang on loads here (block table, then K), for which the
-# compiler divides the stages: 5 keep two blocks in flight below 64 rows, 72 KiB of shared memory, three programs an SM;
-# from 64 rows on the matrix instructions read shared memory, and 3 stages do the same. Sizes are as compiled for sm_90;
-# none of this has been timed. fp32 has no matrix instructions at full precision: it is for checks, so only small.
+# latency want 36 KiB under way on each of 132 SMs: two programs an SM have two blocks each under way, and a third in
+# use. Sizes are as compiled for sm_90; none of this has been timed. fp32 has no matrix instructions at full precision:
+# it is for checks, so only small.
 BLOCK_N = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64, 512: 32, 1024: 16}
 
 
@@ -44,14 +44,30 @@ def block_parameters(tile_rows: int, group: int, head_dim: int, itemsize: int) -
         )
     is_half = itemsize == 2
     block_n = BLOCK_N[block_d * itemsize] if is_half else min(32, BLOCK_N[block_d * itemsize])
+    # 4 warps are the one warp group that a matrix instruction of 64 rows needs; 128 rows are two of them. 8 also where
+    # a row's sums, those of its split and those of all splits, would not fit the registers of 4.
+    is_wide = block_m == 128 or block_m * block_d > 64 * 128 or (block_m == 64 and not is_half)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        # 4 warps are the one warp group that a matrix instruction of 64 rows needs; 128 rows are two of them.
-        "num_warps": 8 if block_m == 128 or (block_m == 64 and not is_half) else 4,
-        "num_stages": 2 if not is_half else 5 if block_m < 64 else 3,
+        "num_warps": 8 if is_wide else 4,
+        # Three blocks are held: products of 64 rows read them while they run, those of fewer copy them to registers.
+        "num_stages": 2 if not is_half else 4 if block_m < 64 else 3,
     }
+
+
+def largest_tile_rows(num_rows: int, group: int, head_dim: int, num_kv_heads: int, num_sms: int) -> int:
+    """Rows of the tiles of a step of `num_rows` rows whose sequences have many.
+
+    128 rows and heads read K and V half as often as 64 do. 64 where their sums fill the registers, and where there
+    are too few tiles for all multiprocessors: two programs then share one, and the shorter makes up for the longer.
+    """
+    rows = max(1, MAX_BLOCK_M // group)
+    num_programs = -(-num_rows // rows) * num_kv_heads
+    if group <= MAX_BLOCK_M // 2 and (_power_of_two(head_dim) > 128 or 2 * num_programs < 3 * num_sms):
+        rows = MAX_BLOCK_M // 2 // group
+    return rows
 
 
 def choose_split_len(max_model_len: int) -> int:
@@ -60,15 +76,14 @@ def choose_split_len(max_model_len: int) -> int:
 
 
 def choose_programs(num_tiles: int, num_kv_heads: int, num_sms: int, row_bytes: int, num_rows: int) -> int:
-    """Programs (a power of two, 1 to 32) that share a tile's splits: two on each of `num_sms` in all.
+    """Programs, 1 to `MAX_SPLITS`, that share a tile's splits: at most two on each of `num_sms` in all.
 
-    Two keep the memory busy (BLOCK_N). One where partial results of `num_rows` rows, each of `row_bytes` with all
-    splits, would take too much memory.
+    Two keep the memory busy (BLOCK_N), and more than run at a time would wait for others to end. One where partial
+    results of `num_rows` rows, each of `row_bytes` with all splits, would take too much memory.
     """
     if num_rows * row_bytes > _SCRATCH_BYTES:
         return 1
-    wanted = 2 * num_sms / max(1, num_tiles * num_kv_heads)
-    return min(MAX_SPLITS, _power_of_two(math.ceil(wanted)))
+    return max(1, min(MAX_SPLITS, 2 * num_sms // max(1, num_tiles * num_kv_heads)))
 
 
 def scratch_row_bytes(num_heads: int, head_dim: int) -> int:
@@ -107,11 +122,12 @@ def ragged_attention_(
 ) -> None:
     """Write attention's output of all rows that stand in a tile to out [T, Hq * D], contiguous.
 
-    q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [KV positions, Hkv, D] in q's
-    dtype; tiles [max_tiles, 3] int32 (first row, end row, sequence), sequence -1 unused; positions [T] int64;
-    block_tables [S, N] int32; scratch of `attention_scratch`, not needed by one program a tile. `split_len` as
+    q [T, Hq, D], heads contiguous, rows at any stride (a view of the fused qkv); caches [KV positions, Hkv, D] of one
+    stride in q's dtype; tiles [max_tiles, 3] int32 (first row, end row, sequence), sequence -1 unused; positions [T]
+    int64; block_tables [S, N] int32; scratch of `attention_scratch`, not needed by one program a tile. `split_len` as
     `choose_split_len` has it, and no context of more than MAX_SPLITS of it where `num_programs` is above 1. With
     `arrived`, int32 zeros for each tile and KV head, which are left so, splits are joined without another launch.
+    `scale` is positive. Tiles, positions and tables were written before a launch that did not begin early.
     """
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -120,8 +136,9 @@ def ragged_attention_(
 
     assert q.dtype == k_cache.dtype == v_cache.dtype, (q.dtype, k_cache.dtype, v_cache.dtype)
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and out.numel() == q.numel(), (q.stride(), out.shape)
-    assert k_cache.stride()[1:] == v_cache.stride()[1:] == (head_dim, 1), (k_cache.stride(), v_cache.stride())
+    assert k_cache.stride()[1:] == (head_dim, 1) and k_cache.stride() == v_cache.stride(), (k_cache.stride(),)
     assert tiles.is_contiguous() and positions.is_contiguous() and block_tables.stride(1) == 1
+    assert q.shape[0] * max(q.stride(0), num_heads * head_dim) < 1 << 31 and scale > 0, (q.shape, q.stride(), scale)
     if tiles.shape[0] == 0:
         return
     partial, stats = out, out  # not touched by one program
@@ -131,12 +148,13 @@ def ragged_attention_(
         assert partial.shape[1] >= q.shape[0], (partial.shape, q.shape)
         assert partial.shape[2:] == q.shape[1:] and partial.is_contiguous() and stats.is_contiguous()
         assert stats.shape == (*partial.shape[:3], 2)
-    joins = num_programs > 1 and arrived is not None
+    is_shared = num_programs > 1  # not their number: one binary serves any
+    joins = is_shared and arrived is not None
     assert arrived is None or arrived.numel() >= tiles.shape[0] * num_kv_heads, (arrived.shape, tiles.shape)
     blocks = block_parameters(tile_rows, group, head_dim, q.element_size())
     assert split_len % blocks["BLOCK_N"] == 0, (split_len, blocks["BLOCK_N"])
     shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0, "SPLIT_LEN": split_len}
-    ragged_attention_kernel[(tiles.shape[0], num_kv_heads, num_programs)](
+    ragged_attention_kernel[(num_kv_heads, tiles.shape[0], num_programs)](
         out,
         partial,
         stats,
@@ -150,20 +168,20 @@ def ragged_attention_(
         scale * math.log2(math.e),
         q.stride(0),
         k_cache.stride(0),
-        v_cache.stride(0),
         block_tables.stride(0),
         partial.stride(0),
         stats.stride(0),
         GROUP=group,
         BLOCK_SIZE=block_size,
         IEEE=q.dtype == torch.float32,
-        IS_SHARED=num_programs > 1,  # not their number: one binary serves any
+        IS_WIDE=k_cache.shape[0] * k_cache.stride(0) >= 1 << 31,
+        IS_SHARED=is_shared,
         JOINS=joins,
         **shape,
         **blocks,
         **dependent_launch(out.device),
     )
-    if num_programs > 1 and not joins:
+    if is_shared and not joins:
         join_splits_kernel[(tiles.shape[0] * tile_rows, num_heads)](
             out,
             partial,

@@ -12,7 +12,13 @@ from elementwise_cases import HEADS, TOLERANCE
 from triton_process import needs_triton
 
 from specserve.kernels.gated_activation import KINDS, gated_activation
-from specserve.kernels.ragged_attention import MAX_SPLITS, block_parameters, choose_programs, choose_split_len
+from specserve.kernels.ragged_attention import (
+    MAX_SPLITS,
+    block_parameters,
+    choose_programs,
+    choose_split_len,
+    largest_tile_rows,
+)
 
 ATTENTION_HEADS = ((2, 2, 64), (9, 3, 64), (4, 1, 128), (8, 1, 128), (9, 3, 24), (3, 1, 256))
 
@@ -96,12 +102,23 @@ def test_cuda_attention_replays_in_a_graph_with_other_tables(num_programs, joins
 
 def test_programs_fill_the_device_and_no_more():
     small = {"row_bytes": 1 << 17, "num_rows": 8}
-    assert choose_programs(1, 8, 132, **small) == 32 and choose_programs(8, 8, 132, **small) == 8
+    assert choose_programs(1, 8, 132, **small) == 32 and choose_programs(8, 8, 132, **small) == 4
     assert choose_programs(64, 8, 132, **small) == 1 and choose_programs(0, 8, 132, **small) == 32
     for tiles in range(1, 300, 7):
         num = choose_programs(tiles, 3, 132, **small)
-        assert num == 32 or 2 * 132 <= tiles * 3 * num < 4 * 132 or num == 1
+        assert num == 1 or tiles * 3 * num <= 2 * 132
+        assert num == 32 or 2 * 132 < tiles * 3 * (num + 1)
     assert choose_programs(8, 8, 132, row_bytes=1 << 17, num_rows=1024) == 1  # more partial results than there is room
+
+
+@pytest.mark.parametrize("heads", ATTENTION_HEADS, ids=str)
+def test_the_largest_tiles_are_small_where_there_are_few_of_them(heads):
+    num_heads, num_kv_heads, head_dim = heads
+    sizes = [largest_tile_rows(n, num_heads // num_kv_heads, head_dim, num_kv_heads, 132) for n in (1, 512, 1 << 16)]
+    assert sizes == sorted(sizes)
+    for tile_rows in sizes:
+        blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, 2)
+        assert blocks["BLOCK_M"] in ((64,) if head_dim > 128 else (64, 128)) or num_heads // num_kv_heads == 3
 
 
 def test_splits_hold_the_longest_context():
@@ -120,7 +137,7 @@ def test_tiles_that_are_too_large_are_refused():
 
 @needs_triton
 def test_the_kernel_bench_runs_end_to_end_without_a_gpu():
-    record = bench_record("attention_kernels", "--dry-run", "--budget", "600")
+    record = bench_record("attention_kernels", "--dry-run", "--before", "--tile-rows", "--budget", "600")
     assert record["left_out"] == 0
     kinds = {case["kind"] for case in record["results"]}
     assert kinds == {"decode", "verify", "prefill", "add_rms_norm", "rope_store", "gated_activation"}

@@ -1,9 +1,10 @@
 """Compiles the forward pass's kernels for Hopper (sm_90), which needs no GPU, and looks at what came out.
 
 The interpreter accepts programs that the compiler refuses. Each line says registers, spilled bytes, shared memory and
-the widest global loads; a kernel that spills, or a fast case that lost its 16-byte loads or its matrix instructions,
-fails. Run by test_under_triton.py as a process of its own, without TRITON_INTERPRET: each kernel as a large model in
-bf16 launches it, with --all in the variants of other models and dtypes too.
+the widest global loads; a kernel that spills, or a fast case that lost its 16-byte loads, its matrix instructions or
+their overlap with one another and with the loads of later blocks, fails. Run by test_under_triton.py as a process of
+its own, without TRITON_INTERPRET: each kernel as a large model in bf16 launches it, with --all in the variants of other
+models and dtypes too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from specserve.kernels import (
@@ -44,7 +46,7 @@ def compile_kernel(
     }
     source = ASTSource(kernel, signature, values, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = compiled.asm["ptx"]
+    ptx, waits = compiled.asm["ptx"], re.findall(r"ttg\.async_wait .*num = (\d+)", compiled.asm["ttgir"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -62,12 +64,24 @@ def compile_kernel(
         "copy_bytes": max([int(size, 0) for size in copies], default=0),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "serialized": int("wgmma" in ptx and is_serialized(ptx)),
+        "ahead": max(map(int, waits), default=0),  # copies that may be under way when a block's own are waited for
     }
 
 
-def report(name: str, figures: dict[str, int], may_spill: bool = False) -> None:
+def is_serialized(kernel_ptx: str) -> bool:
+    """Whether the assembler makes each of the matrix instructions wait for the one before, which it only remarks."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(kernel_ptx.encode())
+        file.flush()
+        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        remarks = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "wgmma.mma_async instructions are serialized" in remarks
+
+
+def report(name: str, figures: dict[str, int], may_spill: int = 0) -> None:
     print(f"{name:44}", "  ".join(f"{key} {value}" for key, value in figures.items()))
-    assert may_spill or figures["spilled"] == 0, f"{name} spills {figures['spilled']} bytes of registers"
+    assert figures["spilled"] <= may_spill, f"{name} spills {figures['spilled']} bytes of registers"
 
 
 IS_ALL = "--all" in sys.argv
@@ -77,8 +91,8 @@ NORM_BLOCKS = ((1024, 4, 1), (4096, 16, 1), (16384, 16, 2))  # (block, warps, bl
 ROPE_HEADS = ((9, 3, 64, False), (32, 8, 128, True), (4, 1, 256, True))  # (query heads, KV heads, head size, norms)
 # (query heads, KV heads, head size, rows a tile): decodes, verifications and prefill of several models.
 ATTENTION = (
-    (9, 3, 64, 1), (9, 3, 64, 16), (32, 8, 128, 1), (32, 8, 128, 8), (32, 8, 128, 32), (8, 4, 256, 8), (4, 1, 256, 16),
-    (12, 2, 80, 8),
+    (9, 3, 64, 1), (9, 3, 64, 16), (9, 3, 64, 42), (32, 8, 128, 1), (32, 8, 128, 32), (32, 8, 128, 8), (32, 8, 128, 16),
+    (8, 4, 256, 8), (4, 1, 256, 16), (12, 2, 80, 8), (32, 32, 96, 64),
 )  # fmt: skip
 
 
@@ -128,22 +142,29 @@ def compile_attention(dtype: str) -> None:
     pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), pointer)
     pointers |= dict.fromkeys(("partial", "stats"), "*fp32") | {"positions": "*i64"}
     pointers |= dict.fromkeys(("tiles", "block_tables", "arrived"), "*i32")
-    cases = (ATTENTION if itemsize == 2 else ATTENTION[:3:2]) if IS_ALL else ATTENTION[3:4]
+    cases = (ATTENTION if itemsize == 2 else ATTENTION[:4:3]) if IS_ALL else ATTENTION[3:5]
     for num_heads, num_kv_heads, head_dim, tile_rows in cases:
         blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
         for window, num_programs, joins in ((0, 1, False), (512, 8, False), (0, 8, True)):
             shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "SPLIT_LEN": 256}
             constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
-            constants |= {"IEEE": itemsize == 4, "IS_SHARED": num_programs > 1, "JOINS": joins, "IS_DEPENDENT": True}
+            constants |= {"IEEE": itemsize == 4, "IS_WIDE": False, "IS_SHARED": num_programs > 1, "JOINS": joins}
+            constants["IS_DEPENDENT"] = True
             kernel = ragged_attention_triton.ragged_attention_kernel
             figures = compile_kernel(kernel, pointers, constants, ("scale_log2",), **options)
             name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} programs {num_programs}"
             name += " joining" if joins else ""
-            report(name, figures, may_spill=itemsize == 4)  # without matrix instructions, and only for checks
+            if itemsize == 4:
+                may_spill = 1 << 10  # without matrix instructions, and only for checks
+            else:  # what a split's end needs in large tiles lies outside of the loop: a few bytes
+                may_spill = 64 if num_programs > 1 and blocks["BLOCK_M"] >= 64 else 0
+            report(name, figures, may_spill)
             if itemsize == 2:
                 assert figures["mma"] or figures["wgmma"], "no matrix instructions"
                 assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
+                assert figures["ahead"] >= 2, "K and V are waited for as soon as they are asked for"
+                assert not figures["serialized"], "products wait for one another"
         constants = shape | {"BLOCK_D": blocks["BLOCK_D"], "IS_DEPENDENT": True}
         figures = compile_kernel(ragged_attention_triton.join_splits_kernel, pointers, constants, num_warps=1)
         report(f"join_splits {dtype} {head_dim}", figures)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.ragged_attention import choose_programs, scratch_row_bytes
+from ...kernels.ragged_attention import choose_programs, largest_tile_rows, scratch_row_bytes
 from ...kernels.tiles import max_tiles
 from ...model.config import ModelConfig
 from ..decoder_weights import GROUPS
@@ -27,8 +27,7 @@ ROW_BUCKETS = (
 _FIRST_ROWS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192)  # captured at start
 _LOGITS_BYTES = 1 << 29  # of the buffer of logits; a step that needs more rows has no graph for them
 _ADAPTER_BUCKETS = (8, 64)  # segments of adapters that a graph has places for; beyond: as many as there are rows
-_FEW_ROWS = (1, 4, 16)  # rows a tile of attention
-_MOST_FOLDED = 128  # query heads times rows of the largest tile
+_FEW_ROWS = (1, 4, 16)  # rows a tile of attention, where no sequence has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +74,23 @@ class Buckets:
 
     def __init__(self, config: ModelConfig, device: torch.device, slots: DeviceAdapterSlots, max_seqs: int):
         self._slots, self._max_seqs, self._num_kv_heads = slots, max_seqs, config.num_kv_heads
+        self._group, self._head_dim = config.num_heads // config.num_kv_heads, config.head_dim
         self._scratch_row_bytes = scratch_row_bytes(config.num_heads, config.head_dim)
-        largest = max(_FEW_ROWS[-1], _MOST_FOLDED // (config.num_heads // config.num_kv_heads))
-        self._tile_rows = (*_FEW_ROWS, largest) if largest > _FEW_ROWS[-1] else _FEW_ROWS
         is_cuda = device.type == "cuda"
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 2
 
     def of(self, num_rows: int, widest: int, num_active: int) -> Bucket:
         """The bucket of a step: `widest` rows of one sequence at most, `num_active` adapters."""
         size = padded(num_rows)
-        fitting = bisect_left(self._tile_rows, widest)
-        tile_rows = self._tile_rows[min(fitting, len(self._tile_rows) - 1)]
+        largest = self._largest(size)
+        tile_rows = next((rows for rows in _FEW_ROWS if widest <= rows < largest), largest)
         return self._bucket(size, tile_rows, _segment_places(num_active, size))
 
     def first(self, max_rows: int) -> Iterator[Bucket]:
         """Buckets that serve any step of up to `max_rows` rows and few adapters, largest first."""
-        fewest, most = self._tile_rows[0], self._tile_rows[-1]
         for num_rows in sorted({*(n for n in _FIRST_ROWS if n < max_rows), max_rows}, reverse=True):
-            fitting = {rows for rows in (fewest, _FEW_ROWS[-1], most) if rows <= num_rows}
+            largest = self._largest(num_rows)
+            fitting = {rows for rows in (_FEW_ROWS[0], min(_FEW_ROWS[-1], largest), largest) if rows <= num_rows}
             for tile_rows in sorted(fitting):
                 for num_segments in (_segment_places(1, num_rows), 0):
                     yield self._bucket(num_rows, tile_rows, num_segments)
@@ -109,8 +107,12 @@ class Buckets:
 
     def most_shared(self, max_rows: int) -> int:
         """Rows of the largest step whose tiles of attention several programs share."""
-        widest = (self._bucket(num_rows, self._tile_rows[-1], 0) for num_rows in padded_up_to(max_rows))
+        widest = (self._bucket(num_rows, self._largest(num_rows), 0) for num_rows in padded_up_to(max_rows))
         return next((bucket.num_rows for bucket in widest if self.num_programs(bucket) > 1), 1)  # fewest tiles
+
+    def _largest(self, num_rows: int) -> int:
+        """Rows a tile of attention, where a sequence has many of the step's `num_rows`."""
+        return largest_tile_rows(num_rows, self._group, self._head_dim, self._num_kv_heads, self._num_sms)
 
     def _bucket(self, num_rows: int, tile_rows: int, num_segments: int) -> Bucket:
         return Bucket(num_rows, tile_rows, num_segments, self._groups() if num_segments else frozenset())

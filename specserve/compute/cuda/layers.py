@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 from ...kernels.linear_fused import MOST_FUSED_ROWS
-from ...kernels.ragged_attention import attention_scratch, choose_split_len
+from ...kernels.ragged_attention import MOST_JOINED, attention_scratch, choose_split_len
 from ...kernels.tiles import build_tiles_
 from ..kv_cache import KVCache
 from .buckets import Bucket, Buckets
@@ -55,9 +55,9 @@ class LayersPart:
         self._lora_blocks = slots.new_blocks(max_rows)
         self._residual = torch.zeros(max_rows, config.hidden_size, dtype=torch.float32, device=device)
         self._split_len = choose_split_len(max_model_len)
-        self._scratch = attention_scratch(buckets.most_shared(max_rows), config.num_heads, config.head_dim, device)
-        counts = torch.zeros(MOST_FUSED_ROWS * config.num_kv_heads, dtype=torch.int32, device=device)
-        self._arrived = counts if decoder.fused else None  # of attention's programs, in steps of few rows
+        shared_rows = buckets.most_shared(max_rows)
+        self._scratch = attention_scratch(shared_rows, config.num_heads, config.head_dim, device)
+        self._arrived = torch.zeros(shared_rows * config.num_kv_heads, dtype=torch.int32, device=device)
         self._stand_ins: dict[Bucket, Bucket] = {}  # captured, of buckets that are not
         self._missed: Counter[Bucket] = Counter()
         self._rest_until = 0.0  # time.perf_counter(), before the next capture
@@ -107,6 +107,12 @@ class LayersPart:
             now = time.perf_counter()
             self._rest_until = now + (now - start) / _MOST_CAPTURING
 
+    def _joins(self, bucket: Bucket) -> bool:
+        """Whether the last program of a tile of attention joins its splits: it is the quicker way for few rows."""
+        config = self._decoder.config
+        folded = bucket.tile_rows * (config.num_heads // config.num_kv_heads)
+        return bucket.num_rows <= MOST_FUSED_ROWS or folded <= MOST_JOINED
+
     def _launch(self, bucket: Bucket) -> None:
         num_rows, num_programs = bucket.num_rows, self._buckets.num_programs(bucket)
         fields = self._rows.device(num_rows)
@@ -130,7 +136,7 @@ class LayersPart:
             split_len=self._split_len,
             num_programs=num_programs,
             scratch=self._scratch,
-            arrived=self._arrived if num_rows <= MOST_FUSED_ROWS else None,
+            arrived=self._arrived if num_programs > 1 and self._joins(bucket) else None,
             lora=lora,
         )
         taps = dict(zip(self.tap_layers, self.taps[:, :num_rows].unbind(0), strict=True))
