@@ -49,6 +49,8 @@ class ModelShape:
             final_softcap=None,
             windows=(None,) * self.num_layers,
             sees_images=False,
+            joins_linears=False,
+            rotary_dim=self.head_dim,
             rope_keys=("full_attention",) * self.num_layers,
             ropes={"full_attention": RopeConfig("default", 500_000.0, self.head_dim)},
         )

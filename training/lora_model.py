@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapter_files import WEIGHTS_FILE
 from ..kernels.linear import has_native_bf16
-from ..model.shapes import LANGUAGE_MODEL_NAMES, LINEARS
+from ..model.shapes import JOINED, LANGUAGE_MODEL_NAMES, LINEARS
 from .causal_attention import attention_for
 from .data.dataset import Example
 from .run_config import LoraConfig
@@ -75,7 +75,9 @@ def with_lora(base: Any, config: LoraConfig, task_type: str) -> Any:
             saved = peft.LoraConfig.from_pretrained(config.adapter)
             saved.lora_dropout = config.dropout  # of this run, not of the one that made it
             return peft.PeftModel.from_pretrained(base, config.adapter, is_trainable=True, config=saved)
-        targets = list(LINEARS) if config.target_modules == "all-linear" else list(config.target_modules)
+        modules = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+        all_linear = [name for name in (*LINEARS, *JOINED) if name in modules]
+        targets = all_linear if config.target_modules == "all-linear" else list(config.target_modules)
         lora = peft.LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,

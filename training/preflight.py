@@ -21,6 +21,7 @@ from ..config import EngineConfig
 from ..errors import AdapterError, UserError
 from ..model.config import ModelConfig
 from ..model.fingerprint import tokenizer_fingerprint
+from ..model.shapes import stored_parents
 from ..model.store import resolve_model
 from ..model.weights import checked_source
 from ..routing_profile import RoutingProfile, profile_of
@@ -32,7 +33,7 @@ from .data.rows import routed_texts
 from .data.teacher_logits import TopLogits, logits_file, read_teacher_logits
 from .head_fit import with_jumps
 from .head_module import common_prefix_len
-from .run_config import RunConfig
+from .run_config import ALL_LINEAR, LoraConfig, RunConfig
 from .run_file import check_ready
 from .teacher_model import check_teacher
 
@@ -63,6 +64,7 @@ def prepare(config: RunConfig) -> Prepared:
     model_dir = resolve_model(config.model)
     model = ModelConfig.from_dir(model_dir)
     checked_source(model_dir, model)
+    check_targets(config.lora, model)
     config = settled(config, model)
     max_len = config.data.max_len
     assert max_len is not None
@@ -190,6 +192,18 @@ def _matched(examples: Sequence[Example], tops: Mapping[int, TopLogits], file: P
             part = TopLogits(top.ids[start : start + length], top.logprobs[start : start + length])
             yield replace(example, teacher=part) if len(top) else example
             start += length
+
+
+def check_targets(lora: LoraConfig, model: ModelConfig) -> None:
+    """Raises `UserError` for modules that other models have."""
+    there = {*stored_parents(model), "embed_tokens", "lm_head"}
+    for name in lora.target_modules if lora.target_modules != ALL_LINEAR else ():
+        if name not in there:
+            raise UserError(
+                f"lora.target_modules holds {name!r}, which a {model.architecture} does not have; its linears are "
+                f"{', '.join(stored_parents(model))}",
+                param="lora.target_modules",
+            )
 
 
 def check_adapter(path: Path, model_dir: Path, setting: str) -> None:

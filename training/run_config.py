@@ -12,11 +12,11 @@ import msgspec
 from msgspec import Meta
 
 from ..drafters.history_file import MAX_TRAINED_TOKENS
-from ..model.shapes import LINEARS
+from ..model.shapes import JOINED, LINEARS
 from ..routing_profile import DEFAULT_PROMPTS, MAX_PROMPTS
 
 ALL_LINEAR = "all-linear"
-TARGETS = (*LINEARS, "embed_tokens", "lm_head")  # the last two are not part of "all-linear"
+TARGETS = (*LINEARS, *JOINED, "embed_tokens", "lm_head")  # the last two are not part of "all-linear"
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from typing import Any
 
 MAX_MEMORY_BYTES = 2**30
 ALL_LINEAR, OUTPUT_LAYER, EMBEDDING = "all-linear", "lm_head", "embed_tokens"
-DEFAULT_TARGETS = ("q_proj", "v_proj")  # peft's, for every architecture that is served
+DEFAULT_TARGETS = ("q_proj", "v_proj")  # peft's, for every architecture that is served and for which it has any
 # No repetition, no choice: as fast in the engine's process as any comparison of text.
 _PLAIN = re.compile(r"\^?(?:\\?\.|[A-Za-z0-9_-])*\$?", re.ASCII)
 _MAX_PLAIN = 1000  # patterns; compiling one takes up to 0.1 ms

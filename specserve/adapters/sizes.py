@@ -15,6 +15,7 @@ from pathlib import Path
 from ..adapter_files import HEAD_WEIGHTS_FILE, HISTORY_FILE, WEIGHTS_FILE
 from ..drafters.head_files import VOCAB_STEP
 from ..drafters.task_history import expected_bytes as history_bytes
+from ..model.shapes import JOINED
 from .pooling_config import SCORE
 from .weights_file import WeightsFileError, read_header
 
@@ -28,7 +29,11 @@ def expected_bytes(directory: Path, lora_itemsize: int) -> int:
     for key, shape in lora.items():
         if "lora_" in key and len(shape) == 2:
             is_a = key.removesuffix(".weight").endswith("_A")
-            num_bytes += layout_bytes(shape if is_a else (0, 0), (0, 0) if is_a else shape, lora_itemsize)
+            parts = next((len(modules) for name, modules in JOINED.items() if f".{name}." in key), 1)
+            if is_a:  # each of joined linears has it
+                num_bytes += parts * layout_bytes(shape, (0, 0), lora_itemsize)
+            else:
+                num_bytes += layout_bytes((0, 0), (shape[0] + (parts - 1) * _OUT_STEP, shape[1]), lora_itemsize)
     num_bytes += 4 * math.prod(lora.get(SCORE, (0,)))  # in fp32
     head, head_bytes = _shapes(directory / HEAD_WEIGHTS_FILE)
     num_bytes += head_bytes + sum(4 * math.prod(shape) for shape in head.values())  # in fp32

@@ -29,10 +29,20 @@ class StoredPair(NamedTuple):
     a: StoredTensor
     b: StoredTensor
     scale: float
+    order: tuple[int, ...] = ()  # the rows of B as they are served; none: as they are stored
 
     @property
     def kind(self) -> tuple[object, ...]:
-        return self.a.dtype, self.a.shape, self.b.dtype, self.b.shape
+        return self.a.dtype, self.a.shape, self.b.dtype, self.b.shape, self.order
+
+    def of_rows(self, rows: slice | None, order: tuple[int, ...]) -> StoredPair:
+        """The same A with some rows of B, in `order` among themselves."""
+        b = self.b
+        if rows is not None:
+            row_bytes = b.shape[1] * b.dtype.itemsize
+            start, end = b.start + rows.start * row_bytes, b.start + rows.stop * row_bytes
+            b = StoredTensor(b.dtype, (rows.stop - rows.start, b.shape[1]), start, end)
+        return StoredPair(self.a, b, self.scale, order)
 
 
 def lay_out_pairs(
@@ -54,6 +64,8 @@ def lay_out_pairs(
         for names in part:
             a = _served(adapter, file, [(f"{name} lora_A", pairs[name].a) for name in names], dtype)
             b = _served(adapter, file, [(f"{name} lora_B", pairs[name].b) for name in names], dtype)
+            if order := pairs[names[0]].order:
+                b = b[:, list(order)]
             is_of_layer = names[0].startswith(_LAYERS)
             there = (lay_out if is_of_layer else as_in_peft)(LoraPair(a, b, 1.0), rows.empty)
             for name, a_of, b_of in zip(names, there.a.unbind(), there.b.unbind(), strict=True):

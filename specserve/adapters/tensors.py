@@ -15,9 +15,10 @@ import torch
 from ..adapter_kinds import AdapterType
 from ..errors import AdapterError
 from ..model.config import ModelConfig
-from ..model.shapes import IMAGE_PARTS, PARENT, module_shapes
+from ..model.shapes import IMAGE_PARTS, JOINED, head_rows, rows_of, stored_parents, stored_shapes
 from .config_json import shown
 from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora
+from .peft_matching import DEFAULT_TARGETS
 from .pooling_config import SCORE, SCORED
 from .served_base import ServedBase
 from .stored_pairs import StoredPair
@@ -44,8 +45,8 @@ Sides = dict[str, StoredTensor]  # "A", "B"
 
 def module_names(model: ModelConfig) -> list[str]:
     """Every module that a LoRA may target, as PEFT names it in a causal model."""
-    layers = (f"model.layers.{idx}" for idx in range(model.num_layers))
-    return [EMBED, *(f"{layer}.{parent}.{name}" for layer in layers for name, parent in PARENT.items()), LM_HEAD]
+    linears = [f"{parent}.{name}" for name, parent in stored_parents(model).items()]
+    return [EMBED, *(f"model.layers.{idx}.{linear}" for idx in range(model.num_layers) for linear in linears), LM_HEAD]
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def _inner_of(file: WeightsFile, kind: AdapterType) -> str:
 def check_tensors(
     config: LoraConfig, file: WeightsFile, base: ServedBase, max_rank: int, kind: AdapterType = "generate"
 ) -> dict[str, StoredPair]:
-    """module -> its weights, A [rank, in] and B [out, rank]; of a causal model, by that one's names.
+    """module -> its weights, A [rank, in] and B [out, rank]; of a causal model, by that one's names, joined ones apart.
 
     An adapter that embeds may be of a model without lm_head, or of a causal one; one with a score head is of a model
     without lm_head; all of them may be of one that sees images, too. Raises `AdapterError`.
@@ -95,14 +96,15 @@ def check_tensors(
     ties_embedding = model.tie_word_embeddings and LM_HEAD in modules
     resolved = config.resolve([_in_peft(module, inner) for module in modules], ties_embedding)
     wanted = {module: resolved[_in_peft(module, inner)] for module in modules}
-    shapes = module_shapes(model)
+    shapes = stored_shapes(model)
     pairs = {}
     for module in modules:
         said = wanted[module]
         if module not in sides:
             continue
         if isinstance(said, str):
-            value = "null, which is q_proj and v_proj" if config.raw[said] is None else shown(config.raw[said])
+            default = f"null, which is {' and '.join(DEFAULT_TARGETS)}"
+            value = default if config.raw[said] is None else shown(config.raw[said])
             raise AdapterError(
                 f"adapter {name!r}: {module} has weights, but {said} in {CONFIG_FILE} ({value}) leaves it out, and "
                 "PEFT would ignore them; put back the configuration that it was saved with"
@@ -111,7 +113,17 @@ def check_tensors(
     _check_missing(config, [module for module, said in wanted.items() if isinstance(said, ModuleLora)], pairs)
     if config.is_tied(ties_embedding) and (EMBED in pairs or LM_HEAD in pairs):
         _check_tied(name, file, pairs)
-    return pairs
+    return {part: pair for module, pair in pairs.items() for part, pair in _apart(model, module, pair)}
+
+
+def _apart(model: ModelConfig, module: str, pair: StoredPair) -> list[tuple[str, StoredPair]]:
+    """A LoRA of joined linears as one of each: all with its A, each with its own rows of B."""
+    parent, _, last = module.rpartition(".")
+    parts = rows_of(model, last) if last in JOINED else {last: None}
+    return [
+        (f"{parent}.{name}" if parent else name, pair.of_rows(rows, head_rows(model, name)))
+        for name, rows in parts.items()
+    ]
 
 
 def _sort(
@@ -137,7 +149,8 @@ def _sort(
         else:
             raise AdapterError(
                 f"adapter {name!r}: tensor {shown(key)} is not a LoRA weight of a supported module "
-                f"({', '.join(PARENT)}, embed_tokens, lm_head) by PEFT's name, {_PREFIX}MODULE.lora_A.weight"
+                f"({', '.join(stored_parents(base.config))}, embed_tokens, lm_head) by PEFT's name, "
+                f"{_PREFIX}MODULE.lora_A.weight"
             )
     if num_of_images:
         logger.info("adapter %r: %d tensors for images are left out; only text is served", name, num_of_images)

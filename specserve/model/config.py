@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "no_rope_layer_interval": 4,
         "tie_word_embeddings": True,
     },
+    "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "attention_bias": False},
     "Gemma3ForCausalLM": {
         "vocab_size": 262_208,
         "num_attention_heads": 8,
@@ -48,10 +49,12 @@ MODEL_TYPES = {  # for a config.json without `architectures`
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+PARTLY_ROTATED = ("Phi3ForCausalLM",)
 NO_ROPE = "no_rope"  # in `rope_keys`: layers that know no positions
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 SIZES = (
@@ -70,6 +73,7 @@ class ModelConfig:
 
     architecture: str
     sees_images: bool  # the directory also holds what text does not go through
+    joins_linears: bool  # q, k and v are one matrix there, gate and up another
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -91,6 +95,7 @@ class ModelConfig:
     attention_scale: float
     final_softcap: float | None
     windows: tuple[int | None, ...]  # per layer: tokens a row sees, itself included; None is all
+    rotary_dim: int  # of each head, what positions turn
     rope_keys: tuple[str, ...]  # per layer: which entry of `ropes`
     ropes: dict[str, RopeConfig]
 
@@ -152,11 +157,21 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         raise ModelError(f"sliding_window={window} must be at least 1")
     windows = tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     rope_keys = _rope_keys(raw, layer_types)
+    ropes = {
+        key: RopeConfig(NO_ROTATION, 1.0, head_dim) if key == NO_ROPE else rope_config(raw, key, head_dim)
+        for key in set(rope_keys)
+    }
+    rotary_dim = min(rope.rotary_dim for rope in ropes.values())
+    if rotary_dim != head_dim and architecture not in PARTLY_ROTATED:
+        raise ModelError(
+            f"rotary embeddings of {rotary_dim} of {head_dim} dimensions are not supported in {architecture}"
+        )
     qwen2_bias = architecture == "Qwen2ForCausalLM"
     attention_bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
         architecture=architecture,
         sees_images=sees_images,
+        joins_linears=architecture == "Phi3ForCausalLM",
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -164,7 +179,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=raw["max_position_embeddings"],
+        max_position_embeddings=min(raw["max_position_embeddings"], *(rope.most_positions for rope in ropes.values())),
         rms_norm_eps=rms_norm_eps,
         activation=activation,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
@@ -178,11 +193,9 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         attention_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
         final_softcap=raw.get("final_logit_softcapping"),
         windows=windows,
+        rotary_dim=rotary_dim,
         rope_keys=rope_keys,
-        ropes={
-            key: RopeConfig(NO_ROTATION, 1.0, head_dim) if key == NO_ROPE else rope_config(raw, key, head_dim)
-            for key in set(rope_keys)
-        },
+        ropes=ropes,
     )
 
 
@@ -192,7 +205,8 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
     gemma = architecture == "Gemma3ForCausalLM"  # its layer types choose the rotary embedding too
     smollm = architecture == "SmolLM3ForCausalLM"
-    slides = gemma or architecture == "MistralForCausalLM" or ((qwen or smollm) and raw.get("use_sliding_window"))
+    slides = gemma or architecture in ("MistralForCausalLM", "Phi3ForCausalLM")
+    slides = slides or ((qwen or smollm) and bool(raw.get("use_sliding_window")))
     if not slides or (window is None and not gemma):
         return ["full_attention"] * num_layers
     if raw.get("layer_types"):

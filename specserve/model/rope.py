@@ -7,14 +7,17 @@ is no table by position: at 131072 positions it would take 128 MiB, and a step's
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import ModelError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+_OLD_NAMES = {"su": "longrope"}
+_NO_LIMIT = 2**31
 NO_ROTATION = "none"  # no model's file says so: layers without positions are named otherwise
 
 
@@ -33,6 +36,17 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cos and sin
+    partial: int | None = None  # dimensions of a head that positions turn; None: all
+    short_factors: tuple[float, ...] = ()  # longrope only: of wavelengths
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim if self.partial is None else self.partial
+
+    @property
+    def most_positions(self) -> int:
+        """longrope has other factors for texts that are longer than those of the training, from the first token on."""
+        return self.original_max_position_embeddings if self.rope_type == "longrope" else _NO_LIMIT
 
 
 def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConfig:
@@ -45,11 +59,24 @@ def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConf
         theta = raw["rope_local_base_freq"] if local else raw.get("rope_theta", 10000.0)
         params = {"rope_theta": theta, **({} if local else raw.get("rope_scaling") or {})}
     rope_type = params.get("rope_type") or params.get("type") or "default"
+    rope_type = _OLD_NAMES.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise ModelError(f"rope type {rope_type!r} is not supported; served are {', '.join(ROPE_TYPES)}")
-    if params.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"partial_rotary_factor={params['partial_rotary_factor']} is not supported; only 1.0 is")
-    factor = 1.0 if rope_type == "default" else float(params["factor"])
+    share = params.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    rotary_dim = int(head_dim * share)
+    if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+        raise ModelError(f"partial_rotary_factor={share!r} is not supported with heads of {head_dim}")
+    original = params.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    original = int(original or raw.get("max_position_embeddings", 8192))
+    if rope_type == "longrope":
+        factor = float(params.get("factor") or raw["max_position_embeddings"] / original)
+        attention_factor = _longrope_attention_factor(params, factor, original)
+    else:
+        factor = 1.0 if rope_type == "default" else float(params["factor"])
+        attention_factor = _yarn_attention_factor(params, factor) if rope_type == "yarn" else 1.0
+    short_factors = tuple(float(value) for value in params["short_factor"]) if rope_type == "longrope" else ()
+    if short_factors and len(short_factors) != rotary_dim // 2:
+        raise ModelError(f"short_factor has {len(short_factors)} entries; wanted are {rotary_dim // 2}")
     return RopeConfig(
         rope_type,
         float(params.get("rope_theta") or raw.get("rope_theta", 10000.0)),
@@ -57,15 +84,23 @@ def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConf
         factor,
         float(params.get("low_freq_factor") or 1.0),
         float(params.get("high_freq_factor") or 4.0),
-        int(params.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 8192)),
+        original,
         float(params.get("beta_fast") or 32.0),
         float(params.get("beta_slow") or 1.0),
         bool(params.get("truncate", True)),
-        _attention_factor(params, factor) if rope_type == "yarn" else 1.0,
+        attention_factor,
+        None if rotary_dim == head_dim else rotary_dim,
+        short_factors,
     )
 
 
-def _attention_factor(params: dict[str, Any], factor: float) -> float:
+def _longrope_attention_factor(params: dict[str, Any], factor: float, original: int) -> float:
+    if params.get("attention_factor") is not None:
+        return float(params["attention_factor"])
+    return math.sqrt(1.0 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
+
+
+def _yarn_attention_factor(params: dict[str, Any], factor: float) -> float:
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
@@ -76,13 +111,20 @@ def _attention_factor(params: dict[str, Any], factor: float) -> float:
 
 
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
-    """[D / 2] float32 radians per position. llama3: long wavelengths rescaled; yarn: Peng et al. 2023.
+    """[D / 2] float32 radians per position, 0 behind those of `rotary_dim`.
+
+    llama3: long wavelengths rescaled; yarn: Peng et al. 2023; longrope: Ding et al. 2024.
 
     Layers without positions (NoPE, Kazemnejad et al. 2023) turn by nothing, which changes no bit of what is turned.
     """
     if config.rope_type == NO_ROTATION:
         return torch.zeros(config.head_dim // 2)
+    if config.partial is not None:
+        turned = inverse_frequencies(replace(config, head_dim=config.partial, partial=None))
+        return F.pad(turned, (0, (config.head_dim - config.partial) // 2))
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    if config.rope_type == "longrope":
+        return 1.0 / (torch.tensor(config.short_factors) * config.theta**exponents)
     inv_freq = 1.0 / (config.theta**exponents)
     if config.rope_type == "linear":
         return inv_freq / config.factor
@@ -120,14 +162,16 @@ class Rope:
 
     def __init__(self, config: RopeConfig, device: torch.device):
         self._inv_freq = inverse_frequencies(config).to(device)
-        self._scale = config.attention_factor
+        self._is_scaled = config.attention_factor != 1.0
+        scales = torch.full((config.rotary_dim // 2,), config.attention_factor)
+        self._scales = F.pad(scales, (0, (config.head_dim - config.rotary_dim) // 2), value=1.0).to(device)  # [D / 2]
 
     def cos_sin(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, 1, D] at `positions` [T]; the rotation's sign is folded into sin. Angles are float32."""
         angles = torch.outer(positions.float(), self._inv_freq)  # [T, D / 2]
         cos, sin = angles.cos(), angles.sin()
-        if self._scale != 1.0:
-            cos, sin = cos * self._scale, sin * self._scale
+        if self._is_scaled:
+            cos, sin = cos * self._scales, sin * self._scales
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return cos.unsqueeze(1).to(dtype), sin.unsqueeze(1).to(dtype)
 

@@ -17,6 +17,9 @@ LANGUAGE_MODEL_NAMES = {r"^language_model\.": "", r"^model\.language_model\.": "
 PARENT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
 )
+# Phi 3 has some of them as one matrix of the rows of all: in its files, and where PEFT puts a LoRA.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_JOINED_PARENT = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
 LINEARS = tuple(PARENT)  # in the order in which kernels/cpu/decoder.cpp has a layer's matrices, too
 
 
@@ -37,6 +40,43 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def stored_parents(config: ModelConfig) -> dict[str, str]:
+    """The linears of a layer as the model's files have them, each with the part of the layer that it stands in."""
+    return _JOINED_PARENT if config.joins_linears else PARENT
+
+
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of every module as the model's files have it."""
+    shapes = module_shapes(config)
+    return shapes | {
+        name: (shapes[modules[0]][0], sum(shapes[module][1] for module in modules)) for name, modules in JOINED.items()
+    }
+
+
+def rows_of(config: ModelConfig, joined: str) -> dict[str, slice]:
+    """Which rows of a joined matrix each of its linears has."""
+    shapes, rows, start = module_shapes(config), {}, 0
+    for module in JOINED[joined]:
+        rows[module] = slice(start, start + shapes[module][1])
+        start += shapes[module][1]
+    return rows
+
+
+def head_rows(config: ModelConfig, module: str) -> tuple[int, ...]:
+    """The rows of a linear of the model's files in the order in which they are served; none: as they are.
+
+    Positions turn pairs of dimensions that lie half a head apart. Where they turn a part of each head alone, its pairs
+    lie half of that part apart, so the dimensions of queries and keys change places, which changes no product of both.
+    """
+    size, turned = config.head_dim, config.rotary_dim
+    if turned == size or module not in ("q_proj", "k_proj"):
+        return ()
+    rest = (turned + size) // 2
+    order = [*range(turned // 2), *range(turned, rest), *range(turned // 2, turned), *range(rest, size)]
+    num_heads = config.num_heads if module == "q_proj" else config.num_kv_heads
+    return tuple(head * size + place for head in range(num_heads) for place in order)
+
+
 def has_bias(config: ModelConfig, module: str) -> bool:
     """Whether a linear of a layer has a bias."""
     if module == "o_proj":
@@ -46,16 +86,16 @@ def has_bias(config: ModelConfig, module: str) -> bool:
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model directory, by its name on the hub, with its shape."""
-    sizes = module_shapes(config)
+    sizes = stored_shapes(config)
     norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
     if config.post_norms:
         norms |= dict.fromkeys(("pre_feedforward_layernorm", "post_feedforward_layernorm"), config.hidden_size)
     if config.qk_norm:
         norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config.head_dim)
     layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
-    for module, parent in PARENT.items():
+    for module, parent in stored_parents(config).items():
         layer[f"{parent}.{module}.weight"] = sizes[module][::-1]  # [out, in]
-        if has_bias(config, module):
+        if module in PARENT and has_bias(config, module):
             layer[f"{parent}.{module}.bias"] = sizes[module][1:]
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: sizes["embed_tokens"], "model.norm.weight": (config.hidden_size,)}
     for idx in range(config.num_layers):

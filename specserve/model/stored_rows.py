@@ -7,6 +7,7 @@ twice while it was loaded, and a mapped file that somebody truncates would end t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,12 @@ class StoredTensor:
             stream.seek(self.offset)
             _fill(data, stream, self.file)
         return tensor
+
+    def rows(self, rows: slice) -> StoredTensor:
+        """Some of its rows."""
+        row_bytes = math.prod(self.shape[1:]) * STORED[self.dtype].itemsize
+        offset, shape = self.offset + rows.start * row_bytes, (rows.stop - rows.start, *self.shape[1:])
+        return StoredTensor(self.file, offset, self.dtype, shape)
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ModelError
 from .config import ModelConfig
-from .shapes import EMBEDDING, LM_HEAD, has_bias, is_of_images, tensor_shapes
+from .shapes import EMBEDDING, JOINED, LM_HEAD, has_bias, head_rows, is_of_images, rows_of, tensor_shapes
 from .stored_rows import MAX_NAMED, STORED, StoredTensor, stored_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,8 +55,9 @@ class TensorSource:
         """The dtype of the embedding: what the checkpoint was saved in."""
         return STORED[self._tensors[EMBEDDING].dtype]
 
-    def take(self, name: str) -> torch.Tensor:
-        return self._tensors[name].read()
+    def take(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return (tensor if rows is None else tensor.rows(rows)).read()
 
 
 def checked_source(path: Path, config: ModelConfig) -> TensorSource:
@@ -84,8 +85,17 @@ class StoredWeights:
         return (self._source.take(f"{name}.weight").float() + self._config.norm_offset).to(self.device)
 
     def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        bias = self.weight(f"{name}.bias") if has_bias(self._config, name.rpartition(".")[2]) else None
-        return self.weight(f"{name}.weight"), bias
+        parent, _, module = name.rpartition(".")
+        rows, order = None, list(head_rows(self._config, module))
+        for joined, modules in JOINED.items() if self._config.joins_linears else ():
+            if module in modules:
+                name, rows = f"{parent}.{joined}", rows_of(self._config, joined)[module]
+
+        def take(kind: str) -> torch.Tensor:
+            tensor = self._source.take(f"{name}.{kind}", rows).to(self.device, self.dtype)
+            return tensor[order] if order else tensor
+
+        return take("weight"), take("bias") if has_bias(self._config, module) else None
 
     def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
         """The norms of a layer, by their names in `Layer`."""

@@ -97,10 +97,11 @@ def test_mixed_batch_equals_peft_adapter_by_adapter(mixed, adapters, model_dir, 
         ] != pytest.approx(base_logprobs, abs=1e-3), "the adapter changes nothing, so this test shows nothing"
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "smollm3", "gemma3", "gemma3 that sees"])
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3", "gemma3 that sees"])
 def test_other_architectures_equal_peft(architecture, tmp_path):
     model_dir = make_tiny_model(tmp_path / "model", architecture)
-    path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.15, embed=architecture.startswith("gemma3"))
+    modules, embed = "all-linear" if architecture == "phi3" else ALL_MODULES, architecture.startswith("gemma3")
+    path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.15, target_modules=modules, embed=embed)
     engine = make_engine(model_dir)
     content_hash = engine.load_adapter("a", path).content_hash
     results = tokens_of(

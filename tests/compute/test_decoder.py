@@ -24,6 +24,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0, 1.0, 1.1, 1.3, 1.7, 2.5],
+    "long_factor": [1.0, 1.2, 2.0, 4.0, 8.0, 16.0],
+}
 SLIDING = {"sliding_window": 12}
 GEMMA = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -48,6 +56,9 @@ FAMILIES = {
     "qwen3, biases": ("qwen3", {"attention_bias": True}),
     "smollm3": ("smollm3", {}),
     "smollm3, sliding": ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 12}),
+    "phi3": ("phi3", {}),
+    "phi3, sliding": ("phi3", SLIDING),
+    "phi3, longrope of a part": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
     "gemma3": ("gemma3", {}),
     "gemma3, softcap": ("gemma3", {"final_logit_softcapping": 5.0}),
     "gemma3 that sees": ("gemma3 that sees", {"rope_parameters": GEMMA}),

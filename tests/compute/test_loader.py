@@ -20,7 +20,7 @@ from specserve.model.shapes import tensor_shapes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3"]
 
 
 @pytest.fixture
@@ -197,9 +197,10 @@ def test_a_bad_index_is_refused(model_dir, index, message):
         ({"max_position_embeddings": 0}, ["max_position_embeddings=0 must be", "at least 1"]),
         ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps='1e-5' must be a number"]),
         ({"num_key_value_heads": 3}, ["4 heads a multiple of 3 KV heads"]),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["longrope", "llama3"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["dynamic", "llama3"]),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["no 'factor'"]),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["8 of 16 dimensions", "LlamaFor"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}}, ["partial_rotary_factor=2"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
         ({"no_rope_layer_interval": 4, "no_rope_layers": [1]}, ["no_rope_layers has 1", "2"]),
     ],

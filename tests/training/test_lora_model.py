@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from peft_adapters import make_peft_adapter
 from tiny_models import MODEL_TYPES, make_tiny_model
 
+from specserve.errors import UserError
+from specserve.model.config import ModelConfig
 from specserve.training.causal_attention import causal_attention
 from specserve.training.data.dataset import Example
 from specserve.training.head_fit import collect_states
 from specserve.training.head_module import task_vocab
 from specserve.training.lora_model import LoraModel
+from specserve.training.preflight import check_targets
 from specserve.training.run_config import LoraConfig
 
 CASES = [
@@ -115,3 +118,12 @@ def test_states_of_a_row_with_several_answers_start_at_its_last_prompt(tmp_path)
         torch.testing.assert_close(last[start : start + len(wanted)].float(), wanted, rtol=2e-3, atol=2e-3)
     assert examples[0].answers == [tokens[0][5:9], tokens[0][15:]] and examples[0].completion == tokens[0][15:]
     assert task_vocab(examples, 300) == sorted({t for e in examples for answer in e.answers for t in answer})
+
+
+def test_modules_of_other_models_are_refused(tmp_path):
+    model = ModelConfig.from_dir(make_tiny_model(tmp_path, "phi3"))
+    check_targets(LoraConfig(target_modules=("qkv_proj", "lm_head")), model)
+    with pytest.raises(
+        UserError, match="holds 'q_proj', which a Phi3ForCausalLM does not have; its linears are qkv_proj"
+    ):
+        check_targets(LoraConfig(target_modules=("o_proj", "q_proj")), model)

@@ -117,7 +117,11 @@ def test_mixed_adapters_equal_the_torch_path(pair, adapter_dirs, mode):
 
 @pytest.mark.parametrize(
     "architecture",
-    ["qwen3", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "mistral", "smollm3"))],
+    [
+        "qwen3",
+        "gemma3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "mistral", "smollm3", "phi3")),
+    ],
 )
 def test_other_architectures_equal_the_torch_path(architecture, tmp_path):
     pair = make_pair(make_tiny_model(tmp_path, architecture))

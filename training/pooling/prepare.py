@@ -22,7 +22,7 @@ from ...errors import AdapterError, UserError
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...model.weights import checked_source
-from ..preflight import check_adapter, planned, tokenizer_of
+from ..preflight import check_adapter, check_targets, planned, tokenizer_of
 from ..run_config import RunConfig
 from ..run_file import check_ready
 from .examples import ClassifyExample, EmbedExample, ExampleEncoder, PoolingExample
@@ -68,6 +68,7 @@ def prepare_pooling(config: RunConfig) -> PreparedPooling:
     model_dir = resolve_model(config.model)
     model = ModelConfig.from_dir(model_dir)
     checked_source(model_dir, model)
+    check_targets(config.lora, model)
     config = settled_pooling(config, model)
     rows = read_pooling_rows(config.data.train, task, config.data.max_rows)
     questions = questions_for(config, rows)

@@ -1,8 +1,8 @@
 """The forward pass of every supported architecture, over one ragged batch.
 
-Llama, SmolLM3, Mistral, Qwen2, Qwen3 and Gemma 3 differ by `ModelConfig` only. Owns weights and arithmetic; knows
-nothing of requests, of which adapters there are, or of where KV blocks come from. q, k, v are one linear, gate and up
-another.
+Llama, SmolLM3, Mistral, Qwen2, Qwen3, Phi 3 and Gemma 3 differ by `ModelConfig` only. Owns weights and arithmetic;
+knows nothing of requests, of which adapters there are, or of where KV blocks come from. q, k, v are one linear, gate
+and up another.
 Inference only: plain tensors, no modules, no autograd.
 """
 
