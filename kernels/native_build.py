@@ -22,7 +22,7 @@ from ctypes import POINTER, Structure, c_char_p, c_int32
 from dataclasses import dataclass
 from pathlib import Path
 
-BUILD_TIMEOUT_S = 120
+BUILD_TIMEOUT_S = 600  # the largest takes 20 s of a core of today, which may be busy, or old
 
 
 class NativeError(Exception):
