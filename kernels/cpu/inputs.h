@@ -33,7 +33,10 @@ static void cos_sin_of(float position, const float* frequencies, int half, float
     const i64x8 is_odd = (quarter & 1) != 0;
     const f64x8 of_cos = is_odd ? s : c, of_sin = is_odd ? c : s;
     const f64x8 cosines = ((quarter + 1) & 2) != 0 ? -of_cos : of_cos, sines = (quarter & 2) != 0 ? -of_sin : of_sin;
-    for (int l = 0; l < num; l++) cos[i + l] = (float)cosines[l] * scale, sin[i + l] = (float)sines[l] * scale;
+    for (int l = 0; l < num; l++) {
+      const float by = frequencies[i + l] != 0 ? scale : 1.0f;  // 0: no position turns these dimensions
+      cos[i + l] = (float)cosines[l] * by, sin[i + l] = (float)sines[l] * by;
+    }
   }
 }
 
