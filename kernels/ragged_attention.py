@@ -24,6 +24,7 @@ MAX_HEAD_DIM = 256
 MAX_SPLITS = 32  # of the longest context
 MIN_SPLIT_LEN = 256  # below, a split's start and its partial result cost more than its keys
 _SCRATCH_BYTES = 1 << 26  # a layer's partial results; steps of more rows have programs enough without
+MOST_PLACES = (1 << 31) - 1  # of a tensor, for offsets of 32 bits
 MOST_JOINED = 32  # rows and heads of tiles whose last program joins: 16 KiB a split; one multiprocessor reads 100 GB/s
 
 # Keys a block, by bytes of a padded head row: a block of K and V is 32 KiB from 128 bytes on. 4.8 TB/s at about 1 us of
@@ -138,7 +139,7 @@ def ragged_attention_(
     assert q.stride()[1:] == (head_dim, 1) and out.is_contiguous() and out.numel() == q.numel(), (q.stride(), out.shape)
     assert k_cache.stride()[1:] == (head_dim, 1) and k_cache.stride() == v_cache.stride(), (k_cache.stride(),)
     assert tiles.is_contiguous() and positions.is_contiguous() and block_tables.stride(1) == 1
-    assert q.shape[0] * max(q.stride(0), num_heads * head_dim) < 1 << 31 and scale > 0, (q.shape, q.stride(), scale)
+    assert max(q.shape[0] * q.stride(0), q.numel()) <= MOST_PLACES and scale > 0, (q.shape, q.stride(), scale)
     if tiles.shape[0] == 0:
         return
     partial, stats = out, out  # not touched by one program
@@ -174,7 +175,7 @@ def ragged_attention_(
         GROUP=group,
         BLOCK_SIZE=block_size,
         IEEE=q.dtype == torch.float32,
-        IS_WIDE=k_cache.shape[0] * k_cache.stride(0) >= 1 << 31,
+        IS_WIDE=k_cache.shape[0] * k_cache.stride(0) > MOST_PLACES,
         IS_SHARED=is_shared,
         JOINS=joins,
         **shape,

@@ -95,6 +95,12 @@ def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(window)
 
 @pytest.mark.gpu
 @needs_triton
+def test_short_contexts_leave_nothing_to_join_on_cuda():
+    attention_cases.check_short_contexts("cuda")
+
+
+@pytest.mark.gpu
+@needs_triton
 @pytest.mark.parametrize(("num_programs", "joins"), [(1, False), (4, False), (4, True)])
 def test_cuda_attention_replays_in_a_graph_with_other_tables(num_programs, joins):
     attention_cases.check_other_tables(num_programs, "cuda", joins)

@@ -14,7 +14,7 @@ from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
 from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
 from triton_process import sweep
 
-from specserve.kernels import add_norm
+from specserve.kernels import add_norm, ragged_attention
 from specserve.kernels.gated_activation import BLOCK, KINDS
 
 
@@ -99,6 +99,17 @@ def test_attention_of_tile_sizes(tile_rows):
 )
 def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window):
     attention_cases.check_same_row_alone(dtype, (6, 2, 16), window, "cpu")
+
+
+def test_short_contexts_leave_nothing_to_join():
+    attention_cases.check_short_contexts("cpu")
+
+
+def test_attention_of_a_cache_beyond_31_bits(monkeypatch):
+    scene = attention_cases.make_scene([(5, 130), (1, 40)], (4, 2, 8), torch.bfloat16, "cpu")
+    narrow = scene.run(None, 2)
+    monkeypatch.setattr(ragged_attention, "MOST_PLACES", scene.k_cache.numel() - 1)
+    torch.testing.assert_close(scene.run(None, 2), narrow, rtol=0, atol=0, equal_nan=True)
 
 
 def test_attention_of_other_tables_in_the_same_buffers():
