@@ -6,6 +6,7 @@ that of the adapter whose answers the playground shows.
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ from specserve.model.store import resolve_model
 
 SHOWN = "debtags"
 ADAPTERS = (SHOWN, "control2json", "summary", SHOWN)
+VIEWS = ("playground", "board", "adapters", "report")
 SIZE = {"width": 1280, "height": 940}
 ADAPTERS_SIZE = {"width": 1280, "height": 520}
 REPORT_SIZE = {"width": 1280, "height": 1640}  # down to the first plots
@@ -102,18 +104,19 @@ def report(page: Page, url: str, path: Path) -> None:
 @click.command(help=__doc__.partition("\n")[0])
 @click.option("--adapters-dir", type=click.Path(exists=True, file_okay=False), default=str(EXAMPLES / "adapters"))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "docs" / "images")
+@click.option("--only", multiple=True, type=click.Choice(VIEWS), help="Take no other; may be repeated.")
 @click.option("--load-s", type=float, default=60, help="Seconds of load before the board's picture.")
-def main(adapters_dir: str, out: Path, load_s: float) -> None:
+def main(adapters_dir: str, out: Path, only: tuple[str, ...], load_s: float) -> None:
     out.mkdir(exist_ok=True)
     flags = ("--dtype", "auto", "--kv-cache-gib", "0.5", "--num-threads", "2", "--adapters-dir", adapters_dir)
     server = ServerProcess(resolve_model(""), *flags).wait_ready()
     try:
-        take(server.url, out, load_s)
+        take(server.url, out, only or VIEWS, load_s)
     finally:
         server.stop()
 
 
-def take(url: str, out: Path, load_s: float) -> None:
+def take(url: str, out: Path, views: Sequence[str], load_s: float) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         for theme, suffix in (("light", ""), ("dark", "-dark")):
@@ -121,10 +124,14 @@ def take(url: str, out: Path, load_s: float) -> None:
             page.set_default_timeout(4 * PATIENCE_MS)
             page.goto(url)
             page.locator(f"[name=model] option[value={SHOWN}]").wait_for(state="attached")
-            playground(page, out / f"playground{suffix}.png")
-            board(page, url, out / f"board{suffix}.png", load_s)
-            adapters(page, out / f"adapters{suffix}.png")
-            report(page, url, out / f"report{suffix}.png")
+            if "playground" in views:
+                playground(page, out / f"playground{suffix}.png")
+            if "board" in views:
+                board(page, url, out / f"board{suffix}.png", load_s)
+            if "adapters" in views:  # it tells of requests that the board's load made
+                adapters(page, out / f"adapters{suffix}.png")
+            if "report" in views:
+                report(page, url, out / f"report{suffix}.png")
             page.close()
         browser.close()
 
