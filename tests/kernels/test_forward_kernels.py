@@ -89,8 +89,18 @@ def test_cuda_attention_of_tile_sizes(tile_rows):
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("window", [None, 100])
-def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(window):
-    attention_cases.check_same_row_alone(torch.bfloat16, (32, 8, 128), window, "cuda", (1, 4, 8, 16, 32))
+@pytest.mark.parametrize(
+    ("heads", "tiles"),
+    [
+        ((32, 8, 128), (1, 4, 8, 16, 32)),
+        ((9, 3, 64), (1, 4, 16, 21, 42)),
+        ((4, 1, 256), (1, 4, 16)),
+        ((12, 2, 80), (1, 8, 21)),
+    ],
+    ids=str,
+)
+def test_a_row_of_attention_has_the_same_bits_alone_and_in_a_mixed_batch(heads, tiles, window):
+    attention_cases.check_same_row_alone(torch.bfloat16, heads, window, "cuda", tiles)
 
 
 @pytest.mark.gpu
