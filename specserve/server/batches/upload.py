@@ -21,6 +21,12 @@ MAX_NAME_LEN = 255
 _FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 
+class _DirError(UserError):
+    status = 503
+    type = "server_error"
+    code = "storage_unavailable"
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
     content: Incoming  # in its place
@@ -44,7 +50,7 @@ class UploadReader:
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
 
     async def read(self) -> Upload:
-        """Raises `UserError` with status 400, 403, 408, 413, 415 or 507."""
+        """Raises `UserError` with status 400, 403, 408, 413, 415, 503 or 507."""
         request = self._request
         if request.content_type != "multipart/form-data":
             raise UserError(
@@ -78,7 +84,10 @@ class UploadReader:
         return Upload(content, filename or "upload.jsonl", _expires_after(fields))
 
     async def _file(self, part: BodyPartReader) -> Incoming:
-        content = await asyncio.to_thread(self._incoming)
+        try:
+            content = await asyncio.to_thread(self._incoming)
+        except OSError as error:  # as when the disk that it lies on was taken away
+            raise _DirError(f"the folder of --batch-dir cannot be written to: {error.strerror}; try later") from None
         self._stack.callback(content.close)
         while data := await self._some(part):
             if content.num_bytes + len(data) > self._max_bytes:

@@ -48,6 +48,7 @@ def start(patient_model_dir, alpha_dir, tmp_path_factory):
         servers.append(server := KeyedServer(patient_model_dir, *flags).wait_ready())
         return server
 
+    start.state = root / "state"
     yield start
     for server in servers:
         server.stop()
@@ -243,6 +244,18 @@ def test_uploads_that_are_none_are_refused_and_leave_nothing(server):
     broken = {"Authorization": f"Bearer {KEYS['red']}", "Content-Type": "multipart/form-data; boundary=x"}
     assert requests.post(f"{server.url}/v1/files", data=b"--y\r\n", headers=broken, timeout=60).status_code == 400
     assert len(list(server.client().files.list())) == files
+
+
+def test_an_upload_while_the_folder_is_away_is_told_so(server, start):
+    state = start.state
+    (state / "incoming").rename(state / "elsewhere")
+    try:
+        with pytest.raises(openai.InternalServerError, match="--batch-dir cannot be written to: No such file") as told:
+            upload(server.client(), [row("a")])
+        assert told.value.status_code == 503 and str(state) not in str(told.value)
+    finally:
+        (state / "elsewhere").rename(state / "incoming")
+    assert server.client().files.delete(upload(server.client(), [row("a")]).id).deleted
 
 
 def test_a_key_that_has_its_share_of_the_disk_is_told_how_to_make_room_and_others_have_theirs(server):
