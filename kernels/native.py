@@ -13,7 +13,7 @@ from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_vo
 from dataclasses import dataclass
 from pathlib import Path
 
-from .native_build import NativeError, NativeSources, find_compiler
+from .native_build import CacheError, NativeError, NativeSources, find_compiler
 from .native_levels import LEVELS, Level
 
 # No -ffast-math and no contraction: NaN must stay NaN, and a sum is the same sum in every kernel.
@@ -256,11 +256,13 @@ def load_library(level_name: str | None = None) -> Library:
     """
     find_compiler()
     reasons: list[str] = []
-    kind = NativeError
+    kind: type[NativeError] = NativeError
     for level in LEVELS:
         if level_name != level.name and (level_name is not None or level.is_foreign):
             continue
         reason = level.missing()
+        if reason is None and kind is CacheError and not sources(level).is_kept():
+            continue  # no level has room then, and to find that out takes a compilation
         if reason is None:
             try:
                 return load_at(level, reasons[-1] if reasons else "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUILD_TIMEOUT_S = 600  # the largest takes 20 s of a core of today, which may be busy, or old
+_NO_ROOM = "No space left on device"
 
 
 class NativeError(Exception):
@@ -30,7 +32,7 @@ class NativeError(Exception):
 
 
 class CacheError(NativeError):
-    """There is no folder to keep the library in."""
+    """There is no folder to keep the library in, or no room there."""
 
 
 class Place(Structure):
@@ -67,10 +69,15 @@ class NativeSources:
                 return
             output = Path(temporary) / path.name
             command = [compiler, *self.flags, str(self.main), "-o", str(output)]
+            env = {**os.environ, "TMPDIR": temporary, "LC_ALL": "C"}  # /tmp may be full, or read-only
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False, env=env
+                )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise NativeError(f"{compiler} did not build {self.folder}: {error}") from None
+            if done.returncode and _NO_ROOM in done.stderr:
+                raise OSError(errno.ENOSPC, _NO_ROOM)
             if done.returncode:
                 raise NativeError(f"{compiler} failed on {self.folder}: {done.stderr[-500:].strip()}")
             os.replace(output, path)
@@ -84,8 +91,8 @@ class NativeSources:
         if platform.system() not in ("Linux", "Darwin"):
             raise NativeError(f"native code is not built on {platform.system()}")
         compiler = find_compiler()
-        path, build_s = cache_dir() / f"{self.name}-{self._key(compiler)}.so", 0.0
-        if not os.path.isfile(path):  # false, and no error, in a folder that nobody may look into
+        path, build_s = self._place(compiler), 0.0
+        if not os.path.isfile(path):
             start = time.perf_counter()
             self.build(compiler, path)
             build_s = time.perf_counter() - start
@@ -95,6 +102,10 @@ class NativeSources:
             raise NativeError(f"{path} does not load: {error}") from None
         self.check_layout(functions, structs)
         return functions, build_s
+
+    def is_kept(self) -> bool:
+        """Whether `load` would find the library built."""
+        return os.path.isfile(self._place(find_compiler()))  # false, and no error, in a folder nobody may look into
 
     def check_layout(self, functions: ctypes.CDLL, structs: Mapping[str, type[Structure]]) -> None:
         """Raise `NativeError` unless the library has the structs, fields, offsets and sizes of `structs`.
@@ -121,6 +132,9 @@ class NativeSources:
                     f"{what} is {_shown(in_library)} in {self.folder}, but {_shown(here)} in {self.mirror}; declare "
                     "it alike in both"
                 )
+
+    def _place(self, compiler: str) -> Path:
+        return cache_dir() / f"{self.name}-{self._key(compiler)}.so"
 
     def _key(self, compiler: str) -> str:
         """A hash of everything that the library depends on."""

@@ -400,6 +400,22 @@ def test_the_library_is_built_once_and_a_failing_compiler_is_quoted(tmp_path, mo
     assert len(list((tmp_path / "specserve" / "native").iterdir())) == 1
 
 
+def test_a_disk_that_is_full_is_found_out_once_and_not_for_every_level(tmp_path, monkeypatch):
+    """A compiler takes a minute to say so; what needs room is written beside the library, not to /tmp."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    full = tmp_path / "full-c++"
+    full.write_text(
+        f'#!/bin/sh\ncase "$*" in *\\ -o\\ *) echo "$TMPDIR" >> {tmp_path}/builds;; esac\n'
+        "echo 'fatal error: error writing to x.s: No space left on device' >&2\nexit 1\n"
+    )
+    full.chmod(0o755)
+    monkeypatch.setenv("CXX", str(full))
+    with pytest.raises(native_build.CacheError, match="cannot be built into .*: No space left on device"):
+        load_library.__wrapped__()
+    (place,) = (tmp_path / "builds").read_text().splitlines()
+    assert place.startswith(str(tmp_path / "specserve" / "native"))
+
+
 def declared(*fields: tuple[str, type]) -> dict[str, type[ctypes.Structure]]:
     return STRUCTS | {"Lora": type("Lora", (ctypes.Structure,), {"_fields_": list(fields)})}
 
