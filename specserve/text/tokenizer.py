@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..adapter_files import read_texts
-from ..errors import AdapterError, ModelError, UserError
+from ..errors import AdapterError, ModelError, OverloadedError, UserError
 from ..memory import give_memory_back
 from .chat_template import ChatTemplate
 from .detokenizer import Detokenizer, TokenTexts
@@ -63,14 +63,7 @@ class TextTokenizer:
     def for_adapter(self, name: str, files: Mapping[str, bytes]) -> TextTokenizer:
         """The tokenizer that the adapter `name` brings in `files`, or this one with its chat template."""
         if "tokenizer.json" in files:
-            with tempfile.TemporaryDirectory() as directory:
-                for file, content in files.items():
-                    (Path(directory) / file).write_bytes(content)
-                try:
-                    own = TextTokenizer(Path(directory), trusted=False)
-                except ModelError as error:
-                    message = f"adapter {name!r}: {str(error).replace(directory, 'it')}"
-                    raise AdapterError(message) from None
+            own = _brought(name, files)
             if own.vocab_size != self.vocab_size:
                 raise UserError(
                     f"adapter {name!r} brings a tokenizer of {own.vocab_size} tokens, the base model has "
@@ -263,6 +256,24 @@ class TextTokenizer:
             if ids[: len(joint)] == joint:
                 return ids[len(joint) :]
         return _ids(backend, text, add_special_tokens=False)
+
+
+def _brought(name: str, files: Mapping[str, bytes]) -> TextTokenizer:
+    """The tokenizer that the adapter `name` brings, read as transformers reads one: from a folder."""
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            for file, content in files.items():
+                (Path(directory) / file).write_bytes(content)
+            try:
+                return TextTokenizer(Path(directory), trusted=False)
+            except ModelError as error:
+                raise AdapterError(f"adapter {name!r}: {str(error).replace(directory, 'it')}") from None
+    except OSError as error:
+        raise OverloadedError(
+            f"adapter {name!r}: there is no room for its tokenizer among temporary files ({error.strerror}); make "
+            "some, or name another folder for them in TMPDIR at the server's start",
+            status=503,
+        ) from None
 
 
 def _opens_with_space(backend: Tokenizer, before: str) -> bool:

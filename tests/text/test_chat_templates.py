@@ -1,6 +1,7 @@
 """Chat templates that came with adapters: the text that transformers makes, and no way to hold or fill the server."""
 
 import asyncio
+import tempfile
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from server_fixture import ServerProcess
 from tiny_models import CHAT_TEMPLATE, make_tiny_model
 from transformers import AutoTokenizer
 
-from specserve.errors import UserError
+from specserve.errors import OverloadedError, UserError
 from specserve.text.template_checks import may_render_here
 from specserve.text.template_renderer import TemplateRenderer
 from specserve.text.tokenizer import TextTokenizer
@@ -192,3 +193,15 @@ def test_a_slow_template_of_an_adapter_holds_up_nobody(model_dir, tmp_path):
         start = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - start < 60
+
+
+def test_a_tokenizer_that_finds_no_room_among_temporary_files_is_a_fault_of_the_disk(model_dir, tmp_path, monkeypatch):
+    base = TextTokenizer(model_dir)
+    files = {name: (model_dir / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/full")
+    with pytest.raises(OverloadedError, match="adapter 'mine': there is no room .* TMPDIR") as told:
+        base.for_adapter("mine", files)
+    assert told.value.status == 503
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert base.for_adapter("mine", files).encode("a fox") == base.encode("a fox")
+    assert not list(tmp_path.iterdir())
