@@ -24,10 +24,11 @@ MOST_FUSED_ROWS = 16  # one tile: every program reads all rows
 _ROWS = 16
 _MOST_BYTES = 1 << 24  # of weights, 4 us at an H200's bandwidth; beyond, tiles that read further ahead are worth more
 _MOST_NORMED = 1 << 14  # values that a program norms, 128 registers a thread
-NUM_STAGES = 5  # 4 blocks of weights in flight are 64 KiB a multiprocessor
+NUM_STAGES = 5  # of what is behind those that are held: 4 blocks of weights in flight
 _PROGRAMS = 66  # as many halve the tiles no more: half of an H100's or H200's multiprocessors
 _LEAST_USED = 16  # outputs of a tile
-_MOST_LINES = 32  # of 128 bytes
+_MOST_HELD = 8  # blocks of weights in shared memory, 128 KiB of 16 bits, and 32 of rows
+_MOST_LINES = 32  # of a weight's row in the L2: 2,048 inputs of 16 bits
 
 NO_NORM = {"HAS_NORM": False, "NORM_ROWS": 1, "NORM_BLOCK": 1}
 
@@ -153,12 +154,17 @@ def _options(
     of_triton = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     flags = {"HAS_SCALES": scales is not None, "HAS_BIAS": bias is not None, "DTYPE": of_triton}
     sizes = {"ROWS": _ROWS, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": NUM_STAGES}
-    return flags | sizes | {"LINES": lines_of(values.shape[1] * values.itemsize)} | dependent_launch(values.device)
+    return flags | sizes | ahead_of_wait(values.shape[1], values.itemsize) | dependent_launch(values.device)
 
 
-def lines_of(num_bytes: int) -> int:
-    """Lines of a weight's row that a program asks for before it waits: up to 32, which are 2,048 inputs of 16 bits."""
-    return min(_MOST_LINES, _power_of_two(-(-num_bytes // 128)))
+def ahead_of_wait(in_size: int, itemsize: int) -> dict[str, Any]:
+    """What a program reads of its weights before it waits: blocks into shared memory, and more into the L2.
+
+    Weights of 8 bits go to the tensor cores by way of registers, which do not hold more than a block or two.
+    """
+    num_held = min(_MOST_HELD, -(-in_size // BLOCK_K)) if itemsize == 2 else 0
+    lines = _power_of_two(-(-in_size * itemsize // 128))  # of 128 bytes, of a weight's row
+    return {"HELD": num_held, "HAS_REST": num_held * BLOCK_K < in_size, "LINES": min(_MOST_LINES, lines)}
 
 
 def _used(out_size: int) -> int:

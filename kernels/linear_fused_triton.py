@@ -1,9 +1,9 @@
 """The Triton kernel of a layer's linears of few rows with what stands around them. Semantics: linear_fused.py.
 
-One program a tile of outputs. Before it waits for the launch in front it asks for its weights, into the second cache
-level; then it norms the rows, which every program does for itself, multiplies, and goes on with its outputs where they
-are: in registers. Outputs that belong together, as two halves of a head or gate and up, are 8 rows apart in a tile of
-64, which is one thread of a tensor core's result.
+One program a tile of outputs. Before it waits for the launch in front it reads its weights into shared memory, HELD
+blocks of them, and asks for more into the second cache level. Then it norms the rows, which every program does for
+itself, multiplies, and goes on with its outputs where they are: in registers. Outputs that belong together, as two
+halves of a head or gate and up, are 8 rows apart in a tile of 64, which is one thread of a tensor core's result.
 
 Sums are those of linear_rows_triton.py: weights on the left, one fp32 accumulator, K ascending. Only USED of a tile's
 64 outputs are read where a whole tile a program would leave multiprocessors without work; the others are zeros.
@@ -41,11 +41,26 @@ def _row_scales(x, t, num_rows, in_size, x_stride, eps, NORM_ROWS: tl.constexpr,
 
 
 @triton.jit
-def _normed(x, norm, scale, t, c, mask, c_mask, x_stride, DTYPE: tl.constexpr):
-    """[ROWS, columns] of rows x, normed and rounded as add_norm_triton.py does."""
-    rows = tl.load(x + t[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(norm + c, mask=c_mask, other=0.0).to(tl.float32)
-    return (rows * scale[:, None] * weight[None, :]).to(DTYPE)
+def _rows(x, norm, scale, t, row_mask, c, in_size, x_stride, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr):
+    """[ROWS, columns c] of x; or of fp32 rows x, normed and rounded as add_norm_triton.py does."""
+    rows = tl.load(x + t[:, None] * x_stride + c[None, :], mask=row_mask[:, None] & (c < in_size)[None, :], other=0.0)
+    if HAS_NORM:
+        weight = tl.load(norm + c, mask=c < in_size, other=0.0).to(tl.float32)
+        rows = (rows.to(tl.float32) * scale[:, None] * weight[None, :]).to(DTYPE)
+    return rows
+
+
+@triton.jit
+def _weights(w_rows, is_output, c, in_size):
+    """[64, columns c] of weights as they are held."""
+    return tl.load(w_rows[:, None] + c[None, :], mask=is_output[:, None] & (c < in_size)[None, :], other=0.0)
+
+
+@triton.jit
+def _widened(w, HAS_SCALES: tl.constexpr, DTYPE: tl.constexpr):
+    if HAS_SCALES:
+        w = w.to(tl.float32).to(DTYPE)  # by way of fp32 for the interpreter
+    return w
 
 
 @triton.jit
@@ -68,34 +83,42 @@ def _product(
     x, weight, scales, bias, norm, tile, half, num_outputs, num_rows, in_size, x_stride, weight_stride, eps,
     IS_PAIRED: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr,
-    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    HELD: tl.constexpr, HAS_REST: tl.constexpr, LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [64, ROWS] of a tile's outputs, rounded to DTYPE, as linear_rows has it; waits for the launch in front."""
-    if IS_DEPENDENT:
-        gdc_launch_dependents()
-        _prefetch(weight, tile, half, num_outputs, in_size, weight_stride, IS_PAIRED, USED, LINES)
-        gdc_wait()
     outputs, is_output = _outputs(tl.arange(0, _TILE), tile, half, num_outputs, USED, IS_PAIRED)
     w_rows = weight + outputs.to(tl.int64) * weight_stride
     t = tl.arange(0, ROWS)
     row_mask = t < num_rows
     k = tl.arange(0, BLOCK_K)
+    if IS_DEPENDENT:
+        gdc_launch_dependents()
+        if HAS_REST:
+            _prefetch(weight, tile, half, num_outputs, in_size, weight_stride, IS_PAIRED, USED, LINES)
+    held = ()
+    for block in tl.static_range(HELD):
+        held = held + (_weights(w_rows, is_output, block * BLOCK_K + k, in_size),)
+    if IS_DEPENDENT:
+        gdc_wait()
     scale = t.to(tl.float32)
     if HAS_NORM:
         scale = _row_scales(x, t, num_rows, in_size, x_stride, eps, NORM_ROWS, NORM_BLOCK)
+    beside = ()
+    if not HAS_NORM:  # all at once; what is normed was read for that
+        for block in tl.static_range(HELD):
+            beside = beside + (_rows(x, x, scale, t, row_mask, block * BLOCK_K + k, in_size, x_stride, False, DTYPE),)
     sums = tl.zeros((_TILE, ROWS), dtype=tl.float32)
-    for start in range(0, in_size, BLOCK_K):
-        c = start + k
-        c_mask = c < in_size
-        w = tl.load(w_rows[:, None] + c[None, :], mask=is_output[:, None] & c_mask[None, :], other=0.0)
-        if HAS_SCALES:
-            w = w.to(tl.float32).to(DTYPE)  # by way of fp32 for the interpreter
-        mask = row_mask[:, None] & c_mask[None, :]
+    for block in tl.static_range(HELD):
         if HAS_NORM:
-            rows = _normed(x, norm, scale, t, c, mask, c_mask, x_stride, DTYPE)
+            rows = _rows(x, norm, scale, t, row_mask, block * BLOCK_K + k, in_size, x_stride, True, DTYPE)
         else:
-            rows = tl.load(x + t[:, None] * x_stride + c[None, :], mask=mask, other=0.0)
-        sums = tl.dot(w, tl.trans(rows), sums)
+            rows = beside[block]
+        sums = tl.dot(_widened(held[block], HAS_SCALES, DTYPE), tl.trans(rows), sums)
+    if HAS_REST:
+        for start in range(HELD * BLOCK_K, in_size, BLOCK_K):
+            w = _widened(_weights(w_rows, is_output, start + k, in_size), HAS_SCALES, DTYPE)
+            rows = _rows(x, norm, scale, t, row_mask, start + k, in_size, x_stride, HAS_NORM, DTYPE)
+            sums = tl.dot(w, tl.trans(rows), sums)
     if HAS_SCALES:
         sums *= tl.load(scales + outputs, mask=is_output, other=0.0)[:, None]
     y = sums.to(DTYPE)
@@ -141,13 +164,13 @@ def _halves(y, ROWS: tl.constexpr):
 def linear_add_kernel(
     residual, x, weight, scales, bias, num_rows, in_size, out_size, residual_stride, x_stride, weight_stride,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, USED: tl.constexpr,
-    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    HELD: tl.constexpr, HAS_REST: tl.constexpr, LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of USED outputs,): the rows' outputs are added to the residual."""
     tile = tl.program_id(0)
     y = _product(
         x, weight, scales, bias, x, tile, out_size, out_size, num_rows, in_size, x_stride, weight_stride, 0.0,
-        False, False, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, 1, 1, USED, LINES, BLOCK_K, IS_DEPENDENT,
+        False, False, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, 1, 1, USED, HELD, HAS_REST, LINES, BLOCK_K, IS_DEPENDENT,
     )  # fmt: skip
     outputs, is_output = _outputs(tl.arange(0, _TILE), tile, out_size, out_size, USED, False)
     t = tl.arange(0, ROWS)
@@ -162,13 +185,14 @@ def linear_gated_kernel(
     out, x, weight, scales, bias, norm, num_rows, in_size, size, x_stride, weight_stride, eps,
     GELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr,
-    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    HELD: tl.constexpr, HAS_REST: tl.constexpr, LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of USED / 2 of the `size` columns of out,)."""
     tile = tl.program_id(0)
     y = _product(
         x, weight, scales, bias, norm, tile, size, 2 * size, num_rows, in_size, x_stride, weight_stride, eps, True,
-        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, USED, LINES, BLOCK_K, IS_DEPENDENT,
+        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, USED, HELD, HAS_REST, LINES, BLOCK_K,
+        IS_DEPENDENT,
     )  # fmt: skip
     columns, is_column = _pairs(tile, size, USED)
     gate, up = _halves(y, ROWS)
@@ -184,7 +208,7 @@ def linear_rope_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, NORM_ROWS: tl.constexpr, NORM_BLOCK: tl.constexpr, USED: tl.constexpr,
-    LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    HELD: tl.constexpr, HAS_REST: tl.constexpr, LINES: tl.constexpr, BLOCK_K: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of USED / 2 of all heads' halves,)."""
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -193,7 +217,8 @@ def linear_rope_kernel(
     tile = tl.program_id(0)
     y = _product(
         x, weight, scales, bias, norm, tile, HALF, 2 * NUM_PAIRS, num_rows, in_size, x_stride, weight_stride, eps, True,
-        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, USED, LINES, BLOCK_K, IS_DEPENDENT,
+        HAS_NORM, HAS_SCALES, HAS_BIAS, DTYPE, ROWS, NORM_ROWS, NORM_BLOCK, USED, HELD, HAS_REST, LINES, BLOCK_K,
+        IS_DEPENDENT,
     )  # fmt: skip
     pairs, is_pair = _pairs(tile, NUM_PAIRS, USED)
     first, second = _halves(y, ROWS)

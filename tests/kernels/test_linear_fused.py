@@ -9,7 +9,7 @@ from scaled_weight_cases import FORMATS
 from triton_process import needs_triton
 
 from specserve.kernels import linear_fused
-from specserve.kernels.linear_rows import SHARED_BYTES, hold_one_order, release_order
+from specserve.kernels.linear_rows import hold_one_order, release_order
 
 COUNTS = (1, 2, 4, 5, 9, 16)
 
@@ -52,5 +52,6 @@ def test_only_small_matrices_are_fused_and_few_rows_normed():
 
 def test_tiles_occupy_the_device_where_they_can():
     assert [linear_fused._used(size) for size in (576, 960, 3072, 6144)] == [16, 16, 32, 64]
-    stages = linear_fused.NUM_STAGES
-    assert stages * 64 * 128 * 2 + (stages - 1) * 16 * 128 * 4 + 16 * 128 * 2 < SHARED_BYTES
+    assert linear_fused.ahead_of_wait(576, 2) == {"HELD": 5, "HAS_REST": False, "LINES": 16}
+    assert linear_fused.ahead_of_wait(4096, 2) == {"HELD": 8, "HAS_REST": True, "LINES": 32}
+    assert linear_fused.ahead_of_wait(1024, 1) == {"HELD": 0, "HAS_REST": True, "LINES": 8}

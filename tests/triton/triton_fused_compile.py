@@ -1,8 +1,7 @@
 """Compiles a layer's fused linears for Hopper (sm_90), which needs no GPU; test_under_triton.py runs it.
 
-What their speed rests on can be seen in a binary: weights by copies of 16 bytes and wgmma, no spilled register, the
-prefetch of weights before the wait for the launch in front. A process of its own, without TRITON_INTERPRET: the default
-model's sizes in bf16, with --all more rows, larger models and weights of 8 bits too.
+What their speed rests on can be seen in a binary: weights by 16 bytes, wgmma, no spilled register. A process of its
+own, without TRITON_INTERPRET: the default model's sizes in bf16, with --all more rows, larger models and 8 bits.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import triton.language as tl
 from triton_forward_compile import compile_kernel, report
 
 from specserve.kernels import linear_fused, linear_fused_triton
-from specserve.kernels.linear_rows import BLOCK_K
+from specserve.kernels.linear_rows import BLOCK_K, SHARED_BYTES
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 KERNELS = ("linear_add_kernel", "linear_gated_kernel", "linear_rope_kernel")
@@ -29,8 +28,9 @@ def compile_fused(name: str, dtype: str, held: str, num_rows: int, in_size: int,
     }
     constants: dict[str, Any] = {
         "HAS_SCALES": held != dtype, "HAS_BIAS": False, "DTYPE": DTYPES[dtype], "ROWS": 16, "USED": used,
-        "BLOCK_K": BLOCK_K, "LINES": linear_fused.lines_of(in_size * (2 if held == dtype else 1)), "IS_DEPENDENT": True,
+        "BLOCK_K": BLOCK_K, "IS_DEPENDENT": True,
     }  # fmt: skip
+    constants |= linear_fused.ahead_of_wait(in_size, 2 if held == dtype else 1)
     if name != "linear_add_kernel":
         norm = linear_fused.norm_sizes(num_rows, in_size) if has_norm else linear_fused.NO_NORM
         constants |= norm
@@ -40,7 +40,8 @@ def compile_fused(name: str, dtype: str, held: str, num_rows: int, in_size: int,
     pointers = {key: kind for key, kind in pointers.items() if key in kernel.arg_names}
     figures = compile_kernel(kernel, pointers, constants, ("eps",), num_warps=4, num_stages=linear_fused.NUM_STAGES)
     report(f"{name} {dtype} by {held} rows {num_rows} K {in_size} used {used}", figures)
-    assert figures["wgmma"] and figures["copy_bytes"] == 16, (name, figures)
+    assert figures["wgmma"] and figures["load_bytes"] == 16 and figures["shared"] < SHARED_BYTES, (name, figures)
+    assert figures["copy_bytes"] == (16 if constants["HAS_REST"] else 0), (name, figures)
 
 
 def main(is_all: bool) -> None:
