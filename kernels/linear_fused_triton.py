@@ -97,7 +97,7 @@ def _product(
             _prefetch(weight, tile, half, num_outputs, in_size, weight_stride, IS_PAIRED, USED, LINES)
     held = ()
     for block in tl.static_range(HELD):
-        held = held + (_weights(w_rows, is_output, block * BLOCK_K + k, in_size),)
+        held = held + (_weights(w_rows, is_output, block * BLOCK_K + k, in_size),)  # type: ignore[assignment]
     if IS_DEPENDENT:
         gdc_wait()
     scale = t.to(tl.float32)
@@ -106,7 +106,7 @@ def _product(
     beside = ()
     if not HAS_NORM:  # all at once; what is normed was read for that
         for block in tl.static_range(HELD):
-            beside = beside + (_rows(x, x, scale, t, row_mask, block * BLOCK_K + k, in_size, x_stride, False, DTYPE),)
+            beside = beside + (_rows(x, x, scale, t, row_mask, block * BLOCK_K + k, in_size, x_stride, False, DTYPE),)  # type: ignore[assignment]
     sums = tl.zeros((_TILE, ROWS), dtype=tl.float32)
     for block in tl.static_range(HELD):
         if HAS_NORM:
