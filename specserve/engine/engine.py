@@ -26,28 +26,25 @@ from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS
 from ..drafting.kept_costs import costs_file, measured_costs
 from ..drafting.proposer import Proposer
 from ..drafting.step_costs import StepSeconds
-from ..errors import DeadlineError, OverloadedError, UserError
 from ..grammar.compiler import GrammarCompiler
 from ..grammar.grammar import CompiledGrammar
-from ..messages import BACKGROUND_PRIORITY, EngineInfo, GenerateRequest, RequestFailed, TokenLogprobs
+from ..messages import EngineInfo
 from ..pooling_messages import AnyRequest
 from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import Scheduler
-from ..schedule.sequence import Sequence
 from ..stats_messages import EngineStats
 from ..text.detokenizer import TokenTexts
 from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
-from .admission import Admission, check_request, size_kv
+from .admission import Admission, size_kv
 from .commits import Commits
 from .engine_adapters import EngineAdapters
+from .live_requests import LiveRequests
 from .queued_step import QueuedStep
 from .recent_steps import RecentSteps
 from .reports import Event, Reports
-from .running import RunningRequest, detokenizer_of
 from .stats import Counters, engine_stats
 from .step_queue import StepQueue
 from .step_times import StepTimes
-from .text_pooling import text_pooling
 from .wait_estimate import WaitEstimate, decode_step_s
 
 
@@ -73,7 +70,6 @@ class Engine:
         assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows and config.max_adapters
         self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
         self.tokenizer = load_backend_tokenizer(model_dir)
-        self._texts = TokenTexts(self.tokenizer)
         self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
         num_blocks, max_model_len = size_kv(
@@ -120,9 +116,7 @@ class Engine:
             model_hash=self.adapters.model_hash,
         )
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
-        self._requests: dict[str, RunningRequest] = {}
         self._ended: tuple[QueuedStep, StepSeconds] | None = None  # a step that nothing was learned from yet
-        self._num_added = 0
         self._counters = Counters()
         limits = StepLimits(
             max_rows=max(self.scheduler.max_batched_tokens, MEASURED_ROWS[-1]),
@@ -165,7 +159,19 @@ class Engine:
             base_hash=self.adapters.base_hash,
         )
         self.reports = Reports(self._counters, self.blocks, self.proposer)
-        self.commits = Commits(self.proposer, self.reports, self._remove)
+        self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
+        self.requests = LiveRequests(
+            self.info,
+            self.eos_token_ids,
+            TokenTexts(self.tokenizer),
+            self.grammars,
+            self.adapters,
+            Admission(config, self.scheduler, self.waits),
+            self.scheduler,
+            self.proposer,
+            self.reports,
+        )
+        self.commits = Commits(self.proposer, self.reports, self.requests.remove)
         self.steps = StepQueue(
             self.scheduler,
             self.proposer,
@@ -176,8 +182,6 @@ class Engine:
             self._counters,
             self._times.clock,
         )
-        self.waits = WaitEstimate(self.scheduler, functools.partial(decode_step_s, cost_model, self.scheduler))
-        self._admission = Admission(config, self.scheduler, self.waits)
         self.recent_steps = RecentSteps(cost_model)
 
     # -- requests
@@ -187,65 +191,11 @@ class Engine:
 
         `grammar` is what `request.grammar` was compiled to, where that was done before; else it is done now.
         """
-        check_request(request, self.info)
-        adapter = self.registry.of(request.adapter_hash)  # where it has left meanwhile, the server loads it again
-        pooling = text_pooling(request, adapter, self.decoder.config.hidden_size)
-        spec = request.grammar if isinstance(request, GenerateRequest) else None
-        if spec is not None and grammar is None:
-            grammar = self.grammars.compile(spec)
-        if request.request_id in self._requests:
-            raise UserError(f"request id {request.request_id!r} is already running")
-        self._admission.check(request)
-        if request.adapter_hash is not None:
-            self.registry.acquire(request.adapter_hash, request.priority >= BACKGROUND_PRIORITY)
-        self._num_added += 1
-        sampling = request.sampling
-        place = grammar.start(sampling.ignore_eos) if spec is not None and grammar is not None else None
-        seq = Sequence(self._num_added, request, place, pooling.pooling if pooling is not None else None)
-        detokenizer = detokenizer_of(request, self._texts)
-        prompt_logprobs: list[TokenLogprobs | None] | None = [None] if seq.wants_prompt_logprobs else None
-        drafts = self.proposer.start(seq)
-        self._requests[request.request_id] = RunningRequest(
-            seq, detokenizer, drafts, self.eos_token_ids, prompt_logprobs, pooling
-        )
-        self.scheduler.add(seq)
-        self._admission.admitted(request)
+        self.requests.add(request, grammar)
 
     def abort(self, request_id: str) -> None:
         """Drop a request; its KV blocks are free at once. Unknown ids are ignored."""
-        state = self._requests.get(request_id)
-        if state is not None:
-            self._remove(state)
-            self.reports.count_end("abort")
-
-    def drop_late(self) -> list[RequestFailed]:
-        """Take out the requests whose deadline has passed before they ran."""
-        now = self.scheduler.clock()
-        late = self.scheduler.waiting.late(now)
-        for seq in late:
-            self._remove(self._requests[seq.request_id])
-            self.reports.count_end("abort")
-        return [
-            RequestFailed(
-                seq.request_id,
-                DeadlineError(
-                    f"the deadline passed after {now - seq.arrived:.1f} s of waiting; the request was not run",
-                    param="deadline_ms",
-                ).info(),
-            )
-            for seq in late
-        ]
-
-    def drop_displaced(self) -> list[RequestFailed]:
-        """Take out the rows of batches whose adapters have to make room for others' requests; they run again."""
-        if not (displaced := self.registry.displaced()):
-            return []
-        dropped = [state for state in self._requests.values() if state.seq.adapter_hash in displaced]
-        for state in dropped:
-            self._remove(state)
-            self.reports.count_end("abort")
-        error = OverloadedError("the adapter makes room for requests; the row runs again", status=503).info()
-        return [RequestFailed(state.seq.request_id, error) for state in dropped]
+        self.requests.abort(request_id)
 
     def close(self) -> None:
         """Save what was learned; call it once, when no step will follow."""
@@ -314,16 +264,6 @@ class Engine:
         self.reports.write()
 
     # -- bookkeeping
-
-    def _remove(self, state: RunningRequest) -> None:
-        seq = state.seq
-        self.scheduler.remove(seq)
-        self.proposer.end(state.drafts)
-        del self._requests[seq.request_id]
-        seq.owner = None  # each held the other
-        if seq.adapter_hash is not None:
-            self.registry.release(seq.adapter_hash, seq.is_background)
-            self.adapters.forget_left()
 
     def measure_load(self) -> None:
         """Learn how fast requests are served; to be called about once a second."""

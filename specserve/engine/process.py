@@ -101,7 +101,7 @@ class EngineProcess:
                 self._send_held()  # no forward will follow to send them beside
             self._drain_inbox(wait_s=0.0 if busy else PLACE_S if self._loads.is_waiting else IDLE_S)
             self._place_adapters()
-            self._send([*self._engine.drop_late()])
+            self._send([*self._engine.requests.drop_late()])
             if self._engine.has_work() and not self._is_over:
                 events = self._engine.step(self._while_running)
                 self._send_held()  # unless that was done while it ran
@@ -192,7 +192,7 @@ class EngineProcess:
 
     def _place_adapters(self) -> None:
         """Answer loads that have ended, and tell of the adapters that left for them, or with their last request."""
-        answers: list[Any] = [*self._loads.place(), *self._engine.drop_displaced()]
+        answers: list[Any] = [*self._loads.place(), *self._engine.requests.drop_displaced()]
         self._engine.adapters.forget_left()
         if left := self._engine.adapters.left:
             answers.append(AdaptersLeft(dict(left)))

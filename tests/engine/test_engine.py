@@ -198,9 +198,9 @@ def test_a_request_that_is_late_before_it_runs_is_answered_and_not_run(model_dir
     small.step()
     late = msgspec.structs.replace(request("late", [1, 2], max_tokens=1), deadline=105.0)
     small.add_request(late)
-    assert small.drop_late() == []
+    assert small.requests.drop_late() == []
     now = 105.0
-    (failed,) = small.drop_late()
+    (failed,) = small.requests.drop_late()
     assert (failed.request_id, failed.error.status, failed.error.code) == ("late", 504, "deadline_exceeded")
     with pytest.raises(DeadlineError):
         small.add_request(late)
@@ -300,10 +300,10 @@ def test_rows_of_a_batch_leave_with_their_adapter_where_a_request_needs_its_plac
     small.add_request(request("busy", [1, 2], adapter=busy, ignore_eos=True))
     results = {}
     collect(results, small.step())
-    assert small.drop_displaced() == []
+    assert small.requests.drop_displaced() == []
     room = small.registry.ask(1)
     small.registry.grant()
-    failed = small.drop_displaced()
+    failed = small.requests.drop_displaced()
     assert {(one.request_id, one.error.status) for one in failed} == {("row 0", 503), ("row 1", 503)}
     small.registry.grant()
     assert room.is_granted and list(small.registry.adapters) == [busy]

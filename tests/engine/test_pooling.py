@@ -261,7 +261,7 @@ def test_aborted_and_late_texts_give_everything_back(native):
     engine.add_request(request("decode", [4, 5], max_tokens=4))
     engine.add_request(text("late", [4, 5], deadline=time.monotonic() + 0.1))
     time.sleep(0.12)
-    assert [event.request_id for event in engine.drop_late()] == ["late"]
+    assert [event.request_id for event in engine.requests.drop_late()] == ["late"]
     while engine.has_work():
         engine.step()
     check_baseline(engine)

@@ -125,10 +125,10 @@ def test_no_forbidden_draft_is_given_a_row(engine, monkeypatch):
     reserve, seen = engine.scheduler.reserve_drafts, []
 
     def checked(item, num):
-        grammar = engine._requests["a"].seq.grammar
+        grammar = engine.requests._by_id["a"].seq.grammar
         grammar.rewind()
         seen.append(num)
-        assert grammar.num_allowed(engine._requests["a"].drafts.chooser.tokens[:num]) == num
+        assert grammar.num_allowed(engine.requests._by_id["a"].drafts.chooser.tokens[:num]) == num
         return reserve(item, num)
 
     monkeypatch.setattr(engine.scheduler, "reserve_drafts", checked)
