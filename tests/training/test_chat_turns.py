@@ -49,6 +49,12 @@ CHANNELS = (
     "{% else %} {{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|header|>assistant{% endif %}"
 )
+# The system message stands in the last message, if that is the user's; nothing opens an answer.
+MISTRAL = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role == 'user' %}<|header|>{{ system + '\n' if loop.last and system else '' }}{{ m.content }}<|eot|>"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}"
+)
 # The prompt itself opens the thinking block.
 OPENING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
     "{{ m.content }}", "{{ ('<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last else '') + m.content }}"
@@ -208,6 +214,18 @@ def test_an_answer_is_found_where_the_template_drops_what_the_prompt_had(make):
     template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or add_generation_prompt else '' }}")
     (text,) = trained(make(template), [row("Hi", "Yes")], ["<|im_end|>"])
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Yes<|im_end|>]]"
+
+
+def test_an_answer_is_found_where_the_template_moves_the_system_message(make):
+    """Every prompt is what a server makes of it; the space before an answer is the template's, and learned."""
+    texts = {"system": "Brief!", "user": "Hi", "assistant": "Yes"}
+    messages = [{"role": role, "content": text} for role, text in texts.items()]
+    messages += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No"}]
+    rows = [parse_row(json.dumps({"messages": messages}), 1, "")]
+    assert trained(make(MISTRAL), rows, ["<|im_end|>"]) == [
+        "<|header|>Brief!\nHi<|eot|>[[ Yes<|im_end|>]]",
+        "<|header|>Hi<|eot|> Yes<|im_end|><|header|>Brief!\nHi<|eot|>[[ No<|im_end|>]]",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -154,15 +154,22 @@ class TurnEncoder:
         whole: str,
         marks: Marks,
     ) -> int:
-        """Where the answer starts in a rendering that begins otherwise than the prompt: some drop earlier reasoning."""
+        """Where the answer starts in a rendering that begins otherwise than the prompt.
+
+        Some drop earlier reasoning; Mistral's write the system message before the last message alone, where that is
+        the user's. Theirs open an answer with nothing: it begins behind the message before it.
+        """
         before, definitions = for_template(history, tools, self._format)
         closed = self._render(before, False, definitions, marks)
         opening = asked[len(os.path.commonprefix([asked, closed])) :]
+        if not opening and (last := self._tokenizer.template.hide(before[-1]["content"], marks).strip()):
+            opening = asked[max(0, asked.rfind(last)) :]
         other = self._render_answer(history, answer.stand_in(), tools, marks)
         found = os.path.commonprefix([whole, other]).rfind(opening) if opening else -1
         if found < 0:
+            shown = opening[-_MAX_OPENING:]
             raise UserError(
-                f"the chat template asks for an answer with {opening!r} but does not write the assistant's message "
+                f"the chat template asks for an answer with {shown!r} but does not write the assistant's message "
                 "that way, so what an answer is cannot be told; train with a template that does",
                 param="model",
             )
