@@ -34,7 +34,7 @@ from ..schedule.block_manager import BlockManager
 from ..schedule.scheduler import Scheduler
 from ..stats_messages import EngineStats
 from ..text.detokenizer import TokenTexts
-from ..text.special_tokens import eos_token_ids, load_backend_tokenizer
+from ..text.special_tokens import eos_token_ids, ids_within, load_backend_tokenizer
 from .admission import Admission, size_kv
 from .commits import Commits
 from .engine_adapters import EngineAdapters
@@ -70,8 +70,8 @@ class Engine:
         assert config.max_num_seqs and config.max_batched_tokens and config.max_prefill_rows and config.max_adapters
         self.decoder = load_model(model_dir, device, config.dtype, choose_paths(config, device))
         self.tokenizer = load_backend_tokenizer(model_dir)
-        self.eos_token_ids = eos_token_ids(model_dir)
         model = self.decoder.config
+        self.eos_token_ids = ids_within(eos_token_ids(model_dir), model.vocab_size)
         num_blocks, max_model_len = size_kv(
             config, kv_cache_gib(config, device), model, self.decoder.compute_dtype, memory_bytes(device)
         )

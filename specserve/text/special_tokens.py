@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ..errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 
 def load_backend_tokenizer(model_dir: Path) -> Tokenizer:
@@ -33,6 +36,13 @@ def eos_token_ids(model_dir: Path) -> frozenset[int]:
         if not ids and (model_dir / name).is_file():
             ids = _named_ids(model_dir / name)
     return frozenset(ids | _tokenizer_eos(model_dir))
+
+
+def ids_within(eos: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """Those of `eos` that the model can draw; the log names the others, which files made for another model have."""
+    if beyond := sorted(token for token in eos if token >= vocab_size):
+        logger.warning("no output ends with eos_token_id %s: the model has %d tokens", beyond, vocab_size)
+    return frozenset(token for token in eos if token < vocab_size)
 
 
 def _named_ids(path: Path) -> set[int]:

@@ -16,7 +16,7 @@ from specserve.config import EngineConfig
 from specserve.drafters.protocol import Guess
 from specserve.engine.engine import Engine
 from specserve.errors import DeadlineError, OverloadedError, UserError
-from specserve.messages import BACKGROUND_PRIORITY, Together
+from specserve.messages import BACKGROUND_PRIORITY, GrammarSpec, Together
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,20 @@ def test_stop_token_eos_and_length(engine):
     assert cut.tokens == full.tokens[: first + 1]
     assert cut.finish_reason == "stop" and cut.stop_reason == stop
     assert cut.usage.completion_tokens == first + 1
+
+
+def test_an_end_that_the_model_cannot_draw_is_none(model_dir, tmp_path, caplog):
+    """As in a generation_config.json that was made for another model; a mask with it would be out of bounds."""
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [319, 320, 99999]}')
+    engine = make_engine(tmp_path)
+    assert engine.info.eos_token_ids == [319] and "eos_token_id [320, 99999]: the model has 320 tokens" in caplog.text
+    choice = GrammarSpec("choice", '["yes", "no"]')
+    forced = msgspec.structs.replace(request("choice", [1, 2]), grammar=choice)
+    results = run(engine, [request("least", [1, 2], min_tokens=3, max_tokens=4), forced])
+    assert len(tokens_of(results)["least"]) >= 3 and results["choice"].text in ("yes", "no")
 
 
 def test_stop_string_ends_the_text_before_it_with_and_without_drafts(engine):
