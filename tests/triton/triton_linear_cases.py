@@ -114,6 +114,41 @@ def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
         make_engine(make_tiny_model(tmp_path, num_hidden_layers=1), kernels="triton", exact="on", device=DEVICE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "fused"),
+    [
+        ("llama", GROUPS),
+        ("qwen2", GROUPS),  # biases
+        ("smollm3", GROUPS),  # layers without positions
+        ("qwen3", {"o", "gate_up", "down"}),  # norms of heads
+        ("gemma3", {"gate_up"}),  # these, and norms of outputs; windows, two embeddings of positions
+    ],
+)
+def test_what_is_fused_of_an_architecture_has_the_bits_of_the_launches_apart(architecture, fused, tmp_path):
+    model_dir = make_tiny_model(tmp_path, architecture)
+    adapter = make_peft_adapter(model_dir, tmp_path / "adapter", r=4, target_modules=["o_proj", "up_proj"], std=0.3)
+    found, decoders = [], []
+    for way in ("on", "off"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("specserve.engine.engine.measured_costs", lambda *_: CostModel({1: 0.01, 64: 0.02}))
+            if IS_INTERPRETED:
+                patch.setattr(linear_fused, "_PROGRAMS", 1)
+            patch.setenv("SPECSERVE_FUSED_LINEARS", way)
+            settings = {"kernels": "triton", "exact": "on", "dtype": "bf16", "device": DEVICE}
+            engine = make_engine(model_dir, max_num_seqs=4, max_batched_tokens=32, **settings)
+            key = engine.load_adapter("lora", adapter).content_hash
+            requests = [
+                request(idx, range(20 + idx, 29), max_tokens=3, adapter=key if idx == 2 else None, logprobs=2)
+                for idx in range(3)
+            ]
+            results = [run(engine, [each]) for each in requests] + [run(engine, requests)]
+        decoders.append(engine.decoder)
+        found.append([(result.tokens, result.logprobs) for each in results for result in each.values()])
+    assert decoders[0].fused == frozenset(fused) and not decoders[1].fused
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("form", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_an_engine_with_weights_of_8_bits_writes_what_a_model_of_their_values_writes(form, tmp_path):
     model_dir = make_tiny_model(tmp_path, num_hidden_layers=1)
