@@ -70,6 +70,13 @@ CASES = {
         [("add", "{}"), ("get", '{"k": "]"}')],
     ),
     "compact list": ("mistral", f"[TOOL_CALLS][{ADD},{ADD}]", "", [("add", "{}"), ("add", "{}")]),
+    "list with ids": (
+        "mistral",
+        '[TOOL_CALLS][{"name": "add", "arguments": {}, "id": "a1B2c3D4e"}, '
+        '{"name": "get", "arguments": {"k": 1}, "id": "000000000"}]',
+        "",
+        [("add", "{}"), ("get", '{"k": 1}')],
+    ),
     "list that breaks": ("mistral", f"[TOOL_CALLS] [{ADD}, {{oops}}]", ", {oops}]", [("add", "{}")]),
     "list that is cut": ("mistral", f"[TOOL_CALLS] [{ADD}", f"[TOOL_CALLS] [{ADD}", []),
     "brackets in text": ("mistral", "a [TOOL] [1]", "a [TOOL] [1]", []),
@@ -104,9 +111,7 @@ def test_every_cut_gives_the_same_content_and_calls(name):
         assert parse(text, format, cuts=cuts) == want, cuts
 
 
-EXACT = [
-    name for name, case in CASES.items() if name in ("one call", "two calls", "list", "bare object", "tagged object")
-]
+EXACT = ["one call", "two calls", "list", "list with ids", "bare object", "tagged object"]
 
 
 @pytest.mark.parametrize("name", EXACT)

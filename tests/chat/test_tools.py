@@ -531,6 +531,26 @@ def test_override_is_taken_and_unknown_tool_templates_are_not_trusted():
     assert not choose_format(newer).native
 
 
+@pytest.mark.parametrize("space", ["", " "])
+def test_mistrals_calls_are_forced_as_its_template_writes_them(compilers, space):
+    """Trained to say an id behind the arguments, a model that may not begins another call there."""
+    fast, eos, compiler = compilers("mistral", True)
+    chosen = choose_format(TEMPLATES["mistral"].replace("[TOOL_CALLS] [", f"[TOOL_CALLS]{space}["))
+    plan = make_plan(
+        tool_use(request(tools=BOTH, tool_choice="required")), chosen.format, marks_of(fast, "mistral"), None
+    )
+    compiled = compiler.compile(plan.grammar)
+    call = '{"name": "add", "arguments": {"a": 1}'
+    for end in ("}]", ', "id": "aB3456789"}]', ', "id": "aB3456789"}, ' + call + "}]"):
+        num, total = num_allowed(compiled, fast, f"[TOOL_CALLS]{space}[{call}{end}")
+        assert num == total, end
+    for bad in (', "id": "aB34567"}]', ', "ids": "'):
+        num, total = num_allowed(compiled, fast, f"[TOOL_CALLS]{space}[{call}{bad}")
+        assert num < total, bad
+    for cut in range(len(', "id": "aB3456789"')):
+        assert read(plan, f"[TOOL_CALLS]{space}[{call}" + ', "id": "aB3456789"'[:cut]) == ("", [("add", '{"a": 1}')])
+
+
 CALLS_OF_OTHERS = {
     "GLM": "{{ tools }}<tool_call>{{ c.name }}\n<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value></tool_call>",
     "Apriel": "{{ tools }}objects within <tool_call></tool_call> tags: <tool_calls>[{{ c | tojson }}]</tool_calls>",

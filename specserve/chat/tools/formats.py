@@ -7,6 +7,7 @@ written as Python's json.dumps writes it; the frame is what stands before, betwe
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import secrets
@@ -30,6 +31,7 @@ class ToolFormat:
     between: tuple[str, ...]  # between two calls, markers as parts of their own; empty: one call a message
     closing: tuple[str, ...]  # after the last call
     arguments_key: str
+    has_ids: bool = False  # a call may say its id behind its arguments, nine letters and digits; it is not read
 
     def head(self, tool: str) -> str:
         """A call's text up to its arguments, without the space before them."""
@@ -53,7 +55,7 @@ HERMES = ToolFormat(
     "hermes", "<tool_call>", "\n", ("\n", HERMES_END, "\n", "<tool_call>", "\n"), ("\n", HERMES_END), "arguments"
 )
 LLAMA3 = ToolFormat("llama3", "", "", (), (), "parameters")
-MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", " [", (", ",), ("]",), "arguments")
+MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", " [", (", ",), ("]",), "arguments", has_ids=True)
 FORMATS = {item.name: item for item in (HERMES, LLAMA3, MISTRAL)}
 PYTHON_TAG = "<|python_tag|>"  # Llama may write it before a call
 
@@ -80,7 +82,9 @@ def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
     if setting != "auto":
         return ChosenFormat(FORMATS[setting], renders, "--tool-format", if_offered)
     if renders and "[TOOL_CALLS]" in text and "[ARGS]" not in text:
-        return ChosenFormat(MISTRAL, True, "the chat template writes [TOOL_CALLS]", if_offered)
+        opening = "[" if "[TOOL_CALLS][" in text else MISTRAL.opening
+        format = dataclasses.replace(MISTRAL, opening=opening)
+        return ChosenFormat(format, True, "the chat template writes [TOOL_CALLS]", if_offered)
     if renders and "<function=" not in text and _HERMES_CALL.search(text):
         return ChosenFormat(HERMES, True, "the chat template writes <tool_call>", if_offered)
     if renders and (PYTHON_TAG in text or "ipython" in text) and _LLAMA_CALL.search(text):

@@ -45,7 +45,7 @@ class Words:
 def calls_grammar(format: ToolFormat, tools: Sequence[Tool], marks: Marks, words: Words, *, parallel: bool) -> str:
     """The whole answer: calls of `tools`, or what else `words` let it say."""
     start, tails = _heads(format, tools, words, " ")
-    rules = [f'call: {start} ({" | ".join(f"tool_{idx}" for idx in range(len(tools)))}) "}}"']
+    rules = [f'call: {start} ({" | ".join(f"tool_{idx}" for idx in range(len(tools)))}) {_id(format)} "}}"']
     for idx, (tool, tail) in enumerate(zip(tools, tails, strict=True)):
         rules += [f"tool_{idx}: {tail} args_{idx}", _schema(idx, tool)]
     rest = f"({_terms(format.between, marks)} call)*" if parallel and format.between else ""
@@ -67,7 +67,7 @@ def arguments_grammar(format: ToolFormat, tool: Tool, tools: Sequence[Tool], mar
         after = f"({end} | {_terms(format.between, marks)} name)"
     else:
         after = end
-    return "\n".join([f'start: " " args_0 "}}" {after}', *rules]) + "\n"
+    return "\n".join([f'start: " " args_0 {_id(format)} "}}" {after}', *rules]) + "\n"
 
 
 def _start(format: ToolFormat, marks: Marks, body: str, words: Words) -> list[str]:
@@ -103,6 +103,11 @@ def _heads(format: ToolFormat, tools: Sequence[Tool], words: Words, end: str) ->
     is_alike = words.expression and not format.marker
     start, terms = ('{"name": ', _lexemes) if is_alike else ('{"name": "', _literal)
     return terms(start), [terms(format.head(tool.name).removeprefix(start) + end) for tool in tools]
+
+
+def _id(format: ToolFormat) -> str:
+    """What may stand behind a call's arguments. Models that were trained to write it begin another call without."""
+    return r'(", \"id\": \"" /[A-Za-z0-9]{9}/ "\"")?' if format.has_ids else ""
 
 
 def _lexemes(text: str) -> str:

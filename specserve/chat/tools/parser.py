@@ -10,6 +10,7 @@ space around frames belongs to them, up to MAX_FRAME_SPACE characters.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Collection
 
 from ..markers import overlap
@@ -19,6 +20,8 @@ from .formats import HERMES_END, PYTHON_TAG, ToolFormat
 
 MAX_BROKEN_CALLS = 16  # then the rest is content: each one costs a scan of what follows it
 MAX_FRAME_SPACE = 64
+_CALL_ID = re.compile(r', "id": "[A-Za-z0-9]{9}"')
+_CALL_ID_LEN = len(', "id": "123456789"')
 
 
 class _State(enum.Enum):
@@ -187,6 +190,12 @@ class CallParser:
     def _close(self, final: bool) -> bool:
         """Eager: the object's own bracket, then the frame's end or its next call."""
         text = self._buffer.lstrip()
+        if self._format.has_ids and text.startswith(","):
+            said = _CALL_ID.match(text)
+            if said is None and len(text) < _CALL_ID_LEN:
+                self._buffer = "" if final else text  # cut off within the id
+                return False
+            text = text[said.end() :] if said is not None else text
         if not text and not final:
             return False
         length = self._closing(text[1:]) if text[:1] == "}" else -1
