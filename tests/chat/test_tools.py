@@ -560,6 +560,15 @@ CALLS_OF_OTHERS = {
 }
 
 
+SPELLED = "'<tool_call>\\n' + '{\"name\": \"' + c.name"
+FILTERED = "'<tool_call>\\n' ~ (c.function | tojson)"
+
+
+@pytest.mark.parametrize("call", [SPELLED, FILTERED])
+def test_hermes_calls_may_be_spelled_or_written_by_a_filter(call):
+    assert choose_format("{{ tools }}{% for c in m.tool_calls %}{{ " + call + " }}</tool_call>{% endfor %}").native
+
+
 @pytest.mark.parametrize("family", CALLS_OF_OTHERS)
 def test_a_word_of_a_format_does_not_make_calls_of_another_its_own(family):
     """Their calls would be shown to the model in one way, and forced and read in another."""

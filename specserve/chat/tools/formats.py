@@ -17,7 +17,7 @@ from dataclasses import dataclass
 _ALPHANUMERIC = string.ascii_letters + string.digits
 _RENDERS_TOOLS = re.compile(r"\btools\b")
 # The beginning of a call as a template spells it, in one literal or in several: words alone are in other families' too.
-_HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*name\\?"')
+_HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*(?:name\\?"|[\w.]+\s*\|\s*tojson)')
 _LLAMA_CALL = re.compile(r'\\?"parameters\\?":')
 
 
