@@ -8,6 +8,7 @@ than is wanted, and never what was used since that one came. Terms that the user
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ class AnswerCache:
         self._used: set[str] = set()
         with self._errors(OSError):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # answers tell of what was asked
+            os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))  # the directory may have been there
             self._locks = RangeLocks(directory / LOCK_FILE)
         try:
             self._wait_for_others()

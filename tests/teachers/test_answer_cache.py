@@ -27,6 +27,7 @@ def test_a_reply_comes_back_as_it_was(tmp_path):
 
 def test_an_entry_that_cannot_be_read_is_asked_for_again(tmp_path):
     cache = AnswerCache(tmp_path)
+    assert not (tmp_path / FILE).stat().st_mode & 0o077  # whose folder others may read
     cache.put("hash", "teacher", REPLY)
     with sqlite3.connect(tmp_path / FILE) as other:
         other.execute("UPDATE replies SET reply = ?", (b'{"answers": [{"text"',))
