@@ -301,8 +301,8 @@ def cut_to(size):
         (lambda found: {k: v for k, v in found.items() if "q_norm" not in k and "1.mlp.up" not in k}, {}, "is missing"),
         (
             dict,
-            {"architectures": ["Phi3ForCausalLM"]},
-            "Phi3ForCausalLM is not supported; served are LlamaForCausalLM,",
+            {"architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel is not supported; served are LlamaForCausalLM,",
         ),
     ],
 )
