@@ -49,7 +49,7 @@ def test_what_no_longer_holds_is_measured_again_and_kept(file, changed):
     assert len(now.rows) - num <= 10, "the new ones are kept"
 
 
-@pytest.mark.parametrize("shape", [shape for shape in MEASURED_SHAPES if shape not in ((1, 1, 0), (16, 1, 0))], ids=str)
+@pytest.mark.parametrize("shape", [shape for shape in MEASURED_SHAPES if shape not in ((1, 1, 0), (32, 1, 0))], ids=str)
 def test_what_a_busy_machine_measured_is_found_within_a_few_starts(file, shape):
     """One shape was twice too dear at the first start, all repeats of it."""
     machine = Machine(1.0, 0.1)
@@ -60,6 +60,16 @@ def test_what_a_busy_machine_measured_is_found_within_a_few_starts(file, shape):
     for _ in range(len(MEASURED_SHAPES) - 2):
         last = measured_costs(machine, file)
     assert last.seconds(shape[0], curve) == pytest.approx(sound.seconds(shape[0], curve))
+
+
+def test_what_was_measured_beside_another_process_is_not_believed_once_that_is_gone(file):
+    """Two cores of an AMD EPYC (Zen 5), SmolLM2-135M: the second start is alone. Few rows kept their proportions."""
+    busy = (0.0171, 0.0203, 0.0177, 0.0210, 0.0230, 0.0483, 0.1007)
+    alone = (0.0066, 0.0068, 0.0067, 0.0072, 0.0078, 0.0115, 0.0219)
+    for seconds in (busy, alone):
+        of_rows = dict(zip(MEASURED_ROWS, seconds, strict=True))
+        costs = measured_costs(lambda num_rows, *_, of_rows=of_rows: of_rows[num_rows], file)
+    assert costs.seconds(64) == pytest.approx(0.0219)
 
 
 @pytest.mark.parametrize(
