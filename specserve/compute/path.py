@@ -125,14 +125,16 @@ class ComputePath:
             request = GenerateRequest("warm-up", [0] * (context_len + 1), SamplingParams(max_tokens=1))
             seq = Sequence(seq_id, request)
             seq.num_computed = context_len
-            blocks.reserve(seq.block_table, context_len + rows_each)
             items.append(ScheduledSequence(seq, 1, [0] * (rows_each - 1)))
-        start = time.perf_counter()
-        with self.torch_threads():
-            self.runner.forward(items, {})
-        if self.is_asynchronous and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        for item in items:
-            blocks.release(item.seq.block_table)
-        return seconds
+        try:
+            for item in items:
+                blocks.reserve(item.seq.block_table, context_len + rows_each)
+            start = time.perf_counter()
+            with self.torch_threads():
+                self.runner.forward(items, {})
+            if self.is_asynchronous and torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+        finally:
+            for item in items:
+                blocks.release(item.seq.block_table)

@@ -106,7 +106,11 @@ class MeasuredCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shape that came out too dear would hardly be visited, and so stay so.
         """
         timed_step(MEASURED_ROWS[0])
-        fastest = fastest_of(timed_step, MEASURED_SHAPES, repeats)
+        return cls.of(fastest_of(timed_step, MEASURED_SHAPES, repeats))
+
+    @classmethod
+    def of(cls, fastest: Mapping[MeasuredShape, float]) -> MeasuredCosts:
+        """From the seconds of all `MEASURED_SHAPES`."""
         by_rows = {rows: fastest[rows, 1, 0] for rows in MEASURED_ROWS}
         key_s = max(0.0, fastest[ONE_AHEAD] - by_rows[1]) / _CONTEXT_LEN
         return cls(
@@ -145,6 +149,9 @@ class CostModel:
         key_s: float = 0.0,
         row_key_s: float = 0.0,
     ):
+        self._begin(seconds_by_rows, sequence_s, key_s, row_key_s)
+
+    def _begin(self, seconds_by_rows: Mapping[int, float], sequence_s: float, key_s: float, row_key_s: float) -> None:
         measured = sorted(seconds_by_rows)
         # More rows never cost less; a dip is noise of the measurement.
         times = [max(seconds_by_rows[rows] for rows in measured[: idx + 1]) for idx in range(len(measured))]
@@ -160,6 +167,10 @@ class CostModel:
     @classmethod
     def of(cls, costs: MeasuredCosts) -> CostModel:
         return cls(costs.by_rows, sequence_s=costs.sequence_s, key_s=costs.key_s, row_key_s=costs.row_key_s)
+
+    def replace(self, costs: MeasuredCosts) -> None:
+        """Begin anew with what was measured now; what steps have taught was of the old numbers."""
+        self._begin(costs.by_rows, costs.sequence_s, costs.key_s, costs.row_key_s)
 
     def seconds(self, num_rows: int, shape: StepShape = StepShape()) -> float:
         return self.curve(shape).seconds(num_rows)

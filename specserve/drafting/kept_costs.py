@@ -40,7 +40,7 @@ _ALWAYS: tuple[MeasuredShape, ...] = ((1, 1, 0), (32, 1, 0))
 _IN_TURN = tuple(shape for shape in MEASURED_SHAPES if shape not in _ALWAYS)
 _CHECKS = 3  # of each; the fastest counts
 _MAX_SPEED = 4.0  # how much faster or slower the whole machine may be; steps teach the rest
-_MAX_TILT = 1.4  # and how much more that may hold for one of these steps than for another
+MAX_TILT = 1.4  # and how much more that may hold for one of these steps than for another
 
 
 class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,8 +68,13 @@ def measured_costs(timed_step: TimedStep, file: Path | None = None) -> CostModel
             return CostModel.of(kept.costs.scaled(factor))
     costs = MeasuredCosts.measure(timed_step)
     if file is not None:
-        _write(file, _Kept(costs))
+        keep(file, costs)
     return CostModel.of(costs)
+
+
+def keep(file: Path, costs: MeasuredCosts) -> None:
+    """For the next start."""
+    _write(file, _Kept(costs))
 
 
 def _speed_since(kept: MeasuredCosts, timed_step: TimedStep, shapes: Sequence[MeasuredShape]) -> float | None:
@@ -78,7 +83,7 @@ def _speed_since(kept: MeasuredCosts, timed_step: TimedStep, shapes: Sequence[Me
     now = fastest_of(timed_step, shapes, _CHECKS)
     changes = [math.log(seconds / kept.seconds(shape)) for shape, seconds in now.items()]
     mean = sum(changes) / len(changes)
-    if abs(mean) > math.log(_MAX_SPEED) or max(changes) - min(changes) > math.log(_MAX_TILT):
+    if abs(mean) > math.log(_MAX_SPEED) or max(changes) - min(changes) > math.log(MAX_TILT):
         return None
     return math.exp(mean)
 

@@ -18,12 +18,14 @@ import torch
 from ..adapter_messages import AdapterInfo
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
+from ..compute.interrupt import StepInterruptedError
 from ..compute.kv_cache import KVCache
 from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..config import EngineConfig
-from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS
-from ..drafting.kept_costs import costs_file, measured_costs
+from ..drafting.cost_checks import CostChecks
+from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, TimedStep
+from ..drafting.kept_costs import costs_file, keep, measured_costs
 from ..drafting.proposer import Proposer
 from ..drafting.step_costs import StepSeconds
 from ..grammar.compiler import GrammarCompiler
@@ -144,7 +146,12 @@ class Engine:
         kept = path.costs_key is not None and keeps_costs
         key = (path.costs_key, model, num_blocks, config.block_size, max_model_len)
         file = costs_file(*key) if kept else None
-        cost_model = measured_costs(functools.partial(path.seconds, self.blocks, max_model_len), file)
+        timed_step = functools.partial(path.seconds, self.blocks, max_model_len)
+        cost_model = measured_costs(timed_step, file)
+        self._cost_checks: CostChecks | None = None
+        if file is not None and not path.is_asynchronous:
+            idle_step = functools.partial(self._idle_step, timed_step)
+            self._cost_checks = CostChecks(cost_model, idle_step, functools.partial(keep, file))
         self.proposer = Proposer(
             config,
             cost_model,
@@ -268,6 +275,22 @@ class Engine:
     def measure_load(self) -> None:
         """Learn how fast requests are served; to be called about once a second."""
         self.waits.observe(self._counters.prompt_tokens, self._counters.generated_tokens)
+
+    def take_idle_turn(self) -> None:
+        """While there is nothing to do, now and then: see whether steps cost what drafts are planned by."""
+        if self._cost_checks is not None:
+            self._cost_checks.take_turn()
+
+    def _idle_step(self, timed_step: TimedStep, num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float | None:
+        if self.blocks.num_free < -(-(num_rows + num_seqs * context_len) // self.blocks.block_size) + num_seqs:
+            return None
+        self.path.interrupt.is_heeded = True
+        try:
+            return timed_step(num_rows, num_seqs, context_len)
+        except StepInterruptedError:
+            return None
+        finally:
+            self.path.interrupt.is_heeded = False
 
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""

@@ -108,6 +108,8 @@ class EngineProcess:
                 self._held = events
                 if not (self._engine.is_asynchronous and self._engine.has_work()):
                     self._send_held()  # else while the next forward runs
+            elif not self._is_over:
+                self._engine.take_idle_turn()
 
     def _while_running(self) -> None:
         """While a device runs a step: tell of the one before, and hear what has come since."""

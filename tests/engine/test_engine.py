@@ -14,6 +14,8 @@ from tiny_models import make_tiny_model
 from specserve.compute.loader import make_path
 from specserve.config import EngineConfig
 from specserve.drafters.protocol import Guess
+from specserve.drafting import cost_checks
+from specserve.drafting.cost_model import MEASURED_ROWS, MEASURED_SHAPES, MeasuredCosts
 from specserve.engine.engine import Engine
 from specserve.errors import DeadlineError, OverloadedError, UserError
 from specserve.messages import BACKGROUND_PRIORITY, GrammarSpec, Together
@@ -336,6 +338,31 @@ def rows(num):
 
 def outputs(results):
     return {name: one.tokens if one.pooled is None else one.pooled.values for name, one in results.items()}
+
+
+def test_idle_turns_find_costs_that_no_longer_hold_and_change_nothing_else(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cost_checks, "FIRST_S", 0.0)
+    monkeypatch.setattr(cost_checks, "MOST_S", 0.0)
+    config = EngineConfig(model=str(model_dir), device="cpu", dtype="fp32", kernels="native", kv_cache_gib=0.02)
+    engine = Engine(config, model_dir, keeps_costs=True)
+    table, (file,) = engine.proposer.cost_model, (tmp_path / "specserve" / "step_costs").iterdir()
+    asked = [request(name, range(3, 60), ignore_eos=True) for name in "ab"]
+    want = tokens_of(run(engine, asked[:1]))["a"]
+    num_free, kept = engine.blocks.num_free, file.read_bytes()
+    tilted = {rows: 1e-6 * rows**2 for rows in MEASURED_ROWS}
+    table.replace(MeasuredCosts(tilted, 0.0, 0.0, 0.0))
+    engine.path.interrupt.ask()
+    for _ in range(20):
+        engine.take_idle_turn()
+    assert table.seconds(64) == pytest.approx(tilted[64]), "a request had come each time"
+    engine.path.interrupt.clear()
+    for _ in range(6 + 5 * len(MEASURED_SHAPES) + 3):
+        engine.take_idle_turn()
+    assert table.seconds(64) / table.seconds(1) < 200 and file.read_bytes() != kept
+    assert engine.blocks.num_free == num_free and not engine.path.interrupt.is_heeded
+    assert tokens_of(run(engine, asked[1:]))["b"] == want
+    check_baseline(engine)
 
 
 def test_a_step_of_rows_of_batches_ends_when_a_request_has_come_and_is_done_again_later(model_dir):
