@@ -33,9 +33,9 @@ class BestRows:
         """Tokens [L] int64 of logits [L, V] float32, the first of equal ones, and whether each row holds NaN; empty
         where none does. Both hold until the next call, or step."""
         num_rows, num_bad = logits.shape[0], self._num_bad
-        if logits is not self._known:
+        known, self._known = self._known, None  # held until the next step, a long prompt's would be 100 MB
+        if logits is not known:
             self._reserve(num_rows)
-            self._known = None
             num_bad = self._team.best_of_rows(
                 logits.data_ptr(), logits.stride(0), num_rows, logits.shape[1], self._tokens_address, self._bad_address
             )
