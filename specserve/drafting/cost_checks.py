@@ -14,13 +14,12 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 from .cost_model import MEASURED_SHAPES, CostModel, MeasuredCosts, MeasuredShape
-from .kept_costs import MAX_TILT
+from .kept_costs import ALWAYS, CHECKS, has_tilted
 
 logger = logging.getLogger(__name__)
 
 FIRST_S, MOST_S = 5.0, 300.0  # between looks
-_LOOKED_AT: tuple[MeasuredShape, ...] = ((1, 1, 0), (32, 1, 0))
-_LOOKS, _REPEATS = 3, 5  # at each; the fastest counts
+_REPEATS = 5  # of each shape; the fastest counts
 
 Fastest = dict[MeasuredShape, float]
 
@@ -54,12 +53,12 @@ class CostChecks:
             due = self._clock() + pause_s
             while self._clock() < due:
                 yield
-            found = yield from self._fastest(_LOOKED_AT, _LOOKS)
+            found = yield from self._fastest(ALWAYS, CHECKS)
             if found is None:
                 continue
             pause_s = min(2 * pause_s, MOST_S)
             changes = [math.log(seconds / self._table.seconds(shape[0])) for shape, seconds in found.items()]
-            if max(changes) - min(changes) <= math.log(MAX_TILT):
+            if not has_tilted(changes):
                 continue
             found = yield from self._fastest(MEASURED_SHAPES, _REPEATS)
             if found is not None:

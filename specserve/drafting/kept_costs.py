@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 # At each start: a step that weights take, and one that arithmetic takes, which another process on the cores makes more
 # dear than the first one: what was measured beside it would hold drafts down. Then one of the others.
-_ALWAYS: tuple[MeasuredShape, ...] = ((1, 1, 0), (32, 1, 0))
-_IN_TURN = tuple(shape for shape in MEASURED_SHAPES if shape not in _ALWAYS)
-_CHECKS = 3  # of each; the fastest counts
+ALWAYS: tuple[MeasuredShape, ...] = ((1, 1, 0), (32, 1, 0))
+_IN_TURN = tuple(shape for shape in MEASURED_SHAPES if shape not in ALWAYS)
+CHECKS = 3  # of each; the fastest counts
 _MAX_SPEED = 4.0  # how much faster or slower the whole machine may be; steps teach the rest
-MAX_TILT = 1.4  # and how much more that may hold for one of these steps than for another
+_MAX_TILT = 1.4  # and how much more that may hold for one of these steps than for another
 
 
 class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +61,7 @@ def measured_costs(timed_step: TimedStep, file: Path | None = None) -> CostModel
     kept = _read(file) if file is not None else None
     if file is not None and kept is not None:
         turn = _IN_TURN[kept.num_starts % len(_IN_TURN)]
-        factor = _speed_since(kept.costs, timed_step, (*_ALWAYS, turn))
+        factor = _speed_since(kept.costs, timed_step, (*ALWAYS, turn))
         if factor is not None:
             logger.info("step costs are those of an earlier start, times %.2f", factor)
             _write(file, _Kept(kept.costs, kept.num_starts + 1))
@@ -80,12 +80,17 @@ def keep(file: Path, costs: MeasuredCosts) -> None:
 def _speed_since(kept: MeasuredCosts, timed_step: TimedStep, shapes: Sequence[MeasuredShape]) -> float | None:
     """How many times as long steps of `shapes` take as then; None where that is not the same for all."""
     timed_step(MEASURED_ROWS[0])  # warms up
-    now = fastest_of(timed_step, shapes, _CHECKS)
+    now = fastest_of(timed_step, shapes, CHECKS)
     changes = [math.log(seconds / kept.seconds(shape)) for shape, seconds in now.items()]
     mean = sum(changes) / len(changes)
-    if abs(mean) > math.log(_MAX_SPEED) or max(changes) - min(changes) > math.log(MAX_TILT):
+    if abs(mean) > math.log(_MAX_SPEED) or has_tilted(changes):
         return None
     return math.exp(mean)
+
+
+def has_tilted(changes: Sequence[float]) -> bool:
+    """Whether steps no longer stand to each other as they did; logarithms of how many times as long each takes."""
+    return max(changes) - min(changes) > math.log(_MAX_TILT)
 
 
 def _read(file: Path) -> _Kept | None:
