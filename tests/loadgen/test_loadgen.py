@@ -411,7 +411,8 @@ def test_a_real_server_under_open_load_agrees_with_its_own_counters(capsys, serv
     for level in levels:
         assert (level["num_ok"], level["errors"], level["output_tokens"]) == (12, {}, 12 * 9)
         assert level["num_without_usage"] == 0
-        assert level["ttft_ms"]["p50"] < level["end_to_end_ms"]["p50"] <= level["end_to_end_ms"]["max"]
+        # equal where an answer came in one read
+        assert 0 < level["ttft_ms"]["p50"] <= level["end_to_end_ms"]["p50"] <= level["end_to_end_ms"]["max"]
         for figures in level["adapters"].values():
             assert (figures["num_ok"], figures["output_tokens"]) == (4, 36)
             assert figures["num_forwards"] + round(figures["draft_tokens"] * (figures["acceptance"] or 0)) == 36
