@@ -1,7 +1,8 @@
 """Attention of ragged queries over the paged KV cache: prefill chunks, decodes and verifications in one call.
 
 Semantics, for row r of a sequence at position p with window w: out[r] = softmax(scale * q[r] K^T) V over the sequence's
-cached positions max(0, p - w + 1) .. p. Query heads share KV heads in groups of G (GQA, Ainslie et al. 2023).
+cached positions max(0, p - w + 1) .. p. Query heads share KV heads in groups of G (GQA, Ainslie et al. 2023). With a
+softcap c each score s is c * tanh(s / c) before the softmax.
 
 `plan_attention` turns the step's tables into index tensors and masks once; every layer of the same window reuses them.
 One call a sequence, which reads its blocks in place when they are one contiguous run: on a CPU eight decodes padded to
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from .softcap import softcap_
 
 # Up to here a group's heads are folded into rows, so that K is read once a group; beyond it there are rows enough, and
 # the mask is not repeated for each head.
@@ -96,17 +99,28 @@ def _locate(
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Sequence[SequencePlan], scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: Sequence[SequencePlan],
+    scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """out [T, Hq * D] for q [T, Hq, D] and one layer's caches [KV positions, Hkv, D]."""
     out = torch.empty_like(q)
     for seq in plan:
-        _attend_sequence_(out, q, k_cache, v_cache, seq, scale)
+        _attend_sequence_(out, q, k_cache, v_cache, seq, scale, softcap)
     return out.view(q.shape[0], q.shape[1] * q.shape[2])
 
 
 def _attend_sequence_(
-    out: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seq: SequencePlan, scale: float
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seq: SequencePlan,
+    scale: float,
+    softcap: float | None,
 ) -> None:
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
@@ -118,23 +132,42 @@ def _attend_sequence_(
     k, v = k.transpose(0, 1), v.transpose(0, 1)  # [Hkv, keys, D]
     if seq.num_rows == 1:
         folded = q[seq.start].view(1, num_kv_heads, group, head_dim)
-        result = F.scaled_dot_product_attention(folded, k.unsqueeze(0), v.unsqueeze(0), scale=scale)
+        result = _attend(folded, k.unsqueeze(0), v.unsqueeze(0), None, scale, softcap)
         out[seq.start] = result.view(num_heads, head_dim)
         return
     end = seq.start + seq.num_rows
     heads = q[seq.start : end].view(seq.num_rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     if seq.num_rows <= MAX_FOLDED_ROWS:
         folded = heads.reshape(1, num_kv_heads, group * seq.num_rows, head_dim)
-        result = F.scaled_dot_product_attention(folded, k.unsqueeze(0), v.unsqueeze(0), attn_mask=seq.mask, scale=scale)
+        result = _attend(folded, k.unsqueeze(0), v.unsqueeze(0), seq.mask, scale, softcap)
     else:
         k, v = (t.unsqueeze(1).expand(-1, group, -1, -1) for t in (k, v))  # [Hkv, G, keys, D], no copy
-        result = F.scaled_dot_product_attention(heads, k, v, attn_mask=seq.mask, scale=scale)
+        result = _attend(heads, k, v, seq.mask, scale, softcap)
     result = result.view(num_kv_heads, group, seq.num_rows, head_dim).permute(2, 0, 1, 3)
     out[seq.start : end].view(seq.num_rows, num_kv_heads, group, head_dim).copy_(result)
 
 
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """As torch's own attention, which knows no softcap: q [.., rows, D], k and v [.., keys, D] -> [.., rows, D]."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = q.float() @ k.float().transpose(-1, -2)  # [.., rows, keys]
+    softcap_(scores.mul_(scale), softcap)
+    if mask is not None:
+        scores += mask
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_position: int, scale: float, window: int | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first_position: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """One sequence in float32 by the definition: q [rows, Hq, D] from `first_position`, k and v [keys, Hkv, D]."""
     group = q.shape[1] // k.shape[1]
@@ -144,6 +177,8 @@ def attention_reference(
         first = max(0, position - window + 1) if window else 0
         for head in range(q.shape[1]):
             keys = k[first : position + 1, head // group].float()
-            weights = (scale * (keys @ q[row, head].float())).softmax(0)
+            scores = scale * (keys @ q[row, head].float())
+            softcap_(scores, softcap)
+            weights = scores.softmax(0)
             out[row, head] = weights @ v[first : position + 1, head // group].float()
     return out.reshape(q.shape[0], -1)

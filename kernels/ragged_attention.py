@@ -2,6 +2,7 @@
 
 Semantics, for row r of a tile (first, end, sequence) and its position p = positions[r], with window w:
     out[r] = softmax(scale * q[r] K^T) V over the sequence's cached positions max(0, p - w + 1) .. p
+where with a softcap c each score s is c * tanh(s / c) before the softmax (Gemma 2, Gemma Team 2024).
 Rows of a tile are consecutive and in order of position. Keys are cut into splits of `split_len`, split s from key
 s * split_len on. Each has a softmax of its own, and a row's splits are joined in ascending order: by the one program
 that has them all; where several share a tile's, by the last of them to arrive, or in tiles of many rows by a launch of
@@ -120,6 +121,7 @@ def ragged_attention_(
     split_len: int,
     num_programs: int,
     tile_rows: int,
+    softcap: float | None = None,
 ) -> None:
     """Write attention's output of all rows that stand in a tile to out [T, Hq * D], contiguous.
 
@@ -128,7 +130,8 @@ def ragged_attention_(
     int64; block_tables [S, N] int32; scratch of `attention_scratch`, not needed by one program a tile. `split_len` as
     `choose_split_len` has it, and no context of more than MAX_SPLITS of it where `num_programs` is above 1. With
     `arrived`, int32 zeros for each tile and KV head, which are left so, splits are joined without another launch.
-    `scale` is positive. Tiles, positions and tables were written before a launch that did not begin early.
+    `scale` and `softcap` are positive. Tiles, positions and tables were written before a launch that did not begin
+    early.
     """
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -140,6 +143,7 @@ def ragged_attention_(
     assert k_cache.stride()[1:] == (head_dim, 1) and k_cache.stride() == v_cache.stride(), (k_cache.stride(),)
     assert tiles.is_contiguous() and positions.is_contiguous() and block_tables.stride(1) == 1
     assert max(q.shape[0] * q.stride(0), q.numel()) <= MOST_PLACES and scale > 0, (q.shape, q.stride(), scale)
+    assert softcap is None or softcap > 0, softcap
     if tiles.shape[0] == 0:
         return
     partial, stats = out, out  # not touched by one program
@@ -166,7 +170,8 @@ def ragged_attention_(
         tiles,
         positions,
         block_tables,
-        scale * math.log2(math.e),
+        (softcap or scale) * math.log2(math.e),
+        2.0 * scale / softcap * math.log2(math.e) if softcap else 0.0,
         q.stride(0),
         k_cache.stride(0),
         block_tables.stride(0),
@@ -174,6 +179,7 @@ def ragged_attention_(
         stats.stride(0),
         GROUP=group,
         BLOCK_SIZE=block_size,
+        HAS_CAP=softcap is not None,
         IEEE=q.dtype == torch.float32,
         IS_WIDE=k_cache.shape[0] * k_cache.stride(0) > MOST_PLACES,
         IS_SHARED=is_shared,
@@ -210,6 +216,7 @@ def ragged_attention_reference(
     block_size: int,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The definition in float32, tile by tile: [T, Hq * D], NaN in rows of no tile."""
     out = torch.full((q.shape[0], q.shape[1] * q.shape[2]), torch.nan)
@@ -217,7 +224,7 @@ def ragged_attention_reference(
         if sequence >= 0:
             kv_positions = _kv_positions(block_tables[sequence], int(positions[end - 1]) + 1, block_size)
             k, v = k_cache[kv_positions], v_cache[kv_positions]  # [keys, Hkv, D]
-            out[first:end] = attention_reference(q[first:end], k, v, int(positions[first]), scale, window)
+            out[first:end] = attention_reference(q[first:end], k, v, int(positions[first]), scale, window, softcap)
     return out
 
 

@@ -70,6 +70,12 @@ def _store_split(
 
 
 @triton.jit
+def _capped(scores, to_exponent):
+    """tanh(x) of scores [M, N], whose product with `to_exponent` is log2(e^2x)."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(scores * to_exponent))
+
+
+@triton.jit
 def _dot(a, b, acc, IEEE: tl.constexpr):
     if IEEE:
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -81,15 +87,17 @@ def _dot(a, b, acc, IEEE: tl.constexpr):
 @triton.jit
 def ragged_attention_kernel(
     out, partial, stats, arrived, q, k_cache, v_cache, tiles, positions, block_tables, scale_log2,
-    q_stride, kv_stride, table_stride, partial_stride, stats_stride,
+    cap_exponent, q_stride, kv_stride, table_stride, partial_stride, stats_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SPLIT_LEN: tl.constexpr, IS_WIDE: tl.constexpr, IS_SHARED: tl.constexpr, JOINS: tl.constexpr,
-    IEEE: tl.constexpr, IS_DEPENDENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_CAP: tl.constexpr, IEEE: tl.constexpr, IS_DEPENDENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV heads, tiles, programs): program i has the tile's splits i, i + programs, ... WINDOW 0: no window.
 
-    IS_WIDE: a cache has places beyond 31 bits. JOINS: the last program of a tile to arrive joins its splits; the number
-    of those who did, in `arrived` [tiles, KV heads], is 0 before and after.
+    IS_WIDE: a cache has places beyond 31 bits. HAS_CAP: what `scale_log2` multiplies is tanh of the scores. JOINS: the
+    last program of a tile to arrive joins its splits; the number of those who did, in `arrived` [tiles, KV heads], is 0
+    before and after.
     """
     if IS_DEPENDENT:
         gdc_launch_dependents()
@@ -177,6 +185,8 @@ def ragged_attention_kernel(
         block = tl.load(table + ahead.to(tl.uint32) // BLOCK_SIZE, mask=ahead < stop, other=0)
 
         scores = _dot(q_tile, tl.trans(k), None, IEEE)
+        if HAS_CAP:
+            scores = _capped(scores, cap_exponent)
         is_first = block_idx % BLOCKS == 0  # of its split
         is_partly_seen = start + BLOCK_N > whole
         if WINDOW > 0:

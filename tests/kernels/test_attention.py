@@ -42,16 +42,16 @@ def scene(case, heads, dtype, block_size, shuffle):
     return q, k_cache, v_cache, tables, own
 
 
-def check(case, heads, dtype, block_size, shuffle, window):
+def check(case, heads, dtype, block_size, shuffle, window, softcap=None):
     q, k_cache, v_cache, tables, own = scene(case, heads, dtype, block_size, shuffle)
     rows, contexts = [r for r, _ in case], [c for _, c in case]
     group = heads[0] // heads[1]
     plan = plan_attention(rows, contexts, tables, block_size, window, group, dtype, CPU)
-    out = paged_attention(q, k_cache, v_cache, plan, 0.3)
+    out = paged_attention(q, k_cache, v_cache, plan, 0.3, softcap)
     assert out.shape == (sum(rows), heads[0] * heads[2]) and out.dtype == dtype
     start = 0
     for num_rows, context, (k, v) in zip(rows, contexts, own, strict=True):
-        expected = attention_reference(q[start : start + num_rows], k, v, context - num_rows, 0.3, window)
+        expected = attention_reference(q[start : start + num_rows], k, v, context - num_rows, 0.3, window, softcap)
         actual = out[start : start + num_rows].float()
         torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         start += num_rows
@@ -69,6 +69,11 @@ def test_ragged_rows_equal_the_definition(case, window):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_head_groups_and_dtypes(heads, dtype):
     check(CASES["mixed"], heads, dtype, 8, True, None)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_capped_scores(dtype):
+    check(CASES["mixed"], (6, 2, 16), dtype, 4, True, 12, softcap=1.5)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])

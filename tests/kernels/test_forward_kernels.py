@@ -80,6 +80,15 @@ def test_cuda_attention_of_head_groups(dtype, heads):
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.parametrize("heads", [(8, 4, 256), (9, 3, 64)], ids=str)
+def test_cuda_attention_of_capped_scores(heads):
+    scene = attention_cases.make_scene(CASES["mixed"], heads, torch.bfloat16, "cuda", softcap=2.0)
+    attention_cases.check(scene, 100, (1, 4))
+    attention_cases.check_same_row_alone(torch.bfloat16, heads, 100, "cuda", (1, 4), softcap=2.0)
+
+
+@pytest.mark.gpu
+@needs_triton
 @pytest.mark.parametrize("tile_rows", [1, 16, 32])  # with 4 heads a group: 16, 64 and 128 rows of a matrix product
 def test_cuda_attention_of_tile_sizes(tile_rows):
     scene = attention_cases.make_scene(CASES["mixed"], (8, 2, 128), torch.bfloat16, "cuda", tile_rows=tile_rows)

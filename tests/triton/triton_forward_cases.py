@@ -91,14 +91,20 @@ def test_attention_of_tile_sizes(tile_rows):
     attention_cases.check(scene, 20, (1, 2))
 
 
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_attention_of_capped_scores(softcap):
+    scene = attention_cases.make_scene([(5, 133), (1, 40)], (6, 2, 16), torch.float32, "cpu", softcap=softcap)
+    attention_cases.check(scene, 100, (1, 2), split_len=64)
+
+
 @sweep(
-    {"dtype": TOLERANCE, "window": (None, 100)},
-    (torch.float32, None),
-    (torch.bfloat16, 100),
-    (torch.float16, None),
+    {"dtype": TOLERANCE, "window": (None, 100), "softcap": (None, 2.0)},
+    (torch.float32, None, None),
+    (torch.bfloat16, 100, 2.0),
+    (torch.float16, None, None),
 )
-def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window):
-    attention_cases.check_same_row_alone(dtype, (6, 2, 16), window, "cpu")
+def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window, softcap):
+    attention_cases.check_same_row_alone(dtype, (6, 2, 16), window, "cpu", softcap=softcap)
 
 
 def test_short_contexts_leave_nothing_to_join():

@@ -92,7 +92,7 @@ ROPE_HEADS = ((9, 3, 64, False), (32, 8, 128, True), (4, 1, 256, True))  # (quer
 # (query heads, KV heads, head size, rows a tile): decodes, verifications and prefill of several models.
 ATTENTION = (
     (9, 3, 64, 1), (9, 3, 64, 16), (9, 3, 64, 42), (32, 8, 128, 1), (32, 8, 128, 32), (32, 8, 128, 8), (32, 8, 128, 16),
-    (8, 4, 256, 8), (4, 1, 256, 16), (12, 2, 80, 8), (32, 32, 96, 64),
+    (8, 4, 256, 8), (8, 4, 256, 32), (4, 1, 256, 16), (12, 2, 80, 8), (32, 32, 96, 64),
 )  # fmt: skip
 
 
@@ -146,15 +146,17 @@ def compile_attention(dtype: str) -> None:
     for num_heads, num_kv_heads, head_dim, tile_rows in cases:
         blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        for window, num_programs, joins in ((0, 1, False), (512, 8, False), (0, 8, True)):
+        kinds = [(0, 1, False, False), (512, 8, False, False), (0, 8, True, False)]
+        kinds += [(0, 1, False, True)] if IS_ALL or tile_rows > 1 else []
+        for window, num_programs, joins, is_capped in kinds:
             shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "SPLIT_LEN": 256}
             constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
             constants |= {"IEEE": itemsize == 4, "IS_WIDE": False, "IS_SHARED": num_programs > 1, "JOINS": joins}
-            constants["IS_DEPENDENT"] = True
+            constants |= {"HAS_CAP": is_capped, "IS_DEPENDENT": True}
             kernel = ragged_attention_triton.ragged_attention_kernel
-            figures = compile_kernel(kernel, pointers, constants, ("scale_log2",), **options)
+            figures = compile_kernel(kernel, pointers, constants, ("scale_log2", "cap_exponent"), **options)
             name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} programs {num_programs}"
-            name += " joining" if joins else ""
+            name += " joining" if joins else " capped" if is_capped else ""
             if itemsize == 4:
                 may_spill = 1 << 10  # without matrix instructions, and only for checks
             else:  # what a split's end needs in large tiles lies outside of the loop: a few bytes

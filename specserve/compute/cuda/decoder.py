@@ -20,10 +20,10 @@ from ...kernels.gated_activation import gated_activation
 from ...kernels.linear_fused import MOST_FUSED_ROWS, Normed, can_norm, linear_add_, linear_gated, linear_rope_
 from ...kernels.ragged_attention import ragged_attention_
 from ...kernels.rope_kv import rope_store_
+from ...kernels.softcap import softcap_
 from ...model.rope import Rope
 from ..decoder_weights import AnyLinear, DecoderWeights, Layer
 from ..kv_cache import KVCache
-from ..softcap import softcap_
 from .fused_linears import activation_kind
 from .lora import DeviceLoraBatch
 

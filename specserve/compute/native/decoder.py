@@ -18,13 +18,13 @@ import torch.nn.functional as F
 
 from ...kernels.native import MAX_TAPS, NORMS, PANEL, PHASES, LayerStruct, Library, Model, Step, Team
 from ...kernels.packed import PackedMatrix
+from ...kernels.softcap import softcap_
 from ...model.config import ModelConfig
 from ...model.rope import inverse_frequencies
 from ...model.shapes import LINEARS
 from ..batch import Batch
 from ..interrupt import StepInterrupt, StepInterruptedError
 from ..kv_cache import KVCache
-from ..softcap import softcap_
 from .best_rows import BestRows
 from .lora import NativeLoraBatch, NativeSlots, to_native
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from ...kernels.attention import SequencePlan, paged_attention, plan_attention, store_kv
+from ...kernels.softcap import softcap_
 from ...model.rope import rotate
 from ..batch import Batch
 from ..decoder_weights import DecoderWeights, Layer
 from ..kv_cache import KVCache
-from ..softcap import softcap_
 from .lora import AdapterSlots, LoraBatch
 
 
