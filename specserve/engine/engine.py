@@ -150,8 +150,8 @@ class Engine:
         cost_model = measured_costs(timed_step, file)
         self._cost_checks: CostChecks | None = None
         if file is not None and not path.is_asynchronous:
-            idle_step = functools.partial(self._idle_step, timed_step)
-            self._cost_checks = CostChecks(cost_model, idle_step, functools.partial(keep, file))
+            spare_step = functools.partial(self._spare_step, timed_step)
+            self._cost_checks = CostChecks(cost_model, spare_step, functools.partial(keep, file))
         self.proposer = Proposer(
             config,
             cost_model,
@@ -275,16 +275,24 @@ class Engine:
     def measure_load(self) -> None:
         """Learn how fast requests are served; to be called about once a second."""
         self.waits.observe(self._counters.prompt_tokens, self._counters.generated_tokens)
+        if self.has_work():
+            self._check_costs(is_busy=True)
 
     def take_idle_turn(self) -> None:
         """While there is nothing to do, now and then: see whether steps cost what drafts are planned by."""
-        if self._cost_checks is not None:
-            self._cost_checks.take_turn()
+        self._check_costs(is_busy=False)
 
-    def _idle_step(self, timed_step: TimedStep, num_rows: int, num_seqs: int = 1, context_len: int = 0) -> float | None:
+    def _check_costs(self, is_busy: bool) -> None:
+        if self._cost_checks is not None:
+            self._cost_checks.take_turn(is_busy)
+
+    def _spare_step(
+        self, timed_step: TimedStep, num_rows: int, num_seqs: int = 1, context_len: int = 0
+    ) -> float | None:
+        """Among others it takes the place of one of theirs, which whoever comes waits for as well."""
         if self.blocks.num_free < -(-(num_rows + num_seqs * context_len) // self.blocks.block_size) + num_seqs:
             return None
-        self.path.interrupt.is_heeded = True
+        self.path.interrupt.is_heeded = not self.has_work()
         try:
             return timed_step(num_rows, num_seqs, context_len)
         except StepInterruptedError:

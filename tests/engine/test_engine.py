@@ -340,7 +340,8 @@ def outputs(results):
     return {name: one.tokens if one.pooled is None else one.pooled.values for name, one in results.items()}
 
 
-def test_idle_turns_find_costs_that_no_longer_hold_and_change_nothing_else(model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_spare_steps_find_costs_that_no_longer_hold_and_change_nothing_else(model_dir, tmp_path, monkeypatch, is_busy):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cost_checks, "FIRST_S", 0.0)
     monkeypatch.setattr(cost_checks, "MOST_S", 0.0)
@@ -353,15 +354,25 @@ def test_idle_turns_find_costs_that_no_longer_hold_and_change_nothing_else(model
     tilted = {rows: 1e-6 * rows**2 for rows in MEASURED_ROWS}
     table.replace(MeasuredCosts(tilted, 0.0, 0.0, 0.0))
     engine.path.interrupt.ask()
-    for _ in range(20):
-        engine.take_idle_turn()
-    assert table.seconds(64) == pytest.approx(tilted[64]), "a request had come each time"
-    engine.path.interrupt.clear()
-    for _ in range(6 + 5 * len(MEASURED_SHAPES) + 3):
-        engine.take_idle_turn()
+    if not is_busy:
+        for _ in range(20):
+            engine.take_idle_turn()
+        assert table.seconds(64) == pytest.approx(tilted[64]), "a request had come each time"
+        engine.path.interrupt.clear()
+    results = {}
+    if is_busy:
+        engine.add_request(asked[1])
+        collect(results, engine.step())
+    for idx in range(6 + 5 * len(MEASURED_SHAPES) + 3):
+        engine.measure_load() if is_busy else engine.take_idle_turn()
+        if idx % 10 == 5 and is_busy:  # its prompt, and tokens in between
+            collect(results, engine.step())
     assert table.seconds(64) / table.seconds(1) < 200 and file.read_bytes() != kept
-    assert engine.blocks.num_free == num_free and not engine.path.interrupt.is_heeded
-    assert tokens_of(run(engine, asked[1:]))["b"] == want
+    assert not engine.path.interrupt.is_heeded
+    results |= run(engine, asked[1:]) if not is_busy else {}
+    while engine.has_work():
+        collect(results, engine.step())
+    assert results["b"].tokens == want and engine.blocks.num_free == num_free
     check_baseline(engine)
 
 
