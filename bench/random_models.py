@@ -37,7 +37,7 @@ class RandomWeights:
         largest = (3 / columns) ** 0.5  # variance 1 / columns; normal values take twice the time
         return torch.empty(rows, columns, device=self.device, dtype=self.dtype).uniform_(-largest, largest)
 
-    def norm(self, name: str) -> torch.Tensor:
+    def final_norm(self) -> torch.Tensor:
         return torch.ones(self.config.hidden_size, device=self.device)
 
     def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -45,7 +45,7 @@ class RandomWeights:
         return self._random(out_size, in_size), None
 
     def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
-        return {"input_norm": self.norm(""), "mlp_norm": self.norm("")}
+        return {"input_norm": self.final_norm(), "mlp_norm": self.final_norm()}
 
     def embed(self) -> torch.Tensor:
         return self._random(self.config.vocab_size, self.config.hidden_size)

@@ -52,8 +52,8 @@ def _total(
 @triton.jit
 def add_rms_norm_kernel(
     out, residual, h, weight, post_weight, hidden, eps, out_stride, residual_stride, h_stride,
-    HAS_H: tl.constexpr, HAS_POST: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
+    HAS_H: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_POST: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows of out,)."""
     if IS_DEPENDENT:
@@ -79,21 +79,25 @@ def add_rms_norm_kernel(
         x = _total(residual, h, post_weight, columns, mask, post_scale, HAS_H, HAS_POST)
         if HAS_H:
             tl.store(residual + columns, x.to(residual.dtype.element_ty), mask=mask)
-        scale = rms_scale(x * x, hidden, eps, 1, BLOCK)
-        y = x * scale * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + columns, y.to(out.dtype.element_ty), mask=mask)
+        if HAS_WEIGHT:
+            scale = rms_scale(x * x, hidden, eps, 1, BLOCK)
+            x = x * scale * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + columns, x.to(out.dtype.element_ty), mask=mask)
     else:
-        squares = tl.zeros((BLOCK,), dtype=tl.float32)
-        for block in range(NUM_BLOCKS):
-            c = block * BLOCK + columns
-            x = _total(residual, h, post_weight, c, c < hidden, post_scale, HAS_H, HAS_POST)
-            squares += x * x
-        scale = rms_scale(squares, hidden, eps, 1, BLOCK)
+        scale = 1.0
+        if HAS_WEIGHT:
+            squares = tl.zeros((BLOCK,), dtype=tl.float32)
+            for block in range(NUM_BLOCKS):
+                c = block * BLOCK + columns
+                x = _total(residual, h, post_weight, c, c < hidden, post_scale, HAS_H, HAS_POST)
+                squares += x * x
+            scale = rms_scale(squares, hidden, eps, 1, BLOCK)
         for block in range(NUM_BLOCKS):
             c = block * BLOCK + columns
             mask = c < hidden
             x = _total(residual, h, post_weight, c, mask, post_scale, HAS_H, HAS_POST)
             if HAS_H:
                 tl.store(residual + c, x.to(residual.dtype.element_ty), mask=mask)
-            y = x * scale * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out + c, y.to(out.dtype.element_ty), mask=mask)
+            if HAS_WEIGHT:
+                x = x * scale * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out + c, x.to(out.dtype.element_ty), mask=mask)

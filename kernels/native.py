@@ -96,6 +96,7 @@ class Model(Structure):
         ("rope_scales", c_float * 2),
         ("embed_scale", c_float),
         ("embed_is_bf16", c_int32),
+        ("norms_whole_qk", c_int32),
     ]
 
 

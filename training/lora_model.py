@@ -144,6 +144,7 @@ class CausalModel:
         self.device, self.dtype = device, dtype
         self.num_layers: int = causal.config.num_hidden_layers
         self.hidden_size: int = causal.config.hidden_size
+        self._divisor: float = getattr(causal.config, "logits_scaling", 1.0)  # Granite's
         self._softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
         self.tap_layer = self.num_layers // 2 if tap_layer is None else tap_layer
         self._causal: Any = causal
@@ -184,8 +185,10 @@ class CausalModel:
         return Hidden(last.reshape(-1, size)[index], tapped, torch.tensor(targets, device=self.device))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [L, V] of final hidden states [L, H], capped as the model caps them (Gemma)."""
+        """Logits [L, V] of final hidden states [L, H], divided (Granite) and capped (Gemma) as the model has them."""
         logits: torch.Tensor = self._causal.lm_head(hidden)
+        if self._divisor != 1:
+            logits = logits / self._divisor
         return logits if not self._softcap else self._softcap * torch.tanh(logits.float() / self._softcap)
 
     @torch.no_grad()

@@ -44,7 +44,8 @@ struct Model {
   const void* embed;            // [V][H]
   const float* frequencies[2];  // of rotary embeddings, [D / 2] radians a position
   float rope_scales[2], embed_scale;
-  int32_t embed_is_bf16;  // else fp32
+  int32_t embed_is_bf16;   // else fp32
+  int32_t norms_whole_qk;  // q_norm and k_norm are over all heads as one
 };
 
 struct Step {
@@ -162,6 +163,7 @@ class Forward {
   Forward(Engine& engine, const Model& model, const Step& step) : e(engine), m(model), s(step), T(step.num_rows), x(step.x), row_slots(step.row_slots) {
     q_size = m.num_heads * m.head_dim;
     kv_size = m.num_kv_heads * m.head_dim;
+    places_panels = m.head_dim == PANEL && !m.norms_whole_qk;
     const Layer& first = m.layers[0];
     const int widest = std::max({first.modules[Q].kp, first.modules[O].kp, first.modules[DOWN].kp});
     const size_t rows = T;
@@ -176,7 +178,7 @@ class Forward {
     e.make_room(T);
     is_quantized = first.modules[Q].format >= INT8;
     if (is_quantized) e.make_room_for_integers(widest, T);
-    if (m.head_dim != PANEL) qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
+    if (!places_panels) qkv = e.qkv.get<float>(rows * (q_size + 2 * kv_size));
     rotated = e.rotated.get<A>(rows * q_size);
     y = e.y.get<float>(rows * m.hidden_size);
     h_stride = 3 * s.max_rank;
@@ -276,9 +278,11 @@ class Forward {
     const Rows<A> out(act, kp, T);
     for (int t; (t = e.team.next(T)) >= 0;) {
       const float* from = x + (size_t)t * n;
-      const float scale = rms_scale(from, n);
-      for (int c = 0; c < n; c += 16)
-        out.set(t, c, load_n(from + c, n - c) * scale * load_n(weight + c, n - c), n - c);
+      const float scale = weight ? rms_scale(from, n) : 1.0f;
+      for (int c = 0; c < n; c += 16) {
+        const f32x16 value = load_n(from + c, n - c);
+        out.set(t, c, weight ? value * scale * load_n(weight + c, n - c) : value, n - c);
+      }
       out.clear_from(t, n);
       if (is_quantized) quantize_row(out, t, e.quantized(kp, T), (float*)e.rows[thread].data);
     }
@@ -350,7 +354,7 @@ class Forward {
       if (row_slots) panels[p].num_wanted = lora_pieces(layer, parts[p], row, rows, pieces[p]);
       if (added_to && rows >= MANY_ROWS)
         panels[p].num_wanted += row_pieces(added_to, parts[p].panel, row, rows, pieces[p] + panels[p].num_wanted);
-      if (m.head_dim == PANEL && (parts[p].module == K || parts[p].module == V))
+      if (places_panels && (parts[p].module == K || parts[p].module == V))
         panels[p].num_wanted += cache_pieces(m.layers[layer], parts[p], row, rows, pieces[p] + panels[p].num_wanted);
     }
     const int kp = panels[0].matrix->kp;
@@ -440,7 +444,7 @@ class Forward {
       multiply_parts(idx, parts, num, act, row, rows, products);
       for (int p = 0; p < num; p++) {
         float* from = products + (size_t)p * pad_rows(rows) * PANEL;
-        if (m.head_dim == PANEL) {
+        if (places_panels) {
           for (int r = 0; r < rows; r++) place(layer, parts[p].module, parts[p].panel, row + r, from + r * PANEL);
           continue;
         }
@@ -451,8 +455,7 @@ class Forward {
     });
   }
 
-  void head_norm(float* x, const float* weight) {
-    const int n = m.head_dim;
+  void head_norm(float* x, const float* weight, int n) {
     const float scale = rms_scale(x, n);
     for (int c = 0; c < n; c++) x[c] = x[c] * scale * weight[c];
   }
@@ -472,7 +475,7 @@ class Forward {
   void place(const Layer& layer, int module, int head, int t, float* x) {
     const int dim = m.head_dim;
     if (module == V) return store_value((A*)layer.v_cache, e.places.slots[t], head, m.num_kv_heads, dim, x);
-    if (const float* norm = module == Q ? layer.q_norm : layer.k_norm) head_norm(x, norm);
+    if (const float* norm = module == Q ? layer.q_norm : layer.k_norm; norm && !m.norms_whole_qk) head_norm(x, norm, dim);
     const size_t first = (size_t)t * (dim / 2);
     rotate(x, (const float*)e.cos[layer.rope].data + first, (const float*)e.sin[layer.rope].data + first);
     if (module == K) return store_key((A*)layer.k_cache, e.places.slots[t], head, m.num_kv_heads, dim, x);
@@ -480,9 +483,9 @@ class Forward {
     for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(x + c, dim - c), dim - c);
   }
 
-  // Where heads are no panels, which have been placed as they were multiplied.
+  // Where heads have not been placed panel by panel, as they were multiplied.
   void place_rows(const Layer& layer) {
-    if (m.head_dim == PANEL) return;
+    if (places_panels) return;
     const int dim = m.head_dim, width = q_size + 2 * kv_size;
     // Rows that follow each other share the lines of a tile of keys.
     const int at_once = std::clamp(T / (4 * e.team.size()), 1, KEYS);
@@ -491,6 +494,10 @@ class Forward {
         float* row = qkv + (size_t)t * width;
         if (t + 1 < std::min(T, (i + 1) * at_once))
           for (int c = 0; c < width; c += 16) __builtin_prefetch(row + width + c, 0, 3);
+        if (m.norms_whole_qk) {
+          head_norm(row, layer.q_norm, q_size);
+          head_norm(row + q_size, layer.k_norm, kv_size);
+        }
         for (int head = 0; head < m.num_heads; head++) place(layer, Q, head, t, row + head * dim);
         for (int head = 0; head < m.num_kv_heads; head++) {
           place(layer, K, head, t, row + q_size + head * dim);
@@ -675,6 +682,7 @@ class Forward {
   float *qkv = nullptr, *h, *y;
   std::vector<AttentionTask> tasks;
   std::vector<int32_t> last_slots;
+  bool places_panels;  // heads are panels, and go where attention reads them as they are multiplied
   bool has_left_rows = false;  // T, x and row_slots are those of hidden_indices
 };
 
@@ -736,7 +744,7 @@ static const Place LAYOUT[] = {
     STRUCT(Model), FIELD(Model, layers), FIELD(Model, norm), FIELD(Model, num_layers), FIELD(Model, hidden_size),
     FIELD(Model, num_heads), FIELD(Model, num_kv_heads), FIELD(Model, head_dim), FIELD(Model, is_gelu), FIELD(Model, is_bf16),
     FIELD(Model, num_ropes), FIELD(Model, eps), FIELD(Model, attention_scale), FIELD(Model, embed), FIELD(Model, frequencies),
-    FIELD(Model, rope_scales), FIELD(Model, embed_scale), FIELD(Model, embed_is_bf16),
+    FIELD(Model, rope_scales), FIELD(Model, embed_scale), FIELD(Model, embed_is_bf16), FIELD(Model, norms_whole_qk),
     STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_hidden), FIELD(Step, block_size),
     FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, x), FIELD(Step, tokens), FIELD(Step, starts),
     FIELD(Step, query_lens), FIELD(Step, table_lens), FIELD(Step, blocks), FIELD(Step, hidden_indices),

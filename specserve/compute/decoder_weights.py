@@ -38,7 +38,7 @@ class Weights(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def norm(self, name: str) -> torch.Tensor: ...
+    def final_norm(self) -> torch.Tensor: ...
     def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]: ...
     def layer_norms(self, idx: int) -> dict[str, torch.Tensor]: ...
     def embed(self) -> torch.Tensor: ...
@@ -47,18 +47,18 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer; norms are [H] (or [D]), Gemma's in float32 with its offset already added."""
+    """Weights of one layer; norms are [H], Gemma's in float32 with its offset already added."""
 
-    input_norm: torch.Tensor
+    input_norm: torch.Tensor | None  # OLMo has none
     qkv: AnyLinear
-    q_norm: torch.Tensor | None
+    q_norm: torch.Tensor | None  # [D], or [Hq * D] where all heads are normed as one
     k_norm: torch.Tensor | None
     o: AnyLinear
-    post_attention_norm: torch.Tensor | None  # Gemma: on attention's output
-    mlp_norm: torch.Tensor
+    post_attention_norm: torch.Tensor | None  # Gemma, OLMo: on attention's output
+    mlp_norm: torch.Tensor | None
     gate_up: AnyLinear
     down: AnyLinear
-    post_mlp_norm: torch.Tensor | None  # Gemma: on the MLP's output
+    post_mlp_norm: torch.Tensor | None  # the same of the MLP's output
 
 
 class DecoderWeights:
@@ -86,7 +86,7 @@ class DecoderWeights:
         self.compute_dtype = compute_dtype
         self.weight_dtype_name = str(weight_dtype).removeprefix("torch.")
         self.device = embed.device
-        self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # rounded as transformers does
+        self._embed_scale = config.embed_scale_of(weight_dtype)
         self._ropes = {kind: Rope(rope, self.device) for kind, rope in config.ropes.items()}
 
     @staticmethod
@@ -114,13 +114,13 @@ def fused_layers(
         norms = {name: norm(value) for name, value in weights.layer_norms(idx).items()}
         layers.append(
             Layer(
-                input_norm=norms["input_norm"],
+                input_norm=norms.get("input_norm"),
                 qkv=linear(idx, "qkv"),
                 q_norm=norms.get("q_norm"),
                 k_norm=norms.get("k_norm"),
                 o=linear(idx, "o"),
                 post_attention_norm=norms.get("post_attention_norm"),
-                mlp_norm=norms["mlp_norm"],
+                mlp_norm=norms.get("mlp_norm"),
                 gate_up=linear(idx, "gate_up"),
                 down=linear(idx, "down"),
                 post_mlp_norm=norms.get("post_mlp_norm"),

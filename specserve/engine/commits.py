@@ -23,11 +23,13 @@ from .running import RunningRequest
 
 
 class Commits:
-    """Of steps whose tokens are known; `remove` lets go of a request that has ended."""
+    """Of steps whose tokens are known; `remove` lets go of a request that has ended, `pooled` ends pooled texts."""
 
-    def __init__(self, proposer: Proposer, reports: Reports, remove: Callable[[RunningRequest], None]):
+    def __init__(
+        self, proposer: Proposer, reports: Reports, remove: Callable[[RunningRequest], None], pooled: PooledAnswers
+    ):
         self._proposer, self._reports, self._remove = proposer, reports, remove
-        self._pooled = PooledAnswers(reports, remove)
+        self._pooled = pooled
 
     def commit(self, step: QueuedStep, output: StepOutput, kept: list[list[int]]) -> None:
         """All that came of a step; no more of it than the next step needs."""

@@ -41,6 +41,7 @@ from .admission import Admission, size_kv
 from .commits import Commits
 from .engine_adapters import EngineAdapters
 from .live_requests import LiveRequests
+from .pooling import PooledAnswers
 from .queued_step import QueuedStep
 from .recent_steps import RecentSteps
 from .reports import Event, Reports
@@ -178,7 +179,8 @@ class Engine:
             self.proposer,
             self.reports,
         )
-        self.commits = Commits(self.proposer, self.reports, self.requests.remove)
+        pooled = PooledAnswers(self.reports, self.requests.remove, model.logits_divisor)
+        self.commits = Commits(self.proposer, self.reports, self.requests.remove, pooled)
         self.steps = StepQueue(
             self.scheduler,
             self.proposer,

@@ -16,10 +16,10 @@ from .running import RunningRequest
 
 
 class PooledAnswers:
-    """Ends pooled texts; `remove` lets go of a request that has ended."""
+    """Ends pooled texts; `remove` lets go of a request that has ended, `scale` gives hidden states their size."""
 
-    def __init__(self, reports: Reports, remove: Callable[[RunningRequest], None]):
-        self._reports, self._remove = reports, remove
+    def __init__(self, reports: Reports, remove: Callable[[RunningRequest], None], scale: float):
+        self._reports, self._remove, self._scale = reports, remove, np.float32(scale)
 
     def commit(self, output: PooledOutput, events: list[Event]) -> None:
         """Answer the texts that ended with a step whose rows are counted."""
@@ -29,7 +29,7 @@ class PooledAnswers:
                 continue
             assert state.pooling is not None
             with np.errstate(over="ignore", invalid="ignore"):
-                values = state.pooling.values(hidden)
+                values = state.pooling.values(hidden * self._scale)
             is_finite = bool(np.isfinite(values).all())
             seq: Sequence = item.seq
             self._reports.publish(seq)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import ModelError
 from .rope import NO_ROTATION, RopeConfig, rope_config
 
@@ -28,6 +30,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "attention_bias": False},
+    "GraniteForCausalLM": {
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    "Olmo2ForCausalLM": {"rms_norm_eps": 1e-5},
+    "Olmo3ForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
     "Gemma3ForCausalLM": {
         "vocab_size": 262_208,
         "num_attention_heads": 8,
@@ -50,12 +60,17 @@ MODEL_TYPES = {  # for a config.json without `architectures`
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PARTLY_ROTATED = ("Phi3ForCausalLM",)
+ONLY_POST_NORMS = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 NO_ROPE = "no_rope"  # in `rope_keys`: layers that know no positions
+GRANITE_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 SIZES = (
     "vocab_size",
@@ -89,15 +104,23 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each head of q and k
+    qk_norm_whole: bool  # OLMo has it over all heads of q as one, and of k
     norm_offset: float  # Gemma multiplies by 1 + weight
+    pre_norms: bool  # OLMo does not norm the inputs of attention and MLP
     post_norms: bool  # Gemma norms the outputs of attention and MLP too
     embed_scale: float
+    embed_scale_is_rounded: bool  # Gemma's is, to the weights' dtype
     attention_scale: float
+    logits_divisor: float  # the final norm's factors are divided by it, and what is pooled is multiplied
     final_softcap: float | None
     windows: tuple[int | None, ...]  # per layer: tokens a row sees, itself included; None is all
     rotary_dim: int  # of each head, what positions turn
     rope_keys: tuple[str, ...]  # per layer: which entry of `ropes`
     ropes: dict[str, RopeConfig]
+
+    def embed_scale_of(self, dtype: torch.dtype) -> float:
+        """What embeddings of weights in `dtype` are multiplied by."""
+        return float(torch.tensor(self.embed_scale, dtype=dtype)) if self.embed_scale_is_rounded else self.embed_scale
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelConfig:
@@ -143,7 +166,17 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if raw.get(key):
             raise ModelError(f"{key}={raw[key]!r} is not supported")
+    if architecture == "Olmo3ForCausalLM":
+        raw.setdefault("rope_local_base_freq", raw["rope_theta"])  # layers with windows have no scaling
     gemma = architecture == "Gemma3ForCausalLM"
+    embed_scale = raw["hidden_size"] ** 0.5 if gemma else 1.0
+    attention_scale = None
+    logits_divisor = 1.0
+    if architecture == "GraniteForCausalLM":
+        embed, attention_scale, residual, logits_divisor = (_multiplier(raw, key) for key in GRANITE_MULTIPLIERS)
+        # Outputs that are multiplied before they are added to the residual stream are the same as a stream that is
+        # divided: its norms are, but for eps.
+        embed_scale, rms_norm_eps = embed / residual, rms_norm_eps / residual**2
     num_heads = raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
     num_kv_heads = raw.get("num_key_value_heads") or num_heads
@@ -186,11 +219,15 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         qkv_bias=attention_bias or qwen2_bias,
         o_bias=attention_bias and not qwen2_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"),
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM", *ONLY_POST_NORMS),
+        qk_norm_whole=architecture in ONLY_POST_NORMS,
         norm_offset=1.0 if gemma else 0.0,
-        post_norms=gemma,
-        embed_scale=raw["hidden_size"] ** 0.5 if gemma else 1.0,
-        attention_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+        pre_norms=architecture not in ONLY_POST_NORMS,
+        post_norms=gemma or architecture in ONLY_POST_NORMS,
+        embed_scale=embed_scale,
+        embed_scale_is_rounded=gemma,
+        attention_scale=attention_scale or (raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+        logits_divisor=logits_divisor,
         final_softcap=raw.get("final_logit_softcapping"),
         windows=windows,
         rotary_dim=rotary_dim,
@@ -199,15 +236,23 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
+def _multiplier(raw: dict[str, Any], key: str) -> float:
+    if not isinstance(raw[key], int | float) or not 0 < raw[key] < math.inf:
+        raise ModelError(f"{key}={raw[key]!r} must be a number above 0")
+    return float(raw[key])
+
+
 def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     """Per layer "sliding_attention" or "full_attention"."""
     num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    gemma = architecture == "Gemma3ForCausalLM"  # its layer types choose the rotary embedding too
+    gemma = architecture == "Gemma3ForCausalLM"
+    olmo = architecture == "Olmo3ForCausalLM"
+    turns_by_type = gemma or olmo  # layer types choose the rotary embedding too
     smollm = architecture == "SmolLM3ForCausalLM"
-    slides = gemma or architecture in ("MistralForCausalLM", "Phi3ForCausalLM")
+    slides = turns_by_type or architecture in ("MistralForCausalLM", "Phi3ForCausalLM")
     slides = slides or ((qwen or smollm) and bool(raw.get("use_sliding_window")))
-    if not slides or (window is None and not gemma):
+    if not slides or (window is None and not turns_by_type):
         return ["full_attention"] * num_layers
     if raw.get("layer_types"):
         types = list(raw["layer_types"])
@@ -216,8 +261,8 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
             wanted = f"{num_layers} of {' and '.join(LAYER_TYPES)}"
             raise ModelError(f"layer_types has {len(types)} entries {unknown or ''}; wanted are {wanted}")
         return types
-    if gemma:
-        pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
+    if turns_by_type:
+        pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or (4 if olmo else 6)
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
     if smollm:
         return ["full_attention" if rotates else "sliding_attention" for rotates in _rotating_layers(raw)]

@@ -84,15 +84,26 @@ def has_bias(config: ModelConfig, module: str) -> bool:
     return config.qkv_bias if PARENT[module] == "self_attn" else config.mlp_bias
 
 
+def layer_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """The norms of a layer by their names in `Layer`: each with its name in a layer on the hub, and its size."""
+    names: dict[str, str] = {}
+    if config.pre_norms:
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        names |= {"input_norm": "input_layernorm", "mlp_norm": before_mlp}
+    if config.post_norms:
+        names |= {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
+    norms = {name: (hub_name, config.hidden_size) for name, hub_name in names.items()}
+    if config.qk_norm:
+        num_q, num_k = (config.num_heads, config.num_kv_heads) if config.qk_norm_whole else (1, 1)
+        norms["q_norm"] = ("self_attn.q_norm", num_q * config.head_dim)
+        norms["k_norm"] = ("self_attn.k_norm", num_k * config.head_dim)
+    return norms
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model directory, by its name on the hub, with its shape."""
     sizes = stored_shapes(config)
-    norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
-    if config.post_norms:
-        norms |= dict.fromkeys(("pre_feedforward_layernorm", "post_feedforward_layernorm"), config.hidden_size)
-    if config.qk_norm:
-        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config.head_dim)
-    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in norms.items()}
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,) for name, size in layer_norms(config).values()}
     for module, parent in stored_parents(config).items():
         layer[f"{parent}.{module}.weight"] = sizes[module][::-1]  # [out, in]
         if module in PARENT and has_bias(config, module):

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ModelError
 from .config import ModelConfig
-from .shapes import EMBEDDING, JOINED, LM_HEAD, has_bias, head_rows, is_of_images, rows_of, tensor_shapes
+from .shapes import EMBEDDING, JOINED, LM_HEAD, has_bias, head_rows, is_of_images, layer_norms, rows_of, tensor_shapes
 from .stored_rows import MAX_NAMED, STORED, StoredTensor, stored_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,17 +99,11 @@ class StoredWeights:
 
     def layer_norms(self, idx: int) -> dict[str, torch.Tensor]:
         """The norms of a layer, by their names in `Layer`."""
-        config, base = self._config, f"model.layers.{idx}"
-        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
-        names = {"input_norm": "input_layernorm", "mlp_norm": before_mlp}
-        if config.qk_norm:
-            names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-        if config.post_norms:
-            names |= {
-                "post_attention_norm": "post_attention_layernorm",
-                "post_mlp_norm": "post_feedforward_layernorm",
-            }
-        return {name: self.norm(f"{base}.{hub_name}") for name, hub_name in names.items()}
+        names = layer_norms(self._config)
+        return {name: self.norm(f"model.layers.{idx}.{hub_name}") for name, (hub_name, _) in names.items()}
+
+    def final_norm(self) -> torch.Tensor:
+        return self.norm("model.norm") / self._config.logits_divisor
 
     def embed(self) -> torch.Tensor:
         return self.weight(EMBEDDING)

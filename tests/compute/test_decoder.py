@@ -37,6 +37,10 @@ GEMMA = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
 }
+OLMO3 = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+    "full_attention": {**YARN, "rope_theta": 5e5, "attention_factor": 1.2},
+}
 FAMILIES = {
     "llama": ("llama", {}),
     "llama, untied": ("llama", {"tie_word_embeddings": False}),
@@ -59,6 +63,15 @@ FAMILIES = {
     "phi3": ("phi3", {}),
     "phi3, sliding": ("phi3", SLIDING),
     "phi3, longrope of a part": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "granite": ("granite", {}),
+    "granite, untied, other multipliers": (
+        "granite",
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+        | {"embedding_multiplier": 0.3, "residual_multiplier": 1.7, "logits_scaling": 0.125},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2, heads of a panel": ("olmo2", {"head_dim": 64, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {"rope_parameters": OLMO3}),
     "gemma3": ("gemma3", {}),
     "gemma3, softcap": ("gemma3", {"final_logit_softcapping": 5.0}),
     "gemma3 that sees": ("gemma3 that sees", {"rope_parameters": GEMMA}),

@@ -20,7 +20,7 @@ from specserve.model.shapes import tensor_shapes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3"]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "olmo3", "gemma3"]
 
 
 @pytest.fixture
@@ -195,6 +195,7 @@ def test_a_bad_index_is_refused(model_dir, index, message):
         ({"hidden_size": "absent"}, ["config.json has no 'hidden_size'"]),
         ({"hidden_size": "64"}, ["hidden_size='64' must be a whole number"]),
         ({"max_position_embeddings": 0}, ["max_position_embeddings=0 must be", "at least 1"]),
+        ({"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0}, ["residual_multiplier=0 must be"]),
         ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps='1e-5' must be a number"]),
         ({"num_key_value_heads": 3}, ["4 heads a multiple of 3 KV heads"]),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["dynamic", "llama3"]),
@@ -235,6 +236,7 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     path = make_tiny_model(tmp_path, architecture)
     absent = ["sliding_window", "query_pre_attn_scalar", "rms_norm_eps", "layer_types", "rope_parameters", "head_dim"]
     absent += ["max_window_layers", "use_sliding_window", "tie_word_embeddings", "attention_bias", "no_rope_layers"]
+    absent += ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
     if architecture == "gemma3":  # those that see say next to nothing of their language model
         absent += ["vocab_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
     edit_config(path, **dict.fromkeys(absent, "absent"))
@@ -247,6 +249,8 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     assert sizes == tuple(getattr(theirs, name) for name in names)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    multipliers = (ours.embed_scale, ours.logits_divisor, ours.attention_scale)
+    assert architecture != "granite" or multipliers == (1.0, 1.0, theirs.attention_multiplier)
     turned = getattr(theirs, "no_rope_layers", [1] * len(kinds))
     assert [key != NO_ROPE for key in ours.rope_keys] == [bool(is_turned) for is_turned in turned]
     rope = theirs.rope_parameters

@@ -24,6 +24,7 @@ MODELS = {
     "the widest heads": ("gemma3", {"head_dim": 256}),
     "windows within splits": ("gemma3", {"head_dim": 64, "sliding_window": 40, "num_key_value_heads": 1}),
     "heads of a panel": ("llama", {"head_dim": 64}),
+    "all heads normed as one, no norms before": ("olmo3", {"head_dim": 64, "sliding_window": SPLIT + 21}),
 }
 
 

@@ -92,7 +92,7 @@ def test_all_kinds_in_one_batch_equal_peft(loaded, model_dir, adapter_dirs):
     assert engine.stats().finished["pooled"] >= len(asked)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "mistral"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "granite", "gemma3", "mistral"])
 def test_the_base_of_other_architectures_embeds_as_transformers_has_it(architecture, tmp_path):
     model_dir = make_tiny_model(tmp_path, architecture)
     engine = make_engine(model_dir)

@@ -120,7 +120,11 @@ def test_mixed_adapters_equal_the_torch_path(pair, adapter_dirs, mode):
     [
         "qwen3",
         "gemma3",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "mistral", "smollm3", "phi3")),
+        "olmo3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen2", "mistral", "smollm3", "phi3", "granite", "olmo2")
+        ),
     ],
 )
 def test_other_architectures_equal_the_torch_path(architecture, tmp_path):

@@ -99,15 +99,16 @@ ATTENTION = (
 def compile_elementwise(dtype: str) -> None:
     pointer = f"*{dtype}"
     for residual in {pointer, "*fp32"} if IS_ALL else {pointer}:
-        for has_post in (False, True):
+        for has_weight, has_post in ((True, False), (True, True), (False, True)):
             pointers = {"out": pointer, "residual": residual, "h": pointer, "weight": "*fp32", "post_weight": "*fp32"}
-            flags = {"HAS_H": True, "HAS_POST": has_post}
+            flags = {"HAS_H": True, "HAS_WEIGHT": has_weight, "HAS_POST": has_post}
             for block, warps, num_blocks in NORM_BLOCKS if IS_ALL else NORM_BLOCKS[1:2]:
                 sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks, "IS_DEPENDENT": True}
                 figures = compile_kernel(
                     add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps
                 )
-                report(f"add_rms_norm {dtype} {residual} {'post' if has_post else ''} {block} x {num_blocks}", figures)
+                norms = " ".join(name for name, has in (("norm", has_weight), ("post", has_post)) if has)
+                report(f"add_rms_norm {dtype} {residual} {norms} {block} x {num_blocks}", figures)
                 assert figures["load_bytes"] == 16
     names = ("qkv", "k_cache", "v_cache")
     pointers = dict.fromkeys(names, pointer) | dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")

@@ -122,6 +122,7 @@ def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
         ("qwen2", GROUPS),  # biases
         ("smollm3", GROUPS),  # layers without positions
         ("qwen3", {"o", "gate_up", "down"}),  # norms of heads
+        ("olmo2", {"gate_up"}),  # norms of all heads as one and of outputs, none of inputs
         ("gemma3", {"gate_up"}),  # these, and norms of outputs; windows, two embeddings of positions
     ],
 )

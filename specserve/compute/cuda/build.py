@@ -48,7 +48,7 @@ def build(config: ModelConfig, weights: Weights, exact: Exact, quantization: Qua
     lm_head = Linear(weights.lm_head(embed))
     layers = fused_layers(config, weights)
     logger.info("Triton kernels on %s: weights and arithmetic are %s", weights.device, weights.dtype)
-    decoder = TritonDecoder(config, embed, layers, weights.norm("model.norm"), lm_head, activations, weights.dtype)
+    decoder = TritonDecoder(config, embed, layers, weights.final_norm(), lm_head, activations, weights.dtype)
     decoder.is_exact = keep_one_order(exact, layers, lm_head)
     if decoder.is_exact:
         decoder.fused = fused_groups(config, layers, activations, weights.device)
@@ -64,7 +64,7 @@ def _build_scaled(config: ModelConfig, weights: Weights, exact: Exact, quantizat
     lm_head = make_linear(weights.lm_head(embed), None)  # first: nothing larger lies beside the 8 bits in 16
     layers = fused_layers(config, weights, make_linear=make_linear)
     logger.info("Triton kernels on %s: weights are %s, activations %s", weights.device, quantization, weights.dtype)
-    norm = weights.norm("model.norm")
+    norm = weights.final_norm()
     decoder = TritonDecoder(config, embed, layers, norm, lm_head, weights.dtype, weights.dtype)
     decoder.weight_dtype_name = quantization
     if weights.device.type == "cuda":

@@ -104,7 +104,7 @@ class TritonDecoder(DecoderWeights):
         self,
         residual: torch.Tensor,
         h: torch.Tensor | None,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         post_weight: torch.Tensor | None,
         is_fused: bool,
         out: torch.Tensor | None = None,
@@ -114,7 +114,7 @@ class TritonDecoder(DecoderWeights):
         Where that linear `is_fused` it norms the rows itself, if nothing else has to be done here.
         """
         eps = self.config.rms_norm_eps
-        if is_fused and h is None and can_norm(*residual.shape):
+        if is_fused and h is None and weight is not None and can_norm(*residual.shape):
             return Normed(residual, weight, eps)
         if h is None and out is None:
             out = torch.empty_like(residual, dtype=self.compute_dtype)
@@ -141,6 +141,12 @@ class TritonDecoder(DecoderWeights):
         else:
             assert isinstance(x, torch.Tensor)
             qkv = self._linear(idx, "qkv", layer.qkv, x, rows.lora)  # [T, (Hq + 2 Hkv) * D]
+            q_norm, k_norm = layer.q_norm, layer.k_norm
+            if config.qk_norm_whole and q_norm is not None and k_norm is not None:
+                q, k, _ = qkv.split([num_q * head_dim, num_kv * head_dim, num_kv * head_dim], dim=1)
+                add_rms_norm_(q, None, q_norm, config.rms_norm_eps, out=q)
+                add_rms_norm_(k, None, k_norm, config.rms_norm_eps, out=k)
+                q_norm = k_norm = None
             rope_store_(
                 qkv,
                 cos,
@@ -150,8 +156,8 @@ class TritonDecoder(DecoderWeights):
                 v_cache,
                 num_q,
                 num_kv,
-                layer.q_norm,
-                layer.k_norm,
+                q_norm,
+                k_norm,
                 config.rms_norm_eps,
             )
             q = qkv.view(-1, num_q + 2 * num_kv, head_dim)[:, :num_q]

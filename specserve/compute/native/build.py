@@ -33,7 +33,7 @@ def build(
     # The largest comes before there is anything else in memory.
     lm_head = pack(weights.lm_head(embed), None, head_form, memory)
     layers = [_pack_layer(weights, idx, form, memory) for idx in range(config.num_layers)]
-    norm = weights.norm("model.norm")
+    norm = weights.final_norm()
     decoder = NativeDecoder(library, num_threads, config, embed, layers, norm, lm_head, weights.dtype)
     inputs = str(decoder.compute_dtype).removeprefix("torch.")
     if quantization != "none":

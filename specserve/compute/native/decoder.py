@@ -90,7 +90,7 @@ class NativeDecoder:
             self.weight_dtype_name = form
         self.costs_key = f"{library.name}, {num_threads} threads, {form}"
         self.phase_seconds = (ctypes.c_double * len(PHASES))()
-        self._embed_scale = float(torch.tensor(config.embed_scale, dtype=weight_dtype))  # as transformers rounds it
+        self._embed_scale = config.embed_scale_of(weight_dtype)
         self._kinds = list(config.ropes)
         self._frequencies = [inverse_frequencies(rope) for rope in config.ropes.values()]  # [D / 2] each
         self._norm, self._layers, self._lm_head = norm, layers, lm_head
@@ -113,6 +113,7 @@ class NativeDecoder:
             embed=embed.data_ptr(),
             embed_scale=self._embed_scale,
             embed_is_bf16=int(embed.dtype == torch.bfloat16),
+            norms_whole_qk=int(config.qk_norm_whole),
         )
         for idx, (frequencies, rope) in enumerate(zip(self._frequencies, config.ropes.values(), strict=True)):
             self._model.frequencies[idx] = frequencies.data_ptr()

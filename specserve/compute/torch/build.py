@@ -29,12 +29,13 @@ def build(config: ModelConfig, weights: Weights) -> Decoder:
         logger.info("weights and arithmetic are %s", weights.dtype)
 
     def norm(value: torch.Tensor) -> torch.Tensor:
-        # 1 + weight is not representable in 16 bits, so Gemma's norms stay float32, as in transformers.
-        return value if config.norm_offset else value.to(activations)
+        # 1 + weight is not representable in 16 bits, so Gemma's norms stay float32, as in transformers; nor is all that
+        # Granite's final norm is divided by.
+        return value if config.norm_offset or config.logits_divisor != 1 else value.to(activations)
 
     embed = weights.embed()
     lm_head = Linear(weights.lm_head(embed))
-    norms, layers = norm(weights.norm("model.norm")), fused_layers(config, weights, norm)
+    norms, layers = norm(weights.final_norm()), fused_layers(config, weights, norm)
     return Decoder(config, embed, layers, norms, lm_head, activations, weights.dtype)
 
 

@@ -1,8 +1,7 @@
 """The forward pass of every supported architecture, over one ragged batch.
 
-Llama, SmolLM3, Mistral, Qwen2, Qwen3, Phi 3 and Gemma 3 differ by `ModelConfig` only. Owns weights and arithmetic;
-knows nothing of requests, of which adapters there are, or of where KV blocks come from. q, k, v are one linear, gate
-and up another.
+Architectures differ by `ModelConfig` only. Owns weights and arithmetic; knows nothing of requests, of which adapters
+there are, or of where KV blocks come from. q, k, v are one linear, gate and up another.
 Inference only: plain tensors, no modules, no autograd.
 """
 
@@ -54,7 +53,7 @@ class Decoder(DecoderWeights):
         plans = {window: self._plan(batch, window) for window in set(config.windows)}
         ropes = {kind: rope.cos_sin(batch.positions, self.compute_dtype) for kind, rope in self._ropes.items()}
         for idx, layer in enumerate(self.layers):
-            h = self._rms_norm(x, layer.input_norm)
+            h = x if layer.input_norm is None else self._rms_norm(x, layer.input_norm)
             qkv = layer.qkv(h)
             if lora is not None:
                 lora.add_(idx, "qkv", h, qkv)
@@ -66,7 +65,7 @@ class Decoder(DecoderWeights):
             if layer.post_attention_norm is not None:
                 h = self._rms_norm(h, layer.post_attention_norm)
             x += h
-            h = self._rms_norm(x, layer.mlp_norm)
+            h = x if layer.mlp_norm is None else self._rms_norm(x, layer.mlp_norm)
             gate_up = layer.gate_up(h)
             if lora is not None:
                 lora.add_(idx, "gate_up", h, gate_up)
@@ -109,7 +108,10 @@ class Decoder(DecoderWeights):
         qk = heads[:, : num_q + num_kv]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk[:, :num_q], qk[:, num_q:]
+            if config.qk_norm_whole:
+                q, k = q.flatten(1), k.flatten(1)
             qk = torch.cat([self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)], dim=1)
+            qk = qk.view(-1, num_q + num_kv, config.head_dim)
         qk = rotate(qk, cos, sin)
         store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slot_mapping)
         return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, config.attention_scale)
