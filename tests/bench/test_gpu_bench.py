@@ -50,9 +50,12 @@ def test_a_part_that_takes_too_long_ends_with_all_that_it_started(parts, monkeyp
     child = f"import time\nwhile True: open({str(alive)!r}, 'w').write(str(time.time())); time.sleep(0.05)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     (parts / "part_parent.py").write_text(code)
-    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("parent", ("part_parent",), 3),))
-    result = CliRunner().invoke(gpu.main, ["--out", str(parts / "out")])
-    assert '"parent": "timeout"' in result.output and alive.exists()
+    for limit_s in (2, 60):  # two processes start meanwhile, which takes long on a busy machine
+        monkeypatch.setattr(gpu, "PARTS", (gpu.Part("parent", ("part_parent",), limit_s),))
+        result = CliRunner().invoke(gpu.main, ["--out", str(parts / "out")])
+        assert '"parent": "timeout"' in result.output
+        if alive.exists():
+            break
     before = alive.read_text()
     time.sleep(0.3)
     assert alive.read_text() == before

@@ -264,15 +264,14 @@ def test_exit_code_1_when_nothing_succeeded(capsys, bad_server, tmp_path):
 def test_a_server_that_went_away_is_a_connection_error(capsys, bad_server, tmp_path, monkeypatch):
     from specserve.loadgen import client
 
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-
     async def listed(session, target):
         return [client.Model("good")]
 
     monkeypatch.setattr(client, "list_models", listed)
-    code, levels, _ = bench(capsys, f"http://127.0.0.1:{port}", tmp_path, "--concurrency", 1, "--num-requests", 2)
+    with socket.socket() as unheard:  # held, so that nobody else gets the port, but not listened to
+        unheard.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        code, levels, _ = bench(capsys, url, tmp_path, "--concurrency", 1, "--num-requests", 2)
     assert code == 1 and levels[0]["errors"] == {"connection": 2}
 
 

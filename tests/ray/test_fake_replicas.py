@@ -60,8 +60,12 @@ async def pooled(engine, request):
     return float.fromhex(answer.values.decode())
 
 
-async def generated(engine, request):
-    return [token async for delta in engine.generate(request) for token in delta.token_ids]
+async def generated(engine, request, said=None):
+    """Its tokens, which `said` has as they come."""
+    said = [] if said is None else said
+    async for delta in engine.generate(request):
+        said += delta.token_ids
+    return said
 
 
 @pytest.mark.parametrize("has_adapter", [False, True])
@@ -98,10 +102,11 @@ async def test_a_replica_that_nothing_is_heard_of_loses_its_streams_and_is_found
     await until(lambda: len(engine.replicas()) == 2)
     for host in hosts.values():
         host.holds = True
-    asked = [asyncio.ensure_future(generated(engine, row(number))) for number in range(4)]
+    said = [[] for _ in range(4)]
+    asked = [asyncio.ensure_future(generated(engine, row(number), said[number])) for number in range(4)]
     await until(lambda: all(len(host.running) == 2 for host in hosts.values()))
     hosts["west"].say_a_token()
-    await asyncio.sleep(0.1)
+    await until(lambda: sum(map(len, said)) == 2)
     hosts["west"].is_cut = True
     hosts["east"].let_go()
     done, _ = await asyncio.wait(asked)

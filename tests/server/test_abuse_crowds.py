@@ -154,7 +154,8 @@ def check_crowd(server, num: int, text: str) -> None:
             answer.begin()
         bodies = [answer.read() for answer in answers]
     statuses = [answer.status for answer in answers]
-    assert set(statuses) == {200, 429} and statuses.count(200) >= 4 + 16, Counter(statuses)
+    # At least as many as may wait: an engine that has no core meanwhile gives nobody a seat until all have come.
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 16, Counter(statuses)
     for answer, body in zip(answers, bodies, strict=True):
         if answer.status == 200:
             assert json.loads(body)["choices"][0]["text"] == text

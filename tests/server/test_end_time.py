@@ -22,10 +22,10 @@ def soon(s: float) -> float:
 
 
 async def test_waits_that_end_in_time_and_the_pauses_between_them_are_not_cut():
-    with EndTime(soon(0.05)) as end:
+    with EndTime(soon(0.5)) as end:
         source = items(0, 0.001, 0, 60)
         assert [await end.next_of(source) for _ in range(2)] == [0, 1]
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.51)
         assert end.has_come and await end.next_of(source) == 2  # it was there
         with pytest.raises(TimeoutError):
             await end.next_of(source)

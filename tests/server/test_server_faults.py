@@ -88,6 +88,7 @@ def test_the_server_process_holds_no_torch(server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_disconnects_frees_its_blocks(server, golden, stream):
     body = {**LONG, "n": 8, "temperature": 1, "stream": stream}
+    before = server.metrics()["engine_generated_tokens"]
     if stream:
         reply = server.post("/v1/completions", body, stream=True)
         lines = reply.iter_lines()
@@ -97,9 +98,9 @@ def test_client_that_disconnects_frees_its_blocks(server, golden, stream):
     else:
         with pytest.raises(requests.exceptions.ReadTimeout):
             requests.post(server.url + "/v1/completions", json=body, timeout=(60, 0.3))
-    before = server.metrics()["engine_generated_tokens"]
     wait_until(lambda: running(server) == 0)
-    assert server.metrics()["engine_generated_tokens"] - before < 1000, "it ran to its end instead of being aborted"
+    made = server.metrics()["engine_generated_tokens"] - before
+    assert made < 8 * LONG["max_tokens"], "it ran to its end instead of being aborted"
 
 
 def test_overload_is_answered_with_429_and_retry_after_and_the_admitted_finish(server, golden):

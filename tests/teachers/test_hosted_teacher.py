@@ -97,8 +97,8 @@ async def test_another_program_that_hangs_is_waited_for_as_long_as_for_an_answer
     async with open_teacher(spec) as teacher:
         assert other.take(ASKS[0].digest(teacher.backend.identity))
     start = time.monotonic()
-    results, usage = await endpoint.results(ASKS, timeout_s=0.4)
-    assert len(results) == 12 and usage.requests == 12 and time.monotonic() - start > 0.3
+    results, usage = await endpoint.results(ASKS, timeout_s=1.0)
+    assert len(results) == 12 and usage.requests == 12 and time.monotonic() - start > 0.9
     other.close()
 
 
@@ -184,7 +184,7 @@ async def test_a_slow_answer_is_given_up_and_asked_for_again(endpoint):
         return echo(body)
 
     endpoint.fake.respond = slow
-    results, usage = await endpoint.results(ASKS[:1], timeout_s=0.1)
+    results, usage = await endpoint.results(ASKS[:1], timeout_s=1.0)  # in which the second answer comes
     assert texts(results) == [["answer to question 0"]] and usage.retries == 1
 
 
@@ -375,7 +375,7 @@ async def test_what_brings_no_answer_and_may_be_charged_counts_as_spent(endpoint
         return bad if number == 0 else echo(body)
 
     endpoint.fake.respond, budget = respond, Budget(100.0)
-    timeout_s = 0.5 if isinstance(bad, float) else 10
+    timeout_s = 1.0 if isinstance(bad, float) else 10
     results, usage = await endpoint.results(ASKS[:1], price=PER_TOKEN, budget=budget, timeout_s=timeout_s)
     assert texts(results) == [["answer to question 0"]]
     assert usage.cost == budget.spent == 4 + cost and (usage.lost, usage.lost_cost) == (cost > 0, cost)

@@ -268,7 +268,7 @@ async def test_deadlines_reach_the_engine_and_end_the_request(client):
     (request,) = client.engine.asked
     assert before + 59 < request.deadline < time.monotonic() + 61 and request.priority == 3
     client.engine.gate.clear()
-    body = {"input": ["A", "B"], "deadline_ms": 50}
+    body = {"input": ["A", "B"], "deadline_ms": 500}  # both have been asked for by then
     await client.refused(EMBEDDINGS, body, 504, "deadline_ms", code="deadline_exceeded")
     await until(lambda: len(client.engine.aborted) == 2)
 

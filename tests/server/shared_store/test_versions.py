@@ -58,13 +58,13 @@ async def read(versions, version):
 
 async def test_two_processes_that_want_a_version_at_once_bring_it_once(versions, pushed, monkeypatch):
     """From a slow store, which sends for longer than anybody waits for one that sends nothing."""
-    monkeypatch.setattr(folders_module, "STILL_S", 0.3)
+    monkeypatch.setattr(folders_module, "STILL_S", 1.0)  # far more than its pauses, also on a busy machine
     began = []
 
     def slowly(fetch):
         def slow(version, target, max_bytes):
             began.append(version)
-            for num in range(8):
+            for num in range(12):
                 (target / "part").write_bytes(b"x" * num)
                 time.sleep(0.1)
             (target / "part").unlink()
