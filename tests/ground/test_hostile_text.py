@@ -17,7 +17,7 @@ from specserve.server.http_body import convert
 from specserve.server.openai.request_types import ChatRequest
 from specserve.strict_json import MAX_NESTING, decode_json
 
-LIMIT_S = 0.5  # of CPU for a megabyte, with the interpreter lock held; a quadratic reader takes minutes
+LIMIT_S = 2.0  # of CPU for a megabyte, which takes 0.1 s at most on a fast core; a quadratic reader takes minutes
 LEN = 2**20
 OPEN = b"[" * (MAX_NESTING + 1)  # so many that the depth is counted
 PIECES = [
