@@ -176,10 +176,11 @@ def old_form(path) -> None:
     config = json.loads(file.read_text())
     params = config.pop("rope_parameters")
     if "sliding_attention" in params:
-        config["rope_local_base_freq"] = params["sliding_attention"]["rope_theta"]
+        if config["model_type"] != "olmo3":
+            config["rope_local_base_freq"] = params["sliding_attention"]["rope_theta"]
+            config["sliding_window_pattern"] = 2
+            config.pop("layer_types")
         params = params["full_attention"]
-        config["sliding_window_pattern"] = 2
-        config.pop("layer_types")
     config["rope_theta"] = params.pop("rope_theta")
     config["rope_scaling"] = params if params["rope_type"] != "default" else None
     config.pop("head_dim", None) if config["model_type"] != "gemma3_text" else None
@@ -187,7 +188,10 @@ def old_form(path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", [("llama", {"rope_parameters": LLAMA3}), ("llama", {}), ("gemma3", {}), ("qwen2", {})], ids=str
+    "family",
+    [("llama", {"rope_parameters": LLAMA3}), ("llama", {}), ("gemma3", {}), ("qwen2", {})]
+    + [("olmo3", {"rope_parameters": OLMO3})],
+    ids=str,
 )
 def test_the_older_form_of_config_json_means_the_same(tmp_path, family):
     architecture, overrides = family
