@@ -15,7 +15,7 @@ import torch
 from ..adapter_kinds import AdapterType
 from ..errors import AdapterError
 from ..model.config import ModelConfig
-from ..model.shapes import IMAGE_PARTS, JOINED, head_rows, rows_of, stored_parents, stored_shapes
+from ..model.shapes import JOINED, head_rows, is_of_images, rows_of, stored_parents, stored_shapes
 from .config_json import shown
 from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora
 from .peft_matching import DEFAULT_TARGETS
@@ -37,8 +37,7 @@ _CAUSAL, _SEES, _BARE = "model.", ("model.language_model.", "language_model.mode
 _INNER = r"(?:(?:model|language_model)\.)*"
 _COPY_NAME = re.compile(re.escape(_PREFIX) + rf"(?P<module>{_INNER}(?:embed_tokens|lm_head))\.(?:base_layer\.)?weight")
 _LAYER_NAME = re.compile(re.escape(_PREFIX) + _INNER + r"layers\.(?P<layer>[0-9]{1,9})\..*\.lora_[AB]\.weight")
-# A LoRA of the part that sees images, which no text goes through.
-_OF_IMAGES = re.compile(re.escape(_PREFIX) + rf"(?:model\.)?(?:{'|'.join(IMAGE_PARTS)})\..*\.lora_[AB]\.weight")
+_LORA_NAME = re.compile(re.escape(_PREFIX) + r"(?P<module>.*)\.lora_[AB]\.weight")
 
 Sides = dict[str, StoredTensor]  # "A", "B"
 
@@ -142,7 +141,7 @@ def _sort(
             base.copies.check(name, key, copied[match["module"]], file.tensor(tensor))
         elif key == SCORE and has_score:
             continue  # `pooling.py` reads it
-        elif _OF_IMAGES.fullmatch(key):
+        elif (match := _LORA_NAME.fullmatch(key)) and is_of_images(match["module"]):
             num_of_images += 1
         elif (layer := _LAYER_NAME.fullmatch(key)) and int(layer["layer"]) >= base.config.num_layers:
             raise AdapterError(f"adapter {name!r}: {key!r} is beyond the model's {base.config.num_layers} layers")
