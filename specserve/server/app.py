@@ -26,6 +26,7 @@ from .activity_log import summarize
 from .adapter_routes import AdapterRoutes
 from .adapter_store import AdapterStore
 from .batches.api import BatchRoutes
+from .batches.service import BatchService
 from .connections import Connections, bind, raise_handle_limit
 from .engine_client.serving_engine import ServingEngine
 from .generation.generator import Generator
@@ -91,7 +92,7 @@ class Server:
         self.middlewares = Middlewares(
             config, self.keys, self.metrics, lambda: self.engine.wait_estimate_s, self.page.key_page
         )
-        self.batches = BatchRoutes(config, self.engine, self.keys, lambda: self.middlewares.num_in_flight)
+        self.batches = BatchService(config, self.engine, self.keys, lambda: self.middlewares.num_in_flight)
         self._leaderboard = leaderboard or no_leaderboard
         self._openapi_body = msgspec.json.encode(openapi_document())
 
@@ -127,9 +128,9 @@ class Server:
         adapters = AdapterRoutes(self.store, self.fetcher, self.engine, self.config.read_timeout_s)
         openai, responses = OpenAIRoutes(generator), ResponsesRoutes(generator)
         pooler = Pooler(generator)
-        tei = TeiRoutes(pooler)
+        tei, batches = TeiRoutes(pooler), BatchRoutes(self.config, self.batches)
         pooling = PoolingRoutes(pooler, tei)
-        others = (openai, responses, LoraxRoutes(generator), pooling, tei, adapters, self.stats, self.batches)
+        others = (openai, responses, LoraxRoutes(generator), pooling, tei, adapters, self.stats, batches)
         add_routes(app, own | {name: handler for routes in others for name, handler in routes.handlers().items()})
         return app
 

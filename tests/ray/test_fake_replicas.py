@@ -16,7 +16,7 @@ from specserve.ray.merged import merged_stats
 from specserve.ray.own_folder import OwnFolder
 from specserve.ray.replicated_engine import ReplicatedEngine
 from specserve.server.access.keys import KeyRing
-from specserve.server.batches.api import BatchRoutes
+from specserve.server.batches.service import BatchService
 from specserve.stats_messages import EngineStats
 
 
@@ -78,7 +78,7 @@ async def test_texts_that_are_pooled_spread_over_replicas_and_each_gets_its_own_
 
 
 async def test_rows_of_a_batch_have_the_seats_of_all_replicas_and_spread_over_them(engine, hosts, config):
-    batches = BatchRoutes(config, engine, KeyRing(config), lambda: 0)
+    batches = BatchService(config, engine, KeyRing(config), lambda: 0)
     assert batches._num_places() == 2 * INFO.max_num_seqs
     rows = await asyncio.gather(*(generated(engine, row(number)) for number in range(100)))
     assert rows == [[number] for number in range(100)]

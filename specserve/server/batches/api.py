@@ -9,9 +9,7 @@ import asyncio
 import functools
 import re
 import uuid
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,14 +18,10 @@ from aiohttp import hdrs, web
 from ...config import ServeConfig
 from ...errors import UserError
 from ..access.caller import caller_of
-from ..access.keys import KeyRing
-from ..engine_client.serving_engine import ServingEngine
 from ..http_body import convert, json_response, read_body
-from ..route import Answer, Handler
-from .disk import BatchDir
-from .places import Places
-from .retention import KEEP_S, KeepLimits
-from .row_runner import RowRunner
+from ..route import Handler
+from .retention import KEEP_S
+from .service import BatchService
 from .store import BatchStore
 from .types import (
     MAX_BATCHES,
@@ -47,63 +41,15 @@ from .types import (
 from .upload import CHUNK_BYTES, UploadReader
 from .worker import BatchWorker
 
-BESIDE_SHARE = 4  # one in so many of the engine's seats is for rows while there are other requests
 _WINDOW = re.compile(r"([1-9]\d{0,4})([mhd])")
 _UNIT_S = {"m": 60, "h": 3600, "d": 86400}
 
 
 class BatchRoutes:
-    """Of one server. Raises `UserError` where --batch-dir cannot be used.
+    """Of one server, over its store and worker."""
 
-    `num_others` says how many requests that somebody waits for are in the server.
-    """
-
-    def __init__(self, config: ServeConfig, engine: ServingEngine, keys: KeyRing, num_others: Callable[[], int]):
-        self._config, self._engine, self._keys, self._num_others = config, engine, keys, num_others
-        self._store: BatchStore | None = None
-        self._worker: BatchWorker | None = None
-        if config.batch_dir is not None:
-            disk_bytes = int(config.batch_disk_gib * 2**30)
-            if config.batch_key_gib is not None:
-                key_bytes = int(config.batch_key_gib * 2**30)
-            else:
-                key_bytes = disk_bytes // (2 if config.api_keys_file is not None else 1)
-            kept_bytes = int(config.batch_keep_gib * 2**30) if config.batch_keep_gib is not None else None
-            folder = BatchDir(Path(config.batch_dir).expanduser(), disk_bytes, key_bytes)
-            self._store = BatchStore(folder, limits=KeepLimits(config.batch_key_files, kept_bytes))
-
-    async def start(self, answers: Mapping[str, Answer]) -> None:
-        """Go on with what has not ended; rows are answered by `answers`, by URL."""
-        if self._store is None:
-            return
-        runner = RowRunner(self._engine, answers, self._keys.named, Places(self._num_places))
-        self._worker = BatchWorker(
-            self._store,
-            runner,
-            max_rows=self._config.batch_max_rows,
-            max_row_bytes=int(self._config.max_body_mib * 2**20),
-            max_at_once=self._num_seats,
-        )
-        await self._worker.start()
-
-    async def stop(self) -> None:
-        """No row runs any more."""
-        if self._worker is not None:
-            await self._worker.stop()
-
-    async def close(self) -> None:
-        if self._worker is not None:
-            await self._worker.close()
-        elif self._store is not None:
-            self._store.close()
-        self._store = self._worker = None
-
-    def _num_seats(self) -> int:
-        info = self._engine.known_info
-        return info.max_num_seqs if info is not None else 1
-
-    def _num_places(self) -> int:
-        return max(1, self._num_seats() // (BESIDE_SHARE if self._num_others() else 1))
+    def __init__(self, config: ServeConfig, service: BatchService):
+        self._config, self._open = config, service.open
 
     def handlers(self) -> dict[str, Handler]:
         """Handlers by the names that the route table gives them."""
@@ -118,15 +64,6 @@ class BatchRoutes:
             "batch": self.batch,
             "cancel_batch": self.cancel,
         }
-
-    def _open(self) -> tuple[BatchStore, BatchWorker]:
-        if self._store is None or self._worker is None:
-            raise UserError(
-                "this server keeps no files and runs no batches; start it with --batch-dir FOLDER",
-                status=404,
-                code="unsupported",
-            )
-        return self._store, self._worker
 
     # -- files
 
@@ -166,10 +103,9 @@ class BatchRoutes:
         found = await self._file(request)
         response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "application/jsonl; charset=utf-8"})
         response.content_length = found.bytes
-        try:
-            opened = await asyncio.to_thread(store.folder.file(found.id).open, "rb")
-        except FileNotFoundError:  # it was deleted meanwhile
-            raise _unknown("file", found.id) from None
+        opened = await asyncio.to_thread(store.folder.open, found.id)
+        if opened is None:  # it was deleted meanwhile
+            raise _unknown("file", found.id)
         with opened as file:
             await response.prepare(request)
             while request.method != "HEAD" and (data := await asyncio.to_thread(file.read, CHUNK_BYTES)):

@@ -1,15 +1,19 @@
 """The SQLite database of files, batches and answers: its tables, its transactions, and pages of a list.
 
 Knows no rule of what may be in them. In WAL mode a transaction outlives the process; a loss of power may take the last
-ones. Every query that a request or a row makes finds its rows by an index, as tables grow with all owners' work.
+ones. Every query that a request or a row makes finds its rows by an index, as tables grow with all owners' work. SQLite
+goes on with a file that was removed or moved, where nobody would find it again; here that is an error.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .room import DirAwayError
 
 _SCHEMA = """
 PRAGMA auto_vacuum = INCREMENTAL;
@@ -38,21 +42,43 @@ CREATE INDEX IF NOT EXISTS ended_batches_of ON batches (owner, forgotten_at) WHE
 
 
 class Database:
-    """At `path`, made if it is not there. Raises `sqlite3.Error`. For one thread at a time, but for `reader`."""
+    """At `path`, made if it is not there. Raises `sqlite3.Error`, and `DirAwayError` while its file is not there any
+    more or is another one. For one thread at a time, but for `reader` and `is_replaced`."""
 
     def __init__(self, path: Path):
         self._path = path
         self.connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             self.connection.executescript(_SCHEMA)
-        except sqlite3.Error:
+            self._file = os.stat(path)
+        except (sqlite3.Error, OSError):
             self.connection.close()
             raise
 
     def close(self) -> None:
         self.connection.close()
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another file is in its place."""
+        found = self._found()
+        return found is not None and not os.path.samestat(found, self._file)
+
+    def _found(self) -> os.stat_result | None:
+        with suppress(OSError):
+            return os.stat(self._path)
+        return None
+
+    def _check_in_place(self) -> None:
+        found = self._found()
+        if found is None or not os.path.samestat(found, self._file):
+            raise DirAwayError(
+                "the folder of --batch-dir was removed, moved or replaced while the server used it; put it back, or "
+                "restart the server to begin with another"
+            )
+
     def execute(self, query: str, values: tuple[str | int | bytes, ...] = ()) -> sqlite3.Cursor:
+        self._check_in_place()
         return self.connection.execute(query, values)
 
     @contextmanager
@@ -64,11 +90,12 @@ class Database:
             self.execute("COMMIT")
         except BaseException:
             if self.connection.in_transaction:
-                self.execute("ROLLBACK")
+                self.connection.execute("ROLLBACK")
             raise
 
     def reader(self) -> sqlite3.Connection:
         """Of what was committed, for another thread."""
+        self._check_in_place()
         return sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True)
 
     def page(

@@ -19,10 +19,11 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ...errors import UserError
 from ...file_lock import FileLock
-from .room import DiskFullError, Room
+from .room import DirAwayError, DiskFullError, Room, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -53,6 +54,16 @@ class BatchDir:
     def file(self, file_id: str) -> Path:
         return self._files / file_id
 
+    def open(self, file_id: str) -> BinaryIO | None:
+        """The content of a file; None where that alone is gone. Raises `DirAwayError`."""
+        with disk_errors():
+            try:
+                return self.file(file_id).open("rb")
+            except FileNotFoundError:
+                if not self._files.is_dir():
+                    raise
+        return None
+
     def tidy(self, known: Collection[str]) -> None:
         """Delete files of ours that nobody knows."""
         for path in (*self._incoming.iterdir(), *self._files.iterdir()):
@@ -69,25 +80,26 @@ class BatchDir:
 
 
 class Incoming:
-    """Content of a new file. What nobody has `kept` when it is closed is deleted."""
+    """Content of a new file. What nobody has `kept` when it is closed is deleted. Raises `StorageError`."""
 
     def __init__(self, folder: BatchDir, file_id: str, path: Path, owner: str | None):
         self.id, self.owner = file_id, owner
         self.num_bytes = 0
         self._folder, self._path = folder, path
-        self._file = path.open("xb")
+        with disk_errors():
+            self._file = path.open("xb")
         self._is_kept = False
 
     def write(self, data: bytes) -> None:
-        """Raises `DiskFullError`."""
+        """Raises `StorageError`."""
         self._folder.room.count(len(data), self.owner)
         self.num_bytes += len(data)
-        with no_room_as_error():
+        with disk_errors():
             self._file.write(data)
 
     def finish(self) -> None:
-        """Put it in its place, whole and on the disk. Raises `DiskFullError`."""
-        with no_room_as_error():
+        """Put it in its place, whole and on the disk. Raises `StorageError`."""
+        with disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -105,7 +117,7 @@ class Incoming:
         self._is_kept = True
 
     def close(self) -> None:
-        with suppress(DiskFullError), no_room_as_error():  # of what was not written yet
+        with suppress(StorageError), disk_errors():  # of what was not written yet
             self._file.close()
         if not self._is_kept:
             self._path.unlink(missing_ok=True)
@@ -113,15 +125,17 @@ class Incoming:
 
 
 @contextmanager
-def no_room_as_error() -> Iterator[None]:
-    """Whoever writes to a full disk within gets a `DiskFullError`."""
+def disk_errors() -> Iterator[None]:
+    """Whoever writes to a full disk within gets a `DiskFullError`, and a `DirAwayError` where files cannot be used."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         is_full = error.errno in _FULL if isinstance(error, OSError) else _code(error) == sqlite3.SQLITE_FULL
-        if not is_full:
-            raise
-        raise DiskFullError("the disk of --batch-dir is full; make room on it") from None
+        if is_full:
+            raise DiskFullError("the disk of --batch-dir is full; make room on it") from None
+        if isinstance(error, OSError):  # no path: clients read it
+            raise DirAwayError(f"the folder of --batch-dir cannot be used: {error.strerror}; try later") from None
+        raise
 
 
 def _code(error: sqlite3.OperationalError) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import msgspec
 
 from .database import Database
-from .disk import BatchDir, no_room_as_error
-from .room import DiskFullError
+from .disk import BatchDir, disk_errors
+from .room import StorageError
 from .types import Batch
 
 KEEP_S = 30 * 86400  # files, unless they say otherwise, and batches after their end
@@ -38,22 +38,22 @@ class Retention:
         self._db, self._folder, self.limits = db, folder, limits
 
     def forget_file(self, file_id: str, owner: str, num_bytes: int) -> None:
-        """Raises `DiskFullError`."""
-        with no_room_as_error():
+        """Raises `StorageError`."""
+        with disk_errors():
             self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        self._folder.delete(file_id)
+            self._folder.delete(file_id)
         self._folder.room.count(-num_bytes, owner)
 
     def forget_old(self, now: int) -> None:
         """Delete files whose time is over and that no batch reads, and batches that ended long ago. Raises
-        `DiskFullError`."""
+        `StorageError`."""
         query = (
             "SELECT id, owner, num_bytes FROM files WHERE expires_at <= ? "
             "AND NOT EXISTS (SELECT 1 FROM batches WHERE input_id = files.id AND is_open)"
         )
         for file_id, owner, num_bytes in self._db.execute(query, (now,)).fetchall():
             self.forget_file(file_id, owner, num_bytes)
-        with no_room_as_error():
+        with disk_errors():
             self._db.execute("DELETE FROM batches WHERE NOT is_open AND forgotten_at <= ?", (now,))
 
     def after_end_of(self, owner: str) -> None:
@@ -62,7 +62,7 @@ class Retention:
             "DELETE FROM batches WHERE number IN (SELECT number FROM batches WHERE owner = ? AND NOT is_open "
             "ORDER BY forgotten_at DESC, number DESC LIMIT -1 OFFSET ?)"
         )
-        with no_room_as_error():
+        with disk_errors():
             self._db.execute(query, (owner, self.limits.max_own_files))
 
     def make_room(self, now: int) -> None:
@@ -78,7 +78,7 @@ class Retention:
                     return
                 number, owner, blob = oldest
                 self._forget_batch(number, owner, msgspec.json.decode(blob, type=Batch))
-        except DiskFullError as error:  # of the database's own writing; the next one tries again
+        except StorageError as error:  # of the database's own writing; the next one tries again
             logger.error("batches that have ended stay for now: %s", error)
 
     def _forget_batch(self, number: int, owner: str, batch: Batch) -> None:
@@ -87,6 +87,6 @@ class Retention:
             query = "SELECT 1 FROM batches WHERE input_id = ? AND number != ? LIMIT 1"
             if found is not None and self._db.execute(query, (file_id or "", number)).fetchone() is None:
                 self.forget_file(file_id or "", owner, found[0])
-        with no_room_as_error():
+        with disk_errors():
             self._db.execute("DELETE FROM batches WHERE number = ?", (number,))
         logger.info("%s of %r made room for newer ones, with its files", batch.id, owner)

@@ -11,11 +11,22 @@ from collections import Counter
 from ...errors import UserError
 
 
-class DiskFullError(UserError):
+class StorageError(UserError):
+    """What is kept cannot be reached, or no more can be kept, until something is done about it."""
+
+    status = 503
+    type = "server_error"
+    code = "storage_unavailable"
+
+
+class DirAwayError(StorageError):
+    """The folder, or what should lie in it, is not in its place."""
+
+
+class DiskFullError(StorageError):
     """There is no room, of the disk or of what may be used of it."""
 
     status = 507
-    type = "server_error"
     code = "insufficient_storage"
 
 

@@ -17,12 +17,13 @@ import msgspec
 
 from ...errors import OverloadedError, UserError
 from .database import Database
-from .disk import BatchDir, Incoming, no_room_as_error
+from .disk import BatchDir, Incoming, disk_errors
 from .retention import KEEP_S, KeepLimits, Retention
-from .room import DiskFullError, QuotaError
+from .room import QuotaError, StorageError
 from .rows import BatchTooLargeError
 from .types import Batch, BatchUsage, FileObject, Purpose
 
+STATE_FILE = "state.sqlite3"
 MAX_OPEN_BATCHES = 100  # of an owner
 MAX_OUTPUTS = 2  # files that a batch leaves
 _KEPT = (
@@ -41,11 +42,11 @@ class OpenBatch(msgspec.Struct, frozen=True):
 
 
 class BatchStore:
-    """Of one folder. Raises `UserError` where that cannot be used."""
+    """Of one folder. Raises `UserError` where that cannot be used, and `DirAwayError` while it is not in its place."""
 
     def __init__(self, folder: BatchDir, clock: Callable[[], float] = time.time, limits: KeepLimits | None = None):
         self.folder, self._clock = folder, clock
-        path = folder.path / "state.sqlite3"
+        path = folder.path / STATE_FILE
         try:
             self._db = Database(path)
             known = {file_id for (file_id,) in self._db.execute("SELECT id FROM files")}
@@ -63,6 +64,11 @@ class BatchStore:
         self.folder.close()
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether another store is in its place, which is to be opened then. On any thread."""
+        return self._db.is_replaced
+
+    @property
     def now(self) -> int:
         """Seconds since 1970."""
         return int(self._clock())
@@ -72,7 +78,7 @@ class BatchStore:
     def add_file(self, owner: str, content: Incoming, filename: str, keep_s: int) -> FileObject:
         """Of content in its place, which is kept from then on. Raises `QuotaError` where the owner has too many."""
         self._check_num_files(owner, 1)
-        with no_room_as_error():
+        with disk_errors():
             file = self._insert_file(owner, content, filename, "batch", keep_s)
         self._kept(owner, content)
         self._retention.make_room(self.now)
@@ -144,7 +150,7 @@ class BatchStore:
         return True
 
     def forget_old(self) -> None:
-        """What nobody needs any more goes. Raises `DiskFullError`."""
+        """What nobody needs any more goes. Raises `StorageError`."""
         self._retention.forget_old(self.now)
         self._retention.make_room(self.now)
 
@@ -158,7 +164,7 @@ class BatchStore:
         if (num := self._num_open(owner)) >= MAX_OPEN_BATCHES:
             raise OverloadedError(f"{num} batches of this key have not ended, as many as may be; wait for one's end")
         self._check_num_files(owner, MAX_OUTPUTS)
-        with no_room_as_error():
+        with disk_errors():
             added = self._db.execute(
                 "INSERT INTO batches (id, owner, is_open, input_id, keep_output_s, forgotten_at, batch) "
                 "VALUES (?, ?, 1, ?, ?, 0, ?)",
@@ -205,7 +211,7 @@ class BatchStore:
         """Let `change` edit a batch that has not ended."""
         batch = self.current(number)
         change(batch)
-        with no_room_as_error():
+        with disk_errors():
             self._db.execute("UPDATE batches SET batch = ? WHERE number = ?", (msgspec.json.encode(batch), number))
         return batch
 
@@ -217,7 +223,7 @@ class BatchStore:
             return {line for (line,) in db.execute("SELECT line FROM answers WHERE batch = ?", (number,))}
 
     def add_answer(self, opened: OpenBatch, line: int, answer: bytes, is_failure: bool, usage: BatchUsage) -> None:
-        """A row's line of output. Raises `DiskFullError` or `BatchTooLargeError`, and then nothing has changed."""
+        """A row's line of output. Raises `StorageError` or `BatchTooLargeError`, and then nothing has changed."""
 
         def count(batch: Batch) -> None:
             batch.request_counts.failed += is_failure
@@ -231,7 +237,7 @@ class BatchStore:
         room.count(len(answer), owner)
         is_new = False
         try:
-            with no_room_as_error(), self._db.transaction():
+            with disk_errors(), self._db.transaction():
                 row = (number, line, is_failure, answer)
                 if changed := self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row).rowcount:
                     self.change(number, count)
@@ -284,7 +290,7 @@ class BatchStore:
                 setattr(batch, name, incoming.id)
 
         size = self._answer_bytes(opened.number)
-        with no_room_as_error(), self._db.transaction():
+        with disk_errors(), self._db.transaction():
             for name, incoming in outputs.items():
                 filename = f"{opened.batch.id}_{name.removesuffix('_file_id')}.jsonl"
                 self._insert_file(opened.owner, incoming, filename, "batch_output", opened.keep_output_s)
@@ -297,7 +303,7 @@ class BatchStore:
             self._kept(opened.owner, incoming)
         self.folder.room.count(-size, opened.owner)
         self._num_answer_bytes.pop(opened.number, None)
-        with suppress(sqlite3.Error, DiskFullError):  # the batch has ended; a later end does what is left
+        with suppress(sqlite3.Error, StorageError):  # the batch has ended; a later end does what is left
             self._retention.after_end_of(opened.owner)
             self._retention.make_room(self.now)
             self._db.execute("PRAGMA incremental_vacuum").fetchall()

@@ -21,12 +21,6 @@ MAX_NAME_LEN = 255
 _FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 
-class _DirError(UserError):
-    status = 503
-    type = "server_error"
-    code = "storage_unavailable"
-
-
 @dataclass(frozen=True, slots=True)
 class Upload:
     content: Incoming  # in its place
@@ -84,10 +78,7 @@ class UploadReader:
         return Upload(content, filename or "upload.jsonl", _expires_after(fields))
 
     async def _file(self, part: BodyPartReader) -> Incoming:
-        try:
-            content = await asyncio.to_thread(self._incoming)
-        except OSError as error:  # as when the disk that it lies on was taken away
-            raise _DirError(f"the folder of --batch-dir cannot be written to: {error.strerror}; try later") from None
+        content = await asyncio.to_thread(self._incoming)
         self._stack.callback(content.close)
         while data := await self._some(part):
             if content.num_bytes + len(data) > self._max_bytes:

@@ -2,7 +2,7 @@
 
 What a batch has come to is in the store; here is what is being done. A batch is validated, its rows that have no answer
 yet run, and its output is written; each step can be done again after a process that ended in it. Where the disk is full
-a step waits for room, and a row's answer with it: nothing that was computed is lost.
+or away a step waits for it, and a row's answer with it: nothing that was computed is lost.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ..to_the_end import to_the_end
 from .outputs import End, Outputs
-from .room import DiskFullError
+from .room import DirAwayError, StorageError
 from .row_runner import Outcome, RowRunner
 from .rows import BatchTooLargeError, FileCheck, InputLostError, NoMoreRowsError, Row, read_rows
 from .store import BatchStore, OpenBatch
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_RUNNING = 4  # batches of one owner
 MAX_AT_ONCE = 4096  # rows of one batch that run or wait for a place
 READ_ROWS = 64  # at a time
-RETRY_S = 5.0  # where the disk is full
+RETRY_S = 5.0  # where the disk is full or away
 TIDY_EVERY_S = 300.0
 T = TypeVar("T")
 
@@ -68,8 +68,12 @@ class BatchWorker:
 
     async def on_disk(self, work: Callable[..., T], *arguments: object) -> T:
         """Call the store, after those who asked earlier. Who is cancelled waits for the end of what has begun: no file
-        may be taken away while the store learns of it."""
-        return await to_the_end(asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments))
+        may be taken away while the store learns of it. Raises `DirAwayError` when it was closed."""
+        try:
+            begun = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        except RuntimeError:  # the thread has ended
+            raise DirAwayError("the folder of --batch-dir was replaced meanwhile; try again") from None
+        return await to_the_end(begun)
 
     async def start(self) -> None:
         """Go on with all batches that have not ended."""
@@ -123,7 +127,7 @@ class BatchWorker:
         while True:
             try:
                 await self.on_disk(self._store.forget_old)
-            except (DiskFullError, OSError, sqlite3.Error) as error:
+            except (StorageError, OSError, sqlite3.Error) as error:
                 logger.error("old files and batches stay for now: %s", error)
             await asyncio.sleep(TIDY_EVERY_S)
 
@@ -153,11 +157,11 @@ class BatchWorker:
             self._cancelled.discard(batch_id)
 
     async def _with_room(self, batch_id: str, step: Callable[..., Awaitable[T]], *arguments: object) -> T:
-        """Do a step as often as it takes until the disk has room for it."""
+        """Do a step as often as it takes until the disk is there and has room for it."""
         while True:
             try:
                 done = await step(*arguments)
-            except (DiskFullError, OSError, sqlite3.Error) as error:
+            except (StorageError, OSError, sqlite3.Error) as error:
                 if batch_id not in self.problems:
                     logger.error("%s waits: %s", batch_id, error)
                 reason = error.strerror if isinstance(error, OSError) else error  # no path: its owner reads it
@@ -211,30 +215,36 @@ class BatchWorker:
             del self._running[batch_id]
 
     async def _until_expired(self, opened: OpenBatch) -> End:
-        answered = await asyncio.to_thread(self._store.answered_lines, opened.number)
+        batch_id = opened.batch.id
+        answered = await self._with_room(batch_id, asyncio.to_thread, self._store.answered_lines, opened.number)
         turns = self._turns.setdefault(opened.owner, asyncio.Semaphore(MAX_RUNNING))
         try:
             async with asyncio.timeout(opened.batch.expires_at - self._store.now), turns:
                 await self._run(opened, answered)
         except TimeoutError:
-            counts = (await self.on_disk(self._store.current, opened.number)).request_counts
+            current = await self._with_room(batch_id, self.on_disk, self._store.current, opened.number)
+            counts = current.request_counts
             return "completed" if counts.completed + counts.failed == counts.total else "expired"
         return "completed"
 
     async def _run(self, opened: OpenBatch, answered: set[int]) -> None:
-        path = self._store.folder.file(opened.batch.input_file_id)
-        rows = (row for row in read_rows(path, self._max_row_bytes) if row.line not in answered)
+        rows, last = self._rows_of(opened, answered), 0
         running: set[asyncio.Task[None]] = set()
         ended = asyncio.Event()
         lost: InputLostError | None = None
 
         def some() -> list[Row]:
-            nonlocal lost
+            nonlocal rows, last, lost
             try:
-                return list(islice(rows, READ_ROWS))
+                found = list(islice(rows, READ_ROWS))
             except InputLostError as error:  # told when the rows that run have their answers
                 lost = error
                 return []
+            except OSError:  # read again, from where they stand
+                rows = self._rows_of(opened, answered, last)
+                raise
+            last = found[-1].line if found else last
+            return found
 
         def end(task: asyncio.Task[None]) -> None:
             running.remove(task)
@@ -242,7 +252,7 @@ class BatchWorker:
 
         try:
             async with asyncio.TaskGroup() as group:
-                while slice := await asyncio.to_thread(some):
+                while slice := await self._with_room(opened.batch.id, asyncio.to_thread, some):
                     for row in slice:
                         # Asked each time: while the first engine starts, nobody knows how many there may be.
                         while len(running) >= min(max(1, self._max_at_once()), MAX_AT_ONCE):
@@ -259,6 +269,12 @@ class BatchWorker:
                 rows.close()
         if lost is not None:
             raise lost
+
+    def _rows_of(self, opened: OpenBatch, answered: set[int], last: int = 0) -> Generator[Row]:
+        """Those behind line `last` that have no answer."""
+        path = self._store.folder.file(opened.batch.input_file_id)
+        rows = read_rows(path, self._max_row_bytes)
+        return (row for row in rows if row.line > last and row.line not in answered)
 
     async def _row(self, opened: OpenBatch, row: Row) -> None:
         outcome = await self._runner.outcome(opened.owner, row)

@@ -250,12 +250,42 @@ def test_an_upload_while_the_folder_is_away_is_told_so(server, start):
     state = start.state
     (state / "incoming").rename(state / "elsewhere")
     try:
-        with pytest.raises(openai.InternalServerError, match="--batch-dir cannot be written to: No such file") as told:
+        with pytest.raises(openai.InternalServerError, match="--batch-dir cannot be used: No such file") as told:
             upload(server.client(), [row("a")])
         assert told.value.status_code == 503 and str(state) not in str(told.value)
     finally:
         (state / "elsewhere").rename(state / "incoming")
     assert server.client().files.delete(upload(server.client(), [row("a")]).id).deleted
+
+
+def test_a_folder_that_is_taken_away_is_503_without_a_trace_and_serves_again_when_it_is_back(start, server):
+    client, since = server.client(), len(server.log)
+    file = upload(client, [row("a")])
+    batch = finished(client, client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h"))
+    start.state.rename(start.state.with_name("elsewhere"))
+    try:
+        for ask in (
+            lambda: upload(client, [row("b")]),
+            client.files.list,
+            lambda: client.files.retrieve(file.id),
+            lambda: client.files.content(batch.output_file_id),
+            lambda: client.files.delete(file.id),
+            client.batches.list,
+            lambda: client.batches.retrieve(batch.id),
+            lambda: client.batches.cancel(batch.id),
+            lambda: client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h"),
+        ):
+            with pytest.raises(openai.InternalServerError) as caught:
+                ask()
+            assert (caught.value.status_code, caught.value.code) == (503, "storage_unavailable")
+            assert "--batch-dir" in str(caught.value) and "elsewhere" not in str(caught.value)
+            assert int(caught.value.response.headers["Retry-After"]) >= 1
+        assert not start.state.exists()
+    finally:
+        start.state.with_name("elsewhere").rename(start.state)
+    assert client.batches.retrieve(batch.id) == batch and lines_of(client, batch.output_file_id)
+    assert finished(client, begin(client, [row("c")])).status == "completed"
+    assert not any("Traceback" in line for line in server.log[since:])
 
 
 def test_a_key_that_has_its_share_of_the_disk_is_told_how_to_make_room_and_others_have_theirs(server):

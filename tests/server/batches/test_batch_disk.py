@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import shutil
 import sqlite3
+import time
 
 import pytest
-from batch_setup import MIB, Setup
+from batch_setup import MIB, URL, Setup
 from msgspec.structs import replace
 from waiting import until
 
+from specserve.config import ServeConfig
 from specserve.errors import UserError
+from specserve.server.access.keys import KeyRing
 from specserve.server.batches.disk import BatchDir
-from specserve.server.batches.room import DiskFullError
+from specserve.server.batches.room import DirAwayError, DiskFullError
+from specserve.server.batches.rows import read_rows
+from specserve.server.batches.service import BatchService
 from specserve.server.batches.store import BatchStore
 from specserve.server.batches.types import BatchUsage
 
@@ -47,7 +54,7 @@ async def test_a_batch_whose_answers_can_never_fit_ends_with_those_that_do(setup
         assert after.status == "completed"
 
 
-@pytest.mark.parametrize("gone", ["incoming", "files"])
+@pytest.mark.parametrize("gone", ["incoming", "files", ""])
 async def test_a_folder_that_is_away_is_waited_for_and_named_to_nobody(setup, monkeypatch, gone):
     monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
     async with setup() as made:
@@ -55,10 +62,87 @@ async def test_a_folder_that_is_away_is_waited_for_and_named_to_nobody(setup, mo
         place.rename(place.with_name("elsewhere"))
         lead = made.worker.begin(opened)
         await until(lambda: opened.batch.id in made.worker.problems)
-        assert made.worker.problems[opened.batch.id] == "waits for its disk: No such file or directory"
+        problem = made.worker.problems[opened.batch.id]
+        assert problem.startswith("waits for its disk: ") and str(place) not in problem
         place.with_name("elsewhere").rename(place)
         await lead
         assert (await made.batch(opened)).status == "completed"
+
+
+async def test_a_folder_that_goes_while_rows_run_and_comes_back_loses_no_answer(setup, monkeypatch):
+    monkeypatch.setattr("specserve.server.batches.worker.RETRY_S", 0.01)
+    monkeypatch.setattr("specserve.server.batches.worker.READ_ROWS", 2)
+    gate, stale = asyncio.Event(), [True]
+
+    async def slow(value):
+        await gate.wait()
+
+    def reads(path, max_bytes):
+        for row in read_rows(path, max_bytes):
+            if row.line == 21 and stale and stale.pop():
+                raise OSError(errno.ESTALE, "Stale file handle")
+            yield row
+
+    monkeypatch.setattr("specserve.server.batches.worker.read_rows", reads)
+    async with setup(answer=slow) as made:
+        opened, place = made.add(40), made.store.folder.path
+        lead = made.worker.begin(opened)
+        await until(lambda: made.places.num_held == 4)
+        place.rename(place.with_name("elsewhere"))
+        gate.set()
+        await until(lambda: opened.batch.id in made.worker.problems)
+        for work in (made.store.open_batches, made.store.forget_old):
+            with pytest.raises(DirAwayError, match="put it back"):
+                await made.worker.on_disk(work)
+        place.mkdir()  # by hand, or by a mount point that is left
+        await asyncio.sleep(0.03)
+        assert not list(place.iterdir()) and opened.batch.id in made.worker.problems
+        place.rmdir()
+        place.with_name("elsewhere").rename(place)
+        await lead
+        batch = await made.batch(opened)
+        assert batch.status == "completed" and len(made.lines(batch.output_file_id)) == 40
+        assert set(made.asked.values()) == {1} and not made.worker.problems and not stale
+
+
+async def test_another_folder_in_its_place_is_opened_when_it_rests(tmp_path, monkeypatch):
+    """As of a backup, or of a disk that was mounted again."""
+    monkeypatch.setattr("specserve.server.batches.service.LOOK_S", 0.02)
+    place, backup = tmp_path / "batches", tmp_path / "backup"
+    made = Setup(place)
+    made.now = time.time()
+    opened = made.add(3, owner="anonymous")
+    await made.worker.close()
+    shutil.copytree(place, backup)
+    config = ServeConfig(batch_dir=str(place))
+    service = BatchService(config, made.engine, KeyRing(config), lambda: 0)
+    made.engine.known_info = None
+
+    async def answer(value, caller):
+        return {"text": value["prompt"]}
+
+    try:
+        await service.start({URL: answer})
+        (store, worker), batch = service.open(), ("anonymous", opened.batch.id)
+        await until(lambda: store.batch(*batch).status == "completed")
+        shutil.rmtree(place)
+        with pytest.raises(DirAwayError):
+            await worker.on_disk(store.batch, *batch)
+        await asyncio.sleep(0.1)
+        assert not place.exists() and service.open() == (store, worker)
+        (backup / "state.sqlite3").rename(tmp_path / "state.sqlite3")
+        backup.rename(place)  # not whole yet
+        await asyncio.sleep(0.1)
+        (place / "state.sqlite3").write_bytes(b"")
+        (tmp_path / "state.sqlite3").rename(place / "state.sqlite3")
+        await until(lambda: service._store not in (store, None) and service._worker not in (worker, None))
+        with pytest.raises(DirAwayError, match="try again"):
+            await worker.on_disk(store.batch, *batch)
+        store, worker = service.open()
+        assert store.file("anonymous", opened.batch.input_file_id) is not None
+        await until(lambda: store.batch(*batch).status == "completed")  # once more: it had not run when it was copied
+    finally:
+        await service.close()
 
 
 @pytest.mark.parametrize("when", ["before it is read", "while its rows run", "before it goes on", "changed"])
