@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 ALWAYS: tuple[MeasuredShape, ...] = ((1, 1, 0), (32, 1, 0))
 _IN_TURN = tuple(shape for shape in MEASURED_SHAPES if shape not in ALWAYS)
 CHECKS = 3  # of each; the fastest counts
+_MAX_S = 1e6  # no step takes so long; sums of larger numbers may have no logarithm
 _MAX_SPEED = 4.0  # how much faster or slower the whole machine may be; steps teach the rest
 _MAX_TILT = 1.4  # and how much more that may hold for one of these steps than for another
 
@@ -102,9 +103,9 @@ def _read(file: Path) -> _Kept | None:
         logger.warning("kept step costs cannot be read, so that steps are timed again: %s", error)
         return None
     costs = kept.costs
-    shares = (costs.sequence_s, costs.key_s, costs.row_key_s)
-    is_sound = tuple(costs.by_rows) == MEASURED_ROWS and min(costs.by_rows.values()) > 0.0 and min(shares) >= 0.0
-    return kept if is_sound and kept.num_starts >= 0 else None
+    shares, steps = (costs.sequence_s, costs.key_s, costs.row_key_s), costs.by_rows.values()
+    is_sound = tuple(costs.by_rows) == MEASURED_ROWS and min(steps) > 0.0 and min(shares) >= 0.0
+    return kept if is_sound and max(*steps, *shares) < _MAX_S and kept.num_starts >= 0 else None
 
 
 def _write(file: Path, kept: _Kept) -> None:

@@ -80,6 +80,8 @@ def test_what_was_measured_beside_another_process_is_not_believed_once_that_is_g
         b'{"by_rows":{"1":1.0},"sequence_s":0.0,"key_s":0.0,"row_key_s":0.0}',
         b'{"costs":{"by_rows":{"1":0,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":0,"key_s":0,"row_key_s":0}}',
         b'{"costs":{"by_rows":{"1":1,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":-1,"key_s":0,"row_key_s":0}}',
+        b'{"costs":{"by_rows":{"1":1,"2":1,"4":1,"8":1,"16":1,"32":1,"64":1},"sequence_s":1e308,"key_s":0,"row_key_s":0},'
+        b'"num_starts":5}',
     ],
 )
 def test_a_file_of_nonsense_is_replaced(file, content):
