@@ -8,6 +8,7 @@ hold copies, so that they may be written later.
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgspec
 
 from ...chat.answer import ChatAnswer
 from ...chat.tools.events import Arguments, CallStart, Content, Reasoning
-from ...messages import Delta, TokenLogprobs
+from ...messages import Delta
 from ..generation.job import Job
 from ..openai.response_types import TokenLogprob
 from ..openai.responses import chat_logprobs
@@ -65,7 +66,7 @@ class Output:
         for idx, piece in enumerate(pieces):
             self._answer.feed(piece.text, is_last and idx == len(pieces) - 1)
             self._count(len(piece.token_ids))
-            scored = self._scores(piece.token_ids, piece.logprobs or [])
+            scored = self._scores(piece)
             for event in self._answer.events():
                 match event:
                     case Reasoning(text):
@@ -97,11 +98,13 @@ class Output:
         else:
             self._num_undecided = 0
 
-    def _scores(self, ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenLogprob]:
+    def _scores(self, piece: Delta) -> list[TokenLogprob]:
         """Log-probabilities that belong to the text that came with these tokens; others wait for theirs."""
         if not self._has_logprobs:
             return []
-        self._scored += msgspec.convert(chat_logprobs(self._job.tokenizer, ids, logprobs), list[TokenLogprob])
+        if piece.logprobs is not None:
+            scores = chat_logprobs(self._job.tokenizer, piece.token_ids, piece.logprobs)
+            self._scored += msgspec.convert(scores, list[TokenLogprob])
         events = self._answer.events()
         if not events and self._answer.phase != "thinking":
             return []
@@ -181,36 +184,48 @@ class Output:
 
 
 class _TokenPieces:
-    """Deltas of several tokens as deltas of one each, so that it is known which text a token brought.
+    """Deltas as pieces of one token each, with the text that it brought: the same however many tokens came together.
 
-    Where the engine writes the texts, as it does to find stop strings, a delta stays whole.
+    Of a token that a stop string cut off whole there is no log-probability, and of an end none. Where a tool's adapter
+    goes on with a sequence of its own, a delta stays whole.
     """
 
     def __init__(self, job: Job):
         request = job.requests[0]
-        is_written_here = not request.sampling.detokenize and not (job.tools is not None and job.tools.switching)
+        is_one_sequence = job.tools is None or not job.tools.switching
         self._detokenizer = (
             job.tokenizer.detokenizer(request.prompt_token_ids, request.sampling.skip_special_tokens)
-            if is_written_here
+            if is_one_sequence
             else None
         )
+        self._waiting: deque[tuple[Delta, int]] = deque()  # whose texts have not come whole, and what is left of them
 
     def of(self, delta: Delta) -> Iterator[Delta]:
-        if self._detokenizer is None or not delta.token_ids:
-            return iter([delta])
+        if self._detokenizer is None:
+            yield delta
+            return
         num_texts = len(delta.token_ids) - delta.num_silent
-        texts = [self._detokenizer.push(token)[0] for token in delta.token_ids[:num_texts]]
-        texts += [""] * delta.num_silent
+        for idx, token in enumerate(delta.token_ids[:num_texts]):
+            scores = None if delta.logprobs is None else [delta.logprobs[idx]]
+            piece = Delta(delta.request_id, [token], logprobs=scores)
+            self._waiting.append((piece, len(self._detokenizer.push(token)[0])))
+        start = 0
+        while self._waiting:
+            piece, text_len = self._waiting[0]
+            text = delta.text[start : start + text_len]
+            if text_len and not text:
+                break
+            start += len(text)
+            self._waiting[0] = (Delta(delta.request_id, []), text_len - len(text))
+            if len(text) == text_len:
+                self._waiting.popleft()
+            yield msgspec.structs.replace(piece, text=text)
+        rest = delta.text[start:]
         if delta.finish_reason is not None:
-            texts[-1] += self._detokenizer.flush()
-        if "".join(texts) != delta.text:  # the text that others get is the text
-            self._detokenizer = None
-            return iter([delta])
-        logprobs = delta.logprobs
-        return (
-            Delta(delta.request_id, [token], texts[idx], logprobs=None if logprobs is None else [logprobs[idx]])
-            for idx, token in enumerate(delta.token_ids)
-        )
+            unread = [token for piece, _ in self._waiting for token in piece.token_ids]
+            yield Delta(delta.request_id, unread + delta.token_ids[num_texts:], rest)
+        elif rest:
+            yield Delta(delta.request_id, [], rest)
 
 
 def new_id(prefix: str) -> str:

@@ -20,6 +20,7 @@ from specserve.server.generation.job import Job
 from specserve.server.openai.request_types import ChatRequest
 from specserve.server.responses.answer import ResponseBuilder
 from specserve.server.responses.request_types import ResponsesRequest
+from specserve.text.detokenizer import Detokenizer, TokenTexts
 from specserve.text.tokenizer import TextTokenizer
 
 ADD = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -63,9 +64,13 @@ def make_job(tokenizer, plan, thinking, **sampling):
 
 
 def deltas_of(job, text, cut, finish="stop"):
-    """The answer `text` in deltas of `cut()` tokens."""
+    """The answer `text` in deltas of `cut()` tokens, up to the first of the job's stop strings."""
     ids = job.tokenizer.encode_literal(text)
-    write = job.tokenizer.detokenizer(job.requests[0].prompt_token_ids).write
+    prompt, stop = job.requests[0].prompt_token_ids, job.requests[0].sampling.stop
+    if stop:
+        walk = Detokenizer(TokenTexts(job.tokenizer._backend), prompt, stop, skip_special_tokens=False)
+        ids = ids[: next(idx for idx, token in enumerate(ids, 1) if walk.push(token)[1] is not None)]
+    write = Detokenizer(TokenTexts(job.tokenizer._backend), prompt, stop, skip_special_tokens=False).write
     place, deltas = 0, []
     while place < len(ids) or not deltas:
         tokens = ids[place : place + cut()]
@@ -111,6 +116,34 @@ def test_items_are_the_same_however_the_tokens_come_and_say_what_chat_says(token
             if item["type"] == "message" and "function_call" not in kinds:
                 scored = b"".join(bytes(entry["bytes"]) for entry in item["content"][0]["logprobs"])
                 assert scored.decode() == said  # every token of the text, and none of thoughts
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "said", "num_scored", "num_thoughts"),
+    [
+        ("Hello, lazy dog", ",", "Hello", None, 0),
+        ("Hello, lazy dog", "lazy do", "Hello, ", None, 0),
+        ("Hello, lazy dog", "H", "", 0, 0),
+        ("<think>so</think>Hello dog", "dog", "Hello ", None, "<think>so</think>"),
+        ("<think>so</think>Hello dog", "so", "", 0, "<think>so"),
+    ],
+)
+def test_what_a_stop_string_leaves_has_the_same_scores_however_the_tokens_come(
+    tokenizer, text, stop, said, num_scored, num_thoughts
+):
+    """Others than those of tokens that it cut off whole."""
+    job = make_job(tokenizer, None, THINKING, logprobs=1, stop=(stop,))
+    seen = set()
+    for cut in (lambda: 1, lambda: 2, lambda: 3, lambda: 5, lambda: 100):
+        response, _ = answered(job, deltas_of(job, text, cut), include=["message.output_text.logprobs"])
+        messages = [item["content"][0] for item in response["output"] if item["type"] == "message"]
+        assert "".join(part["text"] for part in messages) == said
+        scored = [entry["token"] for part in messages for entry in part["logprobs"]]
+        seen.add((*scored, response["usage"]["output_tokens_details"]["reasoning_tokens"]))
+        assert "".join(scored[:-1]) <= said if num_scored is None else len(scored) == num_scored
+    assert len(seen) == 1
+    if num_thoughts:
+        assert seen.pop()[-1] == len(tokenizer.encode_literal(num_thoughts))
 
 
 def test_a_limit_leaves_the_last_item_incomplete_and_a_whole_call_whole(tokenizer, plan):
