@@ -50,6 +50,7 @@ class ModelShape:
             embed_scale_is_rounded=False,
             attention_scale=self.head_dim**-0.5,
             logits_divisor=1.0,
+            attention_softcap=None,
             final_softcap=None,
             windows=(None,) * self.num_layers,
             sees_images=False,

@@ -91,6 +91,7 @@ class Model(Structure):
         ("num_ropes", c_int32),
         ("eps", c_float),
         ("attention_scale", c_float),
+        ("attention_softcap", c_float),
         ("embed", c_void_p),
         ("frequencies", c_void_p * 2),
         ("rope_scales", c_float * 2),

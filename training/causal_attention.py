@@ -15,8 +15,10 @@ NAME = "specserve_causal"
 _MOST_TOKENS = 1024  # of a row: its weights are as large as its other activations by then
 
 
-def attention_for(device: torch.device, dtype: torch.dtype) -> str:
-    """What transformers should call the attention of a model that trains here."""
+def attention_for(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """What transformers should call the attention of a model of `config` that trains here."""
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"  # the others know no cap on scores
     if device.type != "cpu" or dtype != torch.bfloat16:
         return "sdpa"
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -48,7 +48,7 @@ def load_base(auto_class: Any, model_dir: Path, dtype: torch.dtype, device: torc
             config=text,
             key_mapping=LANGUAGE_MODEL_NAMES if is_part else None,
             dtype=dtype,
-            attn_implementation=attention_for(device, dtype),
+            attn_implementation=attention_for(text, device, dtype),
         )
     return base.to(device)
 

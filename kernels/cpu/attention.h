@@ -26,7 +26,7 @@ struct Context {
   const T *k, *v;
   const int32_t* table;
   int block_size, num_heads, head, dim, len, window;
-  float scale;
+  float scale, softcap;  // softcap 0: scores are not capped
 
   // Where the tiles of positions begin..end lie, in keys and in values; begin is a multiple of 16.
   void find_tiles(int begin, int end, size_t* tiles) const {
@@ -164,6 +164,11 @@ INLINE void weigh_tile(const bf16* tile, const bf16* ahead, int dim, int width, 
 #endif
 }
 
+// cap * tanh(score / cap); -inf, a key that is not seen, stays.
+INLINE f32x16 capped(f32x16 score, float cap) {
+  return select(score == splat(-INFINITY), score, cap * vtanh(score * (1.0f / cap)));
+}
+
 // NQ vectors q [NQ][dim] at ascending positions over positions begin..end of one split; begin is a multiple of 16, end
 // is not included and may stand behind those that a vector sees. scores: room for NQ * SPLIT floats. `is_cold`: keys and
 // values come from memory, where a head's lie in pieces of a tile each, too short for the CPU to foresee. DIM: the head's
@@ -206,6 +211,11 @@ static void attend_split(const Context<T>& c, const T* q, const int* positions, 
   if (p < end) score_tiles(p, std::integral_constant<int, 1>());
   T* weights = (T*)scores;  // bf16 ones overwrite scores that have been read
   for (int i = 0; i < NQ; i++) {
+    if (c.softcap) {  // grows with the score, so that the largest stays the largest
+      best[i] = capped(best[i], c.softcap);
+      for (int p = 0; p < end - begin; p += KEYS)
+        store(scores + i * SPLIT + p, capped(load(scores + i * SPLIT + p), c.softcap));
+    }
     const float top = max_lane(best[i]);
     f32x16 total = {};
     for (int p = 0; p < end - begin; p += KEYS) {

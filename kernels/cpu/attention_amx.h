@@ -189,11 +189,17 @@ static void attend_split_in_tiles(const Context<bf16>& c, int n, const bf16* q, 
     float* tile = scores + i * SPLIT;
     const Partial part = to.from(i, c.dim);
     const int num = std::min(16, n - i);
+    const float scale = c.softcap ? 1.0f : c.scale;
+    if (c.softcap)
+      for (int place = 0; place < steps * 16 * STEP; place += KEYS) {
+        const f32x16 score = load(tile + place), hidden = splat(HIDDEN);
+        store(tile + place, select(score == hidden, hidden, capped(score * c.scale, c.softcap)));
+      }
     int row = 0;
-    for (; row + 8 <= num; row += 8) soften<8>(tile, row, steps, c.scale, part);
-    if (num & 4) soften<4>(tile, row, steps, c.scale, part), row += 4;
-    if (num & 2) soften<2>(tile, row, steps, c.scale, part), row += 2;
-    if (num & 1) soften<1>(tile, row, steps, c.scale, part);
+    for (; row + 8 <= num; row += 8) soften<8>(tile, row, steps, scale, part);
+    if (num & 4) soften<4>(tile, row, steps, scale, part), row += 4;
+    if (num & 2) soften<2>(tile, row, steps, scale, part), row += 2;
+    if (num & 1) soften<1>(tile, row, steps, scale, part);
   }
   if (n > 16) weigh_steps<true>(places, steps, scores, c.dim, to.out);
   else weigh_steps<false>(places, steps, scores, c.dim, to.out);

@@ -40,7 +40,7 @@ struct Model {
   const Layer* layers;
   const float* norm;
   int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, is_gelu, is_bf16, num_ropes;
-  float eps, attention_scale;
+  float eps, attention_scale, attention_softcap;
   const void* embed;            // [V][H]
   const float* frequencies[2];  // of rotary embeddings, [D / 2] radians a position
   float rope_scales[2], embed_scale;
@@ -568,7 +568,7 @@ class Forward {
       }
     const int32_t* table = e.places.tables[task.seq];
     const Context<A> context{(const A*)layer.k_cache, (const A*)layer.v_cache, table, s.block_size, m.num_kv_heads,
-                             task.head, dim, e.places.context_lens[task.seq], layer.window, m.attention_scale};
+                             task.head, dim, e.places.context_lens[task.seq], layer.window, m.attention_scale, m.attention_softcap};
     const int first_split = first_seen(context, positions[0]) / SPLIT, last_split = positions[num - 1] / SPLIT;
     if (task.split >= 0) {
       auto of_split = [&](int i) {
@@ -743,8 +743,9 @@ static const Place LAYOUT[] = {
     FIELD(Layer, v_cache), FIELD(Layer, window), FIELD(Layer, rope),
     STRUCT(Model), FIELD(Model, layers), FIELD(Model, norm), FIELD(Model, num_layers), FIELD(Model, hidden_size),
     FIELD(Model, num_heads), FIELD(Model, num_kv_heads), FIELD(Model, head_dim), FIELD(Model, is_gelu), FIELD(Model, is_bf16),
-    FIELD(Model, num_ropes), FIELD(Model, eps), FIELD(Model, attention_scale), FIELD(Model, embed), FIELD(Model, frequencies),
-    FIELD(Model, rope_scales), FIELD(Model, embed_scale), FIELD(Model, embed_is_bf16), FIELD(Model, norms_whole_qk),
+    FIELD(Model, num_ropes), FIELD(Model, eps), FIELD(Model, attention_scale), FIELD(Model, attention_softcap),
+    FIELD(Model, embed), FIELD(Model, frequencies), FIELD(Model, rope_scales), FIELD(Model, embed_scale),
+    FIELD(Model, embed_is_bf16), FIELD(Model, norms_whole_qk),
     STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_hidden), FIELD(Step, block_size),
     FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, x), FIELD(Step, tokens), FIELD(Step, starts),
     FIELD(Step, query_lens), FIELD(Step, table_lens), FIELD(Step, blocks), FIELD(Step, hidden_indices),

@@ -38,6 +38,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "Olmo2ForCausalLM": {"rms_norm_eps": 1e-5},
     "Olmo3ForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+    "Gemma2ForCausalLM": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
     "Gemma3ForCausalLM": {
         "vocab_size": 262_208,
         "num_attention_heads": 8,
@@ -63,9 +72,11 @@ MODEL_TYPES = {  # for a config.json without `architectures`
     "granite": "GraniteForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
 }
+GEMMAS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PARTLY_ROTATED = ("Phi3ForCausalLM",)
 ONLY_POST_NORMS = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
@@ -112,7 +123,8 @@ class ModelConfig:
     embed_scale_is_rounded: bool  # Gemma's is, to the weights' dtype
     attention_scale: float
     logits_divisor: float  # the final norm's factors are divided by it, and what is pooled is multiplied
-    final_softcap: float | None
+    attention_softcap: float | None  # of scores; None: no cap, as in the next one
+    final_softcap: float | None  # of logits
     windows: tuple[int | None, ...]  # per layer: tokens a row sees, itself included; None is all
     rotary_dim: int  # of each head, what positions turn
     rope_keys: tuple[str, ...]  # per layer: which entry of `ropes`
@@ -163,12 +175,11 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     rms_norm_eps = raw.get("rms_norm_eps", 1e-6)
     if not isinstance(rms_norm_eps, int | float) or not 0 <= rms_norm_eps < math.inf:
         raise ModelError(f"rms_norm_eps={rms_norm_eps!r} must be a number of at least 0")
-    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
-        if raw.get(key):
-            raise ModelError(f"{key}={raw[key]!r} is not supported")
+    if raw.get("use_bidirectional_attention"):
+        raise ModelError(f"use_bidirectional_attention={raw['use_bidirectional_attention']!r} is not supported")
     if architecture == "Olmo3ForCausalLM":
         raw.setdefault("rope_local_base_freq", raw["rope_theta"])  # layers with windows have no scaling
-    gemma = architecture == "Gemma3ForCausalLM"
+    gemma = architecture in GEMMAS
     embed_scale = raw["hidden_size"] ** 0.5 if gemma else 1.0
     attention_scale = None
     logits_divisor = 1.0
@@ -228,7 +239,8 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         embed_scale_is_rounded=gemma,
         attention_scale=attention_scale or (raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
         logits_divisor=logits_divisor,
-        final_softcap=raw.get("final_logit_softcapping"),
+        attention_softcap=_softcap(raw, "attn_logit_softcapping") if architecture == "Gemma2ForCausalLM" else None,
+        final_softcap=_softcap(raw, "final_logit_softcapping"),
         windows=windows,
         rotary_dim=rotary_dim,
         rope_keys=rope_keys,
@@ -242,11 +254,15 @@ def _multiplier(raw: dict[str, Any], key: str) -> float:
     return float(raw[key])
 
 
+def _softcap(raw: dict[str, Any], key: str) -> float | None:
+    return None if raw.get(key) is None else _multiplier(raw, key)
+
+
 def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     """Per layer "sliding_attention" or "full_attention"."""
     num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    gemma = architecture == "Gemma3ForCausalLM"
+    gemma = architecture in GEMMAS
     olmo = architecture == "Olmo3ForCausalLM"
     turns_by_type = gemma or olmo  # layer types choose the rotary embedding too
     smollm = architecture == "SmolLM3ForCausalLM"
@@ -262,7 +278,8 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
             raise ModelError(f"layer_types has {len(types)} entries {unknown or ''}; wanted are {wanted}")
         return types
     if turns_by_type:
-        pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or (4 if olmo else 6)
+        usual = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Olmo3ForCausalLM": 4}[architecture]
+        pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or usual
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
     if smollm:
         return ["full_attention" if rotates else "sliding_attention" for rotates in _rotating_layers(raw)]

@@ -72,6 +72,8 @@ FAMILIES = {
     "olmo2": ("olmo2", {}),
     "olmo2, heads of a panel": ("olmo2", {"head_dim": 64, "tie_word_embeddings": True}),
     "olmo3": ("olmo3", {"rope_parameters": OLMO3}),
+    "gemma2": ("gemma2", {}),
+    "gemma2, scores without a cap": ("gemma2", {"attn_logit_softcapping": None, "head_dim": 32}),
     "gemma3": ("gemma3", {}),
     "gemma3, softcap": ("gemma3", {"final_logit_softcapping": 5.0}),
     "gemma3 that sees": ("gemma3 that sees", {"rope_parameters": GEMMA}),
@@ -183,13 +185,13 @@ def old_form(path) -> None:
         params = params["full_attention"]
     config["rope_theta"] = params.pop("rope_theta")
     config["rope_scaling"] = params if params["rope_type"] != "default" else None
-    config.pop("head_dim", None) if config["model_type"] != "gemma3_text" else None
+    config.pop("head_dim", None) if not config["model_type"].startswith("gemma") else None
     file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
     "family",
-    [("llama", {"rope_parameters": LLAMA3}), ("llama", {}), ("gemma3", {}), ("qwen2", {})]
+    [("llama", {"rope_parameters": LLAMA3}), ("llama", {}), ("gemma2", {}), ("gemma3", {}), ("qwen2", {})]
     + [("olmo3", {"rope_parameters": OLMO3})],
     ids=str,
 )
@@ -203,7 +205,7 @@ def test_the_older_form_of_config_json_means_the_same(tmp_path, family):
     assert load_model(path, CPU).config == before
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_sixteen_bit_weights_on_the_cpu(tmp_path, architecture, dtype):
     path = make_tiny_model(tmp_path, architecture)

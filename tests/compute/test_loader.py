@@ -20,7 +20,19 @@ from specserve.model.shapes import tensor_shapes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "olmo3", "gemma3"]
+ARCHITECTURES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "phi3",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "gemma2",
+    "gemma3",
+]
 
 
 @pytest.fixture
@@ -203,6 +215,7 @@ def test_a_bad_index_is_refused(model_dir, index, message):
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["8 of 16 dimensions", "LlamaFor"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}}, ["partial_rotary_factor=2"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
+        ({"final_logit_softcapping": 0}, ["final_logit_softcapping=0", "above 0"]),
         ({"no_rope_layer_interval": 4, "no_rope_layers": [1]}, ["no_rope_layers has 1", "2"]),
     ],
     ids=str,
@@ -235,6 +248,7 @@ def test_an_architecture_is_recognised_by_its_model_type(model_dir):
 def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     path = make_tiny_model(tmp_path, architecture)
     absent = ["sliding_window", "query_pre_attn_scalar", "rms_norm_eps", "layer_types", "rope_parameters", "head_dim"]
+    absent += ["attn_logit_softcapping", "final_logit_softcapping"]
     absent += ["max_window_layers", "use_sliding_window", "tie_word_embeddings", "attention_bias", "no_rope_layers"]
     absent += ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
     if architecture == "gemma3":  # those that see say next to nothing of their language model
@@ -244,6 +258,8 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if architecture == "mistral" else "full"] * 2
     assert ours.windows == tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds)
     assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
     sizes = (ours.vocab_size, ours.num_heads, ours.num_kv_heads, ours.max_position_embeddings)
     names = ("vocab_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
     assert sizes == tuple(getattr(theirs, name) for name in names)

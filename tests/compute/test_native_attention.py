@@ -21,8 +21,11 @@ MODELS = {
     "part of a tile, each head its keys": ("llama", {"num_key_value_heads": 4, "head_dim": 20}),
     "windows over splits, wide heads": ("gemma3", {"head_dim": 96, "sliding_window": SPLIT + 21}),
     "tiles and a half": ("llama", {"head_dim": 80}),
-    "the widest heads": ("gemma3", {"head_dim": 256}),
-    "windows within splits": ("gemma3", {"head_dim": 64, "sliding_window": 40, "num_key_value_heads": 1}),
+    "the widest heads, capped scores": ("gemma2", {"head_dim": 256}),
+    "windows within splits, capped scores": (
+        "gemma2",
+        {"head_dim": 64, "sliding_window": 40, "num_key_value_heads": 1},
+    ),
     "heads of a panel": ("llama", {"head_dim": 64}),
     "all heads normed as one, no norms before": ("olmo3", {"head_dim": 64, "sliding_window": SPLIT + 21}),
 }

@@ -119,6 +119,7 @@ def test_mixed_adapters_equal_the_torch_path(pair, adapter_dirs, mode):
     "architecture",
     [
         "qwen3",
+        "gemma2",
         "gemma3",
         "olmo3",
         *(

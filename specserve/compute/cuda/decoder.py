@@ -178,6 +178,7 @@ class TritonDecoder(DecoderWeights):
             split_len=rows.split_len,
             num_programs=rows.num_programs,
             tile_rows=rows.tile_rows,
+            softcap=config.attention_softcap,
         )
         return out
 

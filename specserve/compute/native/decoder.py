@@ -110,6 +110,7 @@ class NativeDecoder:
             len(self._kinds),
             config.rms_norm_eps,
             config.attention_scale,
+            config.attention_softcap or 0.0,
             embed=embed.data_ptr(),
             embed_scale=self._embed_scale,
             embed_is_bf16=int(embed.dtype == torch.bfloat16),

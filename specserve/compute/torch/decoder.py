@@ -114,7 +114,8 @@ class Decoder(DecoderWeights):
             qk = qk.view(-1, num_q + num_kv, config.head_dim)
         qk = rotate(qk, cos, sin)
         store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slot_mapping)
-        return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, config.attention_scale)
+        scale, cap = config.attention_scale, config.attention_softcap
+        return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, scale, cap)
 
     def _plan(self, batch: Batch, window: int | None) -> list[SequencePlan]:
         config, size = self.config, batch.block_size
