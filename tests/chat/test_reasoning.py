@@ -5,19 +5,34 @@ import random
 
 import pytest
 from server_fixture import ServerProcess, assert_error
-from tiny_models import make_tiny_model
+from tiny_models import make_tiny_model, make_tokenizer
+from tokenizers import AddedToken
 
-from specserve.chat.reasoning import Thinking, ThinkingParser, may_think
+from specserve.chat.reasoning import Thinking, ThinkingParser
+from specserve.chat.thinking_marks import THINK, known_marks
 
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 CHAT = "/v1/chat/completions"
+SPECIAL_MARKS = {"[THINK]": 320, "[/THINK]": 321}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}"
     "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{{ mood or '' }}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{{ '<think>\n\n</think>\n\n' if enable_thinking is false else '<think>\n' }}{% endif %}"
 )
-CLOSED, OPEN, CALLS = Thinking(False), Thinking(True), Thinking(True, ("<tool_call>",))
+CLOSED, OPEN, CALLS = Thinking((THINK,)), Thinking((THINK,), THINK), Thinking((THINK,), THINK, ("<tool_call>",))
+
+
+def family(*parts):
+    """Thinking as a template with `parts` in it knows it."""
+    return Thinking(known_marks(" ".join(parts), []))
+
+
+MISTRAL, SEED, KIMI = family("[THINK]", "[/THINK]"), family("<seed:think> </seed:think>"), family("◁think▷ ◁/think▷")
+HARMONY = family("<|channel|>analysis<|message|>", "<|end|>")
+SOLUTION = family("<|begin_of_thought|> <|end_of_thought|>")
+APRIEL = family("Here are my reasoning steps:\\n", "[BEGIN FINAL RESPONSE]")
+FINAL = "<|channel|>final<|message|>"
 CASES = [
     (CLOSED, "<think>\nWell, a < b.\n</think>\n\nYes </think> so", "Well, a < b.", "Yes </think> so"),
     (CLOSED, "\n <think></think>Yes", "", "Yes"),
@@ -29,7 +44,25 @@ CASES = [
     (OPEN, "never ends \n", "never ends", ""),
     (CALLS, 'I call <tool_call>\n{"a": 1}', "I call", '<tool_call>\n{"a": 1}'),
     (CALLS, "done</think><tool_call>x", "done", "<tool_call>x"),
-]
+    (MISTRAL, "[THINK]a [b]\n[/THINK]\nYes [/THINK]", "a [b]", "Yes [/THINK]"),
+    (MISTRAL, "[THINK]cut [/THIN", "cut [/THIN", ""),
+    (MISTRAL, "[THIN air", "", "[THIN air"),
+    (SEED, "<seed:think>a</think>b</seed:think>Yes", "a</think>b", "Yes"),
+    (KIMI, "◁think▷a◁/think▷Yes", "a", "Yes"),
+    (family("<thinking></thinking> <think></think>"), "<thinking>a</think>b</thinking>Yes", "a</think>b", "Yes"),
+    (family("<reasoning> </reasoning>"), "<reasoning>\na\n</reasoning>\nYes", "a", "Yes"),
+    (HARMONY, f"<|channel|>analysis<|message|>a<|end|><|start|>assistant{FINAL}Yes", "a", "Yes"),
+    (HARMONY, f"<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>"
+     f"<|start|>assistant{FINAL} Yes", "a\nb", "Yes"),
+    (HARMONY, f"{FINAL}Yes", "", "Yes"),
+    (HARMONY, "<|channel|>analysis<|message|>a<|end|><|start|>ass", "a", "<|start|>ass"),
+    (HARMONY, "Yes", "", "Yes"),
+    (SOLUTION, "<|begin_of_thought|>\n\na\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nYes\n\n<|end_of_solution|>",
+     "a", "Yes"),
+    (SOLUTION, "<|begin_of_thought|>a<|end_of_thought|> <|end_of_solution|>, he", "a", "<|end_of_solution|>, he"),
+    (APRIEL, "Here are my reasoning steps:\na\n[BEGIN FINAL RESPONSE]\nYes\n[END FINAL RESPONSE]\n", "a", "Yes"),
+    (APRIEL, "Here are my reasons", "", "Here are my reasons"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("thinking, text, reasoning, content", CASES, ids=[repr(case[1]) for case in CASES])
@@ -44,13 +77,19 @@ def test_however_a_text_is_cut_its_parts_are_the_same(thinking, text, reasoning,
 
 
 def test_who_may_think():
-    assert may_think(TEMPLATE, []) and may_think(None, ["<think>", "</think>"])
-    assert not may_think("{{ messages }}", ["<think>"]) and not may_think(None, [])
+    assert known_marks(TEMPLATE, []) == known_marks(None, ["<think>", "</think>"]) == (THINK,)
+    assert known_marks("{{ messages }}", ["<think>"]) == known_marks(None, []) == ()
+    several = {"default": "{{ '[THINK]' }}", "tool_use": "{{ '[/THINK]' }}"}
+    assert [marks.end for marks in known_marks(several, ["<think>", "</think>"])] == ["</think>", "[/THINK]"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    path = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=2048)
+    path = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", vocab_size=322, max_position_embeddings=2048)
+    tokenizer = make_tokenizer(317)  # and Mistral's marks, which are special tokens
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in SPECIAL_MARKS], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 319}))
     (path / "chat_template.jinja").write_text(TEMPLATE)
     server = ServerProcess(path).wait_ready()
     yield server
@@ -92,6 +131,32 @@ def test_thinking_is_switched_by_what_the_template_reads(server):
         assert answer["content"] == want and "reasoning_content" not in answer
         assert streamed(server, body, "content") == want
     assert ask(server, reasoning_effort="high", chat_template_kwargs={"no_such_name": 1})[0] == thoughts
+
+
+def test_marks_that_are_special_tokens_are_told_apart(server):
+    begin, end = ({"logit_bias": {str(token): 100}} for token in SPECIAL_MARKS.values())
+    off = {"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 6}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": NOTHING}}]
+    for fields in ({}, {"tools": tools}):
+        thoughts, body = ask(server, **begin, **off, **fields)
+        assert (thoughts["content"], thoughts["reasoning_content"]) == (None, 5 * "[THINK]")  # cut by max_tokens
+        assert streamed(server, body, "reasoning_content") == 5 * "[THINK]" and not streamed(server, body, "content")
+        answer, body = ask(server, **end, **off, **fields)
+        assert answer["content"] == 6 * "[/THINK]" == streamed(server, body, "content")
+    choice = server.post(CHAT, body | begin | {"stop": 2 * "[THINK]"}).json()["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == ""
+    plain = ask(server, guided_choice=["yes", "no"], **off, **begin)[0]
+    assert plain["content"] in ("yes", "no") and "reasoning_content" not in plain
+
+
+def test_a_grammar_closes_the_block_that_the_prompt_has_opened(server):
+    """As an answer without thoughts does in training rows, so that what was trained is asked for."""
+    ids = prompt(server)[0] + server.post("/tokenize", {"prompt": "\n</think>\n\n"}).json()["tokens"]
+    for fields in ({"guided_choice": ["yes", "no"]}, {"guided_regex": "[a-z]{3} [a-z]{3}"}):
+        answer, body = ask(server, **fields)
+        assert answer["content"] == server.complete(ids, max_tokens=24, ignore_eos=False, **fields)["text"]
+        usage = server.post(CHAT, body).json()["usage"]
+        assert usage["prompt_tokens"] == len(ids)
 
 
 def test_grammars_and_calls_hold_where_the_prompt_has_opened_a_block(server):

@@ -20,7 +20,8 @@ import msgspec
 
 from ...adapter_messages import AdapterInfo
 from ...chat.messages import joined
-from ...chat.reasoning import THINK, THINK_END, Thinking, may_think
+from ...chat.reasoning import Thinking
+from ...chat.thinking_marks import ThinkingMarks
 from ...chat.tools.definitions import ToolUse, all_tools, tool_use
 from ...chat.tools.grammar import Marks
 from ...chat.tools.plan import ToolPlan, direct_adapter, make_plan, markers
@@ -52,6 +53,7 @@ from .job import Job
 from .job_runner import JobRunner
 from .prompts import Prompts, check_generates
 from .sequences import Sequences
+from .thoughts import closing_ids, marks_of, opened_by, special_marks
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +136,14 @@ class Generator:
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
-            ids, plan = await self._chat(request, use, grammar, tokenizer, adapter)
-            if plan.words.free_text if plan is not None else grammar is None:  # a grammar leaves no room for thoughts
-                thinking = thinking_of(tokenizer, ids, plan)
+            known = marks_of(tokenizer)
+            ids, plan = await self._chat(request, use, grammar, tokenizer, adapter, known)
+            opened = opened_by(tokenizer, ids, known)
+            if plan.words.free_text if plan is not None else grammar is None:
+                ends = (plan.format.marker,) if plan is not None and plan.format.marker else ()
+                thinking = Thinking(known, opened, ends) if known else None
+            elif opened is not None and not request.continue_final_message:  # a grammar leaves no room for thoughts
+                ids = ids + closing_ids(tokenizer, ids, opened)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
             size = text_len(request.prompt)
@@ -155,7 +162,7 @@ class Generator:
             grammar = plan.grammar
             if tokenizer.is_special(plan.marks.ids.get(plan.format.marker, -1)):
                 sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)  # the parser must see it
-        if thinking is not None and tokenizer.is_special(tokenizer.added_tokens({THINK_END})[0].get(THINK_END, -1)):
+        if thinking is not None and special_marks(tokenizer, thinking.known):
             sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
         speculation = speculation_params(request, self.config, num)
         job_id = f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
@@ -202,11 +209,13 @@ class Generator:
         grammar: GrammarSpec | None,
         tokenizer: TextTokenizer,
         adapter: str | None,
+        known: Sequence[ThinkingMarks],
     ) -> tuple[list[int], ToolPlan | None]:
         if use is None:
             return await self.prompts.chat_ids(request, tokenizer, ()), None
         format = self.prompts.format_of(tokenizer).format
-        marks = Marks(*tokenizer.added_tokens(markers(format)))
+        ids, texts = tokenizer.added_tokens(markers(format))
+        marks = Marks(ids, tuple(sorted({*texts, *special_marks(tokenizer, known)})))
         plan = await asyncio.to_thread(make_plan, use, format, marks, adapter, grammar)
         return await self.prompts.chat_ids(request, tokenizer, all_tools(request.tools)), plan
 
@@ -255,14 +264,6 @@ async def before_deadline(request: HasDeadline) -> AsyncIterator[float | None]:
         raise DeadlineError(
             f"deadline_ms passed after {limit_s:g} s, before the request ran", param="deadline_ms"
         ) from None
-
-
-def thinking_of(tokenizer: TextTokenizer, prompt_ids: Sequence[int], plan: ToolPlan | None) -> Thinking | None:
-    """How the answer to a chat's prompt may think; None: not at all."""
-    if not may_think(tokenizer.template.text, tokenizer.added_tokens({THINK, THINK_END})[0]):
-        return None
-    is_open = tokenizer.decode(prompt_ids[-32:]).rstrip().endswith(THINK)
-    return Thinking(is_open, (plan.format.marker,) if plan is not None and plan.format.marker else ())
 
 
 def names_limit(request: CompletionRequest | ChatRequest) -> bool:

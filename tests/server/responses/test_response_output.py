@@ -10,6 +10,7 @@ from response_events import rebuilt
 
 from specserve.chat.answer import ChatAnswer
 from specserve.chat.reasoning import Thinking
+from specserve.chat.thinking_marks import THINK
 from specserve.chat.tools.definitions import tool_use
 from specserve.chat.tools.formats import FORMATS
 from specserve.chat.tools.grammar import Marks
@@ -26,7 +27,7 @@ from specserve.text.tokenizer import TextTokenizer
 ADD = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 CHAT = ChatRequest(messages=[], tools=[{"type": "function", "function": {"name": "add", "parameters": ADD}}])
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 12}}\n</tool_call>'
-THINKING = Thinking(is_open=False, other_ends=("<tool_call>",))
+THINKING = Thinking((THINK,), other_ends=("<tool_call>",))
 # text -> (thinking, kinds of items, tokens of thoughts: what they are the text of)
 TEXTS = {
     "Hello, lazy dog": (None, ["message"], ""),
