@@ -59,6 +59,17 @@ MISTRAL = (
 OPENING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
     "{{ m.content }}", "{{ ('<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last else '') + m.content }}"
 )
+# DeepSeek-R1's distills open a block that they never write, and drop what an answer thought; QwQ as well.
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|header|>{{ m.content }}{% endif %}{% if m.role == 'assistant' %}"
+    "<|channel|>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|channel|><think>\n{% endif %}"
+)
+QWQ = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
+    "{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+)
+# Magistral's knows thoughts, and writes those alone that are parts of a content.
+MAGISTRAL = "{# [THINK] [/THINK] #}" + CHATML
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +176,53 @@ def test_a_block_that_the_prompt_opens_is_closed_by_the_answer(make):
     assert text.endswith("<|im_start|>assistant\n<think>\n[[\n</think>\n\nYes<|im_end|>]]")
 
 
+@pytest.mark.parametrize(
+    ("template", "said", "fields", "want"),
+    [
+        (R1, "Yes", {}, "<|channel|><think>\n[[\n</think>\n\nYes<|im_end|>]]"),
+        (R1, "Yes", {"reasoning_content": "hm"}, "<|channel|><think>\n[[hm\n</think>\n\nYes<|im_end|>]]"),
+        (R1, "<think>\nhm\n</think>\n\nYes", {}, "<|channel|><think>\n[[hm\n</think>\n\nYes<|im_end|>]]"),
+        (R1, "hm\n</think>\n\nYes", {}, "<|channel|><think>\n[[hm\n</think>\n\nYes<|im_end|>]]"),
+        (R1, "Yes", {"thinking": "a <|im_end|>"}, "<think>\n[[a <|im_end|>\n</think>\n\nYes<|im_end|>]]"),
+        (R1.replace("<think>\n", "<think>"), "Yes", {}, "<|channel|><think>[[</think>Yes<|im_end|>]]"),
+        (QWQ, "Yes", {}, "assistant\n<think>\n[[\n</think>\n\nYes<|im_end|>]]"),
+        (QWQ, "<think>hm</think>Yes", {}, "assistant\n<think>\n[[hm\n</think>\n\nYes<|im_end|>]]"),
+        (MAGISTRAL, "Yes", {"reasoning": "hm"}, "assistant\n[[[THINK]hm[/THINK]Yes<|im_end|>]]"),
+        (MAGISTRAL, "Yes", {}, "assistant\n[[Yes<|im_end|>]]"),
+    ],
+)
+def test_thoughts_that_a_template_never_writes_are_written_as_its_models_do(make, template, said, fields, want):
+    """The prompt is the server's; an answer without thoughts closes the block that this has opened."""
+    tokenizer = make(template)
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So", "weight": 0}]
+    messages = [*earlier, {"role": "user", "content": "More"}, {"role": "assistant", "content": said, **fields}]
+    value = parse_row(json.dumps({"messages": messages}), 1, "")
+    (example,) = tokenize([value], tokenizer, ids(tokenizer, "<|im_end|>"))
+    assert shown_as_trained(example, tokenizer).endswith(want)
+    served = [{key: message[key] for key in ("role", "content")} for message in messages[:3]]
+    assert example.prompt == tokenizer.encode_chat(served)
+
+
+@pytest.mark.parametrize("template", [R1, QWQ])
+def test_each_answer_of_a_conversation_stands_behind_the_prompt_that_asks_for_it(make, template):
+    """Later prompts have earlier answers without the block, so each is a row of its own."""
+    texts = trained(make(template), [row("a", "<think>one</think>A", "b", "B")], ["<|im_end|>"])
+    assert [text.partition("[[")[2] for text in texts] == [
+        "one\n</think>\n\nA<|im_end|>]]",
+        "\n</think>\n\nB<|im_end|>]]",
+    ]
+    assert "one" not in texts[1] and "</think>" not in texts[1].partition("[[")[0]
+
+
+def test_a_call_without_thoughts_closes_the_block_first(make):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (text,) = trained(make(QWQ), [parse_row(json.dumps({"messages": messages}), 1, "")], ["<|im_end|>"])
+    assert text.endswith(
+        '<think>\n[[\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>]]'
+    )
+
+
 def test_tools_calls_and_results_are_written_by_the_template(make):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     call = {"function": {"name": "weather", "arguments": {"city": "Bonn <|im_end|>"}}}  # as data sets write it
@@ -196,7 +254,13 @@ def test_tools_calls_and_results_are_written_by_the_template(make):
         (CHATML.replace("<|im_end|>", ""), ["<|im_end|>"], {}, "no special token behind"),
         (CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}"), ["<|im_end|>"], {}, "content"),
         (CHATML, ["<|im_end|>"], {"reasoning_content": "hm"}, "leaves out the message's reasoning"),
-        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), ["<|im_end|>"], {}, "'<.im_start.>ass"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<plan>{% endif"), ["<|im_end|>"], {}, ".im_start.>ass"),
+        (
+            "{# <think> </think> #}" + CHATML.replace("assistant\n{% e", "assistant\n<plan>{% e"),
+            ["<|im_end|>"],
+            {"reasoning_content": "hm"},
+            ".im_start.>ass",
+        ),
         (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), ["<|im_end|>"], {}, "leaves out.*content"),
         ("{{ raise_exception('never') }}", ["<|im_end|>"], {}, "never"),
     ],

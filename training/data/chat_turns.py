@@ -1,9 +1,11 @@
 """One turn of the assistant as token ids: the prompt that the server makes before it, and the answer up to its stop.
 
-The chat template alone decides both. An answer is what the template writes behind the generation prompt, up to and
-including the token that ends the turn; so thinking blocks, tool calls and channels need no rules of their own, and
-neither do templates that trim. Owns the refusal of what cannot be told: a template that leaves out part of a message,
-writes no end of turn, or ends it with a token at which serving does not stop.
+The chat template decides both. An answer is what the template writes behind the generation prompt, up to and including
+the token that ends the turn; so tool calls and channels need no rules of their own, and neither do templates that trim.
+Thoughts need one where the template opens a block for them in the prompt, or drops them, and never writes them
+(DeepSeek-R1, QwQ, Magistral): they are written as the family's models do (chat/thinking_marks.py). Owns the refusal of
+what cannot be told: a template that leaves out part of a message, writes no end of turn, or ends it with a token at
+which serving does not stop.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...chat.thinking_marks import MARK_TOKENS, ThinkingMarks, known_marks, opened_marks
 from ...chat.tools.definitions import Tool
 from ...chat.tools.formats import choose_format
 from ...chat.tools.prompt import ChatMessage, for_template
@@ -25,6 +28,7 @@ from ...text.tokenizer import TextTokenizer
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one thing under three names, by template
 _MAX_OPENING = 64  # characters of a prompt's end
+_MAX_SHOWN = 40
 _LEFT_OUT = "the chat template leaves out the message's {}, so it would not be learned; leave it out of the row too"
 
 
@@ -68,6 +72,16 @@ class Turn:
     answer: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A conversation whose answer begins at `start`; of the `answer`, the template was `given` this much."""
+
+    text: str
+    start: int
+    answer: Answer
+    given: Answer
+
+
 class TurnEncoder:
     """Makes turns with one model's template; `eos_token_ids` are where its server stops."""
 
@@ -80,6 +94,7 @@ class TurnEncoder:
             )
         self._tokenizer = tokenizer
         self._format = choose_format(tokenizer.template.text)
+        self._known = known_marks(tokenizer.template.text, tokenizer.added_tokens(MARK_TOKENS)[0])
         texts = {tokenizer.token_text(token): token for token in sorted(eos_token_ids)}
         self._eos = {text: token for text, token in texts.items() if text}  # some lists name ids beyond the tokenizer
         self._specials = {**tokenizer.special_tokens, **self._eos}
@@ -95,17 +110,18 @@ class TurnEncoder:
         prompt = self._tokenizer.encode_chat(before, True, False, definitions)
         marks = Marks()
         asked = self._render(before, True, definitions, marks)
-        whole = self._render_answer(history, answer, tools, marks)
-        kind = (bool(answer.message["content"]), bool(answer.reasoning), len(answer.calls), bool(tools))
+        written = self._written(history, answer, tools, asked, marks)
+        whole, start, given = written.text, written.start, written.given
+        kind = (bool(given.message["content"]), bool(given.reasoning), len(given.calls), bool(tools))
         if kind not in self._ends:
-            self._ends[kind] = self._end(history, answer, tools)
-        start = len(asked) if whole.startswith(asked) else self._start(history, answer, tools, asked, whole, marks)
+            self._ends[kind] = self._end(history, given, tools)
         stop = self._any_eos.search(whole, start)
         # A message may spell the opening of a block that the prompt has opened already: "<think>".
         shown_from = max(0, start - _MAX_OPENING)
-        if missing := _missing(answer, whole[shown_from:], marks):
+        if missing := _missing(written.answer, whole[shown_from:], marks):
             raise UserError(_LEFT_OUT.format(missing))
-        if stop is None or stop[0] != self._ends[kind] or _missing(answer, whole[shown_from : stop.start()], marks):
+        is_cut = stop is None or _missing(written.answer, whole[shown_from : stop.start()], marks) is not None
+        if stop is None or stop[0] != self._ends[kind] or is_cut:
             raise UserError(
                 f"the chat template writes {stop[0] if stop else 'no eos token'!r} where this message's text ends or "
                 f"before; others end with {self._ends[kind]!r}"
@@ -118,6 +134,38 @@ class TurnEncoder:
         if ids[-1] != self._eos[stop[0]] or any(token in self._eos.values() for token in ids[:-1]):
             raise UserError(f"the message spells {stop[0]!r}, which ends answers but is no special token of the model")
         return Turn(prompt, ids)
+
+    def _written(
+        self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool], asked: str, marks: Marks
+    ) -> _Written:
+        """The conversation with the answer behind `asked`, the prompt; its thoughts as the model's family has them."""
+        whole = self._render_answer(history, answer, tools, marks)
+        start = self._start(history, answer, tools, asked, whole, marks)
+        opened = opened_marks(asked, self._known) if start is None else None
+        if opened is None and not self._drops_thoughts(history, answer, tools, whole, marks):
+            return _Written(whole, self._found(start, asked), answer, answer)
+        block = opened or self._known[0]
+        answer = _apart(answer, block, _missing(answer, whole, marks))
+        given = Answer(answer.message)
+        opening = asked[asked.rindex(block.start) :] if opened else ""
+        whole = self._render_answer(history, given, tools, marks)
+        start = self._found(self._start(history, given, tools, asked.removesuffix(opening), whole, marks), asked)
+        if not opened and (not answer.reasoning or whole[start:].lstrip().startswith(block.start)):
+            return _Written(whole, start, answer, given)
+        thoughts = self._tokenizer.template.hide(answer.reasoning or "", marks)
+        said = opening + block.closing(thoughts, opening)
+        return _Written(whole[:start] + said + whole[start:], start + len(opening), answer, given)
+
+    def _drops_thoughts(
+        self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool], whole: str, marks: Marks
+    ) -> bool:
+        """Whether the template leaves out the answer's reasoning, or a text that may begin with it."""
+        if not self._known:
+            return False
+        if not answer.reasoning:
+            return _missing(answer, whole, marks) == "content"
+        stand_in = answer.stand_in()
+        return str(stand_in.reasoning) not in self._render_answer(history, stand_in, tools, Marks())
 
     def _end(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool]) -> str:
         """The text of the token that ends such an answer: the first special one behind all of its texts."""
@@ -153,12 +201,14 @@ class TurnEncoder:
         asked: str,
         whole: str,
         marks: Marks,
-    ) -> int:
-        """Where the answer starts in a rendering that begins otherwise than the prompt.
+    ) -> int | None:
+        """Where the answer starts in a rendering, which may begin otherwise than the prompt; None: nowhere.
 
         Some drop earlier reasoning; Mistral's write the system message before the last message alone, where that is
         the user's. Theirs open an answer with nothing: it begins behind the message before it.
         """
+        if whole.startswith(asked):
+            return len(asked)
         before, definitions = for_template(history, tools, self._format)
         closed = self._render(before, False, definitions, marks)
         opening = asked[len(os.path.commonprefix([asked, closed])) :]
@@ -166,14 +216,16 @@ class TurnEncoder:
             opening = asked[max(0, asked.rfind(last)) :]
         other = self._render_answer(history, answer.stand_in(), tools, marks)
         found = os.path.commonprefix([whole, other]).rfind(opening) if opening else -1
-        if found < 0:
-            shown = opening[-_MAX_OPENING:]
+        return found + len(opening) if found >= 0 else None
+
+    def _found(self, start: int | None, asked: str) -> int:
+        if start is None:
             raise UserError(
-                f"the chat template asks for an answer with {shown!r} but does not write the assistant's message "
-                "that way, so what an answer is cannot be told; train with a template that does",
+                f"the chat template asks for an answer with {asked[-_MAX_SHOWN:]!r} but does not write the assistant's "
+                "message that way, so what an answer is cannot be told; train with a template that does",
                 param="model",
             )
-        return found + len(opening)
+        return start
 
     def _render_answer(
         self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool], marks: Marks
@@ -188,6 +240,12 @@ class TurnEncoder:
     ) -> str:
         hide = self._tokenizer.template.hide
         return self._tokenizer.template.render(hide(messages, marks), is_prompt, hide(definitions, marks))
+
+
+def _apart(answer: Answer, block: ThinkingMarks, missing: str | None) -> Answer:
+    """`answer`, its thoughts out of its text where the template drops them there."""
+    parts = block.split(answer.message["content"]) if missing == "content" and not answer.reasoning else None
+    return answer if parts is None else Answer({**answer.message, "content": parts[1]}, parts[0] or None)
 
 
 def _missing(answer: Answer, rendered: str, marks: Marks) -> str | None:
