@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from .dependent_launch import dependent_launch
+from .written_rounding import WRITTEN_ROUNDING
 
 MAX_BLOCK = 16384  # columns of one pass; longer rows loop
 
@@ -65,6 +66,7 @@ def add_rms_norm_(
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(hidden, block),
         num_warps=num_warps,
+        **WRITTEN_ROUNDING,
         **dependent_launch(out.device),
     )
     return out

@@ -11,6 +11,7 @@ import math
 import torch
 
 from .dependent_launch import dependent_launch
+from .written_rounding import WRITTEN_ROUNDING
 
 KINDS = ("silu", "gelu_tanh")
 BLOCK = 1024  # columns a program: 8 a thread of 4 warps, two 16-byte loads and one store at 16 bits
@@ -33,7 +34,7 @@ def gated_activation(gate_up: torch.Tensor, kind: str, out: torch.Tensor | None 
 
     gated_activation_kernel[(num_rows, triton.cdiv(size, BLOCK))](
         out, gate_up, size, out.stride(0), gate_up.stride(0), GELU=kind == "gelu_tanh", BLOCK=BLOCK, num_warps=4,
-        **dependent_launch(out.device),
+        **WRITTEN_ROUNDING, **dependent_launch(out.device),
     )  # fmt: skip
     return out
 

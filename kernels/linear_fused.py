@@ -19,6 +19,7 @@ import torch
 from .dependent_launch import dependent_launch
 from .linear_rows import BLOCK_K
 from .scaled_weights import ScaledWeights
+from .written_rounding import WRITTEN_ROUNDING
 
 MOST_FUSED_ROWS = 16  # one tile: every program reads all rows
 _ROWS = 16
@@ -154,7 +155,8 @@ def _options(
     of_triton = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     flags = {"HAS_SCALES": scales is not None, "HAS_BIAS": bias is not None, "DTYPE": of_triton}
     sizes = {"ROWS": _ROWS, "BLOCK_K": BLOCK_K, "num_warps": 4, "num_stages": NUM_STAGES}
-    return flags | sizes | ahead_of_wait(values.shape[1], values.itemsize) | dependent_launch(values.device)
+    ahead = ahead_of_wait(values.shape[1], values.itemsize)
+    return flags | sizes | ahead | WRITTEN_ROUNDING | dependent_launch(values.device)
 
 
 def ahead_of_wait(in_size: int, itemsize: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .dependent_launch import dependent_launch
+from .written_rounding import WRITTEN_ROUNDING
 
 MOST_TILED_ROWS = 64  # beyond, weights are no longer all of the time, and cuBLASLt is as fast or faster
 COLUMNS_OF_K = 8  # K is a multiple of it: TMA wants rows of whole 16 bytes
@@ -144,6 +145,7 @@ def launch_rows(
         BLOCK_K=BLOCK_K,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **WRITTEN_ROUNDING,
         **dependent_launch(x.device),
     )
     return y

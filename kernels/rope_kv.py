@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from .dependent_launch import dependent_launch
+from .written_rounding import WRITTEN_ROUNDING
 
 ELEMENTS = 2048  # a program's: 16 a thread of 4 warps, so both halves of its heads are 16-byte loads at 16 bits
 
@@ -71,6 +72,7 @@ def rope_store_(
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=block_half,
         num_warps=4,
+        **WRITTEN_ROUNDING,
         **dependent_launch(qkv.device),
     )
 

@@ -9,7 +9,10 @@ from scaled_weight_cases import FORMATS
 from triton_process import needs_triton
 
 from specserve.kernels import linear_fused
+from specserve.kernels.add_norm import add_rms_norm_
+from specserve.kernels.gated_activation import gated_activation
 from specserve.kernels.linear_rows import hold_one_order, release_order
+from specserve.kernels.rope_kv import rope_store_
 
 COUNTS = (1, 2, 4, 5, 9, 16)
 
@@ -55,3 +58,40 @@ def test_tiles_occupy_the_device_where_they_can():
     assert linear_fused.ahead_of_wait(576, 2) == {"HELD": 5, "HAS_REST": False, "LINES": 16}
     assert linear_fused.ahead_of_wait(4096, 2) == {"HELD": 8, "HAS_REST": True, "LINES": 32}
     assert linear_fused.ahead_of_wait(1024, 1) == {"HELD": 0, "HAS_REST": True, "LINES": 8}
+
+
+class Launched:
+    """In a kernel's place: keeps what a launch says."""
+
+    def __init__(self):
+        self.options = {}
+
+    def __getitem__(self, grid):
+        return lambda *_, **options: self.options.update(options)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name,launch",
+    [
+        ("add_norm_triton.add_rms_norm_kernel", lambda rows: add_rms_norm_(rows.float(), rows, rows[0].float(), 1e-5)),
+        ("gated_activation_triton.gated_activation_kernel", lambda rows: gated_activation(rows, "silu")),
+        (
+            "rope_kv_triton.rope_store_kernel",
+            lambda rows: rope_store_(
+                rows, rows[:, :16].float(), rows[:, :16].float(), torch.arange(2), *rows.new_zeros(2, 2, 1, 16), 2, 1,
+                None, None, 0.0,
+            ),
+        ),
+        (
+            "linear_fused_triton.linear_add_kernel",
+            lambda rows: linear_fused.linear_add_(rows.float(), rows, rows.new_ones(64, 64)),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_kernels_that_take_each_others_place_round_as_they_are_written(name, launch, monkeypatch):
+    launched = Launched()
+    monkeypatch.setattr(f"specserve.kernels.{name}", launched)
+    launch(torch.ones(2, 64, dtype=torch.bfloat16))
+    assert launched.options["enable_fp_fusion"] is False

@@ -29,6 +29,7 @@ from specserve.kernels import (
 )
 from specserve.kernels.pooled_rows import MAX_BLOCK, UNROLL
 from specserve.kernels.ragged_attention import block_parameters
+from specserve.kernels.written_rounding import WRITTEN_ROUNDING
 
 
 def compile_kernel(
@@ -64,6 +65,7 @@ def compile_kernel(
         "copy_bytes": max([int(size, 0) for size in copies], default=0),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "joined": len(re.findall(r"\bfma\.", ptx)),  # products and sums that are rounded once
         "serialized": int("wgmma" in ptx and is_serialized(ptx)),
         "ahead": max(map(int, waits), default=0),  # copies that may be under way when a block's own are waited for
     }
@@ -105,11 +107,12 @@ def compile_elementwise(dtype: str) -> None:
             for block, warps, num_blocks in NORM_BLOCKS if IS_ALL else NORM_BLOCKS[1:2]:
                 sizes = {"BLOCK": block, "NUM_BLOCKS": num_blocks, "IS_DEPENDENT": True}
                 figures = compile_kernel(
-                    add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps
-                )
+                    add_norm_triton.add_rms_norm_kernel, pointers, flags | sizes, ("eps",), num_warps=warps,
+                    **WRITTEN_ROUNDING,
+                )  # fmt: skip
                 norms = " ".join(name for name, has in (("norm", has_weight), ("post", has_post)) if has)
                 report(f"add_rms_norm {dtype} {residual} {norms} {block} x {num_blocks}", figures)
-                assert figures["load_bytes"] == 16
+                assert figures["load_bytes"] == 16 and not figures["joined"]
     names = ("qkv", "k_cache", "v_cache")
     pointers = dict.fromkeys(names, pointer) | dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")
     pointers["slot_mapping"] = "*i64"
@@ -118,7 +121,9 @@ def compile_elementwise(dtype: str) -> None:
             "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "HAS_NORM": has_norm,
             "BLOCK_HEADS": 2048 // head_dim, "BLOCK_HALF": head_dim // 2, "IS_DEPENDENT": True,
         }  # fmt: skip
-        figures = compile_kernel(rope_kv_triton.rope_store_kernel, pointers, constants, ("eps",), num_warps=4)
+        figures = compile_kernel(
+            rope_kv_triton.rope_store_kernel, pointers, constants, ("eps",), num_warps=4, **WRITTEN_ROUNDING
+        )
         report(f"rope_store {dtype} {num_heads}/{num_kv_heads}/{head_dim}", figures)
         assert figures["load_bytes"] == 16
     for gelu in (False, True):
@@ -127,9 +132,10 @@ def compile_elementwise(dtype: str) -> None:
             {"out": pointer, "gate_up": pointer},
             {"GELU": gelu, "BLOCK": 1024, "IS_DEPENDENT": True},
             num_warps=4,
+            **WRITTEN_ROUNDING,
         )
         report(f"gated_activation {dtype} {'gelu' if gelu else 'silu'}", figures)
-        assert figures["load_bytes"] == 16
+        assert figures["load_bytes"] == 16 and bool(figures["joined"]) == gelu  # gelu has one that is written
 
 
 def compile_pooling(dtype: str) -> None:
