@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,18 +30,52 @@ class Cache(GraphCache):
         return Graph(part)
 
 
-@pytest.fixture
-def cache(monkeypatch) -> Cache:
-    class Stream:
-        def __init__(self, device=None): ...
-        def wait_stream(self, other): ...
+class Stream:
+    def __init__(self, device=None):
+        self.waited_for = []
 
-    handles = iter(range(100))
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+class Cuda:
+    """Which stream is the current one, as torch keeps it."""
+
+    def __init__(self):
+        self.current = self.steps = Stream()
+        self.captured_on: list[Stream] = []
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.current = stream
+        self.captured_on.append(stream)
+        yield
+        if graph.is_broken:
+            raise RuntimeError("the capture was invalidated")  # torch then leaves the stream as it is
+        self.current = self.steps
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Cuda:
+    cuda, handles = Cuda(), iter(range(100))
     for name, stand_in in {
         "graph_pool_handle": lambda: next(handles), "memory_reserved": lambda device: 0, "Stream": Stream,
-        "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device: cuda.current, "stream": cuda.stream, "graph": cuda.graph,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    return cuda
+
+
+@pytest.fixture
+def cache(cuda) -> Cache:
     return Cache()
 
 
@@ -75,3 +110,23 @@ def test_a_part_that_fails_by_itself_is_no_capture_that_failed(cache):
     with pytest.raises(ValueError, match="a kernel"):
         cache.launch("a", wrong)
     assert not cache.pools and not cache.num_eager
+
+
+def test_parts_are_captured_on_one_stream_and_a_broken_capture_leaves_the_steps_on_theirs(cuda, monkeypatch):
+    graphs = iter([SimpleNamespace(is_broken=False, replay=lambda: None), SimpleNamespace(is_broken=True)])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: next(graphs))
+    cache, streams = GraphCache(torch.device("cuda"), True), []
+    for key in ("a", "b"):
+        cache.launch(key, lambda: streams.append(cuda.current))
+        assert cuda.current is cuda.steps
+    warmed, captured, again, broken, eager = streams
+    assert eager is cuda.steps and {warmed, captured, again, broken} == {*cuda.captured_on} != {cuda.steps}
+
+
+def test_what_a_part_queued_before_it_raised_comes_before_the_next_step(cuda, cache):
+    def wrong():
+        raise ValueError("a kernel")
+
+    with pytest.raises(ValueError, match="a kernel"):
+        cache.launch("a", wrong)
+    assert cuda.current is cuda.steps and len(cuda.steps.waited_for) == 1

@@ -2,6 +2,7 @@
 
 What is captured reads static buffers only, so that neither other lengths nor other adapters ask for another capture.
 All graphs share one memory pool: they are replayed one after the other and none keeps anything there between replays.
+They are captured on one stream, as are the runs before: a library keeps working memory for each stream that it met.
 On a CPU, and where graphs are off, the same functions simply run. A part that runs eagerly on CUDA is counted and
 logged with its reason, once each.
 """
@@ -28,6 +29,7 @@ class GraphCache:
         self.is_enabled = is_enabled and device.type == "cuda"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}  # None: it cannot be captured
         self._pool = torch.cuda.graph_pool_handle() if self.is_enabled else None
+        self._stream = torch.cuda.Stream(device) if self.is_enabled else None
         self._logged: set[str] = set()
         self.capture_s = 0.0
         self.capture_bytes = 0
@@ -69,12 +71,15 @@ class GraphCache:
     def _capture(self, key: Hashable, part: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """None when it fails, which is not tried again: what cannot be captured runs as it is."""
         start, before = time.perf_counter(), torch.cuda.memory_reserved(self._device)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                part()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        stream, steps = self._stream, torch.cuda.current_stream(self._device)
+        assert stream is not None
+        stream.wait_stream(steps)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    part()
+        finally:  # also of one that raises, what it queued comes before what follows
+            steps.wait_stream(stream)
         try:
             graph = self._record(part)
         except Exception:
@@ -88,9 +93,13 @@ class GraphCache:
         return graph
 
     def _record(self, part: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Threads that read adapters copy to the device meanwhile, which only a capture of this thread's own allows."""
+        """Threads that read adapters copy to the device meanwhile, which only a capture of this thread's own allows.
+
+        torch leaves its stream the current one where a capture cannot be ended: hence the outer `stream`.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._stream), recording:
             part()
         return graph
 
