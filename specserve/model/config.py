@@ -223,7 +223,10 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=min(raw["max_position_embeddings"], *(rope.most_positions for rope in ropes.values())),
+        max_position_embeddings=min(
+            max(raw["max_position_embeddings"], *(rope.stretched_positions for rope in ropes.values())),
+            *(rope.most_positions for rope in ropes.values()),
+        ),
         rms_norm_eps=rms_norm_eps,
         activation=activation,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),

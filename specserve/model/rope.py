@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..errors import ModelError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _OLD_NAMES = {"su": "longrope"}
 _NO_LIMIT = 2**31
 NO_ROTATION = "none"  # no model's file says so: layers without positions are named otherwise
@@ -48,12 +48,18 @@ class RopeConfig:
         """longrope has other factors for texts that are longer than those of the training, from the first token on."""
         return self.original_max_position_embeddings if self.rope_type == "longrope" else _NO_LIMIT
 
+    @property
+    def stretched_positions(self) -> int:
+        """What yarn stretches to, where max_position_embeddings may name what it stretches; 0 for the others."""
+        return int(self.factor * self.original_max_position_embeddings) if self.rope_type == "yarn" else 0
+
 
 def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConfig:
     """The rotary embedding of layers of `layer_type`, from either form of config.json."""
     params = raw.get("rope_parameters") or {}
+    outer = raw
     if layer_type in params:
-        params = params[layer_type] or {}
+        params, outer = params[layer_type] or {}, {}
     if not params:
         local = layer_type == "sliding_attention" and raw.get("rope_local_base_freq") is not None
         theta = raw["rope_local_base_freq"] if local else raw.get("rope_theta", 10000.0)
@@ -66,14 +72,17 @@ def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConf
     rotary_dim = int(head_dim * share)
     if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
         raise ModelError(f"partial_rotary_factor={share!r} is not supported with heads of {head_dim}")
-    original = params.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    original = outer.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
     original = int(original or raw.get("max_position_embeddings", 8192))
-    if rope_type == "longrope":
+    factor, attention_factor = 1.0, 1.0
+    if rope_type in ("yarn", "longrope"):
         factor = float(params.get("factor") or raw["max_position_embeddings"] / original)
-        attention_factor = _longrope_attention_factor(params, factor, original)
-    else:
-        factor = 1.0 if rope_type == "default" else float(params["factor"])
-        attention_factor = _yarn_attention_factor(params, factor) if rope_type == "yarn" else 1.0
+        of_type = _yarn_attention_factor if rope_type == "yarn" else _longrope_attention_factor
+        attention_factor = of_type(params, factor, original)
+    elif rope_type != "default":
+        factor = float(params["factor"])
+    if not 0 < factor < math.inf:
+        raise ModelError(f"the factor {factor} of rope type {rope_type!r} must be a number above 0")
     short_factors = tuple(float(value) for value in params["short_factor"]) if rope_type == "longrope" else ()
     if short_factors and len(short_factors) != rotary_dim // 2:
         raise ModelError(f"short_factor has {len(short_factors)} entries; wanted are {rotary_dim // 2}")
@@ -100,7 +109,7 @@ def _longrope_attention_factor(params: dict[str, Any], factor: float, original: 
     return math.sqrt(1.0 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
 
 
-def _yarn_attention_factor(params: dict[str, Any], factor: float) -> float:
+def _yarn_attention_factor(params: dict[str, Any], factor: float, _original: float) -> float:
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
@@ -113,7 +122,8 @@ def _yarn_attention_factor(params: dict[str, Any], factor: float) -> float:
 def inverse_frequencies(config: RopeConfig) -> torch.Tensor:
     """[D / 2] float32 radians per position, 0 behind those of `rotary_dim`.
 
-    llama3: long wavelengths rescaled; yarn: Peng et al. 2023; longrope: Ding et al. 2024.
+    llama3: long wavelengths rescaled; yarn: Peng et al. 2023; longrope: Ding et al. 2024. dynamic stretches
+    only texts beyond max_position_embeddings, which are not served.
 
     Layers without positions (NoPE, Kazemnejad et al. 2023) turn by nothing, which changes no bit of what is turned.
     """
