@@ -15,7 +15,7 @@ import torch
 from ..adapter_kinds import AdapterType
 from ..errors import AdapterError
 from ..model.config import ModelConfig
-from ..model.shapes import JOINED, head_rows, is_of_images, rows_of, stored_parents, stored_shapes
+from ..model.shapes import JOINED, PARENT, head_rows, is_of_images, rows_of, stored_parents, stored_shapes
 from .config_json import shown
 from .peft_config import CONFIG_FILE, LoraConfig, ModuleLora
 from .peft_matching import DEFAULT_TARGETS
@@ -117,11 +117,12 @@ def check_tensors(
 
 def _apart(model: ModelConfig, module: str, pair: StoredPair) -> list[tuple[str, StoredPair]]:
     """A LoRA of joined linears as one of each: all with its A, each with its own rows of B."""
-    parent, _, last = module.rpartition(".")
-    parts = rows_of(model, last) if last in JOINED else {last: None}
+    start, _, last = module.rpartition(".")
+    if last not in PARENT and last not in JOINED:
+        return [(module, pair)]
+    layer, parts = start.rpartition(".")[0], rows_of(model, last) if last in JOINED else {last: None}
     return [
-        (f"{parent}.{name}" if parent else name, pair.of_rows(rows, head_rows(model, name)))
-        for name, rows in parts.items()
+        (f"{layer}.{PARENT[name]}.{name}", pair.of_rows(rows, head_rows(model, name))) for name, rows in parts.items()
     ]
 
 

@@ -17,11 +17,19 @@ import torch
 from ..errors import ModelError
 from .rope import NO_ROTATION, RopeConfig, rope_config
 
+GLM = {
+    "rms_norm_eps": 1.5625e-7,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "attention_out_bias": False,
+}
 # What transformers assumes for a missing key where that is not what `_parse` assumes for every architecture.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {"sliding_window": 4096},
-    "Qwen2ForCausalLM": {"sliding_window": 4096},
+    "Qwen2ForCausalLM": {"sliding_window": 4096, "attention_out_bias": False},
     "Qwen3ForCausalLM": {"sliding_window": 4096, "head_dim": 128},
     "SmolLM3ForCausalLM": {
         "num_key_value_heads": 4,
@@ -36,8 +44,32 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
     },
+    "GraniteMoeHybridForCausalLM": {
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "num_local_experts": 8,
+        "shared_intermediate_size": 1024,
+    },
     "Olmo2ForCausalLM": {"rms_norm_eps": 1e-5},
     "Olmo3ForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+    "Exaone4ForCausalLM": {"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096},
+    "GlmForCausalLM": GLM,
+    "Glm4ForCausalLM": GLM,
+    "SeedOssForCausalLM": {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "attention_bias": True,
+        "attention_out_bias": False,
+    },
+    "Ernie4_5ForCausalLM": {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": True,
+    },
     "Gemma2ForCausalLM": {
         "num_key_value_heads": 4,
         "sliding_window": 4096,
@@ -70,16 +102,39 @@ MODEL_TYPES = {  # for a config.json without `architectures`
     "smollm3": "SmolLM3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
 }
 GEMMAS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 LAYER_TYPES = ("full_attention", "sliding_attention")
-PARTLY_ROTATED = ("Phi3ForCausalLM",)
-ONLY_POST_NORMS = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+PARTLY_ROTATED = ("Phi3ForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM")
+OLMO = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+GRANITE = ("GraniteForCausalLM", "GraniteMoeHybridForCausalLM")
+# Where norms stand if not before attention and before the MLP alone: the names of those before, and of those behind.
+NORMS = {
+    **dict.fromkeys(GEMMAS, ((PRE_NORMS[0], "pre_feedforward_layernorm"), POST_NORMS)),
+    "Glm4ForCausalLM": (PRE_NORMS, ("post_self_attn_layernorm", "post_mlp_layernorm")),
+    **dict.fromkeys((*OLMO, "Exaone4ForCausalLM"), ((), POST_NORMS)),
+}
+# Linears that a model has as one, or by another name: see `shapes.JOINED`.
+LINEARS_JOINED = {
+    "Phi3ForCausalLM": ("qkv_proj", "gate_up_proj"),
+    "GraniteMoeHybridForCausalLM": ("input_linear", "output_linear"),
+    **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), ("gate_up_proj",)),
+}
+HEADS_NORMED = ("Qwen3ForCausalLM", "Gemma3ForCausalLM", "Exaone4ForCausalLM", *OLMO)
+NEIGHBOURS_TURNED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
 NO_ROPE = "no_rope"  # in `rope_keys`: layers that know no positions
 GRANITE_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -99,7 +154,7 @@ class ModelConfig:
 
     architecture: str
     sees_images: bool  # the directory also holds what text does not go through
-    joins_linears: bool  # q, k and v are one matrix there, gate and up another
+    joined: tuple[str, ...]  # linears there that are several of ours, or have other names: see `shapes.JOINED`
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -117,8 +172,8 @@ class ModelConfig:
     qk_norm: bool  # RMSNorm over each head of q and k
     qk_norm_whole: bool  # OLMo has it over all heads of q as one, and of k
     norm_offset: float  # Gemma multiplies by 1 + weight
-    pre_norms: bool  # OLMo does not norm the inputs of attention and MLP
-    post_norms: bool  # Gemma norms the outputs of attention and MLP too
+    pre_norms: tuple[str, ...]  # on the inputs of attention and MLP, by their names on the hub; OLMo has none
+    post_norms: tuple[str, ...]  # on the outputs of both: Gemma, OLMo, GLM
     embed_scale: float
     embed_scale_is_rounded: bool  # Gemma's is, to the weights' dtype
     attention_scale: float
@@ -127,6 +182,7 @@ class ModelConfig:
     final_softcap: float | None  # of logits
     windows: tuple[int | None, ...]  # per layer: tokens a row sees, itself included; None is all
     rotary_dim: int  # of each head, what positions turn
+    turns_neighbours: bool  # in pairs that lie side by side; else half of what is turned apart
     rope_keys: tuple[str, ...]  # per layer: which entry of `ropes`
     ropes: dict[str, RopeConfig]
 
@@ -177,13 +233,17 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         raise ModelError(f"rms_norm_eps={rms_norm_eps!r} must be a number of at least 0")
     if raw.get("use_bidirectional_attention"):
         raise ModelError(f"use_bidirectional_attention={raw['use_bidirectional_attention']!r} is not supported")
+    if architecture == "GraniteMoeHybridForCausalLM":
+        raw = _dense_granite(raw)
+    if architecture == "Ernie4_5ForCausalLM":
+        raw |= dict.fromkeys(("attention_bias", "mlp_bias"), raw.get("use_bias"))
     if architecture == "Olmo3ForCausalLM":
         raw.setdefault("rope_local_base_freq", raw["rope_theta"])  # layers with windows have no scaling
     gemma = architecture in GEMMAS
     embed_scale = raw["hidden_size"] ** 0.5 if gemma else 1.0
     attention_scale = None
     logits_divisor = 1.0
-    if architecture == "GraniteForCausalLM":
+    if architecture in GRANITE:
         embed, attention_scale, residual, logits_divisor = (_multiplier(raw, key) for key in GRANITE_MULTIPLIERS)
         # Outputs that are multiplied before they are added to the residual stream are the same as a stream that is
         # divided: its norms are, but for eps.
@@ -196,6 +256,9 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
             f"head_dim={head_dim} must be even, and {num_heads} heads a multiple of {num_kv_heads} KV heads"
         )
     layer_types = _layer_types(raw, architecture)
+    if architecture == "Exaone4ForCausalLM" and raw["sliding_window"]:  # only what is in windows knows positions
+        turned = [kind == "sliding_attention" for kind in layer_types]
+        raw |= {"no_rope_layer_interval": 1, "no_rope_layers": turned}
     window = raw.get("sliding_window")
     if window is not None and window < 1:
         raise ModelError(f"sliding_window={window} must be at least 1")
@@ -210,12 +273,12 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         raise ModelError(
             f"rotary embeddings of {rotary_dim} of {head_dim} dimensions are not supported in {architecture}"
         )
-    qwen2_bias = architecture == "Qwen2ForCausalLM"
-    attention_bias = bool(raw.get("attention_bias", False))
+    qkv_bias = bool(raw.get("attention_bias", False)) or architecture == "Qwen2ForCausalLM"
+    pre_norms, post_norms = NORMS.get(architecture, (PRE_NORMS, ()))
     return ModelConfig(
         architecture=architecture,
         sees_images=sees_images,
-        joins_linears=architecture == "Phi3ForCausalLM",
+        joined=LINEARS_JOINED.get(architecture, ()),
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -230,14 +293,14 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         rms_norm_eps=rms_norm_eps,
         activation=activation,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
-        qkv_bias=attention_bias or qwen2_bias,
-        o_bias=attention_bias and not qwen2_bias,
+        qkv_bias=qkv_bias,
+        o_bias=bool(raw.get("attention_out_bias", qkv_bias)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM", *ONLY_POST_NORMS),
-        qk_norm_whole=architecture in ONLY_POST_NORMS,
+        qk_norm=architecture in HEADS_NORMED,
+        qk_norm_whole=architecture in OLMO,
         norm_offset=1.0 if gemma else 0.0,
-        pre_norms=architecture not in ONLY_POST_NORMS,
-        post_norms=gemma or architecture in ONLY_POST_NORMS,
+        pre_norms=pre_norms,
+        post_norms=post_norms,
         embed_scale=embed_scale,
         embed_scale_is_rounded=gemma,
         attention_scale=attention_scale or (raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
@@ -246,9 +309,20 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         final_softcap=_softcap(raw, "final_logit_softcapping"),
         windows=windows,
         rotary_dim=rotary_dim,
+        turns_neighbours=architecture in NEIGHBOURS_TURNED,
         rope_keys=rope_keys,
         ropes=ropes,
     )
+
+
+def _dense_granite(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a Granite 4 without experts and recurrent layers says, as Granite 3 would say it."""
+    kinds = {*(raw.get("layer_types") or ["mamba"])} - {"attention", "full_attention"}
+    if kinds or raw["num_local_experts"]:
+        found = ", ".join(sorted(kinds)) or f"num_local_experts={raw['num_local_experts']}"
+        raise ModelError(f"a Granite 4 with {found} is not supported; served are those of attention and an MLP alone")
+    turned = {} if raw.get("position_embedding_type") == "rope" else {"no_rope_layer_interval": 1}
+    return raw | {"intermediate_size": raw["shared_intermediate_size"], "mlp_bias": False} | turned
 
 
 def _multiplier(raw: dict[str, Any], key: str) -> float:
@@ -269,7 +343,8 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
     olmo = architecture == "Olmo3ForCausalLM"
     turns_by_type = gemma or olmo  # layer types choose the rotary embedding too
     smollm = architecture == "SmolLM3ForCausalLM"
-    slides = turns_by_type or architecture in ("MistralForCausalLM", "Phi3ForCausalLM")
+    exaone = architecture == "Exaone4ForCausalLM"
+    slides = turns_by_type or exaone or architecture in ("MistralForCausalLM", "Phi3ForCausalLM")
     slides = slides or ((qwen or smollm) and bool(raw.get("use_sliding_window")))
     if not slides or (window is None and not turns_by_type):
         return ["full_attention"] * num_layers
@@ -280,9 +355,10 @@ def _layer_types(raw: dict[str, Any], architecture: str) -> list[str]:
             wanted = f"{num_layers} of {' and '.join(LAYER_TYPES)}"
             raise ModelError(f"layer_types has {len(types)} entries {unknown or ''}; wanted are {wanted}")
         return types
-    if turns_by_type:
-        usual = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "Olmo3ForCausalLM": 4}[architecture]
+    if turns_by_type or exaone:
+        usual = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}.get(architecture, 4)
         pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or usual
+        pattern = len(pattern) if isinstance(pattern, str) else pattern  # EXAONE's "LLLG"
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
     if smollm:
         return ["full_attention" if rotates else "sliding_attention" for rotates in _rotating_layers(raw)]

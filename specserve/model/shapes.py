@@ -17,9 +17,16 @@ LANGUAGE_MODEL_NAMES = {r"^language_model\.": "", r"^model\.language_model\.": "
 PARENT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
     ("gate_proj", "up_proj", "down_proj"), "mlp"
 )
-# Phi 3 has some of them as one matrix of the rows of all: in its files, and where PEFT puts a LoRA.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_JOINED_PARENT = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
+# Phi 3, GLM and Granite 4 have some of them under other names, or as one matrix of the rows of several: in their files,
+# and where PEFT puts a LoRA. The names are those of `ModelConfig.joined`.
+JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "input_linear": ("gate_proj", "up_proj"),
+    "output_linear": ("down_proj",),
+}
+_OTHER_PARENT = dict.fromkeys(("input_linear", "output_linear"), "shared_mlp")
+_PRE_NORMS, _POST_NORMS = ("input_norm", "mlp_norm"), ("post_attention_norm", "post_mlp_norm")
 LINEARS = tuple(PARENT)  # in the order in which kernels/cpu/decoder.cpp has a layer's matrices, too
 
 
@@ -42,7 +49,19 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def stored_parents(config: ModelConfig) -> dict[str, str]:
     """The linears of a layer as the model's files have them, each with the part of the layer that it stands in."""
-    return _JOINED_PARENT if config.joins_linears else PARENT
+    return {name: _OTHER_PARENT.get(name, parent) for name, parent in _stored(config).values()}
+
+
+def stored_name(config: ModelConfig, module: str) -> tuple[str, slice | None]:
+    """What a linear is called within its layer in the model's files, and which rows of that it has; None: all."""
+    name, parent = _stored(config)[module]
+    return f"{_OTHER_PARENT.get(name, parent)}.{name}", rows_of(config, name)[module] if name in JOINED else None
+
+
+def _stored(config: ModelConfig) -> dict[str, tuple[str, str]]:
+    """The linears of a layer: what each is in the model's files, and the part of the layer that it stands in here."""
+    joined = {module: name for name in config.joined for module in JOINED[name]}
+    return {module: (joined.get(module, module), parent) for module, parent in PARENT.items()}
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -66,13 +85,15 @@ def head_rows(config: ModelConfig, module: str) -> tuple[int, ...]:
     """The rows of a linear of the model's files in the order in which they are served; none: as they are.
 
     Positions turn pairs of dimensions that lie half a head apart. Where they turn a part of each head alone, its pairs
-    lie half of that part apart, so the dimensions of queries and keys change places, which changes no product of both.
+    lie half of that part apart, and GLM's side by side; so the dimensions of queries and keys change places, which
+    changes no product of both.
     """
     size, turned = config.head_dim, config.rotary_dim
-    if turned == size or module not in ("q_proj", "k_proj"):
+    if (turned == size and not config.turns_neighbours) or module not in ("q_proj", "k_proj"):
         return ()
-    rest = (turned + size) // 2
-    order = [*range(turned // 2), *range(turned, rest), *range(turned // 2, turned), *range(rest, size)]
+    rest, part = (turned + size) // 2, list(range(turned))
+    first, second = (part[::2], part[1::2]) if config.turns_neighbours else (part[: turned // 2], part[turned // 2 :])
+    order = [*first, *range(turned, rest), *second, *range(rest, size)]
     num_heads = config.num_heads if module == "q_proj" else config.num_kv_heads
     return tuple(head * size + place for head in range(num_heads) for place in order)
 
@@ -86,13 +107,8 @@ def has_bias(config: ModelConfig, module: str) -> bool:
 
 def layer_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
     """The norms of a layer by their names in `Layer`: each with its name in a layer on the hub, and its size."""
-    names: dict[str, str] = {}
-    if config.pre_norms:
-        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
-        names |= {"input_norm": "input_layernorm", "mlp_norm": before_mlp}
-    if config.post_norms:
-        names |= {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
-    norms = {name: (hub_name, config.hidden_size) for name, hub_name in names.items()}
+    names = [*zip(_PRE_NORMS, config.pre_norms, strict=False), *zip(_POST_NORMS, config.post_norms, strict=False)]
+    norms = {name: (hub_name, config.hidden_size) for name, hub_name in names}
     if config.qk_norm:
         num_q, num_k = (config.num_heads, config.num_kv_heads) if config.qk_norm_whole else (1, 1)
         norms["q_norm"] = ("self_attn.q_norm", num_q * config.head_dim)

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ModelError
 from .config import ModelConfig
-from .shapes import EMBEDDING, JOINED, LM_HEAD, has_bias, head_rows, is_of_images, layer_norms, rows_of, tensor_shapes
+from .shapes import EMBEDDING, LM_HEAD, has_bias, head_rows, is_of_images, layer_norms, stored_name, tensor_shapes
 from .stored_rows import MAX_NAMED, STORED, StoredTensor, stored_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,14 +85,12 @@ class StoredWeights:
         return (self._source.take(f"{name}.weight").float() + self._config.norm_offset).to(self.device)
 
     def linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        parent, _, module = name.rpartition(".")
-        rows, order = None, list(head_rows(self._config, module))
-        for joined, modules in JOINED.items() if self._config.joins_linears else ():
-            if module in modules:
-                name, rows = f"{parent}.{joined}", rows_of(self._config, joined)[module]
+        layer, _, module = name.rsplit(".", 2)
+        order = list(head_rows(self._config, module))
+        stored, rows = stored_name(self._config, module)
 
         def take(kind: str) -> torch.Tensor:
-            tensor = self._source.take(f"{name}.{kind}", rows).to(self.device, self.dtype)
+            tensor = self._source.take(f"{layer}.{stored}.{kind}", rows).to(self.device, self.dtype)
             return tensor[order] if order else tensor
 
         return take("weight"), take("bias") if has_bias(self._config, module) else None

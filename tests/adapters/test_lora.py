@@ -100,7 +100,8 @@ def test_mixed_batch_equals_peft_adapter_by_adapter(mixed, adapters, model_dir, 
 @pytest.mark.parametrize("architecture", [name for name in MODEL_TYPES if name != "llama"])
 def test_other_architectures_equal_peft(architecture, tmp_path):
     model_dir = make_tiny_model(tmp_path / "model", architecture)
-    modules, scales = "all-linear" if architecture == "phi3" else ALL_MODULES, architecture == "granite"
+    has_others = architecture in ("phi3", "glm", "glm4", "granite4")
+    modules, scales = "all-linear" if has_others else ALL_MODULES, architecture == "granite"
     places = {"embed": scales or architecture.startswith("gemma"), "lm_head": scales}
     path = make_peft_adapter(model_dir, tmp_path / "a", r=4, std=0.15, target_modules=modules, **places)
     engine = make_engine(model_dir)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoder_driver import Driver, native_choice
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_model
+from tiny_models import MODEL_TYPES, make_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specserve.compute.loader import load_model
@@ -20,19 +20,8 @@ from specserve.model.shapes import tensor_shapes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-ARCHITECTURES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "phi3",
-    "granite",
-    "olmo2",
-    "olmo3",
-    "gemma2",
-    "gemma3",
-]
+GRANITE_4 = {"architectures": ["GraniteMoeHybridForCausalLM"]}
+ARCHITECTURES = [name for name in MODEL_TYPES if "sees" not in name]
 
 
 @pytest.fixture
@@ -207,6 +196,8 @@ def test_a_bad_index_is_refused(model_dir, index, message):
         ({"hidden_size": "absent"}, ["config.json has no 'hidden_size'"]),
         ({"hidden_size": "64"}, ["hidden_size='64' must be a whole number"]),
         ({"max_position_embeddings": 0}, ["max_position_embeddings=0 must be", "at least 1"]),
+        (GRANITE_4 | {"layer_types": ["attention", "mamba"]}, ["mamba is not supported", "attention and an MLP"]),
+        (GRANITE_4 | {"layer_types": ["attention"] * 2}, ["num_local_experts=8 is not supported"]),
         ({"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0}, ["residual_multiplier=0 must be"]),
         ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps='1e-5' must be a number"]),
         ({"num_key_value_heads": 3}, ["4 heads a multiple of 3 KV heads"]),
@@ -254,6 +245,8 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     absent += ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
     if architecture == "gemma3":  # those that see say next to nothing of their language model
         absent += ["vocab_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+    if architecture == "granite4":  # without these its layers are recurrent
+        absent.remove("layer_types")
     edit_config(path, **dict.fromkeys(absent, "absent"))
     ours, theirs = ModelConfig.from_dir(path), AutoConfig.from_pretrained(path)
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if architecture == "mistral" else "full"] * 2
@@ -267,9 +260,10 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     multipliers = (ours.embed_scale, ours.logits_divisor, ours.attention_scale)
-    assert architecture != "granite" or multipliers == (1.0, 1.0, theirs.attention_multiplier)
+    assert "granite" not in architecture or multipliers == (1.0, 1.0, theirs.attention_multiplier)
     turned = getattr(theirs, "no_rope_layers", [1] * len(kinds))
     assert [key != NO_ROPE for key in ours.rope_keys] == [bool(is_turned) for is_turned in turned]
     rope = theirs.rope_parameters
+    assert ours.rotary_dim == ours.head_dim * rope.get("partial_rotary_factor", 1)
     for kind, config in ours.ropes.items() - {(NO_ROPE, ours.ropes.get(NO_ROPE))}:
         assert config.theta == rope.get(kind, rope)["rope_theta"]
