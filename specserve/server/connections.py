@@ -2,7 +2,8 @@
 
 Owns the sockets from `bind` to a request. When all places are taken, the longest idle connection makes room for a
 new one; when none is idle, which a new one is not yet, it gets a 503. Errors before there is a request are JSON as all
-others are, and one line of log, however many there are.
+others are, and one line of log, however many there are. A client that ends its own side behind its request gets its
+answer; one that leaves, which looks alike at first, is found out by what it is sent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 
@@ -33,6 +34,8 @@ MAX_HANDLES = 65_536  # enough for anyone, and few enough that what goes through
 RESERVED_HANDLES = 128  # adapters and models that are read, the engine's restart, logs
 ARRIVAL_S = 0.5  # in which a new connection's request may come, before it counts as idle
 REFUSAL_S = 1.0  # in which a refused peer may read why
+PROBE_S = (0.05, 2.0)  # between bytes to a peer that has ended its side: at first, and at most
+PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"  # clients pass over it
 ACCEPTED_AT_ONCE = 16  # asyncio accepts so many before the first of them gets a protocol, and so a place
 
 
@@ -112,12 +115,13 @@ class Connections:
 class _Connection(RequestHandler):
     """aiohttp's connection with errors in this server's shape."""
 
-    __slots__ = ("_seldom", "_since")
+    __slots__ = ("_probing", "_seldom", "_since")
 
     def __init__(self, seldom: Seldom, manager: web.Server, **options: Any):
         super().__init__(manager, **options)
         self._seldom = seldom
         self._since = time.monotonic()
+        self._probing: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -125,9 +129,47 @@ class _Connection(RequestHandler):
 
         One that has only been opened is about to send its request, and one with unread bytes has sent it.
         """
-        if self._waiter is None or self._waiter.done() or self.transport is None:
+        if not self._waits or self.transport is None:
             return False
-        return time.monotonic() - self._since >= ARRIVAL_S and not _has_unread(self.transport)
+        return time.monotonic() - self._since >= ARRIVAL_S and not _polled(self.transport, select.POLLIN)
+
+    @property
+    def _waits(self) -> bool:
+        return self._waiter is not None and not self._waiter.done()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the peer, which sends nothing more, may still read: not if its answer has begun, as who ends his side
+        so late has left, and not over TLS, which asyncio closes whole."""
+        has_begun = self._current_request is not None and self._current_request.writer.output_size > 0
+        if self._waits or has_begun or self.ssl_context is not None:
+            return False
+        self._probe(PROBE_S[0])
+        return True
+
+    def _probe(self, next_s: float) -> None:
+        """See whether a peer that has ended its side is still there. The kernel of one that has left refuses what it is
+        sent, which only a look at the socket shows; a relay between needs to be sent something once more."""
+        request, transport = self._current_request, self.transport
+        if transport is None:
+            return
+        if self._waits:  # all is answered
+            self.force_close()
+            return
+        if request is not None and request.writer.output_size == 0:
+            if not request.content.is_eof() or (request.version < HttpVersion11 and request.method == "POST"):
+                transport.abort()  # half a request, or a generation for who must not be sent a probe
+                return
+            if request.version >= HttpVersion11:
+                transport.write(PROBE)
+        if _polled(transport):
+            transport.abort()
+            return
+        self._probing = asyncio.get_running_loop().call_later(next_s, self._probe, min(2 * next_s, PROBE_S[1]))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+        super().connection_lost(exc)
 
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -150,9 +192,10 @@ class _Connection(RequestHandler):
         return response
 
 
-def _has_unread(transport: asyncio.BaseTransport) -> bool:
+def _polled(transport: asyncio.BaseTransport, events: int = 0) -> bool:
+    """Whether the socket has any of these events, or is closed or broken."""
     poll = select.poll()  # takes no handle
-    poll.register(transport.get_extra_info("socket"), select.POLLIN)
+    poll.register(transport.get_extra_info("socket"), events)
     return bool(poll.poll(0))
 
 

@@ -19,7 +19,7 @@ from aiohttp import web
 from server_fixture import ServerProcess
 from waiting import until, wait_until
 
-from specserve.server.connections import ACCEPTED_AT_ONCE, Connections, _Connection, _Refusal
+from specserve.server.connections import ACCEPTED_AT_ONCE, PROBE, Connections, _Connection, _Refusal
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,110 @@ async def test_in_a_crowd_each_gets_a_place_or_can_read_why_not():
     assert set(statuses) == {200, 503}
     await until(lambda: not connections._refusals)
     listening.close()
+
+
+@contextlib.asynccontextmanager
+async def served():
+    """(port, events that end handlers, what became of them): a POST is answered when its event comes."""
+    ends, fates = [], []
+
+    async def handle(request):
+        text = await request.text()
+        if request.method == "POST":
+            ends.append(end := asyncio.Event())
+            try:
+                await end.wait()
+            except asyncio.CancelledError:
+                fates.append("cancelled")
+                raise
+        fates.append("answered")
+        return web.Response(text=f"you said {text}")
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    connections = Connections(web.Server(handle, handler_cancellation=True), num_handles=300)
+    listening = await connections.listen(listener)
+    yield listener.getsockname()[1], ends, fates
+    listening.close()
+
+
+def http(method, version="1.1", body="", length=None):
+    return f"{method} / HTTP/{version}\r\nHost: a\r\nContent-Length: {length or len(body)}\r\n\r\n{body}".encode()
+
+
+async def talk(port, data):
+    """All that comes back to who sends this and ends his side."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    writer.write_eof()
+    async with asyncio.timeout(60):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
+async def test_a_client_that_ends_its_side_behind_its_request_gets_its_answer():
+    async with served() as (port, ends, fates):
+        asked = asyncio.ensure_future(talk(port, http("POST", body="hello") + http("GET", body="again")))
+        await until(lambda: len(ends) == 1)
+        await asyncio.sleep(0.3)  # some probes
+        assert not asked.done()
+        ends[0].set()
+        answer = (await asked).decode()
+        while answer.startswith(PROBE.decode()):
+            answer = answer.removeprefix(PROBE.decode())
+        assert answer.startswith("HTTP/1.1 200 OK") and answer.count("HTTP/1.1 200 OK") == 2
+        assert answer.index("you said hello") < answer.index("you said again") and fates == ["answered"] * 2
+        old = (await talk(port, http("GET", "1.0", "old"))).decode()
+        assert old.startswith("HTTP/1.0 200 OK") and old.endswith("you said old")
+
+
+@pytest.mark.parametrize(
+    "data", [http("POST", "1.0", "hello"), http("POST", body="half", length=9)], ids=["HTTP 1.0", "half a body"]
+)
+async def test_a_client_that_ends_its_side_and_cannot_be_told_from_one_that_leaves_gets_nothing(data):
+    async with served() as (port, ends, fates):
+        assert await talk(port, data) == b""
+        await until(lambda: len(fates) == len(ends))
+        assert "answered" not in fates
+
+
+async def relayed(port):
+    """A server that hands on what comes, and the end of a side as the end of a side, as proxies of connections do."""
+
+    async def pump(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+            return
+        writer.transport.abort()
+
+    async def relay(reader, writer):
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, to_server), pump(from_server, writer))
+        to_server.close()
+        writer.close()
+
+    return await asyncio.start_server(relay, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("is_relayed", [False, True])
+async def test_a_client_that_leaves_before_its_answer_is_noticed_and_its_handler_ended(is_relayed):
+    async with served() as (port, ends, fates):
+        relay = await relayed(port) if is_relayed else None
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", relay.sockets[0].getsockname()[1] if relay is not None else port
+        )
+        writer.write(http("POST", body="hello"))
+        await until(lambda: len(ends) == 1)
+        before = time.monotonic()
+        writer.close()
+        await until(lambda: fates == ["cancelled"])
+        assert time.monotonic() - before < (5.0 if is_relayed else 0.5)
+        if relay is not None:
+            relay.close()
 
 
 def test_malformed_http_is_answered_in_json_and_a_line_of_log(server):
