@@ -50,8 +50,9 @@ def server(model_dir, adapters_dir):
     assert server.stop() == 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """It ends with its module: playwright's loop runs in this thread, and no other can meanwhile."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

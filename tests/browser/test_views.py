@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import socket
 import time
 
 import pytest
 from page_driver import PATIENCE_MS, Playground, figure_of
+from ports import quiet_port
 from server_fixture import ServerProcess
 
 from specserve.server.access.key_file import entry_text
@@ -15,16 +15,10 @@ from specserve.server.access.key_file import entry_text
 KEY = "open sesame"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def restarted(model_dir, adapters_dir):
     """A server's flags with a port that stays; a list of the processes that a test starts."""
-    flags, processes = ("--adapters-dir", str(adapters_dir), "--port", str(free_port())), []
+    flags, processes = ("--adapters-dir", str(adapters_dir), "--port", str(quiet_port())), []
 
     def start():
         processes.append(ServerProcess(model_dir, *flags).wait_ready())
@@ -130,9 +124,8 @@ def test_a_page_outlives_engines_and_servers(restarted, open_page, errors):
 def test_a_stream_that_breaks_off_says_so_and_keeps_its_text(restarted, open_page, errors):
     server = restarted()
     play = Playground(open_page(server.url))
-    play.set(max_tokens=3500, model="alpha").send("The quick brown fox")
-    play.page.locator(".output .run").first.wait_for()  # given output cannot be made again
-    os.kill(server.engine_pid(), signal.SIGKILL)
+    with play.set(max_tokens=3500, model="alpha").held_answer(server):  # given output cannot be made again
+        os.kill(server.engine_pid(), signal.SIGKILL)
     play.wait_done()
     (answer,) = play.answers()
     assert "engine" in answer.locator("[role=alert]").text_content()

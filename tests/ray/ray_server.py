@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import requests
+from ports import quiet_port
 from server_fixture import ServerProcess, command_of
 
 START_S, AWAY_S = 300, 180
@@ -30,7 +30,7 @@ class RayServer(ServerProcess):
     """The front's address as of a server; processes are found by what they run."""
 
     def __init__(self, model_dir, adapters_dir, *flags: str, port: int | None = None, popen=here):
-        self.port = port or free_port()
+        self.port = port or quiet_port()
         command = [sys.executable, "-m", "specserve.cli", "ray", "--model", str(model_dir), "--port", str(self.port)]
         command += [
             "--dtype",
@@ -69,13 +69,6 @@ class RayServer(ServerProcess):
         while new := {pid for pid, parent in below.items() if parent in is_below} - is_below:
             is_below |= new
         return [pid for pid in sorted(is_below) if words in command_of(str(pid))]
-
-
-def free_port() -> int:
-    """That a front which is started again finds free, too."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def parents() -> dict[int, int]:

@@ -3,19 +3,18 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest.mock import Mock
 
 import aiohttp
 import pytest
 import requests
 from aiohttp import web
+from ports import quiet_port
 from server_fixture import ServerProcess
 from waiting import until, wait_until
 
@@ -260,15 +259,6 @@ def is_ready(process, url) -> bool:
     with contextlib.suppress(requests.exceptions.ConnectionError):
         return requests.get(url + "/health", timeout=120).status_code == 200
     return False
-
-
-def quiet_port() -> int:
-    """A free port that the system gives to nobody who asks for any."""
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    for port in random.sample([*range(10_000, low), *range(high + 1, 65_536)], 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("no port is free")
 
 
 def closed_pipe() -> int:
