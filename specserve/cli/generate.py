@@ -79,6 +79,7 @@ def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -
     """Print the completion of `prompt` on stdout and the figures on stderr; raises `UserError`."""
     from ..engine.engine import Engine
     from ..server.served_engine import with_base_head
+    from ..text.known_tokens import check_known
     from ..text.tokenizer import TextTokenizer
     from ..text.traced_text import TracedText
 
@@ -88,6 +89,7 @@ def generate_text(config: EngineConfig, prompt: str, options: GenerateOptions) -
     tokenizer = TextTokenizer(model_dir)
     token_ids = encode_prompt(tokenizer, prompt, options)
     engine = Engine(with_base_head(config), model_dir)
+    check_known(token_ids, tokenizer, engine.info.vocab_size)
     adapter = engine.load_adapter(options.adapter.name, str(options.adapter)) if options.adapter else None
     room = engine.info.max_model_len - len(token_ids)
     if room < 1:

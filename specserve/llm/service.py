@@ -31,6 +31,7 @@ from ..server.openai.responses import ResponseBuilder
 from ..server.served_engine import engine_of, model_name_of
 from ..server.stats.snapshot import StatsSource
 from ..server.stats.types import StatsResponse
+from ..text.known_tokens import check_tokenizer
 from ..text.tokenizer import TextTokenizer
 from .all_or_none import all_or_none
 from .outputs import OutputBuilder, RequestOutput
@@ -81,6 +82,7 @@ class Service:
         """Load the model. Raises `UserError` that says why it cannot be served."""
         try:
             _, tokenizer = await asyncio.gather(self.engine.start(), asyncio.to_thread(TextTokenizer, self._model_dir))
+            check_tokenizer(tokenizer, self.engine.info.vocab_size)
         except BaseException:
             await self.engine.stop()
             raise

@@ -20,6 +20,7 @@ from aiohttp import web
 from .. import __version__
 from ..config import ServeConfig
 from ..errors import UserError
+from ..text.known_tokens import check_tokenizer
 from ..text.tokenizer import TextTokenizer
 from .access.keys import KeyRing
 from .activity_log import summarize
@@ -174,6 +175,7 @@ class Server:
             await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
+                check_tokenizer(tokenizer, self.engine.info.vocab_size)
                 tasks.append(asyncio.ensure_future(summarize(self.engine.stats)))
                 on_ready(url)
             await stopping

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...errors import UserError
+from ...text.known_tokens import check_known
 from ...text.tokenizer import TextTokenizer
 from .chat_turns import Answer, TurnEncoder
 from .row_messages import Conversation
 from .rows import Row, read_rows
 from .teacher_logits import TopLogits
 
-__all__ = ["Example", "Row", "RowEncoder", "check_known", "read_rows", "shared_prompts", "tokenize"]
+__all__ = ["Example", "Row", "RowEncoder", "read_rows", "shared_prompts", "tokenize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +107,6 @@ class RowEncoder:
             mask = mask + [False] * (len(turn.prompt) - len(tokens)) + [True] * len(turn.answer)
             tokens = turn.prompt + turn.answer
         yield Example(tokens, mask, row.line, weight=conversation.weight)
-
-
-def check_known(tokens: Iterable[int], tokenizer: TextTokenizer, vocab_size: int | None) -> None:
-    """Raises `UserError` for a token that a model of `vocab_size` tokens has no weights of; None: any has."""
-    if vocab_size is not None and (token := max(tokens)) >= vocab_size:
-        raise UserError(
-            f"its token {tokenizer.token_text(token)!r} is number {token} of the tokenizer, and the base model has "
-            f"weights of {vocab_size} tokens; take the tokenizer and chat template of the model",
-            param="model",
-        )
 
 
 def shared_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[int, int]]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from ...adapter_kinds import Question
 from ...adapters.pooling_config import PoolingConfig
 from ...errors import UserError
+from ...text.known_tokens import check_known
 from ...text.pooled_text import classified_ids, embedded_ids, pair_ids
 from ...text.tokenizer import TextTokenizer
-from ..data.dataset import check_known
 from .questions import Target, targets_of
 from .rows import ClassifyRow, EmbedRow, PoolingRow, RerankRow
 

@@ -152,7 +152,7 @@ class Generator:
                 tokenizer, size, completion_prompts, request.prompt, tokenizer, info, special
             )
         for _, ids in prompts:
-            check_prompt_ids(ids, info)
+            check_prompt_ids(ids, info, tokenizer)
         num_choices, n = choice_counts(request, len(prompts))
         num = n * len(prompts)
         sampling = sampling_params(request, info, [len(ids) for _, ids in prompts])

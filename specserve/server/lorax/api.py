@@ -146,7 +146,7 @@ class LoraxRoutes:
         named = self._generator.adapter_name(caller, None, adapter)
         tokenizer, prompted = await self._generator.prompts.tokenizer_for(named, priority)
         ids = await self._prompt_ids(inputs, parameters, tokenizer)
-        check_prompt_ids(ids, info)
+        check_prompt_ids(ids, info, tokenizer)
         room = info.max_model_len - len(ids)
         max_tokens = parameters.max_new_tokens if parameters.max_new_tokens is not None else max(1, room)
         if not 1 <= max_tokens <= room:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...messages import EngineInfo
+from ...text.known_tokens import unknown
 from ...text.tokenizer import TextTokenizer
 
 MAX_PROMPTS = 64
@@ -29,7 +30,7 @@ def completion_prompts(
         if isinstance(item, str):
             tokenizer.check_len([item], info.max_model_len, "prompt")
             ids = tokenizer.encode(item, add_special_tokens)
-            check_prompt_ids(ids, info)  # before the next one is tokenised
+            check_prompt_ids(ids, info, tokenizer)  # before the next one is tokenised
             result.append((item, ids))
         elif isinstance(item, list) and all(type(token) is int for token in item):
             ids = item
@@ -43,7 +44,7 @@ def completion_prompts(
     return result
 
 
-def check_prompt_ids(ids: Sequence[int], info: EngineInfo) -> None:
+def check_prompt_ids(ids: Sequence[int], info: EngineInfo, tokenizer: TextTokenizer) -> None:
     """Token ids in range, and a prompt that leaves room for an answer in the context and in the KV cache."""
     for limit, what in (
         (info.max_model_len, "the context"),
@@ -56,5 +57,11 @@ def check_prompt_ids(ids: Sequence[int], info: EngineInfo) -> None:
                 code="context_length_exceeded",
             )
     bad = next((token for token in ids if not 0 <= token < info.vocab_size), None)
+    if bad is not None and 0 <= bad < tokenizer.vocab_size:
+        raise UserError(
+            f"the prompt's token {unknown(bad, tokenizer, info.vocab_size)} (0 to {info.vocab_size - 1}); leave the "
+            "token out, or serve the model with its own tokenizer and chat template",
+            param="prompt",
+        )
     if bad is not None:
         raise UserError(f"prompt: token id {bad} is outside 0..{info.vocab_size - 1}", param="prompt")

@@ -15,6 +15,7 @@ import msgspec
 from ...adapter_kinds import AdapterType, PoolingInfo
 from ...errors import UserError
 from ...messages import EngineInfo
+from ...text.known_tokens import unknown
 from ...text.pooled_text import classified_ids, embedded_ids, pair_ids
 from ...text.tokenizer import TextTokenizer
 
@@ -176,6 +177,9 @@ class _Reader:
         if (least := self._tokenizer.min_num_tokens(document)) > self._limit:
             self._refuse_long(text, f"at least {least}")
         ids = read(self._whole)
+        if ids and (token := max(ids)) >= self._vocab_size:
+            reason = unknown(token, self._tokenizer, self._vocab_size)
+            raise UserError(f"{text.name}: its token {reason}; leave it out of the text", param=text.param)
         if len(ids) <= self._limit:
             return ids, is_cut
         self._refuse_long(text, str(len(ids)))
