@@ -151,8 +151,24 @@ class ChatTemplate:
         """The template's text; a model may have several, one of them for tools."""
         if self.text is None:
             raise UserError("this model has no chat template; use /v1/completions", param="messages")
-        try:
-            text = self.text if isinstance(self.text, str) else self._tokenizer.get_chat_template(None, tools)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UserError(f"{self.name} cannot be used: {error}", param="messages") from None
+        text = self.text
+        if isinstance(text, dict):
+            name = "tool_use" if tools is not None and "tool_use" in text else "default"
+            if name not in text:
+                raise UserError(
+                    f"{self.name} cannot be used: of {', '.join(sorted(text))} none is named 'default'",
+                    param="messages",
+                )
+            text = text[name]
         return text if self._day is None else on_day(text, self._day)
+
+
+def named_texts(value: Any) -> str | dict[str, str] | None:
+    """A configuration's chat_template: a text, or several by name, which files have as a list. Raises `ValueError`."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if isinstance(value, str | None):
+        return value
+    if isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair):
+        return value
+    raise ValueError("chat_template is neither a text nor a list of objects with a name and a template")

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from ..adapter_files import read_texts
 from ..errors import AdapterError, ModelError, OverloadedError, UserError
 from ..memory import give_memory_back
-from .chat_template import ChatTemplate
+from .chat_template import ChatTemplate, named_texts
 from .detokenizer import Detokenizer, TokenTexts
 from .hidden_chat import HiddenChat, Marks
 from .template_worker import MAX_RENDERED_BYTES
@@ -78,10 +78,10 @@ class TextTokenizer:
                 template = files["chat_template.jinja"].decode("utf-8")
             elif "tokenizer_config.json" in files:
                 config = json.loads(files["tokenizer_config.json"])
-                template = config.get("chat_template") if isinstance(config, dict) else None
+                template = named_texts(config.get("chat_template")) if isinstance(config, dict) else None
         except (ValueError, RecursionError) as error:
             raise AdapterError(f"adapter {name!r}: its chat template cannot be read: {error}") from None
-        if not isinstance(template, str):
+        if not template:
             return self
         other = copy.copy(self)
         other.template = self.template.of_adapter(template, name, self.template)

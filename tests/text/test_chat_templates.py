@@ -1,6 +1,7 @@
 """Chat templates that came with adapters: the text that transformers makes, and no way to hold or fill the server."""
 
 import asyncio
+import json
 import tempfile
 import time
 
@@ -11,7 +12,7 @@ from server_fixture import ServerProcess
 from tiny_models import CHAT_TEMPLATE, make_tiny_model
 from transformers import AutoTokenizer
 
-from specserve.errors import OverloadedError, UserError
+from specserve.errors import AdapterError, OverloadedError, UserError
 from specserve.text.template_checks import may_render_here
 from specserve.text.template_renderer import TemplateRenderer
 from specserve.text.tokenizer import TextTokenizer
@@ -49,6 +50,44 @@ def of_adapter(model_dir, tmp_path_factory):
         return base.for_adapter_in(root / name)
 
     return make
+
+
+@pytest.fixture
+def with_config(model_dir, tmp_path):
+    """The tokenizer of an adapter whose tokenizer_config.json has this chat_template, and no tokenizer.json."""
+
+    def make(template):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        return TextTokenizer(model_dir).for_adapter_in(tmp_path / "mine")
+
+    return make
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_an_adapters_several_templates_are_its_own(with_config, as_list):
+    texts = {"default": "plain {{ messages[0].content }}", "tool_use": "tools {{ tools | length }}", "rag": "never"}
+    tokenizer = with_config([{"name": name, "template": text} for name, text in texts.items()] if as_list else texts)
+    chat = tokenizer.template.hidden_chat(MESSAGES[:1]), tokenizer.template.hidden_chat(MESSAGES[:1], tools=TOOLS)
+    assert [tokenizer.template.render_chat(one) for one in chat] == ["plain Be brief. é", "tools 1"]
+    assert [tokenizer.template.job(one, 1.0).template for one in chat] == [texts["default"], texts["tool_use"]]
+    assert not tokenizer.template.is_trusted and "adapter 'mine'" in tokenizer.template.name
+    for empty in (None, [], ""):
+        assert with_config(empty).template.text == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("template", [7, ["x"], [{"name": "default"}], {"default": None}, [{"template": "x"}]])
+def test_an_adapters_template_that_is_none_is_refused(with_config, template):
+    with pytest.raises(
+        AdapterError, match="adapter 'mine': its chat template cannot be read: chat_template is neither"
+    ):
+        with_config(template)
+
+
+def test_several_templates_without_a_default_are_refused_by_their_names(with_config):
+    tokenizer = with_config([{"name": "rag", "template": "x"}, {"name": "chat", "template": "x"}])
+    with pytest.raises(UserError, match="adapter 'mine' cannot be used: of chat, rag none is named 'default'"):
+        tokenizer.encode_chat(MESSAGES[:1])
 
 
 def run(work):
