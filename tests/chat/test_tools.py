@@ -523,6 +523,24 @@ def test_template_without_tools_gets_them_in_the_system_message():
     assert [message["role"] for message in alone] == ["system", "user"]
 
 
+@pytest.mark.parametrize("field", ["tool.description", "tool.function['description']"])
+def test_a_template_that_joins_descriptions_gets_one_of_every_tool(tmp_path, field):
+    """As Hermes 3's does, which fails at a tool that has none."""
+    own = TEMPLATES["hermes"].replace("{{ tool | tojson }}", "{{ '- ' + FIELD + '!' }}".replace("FIELD", field))
+    if "function" not in field:
+        own = own.replace("{% for tool in tools %}", "{% for tool in tools %}{% set tool = tool.function %}")
+    chosen = choose_format(own)
+    bare = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    tools = tool_use(request(tools=[bare, BOTH[0]])).tools
+    messages, definitions = for_template(chat(TALK[1:2]), tools, chosen)
+    fast = make_tool_tokenizer("hermes", vocab_size=320)
+    fast.chat_template = own
+    tokenizer = save(fast, tmp_path)
+    text = tokenizer.decode(tokenizer.encode_chat(messages, True, False, definitions))
+    assert "- !" in text and "- the weather!" in text
+    assert for_template([], tools, choose_format(TEMPLATES["hermes"]))[1][0] == bare  # others are shown what there is
+
+
 def test_override_is_taken_and_unknown_tool_templates_are_not_trusted():
     assert choose_format(CHAT_TEMPLATE, "mistral").format.name == "mistral"
     own = "{% for tool in tools %}{{ tool }}{% endfor %}<tool_call>\n<function=x>"

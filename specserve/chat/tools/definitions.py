@@ -41,11 +41,11 @@ class Tool:
     adapter: str | None
     has_schema: bool
 
-    def definition(self) -> dict[str, Any]:
-        """What the prompt shows of it."""
+    def definition(self, described: bool = False) -> dict[str, Any]:
+        """What the prompt shows of it; `described`: with an empty description where it has none."""
         function: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
+        if self.description is not None or described:
+            function["description"] = self.description or ""
         function["parameters"] = self.schema if self.has_schema else {"type": "object", "properties": {}}
         return {"type": "function", "function": function}
 

@@ -18,6 +18,7 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 _RENDERS_TOOLS = re.compile(r"\btools\b")
 # The beginning of a call as a template spells it, in one literal or in several: words alone are in other families' too.
 _HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*(?:name\\?"|[\w.]+\s*\|\s*tojson)')
+_READS_DESCRIPTION = re.compile(r"\b(?:tool|function)(?:\.description\b|\[['\"]description['\"]\])")
 _LLAMA_CALL = re.compile(r'\\?"parameters\\?":')
 
 
@@ -65,12 +66,14 @@ class ChosenFormat:
     """A format for one template. `native`: the template itself renders tools, calls and results in it.
 
     `if_offered`: only where tools are offered, as a model with several templates has one of its own for them.
+    `describes`: the template reads a tool's description by itself, and may fail without one (Hermes 3's does).
     """
 
     format: ToolFormat
     native: bool
     reason: str
     if_offered: bool = False
+    describes: bool = False
 
 
 def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
@@ -79,15 +82,16 @@ def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
     text = template if isinstance(template, str) else str(several.get("tool_use") or several.get("default") or "")
     if_offered = bool(several.get("tool_use"))
     renders = bool(_RENDERS_TOOLS.search(text))
+    describes = bool(_READS_DESCRIPTION.search(text))
     if setting != "auto":
-        return ChosenFormat(FORMATS[setting], renders, "--tool-format", if_offered)
+        return ChosenFormat(FORMATS[setting], renders, "--tool-format", if_offered, describes)
     if renders and "[TOOL_CALLS]" in text and "[ARGS]" not in text:
         opening = "[" if "[TOOL_CALLS][" in text else MISTRAL.opening
         format = dataclasses.replace(MISTRAL, opening=opening)
-        return ChosenFormat(format, True, "the chat template writes [TOOL_CALLS]", if_offered)
+        return ChosenFormat(format, True, "the chat template writes [TOOL_CALLS]", if_offered, describes)
     if renders and "<function=" not in text and _HERMES_CALL.search(text):
-        return ChosenFormat(HERMES, True, "the chat template writes <tool_call>", if_offered)
+        return ChosenFormat(HERMES, True, "the chat template writes <tool_call>", if_offered, describes)
     if renders and (PYTHON_TAG in text or "ipython" in text) and _LLAMA_CALL.search(text):
-        return ChosenFormat(LLAMA3, True, "the chat template has Llama's tool role", if_offered)
+        return ChosenFormat(LLAMA3, True, "the chat template has Llama's tool role", if_offered, describes)
     reason = "the chat template's own tool format is not known" if renders else "the chat template renders no tools"
     return ChosenFormat(HERMES, False, reason)

@@ -81,7 +81,7 @@ def for_template(
     messages: Sequence[ChatMessage], tools: Sequence[Tool], chosen: ChosenFormat
 ) -> tuple[list[ChatMessage], list[dict[str, Any]] | None]:
     """(messages, tools) to render with the template that `chosen` was found for."""
-    definitions = [tool.definition() for tool in tools]
+    definitions = [tool.definition(described=chosen.native and chosen.describes) for tool in tools]
     if chosen.native and (definitions or not chosen.if_offered):
         return [_with_template_ids(message, chosen) for message in messages], definitions or None
     return _plain(messages, definitions), None
