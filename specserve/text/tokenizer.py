@@ -72,7 +72,7 @@ class TextTokenizer:
                 )
             own.template = own.template.of_adapter(own.template.text, name, self.template)
             return own
-        template = None
+        template: str | dict[str, str] | None = None
         try:
             if "chat_template.jinja" in files:
                 template = files["chat_template.jinja"].decode("utf-8")
