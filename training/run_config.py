@@ -1,6 +1,7 @@
 """What a training run is: one struct, read from YAML, flags and `--set`, and saved as it was resolved.
 
-Every field stands here once, with its default and limits. Knows nothing of data, models or devices.
+Every field stands here once, or in the settings of the task that it is for, with its default and limits. Knows nothing
+of data, models or devices.
 """
 
 from __future__ import annotations
@@ -8,22 +9,19 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from ..drafters.history_file import MAX_TRAINED_TOKENS
 from ..model.shapes import JOINED, LINEARS
 from ..routing_profile import DEFAULT_PROMPTS, MAX_PROMPTS
+from .pooling.settings import ClassifyConfig, EmbedConfig, PoolingSettings, RerankConfig
+from .section import Section
 
 ALL_LINEAR = "all-linear"
 TARGETS = (*LINEARS, *JOINED, "embed_tokens", "lm_head")  # the last two are not part of "all-linear"
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class DataConfig(_Section, frozen=True):
+class DataConfig(Section, frozen=True):
     """Rows of a narrow task. Paths are relative to the run file's folder, or to the working directory for flags."""
 
     train: Annotated[str, Meta(description="JSONL of training rows")] = ""
@@ -52,7 +50,7 @@ class DataConfig(_Section, frozen=True):
     ) = None
 
 
-class LoraConfig(_Section, frozen=True):
+class LoraConfig(Section, frozen=True):
     enabled: Annotated[
         bool, Meta(description="false: no LoRA, but a head of the bare base model (--head-only --base)")
     ] = True
@@ -74,7 +72,7 @@ class LoraConfig(_Section, frozen=True):
         return self.enabled and not self.frozen
 
 
-class HeadConfig(_Section, frozen=True):
+class HeadConfig(Section, frozen=True):
     enabled: Annotated[bool, Meta(description="train a lookahead head")] = True
     hidden_size: Annotated[int, Meta(ge=16, le=2048, description="width of the recurrent state")] = 192
     vocab_size: Annotated[int, Meta(ge=64, le=65536, description="most tokens that it can name")] = 2048
@@ -103,7 +101,7 @@ class HeadConfig(_Section, frozen=True):
     lr: Annotated[float, Meta(gt=0, le=1, description="learning rate of the head")] = 3e-3
 
 
-class KlConfig(_Section, frozen=True):
+class KlConfig(Section, frozen=True):
     """How the LoRA learns from a teacher's probabilities; of loss kl and mixed."""
 
     weight: Annotated[float, Meta(gt=0, lt=1, description="mixed: share of KL, the rest is cross-entropy")] = 0.5
@@ -112,7 +110,7 @@ class KlConfig(_Section, frozen=True):
     ] = 1.0
 
 
-class JointConfig(_Section, frozen=True):
+class JointConfig(Section, frozen=True):
     """How far the head's loss may reach into the LoRA."""
 
     start: Annotated[float, Meta(ge=0, le=1, description="share of steps with the LoRA alone")] = 0.5
@@ -123,7 +121,7 @@ class JointConfig(_Section, frozen=True):
     ] = 0.5
 
 
-class OptimizerConfig(_Section, frozen=True):
+class OptimizerConfig(Section, frozen=True):
     lr: Annotated[float, Meta(gt=0, le=1, description="peak learning rate of the LoRA")] = 1e-3
     weight_decay: Annotated[float, Meta(ge=0, description="of the LoRA; the head has none")] = 0.0
     warmup: Annotated[
@@ -150,7 +148,7 @@ class OptimizerConfig(_Section, frozen=True):
     grad_clip: Annotated[float, Meta(gt=0, description="largest norm of a gradient, LoRA and head apart")] = 1.0
 
 
-class DistillConfig(_Section, frozen=True):
+class DistillConfig(Section, frozen=True):
     """The head is fitted again to what the finished adapter itself writes."""
 
     rows: (
@@ -170,19 +168,19 @@ class DistillConfig(_Section, frozen=True):
     ] = 0.0
 
 
-class HistoryConfig(_Section, frozen=True):
+class HistoryConfig(Section, frozen=True):
     max_tokens: Annotated[
         int, Meta(ge=0, le=MAX_TRAINED_TOKENS, description="completion tokens kept as task history; 0: none")
     ] = 400_000
 
 
-class CheckpointConfig(_Section, frozen=True):
+class CheckpointConfig(Section, frozen=True):
     every_steps: Annotated[
         int, Meta(ge=1, description="steps between checkpoints; one is written once the loss after it was good")
     ] = 50
 
 
-class EvalConfig(_Section, frozen=True):
+class EvalConfig(Section, frozen=True):
     rows: (
         Annotated[
             int,
@@ -196,7 +194,7 @@ class EvalConfig(_Section, frozen=True):
     ] = 1000
 
 
-class RoutingConfig(_Section, frozen=True):
+class RoutingConfig(Section, frozen=True):
     prompts: Annotated[
         int,
         Meta(
@@ -207,70 +205,7 @@ class RoutingConfig(_Section, frozen=True):
     ] = DEFAULT_PROMPTS
 
 
-class PoolingSettings(_Section, frozen=True):
-    """How a text becomes one vector; all of it goes into pooling_config.json. Of embed, rerank and classify."""
-
-    type: (
-        Annotated[
-            Literal["last", "mean", "weighted_mean"],
-            Meta(description="hidden states of the last token, or their mean; default: mean to embed, else last"),
-        ]
-        | None
-    ) = None
-    query_prefix: (
-        Annotated[str, Meta(description="before a text that is searched with; default: none, to rerank 'Query: '")]
-        | None
-    ) = None
-    document_prefix: (
-        Annotated[
-            str, Meta(description="before one that is found; default: none, to rerank a line break and 'Document: '")
-        ]
-        | None
-    ) = None
-    suffix: Annotated[str, Meta(description="behind every text; it is never cut")] = ""
-    append_eos: Annotated[bool, Meta(description="the tokenizer's eos token behind that")] = False
-
-
-class EmbedConfig(_Section, frozen=True):
-    """InfoNCE over the documents of a step."""
-
-    temperature: Annotated[float, Meta(gt=0, le=1, description="cosines are divided by it")] = 0.05
-    symmetric: Annotated[bool, Meta(description="documents find their queries, too, as half of the loss")] = False
-    mined_negatives: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=32,
-            description="hard negatives of a query, found by the model itself before each epoch but the first",
-        ),
-    ] = 0
-    mining_margin: Annotated[
-        float,
-        Meta(gt=0, le=1, description="no hard negative scores more than this share of the query's own document"),
-    ] = 0.95
-    dimensions: Annotated[
-        tuple[int, ...], Meta(description="shorter embeddings that are trained too (Matryoshka), as in [64, 128, 256]")
-    ] = ()
-
-
-class RerankConfig(_Section, frozen=True):
-    loss: Annotated[
-        Literal["listwise", "pairwise"], Meta(description="over all documents of a query (ListNet), or pairs (RankNet)")
-    ] = "listwise"
-
-
-class ClassifyConfig(_Section, frozen=True):
-    class_weights: Annotated[
-        Literal["none", "balanced"], Meta(description="balanced: rare labels count as much as frequent ones")
-    ] = "none"
-    min_label_rows: Annotated[int, Meta(ge=1, description="labels of fewer training rows are left out")] = 5
-    calibration_share: Annotated[
-        float,
-        Meta(ge=0, le=0.5, description="share of the training rows that only calibrate probabilities and thresholds"),
-    ] = 0.1
-
-
-class RunConfig(_Section, frozen=True):
+class RunConfig(Section, frozen=True):
     """A whole run; see examples/*.yaml."""
 
     task: Annotated[Literal["generate", "embed", "rerank", "classify"], Meta(description="what the adapter is for")] = (

@@ -22,7 +22,8 @@ from specserve.training.pooling.metrics import (
     retrieval_metrics,
 )
 from specserve.training.pooling.ranking import listwise_loss, pairwise_loss
-from specserve.training.run_config import EmbedConfig, RunConfig
+from specserve.training.pooling.settings import EmbedConfig
+from specserve.training.run_config import RunConfig
 
 KINDS = Question("kind", "multi_class", ("a", "b", "c"), 0)
 TAGS = Question("tags", "multi_label", ("x", "y"), 3)
