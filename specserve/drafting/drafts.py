@@ -6,7 +6,6 @@ there is a C++ compiler. Both make the same drafts.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,12 +15,10 @@ from ..drafters.grammar_source import Constraint
 from ..drafters.head_source import HeadSource
 from ..drafters.protocol import DraftSource, SteppedHeads
 from ..schedule.scheduler import ScheduledSequence
-from ..stats_messages import AdapterDrafts
 from .cost_model import CostModel, StepCurve, StepShape
+from .counts import Counts
 from .host_cost import HostCost
 from .switch import DraftSwitch
-
-_PRICE_RATE = 1 / 64  # of the running mean in metrics
 
 
 class Chooser(Protocol):
@@ -33,65 +30,6 @@ class Chooser(Protocol):
     chances: list[float]  # that each is right, those before it being right; only where it is traced
 
     def remove_source(self, source: DraftSource) -> None: ...
-
-
-class DraftLengths:
-    """How long drafts were, and how far they were right; which says of each position in a draft how often it was."""
-
-    __slots__ = ("_accepted", "_drafted")
-
-    def __init__(self) -> None:
-        self._drafted: Counter[int] = Counter()  # drafts by length
-        self._accepted: Counter[int] = Counter()
-
-    def add(self, drafted: int, accepted: int) -> None:
-        """A draft, of at least one token."""
-        self._drafted[drafted] += 1
-        self._accepted[accepted] += 1
-
-    def drafted_per_pos(self) -> list[int]:
-        """Drafts that had a token at each position, the first one first."""
-        return _at_least(self._drafted)
-
-    def accepted_per_pos(self) -> list[int]:
-        """Drafts whose token there was kept; as long a list."""
-        found = _at_least(self._accepted)
-        return found + [0] * (max(self._drafted, default=0) - len(found))
-
-
-def _at_least(by_length: Counter[int]) -> list[int]:
-    """How many are of length 1 or more, of 2 or more, and so on."""
-    sums, num = [], 0
-    for length in range(max(by_length, default=0), 0, -1):
-        num += by_length[length]
-        sums.append(num)
-    return sums[::-1]
-
-
-@dataclass(slots=True)
-class Counts:
-    """Of one adapter."""
-
-    num_verifications: int = 0
-    generated: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    row_price: float | None = None  # running mean over steps
-    lengths: DraftLengths = field(default_factory=DraftLengths)
-    told: AdapterDrafts | None = None  # what was last said of them
-
-    def add(self, drafted: int, accepted: int, generated: int) -> None:
-        """A verification of one sequence."""
-        self.num_verifications += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        self.generated += generated
-        if drafted:
-            self.lengths.add(drafted, accepted)
-
-    def add_price(self, price: float) -> None:
-        """Of a step's next row."""
-        self.row_price = price if self.row_price is None else self.row_price + _PRICE_RATE * (price - self.row_price)
 
 
 @dataclass(slots=True, eq=False)

@@ -23,9 +23,9 @@ from ..kernels.native_build import NativeError
 from ..messages import GenerateRequest
 from ..schedule.scheduler import ScheduledSequence, Scheduler
 from ..schedule.sequence import Sequence as EngineSequence
-from ..stats_messages import AdapterDrafts
 from .cost_model import CostModel
-from .drafts import Clock, Counts, GrowingDraft, Growth, StepPlan, no_draft
+from .counts import AdapterCounts
+from .drafts import Clock, GrowingDraft, Growth, StepPlan, no_draft
 from .growth import DraftGrowth
 from .native_growth import NativeGrowth
 from .request_sources import RequestSources
@@ -68,12 +68,11 @@ class Proposer:
     ):
         self._config = config
         self._vocab_size = vocab_size
-        self._adapters = adapters
         self.sources = RequestSources(config, heads, vocab_size, adapters, base_lookahead, base_hash)
         self.cost_model, self._costs = cost_model, StepCosts(cost_model, is_asynchronous, max_logits)
         self.growth = make_growth(stepped_heads, clock)
         self.num_undrafted_steps = 0
-        self._counts: dict[str | None, Counts] = {}  # by adapter hash
+        self.counts = AdapterCounts(adapters)
         self._switches: dict[tuple[str | None, str, bool, bool], DraftSwitch] = {}
         self._ways = StepWays() if is_asynchronous else None
         self._live = Live()
@@ -88,7 +87,7 @@ class Proposer:
             max_tokens=self._max_drafts(request),
             is_fixed=request.speculation.mode == "fixed",
             switch=self._switch(request),
-            counts=self._counts.setdefault(request.adapter_hash, Counts()),
+            counts=self.counts.of(request.adapter_hash),
             holds_up=not seq.gets_any_token,
         )
         way = self._ways.latest if self._ways is not None else None
@@ -246,37 +245,8 @@ class Proposer:
     def adapter_left(self, content_hash: str) -> None:
         """Let go of an adapter that has left."""
         self.sources.adapter_left(content_hash)
-        self._counts.pop(content_hash, None)
+        self.counts.forget(content_hash)
         self._switches = {key: switch for key, switch in self._switches.items() if key[0] != content_hash}
-
-    def drafts_by_adapter(self) -> list[AdapterDrafts]:
-        """Made anew for those alone that were served since the last call: it is asked for between two steps."""
-        adapters = self._adapters
-        return [
-            self._drafts_told(counts, None if key is None else adapters[key].name)
-            for key, counts in self._counts.items()
-            if key is None or key in adapters
-        ]
-
-    def _drafts_told(self, counts: Counts, name: str | None) -> AdapterDrafts:
-        told = counts.told
-        if told is None or told.num_verifications != counts.num_verifications:
-            told = counts.told = AdapterDrafts(
-                name=name,
-                num_verifications=counts.num_verifications,
-                generated_tokens=counts.generated,
-                draft_tokens=counts.drafted,
-                accepted_draft_tokens=counts.accepted,
-                row_price=counts.row_price or 0.0,
-                drafted_per_pos=counts.lengths.drafted_per_pos(),
-                accepted_per_pos=counts.lengths.accepted_per_pos(),
-            )
-        return told
-
-    def drafts_of(self, content_hash: str) -> tuple[int, int]:
-        """Drafts verified, and accepted, of an adapter since it was loaded."""
-        counts = self._counts.get(content_hash)
-        return (counts.drafted, counts.accepted) if counts is not None else (0, 0)
 
     def _switch(self, request: GenerateRequest) -> DraftSwitch:
         mode, has_grammar = request.speculation.mode, request.grammar is not None

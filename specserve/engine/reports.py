@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..drafting.drafts import Counts
+from ..drafting.counts import Counts
 from ..drafting.proposer import Proposer
 from ..messages import (
     MAX_REJECTED,

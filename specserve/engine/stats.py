@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..adapter_messages import AdapterState
 from ..adapters.held import Held
-from ..drafting.drafts import DraftLengths
+from ..drafting.counts import DraftLengths
 from ..stats_messages import AdapterRequests, EngineStats
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def engine_stats(engine: Engine, counters: Counters, check_integrity: bool) -> E
         cuda_graph_capture_seconds=graphs.capture_s if graphs else 0.0,
         num_eager_parts=graphs.num_eager.total() if graphs else 0,
         num_undrafted_steps=engine.proposer.num_undrafted_steps,
-        drafts_by_adapter=engine.proposer.drafts_by_adapter(),
+        drafts_by_adapter=engine.proposer.counts.told(),
         drafted_by_source=dict(counters.drafted_by_source),
         accepted_by_source=dict(counters.accepted_by_source),
         num_grammars_compiled=engine.grammars.num_compiled,
@@ -103,12 +103,12 @@ def _requests_by_adapter(engine: Engine) -> list[AdapterRequests]:
 
 def adapter_states(engine: Engine) -> list[AdapterState]:
     """Every adapter that is held anywhere, in its best memory."""
-    memory, drafts_of = engine.adapters.memory, engine.proposer.drafts_of
+    memory, totals_of = engine.adapters.memory, engine.proposer.counts.totals
     tiers: list[tuple[Literal["host", "device"], dict[str, Held]]] = [("host", memory.registry.held())]
     if memory.host is not None:
         tiers = [("host", memory.host.held()), ("device", memory.registry.held())]
     states = {
-        key: AdapterState(key, tier, held.num_refs, *drafts_of(key))
+        key: AdapterState(key, tier, held.num_refs, *totals_of(key))
         for tier, of_tier in tiers
         for key, held in of_tier.items()
     }

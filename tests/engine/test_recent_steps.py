@@ -6,7 +6,7 @@ import pytest
 from engine_fixture import make_engine, request, run
 from tiny_models import make_tiny_model
 
-from specserve.drafting.drafts import DraftLengths
+from specserve.drafting.counts import DraftLengths
 from specserve.engine import recent_steps as recent_steps_module
 from specserve.engine.recent_steps import RecentSteps
 
