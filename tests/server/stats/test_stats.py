@@ -8,6 +8,7 @@ from itertools import pairwise
 import api_contract
 import requests
 from server_fixture import assert_error
+from waiting import wait_until
 
 STATS = "/v1/stats"
 
@@ -22,10 +23,10 @@ def events(response):
 
 
 def test_counters_grow_by_what_was_done(server):
-    before = server.get(STATS).json()
+    before = server.counts(STATS).json()
     choice = server.complete(prompt=list(range(3, 40)), model="alpha", max_tokens=12)
     assert choice["finish_reason"] == "length"
-    after = server.get(STATS).json()
+    after = server.counts(STATS).json()
     tokens = {name: after["tokens"][name] - before["tokens"][name] for name in after["tokens"]}
     assert tokens["generated"] == 12 and tokens["prompt"] == 37
     assert after["requests"]["finished"]["length"] == before["requests"]["finished"]["length"] + 1
@@ -49,12 +50,16 @@ def test_counters_grow_by_what_was_done(server):
 
 
 def test_a_request_that_is_given_up_counts_as_aborted(server):
-    before = server.get(STATS).json()["requests"]["finished"]["abort"]
+    before = server.counts(STATS).json()["requests"]["finished"]["abort"]
     body = {"prompt": "The quick", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 3}
+    body["speculation"] = {"mode": "off"}
     with requests.post(server.url + "/v1/completions", json=body, stream=True, timeout=60) as response:
         next(response.iter_lines())
+        with server.paused():  # so that it does not end by itself
+            response.close()
+            wait_until(lambda: not server.num_in_flight())
     server.wait_baseline()
-    assert before < server.get(STATS).json()["requests"]["finished"]["abort"] <= before + 3
+    assert before < server.counts(STATS).json()["requests"]["finished"]["abort"] <= before + 3
 
 
 def test_a_stream_tells_of_itself_about_once_a_second(server):
