@@ -58,6 +58,7 @@ class ModelShape:
             rotary_dim=self.head_dim,
             turns_neighbours=False,
             rope_keys=("full_attention",) * self.num_layers,
+            query_growth=None,
             ropes={"full_attention": RopeConfig("default", 500_000.0, self.head_dim)},
         )
 

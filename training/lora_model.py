@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapter_files import WEIGHTS_FILE
 from ..kernels.linear import has_native_bf16
+from ..model.config import ModelConfig
 from ..model.shapes import JOINED, LANGUAGE_MODEL_NAMES, LINEARS
 from .causal_attention import attention_for
 from .data.dataset import Example
@@ -41,6 +42,8 @@ def load_base(auto_class: Any, model_dir: Path, dtype: torch.dtype, device: torc
     for name, value in settings.items():
         setattr(text, name, value)
     is_part = text is not config
+    if is_part:  # as its files have it: the whole may say otherwise
+        text.tie_word_embeddings = ModelConfig.from_dir(model_dir).tie_word_embeddings
     # What is for images would all be listed as unexpected.
     with quiet_transformers() if is_part else nullcontext():
         base = auto_class.from_pretrained(

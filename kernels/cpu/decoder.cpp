@@ -46,6 +46,8 @@ struct Model {
   float rope_scales[2], embed_scale;
   int32_t embed_is_bf16;   // else fp32
   int32_t norms_whole_qk;  // q_norm and k_norm are over all heads as one
+  int32_t query_length;    // positions, after each of which queries grow
+  float query_beta;        // by this times a logarithm; 0: they do not
 };
 
 struct Step {
@@ -97,7 +99,7 @@ struct Engine {
   Buffer act, act2, codes, row_scales, row_sums, qkv, rotated, h, y, last;
   std::vector<Buffer> attention, products, rows, draws;
   std::vector<Top> tops;
-  Buffer embedded, cos[2], sin[2];  // cos and sin: [T][D / 2]
+  Buffer embedded, cos[2], sin[2], growth;  // cos and sin: [T][D / 2], growth: [T], of queries
   Places places;
   Buffer partials;
   std::vector<std::atomic<int>> splits_left;
@@ -172,6 +174,7 @@ class Forward {
       e.cos[i].get<float>(rows * m.head_dim / 2);
       e.sin[i].get<float>(rows * m.head_dim / 2);
     }
+    e.growth.get<float>(rows);
     e.places.set(s.num_seqs, T, s.block_size, s.starts, s.query_lens, s.table_lens, s.blocks);
     act = e.act.get<A>(Rows<A>::size(T, widest));
     act2 = e.act2.get<A>(Rows<A>::size(T, widest));
@@ -249,6 +252,8 @@ class Forward {
       for (int i = 0; i < m.num_ropes; i++)
         cos_sin_of((float)e.places.positions[t], m.frequencies[i], half, m.rope_scales[i],
                    (float*)e.cos[i].data + (size_t)t * half, (float*)e.sin[i].data + (size_t)t * half);
+      // As specserve/model/rope.py has it, rounded once.
+      if (m.query_beta) ((float*)e.growth.data)[t] = 1 + m.query_beta * std::log(1.0 + e.places.positions[t] / m.query_length);
       if (s.x) continue;
       float* to = x + (size_t)t * width;
       const size_t from = (size_t)s.tokens[t] * width;
@@ -480,7 +485,8 @@ class Forward {
     rotate(x, (const float*)e.cos[layer.rope].data + first, (const float*)e.sin[layer.rope].data + first);
     if (module == K) return store_key((A*)layer.k_cache, e.places.slots[t], head, m.num_kv_heads, dim, x);
     A* out = rotated + (size_t)t * q_size + head * dim;
-    for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(x + c, dim - c), dim - c);
+    const float by = m.query_beta ? ((const float*)e.growth.data)[t] : 1.0f;
+    for (int c = 0; c < dim; c += 16) store_n(out + c, load_n(x + c, dim - c) * by, dim - c);
   }
 
   // Where heads have not been placed panel by panel, as they were multiplied.
@@ -745,7 +751,8 @@ static const Place LAYOUT[] = {
     FIELD(Model, num_heads), FIELD(Model, num_kv_heads), FIELD(Model, head_dim), FIELD(Model, is_gelu), FIELD(Model, is_bf16),
     FIELD(Model, num_ropes), FIELD(Model, eps), FIELD(Model, attention_scale), FIELD(Model, attention_softcap),
     FIELD(Model, embed), FIELD(Model, frequencies), FIELD(Model, rope_scales), FIELD(Model, embed_scale),
-    FIELD(Model, embed_is_bf16), FIELD(Model, norms_whole_qk),
+    FIELD(Model, embed_is_bf16), FIELD(Model, norms_whole_qk), FIELD(Model, query_length),
+    FIELD(Model, query_beta),
     STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_hidden), FIELD(Step, block_size),
     FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, x), FIELD(Step, tokens), FIELD(Step, starts),
     FIELD(Step, query_lens), FIELD(Step, table_lens), FIELD(Step, blocks), FIELD(Step, hidden_indices),

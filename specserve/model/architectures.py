@@ -41,6 +41,7 @@ class Architecture:
     slides: bool | None = False  # whether layers have windows; None: if use_sliding_window says so
     full_every: int = 0  # without `layer_types`, which layers have no window: each so-manieth; 0: none
     caps_scores: bool = False  # attn_logit_softcapping
+    grows_queries: bool = False  # llama_4_scaling_beta
     has_multipliers: bool = False  # GRANITE_MULTIPLIERS
     is_gemma: bool = False  # norms by 1 + weight, embeddings by the root of their size, query_pre_attn_scalar
 
@@ -68,6 +69,15 @@ def _dense_granite(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"intermediate_size": raw["shared_intermediate_size"], "mlp_bias": False} | turned
 
 
+_MISTRAL = {"num_attention_heads": 32, "num_key_value_heads": 8}
+_MINISTRAL = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 16_384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _GRANITE = dict.fromkeys(GRANITE_MULTIPLIERS, 1.0)
 _SEED = {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False}
@@ -89,7 +99,25 @@ _GEMMA = {
 }
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama"),
-    "MistralForCausalLM": Architecture("mistral", {"sliding_window": 4096}, slides=True),
+    "MistralForCausalLM": Architecture(
+        "mistral",
+        _MISTRAL | {"vocab_size": 32_000, "max_position_embeddings": 131_072, "sliding_window": 4096},
+        slides=True,
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        "ministral3",
+        _MISTRAL
+        | {
+            "vocab_size": 131_072,
+            "max_position_embeddings": 262_144,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "rope_scaling": _MINISTRAL,
+        },
+        slides=True,
+        grows_queries=True,
+    ),
     "Qwen2ForCausalLM": Architecture("qwen2", _QWEN, _qwen2, slides=None),
     "Qwen3ForCausalLM": Architecture("qwen3", _QWEN | {"head_dim": 128}, qk_norm=True, slides=None),
     "SmolLM3ForCausalLM": Architecture(
@@ -194,9 +222,9 @@ ARCHITECTURES = {
         is_gemma=True,
     ),
 }
-# Models that see images, of which the language model is served: its architecture, from its own part of config.json.
-LANGUAGE_MODELS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 MODEL_TYPES = {  # for a config.json without `architectures`
     **{architecture.model_type: name for name, architecture in ARCHITECTURES.items()},
     "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
 }

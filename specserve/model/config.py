@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ModelError
-from .architectures import ARCHITECTURES, GRANITE_MULTIPLIERS, LANGUAGE_MODELS, MODEL_TYPES, Architecture
-from .rope import NO_ROTATION, RopeConfig, rope_config
+from .architectures import ARCHITECTURES, GRANITE_MULTIPLIERS, MODEL_TYPES, Architecture
+from .language_part import LANGUAGE_MODELS, language_part
+from .own_head import has_own_head
+from .rope import NO_ROTATION, QueryGrowth, RopeConfig, rope_config
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NO_ROPE = "no_rope"  # in `rope_keys`: layers that know no positions
@@ -68,6 +70,7 @@ class ModelConfig:
     turns_neighbours: bool  # in pairs that lie side by side; else half of what is turned apart
     rope_keys: tuple[str, ...]  # per layer: which entry of `ropes`
     ropes: dict[str, RopeConfig]
+    query_growth: QueryGrowth | None  # of queries by their positions, behind their rotation
 
     def embed_scale_of(self, dtype: torch.dtype) -> float:
         """What embeddings of weights in `dtype` are multiplied by."""
@@ -75,7 +78,10 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelConfig:
-        """Read `path`/config.json. Raises `ModelError` for what is not supported, by name."""
+        """Read `path`/config.json, and by the weights, where there are any, whether the lm_head is the embedding.
+
+        Raises `ModelError` for what is not supported, by name.
+        """
         file = Path(path) / "config.json"
         try:
             raw = json.loads(file.read_bytes())
@@ -84,11 +90,14 @@ class ModelConfig:
         except ValueError as error:
             raise ModelError(f"{file} is not valid JSON: {error}") from None
         try:
-            return _parse(raw)
+            config = _parse(raw)
         except KeyError as error:
             raise ModelError(f"{file} has no {error.args[0]!r}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{file} has a value of the wrong type: {error}") from None
+        if config.tie_word_embeddings and has_own_head(file.parent):
+            return replace(config, tie_word_embeddings=False)
+        return config
 
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:
@@ -96,7 +105,8 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     name = names[0]
     sees_images = name in LANGUAGE_MODELS
     if sees_images:
-        name, raw = LANGUAGE_MODELS[name], raw["text_config"]
+        raw = language_part(raw, name)
+        name = MODEL_TYPES.get(raw["model_type"], raw["model_type"])
     if name not in ARCHITECTURES:
         served = ", ".join((*ARCHITECTURES, *LANGUAGE_MODELS))
         raise ModelError(f"architecture {name} is not supported; served are {served}")
@@ -185,6 +195,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         turns_neighbours=architecture.turns_neighbours,
         rope_keys=rope_keys,
         ropes=ropes,
+        query_growth=_query_growth(raw, ropes) if architecture.grows_queries else None,
     )
 
 
@@ -196,6 +207,12 @@ def _multiplier(raw: dict[str, Any], key: str) -> float:
 
 def _softcap(raw: dict[str, Any], key: str) -> float | None:
     return None if raw.get(key) is None else _multiplier(raw, key)
+
+
+def _query_growth(raw: dict[str, Any], ropes: dict[str, RopeConfig]) -> QueryGrowth | None:
+    beta = (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).get("llama_4_scaling_beta")
+    (rope,) = ropes.values()
+    return QueryGrowth(float(beta), rope.original_max_position_embeddings) if beta else None
 
 
 def _layer_types(raw: dict[str, Any], architecture: Architecture) -> list[str]:

@@ -54,6 +54,19 @@ class RopeConfig:
         return int(self.factor * self.original_max_position_embeddings) if self.rope_type == "yarn" else 0
 
 
+@dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """Queries grow with their positions, so that attention to long texts does not fade: Llama 4's way of Nakanishi's
+    Scalable-Softmax (2025)."""
+
+    beta: float
+    length: int  # positions, after each of which they grow
+
+    def factors(self, positions: torch.Tensor) -> torch.Tensor:
+        """1 + beta * ln(1 + position // length), float32 of the shape of `positions`."""
+        return 1.0 + self.beta * torch.log(1.0 + torch.floor(positions / self.length))
+
+
 def rope_config(raw: dict[str, Any], layer_type: str, head_dim: int) -> RopeConfig:
     """The rotary embedding of layers of `layer_type`, from either form of config.json."""
     params = raw.get("rope_parameters") or {}

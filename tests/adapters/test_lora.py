@@ -10,8 +10,7 @@ from engine_fixture import make_engine, request, run, tokens_of
 from peft import PeftModel
 from peft_adapters import ALL_MODULES, make_peft_adapter
 from safetensors.torch import load_file, save_file
-from tiny_models import MODEL_TYPES, make_tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_models import MODEL_TYPES, load_theirs, make_tiny_model
 
 from specserve.adapter_files import WEIGHTS_FILE
 from specserve.errors import AdapterError
@@ -62,7 +61,7 @@ def mixed(kernels, model_dir, adapters):
 
 
 def peft_reference(model_dir, path, prompt, num_tokens):
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = load_theirs(model_dir)
     if path is not None:
         model = PeftModel.from_pretrained(model, path)
     model.eval()
@@ -119,9 +118,10 @@ def test_other_architectures_equal_peft(architecture, tmp_path):
     assert results["b"] == peft_reference(model_dir, None, [3, 1, 4, 1, 5], 10)[0]
 
 
-def test_a_model_that_sees_is_served_under_the_names_of_every_transformers(tmp_path):
+@pytest.mark.parametrize("architecture", [name for name in MODEL_TYPES if "that sees" in name])
+def test_a_model_that_sees_is_served_under_the_names_of_every_transformers(architecture, tmp_path):
     """Of model and adapter; an adapter of its language model alone is one of it, too."""
-    model_dir = make_tiny_model(tmp_path / "model", "gemma3 that sees")
+    model_dir = make_tiny_model(tmp_path / "model", architecture)
     adapter = make_peft_adapter(
         model_dir, tmp_path / "a", target_modules=r".*language_model.*\.(q|v|down)_proj", std=0.3
     )

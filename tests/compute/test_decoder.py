@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from decoder_driver import Driver, native_choice
-from tiny_models import make_tiny_model
+from tiny_models import load_theirs, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from specserve.compute.loader import load_model
@@ -53,6 +53,8 @@ FAMILIES = {
     "llama, wide heads": ("llama", {"head_dim": 32}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, sliding": ("mistral", SLIDING),
+    "ministral3": ("ministral3", {"sliding_window": 24}),
+    "mistral3 that sees": ("mistral3 that sees", {}),
     "qwen2": ("qwen2", {}),
     "qwen2, sliding above layer 1": ("qwen2", {**SLIDING, "use_sliding_window": True, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
@@ -93,7 +95,7 @@ def family(request, tmp_path_factory):
     """(path, transformers' model) in float32."""
     architecture, overrides = FAMILIES[request.param]
     path = make_tiny_model(tmp_path_factory.mktemp("model"), architecture, **overrides)
-    return path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return path, load_theirs(path).eval()
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])

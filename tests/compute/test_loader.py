@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoder_driver import Driver, native_choice
 from safetensors.torch import load_file, save_file
-from tiny_models import MODEL_TYPES, make_tiny_model
+from tiny_models import MODEL_TYPES, load_theirs, make_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specserve.compute.loader import load_model
@@ -123,6 +123,38 @@ def test_benign_extras_are_tolerated(tmp_path):
     assert torch.equal(logits(path), before)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral3 that sees"])
+@pytest.mark.parametrize(
+    ("says", "holds"),
+    [("absent", "own"), (True, "own"), (False, "own"), (True, "copy"), (True, "none"), ("absent", "none")],
+    ids=str,
+)
+def test_an_lm_head_that_is_not_the_embedding_is_served_whatever_the_configuration_says(
+    tmp_path, architecture, says, holds
+):
+    """As transformers does: one in the files counts if it differs, and what is said if there is none."""
+    if architecture == "llama" and (says, holds) == ("absent", "none"):
+        pytest.skip("a llama without a head that does not say so is an error")
+    path = make_tiny_model(tmp_path, architecture, tie_word_embeddings=holds != "own")
+    text = json.loads((path / "config.json").read_text())
+    edit_config(path, tie_word_embeddings=says)
+    if "text_config" in text:
+        text["text_config"].pop("tie_word_embeddings")
+        edit_config(path, text_config=text["text_config"])
+
+    def change(tensors):
+        tensors.pop("lm_head.weight", None)
+        (embedding,) = (tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+        if holds != "none":
+            name = "language_model.lm_head.weight" if "text_config" in text else "lm_head.weight"
+            tensors[name] = embedding.clone() if holds == "copy" else embedding.flip(0).contiguous()
+
+    edit_tensors(path, change)
+    assert ModelConfig.from_dir(path).tie_word_embeddings == (holds != "own")
+    theirs = load_theirs(path).eval()(torch.tensor([[1, 2, 3, 4]])).logits[0, -1:]
+    torch.testing.assert_close(logits(path)[-1:], theirs, atol=1e-4, rtol=0)
+
+
 def test_a_missing_head_of_an_untied_model_is_refused(model_dir):
     edit_tensors(model_dir, lambda tensors: tensors.pop("lm_head.weight"))
     refused(model_dir, "lm_head.weight [320, 64] is missing")
@@ -207,6 +239,12 @@ def test_a_bad_index_is_refused(model_dir, index, message):
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["8 of 16 dimensions", "LlamaFor"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}}, ["partial_rotary_factor=2"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
+        (
+            {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {}}
+            | {"quantization_config": {"quant_method": "fp8"}},
+            ["fp8"],
+        ),
+        ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "opt"}}, ["opt", "Llava"]),
         ({"final_logit_softcapping": 0}, ["final_logit_softcapping=0", "above 0"]),
         ({"no_rope_layer_interval": 4, "no_rope_layers": [1]}, ["no_rope_layers has 1", "2"]),
     ],
@@ -243,7 +281,7 @@ def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     absent += ["attn_logit_softcapping", "final_logit_softcapping"]
     absent += ["max_window_layers", "use_sliding_window", "tie_word_embeddings", "attention_bias", "no_rope_layers"]
     absent += ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
-    if architecture == "gemma3":  # those that see say next to nothing of their language model
+    if architecture in ("gemma3", "mistral", "ministral3"):  # text_config of those that see says next to nothing
         absent += ["vocab_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
     if architecture == "granite4":  # without these its layers are recurrent
         absent.remove("layer_types")

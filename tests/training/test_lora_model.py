@@ -1,10 +1,13 @@
 """The trainer's forward against transformers' own: the same loss and the same gradients for every architecture."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft_adapters import make_peft_adapter
-from tiny_models import MODEL_TYPES, make_tiny_model
+from tiny_models import MODEL_TYPES, load_theirs, make_tiny_model
+from transformers import AutoModelForCausalLM
 
 from specserve.errors import UserError
 from specserve.model.config import ModelConfig
@@ -12,7 +15,7 @@ from specserve.training.causal_attention import causal_attention
 from specserve.training.data.dataset import Example
 from specserve.training.head_fit import collect_states
 from specserve.training.head_module import task_vocab
-from specserve.training.lora_model import LoraModel
+from specserve.training.lora_model import LoraModel, load_base
 from specserve.training.preflight import check_targets
 from specserve.training.run_config import LoraConfig
 
@@ -53,6 +56,18 @@ def test_loss_and_gradients_are_those_of_the_whole_model(tmp_path, architecture,
     F.cross_entropy(half.logits(hidden.last).float(), hidden.targets).backward()
     rounded, exact = (torch.cat([g.flatten() for g in grads]) for grads in ([p.grad for p in half.parameters], wanted))
     assert (rounded - exact).norm() < 0.15 * exact.norm(), (rounded - exact).norm() / exact.norm()
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_of_a_model_that_sees_the_lm_head_of_its_files_is_trained_on(tmp_path, is_tied):
+    """Its text_config does not say that it is the embedding, or what is around it says so wrongly."""
+    make_tiny_model(tmp_path, "mistral3 that sees", tie_word_embeddings=is_tied)
+    file = tmp_path / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "tie_word_embeddings"}
+    file.write_text(json.dumps(config))
+    base = load_base(AutoModelForCausalLM, tmp_path, torch.float32, torch.device("cpu"))
+    ids = torch.arange(5, 45)[None]
+    torch.testing.assert_close(base(ids).logits, load_theirs(tmp_path)(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_a_lora_that_is_gone_on_from_has_the_dropout_of_this_run(tmp_path):

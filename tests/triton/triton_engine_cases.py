@@ -124,7 +124,7 @@ def test_mixed_adapters_equal_the_torch_path(pair, adapter_dirs, mode):
         "olmo3",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("qwen2", "mistral", "smollm3", "phi3", "granite", "olmo2")
+            for name in ("qwen2", "mistral", "ministral3", "smollm3", "phi3", "granite", "olmo2")
         ),
     ],
 )

@@ -71,11 +71,14 @@ class TritonDecoder(DecoderWeights):
         if config.embed_scale != 1.0:
             residual.mul_(self._embed_scale)
         ropes = {kind: _tables(rope, rows.positions) for kind, rope in self._ropes.items()}
+        growth = None  # [T, 1, 1]
+        if config.query_growth is not None:
+            growth = config.query_growth.factors(rows.positions)[:, None, None]
         fused = self._fused(rows)
         x = self._normed(residual, None, self.layers[0].input_norm, None, "qkv" in fused)
         for idx, layer in enumerate(self.layers):
             cos, sin = ropes[config.rope_keys[idx]]
-            attended = self._attend(idx, layer, x, rows, cos, sin, kv, "qkv" in fused)
+            attended = self._attend(idx, layer, x, rows, cos, sin, growth, kv, "qkv" in fused)
             h = self._added(idx, "o", layer.o, attended, residual, lora, fused)
             x = self._normed(residual, h, layer.mlp_norm, layer.post_attention_norm, "gate_up" in fused)
             act = self._activated(idx, layer, x, lora, fused)
@@ -128,6 +131,7 @@ class TritonDecoder(DecoderWeights):
         rows: RowInputs,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        growth: torch.Tensor | None,
         kv: KVCache,
         is_fused: bool,
     ) -> torch.Tensor:
@@ -161,6 +165,8 @@ class TritonDecoder(DecoderWeights):
                 config.rms_norm_eps,
             )
             q = qkv.view(-1, num_q + 2 * num_kv, head_dim)[:, :num_q]
+        if growth is not None:
+            q *= growth
         out = q.new_empty(q.shape[0], num_q * head_dim)
         ragged_attention_(
             out,

@@ -116,6 +116,8 @@ class NativeDecoder:
             embed_is_bf16=int(embed.dtype == torch.bfloat16),
             norms_whole_qk=int(config.qk_norm_whole),
         )
+        if config.query_growth is not None:
+            self._model.query_length, self._model.query_beta = config.query_growth.length, config.query_growth.beta
         for idx, (frequencies, rope) in enumerate(zip(self._frequencies, config.ropes.values(), strict=True)):
             self._model.frequencies[idx] = frequencies.data_ptr()
             self._model.rope_scales[idx] = rope.attention_factor

@@ -52,13 +52,16 @@ class Decoder(DecoderWeights):
             x *= self._embed_scale
         plans = {window: self._plan(batch, window) for window in set(config.windows)}
         ropes = {kind: rope.cos_sin(batch.positions, self.compute_dtype) for kind, rope in self._ropes.items()}
+        growth = None  # [T, 1, 1]
+        if config.query_growth is not None:
+            growth = config.query_growth.factors(batch.positions).to(self.compute_dtype)[:, None, None]
         for idx, layer in enumerate(self.layers):
             h = x if layer.input_norm is None else self._rms_norm(x, layer.input_norm)
             qkv = layer.qkv(h)
             if lora is not None:
                 lora.add_(idx, "qkv", h, qkv)
             plan, (cos, sin) = plans[config.windows[idx]], ropes[config.rope_keys[idx]]
-            attended = self._attend(idx, layer, qkv, cos, sin, plan, batch.slot_mapping, kv)
+            attended = self._attend(idx, layer, qkv, cos, sin, growth, plan, batch.slot_mapping, kv)
             h = layer.o(attended)
             if lora is not None:
                 lora.add_(idx, "o", attended, h)
@@ -98,6 +101,7 @@ class Decoder(DecoderWeights):
         qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        growth: torch.Tensor | None,
         plan: list[SequencePlan],
         slot_mapping: torch.Tensor,
         kv: KVCache,
@@ -114,8 +118,8 @@ class Decoder(DecoderWeights):
             qk = qk.view(-1, num_q + num_kv, config.head_dim)
         qk = rotate(qk, cos, sin)
         store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slot_mapping)
-        scale, cap = config.attention_scale, config.attention_softcap
-        return paged_attention(qk[:, :num_q], kv.k[idx], kv.v[idx], plan, scale, cap)
+        q = qk[:, :num_q] if growth is None else qk[:, :num_q] * growth
+        return paged_attention(q, kv.k[idx], kv.v[idx], plan, config.attention_scale, config.attention_softcap)
 
     def _plan(self, batch: Batch, window: int | None) -> list[SequencePlan]:
         config, size = self.config, batch.block_size
