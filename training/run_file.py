@@ -27,6 +27,22 @@ from .run_config import ALL_LINEAR, TARGETS, RunConfig
 
 RUN_FILE = "run.yaml"  # in the output directory: what the run was
 _PATHS = ("data.train", "data.eval", "lora.adapter", "output", "teacher")
+# What other trainers call it.
+_WORDS_OF_OTHERS = {
+    "learning_rate": "optimizer.lr",
+    "batch_size": "optimizer.batch_tokens",
+    "per_device_train_batch_size": "optimizer.batch_tokens",
+    "num_epochs": "optimizer.epochs",
+    "num_train_epochs": "optimizer.epochs",
+    "save_steps": "checkpoint.every_steps",
+    "max_length": "data.max_len",
+    "max_seq_length": "data.max_len",
+    "sequence_len": "data.max_len",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+}
 
 
 def load_run(path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> RunConfig:
@@ -149,9 +165,8 @@ def _convert(values: Mapping[str, Any]) -> RunConfig:
     nested: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            close = close or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            close = " or ".join(map(repr, _meant(key, known)))
+            hint = f"; did you mean {close}?" if close else f"; known are {', '.join(known)}"
             raise UserError(f"unknown key {key!r} in the run's configuration{hint}", param=key)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}: a finite number is expected", param=key)
@@ -166,6 +181,16 @@ def _convert(values: Mapping[str, Any]) -> RunConfig:
         key = found[1] if found else ""
         reason = str(error).partition(" - at")[0]
         raise UserError(f"{key} is {values.get(key)!r}: {reason}", param=key) from None
+
+
+def _meant(key: str, known: Sequence[str]) -> list[str]:
+    """The keys that an unknown one may stand for: of its last word, of what others call so, or spelled alike."""
+    field = key.rpartition(".")[2]
+    if field in _WORDS_OF_OTHERS:
+        return [_WORDS_OF_OTHERS[field]]
+    fields = {name.rpartition(".")[2] for name in known}
+    alike = difflib.get_close_matches(field, fields, n=1)
+    return difflib.get_close_matches(key, [name for name in known if name.rpartition(".")[2] in alike], cutoff=0.0)
 
 
 def _target_modules(value: Any) -> Any:

@@ -56,6 +56,10 @@ def test_a_saved_configuration_reads_back_equal(run_yaml, tmp_path):
     [
         ("lora.rank=3", "unknown key 'lora.rank'.*did you mean 'lora.r'"),
         ("optimiser.lr=3", "did you mean 'optimizer.lr'"),
+        ("epochs=3", "did you mean 'distill.epochs' or 'optimizer.epochs'"),
+        ("learning_rate=0.1", "did you mean 'optimizer.lr'"),
+        ("data.max_lenn=3", "did you mean 'data.max_len'"),
+        ("quux=3", "known are .*optimizer.lr"),
         ("lora.r=0", "lora.r is 0.*>= 1"),
         ("lora.r=many", "lora.r is 'many'"),
         ("optimizer.lr=-1", "optimizer.lr is -1"),
