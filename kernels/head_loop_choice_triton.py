@@ -164,6 +164,7 @@ def start_sequences(
                     input_tokens, moves, next_tokens, draft_positions, prompt_local + prompt,
                     seq, local, moved, position, length, num_tokens, window,
                 )  # fmt: skip
+        tl.debug_barrier()  # every warp has read the place that one of them writes
         tl.store(positions + seat, position)
         d = state_size_of(sizes, head)
         n = tl.arange(0, BLOCK_D)

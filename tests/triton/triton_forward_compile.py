@@ -66,6 +66,9 @@ def compile_kernel(
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "joined": len(re.findall(r"\bfma\.", ptx)),  # products and sums that are rounded once
+        "barriers": len(
+            re.findall(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])
+        ),  # that a kernel itself asks for
         "serialized": int("wgmma" in ptx and is_serialized(ptx)),
         "ahead": max(map(int, waits), default=0),  # copies that may be under way when a block's own are waited for
     }

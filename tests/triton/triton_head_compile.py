@@ -50,6 +50,8 @@ if __name__ == "__main__":
         figures = compile_kernel(kernel, pointers, constants, num_warps=warps, num_stages=1, **limit)
         report(f"{kernel.__name__} {hidden}", figures)
         assert figures["registers"] <= most_registers, "fewer programs fit an SM than there are"
+        if kernel is of_sequences.start_sequences:
+            assert figures["barriers"] == 1, "a warp may read a copy pointer that another one has moved"
         if kernel in (begin_states, step_cells, score):
             assert hidden != "bf16" or figures["mma"] or figures["wgmma"], "no matrix instructions"
             assert figures["load_bytes"] == 16, "weights are not read by 16 bytes"
