@@ -90,6 +90,18 @@ def test_a_device_that_sums_differently_is_found_out(monkeypatch):
         one_order.keep_one_order("on", [], Linear(torch.zeros(8, 8)))
 
 
+def test_a_device_on_which_our_products_do_not_run_multiplies_by_its_library(monkeypatch):
+    def refused(weight):
+        raise RuntimeError("out of resource: shared memory")
+
+    released: list[bool] = []
+    monkeypatch.setattr(one_order, "release_order", lambda: released.append(True))
+    monkeypatch.setattr(one_order, "rows_that_differ", refused)
+    reason = one_order.sums_differ([torch.zeros(64, 64, dtype=torch.bfloat16)])
+    assert reason is not None and "does not run on a [64, 64] matrix here" in reason and "shared memory" in reason
+    assert released
+
+
 def test_torch_is_neither_native_nor_triton_on_any_device():
     config = EngineConfig(kernels="torch")
     assert all(choose(config, device) is None for choose in (choose_native, choose_triton) for device in (CPU, CUDA))

@@ -11,6 +11,7 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -294,6 +295,22 @@ def test_heads_that_fail_on_the_device_change_nothing(model_dir, tmp_path, caplo
     assert tokens[0] == tokens[1]
     assert "lookahead heads are off from now on" in caplog.text
     assert engine.stats().drafted_by_source.get("head", 0) == 0
+
+
+def test_heads_that_cannot_be_captured_at_start_are_off_and_end_no_start(shallow_dir, tmp_path, caplog):
+    def launch(key, part):
+        raise RuntimeError("out of resource: shared memory")
+
+    engine, _ = make_pair(shallow_dir, max_draft_tokens=4)
+    device_drafts = engine.sampler.drafts
+    graphs = SimpleNamespace(is_enabled=True, launch=launch)
+    device_drafts._parts = dataclasses.replace(device_drafts._parts, graphs=graphs)
+    device_drafts.capture()
+    assert "lookahead heads are off from now on" in caplog.text and "shared memory" in caplog.text
+    path = make_lookahead_adapter(shallow_dir, tmp_path / "a", tap_layer=0, history=False)
+    key = engine.load_adapter("a", path).content_hash
+    results = run(engine, [request("a", range(5, 9), adapter=key, mode="fixed", max_tokens=3)])
+    assert len(results["a"].tokens) == 3 and engine.stats().drafted_by_source.get("head", 0) == 0
 
 
 def test_a_sequence_whose_logits_are_nan_fails_alone_while_its_head_drafts(

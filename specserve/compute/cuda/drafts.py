@@ -113,10 +113,11 @@ class DeviceDrafts:
         """Capture every launch: a launch moves pointers and a capture repeats it, so it must not meet a sequence."""
         if not self._parts.graphs.is_enabled:
             return
-        for size in self._sizes:
-            for num_guesses in self._chain_lens:
-                self._upload(size)
-                self._queue(size, num_guesses)
+        with self._or_off():  # a card that cannot run them serves without
+            for size in self._sizes:
+                for num_guesses in self._chain_lens:
+                    self._upload(size)
+                    self._queue(size, num_guesses)
 
     def prepare(self, items: Seq[ScheduledSequence], seats: np.ndarray, ends: np.ndarray) -> None:
         """Bring sequences that will draft to their seats, behind the layers and before the heads, which read them.
