@@ -68,6 +68,12 @@ R1 = (
 QWQ = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
     "{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
 )
+# Nemotron 3 opens a block, and writes one without thoughts otherwise.
+NEMOTRON = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% elif m.role == "
+    "'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}",
+)
 # Magistral's knows thoughts, and writes those alone that are parts of a content.
 MAGISTRAL = "{# [THINK] [/THINK] #}" + CHATML
 
@@ -187,6 +193,8 @@ def test_a_block_that_the_prompt_opens_is_closed_by_the_answer(make):
         (R1.replace("<think>\n", "<think>"), "Yes", {}, "<|channel|><think>[[</think>Yes<|im_end|>]]"),
         (QWQ, "Yes", {}, "assistant\n<think>\n[[\n</think>\n\nYes<|im_end|>]]"),
         (QWQ, "<think>hm</think>Yes", {}, "assistant\n<think>\n[[hm\n</think>\n\nYes<|im_end|>]]"),
+        (NEMOTRON, "Yes", {}, "assistant\n<think>\n[[</think>Yes<|im_end|>]]"),
+        (NEMOTRON, "Yes", {"reasoning_content": "hm"}, "assistant\n<think>\n[[hm\n</think>\nYes<|im_end|>]]"),
         (MAGISTRAL, "Yes", {"reasoning": "hm"}, "assistant\n[[[THINK]hm[/THINK]Yes<|im_end|>]]"),
         (MAGISTRAL, "Yes", {}, "assistant\n[[Yes<|im_end|>]]"),
     ],
@@ -271,6 +279,13 @@ def test_what_cannot_be_told_is_refused_with_the_row(make, template, eos, fields
     value = parse_row(json.dumps({"messages": messages}), 7, "rows.jsonl line 7")
     with pytest.raises(UserError, match=f"^rows.jsonl line 7: messages.1.: .*{message}"):
         tokenize([value], tokenizer, [tokenizer.encode(text)[0] for text in eos])
+
+
+def test_other_special_tokens_may_stand_before_the_end(make):
+    """Command R7B ends a response, and then the turn."""
+    template = CHATML.replace("{{ m.content }}<|im_end|>", "<|channel|>{{ m.content }}<|end|>\n<|im_end|>")
+    (text,) = trained(make(template), [row("Hi", "Yes")], ["<|im_end|>"])
+    assert text.endswith("assistant\n[[<|channel|>Yes<|end|>\n<|im_end|>]]")
 
 
 def test_an_answer_is_found_where_the_template_drops_what_the_prompt_had(make):

@@ -99,6 +99,7 @@ class TurnEncoder:
         self._eos = {text: token for text, token in texts.items() if text}  # some lists name ids beyond the tokenizer
         self._specials = {**tokenizer.special_tokens, **self._eos}
         self._any_eos, self._any_special = _any_of(self._eos), _any_of(self._specials)
+        self._special_run = re.compile(rf"(?:(?:{self._any_special.pattern})\s*)+")
         self._ends: dict[tuple[bool, bool, int, bool], str] = {}  # what ends an answer that holds these
 
     def turn(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool] = ()) -> Turn:
@@ -150,7 +151,11 @@ class TurnEncoder:
         opening = asked[asked.rindex(block.start) :] if opened else ""
         whole = self._render_answer(history, given, tools, marks)
         start = self._found(self._start(history, given, tools, asked.removesuffix(opening), whole, marks), asked)
-        if not opened and (not answer.reasoning or whole[start:].lstrip().startswith(block.start)):
+        own = whole[start:].lstrip()
+        if own.startswith(block.start) and opened and not answer.reasoning:  # a block without thoughts, in its own form
+            rest = own[len(block.start) :].lstrip()
+            return _Written(whole[:start] + opening + rest, start + len(opening), answer, given)
+        if own.startswith(block.start) or not (opened or answer.reasoning):
             return _Written(whole, start, answer, given)
         thoughts = self._tokenizer.template.hide(answer.reasoning or "", marks)
         said = opening + block.closing(thoughts, opening)
@@ -168,7 +173,7 @@ class TurnEncoder:
         return str(stand_in.reasoning) not in self._render_answer(history, stand_in, tools, Marks())
 
     def _end(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool]) -> str:
-        """The text of the token that ends such an answer: the first special one behind all of its texts."""
+        """The text of the token that ends such an answer: in the first special ones behind all of its texts."""
         stand_in = answer.stand_in()
         text = self._render_answer(history, stand_in, tools, Marks())
         behind = 0
@@ -183,7 +188,10 @@ class TurnEncoder:
                 "end; let it write one of the model's eos tokens there",
                 param="model",
             )
-        if found[0] not in self._eos:
+        run = self._special_run.match(text, found.start())
+        assert run is not None
+        end = self._any_eos.search(text, run.start(), run.end())  # behind others: Command's ends the response before
+        if end is None:
             token = self._specials[found[0]]
             known = ", ".join(f"{token} {text!r}" for text, token in self._eos.items()) or "none"
             raise UserError(
@@ -191,7 +199,7 @@ class TurnEncoder:
                 f"would not stop: the model's eos_token_id is {known}; add {token} in its generation_config.json",
                 param="model",
             )
-        return found[0]
+        return end[0]
 
     def _start(
         self,
