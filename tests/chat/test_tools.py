@@ -541,6 +541,28 @@ def test_a_template_that_joins_descriptions_gets_one_of_every_tool(tmp_path, fie
     assert for_template([], tools, choose_format(TEMPLATES["hermes"]))[1][0] == bare  # others are shown what there is
 
 
+NO_SYSTEM = {
+    "Gemma": "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+    "Mistral 0.1": "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}",
+}
+TAKES_SYSTEM = {
+    "Gemma 3": "{% if m.role == 'system' %}{% endif %}{{ raise_exception('Conversation roles must alternate') }}",
+    "Mistral 0.3": "{{ raise_exception('After the optional system message, conversation roles must alternate') }}",
+}
+
+
+def test_a_template_without_system_messages_gets_tools_in_the_users(tmp_path):
+    tools = tool_use(request(tools=BOTH)).tools
+    for template in NO_SYSTEM.values():
+        messages, _ = for_template(chat(TALK[1:]), tools, choose_format(template + CHAT_TEMPLATE))
+        assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+        assert "get_weather" in messages[0]["content"] and messages[0]["content"].endswith(f"\n\n{TALK[1]['content']}")
+        mine, _ = for_template(chat(TALK), tools, choose_format(template + CHAT_TEMPLATE))
+        assert mine[0]["role"] == "system"  # a client's own: the template says that it takes none
+    for template in (*TAKES_SYSTEM.values(), ""):
+        assert choose_format(template + CHAT_TEMPLATE).has_system
+
+
 def test_override_is_taken_and_unknown_tool_templates_are_not_trusted():
     assert choose_format(CHAT_TEMPLATE, "mistral").format.name == "mistral"
     own = "{% for tool in tools %}{{ tool }}{% endfor %}<tool_call>\n<function=x>"

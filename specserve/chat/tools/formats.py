@@ -19,6 +19,10 @@ _RENDERS_TOOLS = re.compile(r"\btools\b")
 # The beginning of a call as a template spells it, in one literal or in several: words alone are in other families' too.
 _HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*(?:name\\?"|[\w.]+\s*\|\s*tojson)')
 _READS_DESCRIPTION = re.compile(r"\b(?:tool|function)(?:\.description\b|\[['\"]description['\"]\])")
+# Gemma's says so; the first Mistral's, which knows no such role, as it wants two to take turns.
+_REFUSES_SYSTEM = re.compile(
+    r"raise_exception\([^)]*\b[Ss]ystem\b[^)]*not|\A(?!.*\bsystem\b).*raise_exception", re.DOTALL
+)
 _LLAMA_CALL = re.compile(r'\\?"parameters\\?":')
 
 
@@ -67,6 +71,7 @@ class ChosenFormat:
 
     `if_offered`: only where tools are offered, as a model with several templates has one of its own for them.
     `describes`: the template reads a tool's description by itself, and may fail without one (Hermes 3's does).
+    `has_system`: it takes a system message, as far as its text tells.
     """
 
     format: ToolFormat
@@ -74,6 +79,7 @@ class ChosenFormat:
     reason: str
     if_offered: bool = False
     describes: bool = False
+    has_system: bool = True
 
 
 def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
@@ -94,4 +100,4 @@ def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
     if renders and (PYTHON_TAG in text or "ipython" in text) and _LLAMA_CALL.search(text):
         return ChosenFormat(LLAMA3, True, "the chat template has Llama's tool role", if_offered, describes)
     reason = "the chat template's own tool format is not known" if renders else "the chat template renders no tools"
-    return ChosenFormat(HERMES, False, reason)
+    return ChosenFormat(HERMES, False, reason, has_system=not _REFUSES_SYSTEM.search(text))

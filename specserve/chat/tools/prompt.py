@@ -84,7 +84,7 @@ def for_template(
     definitions = [tool.definition(described=chosen.native and chosen.describes) for tool in tools]
     if chosen.native and (definitions or not chosen.if_offered):
         return [_with_template_ids(message, chosen) for message in messages], definitions or None
-    return _plain(messages, definitions), None
+    return _plain(messages, definitions, chosen.has_system), None
 
 
 def _with_template_ids(message: ChatMessage, chosen: ChosenFormat) -> ChatMessage:
@@ -98,9 +98,15 @@ def _with_template_ids(message: ChatMessage, chosen: ChosenFormat) -> ChatMessag
     return message
 
 
-def _plain(messages: Sequence[ChatMessage], definitions: Sequence[dict[str, Any]]) -> list[ChatMessage]:
-    """Calls, results and definitions as text; results of one turn are one user message."""
+def _plain(
+    messages: Sequence[ChatMessage], definitions: Sequence[dict[str, Any]], has_system: bool
+) -> list[ChatMessage]:
+    """Calls, results and definitions as text; results of one turn are one user message.
+
+    Definitions stand in the system message; in the user's where the template has none.
+    """
     result: list[ChatMessage] = []
+    text = ""
     if definitions:
         text = _INSTRUCTIONS.format(tools="\n".join(json.dumps(item, ensure_ascii=False) for item in definitions))
         result.append({"role": "system", "content": text})
@@ -119,6 +125,8 @@ def _plain(messages: Sequence[ChatMessage], definitions: Sequence[dict[str, Any]
             result[-1]["content"] += "\n" + content
         elif role == "system" and definitions and len(result) == 1:
             result[0]["content"] = f"{content}\n\n{result[0]['content']}"
+        elif role == "user" and not has_system and [text] == [item["content"] for item in result]:
+            result[0] = {"role": "user", "content": f"{text}\n\n{content}"}
         else:
             thoughts = {key: message[key] for key in ("reasoning_content",) if key in message}
             result.append({"role": role, "content": content, **thoughts})
