@@ -84,6 +84,15 @@ def known_marks(template: object, added_tokens: Collection[str]) -> tuple[Thinki
     )
 
 
+def thoughtless(prompt: str, known: Sequence[ThinkingMarks]) -> str:
+    """What stands between `prompt` and an answer without thoughts: the close of a block, or an answer's mark."""
+    opened = opened_marks(prompt, known)
+    if opened is not None:
+        return opened.closing("", prompt[prompt.rindex(opened.start) :])
+    messages = (marks for marks in known if marks.next_message and prompt.endswith(marks.next_message))
+    return next((marks.answer_start for marks in messages), "")
+
+
 def opened_marks(prompt: str, known: Sequence[ThinkingMarks]) -> ThinkingMarks | None:
     """Whose block `prompt` has opened at its end, if any."""
     end = prompt.rstrip()

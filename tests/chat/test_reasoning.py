@@ -9,7 +9,7 @@ from tiny_models import make_tiny_model, make_tokenizer
 from tokenizers import AddedToken
 
 from specserve.chat.reasoning import Thinking, ThinkingParser
-from specserve.chat.thinking_marks import THINK, known_marks
+from specserve.chat.thinking_marks import THINK, known_marks, thoughtless
 
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 CHAT = "/v1/chat/completions"
@@ -81,6 +81,19 @@ def test_who_may_think():
     assert known_marks("{{ messages }}", ["<think>"]) == known_marks(None, []) == ()
     several = {"default": "{{ '[THINK]' }}", "tool_use": "{{ '[/THINK]' }}"}
     assert [marks.end for marks in known_marks(several, ["<think>", "</think>"])] == ["</think>", "[/THINK]"]
+
+
+def test_an_answer_without_thoughts_begins_as_its_family_has_it():
+    for thinking, prompt, want in (
+        (OPEN, "assistant\n<think>\n", "\n</think>\n\n"),
+        (OPEN, "assistant <think>", "</think>"),
+        (OPEN, "assistant\n", ""),
+        (MISTRAL, "[/INST][THINK]", "[/THINK]"),
+        (HARMONY, "<|end|><|start|>assistant", FINAL),
+        (HARMONY, f"<|start|>assistant{FINAL}", ""),
+        (SOLUTION, "assistant\n<|begin_of_thought|>\n", "\n<|end_of_thought|>\n\n"),
+    ):
+        assert thoughtless(prompt, thinking.known) == want
 
 
 @pytest.fixture(scope="module")

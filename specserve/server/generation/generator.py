@@ -53,7 +53,7 @@ from .job import Job
 from .job_runner import JobRunner
 from .prompts import Prompts, check_generates
 from .sequences import Sequences
-from .thoughts import closing_ids, marks_of, opened_by, special_marks
+from .thoughts import marks_of, opened_by, special_marks, thoughtless_ids
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +138,11 @@ class Generator:
         if isinstance(request, ChatRequest):
             known = marks_of(tokenizer)
             ids, plan = await self._chat(request, use, grammar, tokenizer, adapter, known)
-            opened = opened_by(tokenizer, ids, known)
             if plan.words.free_text if plan is not None else grammar is None:
                 ends = (plan.format.marker,) if plan is not None and plan.format.marker else ()
-                thinking = Thinking(known, opened, ends) if known else None
-            elif opened is not None and not request.continue_final_message:  # a grammar leaves no room for thoughts
-                ids = ids + closing_ids(tokenizer, ids, opened)
+                thinking = Thinking(known, opened_by(tokenizer, ids, known), ends) if known else None
+            elif known and not request.continue_final_message:  # a grammar leaves no room for thoughts
+                ids = ids + thoughtless_ids(tokenizer, ids, known)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
         else:
             size = text_len(request.prompt)

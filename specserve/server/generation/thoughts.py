@@ -1,14 +1,14 @@
 """Which thoughts an answer to a prompt may begin with, by what the tokenizer and its chat template know of them.
 
 Owns no text: prompts are read by their last tokens. Where a grammar leaves no room for thoughts, a block that the
-prompt has opened is closed in it, as rows without thoughts close it in training.
+prompt has opened is closed in it, as rows without thoughts close it in training, and an answer's channel is opened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...chat.thinking_marks import MARK_TOKENS, ThinkingMarks, known_marks, opened_marks
+from ...chat.thinking_marks import MARK_TOKENS, ThinkingMarks, known_marks, opened_marks, thoughtless
 from ...text.hidden_chat import Marks
 from ...text.tokenizer import TextTokenizer
 
@@ -33,7 +33,7 @@ def opened_by(
     return opened_marks(tokenizer.decode(prompt_ids[-_END:]), known) if known else None
 
 
-def closing_ids(tokenizer: TextTokenizer, prompt_ids: Sequence[int], opened: ThinkingMarks) -> list[int]:
-    """What closes the block that a prompt has opened, as an answer without thoughts begins."""
+def thoughtless_ids(tokenizer: TextTokenizer, prompt_ids: Sequence[int], known: Sequence[ThinkingMarks]) -> list[int]:
+    """What stands between a prompt and an answer without thoughts."""
     end = tokenizer.decode(prompt_ids[-_END:])
-    return tokenizer.encode_marked(opened.closing("", end[end.rindex(opened.start) :]), Marks(), end)
+    return tokenizer.encode_marked(thoughtless(end, known), Marks(), end)
