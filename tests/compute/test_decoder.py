@@ -75,6 +75,7 @@ FAMILIES = {
     "olmo2, heads of a panel": ("olmo2", {"head_dim": 64, "tie_word_embeddings": True}),
     "olmo3": ("olmo3", {"rope_parameters": OLMO3}),
     "granite4": ("granite4", {}),
+    "granite4, no positions": ("granite4", {"position_embedding_type": None}),
     "exaone4": ("exaone4", {}),
     "exaone4, positions everywhere": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "glm": ("glm", {}),
