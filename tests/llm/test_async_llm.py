@@ -109,19 +109,22 @@ async def test_an_engine_that_dies_is_replaced_and_what_waited_is_asked_again(ot
 
 
 def test_the_programs_in_the_docs_run(llm, other, beta_dir, adapters_dir, monkeypatch, capsys):
-    """As one program, on the tiny model, with an adapter that is called as the demo adapter."""
+    """As one program, on the tiny model, with adapters that are called as the demo adapters."""
     text = (ROOT / "docs/python.md").read_text()
     program = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     monkeypatch.setattr("specserve.llm.llm.LLM", lambda **options: llm)
     monkeypatch.setattr("specserve.llm.async_llm.AsyncLLM", lambda **options: nullcontext(other))
-    shutil.copytree(beta_dir, adapters_dir / "debtags")
+    demos = [demo.name for demo in (ROOT / "examples/adapters").iterdir()]
+    for name in demos:
+        shutil.copytree(beta_dir, adapters_dir / name)
     program = program.replace("examples/adapters/debtags", str(adapters_dir / "debtags"))
     try:
         exec(compile(program, "docs/python.md", "exec"), {})
     finally:
-        for name in ("tags", "debtags"):
+        for name in ("mine", "debtags"):
             llm.unload_adapter(name)
-        shutil.rmtree(adapters_dir / "debtags")
+        for name in demos:
+            shutil.rmtree(adapters_dir / name)
     assert "tokens a forward" in capsys.readouterr().out
 
 
