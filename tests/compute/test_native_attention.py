@@ -7,20 +7,21 @@ import random
 import pytest
 import torch
 from decoder_driver import Driver, native_choice
-from tiny_models import make_tiny_model
+from tiny_models import MINISTRAL, make_tiny_model
 
 from specserve.compute.loader import load_model
 
 CPU = torch.device("cpu")
 SPLIT = 256
 LENGTH = 2 * SPLIT + 75
+GROWING = MINISTRAL | {"original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1}
 # Heads of 32 elements are whole tiles of AMX; 20 are not, 80 are two and a half, 96 are one and a half of what is
 # weighed at once, and 256 are the most.
 MODELS = {
     "whole tiles": ("llama", {"num_attention_heads": 6, "hidden_size": 192, "head_dim": 32}),
     "part of a tile, each head its keys": ("llama", {"num_key_value_heads": 4, "head_dim": 20}),
     "windows over splits, wide heads": ("gemma3", {"head_dim": 96, "sliding_window": SPLIT + 21}),
-    "tiles and a half": ("llama", {"head_dim": 80}),
+    "tiles and a half, queries that grow": ("ministral3", {"head_dim": 80, "rope_parameters": GROWING}),
     "the widest heads, capped scores": ("gemma2", {"head_dim": 256}),
     "windows within splits, capped scores": (
         "gemma2",

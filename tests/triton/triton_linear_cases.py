@@ -121,7 +121,9 @@ def test_the_engine_multiplies_by_it_where_exact_is_on(exact_engine, tmp_path):
         ("llama", GROUPS),
         ("qwen2", GROUPS),  # biases
         ("smollm3", GROUPS),  # layers without positions
+        ("ministral3", GROUPS),  # queries that grow
         ("qwen3", {"o", "gate_up", "down"}),  # norms of heads
+        ("gemma2", {"qkv", "gate_up"}),  # norms of outputs, capped scores
         ("olmo2", {"gate_up"}),  # norms of all heads as one and of outputs, none of inputs
         ("gemma3", {"gate_up"}),  # these, and norms of outputs; windows, two embeddings of positions
     ],
