@@ -20,6 +20,8 @@ from .copy_pointer import CopyPointer
 from .head import WEIGHT_NAMES
 from .head_files import HeadError, LookaheadHeadFile
 
+MAX_STATE_SIZE, MAX_VOCAB, MAX_WINDOW = 512, 8192, 16  # of heads that a device takes
+
 
 def head_tensors(head: LookaheadHeadFile, vocab_size: int, device: torch.device | str) -> HeadTensors:
     """The head without the padding of its vocabulary, weights in bf16 as the files have them, rows aligned.
@@ -106,9 +108,9 @@ class DeviceHeads:
         max_num_seqs: int,
         max_prompt_len: int,
         max_draft_len: int,
-        max_state_size: int = 512,
-        max_vocab: int = 8192,
-        max_window: int = 16,
+        max_state_size: int = MAX_STATE_SIZE,
+        max_vocab: int = MAX_VOCAB,
+        max_window: int = MAX_WINDOW,
         device: torch.device | str,
     ) -> None:
         self.tap_layers = tuple(tap_layers)  # row of `tapped` -> layer

@@ -62,7 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     kv_cache_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="memory for the KV cache, GiB; default: 2, on CUDA four fifths of what the model leaves"),
+        Meta(description="memory for the KV cache, GiB; default: 2, on CUDA four fifths of what model and steps leave"),
     ] = None
     block_size: Annotated[int, Meta(ge=1, le=256, description="tokens in one KV block")] = 16
     max_num_seqs: Annotated[

@@ -11,6 +11,8 @@ import torch
 from ..config import EngineConfig
 from ..errors import UserError
 from ..memory import available_bytes, physical_bytes
+from ..model.config import ModelConfig
+from .path import StepLimits
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ _DEFAULTS = {
 _CPU_KV_GIB = 2.0
 _MIN_ADAPTER_BYTES = 64 << 20  # where next to nothing is free
 _ADAPTER_SHARE = 0.5  # of what is free beside the KV cache
-# Of the memory that is free once the model is loaded; activations, graphs and adapters get the rest.
+# Of the memory that the model and the steps leave; adapters get the rest.
 _CUDA_KV_SHARE = 0.8
 
 
@@ -44,14 +46,52 @@ def with_defaults(config: EngineConfig, device: torch.device) -> EngineConfig:
     return msgspec.structs.replace(config, **missing)
 
 
-def kv_cache_gib(config: EngineConfig, device: torch.device) -> float:
-    """GiB for the KV cache; call it when the model is loaded."""
+def step_bytes(
+    device: torch.device, model: ModelConfig, dtype: torch.dtype, limits: StepLimits, cuda_graphs: bool
+) -> int:
+    """Bytes of the device that steps will take beside weights, KV and adapters; on a CPU nothing to speak of."""
+    if device.type != "cuda":
+        return 0
+    from .cuda import step_memory  # late: it is 0.4 s of a start on a CPU
+
+    return step_memory.step_bytes(model, dtype, limits, cuda_graphs)
+
+
+def kv_cache_gib(config: EngineConfig, device: torch.device, later_bytes: int = 0) -> float:
+    """GiB for the KV cache; call it when the model is loaded. `later_bytes` is what `step_bytes` says.
+
+    Raises `UserError` where these leave nothing.
+    """
     if config.kv_cache_gib is not None:
         return config.kv_cache_gib
     if device.type != "cuda":
         return _CPU_KV_GIB
+    torch.cuda.empty_cache()  # what loading let go of is free
     free, _ = torch.cuda.mem_get_info(device)
-    return free / 2**30 * _CUDA_KV_SHARE
+    if free <= later_bytes:
+        raise UserError(
+            f"the model leaves {free / 2**30:.1f} GiB of the GPU's memory, and steps of "
+            f"max_batched_tokens={config.max_batched_tokens} rows may take {later_bytes / 2**30:.1f}; lower it "
+            "(--max-batched-tokens), or set kv_cache_gib (--kv-cache-gib) to try all the same",
+            param="max_batched_tokens",
+        )
+    return (free - later_bytes) / 2**30 * _CUDA_KV_SHARE
+
+
+def full_device(error: Exception, config: EngineConfig) -> UserError | None:
+    """What to say of a start that a GPU's full memory ended; None of other errors.
+
+    torch has an error for it, CUDA and Triton only words.
+    """
+    said = str(error).partition("\n")[0]
+    if not (isinstance(error, torch.OutOfMemoryError) or ("CUDA" in said and "out of memory" in said)):
+        return None
+    kv = "four fifths of what is free" if config.kv_cache_gib is None else f"{config.kv_cache_gib:g}"
+    return UserError(
+        f"the GPU's memory does not hold model, KV cache and steps ({said}); end what else uses it, or lower "
+        f"kv_cache_gib (--kv-cache-gib, now {kv}) or max_batched_tokens (--max-batched-tokens)",
+        param="kv_cache_gib",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +103,11 @@ class AdapterBudgets:
     step_flag: str  # that sets `step_bytes`
 
 
-def adapter_budgets(config: EngineConfig, device: torch.device, kv_bytes: int) -> AdapterBudgets:
+def adapter_budgets(config: EngineConfig, device: torch.device, later_bytes: int) -> AdapterBudgets:
     """The budgets of `config`, or shares of what is free now; call it when the KV cache is there.
 
-    On a CPU its `kv_bytes` are taken page by page, as they are used. Raises `UserError` for what cannot be.
+    `later_bytes` are those of the device that are taken later: on a CPU the KV cache's, page by page as they are used,
+    on CUDA what steps take. Raises `UserError` for what cannot be.
     """
     is_cuda = device.type == "cuda"
     if config.adapter_device_gib is not None and not is_cuda:
@@ -75,12 +116,12 @@ def adapter_budgets(config: EngineConfig, device: torch.device, kv_bytes: int) -
             "(--adapter-memory-gib)",
             param="adapter_device_gib",
         )
-    free = available_bytes() if is_cuda else available_bytes() - kv_bytes
+    free = available_bytes() if is_cuda else available_bytes() - later_bytes
     memory = _adapter_bytes(config.adapter_memory_gib, "adapter_memory_gib", free, memory_bytes(torch.device("cpu")))
     if not is_cuda:
         return AdapterBudgets(memory, None, "--adapter-memory-gib")
     free, total = torch.cuda.mem_get_info(device)
-    on_device = _adapter_bytes(config.adapter_device_gib, "adapter_device_gib", free, total)
+    on_device = _adapter_bytes(config.adapter_device_gib, "adapter_device_gib", free - later_bytes, total)
     return AdapterBudgets(on_device, memory, "--adapter-device-gib")
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..adapter_messages import AdapterInfo
-from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, with_defaults
+from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, step_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
 from ..compute.interrupt import StepInterruptedError
 from ..compute.kv_cache import KVCache
@@ -75,16 +76,26 @@ class Engine:
         self.tokenizer = load_backend_tokenizer(model_dir)
         model = self.decoder.config
         self.eos_token_ids = ids_within(eos_token_ids(model_dir), model.vocab_size)
-        num_blocks, max_model_len = size_kv(
-            config, kv_cache_gib(config, device), model, self.decoder.compute_dtype, memory_bytes(device)
+        limits = StepLimits(
+            max_rows=max(config.max_batched_tokens, config.max_num_seqs, MEASURED_ROWS[-1]),
+            max_seqs=max(config.max_num_seqs, MEASURED_SEQS),
+            max_model_len=config.max_model_len or model.max_position_embeddings,
+            max_adapters=config.max_adapters,
+            max_lora_rank=config.max_lora_rank,
+            max_draft_tokens=config.max_draft_tokens,
         )
+        dtype = self.decoder.compute_dtype
+        for_steps = step_bytes(device, model, dtype, limits, config.cuda_graphs)
+        kv_gib = kv_cache_gib(config, device, for_steps)
+        num_blocks, max_model_len = size_kv(config, kv_gib, model, dtype, memory_bytes(device))
+        limits = replace(limits, max_model_len=max_model_len)
         kv = KVCache(
             model.num_layers,
             num_blocks,
             config.block_size,
             model.num_kv_heads,
             model.head_dim,
-            self.decoder.compute_dtype,
+            dtype,
             self.decoder.device,
         )
         self.blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
@@ -97,7 +108,8 @@ class Engine:
         self.grammars = GrammarCompiler(self.tokenizer, model.vocab_size, sorted(self.eos_token_ids))
         self.masks = MaskMaker(self.grammars.mask_words)
         kv_bytes = sum(tensor.nbytes for tensor in (*kv.k, *kv.v))
-        self.adapters = EngineAdapters(config, model_dir, self.decoder, kv_bytes, self._forget_adapter)
+        later_bytes = for_steps if device.type == "cuda" else kv_bytes
+        self.adapters = EngineAdapters(config, model_dir, self.decoder, later_bytes, self._forget_adapter)
         self.registry, base_lookahead = self.adapters.registry, self.adapters.base_lookahead
         self.info = EngineInfo(
             model=str(model_dir),
@@ -121,14 +133,6 @@ class Engine:
         self._ahead: QueuedStep | None = None  # queued behind a step whose tokens were not known
         self._ended: tuple[QueuedStep, StepSeconds] | None = None  # a step that nothing was learned from yet
         self._counters = Counters()
-        limits = StepLimits(
-            max_rows=max(self.scheduler.max_batched_tokens, MEASURED_ROWS[-1]),
-            max_seqs=max(self.scheduler.max_num_seqs, MEASURED_SEQS),
-            max_model_len=max_model_len,
-            max_adapters=config.max_adapters,
-            max_lora_rank=config.max_lora_rank,
-            max_draft_tokens=config.max_draft_tokens,
-        )
         path = self.path = make_path(
             self.decoder,
             PathInputs(

@@ -27,14 +27,14 @@ MAX_READING = 2  # adapters that are checked and laid out at the same time: besi
 
 
 class EngineAdapters:
-    """Beside a KV cache of `kv_bytes`; `forget` frees what was built of an adapter that has left, by content hash."""
+    """`forget` frees what was built of an adapter that has left, by content hash; `later_bytes`: `adapter_budgets`."""
 
     def __init__(
         self,
         config: EngineConfig,
         model_dir: Path,
         decoder: AnyDecoder,
-        kv_bytes: int,
+        later_bytes: int,
         forget: Callable[[str], None],
     ):
         assert config.max_adapters
@@ -47,7 +47,7 @@ class EngineAdapters:
         self._uploads = Uploads(decoder.device) if decoder.device.type != "cpu" else None
         self._reading = threading.Semaphore(MAX_READING)
         self.base_lookahead = self._read_base_lookahead(config.base_head)
-        budgets = adapter_budgets(config, decoder.device, kv_bytes)
+        budgets = adapter_budgets(config, decoder.device, later_bytes)
         self.registry = AdapterRegistry(config.max_adapters, max_bytes=budgets.step_bytes, bytes_flag=budgets.step_flag)
         host = AdapterRegistry(NO_LIMIT, max_bytes=budgets.host_bytes) if budgets.host_bytes is not None else None
         self.memory = AdapterMemory(self.registry, self.read, self._expected_bytes, host, self._upload)

@@ -34,6 +34,7 @@ from ..adapter_messages import (
     PrioritizeLoads,
     UnloadAdapter,
 )
+from ..compute.device_choice import full_device
 from ..config import EngineConfig
 from ..drafting.cost_model import MEASURED_SEQS, StepShape
 from ..errors import ErrorInfo, UserError
@@ -247,6 +248,9 @@ def main() -> int:
         link.send([CallFailed(-1, error.info())])
         return 1
     except Exception as error:
+        if (full := full_device(error, config)) is not None:
+            link.send([CallFailed(-1, full.info())])
+            return 1
         logger.exception("the model could not be loaded")
         text = f"the model could not be loaded: {type(error).__name__}: {error}"
         link.send([CallFailed(-1, ErrorInfo(text, 500, "server_error", None, "model_load_failed"))])

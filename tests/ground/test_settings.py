@@ -6,7 +6,7 @@ import pytest
 import torch
 from places import EXAMPLES
 
-from specserve.compute.device_choice import kv_cache_gib, with_defaults
+from specserve.compute.device_choice import adapter_budgets, full_device, kv_cache_gib, with_defaults
 from specserve.config import EngineConfig, ServeConfig
 from specserve.errors import UserError
 from specserve.settings import load, read_file, settings_of
@@ -56,6 +56,24 @@ def test_sizes_that_nobody_set_follow_the_device():
     assert (cuda.max_num_seqs, cuda.max_batched_tokens, cuda.max_prefill_rows) == (256, 2048, 7)
     assert kv_cache_gib(cpu, torch.device("cpu")) == 2.0
     assert kv_cache_gib(EngineConfig(kv_cache_gib=0.5), torch.device("cuda")) == 0.5
+
+
+def test_the_kv_cache_on_a_gpu_leaves_what_steps_take(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 << 30, 24 << 30))
+    device, config = torch.device("cuda"), EngineConfig(max_batched_tokens=2048)
+    assert kv_cache_gib(config, device, 2 << 30) == pytest.approx(0.8 * 4)
+    with pytest.raises(UserError, match=r"leaves 6.0 GiB .* max_batched_tokens=2048 rows may take 7.0; lower it"):
+        kv_cache_gib(config, device, 7 << 30)
+    assert kv_cache_gib(EngineConfig(kv_cache_gib=3.0), device, 7 << 30) == 3.0  # who says so tries
+    budgets = adapter_budgets(config, device, 5 << 30)
+    assert budgets.step_bytes == (1 << 30) // 2  # half of what is left
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("Triton Error [CUDA]: out of memory")])
+def test_a_gpu_whose_memory_is_full_is_told_from_other_errors(error):
+    full = full_device(error, EngineConfig(kv_cache_gib=2.5))
+    assert full is not None and "lower kv_cache_gib (--kv-cache-gib, now 2.5)" in str(full)
+    assert full_device(RuntimeError("no kernel image"), EngineConfig()) is None
 
 
 def test_choices_keep_the_order_they_are_written_in():

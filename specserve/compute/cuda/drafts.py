@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _CHAIN_LENS = (4, 8, 16)  # guesses of a launch
 _SIZES = (1, 4, 16, 64, 128, 256, 512)  # sequences of a launch, padded
-_MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
+MAX_PROMPT_LEN = 16384  # tokens; a longer prompt goes without its head
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class DeviceDrafts:
             tap_layers=parts.layers.tap_layers,
             max_heads=limits.max_adapters + 1,  # the base may have one
             max_num_seqs=num_seats,
-            max_prompt_len=min(limits.max_model_len, _MAX_PROMPT_LEN),
+            max_prompt_len=min(limits.max_model_len, MAX_PROMPT_LEN),
             max_draft_len=longest,
             device=device,
         )

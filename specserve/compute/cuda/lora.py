@@ -25,6 +25,17 @@ from ..decoder_weights import GROUPS
 EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"  # keys of the tables beside (layer, group)
 
 
+def lora_shapes(config: ModelConfig) -> dict[Hashable, LoraShape]:
+    """What adapters may target, by (layer, group) and by name."""
+    sizes = module_shapes(config)
+    shapes: dict[Hashable, LoraShape] = {
+        (layer, group): LoraShape(sizes[modules[0]][0], tuple(sizes[module][1] for module in modules))
+        for layer in range(config.num_layers)
+        for group, modules in GROUPS.items()
+    }
+    return shapes | {key: LoraShape(sizes[key][0], (sizes[key][1],)) for key in (EMBEDDING, LM_HEAD)}
+
+
 class DeviceLoraBatch:
     """Adds each row's own adapter to the outputs of the base model's modules, in place, by launches alone.
 
@@ -70,13 +81,7 @@ class DeviceAdapterSlots:
         dtype: torch.dtype,
         max_rank: int = 256,
     ):
-        sizes = module_shapes(config)
-        shapes: dict[Hashable, LoraShape] = {
-            (layer, group): LoraShape(sizes[modules[0]][0], tuple(sizes[module][1] for module in modules))
-            for layer in range(config.num_layers)
-            for group, modules in GROUPS.items()
-        }
-        shapes |= {key: LoraShape(sizes[key][0], (sizes[key][1],)) for key in (EMBEDDING, LM_HEAD)}
+        shapes = lora_shapes(config)
         self.capacity, self.max_rank = capacity, max_rank
         self.tables = LoraTables(shapes, capacity, max_rank, dtype, device)
         self.targeted_groups: frozenset[str] = frozenset()
