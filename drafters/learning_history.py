@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from ..errors import UserError
+from ..file_lock import FileLock
 from .history_file import MAX_TOKEN_ID, Completion, HistoryError, PackedHistory, as_array
 from .task_history import TaskHistory
 
@@ -75,15 +78,25 @@ class LearningHistory:
                 self._worker_running = False
 
     def flush(self) -> None:
-        """Bring everything learned into `current` and save it where a path was given."""
+        """Bring everything learned into `current` and save it where a path was given; a full disk costs the file."""
         self._rebuild()
         if self._path is None:
             return
         with self._rebuild_lock:  # two flushes would share the temporary file
             with self._lock:
                 served = list(self._served)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            PackedHistory.of(served).write(self._path)
+            try:
+                self._save(self._path, served)
+            except OSError as error:
+                logger.warning("task history not saved, kept in memory: %s: %s", self._path, error.strerror)
+
+    @staticmethod
+    def _save(path: Path, served: list[np.ndarray]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent) as lock:  # two engines as well
+            with suppress(UserError):  # a file system without locks: there an engine has a folder to itself
+                lock.wait()
+            PackedHistory.of(served).write(path)
 
     def _append(self, array: np.ndarray) -> bool:
         if not 0 < len(array) <= self._max_tokens:

@@ -12,6 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from ..drafters.learning_history import LearningHistory
@@ -81,12 +82,15 @@ class ServedHistories:
     def _save(self, future: Future[LearningHistory]) -> None:
         try:
             future.result().flush()
-        except Exception:  # a full disk must not end serving; the table of this adapter is lost
+        except Exception:  # serving goes on; the table of this adapter is lost
             logger.exception("a served task history was not saved")
 
     def _remove_old_files(self) -> None:
         if self._directory is None or not self._directory.is_dir():
             return
-        files = sorted(self._directory.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
-        for path in files[: max(0, len(files) - MAX_FILES)]:
+        files: list[tuple[float, Path]] = []
+        for path in self._directory.glob(f"*{SUFFIX}"):
+            with suppress(FileNotFoundError):  # another engine that shares the folder has removed it
+                files.append((path.stat().st_mtime, path))
+        for _, path in sorted(files)[: max(0, len(files) - MAX_FILES)]:
             path.unlink(missing_ok=True)

@@ -20,9 +20,10 @@ import pytest
 from waiting import wait_until
 
 from specserve.drafters import task_history
-from specserve.drafters.history_file import MAX_FILE_TOKENS, MAX_TRAINED_TOKENS, HistoryError
+from specserve.drafters.history_file import MAX_FILE_TOKENS, MAX_TRAINED_TOKENS, HistoryError, PackedHistory
 from specserve.drafters.learning_history import LearningHistory
 from specserve.drafters.task_history import MAX_CANDIDATES, MAX_CONTEXT, HistoryCursor, TaskHistory, expected_bytes
+from specserve.file_lock import FileLock
 
 
 def random_completions(rng: random.Random, alphabet: int, count: int, longest: int) -> list[list[int]]:
@@ -343,6 +344,42 @@ def test_every_rebuild_is_saved_without_waiting_for_the_end(tmp_path: Path) -> N
     learning.learn([4, 5, 6])
     wait_until(path.exists)
     assert LearningHistory(None, path=path).current.num_tokens > 0
+
+
+def fill_a_disk(*_: object) -> None:
+    with open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+
+
+def test_a_full_disk_costs_the_file_and_one_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "learned.history"
+    learning = LearningHistory(None, path=path)
+    learning.learn([1, 2, 3])
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedHistory, "write", fill_a_disk)
+        learning.flush()
+    assert as_lists(learning.current) == [[1, 2, 3]] and not path.exists()
+    assert [(record.levelname, record.exc_info) for record in caplog.records] == [("WARNING", None)]
+    assert f"task history not saved, kept in memory: {path}: No space left on device" in caplog.text
+    learning.flush()
+    assert path.exists()
+
+
+def test_engines_that_share_a_folder_never_leave_half_a_file(tmp_path: Path) -> None:
+    """The lock is the folder's, so what writes meanwhile waits, as another process would."""
+    path = tmp_path / "learned.history"
+    learning = LearningHistory(None, path=path)
+    learning.learn([1, 2, 3])
+    with FileLock(tmp_path) as lock:
+        assert lock.take()
+        thread = threading.Thread(target=learning.flush)
+        thread.start()
+        wait_until(lambda: len(learning.current.completions()) == 1)
+        assert thread.is_alive() and not list(tmp_path.iterdir())
+    thread.join()
+    assert as_lists(LearningHistory(None, path=path).current) == [[1, 2, 3]]
 
 
 def test_threads_learn_together_and_one_rebuild_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
