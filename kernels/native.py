@@ -98,6 +98,7 @@ class Model(Structure):
         ("embed_scale", c_float),
         ("embed_is_bf16", c_int32),
         ("norms_whole_qk", c_int32),
+        ("norms_turned_qk", c_int32),
         ("query_length", c_int32),
         ("query_beta", c_float),
     ]

@@ -1,7 +1,8 @@
 """What stands between the q/k/v projection and attention, in one launch: head norms, rotation, and the KV write.
 
 Semantics, for row r of qkv [T, (Hq + 2 Hkv) * D] (query heads, then key heads, then value heads):
-    q and k heads: RMS-normed over D and scaled by q_norm or k_norm if given, then x * cos[r] + swap_halves(x) * sin[r]
+    q and k heads: RMS-normed over D and scaled by q_norm or k_norm if given, then x * cos[r] + swap_halves(x) * sin[r];
+    or the other way round (norms_turned)
     k_cache[slot_mapping[r]] = the rotated k heads,   v_cache[slot_mapping[r]] = the v heads
 q and k are also left in qkv, in place. sin carries the rotation's sign (minus in its first half). fp32 inside, rounded
 once. A row whose slot_mapping is -1 is padding: its q and k change in place and nothing of it reaches a cache.
@@ -29,6 +30,7 @@ def rope_store_(
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
+    norms_turned: bool = False,
 ) -> None:
     """Norm and rotate q and k in place, and write k and v to the caches.
 
@@ -69,6 +71,7 @@ def rope_store_(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         HAS_NORM=has_norm,
+        NORMS_TURNED=norms_turned,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=block_half,
         num_warps=4,
@@ -78,9 +81,17 @@ def rope_store_(
 
 
 def rope_reference(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    norms_turned: bool = False,
 ) -> torch.Tensor:
     """Heads x [T, heads, D] normed and rotated by the definition, in float32."""
+    if norms_turned:
+        still, none = torch.ones_like(cos), torch.zeros_like(sin)
+        return rope_reference(rope_reference(x, cos, sin, None, eps), still, none, weight, eps)
     out = torch.empty(x.shape)
     half = x.shape[2] // 2
     for row in range(x.shape[0]):

@@ -18,10 +18,26 @@ def rotated(x, other, cos, sin):
 
 
 @triton.jit
+def _normed(first, second, q_norm, k_norm, eps, is_query, d, HEAD_DIM: tl.constexpr):
+    """Both halves of heads [heads, D / 2] in fp32, normed over D; `is_query` [heads] says by which factors."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    is_d = d < HALF
+    squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    scale = tl.rsqrt(squares / HEAD_DIM + eps)
+    q_first = tl.load(q_norm + d, mask=is_d, other=0.0).to(tl.float32)
+    q_second = tl.load(q_norm + HALF + d, mask=is_d, other=0.0).to(tl.float32)
+    k_first = tl.load(k_norm + d, mask=is_d, other=0.0).to(tl.float32)
+    k_second = tl.load(k_norm + HALF + d, mask=is_d, other=0.0).to(tl.float32)
+    first = first * scale[:, None] * tl.where(is_query[:, None], q_first[None, :], k_first[None, :])
+    second = second * scale[:, None] * tl.where(is_query[:, None], q_second[None, :], k_second[None, :])
+    return first, second
+
+
+@triton.jit
 def rope_store_kernel(
     qkv, cos, sin, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, qkv_stride, k_stride, v_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_NORM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    NORMS_TURNED: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks of heads)."""
     if IS_DEPENDENT:
@@ -40,16 +56,8 @@ def rope_store_kernel(
     stored_second = tl.load(target + HALF, mask=mask, other=0.0)
     first, second = stored_first.to(tl.float32), stored_second.to(tl.float32)
 
-    if HAS_NORM:
-        squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-        scale = tl.rsqrt(squares / HEAD_DIM + eps)
-        is_query = (heads < NUM_HEADS)[:, None]
-        q_first = tl.load(q_norm + d, mask=is_d, other=0.0).to(tl.float32)
-        q_second = tl.load(q_norm + HALF + d, mask=is_d, other=0.0).to(tl.float32)
-        k_first = tl.load(k_norm + d, mask=is_d, other=0.0).to(tl.float32)
-        k_second = tl.load(k_norm + HALF + d, mask=is_d, other=0.0).to(tl.float32)
-        first = first * scale[:, None] * tl.where(is_query, q_first[None, :], k_first[None, :])
-        second = second * scale[:, None] * tl.where(is_query, q_second[None, :], k_second[None, :])
+    if HAS_NORM and not NORMS_TURNED:
+        first, second = _normed(first, second, q_norm, k_norm, eps, heads < NUM_HEADS, d, HEAD_DIM)
 
     angle = row * HEAD_DIM + d
     cos_first = tl.load(cos + angle, mask=is_d, other=0.0)[None, :]
@@ -57,8 +65,14 @@ def rope_store_kernel(
     sin_first = tl.load(sin + angle, mask=is_d, other=0.0)[None, :]
     sin_second = tl.load(sin + angle + HALF, mask=is_d, other=0.0)[None, :]
     dtype = qkv.dtype.element_ty
-    rotated_first = rotated(first, second, cos_first, sin_first).to(dtype)
-    rotated_second = rotated(second, first, cos_second, sin_second).to(dtype)
+    rotated_first = rotated(first, second, cos_first, sin_first)
+    rotated_second = rotated(second, first, cos_second, sin_second)
+    if HAS_NORM and NORMS_TURNED:
+        is_query = heads < NUM_HEADS
+        rotated_first, rotated_second = _normed(
+            rotated_first, rotated_second, q_norm, k_norm, eps, is_query, d, HEAD_DIM
+        )
+    rotated_first, rotated_second = rotated_first.to(dtype), rotated_second.to(dtype)
     rotated_mask = mask & is_rotated[:, None]
     tl.store(target, rotated_first, mask=rotated_mask)
     tl.store(target + HALF, rotated_second, mask=rotated_mask)

@@ -46,6 +46,7 @@ struct Model {
   float rope_scales[2], embed_scale;
   int32_t embed_is_bf16;   // else fp32
   int32_t norms_whole_qk;  // q_norm and k_norm are over all heads as one
+  int32_t norms_turned_qk;  // or over heads that are rotated
   int32_t query_length;    // positions, after each of which queries grow
   float query_beta;        // by this times a logarithm; 0: they do not
 };
@@ -480,9 +481,11 @@ class Forward {
   void place(const Layer& layer, int module, int head, int t, float* x) {
     const int dim = m.head_dim;
     if (module == V) return store_value((A*)layer.v_cache, e.places.slots[t], head, m.num_kv_heads, dim, x);
-    if (const float* norm = module == Q ? layer.q_norm : layer.k_norm; norm && !m.norms_whole_qk) head_norm(x, norm, dim);
+    const float* norm = m.norms_whole_qk ? nullptr : module == Q ? layer.q_norm : layer.k_norm;
+    if (norm && !m.norms_turned_qk) head_norm(x, norm, dim);
     const size_t first = (size_t)t * (dim / 2);
     rotate(x, (const float*)e.cos[layer.rope].data + first, (const float*)e.sin[layer.rope].data + first);
+    if (norm && m.norms_turned_qk) head_norm(x, norm, dim);
     if (module == K) return store_key((A*)layer.k_cache, e.places.slots[t], head, m.num_kv_heads, dim, x);
     A* out = rotated + (size_t)t * q_size + head * dim;
     const float by = m.query_beta ? ((const float*)e.growth.data)[t] : 1.0f;
@@ -751,7 +754,7 @@ static const Place LAYOUT[] = {
     FIELD(Model, num_heads), FIELD(Model, num_kv_heads), FIELD(Model, head_dim), FIELD(Model, is_gelu), FIELD(Model, is_bf16),
     FIELD(Model, num_ropes), FIELD(Model, eps), FIELD(Model, attention_scale), FIELD(Model, attention_softcap),
     FIELD(Model, embed), FIELD(Model, frequencies), FIELD(Model, rope_scales), FIELD(Model, embed_scale),
-    FIELD(Model, embed_is_bf16), FIELD(Model, norms_whole_qk), FIELD(Model, query_length),
+    FIELD(Model, embed_is_bf16), FIELD(Model, norms_whole_qk), FIELD(Model, norms_turned_qk), FIELD(Model, query_length),
     FIELD(Model, query_beta),
     STRUCT(Step), FIELD(Step, num_rows), FIELD(Step, num_seqs), FIELD(Step, num_hidden), FIELD(Step, block_size),
     FIELD(Step, max_rank), FIELD(Step, num_taps), FIELD(Step, x), FIELD(Step, tokens), FIELD(Step, starts),

@@ -14,6 +14,7 @@ from ..errors import ModelError
 
 BEFORE = ("input_layernorm", "post_attention_layernorm")
 BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
+QK = ("q_norm", "k_norm")
 _GEMMA_BEFORE = ("input_layernorm", "pre_feedforward_layernorm")
 GRANITE_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -31,8 +32,9 @@ class Architecture:
     rewritten: Callable[[dict[str, Any]], dict[str, Any]] = _as_it_is  # config.json in the keys of Llama's
     pre_norms: tuple[str, ...] = BEFORE  # on inputs
     post_norms: tuple[str, ...] = ()  # on outputs
-    qk_norm: bool = False  # over each head of q and k
+    qk_norm: tuple[str, ...] = ()  # over each head of q, and of k
     qk_norm_whole: bool = False  # or over all of them as one
+    qk_norm_turned: bool = False  # or over heads that positions have turned
     joined: tuple[str, ...] = ()  # linears that are several of ours, or have other names: see `shapes.JOINED`
     turns_parts: bool = False  # positions may turn a part of each head
     turns_neighbours: bool = False  # in pairs that lie side by side
@@ -78,6 +80,19 @@ _MINISTRAL = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+
+
+def _hunyuan(raw: dict[str, Any]) -> dict[str, Any]:
+    """What it calls dynamic stretches texts of all lengths alike, by `alpha`."""
+    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not found.get("alpha"):
+        return raw
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    theta = found.get("rope_theta") or raw.get("rope_theta", 10000.0)
+    stretched = theta * found["alpha"] ** (head_dim / (head_dim - 2))
+    return raw | {"rope_parameters": {"rope_type": "default", "rope_theta": stretched}}
+
+
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _GRANITE = dict.fromkeys(GRANITE_MULTIPLIERS, 1.0)
 _SEED = {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False}
@@ -119,7 +134,7 @@ ARCHITECTURES = {
         grows_queries=True,
     ),
     "Qwen2ForCausalLM": Architecture("qwen2", _QWEN, _qwen2, slides=None),
-    "Qwen3ForCausalLM": Architecture("qwen3", _QWEN | {"head_dim": 128}, qk_norm=True, slides=None),
+    "Qwen3ForCausalLM": Architecture("qwen3", _QWEN | {"head_dim": 128}, qk_norm=QK, slides=None),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",
         {
@@ -146,7 +161,7 @@ ARCHITECTURES = {
         has_multipliers=True,
     ),
     "Olmo2ForCausalLM": Architecture(
-        "olmo2", {"rms_norm_eps": 1e-5}, pre_norms=(), post_norms=BEHIND, qk_norm=True, qk_norm_whole=True
+        "olmo2", {"rms_norm_eps": 1e-5}, pre_norms=(), post_norms=BEHIND, qk_norm=QK, qk_norm_whole=True
     ),
     "Olmo3ForCausalLM": Architecture(
         "olmo3",
@@ -154,7 +169,7 @@ ARCHITECTURES = {
         _olmo3,
         pre_norms=(),
         post_norms=BEHIND,
-        qk_norm=True,
+        qk_norm=QK,
         qk_norm_whole=True,
         turns_by_type=True,
         slides=True,
@@ -165,7 +180,7 @@ ARCHITECTURES = {
         {"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096},
         pre_norms=(),
         post_norms=BEHIND,
-        qk_norm=True,
+        qk_norm=QK,
         turns_windows_only=True,
         slides=True,
         full_every=4,
@@ -192,6 +207,13 @@ ARCHITECTURES = {
         _ernie,
         turns_neighbours=True,
     ),
+    "HunYuanDenseV1ForCausalLM": Architecture(
+        "hunyuan_v1_dense",
+        {"rms_norm_eps": 1e-5},
+        _hunyuan,
+        qk_norm=("query_layernorm", "key_layernorm"),
+        qk_norm_turned=True,
+    ),
     "Gemma2ForCausalLM": Architecture(
         "gemma2",
         _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -215,7 +237,7 @@ ARCHITECTURES = {
         },
         pre_norms=_GEMMA_BEFORE,
         post_norms=BEHIND,
-        qk_norm=True,
+        qk_norm=QK,
         turns_by_type=True,
         slides=True,
         full_every=6,

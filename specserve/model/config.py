@@ -54,8 +54,9 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool  # RMSNorm over each head of q and k
-    qk_norm_whole: bool  # OLMo has it over all heads of q as one, and of k
+    qk_norm: tuple[str, ...]  # on each head of q, and of k
+    qk_norm_whole: bool  # OLMo has it on all heads of q as one, and of k
+    qk_norm_turned: bool  # HunYuan on heads that positions have turned
     norm_offset: float  # Gemma multiplies by 1 + weight
     pre_norms: tuple[str, ...]  # on the inputs of attention and MLP, by their names on the hub; OLMo has none
     post_norms: tuple[str, ...]  # on the outputs of both: Gemma, OLMo, GLM
@@ -181,6 +182,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=architecture.qk_norm,
         qk_norm_whole=architecture.qk_norm_whole,
+        qk_norm_turned=architecture.qk_norm_turned,
         norm_offset=1.0 if gemma else 0.0,
         pre_norms=architecture.pre_norms,
         post_norms=architecture.post_norms,

@@ -27,6 +27,7 @@ JOINED = {
 }
 _OTHER_PARENT = dict.fromkeys(("input_linear", "output_linear"), "shared_mlp")
 _PRE_NORMS, _POST_NORMS = ("input_norm", "mlp_norm"), ("post_attention_norm", "post_mlp_norm")
+_QK_NORMS = ("q_norm", "k_norm")
 LINEARS = tuple(PARENT)  # in the order in which kernels/cpu/decoder.cpp has a layer's matrices, too
 
 
@@ -109,10 +110,9 @@ def layer_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
     """The norms of a layer by their names in `Layer`: each with its name in a layer on the hub, and its size."""
     names = [*zip(_PRE_NORMS, config.pre_norms, strict=False), *zip(_POST_NORMS, config.post_norms, strict=False)]
     norms = {name: (hub_name, config.hidden_size) for name, hub_name in names}
-    if config.qk_norm:
-        num_q, num_k = (config.num_heads, config.num_kv_heads) if config.qk_norm_whole else (1, 1)
-        norms["q_norm"] = ("self_attn.q_norm", num_q * config.head_dim)
-        norms["k_norm"] = ("self_attn.k_norm", num_k * config.head_dim)
+    nums = (config.num_heads, config.num_kv_heads) if config.qk_norm_whole else (1, 1)
+    for name, hub_name, num in zip(_QK_NORMS, config.qk_norm, nums, strict=False):
+        norms[name] = (f"self_attn.{hub_name}", num * config.head_dim)
     return norms
 
 

@@ -82,6 +82,10 @@ FAMILIES = {
     "glm4": ("glm4", {}),
     "seed_oss": ("seed_oss", {}),
     "ernie4_5": ("ernie4_5", {"use_bias": True}),
+    "hunyuan": (
+        "hunyuan",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}},
+    ),
     "gemma2": ("gemma2", {}),
     "gemma2, scores without a cap": ("gemma2", {"attn_logit_softcapping": None, "head_dim": 32}),
     "gemma3": ("gemma3", {}),

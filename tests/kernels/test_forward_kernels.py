@@ -43,7 +43,8 @@ def test_addition_and_norm_on_cuda(hidden):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_head_norms_rotation_and_kv_write_on_cuda(dtype, heads):
-    elementwise_cases.check_rope(dtype, heads, "cuda")
+    for norms_turned in {False, heads[3]}:
+        elementwise_cases.check_rope(dtype, heads, "cuda", norms_turned)
 
 
 @pytest.mark.gpu

@@ -37,7 +37,8 @@ def test_rows_longer_than_a_block(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_head_norms_rotation_and_kv_write(dtype, heads):
-    elementwise_cases.check_rope(dtype, heads, "cpu")
+    for norms_turned in {False, heads[3]}:
+        elementwise_cases.check_rope(dtype, heads, "cpu", norms_turned)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

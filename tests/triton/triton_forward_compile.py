@@ -119,9 +119,12 @@ def compile_elementwise(dtype: str) -> None:
     names = ("qkv", "k_cache", "v_cache")
     pointers = dict.fromkeys(names, pointer) | dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")
     pointers["slot_mapping"] = "*i64"
-    for num_heads, num_kv_heads, head_dim, has_norm in ROPE_HEADS if IS_ALL else ROPE_HEADS[1:2]:
+    variants = [(*heads, False) for heads in (ROPE_HEADS if IS_ALL else ROPE_HEADS[1:2])]
+    variants += [(*heads, True) for heads in ROPE_HEADS if IS_ALL and heads[3]]
+    for num_heads, num_kv_heads, head_dim, has_norm, norms_turned in variants:
         constants = {
             "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "HAS_NORM": has_norm,
+            "NORMS_TURNED": norms_turned,
             "BLOCK_HEADS": 2048 // head_dim, "BLOCK_HALF": head_dim // 2, "IS_DEPENDENT": True,
         }  # fmt: skip
         figures = compile_kernel(

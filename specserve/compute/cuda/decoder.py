@@ -163,6 +163,7 @@ class TritonDecoder(DecoderWeights):
                 q_norm,
                 k_norm,
                 config.rms_norm_eps,
+                config.qk_norm_turned,
             )
             q = qkv.view(-1, num_q + 2 * num_kv, head_dim)[:, :num_q]
         if growth is not None:

@@ -115,6 +115,7 @@ class NativeDecoder:
             embed_scale=self._embed_scale,
             embed_is_bf16=int(embed.dtype == torch.bfloat16),
             norms_whole_qk=int(config.qk_norm_whole),
+            norms_turned_qk=int(config.qk_norm_turned),
         )
         if config.query_growth is not None:
             self._model.query_length, self._model.query_beta = config.query_growth.length, config.query_growth.beta

@@ -110,13 +110,16 @@ class Decoder(DecoderWeights):
         num_q, num_kv = config.num_heads, config.num_kv_heads
         heads = qkv.view(qkv.shape[0], num_q + 2 * num_kv, config.head_dim)
         qk = heads[:, : num_q + num_kv]
+        if config.qk_norm_turned:
+            qk = rotate(qk, cos, sin)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk[:, :num_q], qk[:, num_q:]
             if config.qk_norm_whole:
                 q, k = q.flatten(1), k.flatten(1)
             qk = torch.cat([self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)], dim=1)
             qk = qk.view(-1, num_q + num_kv, config.head_dim)
-        qk = rotate(qk, cos, sin)
+        if not config.qk_norm_turned:
+            qk = rotate(qk, cos, sin)
         store_kv(qk[:, num_q:], heads[:, num_q + num_kv :], kv.k[idx], kv.v[idx], slot_mapping)
         q = qk[:, :num_q] if growth is None else qk[:, :num_q] * growth
         return paged_attention(q, kv.k[idx], kv.v[idx], plan, config.attention_scale, config.attention_softcap)
