@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from specserve.kernels.add_norm import add_rms_norm_
+from specserve.kernels.device_limits import shared_bytes
 from specserve.kernels.gated_activation import gated_activation
 from specserve.kernels.ragged_attention import (
     MAX_BLOCK_M,
@@ -177,7 +178,8 @@ def verify(shape: ModelShape, batch: int, context: int, device: torch.device, wa
 def prefill(shape: ModelShape, rows: int, context: int, device: torch.device, ways: Ways) -> dict[str, Any]:
     """Two products of 2 D operations a query head and visible key."""
     group = shape.num_heads // shape.num_kv_heads
-    chosen = largest_tile_rows(rows, group, shape.head_dim, shape.num_kv_heads, num_sms_of(device))
+    heads = (group, shape.head_dim, shape.num_kv_heads)
+    chosen = largest_tile_rows(rows, *heads, num_sms_of(device), shared_bytes(device))
     operations = 4 * shape.head_dim * shape.num_heads * sum(range(context - rows + 1, context + 1))
     work = Attention(shape, 1, context, rows, chosen, device)
     seconds = work.seconds()

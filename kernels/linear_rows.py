@@ -22,8 +22,7 @@ from .written_rounding import WRITTEN_ROUNDING
 MOST_TILED_ROWS = 64  # beyond, weights are no longer all of the time, and cuBLASLt is as fast or faster
 COLUMNS_OF_K = 8  # K is a multiple of it: TMA wants rows of whole 16 bytes
 BLOCK_K = 128
-FIRST_CAPABILITY = (9, 0)  # of cards with TMA
-SHARED_BYTES = 227 << 10  # that a program of such a card may have; the tiles take up to 217 KiB
+FIRST_CAPABILITY = (9, 0)  # of cards with TMA; the tiles take up to 217 KiB of shared memory
 _MOST_DEEP = 8192  # outputs whose tiles of 64 have a multiprocessor each
 _LEAST_WIDE = 16384  # outputs that fill the device with tiles of 128
 _CHECKED_ROWS = (1, 16, 17, 32, 33, 64, 65, 96, 128, 192, 256, 512, 1024, 2048)

@@ -44,6 +44,7 @@ class _Sizes:
     # (most inputs, chunk of K that a split has)
     chunks: tuple[tuple[int, int], ...] = ((1024, 256), (4096, 512), (8192, 1024))
     largest_chunk: int = 2048
+    largest_chunk_fp32: int = 1024  # 96 KiB of shared memory, in which the other fits at 16 bits
     wide_chunk: int = 2048  # from here on a program has 8 warps, each a part of the chunk; else 4
     small_rows: int = 128  # up to so many rows tiles have 8, one instruction's width; beyond 16
 
@@ -51,9 +52,10 @@ class _Sizes:
 SIZES = _Sizes()
 
 
-def split_k(in_size: int) -> tuple[int, int]:
-    """(number of splits, chunk) of a shrink over `in_size` inputs; of nothing else, so that no batch changes a sum."""
-    chunk = next((chunk for most, chunk in SIZES.chunks if in_size <= most), SIZES.largest_chunk)
+def split_k(in_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(number of splits, chunk) of a shrink over `in_size` inputs; of no batch, which so changes no sum."""
+    largest = SIZES.largest_chunk_fp32 if dtype == torch.float32 else SIZES.largest_chunk
+    chunk = next((chunk for most, chunk in SIZES.chunks if in_size <= most), largest)
     return -(-in_size // chunk), chunk
 
 
@@ -83,7 +85,7 @@ def new_blocks(num_blocks: int, device: torch.device | str) -> torch.Tensor:
 
 def scratch_size(entry: LoraEntry, num_rows: int, *, is_embedding: bool = False) -> int:
     """fp32 elements of scratch that a launch over `num_rows` rows needs."""
-    splits = 1 if is_embedding else split_k(entry.shape.in_size)[0]
+    splits = 1 if is_embedding else split_k(entry.shape.in_size, entry.dtype)[0]
     return num_rows * entry.num_modules * entry.num_rank_blocks * BLOCK_R * _block_splits(splits)
 
 
@@ -133,7 +135,7 @@ def lora_add_(y: torch.Tensor, x: torch.Tensor, entry: LoraEntry, blocks: torch.
         return
     from .lora_blocks_triton import lora_shrink
 
-    splits, chunk = split_k(entry.shape.in_size)
+    splits, chunk = split_k(entry.shape.in_size, entry.dtype)
     num_items = (blocks.shape[0] - 1) * entry.num_modules * splits
     lora_shrink[(min(num_items, SIZES.shrink_programs),)](
         scratch, x, entry.records, blocks, entry.records.stride(0), x.shape[1], x.stride(0),

@@ -19,9 +19,12 @@ import torch
 
 from .attention import attention_reference
 from .dependent_launch import dependent_launch
+from .device_limits import AMPLE_SHARED, MOST_SHARED, shared_bytes
 
 MAX_BLOCK_M = 128  # rows of a tile times heads of a group, padded
 MAX_HEAD_DIM = 256
+_MOST_SMALL_M = 64  # BLOCK_M, and BLOCK_M * BLOCK_D, with which three stages fit 99 KiB of shared memory
+_FIT_THREE = 64 * 128
 MAX_SPLITS = 32  # of the longest context
 MIN_SPLIT_LEN = 256  # below, a split's start and its partial result cost more than its keys
 _SCRATCH_BYTES = 1 << 26  # a layer's partial results; steps of more rows have programs enough without
@@ -35,8 +38,10 @@ MOST_JOINED = 32  # rows and heads of tiles whose last program joins: 16 KiB a s
 BLOCK_N = {16: 128, 32: 128, 64: 128, 128: 128, 256: 64, 512: 32, 1024: 16}
 
 
-def block_parameters(tile_rows: int, group: int, head_dim: int, itemsize: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_D, num_warps and num_stages of a launch."""
+def block_parameters(
+    tile_rows: int, group: int, head_dim: int, itemsize: int, most_shared: int = MOST_SHARED
+) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, num_warps and num_stages of a launch, in at most `most_shared` bytes a program."""
     block_m = max(16, _power_of_two(tile_rows * group))
     block_d = max(16, _power_of_two(head_dim))
     if block_m > MAX_BLOCK_M or head_dim > MAX_HEAD_DIM or head_dim % 8:
@@ -49,27 +54,31 @@ def block_parameters(tile_rows: int, group: int, head_dim: int, itemsize: int) -
     # 4 warps are the one warp group that a matrix instruction of 64 rows needs; 128 rows are two of them. 8 also where
     # a row's sums, those of its split and those of all splits, would not fit the registers of 4.
     is_wide = block_m == 128 or block_m * block_d > 64 * 128 or (block_m == 64 and not is_half)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_D": block_d,
-        "num_warps": 8 if is_wide else 4,
-        # Three blocks are held: products of 64 rows read them while they run, those of fewer copy them to registers.
-        "num_stages": 2 if not is_half else 4 if block_m < 64 else 3,
-    }
+    if not is_half:
+        num_stages = 2
+    elif most_shared < AMPLE_SHARED:
+        num_stages = 3 if block_m <= _MOST_SMALL_M and block_m * block_d <= _FIT_THREE else 2
+    else:  # three blocks are held: products of 64 rows read them while they run, those of fewer copy them to registers
+        num_stages = 4 if block_m < 64 else 3
+    num_warps = 8 if is_wide else 4
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
 
 
-def largest_tile_rows(num_rows: int, group: int, head_dim: int, num_kv_heads: int, num_sms: int) -> int:
+def largest_tile_rows(
+    num_rows: int, group: int, head_dim: int, num_kv_heads: int, num_sms: int, most_shared: int = MOST_SHARED
+) -> int:
     """Rows of the tiles of a step of `num_rows` rows whose sequences have many.
 
     128 rows and heads read K and V half as often as 64 do. 64 where their sums fill the registers, and where there
     are too few tiles for all multiprocessors: two programs then share one, and the shorter makes up for the longer.
+    What leaves no room in `most_shared` bytes to read K and V ahead is smaller still.
     """
-    rows = max(1, MAX_BLOCK_M // group)
-    num_programs = -(-num_rows // rows) * num_kv_heads
-    if group <= MAX_BLOCK_M // 2 and (_power_of_two(head_dim) > 128 or 2 * num_programs < 3 * num_sms):
-        rows = MAX_BLOCK_M // 2 // group
-    return rows
+    block_d = _power_of_two(head_dim)
+    num_programs = -(-num_rows // max(1, MAX_BLOCK_M // group)) * num_kv_heads
+    most = MAX_BLOCK_M // 2 if block_d > 128 or 2 * num_programs < 3 * num_sms else MAX_BLOCK_M
+    if most_shared < AMPLE_SHARED:
+        most = min(_MOST_SMALL_M, _FIT_THREE // block_d)
+    return max(1, (most if group <= most else MAX_BLOCK_M) // group)
 
 
 def choose_split_len(max_model_len: int) -> int:
@@ -156,7 +165,7 @@ def ragged_attention_(
     is_shared = num_programs > 1  # not their number: one binary serves any
     joins = is_shared and arrived is not None
     assert arrived is None or arrived.numel() >= tiles.shape[0] * num_kv_heads, (arrived.shape, tiles.shape)
-    blocks = block_parameters(tile_rows, group, head_dim, q.element_size())
+    blocks = block_parameters(tile_rows, group, head_dim, q.element_size(), shared_bytes(q.device))
     assert split_len % blocks["BLOCK_N"] == 0, (split_len, blocks["BLOCK_N"])
     shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window or 0, "SPLIT_LEN": split_len}
     ragged_attention_kernel[(num_kv_heads, tiles.shape[0], num_programs)](

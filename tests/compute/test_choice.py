@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -107,10 +108,23 @@ def test_torch_is_neither_native_nor_triton_on_any_device():
     assert all(choose(config, device) is None for choose in (choose_native, choose_triton) for device in (CPU, CUDA))
 
 
+def test_before_ampere_torch_serves_unless_the_kernels_were_asked_for(with_triton, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_triton(EngineConfig(), CUDA) is None
+    wanted = r"needs a device of compute capability 8\.0 or newer \(A100, RTX 30\), and cuda has 7\.5"
+    assert re.search(wanted, caplog.text)
+    for wants, name in ((EngineConfig(kernels="triton"), "kernels=triton"), (EngineConfig(quantization="fp8"), "=fp8")):
+        with pytest.raises(ModelError, match=f"{name} {wanted}"):
+            choose_triton(wants, CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_triton(EngineConfig(), CUDA) == TritonChoice()
+
+
 def test_without_triton_torch_serves_on_cuda_unless_it_was_asked_for(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choose_triton(EngineConfig(), CUDA) is None
-    assert "triton is not installed" in caplog.text
+    assert "needs triton, which is not installed: torch serves instead" in caplog.text
     for kernels in ("native", "triton"):
         with pytest.raises(ModelError, match=f"kernels={kernels} needs triton"):
             choose_triton(EngineConfig(kernels=kernels), CUDA)

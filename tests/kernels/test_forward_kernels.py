@@ -147,6 +147,20 @@ def test_the_largest_tiles_are_small_where_there_are_few_of_them(heads):
         assert blocks["BLOCK_M"] in ((64,) if head_dim > 128 else (64, 128)) or num_heads // num_kv_heads == 3
 
 
+@pytest.mark.parametrize("heads", ATTENTION_HEADS, ids=str)
+def test_cards_with_less_shared_memory_have_smaller_tiles_that_leave_room_for_three_blocks(heads):
+    num_heads, num_kv_heads, head_dim = heads
+    group, most_shared = num_heads // num_kv_heads, 99 << 10
+    sizes = {largest_tile_rows(n, group, head_dim, num_kv_heads, 100, most_shared) for n in (1, 512, 1 << 16)}
+    for tile_rows in {1, *sizes}:
+        blocks = block_parameters(tile_rows, group, head_dim, 2, most_shared)
+        assert blocks["num_stages"] == 3 and blocks["BLOCK_M"] <= (32 if head_dim > 128 else 64)
+        held = blocks["num_stages"] - 1  # of K and V each
+        assert 2 * held * 2 * blocks["BLOCK_N"] * blocks["BLOCK_D"] + 34 * 1024 <= most_shared
+    for size in (64, 128):  # more query heads than fit otherwise
+        assert block_parameters(1, 96, size, 2, most_shared)["num_stages"] == 2
+
+
 def test_splits_hold_the_longest_context():
     for max_model_len in (1, 64, 256, 257, 8192, 8193, 40_960, 131_072):
         length = choose_split_len(max_model_len)

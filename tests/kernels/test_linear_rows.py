@@ -7,9 +7,9 @@ import pytest
 import torch
 from triton_process import needs_triton, run_cases
 
+from specserve.kernels.device_limits import MOST_SHARED
 from specserve.kernels.linear_rows import (
     MOST_TILED_ROWS,
-    SHARED_BYTES,
     Tile,
     choose_tile,
     hold_one_order,
@@ -36,7 +36,7 @@ def test_a_tile_follows_from_the_sizes_and_fits_into_shared_memory():
         for out_size in (8, 4096, 9728, 128256):
             tile = choose_tile(num_rows, out_size)
             assert tile.rows >= num_rows
-            assert 2 * 128 * (tile.rows + tile.columns) * tile.num_stages < SHARED_BYTES
+            assert 2 * 128 * (tile.rows + tile.columns) * tile.num_stages < MOST_SHARED
 
 
 @pytest.mark.gpu

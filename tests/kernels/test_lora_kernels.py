@@ -35,9 +35,10 @@ def test_the_bench_for_gpus_runs_end_to_end():
 
 
 @pytest.mark.parametrize("in_size", [1, 70, 512, 576, 4096, 11008, 14336, 53248])
-def test_splits_cover_k_once_and_depend_on_nothing_else(in_size):
-    num_splits, chunk = split_k(in_size)
-    assert (num_splits - 1) * chunk < in_size <= num_splits * chunk and num_splits <= 32
+def test_splits_cover_k_once_and_depend_on_no_batch(in_size):
+    for dtype, most in ((torch.bfloat16, 32), (torch.float32, 64)):
+        num_splits, chunk = split_k(in_size, dtype)
+        assert (num_splits - 1) * chunk < in_size <= num_splits * chunk and num_splits <= most
 
 
 @pytest.mark.gpu

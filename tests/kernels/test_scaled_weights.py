@@ -8,7 +8,8 @@ from scaled_weight_cases import FORMATS, check_scaled_bits, check_scaled_definit
 from triton_process import needs_triton
 
 from specserve.kernels import scaled_weights
-from specserve.kernels.linear_rows import BLOCK_K, SHARED_BYTES, Tile
+from specserve.kernels.device_limits import MOST_SHARED
+from specserve.kernels.linear_rows import BLOCK_K, Tile
 from specserve.kernels.scaled_weights import ScaledLinear, choose_scaled_tile, quantize_outputs
 
 # (K, N): of SmolLM2-135M, then Llama-8B's o and down.
@@ -39,7 +40,7 @@ def test_a_tile_follows_from_the_sizes_and_fits_into_shared_memory():
         for out_size in (16, 576, 4096, 9728, 128256):
             tile = choose_scaled_tile(num_rows, out_size)
             assert tile.rows >= min(num_rows, 128) and tile.num_stages >= 2
-            assert (2 * tile.rows + tile.columns) * BLOCK_K * tile.num_stages < SHARED_BYTES
+            assert (2 * tile.rows + tile.columns) * BLOCK_K * tile.num_stages < MOST_SHARED
 
 
 @pytest.mark.gpu

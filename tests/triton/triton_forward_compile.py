@@ -33,7 +33,12 @@ from specserve.kernels.written_rounding import WRITTEN_ROUNDING
 
 
 def compile_kernel(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], floats: tuple[str, ...] = (), **options: int
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    floats: tuple[str, ...] = (),
+    capability: int = 90,
+    **options: int,
 ) -> dict[str, int]:
     """Figures of the PTX and of the binary. Pointers and the other integers are multiples of 16, as at a launch."""
     names = kernel.arg_names
@@ -46,7 +51,7 @@ def compile_kernel(
         if name not in constants and name not in floats
     }
     source = ASTSource(kernel, signature, values, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx, waits = compiled.asm["ptx"], re.findall(r"ttg\.async_wait .*num = (\d+)", compiled.asm["ttgir"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -63,7 +68,7 @@ def compile_kernel(
         "shared": compiled.metadata.shared,
         "load_bytes": max([int(n) * int(bits) // 8 for n, bits in vectors], default=4),
         "copy_bytes": max([int(size, 0) for size in copies], default=0),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),  # the latter of a B200
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "joined": len(re.findall(r"\bfma\.", ptx)),  # products and sums that are rounded once
         "barriers": len(
@@ -150,24 +155,40 @@ def compile_pooling(dtype: str) -> None:
     report(f"pool_rows {dtype}", compile_kernel(pooled_rows_triton.pool_rows, pointers, sizes, num_warps=4))
 
 
-def compile_attention(dtype: str) -> None:
-    pointer, itemsize = f"*{dtype}", 2 if dtype == "bf16" else 4
-    pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), pointer)
+def attention_figures(
+    dtype: str,
+    heads: tuple[int, int, int],
+    blocks: dict[str, int],
+    window: int,
+    num_programs: int,
+    joins: bool = False,
+    is_capped: bool = False,
+    capability: int = 90,
+) -> dict[str, int]:
+    """Of attention with the `block_parameters` of query heads, KV heads and head size."""
+    num_heads, num_kv_heads, head_dim = heads
+    pointers = dict.fromkeys(("out", "q", "k_cache", "v_cache"), f"*{dtype}")
     pointers |= dict.fromkeys(("partial", "stats"), "*fp32") | {"positions": "*i64"}
     pointers |= dict.fromkeys(("tiles", "block_tables", "arrived"), "*i32")
+    constants: dict[str, Any] = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "SPLIT_LEN": 256}
+    constants |= {name: size for name, size in blocks.items() if name.startswith("BLOCK")}
+    constants |= {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16, "HAS_CAP": is_capped, "IEEE": dtype == "fp32"}
+    constants |= {"IS_WIDE": False, "IS_SHARED": num_programs > 1, "JOINS": joins, "IS_DEPENDENT": capability >= 90}
+    options = {name: blocks[name] for name in ("num_warps", "num_stages")}
+    kernel = ragged_attention_triton.ragged_attention_kernel
+    return compile_kernel(kernel, pointers, constants, ("scale_log2", "cap_exponent"), capability, **options)
+
+
+def compile_attention(dtype: str) -> None:
+    itemsize = 2 if dtype == "bf16" else 4
     cases = (ATTENTION if itemsize == 2 else ATTENTION[:4:3]) if IS_ALL else ATTENTION[3:5]
     for num_heads, num_kv_heads, head_dim, tile_rows in cases:
         blocks = block_parameters(tile_rows, num_heads // num_kv_heads, head_dim, itemsize)
-        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
         kinds = [(0, 1, False, False), (512, 8, False, False), (0, 8, True, False)]
         kinds += [(0, 1, False, True)] if IS_ALL or tile_rows > 1 else []
         for window, num_programs, joins, is_capped in kinds:
-            shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": window, "SPLIT_LEN": 256}
-            constants = shape | blocks | {"GROUP": num_heads // num_kv_heads, "BLOCK_SIZE": 16}
-            constants |= {"IEEE": itemsize == 4, "IS_WIDE": False, "IS_SHARED": num_programs > 1, "JOINS": joins}
-            constants |= {"HAS_CAP": is_capped, "IS_DEPENDENT": True}
-            kernel = ragged_attention_triton.ragged_attention_kernel
-            figures = compile_kernel(kernel, pointers, constants, ("scale_log2", "cap_exponent"), **options)
+            heads = (num_heads, num_kv_heads, head_dim)
+            figures = attention_figures(dtype, heads, blocks, window, num_programs, joins, is_capped)
             name = f"attention {dtype} {num_heads}/{num_kv_heads}/{head_dim} rows {tile_rows} programs {num_programs}"
             name += " joining" if joins else " capped" if is_capped else ""
             if itemsize == 4:
@@ -180,6 +201,9 @@ def compile_attention(dtype: str) -> None:
                 assert max(figures["copy_bytes"], figures["load_bytes"]) == 16, "K and V are not read by 16 bytes"
                 assert figures["ahead"] >= 2, "K and V are waited for as soon as they are asked for"
                 assert not figures["serialized"], "products wait for one another"
+        pointers = {"out": f"*{dtype}", "positions": "*i64", "tiles": "*i32"}
+        pointers |= dict.fromkeys(("partial", "stats"), "*fp32")
+        shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "WINDOW": 0, "SPLIT_LEN": 256}
         constants = shape | {"BLOCK_D": blocks["BLOCK_D"], "IS_DEPENDENT": True}
         figures = compile_kernel(ragged_attention_triton.join_splits_kernel, pointers, constants, num_warps=1)
         report(f"join_splits {dtype} {head_dim}", figures)

@@ -13,7 +13,8 @@ import triton.language as tl
 from triton_forward_compile import compile_kernel, report
 
 from specserve.kernels import linear_fused, linear_fused_triton
-from specserve.kernels.linear_rows import BLOCK_K, SHARED_BYTES
+from specserve.kernels.device_limits import MOST_SHARED
+from specserve.kernels.linear_rows import BLOCK_K
 from specserve.kernels.written_rounding import WRITTEN_ROUNDING
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
@@ -42,7 +43,7 @@ def compile_fused(name: str, dtype: str, held: str, num_rows: int, in_size: int,
     options = {"num_warps": 4, "num_stages": linear_fused.NUM_STAGES, **WRITTEN_ROUNDING}
     figures = compile_kernel(kernel, pointers, constants, ("eps",), **options)
     report(f"{name} {dtype} by {held} rows {num_rows} K {in_size} used {used}", figures)
-    assert figures["wgmma"] and figures["load_bytes"] == 16 and figures["shared"] < SHARED_BYTES, (name, figures)
+    assert figures["wgmma"] and figures["load_bytes"] == 16 and figures["shared"] < MOST_SHARED, (name, figures)
     assert figures["copy_bytes"] == (16 if constants["HAS_REST"] else 0), (name, figures)
     assert bool(figures["joined"]) == (name == "linear_rope_kernel"), (name, figures)  # by tl.fma, in rotations alone
 

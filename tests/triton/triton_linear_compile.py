@@ -15,11 +15,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from specserve.kernels.device_limits import MOST_SHARED
 from specserve.kernels.linear_rows import BLOCK_K, Tile, choose_tile
 from specserve.kernels.linear_rows_triton import linear_rows_kernel
 from specserve.kernels.scaled_weights import choose_scaled_tile
 
-MOST_SHARED = 227 << 10  # bytes of a program
 SPILL = re.compile(r"\b(STL|LDL)\b")
 
 

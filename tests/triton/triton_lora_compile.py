@@ -12,25 +12,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from specserve.kernels import lora_blocks, lora_blocks_triton, tiles_triton
+from specserve.kernels.device_limits import MOST_SHARED
 from specserve.kernels.lora_tables import BLOCK_R
 from specserve.kernels.tiles import BLOCKS_T
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MULTIPLES_OF_16 = ("in_size", "x_stride", "y_stride", "slot_stride", "out_0", "out_1", "out_2", "h_ranks")  # H 4096
 COPY_16_BYTES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], 0x10|ld\.global\S*\.v4\.b32")
-MOST_SHARED = 227 << 10  # bytes of a program
 MOST_SPILLS = 48  # instructions of an expand: registers are limited, for more programs an SM
 SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
 def compile_kernel(
-    kernel: Any, dtype: str, num_warps: int, num_stages: int = 3, maxnreg: int | None = None, **constants: Any
+    kernel: Any,
+    dtype: str,
+    num_warps: int,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
+    capability: int = 90,
+    **constants: Any,
 ) -> Any:
     """The kernel for q/k/v of a model with H 4096, specialised as Triton's launcher does."""
     constants = {"NUM_MODULES": 3, "BLOCK_R": BLOCK_R, "DTYPE": DTYPES[dtype]} | constants
@@ -43,16 +51,16 @@ def compile_kernel(
     aligned = [name for name in names if signature[name][0] == "*" or name in MULTIPLES_OF_16]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-    return triton.compile(
-        ASTSource(kernel, signature, values, attrs), target=GPUTarget("cuda", 90, 32), options=options
-    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(ASTSource(kernel, signature, values, attrs), target=target, options=options)
 
 
-def compile_lora(dtype: str, tile_rows: int, in_size: int) -> dict[str, Any]:
+def compile_lora(dtype: str, tile_rows: int, in_size: int, capability: int = 90) -> dict[str, Any]:
     """Shrink and expand of lora_blocks.py for tiles of so many rows."""
-    splits, chunk = lora_blocks.split_k(in_size)
-    sizes = {"SPLITS": splits, "BLOCK_SPLITS": triton.next_power_of_2(splits), "TILE_ROWS": tile_rows}
-    sizes |= {"CHUNK": chunk, "WIDE_R": lora_blocks.WIDE_R, "PARTS": lora_blocks.parts_of(chunk), "IS_DEPENDENT": True}
+    splits, chunk = lora_blocks.split_k(in_size, TORCH_DTYPES[dtype])
+    sizes: dict[str, Any] = {"capability": capability, "IS_DEPENDENT": capability >= 90}
+    sizes |= {"SPLITS": splits, "BLOCK_SPLITS": triton.next_power_of_2(splits), "TILE_ROWS": tile_rows}
+    sizes |= {"CHUNK": chunk, "WIDE_R": lora_blocks.WIDE_R, "PARTS": lora_blocks.parts_of(chunk)}
     registers = lora_blocks.SIZES.expand_registers if tile_rows == 8 else None
     name, kernels = f"{dtype}-{tile_rows}-{in_size}", lora_blocks_triton
     return {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.device_limits import shared_bytes
 from ...kernels.ragged_attention import choose_programs, largest_tile_rows, scratch_row_bytes
 from ...kernels.tiles import max_tiles
 from ...model.config import ModelConfig
@@ -76,7 +77,7 @@ class Buckets:
         self._slots, self._max_seqs, self._num_kv_heads = slots, max_seqs, config.num_kv_heads
         self._group, self._head_dim = config.num_heads // config.num_kv_heads, config.head_dim
         self._scratch_row_bytes = scratch_row_bytes(config.num_heads, config.head_dim)
-        is_cuda = device.type == "cuda"
+        self._shared_bytes, is_cuda = shared_bytes(device), device.type == "cuda"
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 2
 
     def of(self, num_rows: int, widest: int, num_active: int) -> Bucket:
@@ -112,7 +113,8 @@ class Buckets:
 
     def _largest(self, num_rows: int) -> int:
         """Rows a tile of attention, where a sequence has many of the step's `num_rows`."""
-        return largest_tile_rows(num_rows, self._group, self._head_dim, self._num_kv_heads, self._num_sms)
+        sizes = (self._group, self._head_dim, self._num_kv_heads)
+        return largest_tile_rows(num_rows, *sizes, self._num_sms, self._shared_bytes)
 
     def _bucket(self, num_rows: int, tile_rows: int, num_segments: int) -> Bucket:
         return Bucket(num_rows, tile_rows, num_segments, self._groups() if num_segments else frozenset())

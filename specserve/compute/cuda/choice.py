@@ -17,6 +17,7 @@ import torch
 
 from ...config import EngineConfig, Exact, Quantization
 from ...errors import ModelError
+from ...kernels.device_limits import FIRST_CAPABILITY
 from ...kernels.scaled_weights import COLUMNS_OF_K, DTYPES
 from ...model.config import ModelConfig
 from ..decoder_weights import Weights
@@ -81,10 +82,23 @@ def choose_triton(config: EngineConfig, device: torch.device) -> TritonChoice | 
             )
         return None
     is_required = config.kernels != "auto" or quantized
-    if importlib.util.find_spec("triton") is None:
+    if (missing := _missing(device)) is not None:
         if is_required:
             wanted = f"quantization={config.quantization}" if quantized else f"kernels={config.kernels}"
-            raise ModelError(f"{wanted} needs triton, which is not installed")
-        logger.warning("triton is not installed: torch serves instead, slower")
+            raise ModelError(f"{wanted} needs {missing}")
+        logger.warning("the fast path needs %s: torch serves instead, slower", missing)
         return None
     return TritonChoice(is_required or config.exact == "on", config.exact, config.quantization)
+
+
+def _missing(device: torch.device) -> str | None:
+    """What the kernels need and have not. Whether a CUDA device is there at all is for others to say."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton, which is not installed"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= FIRST_CAPABILITY:
+        return None
+    have, first = (".".join(map(str, version)) for version in (capability, FIRST_CAPABILITY))
+    return f"a device of compute capability {first} or newer (A100, RTX 30), and {device} has {have}"

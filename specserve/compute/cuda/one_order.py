@@ -15,11 +15,11 @@ import torch
 
 from ...config import Exact
 from ...errors import ModelError
+from ...kernels.device_limits import MOST_SHARED, shared_bytes
 from ...kernels.linear import Linear
 from ...kernels.linear_rows import (
     COLUMNS_OF_K,
     FIRST_CAPABILITY,
-    SHARED_BYTES,
     counts_that_differ,
     hold_one_order,
     linear_rows,
@@ -98,12 +98,11 @@ def cannot_be(weights: Seq[torch.Tensor]) -> str | None:
 
 
 def _device_lacks(device: torch.device) -> str | None:
-    capability, properties = torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)  # torch's types do not know it
+    capability, shared = torch.cuda.get_device_capability(device), shared_bytes(device)
     if capability < FIRST_CAPABILITY:
         have, first = (".".join(map(str, version)) for version in (capability, FIRST_CAPABILITY))
         return f"the device has compute capability {have}, before {first}"
-    if shared < SHARED_BYTES:
+    if shared < MOST_SHARED:
         return f"the device has {shared >> 10} KiB of shared memory for a program"
     return None
 
