@@ -52,7 +52,8 @@ class FakeReplica:
         try:
             while True:
                 try:
-                    message = await asyncio.wait_for(self._said.get(), BEAT_S)
+                    async with asyncio.timeout(BEAT_S):  # not wait_for, which may lose a cancellation before 3.12
+                        message = await self._said.get()
                 except TimeoutError:
                     message = Heartbeat(0.0, 0, 0.0)
                 await self._cable()
