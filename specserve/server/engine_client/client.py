@@ -1,4 +1,4 @@
-"""The server's side of the engine: requests and calls out, streams of deltas and answers back.
+"""The server's side of the engine: requests out, streams of deltas back; calls and their answers (`calls`).
 
 Owns one queue per running request; the process is its supervisor's. A request's stream ends with its last delta, with
 its own error, or with `EngineLostError` when the process goes; leaving a stream early aborts the request. After a
@@ -8,7 +8,6 @@ restart the engine holds no adapters: `generation` tells the adapter store that 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
@@ -34,6 +33,7 @@ from ...messages import Abort, CallDone, CallFailed, Delta, EngineInfo, Generate
 from ...own_modules import module_command
 from ...pooling_messages import Pooled, PoolRequest
 from ...stats_messages import SNAPSHOT, EngineStats, Stats
+from .calls import Calls
 from .link import EngineLink, Link
 from .serving_engine import ReplicaState
 from .supervisor import STOPPED, EngineSupervisor, State
@@ -76,8 +76,7 @@ class EngineClient:
             on_serving=lambda: self.on_serving(),
         )
         self._streams: dict[str, asyncio.Queue[Delta | Pooled | UserError]] = {}
-        self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._call_ids = itertools.count()
+        self._calls = Calls(self._link)
         self._snapshot: EngineStats | None = None  # the newest of the process that serves
         self._snapshot_at = 0.0
 
@@ -110,7 +109,7 @@ class EngineClient:
     async def first_info(self) -> EngineInfo:
         """As `info`; while the first process starts it is waited for, as any later one would be."""
         if self._engine.info is None:
-            await self._engine.link(RESTART_PATIENCE_S)
+            await self._link()
         return self.info
 
     @property
@@ -150,7 +149,7 @@ class EngineClient:
         return self._answers(request)
 
     async def _answers(self, request: GenerateRequest | PoolRequest) -> AsyncGenerator[Any]:
-        engine = await self._engine.link(RESTART_PATIENCE_S)
+        engine = await self._link()
         queue: asyncio.Queue[Delta | Pooled | UserError] = asyncio.Queue()
         self._streams[request.request_id] = queue
         finished = False
@@ -194,9 +193,9 @@ class EngineClient:
         """
         content_hash, size_bytes = (before.content_hash, before.size_bytes) if before is not None else (None, 0)
         load = LoadAdapter(
-            next(self._call_ids), name, path, content_hash, size_bytes, is_pinned, is_prefetch, priority, mount
+            self._calls.next_id(), name, path, content_hash, size_bytes, is_pinned, is_prefetch, priority, mount
         )
-        answer: AdapterLoaded = await self._call(load)
+        answer: AdapterLoaded = await self._calls.ask(load)
         return answer
 
     def prioritize_loads(self, path: str, priority: int) -> None:
@@ -209,11 +208,11 @@ class EngineClient:
 
     async def unload_adapter(self, adapter_hash: str, placement: int) -> None:
         """Forget it, unless a load placed it after `placement`."""
-        await self._call(UnloadAdapter(next(self._call_ids), adapter_hash, placement))
+        await self._calls.ask(UnloadAdapter(self._calls.next_id(), adapter_hash, placement))
 
     async def pin_adapter(self, adapter_hash: str, is_pinned: bool, placement: int) -> None:
         """Raises `UserError` where it is not loaded, and shall be pinned; a load after `placement` may pin it, too."""
-        await self._call(PinAdapter(next(self._call_ids), adapter_hash, is_pinned, placement))
+        await self._calls.ask(PinAdapter(self._calls.next_id(), adapter_hash, is_pinned, placement))
 
     def replicas(self) -> Mapping[str, ReplicaState]:
         """None: there is one engine."""
@@ -221,16 +220,19 @@ class EngineClient:
 
     async def adapters(self) -> list[AdapterState]:
         """What the engine holds. Raises `EngineDeadError` while none serves."""
-        return (await self._call(GetAdapters(next(self._call_ids)), patience_s=0.0)).adapters
+        return (await self._calls.ask(GetAdapters(self._calls.next_id()), patience_s=0.0)).adapters
 
     async def stats(self) -> EngineStats | None:
         """A snapshot of now, or of just before a step that takes long; None while no engine serves."""
         try:
             async with asyncio.timeout(STATS_PATIENCE_S):
-                await self._call(GetStats(next(self._call_ids)), patience_s=0.0)
+                await self._calls.ask(GetStats(self._calls.next_id()), patience_s=0.0)
         except (EngineDeadError, TimeoutError):
             pass
         return self._snapshot
+
+    async def _link(self, patience_s: float | None = None) -> Link:
+        return await self._engine.link(RESTART_PATIENCE_S if patience_s is None else patience_s)
 
     # -- messages
 
@@ -252,44 +254,20 @@ class EngineClient:
         elif isinstance(message, Stats):
             self._take_snapshot(message)
         elif isinstance(message, CallFailed):
-            if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
-                future.set_exception(from_info(message.error))
+            self._calls.fail(message)
         elif isinstance(message, AdaptersLeft):
             self.on_adapters_left(message.placements)
         elif isinstance(message, AdapterLoaded | AdapterStates | CallDone):
-            self._answer(message)
+            self._calls.answer(message)
 
     def _take_snapshot(self, message: Stats) -> None:
         error = self._snapshot.integrity_error if self._snapshot is not None else None
         checked = message.call_id != SNAPSHOT
         self._snapshot = message.stats if checked else msgspec.structs.replace(message.stats, integrity_error=error)
         self._snapshot_at = time.time()
-        self._answer(message)
+        self._calls.answer(message)
         if not checked:
             self.on_snapshot()
-
-    def _answer(self, message: AdapterLoaded | AdapterStates | CallDone | Stats) -> None:
-        if (future := self._calls.pop(message.call_id, None)) is not None and not future.done():
-            future.set_result(message)
-
-    async def _call(
-        self,
-        message: LoadAdapter | UnloadAdapter | PinAdapter | GetAdapters | GetStats,
-        patience_s: float | None = None,
-    ) -> Any:
-        """The answer; asked for once more of the next engine when this one ends meanwhile."""
-        for is_last in (False, True):
-            engine = await self._engine.link(RESTART_PATIENCE_S if patience_s is None else patience_s)
-            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            self._calls[message.call_id] = future
-            try:
-                engine.send(message)
-                return await future
-            except EngineLostError:
-                if is_last:
-                    raise
-            finally:
-                self._calls.pop(message.call_id, None)
 
     def _lost(self) -> None:
         self._snapshot = None
@@ -299,7 +277,4 @@ class EngineClient:
     def _fail_all(self, kind: type[EngineDeadError], reason: str) -> None:
         for queue in self._streams.values():
             queue.put_nowait(kind(reason))
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(kind(reason))
-        self._calls.clear()
+        self._calls.fail_all(kind, reason)
