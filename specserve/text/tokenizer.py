@@ -46,7 +46,9 @@ class TextTokenizer:
         self._texts = TokenTexts(self._backend)
         self._literal = Tokenizer.from_str(self._backend.to_str())
         self._literal.encode_special_tokens = True  # special tokens in the text are encoded as letters
-        added = self._tokenizer.added_tokens_decoder.items()
+        added = self._tokenizer.added_tokens_decoder.items()  # made anew at each look
+        self._added = {token.content: idx for idx, token in added}
+        self._added_texts = {token.content: idx for idx, token in added if not token.special}
         self._special_ids = {idx for idx, token in added if token.special}
         self._specials = {token.content: idx for idx, token in added if token.special and token.content}
         self._ends_special = tuple(self._specials)
@@ -167,9 +169,8 @@ class TextTokenizer:
 
         An added token is never encoded or generated in pieces.
         """
-        added = self._tokenizer.added_tokens_decoder.items()
-        named = {token.content: idx for idx, token in added if token.content in texts}
-        return named, tuple(sorted(idx for idx, token in added if token.content not in texts and not token.special))
+        named = {text: self._added[text] for text in texts if text in self._added}
+        return named, tuple(sorted(idx for text, idx in self._added_texts.items() if text not in texts))
 
     @property
     def special_tokens(self) -> dict[str, int]:
