@@ -541,6 +541,24 @@ def test_a_template_that_joins_descriptions_gets_one_of_every_tool(tmp_path, fie
     assert for_template([], tools, choose_format(TEMPLATES["hermes"]))[1][0] == bare  # others are shown what there is
 
 
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ message.thinking }}", "thinking"),
+        ("{{ message['reasoning'] }}", "reasoning"),
+        ("{{ message.reasoning_content or message.reasoning }}", "reasoning_content"),
+        ("{{ m.content }}", "reasoning_content"),
+        ({"default": "{{ message['thinking'] }}", "tool_use": "{{ tools }}"}, "thinking"),
+    ],
+)
+def test_what_was_thought_is_given_under_the_templates_name(template, name):
+    """gpt-oss' and LFM's call it thinking; clients send it back as they got it."""
+    thought = {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+    for tools in ((), tool_use(request(tools=BOTH)).tools):
+        messages, _ = for_template([*chat(TALK[1:2]), thought], tools, choose_format(template))
+        assert messages[-1] == {"role": "assistant", "content": "Yes", name: "hm"}
+
+
 NO_SYSTEM = {
     "Gemma": "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
     "Mistral 0.1": "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}",

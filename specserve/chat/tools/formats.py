@@ -19,6 +19,7 @@ _RENDERS_TOOLS = re.compile(r"\btools\b")
 # The beginning of a call as a template spells it, in one literal or in several: words alone are in other families' too.
 _HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*(?:name\\?"|[\w.]+\s*\|\s*tojson)')
 _READS_DESCRIPTION = re.compile(r"\b(?:tool|function)(?:\.description\b|\[['\"]description['\"]\])")
+_READS_THOUGHTS = re.compile(r"\bmessage(?:\.(thinking|reasoning)\b|\[\\?['\"](thinking|reasoning)\\?['\"]\])")
 # Gemma's says so; the first Mistral's, which knows no such role, as it wants two to take turns.
 _REFUSES_SYSTEM = re.compile(
     r"raise_exception\([^)]*\b[Ss]ystem\b[^)]*not|\A(?!.*\bsystem\b).*raise_exception", re.DOTALL
@@ -71,7 +72,8 @@ class ChosenFormat:
 
     `if_offered`: only where tools are offered, as a model with several templates has one of its own for them.
     `describes`: the template reads a tool's description by itself, and may fail without one (Hermes 3's does).
-    `has_system`: it takes a system message, as far as its text tells.
+    `has_system`: it takes a system message, as far as its text tells. `thoughts`: how it calls what an assistant's
+    message thought.
     """
 
     format: ToolFormat
@@ -80,10 +82,19 @@ class ChosenFormat:
     if_offered: bool = False
     describes: bool = False
     has_system: bool = True
+    thoughts: str = "reasoning_content"
 
 
 def choose_format(template: object, setting: str = "auto") -> ChosenFormat:
     """The format of a chat template's text, or of several by name; `setting` is --tool-format."""
+    chosen = _choose(template, setting)
+    text = str(template)
+    if "reasoning_content" not in text and (read := _READS_THOUGHTS.search(text)):  # gpt-oss' and LFM's say "thinking"
+        return dataclasses.replace(chosen, thoughts=read[1] or read[2])
+    return chosen
+
+
+def _choose(template: object, setting: str) -> ChosenFormat:
     several = template if isinstance(template, dict) else {}
     text = template if isinstance(template, str) else str(several.get("tool_use") or several.get("default") or "")
     if_offered = bool(several.get("tool_use"))

@@ -82,9 +82,15 @@ def for_template(
 ) -> tuple[list[ChatMessage], list[dict[str, Any]] | None]:
     """(messages, tools) to render with the template that `chosen` was found for."""
     definitions = [tool.definition(described=chosen.native and chosen.describes) for tool in tools]
+    messages = [_with_thoughts(message, chosen.thoughts) for message in messages]
     if chosen.native and (definitions or not chosen.if_offered):
         return [_with_template_ids(message, chosen) for message in messages], definitions or None
-    return _plain(messages, definitions, chosen.has_system), None
+    return _plain(messages, definitions, chosen), None
+
+
+def _with_thoughts(message: ChatMessage, name: str) -> ChatMessage:
+    """What the message thought, under the name by which the template reads it."""
+    return {name if key == "reasoning_content" else key: value for key, value in message.items()}
 
 
 def _with_template_ids(message: ChatMessage, chosen: ChosenFormat) -> ChatMessage:
@@ -99,7 +105,7 @@ def _with_template_ids(message: ChatMessage, chosen: ChosenFormat) -> ChatMessag
 
 
 def _plain(
-    messages: Sequence[ChatMessage], definitions: Sequence[dict[str, Any]], has_system: bool
+    messages: Sequence[ChatMessage], definitions: Sequence[dict[str, Any]], chosen: ChosenFormat
 ) -> list[ChatMessage]:
     """Calls, results and definitions as text; results of one turn are one user message.
 
@@ -125,10 +131,10 @@ def _plain(
             result[-1]["content"] += "\n" + content
         elif role == "system" and definitions and len(result) == 1:
             result[0]["content"] = f"{content}\n\n{result[0]['content']}"
-        elif role == "user" and not has_system and [text] == [item["content"] for item in result]:
+        elif role == "user" and not chosen.has_system and [text] == [item["content"] for item in result]:
             result[0] = {"role": "user", "content": f"{text}\n\n{content}"}
         else:
-            thoughts = {key: message[key] for key in ("reasoning_content",) if key in message}
+            thoughts = {key: message[key] for key in (chosen.thoughts,) if key in message}
             result.append({"role": role, "content": content, **thoughts})
         after_tool = is_tool
     return result

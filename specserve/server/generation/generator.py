@@ -53,7 +53,7 @@ from .job import Job
 from .job_runner import JobRunner
 from .prompts import Prompts, check_generates
 from .sequences import Sequences
-from .thoughts import marks_of, opened_by, special_marks, thoughtless_ids
+from .thoughts import opened_by, special_marks, thoughtless_ids
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Generator:
         plan: ToolPlan | None = None
         thinking: Thinking | None = None
         if isinstance(request, ChatRequest):
-            known = marks_of(tokenizer)
+            known = self.prompts.marks_of(tokenizer)
             ids, plan = await self._chat(request, use, grammar, tokenizer, adapter, known)
             if plan.words.free_text if plan is not None else grammar is None:
                 ends = (plan.format.marker,) if plan is not None and plan.format.marker else ()

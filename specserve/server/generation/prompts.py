@@ -12,10 +12,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from ...adapter_kinds import GENERATES, check_kind
 from ...adapter_messages import AdapterInfo
 from ...chat.messages import chat_ending, chat_messages, template_variables
+from ...chat.thinking_marks import ThinkingMarks
 from ...chat.tools.definitions import Tool
 from ...chat.tools.formats import ChosenFormat, choose_format
 from ...chat.tools.prompt import for_template
@@ -26,6 +28,7 @@ from ...text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
 from ..adapter_store import AdapterStore
 from ..engine_client.serving_engine import ServingEngine
 from ..openai.request_types import ChatRequest, TokenizeRequest
+from .thoughts import marks_of
 
 T = TypeVar("T")
 
@@ -44,6 +47,8 @@ class Prompts:
         self._templates = TemplateRenderer()
         # One thread, not a lock: a reader goes on when its client leaves, and the next one must wait for that too.
         self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long text")
+        self._formats: WeakKeyDictionary[TextTokenizer, ChosenFormat] = WeakKeyDictionary()
+        self._marks: WeakKeyDictionary[TextTokenizer, tuple[ThinkingMarks, ...]] = WeakKeyDictionary()
         self._adapter_tokenizers: OrderedDict[str, TextTokenizer] = OrderedDict()  # by text hash, latest use last
 
     async def close(self) -> None:
@@ -52,7 +57,15 @@ class Prompts:
 
     def format_of(self, tokenizer: TextTokenizer) -> ChosenFormat:
         """How the model of this tokenizer writes tool calls."""
-        return choose_format(tokenizer.template.text, self._tool_format)
+        if tokenizer not in self._formats:
+            self._formats[tokenizer] = choose_format(tokenizer.template.text, self._tool_format)
+        return self._formats[tokenizer]
+
+    def marks_of(self, tokenizer: TextTokenizer) -> tuple[ThinkingMarks, ...]:
+        """The marks of what it thinks."""
+        if tokenizer not in self._marks:
+            self._marks[tokenizer] = marks_of(tokenizer)
+        return self._marks[tokenizer]
 
     async def tokenizer_for(self, adapter: str | None, priority: int = 0) -> tuple[TextTokenizer, AdapterInfo | None]:
         """The tokenizer to use, and the loaded adapter; loads the adapter if needed, for a request of `priority`."""
