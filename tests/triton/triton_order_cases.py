@@ -20,6 +20,7 @@ from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything i
 from specserve.drafting.cost_model import CostModel
 from specserve.kernels import linear_fused
 from specserve.kernels.add_norm import add_rms_norm_
+from specserve.kernels.dependent_launch_triton import pass_on
 
 torch.set_num_threads(1)
 
@@ -52,6 +53,14 @@ def test_what_is_read_too_early_is_found(waits, between, fault, monkeypatch):
             x.sin()  # does not begin early, so what is in front of it is done
         twice[(1,)](out, x, READS_EARLY=True, WAITS=waits, launch_pdl=True)
     assert order.faults == ({fault} if fault else set())
+
+
+def test_the_trial_of_a_device():
+    words = torch.zeros(2, 3 * 16, dtype=torch.int32)
+    with LaunchOrder() as order:
+        for idx in range(4):
+            pass_on[(3,)](words[1 - idx % 2], words[idx % 2], BLOCK=16, IS_DEPENDENT=True, launch_pdl=True)
+    assert not order.faults and (words[0] == 4).all()
 
 
 def test_the_heads_loop():
