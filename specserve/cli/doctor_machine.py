@@ -189,7 +189,9 @@ def caches(config: ServeConfig) -> Iterator[Finding]:
     if config.allowed_adapter_urls or config.allowed_hub_repos:
         folders["adapters"] = Path(config.adapter_cache_dir or default_root())
     if config.history_dir is not None:
-        folders["history"] = Path(config.history_dir)
+        folders["history"] = Path(config.history_dir).expanduser()
+    if config.serving_log is not None:
+        folders["served"] = Path(config.serving_log).expanduser()
     for what, folder in folders.items():
         name, there = f"cache: {what}"[:14], next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not there.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from ..config import EngineConfig, ServeConfig, engine_part
 from ..errors import UserError
 from ..model.store import DEFAULT_MODEL
 from .engine_client.client import EngineClient, engine_command
+
+logger = logging.getLogger(__name__)
 
 
 def engine_of(
@@ -31,8 +35,26 @@ def process_settings(config: ServeConfig, model_dir: Path, roots: Sequence[Path]
 
     Raises `UserError` for settings of what is not there.
     """
+    for name in ("history_dir", "serving_log"):
+        _check_kept(name, getattr(config, name))
+    if config.history_dir is not None and not config.learn_history:
+        logger.warning("history_dir is set and learn_history is not: nothing is learned, and nothing kept or read")
     settings = msgspec.structs.replace(engine_part(config), model=str(model_dir), adapter_roots=tuple(map(str, roots)))
     return with_base_head(settings)
+
+
+def _check_kept(name: str, value: str | None) -> None:
+    """What is to be kept in a folder that cannot be had is lost: better said at the start than at the first write."""
+    if value is None:
+        return
+    folder, reason = Path(value).expanduser(), "it is not this user's to write"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise UserError(f"{name} {value!r} cannot be used: {reason}; name another folder or leave it out", param=name)
 
 
 def with_base_head(config: EngineConfig) -> EngineConfig:

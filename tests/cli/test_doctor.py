@@ -149,7 +149,9 @@ def test_pages_handles_and_the_clock(monkeypatch, tmp_path):
 def test_caches_that_cannot_be_written_or_are_full(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    by_name = found(doctor_machine.caches, history_dir=str(tmp_path / "history"))
+    log = str(tmp_path / "file" / "log")
+    by_name = found(doctor_machine.caches, history_dir=str(tmp_path / "history"), serving_log=log)
+    assert by_name["cache: served"].status == "missing"
     assert by_name["cache: models"].status == "missing" and "XDG_CACHE_HOME" in by_name["cache: models"].fix
     assert by_name["cache: history"].status == "ok" and not (tmp_path / "history").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 5))

@@ -127,3 +127,18 @@ async def test_a_stop_during_the_start_drains_those_who_wait(start):
 def test_a_base_head_that_is_not_there_is_refused_before_an_engine_starts(tmp_path):
     with pytest.raises(UserError, match=r"base_head is .*nowhere, which has no lookahead_config.json"):
         engine_of(ServeConfig(base_head=str(tmp_path / "nowhere")), tmp_path, ())
+
+
+@pytest.mark.parametrize("name", ["history_dir", "serving_log"])
+def test_a_folder_that_what_is_served_cannot_be_kept_in_is_said_before_the_model_is_read(model_dir, tmp_path, name):
+    (tmp_path / "file").touch()
+    kept = str(tmp_path / "file" / "kept")
+    with pytest.raises(UserError, match=f"{name} '{kept}' cannot be used: Not a directory; name another"):
+        engine_of(ServeConfig(learn_history=True, **{name: kept}), model_dir, ())
+    engine_of(ServeConfig(learn_history=True, **{name: str(tmp_path / "new" / "kept")}), model_dir, ())
+    assert (tmp_path / "new" / "kept").is_dir()
+
+
+def test_a_history_that_nobody_learns_is_said(model_dir, tmp_path, caplog):
+    engine_of(ServeConfig(history_dir=str(tmp_path)), model_dir, ())
+    assert "learn_history is not" in caplog.text
