@@ -32,7 +32,8 @@ class ThinkingMarks:
         has_lines = opening[len(self.start) :].endswith("\n") or opening == ""
         inner, behind = (self.inner, self.behind) if has_lines else ("", "")
         start = "" if opening else self.start + inner
-        return f"{start}{reasoning}{inner}{self.end}{behind}{self.next_message}"
+        before_end = "" if opening.endswith("\n\n") and not reasoning else inner
+        return f"{start}{reasoning}{before_end}{self.end}{behind}{self.next_message}"
 
     def split(self, text: str) -> tuple[str, str] | None:
         """(reasoning, content) of a whole answer that begins with a block, whose start may be the prompt's."""

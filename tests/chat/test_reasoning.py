@@ -86,6 +86,7 @@ def test_who_may_think():
 def test_an_answer_without_thoughts_begins_as_its_family_has_it():
     for thinking, prompt, want in (
         (OPEN, "assistant\n<think>\n", "\n</think>\n\n"),
+        (OPEN, "assistant\n<think>\n\n", "</think>\n\n"),
         (OPEN, "assistant <think>", "</think>"),
         (OPEN, "assistant\n", ""),
         (MISTRAL, "[/INST][THINK]", "[/THINK]"),

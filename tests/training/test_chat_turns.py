@@ -195,6 +195,12 @@ def test_a_block_that_the_prompt_opens_is_closed_by_the_answer(make):
         (QWQ, "<think>hm</think>Yes", {}, "assistant\n<think>\n[[hm\n</think>\n\nYes<|im_end|>]]"),
         (NEMOTRON, "Yes", {}, "assistant\n<think>\n[[</think>Yes<|im_end|>]]"),
         (NEMOTRON, "Yes", {"reasoning_content": "hm"}, "assistant\n<think>\n[[hm\n</think>\nYes<|im_end|>]]"),
+        (
+            NEMOTRON.replace("<think>\n{% endif", "<think>\n\n{% endif"),
+            "Yes",
+            {"reasoning_content": "hm"},
+            "assistant\n<think>\n\n[[hm\n</think>\nYes<|im_end|>]]",
+        ),
         (MAGISTRAL, "Yes", {"reasoning": "hm"}, "assistant\n[[[THINK]hm[/THINK]Yes<|im_end|>]]"),
         (MAGISTRAL, "Yes", {}, "assistant\n[[Yes<|im_end|>]]"),
     ],

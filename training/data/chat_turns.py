@@ -146,16 +146,18 @@ class TurnEncoder:
         if opened is None and not self._drops_thoughts(history, answer, tools, whole, marks):
             return _Written(whole, self._found(start, asked), answer, answer)
         block = opened or self._known[0]
-        answer = _apart(answer, block, _missing(answer, whole, marks))
-        given = Answer(answer.message)
         opening = asked[asked.rindex(block.start) :] if opened else ""
+        bare = asked.removesuffix(opening)
+        start = self._start(history, answer, tools, bare, whole, marks) if opened else None
+        own = "" if start is None else whole[start:].lstrip()
+        if start is not None and own.startswith(block.start):  # it writes the block otherwise than it opens it
+            said = opening + own[len(block.start) :].lstrip()
+            return _Written(whole[:start] + said, start + len(opening), answer, answer)
+        answer = _apart(answer, block, _missing(answer, whole, marks))
+        given = Answer({key: value for key, value in answer.message.items() if key not in REASONING_FIELDS})
         whole = self._render_answer(history, given, tools, marks)
-        start = self._found(self._start(history, given, tools, asked.removesuffix(opening), whole, marks), asked)
-        own = whole[start:].lstrip()
-        if own.startswith(block.start) and opened and not answer.reasoning:  # a block without thoughts, in its own form
-            rest = own[len(block.start) :].lstrip()
-            return _Written(whole[:start] + opening + rest, start + len(opening), answer, given)
-        if own.startswith(block.start) or not (opened or answer.reasoning):
+        start = self._found(self._start(history, given, tools, bare, whole, marks), asked)
+        if not opened and (not answer.reasoning or whole[start:].lstrip().startswith(block.start)):
             return _Written(whole, start, answer, given)
         thoughts = self._tokenizer.template.hide(answer.reasoning or "", marks)
         said = opening + block.closing(thoughts, opening)
