@@ -211,6 +211,9 @@ def _memory(prepared: Prepared) -> tuple[float, float]:
     width += 2 * model.hidden_size + 3 * (model.hidden_size + model.intermediate_size)
     lora = config.lora.r * width * model.num_layers if config.lora.enabled else 0
     activations = config.optimizer.batch_tokens * model.num_layers * 2 * width * bytes_each
+    if model.attention_softcap is not None:  # attention that holds its weights: their caps, and they in fp32
+        longest = max(len(example.tokens) for example in prepared.examples)
+        activations += config.optimizer.batch_tokens * longest * model.num_heads * model.num_layers * 8
     targets = max(sum(sum(prepared.examples[idx].loss_mask[1:]) for idx in batch) for batch in prepared.plan)
     copies = 12 if bytes_each == 4 else 16  # bytes: logits, their logarithms and the gradient in fp32; bf16's beside it
     return weights * bytes_each + lora * 16 + activations + targets * model.vocab_size * copies, lora
