@@ -20,12 +20,11 @@ from ..adapter_messages import AdapterInfo
 from ..errors import UserError
 from .adapter_loader import AdapterLoader
 from .adapter_names import AdapterNames
-from .adapter_paths import is_one_directory
 from .adapter_pins import AdapterPins
 from .disk import Disk
 from .engine_client.serving_engine import ServingEngine
 from .loaded_names import LoadedNames, UseCounts
-from .name_claims import Claim
+from .name_changes import NameChanges
 from .name_loads import AFTER_ALL, NameLoads, start
 from .shared_store.follower import NameFollower
 from .shared_store.names import SharedNames
@@ -62,8 +61,9 @@ class AdapterStore:
         self._loader = AdapterLoader(
             engine, self._disk, self._pins, self._loaded, observe_load_s, self._names.stamp, self._there
         )
+        changes = self._changes = NameChanges(self._names, self._disk, self._loader, self._loaded, self._pins)
         self._follower = (
-            NameFollower(shared, self._names, self._is_held, self._give, self._take) if shared is not None else None
+            NameFollower(shared, self._names, self._is_held, changes.give, changes.take) if shared is not None else None
         )
         self._loads = NameLoads(engine, self._disk, self._loader, self._names)
         self._pin_places = asyncio.Semaphore(PINS_AT_ONCE)
@@ -237,42 +237,7 @@ class AdapterStore:
 
         The name keeps its old meaning until the load is done, and when it fails.
         """
-        self.check_name(name)
-        directory = await self._disk.look(name, self._names.paths.given, name, path)
-        if not replace:
-            await self._check_free(name, directory)
-        claim = self._names.claims.begin(name, directory)
-        # A client that leaves does not stop it: the engine would hold an adapter that no name means.
-        return await asyncio.shield(start(self._register(claim)))
-
-    async def _check_free(self, name: str, directory: Path) -> None:
-        """Raises 409 unless `name` means nothing, or `directory` already."""
-        folder = await self._disk.look(name, self._names.folder, name)
-        checked: Path | None = None
-        while True:
-            known = self._names.holder(name, folder)
-            if known is None or known == checked:
-                return
-            if not await self._disk.look(name, is_one_directory, known, directory):
-                raise UserError(
-                    f"the name {name!r} is taken by another adapter; unload it first, or replace it with "
-                    "load_inplace=true",
-                    param="lora_name",
-                    status=409,
-                )
-            checked = known
-
-    async def _register(self, claim: Claim) -> AdapterInfo:
-        try:
-            loaded = await self._loader.load(claim.name, claim.directory, reads=True)
-            if not self._names.give(claim):
-                await self._loader.release(loaded)
-                message = f"the name {claim.name!r} was unloaded or given away while the adapter loaded"
-                raise UserError(message, param="lora_name", status=409)
-            await self._loader.keep(claim.name, loaded)
-            return loaded.info
-        finally:
-            self._names.claims.end(claim)
+        return await self._changes.register(name, path, replace)
 
     async def unregister(self, name: str) -> None:
         """Take the name away at once, also from a load that has not ended; requests that run with it finish."""
@@ -280,16 +245,8 @@ class AdapterStore:
             await self.check_known(name)
         if self._follower is not None and (self._follower.is_followed(name) or not await self._is_here(name)):
             await self._follower.put_away(name)
-        await self._take(name)
+        await self._changes.take(name)
         logger.info("adapter %r: unloaded", name)
-
-    async def _take(self, name: str) -> None:
-        is_folder = await self._disk.look(name, self._names.paths.has_folder, name)
-        self._names.take(name, is_folder)
-        self._pins.unpin(name)
-        loaded = self._loaded.forget(name)
-        if loaded is not None:
-            await self._loader.release(loaded)
 
     # -- names of the shared store
 
@@ -320,9 +277,6 @@ class AdapterStore:
 
     def _is_held(self, name: str) -> bool:
         return self._loaded.held(name) is not None
-
-    async def _give(self, name: str, directory: Path) -> None:
-        await self._register(self._names.claims.begin(name, directory))
 
     def _there(self, directory: Path) -> contextlib.AbstractAsyncContextManager[object]:
         return self._versions.there(directory) if self._versions is not None else contextlib.nullcontext()
