@@ -174,7 +174,7 @@ def _run_here(config: EngineConfig, flags: BatchFlags, files: BatchFiles) -> int
 def _copied(store: BatchStore, files: BatchFiles, check: FileCheck) -> Batch:
     """The batch of IN's rows, of which the folder keeps a copy: what runs cannot change under it."""
     with _copy(store, files) as content:
-        store.add_file(ANONYMOUS, content, files.source.name, YEAR_S)
+        store.files.add(ANONYMOUS, content, files.source.name, YEAR_S)
     batch = Batch(
         id=f"batch_{uuid.uuid4().hex}",
         endpoint=check.endpoint or "",

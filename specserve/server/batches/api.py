@@ -76,14 +76,14 @@ class BatchRoutes:
             reader = UploadReader(request, incoming, max_bytes, self._config.read_timeout_s, stack)
             upload = await reader.read()
             keep_s = upload.expires_after.seconds if upload.expires_after is not None else KEEP_S
-            file = await worker.on_disk(store.add_file, owner, upload.content, upload.filename, keep_s)
+            file = await worker.on_disk(store.files.add, owner, upload.content, upload.filename, keep_s)
         return json_response(file)
 
     async def files(self, request: web.Request) -> web.Response:
         store, worker = self._open()
         query, owner = convert(dict(request.query), FileQuery), caller_of(request).name
         limit, newest_first = _limit(query.limit, MAX_FILES), query.order == "desc"
-        found = await worker.on_disk(store.files, owner, query.after, limit + 1, newest_first, query.purpose)
+        found = await worker.on_disk(store.files.page, owner, query.after, limit + 1, newest_first, query.purpose)
         if found is None:
             raise _unknown("file", query.after or "", "after")
         return json_response(FileList(found[:limit], *_ends(found[:limit]), len(found) > limit))
@@ -94,7 +94,7 @@ class BatchRoutes:
     async def delete(self, request: web.Request) -> web.Response:
         store, worker = self._open()
         file_id = request.match_info["file_id"]
-        if not await worker.on_disk(store.delete_file, caller_of(request).name, file_id):
+        if not await worker.on_disk(store.files.delete, caller_of(request).name, file_id):
             raise _unknown("file", file_id)
         return json_response(FileDeleted(file_id))
 
@@ -120,7 +120,7 @@ class BatchRoutes:
     async def _file(self, request: web.Request) -> FileObject:
         store, worker = self._open()
         file_id = request.match_info["file_id"]
-        found: FileObject | None = await worker.on_disk(store.file, caller_of(request).name, file_id)
+        found: FileObject | None = await worker.on_disk(store.files.get, caller_of(request).name, file_id)
         if found is None:
             raise _unknown("file", file_id)
         return found
@@ -134,7 +134,7 @@ class BatchRoutes:
         if body.endpoint not in endpoints:
             raise UserError(f"endpoint is {body.endpoint[:100]!r}; there are {', '.join(endpoints)}", param="endpoint")
         window_s = window_seconds(body.completion_window)
-        file = await worker.on_disk(store.file, owner, body.input_file_id)
+        file = await worker.on_disk(store.files.get, owner, body.input_file_id)
         if file is None:
             raise _unknown("file", body.input_file_id, "input_file_id")
         if file.purpose != "batch":

@@ -1,4 +1,4 @@
-"""Files and batches, and the answers of rows, in SQLite: what outlives the server.
+"""Batches and the answers of rows, in SQLite, and the files of both (`files`): what outlives the server.
 
 Everything here belongs to an owner, the name of the key that made it, and does not exist for others. One thread calls
 all of it but `write_output`. A row's answer and the batch's counts are one transaction, as are the end of a batch, its
@@ -18,14 +18,14 @@ import msgspec
 from ...errors import OverloadedError, UserError
 from .database import Database
 from .disk import BatchDir, Incoming, disk_errors
+from .files import MAX_OUTPUTS, Files
 from .retention import KEEP_S, KeepLimits, Retention
-from .room import QuotaError, StorageError
+from .room import StorageError
 from .rows import BatchTooLargeError
-from .types import Batch, BatchUsage, FileObject, Purpose
+from .types import Batch, BatchUsage
 
 STATE_FILE = "state.sqlite3"
 MAX_OPEN_BATCHES = 100  # of an owner
-MAX_OUTPUTS = 2  # files that a batch leaves
 _KEPT = (
     "SELECT owner, SUM(num_bytes) FROM files GROUP BY owner UNION ALL SELECT owner, SUM(LENGTH(answer)) "
     "FROM answers JOIN batches ON batches.number = answers.batch GROUP BY owner"
@@ -57,6 +57,7 @@ class BatchStore:
             folder.close()
             raise UserError(f"the state of --batch-dir, {path}, cannot be read: {error}") from None
         self._retention = Retention(self._db, folder, limits or KeepLimits())
+        self.files = Files(self._db, folder, self._retention, lambda: self.now)
         self._num_answer_bytes: dict[int, int] = {}  # of batches that have not ended
 
     def close(self) -> None:
@@ -73,82 +74,6 @@ class BatchStore:
         """Seconds since 1970."""
         return int(self._clock())
 
-    # -- files
-
-    def add_file(self, owner: str, content: Incoming, filename: str, keep_s: int) -> FileObject:
-        """Of content in its place, which is kept from then on. Raises `QuotaError` where the owner has too many."""
-        self._check_num_files(owner, 1)
-        with disk_errors():
-            file = self._insert_file(owner, content, filename, "batch", keep_s)
-        self._kept(owner, content)
-        self._retention.make_room(self.now)
-        return file
-
-    def _kept(self, owner: str, content: Incoming) -> None:
-        content.kept()
-        if content.owner is None:
-            self.folder.room.charge(owner, content.num_bytes)
-
-    def _check_num_files(self, owner: str, num_more: int) -> None:
-        (num,) = self._db.execute("SELECT COUNT(*) FROM files WHERE owner = ?", (owner,)).fetchone()
-        num_open, most = self._num_open(owner), self._retention.limits.max_own_files
-        if num + MAX_OUTPUTS * num_open + num_more > most:
-            raise QuotaError(
-                f"this key has {num} files and {num_open} batches that will leave up to {MAX_OUTPUTS} each, and may "
-                f"have {most} files (--batch-key-files); DELETE /v1/files/ID makes room, as does the expiry of files"
-            )
-
-    def _num_open(self, owner: str) -> int:
-        (num,) = self._db.execute("SELECT COUNT(*) FROM batches WHERE owner = ? AND is_open", (owner,)).fetchone()
-        return int(num)
-
-    def _insert_file(self, owner: str, content: Incoming, filename: str, purpose: Purpose, keep_s: int) -> FileObject:
-        file = FileObject(
-            id=content.id,
-            bytes=content.num_bytes,
-            created_at=self.now,
-            expires_at=self.now + keep_s,
-            filename=filename,
-            purpose=purpose,
-        )
-        self._db.execute(
-            "INSERT INTO files (id, owner, purpose, expires_at, num_bytes, file) VALUES (?, ?, ?, ?, ?, ?)",
-            (content.id, owner, purpose, file.expires_at, content.num_bytes, msgspec.json.encode(file)),
-        )
-        return file
-
-    def file(self, owner: str, file_id: str) -> FileObject | None:
-        query = "SELECT file FROM files WHERE owner = ? AND id = ? AND expires_at > ?"
-        found = self._db.execute(query, (owner, file_id, self.now)).fetchone()
-        return None if found is None else msgspec.json.decode(found[0], type=FileObject)
-
-    def files(
-        self, owner: str, after: str | None, limit: int, is_newest_first: bool, purpose: str | None
-    ) -> list[FileObject] | None:
-        """At most `limit`; None where `after` is no file."""
-        query = "SELECT file FROM files WHERE owner = ? AND expires_at > ?"
-        values: list[str | int] = [owner, self.now]
-        if purpose is not None:
-            query, values = f"{query} AND purpose = ?", [*values, purpose]
-        found = self._db.page(query, values, "files", owner, after, limit, is_newest_first)
-        return None if found is None else [msgspec.json.decode(blob, type=FileObject) for blob in found]
-
-    def delete_file(self, owner: str, file_id: str) -> bool:
-        """Says whether it was there. Raises `UserError` while a batch reads it."""
-        found = self.file(owner, file_id)
-        if found is None:
-            return False
-        query = "SELECT id FROM batches WHERE input_id = ? AND is_open"
-        if (reader := self._db.execute(query, (file_id,)).fetchone()) is not None:
-            raise UserError(
-                f"file {file_id!r} is read by {reader[0]}; cancel that first, or wait for its end",
-                param="file_id",
-                status=409,
-                code="file_in_use",
-            )
-        self._retention.forget_file(file_id, owner, found.bytes)
-        return True
-
     def forget_old(self) -> None:
         """What nobody needs any more goes. Raises `StorageError`."""
         self._retention.forget_old(self.now)
@@ -159,11 +84,11 @@ class BatchStore:
     def add_batch(self, owner: str, batch: Batch, keep_output_s: int) -> OpenBatch | None:
         """None where its input is not there any more. Raises `UserError` where the owner has too many that are open,
         or too many files for what it will leave."""
-        if self.file(owner, batch.input_file_id) is None:
+        if self.files.get(owner, batch.input_file_id) is None:
             return None
-        if (num := self._num_open(owner)) >= MAX_OPEN_BATCHES:
+        if (num := self.files.num_open_batches(owner)) >= MAX_OPEN_BATCHES:
             raise OverloadedError(f"{num} batches of this key have not ended, as many as may be; wait for one's end")
-        self._check_num_files(owner, MAX_OUTPUTS)
+        self.files.check_num(owner, MAX_OUTPUTS)
         with disk_errors():
             added = self._db.execute(
                 "INSERT INTO batches (id, owner, is_open, input_id, keep_output_s, forgotten_at, batch) "
@@ -293,14 +218,14 @@ class BatchStore:
         with disk_errors(), self._db.transaction():
             for name, incoming in outputs.items():
                 filename = f"{opened.batch.id}_{name.removesuffix('_file_id')}.jsonl"
-                self._insert_file(opened.owner, incoming, filename, "batch_output", opened.keep_output_s)
+                self.files.insert(opened.owner, incoming, filename, "batch_output", opened.keep_output_s)
             self.change(opened.number, close)
             self._db.execute(
                 "UPDATE batches SET is_open = 0, forgotten_at = ? WHERE number = ?", (self.now + KEEP_S, opened.number)
             )
             self._db.execute("DELETE FROM answers WHERE batch = ?", (opened.number,))
         for incoming in outputs.values():
-            self._kept(opened.owner, incoming)
+            self.files.kept(opened.owner, incoming)
         self.folder.room.count(-size, opened.owner)
         self._num_answer_bytes.pop(opened.number, None)
         with suppress(sqlite3.Error, StorageError):  # the batch has ended; a later end does what is left

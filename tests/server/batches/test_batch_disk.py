@@ -139,7 +139,7 @@ async def test_another_folder_in_its_place_is_opened_when_it_rests(tmp_path, mon
         with pytest.raises(DirAwayError, match="try again"):
             await worker.on_disk(store.batch, *batch)
         store, worker = service.open()
-        assert store.file("anonymous", opened.batch.input_file_id) is not None
+        assert store.files.get("anonymous", opened.batch.input_file_id) is not None
         await until(lambda: store.batch(*batch).status == "completed")  # once more: it had not run when it was copied
     finally:
         await service.close()
@@ -234,9 +234,9 @@ async def test_a_disk_that_is_full_at_the_last_moment_changes_nothing_and_ends_n
         db.word = "DELETE"
         unused = made.store.folder.incoming()
         unused.finish()
-        made.store.add_file("me", unused, "old.jsonl", 3600)
+        made.store.files.add("me", unused, "old.jsonl", 3600)
         with pytest.raises(DiskFullError):
-            made.store.delete_file("me", unused.id)
+            made.store.files.delete("me", unused.id)
         made.now += 3000
         opened = made.add(2)
         made.now += 1000
@@ -254,7 +254,7 @@ def test_a_batch_whose_input_was_just_deleted_is_none(tmp_path):
     made.store = BatchStore(BatchDir(tmp_path, MIB))
     batch = made.add(1).batch
     made.store.end(made.store.open_batches()[0], lambda batch: None, {})
-    assert made.store.delete_file("me", batch.input_file_id)
+    assert made.store.files.delete("me", batch.input_file_id)
     assert made.store.add_batch("me", replace(batch, id="batch_late"), 3600) is None
     assert not made.store.open_batches()
     made.store.close()

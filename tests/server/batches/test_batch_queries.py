@@ -18,7 +18,7 @@ def test_no_query_of_a_request_or_a_row_reads_a_whole_table(tmp_path):
         content = store.folder.incoming()
         content.write(b"{}")
         content.finish()
-        return store.add_file("me", content, "in.jsonl", 3600)
+        return store.files.add("me", content, "in.jsonl", 3600)
 
     file, other = upload(), upload()
     batch = Batch(
@@ -30,14 +30,14 @@ def test_no_query_of_a_request_or_a_row_reads_a_whole_table(tmp_path):
     for after in (None, file.id):
         for purpose in (None, "batch"):
             for newest_first in (True, False):
-                assert store.files("me", after, 9, newest_first, purpose) is not None
+                assert store.files.page("me", after, 9, newest_first, purpose) is not None
     assert len(store.batches("me", None, 9)) == 1 and store.batches("me", batch.id, 9) == []
     assert store.batch("me", batch.id) and store.cancel("me", batch.id)
     store.end(opened, lambda batch: None, {})
     now[0] += LEAST_KEPT_S
     store.forget_old()
     assert store.batches("me", None, 9) == []
-    assert store.delete_file("me", other.id) and len(asked) > 30
+    assert store.files.delete("me", other.id) and len(asked) > 30
     store._db.connection.set_trace_callback(None)
     plans = {
         query: [detail for *_, detail in store._db.execute(f"EXPLAIN QUERY PLAN {query}")]

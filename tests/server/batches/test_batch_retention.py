@@ -33,7 +33,7 @@ class Kept:
         try:
             content.write(b"x" * num_bytes)
             content.finish()
-            return self.store.add_file(owner, content, "in.jsonl", 3600).id
+            return self.store.files.add(owner, content, "in.jsonl", 3600).id
         finally:
             content.close()
 
@@ -58,7 +58,7 @@ class Kept:
         return output.id
 
     def files(self, owner="me"):
-        return {file.id for file in self.store.files(owner, None, 99, True, None)}
+        return {file.id for file in self.store.files.page(owner, None, 99, True, None)}
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_an_owner_may_have_so_many_bytes_and_leaves_others_theirs(kept):
     assert (made.room.num_bytes_of("me"), made.room.num_bytes_of("you"), made.room.num_bytes) == (350, 100, 450)
     made.end(opened, 0)  # an end needs no room: what it writes takes the place of the answers
     assert made.room.num_bytes_of("me") == 350
-    made.store.delete_file("me", first)
+    made.store.files.delete("me", first)
     made.upload()
 
 
@@ -107,7 +107,7 @@ def test_files_of_an_owner_are_counted_with_those_that_its_batches_will_leave(ke
     made.upload()
     with pytest.raises(QuotaError):
         made.upload()
-    made.store.delete_file("me", outputs[0])
+    made.store.files.delete("me", outputs[0])
     made.upload(owner="you")
     made.upload()
 
@@ -120,7 +120,7 @@ def test_of_batches_that_have_ended_the_newest_are_known_and_files_of_all_stay(k
     for _ in range(12):
         outputs.add(made.end(made.batch(file)))
         if len(outputs) > 3:
-            made.store.delete_file("me", outputs.pop())
+            made.store.files.delete("me", outputs.pop())
     assert len(made.store.batches("me", None, 99)) == 9 and made.store.batch("you", yours.batch.id)
     assert made.files() == {file, *outputs}
 

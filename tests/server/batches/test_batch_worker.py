@@ -89,7 +89,7 @@ async def test_a_client_that_leaves_while_the_store_learns_of_its_file_takes_non
         content = made.store.folder.incoming()
         content.write(b"{}")
         content.finish()
-        begun, go_on, add = held_back(made.store.add_file)
+        begun, go_on, add = held_back(made.store.files.add)
         adding = asyncio.ensure_future(made.worker.on_disk(add, "me", content, "in.jsonl", 3600))
         adding.add_done_callback(lambda _: content.close())
         await until(begun.is_set)
@@ -97,7 +97,7 @@ async def test_a_client_that_leaves_while_the_store_learns_of_its_file_takes_non
         await asyncio.sleep(0.05)
         go_on.set()
         await asyncio.wait([adding])
-        (file,) = await made.worker.on_disk(made.store.files, "me", None, 9, True, None)
+        (file,) = await made.worker.on_disk(made.store.files.page, "me", None, 9, True, None)
         assert adding.cancelled() and made.store.folder.file(file.id).read_bytes() == b"{}"
 
 
