@@ -43,11 +43,13 @@ class Commits:
         for item, first_row, num_rows in output.prompt_rows:
             seq = item.seq
             scores = seq.owner.prompt_logprobs if seq.owner is not None else None  # else aborted meanwhile
-            if scores is None or len(scores) > seq.num_computed + 1:  # already scored before a preemption
+            if scores is None:
                 continue
-            tokens = seq.tokens[seq.num_computed + 1 : seq.num_computed + 1 + num_rows]
-            rows = range(first_row, first_row + num_rows)
-            scores += token_logprobs(output.logits, rows, tokens, seq.sampling.prompt_logprobs or 0)
+            num_scored = max(0, len(scores) - 1 - seq.num_computed)  # of these rows, before a preemption
+            tokens = seq.tokens[seq.num_computed + 1 + num_scored : seq.num_computed + 1 + num_rows]
+            rows = range(first_row + num_scored, first_row + num_rows)
+            if rows:
+                scores += token_logprobs(output.logits, rows, tokens, seq.sampling.prompt_logprobs or 0)
 
     def _go_on(self, step: QueuedStep, output: StepOutput, kept: list[list[int]]) -> None:
         """Append what was sampled; `reports` tells those who wait."""

@@ -37,9 +37,9 @@ def adapter(engine, model_dir, tmp_path_factory):
     return engine.load_adapter("a", path).content_hash
 
 
-def prompts(num, vocab_size, seed=0, longest=60):
+def prompts(num, vocab_size, seed=0, longest=60, shortest=1):
     rng = random.Random(seed)
-    return [[rng.randrange(vocab_size) for _ in range(rng.randrange(1, longest))] for _ in range(num)]
+    return [[rng.randrange(vocab_size) for _ in range(rng.randrange(shortest, longest))] for _ in range(num)]
 
 
 def test_mixed_batch_gives_the_tokens_of_each_request_alone(engine, adapter):
@@ -87,6 +87,25 @@ def test_preemption_loses_nothing(model_dir):
     assert tight.blocks.num_blocks == 9
     assert tokens_of(run(tight, requests)) == want
     assert tight.stats().num_preemptions > 0
+
+
+def test_prompts_are_scored_whole_though_a_preemption_cuts_them_elsewhere(engine, model_dir):
+    """A prompt that begins anew is read in other chunks, which may hold rows that were scored before and new ones."""
+    scored = [
+        request(i, p, max_tokens=2, prompt_logprobs=1)
+        for i, p in enumerate(prompts(3, engine.info.vocab_size, seed=4, shortest=70, longest=80))
+    ]
+    want = run(engine, scored)
+    block_bytes = 16 * 2 * 2 * 2 * 16 * 4
+    settings = {"kv_cache_gib": 8 * block_bytes / 2**30, "max_model_len": 96, "max_prefill_rows": 7, "max_num_seqs": 4}
+    tight = make_engine(model_dir, **settings)
+    decodes = [request(f"decode {i}", [i + 5] * 10, max_tokens=40, ignore_eos=True) for i in range(2)]
+    mixed = run(tight, [*decodes, *scored], stagger=1)
+    assert tight.stats().num_preemptions > 0
+    for one in scored:
+        known, found = want[one.request_id].prompt_logprobs, mixed[one.request_id].prompt_logprobs
+        assert len(found) == len(one.prompt_token_ids) and found[0] is None
+        assert [each.logprob for each in found[1:]] == pytest.approx([each.logprob for each in known[1:]], abs=1e-4)
 
 
 def test_abort_frees_blocks_at_once(engine, adapter):
