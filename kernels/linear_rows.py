@@ -100,7 +100,7 @@ def counts_that_differ(
     """
     counts = [num for num in counts if num * weight.shape[0] * dtype.itemsize <= _CHECKED_BYTES] or [1]
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(max(counts), weight.shape[1], generator=generator, device=weight.device).to(dtype)
+    x = torch.randn(max(counts), weight.shape[1], generator=generator, device=weight.device, dtype=dtype)
     smallest = torch.cat([product(rows) for rows in x.split(16)])
     return [num for num in counts if not torch.equal(product(x[:num]), smallest[:num])]  # sync: at start
 

@@ -10,6 +10,7 @@ import torch
 from tiny_models import make_tiny_model
 
 from specserve.compute.cuda import one_order
+from specserve.compute.cuda.buckets import ROW_BUCKETS
 from specserve.compute.cuda.choice import TritonChoice, choose_triton
 from specserve.compute.device_choice import choose_device
 from specserve.compute.loader import choose_paths, load_model
@@ -81,10 +82,15 @@ def test_matrix_products_are_torchs_where_exact_is_off_or_the_device_has_no_say(
 def test_a_device_that_sums_differently_is_found_out(monkeypatch):
     released: list[bool] = []
     monkeypatch.setattr(one_order, "release_order", lambda: released.append(True))
-    monkeypatch.setattr(one_order, "rows_that_differ", lambda weight: [64] if weight.shape[0] == 128 else [])
+
+    def differing(weight, counts):
+        assert set(counts) == set(ROW_BUCKETS)  # a library chooses by the rows, and so it is asked for all
+        return [640] if weight.shape[0] == 128 else []
+
+    monkeypatch.setattr(one_order, "rows_that_differ", differing)
     weights = [torch.zeros(n, 64, dtype=torch.bfloat16) for n in (64, 128)]
     assert one_order.sums_differ(weights[:1]) is None and not released
-    assert one_order.sums_differ(weights) == "cuBLASLt and our kernel sum a [128, 64] matrix differently at [64] rows"
+    assert one_order.sums_differ(weights) == "cuBLASLt and our kernel sum a [128, 64] matrix differently at [640] rows"
     assert released
     assert "not a multiple of 8" in one_order.cannot_be([torch.zeros(8, 12, dtype=torch.float16)])
     with pytest.raises(ModelError, match="exact=on cannot be kept: weights are float32"):
@@ -92,7 +98,7 @@ def test_a_device_that_sums_differently_is_found_out(monkeypatch):
 
 
 def test_a_device_on_which_our_products_do_not_run_multiplies_by_its_library(monkeypatch):
-    def refused(weight):
+    def refused(weight, counts):
         raise RuntimeError("out of resource: shared memory")
 
     released: list[bool] = []

@@ -2,8 +2,9 @@
 
 Decided once, at start, by `--exact`: `auto` keeps it where device and weights allow it and logs why not, `on` takes no
 other answer, `off` leaves the products to cuBLAS as it is. That our kernel and cuBLASLt sum alike is nobody's promise:
-it is checked on the model's own matrices before it is relied on. Weights of 8 bits have our kernel at every number of
-rows; that all of its tiles sum alike is checked as well.
+it is checked on the model's own matrices before it is relied on, at every number of rows that a step is padded to, as
+libraries choose by it. Weights of 8 bits have our kernel at every number of rows; that all of its tiles sum alike is
+checked as well.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ...kernels.linear_rows import (
 )
 from ...kernels.scaled_weights import ScaledLinear
 from ..decoder_weights import GROUPS, Layer
+from .buckets import ROW_BUCKETS
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def keep_scaled_order(exact: Exact, layers: Seq[Layer], lm_head: ScaledLinear, d
         some: list[ScaledLinear] = [lm_head, *(getattr(layers[0], group) for group in GROUPS)]
         for linear in some:
             values = linear.weights.values
-            differing = counts_that_differ(linear, values, dtype)
+            differing = counts_that_differ(linear, values, dtype, ROW_BUCKETS)
             if differing:
                 reason = f"tiles of our kernel sum a {list(values.shape)} matrix differently at {differing} rows"
     return _settled(exact, reason)
@@ -111,7 +113,7 @@ def sums_differ(weights: Seq[torch.Tensor]) -> str | None:
     """How the device's sums turn out to differ; then cuBLAS is as it was."""
     for weight in weights:
         try:
-            differing = rows_that_differ(weight)
+            differing = rows_that_differ(weight, ROW_BUCKETS)
         except Exception as error:  # of a compiler or driver that nobody tried: cuBLAS alone serves
             reason = f"our kernel does not run on a {list(weight.shape)} matrix here ({type(error).__name__}: {error})"
         else:
