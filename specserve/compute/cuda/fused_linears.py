@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS_OF_K = 16  # K is a multiple of it, or weights would be read by less than 16 bytes
 _CHECKED_ROWS = (1, 3, MOST_FUSED_ROWS)  # at once: each has a norm of its own
-_ROWS_OF_EACH = 256  # another last bit of a norm shows in one of some 60,000 values that are rounded to 16 bits
+_ROWS_OF_EACH = 256  # for what shows in most rows; that norms round alike is written_rounding.py's matter
 
 
 def activation_kind(config: ModelConfig) -> str:
