@@ -45,7 +45,7 @@ class Layers(LayersPart):
 
     def __init__(self, buckets: Buckets):
         self._buckets, self._graphs, self._rows = buckets, Graphs(), Rows()
-        self._stand_ins, self._missed, self._rest_until = {}, Counter(), 0.0
+        self._stand_ins, self._missed, self._refused, self._rest_until = {}, Counter(), set(), 0.0
 
 
 def test_padding_is_at_most_a_third_of_larger_steps():
@@ -86,6 +86,27 @@ def test_more_adapters_than_any_graph_has_places_for_are_captured_at_once(bucket
         layers.capture(bucket)
     assert layers.bucket_of(64, 1, 20) not in layers._graphs
     assert buckets_module._segment_places(20, 64) == 64
+
+
+@pytest.mark.parametrize("raises", [True, False], ids=["in the run before", "while it is captured"])
+def test_a_graph_that_cannot_be_captured_leaves_its_stand_in_and_the_engine(buckets, raises, monkeypatch, caplog):
+    layers, tried = Layers(buckets), []
+    for bucket in buckets.first(64):
+        layers.capture(bucket)
+
+    def launch(key, part, eager_reason=None):
+        tried.append(key)
+        if raises:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        layers._graphs._graphs[key] = None
+
+    monkeypatch.setattr(layers._graphs, "launch", launch)
+    own = buckets.of(40, 1, 2)
+    for _ in range(40):
+        assert layers.bucket_of(40, 1, 2) == Bucket(64, 1, 8, own.lora_groups)
+        layers._rest_until = 0.0
+        layers.capture_missed()
+    assert tried == [own] and ("out of memory" in caplog.text) == raises
 
 
 def test_captures_take_a_tenth_of_the_time_at_most(buckets, monkeypatch):

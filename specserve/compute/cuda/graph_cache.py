@@ -43,6 +43,10 @@ class GraphCache:
         """Whether its capture was tried."""
         return key in self._graphs
 
+    def has(self, key: Hashable) -> bool:
+        """Whether there is a graph of it."""
+        return self._graphs.get(key) is not None
+
     def captured(self) -> Iterator[Hashable]:
         """The keys of all graphs."""
         return (key for key, graph in self._graphs.items() if graph is not None)

@@ -7,6 +7,7 @@ bucket has no graph yet is served by a larger one; if that happens often, its ow
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 
@@ -22,6 +23,8 @@ from .graph_cache import GraphCache
 from .lora import DeviceAdapterSlots
 from .rows import StepRows
 from .seats import Seats
+
+logger = logging.getLogger(__name__)
 
 _MISSES = 8  # of a bucket before its graph is captured
 _MOST_CAPTURING = 0.1  # of the time
@@ -60,6 +63,7 @@ class LayersPart:
         self._arrived = torch.zeros(shared_rows * config.num_kv_heads, dtype=torch.int32, device=device)
         self._stand_ins: dict[Bucket, Bucket] = {}  # captured, of buckets that are not
         self._missed: Counter[Bucket] = Counter()
+        self._refused: set[Bucket] = set()  # whose capture failed
         self._rest_until = 0.0  # time.perf_counter(), before the next capture
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.hidden = torch.zeros(max_rows, config.hidden_size, dtype=dtype, device=device)  # [T, H], normed
@@ -72,16 +76,17 @@ class LayersPart:
         Its own bucket, or as long as that has no graph, the smallest that has one.
         """
         own = self._buckets.of(num_rows, widest, num_active)
-        if not self._graphs.is_enabled or own in self._graphs:
+        if not self._graphs.is_enabled or self._graphs.has(own):
             return own
         stand_in = self._stand_ins.get(own)
         if stand_in is None:
             serving = [b for b in self._graphs.captured() if isinstance(b, Bucket) and b.serves(own)]
             if not serving:
-                return own  # captured now
+                return own  # captured now, if that was not tried
             nearest = min(serving, key=lambda b: (b.num_rows, b.num_segments, abs(b.tile_rows - own.tile_rows)))
             stand_in = self._stand_ins[own] = nearest
-        self._missed[own] += 1
+        if own not in self._graphs and own not in self._refused:
+            self._missed[own] += 1
         return stand_in
 
     def queue(self, bucket: Bucket) -> None:
@@ -103,7 +108,11 @@ class LayersPart:
         bucket, misses = self._missed.most_common(1)[0]
         if misses >= _MISSES and self._graphs.has_room:
             del self._missed[bucket]
-            self.capture(bucket)
+            try:
+                self.capture(bucket)
+            except Exception:  # mostly for want of memory; it would only have made steps faster
+                self._refused.add(bucket)
+                logger.exception("no CUDA graph could be captured for %s; a larger one goes on serving it", bucket)
             now = time.perf_counter()
             self._rest_until = now + (now - start) / _MOST_CAPTURING
 
