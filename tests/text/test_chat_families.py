@@ -33,12 +33,21 @@ OPENING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-TEMPLATES = {"gptoss": CHANNELS, "r1": OPENING}
-PACKAGES = {"r1": "qwen3"}
+# Gemma 2's vocabulary is Gemma 3's with fewer tokens, its template has no place for a system message or for tools.
+TURNS = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TEMPLATES = {"gptoss": CHANNELS, "r1": OPENING, "gemma2": TURNS}
+PACKAGES = {"r1": "qwen3", "gemma2": "gemma3"}
 # family: architecture with tiny weights, rows of its vocabulary, its eos_token_id, what ends an answer
 FAMILIES = {
     "qwen3": ("qwen3", 151936, [151645, 151643], "<|im_end|>"),
     "llama3_1": ("llama", 128256, [128001, 128008, 128009], "<|eot_id|>"),
+    "gemma2": ("gemma2", 262208, [1, 106], "<end_of_turn>"),
     "gemma3": ("gemma3", 262208, [1, 106], "<end_of_turn>"),
     "r1": ("qwen2", 151936, [151643, 151645], "<|im_end|>"),
     "gptoss": ("llama", 201088, [200002, 199999, 200012], "<|return|>"),
@@ -72,6 +81,8 @@ def rows(family):
         {"messages": [{"role": "system", "content": "Be brief"}, user("What is red?"), assistant("A colour")]},
         {"messages": count},
     ]
+    if family == "gemma2":
+        return [row for row in result if row["messages"][0]["role"] != "system"]
     returned = {"role": "tool", "tool_call_id": "call00001", "content": "sun"}
     called = [user("Is it sunny in Bonn?"), assistant("", tool_calls=[CALL]), returned, assistant("It is.")]
     result.append({"tools": TOOLS, "messages": called})
@@ -183,7 +194,15 @@ def test_served_answers_are_the_trained_ones_and_stop_where_they_do(served):
                 assert choice["message"]["content"].strip() == message["content"].strip()
                 assert choice["message"].get("reasoning_content") == message.get("reasoning_content")
             asked += 1
-    assert asked >= 6
+    assert asked == sum(message["role"] == "assistant" for row in rows(name) for message in row["messages"])
+
+
+def test_a_system_message_is_refused_by_name_where_the_template_has_no_place_for_one(plain):
+    name, _, server = plain
+    asked = {"messages": [{"role": "system", "content": "Be brief"}, user("Hi")], "max_tokens": 1}
+    response = server.post("/v1/chat/completions", asked)
+    assert response.status_code == (400 if name == "gemma2" else 200), response.text
+    assert name != "gemma2" or "System role not supported" in response.json()["error"]["message"]
 
 
 def _trained(examples, prompt):
