@@ -1,37 +1,18 @@
-"""vLLM's engine, CPU build, without its server; with enable_lora only where there are adapters.
-
-Everything is vLLM's default but prefix caching, which is off for every peer, and the context length. The environment
-(KV space, threads) is set by `bench.peers`.
-"""
+"""vLLM's engine, CPU build, without its server. The environment (KV space, threads) is set by `bench.peers`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm_model import load_vllm
 from worker_io import Measure, Recorder, serve
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
-    import torch
-    import vllm
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    lora: dict[str, Any] = {}
-    if settings["adapters"]:
-        num = len(settings["adapters"])
-        lora = {"enable_lora": True, "max_loras": num, "max_cpu_loras": num, "max_lora_rank": settings["rank"]}
-    llm = LLM(
-        settings["model_dir"],
-        dtype=DTYPES[settings["dtype"]],
-        max_model_len=settings["max_model_len"],
-        enable_prefix_caching=False,
-        **lora,
-    )
-    requests = [LoRARequest(f"lora-{i}", i + 1, path) for i, path in enumerate(settings["adapters"])]
+    llm, requests, info = load_vllm(settings)
     engine = llm.llm_engine
     num_measured = 0
 
@@ -61,7 +42,6 @@ def load(settings: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
             )
         return recorder.result()
 
-    info = {"version": vllm.__version__, "torch": torch.__version__, "dtype": settings["dtype"]}
     return info, measure
 
 
