@@ -9,7 +9,8 @@ up. `differ` says at which of the numbers of rows a row has other bits than alon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import click
@@ -91,18 +92,27 @@ def step(shape: ModelShape, sums: dict[int, list[float]]) -> dict[str, Any]:
     return result
 
 
+def cases_of(
+    one_shape: Callable[..., dict[str, Any]],
+    step: Callable[[ModelShape, dict[int, list[float]]], dict[str, Any]],
+    shapes: Iterable[ModelShape],
+    *given: Any,
+) -> list[Case]:
+    """`one_shape` of each size of a model's linears, which adds to sums by rows; then `step` of these."""
+    cases: list[Case] = []
+    for shape in shapes:
+        sums: dict[int, list[float]] = {}
+        for name, in_size, out_size, times in sizes_of(shape):
+            cases.append(functools.partial(one_shape, shape, name, in_size, out_size, *given, sums, times))
+        cases.append(functools.partial(step, shape, sums))
+    return cases
+
+
 def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     limit = max(limit, read_bandwidth(device, 1 << 20 if is_dry else 1 << 30))
     click.echo(f"by rows: us of [floor at {limit / 1e9:.0f} GB/s read, cuBLAS, one order]")
-    counts = (2, 65) if is_dry else NUM_ROWS
-    cases: list[Case] = []
-    for shape in (TINY,) if is_dry else (SMOLLM2, LLAMA8B):
-        sums: dict[int, list[float]] = {}
-        for name, in_size, out_size, times in sizes_of(shape):
-            arguments = (shape, name, in_size, out_size, counts, limit, device, sums, times)
-            cases.append(lambda arguments=arguments: one_shape(*arguments))
-        cases.append(lambda shape=shape, sums=sums: step(shape, sums))
-    return cases
+    counts, shapes = ((2, 65), (TINY,)) if is_dry else (NUM_ROWS, (SMOLLM2, LLAMA8B))
+    return cases_of(one_shape, step, shapes, counts, limit, device)
 
 
 main = case_command("linear_rows", __doc__, plan, budget_s=28.0)

@@ -21,7 +21,7 @@ from specserve.kernels.scaled_weights import DTYPES, ScaledLinear
 
 from .gpu_cases import Case, case_command
 from .gpu_timing import read_bandwidth, seconds_per_call
-from .linear_rows import Linears, hold, sizes_of
+from .linear_rows import Linears, cases_of, hold
 from .shapes import LLAMA8B, SMOLLM2, TINY, ModelShape
 
 NUM_ROWS = (1, 8, 32, 128, 512)
@@ -70,15 +70,8 @@ def step(shape: ModelShape, sums: dict[int, list[float]]) -> dict[str, Any]:
 def plan(is_dry: bool, limit: float, device: torch.device) -> list[Case]:
     limit = max(limit, read_bandwidth(device, 1 << 20 if is_dry else 1 << 30))
     click.echo(f"by rows: us of [{', '.join(WAYS)}], floors at {limit / 1e9:.0f} GB/s read")
-    counts = (2, 65) if is_dry else NUM_ROWS
-    cases: list[Case] = []
-    for shape in (TINY,) if is_dry else (LLAMA8B, SMOLLM2):
-        sums: dict[int, list[float]] = {}
-        for name, in_size, out_size, times in sizes_of(shape):
-            arguments = (shape, name, in_size, out_size, counts, limit, device, sums, times)
-            cases.append(functools.partial(one_shape, *arguments))
-        cases.append(functools.partial(step, shape, sums))
-    return cases
+    counts, shapes = ((2, 65), (TINY,)) if is_dry else (NUM_ROWS, (LLAMA8B, SMOLLM2))
+    return cases_of(one_shape, step, shapes, counts, limit, device)
 
 
 main = case_command("scaled_weights", __doc__, plan, budget_s=40.0)

@@ -24,12 +24,11 @@ from typing import Any
 
 import click
 
-from specserve.config import EngineConfig
 from specserve.schedule.waiting import WaitingQueue
 
 from .. import common, options
 from .costs import FittedCosts
-from .replica import FirstComeQueue, Replica
+from .replica import FirstComeQueue, Replica, config_of
 from .run import Result, figures, simulate
 from .trace import Lengths, SimulatedRequest, burst, merged, poisson
 
@@ -89,10 +88,7 @@ def main(
 ) -> None:  # fmt: skip
     run = common.start("simulator", "numpy")
     costs, lengths = FittedCosts.saved(), Lengths(prompt, output)
-    config = EngineConfig(
-        max_num_seqs=max_num_seqs, max_batched_tokens=256, max_prefill_rows=64, max_adapters=places,
-        max_waiting=10**6, max_waiting_tokens=10**9,
-    )  # fmt: skip
+    config = config_of(max_num_seqs, places)
 
     def replica(order: type[WaitingQueue]) -> Replica:
         return Replica(costs, config, 4096, load_ms / 1e3, order)

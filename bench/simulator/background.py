@@ -16,14 +16,13 @@ from typing import Any
 
 import click
 
-from specserve.config import EngineConfig
 from specserve.messages import BACKGROUND_PRIORITY
 from specserve.schedule.waiting import WaitingQueue
 
 from .. import common, options
 from .__main__ import saturated_rate
 from .costs import FittedCosts
-from .replica import Replica
+from .replica import Replica, config_of
 from .run import Result, kind_figures, simulate
 from .trace import Lengths, merged, poisson
 
@@ -40,10 +39,7 @@ LATENCIES = ("end_to_end_s", "ttft_s", "token_s")
 def main(requests: int, loads: list[int], max_num_seqs: int, prompt: int, output: int, save: bool) -> None:
     run = common.start("background", "numpy")
     costs, lengths = FittedCosts.saved(), Lengths(prompt, output)
-    config = EngineConfig(
-        max_num_seqs=max_num_seqs, max_batched_tokens=256, max_prefill_rows=64, max_waiting=10**6,
-        max_waiting_tokens=10**9, max_adapters=1,
-    )  # fmt: skip
+    config = config_of(max_num_seqs, 1)
 
     def replica() -> Replica:
         return Replica(costs, config, 4096, 0.1, WaitingQueue)

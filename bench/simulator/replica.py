@@ -63,6 +63,14 @@ class _Load:
     is_read: bool = False  # or being read
 
 
+def config_of(max_num_seqs: int, places: int) -> EngineConfig:
+    """Of a replica that refuses nobody."""
+    return EngineConfig(
+        max_num_seqs=max_num_seqs, max_batched_tokens=256, max_prefill_rows=64, max_adapters=places,
+        max_waiting=10**6, max_waiting_tokens=10**9,
+    )  # fmt: skip
+
+
 class Replica:
     """`submit` what has arrived by `now`, then `turn`; `next_s` says when there is something to do."""
 

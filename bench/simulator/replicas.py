@@ -24,14 +24,13 @@ from typing import Any
 
 import click
 
-from specserve.config import EngineConfig
 from specserve.ray.policy import PREFIX_WEIGHT, AffinityPolicy
 from specserve.schedule.waiting import WaitingQueue
 
 from .. import common, options
 from .__main__ import saturated_rate
 from .costs import FittedCosts
-from .replica import Outcome, Replica
+from .replica import Outcome, Replica, config_of
 from .run import figures, simulate
 from .trace import Lengths, SimulatedRequest, poisson
 
@@ -126,10 +125,7 @@ def main(
 ) -> None:  # fmt: skip
     run = common.start("replicas_simulated", "numpy")
     costs, lengths = FittedCosts.saved(), Lengths(prompt, output)
-    config = EngineConfig(
-        max_num_seqs=max_num_seqs, max_batched_tokens=256, max_prefill_rows=64, max_adapters=places,
-        max_waiting=10**6, max_waiting_tokens=10**9,
-    )  # fmt: skip
+    config = config_of(max_num_seqs, places)
 
     def replica() -> Replica:
         return Replica(costs, config, 4096, load_ms / 1e3, WaitingQueue)
