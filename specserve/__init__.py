@@ -3,7 +3,9 @@
 The names of the Python API are found on first use: `import specserve` itself imports nothing.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
@@ -41,14 +43,4 @@ if TYPE_CHECKING:
     from .llm.params import LoRARequest, SamplingParams, StructuredOutputsParams
     from .llm.pooled import PoolingOutput
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -3,7 +3,9 @@
 Names are found on first use, and nothing heavy is imported before a teacher is opened.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
 
 _HOMES = {
     "Answer": "asks",
@@ -52,14 +54,4 @@ if TYPE_CHECKING:
     from .teacher import Teacher, open_teacher
     from .usage import Budget, Usage
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
