@@ -45,6 +45,8 @@ class ThinkingMarks:
 # DeepSeek-R1 and its distills, Qwen 3, QwQ, SmolLM3, Phi 4, GLM, Nemotron, Hermes 4, ...
 THINK = ThinkingMarks("<think>", "</think>")
 _FAMILIES = (
+    ThinkingMarks("<think>", "</think>", answer_start="<response>", answer_end="</response>"),  # Granite 3.3, ERNIE 4.5
+    ThinkingMarks("<think>", "</think>", answer_start="<answer>", answer_end="</answer>"),  # HunYuan
     THINK,
     ThinkingMarks("[THINK]", "[/THINK]", "", ""),  # Magistral, Ministral 3
     ThinkingMarks("<seed:think>", "</seed:think>"),  # Seed-OSS
@@ -77,11 +79,17 @@ MARK_TOKENS = frozenset(mark for marks in _FAMILIES for mark in (marks.start, ma
 
 
 def known_marks(template: object, added_tokens: Collection[str]) -> tuple[ThinkingMarks, ...]:
-    """The families whose marks the template writes, or whose marks are tokens each; none: the model does not think."""
+    """The families whose marks the template writes, or whose marks are tokens each; none: the model does not think.
+
+    That answers have marks of their own is only told by a template.
+    """
     text = str(template)
     added = set(added_tokens)
     return tuple(
-        marks for marks in _FAMILIES if (marks.start in text and marks.end in text) or {marks.start, marks.end} <= added
+        marks
+        for marks in _FAMILIES
+        if all(mark in text for mark in (marks.start, marks.end, marks.answer_start))
+        or ({marks.start, marks.end} <= added and not marks.answer_start)
     )
 
 
@@ -98,3 +106,12 @@ def opened_marks(prompt: str, known: Sequence[ThinkingMarks]) -> ThinkingMarks |
     """Whose block `prompt` has opened at its end, if any."""
     end = prompt.rstrip()
     return next((marks for marks in known if end.endswith(marks.start)), None)
+
+
+def closed_marks(prompt: str, known: Sequence[ThinkingMarks]) -> ThinkingMarks | None:
+    """Whose block without thoughts `prompt` ends with, if any: the answer is not to think."""
+    for marks in known:
+        before, start, block = prompt.rpartition(marks.start)
+        if start and block.strip() == marks.end:
+            return marks
+    return None

@@ -29,9 +29,11 @@ def family(*parts):
 
 
 MISTRAL, SEED, KIMI = family("[THINK]", "[/THINK]"), family("<seed:think> </seed:think>"), family("◁think▷ ◁/think▷")
-HARMONY = family("<|channel|>analysis<|message|>", "<|end|>")
-SOLUTION = family("<|begin_of_thought|> <|end_of_thought|>")
+HARMONY = family("<|channel|>analysis<|message|>", "<|end|>", "<|channel|>final<|message|>")
+SOLUTION = family("<|begin_of_thought|> <|end_of_thought|> <|begin_of_solution|> <|end_of_solution|>")
 APRIEL = family("Here are my reasoning steps:\\n", "[BEGIN FINAL RESPONSE]")
+GRANITE = family("between <think></think> and your response between <response></response>")
+HUNYUAN = family("{% if '<answer>' in content and '</answer>' in content %}<think> </think>")
 FINAL = "<|channel|>final<|message|>"
 CASES = [
     (CLOSED, "<think>\nWell, a < b.\n</think>\n\nYes </think> so", "Well, a < b.", "Yes </think> so"),
@@ -61,6 +63,10 @@ CASES = [
      "a", "Yes"),
     (SOLUTION, "<|begin_of_thought|>a<|end_of_thought|> <|end_of_solution|>, he", "a", "<|end_of_solution|>, he"),
     (APRIEL, "Here are my reasoning steps:\na\n[BEGIN FINAL RESPONSE]\nYes\n[END FINAL RESPONSE]\n", "a", "Yes"),
+    (GRANITE, "<think>a</think><response>Yes</response>", "a", "Yes"),
+    (GRANITE, "<think>a</think>\n\nYes", "a", "Yes"),
+    (HUNYUAN, "<think>\na\n</think>\n<answer>\nYes\n</answer>", "a", "Yes"),
+    (HUNYUAN, "<answer>\nYes </answer> so\n</answer>", "", "Yes </answer> so"),
     (APRIEL, "Here are my reasons", "", "Here are my reasons"),
 ]  # fmt: skip
 
