@@ -74,6 +74,10 @@ NEMOTRON = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
     "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% elif m.role == "
     "'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}",
 )
+# EXAONE's prompts are not to think unless a variable says so.
+NOT_THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif").replace(
+    "{{ m.content }}", "{{ '<think>\n' + m.thinking + '\n</think>\n\n' if m.thinking else '' }}{{ m.content }}"
+)
 # Magistral's knows thoughts, and writes those alone that are parts of a content.
 MAGISTRAL = "{# [THINK] [/THINK] #}" + CHATML
 
@@ -275,6 +279,8 @@ def test_tools_calls_and_results_are_written_by_the_template(make):
             {"reasoning_content": "hm"},
             ".im_start.>ass",
         ),
+        (NOT_THINKING, ["<|im_end|>"], {"thinking": "hm"}, r"closes the block of thoughts \('<think>.*leave the reas"),
+        (NOT_THINKING, ["<|im_end|>"], {"content": "<think>hm</think>Yes"}, "closes the block of thoughts"),
         (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), ["<|im_end|>"], {}, "leaves out.*content"),
         ("{{ raise_exception('never') }}", ["<|im_end|>"], {}, "never"),
     ],
@@ -292,6 +298,25 @@ def test_other_special_tokens_may_stand_before_the_end(make):
     template = CHATML.replace("{{ m.content }}<|im_end|>", "<|channel|>{{ m.content }}<|end|>\n<|im_end|>")
     (text,) = trained(make(template), [row("Hi", "Yes")], ["<|im_end|>"])
     assert text.endswith("assistant\n[[<|channel|>Yes<|end|>\n<|im_end|>]]")
+
+
+# GLM's models end an answer with the token that begins the next message.
+GLM = (
+    "{% for m in messages %}<|{{ 'channel' if m.role == 'assistant' else 'header' }}|>\n"
+    "{% if m.thinking and loop.last %}{{ m.thinking }}. {% endif %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|channel|>{% endif %}"
+)
+
+
+def test_an_answer_may_end_with_the_next_messages_beginning(make):
+    tokenizer = make(GLM)
+    (text,) = trained(tokenizer, [row("Hi", "Yes", "More", "No")], ["<|endoftext|>", "<|header|>"])
+    assert text == "<|header|>\nHi<|channel|>[[\nYes<|header|>]]\nMore<|channel|>[[\nNo<|header|>]]"
+    thought = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes", "thinking": "hm"}]
+    (text,) = trained(tokenizer, [parse_row(json.dumps({"messages": thought}), 1, "")], ["<|header|>"])
+    assert text == "<|header|>\nHi<|channel|>[[\nhm. Yes<|header|>]]"  # which is gone once the user goes on
+    with pytest.raises(UserError, match="no special token behind"):
+        trained(tokenizer, [row("Hi", "Yes")], ["<|endoftext|>"])  # where its server would not stop
 
 
 def test_an_answer_is_found_where_the_template_drops_what_the_prompt_had(make):

@@ -10,58 +10,24 @@ which serving does not stop.
 
 from __future__ import annotations
 
-import json
 import os.path
 import re
-import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...chat.thinking_marks import MARK_TOKENS, ThinkingMarks, known_marks, opened_marks
+from ...chat.thinking_marks import MARK_TOKENS, closed_marks, known_marks, opened_marks
 from ...chat.tools.definitions import Tool
 from ...chat.tools.formats import choose_format
 from ...chat.tools.prompt import ChatMessage, for_template
 from ...errors import UserError
 from ...text.hidden_chat import Marks
 from ...text.tokenizer import TextTokenizer
+from .answers import REASONING_FIELDS, Answer, apart, missing, unique
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one thing under three names, by template
 _MAX_OPENING = 64  # characters of a prompt's end
 _MAX_SHOWN = 40
 _LEFT_OUT = "the chat template leaves out the message's {}, so it would not be learned; leave it out of the row too"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An assistant's message as `chat.messages.chat_messages` makes it, and the reasoning before it."""
-
-    message: ChatMessage
-    reasoning: str | None = None
-
-    @property
-    def calls(self) -> list[dict[str, Any]]:
-        return self.message.get("tool_calls", [])
-
-    def pieces(self) -> Iterator[tuple[str, str]]:
-        """(name, text) of all that the template must write; arguments as JSON writes them."""
-        if self.reasoning:
-            yield "reasoning", self.reasoning
-        if self.message["content"]:
-            yield "content", self.message["content"]
-        for call in self.calls:
-            yield "tool_calls", call["function"]["name"]
-            for text in _texts(call["function"]["arguments"]):
-                yield "tool_calls", json.dumps(text, ensure_ascii=False)[1:-1]
-
-    def stand_in(self) -> Answer:
-        """The same kind of message with texts that stand nowhere else."""
-        message = {**self.message, "content": _unique() if self.message["content"] else ""}
-        if self.calls:
-            message["tool_calls"] = [
-                {**call, "function": {"name": _unique(), "arguments": {_unique(): _unique()}}} for call in self.calls
-            ]
-        return Answer(message, _unique() if self.reasoning else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +66,8 @@ class TurnEncoder:
         self._specials = {**tokenizer.special_tokens, **self._eos}
         self._any_eos, self._any_special = _any_of(self._eos), _any_of(self._specials)
         self._special_run = re.compile(rf"(?:(?:{self._any_special.pattern})\s*)+")
-        self._ends: dict[tuple[bool, bool, int, bool], str] = {}  # what ends an answer that holds these
+        # What ends an answer that holds these, and what of it the template writes with the next message alone.
+        self._ends: dict[tuple[bool, bool, int, bool], tuple[str, str]] = {}
 
     def turn(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool] = ()) -> Turn:
         """`answer` after `history`, messages as `chat.messages.chat_messages` makes them.
@@ -112,20 +79,22 @@ class TurnEncoder:
         marks = Marks()
         asked = self._render(before, True, definitions, marks)
         written = self._written(history, answer, tools, asked, marks)
-        whole, start, given = written.text, written.start, written.given
+        start, given = written.start, written.given
         kind = (bool(given.message["content"]), bool(given.reasoning), len(given.calls), bool(tools))
         if kind not in self._ends:
             self._ends[kind] = self._end(history, given, tools)
+        end, unwritten = self._ends[kind]
+        whole = written.text + unwritten
         stop = self._any_eos.search(whole, start)
         # A message may spell the opening of a block that the prompt has opened already: "<think>".
         shown_from = max(0, start - _MAX_OPENING)
-        if missing := _missing(written.answer, whole[shown_from:], marks):
-            raise UserError(_LEFT_OUT.format(missing))
-        is_cut = stop is None or _missing(written.answer, whole[shown_from : stop.start()], marks) is not None
-        if stop is None or stop[0] != self._ends[kind] or is_cut:
+        if left_out := missing(written.answer, whole[shown_from:], marks):
+            raise UserError(_LEFT_OUT.format(left_out))
+        is_cut = stop is None or missing(written.answer, whole[shown_from : stop.start()], marks) is not None
+        if stop is None or stop[0] != end or is_cut:
             raise UserError(
                 f"the chat template writes {stop[0] if stop else 'no eos token'!r} where this message's text ends or "
-                f"before; others end with {self._ends[kind]!r}"
+                f"before; others end with {end!r}"
             )
         ids = self._tokenizer.encode_marked(whole[: stop.end()], marks)
         if ids[: len(prompt)] == prompt:
@@ -140,6 +109,14 @@ class TurnEncoder:
         self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool], asked: str, marks: Marks
     ) -> _Written:
         """The conversation with the answer behind `asked`, the prompt; its thoughts as the model's family has them."""
+        closed = closed_marks(asked, self._known)
+        if closed is not None and (answer.reasoning or closed.start in answer.message["content"]):
+            raise UserError(
+                "the prompt that a server makes of the messages before closes the block of thoughts "
+                f"({asked[asked.rindex(closed.start) :]!r}), so no answer thinks; leave the reasoning out of the row "
+                "too, or train with a template that lets answers think",
+                param="model",
+            )
         whole = self._render_answer(history, answer, tools, marks)
         start = self._start(history, answer, tools, asked, whole, marks)
         opened = opened_marks(asked, self._known) if start is None else None
@@ -153,7 +130,7 @@ class TurnEncoder:
         if start is not None and own.startswith(block.start):  # it writes the block otherwise than it opens it
             said = opening + own[len(block.start) :].lstrip()
             return _Written(whole[:start] + said, start + len(opening), answer, answer)
-        answer = _apart(answer, block, _missing(answer, whole, marks))
+        answer = apart(answer, block, missing(answer, whole, marks))
         given = Answer({key: value for key, value in answer.message.items() if key not in REASONING_FIELDS})
         whole = self._render_answer(history, given, tools, marks)
         start = self._found(self._start(history, given, tools, bare, whole, marks), asked)
@@ -170,12 +147,15 @@ class TurnEncoder:
         if not self._known:
             return False
         if not answer.reasoning:
-            return _missing(answer, whole, marks) == "content"
+            return missing(answer, whole, marks) == "content"
         stand_in = answer.stand_in()
         return str(stand_in.reasoning) not in self._render_answer(history, stand_in, tools, Marks())
 
-    def _end(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool]) -> str:
-        """The text of the token that ends such an answer: in the first special ones behind all of its texts."""
+    def _end(self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool]) -> tuple[str, str]:
+        """The token that ends such an answer, in the first special ones behind all of its texts, and what `_ends` says.
+
+        GLM's models end with the token that begins the user's next message.
+        """
         stand_in = answer.stand_in()
         text = self._render_answer(history, stand_in, tools, Marks())
         behind = 0
@@ -185,11 +165,7 @@ class TurnEncoder:
             behind = max(behind, text.rindex(piece) + len(piece))
         found = self._any_special.search(text, behind)
         if found is None:
-            raise UserError(
-                "the chat template writes no special token behind the assistant's message, so an answer would have no "
-                "end; let it write one of the model's eos tokens there",
-                param="model",
-            )
+            return self._next_beginning(history, stand_in, tools, text[behind:])
         run = self._special_run.match(text, found.start())
         assert run is not None
         end = self._any_eos.search(text, run.start(), run.end())  # behind others: Command's ends the response before
@@ -201,7 +177,27 @@ class TurnEncoder:
                 f"would not stop: the model's eos_token_id is {known}; add {token} in its generation_config.json",
                 param="model",
             )
-        return end[0]
+        return end[0], ""
+
+    def _next_beginning(
+        self, history: Sequence[ChatMessage], stand_in: Answer, tools: Sequence[Tool], rest: str
+    ) -> tuple[str, str]:
+        """As `_end`, where the next message may begin with the end; `rest` is written behind the answer's texts."""
+        following: list[ChatMessage] = [{"role": "user", "content": unique()}]
+        try:
+            longer = self._render_answer(history, stand_in, tools, Marks(), following)
+        except UserError:  # no message may follow
+            longer = ""
+        *_, (_, last) = stand_in.pieces()
+        _, _, behind = longer.partition(last)
+        found = self._any_eos.search(behind) if behind.startswith(rest) else None
+        if found is None or behind[len(rest) : found.start()].strip():
+            raise UserError(
+                "the chat template writes no special token behind the assistant's message, so an answer would have no "
+                "end; let it write one of the model's eos tokens there",
+                param="model",
+            )
+        return found[0], behind[len(rest) : found.end()]
 
     def _start(
         self,
@@ -238,12 +234,17 @@ class TurnEncoder:
         return start
 
     def _render_answer(
-        self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool], marks: Marks
+        self,
+        history: Sequence[ChatMessage],
+        answer: Answer,
+        tools: Sequence[Tool],
+        marks: Marks,
+        following: Sequence[ChatMessage] = (),
     ) -> str:
         messages, definitions = for_template([*history, answer.message], tools, self._format)
         if answer.reasoning is not None:
             messages[-1] |= dict.fromkeys(REASONING_FIELDS, answer.reasoning)
-        return self._render(messages, False, definitions, marks)
+        return self._render([*messages, *following], False, definitions, marks)
 
     def _render(
         self, messages: list[ChatMessage], is_prompt: bool, definitions: list[dict[str, Any]] | None, marks: Marks
@@ -252,38 +253,6 @@ class TurnEncoder:
         return self._tokenizer.template.render(hide(messages, marks), is_prompt, hide(definitions, marks))
 
 
-def _apart(answer: Answer, block: ThinkingMarks, missing: str | None) -> Answer:
-    """`answer`, its thoughts out of its text where the template drops them there."""
-    parts = block.split(answer.message["content"]) if missing == "content" and not answer.reasoning else None
-    return answer if parts is None else Answer({**answer.message, "content": parts[1]}, parts[0] or None)
-
-
-def _missing(answer: Answer, rendered: str, marks: Marks) -> str | None:
-    """What of the answer stands nowhere in `rendered`, space aside: templates trim."""
-    shown = _without_space("".join(text for text, _ in marks.parts(rendered)))
-    return next((name for name, text in answer.pieces() if _without_space(text) not in shown), None)
-
-
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _unique() -> str:
-    return secrets.token_hex(16)
-
-
-def _without_space(text: str) -> str:
-    return "".join(text.split())
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ...errors import UserError
 from ...text.known_tokens import check_known
 from ...text.tokenizer import TextTokenizer
-from .chat_turns import Answer, TurnEncoder
+from .answers import Answer
+from .chat_turns import TurnEncoder
 from .row_messages import Conversation
 from .rows import Row, read_rows
 from .teacher_logits import TopLogits

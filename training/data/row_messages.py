@@ -16,7 +16,7 @@ from ...chat.messages import chat_messages
 from ...chat.tools.definitions import Tool, all_tools
 from ...chat.types import Message
 from ...errors import UserError
-from .chat_turns import REASONING_FIELDS
+from .answers import REASONING_FIELDS
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant"} | {
     role: role for role in ("user", "assistant", "system", "developer", "tool")
