@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..adapter_files import Stamp, stamp_of
 from ..errors import UserError
-from .adapter_paths import HUB_NAME, AdapterPaths, check_name, unknown
+from .adapter_paths import HUB_NAME, AdapterPaths, check_name, unknown, unloaded
 from .name_claims import Claim, NameClaims
 
 
@@ -56,7 +56,7 @@ class AdapterNames:
         check_name(name, "model")
         directory = self._registered.get(name) or self.folder(name)  # one look: others change it meanwhile
         if directory is None:
-            raise unknown(name)
+            raise unloaded(name) if name in self._unloaded else unknown(name)
         return directory
 
     def look_up(self, name: str) -> tuple[Path, Stamp]:

@@ -154,6 +154,16 @@ def unknown(name: str) -> UserError:
     )
 
 
+def unloaded(name: str) -> UserError:
+    """Of a folder that is there, or may be there again."""
+    return UserError(
+        f"model {name[:128]!r} was unloaded, and its folder is not served; POST /v1/load_lora_adapter loads it again",
+        param="model",
+        code="model_not_found",
+        status=404,
+    )
+
+
 def _is_name(name: str) -> bool:
     return NAME.fullmatch(name) is not None and ".." not in name
 

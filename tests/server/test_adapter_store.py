@@ -130,6 +130,19 @@ async def test_weights_replaced_during_a_load_are_what_the_name_means_afterwards
     assert engine.num_loads == 2 and engine.held == {info.content_hash}
 
 
+async def test_a_folder_that_was_unloaded_and_made_anew_says_how_it_is_served_again(store, engine, root):
+    make(root / "a", "old")
+    await store.resolve("a")
+    await store.unregister("a")
+    shutil.rmtree(root / "a")
+    path = make(root / "a", "new")
+    with pytest.raises(UserError, match="'a' was unloaded, .* /v1/load_lora_adapter loads it again") as found:
+        await store.resolve("a")
+    assert found.value.status == 404 and found.value.code == "model_not_found" and "a" not in store.names()
+    await store.register("a", "a")
+    assert (await store.resolve("a")).content_hash == content_hash(path)
+
+
 async def test_a_request_that_comes_after_a_change_does_not_get_what_an_earlier_load_read(store, engine, root):
     path = make(root / "a", "old")
     reading, go_on = asyncio.Event(), asyncio.Event()
@@ -308,7 +321,7 @@ async def test_a_folder_that_cannot_be_looked_into_hides_no_other(store, root, m
     monkeypatch.setattr(Path, "exists", refused)
     assert "a" in store.names()
     await store.unregister("a")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="was unloaded"):
         store.path("a")
 
 
