@@ -8,12 +8,14 @@ which about one is the way from one to the next (docs/performance.md#gpu, LoRA i
 
 Whether a card and its driver do so, and take it into a CUDA graph, is tried once: drivers before CUDA 12.3 cannot
 capture such launches, and a capture of them has failed on cards that run them (sglang's pull request 18596).
+SPECSERVE_DEPENDENT_LAUNCH=off in the environment has one launch after the other, until both ways were measured.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 import torch
@@ -35,6 +37,9 @@ def dependent_launch(device: torch.device) -> dict[str, Any]:
 @functools.cache
 def _can_overlap(device: torch.device) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
+        return False
+    if os.environ.get("SPECSERVE_DEPENDENT_LAUNCH") == "off":
+        logger.info("launches do not begin early: SPECSERVE_DEPENDENT_LAUNCH=off")
         return False
     try:
         reason = None if _keeps_order(device) else "values of an earlier launch were not there"

@@ -16,6 +16,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
+    monkeypatch.delenv("SPECSERVE_DEPENDENT_LAUNCH", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     module._can_overlap.cache_clear()
@@ -48,8 +49,12 @@ def test_a_device_on_which_the_trial_fails_has_one_launch_after_the_other(trial,
     assert caplog.text.count(reason) == 1
 
 
-def test_older_cards_and_other_makes_are_not_tried(monkeypatch):
-    monkeypatch.setattr(module, "_keeps_order", None)  # calling it raises
+def test_nothing_is_tried_on_older_cards_and_other_makes_and_where_it_is_off(monkeypatch):
+    monkeypatch.setattr(module, "_keeps_order", lambda device: pytest.fail("it was tried"))
+    monkeypatch.setenv("SPECSERVE_DEPENDENT_LAUNCH", "off")
+    assert dependent_launch(CUDA) == {"IS_DEPENDENT": False}
+    monkeypatch.delenv("SPECSERVE_DEPENDENT_LAUNCH")
+    module._can_overlap.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", None)  # of a build for AMD's, whose capabilities are other numbers
     assert dependent_launch(CUDA) == {"IS_DEPENDENT": False}
     monkeypatch.setattr(torch.version, "cuda", "13.0")
