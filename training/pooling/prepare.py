@@ -19,6 +19,7 @@ from ...adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from ...adapter_kinds import Question
 from ...adapters.pooling_config import MAX_OUTPUTS, PoolingConfig, parse_pooling_config
 from ...errors import AdapterError, UserError
+from ...model.architectures import ARCHITECTURES
 from ...model.config import ModelConfig
 from ...model.store import resolve_model
 from ...model.weights import checked_source
@@ -151,8 +152,21 @@ def check_sections(config: RunConfig) -> None:
         )
 
 
+def _has_score(model: ModelConfig) -> bool:
+    """Whether transformers has the model with a score head in place of the lm_head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as with_score
+
+    return ARCHITECTURES[model.architecture].model_type in with_score
+
+
 def settled_pooling(config: RunConfig, model: ModelConfig) -> RunConfig:
     """`config` with what follows from task and model, checked against these."""
+    if config.task != "embed" and not _has_score(model):
+        raise UserError(
+            f"task {config.task!r} trains transformers' model with a score head, which it has none of for "
+            f"{model.architecture}; task 'embed' can be trained on it",
+            param="task",
+        )
     limit = model.max_position_embeddings
     if config.data.max_len is not None and config.data.max_len > limit:
         raise UserError(

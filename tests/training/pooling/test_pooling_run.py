@@ -262,6 +262,13 @@ def test_settings_that_cannot_be_meant_are_refused_by_name(trained, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_which_transformers_has_none_with_a_score_head_is_refused(trained, tmp_path, capsys):
+    model_dir = make_tiny_model(tmp_path / "model", "granite")
+    output = ["--output", str(tmp_path / "out"), "--set", f"model={model_dir}"]
+    assert cli(["train", str(trained[0] / "rerank.yaml"), *output]) == 2
+    assert "has none of for GraniteForCausalLM; task 'embed' can be trained" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_checking_the_data_shows_every_bad_row_and_what_is_in_the_others(trained, tmp_path, capsys, task):
     root, _ = trained
