@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ...errors import UserError
 from ..http_body import convert
@@ -68,8 +69,9 @@ class UploadReader:
                     filename, content = _printable(part.filename, MAX_NAME_LEN), await self._file(part)
                 else:
                     fields[name] = await self._text(part, name)
-        except (ValueError, AssertionError, UnicodeDecodeError) as error:
-            raise UserError(f"the body is no valid multipart/form-data: {str(error)[:200]}") from None
+        except (ValueError, AssertionError, UnicodeDecodeError, HttpProcessingError) as error:  # the last: of headers
+            reason = error.message if isinstance(error, HttpProcessingError) else str(error)
+            raise UserError(f"the body is no valid multipart/form-data: {reason[:200]}") from None
         if content is None:
             raise UserError("the part 'file' is required", param="file")
         if (purpose := fields.pop("purpose", None)) != "batch":

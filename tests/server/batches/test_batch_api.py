@@ -242,7 +242,10 @@ def test_uploads_that_are_none_are_refused_and_leave_nothing(server):
         assert_error(refused, 400, "is unknown")
         assert len(refused.content) < 1000
     broken = {"Authorization": f"Bearer {KEYS['red']}", "Content-Type": "multipart/form-data; boundary=x"}
-    assert requests.post(f"{server.url}/v1/files", data=b"--y\r\n", headers=broken, timeout=60).status_code == 400
+    no_header, long_header, odd = b"\r\n-4279--x--\r\n", b"\r\na: " + b"b" * 9000 + b"\r\n\r\n", b"\r\n\rx: y\r\n\r\n"
+    for body in (b"--y\r\n", *(b"--x" + rest for rest in (no_header, long_header, odd))):
+        refused = requests.post(f"{server.url}/v1/files", data=body, headers=broken, timeout=60)
+        assert "\n" not in assert_error(refused, 400, "no valid multipart/form-data")["message"]
     assert len(list(server.client().files.list())) == files
 
 
