@@ -24,7 +24,7 @@ from .access.network import host_allowed, is_loopback, origin_allowed
 from .error_bodies import SAFE_HEADERS, error_response
 from .metrics.metrics import Metrics
 from .route import Access, Handler
-from .routes import access_of
+from .routes import access_of, meant_path
 from .spans import remember_context
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,8 @@ class Middlewares:
             return response
         except web.HTTPException as error:
             message = f"{request.method} {request.rel_url.raw_path[:200]}: {error.reason}"  # raw: nothing unprintable
+            if error.status == 404 and (meant := meant_path(request.method, request.path)) not in (None, request.path):
+                message += f"; did you mean {meant}?"
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
             return error_response(request, ErrorInfo(message, error.status), headers)
         except (ConnectionError, asyncio.CancelledError):

@@ -280,6 +280,14 @@ def access_of(method: str, path: str) -> Access:
     return found.pop() if len(found) == 1 else "key"
 
 
+def meant_path(method: str, path: str) -> str | None:
+    """The route that an address without one may mean: /v1 is forgotten or said twice, a slash is one too many."""
+    bare = "/" + "/".join(part for part in path.split("/") if part)
+    while bare.startswith("/v1/v1/"):
+        bare = bare.removeprefix("/v1")
+    return next((each for each in (bare, f"/v1{bare}", bare.removeprefix("/v1")) if (method, each) in ACCESS), None)
+
+
 def add_routes(app: web.Application, handlers: Mapping[str, Handler]) -> None:
     """Register the whole table; `handlers` must hold exactly its handler names."""
     assert set(handlers) == {route.handler for route in ROUTES}, set(handlers) ^ {route.handler for route in ROUTES}

@@ -112,7 +112,11 @@ def test_wrong_content_type_and_method(server):
     assert_error(send(server, b"{}", Content_Type="text/plain"), 415, "application/json")
     for method in ("GET", "PUT", "DELETE"):
         assert_error(requests.request(method, server.url + TEXT, headers=AUTH, timeout=60), 405)
-    assert_error(requests.get(server.url + "/nowhere", headers=AUTH, timeout=60), 404)
+    nowhere = assert_error(requests.get(server.url + "/nowhere", headers=AUTH, timeout=60), 404)
+    assert nowhere["message"] == "GET /nowhere: Not Found"
+    for path in ("/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completions/", "//v1/chat//completions"):
+        answer = requests.post(server.url + path, json={}, headers=AUTH, timeout=60)
+        assert_error(answer, 404, f"{path}: Not Found; did you mean {CHAT}?")
 
 
 # 8, 9: keys
