@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from attention_cases import make_scene
 from engine_fixture import make_engine, request, run
 from head_cases import VOCAB_SIZE, Sequences, mixed_heads
 from launch_order import LaunchOrder
@@ -21,6 +22,8 @@ from specserve.drafting.cost_model import CostModel
 from specserve.kernels import linear_fused
 from specserve.kernels.add_norm import add_rms_norm_
 from specserve.kernels.dependent_launch_triton import pass_on
+from specserve.kernels.ragged_attention import attention_scratch, ragged_attention_
+from specserve.kernels.rope_kv import rope_store_
 
 torch.set_num_threads(1)
 
@@ -70,6 +73,26 @@ def test_the_heads_loop():
         sequences.step(1)
     assert not order.faults
     assert order.early == {"start_sequences": 2, "step_cells": 3, "score": 3, "choose": 3}
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["a second launch joins", "the last program joins"])
+def test_layers_of_attention_whose_programs_share_splits(joins):
+    scene = make_scene([(1, 40), (1, 300)], (2, 1, 16), torch.bfloat16, "cpu", tile_rows=1)
+    qkv = scene.q._base.flatten(1)
+    (cos, sin), slots = torch.zeros(2, len(qkv), 16), torch.tensor([-1] * len(qkv))
+    scratch, out = attention_scratch(len(qkv), 2, 16, "cpu"), torch.zeros(len(qkv), 32, dtype=torch.bfloat16)
+    arrived = torch.zeros(len(scene.tiles), dtype=torch.int32) if joins else None
+    caches = scene.k_cache, scene.v_cache
+    with LaunchOrder() as order:
+        for _ in range(2):
+            rope_store_(qkv, cos, sin, slots, *caches, 2, 1, None, None, 0.0)
+            ragged_attention_(
+                out, scene.q, *caches, scene.tiles, scene.positions, scene.block_tables, scratch, arrived,
+                block_size=16, scale=1.0, window=None, split_len=128, num_programs=3, tile_rows=1,
+            )  # fmt: skip
+    assert not order.faults
+    joining = {} if joins else {"join_splits_kernel": 2}
+    assert order.early == {"rope_store_kernel": 2, "ragged_attention_kernel": 2} | joining
 
 
 @pytest.mark.parametrize("is_exact", [False, True])
