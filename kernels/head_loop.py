@@ -33,7 +33,7 @@ from .head_loop_tables import (
 )
 
 TILE_ROWS = 8  # a tensor core's least, as the right operand
-_BLOCKS_S = (64, 512, 2048, 8192)  # sequences of a launch, padded: few binaries, each is compiled once
+_BLOCKS_S = (64, 512, 4096)  # sequences of a launch, padded: few binaries, each is compiled once
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,11 @@ def chain_reference(
     return guesses, probs, position
 
 
+def list_warps(num_seqs: int) -> int:
+    """Of the program that looks at all sequences: 4 warps do not hold what there is to know of some thousands."""
+    return 4 if num_seqs <= _BLOCKS_S[1] else 16
+
+
 def head_loop_(
     guesses: torch.Tensor,
     probabilities: torch.Tensor,
@@ -169,7 +174,7 @@ def head_loop_(
     of_sequences.list_work[(num_seqs,)](
         s.cells, s.blocks, r.seats, r.head_ids, r.last_row, r.num_guesses, tables.sizes, num_seqs,
         TOKEN_BLOCK=TOKEN_BLOCK, BLOCK_S=next(block for block in _BLOCKS_S if num_seqs <= block),
-        MOST_CELLS=triton.next_power_of_2(max_cells), MOST_BLOCKS=most_blocks, **tile,
+        MOST_CELLS=triton.next_power_of_2(max_cells), MOST_BLOCKS=most_blocks, num_warps=list_warps(num_seqs), **tile,
     )  # fmt: skip
     begin_states[programs(num_seqs * max_cells * 2 * chunks, SIZES.cell_programs)](
         s.partials, s.squares, hidden, tapped, r.last_row, s.cells, *table,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton_forward_compile import compile_kernel, report
 
 from specserve.kernels import head_loop_choice_triton as of_sequences
-from specserve.kernels.head_loop import SIZES, TILE_ROWS
+from specserve.kernels.head_loop import SIZES, TILE_ROWS, list_warps
 from specserve.kernels.head_loop_cells_triton import begin_states, step_cells
 from specserve.kernels.head_loop_scores_triton import score
 from specserve.kernels.head_loop_tables import CELL_BLOCK, CHUNK, TOKEN_BLOCK
@@ -35,7 +35,8 @@ BEGIN = TILE | OVERLAPS | {"CHUNK": CHUNK, "PARTS": SIZES.warps}
 if __name__ == "__main__":
     for kernel, hidden, warps, most_registers, constants in (
         (of_sequences.list_work, "bf16", 4, 255, LIST | {"BLOCK_S": 64}),
-        (of_sequences.list_work, "bf16", 4, 255, LIST | {"BLOCK_S": 512}),
+        (of_sequences.list_work, "bf16", list_warps(512), 255, LIST | {"BLOCK_S": 512}),
+        (of_sequences.list_work, "bf16", list_warps(4096), 128, LIST | {"BLOCK_S": 4096}),
         (begin_states, "bf16", SIZES.warps, 128, BEGIN | {"IS_BF16": True}),
         (begin_states, "fp32", SIZES.warps, 255, BEGIN | {"IS_BF16": False}),
         (of_sequences.start_sequences, "bf16", 4, 128, OVERLAPS | {"BLOCK_D": 512, "WIDTH": 16}),
