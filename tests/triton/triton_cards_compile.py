@@ -10,14 +10,18 @@ from __future__ import annotations
 import sys
 
 from triton_forward_compile import attention_figures, compile_kernel, report
+from triton_fused_compile import KERNELS, fused_figures
 from triton_head_compile import BEGIN, CELL, POINTERS, SCORE
+from triton_linear_compile import compile_tile
 from triton_lora_compile import compile_lora
 
 from specserve.kernels.device_limits import AMPLE_SHARED, MOST_SHARED
 from specserve.kernels.head_loop import SIZES
 from specserve.kernels.head_loop_cells_triton import begin_states, step_cells
 from specserve.kernels.head_loop_scores_triton import score
+from specserve.kernels.linear_rows import choose_tile
 from specserve.kernels.ragged_attention import block_parameters, largest_tile_rows
+from specserve.kernels.scaled_weights import choose_scaled_tile
 
 SMALL = 99 << 10
 CARDS = {80: AMPLE_SHARED, 89: SMALL, 100: MOST_SHARED, 120: SMALL}  # bytes of a program's shared memory
@@ -37,7 +41,7 @@ def check_attention(capability: int, dtype: str, heads: tuple[int, int, int]) ->
             figures = attention_figures(dtype, heads, blocks, window, num_programs, joins, is_capped, capability)
             name = f"sm_{capability} attention {dtype} {heads} rows {tile_rows} programs {num_programs}"
             report(name, figures, MOST_SPILLED if itemsize == 2 else WITHOUT_PRODUCTS)
-            assert figures["shared"] <= shared, name
+            assert figures["shared"] <= shared and (figures["memory_first"] or capability < 90), name
             if itemsize == 2:
                 assert figures["mma"], f"{name}: no matrix instructions"
                 assert figures["ahead"] >= 2 or group > 64, (
@@ -66,6 +70,24 @@ def check_heads(capability: int) -> None:
         assert figures["mma"] and figures["shared"] <= CARDS[capability], kernel.__name__
 
 
+def check_products(capability: int) -> None:
+    """Of cards from Hopper on with its shared memory. On a B200 a program takes tensor memory: before the next launch
+    may begin, or two launches could wait for one another."""
+    for num_rows, out_size in ((16, 576), (64, 9728), (16, 49152)):
+        for held, tile in (("bf16", choose_tile(num_rows, out_size)), ("i8", choose_scaled_tile(num_rows, out_size))):
+            compiled = compile_tile("bf16", held, tile, False, capability)
+            ptx, name = compiled.asm["ptx"], f"sm_{capability} linear_rows by {held} {tile}"
+            print(f"{name}: {compiled.metadata.shared} bytes shared")
+            assert compiled.metadata.shared <= CARDS[capability] and "mma" in ptx, name
+            assert ptx.find("tcgen05.alloc") < ptx.find("griddepcontrol.launch_dependents"), name
+    for kernel in KERNELS:
+        for held in ("bf16", "i8"):
+            has_norm = kernel != "linear_add_kernel"
+            figures = fused_figures(kernel, "bf16", held, 16, 1024, has_norm, 16, capability)
+            report(f"sm_{capability} {kernel} by {held}", figures)
+            assert figures["mma"] and figures["memory_first"] and figures["shared"] <= CARDS[capability], kernel
+
+
 def main(is_all: bool) -> None:
     if not is_all:
         check_attention(89, "bf16", (8, 4, 256))
@@ -79,6 +101,7 @@ def main(is_all: bool) -> None:
                 for in_size in (4096, 14336):
                     check_lora(capability, dtype, tile_rows, in_size)
         check_heads(capability)
+    check_products(100)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def compile_kernel(
         "mma": len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),  # the latter of a B200
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "joined": len(re.findall(r"\bfma\.", ptx)),  # products and sums that are rounded once
+        "memory_first": int(ptx.find("tcgen05.alloc") < ptx.find("griddepcontrol.launch_dependents")),
         "barriers": len(
             re.findall(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])
         ),  # that a kernel itself asks for

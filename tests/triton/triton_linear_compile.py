@@ -19,11 +19,12 @@ from specserve.kernels.device_limits import MOST_SHARED
 from specserve.kernels.linear_rows import BLOCK_K, Tile, choose_tile
 from specserve.kernels.linear_rows_triton import linear_rows_kernel
 from specserve.kernels.scaled_weights import choose_scaled_tile
+from specserve.kernels.written_rounding import WRITTEN_ROUNDING
 
 SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
-def compile_tile(dtype: str, held: str, tile: Tile, has_bias: bool) -> Any:
+def compile_tile(dtype: str, held: str, tile: Tile, has_bias: bool, capability: int = 90) -> Any:
     constants = {
         "HAS_SCALES": held != dtype,
         "HAS_BIAS": has_bias,
@@ -40,9 +41,9 @@ def compile_tile(dtype: str, held: str, tile: Tile, has_bias: bool) -> Any:
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = [names.index(name) for name in ("y", "scales", "bias", "out_size", "in_size")]
     attrs = {(idx,): [["tt.divisibility", 16]] for idx in aligned}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **WRITTEN_ROUNDING}
     source = ASTSource(linear_rows_kernel, signature, values, attrs)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def check(dtype: str, held: str, tile: Tile, has_bias: bool) -> None:
