@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 
 import pytest
@@ -74,9 +75,12 @@ def test_exact_on_is_for_paths_that_keep_a_rows_bits(with_triton):
 
 
 @pytest.mark.parametrize("exact", ["auto", "off"])
-def test_matrix_products_are_torchs_where_exact_is_off_or_the_device_has_no_say(tmp_path, exact):
+def test_matrix_products_are_torchs_where_exact_is_off_or_the_device_has_no_say(tmp_path, exact, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "")
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION")
     decoder = load_model(make_tiny_model(tmp_path), CPU, "bf16", [TritonChoice(exact=exact)])
     assert not decoder.is_exact
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"  # or Triton warns, and its next version rounds otherwise
 
 
 def test_a_device_that_sums_differently_is_found_out(monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from contextlib import nullcontext
 
 import torch
@@ -41,6 +42,8 @@ def build(config: ModelConfig, weights: Weights, exact: Exact, quantization: Qua
 
     Raises `ModelError` where `exact` is on and cannot be, or the device cannot multiply what is quantized.
     """
+    # As the kernels were read and checked; those that must round as they are written say so (written_rounding.py).
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody says it, 3.10 changes it
     if quantization != "none":
         return _build_scaled(config, weights, exact, quantization)
     activations = compute_dtype(weights.dtype, weights.device)

@@ -40,7 +40,11 @@ def fused_groups(config: ModelConfig, layers: Seq[Layer], dtype: torch.dtype, de
         logger.info("linears of few rows are apart from norms and activations: SPECSERVE_FUSED_LINEARS=off")
         return frozenset()
     groups = frozenset(group for group in GROUPS if _can_be(group, layers[0]))
-    return groups - _left_apart(groups, config, layers[0], dtype, device) if device.type == "cuda" else groups
+    if device.type == "cuda":
+        groups -= _left_apart(groups, config, layers[0], dtype, device)
+    names = ", ".join(sorted(groups)) or "none"
+    logger.info("linears that take along what stands around them, of up to %d rows: %s", MOST_FUSED_ROWS, names)
+    return groups
 
 
 def _left_apart(
