@@ -221,6 +221,22 @@ def test_thoughts_that_a_template_never_writes_are_written_as_its_models_do(make
     assert example.prompt == tokenizer.encode_chat(served)
 
 
+@pytest.mark.parametrize(
+    ("said", "want", "num_marks"),
+    [("[THINK]hm[/THINK]\nYes", "[THINK]hm[/THINK]Yes", 2), ("Yes [THINK]", "Yes [THINK]", 0)],
+)
+def test_thoughts_in_a_text_get_the_tokens_that_mark_them(tmp_path, said, want, num_marks):
+    """What a text spells of special tokens is letters, but for a block that it begins with."""
+    fast = make_tokenizer(317)
+    fast.add_tokens([AddedToken(text, special=True) for text in ("[THINK]", "[/THINK]")], special_tokens=True)
+    fast.chat_template = MAGISTRAL
+    fast.save_pretrained(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    (example,) = tokenize([row("Hi", said)], tokenizer, ids(tokenizer, "<|im_end|>"))
+    assert tokenizer.decode(example.completion) == f"{want}<|im_end|>"
+    assert sum(map(tokenizer.is_special, example.completion)) == num_marks + 1
+
+
 @pytest.mark.parametrize("template", [R1, QWQ])
 def test_each_answer_of_a_conversation_stands_behind_the_prompt_that_asks_for_it(make, template):
     """Later prompts have earlier answers without the block, so each is a row of its own."""

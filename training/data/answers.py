@@ -56,9 +56,9 @@ def missing(answer: Answer, rendered: str, marks: Marks) -> str | None:
     return next((name for name, text in answer.pieces() if _without_space(text) not in shown), None)
 
 
-def apart(answer: Answer, block: ThinkingMarks, missing: str | None) -> Answer:
-    """`answer`, its thoughts out of its text where the template drops them there."""
-    parts = block.split(answer.message["content"]) if missing == "content" and not answer.reasoning else None
+def apart(answer: Answer, block: ThinkingMarks) -> Answer:
+    """`answer` with the thoughts that its text begins with as its reasoning."""
+    parts = None if answer.reasoning else block.split(answer.message["content"])
     return answer if parts is None else Answer({**answer.message, "content": parts[1]}, parts[0] or None)
 
 

@@ -109,6 +109,9 @@ class TurnEncoder:
         self, history: Sequence[ChatMessage], answer: Answer, tools: Sequence[Tool], asked: str, marks: Marks
     ) -> _Written:
         """The conversation with the answer behind `asked`, the prompt; its thoughts as the model's family has them."""
+        for known in self._known:
+            if known.start in self._specials and answer.message["content"].lstrip().startswith(known.start):
+                answer = apart(answer, known)  # which would be letters in a content
         closed = closed_marks(asked, self._known)
         if closed is not None and (answer.reasoning or closed.start in answer.message["content"]):
             raise UserError(
@@ -130,7 +133,8 @@ class TurnEncoder:
         if start is not None and own.startswith(block.start):  # it writes the block otherwise than it opens it
             said = opening + own[len(block.start) :].lstrip()
             return _Written(whole[:start] + said, start + len(opening), answer, answer)
-        answer = apart(answer, block, missing(answer, whole, marks))
+        if missing(answer, whole, marks) == "content":
+            answer = apart(answer, block)
         given = Answer({key: value for key, value in answer.message.items() if key not in REASONING_FIELDS})
         whole = self._render_answer(history, given, tools, marks)
         start = self._found(self._start(history, given, tools, bare, whole, marks), asked)
