@@ -45,6 +45,7 @@ class ThinkingParser:
         self._other_ends = thinking.other_ends
         self._has_begun = thinking.opened is not None
         self._is_answer = False  # its own mark has been read
+        self._may_repeat = thinking.opened is not None  # models write a mark again that the prompt has written
         self._buffer = ""
         self._space = ""  # within the block: reasoning unless the block ends here
         self._has_reasoning = False
@@ -90,6 +91,8 @@ class ThinkingParser:
 
     def _inside(self, final: bool) -> str:
         assert self._marks is not None
+        if self._may_repeat and not self._is_begun(final):
+            return ""
         ends = (self._marks.end, *self._other_ends)
         found = [(idx, end) for end in ends if (idx := self._buffer.find(end)) >= 0]
         if found:
@@ -109,6 +112,15 @@ class ThinkingParser:
             kept = text
         self._space = text[len(kept) :]
         return kept
+
+    def _is_begun(self, final: bool) -> bool:
+        """Whether it is known that the block's mark is written once more, or not; it is no thought."""
+        assert self._marks is not None
+        text, start = self._buffer.lstrip(), self._marks.start
+        if not final and len(text) < len(start) and start.startswith(text) and len(self._buffer) <= MAX_SPACE:
+            return False
+        self._buffer, self._may_repeat = text.removeprefix(start), False
+        return True
 
     def _behind(self, final: bool) -> None:
         assert self._marks is not None
