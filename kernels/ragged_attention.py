@@ -53,7 +53,9 @@ def block_parameters(
     block_n = BLOCK_N[block_d * itemsize] if is_half else min(32, BLOCK_N[block_d * itemsize])
     # 4 warps are the one warp group that a matrix instruction of 64 rows needs; 128 rows are two of them. 8 also where
     # a row's sums, those of its split and those of all splits, would not fit the registers of 4.
-    is_wide = block_m == 128 or block_m * block_d > 64 * 128 or (block_m == 64 and not is_half)
+    is_wide = block_m == 128 or block_m * block_d > 64 * 128
+    if not is_half:
+        is_wide |= block_m == 64 or block_m * block_d > 64 * 64
     if not is_half:
         num_stages = 2
     elif most_shared < AMPLE_SHARED:
