@@ -5,13 +5,14 @@ import json
 import time
 
 import pytest
+import torch
 from bench_process import bench_record
 from click.testing import CliRunner
 from peft_adapters import make_peft_adapter
 from places import ROOT
 from tiny_models import make_tiny_model
 
-from bench import gpu
+from bench import gpu, gpu_cases
 
 
 @pytest.fixture
@@ -92,3 +93,19 @@ def test_the_bench_of_the_server_runs_on_a_tiny_model(tmp_path):
 def test_an_unknown_part_is_refused_by_name(parts):
     result = CliRunner().invoke(gpu.main, ["--only", "nope"])
     assert result.exit_code == 2 and "nope" in result.output
+
+
+def test_a_case_that_fails_on_a_card_leaves_the_others_their_results(monkeypatch, capsys):
+
+    def too_large():
+        raise torch.OutOfMemoryError("Tried to allocate 40.00 GiB")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_cases, "copy_bandwidth", lambda device, num_bytes: 1e12)
+    with pytest.raises(SystemExit, match="1"):
+        gpu_cases.run_cases("some", lambda limit, device: [lambda: {"us": 1}, too_large, lambda: {"us": 2}], 60, False)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["results"] == [{"us": 1}, {"us": 2}] and record["left_out"] == 0
+    assert record["failed"] == ["OutOfMemoryError: Tried to allocate 40.00 GiB"]
