@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,19 @@ def test_a_device_that_sums_differently_is_found_out(monkeypatch):
     assert released
     assert "not a multiple of 8" in one_order.cannot_be([torch.zeros(8, 12, dtype=torch.float16)])
     with pytest.raises(ModelError, match="exact=on cannot be kept: weights are float32"):
-        one_order.keep_one_order("on", [], Linear(torch.zeros(8, 8)))
+        one_order.keep_one_order("on", None, [], Linear(torch.zeros(8, 8)))
+
+
+def test_a_device_whose_tiles_of_attention_sum_differently_is_found_out(monkeypatch):
+    released: list[bool] = []
+    monkeypatch.setattr(one_order, "release_order", lambda: released.append(True))
+    monkeypatch.setattr(one_order, "cannot_be", lambda weights: None)
+    monkeypatch.setattr(one_order, "tiles_that_differ", lambda config, dtype, device: [16, 32])
+    weight = SimpleNamespace(device=CUDA, dtype=torch.bfloat16)
+    lm_head = SimpleNamespace(unpacked=lambda: weight, multiply_by=lambda product: pytest.fail("it is not exact"))
+    assert not one_order.keep_one_order("auto", None, [], lm_head) and released
+    with pytest.raises(ModelError, match=r"attention sums differently in tiles of \[16, 32\] rows than of one"):
+        one_order.keep_one_order("on", None, [], lm_head)
 
 
 def test_a_device_on_which_our_products_do_not_run_multiplies_by_its_library(monkeypatch):

@@ -5,6 +5,9 @@ Of the products of cases, windows, heads and dtypes each value is met once; the 
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import attention_cases
 import elementwise_cases
 import pytest
@@ -14,6 +17,7 @@ from elementwise_cases import HEADS, NORM_SIZES, TOLERANCE
 from triton_interpreter import row_uniform_dot  # noqa: F401  (before anything imports triton)
 from triton_process import sweep
 
+from specserve.compute.cuda import attention_order
 from specserve.kernels import add_norm, ragged_attention
 from specserve.kernels.gated_activation import BLOCK, KINDS
 
@@ -106,6 +110,21 @@ def test_attention_of_capped_scores(softcap):
 )
 def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(dtype, window, softcap):
     attention_cases.check_same_row_alone(dtype, (6, 2, 16), window, "cpu", softcap=softcap)
+
+
+def test_tiles_of_a_device_that_sum_differently_are_found(monkeypatch):
+    config = SimpleNamespace(num_heads=6, num_kv_heads=2, head_dim=16, attention_scale=0.3, attention_softcap=None)
+    check = partial(attention_order.tiles_that_differ, config, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(attention_order, "_NUM_ROWS", 4)
+    monkeypatch.setattr(attention_order, "_CONTEXT", 48)
+    assert check() == []
+
+    def differs(out, *args, tile_rows, **options):
+        ragged_attention.ragged_attention_(out, *args, tile_rows=tile_rows, **options)
+        out += 2.0**-10 * (tile_rows == 42)
+
+    monkeypatch.setattr(attention_order, "ragged_attention_", differs)
+    assert check() == [42]
 
 
 def test_short_contexts_leave_nothing_to_join():

@@ -52,7 +52,7 @@ def build(config: ModelConfig, weights: Weights, exact: Exact, quantization: Qua
     layers = fused_layers(config, weights)
     logger.info("Triton kernels on %s: weights and arithmetic are %s", weights.device, weights.dtype)
     decoder = TritonDecoder(config, embed, layers, weights.final_norm(), lm_head, activations, weights.dtype)
-    decoder.is_exact = keep_one_order(exact, layers, lm_head)
+    decoder.is_exact = keep_one_order(exact, config, layers, lm_head)
     if decoder.is_exact:
         decoder.fused = fused_groups(config, layers, activations, weights.device)
     return decoder
@@ -72,7 +72,7 @@ def _build_scaled(config: ModelConfig, weights: Weights, exact: Exact, quantizat
     decoder.weight_dtype_name = quantization
     if weights.device.type == "cuda":
         torch.cuda.empty_cache()  # what the 16 bits lay in: the KV cache takes a share of what is free
-    decoder.is_exact = keep_scaled_order(exact, layers, lm_head, weights.dtype)
+    decoder.is_exact = keep_scaled_order(exact, config, layers, lm_head, weights.dtype)
     if decoder.is_exact:
         decoder.fused = fused_groups(config, layers, weights.dtype, weights.device)
     return decoder

@@ -28,7 +28,9 @@ from ...kernels.linear_rows import (
     rows_that_differ,
 )
 from ...kernels.scaled_weights import ScaledLinear
+from ...model.config import ModelConfig
 from ..decoder_weights import GROUPS, Layer
+from .attention_order import tiles_that_differ
 from .buckets import ROW_BUCKETS
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,10 @@ def cannot_scale(device: torch.device) -> str | None:
     return _device_lacks(device) if device.type == "cuda" else None
 
 
-def keep_scaled_order(exact: Exact, layers: Seq[Layer], lm_head: ScaledLinear, dtype: torch.dtype) -> bool:
-    """Whether linears of 8 bits, for rows of `dtype`, keep one order. Raises `ModelError` for on, if not."""
+def keep_scaled_order(
+    exact: Exact, config: ModelConfig, layers: Seq[Layer], lm_head: ScaledLinear, dtype: torch.dtype
+) -> bool:
+    """Whether linears of 8 bits and attention keep one order for rows of `dtype`; `ModelError` for on, if not."""
     device = lm_head.weights.values.device
     if not _is_asked(exact, device):
         return False
@@ -52,20 +56,31 @@ def keep_scaled_order(exact: Exact, layers: Seq[Layer], lm_head: ScaledLinear, d
             differing = counts_that_differ(linear, values, dtype, ROW_BUCKETS)
             if differing:
                 reason = f"tiles of our kernel sum a {list(values.shape)} matrix differently at {differing} rows"
+        reason = reason or _attention_differs(config, dtype, device)
     return _settled(exact, reason)
 
 
-def keep_one_order(exact: Exact, layers: Seq[Layer], lm_head: Linear) -> bool:
+def keep_one_order(exact: Exact, config: ModelConfig, layers: Seq[Layer], lm_head: Linear) -> bool:
     """Have all linears multiply in one order if `exact` and the device say so. Raises `ModelError` for on, if not."""
     linears: list[Linear] = [lm_head, *(getattr(layer, group) for layer in layers for group in GROUPS)]
-    if not _is_asked(exact, lm_head.unpacked().device):
+    device = lm_head.unpacked().device
+    if not _is_asked(exact, device):
         return False
     some = [linear.unpacked() for linear in linears[: 1 + len(GROUPS)]]  # all shapes are in the first layer
     reason = cannot_be(some)
+    if reason is None and device.type == "cuda":
+        reason = _attention_differs(config, some[0].dtype, device)
+        if reason is not None:
+            release_order()
     if reason is None:
         for linear in linears:
             linear.multiply_by(linear_rows)
     return _settled(exact, reason)
+
+
+def _attention_differs(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    differing = tiles_that_differ(config, dtype, device)
+    return f"attention sums differently in tiles of {differing} rows than of one" if differing else None
 
 
 def _is_asked(exact: Exact, device: torch.device) -> bool:
