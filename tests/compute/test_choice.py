@@ -131,8 +131,14 @@ def test_torch_is_neither_native_nor_triton_on_any_device():
     assert all(choose(config, device) is None for choose in (choose_native, choose_triton) for device in (CPU, CUDA))
 
 
-def test_before_ampere_torch_serves_unless_the_kernels_were_asked_for(with_triton, monkeypatch, caplog):
+def test_before_ampere_and_on_other_makes_torch_serves_unless_the_kernels_were_asked_for(
+    with_triton, monkeypatch, caplog
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert choose_triton(EngineConfig(), CUDA) is None
+    assert "needs an NVIDIA GPU, which torch" in caplog.text
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_triton(EngineConfig(), CUDA) is None
     wanted = r"needs a device of compute capability 8\.0 or newer \(A100, RTX 30\), and cuda has 7\.5"

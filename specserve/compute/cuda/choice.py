@@ -97,6 +97,8 @@ def _missing(device: torch.device) -> str | None:
         return "triton, which is not installed"
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
+    if torch.version.cuda is None:  # of torch for AMD's, which calls them CUDA devices, too
+        return f"an NVIDIA GPU, which torch {torch.__version__} is not for"
     capability = torch.cuda.get_device_capability(device)
     if capability >= FIRST_CAPABILITY:
         return None
