@@ -58,6 +58,13 @@ def test_what_is_read_too_early_is_found(waits, between, fault, monkeypatch):
     assert order.faults == ({fault} if fault else set())
 
 
+def test_programs_that_depend_on_one_another_are_found():
+    words = torch.zeros(3 * 16, dtype=torch.int32)
+    with LaunchOrder() as order:
+        pass_on[(3,)](words, words, BLOCK=16, IS_DEPENDENT=False)
+    assert order.faults == {"a program of pass_on reads what another one writes"}
+
+
 def test_the_trial_of_a_device():
     words = torch.zeros(2, 3 * 16, dtype=torch.int32)
     with LaunchOrder() as order:
