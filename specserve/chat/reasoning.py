@@ -14,7 +14,7 @@ from typing import Literal
 from .markers import overlap
 from .thinking_marks import ThinkingMarks
 
-MAX_SPACE = 64  # characters of white space that are waited for
+MAX_SPACE = 64  # characters of white space around a block that are waited for and left out; more are text
 Phase = Literal["open", "thinking", "answer"]  # open: it may begin to think, or not
 
 
@@ -75,6 +75,9 @@ class ThinkingParser:
     def _start(self, final: bool) -> None:
         """A block begins, or an answer; white space before either is the answer's, if no mark follows."""
         text = self._buffer.lstrip()
+        if len(self._buffer) - len(text) > MAX_SPACE:
+            self._state = _State.CONTENT
+            return
         for marks in self._known:
             if text.startswith(marks.start):
                 self._buffer = text[len(marks.start) :]
@@ -85,8 +88,7 @@ class ThinkingParser:
                 self._marks, self._is_answer, self._state = marks, True, _State.BEHIND
                 return
         starts = [start for marks in self._known for start in (marks.start, marks.answer_start)]
-        too_much = len(self._buffer) - len(text) > MAX_SPACE
-        if final or too_much or not _may_become(text, starts):
+        if final or not _may_become(text, starts):
             self._state = _State.CONTENT
 
     def _inside(self, final: bool) -> str:
@@ -107,11 +109,9 @@ class ThinkingParser:
             text = text.lstrip()
         self._has_reasoning = self._has_reasoning or bool(text)
         text = self._space + text
-        kept = text.rstrip()
-        if len(text) - len(kept) > MAX_SPACE and not found:
-            kept = text
-        self._space = text[len(kept) :]
-        return kept
+        kept_len = max(len(text.rstrip()), len(text) - MAX_SPACE)
+        self._space = text[kept_len:]
+        return text[:kept_len]
 
     def _is_begun(self, final: bool) -> bool:
         """Whether it is known that the block's mark is written once more, or not; it is no thought."""
