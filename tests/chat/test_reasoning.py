@@ -176,6 +176,17 @@ def test_marks_that_are_special_tokens_are_told_apart(server):
     assert plain["content"] in ("yes", "no") and "reasoning_content" not in plain
 
 
+def test_an_answer_that_goes_on_has_no_thoughts_before_it_and_no_marks_in_it(server):
+    """The mark that ends it (Command's) is a special token; the one that would open it stands in the prompt."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure"}]
+    for token in SPECIAL_MARKS.values():
+        fields = {"messages": messages, "continue_final_message": True, "logit_bias": {str(token): 100}}
+        answer, body = ask(server, **fields)
+        assert answer["content"] == "" == streamed(server, body, "content") and "reasoning_content" not in answer
+    messages[1]["content"] = "<think>"
+    assert ask(server, **fields)[0]["reasoning_content"] == 24 * "[/THINK]"
+
+
 def test_a_grammar_closes_the_block_that_the_prompt_has_opened(server):
     """As an answer without thoughts does in training rows, so that what was trained is asked for."""
     ids = prompt(server)[0] + server.post("/tokenize", {"prompt": "\n</think>\n\n"}).json()["tokens"]

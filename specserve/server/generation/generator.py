@@ -140,7 +140,9 @@ class Generator:
             ids, plan = await self._chat(request, use, grammar, tokenizer, adapter, known)
             if plan.words.free_text if plan is not None else grammar is None:
                 ends = (plan.format.marker,) if plan is not None and plan.format.marker else ()
-                thinking = Thinking(known, opened_by(tokenizer, ids, known), ends) if known else None
+                opened = opened_by(tokenizer, ids, known)
+                if known and not (request.continue_final_message and opened is None):  # an answer that goes on
+                    thinking = Thinking(known, opened, ends)
             elif known and not request.continue_final_message:  # a grammar leaves no room for thoughts
                 ids = ids + thoughtless_ids(tokenizer, ids, known)
             prompts: list[tuple[str | None, list[int]]] = [(None, ids)]
