@@ -222,10 +222,8 @@ async def test_a_client_that_leaves_before_its_answer_is_noticed_and_its_handler
         )
         writer.write(http("POST", body="hello"))
         await until(lambda: len(ends) == 1)
-        before = time.monotonic()
         writer.close()
-        await until(lambda: fates == ["cancelled"])
-        assert time.monotonic() - before < 5.0
+        await until(lambda: fates == ["cancelled"])  # nothing else ends it
         if relay is not None:
             relay.close()
 
