@@ -81,7 +81,9 @@ def refit(
             check_adapter(copy, model_dir, "directory")
         lora_hash = file_hash(copy / WEIGHTS_FILE) if is_adapter else BARE_BASE
         served_by = lora_hash if is_adapter else base_fingerprint(model_dir)
-        examples = _examples(_outputs(log, served_by, key, directory), max_outputs)
+        examples = _examples(
+            _outputs(log, served_by, key, directory, ModelConfig.from_dir(model_dir).vocab_size), max_outputs
+        )
         old = _old_head(copy, model_dir, lora_hash)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tap_layer = old[0].tap_layer if old is not None else head.tap_layer
@@ -218,9 +220,9 @@ def _old_head(directory: Path, model_dir: Path, lora_hash: str) -> OldHead | Non
     return read.config, tensors | {"embed": tensors["embed"][:, keep], "out_bias": tensors["out_bias"][..., keep]}
 
 
-def _outputs(log: Path, weights_hash: str, key: str | None, directory: Path) -> list[ServedOutput]:
+def _outputs(log: Path, weights_hash: str, key: str | None, directory: Path, vocab_size: int) -> list[ServedOutput]:
     try:
-        found = read_served(log, weights_hash, key)
+        found = read_served(log, weights_hash, key, vocab_size)
     except OSError as error:
         raise UserError(f"cannot read the serving log {log}: {error.strerror or error}", param="serving-log") from None
     distinct = list({(tuple(one.prompt), tuple(one.output)): one for one in found}.values())

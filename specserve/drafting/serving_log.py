@@ -23,8 +23,11 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
+import msgspec
+
+from ..drafters.history_file import MAX_TOKEN_ID
 from ..errors import UserError
 from ..file_lock import FileLock
 from ..whole_files import append_whole, cut_torn_end
@@ -34,6 +37,7 @@ MAX_FILES = 1024  # clients may name a salt for each request
 MAX_TOKENS = 32_768  # of a record; longer ones are left out
 _SHARE = 8  # one file takes this part of all bytes at most, its predecessor included
 _WAITING = 1024  # records in memory, of 128 KiB at most; more are left out
+_T = TypeVar("_T")
 _Waiting = tuple[str, str, float, "array[int]", "array[int]"]  # weights, tenant, and what `Served` has
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,21 @@ class Served(NamedTuple):
     at: float  # seconds since 1970
     prompt: list[int]
     output: list[int]
+
+
+class _Header(msgspec.Struct):
+    """The first line of a file."""
+
+    weights_hash: str
+    tenant: str
+
+
+class _Record(msgspec.Struct, forbid_unknown_fields=True):
+    """Each further one: `Served`, as it is read."""
+
+    at: float
+    prompt: list[Annotated[int, msgspec.Meta(ge=0)]]
+    output: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=2)]
 
 
 class ServingLog:
@@ -114,38 +133,49 @@ class ServingLog:
         self._is_warned = True
 
 
-def read_served(directory: Path, weights_hash: str, key: str | None = None) -> list[Served]:
+def read_served(
+    directory: Path, weights_hash: str, key: str | None = None, vocab_size: int = MAX_TOKEN_ID + 1
+) -> list[Served]:
     """What was served of these weights, the oldest first; `key`: of the key of that name alone.
 
-    Raises `OSError` for a folder or file that cannot be read; one that an engine has removed meanwhile is none.
+    Lines that are no record of ids below `vocab_size` are left out. Raises `OSError` for a folder or file that cannot
+    be read; one that an engine has removed meanwhile is none.
     """
-    found = []
+    found: list[Served] = []
     for path, _ in _files(directory):
         lines = _lines(path)
-        header = next(lines, {})
-        if header.get("weights_hash") == weights_hash and (key is None or _is_of(header.get("tenant"), key)):
-            found += [Served(**line) for line in lines if line.keys() == set(Served._fields)]
+        header = _decoded(next(lines, b""), _Header)
+        if (
+            header is None
+            or header.weights_hash != weights_hash
+            or (key is not None and not _is_of(header.tenant, key))
+        ):
+            continue
+        for record in (_decoded(line, _Record) for line in lines):
+            if record is not None and max(*record.prompt, *record.output, 0) < vocab_size:
+                found.append(Served(record.at, record.prompt, record.output))
     return sorted(found, key=lambda served: served.at)
 
 
-def _is_of(tenant: object, key: str) -> bool:
+def _is_of(tenant: str, key: str) -> bool:
     """Salts of keys begin with the length of their name and the name."""
-    return isinstance(tenant, str) and tenant.startswith(f"{len(key)}:{key}:")
+    return tenant.startswith(f"{len(key)}:{key}:")
 
 
-def _lines(path: Path) -> Iterator[dict]:
+def _decoded(line: bytes, type: type[_T]) -> _T | None:
+    try:
+        return msgspec.json.decode(line, type=type)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     try:
         file = open(path, "rb")
     except FileNotFoundError:
         return
     with file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
+        yield from file
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:

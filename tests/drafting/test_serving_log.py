@@ -45,6 +45,32 @@ def test_outputs_are_read_by_lora_and_key(tmp_path):
     assert read_served(tmp_path / "log", "b" * 64)[0].prompt == [1]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"at": 1.0, "prompt": [1], "output": [2, 99999]}',
+        '{"at": 1.0, "prompt": [-1], "output": [2, 3]}',
+        '{"at": 1.0, "prompt": [1], "output": [2, 3.5]}',
+        '{"at": 1.0, "prompt": [1], "output": [2, "x"]}',
+        '{"at": 1.0, "prompt": [[1]], "output": [2, 3]}',
+        '{"at": null, "prompt": [1], "output": [2, 3]}',
+        '{"at": 1.0, "prompt": [1], "output": null}',
+        '{"at": 1.0, "prompt": [1], "output": [2, 3], "more": 1}',
+        "[" * 100_000,
+        "\x00\xff",
+    ],
+    ids=lambda line: line[:48],
+)
+def test_lines_that_are_no_record_are_left_out(tmp_path, line):
+    log_of(tmp_path / "log", ("a" * 64, "", [1, 2], [3, 4]))
+    (file,) = (tmp_path / "log").iterdir()
+    with open(file, "a", encoding="latin-1") as more:
+        more.write(line + "\n")
+    log_of(tmp_path / "log", ("a" * 64, "", [1, 2], [5, 6]))
+    found = read_served(tmp_path / "log", "a" * 64, vocab_size=100)
+    assert [served.output for served in found] == [[3, 4], [5, 6]]
+
+
 def test_files_are_their_users_alone(tmp_path):
     log_of(tmp_path / "log", ("a", "", [1, 2], [3, 4]))
     (file,) = (tmp_path / "log").iterdir()
