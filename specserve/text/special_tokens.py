@@ -72,4 +72,8 @@ def _tokenizer_eos(model_dir: Path) -> set[int]:
     text = tokenizer.read_text(encoding="utf-8")
     start = re.search(r'"added_tokens"\s*:\s*', text)
     added = json.JSONDecoder().raw_decode(text, start.end())[0] if start is not None else []
-    return {item["id"] for item in added if item["content"] == content}
+    found = {item["id"] for item in added if item["content"] == content}
+    if not found and content is not None:  # InternLM 2's has it in its vocabulary alone
+        token = load_backend_tokenizer(model_dir).token_to_id(content)
+        found = set() if token is None else {token}
+    return found

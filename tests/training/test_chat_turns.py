@@ -369,6 +369,16 @@ def test_serving_stops_at_the_models_ids_and_at_the_tokenizers_own(tmp_path, gen
     assert eos_token_ids(tmp_path) == want
 
 
+@pytest.mark.parametrize("name, want", [("q", 1), ("<|no such token|>", 0), (None, 0)])
+def test_serving_stops_at_an_end_that_is_no_added_token(tmp_path, name, want):
+    """InternLM 2's tokenizer.json lists no added tokens; its </s> is a word of the vocabulary."""
+    make_tokenizer(317).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": name}))
+    found = eos_token_ids(tmp_path)
+    assert len(found) == want and (not want or TextTokenizer(tmp_path).decode(list(found)) == name)
+
+
 @pytest.mark.parametrize("eos", [[0, None], "<|im_end|>", [[0]], 2.0, -1, True])
 def test_ends_that_are_no_ids_are_refused_by_file(tmp_path, eos):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
