@@ -31,6 +31,7 @@ from .one_order import cannot_scale, keep_one_order, keep_scaled_order
 from .parts import DeviceParts
 from .runner import DeviceRunner
 from .sampler import DeviceSampler
+from .step_memory import step_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +79,23 @@ def _build_scaled(config: ModelConfig, weights: Weights, exact: Exact, quantizat
     return decoder
 
 
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def make_path(decoder: TritonDecoder, inputs: PathInputs) -> ComputePath:
-    limits = inputs.limits
+    limits, free = inputs.limits, _free_bytes(decoder.device)
     parts = DeviceParts.of(decoder, inputs.kv, limits, GraphCache(decoder.device, inputs.cuda_graphs))
     drafts = DeviceDrafts(parts, parts.sampled.tokens, inputs.adapters, limits, inputs.base_head)
     runner = DeviceRunner(parts, on_seated=drafts.prepare)
     sampler = DeviceSampler(inputs.eos_token_ids, inputs.masks, parts, drafts)
     runner.capture()
     drafts.capture()
+    logger.info(
+        "steps hold %.0f MiB of the device, %.0f were left for them",
+        (free - _free_bytes(decoder.device)) / 2**20,
+        step_bytes(decoder.config, decoder.compute_dtype, limits, inputs.cuda_graphs) / 2**20,
+    )
     return ComputePath(
         runner=runner,
         sampler=sampler,
