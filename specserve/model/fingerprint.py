@@ -14,7 +14,7 @@ import safetensors
 from tokenizers import Tokenizer
 
 _SHAPE_KEYS = ("architectures", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-_SLICED = "mlp.down_proj.weight"
+_SLICED = ("mlp.down_proj.weight", "shared_mlp.output_linear.weight")  # the latter is Granite 4's name of it
 _NUM_ROWS = 4
 
 
