@@ -244,6 +244,7 @@ ARCHITECTURES = {
         is_gemma=True,
     ),
 }
+OLDER_NAMES = {"Ernie4_5_ForCausalLM": "Ernie4_5ForCausalLM"}  # of files from before transformers had the class
 MODEL_TYPES = {  # for a config.json without `architectures`
     **{architecture.model_type: name for name, architecture in ARCHITECTURES.items()},
     "gemma3": "Gemma3ForConditionalGeneration",

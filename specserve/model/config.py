@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from .architectures import ARCHITECTURES, GRANITE_MULTIPLIERS, MODEL_TYPES, Architecture
+from .architectures import ARCHITECTURES, GRANITE_MULTIPLIERS, MODEL_TYPES, OLDER_NAMES, Architecture
 from .language_part import LANGUAGE_MODELS, language_part
 from .own_head import has_own_head
 from .rope import NO_ROTATION, QueryGrowth, RopeConfig, rope_config
@@ -103,7 +103,7 @@ class ModelConfig:
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:
     names = raw.get("architectures") or [MODEL_TYPES.get(raw.get("model_type", ""), raw.get("model_type"))]
-    name = names[0]
+    name = OLDER_NAMES.get(names[0], names[0])
     sees_images = name in LANGUAGE_MODELS
     if sees_images:
         raw = language_part(raw, name)

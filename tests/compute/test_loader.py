@@ -277,6 +277,13 @@ def test_an_architecture_is_recognised_by_its_model_type(model_dir):
     assert load_model(model_dir, CPU).config == before
 
 
+def test_an_older_name_means_the_same_architecture(tmp_path):
+    path = make_tiny_model(tmp_path, "ernie4_5")
+    before = ModelConfig.from_dir(path)
+    edit_config(path, architectures=["Ernie4_5_ForCausalLM"])
+    assert ModelConfig.from_dir(path) == before
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     path = make_tiny_model(tmp_path, architecture)
