@@ -150,11 +150,8 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     turned = _rotating_layers(raw)
     if architecture.turns_windows_only and window is not None:
         turned = [kind == "sliding_attention" for kind in layer_types]
-    rope_keys = tuple(kind if is_turned else NO_ROPE for kind, is_turned in zip(layer_types, turned, strict=True))
-    ropes = {
-        key: RopeConfig(NO_ROTATION, 1.0, head_dim) if key == NO_ROPE else rope_config(raw, key, head_dim)
-        for key in set(rope_keys)
-    }
+    kinds = [kind if is_turned else NO_ROPE for kind, is_turned in zip(layer_types, turned, strict=True)]
+    rope_keys, ropes = _ropes(raw, kinds, head_dim)
     rotary_dim = min(rope.rotary_dim for rope in ropes.values())
     if rotary_dim != head_dim and not architecture.turns_parts:
         raise ModelError(f"rotary embeddings of {rotary_dim} of {head_dim} dimensions are not supported in {name}")
@@ -215,6 +212,17 @@ def _query_growth(raw: dict[str, Any], ropes: dict[str, RopeConfig]) -> QueryGro
     beta = (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).get("llama_4_scaling_beta")
     (rope,) = ropes.values()
     return QueryGrowth(float(beta), rope.original_max_position_embeddings) if beta else None
+
+
+def _ropes(raw: dict[str, Any], kinds: list[str], head_dim: int) -> tuple[tuple[str, ...], dict[str, RopeConfig]]:
+    """`rope_keys` and `ropes` of layers of `kinds`: equal ones once, in the same order at every start."""
+    keys: dict[str, str] = {}
+    ropes: dict[str, RopeConfig] = {}
+    for kind in dict.fromkeys(kinds):
+        rope = RopeConfig(NO_ROTATION, 1.0, head_dim) if kind == NO_ROPE else rope_config(raw, kind, head_dim)
+        keys[kind] = next((key for key, known in ropes.items() if known == rope), kind)
+        ropes[keys[kind]] = rope
+    return tuple(keys[kind] for kind in kinds), ropes
 
 
 def _layer_types(raw: dict[str, Any], architecture: Architecture) -> list[str]:

@@ -284,6 +284,22 @@ def test_an_older_name_means_the_same_architecture(tmp_path):
     assert ModelConfig.from_dir(path) == before
 
 
+@pytest.mark.parametrize(
+    ("architecture", "num_ropes"),
+    [("gemma3", 2), ("olmo3", 2), ("exaone4", 2), ("smollm3", 2), ("gemma2", 1), ("ministral3", 1)],
+)
+def test_rotary_embeddings_stand_once_in_the_order_of_their_layers(tmp_path, architecture, num_ropes):
+    """Kept costs of steps are found by the configuration's text, which so is the same in every process."""
+    path = make_tiny_model(tmp_path, architecture)
+    changes = {"rope_parameters": "absent", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    if architecture == "ministral3":
+        changes = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+    edit_config(path, **changes)
+    config = ModelConfig.from_dir(path)
+    assert list(config.ropes) == list(dict.fromkeys(config.rope_keys)) and len(config.ropes) == num_ropes
+    assert architecture == "smollm3" or len(set(config.windows)) == 2
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_absent_keys_mean_what_transformers_assumes(tmp_path, architecture):
     path = make_tiny_model(tmp_path, architecture)
