@@ -219,7 +219,6 @@ ARCHITECTURES = {
         _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         pre_norms=_GEMMA_BEFORE,
         post_norms=BEHIND,
-        turns_by_type=True,
         slides=True,
         full_every=2,
         caps_scores=True,
