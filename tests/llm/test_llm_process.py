@@ -106,7 +106,7 @@ def test_importing_the_package_imports_nothing_of_it():
         "import sys; before = set(sys.modules); import specserve; dir(specserve); "
         "new = {name.partition('.')[0] for name in set(sys.modules) - before} - {'specserve'}; "
         "assert not new & {'torch', 'transformers', 'aiohttp', 'msgspec', 'numpy', 'asyncio'}, new; "
-        "assert [name for name in sys.modules if name.startswith('specserve.')] == []; "
+        "assert [name for name in sys.modules if name.startswith('specserve.')] == ['specserve.lazy_names']; "
         "specserve.SamplingParams(n=2); specserve.UserError; specserve.LLM; "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
