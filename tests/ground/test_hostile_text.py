@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from specserve.chat.tools.formats import FORMATS
+from specserve.chat.thinking_marks import known_marks
+from specserve.chat.tools.formats import FORMATS, choose_format
 from specserve.chat.tools.parser import CallParser
 from specserve.errors import UserError
 from specserve.grammar import matcher_source
@@ -102,6 +103,28 @@ def test_grammars_expressions_and_unknown_names_are_read_in_linear_time():
         name = piece * (LEN // len(piece))
         assert seconds(lambda name: convert({"messages": [], name: 1}, ChatRequest), name) < LIMIT_S
         assert seconds(lambda name: convert({"messages": [{name: 1}]}, ChatRequest), name) < LIMIT_S
+
+
+@pytest.mark.parametrize("start", ["tools ", "tools <tool_call>", "raise_exception( ", "raise_exception( " * 2**12])
+def test_templates_of_adapters_are_read_in_linear_time(start):
+    """Which the server itself does; it renders them elsewhere."""
+    pieces = (
+        "<tool_call>",
+        ".",
+        " ",
+        "a",
+        "a |",
+        "\\n",
+        "raise_exception( ",
+        " system",
+        "system not ",
+        "message['thinking",
+        "<think>",
+    )
+    for piece in pieces:
+        text = start + piece * (LEN // 8 // len(piece))
+        for read in (choose_format, lambda template: known_marks(template, ())):
+            assert seconds(read, text) < LIMIT_S, piece
 
 
 @pytest.mark.parametrize("name", FORMATS)

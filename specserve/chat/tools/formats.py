@@ -17,13 +17,12 @@ from dataclasses import dataclass
 _ALPHANUMERIC = string.ascii_letters + string.digits
 _RENDERS_TOOLS = re.compile(r"\btools\b")
 # The beginning of a call as a template spells it, in one literal or in several: words alone are in other families' too.
-_HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*(?:name\\?"|[\w.]+\s*\|\s*tojson)')
+# Nothing is tried twice ("*+"), as an adapter's template may be made to be slow to read.
+_HERMES_CALL = re.compile(r'<tool_call>(?:\\n|[^\w<])*+(?:name\\?"|[\w.]++\s*+\|\s*+tojson)')
 _READS_DESCRIPTION = re.compile(r"\b(?:tool|function)(?:\.description\b|\[['\"]description['\"]\])")
 _READS_THOUGHTS = re.compile(r"\bmessage(?:\.(thinking|reasoning)\b|\[\\?['\"](thinking|reasoning)\\?['\"]\])")
-# Gemma's says so; the first Mistral's, which knows no such role, as it wants two to take turns.
-_REFUSES_SYSTEM = re.compile(
-    r"raise_exception\([^)]*\b[Ss]ystem\b[^)]*not|\A(?!.*\bsystem\b).*raise_exception", re.DOTALL
-)
+_RAISED = re.compile(r"raise_exception\(([^)]*+)")
+_SYSTEM = re.compile(r"\b[Ss]ystem\b")
 _LLAMA_CALL = re.compile(r'\\?"parameters\\?":')
 
 
@@ -111,4 +110,12 @@ def _choose(template: object, setting: str) -> ChosenFormat:
     if renders and (PYTHON_TAG in text or "ipython" in text) and _LLAMA_CALL.search(text):
         return ChosenFormat(LLAMA3, True, "the chat template has Llama's tool role", if_offered, describes)
     reason = "the chat template's own tool format is not known" if renders else "the chat template renders no tools"
-    return ChosenFormat(HERMES, False, reason, has_system=not _REFUSES_SYSTEM.search(text))
+    return ChosenFormat(HERMES, False, reason, has_system=not _refuses_system(text))
+
+
+def _refuses_system(template: str) -> bool:
+    """Gemma's says so; the first Mistral's knows no such role, as it wants two to take turns."""
+    if "raise_exception" in template and not re.search(r"\bsystem\b", template):
+        return True
+    told = (_SYSTEM.split(message[1], maxsplit=1) for message in _RAISED.finditer(template))
+    return any("not" in behind for _, *rest in told for behind in rest)
