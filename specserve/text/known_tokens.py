@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer knows and its model has no weights of: which texts have them, and what that means at start.
+"""Tokens that a tokenizer knows and its model has no weights of: which texts have them, and a look at both at start.
 
 Such tokenizers are common and mostly harmless (Gemma's of models that do not see has an image token), as is the other
 way round, rows of weights without a token. Where no prompt can do without such a token the files belong to two models.
@@ -14,7 +14,7 @@ from .tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
-_TRIED = "Hi"
+_TRIED = "quokka"
 _FIX = "take the tokenizer and chat template of the model"
 
 
@@ -33,14 +33,20 @@ def unknown(token: int, tokenizer: TextTokenizer, vocab_size: int) -> str:
 
 
 def check_tokenizer(tokenizer: TextTokenizer, vocab_size: int) -> None:
-    """Look at start what a model of `vocab_size` tokens cannot be asked; the log says it.
+    """Look at start what a model of `vocab_size` tokens cannot be asked, and what its template loses; the log says it.
 
     Raises `ModelError` where neither texts nor conversations can be sent to it.
     """
+    chat = _tried_chat(tokenizer)
+    if chat and _TRIED not in tokenizer.decode(chat):
+        logger.warning(
+            "the chat template leaves out what a user says: templates of models that see may take a content as a list "
+            "of parts alone, and get a text here; serve another chat_template.jinja"
+        )
     if tokenizer.vocab_size <= vocab_size:
         return
     of_text = _beyond(tokenizer.encode(_TRIED), vocab_size)
-    of_chat = _beyond(_tried_chat(tokenizer), vocab_size)
+    of_chat = _beyond(chat, vocab_size)
     if of_text is not None and (of_chat is not None or tokenizer.template.text is None):
         raise ModelError(f"no prompt can be served: the token {unknown(of_text, tokenizer, vocab_size)}; {_FIX}")
     num_beyond = tokenizer.vocab_size - vocab_size

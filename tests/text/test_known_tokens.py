@@ -53,6 +53,18 @@ def test_where_no_prompt_can_be_served_the_start_is_refused(folders):
         check_tokenizer(TextTokenizer(folders / "both"), 320)
 
 
+@pytest.mark.parametrize(
+    "content", ["{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}", "{{ m.content }}"]
+)
+def test_a_template_that_loses_what_a_user_says_is_told_at_start(tmp_path, caplog, content):
+    """Llava's goes through parts, which a text has none of."""
+    fast = make_tokenizer(317)
+    fast.chat_template = TEMPLATE.replace("{{ m.content }}", content)
+    fast.save_pretrained(tmp_path)
+    check_tokenizer(TextTokenizer(tmp_path), 320)
+    assert ("leaves out what a user says" in caplog.text) == ("for p in" in content)
+
+
 @pytest.fixture(scope="module")
 def server(folders, tmp_path_factory):
     path = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
