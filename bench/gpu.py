@@ -46,11 +46,13 @@ def gpu_tests() -> tuple[str, ...]:
     )
 
 
+# Some 500 kernels are compiled for the tests, of which a process takes about one a second.
+TOGETHER = ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal")
 ROWS = "examples/data/control2json.train.jsonl"
 TINY_STEPS = ("--shape", "tiny", "--device", "cpu", "--rounds", "1", "--context", "20", "--seqs", "2")
 TINY_STEPS_IN_8_BITS = (*TINY_STEPS, "--quantization", "int8")
 PARTS = (
-    Part("tests", ("pytest", "-m", "gpu", "-q"), 150, ("-m", "gpu", "-q", "--collect-only")),  # and `gpu_tests`
+    Part("tests", ("pytest", *TOGETHER, "-m", "gpu", "-q"), 150, ("-m", "gpu", "-q", "--collect-only")),  # `gpu_tests`
     Part(
         "server", ("bench.gpu_server",), 100,
         ("--device", "cpu", "--num", "3", "--late", "1", "--concurrency", "2", "--duration", "1", "--max-tokens", "8"),
