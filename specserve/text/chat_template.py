@@ -20,6 +20,8 @@ from .template_worker import TemplateJob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TEMPLATE_FAILED = "chat_template_failed"  # the code of an error that a template is the reason of
+
 
 class ChatTemplate:
     """The template `text` as `tokenizer` reads it; None: there is none. `specials` are the special tokens' texts.
@@ -137,7 +139,9 @@ class ChatTemplate:
                 **(self._given if variables is None else variables),
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
-            raise UserError(f"{self.name} refuses these messages: {error}", param="messages") from None
+            raise UserError(
+                f"{self.name} refuses these messages: {error}", param="messages", code=TEMPLATE_FAILED
+            ) from None
         return str(rendered)
 
     def job(self, chat: HiddenChat, timeout_s: float) -> TemplateJob:

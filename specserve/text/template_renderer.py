@@ -16,6 +16,7 @@ import msgspec
 
 from ..errors import OverloadedError, UserError
 from ..own_modules import module_command
+from .chat_template import TEMPLATE_FAILED
 from .template_worker import Rendered, TemplateJob, pack, payload_len
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class TemplateRenderer:
 
 
 def _refused(name: str, reason: str) -> UserError:
-    return UserError(f"{name} refuses these messages: {reason}", param="messages", code="chat_template_failed")
+    return UserError(f"{name} refuses these messages: {reason}", param="messages", code=TEMPLATE_FAILED)
 
 
 async def _start() -> asyncio.subprocess.Process:

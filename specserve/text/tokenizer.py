@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from ..adapter_files import read_texts
 from ..errors import AdapterError, ModelError, OverloadedError, UserError
 from ..memory import give_memory_back
-from .chat_template import ChatTemplate, named_texts
+from .chat_template import TEMPLATE_FAILED, ChatTemplate, named_texts
 from .detokenizer import Detokenizer, TokenTexts
 from .hidden_chat import HiddenChat, Marks
 from .template_worker import MAX_RENDERED_BYTES
@@ -228,7 +228,7 @@ class TextTokenizer:
                 f"{self.template.name} refuses these messages: it makes {num_chars} characters of text; at most "
                 f"{MAX_RENDERED_BYTES} are allowed",
                 param="messages",
-                code="chat_template_failed",
+                code=TEMPLATE_FAILED,
             )
         if max_tokens is not None:
             self.check_len(texts, max_tokens, "messages")

@@ -48,6 +48,14 @@ def with_adapters(**adapters):
     ]
 
 
+# It takes no parameter that may be null, and at most two tools.
+CHOOSY = (
+    "{% for t in tools or [] %}{% if 'null' in t | string %}{{ raise_exception('null?') }}{% endif %}{% endfor %}"
+    "{% if tools and tools | length > 2 %}{{ raise_exception('so many?') }}{% endif %}"
+    "{% if messages[0].content == 'no' %}{{ raise_exception('no?') }}{% endif %}"
+)
+
+
 def make_model(path, *families):
     """With the markers of these families and the template of the first; one that knows no tools where there is none."""
     make_tiny_model(path, max_position_embeddings=4096)
@@ -82,6 +90,8 @@ def families_server(adapters_dir, tmp_path_factory):
     for family in OTHER_FAMILIES:
         shutil.copytree(root / "alpha", root / family)
         (root / family / "chat_template.jinja").write_text(TEMPLATES[family])
+    shutil.copytree(root / "alpha", root / "choosy")
+    (root / "choosy" / "chat_template.jinja").write_text(CHOOSY + TEMPLATES["hermes"])
     families = (FIRST_FAMILY, *OTHER_FAMILIES)
     yield from served(make_model(tmp_path_factory.mktemp("models") / FIRST_FAMILY, *families), root)
 
@@ -317,6 +327,24 @@ def test_calls_that_must_come_take_the_place_of_the_format(server):
         assert_calls(choice)
     for choice in choices(server, response_format=FORMAT, tool_choice="none", n=2, seed=1):
         jsonschema.validate(json.loads(choice["message"]["content"]), NOTE)
+
+
+def test_a_template_that_cannot_take_a_tool_is_a_400_that_names_it(families_server):
+    def tool(name, kind):
+        parameters = {"type": "object", "properties": {"a": {"type": kind}}}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    fine, other, bad = tool("fine", "string"), tool("other", "string"), tool("bad", ["string", "null"])
+    body = {"model": "choosy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    for tools, words in (
+        ([fine, bad], ["null?", "cannot take is tools[1] ('bad')"]),
+        ([fine, other, tool("third", "string")], ["so many?", "these tools together"]),
+    ):
+        error = assert_error(families_server.post(CHAT, {**body, "tools": tools}), 400, *words, param="tools")
+        assert error["code"] == "chat_template_failed" and "adapter 'choosy'" in error["message"]
+    assert families_server.post(CHAT, {**body, "tools": [fine]}).status_code == 200
+    no = {**body, "messages": [{"role": "user", "content": "no"}], "tools": [bad]}
+    assert_error(families_server.post(CHAT, no), 400, "null?", param="messages")
 
 
 def test_grammars_that_cannot_stand_beside_tools_are_refused(server, families_server):

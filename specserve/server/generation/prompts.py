@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from ...chat.tools.formats import ChosenFormat, choose_format
 from ...chat.tools.prompt import for_template
 from ...chat.types import Message
 from ...errors import UserError
+from ...text.chat_template import TEMPLATE_FAILED
 from ...text.template_renderer import RENDER_TIMEOUT_S, TemplateRenderer
 from ...text.tokenizer import LONG_TEXT, HiddenChat, TextTokenizer
 from ..adapter_store import AdapterStore
@@ -33,6 +35,8 @@ from .thoughts import marks_of
 T = TypeVar("T")
 
 SHORT_TEXT = 2048  # characters
+MAX_TOOLS_TRIED = 16  # one by one, where a template does not take them
+QUICK_FAILURE_S = 0.5  # a template that took longer is not tried again
 MAX_TOKENIZERS = 64  # of adapters; others are read again
 
 
@@ -99,6 +103,42 @@ class Prompts:
         self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
     ) -> list[int]:
         """The conversation's token ids; `tools` are described to the model. Raises `UserError`."""
+        began = time.monotonic()
+        try:
+            return await self._chat_ids(request, tokenizer, tools)
+        except UserError as error:
+            is_quick = time.monotonic() - began < QUICK_FAILURE_S
+            if (
+                error.code != TEMPLATE_FAILED
+                or not (tools and is_quick)
+                or not await self._is_made(request, tokenizer, ())
+            ):
+                raise
+            bad = [
+                f"tools[{idx}] ({tool.name!r})"
+                for idx, tool in enumerate(tools[:MAX_TOOLS_TRIED])
+                if not await self._is_made(request, tokenizer, [tool])
+            ]
+            raise UserError(
+                f"{error}; what it cannot take is {', '.join(bad) or 'these tools together'}: it may want a "
+                "description, or know fewer types of parameters",
+                param="tools",
+                code=TEMPLATE_FAILED,
+            ) from None
+
+    async def _is_made(
+        self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
+    ) -> bool:
+        """Whether the template takes the conversation with these tools."""
+        try:
+            await self._chat_ids(request, tokenizer, tools)
+        except UserError as error:
+            return error.code != TEMPLATE_FAILED
+        return True
+
+    async def _chat_ids(
+        self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
+    ) -> list[int]:
         chosen = self.format_of(tokenizer)
 
         def prepare() -> HiddenChat:
