@@ -3,14 +3,8 @@
 The name is found on first use: Ray is imported by whoever asks for it.
 """
 
-from typing import Any
+from ..lazy_names import lazy_names
 
 __all__ = ["app"]
 
-
-def __getattr__(name: str) -> Any:
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return import_module(".application", __name__).app
+__getattr__, __dir__ = lazy_names(__name__, {"app": "application"})
