@@ -178,7 +178,7 @@ class ServeConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields
     max_body_mib: Annotated[float, Meta(gt=0, description="largest request body, MiB")] = 8.0
     read_timeout_s: Annotated[float, Meta(gt=0, description="seconds for a request's headers and body")] = 30.0
     write_timeout_s: Annotated[
-        float, Meta(gt=0, description="seconds that a stream's reader may take nothing before it is cut off")
+        float, Meta(gt=0, description="seconds that a client may take nothing of its answer before it is cut off")
     ] = 60.0
     request_timeout_s: Annotated[float, Meta(gt=0, description="longest time a request may take, seconds")] = 600.0
     highest_priority: Annotated[

@@ -85,9 +85,7 @@ class Server:
         self.spans = Spans.of(config.otlp_traces_endpoint, os.environ)
         self._model_dir = model_dir
         self.keys = KeyRing(config)
-        self.stats = StatsRoutes(
-            self.engine, self.model_name, self.store.names_alike, self.keys, config.write_timeout_s
-        )
+        self.stats = StatsRoutes(self.engine, self.model_name, self.store.names_alike, self.keys)
         self.certificate = certificate_of(config)
         self.page = PageFiles(has_leaderboard=leaderboard is not None)
         self.middlewares = Middlewares(
@@ -160,6 +158,7 @@ class Server:
             connections = Connections(
                 runner.server,
                 num_handles,
+                self.config.write_timeout_s,
                 keepalive_timeout=self.config.read_timeout_s,  # also closes connections whose headers never come
                 access_log=None,
                 auto_decompress=False,  # compressed bodies are refused unread, also those aiohttp cannot inflate

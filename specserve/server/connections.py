@@ -3,7 +3,8 @@
 Owns the sockets from `bind` to a request. When all places are taken, the longest idle connection makes room for a
 new one; when none is idle, which a new one is not yet, it gets a 503. Errors before there is a request are JSON as all
 others are, and one line of log, however many there are. A client that ends its own side behind its request gets its
-answer; one that leaves, which looks alike at first, is found out by what it is sent.
+answer; one that leaves, which looks alike at first, is found out by what it is sent. A peer that takes nothing of what
+it asked for is cut off, so that what it has does not look complete.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MAX_HANDLES = 65_536  # enough for anyone, and few enough that what goes through
 RESERVED_HANDLES = 128  # adapters and models that are read, the engine's restart, logs
 ARRIVAL_S = 0.5  # in which a new connection's request may come, before it counts as idle
 REFUSAL_S = 1.0  # in which a refused peer may read why
+LOOKS = 4  # at what a peer takes, in the time in which it has to take something
 PROBE_S = (0.05, 2.0)  # between bytes to a peer that has ended its side: at first, and at most
 PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"  # clients pass over it
 ACCEPTED_AT_ONCE = 16  # asyncio accepts so many before the first of them gets a protocol, and so a place
@@ -71,11 +73,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Connections:
-    """Gives each accepted socket its protocol; `handler_options` are those of aiohttp's request handlers."""
+    """Gives each accepted socket its protocol; `handler_options` are those of aiohttp's request handlers.
 
-    def __init__(self, server: web.Server, num_handles: int, **handler_options: Any):
+    Who takes nothing for `write_timeout_s` is cut off.
+    """
+
+    def __init__(self, server: web.Server, num_handles: int, write_timeout_s: float = 60.0, **handler_options: Any):
         self._server = server
-        self._options = handler_options
+        self._write_timeout_s, self._options = write_timeout_s, handler_options
         self._limit = max(num_handles - RESERVED_HANDLES, num_handles // 2)
         self._max_refusals = (num_handles - self._limit) // 4
         self._refusals: set[_Refusal] = set()
@@ -103,7 +108,7 @@ class Connections:
                 return _Refusal(self._refusals, self._max_refusals)
             idle.force_close()
         loop = asyncio.get_running_loop()
-        return _Connection(self._malformed, self._server, loop=loop, **self._options)
+        return _Connection(self._malformed, self._write_timeout_s, self._server, loop=loop, **self._options)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if context["message"].startswith("socket.accept()"):
@@ -115,13 +120,14 @@ class Connections:
 class _Connection(RequestHandler):
     """aiohttp's connection with errors in this server's shape."""
 
-    __slots__ = ("_probing", "_seldom", "_since")
+    __slots__ = ("_giving_up", "_probing", "_seldom", "_since", "_write_timeout_s")
 
-    def __init__(self, seldom: Seldom, manager: web.Server, **options: Any):
+    def __init__(self, seldom: Seldom, write_timeout_s: float, manager: web.Server, **options: Any):
         super().__init__(manager, **options)
-        self._seldom = seldom
+        self._seldom, self._write_timeout_s = seldom, write_timeout_s
         self._since = time.monotonic()
         self._probing: asyncio.TimerHandle | None = None
+        self._giving_up: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -166,9 +172,47 @@ class _Connection(RequestHandler):
             return
         self._probing = asyncio.get_running_loop().call_later(next_s, self._probe, min(2 * next_s, PROBE_S[1]))
 
+    # -- readers that take nothing
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.transport is not None:
+            self._give_up_later(self.transport)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel(self._giving_up)
+
+    async def start(self) -> None:
+        transport = self.transport
+        try:
+            await super().start()
+        finally:
+            if transport is not None and self._manager is not None:  # it is closed when all that is left was taken
+                self._give_up_later(transport)
+
+    def _give_up_later(self, transport: asyncio.Transport, num_unread: int = 0, num_looks: int = LOOKS) -> None:
+        """Cut the peer off when so many looks in a row find that it took nothing of what waits for it."""
+
+        def look() -> None:
+            num = transport.get_write_buffer_size()
+            if num < num_unread:
+                self._give_up_later(transport, num)
+            elif num_looks > 1:
+                self._give_up_later(transport, num, num_looks - 1)
+            else:
+                transport.abort()
+
+        self._cancel(self._giving_up)
+        self._giving_up = asyncio.get_running_loop().call_later(self._write_timeout_s / LOOKS, look)
+
+    def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._probing is not None:
-            self._probing.cancel()
+        self._cancel(self._probing)
+        self._cancel(self._giving_up)
         super().connection_lost(exc)
 
     def handle_error(

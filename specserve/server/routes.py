@@ -120,22 +120,26 @@ ROUTES = (
         FileUpload, FileObject, body_media="multipart/form-data",
     ),
     Route(
-        "GET", "/v1/files", "files", "The files of the key", (400, *GET, 404), answer=FileList, query=FileQuery
+        "GET", "/v1/files", "files", "The files of the key", (400, *GET, 404, 503), answer=FileList, query=FileQuery
     ),
-    Route("GET", "/v1/files/{file_id:[^/]+}", "file", "One of them", (*GET, 404), answer=FileObject),
+    Route("GET", "/v1/files/{file_id:[^/]+}", "file", "One of them", (*GET, 404, 503), answer=FileObject),
     Route(
-        "GET", "/v1/files/{file_id:[^/]+}/content", "file_content", "What is in it", (*GET, 404),
+        "GET", "/v1/files/{file_id:[^/]+}/content", "file_content", "What is in it", (*GET, 404, 503),
         media=("application/jsonl",),
     ),
-    Route("DELETE", "/v1/files/{file_id:[^/]+}", "delete_file", "Delete it", (*GET, 404, 409), answer=FileDeleted),
+    Route(
+        "DELETE", "/v1/files/{file_id:[^/]+}", "delete_file", "Delete it", (*GET, 404, 409, 503, 507),
+        answer=FileDeleted,
+    ),
     Route(
         "POST", "/v1/batches", "create_batch", "Answer the rows of a file, behind all other requests",
         (*POST, 404, 507), BatchRequest, Batch,
     ),
     Route(
-        "GET", "/v1/batches", "batches", "The batches of the key", (400, *GET, 404), answer=BatchList, query=BatchQuery
+        "GET", "/v1/batches", "batches", "The batches of the key", (400, *GET, 404, 503),
+        answer=BatchList, query=BatchQuery,
     ),
-    Route("GET", "/v1/batches/{batch_id:[^/]+}", "batch", "One of them", (*GET, 404), answer=Batch),
+    Route("GET", "/v1/batches/{batch_id:[^/]+}", "batch", "One of them", (*GET, 404, 503), answer=Batch),
     Route(
         "POST", "/v1/batches/{batch_id:[^/]+}/cancel", "cancel_batch", "End it before all rows are answered",
         (*POST, 404, 409, 507), answer=Batch,

@@ -228,6 +228,53 @@ async def test_a_client_that_leaves_before_its_answer_is_noticed_and_its_handler
             relay.close()
 
 
+BIG = bytes(8 << 20)  # more than two sockets hold
+
+
+@pytest.mark.parametrize(
+    "head", ["GET / HTTP/1.1\r\nHost: a\r\n", "GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"]
+)
+@pytest.mark.parametrize("left_over", [False, True])
+async def test_a_peer_that_takes_nothing_of_its_answer_is_cut_off_and_one_that_is_slow_has_all(head, left_over):
+    """`left_over`: so little is left that nobody waits for it but the connection's end."""
+
+    async def handle(request):
+        if not left_over:
+            return web.Response(body=BIG)
+        response = web.StreamResponse()
+        response.force_close()
+        await response.prepare(request)
+        while request.transport.get_write_buffer_size() == 0:
+            await response.write(bytes(16 << 10))
+            await asyncio.sleep(0.05 if request.transport.get_write_buffer_size() else 0)
+        return response
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)  # what is accepted has no larger one
+    server = web.Server(handle, handler_cancellation=True)
+    listening = await Connections(server, 300, 0.4).listen(listener)
+    frozen, slow = (socket.create_connection(listener.getsockname()) for _ in range(2))
+    frozen.sendall(head.encode() + b"\r\n")
+    await until(lambda: len(server.connections) == 2)
+    if not left_over:
+        slow.sendall(head.encode() + b"\r\n")
+        num, before = 0, time.monotonic()
+        while num < len(BIG):
+            part = await asyncio.to_thread(slow.recv, 1 << 19)
+            assert part
+            num += len(part)
+            await asyncio.sleep(0.05)
+        assert time.monotonic() - before > 0.8, "no slower than one that takes nothing for that long"
+    slow.close()
+    await until(lambda: not server.connections)
+    with contextlib.suppress(ConnectionResetError):
+        while part := await asyncio.to_thread(frozen.recv, 1 << 20):
+            assert b"\r\n0\r\n\r\n" not in part
+    frozen.close()
+    listening.close()
+
+
 def test_malformed_http_is_answered_in_json_and_a_line_of_log(server):
     before = len(server.log)
     for idx in range(200):

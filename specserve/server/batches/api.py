@@ -109,11 +109,7 @@ class BatchRoutes:
         with opened as file:
             await response.prepare(request)
             while request.method != "HEAD" and (data := await asyncio.to_thread(file.read, CHUNK_BYTES)):
-                try:
-                    async with asyncio.timeout(self._config.write_timeout_s):
-                        await response.write(data)
-                except TimeoutError:
-                    raise ConnectionError("the client does not read what it asked for") from None
+                await response.write(data)
         await response.write_eof()
         return response
 

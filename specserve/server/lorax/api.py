@@ -102,8 +102,7 @@ class LoraxRoutes:
 
     async def _stream(self, request: web.Request, body: LoraxRequest) -> web.StreamResponse:
         job, builder = await self._prepare(body, caller_of(request), stream=True)
-        timeout_s, headers = self._generator.config.write_timeout_s, self._headers(body, job)
-        stream = EventStream(request, timeout_s, headers, mark=b"data:")
+        stream = EventStream(request, self._headers(body, job), mark=b"data:")
         return await stream_events(stream, self._generator.deltas(job), builder)
 
     def _headers(self, body: LoraxRequest, job: Job) -> dict[str, str]:

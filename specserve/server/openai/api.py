@@ -147,5 +147,5 @@ class OpenAIRoutes:
         return builder.whole()
 
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
-        stream = EventStream(request, self._generator.config.write_timeout_s, job.headers)
+        stream = EventStream(request, job.headers)
         return await stream_events(stream, self._generator.deltas(job), ResponseBuilder(job), b"data: [DONE]\n\n")

@@ -57,7 +57,7 @@ class ResponsesRoutes:
         job, builder = await self._begin(body, caller_of(request))
         if not body.stream:
             return json_response(await self._whole(job, builder), headers=job.headers)
-        stream = EventStream(request, self._generator.config.write_timeout_s, job.headers, mark=mark)
+        stream = EventStream(request, job.headers, mark=mark)
         return await stream_events(stream, self._deltas(job), builder)
 
     async def _answer(self, body: ResponsesRequest, caller: Caller) -> Response:

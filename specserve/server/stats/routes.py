@@ -22,17 +22,14 @@ from .types import StatsQuery
 
 
 class StatsRoutes:
-    """Of one server; a listener who takes nothing for `write_timeout_s` is cut off."""
+    """Of one server."""
 
-    def __init__(
-        self, engine: ServingEngine, base_name: str, names_alike: NamesAlike, keys: KeyRing, write_timeout_s: float
-    ):
+    def __init__(self, engine: ServingEngine, base_name: str, names_alike: NamesAlike, keys: KeyRing):
         self._source = StatsSource(engine, base_name)
         self._names_alike = names_alike
         self.feed = StatsFeed(self._source.newest, names_alike)
         engine.on_snapshot = self.feed.publish
         self._keys = keys
-        self._write_timeout_s = write_timeout_s
 
     def handlers(self) -> dict[str, Handler]:
         """Handlers by the names that the route table gives them."""
@@ -44,7 +41,7 @@ class StatsRoutes:
             whole = await self._source.fresh()
             may_see = caller.may_use if caller is not None else lambda name: True
             return json_response(visible(whole, may_see, self._names_alike))
-        stream, keys_before = EventStream(request, self._write_timeout_s), self._keys.num_reads
+        stream, keys_before = EventStream(request), self._keys.num_reads
         async with aclosing(self.feed.listen(caller)) as events:
             async for event in events:
                 if self._keys.num_reads != keys_before:
