@@ -283,7 +283,7 @@ def test_a_full_disk_for_served_histories_ends_no_request_and_keeps_the_old_file
     try:
         for n in range(MAX_TABLES + 8):
             ask(f"other tenant {n}")
-        server.wait_log("history was not saved")
+        server.wait_log("task history not saved")
         assert {name: (histories / name).read_bytes() for name in before} == before
     finally:
         resource.prlimit(server.engine_pid(), resource.RLIMIT_FSIZE, limits)
