@@ -55,7 +55,10 @@ class BatchStore:
                 folder.room.begin_with(owner, num_bytes)
         except (OSError, sqlite3.Error) as error:
             folder.close()
-            raise UserError(f"the state of --batch-dir, {path}, cannot be read: {error}") from None
+            fix = ""
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                fix = "; put a backup of the folder in its place, or move it away to begin without files and batches"
+            raise UserError(f"the state of --batch-dir, {path}, cannot be read: {error}{fix}") from None
         self._retention = Retention(self._db, folder, limits or KeepLimits())
         self.files = Files(self._db, folder, self._retention, lambda: self.now)
         self._num_answer_bytes: dict[int, int] = {}  # of batches that have not ended

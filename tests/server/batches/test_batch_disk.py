@@ -288,7 +288,7 @@ def test_a_folder_is_of_one_process_and_foreign_files_in_it_stay(tmp_path):
     store.close()
     assert (tmp_path / "files" / "thesis.txt").read_text() == "mine"
     (tmp_path / "state.sqlite3").write_bytes(b"no database" * 100)
-    with pytest.raises(UserError, match=r"state\.sqlite3"):
+    with pytest.raises(UserError, match=r"state\.sqlite3, cannot be read: .*; put a backup of the folder"):
         BatchStore(BatchDir(tmp_path, MIB))
     with pytest.raises(UserError, match="batch-dir"):
         BatchDir(tmp_path / "state.sqlite3" / "below", MIB)
