@@ -28,7 +28,8 @@ def file_system(url: str, param: str = "lora_path") -> tuple[Any, str]:
             f"there is no file system for {scheme[:40]}:// here; install its fsspec package (s3fs, gcsfs)", param=param
         ) from None
     except Exception as error:  # of any library
-        raise failed(f"{scheme}: {type(error).__name__}") from None
+        message = f"what {param} names on {scheme[:40]}:// cannot be opened: {type(error).__name__}"
+        raise UserError(message, param=param, code="fetch_failed", status=502) from None
 
 
 class FsspecSource:

@@ -274,3 +274,13 @@ def test_a_store_that_does_not_answer_is_said(store, one, monkeypatch, error, sa
         with pytest.raises(UserError, match=said) as info:
             ask()
         assert info.value.status == 503 and "secret" not in str(info.value)
+
+
+def test_a_store_whose_file_system_cannot_be_opened_is_named_as_the_store(monkeypatch):
+    def away(*_, **__):
+        raise ConnectionRefusedError("secret")
+
+    monkeypatch.setattr("fsspec.url_to_fs", away)
+    with pytest.raises(UserError) as raised:
+        SharedStore("ftp://host/loras")
+    assert str(raised.value) == "what shared_store names on ftp:// cannot be opened: ConnectionRefusedError"
