@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import msgspec
 import pytest
 from fake_replicas import INFO, FakeReplica
 
 from specserve.config import ServeConfig
+from specserve.drafters.learning_history import LearningHistory
 from specserve.messages import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams
 from specserve.pooling_messages import PoolingParams, PoolRequest
 from specserve.ray.merged import merged_stats
@@ -185,9 +187,14 @@ def test_counters_that_stand_at_nothing_stay_in_sums():
 def test_no_two_replicas_write_to_one_folder_and_the_next_one_finds_what_was_written(tmp_path):
     first, second = (OwnFolder(str(tmp_path / "histories"), "history_dir") for _ in range(2))
     assert [folder.path.name for folder in (first, second)] == ["replica-0", "replica-1"]
-    (first.path / "x").write_text("learned")
+    learning = LearningHistory(None, path=first.path / "x.history")
+    learning.learn([1, 2, 3])
+    saving = threading.Thread(target=learning.flush, daemon=True)  # as an engine does, while its folder is taken
+    saving.start()
+    saving.join(60)
+    assert not saving.is_alive()
     first.close()
     again = OwnFolder(str(tmp_path / "histories"), "history_dir")
-    assert (again.path / "x").read_text() == "learned"
+    assert LearningHistory(None, path=again.path / "x.history").current.num_tokens == 3
     for folder in (again, second):
         folder.close()
