@@ -19,13 +19,12 @@ import torch
 from ..adapter_messages import AdapterInfo
 from ..compute.device_choice import choose_device, kv_cache_gib, memory_bytes, step_bytes, with_defaults
 from ..compute.grammar_masks import MaskMaker
-from ..compute.interrupt import StepInterruptedError
 from ..compute.kv_cache import KVCache
 from ..compute.loader import AnyDecoder, choose_paths, load_model, make_path
 from ..compute.path import ComputePath, PathInputs, StepLimits
 from ..config import EngineConfig
 from ..drafting.cost_checks import CostChecks
-from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS, TimedStep
+from ..drafting.cost_model import MEASURED_ROWS, MEASURED_SEQS
 from ..drafting.kept_costs import costs_file, keep, measured_costs
 from ..drafting.proposer import Proposer
 from ..drafting.step_costs import StepSeconds
@@ -46,6 +45,7 @@ from .pooling import PooledAnswers
 from .queued_step import QueuedStep
 from .recent_steps import RecentSteps
 from .reports import Event, Reports
+from .spare_steps import SpareSteps
 from .stats import Counters, engine_stats
 from .step_queue import StepQueue
 from .step_times import StepTimes
@@ -155,8 +155,8 @@ class Engine:
         cost_model = measured_costs(timed_step, file)
         self._cost_checks: CostChecks | None = None
         if file is not None and not path.is_asynchronous:
-            spare_step = functools.partial(self._spare_step, timed_step)
-            self._cost_checks = CostChecks(cost_model, spare_step, functools.partial(keep, file))
+            spare_steps = SpareSteps(path, self.blocks, timed_step, self.has_work)
+            self._cost_checks = CostChecks(cost_model, spare_steps, functools.partial(keep, file))
         self.proposer = Proposer(
             config,
             cost_model,
@@ -291,20 +291,6 @@ class Engine:
     def _check_costs(self, is_busy: bool) -> None:
         if self._cost_checks is not None:
             self._cost_checks.take_turn(is_busy)
-
-    def _spare_step(
-        self, timed_step: TimedStep, num_rows: int, num_seqs: int = 1, context_len: int = 0
-    ) -> float | None:
-        """Among others it takes the place of one of theirs, which whoever comes waits for as well."""
-        if self.blocks.num_free < -(-(num_rows + num_seqs * context_len) // self.blocks.block_size) + num_seqs:
-            return None
-        self.path.interrupt.is_heeded = not self.has_work()
-        try:
-            return timed_step(num_rows, num_seqs, context_len)
-        except StepInterruptedError:
-            return None
-        finally:
-            self.path.interrupt.is_heeded = False
 
     def stats(self, check_integrity: bool = True) -> EngineStats:
         """A snapshot; with `check_integrity` the block manager is checked against every live sequence."""
