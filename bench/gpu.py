@@ -78,7 +78,7 @@ PARTS = (
     ),
     Part("sampling", ("bench.sampling_kernels", "--budget", "15"), 25),
     Part("steps", ("bench.gpu_steps", "--shape", "llama8b"), 60, TINY_STEPS),
-    Part("attention", ("bench.attention_kernels", "--before", "--budget", "25"), 35),
+    Part("attention", ("bench.attention_kernels", "--before", "--budget", "25"), 50),
     Part("linears", ("bench.linear_rows", "--budget", "15"), 25),
     Part("lora", ("bench.lora_kernels", "--budget", "20"), 35),
     Part("heads", ("bench.head_loop", "--budget", "10"), 20),
