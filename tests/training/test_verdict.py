@@ -71,3 +71,9 @@ def test_the_card_of_a_lora_without_a_head_says_that_it_has_none():
     assert "beside it a small head" in model_card("task", report())
     card = model_card("task", report(lookahead=None))
     assert "no lookahead head" in card and "beside it" not in card and "--head-only" in card
+
+
+def test_a_lora_that_no_run_trained_is_not_told_to_take_more_steps():
+    task = {"valid_json": 0.1}
+    assert "--check-data" in warnings_of(report(task=task, steps=30))[-1]
+    assert "no head changes" in warnings_of(report(task=task, steps=None))[-1]

@@ -64,7 +64,12 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             f"drafts are in answers that do not end, {copied:.0%} copy the answer's own text (n-gram)"
         )
     if found and not is_base_head:
-        found.append("train on more rows or for more steps (optimizer.epochs), and look at --check-data")
+        is_given = report.get("steps", 0) is None  # no step of a run: it came as it is, perhaps for a head of its own
+        found.append(
+            "these are the LoRA's own answers, which no head changes: what trained it has to learn more"
+            if is_given
+            else "train on more rows or for more steps (optimizer.epochs), and look at --check-data"
+        )
     return found
 
 
