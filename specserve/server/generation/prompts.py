@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ T = TypeVar("T")
 
 SHORT_TEXT = 2048  # characters
 MAX_TOOLS_TRIED = 16  # one by one, where a template does not take them
-QUICK_FAILURE_S = 0.5  # a template that took longer is not tried again
+EXPLAIN_S = 5.0  # of a request, in which it is found which of them it does not take
 MAX_TOKENIZERS = 64  # of adapters; others are read again
 
 
@@ -103,28 +102,37 @@ class Prompts:
         self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
     ) -> list[int]:
         """The conversation's token ids; `tools` are described to the model. Raises `UserError`."""
-        began = time.monotonic()
+        explained_by = asyncio.get_running_loop().time() + EXPLAIN_S
         try:
             return await self._chat_ids(request, tokenizer, tools)
         except UserError as error:
-            is_quick = time.monotonic() - began < QUICK_FAILURE_S
-            if (
-                error.code != TEMPLATE_FAILED
-                or not (tools and is_quick)
-                or not await self._is_made(request, tokenizer, ())
-            ):
+            if error.code != TEMPLATE_FAILED or not tools:
                 raise
-            bad = [
-                f"tools[{idx}] ({tool.name!r})"
-                for idx, tool in enumerate(tools[:MAX_TOOLS_TRIED])
-                if not await self._is_made(request, tokenizer, [tool])
-            ]
+            try:
+                async with asyncio.timeout_at(explained_by):
+                    bad = await self._not_taken(request, tokenizer, tools)
+            except TimeoutError:
+                bad = None
+            if bad is None:
+                raise
             raise UserError(
-                f"{error}; what it cannot take is {', '.join(bad) or 'these tools together'}: it may want a "
-                "description, or know fewer types of parameters",
+                f"{error}; what it cannot take is {bad}: it may want a description, or know fewer types of parameters",
                 param="tools",
                 code=TEMPLATE_FAILED,
             ) from None
+
+    async def _not_taken(
+        self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
+    ) -> str | None:
+        """Which of the tools the template fails at; None where it fails without tools, too."""
+        if not await self._is_made(request, tokenizer, ()):
+            return None
+        bad = [
+            f"tools[{idx}] ({tool.name!r})"
+            for idx, tool in enumerate(tools[:MAX_TOOLS_TRIED])
+            if not await self._is_made(request, tokenizer, [tool])
+        ]
+        return ", ".join(bad) or "these tools together"
 
     async def _is_made(
         self, request: ChatRequest | TokenizeRequest, tokenizer: TextTokenizer, tools: Sequence[Tool]
