@@ -5,8 +5,10 @@ Owns which completions are held, how many, and when the table is built again, on
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
+import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,8 @@ from .history_file import MAX_TOKEN_ID, Completion, HistoryError, PackedHistory,
 from .task_history import TaskHistory
 
 logger = logging.getLogger(__name__)
+
+LOCK_S = 5.0  # that another engine may take to write there; one that was stopped holds nobody up
 
 
 class LearningHistory:
@@ -95,7 +99,11 @@ class LearningHistory:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent) as lock:  # two engines as well
             with suppress(UserError):  # a file system without locks: there an engine has a folder to itself
-                lock.wait()
+                deadline = time.monotonic() + LOCK_S
+                while not lock.take():
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(errno.ETIMEDOUT, "another process has the folder locked")
+                    time.sleep(LOCK_S / 100)
             PackedHistory.of(served).write(path)
 
     def _append(self, array: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from waiting import wait_until
 
-from specserve.drafters import task_history
+from specserve.drafters import learning_history, task_history
 from specserve.drafters.history_file import MAX_FILE_TOKENS, MAX_TRAINED_TOKENS, HistoryError, PackedHistory
 from specserve.drafters.learning_history import LearningHistory
 from specserve.drafters.task_history import MAX_CANDIDATES, MAX_CONTEXT, HistoryCursor, TaskHistory, expected_bytes
@@ -367,7 +367,9 @@ def test_a_full_disk_costs_the_file_and_one_line_of_the_log(
     assert path.exists()
 
 
-def test_engines_that_share_a_folder_never_leave_half_a_file(tmp_path: Path) -> None:
+def test_engines_that_share_a_folder_never_leave_half_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The lock is the folder's, so what writes meanwhile waits, as another process would."""
     path = tmp_path / "learned.history"
     learning = LearningHistory(None, path=path)
@@ -379,7 +381,14 @@ def test_engines_that_share_a_folder_never_leave_half_a_file(tmp_path: Path) -> 
         wait_until(lambda: len(learning.current.completions()) == 1)
         assert thread.is_alive() and not list(tmp_path.iterdir())
     thread.join()
+    with FileLock(tmp_path) as lock:
+        assert lock.take()
+        monkeypatch.setattr(learning_history, "LOCK_S", 0.1)
+        learning.learn([4, 5])
+        learning.flush()
     assert as_lists(LearningHistory(None, path=path).current) == [[1, 2, 3]]
+    assert f"not saved, kept in memory: {path}: another process has the folder locked" in caplog.text
+    assert len(learning.current.completions()) == 2
 
 
 def test_threads_learn_together_and_one_rebuild_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
