@@ -10,18 +10,19 @@ from served_poolers import make_poolers
 from server_fixture import ServerProcess
 from tiny_models import make_tiny_model
 
-KEY = "sk-conformance"
 ENVIRONMENTS = Path(os.environ.get("CONFORMANCE_VENVS", Path(__file__).parents[2] / ".venv-conformance"))
 
 
 class KeyedServer(ServerProcess):
     """Sends the key with every request of the fixture itself."""
 
+    key = "sk-conformance"
+
     def get(self, path, **kwargs):
-        return super().get(path, headers={"Authorization": f"Bearer {KEY}"}, **kwargs)
+        return super().get(path, headers={"Authorization": f"Bearer {self.key}"}, **kwargs)
 
     def post(self, path, body, **kwargs):
-        return super().post(path, body, headers={"Authorization": f"Bearer {KEY}"}, **kwargs)
+        return super().post(path, body, headers={"Authorization": f"Bearer {self.key}"}, **kwargs)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     make_poolers(model_dir, root)
     flags = ("--adapters-dir", str(root), "--batch-dir", str(tmp_path_factory.mktemp("batches")))
-    server = KeyedServer(model_dir, *flags, env={"SPECSERVE_API_KEY": KEY}).wait_ready()
+    server = KeyedServer(model_dir, *flags, env={"SPECSERVE_API_KEY": KeyedServer.key}).wait_ready()
     yield server
     server.wait_baseline()
     assert server.stop() == 0

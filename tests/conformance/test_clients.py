@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import KEY
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +22,9 @@ CASES = [
 
 
 @functools.cache
-def results(python: Path, client: str, url: str) -> dict[str, str | None]:
+def results(python: Path, client: str, url: str, key: str) -> dict[str, str | None]:
     """What each case of `client` came to; all run in one process, because some clients take seconds to import."""
-    command = [python, SCRIPTS / f"{client}_client.py", url, KEY]
+    command = [python, SCRIPTS / f"{client}_client.py", url, key]
     env = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0 and done.stdout, done.stderr
@@ -34,5 +33,5 @@ def results(python: Path, client: str, url: str) -> dict[str, str | None]:
 
 @pytest.mark.parametrize(("client", "case"), CASES, ids=lambda value: value.removeprefix("case_"))
 def test_client_works_unchanged(server, executable, client, case):
-    failure = results(executable(client, "python"), client, server.url)[case]
+    failure = results(executable(client, "python"), client, server.url, server.key)[case]
     assert failure is None, failure

@@ -4,7 +4,6 @@ import os
 import subprocess
 
 import pytest
-from conftest import KEY
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +20,7 @@ def test_made_up_requests_get_documented_answers(server, executable, tmp_path):
     golden = server.complete()["text"]
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     command = [executable("schemathesis", "st"), "run", f"{server.url}/openapi.json", "--checks", CHECKS]
-    command += ["-H", f"Authorization: Bearer {KEY}", "--phases", "examples,coverage,fuzzing", "--seed", "1"]
+    command += ["-H", f"Authorization: Bearer {server.key}", "--phases", "examples,coverage,fuzzing", "--seed", "1"]
     command += ["--max-examples", "40", "--workers", "1", "--max-time", "150", "--no-shrink", "--request-timeout", "60"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, env={**os.environ})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

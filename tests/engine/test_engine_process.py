@@ -279,8 +279,8 @@ def test_texts_are_pooled_beside_a_request_that_decodes(peer, model_dir, tmp_pat
     peer.send(LoadAdapter(5, "classifier", str(make_pooling_adapter(model_dir, tmp_path, "SEQ_CLS", num_labels=3))))
     adapter = peer.answer(5).adapter
     assert adapter.adapter_type == "classify" and adapter.pooling.num_outputs == 3
-    peer.send(request("long", [1, 2, 3], max_tokens=400, ignore_eos=True, mode="off"))
-    peer.receive(Delta, lambda m: m.request_id == "long")
+    peer.send(request("decodes", [1, 2, 3], max_tokens=400, ignore_eos=True, mode="off"))
+    peer.receive(Delta, lambda m: m.request_id == "decodes")
     peer.send(text("base", [4, 5, 6]))
     peer.send(text("scores", [4, 5, 6], "score", adapter=adapter.content_hash))
     peer.send(text("wrong", [4, 5, 6], adapter=adapter.content_hash))
@@ -291,7 +291,7 @@ def test_texts_are_pooled_beside_a_request_that_decodes(peer, model_dir, tmp_pat
     assert (answers["base"].num_values, answers["scores"].num_values) == (64, 3)
     assert len(answers["scores"].values) == 12 and answers["scores"].prompt_tokens == 3
     assert answers["wrong"].error.code == "wrong_adapter_type"
-    peer.send(Abort("long"))
+    peer.send(Abort("decodes"))
 
 
 def test_abort_frees_everything_within_a_step(peer):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sqlite3
 
 import pytest
 from peft_adapters import make_peft_adapter
@@ -49,6 +50,16 @@ def begun(tmp_path, model_dir):
     write_rows(tmp_path / "dev.jsonl", 6, seed=1)
     assert board.cli("add", "json", "--data", tmp_path / "dev.jsonl", "--max-tokens", 6) == 0
     assert board.cli("add-model", "base", "--model", model_dir) == 0
+    return board
+
+
+@pytest.fixture
+def copied(ran, tmp_path):
+    """`ran`, to be changed."""
+    board = Board(tmp_path, "copy.sqlite3")
+    with sqlite3.connect(ran.path) as source, sqlite3.connect(board.path) as copy:
+        source.backup(copy)
+    source.close(), copy.close()
     return board
 
 

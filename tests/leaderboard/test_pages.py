@@ -175,21 +175,16 @@ def test_an_export_holds_nothing_of_a_task_that_was_removed(begun, tmp_path):
     assert {path.name for path in (tmp_path / "site").iterdir()} == {"index.html", "board.json"}
 
 
-def test_a_judge_that_is_a_path_is_shown_by_its_name(ran):
-    store = LeaderboardStore(ran.path)
-    judge = f"default+{ran.root}/adapters/stern"
-    try:
-        with store.transaction():
-            for answered in answered_of(store, store.tasks()[0]):
-                texts = answered.answers["base"].text, answered.answers["first"].text
-                for ask in asks_of(answered.row, *texts):
-                    store.put_judgment("hash", asked_hash(ask), "A")
-            store.put_judge(judge, "hash")
-        assert any(one["by"] == judge for one in standings(store)["ratings"])
-        board = Pages(store).file("board.json").decode()
-        assert '"default+stern"' in board and str(ran.root) not in board
-    finally:
-        with store.transaction():
-            store._db.execute("DELETE FROM judgments WHERE judge = 'hash'")
-            store._db.execute("DELETE FROM judges WHERE name = ?", (judge,))
-        store.close()
+def test_a_judge_that_is_a_path_is_shown_by_its_name(copied):
+    store = LeaderboardStore(copied.path)
+    judge = f"default+{copied.root}/adapters/stern"
+    with store.transaction():
+        for answered in answered_of(store, store.tasks()[0]):
+            texts = answered.answers["base"].text, answered.answers["first"].text
+            for ask in asks_of(answered.row, *texts):
+                store.put_judgment("hash", asked_hash(ask), "A")
+        store.put_judge(judge, "hash")
+    assert any(one["by"] == judge for one in standings(store)["ratings"])
+    board = Pages(store).file("board.json").decode()
+    assert '"default+stern"' in board and str(copied.root) not in board
+    store.close()

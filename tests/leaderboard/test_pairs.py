@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import sqlite3
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,7 +153,7 @@ def test_only_pairs_with_a_model_of_interest_are_asked_about():
     assert len(list(open_asks([one], list("abcd"), {}))) == 6
 
 
-def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(ran, monkeypatch, tmp_path, capsys):
+def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(copied, monkeypatch, tmp_path, capsys):
     asked = []
 
     class Judge:
@@ -173,30 +172,26 @@ def test_a_judge_is_asked_about_each_pair_once_and_what_was_said_is_kept(ran, mo
     monkeypatch.setattr(judging, "open_teacher", open_judge)
     monkeypatch.setattr(teacher_options, "cache_dir", lambda name: tmp_path)
     command = ("run", "--task", "json", "--judge", "judge@http://127.0.0.1:1/v1", "--judge-rows", 2)
-    assert ran.cli(*command) == 0
+    assert copied.cli(*command) == 0
     assert "verdicts, 2 asks without one" in capsys.readouterr().err
     num = len(asked)
     assert num and num % 2 == 0 and all(ask.schema and ask.temperature == 0 for ask in asked)
-    assert ran.cli(*command) == 0
+    assert copied.cli(*command) == 0
     assert len(asked) == num + 2  # the two that had no verdict
-    ratings = ran.shown(capsys)["ratings"]
+    ratings = copied.shown(capsys)["ratings"]
     assert [one["by"] for one in ratings] == ["the tasks' metrics", "judge@http://127.0.0.1:1/v1"]
     assert ratings[1]["num_pairs"] * 2 >= num
     before = len(asked)
-    assert ran.cli("run", "--task", "json", "--model", "first", *command[3:-1], 3) == 0
+    assert copied.cli("run", "--task", "json", "--model", "first", *command[3:-1], 3) == 0
     shown = [ask.messages[0]["content"] for ask in asked[before + 2 :]]
     assert shown and len(shown) < num  # of row 3, without the pair of the two others
-    store = LeaderboardStore(ran.path)
+    store = LeaderboardStore(copied.path)
     assert store.judges() == {"judge@http://127.0.0.1:1/v1": "judge@http://127.0.0.1:1/v1"}
     store.close()
 
 
-def test_a_judge_that_was_trained_again_under_its_name_is_asked_anew(ran, tmp_path, monkeypatch):
+def test_a_judge_that_was_trained_again_under_its_name_is_asked_anew(copied, tmp_path, monkeypatch):
     """What it said as it was before is not shown as its own, and is there when it is as before."""
-    board = tmp_path / "board.sqlite3"
-    with sqlite3.connect(ran.path) as source, sqlite3.connect(board) as copy:
-        source.backup(copy)
-    source.close(), copy.close()
     asked, said = [], "A"
 
     @contextlib.asynccontextmanager
@@ -209,7 +204,7 @@ def test_a_judge_that_was_trained_again_under_its_name_is_asked_anew(ran, tmp_pa
         yield SimpleNamespace(answers=answers, backend=SimpleNamespace(identity=identity))
 
     monkeypatch.setattr(judging, "open_teacher", open_judge)
-    store = LeaderboardStore(board)
+    store = LeaderboardStore(copied.path)
     shown = {}
     turns = (("old", "A", "stern"), ("new", "tie", "stern"), ("old", "", "stern"), ("old", "", "mild"))
     for identity, said, name in turns:  # noqa: B007 (the judge's)

@@ -10,7 +10,11 @@ from tiny_models import make_tiny_model
 
 from specserve import LLM
 
-OPTIONS = {"dtype": "fp32", "kv_cache_gib": 0.02, "num_threads": 1, "max_model_len": 1024}
+
+@pytest.fixture(scope="session")
+def options():
+    """Of both engines."""
+    return {"dtype": "fp32", "kv_cache_gib": 0.02, "num_threads": 1, "max_model_len": 1024}
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +42,8 @@ def copy_of_beta(beta_dir, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def llm(model_dir, adapters_dir):
-    with LLM(model_dir, adapters_dir=adapters_dir, **OPTIONS) as llm:
+def llm(model_dir, adapters_dir, options):
+    with LLM(model_dir, adapters_dir=adapters_dir, **options) as llm:
         yield llm
 
 

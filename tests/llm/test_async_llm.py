@@ -8,7 +8,6 @@ import signal
 from contextlib import nullcontext
 
 import pytest
-from conftest import OPTIONS
 from places import ROOT
 
 from specserve import AsyncLLM, SamplingParams, UserError
@@ -20,9 +19,9 @@ LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def other(model_dir, adapters_dir):
+def other(model_dir, adapters_dir, options):
     """Started and closed on loops of their own: each test has another one."""
-    other = AsyncLLM(model_dir, adapters_dir=adapters_dir, served_model_name="other", **OPTIONS)
+    other = AsyncLLM(model_dir, adapters_dir=adapters_dir, served_model_name="other", **options)
     with pytest.raises(EngineDeadError, match="not been started"):
         other.generate_stream("x")
     asyncio.run(other.start())

@@ -114,7 +114,7 @@ async def test_a_new_front_waits_for_what_the_old_one_has_begun_and_then_replace
     await replicas.until(lambda: len(new.replicas()) == 2)
     await asyncio.sleep(1.5)  # the old one tries to come back meanwhile
     assert len(new.replicas()) == 2 and not old.replicas()
-    replicas.engine = new
+    replicas.engine, new.on_adapters_left = new, replicas.left.append
     await old.stop()
     assert len(await replicas.tokens(replicas.request())) == 8
     with pytest.raises(UserError):  # contents that replicas hold are the new front's to find

@@ -146,6 +146,8 @@ def test_kinds_are_told_apart_and_models_say_which_they_are(server):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "A"}], "model": "ranker"}, "/v1/rerank"),
     ):
         assert_error(server.post(path, body), 400, where, param="model")
+    for name in ("mood", "broken"):  # what nobody has asked for has not been read
+        server.post("/classify", {"input": "A", "model": name})
     kinds = {entry["id"]: entry["adapter_type"] for entry in server.get("/v1/adapters").json()["data"]}
     assert kinds == {
         "alpha": "generate", "embedder": "embed", "ranker": "rerank", "tagger": "classify", "mood": "classify",

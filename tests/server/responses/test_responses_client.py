@@ -267,7 +267,7 @@ def test_kept_responses_are_read_continued_and_deleted_by_their_key_alone(server
 
 
 def test_a_stream_is_kept_when_it_has_ended_and_what_is_too_large_is_not(server, client):
-    long = {"max_output_tokens": 400, "extra_body": {"seed": 3, "ignore_eos": True, "speculation": {"mode": "off"}}}
+    long = {"max_output_tokens": 3500, "extra_body": {"seed": 3, "ignore_eos": True, "speculation": {"mode": "off"}}}
     with client.responses.stream(input="Hello there", **FIELDS | long) as stream:
         created = next(iter(stream)).response
         with server.paused(), pytest.raises(openai.NotFoundError):

@@ -33,7 +33,7 @@ def test_counters_grow_by_what_was_done(server):
     assert after["requests"]["max_running"] == 64 and after["requests"]["running"] == 0
     by_model = {entry["model"]: entry for entry in after["speculation"]["by_adapter"]}
     assert by_model["alpha"]["generated"] >= 12 and by_model["alpha"]["running"] == 0
-    assert after["adapters"]["host"]["num"] == 1 and after["adapters"]["host"]["bytes"] > 0
+    assert after["adapters"]["host"]["num"] >= 1 and after["adapters"]["host"]["bytes"] > 0
     assert after["kv"]["blocks"] == after["kv"]["free_blocks"] and after["kv"]["used_ratio"] == 0
     steps, was = after["steps"], before["steps"]
     assert steps["num"] > was["num"] and steps["seconds"] > was["seconds"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import msgspec
@@ -186,8 +187,8 @@ def test_a_classifier_says_its_questions_in_order_with_calibration(trained):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_eval_repeats_the_report(trained, task, capsys):
-    directory = trained[0] / "out" / task
+def test_eval_repeats_the_report(trained, task, tmp_path, capsys):
+    directory = shutil.copytree(trained[0] / "out" / task, tmp_path / task)
     before = json.loads((directory / "report.json").read_text())
     assert cli(["eval", str(directory)]) == 0
     after = json.loads((directory / "report.json").read_text())
