@@ -142,7 +142,7 @@ async def test_a_pinned_name_whose_content_was_let_go_for_another_name_is_loaded
     content_hash = (await store.pin("a")).content_hash
     await store.resolve("b")
     store.adapters_left(engine.let_go(content_hash))
-    await until(lambda: engine.pinned == {content_hash} and not store.loading())
+    await until(lambda: engine.pinned == {content_hash} and store._pin_places._value == adapter_store.PINS_AT_ONCE)
     await store.unpin("a")
     num_loads = engine.num_loads
     store.adapters_left(engine.let_go(content_hash))
