@@ -71,17 +71,6 @@ def _dense_granite(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"intermediate_size": raw["shared_intermediate_size"], "mlp_bias": False} | turned
 
 
-_MISTRAL = {"num_attention_heads": 32, "num_key_value_heads": 8}
-_MINISTRAL = {
-    "rope_type": "yarn",
-    "factor": 16.0,
-    "original_max_position_embeddings": 16_384,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-
-
 def _hunyuan(raw: dict[str, Any]) -> dict[str, Any]:
     """What it calls dynamic stretches texts of all lengths alike, by `alpha`."""
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -93,6 +82,15 @@ def _hunyuan(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"rope_parameters": {"rope_type": "default", "rope_theta": stretched}}
 
 
+_MISTRAL = {"num_attention_heads": 32, "num_key_value_heads": 8}
+_MINISTRAL = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 16_384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _GRANITE = dict.fromkeys(GRANITE_MULTIPLIERS, 1.0)
 _SEED = {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False}
