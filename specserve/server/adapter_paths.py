@@ -146,22 +146,16 @@ def is_one_directory(one: Path, other: Path) -> bool:
 
 
 def unknown(name: str) -> UserError:
-    return UserError(
-        f"model {name[:128]!r} does not exist; GET /v1/models lists the base model and its adapters",
-        param="model",
-        code="model_not_found",
-        status=404,
-    )
+    return _not_found(name, "does not exist; GET /v1/models lists the base model and its adapters")
 
 
 def unloaded(name: str) -> UserError:
     """Of a folder that is there, or may be there again."""
-    return UserError(
-        f"model {name[:128]!r} was unloaded, and its folder is not served; POST /v1/load_lora_adapter loads it again",
-        param="model",
-        code="model_not_found",
-        status=404,
-    )
+    return _not_found(name, "was unloaded, and its folder is not served; POST /v1/load_lora_adapter loads it again")
+
+
+def _not_found(name: str, reason: str) -> UserError:
+    return UserError(f"model {name[:128]!r} {reason}", param="model", code="model_not_found", status=404)
 
 
 def _is_name(name: str) -> bool:
